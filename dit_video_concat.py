@@ -1,0 +1,562 @@
+"""The CogVideoX diffusion transformer on SAT's model and mixins.
+
+Legend: ``B T C H W`` latents, ``L`` text tokens, ``N`` video patches, ``S = L + N`` tokens (text first), ``D`` hidden
+size, ``E`` size of the time embedding.
+
+`DiffusionTransformer` owns the time embedding; each mixin owns the parameters of one concern, under the names of the
+released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
+
+    pos_embed     positions of text and patches      Basic3DPositionEmbeddingMixin, Rotary3DPositionEmbeddingMixin
+    patch_embed   latents and text → tokens          ImagePatchEmbeddingMixin
+    adaln_layer   the block: modulation, attention   AdaLNMixin
+    final_layer   tokens → latents                   FinalLayerMixin
+    lora          adapters on qkv and dense          sat.model.finetune.lora2.LoraMixin
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sgm.distributed
+from sgm.modules.embeddings import (
+    PatchSize,
+    patchify,
+    rope_table_3d,
+    rotate,
+    sincos_positions_3d,
+    timestep_embedding,
+    unpatchify,
+)
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
+
+sgm.distributed.quiet_dependencies()  # before SAT's import, which announces itself
+
+from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
+from sat.model.transformer import BaseTransformer  # noqa: E402
+from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
+
+Grid = tuple[int, int, int]
+
+
+def normalize_patch_size(patch_size: int | Sequence[int]) -> PatchSize:
+    """``2`` means 2×2 patches within a frame: (1, 2, 2); a list gives (time, height, width).
+
+    Raises:
+        InputError: neither a positive integer nor three of them.
+    """
+    sizes = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise InputError(f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]")
+    return sizes  # type: ignore[return-value]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Full attention over all tokens: q, k, v (B, S, heads, head_dim) → (B, S, heads, head_dim)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+class ImagePatchEmbeddingMixin(BaseMixin):
+    """Latents and text embeddings → one sequence of tokens, text first.
+
+    The projection is held as a matrix over patches in the order c, pt, ph, pw. Files of the first generation hold the
+    same numbers in the shape of a Conv2d weight; `sgm.checkpoint` reads and writes both.
+
+    Args:
+        in_channels: C of the latents, image latents included.
+        hidden_size: D.
+        patch_size: (time, height, width).
+        text_hidden_size: size of the text embeddings.
+        bias: give the patch projection a bias.
+    """
+
+    def __init__(
+        self, *, in_channels: int, hidden_size: int, patch_size: PatchSize, text_hidden_size: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_channels * patch_size[0] * patch_size[1] * patch_size[2], hidden_size, bias=bias)
+        self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+
+    def word_embedding_forward(self, x: torch.Tensor, *, context: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
+        return torch.cat((self.text_proj(context), self.proj(patchify(x, self.patch_size))), dim=1)
+
+
+class _PositionTable(BaseMixin):
+    """A table of positions (1, L + N, D) that is added to the tokens, laid out for the full grid."""
+
+    pos_embedding: nn.Parameter
+
+    def __init__(self, *, grid: Grid, text_length: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.text_length = text_length
+
+    def rows(self, grid: Grid, num_text: int) -> torch.Tensor:
+        """Return the rows (1, S, D) of a sample; it may be shorter than the table, but not of another size."""
+        if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
+            raise InputError(
+                f"this model's position table is made for {self.text_length} text tokens and {self.grid[1]}×{self.grid[2]} "
+                f"patches in up to {self.grid[0]} frames, got {num_text} tokens and {grid[1]}×{grid[2]} patches in "
+                f"{grid[0]} frames; sample at the size of latent_height and latent_width in the model YAML"
+            )
+        return self.pos_embedding[:, : num_text + grid[0] * grid[1] * grid[2]]
+
+
+class Basic3DPositionEmbeddingMixin(_PositionTable):
+    """Fixed sine-cosine positions of the 2B model, zero for text.
+
+    Args:
+        grid: (t, h, w) patches of the largest sample.
+        hidden_size: D.
+        text_length: L.
+        height_interpolation: divides row numbers.
+        width_interpolation: divides column numbers.
+        time_interpolation: divides frame numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        hidden_size: int,
+        text_length: int = 0,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
+        time_interpolation: float = 1.0,
+    ) -> None:
+        super().__init__(grid=grid, text_length=text_length)
+        table = sincos_positions_3d(
+            grid,
+            hidden_size,
+            time_interpolation=time_interpolation,
+            height_interpolation=height_interpolation,
+            width_interpolation=width_interpolation,
+        )
+        table = torch.cat((table.new_zeros(text_length, hidden_size), table))
+        # A parameter, since released files hold it; never trained.
+        self.pos_embedding = nn.Parameter(table[None], requires_grad=False)
+
+    def reinit(self, parent_model: Any = None) -> None:
+        """Drop SAT's own position table, which files of these models do not hold."""
+        del self.transformer.position_embeddings
+
+    def position_embedding_forward(self, _: Any, *, grid: Grid, num_text: int, **__: Any) -> torch.Tensor:
+        """Return what is added to the tokens: (1, S, D)."""
+        return self.rows(grid, num_text)
+
+
+class Rotary3DPositionEmbeddingMixin(_PositionTable):
+    """3D rotary positions of the 5B models, applied to queries and keys; with a learned table for 5B-I2V.
+
+    The rotation follows the grid of the sample, whatever its size. The learned table does not.
+
+    Args:
+        grid: (t, h, w) patches of the largest sample.
+        hidden_size: D.
+        hidden_size_head: channels of a head.
+        text_length: L.
+        theta: base of the rotary wavelengths.
+        learnable_pos_embed: add a learned table as well.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "height_interpolation": "rotary positions are not interpolated",
+        "width_interpolation": "rotary positions are not interpolated",
+        "time_interpolation": "rotary positions are not interpolated",
+    }
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        hidden_size: int,
+        hidden_size_head: int,
+        text_length: int,
+        theta: float = 10000.0,
+        learnable_pos_embed: bool = False,
+    ) -> None:
+        super().__init__(grid=grid, text_length=text_length)
+        self.head_dim = hidden_size_head
+        self.theta = theta
+        self.learnable_pos_embed = learnable_pos_embed
+        if learnable_pos_embed:
+            self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + grid[0] * grid[1] * grid[2], hidden_size))
+        self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self, grid: Grid, num_text: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (S, head_dim), float32; the last one asked for is kept, as a run asks for it every step."""
+        key = (grid, num_text, device)
+        if key not in self._tables:
+            self._tables = {
+                key: rope_table_3d(grid, self.head_dim, num_text=num_text, theta=self.theta, device=device)
+            }
+        return self._tables[key]
+
+    def position_embedding_forward(self, _: Any, *, grid: Grid, num_text: int, **__: Any) -> torch.Tensor | None:
+        """Return what is added to the tokens: (1, S, D), or None without a learned table."""
+        return self.rows(grid, num_text) if self.learnable_pos_embed else None
+
+    def attention_fn(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, num_text: int, **_: Any
+    ) -> torch.Tensor:
+        """Full attention with rotated queries and keys; shapes as in `attend`."""
+        cos, sin = self.tables(grid, num_text, q.device)
+        return attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+
+def _modulate(
+    x: torch.Tensor, shifts: tuple[torch.Tensor, torch.Tensor], scales: tuple[torch.Tensor, torch.Tensor], num_text: int
+) -> torch.Tensor:
+    """x·(1 + scale) + shift, with one shift and scale (B, 1, D) for the text and one for the patches."""
+    text, patches = x[:, :num_text], x[:, num_text:]
+    return torch.cat(
+        (torch.addcmul(shifts[0], text, 1 + scales[0]), torch.addcmul(shifts[1], patches, 1 + scales[1])), dim=1
+    )
+
+
+def _add_gated(
+    x: torch.Tensor, branch: torch.Tensor, gates: tuple[torch.Tensor, torch.Tensor], num_text: int
+) -> torch.Tensor:
+    """X + gate·branch, with one gate (B, 1, D) for the text and one for the patches."""
+    return torch.cat(
+        (
+            torch.addcmul(x[:, :num_text], branch[:, :num_text], gates[0]),
+            torch.addcmul(x[:, num_text:], branch[:, num_text:], gates[1]),
+        ),
+        dim=1,
+    )
+
+
+class AdaLNMixin(BaseMixin):
+    """The transformer block: adaLN-Zero (Peebles & Xie 2023) with a modulation of its own for text and for video.
+
+    Args:
+        num_layers: blocks.
+        hidden_size: D.
+        time_embed_dim: E.
+        hidden_size_head: channels of a head.
+        qk_ln: normalise queries and keys per head.
+        elementwise_affine: give these norms weight and bias.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        time_embed_dim: int,
+        hidden_size_head: int,
+        qk_ln: bool = True,
+        elementwise_affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.adaLN_modulations = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
+        )
+        for modulation in self.adaLN_modulations:
+            nn.init.zeros_(modulation[1].weight)
+            nn.init.zeros_(modulation[1].bias)
+        self.qk_ln = qk_ln
+        if qk_ln:
+            norm = partial(LayerNorm, hidden_size_head, eps=1e-6, elementwise_affine=elementwise_affine)
+            self.query_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
+            self.key_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
+
+    def layer_forward(
+        self, x: torch.Tensor, mask: Any, *, layer_id: int, emb: torch.Tensor, num_text: int, **hook_args: Any
+    ) -> torch.Tensor:
+        """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D)."""
+        layer = self.transformer.layers[layer_id]
+        shift1, scale1, gate1, shift2, scale2, gate2, *text = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, -1)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text
+
+        h = _modulate(layer.input_layernorm(x), (text_shift1, shift1), (text_scale1, scale1), num_text)
+        h = self._attention(h, layer.attention, int(layer_id), num_text=num_text, **hook_args)
+        x = _add_gated(x, h, (text_gate1, gate1), num_text)
+
+        h = _modulate(layer.post_attention_layernorm(x), (text_shift2, shift2), (text_scale2, scale2), num_text)
+        h = layer.mlp(h, layer_id=layer_id)
+        return _add_gated(x, h, (text_gate2, gate2), num_text)
+
+    def _attention(self, x: torch.Tensor, attention: Any, layer: int, **hook_args: Any) -> torch.Tensor:
+        q, k, v = attention.query_key_value(x).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
+        if self.qk_ln:
+            q, k = self.query_layernorm_list[layer](q), self.key_layernorm_list[layer](k)
+        attention_fn = self.transformer.hooks.get("attention_fn", attend)
+        return attention.dense(attention_fn(q, k, v, **hook_args).flatten(2))
+
+
+class FinalLayerMixin(BaseMixin):
+    """Tokens → latents: a modulated norm and a projection to patches; text tokens end here.
+
+    Args:
+        hidden_size: D.
+        time_embed_dim: E.
+        patch_size: (time, height, width).
+        out_channels: C of the output.
+        elementwise_affine: give the norm weight and bias.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        time_embed_dim: int,
+        patch_size: PatchSize,
+        out_channels: int,
+        elementwise_affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=elementwise_affine, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
+        for linear in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def final_forward(self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, num_text: int, **_: Any) -> torch.Tensor:
+        """Tokens (B, S, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
+        shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
+        x = torch.addcmul(shift, self.norm_final(x[:, num_text:]), 1 + scale)
+        return unpatchify(self.linear(x), grid, self.patch_size)
+
+
+@dataclass(frozen=True)
+class TransformerArgs:
+    """The ``transformer_args`` section: what is handed to SAT's transformer.
+
+    Attributes:
+        checkpoint_activations: recompute activations in the backward pass.
+        checkpoint_num_layers: layers between two stored activations.
+        checkpoint_skip_layers: layers at the end that are not recomputed.
+        max_sequence_length: rows of SAT's own position table, which these models do not use but whose files hold it.
+        layernorm_order: must be "pre".
+        layernorm_epsilon: epsilon of the blocks' norms.
+        skip_init: leave the transformer's linear layers uninitialised, for weights that are loaded anyway.
+        model_parallel_size: ranks that share the transformer.
+        is_decoder: must be false: there is no cross-attention.
+        vocab_size: without effect; latents are embedded, not words.
+        hidden_dropout: without effect unless 0; the block has no dropout.
+    """
+
+    checkpoint_activations: bool = False
+    checkpoint_num_layers: int = 1
+    checkpoint_skip_layers: int = 0
+    max_sequence_length: int = 64
+    layernorm_order: str = "pre"
+    layernorm_epsilon: float = 1e-5
+    skip_init: bool = False
+    model_parallel_size: int = 1
+    is_decoder: bool = False
+    vocab_size: int = 1
+    hidden_dropout: float = 0.0
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> "TransformerArgs":
+        """Check the section's keys and values.
+
+        Raises:
+            InputError: an unknown key, or a value that the block cannot honour.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in section:
+            if name not in known:
+                raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
+        args = cls(**section)
+        for name, only in (("layernorm_order", "pre"), ("is_decoder", False), ("hidden_dropout", 0)):
+            if getattr(args, name) != only:
+                raise InputError(
+                    f"network_config.params.transformer_args.{name}={getattr(args, name)!r}: these models have {only!r} only"
+                )
+        return args
+
+
+class DiffusionTransformer(BaseModel):
+    """The network of all CogVideoX models.
+
+    Args:
+        num_frames: frames of the longest video.
+        time_compressed_rate: video frames a latent frame (after the first).
+        latent_width: W of the largest latents.
+        latent_height: H of the largest latents.
+        patch_size: patch, as one integer (a frame's height and width) or [time, height, width].
+        in_channels: C of the input, image latents included.
+        out_channels: C of the output.
+        hidden_size: D.
+        num_layers: blocks.
+        num_attention_heads: heads.
+        time_embed_dim: E.
+        modules: sections ``pos_embed_config, patch_embed_config, adaln_layer_config, final_layer_config`` and,
+            optionally, ``lora_config``.
+        transformer_args: see `TransformerArgs`.
+        elementwise_affine: give all norms weight and bias.
+        height_interpolation: for the position mixin, unless it says otherwise itself.
+        width_interpolation: likewise.
+        time_interpolation: likewise.
+        ofs_embed_dim: size of the embedding of ``ofs`` (1.5 I2V), equal to `time_embed_dim`; None without it.
+        use_SwiGLU: gate the MLP (Shazeer 2020) instead of GELU; no released model does.
+        use_RMSNorm: RMS norms in the blocks instead of layer norms; no released model does.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "adm_in_channels": "there is no class or vector condition",
+        "num_classes": "there is no class or vector condition",
+        "input_time": "the time embedding always enters through adaLN",
+        "parallel_output": "the output is whole on every rank",
+    }
+
+    def __init__(
+        self,
+        *,
+        num_frames: int,
+        time_compressed_rate: int,
+        latent_width: int,
+        latent_height: int,
+        patch_size: int | Sequence[int],
+        in_channels: int,
+        out_channels: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        time_embed_dim: int,
+        modules: Mapping[str, Any],
+        transformer_args: Mapping[str, Any],
+        elementwise_affine: bool = True,
+        height_interpolation: float | None = None,
+        width_interpolation: float | None = None,
+        time_interpolation: float | None = None,
+        ofs_embed_dim: int | None = None,
+        use_SwiGLU: bool = False,  # noqa: N803
+        use_RMSNorm: bool = False,  # noqa: N803
+    ) -> None:
+        if hidden_size % num_attention_heads:
+            raise InputError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}")
+        if ofs_embed_dim is not None and ofs_embed_dim != time_embed_dim:
+            raise InputError(
+                f"ofs_embed_dim={ofs_embed_dim} must equal time_embed_dim={time_embed_dim}: both embeddings are added"
+            )
+        args = TransformerArgs.parse(transformer_args)
+        sgm.distributed.initialize(model_parallel_size=args.model_parallel_size)
+        norm = partial(RMSNorm) if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
+        transformer = BaseTransformer(
+            num_layers=num_layers,
+            vocab_size=1,
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            max_sequence_length=args.max_sequence_length,
+            checkpoint_activations=args.checkpoint_activations,
+            checkpoint_num_layers=args.checkpoint_num_layers,
+            checkpoint_skip_layers=args.checkpoint_skip_layers,
+            layernorm_epsilon=args.layernorm_epsilon,
+            layernorm=norm,
+            is_gated_mlp=use_SwiGLU,
+            activation_func=F.silu if use_SwiGLU else partial(F.gelu, approximate="tanh"),
+            skip_init=args.skip_init,
+        )
+        del transformer.word_embeddings  # latents are embedded by the patch mixin
+        super().__init__(None, transformer=transformer)
+        self.patch_size = normalize_patch_size(patch_size)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.hidden_size = hidden_size
+        self.time_embed = nn.Sequential(
+            nn.Linear(hidden_size, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim)
+        )
+        self.ofs_embed_dim = ofs_embed_dim
+        if ofs_embed_dim is not None:
+            self.ofs_embed = nn.Sequential(
+                nn.Linear(ofs_embed_dim, ofs_embed_dim), nn.SiLU(), nn.Linear(ofs_embed_dim, ofs_embed_dim)
+            )
+        latent_frames = (num_frames - 1) // time_compressed_rate + 1
+        self.grid: Grid = (
+            -(-latent_frames // self.patch_size[0]),  # an odd count is padded at the front
+            latent_height // self.patch_size[1],
+            latent_width // self.patch_size[2],
+        )
+        self._add_mixins(
+            modules,
+            shared={
+                "hidden_size": hidden_size,
+                "time_embed_dim": time_embed_dim,
+                "elementwise_affine": elementwise_affine,
+                "hidden_size_head": hidden_size // num_attention_heads,
+                "num_layers": num_layers,
+                "layer_num": num_layers,  # the adapter mixin's name for it
+                "patch_size": self.patch_size,
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "grid": self.grid,
+                "height_interpolation": height_interpolation,
+                "width_interpolation": width_interpolation,
+                "time_interpolation": time_interpolation,
+            },
+        )
+
+    def _add_mixins(self, modules: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+        """Build the mixins; each takes from `shared` what its constructor names and the YAML leaves out."""
+        required = {"pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config"}
+        known = [*sorted(required), "lora_config"]
+        for name in modules:
+            if name not in known:
+                raise InputError(f"network_config.params.modules.{name} is unknown{nearest(name, known)}")
+        if missing := required - set(modules):
+            raise InputError(f"network_config.params.modules lacks {', '.join(sorted(missing))}")
+        self.transformer.position_embeddings.requires_grad_(False)
+        for name in ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora"):
+            section = modules.get(f"{name}_config")
+            if section is None:
+                continue
+            own = section.get("params") or {}
+            accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
+            extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
+            self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, ofs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict, in one pass, what the denoiser's scaling asks for (v for the released models).
+
+        Args:
+            x: (B, T, C_in, H, W) noisy latents, image latents already concatenated on C.
+            timesteps: (B,) in 0..999.
+            context: (B, L, D_text) text embeddings.
+            ofs: (B,) for models with `ofs_embed_dim`, which need it; 2.0 in all released use.
+
+        Returns:
+            (B, T, C_out, H, W).
+
+        Raises:
+            InputError: a shape that the model cannot take, or `ofs` given or left out wrongly.
+        """
+        grid = self._check_input(x, ofs)
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
+        if ofs is not None:
+            emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
+        return super().forward(x, None, None, context=context, emb=emb, grid=grid, num_text=context.shape[1])[0]
+
+    def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
+        """Return the grid of patches of `x`, or say what is wrong with it."""
+        if x.ndim != 5 or x.shape[2] != self.in_channels:
+            raise InputError(
+                f"the network takes (B, T, {self.in_channels}, H, W), got {tuple(x.shape)}; image-to-video models take "
+                "the noisy latents and the image latents concatenated on the channel axis"
+            )
+        size = (x.shape[1], x.shape[3], x.shape[4])
+        if any(length % patch for length, patch in zip(size, self.patch_size, strict=True)):
+            raise InputError(f"latents of {size} (T, H, W) cannot be cut into patches of {self.patch_size}; pad or resize them")
+        if (ofs is None) != (self.ofs_embed_dim is None):
+            raise InputError(
+                "this model needs ofs (2.0)" if ofs is None else "ofs is given, but this model has no ofs_embed_dim"
+            )
+        t, h, w = (length // patch for length, patch in zip(size, self.patch_size, strict=True))
+        return t, h, w

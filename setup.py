@@ -1,0 +1,45 @@
+"""Package definition; versions are those that the project is tested with or that its dependencies need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cogvideox-sat",
+    version="0.1.0",
+    description="A config-driven framework for fine-tuning and sampling CogVideoX video diffusion models",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
+    py_modules=["dit_video_concat", "sample_video"],
+    install_requires=[
+        "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
+        "SwissArmyTransformer==0.4.12",
+        "triton>=3.4,<4; platform_system == 'Linux'",  # imported by SwissArmyTransformer
+        "wandb>=0.19,<1",  # imported by SwissArmyTransformer; nothing is logged to it unless asked
+        "deepspeed>=0.18,<0.20",
+        "omegaconf>=2.3,<3",
+        "einops>=0.8,<1",
+        "transformers>=5.0,<6",
+        "sentencepiece>=0.2,<1",
+        "decord>=0.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "av>=14",  # the decoder where decord has no wheel or fails
+        "imageio>=2.36,<3",
+        "imageio-ffmpeg>=0.6,<1",
+        "kornia>=0.8,<1",
+        "safetensors>=0.5,<1",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tqdm>=4.66,<5",
+        "tensorboard>=2.18,<3",
+    ],
+    extras_require={
+        "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
+        "wandb": ["wandb>=0.19,<1"],
+        "lowmem": ["bitsandbytes>=0.45", "torchao>=0.12"],
+        "web": ["gradio>=5"],
+        "dev": ["pytest>=8,<10", "ruff==0.17.5", "pyright==1.1.414"],
+    },
+)

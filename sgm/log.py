@@ -1,0 +1,40 @@
+"""Logging of this package: one logger, on rank zero, and quiet dependencies."""
+
+import logging
+import os
+import sys
+
+
+def get_logger(name: str = "sgm") -> logging.Logger:
+    """Return the package's logger, or a child of it for a module's ``__name__``."""
+    return logging.getLogger(name if name.split(".")[0] == "sgm" else f"sgm.{name}")
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is rank zero, from the launcher's environment (true without a launcher)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def configure_logging(*, debug: bool = False) -> None:
+    """Send the package's messages to standard error, from rank zero only, warnings from every rank.
+
+    The dependencies that announce themselves at import (SwissArmyTransformer, DeepSpeed, kernels that they
+    do not find) are reduced to errors: none of what they say there concerns the user.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if debug else "%(message)s"))
+    logger = logging.getLogger("sgm")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if is_rank_zero() else logging.WARNING)
+    if not debug:
+        quiet_dependencies()
+
+
+def quiet_dependencies() -> None:
+    """Keep SwissArmyTransformer, DeepSpeed and transformers from logging anything below an error."""
+    os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("sat", "DeepSpeed", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

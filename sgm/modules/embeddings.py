@@ -1,0 +1,145 @@
+"""Position tables, timestep embedding and patches: pure functions on tensors.
+
+Legend: ``B T C H W`` video latents, ``t h w`` the grid of patches, ``N = t·h·w`` patches, ``D`` hidden size.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+
+PatchSize = tuple[int, int, int]
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, *, max_period: float = 10000.0) -> torch.Tensor:
+    """Sinusoidal embedding of a scalar per sample (Vaswani et al. 2017, cosines first).
+
+    Args:
+        timesteps: (B,), any real type.
+        dim: even length of the embedding.
+        max_period: wavelength of the slowest component, divided by 2π.
+
+    Returns:
+        (B, dim) float32.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """(n,) float64 positions → (n, dim): sines, then cosines."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = positions[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sincos_positions_3d(
+    grid: tuple[int, int, int],
+    dim: int,
+    *,
+    time_interpolation: float = 1.0,
+    height_interpolation: float = 1.0,
+    width_interpolation: float = 1.0,
+) -> torch.Tensor:
+    """Fixed sine-cosine table of the 2B model.
+
+    The first quarter of the channels encodes the frame; of the rest, the first half encodes the column and the second
+    half the row (SAT checkpoint format). An interpolation of k squeezes k positions into one.
+
+    Args:
+        grid: (t, h, w) patches.
+        dim: D, a multiple of 16.
+        time_interpolation: divides frame numbers.
+        height_interpolation: divides row numbers.
+        width_interpolation: divides column numbers.
+
+    Returns:
+        (N, D) float32, in the order t, h, w.
+    """
+    if dim % 16:
+        raise ValueError(f"the 3D sine-cosine table needs a hidden size that is a multiple of 16, got {dim}")
+    t, h, w = grid
+    frames = _sincos_1d(torch.arange(t, dtype=torch.float64) / time_interpolation, dim // 4)
+    rows = _sincos_1d(torch.arange(h, dtype=torch.float64) / height_interpolation, dim // 8 * 3)
+    columns = _sincos_1d(torch.arange(w, dtype=torch.float64) / width_interpolation, dim // 8 * 3)
+    table = torch.cat(
+        (
+            frames[:, None, None].expand(t, h, w, -1),
+            columns[None, None, :].expand(t, h, w, -1),
+            rows[None, :, None].expand(t, h, w, -1),
+        ),
+        dim=-1,
+    )
+    return table.reshape(t * h * w, dim).float()
+
+
+def rope_table_3d(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    num_text: int = 0,
+    theta: float = 10000.0,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of 3D rotary positions (Su et al. 2021, applied to three axes).
+
+    A quarter of the head's channels rotates with the frame, three eighths each with the row and the column. Text
+    tokens come first and are not rotated: cosine 1, sine 0.
+
+    Args:
+        grid: (t, h, w) patches.
+        head_dim: channels of a head, a multiple of 16.
+        num_text: text tokens in front of the patches.
+        theta: base of the wavelengths.
+        device: where the tables go.
+
+    Returns:
+        Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle.
+    """
+    if head_dim % 16:
+        raise ValueError(f"3D rotary positions need a head size that is a multiple of 16, got {head_dim}")
+    axes = []
+    for length, dim in zip(grid, (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3), strict=True):
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+        axes.append(torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies))
+    t, h, w = grid
+    angles = torch.cat(
+        (
+            axes[0][:, None, None].expand(t, h, w, -1),
+            axes[1][None, :, None].expand(t, h, w, -1),
+            axes[2][None, None, :].expand(t, h, w, -1),
+        ),
+        dim=-1,
+    ).reshape(t * h * w, head_dim // 2)
+    angles = torch.cat((angles.new_zeros(num_text, head_dim // 2), angles)).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of neighbouring channels: (a, b) → (a·cos − b·sin, b·cos + a·sin).
+
+    Args:
+        x: (B, S, heads, head_dim). Computed in float32, because bf16 angles lose the far positions.
+        cos: (S, head_dim) float32.
+        sin: (S, head_dim) float32.
+
+    Returns:
+        As `x`, in its dtype.
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    return torch.addcmul(x * cos[:, None], turned, sin[:, None]).to(x.dtype)
+
+
+def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:
+    """(B, T, C, H, W) → (B, N, C·pt·ph·pw), each patch in the order c, pt, ph, pw."""
+    pt, ph, pw = patch_size
+    return rearrange(x, "b (t pt) c (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(x: torch.Tensor, grid: tuple[int, int, int], patch_size: PatchSize) -> torch.Tensor:
+    """(B, N, C·pt·ph·pw) → (B, T, C, H, W); the inverse of `patchify`."""
+    (t, h, w), (pt, ph, pw) = grid, patch_size
+    return rearrange(x, "b (t h w) (c pt ph pw) -> b (t pt) c (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)

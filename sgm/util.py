@@ -1,0 +1,105 @@
+"""Instantiation from YAML, small tensor helpers, and the error classes a user can meet."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: a YAML key, a file, a prompt. Commands end with exit code 2.
+
+    The message says what was found, where, what was expected, and what to do.
+    """
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The work itself failed (disk full, non-finite values). Commands end with exit code 1."""
+
+    exit_code = 1
+
+
+def get_obj_from_str(target: str) -> Any:
+    """Import the object that a YAML ``target:`` names, for example ``torch.nn.Identity``.
+
+    Raises:
+        InputError: the module or the attribute does not exist, with the nearest name if there is one.
+    """
+    module_name, _, name = str(target).rpartition(".")
+    if not module_name:
+        raise InputError(f"target '{target}' is not a dotted path; write it as module.Class, e.g. torch.nn.Identity")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise InputError(
+                f"target '{target}' names the module '{module_name}', which does not exist; correct the dotted path, "
+                "or install the package that holds it"
+            ) from error
+        raise
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        hint = nearest(name, [n for n, value in vars(module).items() if inspect.isclass(value)])
+        raise InputError(f"target '{target}': module '{module_name}' has no '{name}'{hint}") from error
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build what a ``{target: ..., params: {...}}`` section describes.
+
+    Args:
+        config: a section with ``target`` (dotted path of a class) and, optionally, ``params``.
+        **extra: further keyword arguments that the caller, not the YAML, knows.
+
+    Parameters that the class lists in ``IGNORED_PARAMS`` (accepted from released YAML, without effect) are dropped;
+    reading the configuration warns about them.
+
+    Raises:
+        InputError: the section has no target, or the target does not accept a parameter.
+    """
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise InputError(f"expected a section with 'target:' (and 'params:'), got {config!r}")
+    cls = get_obj_from_str(config["target"])
+    ignored = getattr(cls, "IGNORED_PARAMS", {})
+    params = {name: value for name, value in (config.get("params") or {}).items() if name not in ignored} | extra
+    try:
+        inspect.signature(cls).bind(**params)
+    except TypeError as error:
+        raise InputError(f"{config['target']}: {error}; see the parameters of that class") from error
+    return cls(**params)
+
+
+def without_allocating() -> AbstractContextManager[Any]:
+    """Return a context in which modules are built with their shapes and dtypes but without memory.
+
+    Fake tensors rather than the meta device: SAT's layers name the CPU as the device of their weights, and its
+    adapters copy weights while they are built; both work on fake tensors only.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or ``""``."""
+    import difflib
+
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Append trailing axes of length 1 to `x` until it has `ndim` axes."""
+    if x.ndim > ndim:
+        raise ValueError(f"cannot view a tensor of {x.ndim} axes as one of {ndim}")
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """Return `value`, or `fallback` where `value` is None."""
+    return fallback if value is None else value

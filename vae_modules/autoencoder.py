@@ -1,0 +1,200 @@
+"""The video autoencoder: cuts clips into chunks and tiles, and runs encoder and decoder over them.
+
+Shapes: ``B C T H W``; F video frames, L latent frames, F = 4(L−1)+1.
+
+Chunks (along time) give the memory bound. Decoding takes 2 latents at a time, and one more at the start where L is
+odd (13 = 3+2+2+2+2+2); what the convolutions must remember stays on the device. Group-norm statistics are taken per
+chunk: that is how the released weights were trained to be decoded. Tiles (in space) bound the memory further and
+change the result a little, since each tile is normalised by itself.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sgm.util import InputError, instantiate_from_config
+from vae_modules.layers import Stream
+from vae_modules.regularizers import DiagonalGaussianRegularizer
+
+DECODE_CHUNK = 2  # latent frames
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Spatial tiles, in pixels of the video.
+
+    Attributes:
+        size: (height, width) of a tile; multiples of 8.
+        overlap: pixels that neighbours share and that are blended linearly; a multiple of 8.
+    """
+
+    size: tuple[int, int] = (256, 384)
+    overlap: int = 64
+
+    def __post_init__(self) -> None:
+        if any(side % 8 or side <= self.overlap for side in self.size) or self.overlap % 8 or self.overlap <= 0:
+            raise InputError(
+                f"VAE tiles of {self.size} with an overlap of {self.overlap} pixels do not work: sizes and overlap must "
+                "be positive multiples of 8, and each side larger than the overlap"
+            )
+
+
+class VideoAutoencoderInferenceWrapper(nn.Module):
+    """Encoder, regularizer and decoder.
+
+    Args:
+        encoder_config: section for `vae_modules.cp_enc_dec.ContextParallelEncoder3D`.
+        decoder_config: section for `vae_modules.cp_enc_dec.ContextParallelDecoder3D`.
+        regularizer_config: section for `vae_modules.regularizers.DiagonalGaussianRegularizer`.
+        cp_size: ranks that share one video along time; 1 in this version.
+        ckpt_path: the weights' file. The autoencoder does not read it itself: `sgm.checkpoint.load_autoencoder` does.
+        ignore_keys: prefixes in that file that belong to no part of the autoencoder.
+        encode_chunk: video frames encoded at a time (a multiple of 8: 8 is what diffusers does), or None for the
+            whole clip, which is what the models were trained on.
+        tiling: encode and decode in spatial tiles.
+        slicing: encode and decode one sample of the batch at a time.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "loss_config": "the autoencoder is not trained here",
+        "monitor": "the autoencoder is not trained here",
+        "input_key": "the autoencoder is not trained here",
+    }
+
+    def __init__(
+        self,
+        *,
+        encoder_config: Mapping[str, Any],
+        decoder_config: Mapping[str, Any],
+        regularizer_config: Mapping[str, Any],
+        cp_size: int = 1,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        encode_chunk: int | None = None,
+        tiling: Tiling | None = None,
+        slicing: bool = False,
+    ) -> None:
+        super().__init__()
+        if cp_size not in (0, 1):
+            raise InputError(
+                f"first_stage_config: cp_size={cp_size}, but the VAE runs on one rank in this version; set cp_size: 1"
+            )
+        if encode_chunk is not None and (encode_chunk < 8 or encode_chunk % 8):
+            raise InputError(f"first_stage_config: encode_chunk={encode_chunk} must be a multiple of 8 frames, or null")
+        self.ckpt_path = ckpt_path
+        self.ignore_keys = tuple(ignore_keys)
+        self.encode_chunk = encode_chunk
+        self.tiling = tiling
+        self.slicing = slicing
+        self.encoder = instantiate_from_config(encoder_config)
+        self.decoder = instantiate_from_config(decoder_config)
+        self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
+
+    def encode_moments(self, video: torch.Tensor) -> torch.Tensor:
+        """Encode a clip.
+
+        Args:
+            video: (B, 3, F, H, W) in −1..1, F = 4k+1, H and W multiples of 8.
+
+        Returns:
+            Mean and log-variance (B, 2z, (F−1)/4+1, H/8, W/8).
+
+        Raises:
+            InputError: the shape is not one that the VAE can encode.
+        """
+        frames, height, width = video.shape[2:]
+        if (frames - 1) % 4:
+            low = max((frames - 1) // 4 * 4 + 1, 1)
+            raise InputError(f"the VAE encodes 4k+1 frames, not {frames}; take {low} or {low + 4}")
+        if height % 8 or width % 8:
+            raise InputError(f"the VAE encodes sides that are multiples of 8, not {height}×{width}; crop or resize the clip")
+        return self._sliced(video, self._encode_tile, in_scale=8, out_scale=1)
+
+    def encode(
+        self, video: torch.Tensor, *, generator: torch.Generator | None = None, sample: bool = True
+    ) -> torch.Tensor:
+        """(B, 3, F, H, W) → unscaled latents (B, z, L, H/8, W/8): a draw from their distribution, or its mean."""
+        distribution = self.regularization.distribution(self.encode_moments(video))
+        return distribution.sample(generator=generator) if sample else distribution.mean
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Unscaled latents (B, z, L, h, w) → video (B, 3, 4(L−1)+1, 8h, 8w), nominally in −1..1."""
+        return self._sliced(latents, self._decode_tile, in_scale=1, out_scale=8)
+
+    def forward(self, video: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Reconstruct a clip: (B, 3, F, H, W) → (B, 3, F, H, W)."""
+        return self.decode(self.regularization(self.encode_moments(video), generator=generator))
+
+    def _sliced(self, x: torch.Tensor, run: Callable[..., torch.Tensor], *, in_scale: int, out_scale: int) -> torch.Tensor:
+        """Apply `run` per sample and per tile, as configured."""
+        if self.slicing and x.shape[0] > 1:
+            return torch.cat([self._tiled(one, run, in_scale, out_scale) for one in x.split(1)])
+        return self._tiled(x, run, in_scale, out_scale)
+
+    def _tiled(self, x: torch.Tensor, run: Callable[..., torch.Tensor], in_scale: int, out_scale: int) -> torch.Tensor:
+        """Apply `run` to overlapping tiles and blend them; `*_scale` are pixels of x and of the result per latent."""
+        if self.tiling is None:
+            return run(x)
+        size = [side // 8 for side in self.tiling.size]
+        overlap = self.tiling.overlap // 8
+        height, width = x.shape[3] // in_scale, x.shape[4] // in_scale
+        if height <= size[0] and width <= size[1]:
+            return run(x)
+        total = weight = None
+        for top in _tile_starts(height, size[0], overlap):
+            for left in _tile_starts(width, size[1], overlap):
+                bottom, right = min(top + size[0], height), min(left + size[1], width)
+                tile = run(x[..., top * in_scale : bottom * in_scale, left * in_scale : right * in_scale])
+                if total is None:
+                    total = tile.new_zeros((*tile.shape[:3], height * out_scale, width * out_scale))
+                    weight = tile.new_zeros(total.shape[3:], dtype=torch.float32)
+                ramp = overlap * out_scale
+                mask = torch.outer(
+                    _blend_weights(tile.shape[3], ramp, top > 0, bottom < height, tile.device),
+                    _blend_weights(tile.shape[4], ramp, left > 0, right < width, tile.device),
+                )
+                rows = slice(top * out_scale, bottom * out_scale)
+                columns = slice(left * out_scale, right * out_scale)
+                total[..., rows, columns] += tile * mask.to(tile.dtype)
+                weight[rows, columns] += mask
+        return total / weight.to(total.dtype)
+
+    def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
+        return self._stream(video, self.encoder, self.encode_chunk or video.shape[2])
+
+    def _decode_tile(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._stream(latents, self.decoder, DECODE_CHUNK)
+
+    @staticmethod
+    def _stream(x: torch.Tensor, network: nn.Module, chunk: int) -> torch.Tensor:
+        """Run `network` over chunks of `chunk` frames; the first one also takes the frames left over."""
+        frames = x.shape[2]
+        bounds = [0, *range(min(frames, chunk + frames % chunk), frames + 1, chunk)]
+        stream = Stream()
+        pieces = []
+        for start, end in itertools.pairwise(bounds):
+            stream.begin_chunk(is_first=start == 0, is_last=end == frames)
+            pieces.append(network(x[:, :, start:end], stream))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _tile_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Starts of tiles of `size` that cover `length` with at least `overlap` in common; the last one ends flush."""
+    if length <= size:
+        return [0]
+    return [*range(0, length - size, size - overlap), length - size]
+
+
+def _blend_weights(length: int, ramp: int, fade_in: bool, fade_out: bool, device: torch.device) -> torch.Tensor:
+    """Weights (length,) that rise over `ramp` pixels at a side with a neighbour and are 1 elsewhere."""
+    weights = torch.ones(length, device=device)
+    slope = (torch.arange(ramp, device=device) + 0.5) / ramp
+    if fade_in:
+        weights[:ramp] = slope
+    if fade_out:
+        weights[-ramp:] *= slope.flip(0)
+    return weights

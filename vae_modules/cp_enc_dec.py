@@ -1,0 +1,193 @@
+"""Encoder and decoder of the causal 3D video VAE.
+
+Shapes: ``B C T H W``. Parameter names are those of the released ``3d-vae.pt`` (SAT checkpoint format). Each class
+works on one chunk of a clip; `vae_modules.autoencoder` cuts the clip and owns the `Stream`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from sgm.util import InputError
+from vae_modules.layers import (
+    CausalConv3d,
+    Downsample3D,
+    ResnetBlock3D,
+    Stream,
+    Upsample3D,
+    make_norm,
+    silu,
+)
+
+_UNUSED = {
+    "resolution": "the network is fully convolutional",
+    "resamp_with_conv": "resampling always ends in a convolution",
+}
+
+
+def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_compress_times: int) -> int:
+    """Refuse what the released VAE does not have; return the number of levels that resample time."""
+    if list(attn_resolutions):
+        raise InputError(
+            f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set attn_resolutions: []"
+        )
+    if pad_mode != "first":
+        raise InputError(f"{name}: pad_mode='{pad_mode}' is unknown; the causal padding repeats the first frame: 'first'")
+    levels = int(math.log2(temporal_compress_times))
+    if 2**levels != temporal_compress_times:
+        raise InputError(f"{name}: temporal_compress_times={temporal_compress_times} is not a power of 2; use 4")
+    return levels
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, then a resampling layer except at the last level."""
+
+    def __init__(self, blocks: list[ResnetBlock3D], *, down: nn.Module | None = None, up: nn.Module | None = None):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        if down is not None:
+            self.downsample = down
+        if up is not None:
+            self.upsample = up
+
+
+class ContextParallelEncoder3D(nn.Module):
+    """Video → mean and log-variance of the latents.
+
+    Args:
+        ch: channels at full resolution.
+        ch_mult: channel multiplier of every resolution level; each level but the last halves height and width.
+        num_res_blocks: residual blocks a level.
+        in_channels: channels of the video.
+        z_channels: channels of the latents.
+        double_z: give mean and log-variance (2·z channels) rather than the mean alone.
+        dropout: dropout probability inside the residual blocks.
+        attn_resolutions: must be empty; this VAE has no attention.
+        pad_mode: must be "first": before the clip, the first frame repeats.
+        temporal_compress_times: 4: the first levels halve the frames, log2 of this times.
+        gather_norm: over several context-parallel ranks, take group-norm statistics over all of them.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {**_UNUSED, "out_ch": "the encoder's output has z_channels"}
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int = 3,
+        in_channels: int = 3,
+        z_channels: int = 16,
+        double_z: bool = True,
+        dropout: float = 0.0,
+        attn_resolutions: Sequence[int] = (),
+        pad_mode: str = "first",
+        temporal_compress_times: int = 4,
+        gather_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        self.gather_norm = gather_norm
+        self.conv_in = CausalConv3d(in_channels, ch, 3)
+        self.down = nn.ModuleList()
+        channels = ch
+        for level, multiplier in enumerate(ch_mult):
+            blocks = []
+            for _ in range(num_res_blocks):
+                blocks.append(ResnetBlock3D(channels, ch * multiplier, dropout))
+                channels = ch * multiplier
+            is_last = level == len(ch_mult) - 1
+            down = None if is_last else Downsample3D(channels, compress_time=level < time_levels)
+            self.down.append(Level(blocks, down=down))
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock3D(channels, channels, dropout)
+        self.mid.block_2 = ResnetBlock3D(channels, channels, dropout)
+        self.norm_out = make_norm(channels, None)
+        self.conv_out = CausalConv3d(channels, 2 * z_channels if double_z else z_channels, 3)
+
+    def forward(self, x: torch.Tensor, stream: Stream | None = None) -> torch.Tensor:
+        """One chunk of video (B, 3, F, H, W) in −1..1 → (B, 2z, F', H/8, W/8)."""
+        stream = stream or Stream()
+        h = self.conv_in(x, stream)
+        for level in self.down:
+            for block in level.block:
+                h = block(h, None, stream)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h, stream)
+        h = self.mid.block_1(h, None, stream)
+        h = self.mid.block_2(h, None, stream)
+        return self.conv_out(silu(self.norm_out(h)), stream)
+
+
+class ContextParallelDecoder3D(nn.Module):
+    """Latents → video.
+
+    Args:
+        ch: channels at full resolution.
+        ch_mult: channel multiplier of every resolution level, from full resolution to that of the latents.
+        num_res_blocks: residual blocks a level, less one.
+        out_ch: channels of the video.
+        z_channels: channels of the latents.
+        dropout: dropout probability inside the residual blocks.
+        attn_resolutions: must be empty; this VAE has no attention.
+        pad_mode: must be "first": before the clip, the first frame repeats.
+        temporal_compress_times: 4: the last levels double the frames, log2 of this times.
+        gather_norm: over several context-parallel ranks, take group-norm statistics over all of them.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        **_UNUSED,
+        "in_channels": "the decoder's output has out_ch channels",
+        "double_z": "the decoder takes latents, not their mean and variance",
+    }
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int = 3,
+        out_ch: int = 3,
+        z_channels: int = 16,
+        dropout: float = 0.0,
+        attn_resolutions: Sequence[int] = (),
+        pad_mode: str = "first",
+        temporal_compress_times: int = 4,
+        gather_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        self.gather_norm = gather_norm
+        channels = ch * ch_mult[-1]
+        self.conv_in = CausalConv3d(z_channels, channels, 3)
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock3D(channels, channels, dropout, z_channels)
+        self.mid.block_2 = ResnetBlock3D(channels, channels, dropout, z_channels)
+        levels: list[nn.Module] = []
+        for level in reversed(range(len(ch_mult))):
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(ResnetBlock3D(channels, ch * ch_mult[level], dropout, z_channels))
+                channels = ch * ch_mult[level]
+            compress_time = level >= len(ch_mult) - time_levels
+            up = None if level == 0 else Upsample3D(channels, compress_time=compress_time)
+            levels.insert(0, Level(blocks, up=up))
+        self.up = nn.ModuleList(levels)
+        self.norm_out = make_norm(channels, z_channels)
+        self.conv_out = CausalConv3d(channels, out_ch, 3)
+
+    def forward(self, latents: torch.Tensor, stream: Stream | None = None) -> torch.Tensor:
+        """One chunk of latents (B, z, t, h, w) → video (B, 3, T, 8h, 8w), T = 4(t−1)+1 at the start, 4t later."""
+        stream = stream or Stream()
+        h = self.conv_in(latents, stream)
+        h = self.mid.block_1(h, latents, stream)
+        h = self.mid.block_2(h, latents, stream)
+        for level in reversed(list(self.up)):
+            for block in level.block:
+                h = block(h, latents, stream)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h, stream)
+        return self.conv_out(silu(self.norm_out(h, latents, stream)), stream)
