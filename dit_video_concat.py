@@ -35,7 +35,7 @@ from sgm.modules.embeddings import (
 )
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
 
-sgm.distributed.quiet_dependencies()  # before SAT's import, which announces itself
+sgm.distributed.prepare_import()
 
 from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402

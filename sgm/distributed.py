@@ -13,6 +13,12 @@ from sgm.log import quiet_dependencies
 from sgm.util import InputError
 
 
+def prepare_import() -> None:
+    """Call before SAT or DeepSpeed is imported: choose DeepSpeed's device as torch does, and keep both quiet."""
+    quiet_dependencies()
+    os.environ.setdefault("DS_ACCELERATOR", device().type)
+
+
 def is_launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -32,15 +38,14 @@ def initialize(*, model_parallel_size: int = 1) -> None:
             f"model_parallel_size={model_parallel_size}: the DiT runs on one rank in this version; "
             "set model_parallel_size: 1"
         )
-    quiet_dependencies()
+    prepare_import()
     from sat import mpu
 
     if not dist.is_initialized():
         if is_launched():
-            accelerator = torch.accelerator.current_accelerator()
-            if accelerator is not None:
+            if torch.accelerator.is_available():
                 torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(dist.get_default_backend_for_device(accelerator or torch.device("cpu")))
+            dist.init_process_group(dist.get_default_backend_for_device(device()))
         else:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
@@ -70,7 +75,8 @@ def data_parallel_size() -> int:
 
 def device() -> torch.device:
     """Return the device of this process: its accelerator where there is one, otherwise the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
+    # A build with accelerator support names its device type even where no device is present.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

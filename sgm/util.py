@@ -3,10 +3,13 @@
 import importlib
 import inspect
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+
+_FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
 
 
 class InputError(ValueError):
@@ -74,15 +77,17 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     return cls(**params)
 
 
-def without_allocating() -> AbstractContextManager[Any]:
-    """Return a context in which modules are built with their shapes and dtypes but without memory.
+class without_allocating(TorchFunctionMode):  # noqa: N801 (reads as the context manager that it is)
+    """Context in which modules are built on the meta device: shapes and dtypes, no memory, no initialisation.
 
-    Fake tensors rather than the meta device: SAT's layers name the CPU as the device of their weights, and its
-    adapters copy weights while they are built; both work on fake tensors only.
+    ``torch.device("meta")`` as a context does not do: it yields to an explicit device, and SAT's layers name the CPU.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -1,0 +1,77 @@
+"""What the shapes of a network's tensors tell: the model family, and the shipped configuration that fits it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+PATCH_WEIGHT = "mixins.patch_embed.proj.weight"
+POSITION_TABLE = "mixins.pos_embed.pos_embedding"
+
+# (hidden size, layers, input channels, temporal patch) of the shipped model configurations.
+_CONFIGS = {
+    (192, 6, 16, 1): "toy",
+    (192, 6, 32, 1): "toy_i2v",
+    (1920, 30, 16, 1): "cogvideox_2b",
+    (3072, 42, 16, 1): "cogvideox_5b",
+    (3072, 42, 32, 1): "cogvideox_5b_i2v",
+    (3072, 42, 16, 2): "cogvideox1.5_5b",
+    (3072, 42, 32, 2): "cogvideox1.5_5b_i2v",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a network's tensors tell about it; None where they do not."""
+
+    hidden_size: int
+    num_layers: int
+    in_channels: int | None
+    temporal_patch: int | None
+    position_rows: int | None
+    lora_rank: int | None
+    has_ofs: bool
+
+    def __str__(self) -> str:
+        """Return the description that error messages show."""
+        parts = [f"hidden size {self.hidden_size}", f"{self.num_layers} layers"]
+        parts += [f"{self.in_channels} input channels"] if self.in_channels else []
+        parts += [f"temporal patch {self.temporal_patch}"] if self.temporal_patch else []
+        parts += [f"a table of {self.position_rows} positions"] if self.position_rows else ["no position table"]
+        parts += ["an ofs embedding"] if self.has_ofs else []
+        parts += [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
+        return ", ".join(parts)
+
+    def config_hint(self) -> str:
+        """Return which shipped model configuration has this shape, as an advice."""
+        key = (self.hidden_size, self.num_layers, self.in_channels, self.temporal_patch)
+        name = next((name for shipped, name in _CONFIGS.items() if shipped == key), None)
+        if name is None:
+            return "use the model configuration that it was trained with (no shipped one has this shape)"
+        if not self.lora_rank:
+            return f"use configs/{name}.yaml"
+        if self.temporal_patch == 1 and name.startswith("cogvideox"):
+            return f"use configs/{name}_lora.yaml (lora_config: r: {self.lora_rank})"
+        return f"use configs/{name}.yaml with a lora_config section (r: {self.lora_rank})"
+
+
+def describe_architecture(shapes: Mapping[str, Sequence[int]]) -> Architecture | None:
+    """Infer an architecture from tensor shapes by name (without prefix); None without a patch projection."""
+    patch = shapes.get(PATCH_WEIGHT)
+    if patch is None or len(patch) not in (2, 4):
+        return None
+    # A linear weight [D, C·pt·p·p] does not tell C from pt. The output projection has out_channels·pt·p·p rows; all
+    # released models have 16 output channels and 2×2 patches, so there are 64 rows or, for a temporal patch of 2, 128.
+    volume = {64: 4, 128: 8}.get(shapes.get("mixins.final_layer.linear.weight", (0,))[0])
+    if len(patch) == 4:
+        in_channels, temporal_patch = patch[1], 1
+    else:
+        in_channels, temporal_patch = (patch[1] // volume, volume // 4) if volume else (None, None)
+    table = shapes.get(POSITION_TABLE)
+    return Architecture(
+        hidden_size=patch[0],
+        num_layers=len({name.split(".")[2] for name in shapes if name.startswith("transformer.layers.")}),
+        in_channels=in_channels,
+        temporal_patch=temporal_patch,
+        position_rows=table[-2] if table else None,
+        lora_rank=next((shape[0] for name, shape in shapes.items() if name.endswith(".matrix_A.0")), None),
+        has_ofs=any(name.startswith("ofs_embed.") for name in shapes),
+    )

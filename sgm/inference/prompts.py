@@ -1,0 +1,230 @@
+"""What to sample: prompts from a file or the command line, and the images that go with them.
+
+Legend: H, W pixels.
+"""
+
+import builtins
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from sgm.log import get_logger
+from sgm.util import InputError
+
+log = get_logger(__name__)
+
+IMAGE_SEPARATOR = "@@"
+# 255 bytes is the limit of a name on common file systems; the rest is for the index and a temporary suffix.
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to sample.
+
+    Attributes:
+        index: position among the prompts, from 0; it names the output folder.
+        text: the prompt itself.
+        image: the image to start from (image to video), else None.
+    """
+
+    index: int
+    text: str
+    image: Path | None = None
+
+
+def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
+    """Read a prompt file: UTF-8, one prompt a line, blank lines skipped.
+
+    Args:
+        input_file: the file.
+        image2video: whether lines are ``prompt@@image``. A relative image path is looked up from the working
+            directory, then from the folder of the prompt file.
+
+    Raises:
+        InputError: the file is missing, no UTF-8 text or without prompts, or lines have the wrong form, all of them
+            in one message. Images are not opened; see `check_images`.
+    """
+    file = Path(input_file).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(
+            f"prompt file '{file}' (args.input_file) cannot be read: {error.strerror}; name a text file with one "
+            "prompt a line"
+        ) from error
+    prompts: list[Prompt] = []
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_parse(line, len(prompts), image2video=image2video, folder=file.parent))
+        except InputError as error:
+            problems.append(f"{file}:{number}: {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    if not prompts:
+        raise InputError(f"prompt file '{file}' (args.input_file) holds no prompt; write one prompt a line")
+    return prompts
+
+
+def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = None) -> Iterator[Prompt]:
+    """Ask for prompts until an empty line, ``exit`` or the end of input; a bad line is reported and asked again.
+
+    Args:
+        image2video: whether to ask for ``prompt@@image``.
+        input: shows a question and returns a line, as Python's own ``input`` does (the default).
+    """
+    ask = input or builtins.input
+    form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
+    index = 0
+    while True:
+        try:
+            line = ask(f"{form} (empty or 'exit' to end): ").strip()
+        except EOFError:
+            return
+        if not line or line == "exit":
+            return
+        try:
+            prompt = _parse(line, index, image2video=image2video, folder=None)
+            check_images([prompt])
+        except InputError as error:
+            log.error("%s", error)
+            continue
+        yield prompt
+        index += 1
+
+
+def check_images(prompts: Sequence[Prompt]) -> None:
+    """Decode the images of all prompts, each file once, so that a bad one is known before the models are loaded.
+
+    Raises:
+        InputError: every image that is missing or cannot be decoded.
+    """
+    problems = []
+    for image in dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None):
+        try:
+            _open_image(image)
+        except InputError as error:
+            users = [prompt.index for prompt in prompts if prompt.image == image]
+            problems.append(f"{error} (prompt {', '.join(map(str, users))})")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
+    """Read an image, scale it to cover `size` and cut out the middle.
+
+    Args:
+        path: any format that Pillow reads; its EXIF orientation is applied, transparency is discarded.
+        size: (H, W) in pixels.
+
+    Returns:
+        (3, H, W) float32 in [-1, 1].
+
+    Raises:
+        InputError: the image is missing or cannot be decoded.
+    """
+    from kornia.geometry.transform import resize
+
+    pixels = torch.from_numpy(np.array(_open_image(Path(path))))
+    image = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    (target_h, target_w), (h, w) = size, image.shape[-2:]
+    scale = max(target_h / h, target_w / w)
+    covering = (max(target_h, round(h * scale)), max(target_w, round(w * scale)))
+    if covering != (h, w):
+        image = resize(image, covering, interpolation="bicubic", align_corners=False, antialias=True)
+    top, left = (covering[0] - target_h) // 2, (covering[1] - target_w) // 2
+    # Bicubic interpolation overshoots at edges.
+    return image[0, :, top : top + target_h, left : left + target_w].clamp(-1, 1).contiguous()
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (H, W) of an image as it is displayed, in pixels.
+
+    Raises:
+        InputError: the image is missing or cannot be decoded.
+    """
+    image = _open_image(Path(path))
+    return image.height, image.width
+
+
+def fit_size(image_hw: tuple[int, int], short_side: int, multiple: int) -> tuple[int, int]:
+    """Return the (H, W) to sample for an image: its shape, with the given short side, in multiples of `multiple`.
+
+    Args:
+        image_hw: (H, W) of the image.
+        short_side: pixels of the shorter side, a multiple of `multiple`.
+        multiple: the longer side is rounded to the nearest multiple of this, never below the shorter side.
+
+    Source: CogVideoX1.5 image to video (short side 768, multiple 16).
+    """
+    if short_side % multiple:
+        raise InputError(
+            f"short side {short_side} is not a multiple of {multiple}; use {nearest_multiple(short_side, multiple)}"
+        )
+    h, w = image_hw
+    long_side = max(short_side, nearest_multiple(short_side * max(h, w) / min(h, w), multiple))
+    return (short_side, long_side) if h <= w else (long_side, short_side)
+
+
+def nearest_multiple(value: float, multiple: int) -> int:
+    """Return the positive multiple of `multiple` nearest to `value`, the larger one of two."""
+    return max(1, math.floor(value / multiple + 0.5)) * multiple
+
+
+def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
+    """Return the prompts that a data-parallel rank samples: every `world_size`-th, from the `rank`-th on."""
+    return [prompt for i, prompt in enumerate(prompts) if i % world_size == rank]
+
+
+def output_folder_name(index: int, text: str) -> str:
+    """Return ``{index}_{prompt}``, with the prompt cut and rid of what some file system cannot have in a name."""
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(r'[<>:"/\\|?*]', "", text)
+    text = "".join("_" if c.isspace() else c for c in text if c.isspace() or c.isprintable())
+    text = text[:MAX_NAME_CHARACTERS].encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore")
+    # Windows strips dots and spaces at the end of a name.
+    return f"{index}_{text}".rstrip("._ ")
+
+
+def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> Prompt:
+    parts = [part.strip() for part in line.split(IMAGE_SEPARATOR)]
+    if not image2video:
+        if len(parts) > 1:
+            raise InputError(
+                f"'{line.strip()}' names an image ({IMAGE_SEPARATOR}), but this is text to video; set "
+                f"image2video: true and use an image-to-video model, or remove '{IMAGE_SEPARATOR}' and what follows"
+            )
+        return Prompt(index, parts[0])
+    if len(parts) != 2 or not all(parts):
+        raise InputError(
+            f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video asks for; write "
+            f"the prompt, one '{IMAGE_SEPARATOR}' and the path of an image, or set image2video: false"
+        )
+    image = Path(parts[1]).expanduser()
+    if folder is not None and not image.exists() and (folder / image).exists():
+        image = folder / image
+    return Prompt(index, parts[0], image)
+
+
+def _open_image(path: Path) -> Image.Image:
+    """Decode an image to RGB, upright."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"image '{path}' does not exist; correct the path") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"image '{path}' cannot be decoded: {reason}; use an intact PNG or JPEG file") from error

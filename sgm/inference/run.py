@@ -1,0 +1,368 @@
+"""A sampling run: prompts in, videos out.
+
+The order bounds the memory: all prompts are encoded first and the text encoder leaves, then the network is read,
+then each prompt is sampled, decoded and written before the next one starts.
+"""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import sgm.distributed
+from sgm.check import SamplingPlan, check_sampling, dry_run, resolve_device, resolve_precision
+from sgm.config import Config
+from sgm.files import atomic_file
+from sgm.geometry import Geometry
+from sgm.inference.prompts import (
+    Prompt,
+    assign_to_rank,
+    check_images,
+    image_size,
+    load_image,
+    output_folder_name,
+    read_prompts,
+    read_prompts_cli,
+)
+from sgm.inference.video import contact_sheet, to_uint8, write_json, write_latents, write_video
+from sgm.log import get_logger, is_rank_zero
+from sgm.util import InputError, RunError, default, instantiate_from_config
+from vae_modules.autoencoder import Tiling
+
+logger = get_logger(__name__)
+
+SHEET_COLUMNS = 5
+
+Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Timings:
+    """Seconds of wall time that each part of one prompt took."""
+
+    text: float = 0.0
+    image: float = 0.0
+    sample: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        written: videos (or latents) written.
+        skipped: results that were there already.
+        sheets: contact sheet, if one was asked for and there was something to show.
+        seconds: wall time of the whole run.
+        peak_bytes: most memory in use: of the accelerator, or of the process on a CPU.
+    """
+
+    written: list[Path] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+    sheet: Path | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def __str__(self) -> str:
+        """Return the table that ends a run."""
+        lines = [f"  {path}" for path in self.written]
+        lines += [f"  {path} (was there already)" for path in self.skipped]
+        counts = f"{len(self.written)} written, {len(self.skipped)} skipped"
+        lines.append(f"{counts}, {self.seconds:.1f} s, peak memory {self.peak_bytes / 2**30:.2f} GiB")
+        if self.sheet is not None:
+            lines.append(f"contact sheet: {self.sheet}")
+        return "\n".join(lines)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on an accelerator, or resident in this process on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def prepare(config: Config) -> tuple[str, list[Prompt] | None]:
+    """Check all that can be checked before weights are read.
+
+    Returns:
+        The dry run's report, and the prompts (None where they are typed in during the run).
+
+    Raises:
+        InputError: configuration, checkpoint files, prompts, images or the output folder are unusable.
+    """
+    args = config.args
+    report = dry_run(config)
+    prompts = None
+    if args.input_type == "txt":
+        if args.input_file is None:
+            raise InputError("args.input_type is txt, but args.input_file is not set; name a file with a prompt a line")
+        prompts = read_prompts(args.input_file, image2video=_image2video(config))
+        check_images(prompts)
+        report += f"\nprompts: {len(prompts)} from {args.input_file}"
+    elif sgm.distributed.is_launched():
+        raise InputError("args.input_type=cli asks on one terminal; start one process, or use input_type=txt")
+    _check_writable(Path(args.output_dir))
+    return report, prompts
+
+
+def _image2video(config: Config) -> bool:
+    return Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / ".writable") as temporary:
+            temporary.touch()
+        (folder / ".writable").unlink()
+    except (OSError, RunError) as error:
+        raise InputError(f"args.output_dir '{folder}' cannot be written to ({error}); name another folder") from error
+
+
+def sample(config: Config) -> Summary:
+    """Run the whole job that `config` describes.
+
+    Raises:
+        InputError: something given is wrong; found before weights are read wherever possible.
+        RunError: sampling or writing failed. What was finished before stays.
+    """
+    start = time.perf_counter()
+    _, prompts = prepare(config)
+    sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size)
+    run = SamplingRun(config)
+    with logging_redirect_tqdm(loggers=[get_logger()]):
+        run.sample_list(prompts) if prompts is not None else run.sample_typed()
+    run.summary.seconds = time.perf_counter() - start
+    run.summary.peak_bytes = peak_memory(run.device)
+    return run.summary
+
+
+class SamplingRun:
+    """The model of one run, and what it has written.
+
+    Args:
+        config: checked by `prepare`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.args = config.args
+        self.device = resolve_device(config.args)
+        self.dtype = resolve_precision(config.args, config.model.get("precision"), self.device.type)
+        self.geometry = Geometry.from_network(config.model["network_config"]["params"])
+        self.plan: SamplingPlan = check_sampling(config.args, self.geometry)
+        self.engine = instantiate_from_config(config.engine, allocate=False)
+        self.summary = Summary()
+        self._sheet_rows: list[tuple[str, np.ndarray]] = []
+        self._is_loaded = False
+        conditioner = self.engine.conditioner
+        if conditioner is None or not len(conditioner.embedders):
+            raise InputError("model.conditioner_config has no emb_models; a text encoder is needed to sample prompts")
+        conditioner.to(self.device)
+        typed = self.args.input_type == "cli"
+        for embedder in conditioner.embedders:
+            # Typed prompts arrive one by one; reading the encoder anew for each would take longer than sampling.
+            embedder.offload = "cpu" if typed and self.args.text_encoder_offload == "release" else self.args.text_encoder_offload
+
+    def sample_list(self, prompts: list[Prompt]) -> None:
+        """Sample this rank's share of `prompts`."""
+        rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
+        mine = assign_to_rank(prompts, rank, size)
+        todo = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
+        if todo:
+            encoded, seconds = self._encode([prompt for prompt, _ in todo])
+            self._load()
+            bar = tqdm(todo, desc="prompts", disable=None if is_rank_zero() else True)
+            for (prompt, missing), conds in zip(bar, encoded, strict=True):
+                self._sample_prompt(prompt, missing, conds, Timings(text=seconds / len(todo)))
+        self._write_sheet(rank, size)
+
+    def sample_typed(self) -> None:
+        """Ask for prompts on the terminal and sample each at once."""
+        for prompt in read_prompts_cli(image2video=self.plan.image2video):
+            if missing := self._missing(prompt):
+                encoded, seconds = self._encode([prompt])
+                self._load()
+                self._sample_prompt(prompt, missing, encoded[0], Timings(text=seconds))
+        self._write_sheet(0, 1)
+
+    def _load(self) -> None:
+        if self._is_loaded:
+            return
+        args = self.args
+        report = self.engine.load_weights(
+            args.load,
+            dtype=self.dtype,
+            device=self.device,
+            allow_missing_adapters=args.force_inference,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        logger.info("%s", report)
+        if self.plan.image2video or not args.only_save_latents:
+            logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
+            self.engine.first_stage_model.slicing = args.vae_slicing
+            self.engine.first_stage_model.tiling = Tiling() if args.vae_tiling else None
+        self._is_loaded = True
+
+    def _result(self, prompt: Prompt, k: int) -> Path:
+        suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
+        folder = Path(self.args.output_dir) / output_folder_name(prompt.index, prompt.text)
+        return folder / str(k) / f"000000{suffix}"
+
+    def _missing(self, prompt: Prompt) -> list[int]:
+        """Sample numbers of `prompt` that have no finished result; the sidecar is written last."""
+        missing = []
+        for k in range(self.args.batch_size):
+            path = self._result(prompt, k)
+            sidecar = path.with_suffix(".json")
+            if not (self.args.skip_existing and path.is_file() and sidecar.is_file()):
+                missing.append(k)
+                continue
+            self.summary.skipped.append(path)
+            if _sidecar_digest(sidecar) != self.config.digest:
+                logger.warning(
+                    "%s was made with another configuration and is left alone; args.skip_existing=false makes it anew", path
+                )
+        return missing
+
+    def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
+        """Encode prompts; the embeddings wait on the CPU."""
+        start = time.perf_counter()
+        conditioner = self.engine.conditioner
+        negative = default(self.args.negative_prompt, "")
+        keys = [key for entry in conditioner.entries for key in entry.input_keys]
+        encoded = []
+        with conditioner.keep_loaded():
+            for prompt in tqdm(prompts, desc="text encoder", leave=False, disable=None if is_rank_zero() else True):
+                batch = {key: [prompt.text] for key in keys}
+                conds = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
+                encoded.append(tuple({name: value.cpu() for name, value in cond.items()} for cond in conds))
+        return encoded, time.perf_counter() - start
+
+    def _sample_prompt(self, prompt: Prompt, samples: list[int], conds: Conds, timings: Timings) -> None:
+        """Sample the numbers `samples` of one prompt together, decode and write them."""
+        cond, uncond = ({name: _repeat(value, samples, self.device) for name, value in part.items()} for part in conds)
+        size, concat = self._image_condition(prompt, len(samples), timings)
+        latents = self._sample_latents(cond, uncond, size, samples, concat, timings)
+        if not torch.isfinite(latents).all():
+            raise RunError(
+                f"prompt {prompt.index}: the sampled latents are not finite (NaN or infinity); run the model in the "
+                "precision that its YAML states, and check the checkpoint"
+            )
+        if self.args.only_save_latents:
+            for k, one in zip(samples, latents, strict=True):
+                write_latents(self._result(prompt, k), one)
+                self._finish(prompt, k, size, timings)
+            return
+        start = time.perf_counter()
+        videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
+        timings.decode = time.perf_counter() - start
+        for k, frames in zip(samples, videos, strict=True):
+            write_video(self._result(prompt, k), frames, self.plan.fps)
+            self._finish(prompt, k, size, timings)
+            if self.args.contact_sheet:
+                shown = np.linspace(0, len(frames) - 1, min(SHEET_COLUMNS, len(frames))).round().astype(int)
+                self._sheet_rows.append((f"{prompt.index}. {prompt.text}", frames.numpy()[shown]))
+
+    def _image_condition(
+        self, prompt: Prompt, num: int, timings: Timings
+    ) -> tuple[tuple[int, int], torch.Tensor | None]:
+        """Return the size (H, W) in pixels and, for image-to-video, the image latents for `num` samples."""
+        if prompt.image is None:
+            assert self.plan.size is not None, "text-to-video plans have a size"
+            return self.plan.size, None
+        start = time.perf_counter()
+        size = self.plan.size or self.geometry.size_for_image(*image_size(prompt.image))
+        image = load_image(prompt.image, size)[None].to(self.device)
+        concat = self.engine.image_latents(image, self.plan.latents).expand(num, -1, -1, -1, -1)
+        timings.image = time.perf_counter() - start
+        return size, concat
+
+    def _sample_latents(
+        self,
+        cond: Mapping[str, torch.Tensor],
+        uncond: Mapping[str, torch.Tensor],
+        size: tuple[int, int],
+        samples: list[int],
+        concat: torch.Tensor | None,
+        timings: Timings,
+    ) -> torch.Tensor:
+        start = time.perf_counter()
+
+        def show(steps: Iterable[int]) -> Iterator[int]:
+            yield from tqdm(steps, desc="steps", leave=False, disable=None if is_rank_zero() else True)
+
+        latents = self.engine.sample(
+            cond,
+            uncond,
+            shape=(self.plan.latents, self.geometry.out_channels, size[0] // 8, size[1] // 8),
+            generators=[torch.Generator().manual_seed(self.args.seed + k) for k in samples],
+            concat=concat,
+            num_steps=self.args.num_steps,
+            scale=self.args.guidance_scale,
+            progress=show,
+        )
+        timings.sample = time.perf_counter() - start
+        return latents
+
+    def _finish(self, prompt: Prompt, k: int, size: tuple[int, int], timings: Timings) -> None:
+        """Write the sidecar that marks sample `k` as finished."""
+        args, path = self.args, self._result(prompt, k)
+        sampler = self.engine.sampler
+        write_json(
+            path.with_suffix(".json"),
+            {
+                "prompt": prompt.text,
+                "negative_prompt": default(args.negative_prompt, ""),
+                "image": None if prompt.image is None else str(prompt.image),
+                "seed": args.seed + k,
+                "num_frames": self.plan.video_frames,
+                "height": size[0],
+                "width": size[1],
+                "fps": self.plan.fps,
+                "num_steps": default(args.num_steps, sampler.num_steps),
+                "guidance_scale": default(args.guidance_scale, getattr(sampler.guider, "scale", None)),
+                "load": args.load,
+                "configs": list(self.config.bases),
+                "overrides": list(self.config.overrides),
+                "config_digest": self.config.digest,
+                "precision": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+                "seconds": {name: round(value, 3) for name, value in vars(timings).items()},
+                "peak_memory_bytes": peak_memory(self.device),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            },
+        )
+        self.summary.written.append(path)
+        logger.info("wrote %s", path)
+
+    def _write_sheet(self, rank: int, size: int) -> None:
+        if self._sheet_rows:
+            name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
+            self.summary.sheet = Path(self.args.output_dir) / name
+            contact_sheet(self._sheet_rows, self.summary.sheet, columns=SHEET_COLUMNS)
+
+
+def _repeat(value: torch.Tensor, samples: list[int], device: torch.device) -> torch.Tensor:
+    """(1, ...) → (number of samples, ...) on `device`."""
+    return value.to(device).expand(len(samples), *value.shape[1:])
+
+
+def _sidecar_digest(path: Path) -> str | None:
+    """Return the digest of the configuration that a result was made with; None if its sidecar is not ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

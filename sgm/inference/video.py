@@ -1,0 +1,167 @@
+"""Results on disk: mp4 videos, latents, JSON and contact sheets, each written atomically.
+
+Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
+"""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+
+from sgm.files import atomic_file
+from sgm.util import RunError
+
+Frames = np.ndarray | torch.Tensor
+
+# Frames on a contact sheet are enlarged until the shorter side has MIN_SIDE pixels, and reduced to MAX_WIDTH.
+MIN_SIDE, MAX_WIDTH = 192, 384
+MARGIN, FONT_SIZE = 6, 15
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """Turn decoded video (T, 3, H, W) in [-1, 1] into pictures (T, H, W, 3), uint8 on the CPU; values are rounded.
+
+    Raises:
+        RunError: the video holds NaN or infinity.
+    """
+    video = video.detach().float()
+    if not torch.isfinite(video).all():
+        raise RunError(
+            "the decoded video is not finite (NaN or infinity), which too narrow a precision causes: the 2B model runs "
+            "in fp16, bf16 or fp32, the 5B models in bf16 or fp32; correct args.fp16 and args.bf16"
+        )
+    return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) -> None:
+    """Write an mp4 (H.264, yuv420p, in the size of the frames).
+
+    Args:
+        path: the file, ending with ``.mp4``.
+        frames: (T, H, W, 3) uint8, H and W even, as yuv420p stores one colour for 2×2 pixels.
+        fps: frames per second.
+        crf: constant rate factor of x264, 0 (lossless) to 51; 17 cannot be told from the original by eye.
+
+    Raises:
+        ValueError: `frames` are not of that shape and type.
+        RunError: ffmpeg failed or the disk is full; nothing half-written is left.
+    """
+    pictures = _as_array(frames)
+    num_frames, height, width, _ = pictures.shape
+    if num_frames == 0 or height % 2 or width % 2:
+        raise ValueError(f"expected at least one frame of even height and width, got {num_frames} of {height}x{width}")
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    encoder = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+    # ffmpeg converts RGB with the BT.601 matrix. Said in the file, so that no player assumes another one.
+    colours = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+    with atomic_file(path) as temporary:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, str(temporary)]
+        done = subprocess.run(command, input=pictures.data.cast("B"), capture_output=True, check=False)
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()[:6]
+            raise RunError(
+                f"could not write {path}: ffmpeg ended with {done.returncode}: {' / '.join(said) or 'no message'}; "
+                "see that the disk has room and that the ffmpeg of imageio-ffmpeg has libx264"
+            )
+
+
+def write_latents(path: str | Path, latents: torch.Tensor) -> None:
+    """Write latents (T, C, H, W) under the name ``latents``: safetensors, or ``torch.save`` if `path` ends with .pt.
+
+    Raises:
+        RunError: the file could not be written; nothing half-written is left.
+    """
+    tensors = {"latents": latents.detach().cpu().contiguous().clone()}
+    with atomic_file(path, need_bytes=tensors["latents"].nbytes) as temporary:
+        if temporary.suffix == ".safetensors":
+            save_file(tensors, temporary)
+        else:
+            torch.save(tensors, temporary)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON.
+
+    Raises:
+        RunError: the file could not be written; nothing half-written is left.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:
+    """Draw videos as one PNG: a row each, with the caption above frames evenly spaced from the first to the last.
+
+    Args:
+        entries: caption and frames (T, H, W, 3) uint8 of each video; sizes may differ.
+        path: the file, ending with ``.png``.
+        columns: frames shown of a video, all of them if it has fewer.
+
+    Raises:
+        ValueError: there is no entry, or frames are not of that shape and type.
+        RunError: the file could not be written; nothing half-written is left.
+    """
+    if not entries or columns < 1:
+        raise ValueError(f"expected videos and columns, got {len(entries)} videos and {columns} columns")
+    rows = [_row(caption, _as_array(frames), columns) for caption, frames in entries]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    with atomic_file(path) as temporary:
+        sheet.save(temporary)
+
+
+def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:
+    """Draw one video of a contact sheet."""
+    indices = np.linspace(0, len(pictures) - 1, min(columns, len(pictures))).round().astype(int)
+    height, width = pictures.shape[1:3]
+    enlarge = -(-MIN_SIDE // min(height, width))
+    scale = min(MAX_WIDTH / width, 1.0) if enlarge == 1 else enlarge
+    size = (round(width * scale), round(height * scale))
+    # Whole pixels when enlarged, so that the picture shows what the model made and not the interpolation.
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    row_width = MARGIN + len(indices) * (size[0] + MARGIN)
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = _wrap(caption, font, row_width - 2 * MARGIN)
+    top = MARGIN + len(lines) * (FONT_SIZE + 4)
+    row = Image.new("RGB", (row_width, top + size[1] + MARGIN), "white")
+    ImageDraw.Draw(row).multiline_text((MARGIN, MARGIN // 2), "\n".join(lines), fill="black", font=font)
+    for column, index in enumerate(indices):
+        picture = Image.fromarray(pictures[index]).resize(size, method)
+        row.paste(picture, (MARGIN + column * (size[0] + MARGIN), top))
+    return row
+
+
+def _wrap(text: str, font: Any, width: int, *, max_lines: int = 3) -> list[str]:
+    """Break a caption into at most `max_lines` lines of `width` pixels; a longer one ends with an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > max_lines:
+        words = lines[max_lines - 1].split()
+        while len(words) > 1 and font.getlength(" ".join([*words, "..."])) > width:
+            words.pop()
+        lines[max_lines - 1 :] = [" ".join([*words, "..."])]
+    return lines
+
+
+def _as_array(frames: Frames) -> np.ndarray:
+    """Return frames as a contiguous array (T, H, W, 3) uint8."""
+    array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"expected frames (T, H, W, 3) in uint8, got {array.shape} in {array.dtype}")
+    return np.ascontiguousarray(array)

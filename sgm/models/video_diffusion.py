@@ -1,0 +1,273 @@
+"""The engine that joins network, denoiser, conditioner, autoencoder, sampler and loss.
+
+Legend: ``B T C H W`` latents and videos here; the autoencoder works on ``B C T H W``, and this file is the boundary.
+``T`` counts latent frames unless a name says pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from sgm.checkpoint import LoadReport, load_autoencoder, load_network
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import InputError, instantiate_from_config, without_allocating
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Progress = Callable[[Sequence[int]], Any]
+
+
+class SATVideoDiffusionEngine(nn.Module):
+    """A whole model, as the ``model:`` section of a YAML file describes it.
+
+    Args:
+        network_config: section of the network.
+        denoiser_config: section of the denoiser.
+        sampler_config: section of the sampler; needed to sample.
+        conditioner_config: section of the conditioner.
+        first_stage_config: section of the autoencoder.
+        loss_fn_config: section of the loss; needed to train.
+        scale_factor: factor from the autoencoder's latents to those of the diffusion (about 1/σ).
+        latent_input: the data are latents already; the autoencoder is not asked to encode.
+        noised_image_input: the network takes image latents beside the noisy ones (image-to-video).
+        noised_image_all_concat: the image latents stand beside every frame, instead of zeros after the first.
+        noised_image_dropout: share of training samples whose image latents are zeroed.
+        scale_image_latents: whether image latents are multiplied by `scale_factor` like those of the video; None
+            stands for what the released models do: yes with a temporal patch of 1, no (raw latents) with 2.
+        not_trainable_prefixes: parameters that training leaves alone; ``all`` is all but the adapters.
+        input_key: where a batch of the data holds the video.
+        en_and_decode_n_samples_a_time: samples that pass the autoencoder together; None for the whole batch.
+        precision: ``fp16``, ``bf16`` or ``fp32``: what the released weights were trained in.
+        lora_train: only adapters are trained and saved.
+        ofs: value of the ``ofs`` input of the 1.5 image-to-video network.
+        compile_model: compile the network with ``torch.compile``.
+        allocate: give network and autoencoder memory. False builds them on the meta device, for `load_weights`.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "disable_first_stage_autocast": "the autoencoder has a precision of its own and never runs under autocast",
+        "log_keys": "logs show the prompt",
+        "network_wrapper": "there is one wrapper, OpenAIWrapper",
+        "use_pd": "progressive distillation is not part of this project",
+        "lr_scale": "the learning rate is set in the deepspeed section",
+        "use_ema": "the moving average is set in the args section",
+        "ckpt_path": "weights are loaded from args.load",
+    }
+
+    def __init__(
+        self,
+        *,
+        network_config: Mapping[str, Any],
+        denoiser_config: Mapping[str, Any],
+        sampler_config: Mapping[str, Any] | None = None,
+        conditioner_config: Mapping[str, Any] | None = None,
+        first_stage_config: Mapping[str, Any] | None = None,
+        loss_fn_config: Mapping[str, Any] | None = None,
+        scale_factor: float = 1.0,
+        latent_input: bool = False,
+        noised_image_input: bool = False,
+        noised_image_all_concat: bool = False,
+        noised_image_dropout: float = 0.0,
+        scale_image_latents: bool | None = None,
+        not_trainable_prefixes: Sequence[str] = (),
+        input_key: str = "mp4",
+        en_and_decode_n_samples_a_time: int | None = None,
+        precision: str | None = None,
+        lora_train: bool = False,
+        ofs: float = 2.0,
+        compile_model: bool = False,
+        allocate: bool = True,
+    ) -> None:
+        super().__init__()
+        if precision is not None and precision not in PRECISIONS:
+            raise InputError(f"model.precision: {precision!r} is not one of {', '.join(PRECISIONS)}, or null")
+        with nullcontext() if allocate else without_allocating():
+            network = instantiate_from_config(network_config)
+            self.first_stage_model = instantiate_from_config(first_stage_config) if first_stage_config else None
+        self.model = OpenAIWrapper(network)
+        if compile_model:
+            network.compile()
+        self.denoiser = instantiate_from_config(denoiser_config)
+        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
+        self.conditioner = instantiate_from_config(conditioner_config) if conditioner_config else None
+        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        if self.first_stage_model is not None:
+            self.first_stage_model.eval().requires_grad_(False)
+        self.scale_factor = scale_factor
+        self.latent_input = latent_input
+        self.noised_image_input = noised_image_input
+        self.noised_image_all_concat = noised_image_all_concat
+        self.noised_image_dropout = noised_image_dropout
+        self.scale_image_latents = network.patch_size[0] == 1 if scale_image_latents is None else scale_image_latents
+        self.not_trainable_prefixes = tuple(not_trainable_prefixes)
+        self.input_key = input_key
+        self.samples_a_time = en_and_decode_n_samples_a_time
+        self.precision = precision
+        self.lora_train = lora_train
+        self.ofs = ofs
+
+    @property
+    def network(self) -> Any:
+        """The diffusion transformer."""
+        return self.model.diffusion_model
+
+    def load_weights(
+        self,
+        load: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        allow_missing_adapters: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> LoadReport:
+        """Load the network from a checkpoint, see `sgm.checkpoint.load_network`."""
+        report = load_network(
+            self.network,
+            load,
+            dtype=dtype,
+            device=device,
+            allow_missing_adapters=allow_missing_adapters,
+            generator=generator,
+        )
+        self.network.eval()
+        return report
+
+    def load_first_stage(self, *, dtype: torch.dtype, device: torch.device) -> LoadReport:
+        """Load the autoencoder from the ``ckpt_path`` of its section.
+
+        Args:
+            dtype: of the network. The autoencoder overflows in float16 and runs in bfloat16 instead.
+            device: where it goes.
+
+        Raises:
+            InputError: there is no autoencoder, or its file is missing or does not fit.
+        """
+        vae = self._require_first_stage()
+        if vae.ckpt_path is None:
+            raise InputError(
+                "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, e.g. .../vae/3d-vae.pt"
+            )
+        dtype = torch.bfloat16 if dtype is torch.float16 else dtype
+        return load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device)
+
+    def _require_first_stage(self) -> Any:
+        if self.first_stage_model is None:
+            raise InputError("the model section has no first_stage_config; add one to encode or decode video")
+        return self.first_stage_model
+
+    @torch.no_grad()
+    def encode_first_stage(
+        self, video: torch.Tensor, *, generator: torch.Generator | None = None, sample: bool = True, scale: bool = True
+    ) -> torch.Tensor:
+        """Video (B, F, 3, H, W) in −1..1 → latents (B, T, C, H/8, W/8).
+
+        Args:
+            video: F = 4k+1 frames.
+            generator: source of the posterior noise.
+            sample: draw from the posterior; otherwise take its mean.
+            scale: multiply by `scale_factor`.
+        """
+        vae = self._require_first_stage()
+        dtype = next(vae.parameters()).dtype
+        pieces = [
+            vae.encode(rearrange(piece, "b t c h w -> b c t h w").to(dtype), generator=generator, sample=sample)
+            for piece in video.split(self.samples_a_time or len(video))
+        ]
+        latents = rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
+        return latents * self.scale_factor if scale else latents
+
+    @torch.no_grad()
+    def decode_first_stage(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, T, C, H, W) → video (B, 4(T−1)+1, 3, 8H, 8W), float32, nominally in −1..1."""
+        vae = self._require_first_stage()
+        dtype = next(vae.parameters()).dtype
+        latents = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w").to(dtype)
+        pieces = [vae.decode(piece) for piece in latents.split(self.samples_a_time or len(latents))]
+        return rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
+
+    def image_latents(self, image: torch.Tensor, num_latents: int) -> torch.Tensor:
+        """Condition of image-to-video: the first frame's latents, then nothing.
+
+        The mean of the posterior is taken, so that the condition does not depend on the seed. With a temporal patch
+        of 2 and an odd `num_latents`, the padding frame in front repeats the first one, as in training.
+
+        Args:
+            image: (B, 3, H, W) in −1..1.
+            num_latents: latent frames of the sample, without padding.
+
+        Returns:
+            (B, T, C, H/8, W/8), T = `num_latents` plus padding.
+        """
+        first = self.encode_first_stage(image[:, None], sample=False, scale=self.scale_image_latents)
+        padding = self.front_padding(num_latents)
+        if self.noised_image_all_concat:
+            return first.expand(-1, num_latents + padding, -1, -1, -1).contiguous()
+        rest = first.new_zeros(first.shape[0], num_latents - 1, *first.shape[2:])
+        return torch.cat((first.expand(-1, 1 + padding, -1, -1, -1), rest), dim=1)
+
+    def front_padding(self, num_latents: int) -> int:
+        """Latent frames in front of `num_latents` that fill up the network's temporal patches."""
+        return -num_latents % self.network.patch_size[0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Mapping[str, torch.Tensor],
+        uncond: Mapping[str, torch.Tensor] | None,
+        *,
+        shape: tuple[int, int, int, int],
+        generators: Sequence[torch.Generator],
+        concat: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        scale: float | None = None,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """Sample latents.
+
+        Args:
+            cond: conditions, each (B, ...).
+            uncond: conditions of the unconditional branch.
+            shape: (T, C, H, W) of one sample, without padding.
+            generators: one CPU generator per sample, B of them: the initial noise comes from it, then that of the
+                steps, so that a sample depends on its own seed only.
+            concat: image latents from `image_latents`, of the padded length.
+            num_steps: replaces the configured number of steps.
+            scale: replaces the configured guidance scale.
+            progress: wraps the sequence of steps, as tqdm does.
+
+        Returns:
+            (B, T, C, H, W) float32, scaled as the network sees them.
+        """
+        if self.sampler is None:
+            raise InputError("the model section has no sampler_config; add one to sample")
+        parameter = next(self.network.parameters())
+        padding = self.front_padding(shape[0])
+        padded = (shape[0] + padding, *shape[1:])
+        noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators]).to(parameter.device)
+        cond, uncond = dict(cond), None if uncond is None else dict(uncond)
+        if concat is not None:
+            cond["concat"] = concat
+            if uncond is not None:
+                uncond["concat"] = concat
+        kwargs = {}
+        if self.network.ofs_embed_dim is not None:
+            kwargs["ofs"] = torch.full((len(noise),), self.ofs, device=noise.device)
+        latents = self.sampler(
+            self._denoise,
+            noise,
+            cond,
+            uncond,
+            num_steps=num_steps,
+            scale=scale,
+            generators=generators,
+            progress=progress,
+            **kwargs,
+        )
+        return latents[:, padding:]
+
+    def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
+        return self.denoiser(self.model, x, levels, cond, **kwargs)

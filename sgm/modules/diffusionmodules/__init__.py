@@ -1,0 +1,1 @@
+"""Diffusion: noise schedules, denoisers, losses, guidance and samplers."""

@@ -1,0 +1,123 @@
+"""Guiders: classifier-free guidance (Ho & Salimans 2022) around the denoiser.
+
+D = D_uncond + scale · (D_cond − D_uncond). Both are computed in one batch, the unconditional half first.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from sgm.util import InputError, default
+
+Cond = Mapping[str, torch.Tensor]
+
+
+class Guider(ABC):
+    """What is fed to the denoiser for guidance, and what is made of its answer."""
+
+    @abstractmethod
+    def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
+        """Return the latents and conditions to denoise, for `x` (B, ...), conditions and unconditional ones."""
+
+    @abstractmethod
+    def combine(
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+    ) -> torch.Tensor:
+        """Return the guided result (B, ...).
+
+        Args:
+            denoised: the denoiser's answer to `prepare_inputs`.
+            timestep: the timestep of the schedule, 0 is the cleanest.
+            num_steps: how many steps the sampler takes in this run.
+            scale: guidance scale for this run; the configured one if None.
+        """
+
+
+class IdentityGuider(Guider):
+    """No guidance: the conditional result alone, at half the cost."""
+
+    def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
+        """Return `x` and `cond` unchanged."""
+        return x, cond
+
+    def combine(
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+    ) -> torch.Tensor:
+        """Return `denoised` (B, ...) unchanged.
+
+        Raises:
+            InputError: a scale was asked for.
+        """
+        if scale is not None:
+            raise InputError(f"a guidance scale of {scale} has no effect with IdentityGuider; configure VanillaCFG")
+        return denoised
+
+
+class VanillaCFG(Guider):
+    """Guidance with one scale for the whole schedule.
+
+    Args:
+        scale: 1 follows the condition, more than 1 exaggerates it.
+    """
+
+    def __init__(self, *, scale: float) -> None:
+        self.scale = scale
+
+    def scale_at(self, timestep: int, *, num_steps: int, scale: float | None = None) -> float:
+        """Return the guidance scale at a timestep; `scale` replaces the configured one."""
+        return default(scale, self.scale)
+
+    def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
+        """Return `x` twice (2B, ...), and every condition with its unconditional counterpart in front.
+
+        Raises:
+            ValueError: a condition has no counterpart, or one of another shape.
+        """
+        uc = uc if uc is not None else {}
+        if cond.keys() != uc.keys():
+            raise ValueError(f"the conditions are {sorted(cond)}, the unconditional ones {sorted(uc)}; give the same")
+        for name in cond:
+            if cond[name].shape != uc[name].shape:
+                raise ValueError(
+                    f"condition '{name}' has the shape {tuple(cond[name].shape)}, its unconditional counterpart "
+                    f"{tuple(uc[name].shape)}; give the same"
+                )
+        return torch.cat([x, x]), {name: torch.cat([uc[name], cond[name]]) for name in cond}
+
+    def combine(
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+    ) -> torch.Tensor:
+        """Return D_uncond + scale · (D_cond − D_uncond), (B, ...), for `denoised` (2B, ...)."""
+        uncond, conditional = denoised.chunk(2)
+        return uncond + self.scale_at(timestep, num_steps=num_steps, scale=scale) * (conditional - uncond)
+
+
+class DynamicCFG(VanillaCFG):
+    """Guidance whose scale varies: 1 + scale · (1 − cos(π · ((num_steps − t)/num_steps)^exp)) / 2 at timestep t.
+
+    t is the timestep of the trained schedule (0 to 999), not the number of the step, so that the scale swings
+    between 1 and 1 + `scale` many times. This is what the released models are sampled with; changing it
+    would change their results.
+
+    Args:
+        scale: how much the scale rises above 1.
+        exp: a whole number, as the base is negative where t exceeds num_steps.
+        num_steps: the steps of the sampler it is configured for; a run with another number replaces it.
+    """
+
+    def __init__(self, *, scale: float, exp: float, num_steps: int) -> None:
+        if exp != int(exp) or exp < 0:
+            raise InputError(f"DynamicCFG got exp {exp}; expected a whole number, such as 5")
+        if num_steps < 1:
+            raise InputError(f"DynamicCFG got num_steps {num_steps}; expected the steps of the sampler, such as 50")
+        super().__init__(scale=scale)
+        self.exp = int(exp)
+        self.num_steps = num_steps
+
+    def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
+        """Return the guidance scale at a timestep; `num_steps` and `scale` replace the configured ones."""
+        num_steps = self.num_steps if num_steps is None else num_steps
+        progress = (num_steps - timestep) / num_steps
+        return 1 + default(scale, self.scale) * (1 - math.cos(math.pi * progress**self.exp)) / 2

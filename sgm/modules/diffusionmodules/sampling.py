@@ -1,0 +1,196 @@
+"""Samplers: from noise to latents, in the alphas_cumprod_sqrt parametrisation x = √ᾱ·x0 + √(1−ᾱ)·ε.
+
+Shapes: latents are (B, T, C, H, W). The arithmetic between network calls is float32 whatever the network's precision,
+because its small corrections add up over the steps.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
+from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
+from sgm.util import InputError, default, instantiate_from_config
+
+DenoiseFn = Callable[..., torch.Tensor]
+Progress = Callable[[Sequence[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class SamplingSchedule:
+    """What a run visits, the noisiest first.
+
+    Attributes:
+        timesteps: one per step, descending.
+        alphas_cumprod_sqrt: √ᾱ of these, ascending from 0, and then the clean end, 1: one more than steps.
+    """
+
+    timesteps: list[int]
+    alphas_cumprod_sqrt: list[float]
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What one update is made from.
+
+    Attributes:
+        x: the sample, float32 (B, T, C, H, W).
+        denoised: what the guided denoiser makes of it.
+        previous_denoised: the same of the step before, None at the first step.
+        a_previous: √ᾱ of the step before, None at the first step.
+        a: √ᾱ of `x`.
+        a_next: √ᾱ to go to.
+    """
+
+    x: torch.Tensor
+    denoised: torch.Tensor
+    previous_denoised: torch.Tensor | None
+    a_previous: float | None
+    a: float
+    a_next: float
+
+
+class VideoSampler(ABC):
+    """The loop that the samplers share: denoise with guidance, then update.
+
+    Args:
+        discretization_config: a discretization in √ᾱ, see `discretizer.ZeroSNRDDPMDiscretization`.
+        num_steps: network evaluations (each a doubled batch under guidance).
+        guider_config: see `guiders`; no guidance if None.
+        verbose: show the progress that the caller of a run provides.
+        fixed_frames: frames kept from the condition; only 0 is supported.
+    """
+
+    def __init__(
+        self,
+        *,
+        discretization_config: Mapping[str, Any],
+        num_steps: int,
+        guider_config: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+        fixed_frames: int = 0,
+    ) -> None:
+        name = type(self).__name__
+        if fixed_frames != 0:
+            raise InputError(f"{name} got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
+        discretization = instantiate_from_config(discretization_config)
+        if not isinstance(discretization, ZeroSNRDDPMDiscretization):
+            raise InputError(
+                f"{name} got the discretization {type(discretization).__name__}, whose levels are sigma; "
+                "use ZeroSNRDDPMDiscretization"
+            )
+        self.discretization = discretization
+        self.discretization.timesteps(num_steps)  # reports a number of steps that the schedule does not have
+        self.num_steps = num_steps
+        self.guider: Guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
+        self.verbose = verbose
+
+    def timesteps(self, num_steps: int | None = None) -> torch.Tensor:
+        """Return the timesteps visited in `num_steps` (default: the configured number), ascending, int64."""
+        return self.discretization.timesteps(default(num_steps, self.num_steps))
+
+    def schedule(self, num_steps: int | None = None) -> SamplingSchedule:
+        """Return the timesteps and noise levels in the order of a run.
+
+        Raises:
+            InputError: the schedule does not have that many timesteps.
+        """
+        return SamplingSchedule(
+            timesteps=self.timesteps(num_steps).flip(0).tolist(),
+            alphas_cumprod_sqrt=[*self.discretization(default(num_steps, self.num_steps)).tolist(), 1.0],
+        )
+
+    def __call__(
+        self,
+        denoise_fn: DenoiseFn,
+        x: torch.Tensor,
+        cond: Cond,
+        uc: Cond | None = None,
+        *,
+        num_steps: int | None = None,
+        scale: float | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        progress: Progress | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Sample.
+
+        Args:
+            denoise_fn: called as ``denoise_fn(x, alphas_cumprod_sqrt, cond, idx=idx, **model_kwargs)`` with levels
+                and timesteps (B,), or (2B,) under guidance; returns the denoised latents.
+            x: initial noise (B, T, C, H, W).
+            cond: conditions, each (B, ...).
+            uc: unconditional conditions of the same names and shapes.
+            num_steps: replaces the configured number of steps, in the guidance too.
+            scale: replaces the configured guidance scale.
+            generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
+            progress: wraps the sequence of step numbers, as tqdm does.
+            **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
+
+        Returns:
+            Latents (B, T, C, H, W) in the dtype of `x`.
+
+        Raises:
+            InputError: the schedule does not have `num_steps` timesteps.
+            ValueError: `cond` and `uc`, or the generators, do not fit.
+        """
+        schedule = self.schedule(num_steps)
+        levels = schedule.alphas_cumprod_sqrt
+        steps = range(len(schedule.timesteps))
+        sample, previous = x.float(), None
+        for i in progress(steps) if progress is not None and self.verbose else steps:
+            inputs, both = self.guider.prepare_inputs(sample, cond, uc)
+            answer = denoise_fn(
+                inputs,
+                torch.full((len(inputs),), levels[i], device=x.device),
+                both,
+                idx=torch.full((len(inputs),), schedule.timesteps[i], device=x.device),
+                **{name: _repeat_batch(value, len(x), len(inputs)) for name, value in model_kwargs.items()},
+            )
+            denoised = self.guider.combine(
+                answer.float(), timestep=schedule.timesteps[i], num_steps=len(steps), scale=scale
+            )
+            a_previous = levels[i - 1] if i > 0 else None
+            state = StepState(sample, denoised, previous, a_previous, levels[i], levels[i + 1])
+            sample, previous = self.update(state, generators), denoised
+        return sample.to(x.dtype)
+
+    @abstractmethod
+    def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
+        """Return the sample (B, T, C, H, W) at the next noise level."""
+
+
+class VPSDEDPMPP2MSampler(VideoSampler):
+    """SDE-DPM-Solver++(2M) for variance-preserving models; Lu et al. 2022, see `dpmpp_2m_sde_weights`.
+
+    The random numbers of a run, after its initial noise: every step draws once for its first-order result, and
+    every step but the first once more for its second-order result, which is the one used from there on. Seeds
+    of the reference implementation therefore give the same video.
+    """
+
+    def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
+        """Return the sample at the next level; see the class for the noise drawn."""
+        noise = draw_noise(state.x, generators)
+        if state.previous_denoised is not None:
+            noise = draw_noise(state.x, generators)
+        weights = dpmpp_2m_sde_weights(state.a_previous, state.a, state.a_next)
+        return apply_step(weights, state.x, state.denoised, previous_denoised=state.previous_denoised, noise=noise)
+
+
+class VideoDDIMSampler(VideoSampler):
+    """Deterministic DDIM; Song et al. 2021, see `ddim_weights`. It draws no noise: `generators` have no effect."""
+
+    def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
+        """Return the sample at the next level."""
+        return apply_step(ddim_weights(state.a, state.a_next), state.x, state.denoised)
+
+
+def _repeat_batch(value: Any, batch: int, repeated: int) -> Any:
+    """Repeat a tensor of length `batch` to length `repeated`; leave everything else."""
+    if batch == repeated or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
+        return value
+    return torch.cat([value] * (repeated // batch))

@@ -1,0 +1,99 @@
+"""The arithmetic of the samplers: weights of one update, and noise that is drawn sample by sample.
+
+The weights are Python floats (float64) of the noise levels a = √ᾱ, s = √(1 − ᾱ), and finite at both ends of the
+schedule, pure noise (a = 0) and clean (s = 0).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """One update: x ← sample · x + denoised · ((1 + k)·D − k·D_previous) + noise · ε, with k = `extrapolation`."""
+
+    sample: float
+    denoised: float
+    noise: float = 0.0
+    extrapolation: float = 0.0
+
+
+def exp_minus_h(a: float, a_next: float) -> float:
+    """Return e^(−h), h = λ_next − λ, λ = log(a/s): the ratio a·s_next / (s·a_next), which is 0 at either end."""
+    return a * math.sqrt(1 - a_next**2) / (math.sqrt(1 - a**2) * a_next)
+
+
+def dpmpp_2m_sde_weights(a_previous: float | None, a: float, a_next: float) -> StepWeights:
+    """Return the weights of one step of SDE-DPM-Solver++(2M); Lu et al. 2022 (DPM-Solver++).
+
+    x ← (s_next/s)·e^(−h)·x + a_next·(1 − e^(−2h))·D + s_next·√(1 − e^(−2h))·ε, where D is extrapolated from the
+    step before by k = h / (2·h_last). The extrapolation vanishes in the limit of a step from pure noise (h_last
+    infinite); a step to the clean end (h infinite) is of first order, as there is nothing to extrapolate to.
+
+    Args:
+        a_previous: √ᾱ of the step before, None at the first step.
+        a: √ᾱ now, at least 0 and less than 1.
+        a_next: √ᾱ to go to, more than `a`, at most 1.
+    """
+    shrink = exp_minus_h(a, a_next)
+    shrink_last = exp_minus_h(a_previous, a) if a_previous is not None else 0.0
+    extrapolation = math.log(shrink) / (2 * math.log(shrink_last)) if shrink > 0 and shrink_last > 0 else 0.0
+    s, s_next = math.sqrt(1 - a**2), math.sqrt(1 - a_next**2)
+    return StepWeights(
+        sample=s_next / s * shrink,
+        denoised=a_next * (1 - shrink**2),
+        noise=s_next * math.sqrt(1 - shrink**2),
+        extrapolation=extrapolation,
+    )
+
+
+def ddim_weights(a: float, a_next: float) -> StepWeights:
+    """Return the weights of one deterministic DDIM step, x ← a_next·D + s_next·(x − a·D)/s; Song et al. 2021, eq. 12.
+
+    Args:
+        a: √ᾱ now, at least 0 and less than 1.
+        a_next: √ᾱ to go to, at most 1.
+    """
+    ratio = math.sqrt(1 - a_next**2) / math.sqrt(1 - a**2)
+    return StepWeights(sample=ratio, denoised=a_next - a * ratio)
+
+
+def apply_step(
+    weights: StepWeights,
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    *,
+    previous_denoised: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sample (B, T, C, H, W) after one update; terms of weight 0 are left out, not multiplied by 0."""
+    if weights.extrapolation:
+        assert previous_denoised is not None
+        denoised = denoised + weights.extrapolation * (denoised - previous_denoised)
+    x = weights.sample * x + weights.denoised * denoised
+    if weights.noise:
+        assert noise is not None
+        x = x + weights.noise * noise
+    return x
+
+
+def draw_noise(x: torch.Tensor, generators: Sequence[torch.Generator] | None = None) -> torch.Tensor:
+    """Draw standard normal noise of the shape, dtype and device of `x` (B, ...).
+
+    Args:
+        x: what the noise is for; its values do not matter.
+        generators: one per sample; each draws its sample's noise in float32 on its own device, so that a sample does
+            not depend on the others in the batch. None draws for the batch at once from torch's global generator.
+
+    Raises:
+        ValueError: the number of generators is not B.
+    """
+    if generators is None:
+        return torch.randn_like(x)
+    if len(generators) != x.shape[0]:
+        raise ValueError(f"got {len(generators)} generators for a batch of {x.shape[0]}; pass one per sample")
+    draws = [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators]
+    return torch.stack([draw.to(device=x.device, dtype=x.dtype) for draw in draws])

@@ -1,0 +1,101 @@
+"""Sigma samplers: which noise levels a training step draws."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sgm.modules.diffusionmodules.discretizer import LevelTable
+from sgm.util import InputError, instantiate_from_config
+
+
+class EDMSampling:
+    """log σ ~ N(p_mean, p_std²); Karras et al. 2022, table 1.
+
+    Args:
+        p_mean: mean of log σ.
+        p_std: standard deviation of log σ.
+    """
+
+    def __init__(self, *, p_mean: float = -1.2, p_std: float = 1.2) -> None:
+        self.p_mean = p_mean
+        self.p_std = p_std
+
+    def __call__(self, num_samples: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return σ, float32 (num_samples,), on the generator's device (the CPU without one)."""
+        device = generator.device if generator is not None else "cpu"
+        return (self.p_mean + self.p_std * torch.randn(num_samples, generator=generator, device=device)).exp()
+
+
+class DiscreteSampling:
+    """Timesteps drawn evenly, and the noise levels that a table gives them.
+
+    With `uniform_sampling`, data-parallel ranks draw from different parts of the schedule, so that each optimizer
+    step sees all of it: the ranks are cut into groups, and group g of G draws from [g, g + 1) · num_idx / G.
+
+    Args:
+        discretization_config: the rule of the table, see `discretizer`.
+        num_idx: how many timesteps there are.
+        do_append_zero: the table begins (with `flip`) with σ = 0.
+        flip: the cleanest level has timestep 0.
+        uniform_sampling: spread the ranks over the schedule.
+        group_num: the number of groups with `uniform_sampling`; 0 for one per rank. Never more than ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        discretization_config: Mapping[str, Any],
+        num_idx: int,
+        do_append_zero: bool = False,
+        flip: bool = True,
+        uniform_sampling: bool = False,
+        group_num: int = 0,
+    ) -> None:
+        if group_num < 0:
+            raise InputError(f"group_num is {group_num}; expected 0 (one group per rank) or a number of groups")
+        self.num_idx = num_idx
+        discretization = instantiate_from_config(discretization_config)
+        self.table = LevelTable(discretization(num_idx, do_append_zero=do_append_zero, flip=flip))
+        self.uniform_sampling = uniform_sampling
+        self.group_num = group_num
+
+    def bounds(self, rank: int, num_ranks: int) -> tuple[int, int]:
+        """Return the first timestep and the one after the last that `rank` of `num_ranks` draws from.
+
+        Raises:
+            InputError: the groups do not divide the ranks.
+        """
+        if not self.uniform_sampling:
+            return 0, self.num_idx
+        groups = min(self.group_num or num_ranks, num_ranks)
+        if num_ranks % groups:
+            raise InputError(
+                f"uniform_sampling with group_num {self.group_num} on {num_ranks} ranks: the groups must divide the "
+                "ranks; set group_num to a divisor, or to 0"
+            )
+        group = rank // (num_ranks // groups)
+        return group * self.num_idx // groups, (group + 1) * self.num_idx // groups
+
+    def draw_idx(
+        self, num_samples: int, *, generator: torch.Generator | None = None, rank: int = 0, num_ranks: int = 1
+    ) -> torch.Tensor:
+        """Return timesteps, int64 (num_samples,), on the generator's device (the CPU without one).
+
+        Args:
+            num_samples: how many.
+            generator: source of randomness; torch's global one if None.
+            rank: this data-parallel rank.
+            num_ranks: how many there are; both matter to `uniform_sampling` only.
+        """
+        low, high = self.bounds(rank, num_ranks)
+        device = generator.device if generator is not None else "cpu"
+        return torch.randint(low, high, (num_samples,), generator=generator, device=device)
+
+    def levels(self, idx: torch.Tensor) -> torch.Tensor:
+        """Return the noise levels, float32 (B,), of the timesteps `idx` int64 (B,)."""
+        return self.table.at(idx)
+
+    def __call__(self, num_samples: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return noise levels, float32 (num_samples,), of timesteps drawn by `draw_idx`."""
+        return self.levels(self.draw_idx(num_samples, generator=generator))

@@ -1,0 +1,54 @@
+"""The adapter between the denoiser and the network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class OpenAIWrapper(nn.Module):
+    """Hand the conditions to the network by its own argument names, in its own precision.
+
+    The name, and `diffusion_model`, are part of the SAT checkpoint format (``model.diffusion_model.*``).
+
+    Args:
+        network: called as ``network(x, timesteps, context, ofs=...)``.
+        dtype: precision of the network's inputs; by default that of its first floating-point parameter.
+    """
+
+    def __init__(self, network: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.diffusion_model = network
+        self.dtype = dtype
+
+    def _input_dtype(self, fallback: torch.dtype) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        return next((p.dtype for p in self.diffusion_model.parameters() if p.is_floating_point()), fallback)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        cond: Mapping[str, torch.Tensor],
+        *,
+        ofs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the network.
+
+        Args:
+            x: scaled noised latents (B, T, C, H, W).
+            timesteps: (B,).
+            cond: ``crossattn``, the text (B, L, D_text), and optionally ``concat``, image latents (B, T, C', H, W)
+                to put behind the channels of `x`.
+            ofs: (B,), for networks that have this embedding.
+
+        Returns:
+            The network's output (B, T, C_out, H, W).
+        """
+        dtype = self._input_dtype(x.dtype)
+        parts = [x, cond["concat"]] if "concat" in cond else [x]
+        latents = torch.cat([part.to(dtype) for part in parts], dim=2)
+        optional: dict[str, Any] = {} if ofs is None else {"ofs": ofs}
+        return self.diffusion_model(latents, timesteps, cond["crossattn"].to(dtype), **optional)

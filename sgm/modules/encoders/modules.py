@@ -1,0 +1,392 @@
+"""Text conditioning: the conditioner that YAML describes, and the frozen T5 encoder it holds.
+
+Legend: B samples, L text tokens, D hidden size of the text encoder.
+
+Importing this file imports torch only; transformers and sentencepiece are imported when T5 is first used.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sgm.log import get_logger
+from sgm.modules.encoders.t5_folder import T5Folder
+from sgm.util import InputError, default, instantiate_from_config, nearest
+
+log = get_logger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OFFLOADS = ("none", "cpu", "release")
+ENTRY_KEYS = ["target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value"]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One element of ``emb_models``, apart from the embedder itself."""
+
+    input_keys: tuple[str, ...]
+    ucg_rate: float
+    legacy_ucg_value: str | None
+
+
+class GeneralConditioner(nn.Module):
+    """Turns a batch of raw conditions into the tensors that the network reads, as the YAML's ``emb_models`` say.
+
+    Args:
+        emb_models: a list, possibly empty, of sections with
+
+            * ``target`` and ``params``: an ``nn.Module`` whose forward takes the batch entries named by ``input_key``
+              (or, in order, ``input_keys``), each a list of B strings, and returns (B, L, D);
+            * ``ucg_rate`` (0): the probability with which training drops a sample's embedding;
+            * ``legacy_ucg_value`` (null): what a dropped sample is encoded from. Null zeroes the embedding instead;
+            * ``is_trainable`` (false): only false is supported.
+
+    Embeddings of several embedders are concatenated along D.
+
+    Example:
+        ``conditioner({"txt": ["a red ball"]})["crossattn"]`` is (1, L, D).
+    """
+
+    def __init__(self, emb_models: Sequence[Mapping[str, Any]]):
+        super().__init__()
+        self.entries = [_read_entry(i, config) for i, config in enumerate(emb_models)]
+        self.embedders = nn.ModuleList(
+            instantiate_from_config({key: config[key] for key in ("target", "params") if key in config})
+            for config in emb_models
+        )
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        generator: torch.Generator | None = None,
+        force_zero: Iterable[str] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Encode a batch.
+
+        Args:
+            batch: for every input key a list of B strings.
+            generator: training passes one, and each sample is then dropped with its embedder's ``ucg_rate``,
+                independently of the others. Without it nothing is dropped.
+            force_zero: input keys whose embeddings are zeroed for the whole batch.
+
+        Returns:
+            ``{"crossattn": (B, L, D)}`` in the dtype of the embedder; empty without embedders.
+
+        Raises:
+            InputError: the batch lacks an input key, or `force_zero` names an unknown one.
+        """
+        force_zero = self._known_keys(force_zero)
+        embeddings = []
+        with self.keep_loaded():
+            for entry, embedder in zip(self.entries, self.embedders, strict=True):
+                inputs = _inputs(batch, entry)
+                dropped = _draw_dropped(len(inputs[0]), entry.ucg_rate, generator)
+                embedding = _encode(embedder, entry, inputs, dropped)
+                zero = not force_zero.isdisjoint(entry.input_keys)
+                embeddings.append(torch.zeros_like(embedding) if zero else embedding)
+        return _join(embeddings)
+
+    def get_unconditional_conditioning(
+        self,
+        batch: Mapping[str, Any],
+        batch_uc: Mapping[str, Any] | None = None,
+        force_uc_zero_embeddings: Iterable[str] | None = None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Encode a batch for both branches of classifier-free guidance.
+
+        The unconditional branch is what training shows for a dropped sample: zeros, or the encoded
+        ``legacy_ucg_value``. Where `batch_uc` holds a non-empty text (a negative prompt), that text is encoded instead.
+
+        Args:
+            batch: for every input key a list of B strings.
+            batch_uc: negative prompts under the same keys, a list of B strings each; missing keys and empty strings
+                mean none.
+            force_uc_zero_embeddings: input keys whose unconditional embedding is zero whatever `batch_uc` says.
+
+        Returns:
+            (cond, uncond), each as forward returns it.
+        """
+        force_zero = self._known_keys(force_uc_zero_embeddings or ())
+        conds, unconds = [], []
+        with self.keep_loaded():
+            for entry, embedder in zip(self.entries, self.embedders, strict=True):
+                inputs = _inputs(batch, entry)
+                num = len(inputs[0])
+                cond = _encode(embedder, entry, inputs, torch.zeros(num, dtype=torch.bool))
+                given = batch_uc is not None and all(key in batch_uc for key in entry.input_keys)
+                negative = _inputs(batch_uc, entry) if batch_uc is not None and given else [[""] * num for _ in inputs]
+                if len(negative[0]) != num:
+                    raise InputError(f"{len(negative[0])} negative prompts for {num} prompts; give one for each")
+                empty = torch.tensor([all(not text.strip() for text in texts) for texts in zip(*negative, strict=True)])
+                forced = not force_zero.isdisjoint(entry.input_keys)
+                if forced or (entry.legacy_ucg_value is None and bool(empty.all())):
+                    uncond = torch.zeros_like(cond)
+                else:
+                    uncond = _encode(embedder, entry, negative, empty)
+                conds.append(cond)
+                unconds.append(uncond)
+        return _join(conds), _join(unconds)
+
+    @contextlib.contextmanager
+    def keep_loaded(self) -> Iterator[None]:
+        """Hold back offloading until the block ends, so that many prompts cost one load of the weights."""
+        with contextlib.ExitStack() as stack:
+            for embedder in self.embedders:
+                if isinstance(embedder, FrozenT5Embedder):
+                    stack.enter_context(embedder.keep_loaded())
+            yield
+
+    def check(self) -> None:
+        """Check the files of every embedder without reading weights.
+
+        Raises:
+            InputError: something is missing or unreadable; the message lists all of it.
+        """
+        problems = []
+        for embedder in self.embedders:
+            try:
+                if isinstance(embedder, FrozenT5Embedder):
+                    embedder.check()
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def release(self) -> None:
+        """Drop the weights of the text encoders; the next use reads them again."""
+        for embedder in self.embedders:
+            if isinstance(embedder, FrozenT5Embedder):
+                embedder.release()
+
+    def _known_keys(self, keys: Iterable[str]) -> set[str]:
+        keys = {keys} if isinstance(keys, str) else set(keys)
+        known = [key for entry in self.entries for key in entry.input_keys]
+        for key in keys.difference(known):
+            raise InputError(f"no embedder reads the input key '{key}' (known: {known}){nearest(key, known)}")
+        return keys
+
+
+class FrozenT5Embedder(nn.Module):
+    """The T5 encoder of a local folder, frozen: B strings → (B, L = max_length, D).
+
+    Texts are padded to `max_length` with the pad token and encoded without an attention mask, as CogVideoX was
+    trained. Every distinct text is encoded by itself, so an embedding does not depend on the batch it came in.
+
+    The weights are read on first use. They are no part of this module's parameters or state: nothing saves, casts or
+    optimizes them. `.to(device)` on this module, or on one that holds it, decides where T5 runs.
+
+    Args:
+        model_dir: a folder in the released layout: ``config.json``, ``spiece.model`` and safetensors weights, one
+            file or shards with their index. Nothing is ever downloaded.
+        max_length: tokens per text, the end token included. A longer text is cut, with a warning that shows what was
+            dropped.
+        device: where T5 runs; null follows the module.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; null takes the dtype of the stored weights, except that fp16 weights run
+            in fp32 on a CPU. Independent of the network's precision and of autocast.
+        offload: after use, ``none`` leaves the weights where they ran, ``cpu`` moves them to the CPU, ``release``
+            drops them and reads them again next time. See `keep_loaded` for encoding much in a row.
+        freeze: only true is supported.
+
+    Raises:
+        InputError: a parameter has an unsupported value. Files are checked by `check` and before the weights are read.
+    """
+
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "cache_dir": "T5 is read from the folder model_dir and never downloaded",
+    }
+
+    def __init__(
+        self,
+        model_dir: str = "google/t5-v1_1-xxl",
+        *,
+        max_length: int = 77,
+        device: str | None = None,
+        dtype: str | None = None,
+        offload: str = "none",
+        freeze: bool = True,
+    ):
+        super().__init__()
+        if not freeze:
+            raise InputError("FrozenT5Embedder: freeze: false is not supported; T5 is not trained here, use true")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"FrozenT5Embedder: dtype: {dtype!r} is not one of {[*DTYPES]} or null")
+        if offload not in OFFLOADS:
+            raise InputError(f"FrozenT5Embedder: offload: {offload!r} is not one of {list(OFFLOADS)}")
+        if max_length < 2:
+            raise InputError(f"FrozenT5Embedder: max_length: {max_length} leaves no room for text; use at least 2")
+        self.max_length = max_length
+        self.offload = offload
+        self.folder = T5Folder(Path(model_dir).expanduser())
+        self._dtype = DTYPES[dtype] if dtype else None
+        self._run_device = torch.device(device) if device else None
+        self._module_device = torch.device("cpu")
+        # In a list, which nn.Module does not look into: T5 must not appear among the parameters.
+        self._loaded: list[nn.Module] = []
+        self._num_holds = 0
+        self._warned: set[int] = set()
+
+    @property
+    def embed_dim(self) -> int:
+        """Hidden size D, from the folder's configuration."""
+        return int(self.folder.config["d_model"])
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return bool(self._loaded)
+
+    def check(self) -> None:
+        """Check the folder without reading weights; see `T5Folder.check`."""
+        self.folder.check()
+
+    def release(self) -> None:
+        """Drop the weights; the next use reads them again."""
+        self._loaded.clear()
+
+    @contextlib.contextmanager
+    def keep_loaded(self) -> Iterator[None]:
+        """Hold back offloading until the outermost such block ends, however it ends."""
+        self._num_holds += 1
+        try:
+            yield
+        finally:
+            self._num_holds -= 1
+            if self._num_holds == 0 and self._loaded:
+                if self.offload == "cpu":
+                    self._loaded[0].to(torch.device("cpu"))
+                elif self.offload == "release":
+                    self.release()
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encode texts.
+
+        Args:
+            texts: B strings; an empty one is encoded as well (the end token alone).
+
+        Returns:
+            (B, L, D) on the module's device, in T5's dtype.
+
+        Raises:
+            InputError: the folder or its weights are unusable, or T5 cannot run in this dtype on this device.
+        """
+        if isinstance(texts, str):
+            raise InputError(f"expected a list of texts, got the single string {texts!r}; write [text]")
+        distinct = list(dict.fromkeys(texts))
+        with self.keep_loaded():
+            model, device = self._model_on_device()
+            embeddings = {}
+            # T5 keeps its own precision even where the network runs under autocast.
+            with torch.autocast(device.type, enabled=False):
+                for text in distinct:
+                    ids = self.tokenize([text]).to(device)
+                    embeddings[text] = model(input_ids=ids).last_hidden_state.to(self._module_device)
+        if not distinct:
+            return torch.zeros(0, self.max_length, self.embed_dim, device=self._module_device)
+        return torch.cat([embeddings[text] for text in texts])
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the token ids of B texts, cut or padded to L: (B, L) int64 on the CPU. The end token is always there.
+
+        Source: T5's sentencepiece model as it stands, followed by the end token (Raffel et al. 2020).
+        """
+        tokenizer = self.folder.tokenizer
+        rows = []
+        for text in texts:
+            pieces = tokenizer.encode(text)
+            kept = pieces[: self.max_length - 1]
+            if len(kept) < len(pieces):
+                self._warn_truncated(text, num=len(pieces) + 1, dropped=tokenizer.decode(pieces[len(kept) :]))
+            ids = [*kept, tokenizer.eos_id()]
+            rows.append(ids + [tokenizer.pad_id()] * (self.max_length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+
+    def _warn_truncated(self, text: str, *, num: int, dropped: str) -> None:
+        # Training meets a caption in every epoch; one warning for each is enough.
+        if hash(text) in self._warned:
+            return
+        self._warned.add(hash(text))
+        log.warning(
+            "prompt cut: it has %d tokens and max_length is %d; dropped: '%s' (prompt: '%s')",
+            num,
+            self.max_length,
+            dropped,
+            text if len(text) <= 80 else text[:77] + "...",
+        )
+
+    def _model_on_device(self) -> tuple[nn.Module, torch.device]:
+        device = default(self._run_device, self._module_device)
+        if device.type == "cpu" and self._dtype is torch.float16:
+            raise InputError("FrozenT5Embedder: a CPU cannot run dtype: fp16; use fp32 or bf16, or leave it out (null)")
+        if not self._loaded:
+            self.check()
+            dtype = default(self._dtype, self.folder.stored_dtype)
+            if device.type == "cpu" and dtype is torch.float16:
+                dtype = torch.float32
+            self._loaded.append(self.folder.load(dtype))
+        return self._loaded[0].to(device), device
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
+        # nn.Module's hook behind .to(), .cpu(), .cuda(): there is no tensor here to move, but the device counts.
+        self._module_device = fn(torch.empty(0, device=self._module_device)).device
+        return super()._apply(fn, recurse)
+
+
+def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
+    where = f"conditioner emb_models[{i}]"
+    for key in config:
+        if key not in ENTRY_KEYS:
+            raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), ENTRY_KEYS)} (known: {ENTRY_KEYS})")
+    if config.get("is_trainable", False):
+        raise InputError(f"{where}: is_trainable: true is not supported; text encoders are frozen here, use false")
+    if ("input_key" in config) == ("input_keys" in config):
+        raise InputError(f"{where}: give either input_key or input_keys, the names of batch entries (e.g. txt)")
+    keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"])
+    if not keys:
+        raise InputError(f"{where}: input_keys is empty; name at least one batch entry (e.g. txt)")
+    rate = config.get("ucg_rate", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise InputError(f"{where}: ucg_rate: {rate!r} is not a probability; use a number from 0 to 1")
+    return _Entry(keys, float(rate), config.get("legacy_ucg_value"))
+
+
+def _inputs(batch: Mapping[str, Any], entry: _Entry) -> list[list[str]]:
+    """Return the batch entries that an embedder reads, as equally long lists."""
+    for key in entry.input_keys:
+        if key not in batch:
+            raise InputError(f"the batch has no '{key}', which the conditioner reads; it has {sorted(batch)}")
+    inputs = [list(batch[key]) for key in entry.input_keys]
+    if len({len(values) for values in inputs}) > 1:
+        raise InputError(f"batch entries {list(entry.input_keys)} differ in length: {[len(v) for v in inputs]}")
+    return inputs
+
+
+def _draw_dropped(num: int, rate: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw which of `num` samples lose their condition: (B,) bool on the CPU."""
+    if generator is None or rate == 0:
+        return torch.zeros(num, dtype=torch.bool)
+    return (torch.rand(num, generator=generator, device=generator.device) < rate).cpu()
+
+
+def _encode(embedder: nn.Module, entry: _Entry, inputs: list[list[str]], dropped: torch.Tensor) -> torch.Tensor:
+    """Encode to (B, L, D), with the dropped samples (B,) zeroed or replaced by the legacy value."""
+    legacy = entry.legacy_ucg_value
+    if legacy is not None:
+        drops = dropped.tolist()
+        inputs = [[legacy if drop else v for v, drop in zip(values, drops, strict=True)] for values in inputs]
+    embedding = embedder(*inputs)
+    if embedding.ndim != 3:
+        raise InputError(f"{type(embedder).__name__} returned shape {tuple(embedding.shape)}; expected (B, L, D)")
+    if legacy is not None:
+        return embedding
+    return embedding.masked_fill(dropped.to(embedding.device)[:, None, None], 0.0)
+
+
+def _join(embeddings: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"crossattn": torch.cat(embeddings, dim=-1)} if embeddings else {}

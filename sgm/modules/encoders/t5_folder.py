@@ -1,0 +1,177 @@
+"""A T5 encoder and its tokenizer as files on disk: what must be there, and reading it.
+
+Importing this file imports torch only; transformers, safetensors and sentencepiece are imported when they are needed.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgm.log import get_logger
+from sgm.util import InputError
+
+log = get_logger(__name__)
+
+MODEL_DIR_KEY = "model.conditioner_config.params.emb_models[*].params.model_dir"
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class T5Folder:
+    """A T5 encoder and its tokenizer on disk."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The contents of ``config.json``."""
+        file = self.path / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"T5 folder {self.path} has no config.json; copy it from text_encoder/") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not readable JSON ({error}); copy it again from text_encoder/") from error
+        if not isinstance(config, dict) or not isinstance(config.get("d_model"), int):
+            raise InputError(f"{file} describes no T5 (it has no 'd_model'); copy config.json from text_encoder/")
+        return config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The ``sentencepiece.SentencePieceProcessor`` of ``spiece.model``."""
+        import sentencepiece
+
+        file = self.path / "spiece.model"
+        if not file.is_file():
+            raise InputError(
+                f"T5 folder {self.path} has no tokenizer: spiece.model is missing; copy it from tokenizer/"
+            )
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        try:
+            tokenizer.LoadFromSerializedProto(file.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{file} is not a sentencepiece model{_lfs_hint(file)}; copy it again") from error
+        if tokenizer.pad_id() < 0 or tokenizer.eos_id() < 0:
+            raise InputError(f"{file} defines no pad or no end token, so it is not a T5 tokenizer; copy T5's own file")
+        return tokenizer
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The weight files, without their existence being checked when an index lists them."""
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            try:
+                return [self.path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index} is no index of weights{_lfs_hint(index)}; copy it again") from error
+        if single.is_file():
+            return [single]
+        raise InputError(
+            f"T5 folder {self.path} has no weights: neither model.safetensors nor model.safetensors.index.json is "
+            "there; copy them from text_encoder/"
+        )
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most stored tensors, from the files' headers."""
+        from safetensors import safe_open
+
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            with safe_open(shard, framework="pt") as file:
+                counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        return STORED_DTYPES.get(counts.most_common(1)[0][0], torch.float32)
+
+    def check(self) -> None:
+        """Check that everything is there and intact as far as names, sizes and headers tell; no weights are read.
+
+        Raises:
+            InputError: what is wrong with the folder, all of it in one message.
+        """
+        if not self.path.is_dir():
+            raise InputError(
+                f"T5 folder '{self.path}' does not exist ({MODEL_DIR_KEY}). Nothing is downloaded at run time: put the "
+                "files of text_encoder/ and tokenizer/ of a released CogVideoX diffusers repository into one folder "
+                "(hf download zai-org/CogVideoX-2b --include 'text_encoder/*' 'tokenizer/*') and name that folder"
+            )
+        problems = [problem for check in (self._check_config, self._check_weights) for problem in check()]
+        if problems:
+            raise InputError("\n".join([f"T5 folder '{self.path}' ({MODEL_DIR_KEY}) is not usable:", *problems]))
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """Read the encoder of a checked folder to the CPU (transformers keeps some layers of an fp16 T5 in float32).
+
+        Raises:
+            InputError: the weights do not fit the configuration.
+        """
+        from transformers import T5EncoderModel
+        from transformers.utils import logging as transformers_logging
+
+        log.info("loading T5 from %s (%s)", self.path, str(dtype).removeprefix("torch."))
+        shows_progress = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            loaded: Any = T5EncoderModel.from_pretrained(
+                str(self.path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except RuntimeError as error:  # how transformers reports shapes that do not fit
+            raise InputError(f"the weights in {self.path} do not fit its config.json: {error}") from error
+        finally:
+            if shows_progress:
+                transformers_logging.enable_progress_bar()
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(
+                f"the weights in {self.path} lack {len(missing)} tensors that its config.json asks for, e.g. "
+                f"{missing[0]}; the folder mixes two models or is incomplete, copy it again"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _check_config(self) -> Iterator[str]:
+        config = tokenizer = None
+        try:
+            config = self.config
+        except InputError as error:
+            yield str(error)
+        try:
+            tokenizer = self.tokenizer
+        except InputError as error:
+            yield str(error)
+        if config and tokenizer and tokenizer.get_piece_size() > config.get("vocab_size", 32128):
+            yield (
+                f"spiece.model has {tokenizer.get_piece_size()} tokens but config.json says vocab_size "
+                f"{config['vocab_size']}; the two files belong to different models"
+            )
+
+    def _check_weights(self) -> Iterator[str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            shards = self.shards
+        except InputError as error:
+            yield str(error)
+            return
+        for shard in shards:
+            if not shard.is_file():
+                yield f"{shard.name} is missing, though the index lists it; copy it from text_encoder/"
+                continue
+            try:
+                # Opening maps the file and compares its size with the header; the tensors stay on disk.
+                with safe_open(shard, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                yield f"{shard.name} is truncated or no safetensors file ({error}){_lfs_hint(shard)}; copy it again"
+
+
+def _lfs_hint(file: Path) -> str:
+    """Return a hint where `file` is the placeholder that a git clone without LFS leaves."""
+    with file.open("rb") as stream:
+        is_pointer = stream.read(48).startswith(b"version https://git-lfs")
+    return ": it is a Git LFS pointer, run 'git lfs pull' where it was cloned" if is_pointer else ""

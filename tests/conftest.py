@@ -1,0 +1,84 @@
+"""Fixtures: complete tiny models in the released layout, made from the golden weights."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import yaml
+from transformers import T5Config, T5EncoderModel
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory) -> Path:
+    """A T5 encoder of size 24 with random weights and a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("t5")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=30,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    import torch
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=30, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder, max_shard_size="8KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, t5_folder):
+    """Return a function: name of a golden network → YAML file of a whole model around it."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(name: str) -> Path:
+        path = folder / f"{name}.yaml"
+        if path.exists():
+            return path
+        model = yaml.safe_load((GOLDEN / name / "model.yaml").read_text())["model"]
+        model["first_stage_config"] = yaml.safe_load((GOLDEN / "vae" / "first_stage.yaml").read_text())[
+            "first_stage_config"
+        ]
+        model["first_stage_config"]["params"]["ckpt_path"] = str(GOLDEN / "vae" / "3d-vae.pt")
+        model["conditioner_config"] = {
+            "target": "sgm.modules.GeneralConditioner",
+            "params": {
+                "emb_models": [
+                    {
+                        "is_trainable": False,
+                        "input_key": "txt",
+                        "ucg_rate": 0.1,
+                        "target": "sgm.modules.encoders.modules.FrozenT5Embedder",
+                        "params": {"model_dir": str(t5_folder), "max_length": 6},
+                    }
+                ]
+            },
+        }
+        args = {
+            "load": str(GOLDEN / name / "transformer"),
+            "sampling_num_frames": 2 if "1.5" in name else 1,
+            "sampling_image_size": [64, 96],
+            "num_steps": 2,
+            "input_type": "txt",
+        }
+        path.write_text(yaml.safe_dump({"args": args, "model": model}, sort_keys=False))
+        return path
+
+    return make
