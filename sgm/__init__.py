@@ -1,0 +1,1 @@
+"""A framework for CogVideoX video diffusion models on SwissArmyTransformer."""

@@ -4,6 +4,7 @@ Nothing here reads weights. Every finding is a `Problem` with the YAML path of i
 shown together.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -318,8 +319,9 @@ def dry_run(config: Config) -> str:
 
 
 def _count(counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
-    """Build a part of the model without memory and note its number of parameters."""
-    with without_allocating():
+    """Build a part of the model, modules without memory, and note its number of parameters."""
+    large = part in ("network_config", "first_stage_config")
+    with without_allocating() if large else contextlib.nullcontext():
         module = instantiate_from_config(section)
     if isinstance(module, torch.nn.Module):
         counts[part] = sum(parameter.numel() for parameter in module.parameters())

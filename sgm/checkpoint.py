@@ -149,6 +149,37 @@ def load_network(
     Raises:
         InputError: a tensor is missing, unexpected, or of another shape.
     """
+    match = _match(network, path, allow_missing_adapters)
+    wanted, held, fresh, blank = match.wanted, match.held, match.fresh, match.blank
+    for name, old in wanted.items():
+        if name in fresh:
+            value = _initial_adapter(name, old, generator)
+        else:
+            value = torch.zeros(old.shape) if name in blank else held[name]
+        _replace(network, name, value, dtype=dtype, device=device)
+    _require_real(network)
+    return _report(match.path, held, match.dropped, tuple(name for name in wanted if name in fresh))
+
+
+def check_network(network: nn.Module, path: str | Path, *, allow_missing_adapters: bool = True) -> None:
+    """Raise what :func:`load_network` would raise, having read names and shapes only."""
+    _match(network, path, allow_missing_adapters)
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Which tensor of a file goes where; see :func:`load_network`."""
+
+    path: Path
+    wanted: dict[str, torch.Tensor]
+    held: dict[str, torch.Tensor]
+    dropped: dict[str, tuple[str, ...]]
+    fresh: set[str]
+    blank: set[str]
+
+
+def _match(network: nn.Module, path: str | Path, allow_missing_adapters: bool) -> _Match:
+    """Hold a file against a network; the tensors are mapped, not read."""
     path = find_weights(path)
     content = read_tensors(path)
     wanted = _targets(network)
@@ -160,14 +191,7 @@ def load_network(
         raise InputError(f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it")
     blank = {name for name in UNUSED_TABLES if name in wanted and name not in held}
     _check(path, {name: tensor for name, tensor in wanted.items() if name not in fresh | blank}, held)
-    for name, old in wanted.items():
-        if name in fresh:
-            value = _initial_adapter(name, old, generator)
-        else:
-            value = torch.zeros(old.shape) if name in blank else held[name]
-        _replace(network, name, value, dtype=dtype, device=device)
-    _require_real(network)
-    return _report(path, held, dropped, tuple(name for name in wanted if name in fresh))
+    return _Match(path, wanted, held, dropped, fresh, blank)
 
 
 def load_autoencoder(
@@ -201,7 +225,7 @@ def load_autoencoder(
     for name in wanted:
         _replace(vae, name, held[name], dtype=dtype, device=device)
     _require_real(vae)
-    return _report(path, held, {"ignored tensors": ignored}, ())
+    return _report(path, held, {"ignored tensors": ignored} if ignored else {}, ())
 
 
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:

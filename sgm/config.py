@@ -74,7 +74,7 @@ class SamplingArgs:
         output_dir: where the results go.
         skip_existing: leave prompts alone whose results are there.
         contact_sheet: write one picture with frames of all samples.
-        force_inference: sample even where the checkpoint lacks tensors of the network, and say which.
+        force_inference: with a ``lora_config``, sample the base model where the checkpoint holds no adapters.
         fp16: run the network in float16.
         bf16: run the network in bfloat16.
         text_encoder_offload: where the text encoder goes after encoding: stays (``none``), to the ``cpu``, or out of

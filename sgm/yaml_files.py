@@ -158,9 +158,11 @@ def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        start = error.context_mark
+        began = f" ({error.context}, which begins in line {start.line + 1})" if start and error.context else ""
         merged.add(
             (),
-            f"YAML syntax{where}: {error.problem or error.context}",
+            f"YAML syntax{where}: {error.problem or error.context}{began}",
             "correct that line; indent with spaces, write 'key: value', and close every quote and bracket",
             source=place,
         )

@@ -22,7 +22,10 @@ logger = get_logger(__name__)
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; ``section.key=value`` may stand anywhere."""
     parser = argparse.ArgumentParser(
-        prog="sample_video.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sample_video.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base", nargs="+", metavar="YAML", default=[], help="files to merge; a later one wins")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over all files")

@@ -4,7 +4,6 @@ Legend: H, W pixels.
 """
 
 import builtins
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -157,30 +156,6 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """
     image = _open_image(Path(path))
     return image.height, image.width
-
-
-def fit_size(image_hw: tuple[int, int], short_side: int, multiple: int) -> tuple[int, int]:
-    """Return the (H, W) to sample for an image: its shape, with the given short side, in multiples of `multiple`.
-
-    Args:
-        image_hw: (H, W) of the image.
-        short_side: pixels of the shorter side, a multiple of `multiple`.
-        multiple: the longer side is rounded to the nearest multiple of this, never below the shorter side.
-
-    Source: CogVideoX1.5 image to video (short side 768, multiple 16).
-    """
-    if short_side % multiple:
-        raise InputError(
-            f"short side {short_side} is not a multiple of {multiple}; use {nearest_multiple(short_side, multiple)}"
-        )
-    h, w = image_hw
-    long_side = max(short_side, nearest_multiple(short_side * max(h, w) / min(h, w), multiple))
-    return (short_side, long_side) if h <= w else (long_side, short_side)
-
-
-def nearest_multiple(value: float, multiple: int) -> int:
-    """Return the positive multiple of `multiple` nearest to `value`, the larger one of two."""
-    return max(1, math.floor(value / multiple + 0.5)) * multiple
 
 
 def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:

@@ -4,6 +4,7 @@ The order bounds the memory: all prompts are encoded first and the text encoder 
 then each prompt is sampled, decoded and written before the next one starts.
 """
 
+import hashlib
 import json
 import platform
 import resource
@@ -42,6 +43,11 @@ from vae_modules.autoencoder import Tiling
 logger = get_logger(__name__)
 
 SHEET_COLUMNS = 5
+
+# What a sample depends on; the other arguments say where, how many and how much at a time.
+RESULT_ARGS = (
+    "load negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
+).split()
 
 Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -83,6 +89,12 @@ class Summary:
         if self.sheet is not None:
             lines.append(f"contact sheet: {self.sheet}")
         return "\n".join(lines)
+
+
+def result_digest(config: Config) -> str:
+    """SHA-256 of everything in `config` that changes a sample."""
+    args = {name: getattr(config.args, name) for name in RESULT_ARGS}
+    return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -160,10 +172,13 @@ class SamplingRun:
         self.config = config
         self.args = config.args
         self.device = resolve_device(config.args)
+        self.digest = result_digest(config)
         self.dtype = resolve_precision(config.args, config.model.get("precision"), self.device.type)
         self.geometry = Geometry.from_network(config.model["network_config"]["params"])
         self.plan: SamplingPlan = check_sampling(config.args, self.geometry)
         self.engine = instantiate_from_config(config.engine, allocate=False)
+        assert config.args.load is not None, "the dry run has refused a run without weights"
+        self.engine.check_weights(config.args.load, allow_missing_adapters=config.args.force_inference)
         self.summary = Summary()
         self._sheet_rows: list[tuple[str, np.ndarray]] = []
         self._is_loaded = False
@@ -174,7 +189,9 @@ class SamplingRun:
         typed = self.args.input_type == "cli"
         for embedder in conditioner.embedders:
             # Typed prompts arrive one by one; reading the encoder anew for each would take longer than sampling.
-            embedder.offload = "cpu" if typed and self.args.text_encoder_offload == "release" else self.args.text_encoder_offload
+            embedder.offload = (
+                "cpu" if typed and self.args.text_encoder_offload == "release" else self.args.text_encoder_offload
+            )
 
     def sample_list(self, prompts: list[Prompt]) -> None:
         """Sample this rank's share of `prompts`."""
@@ -231,9 +248,10 @@ class SamplingRun:
                 missing.append(k)
                 continue
             self.summary.skipped.append(path)
-            if _sidecar_digest(sidecar) != self.config.digest:
+            if _sidecar_digest(sidecar) != self.digest:
                 logger.warning(
-                    "%s was made with another configuration and is left alone; args.skip_existing=false makes it anew", path
+                    "%s was made with another configuration and is left alone; args.skip_existing=false makes it anew",
+                    path,
                 )
         return missing
 
@@ -337,7 +355,7 @@ class SamplingRun:
                 "load": args.load,
                 "configs": list(self.config.bases),
                 "overrides": list(self.config.overrides),
-                "config_digest": self.config.digest,
+                "config_digest": self.digest,
                 "precision": str(self.dtype).removeprefix("torch."),
                 "device": self.device.type,
                 "seconds": {name: round(value, 3) for name, value in vars(timings).items()},

@@ -96,7 +96,8 @@ def rope_table_3d(
         device: where the tables go.
 
     Returns:
-        Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle.
+        Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle; the sine is negative for
+        the first channel of a pair, as `rotate` needs it.
     """
     if head_dim % 16:
         raise ValueError(f"3D rotary positions need a head size that is a multiple of 16, got {head_dim}")
@@ -113,8 +114,8 @@ def rope_table_3d(
         ),
         dim=-1,
     ).reshape(t * h * w, head_dim // 2)
-    angles = torch.cat((angles.new_zeros(num_text, head_dim // 2), angles)).repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
+    angles = torch.cat((angles.new_zeros(num_text, head_dim // 2), angles))
+    return angles.cos().repeat_interleave(2, dim=-1), torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -123,14 +124,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Args:
         x: (B, S, heads, head_dim). Computed in float32, because bf16 angles lose the far positions.
         cos: (S, head_dim) float32.
-        sin: (S, head_dim) float32.
+        sin: (S, head_dim) float32, negative for the first channel of a pair.
 
     Returns:
         As `x`, in its dtype.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-b, a), dim=-1).flatten(-2)
-    return torch.addcmul(x * cos[:, None], turned, sin[:, None]).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos[:, None], swapped, sin[:, None]).to(x.dtype)
 
 
 def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

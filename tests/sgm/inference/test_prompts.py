@@ -1,0 +1,225 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sgm.inference.prompts import (
+    Prompt,
+    assign_to_rank,
+    check_images,
+    image_size,
+    load_image,
+    output_folder_name,
+    read_prompts,
+    read_prompts_cli,
+)
+from sgm.util import InputError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def save_image(path, pixels):
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
+    return path
+
+
+def test_one_prompt_a_line_and_blank_lines_skipped(tmp_path):
+    file = write(tmp_path / "p.txt", "\ufeff a red ball \r\n\n   \nübung 日本\n")
+    assert read_prompts(file, image2video=False) == [Prompt(0, "a red ball"), Prompt(1, "übung 日本")]
+
+
+def test_image_is_found_from_working_directory_then_from_prompt_file(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    for path in (here / "a.png", there / "a.png", there / "b.png"):
+        path.touch()
+    monkeypatch.chdir(here)
+    file = write(there / "p.txt", f"one @@ a.png\ntwo@@b.png\nthree@@nowhere.png\nfour@@{there / 'a.png'}\n")
+    images = [prompt.image for prompt in read_prompts(file, image2video=True)]
+    assert [str(image) for image in images] == ["a.png", str(there / "b.png"), "nowhere.png", str(there / "a.png")]
+    assert read_prompts(file, image2video=True)[0].text == "one"
+
+
+def test_lines_of_the_wrong_form_are_reported_together_with_line_numbers(tmp_path):
+    file = write(tmp_path / "p.txt", "good\n\nbad@@a.png\nworse@@b.png\n")
+    with pytest.raises(InputError, match=r"(?s)p\.txt:3: 'bad@@a\.png'.*image2video: true.*p\.txt:4: 'worse"):
+        read_prompts(file, image2video=False)
+    file = write(tmp_path / "q.txt", "good@@a.png\nno image\n@@b.png\nc@@\nd@@e@@f.png\n")
+    with pytest.raises(InputError) as error:
+        read_prompts(file, image2video=True)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert all(f"q.txt:{number}: " in line for number, line in zip((2, 3, 4, 5), lines, strict=True))
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_empty_prompt_file(tmp_path, text):
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(write(tmp_path / "p.txt", text), image2video=False)
+
+
+def test_unreadable_prompt_files(tmp_path):
+    with pytest.raises(InputError, match=r"nothing\.txt.*No such file"):
+        read_prompts(tmp_path / "nothing.txt", image2video=False)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts(tmp_path, image2video=False)
+    (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.txt' is not UTF-8 text \(byte 1\)"):
+        read_prompts(tmp_path / "latin.txt", image2video=False)
+
+
+def answers(*lines):
+    """Answer with `lines`, then end the input."""
+    lines = iter(lines)
+
+    def ask(question):
+        assert "nglish prompt" in question
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    return ask
+
+
+@pytest.mark.parametrize("end", [["", "c"], ["exit", "c"], []])
+def test_cli_ends(end):
+    prompts = list(read_prompts_cli(False, input=answers("a", " b ", *end)))
+    assert prompts == [Prompt(0, "a"), Prompt(1, "b")]
+
+
+def test_cli_reports_a_bad_line_and_continues(tmp_path, caplog):
+    image = save_image(tmp_path / "a.png", np.zeros((4, 4, 3)))
+    ask = answers("no image", f"a@@{tmp_path}/b.png", f"a@@{image}")
+    with caplog.at_level(logging.ERROR, logger="sgm"):
+        assert list(read_prompts_cli(True, input=ask)) == [Prompt(0, "a", image)]
+    assert "'no image' is not of the form prompt@@image" in caplog.messages[0]
+    assert "b.png' does not exist" in caplog.messages[1]
+
+
+def test_cli_asks_through_builtin_input(monkeypatch):
+    monkeypatch.setattr("builtins.input", answers("a"))
+    assert list(read_prompts_cli(False)) == [Prompt(0, "a")]
+
+
+def test_check_images_reports_all_bad_ones(tmp_path):
+    good = save_image(tmp_path / "good.png", np.zeros((64, 64, 3)))
+    garbage = write(tmp_path / "garbage.png", "no image")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3))
+    truncated = save_image(tmp_path / "truncated.png", noise)
+    truncated.write_bytes(truncated.read_bytes()[:3000])
+    check_images([Prompt(0, "a"), Prompt(1, "b", good)])
+    with pytest.raises(InputError) as error:
+        check_images(
+            [
+                Prompt(0, "a", garbage),
+                Prompt(1, "b", good),
+                Prompt(2, "c", truncated),
+                Prompt(3, "d", tmp_path / "missing.png"),
+                Prompt(4, "e", garbage),
+                Prompt(5, "f", tmp_path),
+            ]
+        )
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert "garbage.png" in lines[0] and "prompt 0, 4" in lines[0] and "no known image format" in lines[0]
+    assert "truncated.png' cannot be decoded" in lines[1]
+    assert "missing.png' does not exist" in lines[2]
+    assert "cannot be decoded" in lines[3]
+
+
+def test_image_of_the_right_size_is_kept_exactly(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3))
+    image = load_image(save_image(tmp_path / "a.png", pixels), (6, 10))
+    assert image.shape == (3, 6, 10) and image.dtype == torch.float32
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
+
+
+def test_image_is_scaled_to_cover_and_cut_in_the_middle(tmp_path):
+    # Thirds along the width: red, green, blue. A square of the middle third is green only.
+    pixels = np.zeros((30, 90, 3))
+    for i in range(3):
+        pixels[:, 30 * i : 30 * (i + 1), i] = 255
+    wide, tall = save_image(tmp_path / "w.png", pixels), save_image(tmp_path / "t.png", pixels.transpose(1, 0, 2))
+    for path, size in ((wide, (60, 60)), (tall, (60, 60)), (wide, (15, 15)), (tall, (16, 16))):
+        image = load_image(path, size)
+        assert image.shape == (3, *size)
+        middle = image[:, 3:-3, 3:-3]
+        torch.testing.assert_close(middle[1], torch.ones_like(middle[1]), atol=0.05, rtol=0)
+        torch.testing.assert_close(middle[[0, 2]], -torch.ones_like(middle[[0, 2]]), atol=0.05, rtol=0)
+
+
+def test_scaling_does_not_alias_nor_leave_the_range(tmp_path):
+    noise = 255 * np.random.default_rng(0).integers(0, 2, (64, 64, 3))
+    assert load_image(save_image(tmp_path / "a.png", noise), (64, 64)).std() > 0.95
+    assert load_image(tmp_path / "a.png", (16, 16)).std() < 0.25
+    edge = np.zeros((16, 16, 3))
+    edge[:, 8:] = 255
+    image = load_image(save_image(tmp_path / "b.png", edge), (64, 64))
+    assert image.min() == -1 and image.max() == 1
+
+
+def test_any_image_shape_gives_the_size(tmp_path):
+    for h, w in ((1, 1), (7, 333), (101, 99), (480, 721)):
+        path = save_image(tmp_path / f"{h}x{w}.png", np.full((h, w, 3), 255))
+        image = load_image(path, (48, 72))
+        assert image.shape == (3, 48, 72) and torch.allclose(image, torch.ones(()), atol=1e-5)
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1"):
+        Image.new(mode, (8, 8)).save(tmp_path / f"{mode}.png")
+        assert load_image(tmp_path / f"{mode}.png", (8, 8)).shape == (3, 8, 8)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(tmp_path / "a.jpg") == (20, 10)
+
+
+def test_load_image_that_is_missing(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_image(tmp_path / "a.png", (8, 8))
+
+
+def test_every_prompt_goes_to_one_rank():
+    prompts = [Prompt(i, str(i)) for i in range(7)]
+    shares = [assign_to_rank(prompts, rank, 3) for rank in range(3)]
+    assert [[prompt.index for prompt in share] for share in shares] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert assign_to_rank(prompts, 0, 1) == prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a red ball", "3_a_red_ball"),
+        ('a/b\\c:d*e?f"g<h>i|j', "3_abcdefghij"),
+        ("dots at the end...", "3_dots_at_the_end"),
+        ("tab\tnew\nline\x00\x1b", "3_tab_new_line"),
+        ("../../etc", "3_....etc"),
+        ("???", "3"),
+        ("日本", "3_日本"),
+        ("e\u0301", "3_\u00e9"),
+        ("x" * 500, "3_" + "x" * 120),
+        ("bad \udcff surrogate", "3_bad__surrogate"),
+    ],
+)
+def test_output_folder_name(text, name, tmp_path):
+    assert output_folder_name(3, text) == name
+    (tmp_path / name).mkdir()
+
+
+def test_output_folder_name_fits_in_bytes(tmp_path):
+    for text in ("日" * 300, "😀" * 300):
+        name = output_folder_name(12, text)
+        assert 190 < len(name.encode()) < 220
+        (tmp_path / name).mkdir()

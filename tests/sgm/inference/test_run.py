@@ -1,0 +1,179 @@
+"""Whole sampling runs of tiny models, through the command's own `main`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from sgm.checkpoint import load_network, save_network
+from sgm.inference.main import main
+from sgm.util import instantiate_from_config
+
+ROOT = Path(__file__).parents[3]
+PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+
+
+def write_prompts(path: Path, prompts=PROMPTS) -> Path:
+    path.write_text("\n".join(prompts) + "\n")
+    return path
+
+
+def sample(base: Path, out: Path, prompts: Path, *overrides: str) -> None:
+    assert main(["--base", str(base), f"args.input_file={prompts}", f"args.output_dir={out}", *overrides]) == 0
+
+
+def latents(out: Path) -> dict[str, torch.Tensor]:
+    """Prompt and sample number → latents."""
+    found = {}
+    for path in out.glob("*/*/000000.safetensors"):
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+        found[f"{sidecar['prompt']}/{path.parent.name}"] = load_file(path)["latents"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "first.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_text_to_video_writes_video_sidecar_and_sheet(tiny_model, tmp_path):
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:2])
+    out = tmp_path / "out"
+    sample(tiny_model("dit_t2v_2b"), out, prompts, "args.sampling_num_frames=2", "args.contact_sheet=true")
+    assert iio.imread(out / "0_a_red_circle/0/000000.mp4").shape == (5, 64, 96, 3)
+    sidecar = json.loads((out / "1_a_blue_square/0/000000.json").read_text())
+    assert sidecar["prompt"] == PROMPTS[1] and sidecar["seed"] == 42 and sidecar["num_frames"] == 5
+    assert sidecar["num_steps"] == 2 and sidecar["guidance_scale"] == 6 and sidecar["precision"] == "float32"
+    assert sidecar["peak_memory_bytes"] > 1e6 and sidecar["seconds"]["sample"] > 0
+    assert iio.imread(out / "contact_sheet.png").ndim == 3
+    assert not list(out.rglob(".*")), "temporary files are left"
+
+
+def test_image_to_video_sees_its_image(tiny_model, tmp_path, image):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (90, 50), "red").save(other)
+    outputs = []
+    for number, path in enumerate((image, other)):
+        prompts = write_prompts(tmp_path / f"p{number}.txt", [f"a red circle@@{path}"])
+        sample(tiny_model("dit_i2v_5b"), tmp_path / str(number), prompts, "args.only_save_latents=true")
+        outputs.append(latents(tmp_path / str(number))["a red circle/0"])
+    assert outputs[0].shape == (1, 16, 8, 12)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+def test_temporal_patch_pads_and_drops_the_front(tiny_model, tmp_path):
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:1])
+    for written, kept in ((4, 3), (3, 3), (1, 1)):
+        out = tmp_path / str(written)
+        sample(
+            tiny_model("dit_t2v_1.5"),
+            out,
+            prompts,
+            f"args.sampling_num_frames={written}",
+            "args.only_save_latents=true",
+        )
+        assert len(latents(out)["a red circle/0"]) == kept
+    pair = [latents(tmp_path / name)["a red circle/0"] for name in ("4", "3")]
+    assert torch.equal(*pair), "22 and 21 are two spellings of the same sample"
+
+
+def test_latents_depend_on_prompt_and_seed_only(tiny_model, tmp_path):
+    base, keep = tiny_model("dit_t2v_2b"), "args.only_save_latents=true"
+    sample(base, tmp_path / "list", write_prompts(tmp_path / "list.txt"), keep, "args.batch_size=2")
+    sample(base, tmp_path / "turned", write_prompts(tmp_path / "turned.txt", PROMPTS[::-1]), keep)
+    sample(base, tmp_path / "alone", write_prompts(tmp_path / "alone.txt", PROMPTS[1:2]), keep)
+    sample(base, tmp_path / "next", write_prompts(tmp_path / "next.txt", PROMPTS[1:2]), keep, "args.seed=43")
+    together, turned = latents(tmp_path / "list"), latents(tmp_path / "turned")
+    for prompt in PROMPTS:
+        torch.testing.assert_close(together[f"{prompt}/0"], turned[f"{prompt}/0"], atol=1e-5, rtol=0)
+    key = f"{PROMPTS[1]}/0"
+    assert torch.equal(latents(tmp_path / "alone")[key], turned[key])
+    # The second sample of a prompt is the first one of the next seed.
+    torch.testing.assert_close(latents(tmp_path / "next")[key], together[f"{PROMPTS[1]}/1"], atol=1e-5, rtol=0)
+    assert (together[key] - together[f"{PROMPTS[1]}/1"]).abs().max() > 0.1
+
+
+def test_finished_results_are_skipped_and_missing_ones_made(tiny_model, tmp_path, caplog):
+    base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:2])
+    sample(base, out, prompts)
+    first, second = out / "0_a_red_circle/0/000000.mp4", out / "1_a_blue_square/0/000000.mp4"
+    stamps = first.stat().st_mtime_ns, second.read_bytes()
+    second.with_suffix(".json").unlink()  # as if killed between video and sidecar
+    sample(base, out, prompts)
+    assert first.stat().st_mtime_ns == stamps[0] and second.read_bytes() == stamps[1]
+    assert second.with_suffix(".json").exists()
+    sample(base, out, prompts, "args.skip_existing=false")
+    assert first.stat().st_mtime_ns != stamps[0]
+
+
+def test_negative_prompt_steps_and_scale_have_an_effect(tiny_model, tmp_path):
+    base, keep = tiny_model("dit_t2v_2b"), "args.only_save_latents=true"
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:1])
+    results = {}
+    for name, override in {
+        "plain": "args.seed=42",
+        "negative": "args.negative_prompt=square",
+        "steps": "args.num_steps=3",
+        "scale": "args.guidance_scale=1",
+    }.items():
+        sample(base, tmp_path / name, prompts, keep, override)
+        results[name] = latents(tmp_path / name)["a red circle/0"]
+    for name in ("negative", "steps", "scale"):
+        assert (results[name] - results["plain"]).abs().max() > 1e-4, name
+
+
+def test_save_load_sample_is_bit_identical(tiny_model, tmp_path, golden):
+    base, keep = tiny_model("dit_t2v_5b_lora"), "args.only_save_latents=true"
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:1])
+    sample(base, tmp_path / "a", prompts, keep)
+    network = instantiate_from_config(yaml.safe_load(base.read_text())["model"]["network_config"])
+    load_network(network, golden / "dit_t2v_5b_lora" / "transformer")
+    save_network(tmp_path / "saved", 7, network, patch_size=network.patch_size)
+    sample(base, tmp_path / "b", prompts, keep, f"args.load={tmp_path / 'saved'}")
+    assert torch.equal(latents(tmp_path / "a")["a red circle/0"], latents(tmp_path / "b")["a red circle/0"])
+
+
+def test_tiling_and_slicing_are_reached_by_their_switches(tiny_model, tmp_path):
+    base = tiny_model("dit_t2v_2b")
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:1])
+    sample(base, tmp_path / "whole", prompts)
+    sample(base, tmp_path / "tiled", prompts, "args.vae_tiling=true", "args.vae_slicing=false")
+    whole, tiled = (iio.imread(tmp_path / n / "0_a_red_circle/0/000000.mp4") for n in ("whole", "tiled"))
+    assert np.array_equal(whole, tiled), "a video smaller than a tile is decoded as one"
+
+
+def test_typed_prompts(tiny_model, tmp_path, monkeypatch):
+    answers = iter(["a red circle", "a blue square", ""])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    arguments = ["args.input_type=cli", "args.only_save_latents=true", f"args.output_dir={tmp_path}"]
+    assert main(["--base", str(tiny_model("dit_t2v_2b")), *arguments]) == 0
+    assert set(latents(tmp_path)) == {"a red circle/0", "a blue square/0"}
+
+
+def test_two_ranks_share_the_prompts(tiny_model, tmp_path):
+    base, keep = tiny_model("dit_t2v_2b"), "args.only_save_latents=true"
+    prompts = write_prompts(tmp_path / "p.txt")
+    sample(base, tmp_path / "one", prompts, keep)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample_video.py"]
+    command += ["--base", str(base), f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'two'}", keep]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = latents(tmp_path / "one"), latents(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 3
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+
+from sgm.modules.diffusionmodules.denoiser import Denoiser, DiscreteDenoiser
+from sgm.modules.diffusionmodules.loss import StandardDiffusionLoss, VideoDiffusionLoss
+from sgm.util import InputError
+
+PREFIX = "sgm.modules.diffusionmodules"
+ZERO_SNR = {"target": f"{PREFIX}.discretizer.ZeroSNRDDPMDiscretization"}
+DISCRETE = {
+    "target": f"{PREFIX}.sigma_sampling.DiscreteSampling",
+    "params": {"num_idx": 1000, "discretization_config": ZERO_SNR},
+}
+EDM = {"target": f"{PREFIX}.sigma_sampling.EDMSampling"}
+SHAPE = (2, 3, 2, 4, 4)
+
+
+def video_denoiser() -> DiscreteDenoiser:
+    return DiscreteDenoiser(
+        num_idx=1000,
+        discretization_config=ZERO_SNR,
+        scaling_config={"target": f"{PREFIX}.denoiser_scaling.VideoScaling"},
+        weighting_config={"target": f"{PREFIX}.denoiser_weighting.EpsWeighting"},
+    )
+
+
+def zero_network(x: torch.Tensor, timesteps: torch.Tensor, cond: dict) -> torch.Tensor:
+    return torch.zeros_like(x)
+
+
+def test_video_loss_is_the_squared_error_of_v() -> None:
+    loss, denoiser = VideoDiffusionLoss(sigma_sampler_config=DISCRETE), video_denoiser()
+    x, noise, output = torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(SHAPE)
+    idx = torch.tensor([100, 900])
+    a = denoiser.table.at(idx).view(-1, 1, 1, 1, 1)
+    v = a * noise - (1 - a**2) ** 0.5 * x
+    result = loss(lambda *_: output, denoiser, x, {}, idx=idx, noise=noise)
+    torch.testing.assert_close(result, ((output - v) ** 2).flatten(1).mean(dim=1))
+
+
+def test_perfect_network_has_no_loss() -> None:
+    loss, denoiser = VideoDiffusionLoss(sigma_sampler_config=DISCRETE), video_denoiser()
+    x, noise, idx = torch.randn(SHAPE), torch.randn(SHAPE), torch.tensor([0, 999])
+    a = denoiser.table.at(idx).view(-1, 1, 1, 1, 1)
+    v = a * noise - (1 - a**2) ** 0.5 * x
+    assert loss(lambda *_: v, denoiser, x, {}, idx=idx, noise=noise).max() < 1e-9
+
+
+def test_timesteps_are_drawn_before_the_noise() -> None:
+    loss, denoiser, x = VideoDiffusionLoss(sigma_sampler_config=DISCRETE), video_denoiser(), torch.randn(SHAPE)
+    by_hand = torch.Generator().manual_seed(3)
+    idx = torch.randint(0, 1000, (2,), generator=by_hand)
+    noise = torch.randn(SHAPE, generator=by_hand)
+    drawn = loss(zero_network, denoiser, x, {}, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, loss(zero_network, denoiser, x, {}, idx=idx, noise=noise))
+    assert not torch.equal(drawn, loss(zero_network, denoiser, x, {}, generator=torch.Generator().manual_seed(4)))
+
+
+def test_min_snr_value_bounds_the_weight() -> None:
+    x, noise, idx = torch.randn(SHAPE), torch.randn(SHAPE), torch.tensor([0, 999])
+    denoiser = video_denoiser()
+    given = {"idx": idx, "noise": noise}
+    plain = VideoDiffusionLoss(sigma_sampler_config=DISCRETE)(zero_network, denoiser, x, {}, **given)
+    bounded = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, min_snr_value=5.0)(
+        zero_network, denoiser, x, {}, **given
+    )
+    weight = 1 / (1 - denoiser.table.at(idx) ** 2)
+    assert bounded[0].item() == pytest.approx(plain[0].item() * 5 / weight[0].item(), rel=1e-5)
+    assert bounded[1] == plain[1]
+
+
+def test_offset_noise_is_shared_by_a_sample() -> None:
+    x = torch.zeros(2, 3, 2, 4, 4)
+    loss = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, offset_noise_level=10.0)
+    plain = VideoDiffusionLoss(sigma_sampler_config=DISCRETE)
+    offset = loss.draw_noise(x, torch.Generator().manual_seed(1)) - plain.draw_noise(
+        x, torch.Generator().manual_seed(1)
+    )
+    assert offset.flatten(1).std(dim=1).max() < 1e-5
+    assert abs(offset[0].mean() - offset[1].mean()) > 0.1
+
+
+def test_l1_takes_the_absolute_error() -> None:
+    x, idx = torch.randn(SHAPE), torch.tensor([999, 999])
+    noise = torch.randn(SHAPE)
+    loss = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, type="l1")
+    # At the last timestep √ᾱ is 0, so the weight is 1 and the zero network's result is 0.
+    result = loss(zero_network, video_denoiser(), x, {}, idx=idx, noise=noise)
+    torch.testing.assert_close(result, x.abs().flatten(1).mean(dim=1))
+
+
+def test_standard_loss_weighs_by_the_denoiser() -> None:
+    denoiser = Denoiser(
+        scaling_config={"target": f"{PREFIX}.denoiser_scaling.EDMScaling"},
+        weighting_config={"target": f"{PREFIX}.denoiser_weighting.EDMWeighting"},
+    )
+    x = torch.randn(SHAPE)
+    result = StandardDiffusionLoss(sigma_sampler_config=EDM)(
+        zero_network, denoiser, x, {}, generator=torch.Generator().manual_seed(2)
+    )
+    by_hand = torch.Generator().manual_seed(2)
+    sigma = (1.2 * torch.randn(2, generator=by_hand) - 1.2).exp().view(-1, 1, 1, 1, 1)
+    noised = x + sigma * torch.randn(SHAPE, generator=by_hand)
+    expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (0.25 / (sigma**2 + 0.25) * noised - x) ** 2
+    torch.testing.assert_close(result, expected.flatten(1).mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"type": "lpips"}, "loss type 'lpips'.*l2, l1"),
+        ({"fixed_frames": 2}, "fixed_frames 2"),
+        ({"offset_noise_level": -1.0}, "offset_noise_level is -1"),
+        ({"sigma_sampler_config": EDM}, "EDMSampling.*DiscreteSampling"),
+        (
+            {
+                "sigma_sampler_config": {
+                    "target": f"{PREFIX}.sigma_sampling.DiscreteSampling",
+                    "params": {
+                        "num_idx": 1000,
+                        "discretization_config": {"target": f"{PREFIX}.discretizer.LegacyDDPMDiscretization"},
+                    },
+                }
+            },
+            "ZeroSNRDDPMDiscretization",
+        ),
+    ],
+)
+def test_impossible_configuration_is_refused(params: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VideoDiffusionLoss(**{"sigma_sampler_config": DISCRETE, **params})

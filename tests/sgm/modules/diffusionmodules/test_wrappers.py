@@ -1,0 +1,52 @@
+import torch
+from torch import nn
+
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+
+
+class Network(nn.Module):
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **optional: object
+    ) -> torch.Tensor:
+        self.given = (x, timesteps, context, optional)
+        return x
+
+
+def test_image_latents_go_behind_the_channels() -> None:
+    wrapper = OpenAIWrapper(Network())
+    x, concat, text = torch.randn(1, 2, 3, 4, 4), torch.randn(1, 2, 5, 4, 4), torch.randn(1, 6, 7)
+    result = wrapper(x, torch.tensor([3]), {"crossattn": text, "concat": concat})
+    assert torch.equal(result, torch.cat([x, concat], dim=2))
+    assert torch.equal(wrapper.diffusion_model.given[2], text)
+
+
+def test_ofs_is_passed_only_when_given() -> None:
+    wrapper, ofs = OpenAIWrapper(Network()), torch.tensor([2.0])
+    args = torch.randn(1, 2, 3, 4, 4), torch.tensor([3]), {"crossattn": torch.randn(1, 6, 7)}
+    wrapper(*args)
+    assert wrapper.diffusion_model.given[3] == {}
+    wrapper(*args, ofs=ofs)
+    assert wrapper.diffusion_model.given[3] == {"ofs": ofs}
+
+
+def test_inputs_take_the_precision_of_the_network_but_timesteps_do_not() -> None:
+    wrapper = OpenAIWrapper(Network().bfloat16())
+    wrapper(torch.randn(1, 2, 3, 4, 4), torch.tensor([999]), {"crossattn": torch.randn(1, 6, 7)})
+    x, timesteps, context, _ = wrapper.diffusion_model.given
+    assert (x.dtype, timesteps.dtype, context.dtype) == (torch.bfloat16, torch.int64, torch.bfloat16)
+
+
+def test_precision_can_be_chosen() -> None:
+    wrapper = OpenAIWrapper(Network(), dtype=torch.float16)
+    wrapper(torch.randn(1, 2, 3, 4, 4), torch.tensor([999]), {"crossattn": torch.randn(1, 6, 7)})
+    assert wrapper.diffusion_model.given[0].dtype == torch.float16
+
+
+def test_parameter_names_are_those_of_the_checkpoint() -> None:
+    assert list(OpenAIWrapper(Network()).state_dict()) == ["diffusion_model.weight"]

@@ -1,0 +1,253 @@
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.util import InputError, instantiate_from_config
+
+TEXTS = ["a red ball moves left", "", "a yellow triangle  moves\nup"]
+
+
+def shards(folder):
+    return sorted(folder.glob("model-0*-of-0*.safetensors"))
+
+
+def test_equals_transformers_without_attention_mask(t5_dir):
+    from transformers import T5EncoderModel
+
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=20)
+    assert len(shards(t5_dir)) > 2
+    reference = T5EncoderModel.from_pretrained(t5_dir).eval()
+    with torch.no_grad():
+        expected = reference(input_ids=embedder.tokenize(TEXTS)).last_hidden_state
+        masked = reference(
+            input_ids=embedder.tokenize(TEXTS), attention_mask=(embedder.tokenize(TEXTS) != 0).long()
+        ).last_hidden_state
+    found = embedder(TEXTS)
+    assert found.shape == (3, 20, 32) == (3, 20, embedder.embed_dim)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert (found - masked).abs().max() > 1e-2
+    assert not found.requires_grad
+
+
+def test_tokens_equal_those_of_transformers_tokenizer(t5_dir):
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(str(t5_dir), local_files_only=True)
+    texts = [*TEXTS, "a BALL, unknown words: 日本 é!", "a red ball moves left " * 5, "  spaces  around "]
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=24)
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=24)["input_ids"]
+    assert embedder.tokenize(texts).tolist() == expected
+
+
+def test_ids_end_with_end_token_and_are_padded_to_max_length(t5_dir):
+    ids = FrozenT5Embedder(str(t5_dir), max_length=20).tokenize(["a red ball", ""])
+    assert ids.shape == (2, 20) and ids.dtype == torch.int64
+    assert ids[1].tolist() == [1] + [0] * 19
+    num = int((ids[0] != 0).sum())
+    assert ids[0, num - 1] == 1 and (ids[0, : num - 1] > 2).all() and (ids[0, num:] == 0).all()
+
+
+def test_long_prompt_is_cut_with_a_warning_that_shows_what_is_dropped(t5_dir, caplog):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=6)
+    text = "a red ball moves left and yellow triangle"
+    with caplog.at_level(logging.WARNING, logger="sgm"):
+        ids = embedder.tokenize([text])
+        embedder.tokenize([text])
+    assert ids.shape == (1, 6) and ids[0, -1] == 1
+    kept = embedder.folder.tokenizer.decode(ids[0, :-1].tolist())
+    assert len(caplog.records) == 1
+    dropped = caplog.messages[0].split("dropped: '")[1].split("'")[0]
+    assert dropped.endswith("triangle")
+    assert (kept + dropped).replace(" ", "") == text.replace(" ", "")
+    assert "max_length is 6" in caplog.text
+
+
+def test_prompt_of_exactly_max_length_is_not_cut(t5_dir, caplog):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=100)
+    num = int((embedder.tokenize(["a red ball"]) != 0).sum())
+    assert FrozenT5Embedder(str(t5_dir), max_length=num).tokenize(["a red ball"])[0, -1] == 1
+    assert not caplog.records
+
+
+def test_embedding_does_not_depend_on_the_batch(t5_dir):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=20)
+    alone = embedder([TEXTS[2]])
+    batch = embedder([TEXTS[0], TEXTS[2], TEXTS[2], TEXTS[1]])
+    assert torch.equal(batch[1:2], alone) and torch.equal(batch[2:3], alone)
+    assert not torch.equal(batch[0:1], alone)
+
+
+def test_loading_leaves_the_global_generator_alone(t5_dir):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=8)
+    state = torch.get_rng_state()
+    embedder(["a red ball"])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_weights_are_loaded_on_first_use_and_never_registered(t5_dir):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=8)
+    assert not embedder.is_loaded
+    embedder.check()
+    assert not embedder.is_loaded
+    first = embedder(["a red ball"])
+    assert embedder.is_loaded
+    holder = nn.Sequential(embedder)
+    assert not holder.state_dict() and not list(holder.parameters()) and not list(holder.buffers())
+    assert len(list(holder.modules())) == 2
+    embedder.release()
+    assert not embedder.is_loaded
+    assert torch.equal(embedder(["a red ball"]), first)
+
+
+def test_casting_the_holder_leaves_t5_precision_alone(t5_dir):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=8)
+    expected = embedder(["a red ball"])
+    nn.Sequential(embedder).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(embedder(["a red ball"]), expected)
+
+
+@pytest.mark.parametrize(("offload", "stays"), [("none", True), ("cpu", True), ("release", False)])
+def test_offload_happens_after_the_outermost_block(t5_dir, offload, stays):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=8, offload=offload)
+    with embedder.keep_loaded():
+        embedder(["a red ball"])
+        assert embedder.is_loaded
+    assert embedder.is_loaded == stays
+    embedder(["a red ball"])
+    assert embedder.is_loaded == stays
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "got"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float32, "bf16", torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float16, None, torch.float32),
+    ],
+)
+def test_dtype(own_t5_dir, stored, asked, got):
+    from safetensors.torch import load_file, save_file
+
+    for shard in shards(own_t5_dir):
+        save_file({name: tensor.to(stored) for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    assert FrozenT5Embedder(str(own_t5_dir), max_length=8, dtype=asked)(["a red ball"]).dtype == got
+
+
+def test_fp16_on_cpu_is_refused(t5_dir):
+    with pytest.raises(InputError, match="CPU cannot run dtype: fp16"):
+        FrozenT5Embedder(str(t5_dir), dtype="fp16")(["a"])
+
+
+def test_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(InputError, match=r"does not exist \(model\.conditioner_config.*model_dir\).*text_encoder/"):
+        FrozenT5Embedder(str(tmp_path / "nothing")).check()
+    with pytest.raises(InputError, match="google/t5-v1_1-xxl.*does not exist"):
+        FrozenT5Embedder()(["a"])
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "config.json", "model.safetensors.index.json"])
+def test_missing_file_is_named(own_t5_dir, name):
+    (own_t5_dir / name).unlink()
+    for use in (FrozenT5Embedder(str(own_t5_dir)).check, lambda: FrozenT5Embedder(str(own_t5_dir))(["a"])):
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            use()
+
+
+def test_all_missing_files_are_named_together(own_t5_dir):
+    (own_t5_dir / "spiece.model").unlink()
+    (own_t5_dir / "config.json").unlink()
+    lost = shards(own_t5_dir)[1]
+    lost.unlink()
+    with pytest.raises(InputError) as error:
+        FrozenT5Embedder(str(own_t5_dir)).check()
+    assert all(name in str(error.value) for name in ("spiece.model", "config.json", lost.name))
+
+
+def test_truncated_shard_is_named(own_t5_dir):
+    shard = shards(own_t5_dir)[0]
+    shard.write_bytes(shard.read_bytes()[:-16])
+    with pytest.raises(InputError, match=f"{shard.name} is truncated"):
+        FrozenT5Embedder(str(own_t5_dir)).check()
+
+
+def test_lfs_pointer_is_recognised(own_t5_dir):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    shard = shards(own_t5_dir)[0]
+    shard.write_text(pointer)
+    (own_t5_dir / "spiece.model").write_text(pointer)
+    with pytest.raises(InputError) as error:
+        FrozenT5Embedder(str(own_t5_dir)).check()
+    assert str(error.value).count("git lfs pull") == 2
+
+
+def test_garbage_in_json_files(own_t5_dir):
+    (own_t5_dir / "config.json").write_text("{")
+    (own_t5_dir / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError) as error:
+        FrozenT5Embedder(str(own_t5_dir)).check()
+    assert "config.json is not readable JSON" in str(error.value)
+    assert "index.json is no index" in str(error.value)
+
+
+def test_weights_of_another_size(own_t5_dir):
+    config = json.loads((own_t5_dir / "config.json").read_text())
+    for change in ({"d_ff": 128}, {"num_layers": 3}):
+        (own_t5_dir / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=r"weights in .* (do not fit|lack)"):
+            FrozenT5Embedder(str(own_t5_dir))(["a"])
+
+
+def test_tokenizer_of_another_model(own_t5_dir):
+    config = json.loads((own_t5_dir / "config.json").read_text())
+    (own_t5_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    with pytest.raises(InputError, match="different models"):
+        FrozenT5Embedder(str(own_t5_dir)).check()
+
+
+def test_single_file_folder(own_t5_dir, t5_dir):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for shard in shards(own_t5_dir):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (own_t5_dir / "model.safetensors.index.json").unlink()
+    save_file(tensors, own_t5_dir / "model.safetensors", {"format": "pt"})
+    texts = ["a red ball"]
+    assert torch.equal(FrozenT5Embedder(str(own_t5_dir))(texts), FrozenT5Embedder(str(t5_dir))(texts))
+
+
+@pytest.mark.parametrize("params", [{"freeze": False}, {"dtype": "fp8"}, {"offload": "disk"}, {"max_length": 1}])
+def test_unsupported_parameters_are_refused(params):
+    with pytest.raises(InputError, match=next(iter(params))):
+        FrozenT5Embedder("anywhere", **params)
+
+
+def test_a_single_string_is_refused(t5_dir):
+    with pytest.raises(InputError, match="list of texts"):
+        FrozenT5Embedder(str(t5_dir))("a red ball")
+
+
+def test_released_yaml_section(t5_dir):
+    config = {
+        "target": "sgm.modules.encoders.modules.FrozenT5Embedder",
+        "params": {"model_dir": str(t5_dir), "max_length": 12, "cache_dir": "/somewhere"},
+    }
+    assert instantiate_from_config(config)(["a"]).shape == (1, 12, 32)
+
+
+def test_import_is_light():
+    code = (
+        "import sys; from sgm.modules import GeneralConditioner;"
+        "sys.exit(any(name in sys.modules for name in ('transformers', 'sentencepiece', 'sat', 'deepspeed')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,147 @@
+"""Every shipped YAML file against the classes that it names, and against the published facts of the models."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sgm.check import check_sampling, check_shapes
+from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
+from sgm.geometry import Geometry
+from sgm.util import instantiate_from_config, without_allocating
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RELEASED = sorted(path.stem for path in CONFIGS.glob("cogvideox*.yaml"))
+MODELS = [*RELEASED, "toy", "toy_i2v"]
+
+
+def load(name: str, *more: str, overrides=()):
+    return load_config([CONFIGS / f"{stem}.yaml" for stem in (name, *more)], overrides, mode="inference")
+
+
+def inference_of(name: str) -> str:
+    return "toy_inference" if name.startswith("toy") else "inference"
+
+
+def parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_all_models_are_there():
+    assert RELEASED == [
+        "cogvideox1.5_5b",
+        "cogvideox1.5_5b_i2v",
+        "cogvideox_2b",
+        "cogvideox_2b_lora",
+        "cogvideox_5b",
+        "cogvideox_5b_i2v",
+        "cogvideox_5b_i2v_lora",
+        "cogvideox_5b_lora",
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_is_taken_and_has_an_effect(name):
+    assert load(name, inference_of(name)).warnings == ()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_fit_and_the_sample_is_legal(name):
+    config = load(name, inference_of(name))
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    assert check_shapes(config, geometry) == []
+    plan = check_sampling(config.args, geometry)
+    assert plan.video_frames == config.model["network_config"]["params"]["num_frames"]
+    assert plan.image2video is ("i2v" in name)
+    assert config.args.image2video is plan.image2video
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_parts_but_the_text_encoder_can_be_built(name):
+    model = load(name).model
+    with without_allocating():
+        network = instantiate_from_config(model["network_config"])
+        vae = instantiate_from_config(model["first_stage_config"])
+    for part in ("denoiser_config", "sampler_config", "loss_fn_config", "conditioner_config"):
+        instantiate_from_config(model[part])
+    if name.startswith("toy"):
+        assert parameters(network) + parameters(vae) < 25_000_000
+    else:
+        assert parameters(vae) == 215_583_907
+
+
+@pytest.mark.parametrize(("name", "count"), [("cogvideox_2b", 1_693_783_872), ("cogvideox_5b", 5_570_283_072)])
+def test_parameter_counts_of_the_released_networks(name, count):
+    with without_allocating():
+        network = instantiate_from_config(load(name).model["network_config"])
+    # What the SAT layout holds beside the published parameters: the 2B's sincos table (226 text tokens and
+    # 13x30x45 patches), and SAT's own position table in the others, which nothing reads.
+    tables = {"cogvideox_2b": (226 + 13 * 30 * 45) * 1920, "cogvideox_5b": 64 * 3072}
+    assert parameters(network) - tables[name] == count
+    names = [key for key, _ in network.named_parameters() if "position" in key or "pos_embed" in key]
+    expected = {
+        "cogvideox_2b": "mixins.pos_embed.pos_embedding",
+        "cogvideox_5b": "transformer.position_embeddings.weight",
+    }
+    assert names == [expected[name]]
+
+
+PUBLISHED = {  # precision, scale_factor, shift, layers, hidden, heads, text tokens, in_channels, fps
+    "cogvideox_2b": ("fp16", 1.15258426, 3.0, 30, 1920, 30, 226, 16, 8),
+    "cogvideox_5b": ("bf16", 0.7, 1.0, 42, 3072, 48, 226, 16, 8),
+    "cogvideox_5b_i2v": ("bf16", 0.7, 1.0, 42, 3072, 48, 226, 32, 8),
+    "cogvideox1.5_5b": ("bf16", 0.7, 1.0, 42, 3072, 48, 224, 16, 16),
+    "cogvideox1.5_5b_i2v": ("bf16", 0.7, 1.0, 42, 3072, 48, 224, 32, 16),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_published_values(name):
+    config = load(name, "inference")
+    model, network = config.model, config.model["network_config"]["params"]
+    precision, scale, shift, layers, hidden, heads, text, in_channels, fps = PUBLISHED[name.removesuffix("_lora")]
+    assert (model["precision"], model["scale_factor"]) == (precision, scale)
+    assert (network["num_layers"], network["hidden_size"], network["num_attention_heads"]) == (layers, hidden, heads)
+    assert network["in_channels"] == in_channels and network["time_embed_dim"] == 512
+    assert network["modules"]["pos_embed_config"]["params"]["text_length"] == text
+    assert config.args.sampling_fps == fps
+    shifts = re.findall(r"shift_scale: ([\d.]+)", config.to_yaml())
+    assert [float(found) for found in shifts] == [shift] * 3
+    assert model["sampler_config"]["params"]["num_steps"] == 50
+    guider = model["sampler_config"]["params"]["guider_config"]["params"]
+    assert guider == {"scale": 6, "exp": 5, "num_steps": 50}
+
+
+@pytest.mark.parametrize(("name", "rank"), [("cogvideox_2b", 128), ("cogvideox_5b", 128), ("cogvideox_5b_i2v", 256)])
+def test_lora_files_add_adapters_only(name, rank):
+    plain, lora = load(name).merged, load(f"{name}_lora").merged
+    modules = lora["model"]["network_config"]["params"]["modules"]
+    assert modules.pop("lora_config") == {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": rank}}
+    assert lora["model"].pop("not_trainable_prefixes") == ["all"]
+    assert lora == plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_in_a_file_names_that_file(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    commands = re.findall(r"#   python sample_video.py --base (\S+) (\S+)", text)
+    assert commands == [(f"configs/{name}.yaml", f"configs/{inference_of(name)}.yaml")]
+
+
+def test_image_latents_follow_the_generation():
+    assert load("cogvideox_5b_i2v").model["scale_image_latents"] is True
+    assert load("cogvideox1.5_5b_i2v").model["scale_image_latents"] is False
+    assert load("cogvideox1.5_5b_i2v").model["network_config"]["params"]["ofs_embed_dim"] == 512
+
+
+def test_prompts_are_there():
+    path = CONFIGS.parent / load("cogvideox_2b", "inference").args.input_file
+    lines = path.read_text().splitlines()
+    assert len(lines) >= 3 and all(line.strip() for line in lines)
+
+
+def test_docs_list_every_key_of_args():
+    text = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+    missing = [name for name in SamplingArgs.__dataclass_fields__ if f"`{name}`" not in text]
+    assert missing == []
+    assert [name for name in TRAINING_ARGS if f"`{name}`" not in text] == []
