@@ -1,0 +1,107 @@
+import pytest
+import torch
+import yaml
+
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.util import InputError
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_model, golden):
+    """Return a function: golden name and changes of the model section → engine with weights."""
+
+    def make(name: str, **changes) -> SATVideoDiffusionEngine:
+        model = yaml.safe_load(tiny_model(name).read_text())["model"] | changes
+        for ignored in SATVideoDiffusionEngine.IGNORED_PARAMS:
+            model.pop(ignored, None)
+        engine = SATVideoDiffusionEngine(**model, allocate=False)
+        engine.load_weights(str(golden / name / "transformer"), dtype=torch.float32, device=torch.device("cpu"))
+        engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))
+        return engine
+
+    return make
+
+
+def test_first_stage_has_time_before_channels_and_scales(make_engine):
+    engine = make_engine("dit_t2v_2b")
+    video = torch.rand(2, 5, 3, 32, 48) * 2 - 1
+    latents = engine.encode_first_stage(video, sample=False)
+    assert latents.shape == (2, 2, 16, 4, 6)
+    raw = engine.encode_first_stage(video, sample=False, scale=False)
+    torch.testing.assert_close(latents, raw * 1.15258426)
+    expected = engine.first_stage_model.decode(raw.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(engine.decode_first_stage(latents), expected, atol=1e-5, rtol=0)
+    assert expected.shape == video.shape
+
+
+def test_samples_a_time_change_nothing(make_engine):
+    video = torch.rand(3, 1, 3, 32, 48)
+    together = make_engine("dit_t2v_2b").encode_first_stage(video, sample=False)
+    apart = make_engine("dit_t2v_2b", en_and_decode_n_samples_a_time=1).encode_first_stage(video, sample=False)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+def test_posterior_noise_comes_from_the_generator(make_engine):
+    engine, video = make_engine("dit_t2v_2b"), torch.rand(1, 1, 3, 32, 48)
+    draws = [engine.encode_first_stage(video, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_image_latents_of_the_first_generation_are_scaled_and_padded_with_zeros(make_engine):
+    engine, image = make_engine("dit_i2v_5b"), torch.rand(1, 3, 64, 96)
+    concat = engine.image_latents(image, 5)
+    assert concat.shape == (1, 5, 16, 8, 12) and not concat[:, 1:].any()
+    torch.testing.assert_close(concat[:, :1], engine.encode_first_stage(image[:, None], sample=False))
+
+
+def test_image_latents_of_1_5_are_raw_and_repeat_the_first_frame_in_front(make_engine):
+    engine, image = make_engine("dit_t2v_1.5"), torch.rand(1, 3, 64, 96)
+    concat = engine.image_latents(image, 3)
+    raw = engine.encode_first_stage(image[:, None], sample=False, scale=False)
+    assert concat.shape[1] == 4 and not concat[:, 2:].any()
+    torch.testing.assert_close(concat[:, :2], raw.expand(-1, 2, -1, -1, -1))
+    assert engine.front_padding(4) == 0 and engine.front_padding(3) == 1
+
+
+def test_one_key_changes_the_scale_of_image_latents(make_engine):
+    image = torch.rand(1, 3, 64, 96)
+    scaled = make_engine("dit_i2v_5b").image_latents(image, 1)
+    raw = make_engine("dit_i2v_5b", scale_image_latents=False).image_latents(image, 1)
+    torch.testing.assert_close(scaled, raw * 0.7)
+
+
+def test_image_latents_beside_every_frame(make_engine):
+    concat = make_engine("dit_i2v_5b", noised_image_all_concat=True).image_latents(torch.rand(1, 3, 64, 96), 3)
+    assert torch.equal(concat[:, 0], concat[:, 2]) and concat[:, 2].any()
+
+
+def test_sampling_starts_from_the_noise_of_each_generator(make_engine):
+    engine = make_engine("dit_t2v_2b")
+    starts = []
+    engine.sampler = lambda denoise, noise, *args, **kwargs: starts.append(noise) or noise
+    cond = {"crossattn": torch.zeros(2, 6, 24)}
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    engine.sample(cond, cond, shape=(5, 16, 8, 12), generators=generators)
+    assert torch.equal(starts[0][1], torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(8)))
+
+
+def test_the_networks_names_are_those_of_the_checkpoint_format(make_engine):
+    names = [name for name in make_engine("dit_t2v_2b").state_dict() if not name.startswith("first_stage_model.")]
+    assert names and all(name.startswith("model.diffusion_model.") for name in names)
+
+
+def test_unknown_precision():
+    with pytest.raises(InputError, match="model.precision: 'fp8'"):
+        SATVideoDiffusionEngine(network_config={}, denoiser_config={}, precision="fp8")
+
+
+def test_the_autoencoder_runs_in_bf16_where_the_network_runs_in_fp16(make_engine):
+    engine = make_engine("dit_t2v_2b")
+    engine.load_first_stage(dtype=torch.float16, device=torch.device("cpu"))
+    assert {parameter.dtype for parameter in engine.first_stage_model.parameters()} == {torch.bfloat16}
+
+
+def test_compiled_network_is_the_same_network(make_engine):
+    engine = make_engine("dit_t2v_2b", compile_model=True)
+    assert engine.network._compiled_call_impl is not None
+    assert set(engine.network.state_dict()) == set(make_engine("dit_t2v_2b").network.state_dict())

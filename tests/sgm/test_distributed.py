@@ -1,0 +1,62 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import sgm.distributed
+from sgm.util import InputError
+
+ROOT = Path(__file__).parents[2]
+
+TWO_RANKS = """
+import torch, torch.distributed as dist
+import sgm.distributed as d
+d.initialize()
+d.initialize()
+x = torch.tensor([d.data_parallel_rank() + 1.0], device=d.device())
+dist.all_reduce(x)
+assert d.data_parallel_size() == 2 and x.item() == 3.0
+d.shutdown()
+assert not dist.is_initialized()
+"""
+
+
+def test_a_single_process_needs_no_launcher_and_opens_no_port(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    sgm.distributed.initialize()
+    sgm.distributed.initialize()
+    assert dist.get_world_size() == 1
+    assert (sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()) == (0, 1)
+
+
+def test_groups_can_be_made_again_after_a_shutdown():
+    sgm.distributed.initialize()
+    sgm.distributed.shutdown()
+    assert not dist.is_initialized() and sgm.distributed.data_parallel_size() == 1
+    sgm.distributed.initialize()
+    assert dist.is_initialized()
+
+
+def test_two_ranks(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensor_parallel_sizes_are_refused():
+    with pytest.raises(InputError, match="model_parallel_size: 1"):
+        sgm.distributed.initialize(model_parallel_size=2)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_the_device_is_the_cpu_where_there_is_nothing_else():
+    assert sgm.distributed.device() == torch.device("cpu")
+    sgm.distributed.prepare_import()
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

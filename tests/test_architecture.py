@@ -1,0 +1,313 @@
+"""The rules of docs/architecture.md, held against the source: layers, lengths, and what library code must not do."""
+
+import ast
+import graphlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+# What tools, users and package managers put into the folder, and data that is no text.
+NOT_OURS = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__", "outputs", "checkpoints", "build", "assets"}
+TEST_DATA = ROOT / "tests" / "data"
+SCRIPTS = ("tools", "benchmarks", "sample_video", "setup")
+
+# Longest prefix first decides. A module may import from its own layer and from those below.
+LAYERS = {
+    "sgm": 0,
+    "sgm.util": 0,
+    "sgm.log": 0,
+    "sgm.yaml_files": 0,
+    "sgm.config_targets": 0,
+    "sgm.config": 0,
+    "sgm.architecture": 1,
+    "sgm.distributed": 1,
+    "sgm.files": 1,
+    "sgm.geometry": 1,
+    "sgm.modules.embeddings": 1,
+    "dit_video_concat": 2,
+    "vae_modules": 2,
+    "sgm.modules": 2,
+    "sgm.checkpoint": 3,
+    "sgm.models": 3,
+    "sgm.check": 3,
+    "sgm.inference": 4,
+    "sample_video": 5,
+    "setup": 5,
+    "tools": 5,
+    "benchmarks": 5,
+}
+# The parts of layer 2. YAML joins them; sgm.modules itself only re-exports a name of the encoders.
+PEERS = {
+    "dit_video_concat": "network",
+    "vae_modules": "autoencoder",
+    "sgm.modules.diffusionmodules": "diffusion",
+    "sgm.modules.encoders": "encoders",
+    "sgm.modules": "encoders",
+}
+SAT_USERS = ("dit_video_concat", "sgm.distributed", "sgm.models", "sgm.checkpoint", "tools", "benchmarks")
+
+MAX_LINES, MAX_FUNCTION = 400, 60
+LONG_MODULES = {  # module → lines it may have
+    "dit_video_concat": 600,  # the network is one file on purpose: its names are those of YAML, read top to bottom
+    "sgm.checkpoint": 450,  # reading and writing share one description of the layout
+}
+
+DEVICE_NAMES = re.compile(r"(cuda|npu|xpu|mps|hpu|musa|mlu)(:\d+)?")
+NETWORK_MODULES = {"requests", "urllib", "http", "socket", "ftplib", "aiohttp", "httpx", "huggingface_hub", "boto3"}
+
+
+def named(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def project_files() -> Iterator[Path]:
+    """What belongs to the project, without asking git: a downloaded archive has no history."""
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        foreign = any(part in NOT_OURS or part.endswith(".egg-info") for part in parts) or TEST_DATA in path.parents
+        if path.is_file() and not foreign:
+            yield path
+
+
+@cache
+def sources() -> dict[str, Path]:
+    tops = [*ROOT.glob("*.py")]
+    for folder in ("sgm", "vae_modules", "tools", "benchmarks"):
+        tops += (ROOT / folder).rglob("*.py")
+    return {named(path): path for path in sorted(tops)}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text(encoding="utf-8"))
+
+
+def library() -> list[str]:
+    return [module for module in sources() if module.partition(".")[0] not in SCRIPTS]
+
+
+def lookup(table: dict, module: str):
+    prefix = module
+    while prefix and prefix not in table:
+        prefix = prefix.rpartition(".")[0]
+    return table.get(prefix)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Everything that a module imports, inside functions too; of this project the exact modules."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively; write the full name"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in sources() else str(node.module))
+    # Scripts in tools/ see each other without the folder's name.
+    siblings = {f"tools.{name}" for name in found if module.startswith("tools.") and f"tools.{name}" in sources()}
+    return frozenset(found | siblings)
+
+
+def own_imports(module: str) -> set[str]:
+    return set(imports(module)) & sources().keys()
+
+
+def findings(check) -> list[str]:
+    """Run `check(module, node)` over all syntax nodes of the library; return `file:line` of what it finds."""
+    return [
+        f"{sources()[module].relative_to(ROOT)}:{node.lineno}"
+        for module in library()
+        for node in ast.walk(tree(module))
+        if check(node)
+    ]
+
+
+def test_the_scan_sees_the_project():
+    assert {"sgm.config", "vae_modules.layers", "dit_video_concat", "sgm.inference.run"} <= set(library())
+    assert "sgm.config" in own_imports("sgm.inference.main"), "lazy imports count"
+    assert "sgm.distributed" in own_imports("dit_video_concat")
+    assert not {name.partition(".")[0] for name in library()} & {"tools", "tests", "benchmarks"}
+
+
+def test_every_module_has_a_layer():
+    unplaced = [module for module in sources() if lookup(LAYERS, module) is None]
+    loose = [m for m in sources() if m.startswith("sgm.") and m not in LAYERS and lookup(LAYERS, m) == LAYERS["sgm"]]
+    assert unplaced + loose == [], "give each a layer here and in docs/architecture.md"
+
+
+def test_imports_run_downward():
+    upward = [
+        f"{module} (layer {lookup(LAYERS, module)}) imports {other} (layer {lookup(LAYERS, other)})"
+        for module in sources()
+        for other in own_imports(module)
+        if lookup(LAYERS, other) > lookup(LAYERS, module)
+    ]
+    assert upward == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graphlib.TopologicalSorter({module: own_imports(module) for module in sources()}).prepare()
+
+
+def test_peers_never_import_each_other():
+    across = [
+        f"{module} imports {other}"
+        for module in sources()
+        for other in own_imports(module)
+        if lookup(LAYERS, module) == lookup(LAYERS, other) == 2 and lookup(PEERS, module) != lookup(PEERS, other)
+    ]
+    assert across == []
+
+
+def test_scripts_are_imported_by_nobody_but_each_other():
+    assert [m for m in library() for other in own_imports(m) if other.partition(".")[0] in SCRIPTS] == []
+
+
+def test_sat_stays_behind_its_four_users():
+    users = {m for m in sources() for name in imports(m) if name.partition(".")[0] == "sat"}
+    assert {"dit_video_concat", "sgm.distributed"} <= users
+    assert [m for m in users if not m.startswith(SAT_USERS)] == []
+
+
+def test_every_module_is_reachable():
+    """From a script, from the name of a class in a shipped YAML file, or as part of a package that is."""
+    configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs").glob("*.yaml")]
+    targets = {target.rpartition(".")[0] for config in configs for target in targets_in(config)}
+    targets.add("sgm.models.video_diffusion")  # what a model section is built from, see sgm.config_targets
+    todo = [m for m in sources() if m.partition(".")[0] in SCRIPTS or m in targets]
+    reached = set()
+    while todo:
+        module = todo.pop()
+        if module not in reached:
+            reached.add(module)
+            parents = {module.rsplit(".", n)[0] for n in range(1, module.count(".") + 1)}
+            todo += own_imports(module) | (parents & sources().keys())
+    assert sorted(sources().keys() - reached) == [], "nothing is kept for later"
+
+
+def targets_in(value) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "target" in value:
+            yield value["target"]
+        value = list(value.values())
+    for entry in value if isinstance(value, list) else []:
+        yield from targets_in(entry)
+
+
+def test_modules_fit_in_a_head():
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in sources().items()}
+    assert {m: n for m, n in lengths.items() if n > LONG_MODULES.get(m, MAX_LINES)} == {}
+    assert [m for m in LONG_MODULES if lengths[m] <= MAX_LINES] == [], "no exception is needed any more"
+
+
+def test_functions_fit_on_a_page():
+    """Docstrings and the list of parameters do not count: they grow with what is explained."""
+    long = []
+    for module in sources():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                documented = len(node.body) > 1 and ast.get_docstring(node, clean=False) is not None
+                length = node.end_lineno - node.body[int(documented)].lineno + 1
+                if length > MAX_FUNCTION + 5 * (module in LONG_MODULES):
+                    long.append(f"{module}.{node.name}: {length}")
+    assert long == []
+
+
+def test_every_module_says_what_it_is():
+    silent = [m for m, path in sources().items() if path.stat().st_size and ast.get_docstring(tree(m)) is None]
+    assert silent == []
+
+
+def test_the_library_never_prints():
+    def prints(node):
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+
+    assert findings(prints) == [], "use sgm.log.get_logger"
+
+
+def test_the_library_names_no_accelerator():
+    def names_one(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return DEVICE_NAMES.fullmatch(node.value) is not None
+        is_torch = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        return is_torch and DEVICE_NAMES.fullmatch(node.attr) is not None
+
+    assert findings(names_one) == [], "ask sgm.distributed.device(), or follow the inputs"
+
+
+def test_the_library_stays_off_the_network():
+    users = [m for m in library() for name in imports(m) if name.partition(".")[0] in NETWORK_MODULES]
+    assert users == []
+
+
+def test_pickles_are_never_trusted():
+    loose = []
+    for path in project_files():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+                loose += [] if safe else [f"{path.relative_to(ROOT)}:{node.lineno}"]
+    assert loose == [], "torch.load(..., weights_only=True)"
+
+
+ABSOLUTE = re.compile(r"(?<![\w.}*/)\]-])/(?:work|home|root|tmp|mnt|Users|opt|var)/|(?<!\w)[A-Z]:\\{1,2}\w")
+HOSTS = re.compile(r"[a-z+]+://[^\s\"'<>)]*|\b[\w-]+\.(?:com|org|cn)\b|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b", re.IGNORECASE)
+ALLOWED_HOSTS = re.compile(
+    r"http://www\.apache\.org/licenses/.*|apache\.org"  # the licence
+    r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, which is recognised
+    r"|yaml\.org"  # in the name of a YAML tag
+    r"|file://.*|127\.0\.0\.1.*"
+)
+
+
+def text_files() -> Iterator[tuple[Path, str]]:
+    for path in project_files():
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".cfg", ".txt", ".json", ""}:
+            try:
+                yield path, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def test_no_file_knows_a_machine():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path, text in text_files()
+        if path != Path(__file__)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if ABSOLUTE.search(line)
+    ]
+    assert found == [], "write paths relative to the project"
+
+
+def test_no_file_names_a_host():
+    found = [
+        f"{path.relative_to(ROOT)}: {host}"
+        for path, text in text_files()
+        if path not in (Path(__file__), ROOT / "constraints.txt")
+        for host in HOSTS.findall(text)
+        if not ALLOWED_HOSTS.fullmatch(host)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "caught", "free"),
+    [
+        (ABSOLUTE, ["open('/home/me/x')", "load: /mnt/weights/a", r"C:\weights"], ["a/tmp/b", "sgm/data/", "{x}/work/"]),
+        (HOSTS, ["https://example.net/x", "see example.com", "10.0.0.1:80"], ["self.network", "torch 2.10.0", "a.b.c"]),
+    ],
+)
+def test_the_patterns_catch_what_they_should(pattern, caught, free):
+    assert all(pattern.search(text) for text in caught)
+    assert not any(pattern.search(text) for text in free)

@@ -1,0 +1,189 @@
+"""The package definition, the pinned versions, the Makefile and the launchers."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("sgm", "vae_modules")
+LINUX = {"platform_system": "Linux", "platform_machine": "x86_64", "sys_platform": "linux", "python_version": "3.11"}
+
+
+@pytest.fixture(scope="module")
+def definition():
+    """What setup.py hands to setuptools; nothing is built."""
+    given = {}
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    patch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))
+    exec(compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py")})
+    patch.undo()
+    return given
+
+
+def requirements(definition, *extras) -> dict[str, Requirement]:
+    lines = [*definition["install_requires"], *(line for extra in extras for line in definition["extras_require"][extra])]
+    parsed = [Requirement(line) for line in lines]
+    return {canonicalize_name(one.name): one for one in parsed}
+
+
+@cache
+def constraints() -> dict[str, list[Requirement]]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins: dict[str, list[Requirement]] = {}
+    for line in filter(None, lines):
+        assert not line.startswith("-"), f"{line}: options belong on the command line of pip"
+        pins.setdefault(canonicalize_name(Requirement(line).name), []).append(Requirement(line))
+    return pins
+
+
+# setup.py
+
+
+def test_every_source_module_is_installed(definition):
+    found = {str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for p in PACKAGES for path in (ROOT / p).rglob("*.py")}
+    assert set(definition["packages"]) == found
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"setup"}
+    assert set(definition["py_modules"]) == scripts
+    assert {"dit_video_concat", "sample_video"} <= scripts
+
+
+def test_every_folder_of_a_package_has_an_init():
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_extras(definition):
+    assert set(definition["extras_require"]) == {"diffusers", "wandb", "lowmem", "web", "dev"}
+    assert {"diffusers", "peft", "accelerate"} <= requirements(definition, "diffusers").keys()
+    assert {"pytest", "ruff", "pyright"} <= requirements(definition, "dev").keys()
+
+
+def test_python_versions(definition):
+    supported = SpecifierSet(definition["python_requires"])
+    versions = ["3.10.14", "3.11.0", "3.12.9", "3.13.0"]
+    assert [version in supported for version in versions] == [False, True, True, False]
+
+
+def test_markers(definition):
+    needed = requirements(definition)
+    decord, triton = needed["decord"].marker, needed["triton"].marker
+    assert decord.evaluate(LINUX) and triton.evaluate(LINUX)
+    assert not decord.evaluate(LINUX | {"platform_machine": "aarch64"})  # there is no wheel; PyAV reads videos there
+    assert not triton.evaluate(LINUX | {"platform_system": "Darwin"})
+    assert needed["torch"].marker is None and needed["av"].marker is None
+
+
+def test_every_requirement_is_a_range(definition):
+    open_ended = [str(one) for one in requirements(definition, *definition["extras_require"]).values() if not one.specifier]
+    assert open_ended == []
+
+
+def test_every_import_is_declared(definition):
+    """A package that another one happens to bring along today may be gone tomorrow."""
+    declared = requirements(definition).keys()
+    distributions = packages_distributions()
+    undeclared = {}
+    for path in [*(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")), ROOT / "dit_video_concat.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, *PACKAGES}:
+                if name != "dit_video_concat" and not {canonicalize_name(d) for d in distributions[name]} & declared:
+                    undeclared[name] = str(path.relative_to(ROOT))
+    assert undeclared == {}
+
+
+def test_license():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+# constraints.txt
+
+
+def test_constraints_are_exact_and_unique():
+    for name, pins in constraints().items():
+        assert len(pins) == 1 or all(pin.marker for pin in pins), f"{name} is pinned twice"
+        for pin in pins:
+            assert [part.operator for part in pin.specifier] == ["=="], f"{pin} is not exact"
+            assert not pin.url and not pin.extras
+
+
+@pytest.mark.parametrize("extras", [(), ("dev", "diffusers"), ("wandb",)])
+def test_constraints_pin_what_make_installs(definition, extras):
+    missing = [name for name in requirements(definition, *extras) if name not in constraints()]
+    assert missing == []
+
+
+def test_constraints_satisfy_the_ranges(definition):
+    outside = []
+    for name, wanted in requirements(definition, *definition["extras_require"]).items():
+        for pin in constraints().get(name, []):
+            version = next(iter(pin.specifier)).version
+            outside += [] if wanted.specifier.contains(version) else [f"{pin} is not {wanted.specifier}"]
+    assert outside == []
+
+
+# Makefile and launchers
+
+
+def recipes() -> dict[str, str]:
+    text = (ROOT / "Makefile").read_text()
+    found = re.findall(r"^([^\s:=#]+):(?!=)[^\n]*\n((?:\t[^\n]*\n?)*)", text, flags=re.MULTILINE)
+    return {target: recipe for target, recipe in found}
+
+
+def test_targets():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert phony is not None
+    assert {"demo", "test", "lint", "bench"} <= set(phony[1].split())
+    assert set(phony[1].split()) <= recipes().keys()
+    assert next(iter(target for target in recipes() if not target.startswith("."))) == "demo"
+
+
+def test_what_the_targets_do():
+    rules = recipes()
+    assert "inference.sh" in rules["demo"]
+    assert rules["demo"].strip().splitlines()[-1].strip().startswith("$(BIN)/python tools/contact_sheet.py")
+    assert "-m pytest" in rules["test"] and "benchmarks.bench" in rules["bench"]
+    assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))
+    installing = [line for rule in rules.values() for line in rule.splitlines() if " install " in line]
+    assert len(installing) == 2 and all("-c constraints.txt -e" in line for line in installing)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+def test_make_knows_every_step(target):
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["inference.sh", ".ci/run"])
+def test_launchers_stop_at_the_first_failure(script):
+    path = ROOT / script
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_ci_runs_what_a_user_runs():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "make lint" in text and "make test" in text
+
+
+def test_git_leaves_results_and_weights_alone():
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    assert {".venv", "outputs", "checkpoints", "__pycache__", "*.egg-info"} <= ignored

@@ -1,0 +1,40 @@
+"""The autoencoder against outputs of the reference implementation, through YAML and checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from sgm.checkpoint import load_autoencoder
+from sgm.util import instantiate_from_config, without_allocating
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "vae"
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with without_allocating():
+        vae = instantiate_from_config(OmegaConf.load(GOLDEN / "first_stage.yaml").first_stage_config)
+    load_autoencoder(vae, GOLDEN / "3d-vae.pt", dtype=torch.float32, device="cpu", ignore_keys=vae.ignore_keys)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def io():
+    return load_file(GOLDEN / "io.safetensors")
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+@torch.no_grad()
+def test_moments_are_those_of_the_reference(vae, io, frames):
+    moments = vae.encode_moments(io[f"video.{frames}"])
+    torch.testing.assert_close(moments, io[f"moments.{frames}"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("latents", [1, 3, 5, 9])
+@torch.no_grad()
+def test_video_is_that_of_the_reference(vae, io, latents):
+    video = vae.decode(io[f"latents.{latents}"])
+    torch.testing.assert_close(video, io[f"decoded.{latents}"], rtol=0, atol=2e-5)
