@@ -11,6 +11,9 @@ released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
     adaln_layer   the block: modulation, attention   AdaLNMixin
     final_layer   tokens → latents                   FinalLayerMixin
     lora          adapters on qkv and dense          sat.model.finetune.lora2.LoraMixin
+
+The whole network stands in this one file, longer than others, because YAML files name its classes here and because it
+is read from top to bottom.
 """
 
 import inspect
@@ -52,7 +55,9 @@ def normalize_patch_size(patch_size: int | Sequence[int]) -> PatchSize:
     """
     sizes = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise InputError(f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]")
+        raise InputError(
+            f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]"
+        )
     return sizes  # type: ignore[return-value]
 
 
@@ -60,6 +65,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch
     """Full attention over all tokens: q, k, v (B, S, heads, head_dim) → (B, S, heads, head_dim)."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation, of a tensor that nobody else reads: in place where no gradient is recorded."""
+    # The MLP's inner activation is the largest tensor of a block; F.gelu would hold it twice.
+    in_place = not torch.is_grad_enabled()
+    return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
 
 
 class ImagePatchEmbeddingMixin(BaseMixin):
@@ -195,9 +207,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         """Cosines and sines (S, head_dim), float32; the last one asked for is kept, as a run asks for it every step."""
         key = (grid, num_text, device)
         if key not in self._tables:
-            self._tables = {
-                key: rope_table_3d(grid, self.head_dim, num_text=num_text, theta=self.theta, device=device)
-            }
+            self._tables = {key: rope_table_3d(grid, self.head_dim, num_text=num_text, theta=self.theta, device=device)}
         return self._tables[key]
 
     def position_embedding_forward(self, _: Any, *, grid: Grid, num_text: int, **__: Any) -> torch.Tensor | None:
@@ -212,27 +222,31 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         return attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
 
-def _modulate(
-    x: torch.Tensor, shifts: tuple[torch.Tensor, torch.Tensor], scales: tuple[torch.Tensor, torch.Tensor], num_text: int
+def _multiply_add(
+    fresh: torch.Tensor, factors: Sequence[torch.Tensor], addends: Sequence[torch.Tensor], num_text: int
 ) -> torch.Tensor:
-    """x·(1 + scale) + shift, with one shift and scale (B, 1, D) for the text and one for the patches."""
-    text, patches = x[:, :num_text], x[:, num_text:]
-    return torch.cat(
-        (torch.addcmul(shifts[0], text, 1 + scales[0]), torch.addcmul(shifts[1], patches, 1 + scales[1])), dim=1
-    )
+    """fresh·factor + addend, where factor and addend come as two: for the text and for the patches.
+
+    Args:
+        fresh: (B, S, D) that nobody else reads; overwritten where no gradient is recorded, which saves a copy.
+        factors: two of (B, 1, D).
+        addends: (B, 1, D) or (B, L, D), and (B, 1, D) or (B, N, D).
+        num_text: L.
+
+    Returns:
+        (B, S, D).
+    """
+    parts = _text_and_patches(fresh, num_text)
+    if torch.is_grad_enabled():
+        return torch.cat([torch.addcmul(c, a, b) for a, b, c in zip(parts, factors, addends, strict=True)], dim=1)
+    for a, b, c in zip(parts, factors, addends, strict=True):
+        torch.addcmul(c, a, b, out=a)
+    return fresh
 
 
-def _add_gated(
-    x: torch.Tensor, branch: torch.Tensor, gates: tuple[torch.Tensor, torch.Tensor], num_text: int
-) -> torch.Tensor:
-    """X + gate·branch, with one gate (B, 1, D) for the text and one for the patches."""
-    return torch.cat(
-        (
-            torch.addcmul(x[:, :num_text], branch[:, :num_text], gates[0]),
-            torch.addcmul(x[:, num_text:], branch[:, num_text:], gates[1]),
-        ),
-        dim=1,
-    )
+def _text_and_patches(tokens: torch.Tensor, num_text: int) -> tuple[torch.Tensor, ...]:
+    # Not two slices: the backward pass of a split writes the gradient once, that of a slice fills it with zeros first.
+    return tokens.split((num_text, tokens.shape[1] - num_text), dim=1)
 
 
 class AdaLNMixin(BaseMixin):
@@ -275,19 +289,22 @@ class AdaLNMixin(BaseMixin):
     ) -> torch.Tensor:
         """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D)."""
         layer = self.transformer.layers[layer_id]
-        shift1, scale1, gate1, shift2, scale2, gate2, *text = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, -1)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text
+        modulation = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, dim=-1)
+        # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
+        shift1, scale1, gate1, shift2, scale2, gate2 = zip(modulation[6:], modulation[:6], strict=True)
 
-        h = _modulate(layer.input_layernorm(x), (text_shift1, shift1), (text_scale1, scale1), num_text)
+        h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
         h = self._attention(h, layer.attention, int(layer_id), num_text=num_text, **hook_args)
-        x = _add_gated(x, h, (text_gate1, gate1), num_text)
+        x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
 
-        h = _modulate(layer.post_attention_layernorm(x), (text_shift2, shift2), (text_scale2, scale2), num_text)
+        h = _multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
         h = layer.mlp(h, layer_id=layer_id)
-        return _add_gated(x, h, (text_gate2, gate2), num_text)
+        return _multiply_add(h, gate2, _text_and_patches(x, num_text), num_text)
 
     def _attention(self, x: torch.Tensor, attention: Any, layer: int, **hook_args: Any) -> torch.Tensor:
-        q, k, v = attention.query_key_value(x).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
+        q, k, v = (
+            attention.query_key_value(x).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
+        )
         if self.qk_ln:
             q, k = self.query_layernorm_list[layer](q), self.key_layernorm_list[layer](k)
         attention_fn = self.transformer.hooks.get("attention_fn", attend)
@@ -413,6 +430,7 @@ class DiffusionTransformer(BaseModel):
         "input_time": "the time embedding always enters through adaLN",
         "parallel_output": "the output is whole on every rank",
     }
+    SECTION_TYPES: ClassVar[dict[str, type]] = {"transformer_args": TransformerArgs}
 
     def __init__(
         self,
@@ -439,7 +457,9 @@ class DiffusionTransformer(BaseModel):
         use_RMSNorm: bool = False,  # noqa: N803
     ) -> None:
         if hidden_size % num_attention_heads:
-            raise InputError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}")
+            raise InputError(
+                f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}"
+            )
         if ofs_embed_dim is not None and ofs_embed_dim != time_embed_dim:
             raise InputError(
                 f"ofs_embed_dim={ofs_embed_dim} must equal time_embed_dim={time_embed_dim}: both embeddings are added"
@@ -459,8 +479,9 @@ class DiffusionTransformer(BaseModel):
             layernorm_epsilon=args.layernorm_epsilon,
             layernorm=norm,
             is_gated_mlp=use_SwiGLU,
-            activation_func=F.silu if use_SwiGLU else partial(F.gelu, approximate="tanh"),
+            activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
+            row_parallel_linear_final_bias=False,  # adds the bias within the multiplication
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
@@ -553,7 +574,9 @@ class DiffusionTransformer(BaseModel):
             )
         size = (x.shape[1], x.shape[3], x.shape[4])
         if any(length % patch for length, patch in zip(size, self.patch_size, strict=True)):
-            raise InputError(f"latents of {size} (T, H, W) cannot be cut into patches of {self.patch_size}; pad or resize them")
+            raise InputError(
+                f"latents of {size} (T, H, W) cannot be cut into patches of {self.patch_size}; pad or resize them"
+            )
         if (ofs is None) != (self.ofs_embed_dim is None):
             raise InputError(
                 "this model needs ofs (2.0)" if ofs is None else "ofs is given, but this model has no ofs_embed_dim"

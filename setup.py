@@ -21,6 +21,7 @@ setup(
         "wandb>=0.19,<1",  # imported by SwissArmyTransformer; nothing is logged to it unless asked
         "deepspeed>=0.18,<0.20",
         "omegaconf>=2.3,<3",
+        "PyYAML>=6,<7",
         "einops>=0.8,<1",
         "transformers>=5.0,<6",
         "sentencepiece>=0.2,<1",

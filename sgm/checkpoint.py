@@ -7,6 +7,7 @@ The SAT checkpoint format of a network (more in docs/checkpoints.md)::
 
 and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may take the
 place of either file. Shapes: `D` hidden size, `C` input channels, ``(pt, p, p)`` patch along time, height and width.
+Reading and writing stand in one file, longer than others, because they must agree on every name and shape.
 """
 
 import math

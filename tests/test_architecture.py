@@ -261,7 +261,9 @@ def test_pickles_are_never_trusted():
 
 
 ABSOLUTE = re.compile(r"(?<![\w.}*/)\]-])/(?:work|home|root|tmp|mnt|Users|opt|var)/|(?<!\w)[A-Z]:\\{1,2}\w")
-HOSTS = re.compile(r"[a-z+]+://[^\s\"'<>)]*|\b[\w-]+\.(?:com|org|cn)\b|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b", re.IGNORECASE)
+HOSTS = re.compile(
+    r"[a-z+]+://[^\s\"'<>)]*|\b[\w-]+\.(?:com|org|cn)\b|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b", re.IGNORECASE
+)
 ALLOWED_HOSTS = re.compile(
     r"http://www\.apache\.org/licenses/.*|apache\.org"  # the licence
     r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, which is recognised
@@ -304,7 +306,11 @@ def test_no_file_names_a_host():
 @pytest.mark.parametrize(
     ("pattern", "caught", "free"),
     [
-        (ABSOLUTE, ["open('/home/me/x')", "load: /mnt/weights/a", r"C:\weights"], ["a/tmp/b", "sgm/data/", "{x}/work/"]),
+        (
+            ABSOLUTE,
+            ["open('/home/me/x')", "load: /mnt/weights/a", r"C:\weights"],
+            ["a/tmp/b", "sgm/data/", "{x}/work/"],
+        ),
         (HOSTS, ["https://example.net/x", "see example.com", "10.0.0.1:80"], ["self.network", "torch 2.10.0", "a.b.c"]),
     ],
 )

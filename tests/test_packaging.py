@@ -34,7 +34,10 @@ def definition():
 
 
 def requirements(definition, *extras) -> dict[str, Requirement]:
-    lines = [*definition["install_requires"], *(line for extra in extras for line in definition["extras_require"][extra])]
+    lines = [
+        *definition["install_requires"],
+        *(line for extra in extras for line in definition["extras_require"][extra]),
+    ]
     parsed = [Requirement(line) for line in lines]
     return {canonicalize_name(one.name): one for one in parsed}
 
@@ -53,7 +56,9 @@ def constraints() -> dict[str, list[Requirement]]:
 
 
 def test_every_source_module_is_installed(definition):
-    found = {str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for p in PACKAGES for path in (ROOT / p).rglob("*.py")}
+    found = {
+        str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for p in PACKAGES for path in (ROOT / p).rglob("*.py")
+    }
     assert set(definition["packages"]) == found
     scripts = {path.stem for path in ROOT.glob("*.py")} - {"setup"}
     assert set(definition["py_modules"]) == scripts
@@ -87,7 +92,9 @@ def test_markers(definition):
 
 
 def test_every_requirement_is_a_range(definition):
-    open_ended = [str(one) for one in requirements(definition, *definition["extras_require"]).values() if not one.specifier]
+    open_ended = [
+        str(one) for one in requirements(definition, *definition["extras_require"]).values() if not one.specifier
+    ]
     assert open_ended == []
 
 
@@ -101,7 +108,10 @@ def test_every_import_is_declared(definition):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, *PACKAGES}:
-                if name != "dit_video_concat" and not {canonicalize_name(d) for d in distributions[name]} & declared:
+                if (
+                    name != "dit_video_concat"
+                    and not {canonicalize_name(d) for d in distributions.get(name, [name])} & declared
+                ):
                     undeclared[name] = str(path.relative_to(ROOT))
     assert undeclared == {}
 

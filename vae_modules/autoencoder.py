@@ -111,7 +111,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             low = max((frames - 1) // 4 * 4 + 1, 1)
             raise InputError(f"the VAE encodes 4k+1 frames, not {frames}; take {low} or {low + 4}")
         if height % 8 or width % 8:
-            raise InputError(f"the VAE encodes sides that are multiples of 8, not {height}×{width}; crop or resize the clip")
+            raise InputError(
+                f"the VAE encodes sides that are multiples of 8, not {height}×{width}; crop or resize the clip"
+            )
         return self._sliced(video, self._encode_tile, in_scale=8, out_scale=1)
 
     def encode(
@@ -129,7 +131,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         """Reconstruct a clip: (B, 3, F, H, W) → (B, 3, F, H, W)."""
         return self.decode(self.regularization(self.encode_moments(video), generator=generator))
 
-    def _sliced(self, x: torch.Tensor, run: Callable[..., torch.Tensor], *, in_scale: int, out_scale: int) -> torch.Tensor:
+    def _sliced(
+        self, x: torch.Tensor, run: Callable[..., torch.Tensor], *, in_scale: int, out_scale: int
+    ) -> torch.Tensor:
         """Apply `run` per sample and per tile, as configured."""
         if self.slicing and x.shape[0] > 1:
             return torch.cat([self._tiled(one, run, in_scale, out_scale) for one in x.split(1)])

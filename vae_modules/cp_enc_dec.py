@@ -35,7 +35,9 @@ def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_c
             f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set attn_resolutions: []"
         )
     if pad_mode != "first":
-        raise InputError(f"{name}: pad_mode='{pad_mode}' is unknown; the causal padding repeats the first frame: 'first'")
+        raise InputError(
+            f"{name}: pad_mode='{pad_mode}' is unknown; the causal padding repeats the first frame: 'first'"
+        )
     levels = int(math.log2(temporal_compress_times))
     if 2**levels != temporal_compress_times:
         raise InputError(f"{name}: temporal_compress_times={temporal_compress_times} is not a power of 2; use 4")

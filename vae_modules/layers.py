@@ -32,6 +32,10 @@ class Stream:
         """Announce the position of the chunk that is processed next."""
         self.is_first, self.is_last = is_first, is_last
 
+    def frame_groups(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut (B, C, T, H, W) where the resampling of time changes: the first frame of a clip is on its own."""
+        return (x[:, :, :1], x[:, :, 1:]) if self.is_first and x.shape[2] > 1 else (x,)
+
     def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
         """Return `x` with the `num_frames` frames before it in front; the first frame repeats before the clip."""
         head = x[:, :, :1].expand(-1, -1, num_frames, -1, -1) if self.is_first else self._tails.pop(layer)
@@ -45,25 +49,6 @@ class Stream:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of a tensor that nobody else reads: in place where no gradient is recorded."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def resize_nearest(x: torch.Tensor, size: tuple[int, int, int], stream: Stream) -> torch.Tensor:
-    """Enlarge `x` to the frames, height and width `size`; the first frame of a clip stays one frame.
-
-    Args:
-        x: (B, C, t, h, w).
-        size: target (T, H, W); each a multiple of its counterpart (T − 1 of t − 1 at the start of a clip).
-        stream: tells whether `x` starts a clip.
-    """
-    if tuple(x.shape[2:]) == size:
-        return x
-    if not stream.is_first or x.shape[2] == 1 == size[0]:
-        return F.interpolate(x, size=size, mode="nearest")
-    first = F.interpolate(x[:, :, :1], size=(1, *size[1:]), mode="nearest")
-    if x.shape[2] == 1:
-        return first
-    rest = F.interpolate(x[:, :, 1:], size=(size[0] - 1, *size[1:]), mode="nearest")
-    return torch.cat((first, rest), dim=2)
 
 
 class CausalConv3d(nn.Module):
@@ -104,8 +89,9 @@ class Normalize(nn.GroupNorm):
 class SpatialNorm3D(nn.Module):
     """Group normalisation of the decoder, scaled and shifted per position by the latents.
 
-    ``norm(x) · conv_y(z) + conv_b(z)`` (MoVQ, Zheng et al. 2022, eq. 4). The 1×1 convolutions run at the resolution
-    of the latents and their results are enlarged: for nearest-neighbour enlargement both orders are equal.
+    ``norm(x) · conv_y(z) + conv_b(z)``, z enlarged to the size of x (MoVQ, Zheng et al. 2022, eq. 4). The 1×1
+    convolutions run at the resolution of the latents: for nearest-neighbour enlargement both orders are equal. Only
+    the width is enlarged in memory; over height and time, scale and shift are broadcast.
 
     Args:
         channels: channels of the activation.
@@ -120,10 +106,26 @@ class SpatialNorm3D(nn.Module):
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) and the chunk's latents (B, z, t, h, w) → (B, C, T, H, W)."""
-        size = (x.shape[2], x.shape[3], x.shape[4])
-        scale = resize_nearest(self.conv_y(latents, stream), size, stream)
-        shift = resize_nearest(self.conv_b(latents, stream), size, stream)
-        return torch.addcmul(shift, self.norm_layer(x), scale)
+        normed = self.norm_layer(x)
+        size = (*latents.shape[2:4], x.shape[4])
+        scale = F.interpolate(self.conv_y(latents, stream), size=size)
+        shift = F.interpolate(self.conv_b(latents, stream), size=size)
+        pieces = zip(*(stream.frame_groups(tensor) for tensor in (normed, scale, shift)), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([self._scale_and_shift(*piece) for piece in pieces], dim=2)
+        for piece in pieces:
+            self._scale_and_shift(*piece, in_place=True)
+        return normed
+
+    @staticmethod
+    def _scale_and_shift(
+        x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, in_place: bool = False
+    ) -> torch.Tensor:
+        """x·scale + shift for x (B, C, T, H, W), scale and shift (B, C, t, h, W); t divides T and h divides H."""
+        t, h = scale.shape[2:4]
+        blocks = x.unflatten(3, (h, -1)).unflatten(2, (t, -1))
+        scale, shift = scale[:, :, :, None, :, None], shift[:, :, :, None, :, None]
+        return torch.addcmul(shift, blocks, scale, out=blocks if in_place else None).flatten(4, 5).flatten(2, 3)
 
 
 def make_norm(channels: int, z_channels: int | None) -> nn.Module:
@@ -154,7 +156,8 @@ class ResnetBlock3D(nn.Module):
         """(B, C, T, H, W) → (B, C', T, H, W)."""
         h = self.conv1(silu(self.norm1(x, latents, stream)), stream)
         h = self.conv2(self.dropout(silu(self.norm2(h, latents, stream))), stream)
-        return self.nin_shortcut(x) + h
+        h += self.nin_shortcut(x)  # h is read by nobody else, not even by the backward pass
+        return h
 
 
 class FrameConv(nn.Conv2d):
@@ -177,15 +180,16 @@ class Downsample3D(nn.Module):
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C, T', H/2, W/2), T' = (T−1)/2+1 at the start of a clip, T/2 later."""
         if self.compress_time and x.shape[2] > 1:
-            if stream.is_first:
-                x = torch.cat((x[:, :, :1], F.avg_pool3d(x[:, :, 1:], (2, 1, 1))), dim=2)
-            else:
-                x = F.avg_pool3d(x, (2, 1, 1))
+            *first, rest = stream.frame_groups(x)
+            x = torch.cat((*first, F.avg_pool3d(rest, (2, 1, 1))), dim=2)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample3D(nn.Module):
-    """Double height and width (and, if `compress_time`, the frames after the first), then smooth each frame."""
+    """Double height and width, smooth each frame, and double the frames after the first one if `compress_time`.
+
+    A frame and its copy are smoothed alike, so the copy is made last.
+    """
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
@@ -194,7 +198,8 @@ class Upsample3D(nn.Module):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C, T', 2H, 2W), T' = 2(T−1)+1 at the start of a clip, 2T later."""
-        frames, height, width = x.shape[2:]
-        if self.compress_time:
-            frames = 2 * frames - 1 if stream.is_first else 2 * frames
-        return self.conv(resize_nearest(x, (frames, 2 * height, 2 * width), stream))
+        x = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
+        if not self.compress_time:
+            return x
+        frames = torch.arange(int(stream.is_first), 2 * x.shape[2], device=x.device) // 2
+        return x.index_select(2, frames)

@@ -9,6 +9,7 @@ import json
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sgm.distributed
 from sgm.check import SamplingPlan, check_sampling, dry_run, resolve_device, resolve_precision
 from sgm.config import Config
-from sgm.files import atomic_file
 from sgm.geometry import Geometry
 from sgm.inference.prompts import (
     Prompt,
@@ -136,10 +136,9 @@ def _image2video(config: Config) -> bool:
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / ".writable") as temporary:
-            temporary.touch()
-        (folder / ".writable").unlink()
-    except (OSError, RunError) as error:
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks share the folder
+            pass
+    except OSError as error:
         raise InputError(f"args.output_dir '{folder}' cannot be written to ({error}); name another folder") from error
 
 

@@ -129,8 +129,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         As `x`, in its dtype.
     """
+    # A complex product takes one pass over memory instead of three, which a CPU feels. Compilers fuse the real form,
+    # and not every accelerator multiplies complex numbers.
+    return _rotate_complex(x, cos, sin) if x.is_cpu else _rotate_real(x, cos, sin)
+
+
+def _rotate_real(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos[:, None], swapped, sin[:, None]).to(x.dtype)
+
+
+def _rotate_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turn = torch.complex(cos[:, 1::2], sin[:, 1::2])
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

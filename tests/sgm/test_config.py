@@ -100,8 +100,9 @@ def test_digest_follows_values_only(write):
 
 def test_the_engine_section_is_a_copy():
     config = toy()
-    config.engine["params"]["network_config"]["params"]["hidden_size"] = 1
-    assert config.model["network_config"]["params"]["hidden_size"] == 192
+    before = config.model["network_config"]["params"]["hidden_size"]
+    config.engine["params"]["network_config"]["params"]["hidden_size"] = before + 1
+    assert config.model["network_config"]["params"]["hidden_size"] == before
 
 
 # Reference files

@@ -1,0 +1,408 @@
+"""The documentation, held against what it describes: commands, links, paths, keys, tables and trees."""
+
+import ast
+import importlib
+import inspect
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sgm.check import check_sampling, check_shapes, resolve_precision
+from sgm.checkpoint import find_weights
+from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
+from sgm.geometry import Geometry
+from sgm.inference.main import main, parse
+from sgm.inference.video import write_json, write_video
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RELEASED = sorted(path.stem for path in (ROOT / "configs").glob("cogvideox*.yaml"))
+
+# Commands that are not run here, with the reason. Each is checked as far as it can be, see below.
+NOT_RUN = {
+    r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
+    r"pip install ": "changes the environment",
+    r"\.venv/bin/python -m pytest ": "runs tests, which would run twice",
+    r"python -m benchmarks\.bench": "takes minutes",
+    r"python tools/make_toy_assets\.py": "takes hours",
+    r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
+    r".*\bconfigs/cogvideox": "needs released weights",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    document: str
+    text: str
+
+    @property
+    def reason_not_to_run(self) -> str | None:
+        return next((reason for pattern, reason in NOT_RUN.items() if re.match(pattern, self.text)), None)
+
+    @property
+    def words(self) -> list[str]:
+        """Without the variables in front."""
+        words = shlex.split(self.text)
+        while re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        return words
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[Command]:
+    for path in DOCUMENTS:
+        for block in blocks(path, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#"):
+                    yield Command(str(path.relative_to(ROOT)), " ".join(line.split()))
+
+
+ALL = list(dict.fromkeys(commands()))
+RUN = list(dict.fromkeys(command.text for command in ALL if command.reason_not_to_run is None))
+NEED_WEIGHTS = [command for command in ALL if command.reason_not_to_run == "needs released weights"]
+
+
+def labelled(value) -> str:
+    return value.text if isinstance(value, Command) else str(value)
+
+
+def test_the_commands_are_found():
+    assert {"README.md", "docs/configuration.md"} <= {command.document for command in ALL}
+    assert "bash inference.sh" in RUN and len(RUN) >= 6 and len(NEED_WEIGHTS) >= 10
+    assert any(re.match(pattern, command.text) for command in ALL for pattern in NOT_RUN)
+
+
+def test_code_is_marked_as_what_it_is():
+    for path in DOCUMENTS:
+        fences = re.findall(r"^```(\w*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert len(fences) % 2 == 0, f"{path.name}: a fence is left open"
+        assert set(fences[0::2]) <= {"bash", "text", "python", "yaml", "", "json"}
+        for block in blocks(path, "") + blocks(path, "text"):
+            assert "sample_video.py --base" not in block, f"{path.name}: mark commands as bash, so that they are tested"
+
+
+# Commands that are run
+
+
+@pytest.fixture
+def as_a_command(monkeypatch):
+    """Call the command line in this process, and leave logging and the working directory as they were."""
+    logger = logging.getLogger("sgm")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    monkeypatch.chdir(ROOT)
+    yield main
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+def shell(text: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def finished_runs(folder: Path) -> None:
+    """What the toy commands leave behind, for the commands that work on it."""
+    for name in ("toy", "toy_i2v"):
+        video = folder / name / "0_a_red_circle" / "0" / "000000.mp4"
+        write_video(video, np.zeros((5, 16, 16, 3), dtype=np.uint8), 8)
+        write_json(video.with_suffix(".json"), {"prompt": "a red circle", "image": None, "seed": 1})
+
+
+@pytest.mark.parametrize("text", RUN, ids=labelled)
+def test_a_command_runs(text, tmp_path, as_a_command):
+    """In two steps instead of thirty, on two prompts at most, into a temporary folder."""
+    samples, checks = "sample_video.py" in text or "inference.sh" in text, "--check" in text
+    given = text.replace("outputs/", f"{tmp_path}/")
+    if samples and not checks:
+        given += " args.num_steps=2"
+        given += "" if "args.output_dir" in text else f" args.output_dir={tmp_path}/toy"
+        if "configs/toy.yaml" in text and "input_type=cli" not in text:
+            lines = (ROOT / "assets" / "toy" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+            (tmp_path / "prompts.txt").write_text("\n".join(lines[:2]), encoding="utf-8")
+            given += f" args.input_file={tmp_path}/prompts.txt"
+    if "contact_sheet.py" in text:
+        finished_runs(tmp_path)
+    if text.startswith("python sample_video.py"):
+        if checks:
+            given += f" args.output_dir={tmp_path}"
+        assert as_a_command(shlex.split(given)[2:]) == 0
+    else:
+        done = shell(given)
+        assert done.returncode == 0, done.stderr
+    videos = [path for path in tmp_path.rglob("000000.mp4") if path.with_suffix(".json").is_file()]
+    if samples:
+        assert bool(videos) is not checks
+    if text == "bash inference.sh":
+        assert len(videos) >= 2, "the toy samples from text and from images"
+    if "--out" in text:
+        assert Path(shlex.split(given)[shlex.split(given).index("--out") + 1]).is_file()
+
+
+# Commands that are checked without running them
+
+
+def arguments(command: Command) -> list[str]:
+    """What sample_video.py is given, as inference.sh would put it."""
+    words = command.words
+    if "inference.sh" in words:
+        rest = words[words.index("inference.sh") + 1 :]
+        return ["--base", *(w for w in rest if w.endswith(".yaml")), *(w for w in rest if not w.endswith(".yaml"))]
+    return words[words.index("sample_video.py") + 1 :]
+
+
+@pytest.mark.parametrize("command", NEED_WEIGHTS, ids=labelled)
+def test_a_command_for_released_weights_is_right(command, monkeypatch):
+    """Everything but the files: they are looked for where the README has them, see below."""
+    monkeypatch.chdir(ROOT)
+    options = parse(arguments(command))
+    config = load_config(options.base, options.overrides, mode="inference")
+    assert config.warnings == ()
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    plan = check_sampling(config.args, geometry)
+    assert check_shapes(config, geometry) == []
+    resolve_precision(config.args, config.model["precision"], "cuda")
+    assert config.args.input_type == "txt"
+    own_prompts = any(override.startswith("args.input_file=") for override in options.overrides)
+    assert own_prompts if plan.image2video else Path(config.args.input_file).is_file()
+    lora = "lora_config" in config.model["network_config"]["params"]["modules"]
+    assert not lora or any(override.startswith("args.load=") for override in options.overrides)
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if "pip install" in c.text], ids=labelled)
+def test_what_pip_is_given_exists(command):
+    for extra in re.findall(r"[\w]+", "".join(re.findall(r"\[(.*?)\]", command.text))):
+        assert re.search(rf'"{extra}": \[', (ROOT / "setup.py").read_text())
+    if "-c" in command.words:
+        assert (ROOT / command.words[command.words.index("-c") + 1]).is_file()
+    assert any(word.startswith(".") for word in command.words)
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if re.match(r"\S*python|make", c.text)], ids=labelled)
+def test_what_a_command_names_exists(command):
+    words = command.words
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+    elif words[1] == "-m":
+        file = words[2].replace(".", "/") + ".py"
+        assert words[2] == "pytest" or (ROOT / file).is_file()
+        if words[2] != "pytest":
+            assert all(f'"{word}"' in (ROOT / file).read_text() for word in words if word.startswith("--"))
+    else:
+        assert (ROOT / words[1]).is_file()
+    paths = [word for word in words if re.match(r"(configs|tests|tools|docs|assets)/", word)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+# Trees
+
+
+def paths_in(tree: str) -> Iterator[str]:
+    """Yield the files of an indented listing: four spaces a level, folders end with a slash, remarks follow."""
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        folders[depth:] = [name] if name.endswith("/") else []
+        if not name.endswith("/"):
+            yield "".join(folders) + name
+
+
+def test_the_readme_has_weights_where_the_configurations_look(tmp_path, monkeypatch):
+    tree = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("checkpoints/"))
+    for path in paths_in(tree):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("1000\n" if path.endswith("latest") else "")
+    assert "its content is: 1000" in tree
+    named = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    used = set()
+    monkeypatch.chdir(tmp_path)
+    for name in RELEASED:
+        config = load_config([ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "inference.yaml"], mode="inference")
+        weights = find_weights(config.args.load)
+        vae = config.model["first_stage_config"]["params"]["ckpt_path"]
+        t5 = config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"]
+        used |= {str(weights), str(weights.parents[1] / "latest"), vae}
+        used |= {path for path in named if path.startswith(t5 + "/")}
+        assert Path(vae).is_file() and (Path(t5) / "spiece.model").is_file() and (Path(t5) / "config.json").is_file()
+    assert used == named, "the README shows files that no configuration reads"
+
+
+def test_the_house_is_complete():
+    tree = next(block for block in blocks(ROOT / "docs" / "architecture.md", "text") if "sample_video.py" in block)
+    shown = {path for path in paths_in(tree) if path.endswith(".py")}
+    there = {path for path in ROOT.glob("*.py") if path.name != "setup.py"}
+    for folder in ("sgm", "vae_modules", "tools", "benchmarks"):
+        there |= {path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
+    assert shown == {path.relative_to(ROOT).as_posix() for path in there}
+
+
+def test_results_are_called_what_the_readme_says():
+    tree = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("outputs/"))
+    names = {Path(path).name for path in paths_in(tree)}
+    source = (ROOT / "sgm" / "inference" / "run.py").read_text()
+    assert names == {"000000.mp4", "000000.json", "contact_sheet.png"}
+    assert all(part in source for part in ('"contact_sheet.png"', "000000{suffix}", '".mp4"', '".safetensors"'))
+
+
+# The table of models
+
+
+def tool(name: str):
+    spec = spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_models_is_up_to_date(tmp_path):
+    table_of = tool("model_table")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table_of.START in text and table_of.END in text
+    inside = text.partition(table_of.START)[2].partition(table_of.END)[0].strip()
+    assert inside == table_of.model_table(), "run: python tools/model_table.py --write README.md"
+    assert table_of.put_into(text, inside) == text
+    (tmp_path / "none.md").write_text("no markers")
+    assert table_of.main(["--write", str(tmp_path / "none.md")]) == 2
+
+
+def test_every_model_is_in_the_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in [*RELEASED, "toy", "toy_i2v"] if f"[{name}](configs/{name}.yaml)" not in text] == []
+
+
+# Keys, paths, links, code
+
+
+def code_in(path: Path) -> list[str]:
+    """Inline code and code blocks."""
+    text = path.read_text(encoding="utf-8")
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return fenced + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_keys_exist(path):
+    code = "\n".join(code_in(path))
+    known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS}
+    assert set(re.findall(r"\bargs\.([a-z]\w*)", code)) - known == set()
+    parts = inspect.signature(SATVideoDiffusionEngine).parameters
+    files = {"diffusion_model", "safetensors"}  # beginnings of names in checkpoints, names of files
+    assert set(re.findall(r"(?<![\w.])model\.([a-z]\w*)", code)) - {*parts, *files} == set()
+
+
+SETTINGS = sorted(
+    {
+        setting
+        for path in DOCUMENTS
+        for code in code_in(path)
+        if "\n" not in code
+        for setting in re.findall(r"^(?:args|model)\.[\w.]+=\S+$", code)
+    }
+)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_is_accepted(setting, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bases = ["configs/cogvideox_5b.yaml", "configs/inference.yaml"]
+    config = load_config(bases, shlex.split(setting), mode="inference")
+    check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        goal = (path.parent / file).resolve() if file else path
+        headings = re.findall(r"^#+ (.*)$", goal.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        if not goal.exists() or (anchor and anchor not in slugs):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(path):
+    tops = "|".join(sorted(p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in ("outputs", "checkpoints")))
+    named = {
+        name
+        for code in code_in(path)
+        for name in re.findall(rf"(?<![\w/.])(?:{tops})/[\w./-]*\w\.(?:py|md|yaml|txt|sh)\b", code)
+    }
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_dotted_names_exist(path):
+    """`sgm.module.name` in the text, imported and looked up."""
+    missing = []
+    for code in code_in(path):
+        for name in re.findall(r"(?<![\w.])(?:sgm|vae_modules|dit_video_concat)(?:\.(?!py\b)\w+)+", code):
+            module, rest = name, []
+            while module and not (ROOT / module.replace(".", "/")).is_dir() and not is_module(module):
+                module, _, last = module.rpartition(".")
+                rest.insert(0, last)
+            value = importlib.import_module(module)
+            for part in rest:
+                value = getattr(value, part, None)
+            missing += [name] if value is None else []
+    assert missing == []
+
+
+def is_module(name: str) -> bool:
+    return (ROOT / (name.replace(".", "/") + ".py")).is_file()
+
+
+def test_every_page_is_one_hop_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [path for path in DOCUMENTS if path.name != "README.md"]
+    assert [path.name for path in pages if f"({path.relative_to(ROOT).as_posix()})" not in text] == []
+
+
+def test_examples_are_valid():
+    for path in DOCUMENTS:
+        for block in blocks(path, "yaml"):
+            assert isinstance(yaml.safe_load(block), dict)
+        for block in blocks(path, "python"):
+            for node in ast.parse(block).body:
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_sampler_of_the_example_samples():
+    scope: dict = {}
+    code = next(block for block in blocks(ROOT / "docs" / "architecture.md", "python") if "VideoSampler" in block)
+    exec(compile(code, "example", "exec"), scope)
+    discretization = {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}
+    sampler = scope["RenoisingSampler"](discretization_config=discretization, num_steps=3)
+    goal, seen = torch.full((1, 2, 3, 4, 4), 0.25), []
+
+    def denoise(x, levels, cond, *, idx):
+        seen.append(x)
+        return goal
+
+    generators = [torch.Generator().manual_seed(0)]
+    result = sampler(denoise, torch.zeros_like(goal), {}, generators=generators)
+    assert torch.equal(result, goal) and len(seen) == 3
+    assert 0 < (seen[1] - goal).std() < (seen[0] - seen[1]).abs().max(), "there is fresh noise after the first step"
