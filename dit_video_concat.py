@@ -115,9 +115,9 @@ class _PositionTable(BaseMixin):
         """Return the rows (1, S, D) of a sample; it may be shorter than the table, but not of another size."""
         if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
             raise InputError(
-                f"this model's position table is made for {self.text_length} text tokens and {self.grid[1]}×{self.grid[2]} "
-                f"patches in up to {self.grid[0]} frames, got {num_text} tokens and {grid[1]}×{grid[2]} patches in "
-                f"{grid[0]} frames; sample at the size of latent_height and latent_width in the model YAML"
+                f"this model's position table is made for {self.text_length} text tokens and "
+                f"{self.grid[1]}×{self.grid[2]} patches in up to {self.grid[0]} frames, got {num_text} tokens and "
+                f"{grid[1]}×{grid[2]} patches in {grid[0]} frames; sample at the size of latent_height and latent_width in the model YAML"
             )
         return self.pos_embedding[:, : num_text + grid[0] * grid[1] * grid[2]]
 
@@ -133,6 +133,8 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         width_interpolation: divides column numbers.
         time_interpolation: divides frame numbers.
     """
+
+    transformer: Any  # set by SAT when the mixin is added
 
     def __init__(
         self,
@@ -249,6 +251,14 @@ def _text_and_patches(tokens: torch.Tensor, num_text: int) -> tuple[torch.Tensor
     return tokens.split((num_text, tokens.shape[1] - num_text), dim=1)
 
 
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero, so that a fresh block hands its input on unchanged."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class AdaLNMixin(BaseMixin):
     """The transformer block: adaLN-Zero (Peebles & Xie 2023) with a modulation of its own for text and for video.
 
@@ -260,6 +270,8 @@ class AdaLNMixin(BaseMixin):
         qk_ln: normalise queries and keys per head.
         elementwise_affine: give these norms weight and bias.
     """
+
+    transformer: Any  # set by SAT when the mixin is added
 
     def __init__(
         self,
@@ -273,11 +285,8 @@ class AdaLNMixin(BaseMixin):
     ) -> None:
         super().__init__()
         self.adaLN_modulations = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
+            nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
-        for modulation in self.adaLN_modulations:
-            nn.init.zeros_(modulation[1].weight)
-            nn.init.zeros_(modulation[1].bias)
         self.qk_ln = qk_ln
         if qk_ln:
             norm = partial(LayerNorm, hidden_size_head, eps=1e-6, elementwise_affine=elementwise_affine)
@@ -334,11 +343,8 @@ class FinalLayerMixin(BaseMixin):
         super().__init__()
         self.patch_size = patch_size
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=elementwise_affine, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
-        for linear in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.linear = _zero_linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, num_text: int, **_: Any) -> torch.Tensor:
         """Tokens (B, S, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
@@ -391,9 +397,8 @@ class TransformerArgs:
         args = cls(**section)
         for name, only in (("layernorm_order", "pre"), ("is_decoder", False), ("hidden_dropout", 0)):
             if getattr(args, name) != only:
-                raise InputError(
-                    f"network_config.params.transformer_args.{name}={getattr(args, name)!r}: these models have {only!r} only"
-                )
+                found = f"network_config.params.transformer_args.{name}={getattr(args, name)!r}"
+                raise InputError(f"{found}: these models have {only!r} only")
         return args
 
 
@@ -466,7 +471,7 @@ class DiffusionTransformer(BaseModel):
             )
         args = TransformerArgs.parse(transformer_args)
         sgm.distributed.initialize(model_parallel_size=args.model_parallel_size)
-        norm = partial(RMSNorm) if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
+        norm: Any = RMSNorm if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
         transformer = BaseTransformer(
             num_layers=num_layers,
             vocab_size=1,
@@ -559,9 +564,9 @@ class DiffusionTransformer(BaseModel):
             InputError: a shape that the model cannot take, or `ofs` given or left out wrongly.
         """
         grid = self._check_input(x, ofs)
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
-        if ofs is not None:
+        if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         return super().forward(x, None, None, context=context, emb=emb, grid=grid, num_text=context.shape[1])[0]
 

@@ -47,7 +47,8 @@ def initialize(*, model_parallel_size: int = 1) -> None:
                 torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(dist.get_default_backend_for_device(device()))
         else:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
         mpu.initialize_model_parallel(model_parallel_size)

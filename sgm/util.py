@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
 
 

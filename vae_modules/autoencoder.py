@@ -38,8 +38,8 @@ class Tiling:
     def __post_init__(self) -> None:
         if any(side % 8 or side <= self.overlap for side in self.size) or self.overlap % 8 or self.overlap <= 0:
             raise InputError(
-                f"VAE tiles of {self.size} with an overlap of {self.overlap} pixels do not work: sizes and overlap must "
-                "be positive multiples of 8, and each side larger than the overlap"
+                f"VAE tiles of {self.size} with an overlap of {self.overlap} pixels do not work: sizes and overlap "
+                "must be positive multiples of 8, and each side larger than the overlap"
             )
 
 
@@ -153,7 +153,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             for left in _tile_starts(width, size[1], overlap):
                 bottom, right = min(top + size[0], height), min(left + size[1], width)
                 tile = run(x[..., top * in_scale : bottom * in_scale, left * in_scale : right * in_scale])
-                if total is None:
+                if total is None or weight is None:
                     total = tile.new_zeros((*tile.shape[:3], height * out_scale, width * out_scale))
                     weight = tile.new_zeros(total.shape[3:], dtype=torch.float32)
                 ramp = overlap * out_scale
@@ -165,6 +165,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 columns = slice(left * out_scale, right * out_scale)
                 total[..., rows, columns] += tile * mask.to(tile.dtype)
                 weight[rows, columns] += mask
+        assert total is not None and weight is not None, "there is at least one tile"
         return total / weight.to(total.dtype)
 
     def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_c
     """Refuse what the released VAE does not have; return the number of levels that resample time."""
     if list(attn_resolutions):
         raise InputError(
-            f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set attn_resolutions: []"
+            f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set it to []"
         )
     if pad_mode != "first":
         raise InputError(
@@ -47,13 +47,33 @@ def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_c
 class Level(nn.Module):
     """One resolution: residual blocks, then a resampling layer except at the last level."""
 
-    def __init__(self, blocks: list[ResnetBlock3D], *, down: nn.Module | None = None, up: nn.Module | None = None):
+    def __init__(
+        self,
+        blocks: list[ResnetBlock3D],
+        *,
+        downsample: Downsample3D | None = None,
+        upsample: Upsample3D | None = None,
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        if down is not None:
-            self.downsample = down
-        if up is not None:
-            self.upsample = up
+        for name, resample in (("downsample", downsample), ("upsample", upsample)):
+            if resample is not None:
+                self.add_module(name, resample)
+
+    def forward(self, x: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
+        """(B, C, T, H, W) → (B, C', T', H', W')."""
+        for block in self.block:
+            x = block(x, latents, stream)
+        for name, resample in self.named_children():
+            if name != "block":
+                x = resample(x, stream)
+        return x
+
+
+def _middle(channels: int, dropout: float, z_channels: int | None = None) -> nn.ModuleDict:
+    """The two residual blocks at the lowest resolution."""
+    blocks = {name: ResnetBlock3D(channels, channels, dropout, z_channels) for name in ("block_1", "block_2")}
+    return nn.ModuleDict(blocks)
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -103,10 +123,8 @@ class ContextParallelEncoder3D(nn.Module):
                 channels = ch * multiplier
             is_last = level == len(ch_mult) - 1
             down = None if is_last else Downsample3D(channels, compress_time=level < time_levels)
-            self.down.append(Level(blocks, down=down))
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock3D(channels, channels, dropout)
-        self.mid.block_2 = ResnetBlock3D(channels, channels, dropout)
+            self.down.append(Level(blocks, downsample=down))
+        self.mid = _middle(channels, dropout)
         self.norm_out = make_norm(channels, None)
         self.conv_out = CausalConv3d(channels, 2 * z_channels if double_z else z_channels, 3)
 
@@ -114,13 +132,8 @@ class ContextParallelEncoder3D(nn.Module):
         """One chunk of video (B, 3, F, H, W) in −1..1 → (B, 2z, F', H/8, W/8)."""
         stream = stream or Stream()
         h = self.conv_in(x, stream)
-        for level in self.down:
-            for block in level.block:
-                h = block(h, None, stream)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h, stream)
-        h = self.mid.block_1(h, None, stream)
-        h = self.mid.block_2(h, None, stream)
+        for block in (*self.down, *self.mid.values()):
+            h = block(h, None, stream)
         return self.conv_out(silu(self.norm_out(h)), stream)
 
 
@@ -165,9 +178,7 @@ class ContextParallelDecoder3D(nn.Module):
         self.gather_norm = gather_norm
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock3D(channels, channels, dropout, z_channels)
-        self.mid.block_2 = ResnetBlock3D(channels, channels, dropout, z_channels)
+        self.mid = _middle(channels, dropout, z_channels)
         levels: list[nn.Module] = []
         for level in reversed(range(len(ch_mult))):
             blocks = []
@@ -176,7 +187,7 @@ class ContextParallelDecoder3D(nn.Module):
                 channels = ch * ch_mult[level]
             compress_time = level >= len(ch_mult) - time_levels
             up = None if level == 0 else Upsample3D(channels, compress_time=compress_time)
-            levels.insert(0, Level(blocks, up=up))
+            levels.insert(0, Level(blocks, upsample=up))
         self.up = nn.ModuleList(levels)
         self.norm_out = make_norm(channels, z_channels)
         self.conv_out = CausalConv3d(channels, out_ch, 3)
@@ -185,11 +196,6 @@ class ContextParallelDecoder3D(nn.Module):
         """One chunk of latents (B, z, t, h, w) → video (B, 3, T, 8h, 8w), T = 4(t−1)+1 at the start, 4t later."""
         stream = stream or Stream()
         h = self.conv_in(latents, stream)
-        h = self.mid.block_1(h, latents, stream)
-        h = self.mid.block_2(h, latents, stream)
-        for level in reversed(list(self.up)):
-            for block in level.block:
-                h = block(h, latents, stream)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h, stream)
+        for block in (*self.mid.values(), *reversed(self.up)):
+            h = block(h, latents, stream)
         return self.conv_out(silu(self.norm_out(h, latents, stream)), stream)

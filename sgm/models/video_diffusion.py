@@ -153,7 +153,7 @@ class SATVideoDiffusionEngine(nn.Module):
         vae = self._require_first_stage()
         if vae.ckpt_path is None:
             raise InputError(
-                "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, e.g. .../vae/3d-vae.pt"
+                "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, as in .../3d-vae.pt"
             )
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
         return load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""Side-by-side timing against diffusers; see docs/benchmarks.md."""

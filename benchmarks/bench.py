@@ -1,0 +1,287 @@
+"""Time our network and VAE against diffusers, on the same weights and inputs in the same process.
+
+    python -m benchmarks.bench                         CPU sizes, or released sizes where there is an accelerator
+    python -m benchmarks.bench --sizes cpu --json bench.json
+
+The two implementations take turns, so that whatever else the machine does meets both. Reported are the medians, the
+median of the ratios of neighbouring turns (below 1: ours is faster) and the largest difference of the outputs. More
+in docs/benchmarks.md.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import sgm.distributed
+from benchmarks.diffusers_peer import network_peer, peer_rope, run_network_peer, vae_peer
+from benchmarks.models import NetworkSize, build_network, build_vae, network_section, spatial_interpolation, vae_section
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """A network to time.
+
+    Attributes:
+        model: name of the released configuration.
+        size: what it is shrunk to; None for its own size.
+        latents: (T, H, W) of the input of the forward pass.
+        train_latents: (T, H, W) of the input of forward and backward pass.
+    """
+
+    model: str
+    size: NetworkSize | None
+    latents: tuple[int, int, int]
+    train_latents: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VaeCase:
+    """A VAE to time on clips of (F, height, width); `ch` and `num_res_blocks` are its own unless given."""
+
+    model: str
+    clip: tuple[int, int, int]
+    ch: int | None = None
+    num_res_blocks: int | None = None
+
+
+_SMALL = NetworkSize(512, 8, 4, 512, latents=(5, 16, 24), text_length=226, text_hidden_size=1024)
+NETWORKS = {
+    "cpu": [NetworkCase(model, _SMALL, (5, 16, 24), (5, 16, 24)) for model in ("cogvideox_2b", "cogvideox_5b")],
+    # The backward pass of 5B keeps all activations of 42 layers; fewer frames let two networks fit on one device.
+    "released": [
+        NetworkCase("cogvideox_2b", None, (13, 60, 90), (13, 60, 90)),
+        NetworkCase("cogvideox_5b", None, (13, 60, 90), (3, 60, 90)),
+    ],
+}
+VAES = {
+    "cpu": [VaeCase("cogvideox_5b", (9, 96, 96), ch=32, num_res_blocks=2)],
+    "released": [VaeCase("cogvideox_5b", (49, 480, 720))],
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+        what: model, size and pass.
+        ours: median of our times, in seconds.
+        diffusers: median of theirs.
+        ratio: median of ours/theirs over the turns.
+        max_difference: largest absolute difference of the outputs.
+        max_output: largest absolute value of the outputs, to judge the difference by.
+        repeats: turns.
+    """
+
+    what: str
+    ours: float
+    diffusers: float
+    ratio: float
+    max_difference: float
+    max_output: float
+    repeats: int
+
+
+def compare(
+    what: str,
+    ours: Callable[[], torch.Tensor],
+    theirs: Callable[[], torch.Tensor],
+    *,
+    repeats: int,
+    device: torch.device,
+) -> Result:
+    """Time two functions in turns; the results of their first calls are compared and not timed."""
+    first, second = ours().detach(), theirs().detach()
+    difference, largest = (first - second).abs().max().item(), second.abs().max().item()
+    del first, second
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(repeats):
+            pair = [("ours", ours), ("theirs", theirs)]
+            for name, function in pair if index % 2 else reversed(pair):
+                seconds[name].append(_seconds(function, device))
+    finally:
+        gc.enable()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
+    return Result(what, medians["ours"], medians["theirs"], ratio, difference, largest, repeats)
+
+
+def _seconds(function: Callable[[], torch.Tensor], device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def network_results(case: NetworkCase, *, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Result]:
+    """Time the forward pass, and forward and backward pass together."""
+    section = network_section(case.model, case.size)
+    network = build_network(section, device=device, dtype=dtype)
+    peer = network_peer(network, spatial_interpolation=spatial_interpolation(section), device=device)
+    peer.train()  # neither has dropout; ours is in the same state
+    network.train()
+    text_length = network.get_mixin("pos_embed").text_length
+    text_size = network.get_mixin("patch_embed").text_proj.in_features
+
+    def inputs(latents: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        frames, height, width = latents
+        x = torch.randn(1, frames, network.in_channels, height, width, generator=generator)
+        context = torch.randn(1, text_length, text_size, generator=generator)
+        return x.to(device, dtype), torch.tensor([500], device=device), context.to(device, dtype)
+
+    args = inputs(case.latents)
+    rope = peer_rope(peer, args[0])
+    with torch.no_grad():
+        yield compare(
+            f"{case.model} {_shape(case.latents)} forward",
+            lambda: network(*args),
+            lambda: run_network_peer(peer, *args, rope=rope),
+            repeats=repeats,
+            device=device,
+        )
+
+    train_args = inputs(case.train_latents)
+    train_rope = peer_rope(peer, train_args[0])
+
+    def train(module: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        module.zero_grad(set_to_none=True)
+        output = forward()
+        output.square().mean().backward()
+        return output
+
+    yield compare(
+        f"{case.model} {_shape(case.train_latents)} forward + backward",
+        lambda: train(network, lambda: network(*train_args)),
+        lambda: train(peer, lambda: run_network_peer(peer, *train_args, rope=train_rope)),
+        repeats=repeats,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def vae_results(case: VaeCase, *, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Result]:
+    """Time encoding (8 frames at a time, as diffusers does) and decoding."""
+    vae = build_vae(vae_section(case.model, ch=case.ch, num_res_blocks=case.num_res_blocks), device=device, dtype=dtype)
+    vae.encode_chunk = 8
+    peer = vae_peer(vae, device=device)
+    generator = torch.Generator().manual_seed(0)
+    frames, height, width = case.clip
+    video = (2 * torch.rand(1, 3, *case.clip, generator=generator) - 1).to(device, dtype)
+    latents = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator).to(device, dtype)
+    size = f"vae ch {vae.encoder.conv_in.conv.out_channels} {_shape(case.clip)}"
+    yield compare(
+        f"{size} encode",
+        lambda: vae.encode_moments(video),
+        lambda: peer.encode(video).latent_dist.parameters,
+        repeats=repeats,
+        device=device,
+    )
+    yield compare(
+        f"{size} decode",
+        lambda: vae.decode(latents),
+        lambda: peer.decode(latents).sample,
+        repeats=repeats,
+        device=device,
+    )
+
+
+def _shape(lengths: tuple[int, ...]) -> str:
+    return "×".join(map(str, lengths))
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """Return what the figures depend on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    accelerator = "none"
+    if device.type != "cpu":
+        accelerator = str(torch.get_device_module(device).get_device_properties(device))
+    return {
+        "cpu": name,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+    }
+
+
+def table(results: list[Result]) -> str:
+    """Return the results as a Markdown table."""
+    lines = ["| what | ours | diffusers | ratio | max difference |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r.what} | {_duration(r.ours)} | {_duration(r.diffusers)} | {r.ratio:.2f} | "
+        f"{r.max_difference:.1e} of {r.max_output:.1f} |"
+        for r in results
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def run(sizes: str, only: str | None, repeats: int, device: torch.device, dtype: torch.dtype) -> list[Result]:
+    """Run the cases of `sizes`, one after the other; `only` is "dit", "vae" or None for both."""
+    results = []
+    with torch.device("cpu"):
+        for case in NETWORKS[sizes] if only in (None, "dit") else []:
+            results += network_results(case, device=device, dtype=dtype, repeats=repeats)
+        for case in VAES[sizes] if only in (None, "vae") else []:
+            results += vae_results(case, device=device, dtype=dtype, repeats=repeats)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=sorted(NETWORKS), help="default: released with an accelerator, cpu without")
+    parser.add_argument("--only", choices=["dit", "vae"], help="time one of the two")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each side")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+
+    device = sgm.distributed.device()
+    if args.sizes == "released" and device.type == "cpu":
+        parser.error("--sizes released needs an accelerator, and torch finds none here")
+    sizes = args.sizes or ("cpu" if device.type == "cpu" else "released")
+    if sizes == "cpu":
+        device = torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    facts = environment(device, dtype)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if device.type == "cpu":
+        print("the released sizes are skipped: they need an accelerator")
+    results = run(sizes, args.only, args.repeats, device, dtype)
+    print(table(results))
+    if args.json:
+        content = {"environment": facts, "sizes": sizes, "results": [asdict(result) for result in results]}
+        args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
