@@ -117,7 +117,8 @@ class _PositionTable(BaseMixin):
             raise InputError(
                 f"this model's position table is made for {self.text_length} text tokens and "
                 f"{self.grid[1]}×{self.grid[2]} patches in up to {self.grid[0]} frames, got {num_text} tokens and "
-                f"{grid[1]}×{grid[2]} patches in {grid[0]} frames; sample at the size of latent_height and latent_width in the model YAML"
+                f"{grid[1]}×{grid[2]} patches in {grid[0]} frames; sample at the latent_height and latent_width "
+                "of the model YAML"
             )
         return self.pos_embedding[:, : num_text + grid[0] * grid[1] * grid[2]]
 
