@@ -1,0 +1,166 @@
+"""The toy world: clips of "a {colour} {shape} moves {direction}", and what can be measured in such a clip.
+
+Numpy only, so that a clip can be rendered and judged anywhere in milliseconds. Videos here are float32 arrays
+(T, H, W, C) in [0, 1]; positions and sizes are in pixels, x to the right and y down.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_FRAMES = 17
+SIZE = 64
+FPS = 8
+BACKGROUND = 0.16
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.80, 0.20),
+    "blue": (0.20, 0.30, 0.95),
+    "yellow": (0.95, 0.90, 0.20),
+    "magenta": (0.90, 0.20, 0.90),
+    "cyan": (0.20, 0.90, 0.90),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One moving shape: what its caption says, and what the caption leaves open."""
+
+    colour: str
+    shape: str
+    direction: str
+    radius: float  # half of the shape's extent
+    start: tuple[float, float]  # centre in the first frame, x and y
+    travel: float  # distance between the first and the last centre
+
+    @property
+    def caption(self) -> str:
+        """The sentence that the text encoder reads."""
+        return caption(self.colour, self.shape, self.direction)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a clip shows; None where nothing can be made out."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+    travel: float
+
+
+def caption(colour: str, shape: str, direction: str) -> str:
+    """Return the sentence for a combination."""
+    return f"a {colour} {shape} moves {direction}"
+
+
+def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
+    """Return the (colour, shape, direction) combinations that training sees, or those that it never sees.
+
+    Two of the twelve combinations of every colour are held out. Every pair of (colour, shape), (colour, direction)
+    and (shape, direction) stays in the training set, so that a held-out caption asks for nothing but composition.
+    """
+    names = [(colour, shape, direction) for colour in COLOURS for shape in SHAPES for direction in DIRECTIONS]
+    hidden = set()
+    for i, colour in enumerate(COLOURS):
+        for k in range(2):
+            hidden.add((colour, SHAPES[(i + k) % len(SHAPES)], list(DIRECTIONS)[(i + i // 4 + 2 * k) % 4]))
+    return [name for name in names if (name in hidden) == held_out]
+
+
+def random_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> Clip:
+    """Draw size, place and speed for a combination, such that the shape stays inside the frame."""
+    colour, shape, direction = combination
+    radius = float(rng.uniform(8.0, 12.0))
+    travel = float(rng.uniform(20.0, 30.0))
+    low, high = radius + 2.0, SIZE - radius - 2.0
+    step = DIRECTIONS[direction]
+    start = [float(rng.uniform(low - min(0, s) * travel, high - max(0, s) * travel)) for s in step]
+    return Clip(colour, shape, direction, radius, (start[0], start[1]), travel)
+
+
+def random_clips(combos: list[tuple[str, str, str]], rng: np.random.Generator) -> Iterator[Clip]:
+    """Yield clips without end: all combinations once in random order, then again."""
+    while True:
+        for i in rng.permutation(len(combos)):
+            yield random_clip(combos[i], rng)
+
+
+def render(clip: Clip) -> np.ndarray:
+    """Render a clip with anti-aliased edges; returns (T, H, W, C) float32 in [0, 1]."""
+    step = DIRECTIONS[clip.direction]
+    moved = np.linspace(0.0, clip.travel, NUM_FRAMES)
+    grid = np.arange(SIZE) + 0.5
+    dx = (grid[None, None, :] - (clip.start[0] + step[0] * moved)[:, None, None]).astype(np.float32)
+    dy = (grid[None, :, None] - (clip.start[1] + step[1] * moved)[:, None, None]).astype(np.float32)
+    # The signed distance to the outline, in pixels, gives the covered part of a pixel to good accuracy.
+    covered = np.clip(0.5 - _signed_distance(clip.shape, dx, dy, clip.radius), 0.0, 1.0)[..., None]
+    colour = np.asarray(COLOURS[clip.colour], dtype=np.float32)
+    return (covered * colour + (1.0 - covered) * BACKGROUND).astype(np.float32)
+
+
+def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    if shape == "circle":
+        return np.sqrt(dx**2 + dy**2) - radius
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
+    # An isosceles triangle that points up: its base, and one slanted side mirrored.
+    normal = np.asarray([2.0, -1.0]) / math.sqrt(5.0)
+    return np.maximum(dy - radius, np.abs(dx) * normal[0] + (dy + radius) * normal[1])
+
+
+def psnr(video: np.ndarray, reference: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of two arrays in [0, 1]."""
+    error = float(np.mean((np.asarray(video, dtype=np.float64) - reference) ** 2))
+    return math.inf if error == 0 else -10.0 * math.log10(error)
+
+
+def measure(video: np.ndarray) -> Measurement:
+    """Tell colour, shape and direction of the one moving shape in `video` (T, H, W, C) in [0, 1]."""
+    difference = np.abs(video - BACKGROUND).max(axis=-1)
+    mask = difference > 0.3
+    visible = mask.sum(axis=(1, 2)) >= 40
+    if visible.mean() < 0.75:
+        return Measurement(None, None, None, 0.0)
+    direction, travel = _measure_direction(difference * mask, visible)
+    return Measurement(_measure_colour(video, mask), _measure_shape(mask[visible]), direction, travel)
+
+
+def _measure_colour(video: np.ndarray, mask: np.ndarray) -> str | None:
+    mean = np.median(video[mask], axis=0)
+    distances = {name: float(np.linalg.norm(mean - np.asarray(rgb))) for name, rgb in COLOURS.items()}
+    best = min(distances, key=distances.__getitem__)
+    return best if distances[best] < 0.35 else None
+
+
+def _measure_direction(weights: np.ndarray, visible: np.ndarray) -> tuple[str | None, float]:
+    grid = np.arange(SIZE) + 0.5
+    frames = np.flatnonzero(visible)
+    total = weights[frames].sum(axis=(1, 2))
+    x = (weights[frames].sum(axis=1) @ grid) / total
+    y = (weights[frames].sum(axis=2) @ grid) / total
+    # The slope of a straight line through the centres, over the whole clip.
+    moved = np.asarray([np.polyfit(frames, centre, 1)[0] * (NUM_FRAMES - 1) for centre in (x, y)])
+    main, other = np.abs(moved).max(), np.abs(moved).min()
+    if main < 8.0 or other > 0.5 * main:
+        return None, float(main)
+    step = tuple(int(np.sign(m)) if abs(m) == main else 0 for m in moved)
+    return next(name for name, vector in DIRECTIONS.items() if vector == step), float(main)
+
+
+def _measure_shape(mask: np.ndarray) -> str | None:
+    fills, tops = [], []
+    for frame in mask:
+        rows, columns = np.flatnonzero(frame.any(axis=1)), np.flatnonzero(frame.any(axis=0))
+        box = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        fills.append(box.mean())
+        tops.append(box[: max(1, len(box) // 4)].mean())
+    # A square fills its bounding box, a circle pi/4 of it, a triangle half, and the least at its top.
+    fill, top = float(np.median(fills)), float(np.median(tops))
+    if fill > 0.89:
+        return "square"
+    return "triangle" if fill < 0.68 and top < 0.4 else "circle"
