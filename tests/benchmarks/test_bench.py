@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench
+from benchmarks.models import NetworkSize
+
+TINY = NetworkSize(32, 2, 1, 16, latents=(2, 4, 4), text_length=3, text_hidden_size=8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    models = ("cogvideox_2b", "cogvideox1.5_5b")
+    monkeypatch.setitem(bench.NETWORKS, "cpu", [bench.NetworkCase(m, TINY, TINY.latents, TINY.latents) for m in models])
+    monkeypatch.setitem(bench.VAES, "cpu", [bench.VaeCase("cogvideox_5b", (9, 16, 16), ch=32, num_res_blocks=1)])
+
+
+def test_one_command_times_everything_and_writes_json(tiny_cases, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert bench.main(["--sizes", "cpu", "--repeats", "1", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert [result["what"] for result in content["results"]] == [
+        "cogvideox_2b 2×4×4 forward",
+        "cogvideox_2b 2×4×4 forward + backward",
+        "cogvideox1.5_5b 2×4×4 forward",
+        "cogvideox1.5_5b 2×4×4 forward + backward",
+        "vae ch 32 9×16×16 encode",
+        "vae ch 32 9×16×16 decode",
+    ]
+    assert all(result["max_difference"] <= 2e-5 < 0.1 < result["max_output"] for result in content["results"])
+    assert content["environment"]["threads"] == torch.get_num_threads()
+    assert content["environment"]["diffusers"] and content["environment"]["torch"]
+    printed = capsys.readouterr().out
+    assert "released sizes are skipped" in printed and printed.count("\n| ") == 7
+
+
+def test_turns_alternate_and_the_first_call_is_not_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    order = []
+
+    def side(name, seconds):
+        def call():
+            order.append(name)
+            clock[0] += seconds if order.count(name) > 1 else 100
+            return torch.tensor([1.0 if name == "ours" else 1.5])
+
+        return call
+
+    result = bench.compare("x", side("ours", 2.0), side("theirs", 4.0), repeats=3, device=CPU)
+    assert (result.ours, result.diffusers, result.ratio) == (2.0, 4.0, 0.5)
+    assert (result.max_difference, result.max_output) == (0.5, 1.5)
+    assert order == ["ours", "theirs"] + ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_released_sizes_need_an_accelerator(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--sizes", "released"])
+    assert "needs an accelerator" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dit_video_concat
+from benchmarks.diffusers_peer import network_peer
+from benchmarks.models import NetworkSize, build_network, network_section
+from dit_video_concat import normalize_patch_size
+from sgm.util import InputError, instantiate_from_config, without_allocating
+
+SIZE = NetworkSize(32, 2, 2, 16, latents=(4, 4, 6), text_length=3, text_hidden_size=8)
+RELEASED = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]
+LORA = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}
+
+
+def section(model="cogvideox_5b", **changes):
+    result = network_section(model, SIZE)
+    result["params"] |= changes
+    return result
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(network, latents=SIZE.latents, batch=2):
+    frames, height, width = latents
+    return (
+        random(batch, frames, network.in_channels, height, width),
+        torch.tensor([500, 20][:batch]),
+        random(batch, SIZE.text_length, SIZE.text_hidden_size, seed=1),
+    )
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_released_networks_have_the_parameters_of_diffusers_and_one_table(model):
+    with without_allocating():
+        network = instantiate_from_config(network_section(model))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    # Beside the parameters: the 2B's sine-cosine table, and in the others a table of SAT's that nothing reads. The
+    # learned table of 5B-I2V is a buffer in diffusers.
+    if model == "cogvideox_2b":
+        extra = {"mixins.pos_embed.pos_embedding": (226 + 13 * 30 * 45) * 1920}
+    else:
+        extra = {"transformer.position_embeddings.weight": 64 * 3072}
+    if model == "cogvideox_5b_i2v":
+        extra["mixins.pos_embed.pos_embedding"] = (226 + 13 * 30 * 45) * 3072
+    tables = {name: p.numel() for name, p in network.named_parameters() if "position" in name or "pos_embed" in name}
+    assert tables == extra
+    peer = network_peer(network)
+    assert count - sum(extra.values()) == sum(parameter.numel() for parameter in peer.parameters())
+
+
+def test_temporal_patches_make_half_the_tokens():
+    network = build_network(section("cogvideox1.5_5b"))
+    seen = []
+    network.transformer.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    x, timesteps, context = inputs(network)
+    with torch.no_grad():
+        assert network(x, timesteps, context).shape == (2, 4, 16, 4, 6)
+    assert seen == [(2, 3 + 4 // 2 * 2 * 3, 32)]
+
+
+def test_an_odd_number_of_frames_counts_its_padding():
+    network = instantiate_from_config(section("cogvideox1.5_5b", num_frames=4 * (5 - 1) + 1))
+    assert network.grid == (3, 2, 3)
+
+
+def test_ofs_has_an_effect_and_two_is_not_zero():
+    network = build_network(section("cogvideox1.5_5b_i2v"))
+    arguments = inputs(network)
+    with torch.no_grad():
+        two, zero = (network(*arguments, ofs=torch.full((2,), value)) for value in (2.0, 0.0))
+    assert (two - zero).abs().max() > 1e-3
+
+
+def test_every_input_has_an_effect():
+    network = build_network(section("cogvideox_5b_i2v"))
+    x, timesteps, context = inputs(network)
+    with torch.no_grad():
+        output = network(x, timesteps, context)
+        image = x.clone()
+        image[:, :, 16:] += 0.1
+        changed = [network(image, timesteps, context), network(x, timesteps + 1, context), network(x, timesteps, -context)]
+    assert all((other - output).abs().max() > 1e-4 for other in changed)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    network = build_network(section())
+    x, timesteps, context = inputs(network)
+    with torch.no_grad():
+        together = network(x, timesteps, context)
+        alone = torch.cat([network(x[i : i + 1], timesteps[i : i + 1], context[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_network_predicts_zero():
+    network = instantiate_from_config(section())
+    assert torch.count_nonzero(network(*inputs(network))) == 0
+
+
+@pytest.mark.parametrize("model", ["cogvideox_2b", "cogvideox_5b_i2v", "cogvideox1.5_5b"])
+def test_recording_gradients_changes_nothing(model):
+    network = build_network(section(model))
+    arguments = inputs(network)
+    kept = [tensor.clone() for tensor in arguments]
+    with torch.no_grad():
+        plain = network(*arguments)
+    torch.testing.assert_close(plain, network(*arguments).detach(), rtol=0, atol=1e-6)
+    assert all(torch.equal(*both) for both in zip(kept, arguments, strict=True)), "inputs are left alone"
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    gradients = []
+    for checkpoint in (False, True):
+        config = section()
+        config["params"]["transformer_args"]["checkpoint_activations"] = checkpoint
+        network = build_network(config).train()
+        x, timesteps, context = inputs(network)
+        x.requires_grad_()
+        network(x, timesteps, context).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 40
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_called_without_a_mask(monkeypatch):
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append((len(args), kwargs))
+        return original(*args, **kwargs)
+
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(dit_video_concat.F, "scaled_dot_product_attention", spy)
+    network = build_network(section())
+    network(*inputs(network))
+    assert calls == [(3, {})] * 2
+
+
+def test_the_rotary_tables_are_made_once_a_size(monkeypatch):
+    made = []
+
+    def spy(*args, **kwargs):
+        made.append(args[0])
+        return original(*args, **kwargs)
+
+    original = dit_video_concat.rope_table_3d
+    monkeypatch.setattr(dit_video_concat, "rope_table_3d", spy)
+    network = build_network(section())
+    with torch.no_grad():
+        for latents in ((4, 4, 6), (4, 4, 6), (2, 8, 4)):
+            network(*inputs(network, latents))
+    assert made == [(4, 2, 3), (2, 4, 2)]
+    assert not [name for name in network.state_dict() if "freqs" in name]
+
+
+def test_fresh_adapters_leave_the_output_alone_and_are_all_that_is_new():
+    plain = build_network(section())
+    config = section()
+    config["params"]["modules"]["lora_config"] = copy.deepcopy(LORA)
+    adapted = instantiate_from_config(config)
+    renamed = {
+        name: value
+        for name, value in adapted.state_dict().items()
+        if not name.endswith(tuple(f".matrix_{side}.{part}" for side in "AB" for part in range(3)))
+    }
+    assert {name.replace(".original.", ".") for name in renamed} == plain.state_dict().keys()
+    with torch.no_grad():
+        for name, tensor in renamed.items():
+            tensor.copy_(plain.state_dict()[name.replace(".original.", ".")])
+        arguments = inputs(plain)
+        assert torch.equal(adapted(*arguments), plain(*arguments))
+        adapted.transformer.layers[0].attention.dense.matrix_B[0].fill_(1.0)
+        assert (adapted(*arguments) - plain(*arguments)).abs().max() > 1e-3
+
+
+def test_swiglu_and_rms_norm():
+    network = build_network(section(use_SwiGLU=True, use_RMSNorm=True))
+    layer = network.transformer.layers[0]
+    x = random(2, 5, 32)
+    gated = F.silu(layer.mlp.dense_h_to_4h_gate(x)) * layer.mlp.dense_h_to_4h(x)
+    torch.testing.assert_close(layer.mlp(x, layer_id=0), layer.mlp.dense_4h_to_h(gated), rtol=0, atol=1e-6)
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * layer.input_layernorm.weight
+    torch.testing.assert_close(layer.input_layernorm(x), expected, rtol=0, atol=1e-5)
+    assert network(*inputs(network)).isfinite().all()
+
+
+def test_the_mixin_s_interpolation_wins_over_the_network_s():
+    config = section("cogvideox_2b", height_interpolation=3.0, width_interpolation=3.0, time_interpolation=2.0)
+    table = instantiate_from_config(config).get_mixin("pos_embed").pos_embedding[0, 3:].reshape(4, 2, 3, 32)
+    angle = table[0, 1, 0, 20].asin().item()  # slot 20 is the first sine of the row
+    assert angle == pytest.approx(1 / 1.875, abs=1e-4)
+    assert table[1, 0, 0, 0].asin().item() == pytest.approx(1 / 2, abs=1e-4)
+
+
+def test_shorter_samples_take_the_first_rows_of_a_table():
+    network = build_network(section("cogvideox_2b"))
+    position = network.get_mixin("pos_embed")
+    assert torch.equal(position.rows((2, 2, 3), 3), position.pos_embedding[:, : 3 + 2 * 2 * 3])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(2, (1, 2, 2)), ([2, 4, 4], (2, 4, 4)), ((1, 2, 2), (1, 2, 2))])
+def test_patch_sizes_are_normalised(given, expected):
+    assert normalize_patch_size(given) == expected
+
+
+@pytest.mark.parametrize("given", [0, [2, 2], [1, 2, 0], [1, 2, 2.0]])
+def test_wrong_patch_sizes_are_refused(given):
+    with pytest.raises(InputError, match=r"patch_size=.* three for time, height and width"):
+        normalize_patch_size(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 33}, "hidden_size=33 is not a multiple of num_attention_heads=2"),
+        ({"ofs_embed_dim": 8}, "ofs_embed_dim=8 must equal time_embed_dim=16"),
+        ({"patch_size": [2, 2]}, "patch_size"),
+        ({"transformer_args": {"checkpoint_activation": True}}, "did you mean 'checkpoint_activations'"),
+        ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post': these models have 'pre' only"),
+        ({"transformer_args": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1"),
+        ({"transformer_args": {"is_decoder": True}}, "is_decoder=True"),
+        ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size"),
+        ({"modules": {}}, "lacks adaln_layer_config, final_layer_config, patch_embed_config, pos_embed_config"),
+        ({"modules": {"lora_conf": LORA}}, "lora_conf is unknown; did you mean 'lora_config'"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes, message):
+    with pytest.raises(InputError) as error:
+        instantiate_from_config(section(**changes))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "latents", "ofs", "message"),
+    [
+        ("cogvideox_5b", (4, 5, 6), None, "cannot be cut into patches of (1, 2, 2)"),
+        ("cogvideox1.5_5b", (3, 4, 6), None, "cannot be cut into patches of (2, 2, 2)"),
+        ("cogvideox1.5_5b_i2v", (4, 4, 6), None, "this model needs ofs (2.0)"),
+        ("cogvideox_5b", (4, 4, 6), 2.0, "this model has no ofs_embed_dim"),
+        ("cogvideox_2b", (4, 6, 6), None, "position table is made for 3 text tokens and 2×3 patches in up to 4 frames"),
+        ("cogvideox_5b_i2v", (6, 4, 6), None, "got 3 tokens and 2×3 patches in 6 frames"),
+    ],
+)
+def test_wrong_inputs_are_refused(model, latents, ofs, message):
+    network = build_network(section(model))
+    with pytest.raises(InputError) as error:
+        network(*inputs(network, latents), ofs=None if ofs is None else torch.full((2,), ofs))
+    assert message in str(error.value)
+
+
+def test_missing_image_latents_are_named():
+    network = build_network(section("cogvideox_5b_i2v"))
+    x, timesteps, context = inputs(network)
+    with pytest.raises(InputError, match=r"takes \(B, T, 32, H, W\), got \(2, 4, 16, 4, 6\)"):
+        network(x[:, :, :16], timesteps, context)

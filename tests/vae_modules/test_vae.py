@@ -1,0 +1,280 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.models import build_vae, randomize, vae_section
+from sgm.util import InputError, instantiate_from_config
+from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
+from vae_modules.layers import CausalConv3d, Downsample3D, SpatialNorm3D, Stream, Upsample3D
+from vae_modules.regularizers import DiagonalGaussian, DiagonalGaussianRegularizer
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def section(**changes):
+    result = vae_section("cogvideox_5b", ch=32, num_res_blocks=1)
+    for part in ("encoder_config", "decoder_config"):
+        result["params"][part]["params"]["ch_mult"] = [1, 1, 1, 1]
+    result["params"] |= changes
+    return result
+
+
+@pytest.fixture(scope="module")
+def shared() -> VideoAutoencoderInferenceWrapper:
+    return build_vae(section())
+
+
+@pytest.fixture
+def vae(shared):
+    """The shared autoencoder with options of its own."""
+    return copy.copy(shared)
+
+
+def streamed(layer, x, lengths):
+    stream = Stream()
+    pieces = list(x.split(lengths, dim=2))
+    outputs = []
+    for index, piece in enumerate(pieces):
+        stream.begin_chunk(is_first=index == 0, is_last=index == len(pieces) - 1)
+        outputs.append(layer(piece, stream))
+    return torch.cat(outputs, dim=2)
+
+
+def test_convolution_in_chunks_equals_the_whole():
+    conv = CausalConv3d(4, 6, 3)
+    x = random(2, 4, 9, 5, 6)
+    whole = conv(x, Stream())
+    for lengths in ([9], [1] * 9, [3, 2, 4], [1, 8]):
+        torch.testing.assert_close(streamed(conv, x, lengths), whole, rtol=0, atol=1e-6)
+
+
+def test_convolution_never_sees_the_future_and_repeats_the_first_frame():
+    conv = CausalConv3d(4, 6, 3)
+    x = random(1, 4, 6, 5, 6)
+    later = x.clone()
+    later[:, :, 4:] += 1
+    before, after = conv(x, Stream()), conv(later, Stream())
+    torch.testing.assert_close(before[:, :, :4], after[:, :, :4], rtol=0, atol=1e-6)
+    assert (before[:, :, 4] - after[:, :, 4]).abs().max() > 0.01
+    padded = F.pad(x, (1, 1, 1, 1))
+    expected = F.conv3d(torch.cat((padded[:, :, :1], padded[:, :, :1], padded), dim=2), conv.conv.weight, conv.conv.bias)
+    torch.testing.assert_close(before, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[3, 2, 2, 2], [1, 2, 2, 2, 2], [1, 8]])
+@pytest.mark.parametrize("compress_time", [False, True])
+def test_resampling_in_chunks_equals_the_whole(compress_time, lengths):
+    x = random(1, 4, 9, 4, 6)
+    for layer in (Downsample3D(4, compress_time=compress_time), Upsample3D(4, compress_time=compress_time)):
+        torch.testing.assert_close(streamed(layer, x, lengths), layer(x, Stream()), rtol=0, atol=1e-6)
+
+
+def test_upsampling_equals_enlarging_and_then_smoothing():
+    up = Upsample3D(4, compress_time=True)
+    x = random(2, 4, 3, 4, 6)
+    large = F.interpolate(x, scale_factor=(2, 2, 2))[:, :, 1:]
+    expected = F.conv3d(large, up.conv.weight[:, :, None], up.conv.bias, padding=(0, 1, 1))
+    torch.testing.assert_close(up(x, Stream()), expected, rtol=0, atol=1e-6)
+
+
+def test_downsampling_averages_pairs_after_the_first_frame():
+    down = Downsample3D(4, compress_time=True)
+    x = random(1, 4, 5, 4, 6)
+    frames = torch.stack((x[:, :, 0], x[:, :, 1:3].mean(2), x[:, :, 3:].mean(2)), dim=2)
+    expected = F.conv3d(F.pad(frames, (0, 1, 0, 1)), down.conv.weight[:, :, None], down.conv.bias, stride=(1, 2, 2))
+    torch.testing.assert_close(down(x, Stream()), expected, rtol=0, atol=1e-6)
+    still = x[:, :, :1]
+    assert down(still, Stream()).shape == (1, 4, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("is_first", "frames"), [(True, 9), (False, 12), (True, 1)])
+@pytest.mark.parametrize("record", [False, True])
+def test_spatial_norm_equals_its_formula(is_first, frames, record):
+    norm = SpatialNorm3D(32, 4)
+    randomize(norm, 0)
+    t = (frames - 1) // 4 + 1
+    x, latents = random(2, 32, frames, 8, 12), random(2, 4, t, 2, 3, seed=1)
+    stream = Stream()
+    stream.begin_chunk(is_first=is_first, is_last=True)
+    index = [(i + 3) // 4 if is_first else i // 4 for i in range(frames)]
+    large = F.interpolate(latents[:, :, index], size=x.shape[2:])
+    expected = F.group_norm(x, 32, norm.norm_layer.weight, norm.norm_layer.bias, 1e-6)
+    expected = expected * norm.conv_y.conv(large) + norm.conv_b.conv(large)
+    kept = x.clone()
+    with torch.set_grad_enabled(record):
+        torch.testing.assert_close(norm(x, latents, stream), expected, rtol=0, atol=1e-5)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("num_latents", [1, 2, 3, 4, 5, 6, 9])
+@torch.no_grad()
+def test_every_number_of_latents_decodes(vae, num_latents):
+    video = vae.decode(random(1, 16, num_latents, 1, 2))
+    assert video.shape == (1, 3, 4 * (num_latents - 1) + 1, 8, 16)
+    assert video.isfinite().all()
+
+
+@torch.no_grad()
+def test_four_latents_decode_in_pairs(vae, monkeypatch):
+    seen = []
+    decoder = vae.decoder
+    monkeypatch.setattr(decoder, "forward", lambda x, stream, run=decoder.forward: seen.append(x.shape[2]) or run(x, stream))
+    for count in (4, 5, 1, 13):
+        vae.decode(random(1, 16, count, 1, 2))
+    assert seen == [2, 2] + [3, 2] + [1] + [3, 2, 2, 2, 2, 2]
+
+
+@torch.no_grad()
+def test_earlier_chunks_do_not_depend_on_later_latents(vae):
+    latents = random(1, 16, 7, 2, 2)
+    later = latents.clone()
+    later[:, :, 5:] += 1
+    before, after = vae.decode(latents), vae.decode(later)
+    assert torch.equal(before[:, :, : 4 * 4 + 1], after[:, :, : 4 * 4 + 1])
+    assert (before - after)[:, :, 17:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+@torch.no_grad()
+def test_moments_have_their_shape_whole_and_chunked(vae, frames):
+    video = random(2, 3, frames, 16, 8)
+    shapes = []
+    for vae.encode_chunk in (None, 8):
+        shapes.append(tuple(vae.encode_moments(video).shape))
+    assert shapes == [(2, 32, (frames - 1) // 4 + 1, 2, 1)] * 2
+
+
+@torch.no_grad()
+def test_one_chunk_is_the_whole(vae):
+    video = random(1, 3, 9, 16, 16)
+    whole = vae.encode_moments(video)
+    vae.encode_chunk = 8
+    assert torch.equal(vae.encode_moments(video), whole)
+    video = random(1, 3, 17, 16, 16)
+    assert not torch.allclose(vae.encode_moments(video), shared_whole(vae, video)), "norms see one chunk only"
+
+
+def shared_whole(vae, video):
+    whole = copy.copy(vae)
+    whole.encode_chunk = None
+    return whole.encode_moments(video)
+
+
+@torch.no_grad()
+def test_slicing_changes_nothing(vae):
+    latents, video = random(3, 16, 2, 2, 2), random(3, 3, 5, 16, 16)
+    expected = vae.decode(latents), vae.encode_moments(video)
+    vae.slicing = True
+    torch.testing.assert_close(vae.decode(latents), expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae.encode_moments(video), expected[1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tiles_cover_everything_and_small_clips_are_not_cut(vae):
+    latents = random(1, 16, 1, 6, 9)
+    plain = vae.decode(latents)
+    vae.tiling = Tiling(size=(48, 72), overlap=16)
+    assert torch.equal(vae.decode(latents), plain)
+    vae.tiling = Tiling(size=(32, 32), overlap=16)
+    tiled = vae.decode(latents)
+    assert tiled.shape == plain.shape and tiled.isfinite().all()
+    assert not torch.equal(tiled, plain)
+    assert vae.encode_moments(random(1, 3, 5, 48, 72)).shape == (1, 32, 2, 6, 9)
+
+
+def test_blending_tiles_of_a_local_function_gives_it_back(vae):
+    vae.tiling = Tiling(size=(32, 48), overlap=16)
+    latents = random(1, 3, 2, 7, 11)
+
+    def enlarge(x):
+        return F.interpolate(x, scale_factor=(1, 8, 8))
+
+    whole = vae._tiled(latents, enlarge, 1, 8)
+    torch.testing.assert_close(whole, enlarge(latents), rtol=0, atol=1e-6)
+    shrunk = vae._tiled(whole, lambda x: x[..., ::8, ::8], 8, 1)
+    torch.testing.assert_close(shrunk, latents, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_encoding_draws_from_the_generator_given(vae):
+    video = random(1, 3, 1, 16, 16)
+    draws = [vae.encode(video, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    mean = vae.encode(video, sample=False)
+    assert torch.equal(mean, vae.encode_moments(video)[:, :16])
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    std = (0.5 * vae.encode_moments(video)[:, 16:]).exp()
+    torch.testing.assert_close(draws[0], mean + std * noise, rtol=0, atol=1e-6)
+
+
+def test_gradients_reach_the_latents(vae):
+    latents = random(1, 16, 3, 1, 1).requires_grad_()
+    plain = vae.decode(latents.detach())
+    video = vae.decode(latents)
+    torch.testing.assert_close(video.detach(), plain, rtol=0, atol=1e-5)
+    video.square().sum().backward()
+    assert (latents.grad.abs().amax(dim=(0, 1, 3, 4)) > 0).all()
+
+
+def test_regularizer_clamps_and_measures():
+    moments = torch.cat((torch.full((1, 2, 1, 1, 1), 0.5), torch.tensor([-100.0, 100.0]).reshape(1, 2, 1, 1, 1)), dim=1)
+    distribution = DiagonalGaussianRegularizer().distribution(moments)
+    assert distribution.logvar.flatten().tolist() == [-30.0, 20.0]
+    assert torch.equal(DiagonalGaussianRegularizer(sample=False)(moments), moments[:, :2])
+    unit = DiagonalGaussian(torch.zeros(1, 4), torch.zeros(1, 4))
+    moved = DiagonalGaussian(torch.full((1, 4), 3.0), torch.zeros(1, 4))
+    assert unit.kl().item() == 0 and moved.kl().item() == pytest.approx(4 * 9 / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cp_size": 2}, "cp_size=2, but the VAE runs on one rank in this version"),
+        ({"encode_chunk": 4}, "encode_chunk=4 must be a multiple of 8"),
+        ({"encode_chunk": 12}, "encode_chunk=12 must be a multiple of 8"),
+    ],
+)
+def test_wrong_options_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        instantiate_from_config(section(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attn_resolutions", [16], "has no attention"),
+        ("pad_mode", "replicate", "pad_mode='replicate' is unknown"),
+        ("temporal_compress_times", 3, "temporal_compress_times=3 is not a power of 2"),
+    ],
+)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_the_released_vae_does_not_have_is_refused(part, name, value, message):
+    config = section()
+    config["params"][f"{part}_config"]["params"][name] = value
+    with pytest.raises(InputError, match=message):
+        instantiate_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 8, 16, 16), "4k[+]1 frames, not 8; take 5 or 9"),
+        ((1, 3, 2, 16, 16), "not 2; take 1 or 5"),
+        ((1, 3, 1, 16, 20), "multiples of 8, not 16×20"),
+    ],
+)
+def test_clips_that_cannot_be_encoded_are_refused(vae, shape, message):
+    with pytest.raises(InputError, match=message):
+        vae.encode_moments(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("size", "overlap"), [((60, 64), 16), ((64, 64), 12), ((64, 64), 64), ((64, 64), 0)])
+def test_tiles_that_do_not_work_are_refused(size, overlap):
+    with pytest.raises(InputError, match="multiples of 8"):
+        Tiling(size=size, overlap=overlap)
