@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-import sgm.distributed
-from sgm.checkpoint import find_weights
+from sgm.checkpoint import check_autoencoder, check_network, find_weights
 from sgm.config import Config, ConfigError, Problem, SamplingArgs
 from sgm.geometry import Geometry
+from sgm.precision import precision_name, resolve_device, resolve_precision
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 _NETWORK = "model.network_config.params"
 
@@ -128,70 +126,6 @@ def _listed(numbers: list[int]) -> str:
     if len(numbers) < 5:
         return ", ".join(map(str, numbers))
     return f"{numbers[0]}, {numbers[1]}, {numbers[2]}, ..., {numbers[-1]}"
-
-
-Precision = Literal["fp16", "bf16", "fp32"]
-
-
-def resolve_precision(args: SamplingArgs, model_precision: Precision | None, device_type: str) -> torch.dtype:
-    """Decide in which precision the network runs.
-
-    The model's precision holds unless a flag says otherwise. ``fp16: true`` and ``bf16: true`` must agree with it; a
-    model released in fp32 may also run in bf16, which has the range of fp32. A false flag for the model's own
-    precision asks for fp32, which every model can do. Without any statement it is fp32.
-
-    Args:
-        args: with the flags.
-        model_precision: ``model.precision``.
-        device_type: such as ``torch.device.type``.
-
-    Raises:
-        ConfigError: the flags contradict each other or the model, or the device cannot do it.
-    """
-    if model_precision not in (None, *DTYPES):
-        cure = f"give one of {', '.join(DTYPES)}, or null"
-        raise ConfigError([Problem("model.precision", "", f"is {model_precision!r}", cure)])
-    flags = {"fp16": args.fp16, "bf16": args.bf16}
-    chosen = [name for name, flag in flags.items() if flag]
-    if len(chosen) > 1:
-        cure = f"keep args.{model_precision if model_precision in flags else 'bf16'}=true only"
-        raise ConfigError([Problem("args.fp16", "", "fp16 and bf16 are both true", cure)])
-    precision = chosen[0] if chosen else model_precision or "fp32"
-    if not chosen and flags.get(precision) is False:
-        precision = "fp32"
-    if model_precision is not None and precision not in (model_precision, "fp32"):
-        if (model_precision, precision) != ("fp32", "bf16"):
-            why = (
-                "values beyond fp16's range turn into black video"
-                if precision == "fp16"
-                else "bf16's coarser mantissa is visible in its videos"
-            )
-            found = f"asks for {precision}, but the model was released in {model_precision}: {why}"
-            cure = f"remove args.{precision} (null follows the model)"
-            raise ConfigError([Problem(f"args.{precision}", "", found, cure)])
-    if precision == "fp16" and device_type == "cpu":
-        found = "the network would run in fp16, which a CPU cannot do"
-        cure = "set args.fp16=false to run in fp32, or use an accelerator"
-        raise ConfigError([Problem("args.fp16", "", found, cure)])
-    return DTYPES[precision]
-
-
-def resolve_device(args: SamplingArgs) -> torch.device:
-    """Return the device of this process.
-
-    Raises:
-        ConfigError: ``args.device`` names one that is not there.
-    """
-    if args.device is None:
-        return sgm.distributed.device()
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = f"'{args.device}' cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"
-        cure = "remove args.device to take what this machine has, or set args.device=cpu"
-        raise ConfigError([Problem("args.device", "", found, cure)]) from error
-    return device
 
 
 def check_files(config: Config) -> list[Problem]:
@@ -308,23 +242,51 @@ def dry_run(config: Config) -> str:
         ConfigError: everything that is wrong.
     """
     facts, problems = _inspect(config)
+    problems += _missing_sections(config)
     counts: dict[str, int] = {}
     for part, section in config.model.items():
         if isinstance(section, Mapping) and "target" in section and part != "conditioner_config":
-            count = partial(_count, counts, part, section)
-            problems += _tried(f"model.{part}", "correct it in the model's YAML file", count)
+            build = partial(_build, config, counts, part, section)
+            problems += _tried(f"model.{part}", "correct it in the model's YAML file", build)
     if problems:
         raise ConfigError(config.located(problems))
     return _report(config, facts, counts)
 
 
-def _count(counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
-    """Build a part of the model, modules without memory, and note its number of parameters."""
+def _missing_sections(config: Config) -> Iterator[Problem]:
+    """Find the parts of the model that sampling needs and that the YAML leaves out."""
+    needed = {"sampler_config": "to sample", "conditioner_config": "to read prompts"}
+    if not config.args.only_save_latents or config.model.get("noised_image_input"):
+        needed["first_stage_config"] = "to turn latents into video, or images into latents"
+    for part, purpose in needed.items():
+        if config.model.get(part) is None:
+            cure = "take it from a shipped model configuration"
+            yield Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure)
+    conditioner = config.model.get("conditioner_config")
+    if conditioner is not None and not _params(conditioner).get("emb_models"):
+        path = "model.conditioner_config.params.emb_models"
+        yield Problem(path, "", "is empty, so that no prompt can be read", "take it from a shipped model configuration")
+
+
+def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
+    """Build a part of the model, modules without memory; note its parameters, and hold its weights' names to it."""
+    args = config.args
     large = part in ("network_config", "first_stage_config")
     with without_allocating() if large else contextlib.nullcontext():
-        module = instantiate_from_config(section)
-    if isinstance(module, torch.nn.Module):
-        counts[part] = sum(parameter.numel() for parameter in module.parameters())
+        built: Any = instantiate_from_config(section)
+    if isinstance(built, torch.nn.Module):
+        counts[part] = sum(parameter.numel() for parameter in built.parameters())
+    if part == "network_config" and args.load is not None and not _tried("", "", partial(find_weights, args.load)):
+        check_network(built, args.load, allow_missing_adapters=args.force_inference)
+    elif part == "first_stage_config" and Path(str(built.ckpt_path)).is_file():
+        check_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
+    elif part == "sampler_config":
+        built.timesteps(args.num_steps)
+        if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
+            raise InputError(
+                f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
+                "guider_config"
+            )
 
 
 def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
@@ -340,7 +302,7 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         "network": f"{counts['network_config']:,} parameters, {network['num_layers']} layers, "
         f"hidden size {network['hidden_size']}, {geometry.positions} positions",
         "VAE": f"{counts['first_stage_config']:,} parameters" if "first_stage_config" in counts else "none",
-        "precision": f"{_precision_name(facts['dtype'])} on {facts['device']}",
+        "precision": f"{precision_name(facts['dtype'])} on {facts['device']}",
         "task": "image to video" if plan.image2video else "text to video",
         "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
         f"{plan.seconds:.1f} s",
@@ -351,7 +313,3 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
-
-
-def _precision_name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value is dtype)

@@ -175,8 +175,8 @@ class _Match:
     wanted: dict[str, torch.Tensor]
     held: dict[str, torch.Tensor]
     dropped: dict[str, tuple[str, ...]]
-    fresh: set[str]
-    blank: set[str]
+    fresh: set[str] = field(default_factory=set)
+    blank: set[str] = field(default_factory=set)
 
 
 def _match(network: nn.Module, path: str | Path, allow_missing_adapters: bool) -> _Match:
@@ -189,7 +189,10 @@ def _match(network: nn.Module, path: str | Path, allow_missing_adapters: bool) -
     # An adapter set is complete or absent; a part of it comes from another layer_range and is reported as missing.
     fresh = set() if adapters & held.keys() else adapters
     if fresh and not allow_missing_adapters:
-        raise InputError(f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it")
+        raise InputError(
+            f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it, or "
+            "args.force_inference=true to sample the base model"
+        )
     blank = {name for name in UNUSED_TABLES if name in wanted and name not in held}
     _check(path, {name: tensor for name, tensor in wanted.items() if name not in fresh | blank}, held)
     return _Match(path, wanted, held, dropped, fresh, blank)
@@ -215,7 +218,20 @@ def load_autoencoder(
     Raises:
         InputError: a tensor is missing, unexpected, or of another shape.
     """
-    path = Path(path)
+    match = _match_autoencoder(vae, Path(path), ignore_keys)
+    for name in match.wanted:
+        _replace(vae, name, match.held[name], dtype=dtype, device=device)
+    _require_real(vae)
+    return _report(match.path, match.held, match.dropped, ())
+
+
+def check_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence[str] = ()) -> None:
+    """Raise what :func:`load_autoencoder` would raise, having read names and shapes only."""
+    _match_autoencoder(vae, Path(path), ignore_keys)
+
+
+def _match_autoencoder(vae: nn.Module, path: Path, ignore_keys: Sequence[str]) -> _Match:
+    """Hold a file against an autoencoder; the tensors are mapped, not read."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; ckpt_path of the autoencoder names its file, e.g. {path / '3d-vae.pt'}")
     content = read_tensors(path)
@@ -223,10 +239,7 @@ def load_autoencoder(
     ignored = tuple(name for name in content if name.startswith(("loss.", *ignore_keys)))
     held = {name: tensor for name, tensor in content.items() if name not in ignored}
     _check(path, wanted, held)
-    for name in wanted:
-        _replace(vae, name, held[name], dtype=dtype, device=device)
-    _require_real(vae)
-    return _report(path, held, {"ignored tensors": ignored} if ignored else {}, ())
+    return _Match(path, wanted, held, {"ignored tensors": ignored} if ignored else {})
 
 
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -44,6 +44,7 @@ TRAINING_ARGS = frozenset(
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # braces are legal there
+_MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
 
 def _at_least(minimum: float, default: Any) -> Any:
@@ -68,7 +69,7 @@ class SamplingArgs:
         latent_channels: channels of the latents; must be the network's.
         num_steps: sampling steps; null takes those of ``model.sampler_config``.
         guidance_scale: strength of the prompt; null takes that of ``model.sampler_config``.
-        seed: of the first sample of each prompt, whatever the other prompts are.
+        seed: of the first sample of each prompt, whatever the other prompts are; the next samples count on from it.
         batch_size: samples per prompt, made together.
         only_save_latents: write the latents, do not decode them.
         output_dir: where the results go.
@@ -257,6 +258,9 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> tuple
         if unused:
             warnings.append(f"no effect on sampling: {', '.join(unused)}")
         _check_sampling_args(args, merged)
+    last_seed = _MAX_SEED - (args.batch_size - 1)
+    if args.seed > last_seed:
+        merged.add(("args", "seed"), f"is {args.seed}", f"give a whole number from 0 to {last_seed}")
     if args.fp16 and args.bf16:
         merged.add(("args", "fp16"), "fp16 and bf16 are both true", "keep the one that the model was released in")
     return args, warnings

@@ -4,7 +4,8 @@ A section is ``{target: dotted.Class, params: {...}}``. Parameters may hold furt
 checked: the target exists; every parameter is one that its constructor takes, and has the type that the constructor
 states where that is a plain one; no required parameter is missing. Parameters that a class lists in its
 ``IGNORED_PARAMS`` are accepted with a warning that gives the reason. A mapping that a class parses itself is held
-against the dataclass named in its ``SECTION_TYPES: {parameter: dataclass}``.
+against the dataclass named in its ``SECTION_TYPES: {parameter: dataclass}``. What a class only hands on to the sections
+in its ``modules`` is named in its ``PARAMS_FOR_MODULES``; it is warned about where no section takes it.
 """
 
 import inspect
@@ -25,6 +26,8 @@ _SECTION_KEYS = ("target", "params")
 # Sections under this key are completed by the network that holds them (layer count, sizes), so that a parameter
 # that is missing in YAML is not missing.
 _COMPLETED_BY_PARENT = "modules"
+
+_PROJECT = ("sgm", "vae_modules", "dit_video_concat")
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
@@ -71,7 +74,25 @@ def check_params(
         if parameter.default is parameter.empty and name not in params and not partial:
             cure = f"add '{name}:' there"
             merged.add((*path, name), f"missing; {name_of_class} needs it", cure, source=merged.origin(path))
-    return warnings
+    return warnings + _taken_by_no_module(cls, params, path)
+
+
+def _taken_by_no_module(cls: Callable[..., Any], params: Mapping[str, Any], path: KeyPath) -> list[str]:
+    given = [name for name in getattr(cls, "PARAMS_FOR_MODULES", ()) if params.get(name) is not None]
+    modules = params.get(_COMPLETED_BY_PARENT)
+    if not given or not isinstance(modules, Mapping):
+        return []
+    taken: set[str] = set()
+    for section in modules.values():
+        try:
+            taken.update(inspect.signature(get_obj_from_str(section["target"])).parameters)
+        except (InputError, ImportError, TypeError, ValueError, KeyError):  # reported where the section is checked
+            continue
+    return [
+        f"{dotted((*path, name))} has no effect: nothing under {_COMPLETED_BY_PARENT} takes it"
+        for name in given
+        if name not in taken
+    ]
 
 
 def check_sections(
@@ -148,9 +169,13 @@ def _entry_keys(cls: Callable[..., Any]) -> Sequence[str]:
 
 def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+        hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
     except (NameError, TypeError, AttributeError):
         return {}
+    if (cls.__module__ or "").partition(".")[0] in _PROJECT:
+        return hints
+    # Elsewhere `int` is often the type of a default that may as well be a fraction, such as SAT's lora_alpha = 1.
+    return {name: float if hint is int else hint for name, hint in hints.items()}
 
 
 def fits(value: Any, hint: Any) -> bool:

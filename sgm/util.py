@@ -10,6 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
 
+# The names that YAML files have for dtypes.
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: a YAML key, a file, a prompt. Commands end with exit code 2.

@@ -28,6 +28,7 @@ LAYERS = {
     "sgm.distributed": 1,
     "sgm.files": 1,
     "sgm.geometry": 1,
+    "sgm.precision": 1,
     "sgm.modules.embeddings": 1,
     "dit_video_concat": 2,
     "vae_modules": 2,

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
-from dit_video_concat import normalize_patch_size
 from sgm.util import InputError, instantiate_from_config, without_allocating
 
 SIZE = NetworkSize(32, 2, 2, 16, latents=(4, 4, 6), text_length=3, text_hidden_size=8)
@@ -83,7 +82,11 @@ def test_every_input_has_an_effect():
         output = network(x, timesteps, context)
         image = x.clone()
         image[:, :, 16:] += 0.1
-        changed = [network(image, timesteps, context), network(x, timesteps + 1, context), network(x, timesteps, -context)]
+        changed = [
+            network(image, timesteps, context),
+            network(x, timesteps + 1, context),
+            network(x, timesteps, -context),
+        ]
     assert all((other - output).abs().max() > 1e-4 for other in changed)
 
 
@@ -125,6 +128,17 @@ def test_checkpointed_activations_give_the_same_gradients():
     assert len(gradients[0]) == len(gradients[1]) > 40
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_activations_leave_sampling_alone(recwarn):
+    config = section()
+    config["params"]["transformer_args"]["checkpoint_activations"] = True
+    network = build_network(config)
+    with torch.no_grad():
+        network(*inputs(network))
+    assert [str(warning.message) for warning in recwarn] == []
+    assert network.train()(*inputs(network)).requires_grad
+    assert network.transformer.checkpoint_activations
 
 
 def test_attention_is_called_without_a_mask(monkeypatch):
@@ -203,17 +217,6 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
     assert torch.equal(position.rows((2, 2, 3), 3), position.pos_embedding[:, : 3 + 2 * 2 * 3])
 
 
-@pytest.mark.parametrize(("given", "expected"), [(2, (1, 2, 2)), ([2, 4, 4], (2, 4, 4)), ((1, 2, 2), (1, 2, 2))])
-def test_patch_sizes_are_normalised(given, expected):
-    assert normalize_patch_size(given) == expected
-
-
-@pytest.mark.parametrize("given", [0, [2, 2], [1, 2, 0], [1, 2, 2.0]])
-def test_wrong_patch_sizes_are_refused(given):
-    with pytest.raises(InputError, match=r"patch_size=.* three for time, height and width"):
-        normalize_patch_size(given)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -233,6 +236,40 @@ def test_wrong_configurations_are_refused(changes, message):
     with pytest.raises(InputError) as error:
         instantiate_from_config(section(**changes))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "key", "message"),
+    [
+        ({"r": 0}, "r", "is 0; give a whole number of at least 1"),
+        ({"r": -4}, "r", "is -4"),
+        ({}, "r", "is None"),
+        ({"r": 2.5}, "r", "is 2.5"),
+        ({"r": 4, "lora_alpha": -1}, "lora_alpha", "is -1; give a number above 0"),
+        ({"r": 4, "lora_dropout": 1.5}, "lora_dropout", "is 1.5"),
+        ({"r": 4, "layer_range": [0, 2]}, "layer_range", "is [0, 2]; give a list of layers from 0 to 1"),
+        ({"r": 4, "layer_range": [-1]}, "layer_range", "is [-1]"),
+        ({"r": 4, "layer_range": [1, 1]}, "layer_range", "each once"),
+        ({"r": 4, "layer_range": 1}, "layer_range", "is 1"),
+        ({"r": 4, "qlora": True}, "qlora", "not supported in this version"),
+    ],
+)
+def test_wrong_adapters_are_refused(params, key, message):
+    config = section()
+    config["params"]["modules"]["lora_config"] = LORA | {"params": params}
+    with pytest.raises(InputError) as error:
+        instantiate_from_config(config)
+    assert f"model.network_config.params.modules.lora_config.params.{key} is " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_adapters_of_some_layers_and_of_any_strength():
+    config = section()
+    config["params"]["modules"]["lora_config"] = LORA | {"params": {"r": 4, "lora_alpha": 0.5, "layer_range": [1]}}
+    network = instantiate_from_config(config)
+    adapters = {name.split(".")[2] for name in network.state_dict() if "matrix_A" in name}
+    assert adapters == {"1"}
+    assert network.transformer.layers[1].attention.dense.scaling == 0.125
 
 
 @pytest.mark.parametrize(

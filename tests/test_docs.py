@@ -19,13 +19,14 @@ import pytest
 import torch
 import yaml
 
-from sgm.check import check_sampling, check_shapes, resolve_precision
+from sgm.check import check_sampling, check_shapes
 from sgm.checkpoint import find_weights
 from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
 from sgm.geometry import Geometry
 from sgm.inference.main import main, parse
 from sgm.inference.video import write_json, write_video
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.precision import resolve_precision
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -45,9 +45,18 @@ def test_inference_sh_starts_several_processes(tiny_model, prompts, tmp_path):
     assert len(list((tmp_path / "out").glob("*/0/000000.safetensors"))) == 2
 
 
-def test_inference_sh_hands_on_the_exit_code(prompts, tmp_path):
-    done = run("bash", "inference.sh", "configs/no_such.yaml")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_inference_sh_hands_on_the_exit_code(processes):
+    done = run("bash", "inference.sh", "configs/no_such.yaml", NPROC_PER_NODE=processes)
     assert done.returncode == 2 and "no_such.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inference_sh_with_words_alone_samples_the_toy_once(tmp_path):
+    done = run("bash", "inference.sh", f"args.output_dir={tmp_path}", "args.num_steps=1", "args.only_save_latents=true")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/0/000000.safetensors"))) == 6
+    assert run("bash", "inference.sh", "--help").stdout.count("usage:") == 1
 
 
 def test_contact_sheet_of_nothing(tmp_path):

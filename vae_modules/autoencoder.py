@@ -55,7 +55,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         ignore_keys: prefixes in that file that belong to no part of the autoencoder.
         encode_chunk: video frames encoded at a time (a multiple of 8: 8 is what diffusers does), or None for the
             whole clip, which is what the models were trained on.
-        tiling: encode and decode in spatial tiles.
+
+    Attributes:
+        tiling: a `Tiling` to encode and decode in spatial tiles; None for whole frames.
         slicing: encode and decode one sample of the batch at a time.
     """
 
@@ -75,8 +77,6 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         encode_chunk: int | None = None,
-        tiling: Tiling | None = None,
-        slicing: bool = False,
     ) -> None:
         super().__init__()
         if cp_size not in (0, 1):
@@ -88,8 +88,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.ckpt_path = ckpt_path
         self.ignore_keys = tuple(ignore_keys)
         self.encode_chunk = encode_chunk
-        self.tiling = tiling
-        self.slicing = slicing
+        self.tiling: Tiling | None = None
+        self.slicing = False
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)

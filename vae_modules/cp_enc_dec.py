@@ -25,6 +25,7 @@ from vae_modules.layers import (
 _UNUSED = {
     "resolution": "the network is fully convolutional",
     "resamp_with_conv": "resampling always ends in a convolution",
+    "gather_norm": "it is for several ranks that share a clip; here one rank has the whole clip",
 }
 
 
@@ -90,7 +91,6 @@ class ContextParallelEncoder3D(nn.Module):
         attn_resolutions: must be empty; this VAE has no attention.
         pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the first levels halve the frames, log2 of this times.
-        gather_norm: over several context-parallel ranks, take group-norm statistics over all of them.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {**_UNUSED, "out_ch": "the encoder's output has z_channels"}
@@ -108,11 +108,9 @@ class ContextParallelEncoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         pad_mode: str = "first",
         temporal_compress_times: int = 4,
-        gather_norm: bool = True,
     ) -> None:
         super().__init__()
         time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
-        self.gather_norm = gather_norm
         self.conv_in = CausalConv3d(in_channels, ch, 3)
         self.down = nn.ModuleList()
         channels = ch
@@ -150,7 +148,6 @@ class ContextParallelDecoder3D(nn.Module):
         attn_resolutions: must be empty; this VAE has no attention.
         pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the last levels double the frames, log2 of this times.
-        gather_norm: over several context-parallel ranks, take group-norm statistics over all of them.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
@@ -171,11 +168,9 @@ class ContextParallelDecoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         pad_mode: str = "first",
         temporal_compress_times: int = 4,
-        gather_norm: bool = False,
     ) -> None:
         super().__init__()
         time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
-        self.gather_norm = gather_norm
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
         self.mid = _middle(channels, dropout, z_channels)

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,12 +28,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--base", nargs="+", metavar="YAML", default=[], help="files to merge; a later one wins")
+    parser.add_argument(
+        "--base", nargs="+", action="extend", metavar="YAML", default=[], help="files to merge; a later one wins"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over all files")
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
     parser.add_argument("--check", action="store_true", help="check everything, read no weights, sample nothing")
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not Path(word).exists()]
     options.base = [word for word in options.base if word not in moved]
@@ -47,12 +50,14 @@ def run(options: argparse.Namespace) -> None:
     from sgm.config import load_config  # after parsing, so that --help answers at once
 
     config = load_config(options.base, options.overrides, mode="inference")
-    from sgm.inference.run import prepare, sample
-
     if options.check:
+        from sgm.inference.prepare import prepare
+
         report, _ = prepare(config)
         sys.stdout.write(report + "\n")
         return
+    from sgm.inference.run import sample
+
     summary = sample(config)
     logger.info("%s", summary)
 
@@ -60,31 +65,32 @@ def run(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 failed, 2 wrong input."""
     options = parse(argv)
-    configure_logging(debug=options.debug)
-    from sgm.util import InputError, RunError
-
     try:
+        configure_logging(debug=options.debug)
         run(options)
-    except (InputError, RunError) as error:
-        if options.debug:
-            raise
-        if is_rank_zero() or isinstance(error, RunError):
-            sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished results stay, and the same command goes on from there\n")
         return 130
-    except Exception as error:  # the last resort: one line instead of a traceback
-        if options.debug:
-            raise
-        hint = ""
-        if type(error).__name__ == "OutOfMemoryError":
-            hint = "; lower args.batch_size or the size, or set args.vae_tiling=true"
-        sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")
-        return 1
+    except Exception as error:  # whatever it is, a person reads one message
+        return _report(error, debug=options.debug)
     finally:
-        if "torch.distributed" in sys.modules:
-            from sgm.distributed import shutdown
-
-            shutdown()
+        if "sgm.distributed" in sys.modules:
+            sys.modules["sgm.distributed"].shutdown()
     return 0
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Say what went wrong; return the exit code."""
+    from sgm.util import InputError, RunError
+
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, InputError | RunError):
+        if is_rank_zero() or isinstance(error, RunError):  # all ranks read the same input
+            sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    hint = ""
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "; lower args.batch_size or the size, or set args.vae_tiling=true"
+    sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")
+    return 1

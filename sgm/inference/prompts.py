@@ -7,6 +7,7 @@ import builtins
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ log = get_logger(__name__)
 IMAGE_SEPARATOR = "@@"
 # 255 bytes is the limit of a name on common file systems; the rest is for the index and a temporary suffix.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
+_NOT_UTF8 = "the line holds bytes that are not UTF-8 text; type it in UTF-8"
+_ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap height and width
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
     """
     file = Path(input_file).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Reading makes every line end \n; splitlines would also cut at characters that a prompt may hold, as U+2028.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -92,6 +96,9 @@ def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = Non
             line = ask(f"{form} (empty or 'exit' to end): ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            log.error("%s", _NOT_UTF8)
+            continue
         if not line or line == "exit":
             return
         try:
@@ -151,11 +158,14 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Return (H, W) of an image as it is displayed, in pixels.
 
+    The header is read, not the pixels; except those of a PNG file without EXIF data in front, which may follow them.
+
     Raises:
-        InputError: the image is missing or cannot be decoded.
+        InputError: the image is missing or its header cannot be read.
     """
-    image = _open_image(Path(path))
-    return image.height, image.width
+    with _opened(Path(path)) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
@@ -174,6 +184,8 @@ def output_folder_name(index: int, text: str) -> str:
 
 
 def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> Prompt:
+    if any("\ud800" <= c <= "\udfff" for c in line):  # how Python keeps typed bytes that are not UTF-8
+        raise InputError(_NOT_UTF8)
     parts = [part.strip() for part in line.split(IMAGE_SEPARATOR)]
     if not image2video:
         if len(parts) > 1:
@@ -187,19 +199,59 @@ def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> 
             f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video asks for; write "
             f"the prompt, one '{IMAGE_SEPARATOR}' and the path of an image, or set image2video: false"
         )
-    image = Path(parts[1]).expanduser()
-    if folder is not None and not image.exists() and (folder / image).exists():
-        image = folder / image
-    return Prompt(index, parts[0], image)
+    return Prompt(index, parts[0], _find_image(parts[1], folder))
+
+
+def _find_image(text: str, folder: Path | None) -> Path:
+    """Return the path that `text` names, in `folder` if it is there only; it may be missing, but can be a path."""
+    try:
+        image = Path(text).expanduser()
+        if not _exists(image) and folder is not None and _exists(folder / image):
+            return folder / image
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"'{text[:60]}' cannot be the path of an image ({reason}); the order is prompt{IMAGE_SEPARATOR}image"
+        ) from error
+    return image
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at `path`; unlike Path.exists, the same in all versions of Python."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image; what fails then or in the block is an InputError."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise InputError(
+            f"image '{path}' does not exist; correct the path (the order is prompt{IMAGE_SEPARATOR}image)"
+        ) from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"image '{path}' cannot be decoded: {reason}; use an intact PNG or JPEG file") from error
 
 
 def _open_image(path: Path) -> Image.Image:
     """Decode an image to RGB, upright."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"image '{path}' does not exist; correct the path") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"image '{path}' cannot be decoded: {reason}; use an intact PNG or JPEG file") from error
+    with _opened(path) as image:
+        return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, which Pillow's own conversion would cut off; leave everything else."""
+    if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
+        return image
+    grey = np.asarray(image)
+    # Some formats hold 16 bits in the 32 of mode I. Where white is in any other number, nothing tells.
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"its pixels are grey values of 32 bits (mode {image.mode}), not of 8 or 16")
+    return Image.fromarray(np.round(grey / 257).astype(np.uint8))

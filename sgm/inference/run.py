@@ -9,43 +9,42 @@ import json
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
-from sgm.check import SamplingPlan, check_sampling, dry_run, resolve_device, resolve_precision
+from sgm.check import SamplingPlan, check_sampling
+from sgm.checkpoint import find_weights
 from sgm.config import Config
 from sgm.geometry import Geometry
+from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.prompts import (
     Prompt,
     assign_to_rank,
-    check_images,
     image_size,
     load_image,
     output_folder_name,
-    read_prompts,
     read_prompts_cli,
 )
 from sgm.inference.video import contact_sheet, to_uint8, write_json, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero
-from sgm.util import InputError, RunError, default, instantiate_from_config
+from sgm.precision import resolve_device, resolve_precision
+from sgm.util import RunError, default, instantiate_from_config
 from vae_modules.autoencoder import Tiling
 
 logger = get_logger(__name__)
 
-SHEET_COLUMNS = 5
-
 # What a sample depends on; the other arguments say where, how many and how much at a time.
 RESULT_ARGS = (
-    "load negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
+    "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
 ).split()
 
 Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -68,7 +67,8 @@ class Summary:
     Attributes:
         written: videos (or latents) written.
         skipped: results that were there already.
-        sheets: contact sheet, if one was asked for and there was something to show.
+        sheet: contact sheet, if one was asked for and there was something to show.
+        scope: whose work this is, where several ranks share the prompts.
         seconds: wall time of the whole run.
         peak_bytes: most memory in use: of the accelerator, or of the process on a CPU.
     """
@@ -76,6 +76,7 @@ class Summary:
     written: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
     sheet: Path | None = None
+    scope: str = ""
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -84,7 +85,7 @@ class Summary:
         lines = [f"  {path}" for path in self.written]
         lines += [f"  {path} (was there already)" for path in self.skipped]
         counts = f"{len(self.written)} written, {len(self.skipped)} skipped"
-        lines.append(f"{counts}, {self.seconds:.1f} s, peak memory {self.peak_bytes / 2**30:.2f} GiB")
+        lines.append(f"{self.scope}{counts}, {self.seconds:.1f} s, peak memory {self.peak_bytes / 2**30:.2f} GiB")
         if self.sheet is not None:
             lines.append(f"contact sheet: {self.sheet}")
         return "\n".join(lines)
@@ -93,6 +94,8 @@ class Summary:
 def result_digest(config: Config) -> str:
     """SHA-256 of everything in `config` that changes a sample."""
     args = {name: getattr(config.args, name) for name in RESULT_ARGS}
+    assert config.args.load is not None, "the dry run refuses a run without weights"
+    args["load"] = str(find_weights(config.args.load))  # 'latest' may move on
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -104,43 +107,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def prepare(config: Config) -> tuple[str, list[Prompt] | None]:
-    """Check all that can be checked before weights are read.
-
-    Returns:
-        The dry run's report, and the prompts (None where they are typed in during the run).
-
-    Raises:
-        InputError: configuration, checkpoint files, prompts, images or the output folder are unusable.
-    """
-    args = config.args
-    report = dry_run(config)
-    prompts = None
-    if args.input_type == "txt":
-        if args.input_file is None:
-            raise InputError("args.input_type is txt, but args.input_file is not set; name a file with a prompt a line")
-        prompts = read_prompts(args.input_file, image2video=_image2video(config))
-        check_images(prompts)
-        report += f"\nprompts: {len(prompts)} from {args.input_file}"
-    elif sgm.distributed.is_launched():
-        raise InputError("args.input_type=cli asks on one terminal; start one process, or use input_type=txt")
-    _check_writable(Path(args.output_dir))
-    return report, prompts
-
-
-def _image2video(config: Config) -> bool:
-    return Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks share the folder
-            pass
-    except OSError as error:
-        raise InputError(f"args.output_dir '{folder}' cannot be written to ({error}); name another folder") from error
-
-
 def sample(config: Config) -> Summary:
     """Run the whole job that `config` describes.
 
@@ -150,6 +116,7 @@ def sample(config: Config) -> Summary:
     """
     start = time.perf_counter()
     _, prompts = prepare(config)
+    make_folder(Path(config.args.output_dir))
     sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size)
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
@@ -175,14 +142,9 @@ class SamplingRun:
         self.geometry = Geometry.from_network(config.model["network_config"]["params"])
         self.plan: SamplingPlan = check_sampling(config.args, self.geometry)
         self.engine = instantiate_from_config(config.engine, allocate=False)
-        assert config.args.load is not None, "the dry run has refused a run without weights"
-        self.engine.check_weights(config.args.load, allow_missing_adapters=config.args.force_inference)
         self.summary = Summary()
-        self._sheet_rows: list[tuple[str, np.ndarray]] = []
         self._is_loaded = False
         conditioner = self.engine.conditioner
-        if conditioner is None or not len(conditioner.embedders):
-            raise InputError("model.conditioner_config has no emb_models; a text encoder is needed to sample prompts")
         conditioner.to(self.device)
         typed = self.args.input_type == "cli"
         for embedder in conditioner.embedders:
@@ -202,21 +164,26 @@ class SamplingRun:
             bar = tqdm(todo, desc="prompts", disable=None if is_rank_zero() else True)
             for (prompt, missing), conds in zip(bar, encoded, strict=True):
                 self._sample_prompt(prompt, missing, conds, Timings(text=seconds / len(todo)))
-        self._write_sheet(rank, size)
+        self._write_sheet(mine, rank, size)
+        if size > 1:
+            self.summary.scope = f"rank {rank} of {size}: "
 
     def sample_typed(self) -> None:
         """Ask for prompts on the terminal and sample each at once."""
+        done = []
         for prompt in read_prompts_cli(image2video=self.plan.image2video):
+            done.append(prompt)
             if missing := self._missing(prompt):
                 encoded, seconds = self._encode([prompt])
                 self._load()
                 self._sample_prompt(prompt, missing, encoded[0], Timings(text=seconds))
-        self._write_sheet(0, 1)
+        self._write_sheet(done, 0, 1)
 
     def _load(self) -> None:
         if self._is_loaded:
             return
         args = self.args
+        assert args.load is not None, "the dry run refuses a run without weights"
         report = self.engine.load_weights(
             args.load,
             dtype=self.dtype,
@@ -241,17 +208,27 @@ class SamplingRun:
         missing = []
         for k in range(self.args.batch_size):
             path = self._result(prompt, k)
-            sidecar = path.with_suffix(".json")
-            if not (self.args.skip_existing and path.is_file() and sidecar.is_file()):
+            made = _read_sidecar(path.with_suffix(".json")) if path.is_file() else None
+            if made is None or not self.args.skip_existing:
                 missing.append(k)
-                continue
-            self.summary.skipped.append(path)
-            if _sidecar_digest(sidecar) != self.digest:
-                logger.warning(
-                    "%s was made with another configuration and is left alone; args.skip_existing=false makes it anew",
-                    path,
-                )
+            elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
+                # Folder names hold the beginning of a prompt only.
+                logger.warning("%s was made from another prompt or image, and is made anew", path)
+                missing.append(k)
+            else:
+                self.summary.skipped.append(path)
+                if made.get("config_digest") != self.digest:
+                    logger.warning(
+                        "%s was made with another configuration and is left alone; args.skip_existing=false makes it "
+                        "anew",
+                        path,
+                    )
         return missing
+
+    def _origin(self, prompt: Prompt, k: int) -> dict[str, Any]:
+        """Return what tells the result of one prompt from that of another."""
+        image = None if prompt.image is None else str(prompt.image)
+        return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k}
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
         """Encode prompts; the embeddings wait on the CPU."""
@@ -288,9 +265,6 @@ class SamplingRun:
         for k, frames in zip(samples, videos, strict=True):
             write_video(self._result(prompt, k), frames, self.plan.fps)
             self._finish(prompt, k, size, timings)
-            if self.args.contact_sheet:
-                shown = np.linspace(0, len(frames) - 1, min(SHEET_COLUMNS, len(frames))).round().astype(int)
-                self._sheet_rows.append((f"{prompt.index}. {prompt.text}", frames.numpy()[shown]))
 
     def _image_condition(
         self, prompt: Prompt, num: int, timings: Timings
@@ -340,10 +314,8 @@ class SamplingRun:
         write_json(
             path.with_suffix(".json"),
             {
-                "prompt": prompt.text,
+                **self._origin(prompt, k),
                 "negative_prompt": default(args.negative_prompt, ""),
-                "image": None if prompt.image is None else str(prompt.image),
-                "seed": args.seed + k,
                 "num_frames": self.plan.video_frames,
                 "height": size[0],
                 "width": size[1],
@@ -364,11 +336,15 @@ class SamplingRun:
         self.summary.written.append(path)
         logger.info("wrote %s", path)
 
-    def _write_sheet(self, rank: int, size: int) -> None:
-        if self._sheet_rows:
-            name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
-            self.summary.sheet = Path(self.args.output_dir) / name
-            contact_sheet(self._sheet_rows, self.summary.sheet, columns=SHEET_COLUMNS)
+    def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
+        """Draw all finished videos of `prompts`, those of earlier runs too."""
+        if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
+            return
+        samples = [(prompt, self._result(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)]
+        rows = [(f"{prompt.index}. {prompt.text}", iio.imread(path)) for prompt, path in samples]
+        name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
+        self.summary.sheet = Path(self.args.output_dir) / name
+        contact_sheet(rows, self.summary.sheet)
 
 
 def _repeat(value: torch.Tensor, samples: list[int], device: torch.device) -> torch.Tensor:
@@ -376,9 +352,10 @@ def _repeat(value: torch.Tensor, samples: list[int], device: torch.device) -> to
     return value.to(device).expand(len(samples), *value.shape[1:])
 
 
-def _sidecar_digest(path: Path) -> str | None:
-    """Return the digest of the configuration that a result was made with; None if its sidecar is not ours."""
+def _read_sidecar(path: Path) -> dict[str, Any] | None:
+    """Return what is recorded beside a result; None where there is nothing readable."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["config_digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None

@@ -12,11 +12,9 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from sgm.checkpoint import LoadReport, check_network, load_autoencoder, load_network
+from sgm.checkpoint import LoadReport, load_autoencoder, load_network
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.util import InputError, instantiate_from_config, without_allocating
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
 
 Progress = Callable[[Sequence[int]], Any]
 
@@ -135,10 +133,6 @@ class SATVideoDiffusionEngine(nn.Module):
         )
         self.network.eval()
         return report
-
-    def check_weights(self, load: str, *, allow_missing_adapters: bool = True) -> None:
-        """Raise an InputError where `load_weights` would, from names and shapes alone."""
-        check_network(self.network, load, allow_missing_adapters=allow_missing_adapters)
 
     def load_first_stage(self, *, dtype: torch.dtype, device: torch.device) -> LoadReport:
         """Load the autoencoder from the ``ckpt_path`` of its section.

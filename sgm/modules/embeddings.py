@@ -4,9 +4,12 @@ Legend: ``B T C H W`` video latents, ``t h w`` the grid of patches, ``N = t·h·
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
+
+from sgm.util import InputError
 
 PatchSize = tuple[int, int, int]
 
@@ -143,6 +146,20 @@ def _rotate_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turn = torch.complex(cos[:, 1::2], sin[:, 1::2])
     return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
+
+
+def normalize_patch_size(patch_size: int | Sequence[int]) -> PatchSize:
+    """``2`` means 2×2 patches within a frame: (1, 2, 2); a list gives (time, height, width).
+
+    Raises:
+        InputError: neither a positive integer nor three of them.
+    """
+    sizes = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise InputError(
+            f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]"
+        )
+    return sizes  # type: ignore[return-value]
 
 
 def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

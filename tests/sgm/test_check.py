@@ -6,9 +6,11 @@ import pytest
 import torch
 import yaml
 
-from sgm.check import check_files, check_sampling, check_shapes, dry_run, resolve_device, resolve_precision
+from sgm.check import check_files, check_sampling, check_shapes, dry_run
 from sgm.config import ConfigError, SamplingArgs, load_config
 from sgm.geometry import Geometry
+from sgm.precision import resolve_device, resolve_precision
+from sgm.util import instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -227,12 +229,48 @@ def test_what_only_building_finds(load):
     assert "layernorm_order" in text and "'pre'" in text
 
 
-def test_the_dry_run_reads_no_weights(load, tmp_path):
-    for name in ("net", "net/7"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "net" / "latest").write_text("7\n")
-    (tmp_path / "net" / "7" / "mp_rank_00_model_states.pt").write_bytes(b"not weights")
-    assert "not weights" not in dry_run(load(f"args.load={tmp_path / 'net'}"))
+def test_the_dry_run_takes_names_and_shapes_from_files_and_no_weights(load, golden, monkeypatch):
+    monkeypatch.setattr("sgm.checkpoint._replace", lambda *args, **kwargs: pytest.fail("weights were read"))
+    dry_run(load())
+    message = dry_run_refusal(load(f"args.load={golden / 'dit_i2v_5b' / 'transformer'}"))
+    assert "model.network_config" in message and "mixins.patch_embed.proj.weight" in message
+
+
+def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
+    (tmp_path / "vae.pt").write_bytes((golden / "vae" / "3d-vae.pt").read_bytes()[:100_000])
+    assert "vae.pt" in dry_run_refusal(load(f"model.first_stage_config.params.ckpt_path={tmp_path / 'vae.pt'}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["args.num_steps=2000"], ["model.sampler_config", "2000"]),
+        (["model.sampler_config=null"], ["model.sampler_config", "is missing"]),
+        (["model.conditioner_config=null"], ["model.conditioner_config", "is missing"]),
+        (["model.conditioner_config.params.emb_models=[]"], ["emb_models", "is empty"]),
+        (["model.first_stage_config=null"], ["model.first_stage_config", "is missing"]),
+        (
+            ["model.sampler_config.params.guider_config=null", "args.guidance_scale=3"],
+            ["args.guidance_scale", "no guidance"],
+        ),
+    ],
+)
+def test_the_dry_run_finds_what_sampling_would_lack(load, overrides, parts):
+    message = dry_run_refusal(load(*overrides))
+    for part in parts:
+        assert part in message
+
+
+def test_latents_alone_need_no_vae(load):
+    assert "VAE" in dry_run(load("model.first_stage_config=null", "args.only_save_latents=true"))
+
+
+def save_shapes(path: Path, key: str, section: dict, prefix: str = "") -> None:
+    """Write a file with the names and shapes of a module and next to no numbers."""
+    with without_allocating():
+        module = instantiate_from_config(section)
+    tensors = {prefix + name: torch.zeros(()).expand(value.shape) for name, value in module.state_dict().items()}
+    torch.save({key: tensors}, path)
 
 
 def test_the_dry_run_of_a_released_model_is_quick_and_counts(load, tmp_path):
@@ -241,11 +279,13 @@ def test_the_dry_run_of_a_released_model_is_quick_and_counts(load, tmp_path):
     model = yaml.safe_load(released.to_yaml())["model"]
     embedder, tiny_embedder = (m["conditioner_config"]["params"]["emb_models"][0] for m in (model, config.model))
     embedder["params"]["model_dir"] = tiny_embedder["params"]["model_dir"]
-    model["first_stage_config"]["params"]["ckpt_path"] = config.model["first_stage_config"]["params"]["ckpt_path"]
+    model["first_stage_config"]["params"]["ckpt_path"] = str(tmp_path / "vae.pt")
     text_size = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
     text_size["text_hidden_size"] = 24  # that of the tiny T5; everything else is as released
     path = tmp_path / "released.yaml"
-    path.write_text(yaml.safe_dump({"args": {"load": config.args.load, "device": "cpu"}, "model": model}))
+    path.write_text(yaml.safe_dump({"args": {"load": str(tmp_path / "net.pt"), "device": "cpu"}, "model": model}))
+    save_shapes(tmp_path / "net.pt", "module", model["network_config"], "model.diffusion_model.")
+    save_shapes(tmp_path / "vae.pt", "state_dict", model["first_stage_config"])
     start = time.perf_counter()
     report = dry_run(load_config([path], mode="inference"))
     assert time.perf_counter() - start < 5

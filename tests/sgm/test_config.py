@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sgm.config import ConfigError, load_config
@@ -116,6 +117,7 @@ def test_reference_model_files_load_unchanged_and_warn_by_name(name, caplog, mon
     for key in ("model.log_keys", "model.disable_first_stage_autocast", "model.network_config.params.adm_in_channels"):
         assert any(warning.startswith(f"{key} has no effect: ") for warning in config.warnings)
         assert key in caplog.text
+    assert any(".encoder_config.params.gather_norm has no effect" in warning for warning in config.warnings)
 
 
 REFERENCE_ARGS = """
@@ -171,6 +173,29 @@ def test_interpolation_is_accepted_on_network_and_mixin():
     assert load_config([base], [f"{mixin}=2.0"], mode="inference").warnings == ()
     with pytest.raises(ConfigError, match="height_interpolaton.*did you mean 'height_interpolation'"):
         load_config([base], [f"{network}.height_interpolaton=2.0"], mode="inference")
+
+
+def test_interpolation_that_no_mixin_takes_warns():
+    network = "model.network_config.params"
+    overrides = [f"{network}.height_interpolation=2.0", f"{network}.time_interpolation=null"]
+    config = load_config([ROOT / "configs" / "cogvideox_5b.yaml"], overrides, mode="inference")
+    assert config.warnings == (f"{network}.height_interpolation has no effect: nothing under modules takes it",)
+
+
+def test_modules_without_a_class_do_not_hide_the_problem():
+    modules = "model.network_config.params.modules"
+    for target in ("no.such.Class", "3", "null"):
+        overrides = (f"{modules}.pos_embed_config.target={target}", f"{modules}.final_layer_config=null")
+        text = override_complaint(*overrides, "model.network_config.params.height_interpolation=2.0")
+        assert f"{modules}.pos_embed_config.target" in text
+
+
+@pytest.mark.parametrize("value", ["0.5", "2"])
+def test_numbers_of_other_projects_may_be_fractions(value):
+    path = "model.network_config.params.modules.lora_config.params.lora_alpha"
+    base = ROOT / "configs" / "cogvideox_2b_lora.yaml"
+    assert load_config([base], [f"{path}={value}"], mode="inference").warnings == ()
+    assert "give a number" in complaint([base], [f"{path}=much"])
 
 
 # Bad input
@@ -265,6 +290,8 @@ def test_unknown_args_name_the_nearest_and_the_place(write):
     [
         ("args.seed=seven", "give a whole number"),
         ("args.seed=-1", "at least 0"),
+        (f"args.seed={2**63}", f"from 0 to {2**63 - 1}"),
+        ("args.seed=20000000000000000000000", f"from 0 to {2**63 - 1}"),
         ("args.batch_size=0", "at least 1"),
         ("args.batch_size=true", "give a whole number"),
         ("args.sampling_num_frames=1.5", "give a whole number or null"),
@@ -283,6 +310,13 @@ def test_unknown_args_name_the_nearest_and_the_place(write):
 def test_wrong_values_in_args(override, cure):
     text = override_complaint(override)
     assert override.split("=")[0] in text and cure in text and f"command line: {override}" in text
+
+
+def test_the_seeds_of_a_whole_batch_are_in_range():
+    last = 2**63 - 4
+    seed = toy(f"args.seed={last}", "args.batch_size=4").args.seed
+    assert [torch.Generator().manual_seed(seed + k).initial_seed() for k in range(4)][-1] == 2**63 - 1
+    assert f"from 0 to {last}" in override_complaint(f"args.seed={last + 1}", "args.batch_size=4")
 
 
 def test_both_half_precisions():

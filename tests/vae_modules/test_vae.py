@@ -63,7 +63,9 @@ def test_convolution_never_sees_the_future_and_repeats_the_first_frame():
     torch.testing.assert_close(before[:, :, :4], after[:, :, :4], rtol=0, atol=1e-6)
     assert (before[:, :, 4] - after[:, :, 4]).abs().max() > 0.01
     padded = F.pad(x, (1, 1, 1, 1))
-    expected = F.conv3d(torch.cat((padded[:, :, :1], padded[:, :, :1], padded), dim=2), conv.conv.weight, conv.conv.bias)
+    expected = F.conv3d(
+        torch.cat((padded[:, :, :1], padded[:, :, :1], padded), dim=2), conv.conv.weight, conv.conv.bias
+    )
     torch.testing.assert_close(before, expected, rtol=0, atol=1e-6)
 
 
@@ -124,7 +126,8 @@ def test_every_number_of_latents_decodes(vae, num_latents):
 def test_four_latents_decode_in_pairs(vae, monkeypatch):
     seen = []
     decoder = vae.decoder
-    monkeypatch.setattr(decoder, "forward", lambda x, stream, run=decoder.forward: seen.append(x.shape[2]) or run(x, stream))
+    run = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda x, stream: seen.append(x.shape[2]) or run(x, stream))
     for count in (4, 5, 1, 13):
         vae.decode(random(1, 16, count, 1, 2))
     assert seen == [2, 2] + [3, 2] + [1] + [3, 2, 2, 2, 2, 2]
@@ -199,6 +202,19 @@ def test_blending_tiles_of_a_local_function_gives_it_back(vae):
     torch.testing.assert_close(whole, enlarge(latents), rtol=0, atol=1e-6)
     shrunk = vae._tiled(whole, lambda x: x[..., ::8, ::8], 8, 1)
     torch.testing.assert_close(shrunk, latents, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encode_chunk", [None, 8])
+def test_half_precision_stays_near_single_precision(encode_chunk):
+    vae = build_vae(section(encode_chunk=encode_chunk))
+    video, latents = random(1, 3, 17, 16, 24).clamp(-1, 1), random(1, 16, 5, 2, 3)
+    single = vae.encode_moments(video), vae.decode(latents)
+    vae = vae.to(torch.bfloat16)
+    half = vae.encode_moments(video.bfloat16()), vae.decode(latents.bfloat16())
+    for expected, found in zip(single, half, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.05 * expected.norm()
 
 
 @torch.no_grad()

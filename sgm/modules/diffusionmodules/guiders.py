@@ -23,14 +23,14 @@ class Guider(ABC):
 
     @abstractmethod
     def combine(
-        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int | None = None, scale: float | None = None
     ) -> torch.Tensor:
         """Return the guided result (B, ...).
 
         Args:
             denoised: the denoiser's answer to `prepare_inputs`.
             timestep: the timestep of the schedule, 0 is the cleanest.
-            num_steps: how many steps the sampler takes in this run.
+            num_steps: how many steps the sampler takes in this run; None: as configured.
             scale: guidance scale for this run; the configured one if None.
         """
 
@@ -43,7 +43,7 @@ class IdentityGuider(Guider):
         return x, cond
 
     def combine(
-        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int | None = None, scale: float | None = None
     ) -> torch.Tensor:
         """Return `denoised` (B, ...) unchanged.
 
@@ -65,8 +65,8 @@ class VanillaCFG(Guider):
     def __init__(self, *, scale: float) -> None:
         self.scale = scale
 
-    def scale_at(self, timestep: int, *, num_steps: int, scale: float | None = None) -> float:
-        """Return the guidance scale at a timestep; `scale` replaces the configured one."""
+    def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
+        """Return the guidance scale at a timestep; `scale` replaces the configured one, `num_steps` has no effect."""
         return default(scale, self.scale)
 
     def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
@@ -87,7 +87,7 @@ class VanillaCFG(Guider):
         return torch.cat([x, x]), {name: torch.cat([uc[name], cond[name]]) for name in cond}
 
     def combine(
-        self, denoised: torch.Tensor, *, timestep: int, num_steps: int, scale: float | None = None
+        self, denoised: torch.Tensor, *, timestep: int, num_steps: int | None = None, scale: float | None = None
     ) -> torch.Tensor:
         """Return D_uncond + scale · (D_cond − D_uncond), (B, ...), for `denoised` (2B, ...)."""
         uncond, conditional = denoised.chunk(2)
@@ -104,7 +104,8 @@ class DynamicCFG(VanillaCFG):
     Args:
         scale: how much the scale rises above 1.
         exp: a whole number, as the base is negative where t exceeds num_steps.
-        num_steps: the steps of the sampler it is configured for; a run with another number replaces it.
+        num_steps: the steps that the scale is laid out for, as a rule the sampler's; a run that asks for a number of
+            its own replaces both.
     """
 
     def __init__(self, *, scale: float, exp: float, num_steps: int) -> None:
@@ -118,6 +119,6 @@ class DynamicCFG(VanillaCFG):
 
     def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
         """Return the guidance scale at a timestep; `num_steps` and `scale` replace the configured ones."""
-        num_steps = self.num_steps if num_steps is None else num_steps
+        num_steps = default(num_steps, self.num_steps)
         progress = (num_steps - timestep) / num_steps
         return 1 + default(scale, self.scale) * (1 - math.cos(math.pi * progress**self.exp)) / 2

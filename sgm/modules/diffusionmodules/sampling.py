@@ -59,7 +59,8 @@ class VideoSampler(ABC):
 
     Args:
         discretization_config: a discretization in √ᾱ, see `discretizer.ZeroSNRDDPMDiscretization`.
-        num_steps: network evaluations (each a doubled batch under guidance).
+        num_steps: network evaluations (each a doubled batch under guidance). A guider that asks for a number of
+            steps has one of its own.
         guider_config: see `guiders`; no guidance if None.
         verbose: show the progress that the caller of a run provides.
         fixed_frames: frames kept from the condition; only 0 is supported.
@@ -152,7 +153,7 @@ class VideoSampler(ABC):
                 **{name: _repeat_batch(value, len(x), len(inputs)) for name, value in model_kwargs.items()},
             )
             denoised = self.guider.combine(
-                answer.float(), timestep=schedule.timesteps[i], num_steps=len(steps), scale=scale
+                answer.float(), timestep=schedule.timesteps[i], num_steps=num_steps, scale=scale
             )
             a_previous = levels[i - 1] if i > 0 else None
             state = StepState(sample, denoised, previous, a_previous, levels[i], levels[i + 1])

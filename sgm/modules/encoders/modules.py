@@ -16,11 +16,10 @@ from torch import nn
 
 from sgm.log import get_logger
 from sgm.modules.encoders.t5_folder import T5Folder
-from sgm.util import InputError, default, instantiate_from_config, nearest
+from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest
 
 log = get_logger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OFFLOADS = ("none", "cpu", "release")
 ENTRY_KEYS = ["target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value"]
 
@@ -214,8 +213,8 @@ class FrozenT5Embedder(nn.Module):
         super().__init__()
         if not freeze:
             raise InputError("FrozenT5Embedder: freeze: false is not supported; T5 is not trained here, use true")
-        if dtype is not None and dtype not in DTYPES:
-            raise InputError(f"FrozenT5Embedder: dtype: {dtype!r} is not one of {[*DTYPES]} or null")
+        if dtype is not None and dtype not in PRECISIONS:
+            raise InputError(f"FrozenT5Embedder: dtype: {dtype!r} is not one of {[*PRECISIONS]} or null")
         if offload not in OFFLOADS:
             raise InputError(f"FrozenT5Embedder: offload: {offload!r} is not one of {list(OFFLOADS)}")
         if max_length < 2:
@@ -223,7 +222,7 @@ class FrozenT5Embedder(nn.Module):
         self.max_length = max_length
         self.offload = offload
         self.folder = T5Folder(Path(model_dir).expanduser())
-        self._dtype = DTYPES[dtype] if dtype else None
+        self._dtype = PRECISIONS[dtype] if dtype else None
         self._run_device = torch.device(device) if device else None
         self._module_device = torch.device("cpu")
         # In a list, which nn.Module does not look into: T5 must not appear among the parameters.

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from sgm.inference import video
-from sgm.inference.main import main
+from sgm.inference.main import main, parse
 
 ROOT = Path(__file__).parents[3]
 
@@ -178,9 +178,37 @@ def test_unexpected_failure_is_one_line_without_debug(run, monkeypatch):
     expect(run(), 1, "KeyError", "--debug")
 
 
-def test_debug_shows_the_traceback(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match="no_such"):
-        main(["--base", "no_such.yaml", "--debug"])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys):
+    assert main(["--base", "no_such.yaml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(run, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgm.models.video_diffusion.load_network", interrupt)
+    expect(run(), 130, "interrupted", "goes on from there")
+
+
+def test_problems_of_prompts_and_folder_come_with_the_others(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "prompts.txt").write_text("a red circle@@image.png\n")
+    words = ["args.sampling_num_frames=99", f"args.output_dir={tmp_path / 'file' / 'out'}"]
+    expect(run(*words), 2, "args.sampling_num_frames", "args.output_dir", "prompts.txt:1")
+
+
+def test_the_check_writes_nothing(tiny_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = [f"args.input_file={tmp_path / 'prompts.txt'}", f"args.output_dir={tmp_path / 'out'}", "--check"]
+    assert main(["--base", str(tiny_model("dit_t2v_2b")), *words]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_may_stand_in_any_order():
+    options = parse(["args.a=1", "--base", "x.yaml", "args.b=2", "--seed", "3", "args.c=4", "--base", "y.yaml"])
+    assert options.base == ["x.yaml", "y.yaml"]
+    assert set(options.overrides) == {"args.a=1", "args.b=2", "args.c=4", "args.seed=3"}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--base", "configs/cogvideox_5b.yaml", "--check"]])

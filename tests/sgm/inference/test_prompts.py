@@ -58,6 +58,24 @@ def test_lines_of_the_wrong_form_are_reported_together_with_line_numbers(tmp_pat
     assert all(f"q.txt:{number}: " in line for number, line in zip((2, 3, 4, 5), lines, strict=True))
 
 
+def test_only_line_ends_end_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("one\u2028two\x85\x0cthree\r\nfour\rfive\n".encode())
+    prompts = read_prompts(tmp_path / "p.txt", image2video=False)
+    assert [prompt.text for prompt in prompts] == ["one\u2028two\x85\x0cthree", "four", "five"]
+
+
+def test_what_cannot_be_a_path_is_reported_with_its_line(tmp_path):
+    swapped = f"a.png@@{'a red ball rolls over the wet grass, ' * 20}"
+    lines = ["a@@b.png", swapped, "prompt@@~nosuchuser/a.png", "null@@a\0.png"]
+    file = write(tmp_path / "p.txt", "\n".join(lines))
+    with pytest.raises(InputError) as error:
+        read_prompts(file, image2video=True)
+    problems = str(error.value).splitlines()
+    assert [problem.split(":")[1] for problem in problems] == ["2", "3", "4"]
+    assert all("the order is prompt@@image" in problem for problem in problems)
+    assert "too long" in problems[0] and len(problems[0]) < 300
+
+
 @pytest.mark.parametrize("text", ["", "\n  \n"])
 def test_empty_prompt_file(tmp_path, text):
     with pytest.raises(InputError, match="holds no prompt"):
@@ -101,6 +119,28 @@ def test_cli_reports_a_bad_line_and_continues(tmp_path, caplog):
         assert list(read_prompts_cli(True, input=ask)) == [Prompt(0, "a", image)]
     assert "'no image' is not of the form prompt@@image" in caplog.messages[0]
     assert "b.png' does not exist" in caplog.messages[1]
+
+
+def test_cli_reports_what_is_not_utf8_and_continues(caplog):
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    lines = iter(["a \udcff ball", broken, "b"])
+
+    def ask(_):
+        line = next(lines, "")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    with caplog.at_level(logging.ERROR, logger="sgm"):
+        assert list(read_prompts_cli(False, input=ask)) == [Prompt(0, "b")]
+    assert len(caplog.messages) == 2 and all("not UTF-8" in message for message in caplog.messages)
+
+
+def test_cli_reports_what_cannot_be_a_path(caplog):
+    ask = answers("a.png@@" + "a red ball " * 30, "a@@~nosuchuser/a.png")
+    with caplog.at_level(logging.ERROR, logger="sgm"):
+        assert list(read_prompts_cli(True, input=ask)) == []
+    assert len(caplog.messages) == 2 and all("order is prompt@@image" in message for message in caplog.messages)
 
 
 def test_cli_asks_through_builtin_input(monkeypatch):
@@ -179,11 +219,44 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
         assert load_image(tmp_path / f"{mode}.png", (8, 8)).shape == (3, 8, 8)
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def ramp(dtype):
+    return np.linspace(0, 65535, 256).round().astype(dtype).reshape(16, 16)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.png", np.uint16), ("b.tif", np.uint16), ("c.tif", np.int32)])
+def test_grey_of_16_bits_is_scaled(tmp_path, name, dtype):
+    Image.fromarray(ramp(dtype)).save(tmp_path / name)
+    image = load_image(tmp_path / name, (16, 16))
+    expected = torch.from_numpy(ramp(np.int64)) / 32767.5 - 1
+    torch.testing.assert_close(image, expected.float().expand(3, -1, -1), atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize("pixels", [ramp(np.float32), ramp(np.int32) * 2, ramp(np.int32) - 1])
+def test_grey_whose_white_is_unknown_is_refused(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif' cannot be decoded: its pixels are grey values of 32 bits"):
+        check_images([Prompt(0, "a", tmp_path / "a.tif")])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize(("orientation", "size"), [(None, (10, 20)), (3, (10, 20)), (6, (20, 10)), (8, (20, 10))])
+def test_exif_orientation_is_applied(tmp_path, name, orientation, size):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(tmp_path / "a.jpg") == (20, 10)
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.new("RGB", (20, 10)).save(tmp_path / name, exif=exif)
+    assert image_size(tmp_path / name) == size
+
+
+def test_the_size_comes_from_the_header(tmp_path):
+    file = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert image_size(file) == (64, 48)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        load_image(file, (64, 48))
+    with pytest.raises(InputError, match="no known image format"):
+        image_size(write(tmp_path / "b.jpg", "no image"))
 
 
 def test_load_image_that_is_missing(tmp_path):

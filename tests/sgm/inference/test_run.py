@@ -119,6 +119,32 @@ def test_finished_results_are_skipped_and_missing_ones_made(tiny_model, tmp_path
     assert first.stat().st_mtime_ns != stamps[0]
 
 
+def test_results_of_another_prompt_or_image_are_not_taken_for_this_ones(tiny_model, tmp_path, image):
+    base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
+    long = "a red circle " * 12  # folder names hold 120 characters
+    for ending in ("moves left", "moves right"):
+        sample(base, out, write_prompts(tmp_path / "p.txt", [long + ending]))
+        (sidecar,) = out.glob("*/0/000000.json")
+        assert json.loads(sidecar.read_text())["prompt"] == long + ending
+    other = tmp_path / "other.png"
+    Image.new("RGB", (90, 50), "red").save(other)
+    for path in (image, other):
+        sample(tiny_model("dit_i2v_5b"), tmp_path / "i2v", write_prompts(tmp_path / "p.txt", [f"a red circle@@{path}"]))
+        (sidecar,) = (tmp_path / "i2v").glob("*/0/000000.json")
+        assert json.loads(sidecar.read_text())["image"] == str(path)
+
+
+def test_the_contact_sheet_shows_earlier_results_too(tiny_model, tmp_path):
+    base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
+    prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:2])
+    heights = []
+    for _ in range(2):
+        sample(base, out, prompts, "args.contact_sheet=true")
+        heights.append(iio.imread(out / "contact_sheet.png").shape[0])
+        (out / "0_a_red_circle/0/000000.mp4").unlink()
+    assert heights[0] == heights[1]
+
+
 def test_negative_prompt_steps_and_scale_have_an_effect(tiny_model, tmp_path):
     base, keep = tiny_model("dit_t2v_2b"), "args.only_save_latents=true"
     prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:1])

@@ -25,6 +25,11 @@ def test_dynamic_scale_can_be_replaced_and_falls_back_to_the_configuration() -> 
     assert guider.scale_at(979, scale=12.0) - 1 == pytest.approx(2 * (guider.scale_at(979) - 1))
 
 
+def test_a_fixed_scale_does_not_depend_on_the_steps() -> None:
+    guider = VanillaCFG(scale=3.0)
+    assert guider.scale_at(979) == guider.scale_at(124, num_steps=8) == 3.0
+
+
 def test_unconditional_half_comes_first() -> None:
     x, cond, uc = torch.randn(2, 3), {"crossattn": torch.ones(2, 4)}, {"crossattn": torch.zeros(2, 4)}
     latents, both = VanillaCFG(scale=3.0).prepare_inputs(x, cond, uc)
@@ -35,16 +40,16 @@ def test_unconditional_half_comes_first() -> None:
 def test_guidance_extrapolates_from_the_unconditional_result() -> None:
     denoised = torch.tensor([[1.0], [2.0]])
     guider = VanillaCFG(scale=3.0)
-    assert guider.combine(denoised, timestep=0, num_steps=1).item() == 4.0
-    assert guider.combine(denoised, timestep=0, num_steps=1, scale=1.0).item() == 2.0
+    assert guider.combine(denoised, timestep=0).item() == 4.0
+    assert guider.combine(denoised, timestep=0, scale=1.0).item() == 2.0
 
 
 def test_identity_passes_the_condition_through() -> None:
     x, cond = torch.randn(2, 3), {"crossattn": torch.ones(2, 4)}
     assert IdentityGuider().prepare_inputs(x, cond, None) == (x, cond)
-    assert IdentityGuider().combine(x, timestep=0, num_steps=1) is x
+    assert IdentityGuider().combine(x, timestep=0) is x
     with pytest.raises(InputError, match="IdentityGuider"):
-        IdentityGuider().combine(x, timestep=0, num_steps=1, scale=6.0)
+        IdentityGuider().combine(x, timestep=0, scale=6.0)
 
 
 def test_conditions_without_counterpart_are_refused() -> None:

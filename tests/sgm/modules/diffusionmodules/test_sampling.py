@@ -129,6 +129,23 @@ def test_dynamic_guidance_follows_the_number_of_steps_of_the_run() -> None:
     assert result.mean().item() != pytest.approx(sampler.guider.scale_at(124, num_steps=50))
 
 
+@pytest.mark.parametrize("configured", [8, 50])
+def test_dynamic_guidance_keeps_its_own_number_of_steps_otherwise(configured: int) -> None:
+    guider = {
+        "target": f"{PREFIX}.guiders.DynamicCFG",
+        "params": {"scale": 6, "exp": 5, "num_steps": configured},
+    }
+    sampler = build(VideoDDIMSampler, num_steps=8, guider_config=guider)
+
+    def denoise(x: torch.Tensor, a: torch.Tensor, cond: dict, *, idx: torch.Tensor) -> torch.Tensor:
+        return cond["crossattn"].view(-1, 1, 1, 1, 1).expand_as(x)
+
+    cond, uc = {"crossattn": torch.ones(1)}, {"crossattn": torch.zeros(1)}
+    result = sampler(denoise, torch.randn(1, 1, 1, 2, 2), cond, uc)
+    assert result.mean().item() == pytest.approx(sampler.guider.scale_at(124, num_steps=configured))
+    assert result.mean().item() != pytest.approx(sampler.guider.scale_at(124, num_steps=58 - configured))
+
+
 def test_progress_wraps_the_steps_only_when_verbose() -> None:
     wrapped = []
 

@@ -1,0 +1,67 @@
+"""What a sampling run checks before weights are read."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import sgm.distributed
+from sgm.check import dry_run
+from sgm.config import Config, ConfigError, Problem
+from sgm.geometry import Geometry
+from sgm.inference.prompts import Prompt, check_images, read_prompts
+from sgm.util import InputError
+
+
+def prepare(config: Config) -> tuple[str, list[Prompt] | None]:
+    """Check all that can be checked before weights are read; write nothing.
+
+    Returns:
+        The dry run's report, and the prompts (None where they are typed in during the run).
+
+    Raises:
+        ConfigError: everything that is wrong with configuration, checkpoint files, prompts, images, output folder.
+    """
+    report, prompts, problems = "", None, []
+    try:
+        report = dry_run(config)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        prompts = _read_prompts(config)
+    except InputError as error:
+        if not any(problem.path == "args.input_file" for problem in problems):
+            problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
+    folder = Path(config.args.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        found = f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to"
+        problems.append(Problem("args.output_dir", "", found, "name another folder"))
+    if problems:
+        raise ConfigError(config.located(problems))
+    if prompts is not None:
+        report += f"\nprompts: {len(prompts)} from {config.args.input_file}"
+    return report, prompts
+
+
+def _read_prompts(config: Config) -> list[Prompt] | None:
+    """Read the prompt file and decode its images; None where prompts are typed."""
+    args = config.args
+    if args.input_type == "cli":
+        if sgm.distributed.is_launched():
+            raise InputError("args.input_type=cli asks on one terminal; start one process, or use input_type=txt")
+        return None
+    assert args.input_file is not None, "the configuration is refused without it"
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    prompts = read_prompts(args.input_file, image2video=geometry.image_conditioned)
+    check_images(prompts)
+    return prompts
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and see that files can be written there, which permissions alone do not tell."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks share the folder
+            pass
+    except OSError as error:
+        raise InputError(f"args.output_dir '{folder}' cannot be written to ({error}); name another folder") from error
