@@ -29,6 +29,7 @@ from torch import nn
 import sgm.distributed
 from sgm.modules.embeddings import (
     PatchSize,
+    normalize_patch_size,
     patchify,
     rope_table_3d,
     rotate,
@@ -46,19 +47,7 @@ from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
 
 Grid = tuple[int, int, int]
 
-
-def normalize_patch_size(patch_size: int | Sequence[int]) -> PatchSize:
-    """``2`` means 2×2 patches within a frame: (1, 2, 2); a list gives (time, height, width).
-
-    Raises:
-        InputError: neither a positive integer nor three of them.
-    """
-    sizes = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise InputError(
-            f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]"
-        )
-    return sizes  # type: ignore[return-value]
+INTERPOLATION = ("height_interpolation", "width_interpolation", "time_interpolation")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -182,11 +171,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         learnable_pos_embed: add a learned table as well.
     """
 
-    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
-        "height_interpolation": "rotary positions are not interpolated",
-        "width_interpolation": "rotary positions are not interpolated",
-        "time_interpolation": "rotary positions are not interpolated",
-    }
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(INTERPOLATION, "rotary positions are not interpolated")
 
     def __init__(
         self,
@@ -403,6 +388,24 @@ class TransformerArgs:
         return args
 
 
+def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
+    """Refuse parameters of ``lora_config`` that SAT's mixin divides by, indexes with or cannot build."""
+    rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
+    in_range = layers is None or (
+        isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
+    )
+    for name, legal, expected in (
+        ("r", isinstance(rank, int) and rank > 0, "a whole number of at least 1: the rank that the checkpoint has"),
+        ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
+        ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
+        ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
+        ("qlora", not params.get("qlora"), "false: 4-bit weights are not supported in this version"),
+    ):
+        if not legal:
+            place = f"model.network_config.params.modules.lora_config.params.{name}"
+            raise InputError(f"{place} is {params.get(name)!r}; give {expected}")
+
+
 class DiffusionTransformer(BaseModel):
     """The network of all CogVideoX models.
 
@@ -437,6 +440,7 @@ class DiffusionTransformer(BaseModel):
         "parallel_output": "the output is whole on every rank",
     }
     SECTION_TYPES: ClassVar[dict[str, type]] = {"transformer_args": TransformerArgs}
+    PARAMS_FOR_MODULES: ClassVar[tuple[str, ...]] = INTERPOLATION
 
     def __init__(
         self,
@@ -491,9 +495,9 @@ class DiffusionTransformer(BaseModel):
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
+        self.checkpoint_activations = args.checkpoint_activations
         self.patch_size = normalize_patch_size(patch_size)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size = hidden_size
         self.time_embed = nn.Sequential(
             nn.Linear(hidden_size, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim)
@@ -543,6 +547,8 @@ class DiffusionTransformer(BaseModel):
             if section is None:
                 continue
             own = section.get("params") or {}
+            if name == "lora":
+                _check_lora(own, shared["num_layers"])
             accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
             extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
             self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
@@ -565,6 +571,8 @@ class DiffusionTransformer(BaseModel):
             InputError: a shape that the model cannot take, or `ofs` given or left out wrongly.
         """
         grid = self._check_input(x, ofs)
+        # Without gradients, recomputing saves nothing and torch warns about it.
+        self.transformer.checkpoint_activations = self.checkpoint_activations and torch.is_grad_enabled()
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:

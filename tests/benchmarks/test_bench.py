@@ -7,7 +7,6 @@ from benchmarks import bench
 from benchmarks.models import NetworkSize
 
 TINY = NetworkSize(32, 2, 1, 16, latents=(2, 4, 4), text_length=3, text_hidden_size=8)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -49,7 +48,8 @@ def test_turns_alternate_and_the_first_call_is_not_timed(monkeypatch):
 
         return call
 
-    result = bench.compare("x", side("ours", 2.0), side("theirs", 4.0), repeats=3, device=CPU)
+    setup = bench.Setup(torch.device("cpu"), torch.float32, repeats=3)
+    result = setup.compare("x", side("ours", 2.0), side("theirs", 4.0))
     assert (result.ours, result.diffusers, result.ratio) == (2.0, 4.0, 0.5)
     assert (result.max_difference, result.max_output) == (0.5, 1.5)
     assert order == ["ours", "theirs"] + ["theirs", "ours", "ours", "theirs", "theirs", "ours"]

@@ -119,6 +119,6 @@ class DynamicCFG(VanillaCFG):
 
     def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
         """Return the guidance scale at a timestep; `num_steps` and `scale` replace the configured ones."""
-        num_steps = default(num_steps, self.num_steps)
+        num_steps = self.num_steps if num_steps is None else num_steps
         progress = (num_steps - timestep) / num_steps
         return 1 + default(scale, self.scale) * (1 - math.cos(math.pi * progress**self.exp)) / 2
