@@ -93,45 +93,57 @@ class Result:
     repeats: int
 
 
-def compare(
-    what: str,
-    ours: Callable[[], torch.Tensor],
-    theirs: Callable[[], torch.Tensor],
-    *,
-    repeats: int,
-    device: torch.device,
-) -> Result:
-    """Time two functions in turns; the results of their first calls are compared and not timed."""
-    first, second = ours().detach(), theirs().detach()
-    difference, largest = (first - second).abs().max().item(), second.abs().max().item()
-    del first, second
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(repeats):
-            pair = [("ours", ours), ("theirs", theirs)]
-            for name, function in pair if index % 2 else reversed(pair):
-                seconds[name].append(_seconds(function, device))
-    finally:
-        gc.enable()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
-    return Result(what, medians["ours"], medians["theirs"], ratio, difference, largest, repeats)
+@dataclass(frozen=True)
+class Setup:
+    """How to measure.
+
+    Attributes:
+        device: where both sides run.
+        dtype: of weights and inputs.
+        repeats: turns.
+        cpu_time: count the processor time of this process instead of the time on the wall, for a CPU that is busy with
+            other work too.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    cpu_time: bool = False
+
+    def compare(self, what: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor]) -> Result:
+        """Time two functions in turns; the results of their first calls are compared and not timed."""
+        first, second = ours().detach(), theirs().detach()
+        difference, largest = (first - second).abs().max().item(), second.abs().max().item()
+        del first, second
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        gc.disable()
+        try:
+            for index in range(self.repeats):
+                pair = [("ours", ours), ("theirs", theirs)]
+                for name, function in pair if index % 2 else reversed(pair):
+                    seconds[name].append(self._seconds(function))
+        finally:
+            gc.enable()
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
+        return Result(what, medians["ours"], medians["theirs"], ratio, difference, largest, self.repeats)
+
+    def _seconds(self, function: Callable[[], torch.Tensor]) -> float:
+        clock = time.process_time if self.cpu_time else time.perf_counter
+        self._wait()
+        start = clock()
+        function()
+        self._wait()
+        return clock() - start
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
-def _seconds(function: Callable[[], torch.Tensor], device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def network_results(case: NetworkCase, *, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Result]:
+def network_results(case: NetworkCase, setup: Setup) -> Iterator[Result]:
     """Time the forward pass, and forward and backward pass together."""
+    device, dtype = setup.device, setup.dtype
     section = network_section(case.model, case.size)
     network = build_network(section, device=device, dtype=dtype)
     peer = network_peer(network, spatial_interpolation=spatial_interpolation(section), device=device)
@@ -150,12 +162,10 @@ def network_results(case: NetworkCase, *, device: torch.device, dtype: torch.dty
     args = inputs(case.latents)
     rope = peer_rope(peer, args[0])
     with torch.no_grad():
-        yield compare(
+        yield setup.compare(
             f"{case.model} {_shape(case.latents)} forward",
             lambda: network(*args),
             lambda: run_network_peer(peer, *args, rope=rope),
-            repeats=repeats,
-            device=device,
         )
 
     train_args = inputs(case.train_latents)
@@ -167,18 +177,17 @@ def network_results(case: NetworkCase, *, device: torch.device, dtype: torch.dty
         output.square().mean().backward()
         return output
 
-    yield compare(
+    yield setup.compare(
         f"{case.model} {_shape(case.train_latents)} forward + backward",
         lambda: train(network, lambda: network(*train_args)),
         lambda: train(peer, lambda: run_network_peer(peer, *train_args, rope=train_rope)),
-        repeats=repeats,
-        device=device,
     )
 
 
 @torch.no_grad()
-def vae_results(case: VaeCase, *, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Result]:
+def vae_results(case: VaeCase, setup: Setup) -> Iterator[Result]:
     """Time encoding (8 frames at a time, as diffusers does) and decoding."""
+    device, dtype = setup.device, setup.dtype
     vae = build_vae(vae_section(case.model, ch=case.ch, num_res_blocks=case.num_res_blocks), device=device, dtype=dtype)
     vae.encode_chunk = 8
     peer = vae_peer(vae, device=device)
@@ -187,19 +196,15 @@ def vae_results(case: VaeCase, *, device: torch.device, dtype: torch.dtype, repe
     video = (2 * torch.rand(1, 3, *case.clip, generator=generator) - 1).to(device, dtype)
     latents = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator).to(device, dtype)
     size = f"vae ch {vae.encoder.conv_in.conv.out_channels} {_shape(case.clip)}"
-    yield compare(
+    yield setup.compare(
         f"{size} encode",
         lambda: vae.encode_moments(video),
         lambda: peer.encode(video).latent_dist.parameters,
-        repeats=repeats,
-        device=device,
     )
-    yield compare(
+    yield setup.compare(
         f"{size} decode",
         lambda: vae.decode(latents),
         lambda: peer.decode(latents).sample,
-        repeats=repeats,
-        device=device,
     )
 
 
@@ -207,51 +212,49 @@ def _shape(lengths: tuple[int, ...]) -> str:
     return "×".join(map(str, lengths))
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+def environment(setup: Setup) -> dict[str, str | int]:
     """Return what the figures depend on."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     accelerator = "none"
-    if device.type != "cpu":
-        accelerator = str(torch.get_device_module(device).get_device_properties(device))
+    if setup.device.type != "cpu":
+        accelerator = str(torch.get_device_module(setup.device).get_device_properties(setup.device))
     return {
         "cpu": name,
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "clock": "processor time" if setup.cpu_time else "wall time",
         "python": platform.python_version(),
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
 
 
-def table(results: list[Result]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| what | ours | diffusers | ratio | max difference |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r.what} | {_duration(r.ours)} | {_duration(r.diffusers)} | {r.ratio:.2f} | "
-        f"{r.max_difference:.1e} of {r.max_output:.1f} |"
-        for r in results
-    ]
-    return "\n".join(lines)
+HEADER = "| what | ours | diffusers | ratio | max difference |\n|---|---|---|---|---|"
+
+
+def row(result: Result) -> str:
+    """Return a result as a row of the Markdown table."""
+    return (
+        f"| {result.what} | {_duration(result.ours)} | {_duration(result.diffusers)} | {result.ratio:.2f} | "
+        f"{result.max_difference:.1e} of {result.max_output:.1f} |"
+    )
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def run(sizes: str, only: str | None, repeats: int, device: torch.device, dtype: torch.dtype) -> list[Result]:
+def run(sizes: str, only: str | None, setup: Setup) -> Iterator[Result]:
     """Run the cases of `sizes`, one after the other; `only` is "dit", "vae" or None for both."""
-    results = []
-    with torch.device("cpu"):
-        for case in NETWORKS[sizes] if only in (None, "dit") else []:
-            results += network_results(case, device=device, dtype=dtype, repeats=repeats)
-        for case in VAES[sizes] if only in (None, "vae") else []:
-            results += vae_results(case, device=device, dtype=dtype, repeats=repeats)
-    return results
+    for network in NETWORKS[sizes] if only in (None, "dit") else []:
+        yield from network_results(network, setup)
+    for vae in VAES[sizes] if only in (None, "vae") else []:
+        yield from vae_results(vae, setup)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", choices=sorted(NETWORKS), help="default: released with an accelerator, cpu without")
     parser.add_argument("--only", choices=["dit", "vae"], help="time one of the two")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each side")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, on a CPU that is busy otherwise")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
 
@@ -269,14 +273,19 @@ def main(argv: list[str] | None = None) -> int:
     sizes = args.sizes or ("cpu" if device.type == "cpu" else "released")
     if sizes == "cpu":
         device = torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if args.cpu_time and device.type != "cpu":
+        parser.error("--cpu-time is for the CPU; add --sizes cpu")
+    setup = Setup(device, torch.float32 if device.type == "cpu" else torch.bfloat16, args.repeats, args.cpu_time)
 
-    facts = environment(device, dtype)
+    facts = environment(setup)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if device.type == "cpu":
         print("the released sizes are skipped: they need an accelerator")
-    results = run(sizes, args.only, args.repeats, device, dtype)
-    print(table(results))
+    print(HEADER, flush=True)
+    results = []
+    for result in run(sizes, args.only, setup):
+        print(row(result), flush=True)
+        results.append(result)
     if args.json:
         content = {"environment": facts, "sizes": sizes, "results": [asdict(result) for result in results]}
         args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ Used by the benchmark and by the tests that hold our outputs against diffusers.
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -89,11 +89,11 @@ def network_peer(
         device: where the twin goes; it takes the network's dtype.
     """
     pt, patch, _ = network.patch_size
-    position = network.get_mixin("pos_embed")
+    position: Any = network.get_mixin("pos_embed")
     has_table = hasattr(position, "pos_embedding")
     is_fixed = isinstance(position, Basic3DPositionEmbeddingMixin)
-    layers = network.transformer.layers
-    weight = network.time_embed[0].weight
+    layers: Any = network.transformer.layers
+    weight: Any = network.time_embed[0].weight
     with torch.device(device or weight.device):
         peer = CogVideoXTransformer3DModel(
             num_attention_heads=layers[0].attention.num_attention_heads,
@@ -123,7 +123,7 @@ def network_peer(
 
 def peer_rope(peer: CogVideoXTransformer3DModel, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Cosines and sines that diffusers' pipelines hand to the twin for latents (B, T, C, H, W); None for 2B."""
-    config = peer.config
+    config: Any = peer.config
     if not config.use_rotary_positional_embeddings:
         return None
     frames = latents.shape[1] // (config.patch_size_t or 1)
@@ -177,8 +177,8 @@ def diffusers_vae_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 def vae_peer(vae: VideoAutoencoderInferenceWrapper, *, device: torch.device | None = None) -> AutoencoderKLCogVideoX:
     """Build the twin of an autoencoder; it encodes 8 frames at a time, as ours does with ``encode_chunk=8``."""
-    weight = vae.encoder.conv_in.conv.weight
-    levels = list(vae.encoder.down)
+    weight: Any = vae.encoder.conv_in.conv.weight
+    levels: Any = list(vae.encoder.down)
     with torch.device(device or weight.device):
         peer = AutoencoderKLCogVideoX(
             block_out_channels=tuple(level.block[-1].conv2.conv.out_channels for level in levels),

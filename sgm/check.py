@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sgm.checkpoint import check_autoencoder, check_network, find_weights
 from sgm.config import Config, ConfigError, Problem, SamplingArgs
 from sgm.geometry import Geometry
@@ -274,7 +272,7 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
     large = part in ("network_config", "first_stage_config")
     with without_allocating() if large else contextlib.nullcontext():
         built: Any = instantiate_from_config(section)
-    if isinstance(built, torch.nn.Module):
+    if large:
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
     if part == "network_config" and args.load is not None and not _tried("", "", partial(find_weights, args.load)):
         check_network(built, args.load, allow_missing_adapters=args.force_inference)
