@@ -1,6 +1,6 @@
 """Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, two diffusion transformers.
 
-Run from the root of the repository; about half an hour on two CPU cores::
+Run from the root of the repository; under an hour on two CPU cores::
 
     python tools/make_toy_assets.py                    everything, into assets/toy
     python tools/make_toy_assets.py --stage quality    measure what is there

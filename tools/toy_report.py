@@ -12,7 +12,7 @@ from sgm.files import atomic_file
 README = """# The toy model
 
 A whole model in the released layout, small enough for a laptop's CPU. `tools/make_toy_assets.py` makes all of it from
-nothing (about half an hour on two cores); nothing here comes from anywhere else.
+nothing (under an hour on two cores); nothing here comes from anywhere else.
 
 | path | what |
 |---|---|

@@ -149,7 +149,7 @@ class NetworkRecipe:
         text_dropout: share of samples whose text embedding is zeroed, for classifier-free guidance.
     """
 
-    num_steps: int = 2400
+    num_steps: int = 4400
     batch_size: int = 32
     lr: float = 1.5e-3
     weight_decay: float = 0.01
