@@ -282,7 +282,7 @@ class AdaLNMixin(BaseMixin):
     def layer_forward(
         self, x: torch.Tensor, mask: Any, *, layer_id: int, emb: torch.Tensor, num_text: int, **hook_args: Any
     ) -> torch.Tensor:
-        """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D)."""
+        """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D), of the last block (B, N, D)."""
         layer = self.transformer.layers[layer_id]
         modulation = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, dim=-1)
         # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
@@ -291,7 +291,8 @@ class AdaLNMixin(BaseMixin):
         h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
         h = self._attention(h, layer.attention, int(layer_id), num_text=num_text, **hook_args)
         x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
-
+        if layer_id == len(self.transformer.layers) - 1:  # nothing reads the text after the last attention
+            x, num_text = _text_and_patches(x, num_text)[1], 0
         h = _multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
         h = layer.mlp(h, layer_id=layer_id)
         return _multiply_add(h, gate2, _text_and_patches(x, num_text), num_text)
@@ -307,7 +308,7 @@ class AdaLNMixin(BaseMixin):
 
 
 class FinalLayerMixin(BaseMixin):
-    """Tokens → latents: a modulated norm and a projection to patches; text tokens end here.
+    """Tokens → latents: a modulated norm and a projection to patches.
 
     Args:
         hidden_size: D.
@@ -332,10 +333,10 @@ class FinalLayerMixin(BaseMixin):
         self.linear = _zero_linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
 
-    def final_forward(self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, num_text: int, **_: Any) -> torch.Tensor:
-        """Tokens (B, S, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
+    def final_forward(self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, **_: Any) -> torch.Tensor:
+        """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_final(x[:, num_text:]), 1 + scale)
+        x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
         return unpatchify(self.linear(x), grid, self.patch_size)
 
 
