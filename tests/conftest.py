@@ -1,5 +1,7 @@
 """Fixtures: complete tiny models in the released layout, made from the golden weights."""
 
+import contextlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,25 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
+
+
+@pytest.fixture(scope="session")
+def small_disk():
+    """Return a context manager in which no file of this process and its children grows beyond `num_bytes`.
+
+    Not a limit for the whole test: pytest itself writes between the steps of a test, perhaps to a longer file.
+    """
+
+    @contextlib.contextmanager
+    def limit(num_bytes: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,15 +10,6 @@ from safetensors.torch import save_file
 
 from sgm.files import atomic_file, read_tensors
 from sgm.util import InputError, RunError
-
-
-@pytest.fixture
-def small_disk():
-    """Let no file of this process grow beyond 1000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class RunsCode:
@@ -49,7 +39,7 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, error):
 def test_a_full_disk_is_told_with_path_need_and_free_space(tmp_path, small_disk):
     path = tmp_path / "x.bin"
     with pytest.raises(RunError, match=r"could not write .*x\.bin.*it needs 5\.0 kB") as caught:
-        with atomic_file(path, need_bytes=5000) as temporary:
+        with small_disk(1000), atomic_file(path, need_bytes=5000) as temporary:
             temporary.write_bytes(bytes(5000))
     assert "free there" in str(caught.value) and "another folder" in str(caught.value)
     assert os.listdir(tmp_path) == []
