@@ -310,7 +310,7 @@ def test_no_file_names_a_host():
         (
             ABSOLUTE,
             ["open('/home/me/x')", "load: /mnt/weights/a", r"C:\weights"],
-            ["a/tmp/b", "sgm/data/", "{x}/work/"],
+            ["a/tmp/b", "sgm/data/", "{x}/opt/"],
         ),
         (HOSTS, ["https://example.net/x", "see example.com", "10.0.0.1:80"], ["self.network", "torch 2.10.0", "a.b.c"]),
     ],

@@ -332,7 +332,7 @@ class FrozenT5Embedder(nn.Module):
         return self._loaded[0].to(device), device
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
-        # nn.Module's hook behind .to(), .cpu(), .cuda(): there is no tensor here to move, but the device counts.
+        # nn.Module's hook behind .to() and its like: there is no tensor here to move, but the device counts.
         self._module_device = fn(torch.empty(0, device=self._module_device)).device
         return super()._apply(fn, recurse)
 
