@@ -65,19 +65,35 @@ def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
             f"prompt file '{file}' (args.input_file) cannot be read: {error.strerror}; name a text file with one "
             "prompt a line"
         ) from error
+    prompts = parse_prompts(lines, image2video=image2video, source=str(file), folder=file.parent)
+    if not prompts:
+        raise InputError(f"prompt file '{file}' (args.input_file) holds no prompt; write one prompt a line")
+    return prompts
+
+
+def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folder: Path | None = None) -> list[Prompt]:
+    """Read prompts from lines, blank ones skipped.
+
+    Args:
+        lines: one prompt each.
+        image2video: whether lines are ``prompt@@image``.
+        source: what the lines were read from, for messages.
+        folder: where relative image paths are looked up after the working directory.
+
+    Raises:
+        InputError: lines have the wrong form, all of them in one message.
+    """
     prompts: list[Prompt] = []
     problems = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            prompts.append(_parse(line, len(prompts), image2video=image2video, folder=file.parent))
+            prompts.append(_parse(line, len(prompts), image2video=image2video, folder=folder))
         except InputError as error:
-            problems.append(f"{file}:{number}: {error}")
+            problems.append(f"{source}:{number}: {error}")
     if problems:
         raise InputError("\n".join(problems))
-    if not prompts:
-        raise InputError(f"prompt file '{file}' (args.input_file) holds no prompt; write one prompt a line")
     return prompts
 
 
@@ -141,18 +157,10 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     Raises:
         InputError: the image is missing or cannot be decoded.
     """
-    from kornia.geometry.transform import resize
+    from sgm.data.transform import cover_crop  # takes a while to import, and text to video needs none of it
 
     pixels = torch.from_numpy(np.array(_open_image(Path(path))))
-    image = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
-    (target_h, target_w), (h, w) = size, image.shape[-2:]
-    scale = max(target_h / h, target_w / w)
-    covering = (max(target_h, round(h * scale)), max(target_w, round(w * scale)))
-    if covering != (h, w):
-        image = resize(image, covering, interpolation="bicubic", align_corners=False, antialias=True)
-    top, left = (covering[0] - target_h) // 2, (covering[1] - target_w) // 2
-    # Bicubic interpolation overshoots at edges.
-    return image[0, :, top : top + target_h, left : left + target_w].clamp(-1, 1).contiguous()
+    return cover_crop(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -1,0 +1,187 @@
+"""Clips held against what training needs of them, before it starts: every row, and all that is wrong with it."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sgm.data.folder import Row
+from sgm.data.frames import Selection, select_frames
+from sgm.data.video import ClipError, VideoInfo, decode_all, scan
+from sgm.files import atomic_file
+from sgm.log import is_rank_zero
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What was found out about one clip.
+
+    Attributes:
+        path: the clip.
+        caption: its caption.
+        info: what its container says; None where it cannot be read.
+        num_frames: frames that training takes of it, before the last one is repeated; 0 where it takes none.
+        effective_fps: different frames per second among those; 0 where it takes none.
+        problems: why it cannot be used; empty for a good clip.
+        notes: what to know of it otherwise.
+    """
+
+    path: str
+    caption: str
+    info: VideoInfo | None = None
+    num_frames: int = 0
+    effective_fps: float = 0.0
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def check_rows(
+    rows: Sequence[Row],
+    *,
+    video_size: tuple[int, int],
+    fps: float,
+    max_num_frames: int,
+    skip_frms_num: int,
+    decode: bool = False,
+    num_threads: int = 8,
+) -> list[RowReport]:
+    """Check clips side by side, with a progress bar.
+
+    Args:
+        rows: the clips and captions.
+        video_size: (H, W) that they are trained at.
+        fps: frames per second that they are trained at.
+        max_num_frames: frames that they are trained with.
+        skip_frms_num: source frames left out at both ends.
+        decode: decode every frame, too, instead of packets and the first frame; finds damage inside, takes long.
+        num_threads: clips checked at a time.
+
+    Returns:
+        A report for each row, in their order.
+    """
+
+    def check(row: Row) -> RowReport:
+        problems = [row.problem] if row.problem else []
+        info, selection = None, None
+        try:
+            info, times = scan(row.path)
+            selection = select_frames(times, fps=fps, max_num_frames=max_num_frames, skip_frms_num=skip_frms_num)
+            if decode:
+                decode_all(row.path, info.num_frames)
+        except ClipError as error:
+            problems.append(error.reason)
+        except ValueError as error:
+            problems.append(str(error))
+        if info is None or selection is None:
+            return RowReport(str(row.path), row.caption, info, problems=tuple(problems))
+        notes = _notes(info, selection, fps, video_size)
+        taken = selection.num_frames, selection.effective_fps
+        return RowReport(str(row.path), row.caption, info, *taken, tuple(problems), notes)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = pool.map(check, rows)
+        bar = tqdm(found, "check clips", total=len(rows), leave=False, disable=None if is_rank_zero() else True)
+        return list(bar)
+
+
+def _notes(info: VideoInfo, selection: Selection, fps: float, video_size: tuple[int, int]) -> tuple[str, ...]:
+    notes = []
+    if selection.effective_fps < fps:
+        notes.append(f"slower than {fps:g} fps: frames come twice, {selection.effective_fps:.3g} a second differ")
+    if selection.num_frames < len(selection.indices):
+        notes.append(f"short: the last of {selection.num_frames} frames is repeated")
+    if info.height < video_size[0] or info.width < video_size[1]:
+        notes.append("enlarged")
+    return tuple(notes)
+
+
+def bad_share(reports: Sequence[RowReport]) -> float:
+    """Return the share of clips that cannot be used, 0 to 1."""
+    return sum(bool(report.problems) for report in reports) / max(len(reports), 1)
+
+
+def summarize(reports: Sequence[RowReport]) -> dict[str, Any]:
+    """Count what was found: clips, bad and noted ones, and the ranges of durations, frame rates and sizes."""
+    good = [report for report in reports if not report.problems]
+    infos = [report.info for report in good if report.info is not None]
+    return {
+        "clips": len(reports),
+        "bad": len(reports) - len(good),
+        "noted": sum(bool(report.notes) for report in good),
+        "seconds": _range([info.duration for info in infos]),
+        "fps": _range([info.fps for info in infos]),
+        "effective_fps": _range([report.effective_fps for report in good]),
+        "frames_taken": _range([report.num_frames for report in good]),
+        "sizes": dict(Counter(f"{info.height}x{info.width}" for info in infos).most_common()),
+    }
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    return [round(min(values), 3), round(max(values), 3)] if values else []
+
+
+def summary_text(reports: Sequence[RowReport]) -> str:
+    """Return the summary on a few lines, for people."""
+    found = summarize(reports)
+    sizes = [f"{size} ({count})" for size, count in found["sizes"].items()]
+    lines = [f"{found['clips']} clips: {found['clips'] - found['bad']} good, {found['bad']} bad"]
+    if found["seconds"]:
+        lines += [
+            f"duration {_span(found['seconds'])} s, {_span(found['fps'])} fps, of which training takes "
+            f"{_span(found['frames_taken'])} frames at an effective {_span(found['effective_fps'])} fps",
+            f"sizes (height x width): {', '.join(sizes[:6])}{', ...' if len(sizes) > 6 else ''}",
+        ]
+    return "\n".join(lines)
+
+
+def _span(pair: Sequence[float]) -> str:
+    low, high = (f"{value:.4g}" for value in pair)
+    return low if low == high else f"{low} to {high}"
+
+
+def table(reports: Sequence[RowReport]) -> str:
+    """Return the reports as a table, a line each: what the clip is, what training takes of it, what is wrong."""
+    header = ("frames", "fps", "seconds", "size", "taken", "clip", "")
+    lines = [header, *(_cells(report) for report in reports)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(line[:5], widths, strict=False)), *_last(line, widths)])
+        for line in lines
+    )
+
+
+def _last(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [line[5].ljust(widths[5]), line[6]] if line[6] else [line[5]]
+
+
+def _cells(report: RowReport) -> tuple[str, ...]:
+    said = "; ".join([*(f"BAD: {problem}" for problem in report.problems), *report.notes])
+    if report.info is None:
+        return ("-", "-", "-", "-", "0", report.path, said)
+    info = report.info
+    size = f"{info.height}x{info.width}"
+    return (
+        str(info.num_frames),
+        f"{info.fps:.4g}",
+        f"{info.duration:.2f}",
+        size,
+        str(report.num_frames),
+        report.path,
+        said,
+    )
+
+
+def write_report(path: str | Path, reports: Sequence[RowReport]) -> None:
+    """Write summary and rows as JSON, atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    content = {"summary": summarize(reports), "rows": [asdict(report) for report in reports]}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,86 @@
+"""A folder of clips and captions: ``videos/a/b.mp4`` with ``labels/a/b.txt``, or the caption beside the clip."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgm.util import InputError
+
+VIDEOS, LABELS = "videos", "labels"
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A clip of a data set.
+
+    Attributes:
+        path: the clip.
+        caption: its caption, on one line.
+        problem: what is wrong with the caption, else None.
+    """
+
+    path: Path
+    caption: str
+    problem: str | None = None
+
+
+def list_rows(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
+    """Find all clips below a folder, links followed, hidden files left out, ordered by path. No clip is opened.
+
+    Args:
+        data_dir: the folder that holds ``videos`` and ``labels``, at any depth, or clips with captions beside them.
+        allow_missing_captions: take a missing or empty caption as an empty one.
+
+    Raises:
+        InputError: there is no such folder, it holds no clips, or it is the ``videos`` folder itself.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise InputError(f"data folder '{root}' {found}; give a folder that holds {VIDEOS}/ and {LABELS}/")
+    if root.absolute().name == VIDEOS and (root.absolute().parent / LABELS).is_dir():
+        raise InputError(f"data folder '{root}' is the {VIDEOS} folder itself; give the one above: '{root.parent}'")
+    clips = sorted(_clips(root), key=lambda path: path.relative_to(root).as_posix())
+    if not clips:
+        raise InputError(
+            f"data folder '{root}' holds no clips ({', '.join(SUFFIXES)}); put them into {root / VIDEOS} and their "
+            f"captions, a text file each, into {root / LABELS}"
+        )
+    return [_row(clip, caption_path(clip, root), allow_missing_captions) for clip in clips]
+
+
+def caption_path(clip: Path, root: Path) -> Path:
+    """Return where the caption of a clip is: the last folder ``videos`` below `root` becomes ``labels``."""
+    parts = list(clip.relative_to(root).parts)
+    folders = parts[:-1]
+    if VIDEOS in folders:
+        parts[len(folders) - 1 - folders[::-1].index(VIDEOS)] = LABELS
+    return root.joinpath(*parts).with_suffix(".txt")
+
+
+def _clips(root: Path) -> list[Path]:
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
+        if real not in seen:  # a link may lead back up
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return [path for path in found if path.suffix.lower() in SUFFIXES]
+
+
+def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
+    try:
+        text = " ".join(caption.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        return Row(clip, "", f"caption {caption} is not UTF-8 text (byte {error.start}); save it as UTF-8")
+    except FileNotFoundError:
+        problem = f"its caption {caption} is missing; write it"
+    except OSError as error:
+        return Row(clip, "", f"caption {caption} cannot be read: {error.strerror}")
+    else:
+        if text:
+            return Row(clip, text)
+        problem = f"its caption {caption} is empty; write one"
+    return Row(clip, "", None if allow_missing else f"{problem}, or set allow_missing_captions: true")

@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+
+from sgm.data.check import bad_share, check_rows, summarize, summary_text, table, write_report
+from sgm.data.folder import Row
+from sgm.inference.video import write_video
+
+
+def clip(path, num_frames=17, fps=8, size=(64, 96)):
+    write_video(path, np.zeros((num_frames, *size, 3), np.uint8), fps)
+    return path
+
+
+def check(*rows, **more):
+    settings = {"video_size": (64, 64), "fps": 8, "max_num_frames": 17, "skip_frms_num": 0} | more
+    return check_rows(rows, **settings)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A good clip, a slow, a short, a small one, one of an absurd rate, one without a caption, and no clip at all."""
+    made = [
+        Row(clip(tmp_path / "good.mp4"), "a caption"),
+        Row(clip(tmp_path / "slow.mp4", fps=5), "a caption"),
+        Row(clip(tmp_path / "short.mp4", num_frames=9), "a caption"),
+        Row(clip(tmp_path / "small.mp4", size=(32, 32)), "a caption"),
+        Row(clip(tmp_path / "absurd.mp4", num_frames=100, fps=1000), "a caption"),
+        Row(clip(tmp_path / "unnamed.mp4"), "", "its caption is missing"),
+        Row(tmp_path / "text.mp4", "a caption"),
+    ]
+    made[-1].path.write_text("no video")
+    return made
+
+
+def test_every_row_says_what_is_wrong_and_what_to_know(rows):
+    good, slow, short, small, absurd, unnamed, text = check(*rows)
+    assert (good.problems, good.notes, good.num_frames, good.effective_fps) == ((), (), 17, 8)
+    assert good.info is not None and (good.info.height, good.info.width, good.info.num_frames) == (64, 96, 17)
+    assert slow.problems == () and "slower than 8 fps" in slow.notes[0] and slow.effective_fps < 6
+    assert short.problems == () and short.notes == ("short: the last of 9 frames is repeated",)
+    assert small.notes == ("enlarged",)
+    assert "1000 frames per second" in absurd.problems[0] and absurd.info is not None
+    assert unnamed.problems == ("its caption is missing",) and unnamed.info is not None
+    assert "no video" in text.problems[0] and text.info is None
+    assert bad_share([good, slow, absurd, text]) == 0.5
+
+
+def test_too_short_to_skip_is_a_problem(rows):
+    assert "leaves none" in check(rows[2], skip_frms_num=5)[0].problems[0]
+
+
+def test_damage_inside_is_found_when_everything_is_decoded(tmp_path):
+    path = clip(tmp_path / "damaged.mp4", num_frames=60)
+    content = bytearray(path.read_bytes())
+    start = len(content) * 3 // 4
+    content[start : start + 200] = bytes(value ^ 0x5A for value in content[start : start + 200])
+    path.write_bytes(content)
+    row = Row(path, "a caption")
+    assert check(row)[0].problems == ()
+    assert len(check(row, decode=True)[0].problems) == 1
+
+
+def test_summary_counts_good_clips_only(rows):
+    reports = check(*rows)
+    found = summarize(reports)
+    assert (found["clips"], found["bad"], found["noted"]) == (7, 3, 3)
+    assert found["fps"] == [5, 8]
+    assert found["sizes"] == {"64x96": 3, "32x32": 1}
+    assert "7 clips: 4 good, 3 bad" in summary_text(reports)
+    assert summary_text([reports[-1]]) == "1 clips: 0 good, 1 bad"
+    assert bad_share([]) == 0
+
+
+def test_the_table_has_a_line_for_each_clip(rows):
+    header, *lines = table(check(*rows)).splitlines()
+    assert header.split() == ["frames", "fps", "seconds", "size", "taken", "clip"]
+    assert len(lines) == len(rows)
+    assert all(str(row.path) in line for row, line in zip(rows, lines, strict=True))
+    assert ["BAD: " in line for line in lines] == [False] * 4 + [True] * 3
+    assert lines[0].split()[:5] == ["17", "8", "2.12", "64x96", "17"]
+
+
+def test_the_report_is_json(rows, tmp_path):
+    reports = check(*rows)
+    write_report(tmp_path / "new" / "report.json", reports)
+    content = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert content["summary"]["bad"] == 3
+    assert [row["path"] for row in content["rows"]] == [str(row.path) for row in rows]
+    assert content["rows"][0]["info"]["num_frames"] == 17
+    assert content["rows"][-1]["problems"] == list(reports[-1].problems)

@@ -1,0 +1,222 @@
+"""Samples by number: the same for every division into ranks and batches, after a resume, and around broken clips."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sgm.data.loader import MAX_ATTEMPTS, SampleStream, make_loader
+from sgm.data.order import TrainingOrder
+from sgm.data.video import ClipError
+from sgm.util import RunError
+
+
+class Numbered:
+    """A data set whose clips hold their own number, some of them broken, and which counts what it decodes."""
+
+    def __init__(self, size=30, broken=(), name="set"):
+        self.size, self.broken, self.name = size, set(broken), name
+        self.decoded = multiprocessing.Value("i", 0)
+        self.tried = []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        with self.decoded.get_lock():
+            self.decoded.value += 1
+        self.tried.append(index)
+        path = f"{self.name}/{index}.mp4"
+        if index in self.broken:
+            raise ClipError(path, "is broken")
+        clip = torch.full((1, 3, 2, 2), float(index))
+        return {"mp4": clip, "txt": f"caption {index}", "num_frames": 1, "fps": 8.0, "path": path}
+
+
+def stream_of(*datasets, seed=0):
+    return SampleStream(datasets, TrainingOrder([len(dataset) for dataset in datasets], seed=seed))
+
+
+def loader(stream, first=0, stop=24, rank=0, world=1, micro_batch=1, num_workers=0, **more):
+    numbers = {"first": first, "stop": stop, "rank": rank, "world": world, "micro_batch": micro_batch}
+    return make_loader(stream, **numbers, num_workers=num_workers, **more)
+
+
+def by_number(batches):
+    """The content of batches, by sample number."""
+    return {
+        number: (float(clip.mean()), text, path)
+        for batch in batches
+        for number, clip, text, path in zip(batch["number"], batch["mp4"], batch["txt"], batch["path"], strict=True)
+    }
+
+
+def test_a_batch():
+    batch = next(iter(loader(stream_of(Numbered()), micro_batch=3)))
+    assert batch["mp4"].shape == (3, 1, 3, 2, 2)
+    assert batch["number"] == [0, 1, 2]
+    assert batch["fps"] == [8.0] * 3
+    assert batch["failures"] == []
+    assert batch["txt"] == [f"caption {int(clip.mean())}" for clip in batch["mp4"]]
+
+
+@pytest.mark.parametrize(("world", "micro_batch", "accumulation"), [(2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)])
+def test_a_step_takes_the_same_samples_however_it_is_divided(world, micro_batch, accumulation):
+    stream = stream_of(Numbered(11, broken=[4]), Numbered(7), seed=5)
+    whole = list(loader(stream, micro_batch=4))
+    ranks = [list(loader(stream, rank=rank, world=world, micro_batch=micro_batch)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {6 * accumulation}
+    for step, batch in enumerate(whole):
+        parts = [part for batches in ranks for part in batches[step * accumulation : (step + 1) * accumulation]]
+        assert by_number(parts) == by_number([batch])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_stream_equals_the_uninterrupted_one(num_workers):
+    def stream():
+        return stream_of(Numbered(9, broken=[2, 5]), seed=1)
+
+    whole = by_number(loader(stream(), micro_batch=2))
+    for first in (0, 2, 10, 22):
+        resumed = by_number(loader(stream(), first=first, micro_batch=2, num_workers=num_workers))
+        assert resumed == {number: content for number, content in whole.items() if number >= first}
+
+
+def test_batches_end_at_the_stop():
+    assert [batch["number"] for batch in loader(stream_of(Numbered()), stop=5, micro_batch=2)] == [[0, 1], [2, 3], [4]]
+    numbers = [b["number"] for b in loader(stream_of(Numbered()), stop=5, micro_batch=2, rank=1, world=2)]
+    assert numbers == [[2, 3]]
+    assert len(loader(stream_of(Numbered()), stop=5, micro_batch=2)) == 3
+
+
+def test_loading_leaves_the_random_numbers_of_training_alone():
+    state = torch.get_rng_state()
+    list(loader(stream_of(Numbered()), stop=4, num_workers=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_more_than_the_prefetch_waits_in_memory():
+    dataset = Numbered(60)
+    batches = iter(loader(stream_of(dataset), stop=60, micro_batch=2, num_workers=2, prefetch_factor=3))
+    for _ in range(8):
+        next(batches)
+    time.sleep(0.5)  # long enough to fetch everything, were nothing to hold it back
+    assert 8 * 2 <= dataset.decoded.value <= (8 + 2 * 3) * 2
+
+
+def test_without_workers_nothing_is_fetched_ahead():
+    dataset = Numbered()
+    batches = iter(loader(stream_of(dataset), micro_batch=2))
+    next(batches)
+    assert dataset.decoded.value == 2
+
+
+def test_broken_clips_are_replaced_and_named():
+    broken = {1, 4, 7}
+    stream = stream_of(Numbered(12, broken), Numbered(5, name="other"), seed=3)
+    samples = [stream[number] for number in range(17)]
+    failures = [failure for sample in samples for failure in sample["failures"]]
+    assert {path for path, _ in failures} == {f"set/{clip}.mp4" for clip in broken}
+    assert {reason for _, reason in failures} == {"is broken"}
+    for number, sample in enumerate(samples):
+        assert sample["number"] == number
+        dataset, clip = stream.order[number]
+        expected = f"{stream.datasets[dataset].name}/"
+        assert sample["path"].startswith(expected), "the replacement is of the same data set"
+        assert bool(sample["failures"]) == (dataset == 0 and clip in broken)
+        assert sample["path"] not in [path for path, _ in sample["failures"]]
+
+
+def test_a_known_bad_clip_is_not_tried_again_and_replacements_do_not_depend_on_that():
+    veteran = stream_of(Numbered(6, broken=[0, 3]), seed=2)
+    samples = [veteran[number] for number in range(24)]
+    tried = veteran.datasets[0].tried
+    assert (tried.count(0), tried.count(3)) == (1, 1)
+    for number in range(24):
+        fresh = stream_of(Numbered(6, broken=[0, 3]), seed=2)[number]
+        for key in ("path", "failures", "txt"):
+            assert fresh[key] == samples[number][key]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_sample_without_any_usable_clip_stops_the_run_and_names_them(num_workers):
+    with pytest.raises(RunError, match=r"sample 0: none of the 3 clips") as caught:
+        list(loader(stream_of(Numbered(3, broken=range(3))), num_workers=num_workers))
+    assert all(f"set/{clip}.mp4: is broken" in str(caught.value) for clip in range(3))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_attempts_are_bounded():
+    dataset = Numbered(200, broken=range(200))
+    with pytest.raises(RunError):
+        stream_of(dataset)[0]
+    assert len(set(dataset.tried)) == len(dataset.tried) == MAX_ATTEMPTS
+
+
+def test_an_order_of_other_sizes_is_refused():
+    with pytest.raises(ValueError, match="the data sets have"):
+        SampleStream([Numbered(3)], TrainingOrder([4], seed=0))
+
+
+def started(num_clips, num_workers):
+    """Return batches of which the first is consumed, and the process numbers of the workers."""
+    others = {child.pid for child in multiprocessing.active_children()}
+    batches = iter(loader(stream_of(Numbered(num_clips)), stop=num_clips, num_workers=num_workers))
+    next(batches)
+    return batches, {child.pid for child in multiprocessing.active_children()} - others
+
+
+def test_workers_survive_signals_that_are_meant_for_their_parent():
+    batches, workers = started(60, num_workers=2)
+    assert len(workers) == 2
+    for pid in workers:
+        for name in ("INT", "TERM"):  # as a terminal or a scheduler sends them: not by the parent itself
+            subprocess.run(["sh", "-c", f"kill -{name} {pid}"], check=True)
+    assert [batch["number"] for batch in batches] == [[number] for number in range(1, 60)]
+
+
+def test_a_dead_worker_is_reported_with_a_hint():
+    batches, workers = started(500, num_workers=1)
+    os.kill(workers.pop(), signal.SIGKILL)
+    with pytest.raises(RunError, match="a process that decodes clips died: .*lower args.num_workers"):
+        list(batches)
+
+
+PROGRAM = """
+import sys, time
+import torch
+from sgm.data.loader import SampleStream, make_loader
+from sgm.data.order import TrainingOrder
+
+class Clips:
+    def __len__(self): return 10
+    def __getitem__(self, i): return {"mp4": torch.zeros(1, 3, 2, 2), "path": str(i)}
+
+batches = iter(make_loader(SampleStream([Clips()], TrainingOrder([10], seed=0)), first=0, stop=1000, rank=0, world=1,
+                           micro_batch=1, num_workers=2))
+next(batches)
+print("ready", flush=True)
+if sys.argv[1] == "wait":
+    time.sleep(60)
+sys.modules["kept"] = batches  # alive until the interpreter is gone, as in a traceback
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "wait"])
+def test_a_parent_that_exits_or_is_terminated_leaves_nothing_hanging(end):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if end == "wait":
+            process.send_signal(signal.SIGTERM)
+        # Workers hold the pipe as well: it only closes when they are gone, too.
+        process.communicate(timeout=20)
+        assert process.returncode == (-signal.SIGTERM if end == "wait" else 0)
+    finally:
+        process.kill()

@@ -1,0 +1,182 @@
+"""The data set of YAML files: frames by time, broken clips named, and nothing decoded that is not asked for."""
+
+import subprocess
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import data_video
+from data_video import SFTDataset
+from sgm.data.loader import SampleStream, make_loader
+from sgm.data.order import TrainingOrder
+from sgm.data.video import ClipError
+from sgm.inference.video import write_video
+from sgm.util import InputError, instantiate_from_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def clip(path, num_frames=40, fps=8, size=(64, 64)):
+    """A clip whose frame i is of the grey 5 * i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = 5 * np.arange(num_frames, dtype=np.uint8)
+    write_video(path, np.broadcast_to(levels[:, None, None, None], (num_frames, *size, 3)), fps, crf=0)
+    caption = Path(str(path).replace("/videos/", "/labels/")).with_suffix(".txt")
+    caption.parent.mkdir(parents=True, exist_ok=True)
+    caption.write_text(f"clip {path.stem}\nin two lines")
+    return path
+
+
+def dataset(folder, **more):
+    return SFTDataset(data_dir=folder, **({"video_size": (32, 32), "max_num_frames": 9, "skip_frms_num": 0} | more))
+
+
+def frames_of(sample):
+    """Which source frames a sample shows."""
+    return ((sample["mp4"].mean((1, 2, 3)) + 1) * 127.5 / 5).round().int().tolist()
+
+
+def test_a_sample(tmp_path):
+    path = clip(tmp_path / "videos/a.mp4", size=(48, 80))
+    sample = dataset(tmp_path)[0]
+    assert sample["mp4"].shape == (9, 3, 32, 32)
+    assert sample["mp4"].dtype == torch.float32
+    assert sample["mp4"].is_contiguous()
+    assert -1 <= sample["mp4"].min() < sample["mp4"].max() <= 1
+    assert {key: sample[key] for key in ("txt", "num_frames", "fps", "path")} == {
+        "txt": "clip a in two lines",
+        "num_frames": 9,
+        "fps": 8.0,
+        "path": str(path),
+    }
+    assert frames_of(sample) == list(range(9))
+
+
+@pytest.mark.parametrize("source", [24, 30, 23.976, 12])
+def test_frames_of_any_source_come_at_the_configured_rate(tmp_path, source):
+    clip(tmp_path / "videos/a.mp4", num_frames=50, fps=source)
+    shown = np.array(frames_of(dataset(tmp_path, fps=8, skip_frms_num=3)[0]))
+    assert shown[0] == 3
+    wanted = 3 / source + np.arange(9) / 8
+    real = wanted <= 46 / source  # the last of the frames that are not skipped
+    assert real.sum() >= 8 if source != 12 else real.all()
+    assert np.abs(shown[real] / source - wanted[real]).max() <= 0.5 / source + 1e-6
+
+
+def test_a_short_clip_repeats_its_last_frame(tmp_path):
+    clip(tmp_path / "videos/a.mp4", num_frames=12)
+    sample = dataset(tmp_path, skip_frms_num=3.0)[0]
+    assert frames_of(sample) == [3, 4, 5, 6, 7, 8, 8, 8, 8]
+    assert sample["num_frames"] == 6
+
+
+def broken_set(root):
+    """Write 20 clips of which five are odd; return the paths of the four that cannot be used."""
+    for index in range(20):
+        clip(root / f"videos/{index:02}.mp4", num_frames=12, fps=23.976 if index == 11 else 8)
+    videos = root / "videos"
+    whole = (videos / "03.mp4").read_bytes()
+    (videos / "03.mp4").write_bytes(whole[: len(whole) * 3 // 5])
+    (videos / "07.mp4").write_bytes(b"")
+    (videos / "08.mp4").write_text("a text file")
+    nothing = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "color=s=64x64", "-t", "0"]
+    subprocess.run([*nothing, str(videos / "15.mp4")], check=True)
+    return {str(videos / f"{name}.mp4") for name in ("03", "07", "08", "15")}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_clips_among_twenty_are_named_and_training_data_goes_on(tmp_path, num_workers):
+    bad = broken_set(tmp_path)
+    clips = dataset(tmp_path)
+    loader = make_loader(
+        SampleStream([clips], TrainingOrder([20], seed=0)),
+        first=0,
+        stop=40,
+        rank=0,
+        world=1,
+        micro_batch=4,
+        num_workers=num_workers,
+    )
+    batches = list(loader)
+    assert sum(len(batch["number"]) for batch in batches) == 40
+    failures = [failure for batch in batches for failure in batch["failures"]]
+    assert {path for path, _ in failures} == bad, "an odd but true frame rate is fine"
+    assert all(reason for _, reason in failures)
+    assert not bad & {path for batch in batches for path in batch["path"]}
+
+
+def test_checking_finds_the_same_clips_before_training(tmp_path):
+    bad = broken_set(tmp_path)
+    clips = dataset(tmp_path)
+    reports = clips.check(num_threads=2)
+    assert {report.path for report in reports if report.problems} == bad
+    good = clips.without(bad)
+    assert len(good) == 16
+    assert set(good.paths) == set(clips.paths) - bad
+    assert len(clips) == 20, "the data set itself stays as it is"
+    assert all(not report.problems for report in good.check(decode=True))
+    assert clips.select([4, 2]).captions == ["clip 04 in two lines", "clip 02 in two lines"]
+
+
+def test_a_clip_without_a_caption_cannot_be_used_unless_allowed(tmp_path):
+    clip(tmp_path / "videos/a.mp4")
+    (tmp_path / "labels/a.txt").unlink()
+    with pytest.raises(ClipError, match=r"a\.mp4: its caption .* is missing"):
+        dataset(tmp_path)[0]
+    assert dataset(tmp_path, allow_missing_captions=True)[0]["txt"] == ""
+
+
+def test_a_clip_that_is_too_short_to_skip_is_a_clip_error(tmp_path):
+    clip(tmp_path / "videos/a.mp4", num_frames=6)
+    with pytest.raises(ClipError, match="leaves none"):
+        dataset(tmp_path, skip_frms_num=3)[0]
+
+
+def test_nothing_is_decoded_before_it_is_asked_for(tmp_path, monkeypatch):
+    for name in "abc":
+        clip(tmp_path / f"videos/{name}.mp4")
+    opened = []
+    scan, read = data_video.scan, data_video.read_frames
+    monkeypatch.setattr(data_video, "scan", lambda path: opened.append(path.stem) or scan(path))
+    monkeypatch.setattr(
+        data_video, "read_frames", lambda path, indices, n: opened.append(list(indices)) or read(path, indices, n)
+    )
+    clips = dataset(tmp_path, max_num_frames=5)
+    assert opened == []
+    clips[1]
+    assert opened == ["b", [0, 1, 2, 3, 4]], "frames that are not taken are not kept"
+
+
+def test_it_crosses_processes(tmp_path):
+    clip(tmp_path / "videos/a.mp4")
+    copied = ForkingPickler.loads(ForkingPickler.dumps(dataset(tmp_path)))
+    assert torch.equal(copied[0]["mp4"], dataset(tmp_path)[0]["mp4"])
+
+
+def test_the_parameters_of_released_files():
+    params = {"video_size": [64, 64], "fps": 8, "max_num_frames": 17, "skip_frms_num": 3.0}
+    section = {"target": "data_video.SFTDataset", "params": params}
+    toy = instantiate_from_config(section, data_dir=str(ROOT / "assets/toy"))
+    assert len(toy) == 60
+    sample = toy[0]
+    assert (sample["txt"], sample["num_frames"]) == ("a green square moves down", 11)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"max_num_frames": 48}, "45 or 49"),
+        ({"fps": 0}, "fps is 0"),
+        ({"video_size": (0, 64)}, r"video_size is \[0, 64\]"),
+        ({"skip_frms_num": 2.5}, "skip_frms_num is 2.5"),
+        ({"skip_frms_num": -1}, "skip_frms_num is -1"),
+        ({"data_dir": "nowhere"}, "'nowhere' does not exist"),
+    ],
+)
+def test_unusable_parameters_are_refused(params, words):
+    with pytest.raises(InputError, match=words):
+        SFTDataset(**({"data_dir": ROOT / "assets/toy", "video_size": (64, 64)} | params))

@@ -1,0 +1,90 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_dataset  # noqa: E402
+
+TOY = str(ROOT / "assets" / "toy")
+PARAMS = ("--video_size", "64", "64", "--max_num_frames", "17", "--skip_frms_num", "0")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two toy clips, and a YAML file with a data section and nothing else."""
+    for kind, suffix in (("videos", "mp4"), ("labels", "txt")):
+        (tmp_path / kind).mkdir()
+        for name in ("000000", "000001"):
+            source = ROOT / "assets/toy" / kind / f"{name}.{suffix}"
+            (tmp_path / kind / source.name).write_bytes(source.read_bytes())
+    params = {"video_size": [64, 64], "fps": 8, "max_num_frames": 17, "skip_frms_num": 0}
+    section = {"target": "data_video.SFTDataset", "params": params}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": section}))
+    return tmp_path
+
+
+def test_good_clips_end_with_0_and_a_summary(data, capsys):
+    assert check_dataset.main([str(data), *PARAMS]) == 0
+    out = capsys.readouterr().out
+    assert "000001.mp4" in out
+    assert "2 clips: 2 good, 0 bad" in out
+
+
+def test_several_folders_and_a_report(data, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert check_dataset.main([str(data), TOY, *PARAMS, "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["summary"]["clips"] == 62
+    assert f"report: {report}" in capsys.readouterr().out
+
+
+def test_bad_clips_end_with_1_and_are_named(data, capsys):
+    (data / "videos/broken.mp4").write_text("no video")
+    (data / "labels/000000.txt").unlink()
+    assert check_dataset.main([str(data), *PARAMS]) == 1
+    bad = [line for line in capsys.readouterr().out.splitlines() if "BAD" in line]
+    assert ["000000.mp4" in bad[0], "broken.mp4" in bad[1], len(bad)] == [True, True, 2]
+    assert "is missing" in bad[0]
+    (data / "videos/broken.mp4").unlink()
+    assert check_dataset.main([str(data), *PARAMS, "--allow_missing_captions"]) == 0
+
+
+def test_parameters_come_from_yaml_and_the_command_line_wins(data, capsys):
+    base = ["--base", str(ROOT / "configs/toy.yaml"), str(data / "data.yaml")]
+    assert check_dataset.main([str(data), *base]) == 0
+    assert "17 frames at an effective 8 fps" in capsys.readouterr().out
+    assert check_dataset.main([str(data), *base, "--fps", "4", "--decode"]) == 0
+    assert "9 frames at an effective 4 fps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere", *PARAMS], "'nowhere' does not exist"),
+        ([TOY], "give --video_size"),
+        ([TOY, "--video_size", "64", "64", "--max_num_frames", "16"], "13 or 17"),
+        ([TOY, "--base", "nowhere.yaml"], "nowhere.yaml"),
+        ([TOY, "--base", str(ROOT / "configs/toy.yaml")], "no section data"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_a_cure(words, said, capsys):
+    assert check_dataset.main(words) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_parameters_are_checked_as_training_checks_them(data, capsys):
+    (data / "data.yaml").write_text("data: {target: data_video.SFTDataset, params: {video_size: [64, 64], frames: 17}}")
+    assert check_dataset.main([str(data), "--base", str(data / "data.yaml")]) == 2
+    assert "data.params.frames: unknown key" in capsys.readouterr().err
+
+
+def test_other_data_sets_must_be_able_to_check(data, capsys):
+    (data / "other.yaml").write_text("data: {target: torch.nn.Identity, params: {video_size: 1}}")
+    assert check_dataset.main([str(data), "--base", str(data / "other.yaml")]) == 2
+    assert "torch.nn.Identity cannot check its clips" in capsys.readouterr().err
