@@ -16,6 +16,8 @@ _CONFIGS = {
     (3072, 42, 16, 2): "cogvideox1.5_5b",
     (3072, 42, 32, 2): "cogvideox1.5_5b_i2v",
 }
+# Those that have a file ending in _lora as well.
+_WITH_LORA = ("toy", "cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Architecture:
             return "use the model configuration that it was trained with (no shipped one has this shape)"
         if not self.lora_rank:
             return f"use configs/{name}.yaml"
-        if self.temporal_patch == 1 and name.startswith("cogvideox"):
+        if name in _WITH_LORA:
             return f"use configs/{name}_lora.yaml (lora_config: r: {self.lora_rank})"
         return f"use configs/{name}.yaml with a lora_config section (r: {self.lora_rank})"
 

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,14 @@ from typing import Any, Literal
 
 import yaml
 
-from sgm.config_targets import ENGINE_TARGET, check_params, fits, in_words, misfit
+from sgm.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
+from sgm.config_targets import ENGINE_TARGET, check_params, check_sections, fits, in_words, misfit
+from sgm.deepspeed_config import check_deepspeed, check_loss_scale, complete_deepspeed
 from sgm.log import get_logger
 from sgm.util import InputError, get_obj_from_str, nearest
 from sgm.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 
-__all__ = ["Config", "ConfigError", "Problem", "SamplingArgs", "load_config"]
+__all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
 
 logger = get_logger(__name__)
 
@@ -32,86 +33,9 @@ Mode = Literal["inference", "train"]
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
-# Keys of the reference's training ``args``. Sampling accepts and ignores them, so that one file can serve both.
-TRAINING_ARGS = frozenset(
-    "experiment_name no_load_rng no_save_rng train_iters epochs eval_iters eval_interval eval_batch_size strict_eval "
-    "save save_interval log_interval exit_interval train_data valid_data test_data train_data_weights split "
-    "num_workers prefetch_factor block_size iterable_dataset batch_from_same_dataset force_train "
-    "only_log_video_latents checkpoint_activations checkpoint_num_layers gradient_accumulation_steps clip_grad "
-    "zero_stage lr weight_decay lr_decay_style lr_decay_iters lr_decay_ratio warmup resume keep_last "
-    "resume_dataloader valid_prompts distributed_backend wandb wandb_project_name".split()
-)
-
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # braces are legal there
-_MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
-
-
-def _at_least(minimum: float, default: Any) -> Any:
-    return field(default=default, metadata={"min": minimum})
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingArgs:
-    """The ``args`` section of a sampling run. Null means: what the model says.
-
-    Attributes:
-        mode: ``inference``; the training modes are accepted from a training file.
-        load: checkpoint folder of the network; holds ``latest``.
-        input_type: ``txt`` reads prompts from `input_file`, ``cli`` asks for them on the terminal.
-        input_file: one prompt a line; image-to-video lines are ``prompt@@image``.
-        image2video: whether each prompt starts from an image.
-        negative_prompt: what to steer away from; empty is the unconditional branch of training.
-        sampling_image_size: height and width in pixels.
-        sampling_num_frames: latent frames; 13 are 4·12+1 = 49 video frames. Models with a temporal patch of 2 take
-            the even number with the padding frame (22) as the odd one without it (21).
-        sampling_fps: frames per second of the written file.
-        latent_channels: channels of the latents; must be the network's.
-        num_steps: sampling steps; null takes those of ``model.sampler_config``.
-        guidance_scale: strength of the prompt; null takes that of ``model.sampler_config``.
-        seed: of the first sample of each prompt, whatever the other prompts are; the next samples count on from it.
-        batch_size: samples per prompt, made together.
-        only_save_latents: write the latents, do not decode them.
-        output_dir: where the results go.
-        skip_existing: leave prompts alone whose results are there.
-        contact_sheet: write one picture with frames of all samples.
-        force_inference: with a ``lora_config``, sample the base model where the checkpoint holds no adapters.
-        fp16: run the network in float16.
-        bf16: run the network in bfloat16.
-        text_encoder_offload: where the text encoder goes after encoding: stays (``none``), to the ``cpu``, or out of
-            memory (``release``).
-        vae_tiling: decode in overlapping tiles: less memory, a little slower, slightly different at the seams.
-        vae_slicing: decode the samples of a batch one by one: less memory, same result.
-        device: where to run, e.g. ``cpu``; null takes the accelerator, or the CPU where there is none.
-        model_parallel_size: ranks that share one network; 1 in sampling.
-    """
-
-    mode: Literal["inference", "finetune", "pretrain"] = "inference"
-    load: str | None = None
-    input_type: Literal["txt", "cli"] = "cli"
-    input_file: str | None = None
-    image2video: bool | None = None
-    negative_prompt: str | None = None
-    sampling_image_size: tuple[int, int] | None = _at_least(1, None)
-    sampling_num_frames: int | None = _at_least(1, None)
-    sampling_fps: int = _at_least(1, 8)
-    latent_channels: int | None = _at_least(1, None)
-    num_steps: int | None = _at_least(1, None)
-    guidance_scale: float | None = _at_least(0, None)
-    seed: int = _at_least(0, 42)
-    batch_size: int = _at_least(1, 1)
-    only_save_latents: bool = False
-    output_dir: str = "outputs"
-    skip_existing: bool = True
-    contact_sheet: bool = False
-    force_inference: bool = False
-    fp16: bool | None = None
-    bf16: bool | None = None
-    text_encoder_offload: Literal["none", "cpu", "release"] = "release"
-    vae_tiling: bool = False
-    vae_slicing: bool = True
-    device: str | None = None
-    model_parallel_size: int = _at_least(1, 1)
+_DATA_FOLDER = "data_dir"  # what a data set is told by the loop over args.train_data, not by YAML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +46,10 @@ class Config:
         mode: what it was checked for.
         bases: the YAML files, in the order of merging.
         overrides: the ``section.key=value`` arguments.
-        args: the typed ``args`` section.
+        args: the typed ``args`` section: `TrainingArgs` in mode ``train``.
         model: the ``model`` section: parameters of the engine.
         data: the ``data`` section.
-        deepspeed: the ``deepspeed`` section.
+        deepspeed: the ``deepspeed`` section; in mode ``train`` complete, see `sgm.deepspeed_config`.
         merged: all sections as merged, plain values.
         warnings: what was accepted without effect.
         origins: the file and line, or the override, that set each dotted key path.
@@ -192,10 +116,12 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     warnings += _check_model(sections["model"], merged)
     warnings += _check_training_sections(sections, merged, mode)
     _check_placeholders(sections, merged, mode)
-    if merged.problems or args is None:
+    if merged.problems:
         raise ConfigError(merged.problems)
     for warning in warnings:
         logger.warning("%s", warning)
+    if mode == "train":
+        sections["deepspeed"] = complete_deepspeed(sections["deepspeed"], sections["model"])
     return Config(
         mode=mode,
         bases=tuple(str(base) for base in bases),
@@ -211,7 +137,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
 def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     for name in merged.values:
         if name not in SECTIONS:
-            home = "args" if name in _args_fields() or name in TRAINING_ARGS else None
+            home = "args" if name in names_of(SamplingArgs) or name in TRAINING_ARGS else None
             cure = f"indent it under '{home}:'" if home else f"the sections are {', '.join(SECTIONS)}"
             merged.add((name,), f"unknown section{nearest(str(name), list(SECTIONS))}", cure)
     sections = {}
@@ -226,58 +152,72 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _args_fields() -> dict[str, dataclasses.Field[Any]]:
-    return {entry.name: entry for entry in dataclasses.fields(SamplingArgs)}
-
-
-def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> tuple[SamplingArgs | None, list[str]]:
-    """Type the ``args`` section; return it (None where impossible) and warnings."""
-    fields, hints = _args_fields(), typing.get_type_hints(SamplingArgs)
-    values: dict[str, Any] = {}
+def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> tuple[SamplingArgs, list[str]]:
+    """Type the ``args`` section; return it, with defaults in place of what is wrong, and warnings."""
+    cls = TrainingArgs if mode == "train" else SamplingArgs
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {"train_data": ()} if mode == "train" else {}
+    wrong: set[str] = set()
     for name, value in section.items():
-        path = ("args", name)
-        if name in fields:
-            minimum = fields[name].metadata.get("min")
-            if not fits(value, hints[name]):
-                merged.add(path, *misfit(value, hints[name]))
-            elif minimum is not None and _smallest(value) < minimum:
-                merged.add(path, f"is {value!r}", f"give {in_words(hints[name])}, at least {minimum:g}")
-            else:
-                values[name] = tuple(value) if isinstance(value, list) else value
-        elif name not in TRAINING_ARGS:
-            known = sorted({*fields, *TRAINING_ARGS})
-            cure = "correct or remove it; docs/configuration.md lists the keys of args"
-            merged.add(path, f"unknown key{nearest(str(name), known)}", cure)
-    if len(values) < sum(name in fields for name in section):
-        return None, []
-    args = SamplingArgs(**values)
-    warnings = []
-    if mode == "inference":
-        unused = [f"args.{name}" for name in section if name in TRAINING_ARGS]
-        unused += ["args.mode"] if args.mode != "inference" else []
-        if unused:
-            warnings.append(f"no effect on sampling: {', '.join(unused)}")
-        _check_sampling_args(args, merged)
-    last_seed = _MAX_SEED - (args.batch_size - 1)
-    if args.seed > last_seed:
-        merged.add(("args", "seed"), f"is {args.seed}", f"give a whole number from 0 to {last_seed}")
-    if args.fp16 and args.bf16:
-        merged.add(("args", "fp16"), "fp16 and bf16 are both true", "keep the one that the model was released in")
-    return args, warnings
+        if name not in fields:
+            _check_foreign_arg(name, value, merged, mode)
+            continue
+        hint, bounds = hints[name], fields[name].metadata
+        if isinstance(value, str) and not fits(value, hint) and fits([value], hint):
+            value = [value]
+        if not fits(value, hint):
+            found, cure = misfit(value, hint)
+        elif bounds and not _within(value, bounds["min"], bounds["max"]):
+            limit = (
+                f"at least {bounds['min']:g}" if bounds["max"] is None else f"{bounds['min']:g} to {bounds['max']:g}"
+            )
+            found, cure = f"is {value!r}", f"give {in_words(hint)}, {limit}"
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        merged.add(("args", name), found, cure)
+        wrong.add(name)
+    args = cls(**values)
+    for name, found, cure in args.problems():
+        if name not in wrong:  # what follows from a wrong value would only mislead
+            merged.add(("args", name), found, cure)
+    return args, _args_warnings(section, args)
 
 
-def _check_sampling_args(args: SamplingArgs, merged: Merged) -> None:
-    if args.input_type == "txt" and args.input_file is None:
-        cure = "give args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
-        merged.add(("args", "input_file"), "is missing, and input_type is txt", cure)
-    if args.model_parallel_size != 1:
-        found = f"is {args.model_parallel_size}; sampling shares no network between ranks"
-        cure = "set args.model_parallel_size=1; with torchrun, prompts are spread over the ranks"
-        merged.add(("args", "model_parallel_size"), found, cure)
+def _check_foreign_arg(name: str, value: Any, merged: Merged, mode: Mode) -> None:
+    """Judge a key that the class of this run does not have: training's, another section's, SAT's, or nobody's."""
+    if name in TrainingArgs.IGNORED_PARAMS or (mode == "inference" and name in TRAINING_ARGS):
+        return
+    if name in TrainingArgs.MISPLACED_PARAMS:
+        found, cure = "belongs elsewhere", f"remove it, and set {TrainingArgs.MISPLACED_PARAMS[name]}"
+    elif name == "checkpoint_num_layers":
+        if value == 1:
+            return
+        found = f"is {value!r}, but every block is recomputed by itself"
+        cure = "remove it; args.checkpoint_activations switches recomputation on and off"
+    else:
+        found = f"unknown key{nearest(str(name), names_of(SamplingArgs) + sorted(TRAINING_ARGS))}"
+        cure = "correct or remove it; docs/configuration.md lists the keys of args"
+    merged.add(("args", name), found, cure)
 
 
-def _smallest(value: float | list[float] | None) -> float:
-    return math.inf if value is None else min(value) if isinstance(value, list) else value
+def _args_warnings(section: Mapping[str, Any], args: SamplingArgs) -> list[str]:
+    if isinstance(args, TrainingArgs):
+        ignored = TrainingArgs.IGNORED_PARAMS
+        warnings = [f"args.{name} has no effect: {ignored[name]}" for name in section if name in ignored]
+        if args.unused:
+            unused = ", ".join(f"args.{name}" for name in args.unused)
+            warnings.append(f"no effect without args.eval_interval: {unused}")
+        return warnings
+    unused = [f"args.{name}" for name in section if name in TRAINING_ARGS]
+    unused += ["args.mode"] if args.mode != "inference" else []
+    return [f"no effect on sampling: {', '.join(unused)}"] if unused else []
+
+
+def _within(value: Any, least: float, most: float | None) -> bool:
+    entries = value if isinstance(value, list) else [] if value is None else [value]
+    return all(entry >= least and (most is None or entry <= most) for entry in entries)
 
 
 def _check_model(section: Mapping[str, Any], merged: Merged) -> list[str]:
@@ -292,17 +232,25 @@ def _check_model(section: Mapping[str, Any], merged: Merged) -> list[str]:
 
 
 def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> list[str]:
-    for name in sections["deepspeed"]:
-        if name in ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale"):
-            merged.add(
-                ("deepspeed", name),
-                "stands outside 'fp16:', where DeepSpeed never reads it",
-                f"move it to deepspeed.fp16.{name}, or remove it",
-            )
-    unused = [name for name in ("data", "deepspeed") if sections[name]]
-    if mode == "inference" and unused:
-        return [f"no effect on sampling: the sections {', '.join(unused)}"]
-    return []
+    """Check what only training reads: ``data`` and ``deepspeed``."""
+    if mode == "inference":
+        check_loss_scale(sections["deepspeed"], merged)
+        unused = [name for name in ("data", "deepspeed") if sections[name]]
+        return [f"no effect on sampling: the sections {', '.join(unused)}"] if unused else []
+    warnings = check_deepspeed(sections["deepspeed"], merged)
+    data = sections["data"]
+    if not data:
+        if not merged.values.get("data"):
+            cure = "give a training file as well, e.g. configs/sft.yaml"
+            merged.add(("data",), "there is no data section", cure)
+        return warnings
+    params = data.get("params")
+    if isinstance(params, Mapping) and _DATA_FOLDER in params:
+        cure = "remove it, and set args.train_data (and args.valid_data)"
+        merged.add(("data", "params", _DATA_FOLDER), "is given for every folder in turn", cure)
+    return warnings + check_sections(
+        data, ("data",), merged, partial=False, expected=True, supplied=frozenset({_DATA_FOLDER})
+    )
 
 
 def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:

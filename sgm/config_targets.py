@@ -11,7 +11,7 @@ in its ``modules`` is named in its ``PARAMS_FOR_MODULES``; it is warned about wh
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -33,9 +33,23 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def check_params(
-    cls: Callable[..., Any], params: Mapping[str, Any], path: KeyPath, merged: Merged, *, partial: bool = False
+    cls: Callable[..., Any],
+    params: Mapping[str, Any],
+    path: KeyPath,
+    merged: Merged,
+    *,
+    partial: bool = False,
+    supplied: Collection[str] = (),
 ) -> list[str]:
     """Check `params`, found at `path`, against the constructor of `cls`, and every section inside them.
+
+    Args:
+        cls: the class.
+        params: its parameters in YAML.
+        path: where they were found.
+        merged: takes the problems.
+        partial: whether the section's parent adds parameters to those in YAML.
+        supplied: parameters that the code adds, so that they are not missing.
 
     Returns:
         Warnings about accepted parameters without effect. Problems are added to `merged`.
@@ -56,11 +70,9 @@ def check_params(
         if name in ignored:
             continue
         if name not in accepted and not open_ended:
-            merged.add(
-                place,
-                f"unknown key for {name_of_class}{nearest(str(name), [*accepted])}",
-                f"remove it, or write one of: {', '.join(accepted)}" if accepted else "remove it; there are none",
-            )
+            hint = nearest(str(name), [*accepted])
+            cure = f"remove it, or write one of: {', '.join(accepted)}" if accepted else "remove it; there are none"
+            merged.add(place, f"unknown key for {name_of_class}{hint}", "correct or remove it" if hint else cure)
             continue
         if name in hints and not fits(value, hints[name]):
             merged.add(place, *misfit(value, hints[name]))
@@ -71,7 +83,8 @@ def check_params(
         expected = name.endswith("_config")
         warnings += check_sections(value, place, merged, partial=False, expected=expected, keys=keys)
     for name, parameter in accepted.items():
-        if parameter.default is parameter.empty and name not in params and not partial:
+        required = parameter.default is parameter.empty and name not in supplied and not partial
+        if required and name not in params:
             cure = f"add '{name}:' there"
             merged.add((*path, name), f"missing; {name_of_class} needs it", cure, source=merged.origin(path))
     return warnings + _taken_by_no_module(cls, params, path)
@@ -103,6 +116,7 @@ def check_sections(
     partial: bool,
     expected: bool = False,
     keys: Sequence[str] = _SECTION_KEYS,
+    supplied: Collection[str] = (),
 ) -> list[str]:
     """Check every ``{target, params}`` section in `value`, a tree of mappings and lists found at `path`.
 
@@ -113,12 +127,13 @@ def check_sections(
         partial: whether the section's parent adds parameters to those in YAML.
         expected: whether `value` itself must be a section.
         keys: what a section may hold.
+        supplied: parameters that the code adds to `value` itself, so that they are not missing.
 
     Returns:
         Warnings about accepted parameters without effect.
     """
     if isinstance(value, Mapping) and "target" in value:
-        return _check_section(value, path, merged, partial=partial, keys=keys)
+        return _check_section(value, path, merged, partial=partial, keys=keys, supplied=supplied)
     if expected and isinstance(value, Mapping):
         merged.add(
             path, "has no 'target:'", "write target: module.Class and, under params:, what its constructor takes"
@@ -138,7 +153,13 @@ def check_sections(
 
 
 def _check_section(
-    section: Mapping[str, Any], path: KeyPath, merged: Merged, *, partial: bool, keys: Sequence[str]
+    section: Mapping[str, Any],
+    path: KeyPath,
+    merged: Merged,
+    *,
+    partial: bool,
+    keys: Sequence[str],
+    supplied: Collection[str],
 ) -> list[str]:
     for name in section:
         if name not in keys:
@@ -160,7 +181,7 @@ def _check_section(
         cure = "install the missing package (pip install .)"
         merged.add((*path, "target"), f"importing '{section['target']}' failed: {error}", cure)
         return []
-    return check_params(cls, params, (*path, "params"), merged, partial=partial)
+    return check_params(cls, params, (*path, "params"), merged, partial=partial, supplied=supplied)
 
 
 def _entry_keys(cls: Callable[..., Any]) -> Sequence[str]:

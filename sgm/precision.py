@@ -1,14 +1,25 @@
 """In which precision, and on which device, a run computes."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 import sgm.distributed
-from sgm.config import ConfigError, Problem, SamplingArgs
+from sgm.args import SamplingArgs
+from sgm.config import Config, ConfigError, Problem
 from sgm.util import PRECISIONS
 
 Precision = Literal["fp16", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """Whether one half precision is asked for (None: not said), and the key that says so."""
+
+    path: str
+    value: bool | None
 
 
 def resolve_precision(args: SamplingArgs, model_precision: Precision | None, device_type: str) -> torch.dtype:
@@ -26,16 +37,48 @@ def resolve_precision(args: SamplingArgs, model_precision: Precision | None, dev
     Raises:
         ConfigError: the flags contradict each other or the model, or the device cannot do it.
     """
+    flags = {name: _Flag(f"args.{name}", getattr(args, name)) for name in ("fp16", "bf16")}
+    return _resolve(flags, model_precision, device_type)
+
+
+def resolve_training_precision(config: Config, device_type: str) -> torch.dtype:
+    """Decide in which precision the network trains.
+
+    As in `resolve_precision`; ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` say the same as ``args.fp16``
+    and ``args.bf16``, and must not contradict them.
+
+    Args:
+        config: of a training run.
+        device_type: such as ``torch.device.type``.
+
+    Raises:
+        ConfigError: the flags contradict each other or the model, or the device cannot do it.
+    """
+    flags = {}
+    for name in ("fp16", "bf16"):
+        enabled = (config.deepspeed.get(name) or {}).get("enabled")
+        stated = [_Flag(f"args.{name}", getattr(config.args, name)), _Flag(f"deepspeed.{name}.enabled", enabled)]
+        given = [flag for flag in stated if flag.value is not None]
+        if len({flag.value for flag in given}) > 1:
+            first, second = (f"{flag.path} is {str(flag.value).lower()}" for flag in given)
+            cure = f"remove {given[1].path}, or make them equal"
+            raise ConfigError([Problem(given[0].path, "", f"{first}, but {second}", cure)])
+        flags[name] = (given or stated)[0]
+    return _resolve(flags, config.model.get("precision"), device_type)
+
+
+def _resolve(flags: Mapping[str, _Flag], model_precision: Precision | None, device_type: str) -> torch.dtype:
     if model_precision not in (None, *PRECISIONS):
         cure = f"give one of {', '.join(PRECISIONS)}, or null"
         raise ConfigError([Problem("model.precision", "", f"is {model_precision!r}", cure)])
-    flags = {"fp16": args.fp16, "bf16": args.bf16}
-    chosen = [name for name, flag in flags.items() if flag]
+    chosen = [name for name, flag in flags.items() if flag.value]
     if len(chosen) > 1:
-        cure = f"keep args.{model_precision if model_precision in flags else 'bf16'}=true only"
-        raise ConfigError([Problem("args.fp16", "", "fp16 and bf16 are both true", cure)])
+        keep = flags.get(model_precision or "", flags["bf16"])
+        raise ConfigError(
+            [Problem(flags["fp16"].path, "", "fp16 and bf16 are both true", f"keep {keep.path}=true only")]
+        )
     precision = chosen[0] if chosen else model_precision or "fp32"
-    if not chosen and flags.get(precision) is False:
+    if not chosen and precision in flags and flags[precision].value is False:
         precision = "fp32"
     if model_precision is not None and precision not in (model_precision, "fp32"):
         if (model_precision, precision) != ("fp32", "bf16"):
@@ -44,13 +87,13 @@ def resolve_precision(args: SamplingArgs, model_precision: Precision | None, dev
                 if precision == "fp16"
                 else "bf16's coarser mantissa is visible in its videos"
             )
+            path = flags[precision].path
             found = f"asks for {precision}, but the model was released in {model_precision}: {why}"
-            cure = f"remove args.{precision} (null follows the model)"
-            raise ConfigError([Problem(f"args.{precision}", "", found, cure)])
+            raise ConfigError([Problem(path, "", found, f"remove {path} (null follows the model)")])
     if precision == "fp16" and device_type == "cpu":
+        path = flags["fp16"].path
         found = "the network would run in fp16, which a CPU cannot do"
-        cure = "set args.fp16=false to run in fp32, or use an accelerator"
-        raise ConfigError([Problem("args.fp16", "", found, cure)])
+        raise ConfigError([Problem(path, "", found, f"set {path}=false to run in fp32, or use an accelerator")])
     return PRECISIONS[precision]
 
 

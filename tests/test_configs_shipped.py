@@ -6,17 +6,27 @@ from pathlib import Path
 import pytest
 
 from sgm.check import check_sampling, check_shapes
-from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
+from sgm.check_training import check_training_data
+from sgm.config import TRAINING_ARGS, ConfigError, SamplingArgs, load_config
+from sgm.deepspeed_config import engine_config
 from sgm.geometry import Geometry
+from sgm.precision import resolve_training_precision
 from sgm.util import instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RELEASED = sorted(path.stem for path in CONFIGS.glob("cogvideox*.yaml"))
-MODELS = [*RELEASED, "toy", "toy_i2v"]
+MODELS = [*RELEASED, "toy", "toy_i2v", "toy_lora"]
 
 
 def load(name: str, *more: str, overrides=()):
     return load_config([CONFIGS / f"{stem}.yaml" for stem in (name, *more)], overrides, mode="inference")
+
+
+def load_training(name: str):
+    # The one model whose size follows each image leaves the size of the clips to the user.
+    overrides = ["data.params.video_size=[768,1360]"] if name == "cogvideox1.5_5b_i2v" else []
+    bases = [CONFIGS / f"{stem}.yaml" for stem in (name, "toy_sft" if name.startswith("toy") else "sft")]
+    return load_config(bases, overrides, mode="train")
 
 
 def inference_of(name: str) -> str:
@@ -112,13 +122,70 @@ def test_published_values(name):
     assert guider == {"scale": 6, "exp": 5, "num_steps": 50}
 
 
-@pytest.mark.parametrize(("name", "rank"), [("cogvideox_2b", 128), ("cogvideox_5b", 128), ("cogvideox_5b_i2v", 256)])
-def test_lora_files_add_adapters_only(name, rank):
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("cogvideox_2b", {"r": 128}),
+        ("cogvideox_5b", {"r": 128}),
+        ("cogvideox_5b_i2v", {"r": 256}),
+        ("toy", {"r": 16, "lora_alpha": 16}),
+    ],
+)
+def test_lora_files_add_adapters_only(name, params):
     plain, lora = load(name).merged, load(f"{name}_lora").merged
     modules = lora["model"]["network_config"]["params"]["modules"]
-    assert modules.pop("lora_config") == {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": rank}}
+    assert modules.pop("lora_config") == {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
     assert lora["model"].pop("not_trainable_prefixes") == ["all"]
     assert lora == plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_can_be_trained_with_the_training_file(name):
+    config = load_training(name)
+    assert config.warnings == ()
+    network = config.model["network_config"]["params"]
+    assert check_training_data(config, Geometry.from_network(network)) == []
+    assert config.data["params"]["max_num_frames"] == network["num_frames"]
+    assert config.data["params"]["fps"] == config.args.sampling_fps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_runs_in_the_precision_of_the_model(name):
+    config = load_training(name)
+    dtype = resolve_training_precision(config, "accelerator")
+    engine = engine_config(config.deepspeed, world_size=1, dtype=dtype)
+    expected = config.model["precision"]
+    assert {half: engine[half]["enabled"] for half in ("fp16", "bf16")} == {
+        "fp16": expected == "fp16",
+        "bf16": expected == "bf16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"), [("cogvideox_5b", 1e-5), ("cogvideox_5b_lora", 5e-4), ("toy", 1e-3), ("toy_lora", 1e-3)]
+)
+def test_learning_rates_follow_what_trains(name, lr):
+    assert load_training(name).deepspeed["optimizer"]["params"]["lr"] == lr
+
+
+def test_a_size_that_only_the_image_decides_must_be_given():
+    with pytest.raises(ConfigError, match="data.params.video_size"):
+        load_config([CONFIGS / "cogvideox1.5_5b_i2v.yaml", CONFIGS / "sft.yaml"], mode="train")
+
+
+@pytest.mark.parametrize("name", ["sft", "toy_sft"])
+def test_the_commands_in_a_training_file_name_that_file(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    commands = re.findall(r"#   python train_video.py --base configs/(\S+).yaml (\S+)", text)
+    assert commands and {file for _, file in commands} == {f"configs/{name}.yaml"}
+    assert {model for model, _ in commands} <= {*MODELS}
+
+
+@pytest.mark.parametrize("name", ["sft", "toy_sft"])
+def test_sampling_takes_a_training_file_too(name):
+    model = "toy" if name.startswith("toy") else "cogvideox_5b"
+    warnings = load(model, name).warnings
+    assert len(warnings) == 2 and all(warning.startswith("no effect on sampling: ") for warning in warnings)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,18 +1,28 @@
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from sgm.config import ConfigError, load_config
+from sgm.config import ConfigError, TrainingArgs, load_config
 from sgm.config_targets import check_params, fits
 from sgm.util import InputError, instantiate_from_config
 from sgm.yaml_files import Merged
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "configs" / "toy.yaml"
+SFT = ROOT / "configs" / "toy_sft.yaml"
 GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def training(*overrides: str):
+    return load_config([TOY, SFT], overrides, mode="train")
+
+
+def training_complaint(*overrides: str) -> str:
+    return complaint([TOY, SFT], overrides, mode="train")
 
 
 def toy(*overrides: str, mode="inference"):
@@ -63,7 +73,7 @@ def test_overrides_win_and_are_yaml():
 
 def test_overrides_reach_into_lists_and_missing_sections():
     path = "model.conditioner_config.params.emb_models.0.params.model_dir"
-    config = toy(f"{path}=elsewhere", "data.params.fps=8", mode="train")
+    config = toy(f"{path}=elsewhere", "data.params.fps=8")
     assert config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] == "elsewhere"
     assert config.data == {"params": {"fps": 8}}
 
@@ -88,7 +98,7 @@ def test_references_between_keys(write):
 
 def test_numbers_in_scientific_notation(write):
     extra = write("deepspeed:\n  optimizer:\n    params:\n      lr: 1e-5\n      eps: 1.e-8\n")
-    params = load_config([TOY, extra], mode="train").deepspeed["optimizer"]["params"]
+    params = load_config([TOY, extra], mode="inference").deepspeed["optimizer"]["params"]
     assert params == {"lr": 1e-5, "eps": 1e-8}
 
 
@@ -120,7 +130,7 @@ def test_reference_model_files_load_unchanged_and_warn_by_name(name, caplog, mon
     assert any(".encoder_config.params.gather_norm has no effect" in warning for warning in config.warnings)
 
 
-REFERENCE_ARGS = """
+REFERENCE_TRAINING = """
 args:
   checkpoint_activations: True
   model_parallel_size: 1
@@ -146,12 +156,31 @@ data:
   params: {video_size: [480, 720], fps: 8, max_num_frames: 49, skip_frms_num: 3.}
 deepspeed:
   train_micro_batch_size_per_gpu: 2
+  gradient_accumulation_steps: 1
+  steps_per_print: 50
+  gradient_clipping: 0.1
+  zero_optimization:
+    stage: 2
+    cpu_offload: false
+    contiguous_gradients: false
+    overlap_comm: true
+    reduce_scatter: true
+    reduce_bucket_size: 1000000000
+    allgather_bucket_size: 1000000000
+    load_from_fp32_weights: false
+  zero_allow_untested_optimizer: true
+  bf16: {enabled: True}
   fp16: {enabled: False}
+  optimizer:
+    type: sat.ops.FusedEmaAdam
+    params: {lr: 0.00001, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 1e-4}
+  activation_checkpointing: {partition_activations: false, contiguous_memory_optimization: false}
+  wall_clock_breakdown: false
 """
 
 
 def test_training_keys_are_known_to_sampling_and_warn_in_one_line(write):
-    config = load_config([TOY, write(REFERENCE_ARGS)], mode="inference")
+    config = load_config([TOY, write(REFERENCE_TRAINING)], mode="inference")
     assert config.args.load == "somewhere"
     lines = [warning for warning in config.warnings if "args.train_iters" in warning]
     assert len(lines) == 1
@@ -160,8 +189,20 @@ def test_training_keys_are_known_to_sampling_and_warn_in_one_line(write):
 
 
 def test_training_reports_their_placeholders(write):
-    text = complaint([TOY, write(REFERENCE_ARGS)], mode="train")
-    assert "args.train_data.0 (" in text and "{your train data path}" in text
+    text = complaint([TOY, write(REFERENCE_TRAINING)], mode="train")
+    assert "args.train_data.0 (" in text and "{your train data path}" in text and "2 problems" in text
+
+
+def test_a_reference_training_file_loads_once_its_placeholders_are_filled(write):
+    text = re.sub(r"\{your .* path\}", "disney", REFERENCE_TRAINING)
+    config = load_config([ROOT / "configs" / "cogvideox_5b.yaml", write(text)], mode="train")
+    assert config.warnings == ()
+    assert isinstance(config.args, TrainingArgs)
+    assert config.args.train_data == config.args.valid_data == ("disney",)
+    assert config.args.split == "1,0,0" and config.args.checkpoint_activations is True
+    assert config.data["params"]["skip_frms_num"] == 3
+    assert config.deepspeed["optimizer"]["params"]["eps"] == 1e-8
+    assert config.deepspeed["bf16"] == {"enabled": True}
 
 
 def test_interpolation_is_accepted_on_network_and_mixin():
@@ -414,7 +455,8 @@ def test_dangling_references(write):
 
 @pytest.mark.parametrize("mode", ["inference", "train"])
 def test_loss_scale_outside_fp16(write, mode):
-    text = complaint([TOY, write("deepspeed:\n  fp16: {enabled: true}\n  loss_scale: 0\n")], mode=mode)
+    text = complaint([TOY, SFT, write("deepspeed:\n  fp16: {enabled: true}\n  loss_scale: 0\n")], mode=mode)
+    assert "1 problem " in text
     assert "deepspeed.loss_scale" in text and "deepspeed.fp16.loss_scale" in text
 
 
@@ -427,6 +469,82 @@ def test_errors_are_input_errors():
     with pytest.raises(InputError) as caught:
         toy("args.seed=x")
     assert caught.value.exit_code == 2
+
+
+# Training
+
+
+def test_a_training_run_is_typed_and_complete():
+    config = training("args.epochs=2", "args.train_iters=null", "args.train_data=elsewhere")
+    assert isinstance(config.args, TrainingArgs) and config.args.mode == "finetune"
+    assert config.args.train_data == ("elsewhere",) and config.args.epochs == 2
+    assert config.args.load == "assets/toy/transformer", "the keys of sampling hold as well"
+    assert config.deepspeed["gradient_accumulation_steps"] == 1
+    assert "gradient_accumulation_steps" not in config.merged["deepspeed"], "the digest is that of the files"
+
+
+@pytest.mark.parametrize(
+    ("override", "cure"),
+    [
+        ("args.mode=inference", "one of finetune, pretrain"),
+        ("args.train_iters=0", "at least 1"),
+        ("args.warmup=1.5", "0 to 1"),
+        ("args.warmup=-0.1", "0 to 1"),
+        ("args.ema_decay=2", "0 to 1"),
+        ("args.train_data_weights=[-1]", "at least 0"),
+        ("args.train_data=3", "a list, each entry text"),
+        ("args.lr_decay_style=linea", "one of linear, cosine, constant, exponential"),
+        ("args.lr=1", "deepspeed.optimizer.params.lr"),
+        ("args.weight_decay=1", "deepspeed.optimizer.params.weight_decay"),
+        ("args.clip_grad=1", "deepspeed.gradient_clipping"),
+        ("args.zero_stage=1", "deepspeed.zero_optimization.stage"),
+        ("args.gradient_accumulation_steps=1", "deepspeed.gradient_accumulation_steps"),
+        ("args.checkpoint_num_layers=2", "args.checkpoint_activations"),
+        ("args.train_itres=2", "did you mean 'train_iters'"),
+        ("args.load=null", "args.mode=pretrain"),
+        ("deepspeed.gradient_clip=1", "did you mean 'gradient_clipping'"),
+        ("data.params.fsp=8", "did you mean 'fps'"),
+        ("data.params.data_dir=x", "args.train_data"),
+        ("data.params.video_size=null", "a list of 2"),
+        ("data.target=data_video.SFTDatase", "did you mean 'SFTDataset'"),
+    ],
+)
+def test_wrong_values_in_training(override, cure):
+    text = training_complaint(override)
+    assert text.startswith("1 problem in")
+    assert f"{override.split('=')[0]} (" in text and cure in text and f"command line: {override}" in text
+
+
+def test_everything_wrong_with_a_training_run_is_reported_at_once(write):
+    path = write("args: {save_intervall: 1}\ndata: {}\ndeepspeed: {scheduler: {}, zero_optimization: {stage: 5}}\n")
+    text = complaint([TOY, path], mode="train")
+    paths = ["args.save_intervall", "args.train_iters", "args.train_data"]
+    paths += ["data", "deepspeed.scheduler", "deepspeed.zero_optimization.stage"]
+    for name in paths:
+        assert f"  - {name} (" in text
+    assert "6 problems" in text
+
+
+def test_a_wrong_value_has_no_consequences():
+    assert "1 problem " in training_complaint("args.train_iters=many")
+    assert "1 problem " in training_complaint("args.train_data={}")
+
+
+def test_no_data_section():
+    text = complaint([TOY], ["args.train_data=x", "args.train_iters=1"], mode="train")
+    assert "1 problem " in text and "there is no data section" in text and "configs/sft.yaml" in text
+
+
+def test_keys_for_sat_without_effect_warn_with_the_reason():
+    config = training("args.block_size=10", "args.checkpoint_num_layers=1", "args.distributed_backend=nccl")
+    assert len(config.warnings) == 2
+    assert "args.block_size has no effect: " in config.warnings[0]
+    assert "args.distributed_backend has no effect: the device decides" in config.warnings[1]
+
+
+def test_keys_of_an_evaluation_that_is_off_warn_in_one_line():
+    config = training("args.eval_interval=null", "args.eval_batch_size=2")
+    assert config.warnings == ("no effect without args.eval_interval: args.valid_prompts, args.eval_batch_size",)
 
 
 # Signatures
@@ -470,6 +588,13 @@ def test_mappings_that_a_class_parses_itself():
 )
 def test_what_fits_an_annotation(value, hint, expected):
     assert fits(value, hint) is expected
+
+
+def test_parameters_that_the_code_supplies_are_not_missing():
+    for supplied, missing in [((), ["x.params.options"]), (("options",), [])]:
+        merged = Merged()
+        check_params(_Host, {}, ("x", "params"), merged, supplied=supplied)
+        assert [problem.path for problem in merged.problems] == missing
 
 
 def test_what_is_checked_can_be_built():

@@ -1,0 +1,57 @@
+"""What must hold between the data that a training run asks for and the network that it trains."""
+
+import inspect
+from typing import Any
+
+from sgm.config import Config, Problem
+from sgm.geometry import Geometry
+from sgm.util import get_obj_from_str
+
+_DATA = "data.params"
+
+
+def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
+    """Hold the frame count and the size of the clips against what the network can take.
+
+    A data set of one's own may lack these parameters; then they are not judged.
+
+    Args:
+        config: of a training run.
+        geometry: of its network.
+
+    Returns:
+        What does not fit, with the nearest legal values.
+    """
+    signature = inspect.signature(get_obj_from_str(config.data["target"]))
+    defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
+    params = defaults | (config.data.get("params") or {})
+    return [
+        *_frame_problems(params.get("max_num_frames"), geometry),
+        *_size_problems(params.get("video_size"), geometry),
+    ]
+
+
+def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
+    legal = geometry.legal_frames()
+    if frames is None or frames in legal:
+        return []
+    closest = min(legal, key=lambda count: abs(count - frames))
+    step = geometry.time_compression * geometry.patch_size[0]
+    cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
+    if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
+        cure += f"; rotary positions have no end, so model.network_config.params.num_frames={frames} allows it"
+    return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network cannot take", cure)]
+
+
+def _size_problems(size: Any, geometry: Geometry) -> list[Problem]:
+    if size is None or geometry.size_is_legal(*size):
+        return []
+    best, steps, most = geometry.nearest_size(*size), geometry.size_steps, geometry.max_size
+    legal = (
+        f"the {geometry.positions} positions of this network fit that size only"
+        if geometry.fixed_size
+        else f"height: multiples of {steps[0]} up to {most[0]}, width: multiples of {steps[1]} up to {most[1]}"
+    )
+    found = f"{size[0]}x{size[1]} (height x width) is no size that the network can take"
+    cure = f"nearest legal: {_DATA}.video_size=[{best[0]},{best[1]}]; {legal}"
+    return [Problem(f"{_DATA}.video_size", "", found, cure)]
