@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sgm.adapters import read_adapter_info
 from sgm.checkpoint import check_autoencoder, check_network, find_weights
 from sgm.config import Config, ConfigError, Problem, SamplingArgs
 from sgm.geometry import Geometry
@@ -129,19 +130,19 @@ def _listed(numbers: list[int]) -> str:
 def check_files(config: Config) -> list[Problem]:
     """Look for every file and folder that sampling will read or write; return what is missing or unusable."""
     args, problems = config.args, []
-    if args.load is None:
+    if args.load is None and config.mode == "inference":  # training from nothing needs none
         cure = "add args.load=<folder that holds 'latest'>; the README says how checkpoints must look"
         problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
-    else:
+    elif args.load is not None:
         cure = "set args.load; the README says how checkpoints must look"
-        problems += _tried("args.load", cure, partial(find_weights, args.load))
+        problems += tried("args.load", cure, partial(find_weights, args.load))
     if args.input_type == "txt" and args.input_file is not None:
         cure = "correct args.input_file: a text file with a prompt a line"
         if not Path(args.input_file).is_file():
             problems.append(Problem("args.input_file", "", f"there is no file '{args.input_file}'", cure))
     vae = config.model.get("first_stage_config")
     if vae is not None and not (args.only_save_latents and not config.model.get("noised_image_input")):
-        path, weights = "model.first_stage_config.params.ckpt_path", _params(vae).get("ckpt_path")
+        path, weights = "model.first_stage_config.params.ckpt_path", params_of(vae).get("ckpt_path")
         if not Path(str(weights)).is_file():
             found = "the VAE has no weights" if weights is None else f"there is no file '{weights}'"
             cure = f"set {path} to the VAE's weights, which come as vae/3d-vae.pt"
@@ -149,15 +150,15 @@ def check_files(config: Config) -> list[Problem]:
     if config.model.get("conditioner_config") is not None:
         path = "model.conditioner_config"
         cure = "set model_dir there to the folder of this model's T5"
-        problems += _tried(path, cure, partial(_check_text_encoder, config))
+        problems += tried(path, cure, partial(_check_text_encoder, config))
     return problems
 
 
 def _check_text_encoder(config: Config) -> None:
     conditioner = instantiate_from_config(config.model["conditioner_config"])
     conditioner.check()
-    modules = _params(config.model.get("network_config")).get("modules") or {}
-    wanted = _params(modules.get("patch_embed_config")).get("text_hidden_size")
+    modules = params_of(config.model.get("network_config")).get("modules") or {}
+    wanted = params_of(modules.get("patch_embed_config")).get("text_hidden_size")
     sizes = [embedder.embed_dim for embedder in conditioner.embedders if hasattr(embedder, "embed_dim")]
     if sizes and wanted is not None and sum(sizes) != wanted:
         raise InputError(
@@ -166,12 +167,12 @@ def _check_text_encoder(config: Config) -> None:
         )
 
 
-def _params(section: Any) -> Mapping[str, Any]:
+def params_of(section: Any) -> Mapping[str, Any]:
     """Return the parameters of a ``{target, params}`` section that may be missing."""
     return (section or {}).get("params") or {}
 
 
-def _tried(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
+def tried(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
     """Run `check`; return its complaint, if any, as the problem at `path`."""
     try:
         check()
@@ -184,17 +185,17 @@ def _tried(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
 
 def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     """Hold the parts of the model against each other: text encoder, network, VAE; return what does not fit."""
-    modules = _params(config.model.get("network_config")).get("modules") or {}
+    modules = params_of(config.model.get("network_config")).get("modules") or {}
     positions = "modules.pos_embed_config.params.text_length"
-    text_length = _params(modules.get("pos_embed_config")).get("text_length")
+    text_length = params_of(modules.get("pos_embed_config")).get("text_length")
     pairs = []
-    for index, embedder in enumerate(_params(config.model.get("conditioner_config")).get("emb_models") or []):
+    for index, embedder in enumerate(params_of(config.model.get("conditioner_config")).get("emb_models") or []):
         path = f"model.conditioner_config.params.emb_models.{index}.params.max_length"
-        pairs.append((path, _params(embedder).get("max_length"), f"{_NETWORK}.{positions}", text_length))
-    vae = _params(config.model.get("first_stage_config"))
+        pairs.append((path, params_of(embedder).get("max_length"), f"{_NETWORK}.{positions}", text_length))
+    vae = params_of(config.model.get("first_stage_config"))
     for part in ("encoder_config", "decoder_config"):
         path = f"model.first_stage_config.params.{part}.params.z_channels"
-        channels = _params(vae.get(part)).get("z_channels")
+        channels = params_of(vae.get(part)).get("z_channels")
         pairs.append((path, channels, f"{_NETWORK}.out_channels", geometry.out_channels))
     problems = [
         Problem(path, "", f"is {value}, but {other_path} is {other}", "make them equal, as in the shipped model files")
@@ -215,9 +216,9 @@ def _inspect(config: Config) -> tuple[dict[str, Any], list[Problem]]:
 
     def collect(name: str, path: str, work: Callable[[], Any]) -> None:
         cure = "correct it, in the file or on the command line"
-        problems.extend(_tried(path, cure, lambda: facts.update({name: work()})))
+        problems.extend(tried(path, cure, lambda: facts.update({name: work()})))
 
-    collect("geometry", _NETWORK, lambda: Geometry.from_network(_params(config.model["network_config"])))
+    collect("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
     if "geometry" in facts:
         collect("plan", "args", lambda: check_sampling(args, facts["geometry"]))
         problems += check_shapes(config, facts["geometry"])
@@ -245,7 +246,8 @@ def dry_run(config: Config) -> str:
     for part, section in config.model.items():
         if isinstance(section, Mapping) and "target" in section and part != "conditioner_config":
             build = partial(_build, config, counts, part, section)
-            problems += _tried(f"model.{part}", "correct it in the model's YAML file", build)
+            weights = ", or give other weights (args.load, args.base)" if part == "network_config" else ""
+            problems += tried(f"model.{part}", f"correct it in the model's YAML file{weights}", build)
     if problems:
         raise ConfigError(config.located(problems))
     return _report(config, facts, counts)
@@ -261,7 +263,7 @@ def _missing_sections(config: Config) -> Iterator[Problem]:
             cure = "take it from a shipped model configuration"
             yield Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure)
     conditioner = config.model.get("conditioner_config")
-    if conditioner is not None and not _params(conditioner).get("emb_models"):
+    if conditioner is not None and not params_of(conditioner).get("emb_models"):
         path = "model.conditioner_config.params.emb_models"
         yield Problem(path, "", "is empty, so that no prompt can be read", "take it from a shipped model configuration")
 
@@ -274,8 +276,8 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
         built: Any = instantiate_from_config(section)
     if large:
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
-    if part == "network_config" and args.load is not None and not _tried("", "", partial(find_weights, args.load)):
-        check_network(built, args.load, allow_missing_adapters=args.force_inference)
+    if part == "network_config" and args.load is not None and not tried("", "", partial(find_weights, args.load)):
+        check_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
     elif part == "first_stage_config" and Path(str(built.ckpt_path)).is_file():
         check_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
     elif part == "sampler_config":
@@ -289,14 +291,20 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
 
 def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     geometry, plan, args = facts["geometry"], facts["plan"], config.args
-    network, sampler = _params(config.model["network_config"]), _params(config.model.get("sampler_config"))
-    guidance = default(args.guidance_scale, _params(sampler.get("guider_config")).get("scale"))
+    network, sampler = params_of(config.model["network_config"]), params_of(config.model.get("sampler_config"))
+    guidance = default(args.guidance_scale, params_of(sampler.get("guider_config")).get("scale"))
     size = "the image's shape" if plan.size is None else f"{plan.size[0]}x{plan.size[1]}"
     steps, most = geometry.size_steps, geometry.max_size
     legal_sizes = f"height multiples of {steps[0]} up to {most[0]}, width multiples of {steps[1]} up to {most[1]}"
+    info = read_adapter_info(args.load) if args.load else None
+    lora = {}
+    if info is not None:
+        layers = f"{len(info.layers)} of {network['num_layers']} layers"
+        lora["LoRA"] = f"rank {info.rank}, alpha {info.alpha:g}, {layers}; trained on {default(args.base, info.base)}"
     rows = {
         "configuration": f"{' + '.join(config.bases)} (digest {config.digest[:12]})",
         "weights": str(find_weights(args.load)) if args.load else "none",
+        **lora,
         "network": f"{counts['network_config']:,} parameters, {network['num_layers']} layers, "
         f"hidden size {network['hidden_size']}, {geometry.positions} positions",
         "VAE": f"{counts['first_stage_config']:,} parameters" if "first_stage_config" in counts else "none",

@@ -1,4 +1,4 @@
-"""Weights in the SAT layout or as safetensors: found, checked strictly, put into a network, and saved.
+"""Weights in the SAT layout or as safetensors: checked strictly, put into a network, and saved.
 
 The SAT checkpoint format of a network (more in docs/checkpoints.md)::
 
@@ -6,29 +6,31 @@ The SAT checkpoint format of a network (more in docs/checkpoints.md)::
     DIR/1000/mp_rank_00_model_states.pt         {"module": {"model.diffusion_model.<name>": tensor}}
 
 and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may take the
-place of either file. Shapes: `D` hidden size, `C` input channels, ``(pt, p, p)`` patch along time, height and width.
-Reading and writing stand in one file, longer than others, because they must agree on every name and shape.
+place of either file. LoRA training saves the adapters alone and says in a further entry, "lora", what they belong to.
 """
 
+import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sgm.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
-from sgm.files import atomic_file, read_tensors
-from sgm.log import get_logger
-from sgm.util import InputError, RunError
+from sgm.adapters import ENTRY, AdapterInfo, adapter_layer, is_adapter
+from sgm.architecture import PATCH_WEIGHT
+from sgm.files import WEIGHTS, atomic_file, find_weights, read_tensors
+from sgm.util import RunError
+from sgm.weights_match import PREFIX, Match, match_autoencoder, match_network
 
 __all__ = [
     "LoadReport",
     "atomic_file",
+    "check_autoencoder",
+    "check_network",
     "find_weights",
     "load_autoencoder",
     "load_network",
@@ -36,18 +38,8 @@ __all__ = [
     "released_layout",
     "save_autoencoder",
     "save_network",
+    "write_latest",
 ]
-
-logger = get_logger(__name__)
-
-PREFIX = "model.diffusion_model."
-WEIGHTS = "mp_rank_00_model_states"
-# Tables that SAT's transformer creates and that no forward pass of this network reads: a file may hold them or not.
-UNUSED_TABLES = ("transformer.word_embeddings.weight", "transformer.position_embeddings.weight")
-
-_RECOMPUTED = re.compile(r"^mixins\.pos_embed\.freqs_(sin|cos)$")
-_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
-_WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -56,10 +48,13 @@ class LoadReport:
 
     Attributes:
         path: the file.
-        num_tensors: tensors that the module took from the file.
-        file_dtype: their dtypes in the file, e.g. ``"bfloat16"``.
+        num_tensors: tensors that the module took from the file and its base.
+        file_dtype: their dtypes there, e.g. ``"bfloat16"``.
         dropped: names that the file holds and the module does without, by reason.
         fresh_adapters: LoRA matrices that the file does not hold and that were initialised.
+        missing: other tensors that the file does not hold and that kept their values.
+        base: the file that the rest came from, where `path` holds adapters alone.
+        warnings: what the user should know, for the caller to log.
     """
 
     path: Path
@@ -67,68 +62,29 @@ class LoadReport:
     file_dtype: str
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fresh_adapters: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    base: Path | None = None
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return one line for the log."""
-        parts = [f"loaded {self.num_tensors:,} tensors ({self.file_dtype}) from {self.path}"]
+        on_base = f" on the base {self.base}" if self.base else ""
+        parts = [f"loaded {self.num_tensors:,} tensors ({self.file_dtype}) from {self.path}{on_base}"]
         parts += [f"left out {len(names):,} {reason}" for reason, names in self.dropped.items()]
         if self.fresh_adapters:
             parts.append(f"initialised {len(self.fresh_adapters):,} LoRA matrices that the file does not hold")
         return "; ".join(parts)
 
 
-def find_weights(load: str | Path) -> Path:
-    """Return the weights file that `load` means.
-
-    Args:
-        load: a file, a folder with ``latest``, or the folder of one iteration.
-
-    Raises:
-        InputError: there is none; the message names what is there and what to do.
-    """
-    load = Path(load)
-    if load.is_file():
-        return load
-    if not load.is_dir():
-        raise InputError(f"there is no checkpoint at {load}; give a weights file, or the folder that holds 'latest'")
-    if (load / f"{WEIGHTS.replace('00', '01')}.pt").exists():
-        raise InputError(f"{load} was saved by a tensor-parallel run, in several files; merge them with SAT first")
-    for suffix in (".pt", ".safetensors"):
-        if (load / (WEIGHTS + suffix)).is_file():
-            return load / (WEIGHTS + suffix)
-    return _latest_weights(load)
-
-
-def _latest_weights(folder: Path) -> Path:
-    """Follow ``latest``."""
-    names = {file.parent.name for file in folder.glob(f"*/{WEIGHTS}.*")}
-    iterations = sorted(names, key=lambda name: (len(name), name))  # 500 before 1000
-    present = f"; iterations here: {', '.join(iterations)}" if iterations else "; there is no iteration folder"
-    latest = folder / "latest"
-    if not latest.is_file():
-        if iterations:
-            cure = f"name the one to load: echo {iterations[-1]} > {latest}"
-        elif (folder / "transformer").is_dir():
-            cure = f"give {folder / 'transformer'}"
-        else:
-            cure = f"expected {folder}/<iteration>/{WEIGHTS}.pt and a file 'latest' with <iteration> in it"
-        raise InputError(f"{folder} has no file 'latest'{present}; {cure}")
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not name or not (folder / name).is_dir():
-        problem = f"names the folder '{name}', which does not exist" if name else "is empty"
-        raise InputError(f"{latest} {problem}{present}; write the name of an iteration folder into it")
-    if name not in iterations:
-        raise InputError(f"{folder / name} has no {WEIGHTS}.pt or .safetensors{present}; complete it, or edit {latest}")
-    return find_weights(folder / name)
-
-
 def load_network(
     network: nn.Module,
     path: str | Path,
     *,
+    base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     allow_missing_adapters: bool = True,
+    allow_missing: bool = False,
     generator: torch.Generator | None = None,
 ) -> LoadReport:
     """Put the weights of a file into a diffusion transformer, by replacing its parameters one by one.
@@ -138,64 +94,52 @@ def load_network(
 
     The patch projection may have the shape [D, C, p, p] or [D, C·p·p] on either side. A file without LoRA loads into
     a network with LoRA: the adapters then start without effect (A uniform as in He et al. 2015 with a = √5, B zero).
+    Where a file holds adapters alone, everything else comes from their base, whose digest must be the recorded one.
 
     Args:
         network: has the parameter names of the SAT checkpoint format.
-        path: what :func:`find_weights` understands.
+        path: what :func:`sgm.files.find_weights` understands.
+        base: the same, for adapters that come alone; without it, the path that their file records.
         dtype: of floating-point tensors; each parameter keeps its own without it.
         device: where the parameters go; each stays where it is without it.
         allow_missing_adapters: whether a file without LoRA may be loaded into a network with LoRA.
+        allow_missing: whether tensors that the file lacks may keep their values. The network then needs memory.
         generator: CPU generator that the A matrices are drawn from; torch's default one without it.
 
     Raises:
-        InputError: a tensor is missing, unexpected, or of another shape.
+        InputError: a tensor is missing, unexpected, or of another shape, or the base is not found or another one.
+        ValueError: a tensor should keep its value and has none, since the network was built without memory.
     """
-    match = _match(network, path, allow_missing_adapters)
-    wanted, held, fresh, blank = match.wanted, match.held, match.fresh, match.blank
-    for name, old in wanted.items():
-        if name in fresh:
+    match = match_network(
+        network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing
+    )
+    empty = [name for name in match.missing if match.wanted[name].is_meta]
+    if empty:
+        raise ValueError(
+            f"{match.path} lacks {sorted(empty)[:5]}, which have no value yet: build the network in memory"
+        )
+    for name, old in match.wanted.items():
+        if name in match.fresh:
             value = _initial_adapter(name, old, generator)
+        elif name in match.blank:
+            value = torch.zeros(old.shape)
         else:
-            value = torch.zeros(old.shape) if name in blank else held[name]
+            value = old if name in match.missing else match.held[name]
         _replace(network, name, value, dtype=dtype, device=device)
     _require_real(network)
-    return _report(match.path, held, match.dropped, tuple(name for name in wanted if name in fresh))
+    return _report(match)
 
 
-def check_network(network: nn.Module, path: str | Path, *, allow_missing_adapters: bool = True) -> None:
-    """Raise what :func:`load_network` would raise, having read names and shapes only."""
-    _match(network, path, allow_missing_adapters)
-
-
-@dataclass(frozen=True)
-class _Match:
-    """Which tensor of a file goes where; see :func:`load_network`."""
-
-    path: Path
-    wanted: dict[str, torch.Tensor]
-    held: dict[str, torch.Tensor]
-    dropped: dict[str, tuple[str, ...]]
-    fresh: set[str] = field(default_factory=set)
-    blank: set[str] = field(default_factory=set)
-
-
-def _match(network: nn.Module, path: str | Path, allow_missing_adapters: bool) -> _Match:
-    """Hold a file against a network; the tensors are mapped, not read."""
-    path = find_weights(path)
-    content = read_tensors(path)
-    wanted = _targets(network)
-    held, dropped = _network_part(path, content, wanted)
-    adapters = {name for name in wanted if _ADAPTER.search(name)}
-    # An adapter set is complete or absent; a part of it comes from another layer_range and is reported as missing.
-    fresh = set() if adapters & held.keys() else adapters
-    if fresh and not allow_missing_adapters:
-        raise InputError(
-            f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it, or "
-            "args.force_inference=true to sample the base model"
-        )
-    blank = {name for name in UNUSED_TABLES if name in wanted and name not in held}
-    _check(path, {name: tensor for name, tensor in wanted.items() if name not in fresh | blank}, held)
-    return _Match(path, wanted, held, dropped, fresh, blank)
+def check_network(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    allow_missing_adapters: bool = True,
+    allow_missing: bool = False,
+) -> None:
+    """Raise the InputError that :func:`load_network` would raise, having read names, shapes and digests only."""
+    match_network(network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing)
 
 
 def load_autoencoder(
@@ -218,108 +162,16 @@ def load_autoencoder(
     Raises:
         InputError: a tensor is missing, unexpected, or of another shape.
     """
-    match = _match_autoencoder(vae, Path(path), ignore_keys)
+    match = match_autoencoder(vae, Path(path), ignore_keys=ignore_keys)
     for name in match.wanted:
         _replace(vae, name, match.held[name], dtype=dtype, device=device)
     _require_real(vae)
-    return _report(match.path, match.held, match.dropped, ())
+    return _report(match)
 
 
 def check_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence[str] = ()) -> None:
     """Raise what :func:`load_autoencoder` would raise, having read names and shapes only."""
-    _match_autoencoder(vae, Path(path), ignore_keys)
-
-
-def _match_autoencoder(vae: nn.Module, path: Path, ignore_keys: Sequence[str]) -> _Match:
-    """Hold a file against an autoencoder; the tensors are mapped, not read."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; ckpt_path of the autoencoder names its file, e.g. {path / '3d-vae.pt'}")
-    content = read_tensors(path)
-    wanted = _targets(vae)
-    ignored = tuple(name for name in content if name.startswith(("loss.", *ignore_keys)))
-    held = {name: tensor for name, tensor in content.items() if name not in ignored}
-    _check(path, wanted, held)
-    return _Match(path, wanted, held, {"ignored tensors": ignored} if ignored else {})
-
-
-def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint of `module` holds: its parameters and persistent buffers."""
-    return dict(module.state_dict(keep_vars=True))
-
-
-def _network_part(
-    path: Path, content: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, ...]]]:
-    """Return the tensors of a file in the names and layout of the network, and the names left out, by reason."""
-    held = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
-    if not held:
-        raise InputError(f"{path} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; {_guess(content)}")
-    others = tuple(name for name in content if not name.startswith(PREFIX))
-    recomputed = tuple(name for name in held if _RECOMPUTED.match(name))
-    unused = tuple(
-        name
-        for name in UNUSED_TABLES
-        if name in held and (name not in wanted or wanted[name].shape != held[name].shape)
-    )
-    for name in recomputed + unused:
-        del held[name]
-    for name in wanted:
-        plain = _WRAPPED.sub(r".\1", name)
-        if name not in held and plain in held:
-            held[name] = held.pop(plain)
-    if PATCH_WEIGHT in held and PATCH_WEIGHT in wanted:
-        held[PATCH_WEIGHT] = _patch_as(wanted[PATCH_WEIGHT], held[PATCH_WEIGHT])
-    dropped = {"tensors of other parts": others, "recomputed tables": recomputed, "unused tables": unused}
-    return held, {reason: names for reason, names in dropped.items() if names}
-
-
-def _guess(content: Mapping[str, torch.Tensor]) -> str:
-    """Return what a file that is not a network in the SAT layout may be."""
-    if any(name.startswith("transformer_blocks.") for name in content):
-        return "it is a transformer in the diffusers layout; convert it to the SAT layout first"
-    if any(name.startswith(("encoder.", "decoder.")) for name in content):
-        return "it is an autoencoder: first_stage_config.params.ckpt_path names it, args.load names the transformer"
-    return "give the transformer's weights in the SAT layout (docs/checkpoints.md)"
-
-
-def _patch_as(wanted: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Give the patch projection of a file the network's layout: [D, C, p, p] and [D, C·p·p] hold the same order."""
-    same = {wanted.ndim, held.ndim} == {2, 4} and (held.shape[0], held.numel()) == (wanted.shape[0], wanted.numel())
-    return held.reshape(wanted.shape) if same else held
-
-
-def _check(path: Path, wanted: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:
-    """Raise InputError unless a file holds the wanted names in the wanted shapes, and nothing else."""
-    file_shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-    own_shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    built, found = describe_architecture(own_shapes), describe_architecture(file_shapes)
-    lora = [name for name in held if _ADAPTER.search(name)]
-    if lora and found and not any(_ADAPTER.search(name) for name in wanted):
-        raise InputError(
-            f"{path} holds LoRA matrices (rank {found.lora_rank}), e.g. {lora[0]}, and the configuration "
-            f"has no lora_config; {found.config_hint()}"
-        )
-    problems = [
-        f"{name} has the shape {file_shapes[name]} in the file, expected {shape}"
-        for name, shape in own_shapes.items()
-        if name in file_shapes and file_shapes[name] != shape
-    ]
-    missing = [f"{name} {shape} is missing" for name, shape in own_shapes.items() if name not in file_shapes]
-    unexpected = [f"{name} {shape} is unexpected" for name, shape in file_shapes.items() if name not in own_shapes]
-    if not problems and not missing and not unexpected:
-        return
-    lines = [f"{path} does not fit the configured network:"]
-    for group in (problems, missing, unexpected):
-        lines += [f"  {line}" for line in group[:4]]
-        lines += [f"  ... and {len(group) - 4:,} more of this kind"] if len(group) > 4 else []
-    if POSITION_TABLE in file_shapes and file_shapes[POSITION_TABLE] != own_shapes.get(POSITION_TABLE):
-        lines.append(
-            "  (rows of a position table = text_length + patches of num_frames x latent_height x latent_width)"
-        )
-    if built and found:
-        lines.append(f"the configuration builds: {built}")
-        lines.append(f"the file holds: {found}; {found.config_hint()}")
-    raise InputError("\n".join(lines))
+    match_autoencoder(vae, Path(path), ignore_keys=ignore_keys)
 
 
 def _initial_adapter(name: str, old: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -364,14 +216,28 @@ def _require_real(module: nn.Module) -> None:
         raise RunError(f"built without memory and not filled by the checkpoint: {', '.join(left[:5])}")
 
 
-def _report(
-    path: Path,
-    held: Mapping[str, torch.Tensor],
-    dropped: Mapping[str, tuple[str, ...]],
-    fresh_adapters: tuple[str, ...],
-) -> LoadReport:
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in held.values()})
-    return LoadReport(path, len(held), " and ".join(dtypes), dropped, fresh_adapters)
+def _report(match: Match) -> LoadReport:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in match.held.values()})
+    missing = tuple(name for name in match.wanted if name in match.missing)
+    return LoadReport(
+        path=match.path,
+        num_tensors=len(match.held),
+        file_dtype=" and ".join(dtypes),
+        dropped=match.dropped,
+        fresh_adapters=tuple(name for name in match.wanted if name in match.fresh),
+        missing=missing,
+        base=match.base,
+        warnings=tuple(_warnings(match, missing)),
+    )
+
+
+def _warnings(match: Match, missing: Sequence[str]) -> Iterable[str]:
+    grown = [tensor for name, tensor in match.held.items() if is_adapter(name) and ".matrix_B." in name]
+    if grown and not any(bool(tensor.any()) for tensor in grown):
+        yield f"the adapters in {match.path} have no effect: every matrix B is zero, as before any training"
+    if missing:
+        more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
+        yield f"{match.path} lacks {len(missing):,} tensors, which keep their values: {', '.join(missing[:10])}{more}"
 
 
 def released_layout(state_dict: Mapping[str, torch.Tensor], patch_size: int | Sequence[int]) -> dict[str, torch.Tensor]:
@@ -397,31 +263,59 @@ def save_network(
     *,
     patch_size: int | Sequence[int],
     file_format: Literal["pt", "safetensors"] = "pt",
+    adapters: AdapterInfo | None = None,
+    latest: bool = True,
 ) -> Path:
     """Save a network in the SAT layout; ``latest`` names it once everything is on the disk.
 
     Args:
         folder: gets ``<iteration>/mp_rank_00_model_states.pt`` and ``latest``.
         iteration: name of the iteration folder.
-        network: the network, or its tensors by the network's own names.
+        network: the network, or tensors by the network's own names: all of them, or its adapters alone.
         patch_size: see :func:`released_layout`.
         file_format: ``"pt"`` or ``"safetensors"``.
+        adapters: description of the adapters among the tensors, which the file keeps; needed for adapters alone.
+        latest: whether ``latest`` moves here; otherwise :func:`write_latest` can move it later.
 
     Returns:
         The weights file.
 
     Raises:
         RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
+        ValueError: `adapters` and the tensors do not fit each other.
     """
     tensors = released_layout(network.state_dict() if isinstance(network, nn.Module) else network, patch_size)
+    _require_described(tensors, adapters)
     path = Path(folder) / str(iteration) / f"{WEIGHTS}.{file_format}"
-    _write_tensors(path, "module", tensors)
+    _write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
     for other in set(path.parent.glob(f"{WEIGHTS}.*")) - {path}:
         other.unlink()  # the same iteration in the other format, which would be found instead
-    latest = Path(folder) / "latest"
-    with atomic_file(latest) as temporary:
-        temporary.write_text(f"{iteration}\n", encoding="utf-8")
+    if latest:
+        write_latest(folder, iteration)
     return path
+
+
+def _require_described(tensors: Mapping[str, torch.Tensor], adapters: AdapterInfo | None) -> None:
+    """Refuse to write a file that could not be loaded again, or that says wrong things about itself."""
+    ranks = {name: tensor.shape[0] for name, tensor in tensors.items() if is_adapter(name) and ".matrix_A." in name}
+    if adapters is None:
+        if ranks and all(is_adapter(name) for name in tensors):
+            raise ValueError("adapters alone cannot be loaded without their description; pass `adapters`")
+        return
+    layers = tuple(sorted({layer for name in ranks if (layer := adapter_layer(name)) is not None}))
+    if layers != adapters.layers or set(ranks.values()) != {adapters.rank}:
+        found = f"rank {sorted(set(ranks.values()))} on the layers {list(layers)}"
+        raise ValueError(f"`adapters` says rank {adapters.rank} on {list(adapters.layers)}, the tensors have {found}")
+
+
+def write_latest(folder: str | Path, iteration: int | str) -> None:
+    """Make ``latest`` name an iteration.
+
+    Raises:
+        RunError: the folder cannot be written to; ``latest`` is then as before.
+    """
+    with atomic_file(Path(folder) / "latest") as temporary:
+        temporary.write_text(f"{iteration}\n", encoding="utf-8")
 
 
 def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tensor]) -> Path:
@@ -430,19 +324,20 @@ def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tenso
     Raises:
         RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
     """
-    _write_tensors(Path(path), "state_dict", vae.state_dict() if isinstance(vae, nn.Module) else vae)
+    _write_tensors(Path(path), "state_dict", vae.state_dict() if isinstance(vae, nn.Module) else vae, {})
     return Path(path)
 
 
-def _write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, or with torch.save under `key`, whatever device they are on."""
+def _write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, or with torch.save under `key`, whatever device they are on; see `read_entry`."""
     # A view would drag its whole storage into the file, and safetensors refuses tensors that share one.
     owned = {name: _owned(tensor) for name, tensor in tensors.items()}
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in owned.values())) as temporary:
         if path.suffix == ".safetensors":
-            save_file(owned, temporary)
+            metadata = {name: json.dumps(entry) for name, entry in entries.items()}
+            save_file(owned, temporary, metadata=metadata or None)
         else:
-            torch.save({key: owned}, temporary)
+            torch.save({key: owned, **entries}, temporary)
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,29 @@
-"""Files: written atomically, and files of tensors read without running what is in them."""
+"""Files: written atomically; weights found, told from each other, and read without running what is in them.
+
+The SAT layout is described in docs/checkpoints.md.
+"""
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.util import InputError, RunError
 
+WEIGHTS = "mp_rank_00_model_states"
+
 _CURE = "copy or download it again and compare its size with the source"
+_DIGEST_ELEMENTS = 1024
 
 
 @contextlib.contextmanager
@@ -79,6 +88,51 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes:,} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
+def find_weights(load: str | Path) -> Path:
+    """Return the weights file that `load` means.
+
+    Args:
+        load: a file, a folder with ``latest``, or the folder of one iteration.
+
+    Raises:
+        InputError: there is none; the message names what is there and what to do.
+    """
+    load = Path(load)
+    if load.is_file():
+        return load
+    if not load.is_dir():
+        raise InputError(f"there is no checkpoint at {load}; give a weights file, or the folder that holds 'latest'")
+    if (load / f"{WEIGHTS.replace('00', '01')}.pt").exists():
+        raise InputError(f"{load} was saved by a tensor-parallel run, in several files; merge them with SAT first")
+    for suffix in (".pt", ".safetensors"):
+        if (load / (WEIGHTS + suffix)).is_file():
+            return load / (WEIGHTS + suffix)
+    return _latest_weights(load)
+
+
+def _latest_weights(folder: Path) -> Path:
+    """Follow ``latest``."""
+    names = {file.parent.name for file in folder.glob(f"*/{WEIGHTS}.*") if not file.parent.name.startswith(".")}
+    iterations = sorted(names, key=lambda name: (name.isdigit(), len(name), name))  # 1000-ema, then 500, then 1000
+    present = f"; iterations here: {', '.join(iterations)}" if iterations else "; there is no iteration folder"
+    latest = folder / "latest"
+    if not latest.is_file():
+        if iterations:
+            cure = f"name the one to load: echo {iterations[-1]} > {latest}"
+        elif (folder / "transformer").is_dir():
+            cure = f"give {folder / 'transformer'}"
+        else:
+            cure = f"expected {folder}/<iteration>/{WEIGHTS}.pt and a file 'latest' with <iteration> in it"
+        raise InputError(f"{folder} has no file 'latest'{present}; {cure}")
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not name or not (folder / name).is_dir():
+        problem = f"names the folder '{name}', which does not exist" if name else "is empty"
+        raise InputError(f"{latest} {problem}{present}; write the name of an iteration folder into it")
+    if name not in iterations:
+        raise InputError(f"{folder / name} has no {WEIGHTS}.pt or .safetensors{present}; complete it, or edit {latest}")
+    return find_weights(folder / name)
+
+
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a ``.pt`` or ``.safetensors`` file, by name, on the CPU.
 
@@ -90,6 +144,56 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         InputError: there is no such file, it is damaged, or it holds more than tensors.
     """
     path = Path(path)
+    size, head = _look_into(path)
+    if _is_safetensors(path, head):
+        with _safetensors_errors(path, size):
+            return load_file(path, device="cpu")
+    return _tensors_of(_read_torch(path, size, head), path)
+
+
+def read_entry(path: str | Path, key: str) -> Any:
+    """Return what a weights file holds under `key` beside its tensors; None where there is nothing.
+
+    In a ``.pt`` file that is an entry of the outermost mapping, made of plain values; in a ``.safetensors`` file it is
+    JSON in the metadata of the header.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+    """
+    path = Path(path)
+    size, head = _look_into(path)
+    if _is_safetensors(path, head):
+        with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(key)
+            return None if text is None else json.loads(text)
+    content = _read_torch(path, size, head)
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def weights_digest(path: str | Path) -> str:
+    """Return a SHA-256 in hexadecimal that tells the weights of one file from those of another.
+
+    It covers the names, dtypes and shapes of all tensors and up to 1,024 evenly spaced elements of each, whatever the
+    order and the file format. So it finds another model, another stage of a training (which moves nearly every
+    element) and another precision, having read a small part of the file. It does not find a change of elements in
+    between: it replaces neither a comparison of whole files nor a signature.
+
+    Raises:
+        InputError: the file cannot be read, see :func:`read_tensors`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(path).items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        flat = tensor.reshape(-1)
+        num = min(len(flat), _DIGEST_ELEMENTS)
+        if num:
+            positions = torch.arange(num) * (len(flat) - 1) // max(num - 1, 1)
+            digest.update(flat[positions].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _look_into(path: Path) -> tuple[int, bytes]:
+    """Return the size and the first bytes of a file that may hold weights."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -100,14 +204,17 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is empty (0 bytes); {_CURE}")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run: git lfs pull")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _read_safetensors(path, size)
-    return _tensors_of(_read_torch(path, size, head), path)
+    return size, head
 
 
-def _read_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    return path.suffix == ".safetensors" or head[8:9] == b"{"
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path, size: int) -> Iterator[None]:
     try:
-        return load_file(path, device="cpu")
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {error}; {_CURE}") from error
 

@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import sgm.distributed
+from sgm.adapters import with_adapters
 from sgm.check import dry_run
 from sgm.config import Config, ConfigError, Problem
 from sgm.geometry import Geometry
@@ -12,17 +14,30 @@ from sgm.inference.prompts import Prompt, check_images, read_prompts
 from sgm.util import InputError
 
 
-def prepare(config: Config) -> tuple[str, list[Prompt] | None]:
-    """Check all that can be checked before weights are read; write nothing.
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start.
 
-    Returns:
-        The dry run's report, and the prompts (None where they are typed in during the run).
+    Attributes:
+        config: its configuration, with the ``lora_config`` that the weights ask for.
+        report: the dry run's.
+        prompts: what to sample; None where prompts are typed in during the run.
+    """
+
+    config: Config
+    report: str
+    prompts: list[Prompt] | None
+
+
+def prepare(config: Config) -> Prepared:
+    """Check all that can be checked before weights are read; write nothing.
 
     Raises:
         ConfigError: everything that is wrong with configuration, checkpoint files, prompts, images, output folder.
     """
     report, prompts, problems = "", None, []
     try:
+        config = with_adapters(config)
         report = dry_run(config)
     except ConfigError as error:
         problems += error.problems
@@ -40,7 +55,7 @@ def prepare(config: Config) -> tuple[str, list[Prompt] | None]:
         raise ConfigError(config.located(problems))
     if prompts is not None:
         report += f"\nprompts: {len(prompts)} from {config.args.input_file}"
-    return report, prompts
+    return Prepared(config, report, prompts)
 
 
 def _read_prompts(config: Config) -> list[Prompt] | None:

@@ -4,14 +4,10 @@ The order bounds the memory: all prompts are encoded first and the text encoder 
 then each prompt is sampled, decoded and written before the next one starts.
 """
 
-import hashlib
-import json
+import math
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
 from sgm.check import SamplingPlan, check_sampling
-from sgm.checkpoint import find_weights
 from sgm.config import Config
 from sgm.geometry import Geometry
 from sgm.inference.prepare import make_folder, prepare
@@ -34,82 +29,17 @@ from sgm.inference.prompts import (
     output_folder_name,
     read_prompts_cli,
 )
+from sgm.inference.record import Summary, Timings, peak_memory, read_sidecar, result_digest
 from sgm.inference.video import contact_sheet, to_uint8, write_json, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import resolve_device, resolve_precision
 from sgm.util import RunError, default, instantiate_from_config
 from vae_modules.autoencoder import Tiling
 
 logger = get_logger(__name__)
 
-# What a sample depends on; the other arguments say where, how many and how much at a time.
-RESULT_ARGS = (
-    "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
-).split()
-
 Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-
-
-@dataclass
-class Timings:
-    """Seconds of wall time that each part of one prompt took."""
-
-    text: float = 0.0
-    image: float = 0.0
-    sample: float = 0.0
-    decode: float = 0.0
-
-
-@dataclass
-class Summary:
-    """What a run did.
-
-    Attributes:
-        written: videos (or latents) written.
-        skipped: results that were there already.
-        sheet: contact sheet, if one was asked for and there was something to show.
-        scope: whose work this is, where several ranks share the prompts.
-        seconds: wall time of the whole run.
-        peak_bytes: most memory in use: of the accelerator, or of the process on a CPU.
-    """
-
-    written: list[Path] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
-    sheet: Path | None = None
-    scope: str = ""
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def __str__(self) -> str:
-        """Return the table that ends a run."""
-        lines = [f"  {path}" for path in self.written]
-        lines += [f"  {path} (was there already)" for path in self.skipped]
-        counts = f"{len(self.written)} written, {len(self.skipped)} skipped"
-        lines.append(f"{self.scope}{counts}, {self.seconds:.1f} s, peak memory {self.peak_bytes / 2**30:.2f} GiB")
-        if self.sheet is not None:
-            lines.append(f"contact sheet: {self.sheet}")
-        return "\n".join(lines)
-
-
-def result_digest(config: Config) -> str:
-    """SHA-256 of everything in `config` that changes a sample."""
-    args = {name: getattr(config.args, name) for name in RESULT_ARGS}
-    assert config.args.load is not None, "the dry run refuses a run without weights"
-    args["load"] = str(find_weights(config.args.load))  # 'latest' may move on
-    return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on an accelerator, or resident in this process on a CPU."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    try:
-        # Not getrusage: a process starts there with the peak of the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # another system than Linux
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def sample(config: Config) -> Summary:
@@ -120,7 +50,8 @@ def sample(config: Config) -> Summary:
         RunError: sampling or writing failed. What was finished before stays.
     """
     start = time.perf_counter()
-    _, prompts = prepare(config)
+    prepared = prepare(config)
+    config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
     sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size)
     run = SamplingRun(config)
@@ -135,43 +66,84 @@ class SamplingRun:
     """The model of one run, and what it has written.
 
     Args:
-        config: checked by `prepare`.
+        config: checked by `prepare`, or that of the training to which `engine` belongs.
+        engine: a model in memory, to sample with as it is: nothing of it is loaded, moved, released or set, so that
+            training goes on afterwards where it was. The caller puts its network into eval mode. Without it, the
+            model that `config` describes is built, and loaded when it is first needed.
+        digest: stands in the sidecars for what the samples depend on; needed where ``args.load`` is null.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, *, engine: SATVideoDiffusionEngine | None = None, digest: str | None = None
+    ) -> None:
         self.config = config
         self.args = config.args
         self.device = resolve_device(config.args)
-        self.digest = result_digest(config)
-        self.dtype = resolve_precision(config.args, config.model.get("precision"), self.device.type)
+        self.digest = result_digest(config) if digest is None else digest
         self.geometry = Geometry.from_network(config.model["network_config"]["params"])
         self.plan: SamplingPlan = check_sampling(config.args, self.geometry)
-        self.engine = instantiate_from_config(config.engine, allocate=False)
+        if engine is None:
+            self.dtype = resolve_precision(config.args, config.model.get("precision"), self.device.type)
+            self.engine: Any = self._build()
+        else:
+            self.dtype = next(engine.network.parameters()).dtype
+            self.engine = engine
         self.summary = Summary()
-        self._is_loaded = False
-        conditioner = self.engine.conditioner
-        conditioner.to(self.device)
-        typed = self.args.input_type == "cli"
-        for embedder in conditioner.embedders:
-            # Typed prompts arrive one by one; reading the encoder anew for each would take longer than sampling.
-            embedder.offload = (
-                "cpu" if typed and self.args.text_encoder_offload == "release" else self.args.text_encoder_offload
-            )
+        self._is_loaded = engine is not None
+        self._uncond: dict[str, torch.Tensor] | None = None
 
-    def sample_list(self, prompts: list[Prompt]) -> None:
-        """Sample this rank's share of `prompts`."""
+    def _build(self) -> SATVideoDiffusionEngine:
+        """Build the model without memory; only the text encoder gets its place."""
+        engine = instantiate_from_config(self.config.engine, allocate=False)
+        engine.conditioner.to(self.device)
+        offload = self.args.text_encoder_offload
+        if self.args.input_type == "cli" and offload == "release":
+            # Typed prompts arrive one by one; reading the encoder anew for each would take longer than sampling.
+            offload = "cpu"
+        for embedder in engine.conditioner.embedders:
+            embedder.offload = offload
+        return engine
+
+    def sample_list(self, prompts: list[Prompt], *, in_step: bool = False) -> None:
+        """Sample this rank's share of `prompts`, without waiting for other ranks.
+
+        Args:
+            prompts: those of all ranks, in the same order on each.
+            in_step: sample as often as every other rank does, as parameters that are spread over the ranks ask for: all
+                ranks gather them together. Every prompt is then sampled, finished or not; a rank that has no prompt
+                left repeats one and writes nothing; and a failure is raised after the last pass.
+        """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         mine = assign_to_rank(prompts, rank, size)
-        todo = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
-        if todo:
-            encoded, seconds = self._encode([prompt for prompt, _ in todo])
-            self._load()
-            bar = tqdm(todo, desc="prompts", disable=None if is_rank_zero() else True)
-            for (prompt, missing), conds in zip(bar, encoded, strict=True):
-                self._sample_prompt(prompt, missing, conds, Timings(text=seconds / len(todo)))
+        if in_step:
+            passes = [(prompt, list(range(self.args.batch_size))) for prompt in mine]
+            if len(mine) < math.ceil(len(prompts) / size):
+                passes.append((prompts[-1], []))
+        else:
+            passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
+        self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
         if size > 1:
             self.summary.scope = f"rank {rank} of {size}: "
+
+    def _sample_all(self, passes: list[tuple[Prompt, list[int]]], *, in_step: bool) -> None:
+        """Make each pass: sample those numbers of a prompt; without numbers, sample one and write nothing."""
+        if not passes:
+            return
+        encoded, seconds = self._encode([prompt for prompt, _ in passes])
+        self._load()
+        failure = None
+        bar = tqdm(passes, desc="prompts", disable=None if is_rank_zero() else True)
+        for (prompt, samples), conds in zip(bar, encoded, strict=True):
+            timings = Timings(text=seconds / len(passes))
+            try:
+                self._sample_prompt(prompt, samples, conds, timings)
+            except RunError as error:
+                if not in_step:
+                    raise
+                failure = default(failure, error)  # the other ranks are waiting in the next pass
+        if failure is not None:
+            raise failure
 
     def sample_typed(self) -> None:
         """Ask for prompts on the terminal and sample each at once."""
@@ -191,12 +163,15 @@ class SamplingRun:
         assert args.load is not None, "the dry run refuses a run without weights"
         report = self.engine.load_weights(
             args.load,
+            base=args.base,
             dtype=self.dtype,
             device=self.device,
             allow_missing_adapters=args.force_inference,
             generator=torch.Generator().manual_seed(args.seed),
         )
         logger.info("%s", report)
+        for warning in report.warnings:
+            logger.warning("%s", warning)
         if self.plan.image2video or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self.engine.first_stage_model.slicing = args.vae_slicing
@@ -213,7 +188,7 @@ class SamplingRun:
         missing = []
         for k in range(self.args.batch_size):
             path = self._result(prompt, k)
-            made = _read_sidecar(path.with_suffix(".json")) if path.is_file() else None
+            made = read_sidecar(path.with_suffix(".json")) if path.is_file() else None
             if made is None or not self.args.skip_existing:
                 missing.append(k)
             elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
@@ -236,7 +211,7 @@ class SamplingRun:
         return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k}
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
-        """Encode prompts; the embeddings wait on the CPU."""
+        """Encode prompts; the embeddings wait on the CPU. That of the negative prompt serves all of them."""
         start = time.perf_counter()
         conditioner = self.engine.conditioner
         negative = default(self.args.negative_prompt, "")
@@ -245,15 +220,22 @@ class SamplingRun:
         with conditioner.keep_loaded():
             for prompt in tqdm(prompts, desc="text encoder", leave=False, disable=None if is_rank_zero() else True):
                 batch = {key: [prompt.text] for key in keys}
-                conds = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
-                encoded.append(tuple({name: value.cpu() for name, value in cond.items()} for cond in conds))
+                if self._uncond is None:
+                    both = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
+                    cond, self._uncond = map(_on_cpu, both)
+                else:
+                    cond = _on_cpu(conditioner(batch))
+                encoded.append((cond, self._uncond))
         return encoded, time.perf_counter() - start
 
     def _sample_prompt(self, prompt: Prompt, samples: list[int], conds: Conds, timings: Timings) -> None:
-        """Sample the numbers `samples` of one prompt together, decode and write them."""
-        cond, uncond = ({name: _repeat(value, samples, self.device) for name, value in part.items()} for part in conds)
-        size, concat = self._image_condition(prompt, len(samples), timings)
-        latents = self._sample_latents(cond, uncond, size, samples, concat, timings)
+        """Sample the numbers `samples` of one prompt together, decode and write them; without numbers, sample only."""
+        drawn = samples or [0]
+        cond, uncond = ({name: _repeat(value, drawn, self.device) for name, value in part.items()} for part in conds)
+        size, concat = self._image_condition(prompt, len(drawn), timings)
+        latents = self._sample_latents(cond, uncond, size, drawn, concat, timings)
+        if not samples:
+            return
         if not torch.isfinite(latents).all():
             raise RunError(
                 f"prompt {prompt.index}: the sampled latents are not finite (NaN or infinity); run the model in the "
@@ -352,15 +334,10 @@ class SamplingRun:
         contact_sheet(rows, self.summary.sheet)
 
 
+def _on_cpu(cond: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cpu() for name, value in cond.items()}
+
+
 def _repeat(value: torch.Tensor, samples: list[int], device: torch.device) -> torch.Tensor:
     """(1, ...) → (number of samples, ...) on `device`."""
     return value.to(device).expand(len(samples), *value.shape[1:])
-
-
-def _read_sidecar(path: Path) -> dict[str, Any] | None:
-    """Return what is recorded beside a result; None where there is nothing readable."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -201,6 +201,12 @@ def test_unset_files(load):
     assert "model.first_stage_config.params.ckpt_path: the VAE has no weights" in text
 
 
+def test_training_from_nothing_needs_no_checkpoint(load):
+    config = load("args.load=null")
+    assert "args.load" in str(check_files(config))
+    assert check_files(replace(config, mode="train")) == []
+
+
 def test_latents_of_text_models_need_no_vae_file(load):
     config = load("args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=null")
     assert check_files(config) == []

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sgm.adapters import AdapterInfo, is_adapter
 from sgm.checkpoint import (
+    check_network,
     find_weights,
     load_autoencoder,
     load_network,
@@ -17,7 +19,9 @@ from sgm.checkpoint import (
     released_layout,
     save_autoencoder,
     save_network,
+    write_latest,
 )
+from sgm.files import weights_digest
 from sgm.util import InputError, RunError, instantiate_from_config, without_allocating
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -70,67 +74,6 @@ class Tiny(nn.Module):
         self.mixins = nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Linear(16, 8, dtype=dtype)})})
         self.transformer = nn.ModuleDict({"position_embeddings": nn.Embedding(4, 8, dtype=dtype)})
         self.register_buffer("counter", torch.arange(3))
-
-
-# --- Finding the file.
-
-
-def test_a_folder_with_latest_an_iteration_and_a_file_mean_the_same():
-    file = golden("dit_t2v_2b") / "1000" / "mp_rank_00_model_states.pt"
-    assert find_weights(golden("dit_t2v_2b")) == find_weights(str(file.parent)) == find_weights(file) == file
-
-
-def test_latest_may_end_with_a_newline_and_safetensors_may_stand_for_the_pt(tmp_path):
-    (tmp_path / "latest").write_text(" 7\n")
-    (tmp_path / "7").mkdir()
-    save_file({"a": torch.ones(1)}, tmp_path / "7" / "mp_rank_00_model_states.safetensors")
-    assert find_weights(tmp_path) == tmp_path / "7" / "mp_rank_00_model_states.safetensors"
-
-
-def make_iterations(folder, *names):
-    for name in names:
-        (folder / name).mkdir()
-        (folder / name / "mp_rank_00_model_states.pt").touch()
-
-
-def test_a_missing_latest_names_the_iterations_and_the_command_that_makes_it(tmp_path):
-    make_iterations(tmp_path, "500", "1000")
-    with pytest.raises(InputError) as caught:
-        find_weights(tmp_path)
-    assert "iterations here: 500, 1000" in str(caught.value)
-    assert f"echo 1000 > {tmp_path / 'latest'}" in str(caught.value)
-
-
-def test_a_folder_without_anything_tells_the_layout(tmp_path):
-    with pytest.raises(InputError, match="no file 'latest'.*<iteration>/mp_rank_00_model_states.pt"):
-        find_weights(tmp_path)
-
-
-def test_the_parent_of_the_transformer_folder_names_it(tmp_path):
-    (tmp_path / "transformer").mkdir()
-    with pytest.raises(InputError, match=re.escape(f"give {tmp_path / 'transformer'}")):
-        find_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("latest", "message"),
-    [("2000", "names the folder '2000', which does not exist"), ("", "is empty"), ("bare", "bare has no mp_rank_00")],
-)
-def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, message):
-    make_iterations(tmp_path, "1000")
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "latest").write_text(latest)
-    with pytest.raises(InputError, match=message + ".*iterations here: 1000;"):
-        find_weights(tmp_path)
-
-
-def test_a_path_that_does_not_exist_and_a_tensor_parallel_folder_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
-        find_weights(tmp_path / "nowhere")
-    make_iterations(tmp_path, "1")
-    (tmp_path / "1" / "mp_rank_01_model_states.pt").touch()
-    with pytest.raises(InputError, match="tensor-parallel"):
-        find_weights(tmp_path / "1")
 
 
 # --- Loading a network.
@@ -405,6 +348,117 @@ def test_a_part_of_the_adapters_is_not_enough(tmp_path):
         load_network(build("dit_t2v_5b_lora"), rewritten(tmp_path, "dit_t2v_5b_lora", change))
 
 
+def save_adapters(folder, *, base, rank=4, alpha=2.0, fill=0.1, **options):
+    """Save adapters of `fill` for every B on a base; return the network that holds them."""
+    network = build("dit_i2v_5b", lora_rank=rank)
+    load_network(network, base, generator=torch.Generator().manual_seed(0))
+    for name, parameter in network.named_parameters():
+        if ".matrix_B." in name:
+            nn.init.constant_(parameter, fill)
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if is_adapter(name)}
+    info = AdapterInfo(
+        rank=rank, alpha=alpha, layers=(0, 1), base=str(base), base_digest=weights_digest(find_weights(base))
+    )
+    save_network(folder, 5, tensors, patch_size=network.patch_size, adapters=info, **options)
+    return network
+
+
+@pytest.mark.parametrize("file_format", ["pt", "safetensors"])
+def test_adapters_alone_load_on_top_of_their_base(tmp_path, file_format):
+    trained = save_adapters(tmp_path, base=golden("dit_i2v_5b"), file_format=file_format)
+    network = build("dit_i2v_5b", lora_rank=4, allocate=False)
+    report = load_network(network, tmp_path)
+    assert report.base == find_weights(golden("dit_i2v_5b")) and report.path == find_weights(tmp_path)
+    assert report.num_tensors == len(network.state_dict()) and not report.warnings and not report.fresh_adapters
+    assert f"on the base {report.base}" in str(report)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert set(read_tensors(report.path)) == {
+        f"model.diffusion_model.{name}" for name in trained.state_dict() if "matrix_" in name
+    }
+
+
+def test_adapters_replace_those_of_a_base_that_has_some(tmp_path):
+    first = save_adapters(tmp_path / "first", base=golden("dit_i2v_5b"), fill=0.3)
+    save_network(tmp_path / "whole", 1, first, patch_size=first.patch_size)
+    trained = save_adapters(tmp_path / "second", base=tmp_path / "whole", fill=0.7)
+    network = build("dit_i2v_5b", lora_rank=4, allocate=False)
+    load_network(network, tmp_path / "second")
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+
+
+def test_a_matrix_that_the_file_lacks_is_not_taken_from_the_base(tmp_path):
+    network = save_adapters(tmp_path / "first", base=golden("dit_i2v_5b"))
+    save_network(tmp_path / "whole", 1, network, patch_size=network.patch_size)
+    save_adapters(tmp_path / "second", base=tmp_path / "whole")
+    content = torch.load(find_weights(tmp_path / "second"), weights_only=True)
+    name = "transformer.layers.1.attention.dense.matrix_B.0"
+    del content["module"]["model.diffusion_model." + name]
+    torch.save(content, tmp_path / "less.pt")
+    with pytest.raises(InputError, match=re.escape(f"{name} (64, 4) is missing")):
+        load_network(build("dit_i2v_5b", lora_rank=4, allocate=False), tmp_path / "less.pt")
+
+
+def test_a_base_may_be_named_where_none_is_found(tmp_path):
+    shutil.copytree(golden("dit_i2v_5b"), tmp_path / "base")
+    save_adapters(tmp_path / "run", base=tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    network = build("dit_i2v_5b", lora_rank=4, allocate=False)
+    for attempt in (check_network, load_network):
+        with pytest.raises(InputError, match="args.base="):
+            attempt(network, tmp_path / "run")
+        attempt(network, tmp_path / "run", base=tmp_path / "moved")
+
+
+def test_adapters_alone_need_a_network_with_lora(tmp_path):
+    save_adapters(tmp_path, base=golden("dit_i2v_5b"))
+    with pytest.raises(InputError, match=r"no lora_config; add one with {r: 4, lora_alpha: 2, layer_range: \[0, 1\]}"):
+        load_network(build("dit_i2v_5b"), tmp_path)
+
+
+def test_adapters_alone_are_checked_as_strictly(tmp_path):
+    save_adapters(tmp_path, base=golden("dit_i2v_5b"))
+    network = build("dit_i2v_5b", lora_rank=8, allocate=False)
+    for attempt in (check_network, load_network):
+        with pytest.raises(
+            InputError, match=r"on the base .*does not fit[^$]*\(4, 64\) in the file, expected \(8, 64\)"
+        ):
+            attempt(network, tmp_path)
+    assert all(parameter.is_meta for parameter in network.parameters())
+
+
+def test_adapters_without_effect_are_told(tmp_path):
+    save_adapters(tmp_path, base=golden("dit_i2v_5b"), fill=0.0)
+    (warning,) = load_network(build("dit_i2v_5b", lora_rank=4), tmp_path).warnings
+    assert "no effect" in warning and str(find_weights(tmp_path)) in warning
+    assert not load_network(build("dit_t2v_5b_lora"), golden("dit_t2v_5b_lora")).warnings
+
+
+def test_tensors_that_a_file_lacks_keep_their_values_where_that_is_allowed(tmp_path):
+    name = "transformer.layers.1.mlp.dense_4h_to_h.bias"
+    path = rewritten(tmp_path, "dit_t2v_2b", lambda tensors: tensors.pop("model.diffusion_model." + name))
+    network = build("dit_t2v_2b")
+    nn.init.constant_(network.get_parameter(name), 0.5)
+    report = load_network(network, path, allow_missing=True, dtype=torch.bfloat16)
+    assert report.missing == (name,) and name in report.warnings[0]
+    assert network.get_parameter(name).eq(0.5).all() and network.get_parameter(name).dtype == torch.bfloat16
+    fake = build("dit_t2v_2b", allocate=False)
+    check_network(fake, path, allow_missing=True)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load_network(fake, path, allow_missing=True)
+    with pytest.raises(InputError, match="is missing"):
+        check_network(fake, path)
+
+
+def test_other_shapes_are_never_allowed(tmp_path):
+    def change(tensors):
+        tensors["model.diffusion_model.transformer.final_layernorm.bias"] = torch.ones(3)
+
+    with pytest.raises(InputError, match=r"final_layernorm.bias has the shape \(3,\)"):
+        load_network(build("dit_t2v_2b"), rewritten(tmp_path, "dit_t2v_2b", change), allow_missing=True)
+
+
 # --- Saving.
 
 
@@ -464,6 +518,25 @@ def test_latest_moves_only_after_the_weights_are_on_the_disk(tmp_path, monkeypat
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append(Path(to).name), real_replace(self, to))[1])
     save_network(tmp_path, 1, Tiny(), patch_size=2)
     assert events == ["fsync", "mp_rank_00_model_states.pt", "fsync", "fsync", "latest", "fsync"]
+
+
+def test_latest_may_wait(tmp_path):
+    save_network(tmp_path, 1, Tiny(), patch_size=2)
+    save_network(tmp_path, 2, Tiny(), patch_size=2, latest=False)
+    assert find_weights(tmp_path).parent.name == "1"
+    write_latest(tmp_path, 2)
+    assert find_weights(tmp_path).parent.name == "2"
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path):
+    tensors = {"transformer.layers.1.attention.dense.matrix_A.0": torch.zeros(4, 8)}
+    with pytest.raises(ValueError, match="pass `adapters`"):
+        save_network(tmp_path, 1, tensors, patch_size=2)
+    for rank, layers in ((8, (1,)), (4, (0, 1))):
+        info = AdapterInfo(rank=rank, alpha=1, layers=layers, base="x", base_digest="0")
+        with pytest.raises(ValueError, match=r"the tensors have rank \[4\] on the layers \[1\]"):
+            save_network(tmp_path, 1, tensors, patch_size=2, adapters=info)
+    assert not os.listdir(tmp_path)
 
 
 # --- The autoencoder.

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sgm.files import atomic_file, read_tensors
+from sgm.files import atomic_file, find_weights, read_entry, read_tensors, weights_digest
 from sgm.util import InputError, RunError
+
+TRANSFORMER = Path(__file__).parents[1] / "data" / "golden" / "dit_t2v_2b" / "transformer"
 
 
 class RunsCode:
@@ -69,6 +73,71 @@ def test_a_folder_without_permission_is_a_run_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RunError, match="permissions"), atomic_file(tmp_path / "x.txt") as temporary:
         temporary.write_text("all")
+
+
+def test_a_folder_with_latest_an_iteration_and_a_file_mean_the_same():
+    file = TRANSFORMER / "1000" / "mp_rank_00_model_states.pt"
+    assert find_weights(TRANSFORMER) == find_weights(str(file.parent)) == find_weights(file) == file
+
+
+def test_latest_may_end_with_a_newline_and_safetensors_may_stand_for_the_pt(tmp_path):
+    (tmp_path / "latest").write_text(" 7\n")
+    (tmp_path / "7").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "7" / "mp_rank_00_model_states.safetensors")
+    assert find_weights(tmp_path) == tmp_path / "7" / "mp_rank_00_model_states.safetensors"
+
+
+def make_iterations(folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "mp_rank_00_model_states.pt").touch()
+
+
+def test_a_missing_latest_names_the_iterations_and_the_command_that_makes_it(tmp_path):
+    make_iterations(tmp_path, "500", "1000")
+    with pytest.raises(InputError) as caught:
+        find_weights(tmp_path)
+    assert "iterations here: 500, 1000" in str(caught.value)
+    assert f"echo 1000 > {tmp_path / 'latest'}" in str(caught.value)
+
+
+def test_a_folder_without_anything_tells_the_layout(tmp_path):
+    with pytest.raises(InputError, match="no file 'latest'.*<iteration>/mp_rank_00_model_states.pt"):
+        find_weights(tmp_path)
+
+
+def test_the_parent_of_the_transformer_folder_names_it(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(InputError, match=re.escape(f"give {tmp_path / 'transformer'}")):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("latest", "message"),
+    [("2000", "names the folder '2000', which does not exist"), ("", "is empty"), ("bare", "bare has no mp_rank_00")],
+)
+def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, message):
+    make_iterations(tmp_path, "1000")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "latest").write_text(latest)
+    with pytest.raises(InputError, match=message + ".*iterations here: 1000;"):
+        find_weights(tmp_path)
+
+
+def test_a_path_that_does_not_exist_and_a_tensor_parallel_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
+        find_weights(tmp_path / "nowhere")
+    make_iterations(tmp_path, "1")
+    (tmp_path / "1" / "mp_rank_01_model_states.pt").touch()
+    with pytest.raises(InputError, match="tensor-parallel"):
+        find_weights(tmp_path / "1")
+
+
+def test_a_moving_average_or_a_hidden_folder_is_not_proposed_as_the_newest(tmp_path):
+    make_iterations(tmp_path, "500", "1000", "1000-ema", ".2000")
+    with pytest.raises(InputError, match="iterations here: 1000-ema, 500, 1000;.*echo 1000 >"):
+        find_weights(tmp_path)
+    assert find_weights(tmp_path / "1000-ema").parent.name == "1000-ema"
 
 
 @pytest.mark.parametrize("container", ["module", "state_dict", None])
@@ -151,3 +220,41 @@ def test_content_without_named_tensors_is_refused(tmp_path, content):
 def test_a_missing_file_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot read .*nothing.pt"):
         read_tensors(tmp_path / "nothing.pt")
+
+
+def test_what_stands_beside_the_tensors_is_read_from_both_formats(tmp_path):
+    tensors, entry = {"a": torch.ones(2)}, {"rank": 4, "layers": [0, 1], "base": "x"}
+    torch.save({"module": tensors, "lora": entry}, tmp_path / "x.pt")
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"lora": json.dumps(entry)})
+    for name in ("x.pt", "x.safetensors"):
+        assert read_entry(tmp_path / name, "lora") == entry
+        assert read_entry(tmp_path / name, "other") is None
+        assert list(read_tensors(tmp_path / name)) == ["a"]
+
+
+def test_an_entry_that_is_no_json_is_damage(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"lora": "{"})
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read_entry(tmp_path / "x.safetensors", "lora")
+
+
+def digest_of(path, tensors):
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"module": tensors}, path)
+    return weights_digest(path)
+
+
+def test_a_digest_does_not_depend_on_format_and_order(tmp_path):
+    tensors = {"a": torch.randn(7, 300), "b": torch.arange(3), "c": torch.zeros(0), "d": torch.tensor(2.0).bfloat16()}
+    digests = {digest_of(tmp_path / name, tensors) for name in ("x.pt", "x.safetensors")}
+    digests.add(digest_of(tmp_path / "y.pt", dict(reversed(tensors.items()))))
+    assert len(digests) == 1 and len(digests.pop()) == 64
+
+
+def test_a_digest_depends_on_names_dtypes_shapes_and_values(tmp_path):
+    values = torch.randn(5000)
+    variants = [{"a": values}, {"b": values}, {"a": values.double()}, {"a": values.view(50, 100)}, {"a": values * 1.01}]
+    for index in (0, 4999):  # the ends are among the elements that count
+        variants.append({"a": values.clone()})
+        variants[-1]["a"][index] += 1
+    digests = [digest_of(tmp_path / "x.pt", variant) for variant in variants]
+    assert len(set(digests)) == len(variants)
