@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
 from sgm.modules.embeddings import (
@@ -255,6 +256,7 @@ class AdaLNMixin(BaseMixin):
         hidden_size_head: channels of a head.
         qk_ln: normalise queries and keys per head.
         elementwise_affine: give these norms weight and bias.
+        recomputed_layers: blocks, counted from the first, whose activations the backward pass computes anew.
     """
 
     transformer: Any  # set by SAT when the mixin is added
@@ -268,8 +270,10 @@ class AdaLNMixin(BaseMixin):
         hidden_size_head: int,
         qk_ln: bool = True,
         elementwise_affine: bool = True,
+        recomputed_layers: int = 0,
     ) -> None:
         super().__init__()
+        self.recomputed_layers = recomputed_layers
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
@@ -279,17 +283,26 @@ class AdaLNMixin(BaseMixin):
             self.query_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
             self.key_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
 
-    def layer_forward(
-        self, x: torch.Tensor, mask: Any, *, layer_id: int, emb: torch.Tensor, num_text: int, **hook_args: Any
-    ) -> torch.Tensor:
+    def layer_forward(self, x: torch.Tensor, mask: Any, *, layer_id: Any, **hook_args: Any) -> torch.Tensor:
         """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D), of the last block (B, N, D)."""
+        index = int(layer_id)
+        if index >= self.recomputed_layers or not torch.is_grad_enabled():
+            return self._block(x, index, **hook_args)
+        # Not SAT's own checkpointing, which is reentrant: that one needs an input with a gradient, and hides the
+        # block from hooks and compilers. Shapes are not compared: ZeRO-3 frees parameters between the two passes.
+        block = partial(self._block, layer_id=index, **hook_args)
+        return checkpoint(block, x, use_reentrant=False, determinism_check="none")
+
+    def _block(
+        self, x: torch.Tensor, layer_id: int, *, emb: torch.Tensor, num_text: int, **hook_args: Any
+    ) -> torch.Tensor:
         layer = self.transformer.layers[layer_id]
         modulation = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, dim=-1)
         # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
         shift1, scale1, gate1, shift2, scale2, gate2 = zip(modulation[6:], modulation[:6], strict=True)
 
         h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
-        h = self._attention(h, layer.attention, int(layer_id), num_text=num_text, **hook_args)
+        h = self._attention(h, layer.attention, layer_id, num_text=num_text, **hook_args)
         x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
         if layer_id == len(self.transformer.layers) - 1:  # nothing reads the text after the last attention
             x, num_text = _text_and_patches(x, num_text)[1], 0
@@ -345,9 +358,9 @@ class TransformerArgs:
     """The ``transformer_args`` section: what is handed to SAT's transformer.
 
     Attributes:
-        checkpoint_activations: recompute activations in the backward pass.
-        checkpoint_num_layers: layers between two stored activations.
-        checkpoint_skip_layers: layers at the end that are not recomputed.
+        checkpoint_activations: recompute each block's activations in the backward pass.
+        checkpoint_num_layers: must be 1: blocks are recomputed one by one.
+        checkpoint_skip_layers: blocks at the end that are not recomputed.
         max_sequence_length: rows of SAT's own position table, which these models do not use but whose files hold it.
         layernorm_order: must be "pre".
         layernorm_epsilon: epsilon of the blocks' norms.
@@ -382,10 +395,11 @@ class TransformerArgs:
             if name not in known:
                 raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
         args = cls(**section)
-        for name, only in (("layernorm_order", "pre"), ("is_decoder", False), ("hidden_dropout", 0)):
+        supported = {"layernorm_order": "pre", "is_decoder": False, "hidden_dropout": 0, "checkpoint_num_layers": 1}
+        for name, only in supported.items():
             if getattr(args, name) != only:
                 found = f"network_config.params.transformer_args.{name}={getattr(args, name)!r}"
-                raise InputError(f"{found}: these models have {only!r} only")
+                raise InputError(f"{found}: only {only!r} is supported")
         return args
 
 
@@ -484,9 +498,6 @@ class DiffusionTransformer(BaseModel):
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
             max_sequence_length=args.max_sequence_length,
-            checkpoint_activations=args.checkpoint_activations,
-            checkpoint_num_layers=args.checkpoint_num_layers,
-            checkpoint_skip_layers=args.checkpoint_skip_layers,
             layernorm_epsilon=args.layernorm_epsilon,
             layernorm=norm,
             is_gated_mlp=use_SwiGLU,
@@ -496,7 +507,6 @@ class DiffusionTransformer(BaseModel):
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
-        self.checkpoint_activations = args.checkpoint_activations
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size = hidden_size
@@ -530,6 +540,7 @@ class DiffusionTransformer(BaseModel):
                 "height_interpolation": height_interpolation,
                 "width_interpolation": width_interpolation,
                 "time_interpolation": time_interpolation,
+                "recomputed_layers": max(num_layers - args.checkpoint_skip_layers, 0) * args.checkpoint_activations,
             },
         )
 
@@ -572,8 +583,6 @@ class DiffusionTransformer(BaseModel):
             InputError: a shape that the model cannot take, or `ofs` given or left out wrongly.
         """
         grid = self._check_input(x, ofs)
-        # Without gradients, recomputing saves nothing and torch warns about it.
-        self.transformer.checkpoint_activations = self.checkpoint_activations and torch.is_grad_enabled()
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:

@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
-    py_modules=["dit_video_concat", "sample_video"],
+    py_modules=["data_video", "dit_video_concat", "sample_video", "train_video"],
     install_requires=[
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
         "SwissArmyTransformer==0.4.12",
@@ -35,6 +35,7 @@ setup(
         "pillow>=10",
         "tqdm>=4.66,<5",
         "tensorboard>=2.18,<3",
+        "matplotlib>=3.10,<4",  # the curve at the end of a training run
     ],
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],

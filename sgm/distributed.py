@@ -5,6 +5,8 @@ else in this project creates or stores a group.
 """
 
 import os
+import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,22 @@ def prepare_import() -> None:
     os.environ.setdefault("DS_ACCELERATOR", device().type)
 
 
+def prepare_deepspeed() -> None:
+    """Call before DeepSpeed makes an engine: on a CPU it would first compile a C++ extension, which gloo replaces."""
+    prepare_import()
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def is_launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher started, also before `initialize`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize(*, model_parallel_size: int = 1) -> None:
@@ -41,6 +56,8 @@ def initialize(*, model_parallel_size: int = 1) -> None:
     prepare_import()
     from sat import mpu
 
+    # DeepSpeed asks for it even where there is one process.
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         if is_launched():
             if torch.accelerator.is_available():
@@ -61,7 +78,11 @@ def shutdown() -> None:
 
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+        deepspeed_comm = sys.modules.get("deepspeed.comm")
+        if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+            deepspeed_comm.destroy_process_group()  # ends torch's groups, and forgets its own handles on them
+        else:
+            dist.destroy_process_group()
 
 
 def data_parallel_rank() -> int:
@@ -72,6 +93,35 @@ def data_parallel_rank() -> int:
 def data_parallel_size() -> int:
     """Number of processes that work on different samples."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if data_parallel_size() > 1:
+        dist.barrier()
+
+
+def reduce_over_ranks(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
+    """Replace `tensor`, in place, by its sum over the data-parallel ranks, or by the largest value of each element."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return what rank zero passed, a small object, on every rank."""
+    box = [value]
+    if data_parallel_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Return what each rank passed, small objects, on every rank."""
+    values = [value] * data_parallel_size()
+    if data_parallel_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def device() -> torch.device:

@@ -115,30 +115,42 @@ def test_recording_gradients_changes_nothing(model):
     assert all(torch.equal(*both) for both in zip(kept, arguments, strict=True)), "inputs are left alone"
 
 
-def test_checkpointed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointed_activations_give_the_same_gradients(lora, recwarn):
     gradients = []
     for checkpoint in (False, True):
         config = section()
         config["params"]["transformer_args"]["checkpoint_activations"] = checkpoint
+        if lora:
+            config["params"]["modules"]["lora_config"] = LORA
         network = build_network(config).train()
-        x, timesteps, context = inputs(network)
-        x.requires_grad_()
-        network(x, timesteps, context).square().sum().backward()
-        gradients.append([x.grad, *(p.grad for p in network.parameters() if p.grad is not None)])
-    assert len(gradients[0]) == len(gradients[1]) > 40
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and (not lora or "matrix_" in name))
+        network(*inputs(network)).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > (10 if lora else 40)
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+    assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_checkpointed_activations_leave_sampling_alone(recwarn):
+@pytest.mark.parametrize(("skip", "recomputed"), [(0, 2), (1, 1)])
+def test_blocks_are_recomputed_in_training_only(monkeypatch, skip, recomputed):
     config = section()
-    config["params"]["transformer_args"]["checkpoint_activations"] = True
-    network = build_network(config)
+    config["params"]["transformer_args"] |= {"checkpoint_activations": True, "checkpoint_skip_layers": skip}
+    network = build_network(config).train()
+    calls = []
+    original = dit_video_concat.AdaLNMixin._attention
+    monkeypatch.setattr(
+        dit_video_concat.AdaLNMixin, "_attention", lambda *args, **kw: calls.append(1) or original(*args, **kw)
+    )
+    num_layers = len(network.transformer.layers)
+    assert num_layers == 2
     with torch.no_grad():
         network(*inputs(network))
-    assert [str(warning.message) for warning in recwarn] == []
-    assert network.train()(*inputs(network)).requires_grad
-    assert network.transformer.checkpoint_activations
+    assert len(calls) == num_layers
+    network(*inputs(network)).sum().backward()
+    assert len(calls) == 2 * num_layers + recomputed
 
 
 def test_attention_is_called_without_a_mask(monkeypatch):
@@ -224,7 +236,7 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
         ({"ofs_embed_dim": 8}, "ofs_embed_dim=8 must equal time_embed_dim=16"),
         ({"patch_size": [2, 2]}, "patch_size"),
         ({"transformer_args": {"checkpoint_activation": True}}, "did you mean 'checkpoint_activations'"),
-        ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post': these models have 'pre' only"),
+        ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post': only 'pre' is supported"),
         ({"transformer_args": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1"),
         ({"transformer_args": {"is_decoder": True}}, "is_decoder=True"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size"),

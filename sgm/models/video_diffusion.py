@@ -6,6 +6,7 @@ Legend: ``B T C H W`` latents and videos here; the autoencoder works on ``B C T 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,26 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
 
 Progress = Callable[[Sequence[int]], Any]
+
+# Noise on the first frame of image-to-video training: its standard deviation is exp(N(mean, std²)).
+IMAGE_NOISE_LOG_MEAN, IMAGE_NOISE_LOG_STD = -3.0, 0.5
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the loss needs of B samples; encoded, and with everything random drawn.
+
+    Attributes:
+        latents: clean latents (B, T, C, H, W), float32, padded to whole temporal patches.
+        cond: ``crossattn`` (B, L, D_text) and, for image-to-video, ``concat`` (B, T, C, H, W).
+        idx: timesteps (B,), int64.
+        noise: of the shape of `latents`, float32.
+    """
+
+    latents: torch.Tensor
+    cond: dict[str, torch.Tensor]
+    idx: torch.Tensor
+    noise: torch.Tensor
 
 
 class SATVideoDiffusionEngine(nn.Module):
@@ -113,22 +134,36 @@ class SATVideoDiffusionEngine(nn.Module):
         """The diffusion transformer."""
         return self.model.diffusion_model
 
+    @property
+    def text_keys(self) -> list[str]:
+        """The entries of a batch that the conditioner reads."""
+        return [key for entry in self._require_conditioner().entries for key in entry.input_keys]
+
+    def _require_conditioner(self) -> Any:
+        if self.conditioner is None:
+            raise InputError("the model section has no conditioner_config; add one to train or to sample")
+        return self.conditioner
+
     def load_weights(
         self,
         load: str,
         *,
         dtype: torch.dtype,
         device: torch.device,
+        base: str | None = None,
         allow_missing_adapters: bool = True,
+        allow_missing: bool = False,
         generator: torch.Generator | None = None,
     ) -> LoadReport:
         """Load the network from a checkpoint, see `sgm.checkpoint.load_network`."""
         report = load_network(
             self.network,
             load,
+            base=base,
             dtype=dtype,
             device=device,
             allow_missing_adapters=allow_missing_adapters,
+            allow_missing=allow_missing,
             generator=generator,
         )
         self.network.eval()
@@ -211,6 +246,101 @@ class SATVideoDiffusionEngine(nn.Module):
         """Latent frames in front of `num_latents` that fill up the network's temporal patches."""
         return -num_latents % self.network.patch_size[0]
 
+    def network_kwargs(self, num: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the further inputs of the network for `num` samples: ``ofs`` where it has that embedding."""
+        return {} if self.network.ofs_embed_dim is None else {"ofs": torch.full((num,), self.ofs, device=device)}
+
+    @torch.no_grad()
+    def training_inputs(
+        self,
+        batch: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        idx: Sequence[int] | None = None,
+    ) -> TrainingInputs:
+        """Encode a batch of the data and draw what is random about it, sample by sample.
+
+        A sample depends on its own generator only, not on its batch. From the generator come, in this order: whether
+        the text is dropped, the level and the noise of the first frame, whether the image is dropped, the posterior
+        noise, the timestep, the diffusion noise.
+
+        Args:
+            batch: `input_key`: videos (B, F, 3, H, W) in −1..1, or with `latent_input` unscaled latents
+                (B, T, C, H, W); and the texts that the conditioner reads.
+            generators: one CPU generator per sample.
+            rank: this data-parallel rank, for a loss with ``uniform_sampling``.
+            num_ranks: how many there are.
+            idx: timesteps instead of drawn ones.
+
+        Raises:
+            InputError: the model section lacks a part that training needs.
+        """
+        loss_fn = self.require_loss()
+        device = next(self.network.parameters()).device
+        conditioner = self._require_conditioner()
+        samples = []
+        for i, generator in enumerate(generators):
+            cond = dict(conditioner({key: [batch[key][i]] for key in self.text_keys}, generator=generator))
+            video = batch[self.input_key][i : i + 1].to(device, non_blocking=True)
+            if self.noised_image_input:
+                cond["concat"] = self._noised_image_latents(video, generator)
+            latents = self._clean_latents(video, generator)
+            drawn = loss_fn.sigma_sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks)
+            step = drawn if idx is None else torch.tensor(idx[i : i + 1])
+            samples.append((latents, cond, step.to(device), loss_fn.draw_noise(latents, generator)))
+        latents, conds, steps, noise = zip(*samples, strict=True)
+        joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+        return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noise))
+
+    def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
+        """Return the loss of each sample, float32 (B,)."""
+        return self.require_loss()(
+            self.model,
+            self.denoiser,
+            inputs.latents,
+            inputs.cond,
+            idx=inputs.idx,
+            noise=inputs.noise,
+            **self.network_kwargs(len(inputs.latents), inputs.latents.device),
+        )
+
+    def require_loss(self) -> Any:
+        """Return the loss, or say that the configuration has none that training can use."""
+        if not hasattr(getattr(self.loss_fn, "sigma_sampler", None), "draw_idx"):
+            raise InputError(
+                "training needs model.loss_fn_config with a loss over timesteps; take "
+                "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss from a shipped model configuration"
+            )
+        return self.loss_fn
+
+    def _clean_latents(self, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One clip (1, F, 3, H, W) → its latents; the padding in front repeats the first one."""
+        if self.latent_input:
+            if video.shape[2] != self.network.out_channels:
+                raise InputError(
+                    f"model.latent_input is true, but the data gives {video.shape[2]} channels and latents have "
+                    f"{self.network.out_channels}; set model.latent_input=false to train on videos"
+                )
+            latents = video.float() * self.scale_factor
+        else:
+            latents = self.encode_first_stage(video, generator=generator)
+        padding = self.front_padding(latents.shape[1])
+        return torch.cat((latents[:, :1].expand(-1, padding, -1, -1, -1), latents), dim=1) if padding else latents
+
+    def _noised_image_latents(self, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Condition from the first frame of one clip (1, F, 3, H, W), with noise on it, or dropped."""
+        if self.latent_input:
+            raise InputError("model.latent_input has no first frame to condition on; set noised_image_input: false")
+        first = video[:, 0]
+        level = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn(1, generator=generator))
+        noise = torch.randn(first.shape, generator=generator)
+        dropped = torch.rand(1, generator=generator).item() < self.noised_image_dropout
+        image = first + (level * noise).to(first.device)
+        latents = self.image_latents(image, (video.shape[1] - 1) // 4 + 1)
+        return torch.zeros_like(latents) if dropped else latents
+
     @torch.no_grad()
     def sample(
         self,
@@ -251,9 +381,6 @@ class SATVideoDiffusionEngine(nn.Module):
             cond["concat"] = concat
             if uncond is not None:
                 uncond["concat"] = concat
-        kwargs = {}
-        if self.network.ofs_embed_dim is not None:
-            kwargs["ofs"] = torch.full((len(noise),), self.ofs, device=noise.device)
         latents = self.sampler(
             self._denoise,
             noise,
@@ -263,7 +390,7 @@ class SATVideoDiffusionEngine(nn.Module):
             scale=scale,
             generators=generators,
             progress=progress,
-            **kwargs,
+            **self.network_kwargs(len(noise), noise.device),
         )
         return latents[:, padding:]
 

@@ -1,0 +1,91 @@
+"""What the command lines of sampling and training share: words, messages, exit codes."""
+
+import argparse
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sgm.log import configure_logging, is_rank_zero
+
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong"
+
+
+def parse(
+    argv: Sequence[str] | None, *, prog: str, description: str, examples: Sequence[str], check: str
+) -> argparse.Namespace:
+    """Parse a command line; ``section.key=value`` may stand anywhere.
+
+    Args:
+        argv: the words, those of the process if None.
+        prog: name of the script.
+        description: what it does.
+        examples: commands to show.
+        check: help of ``--check``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="\n".join(["examples:", *(f"  {example}" for example in examples), "", EXIT_CODES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--base", nargs="+", action="extend", metavar="YAML", default=[], help="files to merge; a later one wins"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over all files")
+    parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
+    parser.add_argument("--check", action="store_true", help=check)
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    options = parser.parse_intermixed_args(argv)
+    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
+    moved = [word for word in options.base if is_override(word) and not Path(word).exists()]
+    options.base = [word for word in options.base if word not in moved]
+    options.overrides = moved + options.overrides
+    if options.seed is not None:
+        options.overrides.append(f"args.seed={options.seed}")
+    return options
+
+
+def run_command(
+    work: Callable[[argparse.Namespace], None],
+    options: argparse.Namespace,
+    *,
+    interrupted: str,
+    memory_hint: str,
+) -> int:
+    """Do the work of a command; return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+
+    Args:
+        work: gets `options`.
+        options: from `parse`.
+        interrupted: message for a person who interrupted it.
+        memory_hint: what to do where an accelerator's memory is too small.
+    """
+    try:
+        configure_logging(debug=options.debug)
+        work(options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{interrupted}\n")
+        return 130
+    except Exception as error:  # whatever it is, a person reads one message
+        return _report(error, debug=options.debug, memory_hint=memory_hint)
+    finally:
+        if "sgm.distributed" in sys.modules:
+            sys.modules["sgm.distributed"].shutdown()
+    return 0
+
+
+def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
+    """Say what went wrong; return the exit code."""
+    from sgm.util import InputError, RunError  # after parsing, so that --help answers at once
+
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, InputError | RunError):
+        if is_rank_zero() or isinstance(error, RunError):  # all ranks read the same input
+            sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""
+    sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")
+    return 1

@@ -1,0 +1,1 @@
+"""Training runs: optimizers, learning rates, and what a run reports."""

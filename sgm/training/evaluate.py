@@ -1,0 +1,170 @@
+"""Validation: the loss at fixed timesteps and noise, and sample videos."""
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import sgm.distributed
+from sgm.args import TrainingArgs
+from sgm.config import Config
+from sgm.data.loader import MAX_ATTEMPTS
+from sgm.data.video import ClipError
+from sgm.geometry import Geometry
+from sgm.inference.prompts import Prompt, parse_prompts, read_prompts
+from sgm.inference.run import SamplingRun
+from sgm.inference.video import to_uint8
+from sgm.log import get_logger
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.training.metrics import LossByQuarter
+from sgm.util import RunError
+
+logger = get_logger(__name__)
+
+# Not args.seed: validation losses of runs with different seeds are to be comparable.
+VALIDATION_SEED = 20240806
+# Multiples of the golden ratio, modulo 1, cover the timesteps evenly whatever the number of samples.
+_GOLDEN = 0.6180339887498949
+
+
+def validation_timestep(number: int, num_idx: int) -> int:
+    """Return the timestep of validation sample `number`."""
+    return int((number + 0.5) * _GOLDEN % 1 * num_idx)
+
+
+@contextmanager
+def evaluation_mode(network: torch.nn.Module):
+    """Switch dropout off inside the block."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+class Evaluation:
+    """Validation of one run.
+
+    Args:
+        config: checked training configuration.
+        engine: the model.
+        dataset: validation clips: ``dataset[i]`` gives a sample, see `data_video.SFTDataset`.
+        folder: of the run; samples go to ``samples/<iteration>``.
+        micro_batch: clips a batch where ``args.eval_batch_size`` is not set.
+        in_step: whether ranks must make their forward passes together, as ZeRO-3 needs it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: SATVideoDiffusionEngine,
+        dataset: Any,
+        *,
+        folder: Path,
+        micro_batch: int,
+        in_step: bool,
+    ) -> None:
+        assert isinstance(config.args, TrainingArgs)
+        self.config, self.args, self.engine, self.dataset = config, config.args, engine, dataset
+        self.folder, self.in_step = folder, in_step
+        self.batch_size = config.args.eval_batch_size or micro_batch
+        self.text_keys = engine.text_keys
+
+    @property
+    def num_samples(self) -> int:
+        """Validation samples of all ranks together."""
+        if self.args.strict_eval:
+            return len(self.dataset)
+        return self.args.eval_iters * self.batch_size * sgm.distributed.data_parallel_size()
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Return the mean validation loss and that of each quarter of the timesteps; the same on every rank.
+
+        Sample j has the clip j, the timestep and the noise that j alone determines, in every run.
+        """
+        rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
+        num_idx = self.engine.require_loss().sigma_sampler.num_idx
+        quarters = LossByQuarter(sgm.distributed.device(), num_idx=num_idx)
+        mine = range(rank, self.num_samples, size)
+        # Where ranks go in step, one that has a sample less repeats its last one, without counting it.
+        rounds = -(-self.num_samples // size)
+        with evaluation_mode(self.engine.network):
+            for start in range(0, rounds, self.batch_size):
+                numbers = list(mine[start : start + self.batch_size])
+                if not numbers and not self.in_step:
+                    break
+                inputs = self._inputs(numbers or [0])
+                losses = self.engine.training_losses(inputs)
+                if numbers:
+                    quarters.add(inputs.idx, losses)
+        quarters.reduce(sgm.distributed.reduce_over_ranks)
+        return {f"validation_{name}": value for name, value in quarters.values().items()}
+
+    def _inputs(self, numbers: list[int]) -> Any:
+        clips = [self._clip(number) for number in numbers]
+        num_idx = self.engine.require_loss().sigma_sampler.num_idx
+        batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
+        batch[self.engine.input_key] = torch.stack([clip[self.engine.input_key] for clip in clips])
+        return self.engine.training_inputs(
+            batch,
+            [torch.Generator().manual_seed(VALIDATION_SEED + number) for number in numbers],
+            idx=[validation_timestep(number, num_idx) for number in numbers],
+        )
+
+    def _clip(self, number: int) -> Mapping[str, Any]:
+        """Return validation clip `number`; the next one that can be read takes the place of one that cannot."""
+        failures = []
+        for offset in range(min(MAX_ATTEMPTS, len(self.dataset))):
+            try:
+                return self.dataset[(number + offset) % len(self.dataset)]
+            except ClipError as error:
+                logger.warning("validation leaves out %s", error)
+                failures.append(str(error))
+        raise RunError("validation clips cannot be read: " + "; ".join(failures))
+
+    def sample(self, iteration: int) -> list[Path]:
+        """Sample the validation prompts into ``samples/<iteration>``; return what this rank wrote."""
+        folder = self.folder / "samples" / f"{iteration:08d}"
+        args = dataclasses.replace(
+            self.args,
+            output_dir=str(folder),
+            only_save_latents=self.args.only_log_video_latents,
+            skip_existing=False,
+            contact_sheet=False,
+        )
+        run = SamplingRun(
+            dataclasses.replace(self.config, args=args),
+            engine=self.engine,
+            digest=f"{self.config.digest}-{iteration}",
+        )
+        with evaluation_mode(self.engine.network):
+            run.sample_list(self._prompts(folder), in_step=self.in_step)
+        return run.summary.written
+
+    def _prompts(self, folder: Path) -> list[Prompt]:
+        given = self.args.valid_prompts
+        image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
+        if given is None:
+            return self._prompts_of_data(folder, image2video)
+        if isinstance(given, str):
+            return read_prompts(given, image2video=image2video)
+        return parse_prompts(given, image2video=image2video, source="args.valid_prompts")
+
+    def _prompts_of_data(self, folder: Path, image2video: bool) -> list[Prompt]:
+        """The first clips' captions, as many as a batch; their first frames are the images."""
+        prompts = []
+        for i in range(min(self.batch_size, len(self.dataset))):
+            clip = self._clip(i)
+            image = None
+            if image2video:
+                image = folder / f"first_frame_{i}_rank{sgm.distributed.data_parallel_rank()}.png"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(to_uint8(clip["mp4"][:1])[0].numpy()).save(image)
+            prompts.append(Prompt(i, clip["txt"], image))
+        return prompts

@@ -1,0 +1,53 @@
+"""The command line of ``train_video.py``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sgm import cli
+from sgm.log import get_logger
+
+EXAMPLES = (
+    "python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml",
+    "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]",
+    "torchrun --standalone --nproc_per_node 8 train_video.py --base configs/cogvideox_5b.yaml configs/sft.yaml",
+    "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml --check",
+)
+
+logger = get_logger(__name__)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; ``section.key=value`` may stand anywhere."""
+    return cli.parse(
+        argv,
+        prog="train_video.py",
+        description="Fine-tune, or pretrain, a model as YAML files say.",
+        examples=EXAMPLES,
+        check="check everything, read no weights, train nothing",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from sgm.config import load_config  # after parsing, so that --help answers at once
+
+    config = load_config(options.base, options.overrides, mode="train")
+    if options.check:
+        from sgm.training.prepare import prepare
+
+        sys.stdout.write(prepare(config).report + "\n")
+        return
+    from sgm.training.run import train
+
+    logger.info("%s", train(config))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 1 failed, 2 wrong input."""
+    return cli.run_command(
+        run,
+        parse(argv),
+        interrupted="interrupted; what was saved stays, and args.resume=auto goes on from there",
+        memory_hint="set args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
+    )

@@ -1,0 +1,241 @@
+"""What a run reports: a line of numbers every few iterations, the loss by timestep, and a picture of both."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sgm.files import atomic_file
+from sgm.log import get_logger
+from sgm.util import InputError, RunError
+
+logger = get_logger(__name__)
+
+FILE = "metrics.jsonl"
+
+# What the progress bar shows: the name of the value, its name there, its format.
+_BAR = (
+    ("loss", "loss", "{:.4f}"),
+    ("lr", "lr", "{:.2e}"),
+    ("grad_norm", "grad", "{:.3g}"),
+    ("step_seconds", "s/step", "{:.3g}"),
+    ("samples_per_second", "samples/s", "{:.3g}"),
+    ("memory_gib", "GiB", "{:.1f}"),
+)
+
+
+class Metrics:
+    """Writes a run's numbers to ``metrics.jsonl``, to TensorBoard files, to the progress bar and, if asked, to wandb.
+
+    Used on rank zero only. A run that goes on from iteration i first drops the lines after i: the iterations come
+    again.
+
+    Args:
+        folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
+        total_iters: iterations of the whole run.
+        config: the merged configuration, for wandb to show.
+        experiment: name of the run in wandb.
+        resume_from: the iteration that the run goes on from, 0 for a new one.
+        wandb: log to Weights & Biases too.
+        wandb_project: the project there; None takes `experiment`.
+
+    Raises:
+        InputError: wandb is asked for and missing or refuses.
+        RunError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        total_iters: int,
+        config: Mapping[str, Any],
+        experiment: str,
+        resume_from: int = 0,
+        wandb: bool = False,
+        wandb_project: str | None = None,
+    ) -> None:
+        folder = Path(folder)
+        self._wandb = _start_wandb(folder, config, experiment, wandb_project or experiment) if wandb else None
+        self._path = folder / FILE
+        kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_from]
+        with atomic_file(self._path) as temporary:
+            temporary.write_text("".join(_to_line(line) for line in kept), encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
+        self._bar = tqdm(total=total_iters, initial=resume_from, desc="training", disable=None, dynamic_ncols=True)
+        self._shown: dict[str, str] = {}
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Record numbers by name. They are in the file when this returns; what is not finite is null there.
+
+        Raises:
+            RunError: the file cannot be written to.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_to_line({"iteration": iteration, **values}))
+        except OSError as error:
+            raise RunError(f"could not append to {self._path}: {error}; free some space and resume the run") from error
+        for name, value in values.items():
+            self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log({"iteration": iteration, **values})
+        self._shown |= {short: form.format(values[name]) for name, short, form in _BAR if name in values}
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(iteration - self._bar.n)
+
+    def close(self) -> None:
+        """Finish what is open."""
+        self._bar.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _to_line(values: Mapping[str, float | None]) -> str:
+    finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(finite) + "\n"
+
+
+def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, project: str) -> Any:
+    """Begin or go on with the wandb run of `folder`, whose name is its id there."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            "args.wandb is true, but wandb is not installed; run: pip install wandb, or set args.wandb: false"
+        ) from error
+    try:
+        run = wandb.init(
+            project=project,
+            name=experiment,
+            id=folder.resolve().name,
+            dir=str(folder),
+            config=dict(config),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise InputError(
+            f"args.wandb is true, but wandb does not start: {error}; run: wandb login, set WANDB_MODE=offline in the "
+            "environment, or set args.wandb: false"
+        ) from error
+    # wandb's own steps only rise, and would swallow the iterations that a resumed run repeats.
+    run.define_metric("*", step_metric="iteration")
+    return run
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``, each with at least ``iteration``; none where there is no file.
+
+    A line that a crash left half written is passed over.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            values = json.loads(text)
+            values["iteration"] = int(values["iteration"])
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: line %d cannot be read and is left out", path, number)
+            continue
+        lines.append(values)
+    return lines
+
+
+class LossByQuarter:
+    """Mean loss, over all timesteps and over each quarter of them, counted on the device without waiting for it.
+
+    Args:
+        device: of the losses.
+        num_idx: number of timesteps.
+    """
+
+    def __init__(self, device: torch.device, *, num_idx: int = 1000) -> None:
+        self._num_idx = num_idx
+        self._quarters = torch.arange(4, device=device)
+        self._sums = torch.zeros(4, device=device)
+        self._counts = torch.zeros(4, device=device)
+
+    def add(self, idx: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count samples: timesteps (B,) from 0 to ``num_idx − 1``, and losses (B,)."""
+        hits = idx[:, None] * 4 // self._num_idx == self._quarters  # (B, 4)
+        # Not a product: a loss of infinity would become NaN in the other quarters.
+        self._sums += torch.where(hits, losses.detach().float()[:, None], 0).sum(0)
+        self._counts += hits.sum(0)
+
+    def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
+        """Let `reduction` replace sums and counts, in place, by those over all ranks."""
+        totals = torch.stack([self._sums, self._counts])
+        reduction(totals)
+        self._sums, self._counts = totals.unbind()
+
+    def values(self) -> dict[str, float]:
+        """Return ``loss`` and, for example, ``loss_250_499``, as far as there are samples; waits for the device."""
+        sums, counts = self._sums.tolist(), self._counts.tolist()
+        if not sum(counts):
+            return {}
+        values = {"loss": sum(sums) / sum(counts)}
+        edges = [-(-quarter * self._num_idx // 4) for quarter in range(5)]
+        for first, end, total, count in zip(edges, edges[1:], sums, counts, strict=False):
+            if count:
+                values[f"loss_{first}_{end - 1}"] = total / count
+        return values
+
+    def reset(self) -> None:
+        """Start over."""
+        self._sums = torch.zeros_like(self._sums)
+        self._counts = torch.zeros_like(self._counts)
+
+
+def smooth(values: list[float], span: float) -> list[float]:
+    """Return the exponential moving mean of `values` in which about the last `span` (at least 1) count.
+
+    The first values weigh no more than later ones: the weights are normalised.
+    """
+    keep = 1 - 1 / max(span, 1.0)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def draw_curve(metrics: str | Path, picture: str | Path) -> None:
+    """Draw losses and learning rate of a ``metrics.jsonl`` into a PNG file.
+
+    The training loss is drawn as it is and smoothed, validation losses as points.
+    """
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(9, 6), layout="constrained")  # no pyplot: it keeps figures and looks for a display
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    iterations, losses = _series(lines, "loss")
+    upper.plot(iterations, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
+    span = len(losses) / 10
+    upper.plot(iterations, smooth(losses, span), color="tab:blue", label="training, smoothed")
+    validated, validation = _series(lines, "validation_loss")
+    if validated:
+        upper.plot(validated, validation, "o-", color="tab:orange", markersize=5, label="validation")
+    upper.set_ylabel("loss")
+    upper.legend()
+    upper.grid(alpha=0.3)
+    lower.plot(*_series(lines, "lr"), color="tab:green")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("iteration")
+    lower.set_ylim(bottom=0)
+    lower.grid(alpha=0.3)
+    with atomic_file(picture) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return iterations and finite values of one name."""
+    found = [(line["iteration"], float(line[name])) for line in lines if line.get(name) is not None]
+    return [iteration for iteration, _ in found], [value for _, value in found]

@@ -1,0 +1,251 @@
+"""Optimizers: found by the names of YAML, AdamW with an average of the weights, and which weights decay.
+
+The average (EMA) is part of the optimizer's state. DeepSpeed therefore shards, offloads, saves and restores it together
+with the moments, at every ZeRO stage.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.util import InputError, get_obj_from_str, nearest
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class EmaAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), which also averages the weights if asked.
+
+    The n-th update of a parameter p (n = 1, 2, ...) is followed by
+
+        ema ← d·ema + (1 − d)·p,   d = min(ema_decay, (1 + n) / (10 + n)),
+
+    where ema starts as p before its first update. ``state[p]["ema"]`` has the shape of p and is float32.
+
+    Args:
+        params: parameters or parameter groups, as for every optimizer of torch.
+        lr: learning rate.
+        betas: decay of the first and of the second moment per update, each in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: share of a weight, times lr, that each update takes off.
+        ema_decay: the largest d, in (0, 1); None for no average.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        ema_decay: float | None = None,
+    ) -> None:
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"Invalid ema_decay: {ema_decay}; it lies between 0 and 1, e.g. 0.9999")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.ema_decay = ema_decay
+        for group in self.param_groups:
+            group["fused"] = all(_has_fused_kernel(p.device) for p in group["params"]) or None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient, and its average.
+
+        Raises:
+            InputError: a parameter to be averaged is not float32.
+        """
+        loss = None if closure is None else closure()
+        if self.ema_decay is None:
+            super().step()
+            return loss
+        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # Kept apart until AdamW has made its own state, which it does only where a state is empty.
+        initial = {p: _initial_ema(p) for p in updated if "ema" not in self.state.get(p, ())}
+        super().step()
+        for p in updated:
+            state = self.state[p]
+            if p in initial:
+                state["ema"] = initial[p]
+            share = (9 / (10 + state["step"])).clamp(min=1 - self.ema_decay)  # 1 − d, without a wait for the device
+            state["ema"].lerp_(p.detach(), share.to(p.device))
+        return loss
+
+
+def _initial_ema(parameter: Tensor) -> Tensor:
+    if parameter.dtype != torch.float32:
+        raise InputError(
+            f"args.ema_decay averages float32 weights, but DeepSpeed optimizes {parameter.dtype} ones; let it keep "
+            "float32 copies (no bf16_master_weights_and_grads in its section), or set args.ema_decay: null"
+        )
+    return parameter.detach().clone()
+
+
+@functools.cache
+def _has_fused_kernel(device: torch.device) -> bool:
+    """Whether torch updates float32 parameters on `device` with one kernel: it is tried."""
+    probe = torch.zeros(1, device=device, requires_grad=True)
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()
+    except RuntimeError:  # also NotImplementedError: a device without the kernel
+        return False
+    return True
+
+
+# SAT's FusedEmaAdam compiles itself at its first use; the same rule under its name needs no compiler.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sat.ops.FusedEmaAdam": EmaAdamW,
+    "sat.ops.fused_ema_adam.FusedEmaAdam": EmaAdamW,
+    "FusedEmaAdam": EmaAdamW,
+    "AdamW": EmaAdamW,
+    "FusedAdam": EmaAdamW,
+    "Adam": torch.optim.Adam,
+}
+
+
+def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class that `name` stands for: a key of `OPTIMIZERS`, or the dotted path of any optimizer.
+
+    Raises:
+        InputError: nothing has this name, or it is no optimizer of torch.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if "." not in name:
+        raise InputError(
+            f"deepspeed.optimizer.type: unknown optimizer '{name}'{nearest(name, list(OPTIMIZERS))}; known are "
+            f"{', '.join(OPTIMIZERS)}, and the dotted path of any other, e.g. torch.optim.SGD"
+        )
+    try:
+        found = get_obj_from_str(name)
+    except InputError as error:
+        raise InputError(f"deepspeed.optimizer.type: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise InputError(
+            f"deepspeed.optimizer.type: '{name}' is not a subclass of torch.optim.Optimizer; give one, e.g. AdamW"
+        )
+    return found
+
+
+def make_optimizer(
+    section: Mapping[str, Any],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    ema_decay: float | None = None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a ``{type: ..., params: {...}}`` section.
+
+    Biases, norms and whatever else has one axis do not decay; weights do, adapters among them.
+
+    Args:
+        section: `optimizer` of the DeepSpeed section.
+        named_parameters: names and parameters; those that need no gradient are left out.
+        ema_decay: see `EmaAdamW`.
+
+    Raises:
+        InputError: the type is unknown, or it does not take a parameter or its value.
+    """
+    name, params = section["type"], dict(section.get("params") or {})
+    cls = resolve_optimizer(name)
+    if "ema_decay" in params:
+        raise InputError("deepspeed.optimizer.params.ema_decay: this is decided elsewhere; set args.ema_decay instead")
+    known = inspect.signature(cls).parameters
+    if ema_decay is not None:
+        if "ema_decay" not in known:
+            raise InputError(
+                f"args.ema_decay: the optimizer '{name}' keeps no average; set deepspeed.optimizer.type: AdamW, or "
+                "args.ema_decay: null"
+            )
+        params["ema_decay"] = ema_decay
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        valid = [key for key in known if key not in ("params", "ema_decay")]
+        for key in params.keys() - known.keys():
+            raise InputError(
+                f"deepspeed.optimizer.params.{key}: '{name}' has no such parameter{nearest(key, valid)}; "
+                f"it takes {', '.join(valid)}"
+            )
+    try:
+        return cls(_decay_groups(named_parameters), **params)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"deepspeed.optimizer: '{name}' refuses its parameters {params}: {error}") from error
+
+
+def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Return the parameter groups with and without weight decay, as far as they are not empty."""
+    decay, no_decay = [], []
+    for _, parameter in named_parameters:
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
+            (decay if len(shape) > 1 else no_decay).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def undo_first_step(engine: Any) -> None:
+    """Undo the update with zero gradients that DeepSpeed makes when it wraps an optimizer in 16 bits without ZeRO.
+
+    It would decay the weights once, and count as an update in the bias correction and in the average. Call this after
+    ``deepspeed.initialize``, before anything is loaded; elsewhere it does nothing.
+    """
+    if _has_master_copies(engine.optimizer):
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
+
+
+def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Gather the averages that an `EmaAdamW` inside a DeepSpeed engine holds, at any ZeRO stage.
+
+    To be called on all ranks. A parameter without an update so far is its own average.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+        named_parameters: names and parameters of the engine's module; those that need no gradient are left out.
+
+    Returns:
+        Name → average on rank zero, float32 on the CPU; an empty dictionary on the other ranks.
+    """
+    optimizer = engine.optimizer
+    base = getattr(optimizer, "optimizer", optimizer)
+    averages: dict[str, Tensor] = {}
+    masters = {}
+    if _has_master_copies(optimizer):
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            masters.update(zip(low, high, strict=True))
+    started = any("ema" in state for state in base.state.values())
+    if started and hasattr(optimizer, "_hp_optimizer_states_linked"):
+        # ZeRO 1 and 2 tie parameters to their state once: after the first group's first step, when that of the other
+        # groups does not exist yet, and not again after loading.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() > 0:
+            average = _gather(parameter, "ema" if started else None)
+        else:
+            master = masters.get(parameter, parameter)
+            average = base.state.get(master, {}).get("ema", master)
+        if engine.global_rank == 0:
+            averages[name] = average.detach().to("cpu", torch.float32, copy=True)
+    return averages
+
+
+def _has_master_copies(optimizer: Any) -> bool:
+    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, with a float32 copy of every parameter."""
+    return type(optimizer).__name__ == "FP16_UnfusedOptimizer"
+
+
+def _gather(parameter: nn.Parameter, key: str | None) -> Tensor:
+    """Assemble a parameter's optimizer state, or its float32 weights, from the partitions of all ranks."""
+    utils = importlib.import_module("deepspeed.utils")  # not at import: it chooses its device then
+    if key is None:
+        return utils.safe_get_full_fp32_param(parameter)
+    return utils.safe_get_full_optimizer_state(parameter, key)

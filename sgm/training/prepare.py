@@ -1,0 +1,196 @@
+"""What a training run checks before weights are read."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sgm.distributed
+from sgm.adapters import describe_adapters, with_adapters
+from sgm.args import TrainingArgs
+from sgm.check import check_files, check_sampling, check_shapes, params_of, tried
+from sgm.check_training import check_training_data
+from sgm.checkpoint import check_autoencoder, check_network
+from sgm.config import Config, ConfigError, Problem
+from sgm.deepspeed_config import engine_config
+from sgm.files import find_weights
+from sgm.geometry import Geometry
+from sgm.precision import precision_name, resolve_training_precision
+from sgm.training.data import Data, open_data
+from sgm.training.optimizer import resolve_optimizer
+from sgm.training.state import ResumePoint, find_resume_point
+from sgm.training.trainable import Trainable, choose_trainable
+from sgm.util import instantiate_from_config, without_allocating
+
+_NETWORK = "model.network_config.params"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run that can start.
+
+    Attributes:
+        config: the configuration, with the ``lora_config`` that the weights ask for.
+        args: its typed section.
+        dtype: of the network.
+        data: the clips.
+        deepspeed: what the engine is made with.
+        total_iters: optimizer steps of the whole run.
+        global_batch: samples of an optimizer step.
+        trainable: what is trained.
+        resume: where to go on, None for a new run.
+        report: all of this, for a person.
+    """
+
+    config: Config
+    args: TrainingArgs
+    dtype: torch.dtype
+    data: Data
+    deepspeed: Mapping[str, Any]
+    total_iters: int
+    global_batch: int
+    trainable: Trainable
+    resume: ResumePoint | None
+    report: str
+
+
+def prepare(config: Config) -> Plan:
+    """Check all that can be checked before weights are read; write nothing.
+
+    Raises:
+        ConfigError: everything that is wrong with configuration, checkpoint files, data, run folder.
+    """
+    config = with_adapters(config)
+    checks = _Checks(config)
+    checks.run()
+    if checks.problems:
+        raise ConfigError(config.located(checks.problems))
+    return checks.plan()
+
+
+class _Checks:
+    """Collect what can be found out about a run, and every problem."""
+
+    def __init__(self, config: Config) -> None:
+        assert isinstance(config.args, TrainingArgs), "the configuration was loaded for training"
+        self.config, self.args = config, config.args
+        self.problems: list[Problem] = []
+        self.facts: dict[str, Any] = {}
+        self.world_size = sgm.distributed.world_size()
+
+    def find(self, name: str, path: str, work: Callable[[], Any]) -> None:
+        """Note the result of `work` under `name`, or its complaint as a problem at `path`."""
+        cure = "correct it, in the file or on the command line"
+        self.problems.extend(tried(path, cure, lambda: self.facts.update({name: work()})))
+
+    def run(self) -> None:
+        """Do all checks."""
+        config, args, find = self.config, self.args, self.find
+        self.problems += check_files(config)
+        self._check_sections()
+        find("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
+        if geometry := self.facts.get("geometry"):
+            self.problems += check_shapes(config, geometry)
+            self.problems += check_training_data(config, geometry)
+            if args.eval_interval is not None:
+                find("samples", "args", lambda: check_sampling(args, geometry))
+        find("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
+        if "dtype" in self.facts:
+            dtype = self.facts["dtype"]
+            section = config.deepspeed
+            find("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.world_size, dtype=dtype))
+        find("optimizer", "deepspeed.optimizer", lambda: resolve_optimizer(config.deepspeed["optimizer"]["type"]))
+        find("trainable", "model.network_config", self._check_network)
+        find("adapters", "args.load", lambda: describe_adapters(config))
+        find("vae", "model.first_stage_config", self._check_autoencoder)
+        for part in ("denoiser_config", "loss_fn_config", "sampler_config"):
+            if config.model.get(part) is not None:
+                find(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
+        find("data", "args.train_data", lambda: open_data(config))
+        find("resume", "args.resume", lambda: find_resume_point(args))
+        self._check_folder()
+
+    def _check_sections(self) -> None:
+        model, args = self.config.model, self.args
+        needed = {"loss_fn_config": "to train", "conditioner_config": "to read captions"}
+        if not model.get("latent_input"):
+            needed["first_stage_config"] = "to encode clips (or set model.latent_input)"
+        if args.eval_interval is not None:
+            needed["sampler_config"] = "to sample at evaluation"
+        for part, purpose in needed.items():
+            if model.get(part) is None:
+                cure = "take it from a shipped model configuration"
+                self.problems.append(Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure))
+        if model.get("latent_input") and model.get("noised_image_input"):
+            found = "is true, and image-to-video needs the first frame of each clip"
+            self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
+        elif model.get("latent_input") and self.config.data.get("target") == "data_video.SFTDataset":
+            found = "is true, but data_video.SFTDataset gives videos"
+            self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
+
+    def _check_network(self) -> Trainable:
+        """Build the network without memory; hold its weights' names to it, and see what is trained."""
+        args = self.args
+        with without_allocating():
+            network = instantiate_from_config(self.config.model["network_config"])
+        if args.load is not None and not tried("", "", partial(find_weights, args.load)):
+            check_network(network, args.load, base=args.base, allow_missing=args.force_train)
+        return choose_trainable(network, self.config.model)
+
+    def _check_autoencoder(self) -> None:
+        section = self.config.model.get("first_stage_config")
+        if section is None:
+            return
+        with without_allocating():
+            vae = instantiate_from_config(section)
+        if Path(str(vae.ckpt_path)).is_file():
+            check_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
+
+    def _check_folder(self) -> None:
+        folder = Path(self.args.save).absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            found = f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to"
+            self.problems.append(Problem("args.save", "", found, "name another folder"))
+
+    def plan(self) -> Plan:
+        """Return what was found; to be called when there are no problems."""
+        args, facts, section = self.args, self.facts, self.config.deepspeed
+        micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
+        batch = micro * accumulation * self.world_size
+        data: Data = facts["data"]
+        total = args.train_iters
+        if total is None:
+            assert args.epochs is not None, "the configuration is refused without either"
+            total = math.ceil(args.epochs * data.num_train / batch)
+        resume: ResumePoint | None = facts["resume"]
+        rows = {
+            "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",
+            "weights": "random" if args.load is None else str(find_weights(args.load)),
+            "trains": str(facts["trainable"]),
+            "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
+            "data": str(data),
+            "batch": f"{micro} clips x {accumulation} steps of accumulation x {self.world_size} ranks = {batch}",
+            "length": f"{total} iterations = {total * batch / data.num_train:.1f} epochs",
+            "optimizer": f"{section['optimizer']['type']}, learning rate {section['optimizer']['params']['lr']:g} "
+            f"({args.lr_decay_style}), ZeRO stage {section['zero_optimization']['stage']}",
+            "results": args.save if resume is None else f"{resume.run}, from iteration {resume.iteration}",
+        }
+        width = max(map(len, rows))
+        return Plan(
+            config=self.config,
+            args=args,
+            dtype=facts["dtype"],
+            data=data,
+            deepspeed=facts["deepspeed"],
+            total_iters=total,
+            global_batch=batch,
+            trainable=facts["trainable"],
+            resume=resume,
+            report="\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()),
+        )

@@ -1,0 +1,288 @@
+"""The training loop.
+
+Training sample n (0, 1, 2, ... over the whole run) is a function of the seed and n alone: its clip, its noise, its
+timestep. Step s of a job with global batch G takes the samples s·G to (s+1)·G − 1, however they are spread over ranks
+and micro batches. So a run is resumed by the number of its next sample, and does not depend on the number of ranks.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sgm.distributed
+from sgm.config import Config
+from sgm.data.order import derive_seed
+from sgm.inference.record import peak_memory
+from sgm.log import get_logger
+from sgm.training.build import Parts, build
+from sgm.training.evaluate import Evaluation
+from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
+from sgm.training.prepare import prepare
+from sgm.training.quarantine import Quarantine
+from sgm.training.save import Saver
+from sgm.training.step import gradient_norm, plain_gradient_norm
+from sgm.training.watch import StepCheck, StopSignals
+from sgm.util import InputError, RunError, default
+
+logger = get_logger(__name__)
+
+
+def sample_generator(seed: int, number: int) -> torch.Generator:
+    """Return the source of everything random about training sample `number`."""
+    return torch.Generator().manual_seed(derive_seed(seed, "sample", number))
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        folder: of the run.
+        iteration: optimizer steps done, earlier processes included.
+        total: optimizer steps of the whole run.
+        loss: mean training loss since the last line of metrics; None where no step was made.
+        stopped: why it ended early, empty if it did not.
+        seconds: wall time.
+    """
+
+    folder: Path
+    iteration: int = 0
+    total: int = 0
+    loss: float | None = None
+    stopped: str = ""
+    seconds: float = 0.0
+    samples: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return the lines that end a run."""
+        state = f"stopped by {self.stopped}, saved" if self.stopped else "done"
+        lines = [f"iteration {self.iteration} of {self.total}: {state} ({self.seconds:.1f} s)"]
+        lines.append(f"sample from it with args.load={self.folder}")
+        if self.stopped:
+            lines.append("the same command goes on from there with args.resume=auto")
+        return "\n".join(lines)
+
+
+def train(config: Config) -> Summary:
+    """Run, or go on with, the whole job that `config` describes.
+
+    Raises:
+        InputError: something given is wrong; found before weights are read wherever possible.
+        RunError: the work failed. What was saved before stays loadable.
+    """
+    start = time.perf_counter()
+    plan = prepare(config)
+    config = plan.config
+    sgm.distributed.initialize()
+    if plan.resume is not None and plan.resume.iteration >= plan.total_iters:
+        logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
+        return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
+    with StopSignals() as signals:
+        run = TrainingRun(config, build(config, plan), signals)
+        try:
+            run.fit()
+        finally:
+            run.close()
+    run.summary.seconds = time.perf_counter() - start
+    return run.summary
+
+
+class TrainingRun:
+    """The loop over a run's parts.
+
+    Args:
+        config: checked by `prepare`.
+        parts: model, data and DeepSpeed engine.
+        signals: asks for an early end.
+    """
+
+    def __init__(self, config: Config, parts: Parts, signals: StopSignals) -> None:
+        self.args, self.parts, self.signals = parts.args, parts, signals
+        self.rank, self.size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
+        self.device = sgm.distributed.device()
+        self.iteration = parts.point.iteration
+        self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
+        self.check = StepCheck(self.device)
+        self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
+        self.quarantine = Quarantine(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
+        self.saver = Saver(config, parts)
+        self.evaluation = None
+        if self.args.eval_interval is not None:
+            self.evaluation = Evaluation(
+                config,
+                parts.engine,
+                parts.valid_data,
+                folder=parts.folder,
+                micro_batch=parts.micro_batch,
+                in_step=parts.zero_stage == 3,
+            )
+        self.metrics = None
+        if self.rank == 0:
+            self.metrics = Metrics(
+                parts.folder,
+                total_iters=parts.total_iters,
+                config=config.merged,
+                wandb=self.args.wandb,
+                wandb_project=self.args.wandb_project_name,
+                experiment=self.args.experiment_name,
+                resume_from=self.iteration,
+            )
+        self.skipped_in_row = 0
+        self._plain_norm: torch.Tensor | None = None
+        self._lr = 0.0
+        self._logged_at, self._logged_iteration = time.perf_counter(), self.iteration
+
+    def close(self) -> None:
+        """Close what is open; nothing is saved."""
+        if self.parts.lock is not None:
+            self.parts.lock.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def fit(self) -> None:
+        """Train until the last iteration, or until something asks for an end."""
+        first, batches = self.iteration, iter(self.parts.loader)
+        eval_interval = default(self.args.eval_interval, self.parts.total_iters)
+        while self.iteration < self.parts.total_iters and not self.summary.stopped:
+            stop = self._guarded_step(batches)
+            self.iteration += 1
+            self.summary.iteration = self.iteration
+            done = self.iteration == self.parts.total_iters
+            if self.iteration % self.args.log_interval == 0 or done or stop:
+                self._log()
+            if stop:
+                self.summary.stopped = self.signals.received or "a signal to another rank"
+            elif self.args.exit_interval is not None and self.iteration - first >= self.args.exit_interval and not done:
+                self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
+            if self.iteration % self.args.save_interval == 0 or done or self.summary.stopped:
+                self.saver.save(self.iteration)
+            if self.evaluation is not None and not self.summary.stopped:
+                if self.iteration % eval_interval == 0 or done:
+                    self._evaluate()
+        if self.metrics is not None and self.iteration > first:
+            draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
+
+    def _guarded_step(self, batches: Iterator[Any]) -> bool:
+        """Make one step; whatever fails is reported with the step and its clips."""
+        taken: list[dict[str, Any]] = []
+        try:
+            return self._step(batches, taken)
+        except (InputError, KeyboardInterrupt):
+            raise
+        except _NotFiniteError as error:
+            saved = self.saver.save_if_finite(self.iteration)
+            raise RunError(self._failure(str(error), taken, saved)) from error
+        except RunError as error:
+            raise RunError(self._failure(str(error), taken, None)) from error
+        except Exception as error:
+            raise RunError(self._failure(f"{type(error).__name__}: {error}", taken, None)) from error
+
+    def _step(self, batches: Iterator[Any], taken: list[dict[str, Any]]) -> bool:
+        """Make one optimizer step; return whether a rank is asked to stop."""
+        deepspeed, engine = self.parts.deepspeed, self.parts.engine
+        skipped_before = deepspeed.skipped_steps
+        stop = False
+        for micro in range(self.parts.accumulation):
+            batch = next(batches)
+            taken.append(batch)
+            self.quarantine.add(batch["failures"])
+            generators = [sample_generator(self.args.seed, number) for number in batch["number"]]
+            inputs = engine.training_inputs(batch, generators, rank=self.rank, num_ranks=self.size)
+            losses = deepspeed(inputs)
+            self.check.add(losses)
+            self.quarters.add(inputs.idx, losses.detach())
+            last = micro == self.parts.accumulation - 1
+            if last:
+                self.check.share(stop=bool(self.signals.received))
+            deepspeed.backward(losses.mean())
+            if last:
+                bad, stop = self.check.read()
+                if bad:
+                    raise _NotFiniteError("a loss is not finite (NaN or infinity)")
+                if self._logs_next():
+                    self._plain_norm = plain_gradient_norm(deepspeed)
+                self._lr = self.parts.schedule.get_last_lr()[0]
+            deepspeed.step()
+        self.skipped_in_row = self.skipped_in_row + 1 if deepspeed.skipped_steps > skipped_before else 0
+        if self.skipped_in_row >= self.args.max_skipped_steps:
+            raise _NotFiniteError(
+                f"{self.skipped_in_row} steps in a row were skipped because gradients overflow fp16 "
+                f"(args.max_skipped_steps={self.args.max_skipped_steps})"
+            )
+        return stop
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is being made ends with a line of metrics."""
+        return (self.iteration + 1) % self.args.log_interval == 0 or self.iteration + 1 == self.parts.total_iters
+
+    def _failure(self, reason: str, taken: list[dict[str, Any]], saved: bool | None) -> str:
+        """Return the message for a step that failed: where, on which clips, what is saved, what to do."""
+        clips = sorted({path for batch in taken for path in batch["path"]})
+        shown = ", ".join(clips[:8]) + (f" and {len(clips) - 8} more" if len(clips) > 8 else "")
+        state = self.saver.describe()
+        lines = [f"iteration {self.iteration + 1} failed: {reason}"]
+        lines.append(f"samples of this rank in it: {shown or 'none were read'}")
+        if saved is False:
+            lines.append("the weights themselves are not finite any more and were not saved")
+        lines.append(state)
+        lines.append(_hint(reason))
+        return "\n".join(lines)
+
+    def _log(self) -> None:
+        """Reduce what was counted since the last line over the ranks and write it."""
+        self.quarters.reduce(sgm.distributed.reduce_over_ranks)
+        values = self.quarters.values()
+        self.quarters.reset()
+        self.summary.loss = values.get("loss")
+        now = time.perf_counter()
+        steps = self.iteration - self._logged_iteration
+        seconds = (now - self._logged_at) / max(steps, 1)
+        self._logged_at, self._logged_iteration = now, self.iteration
+        bad = self.quarantine.share()
+        if self.metrics is not None:
+            values |= {
+                "lr": self._lr,
+                "grad_norm": gradient_norm(self.parts.deepspeed, self._plain_norm),
+                "step_seconds": seconds,
+                "samples_per_second": self.parts.global_batch / seconds,
+                "memory_gib": peak_memory(self.device) / 2**30,
+                "quarantined_clips": float(bad),
+                "skipped_steps": float(self.parts.deepspeed.skipped_steps),
+                "samples": float(self.parts.samples_before(self.iteration)),
+            }
+            self.metrics.log(self.iteration, values)
+
+    def _evaluate(self) -> None:
+        """Log the validation loss and sample the validation prompts."""
+        assert self.evaluation is not None
+        values = self.evaluation.losses()
+        if self.metrics is not None:
+            self.metrics.log(self.iteration, values)
+        self.summary.samples += self.evaluation.sample(self.iteration)
+        self._logged_at = time.perf_counter()  # steps are timed without evaluation
+
+
+class _NotFiniteError(RunError):
+    """Numbers left the finite range."""
+
+
+def _hint(reason: str) -> str:
+    """Return what to try, by what the failure says."""
+    text = reason.lower()
+    if "not finite" in text or "overflow" in text:
+        return (
+            "look at these clips; lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping; train in the "
+            "precision that the model YAML states"
+        )
+    if "out of memory" in text or "outofmemory" in text:
+        return (
+            "set args.checkpoint_activations=true, lower deepspeed.train_micro_batch_size_per_gpu (and raise "
+            "gradient_accumulation_steps), use a higher ZeRO stage, or train with LoRA"
+        )
+    if any(word in text for word in ("connection", "timed out", "timeout", "peer", "nccl", "gloo")):
+        return "another rank has ended or hangs: its own message says why; start again with args.resume=auto"
+    return "start again with args.resume=auto once the cause is removed; --debug shows where it happened"

@@ -1,0 +1,107 @@
+"""What a run writes at a save: weights for use, their moving average, and the state to go on from."""
+
+import dataclasses
+import shutil
+
+import torch
+
+import sgm.distributed
+from sgm.checkpoint import save_network, write_latest
+from sgm.config import Config
+from sgm.log import get_logger
+from sgm.training.build import Parts
+from sgm.training.optimizer import full_ema
+from sgm.training.state import save_state
+from sgm.training.step import PREFIX, gather
+from sgm.util import RunError
+
+logger = get_logger(__name__)
+
+
+class Saver:
+    """Save a run; see `sgm.training.state` for the folders.
+
+    Args:
+        config: with ``keep_last``, ``save_full`` and ``no_save_rng``.
+        parts: what is saved.
+    """
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self.parts, self.args, self.model = parts, parts.args, config.model
+        self.saved: int | None = parts.point.iteration or None
+        network = parts.engine.network
+        self.names = parts.trainable.names
+        if not parts.trainable.adapters or self.args.save_full:
+            self.names = tuple(network.state_dict().keys())
+
+    def save(self, iteration: int) -> None:
+        """Write everything; all ranks call together.
+
+        Raises:
+            RunError: the disk is full, or weights are not finite; what was saved before stays.
+        """
+        if not self.save_if_finite(iteration):
+            raise RunError(
+                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; go on "
+                "from there with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
+            )
+
+    def save_if_finite(self, iteration: int) -> bool:
+        """Write everything unless a weight is NaN or infinite; return whether it is on the disk."""
+        if self.saved == iteration:
+            return True
+        parts = self.parts
+        weights = gather(parts.deepspeed, self.names)
+        if not sgm.distributed.from_rank_zero(_all_finite(weights)):
+            return False
+        averages = None
+        if self.args.ema_decay is not None:
+            named = {
+                name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
+            }
+            averages = full_ema(parts.deepspeed, named.items())
+        if sgm.distributed.data_parallel_rank() == 0:
+            self._write(iteration, weights, averages)
+        samples = parts.samples_before(iteration)
+        point = dataclasses.replace(parts.point, run=parts.folder, iteration=iteration, samples=samples)
+        save_state(parts.deepspeed, point, with_rng=not self.args.no_save_rng)
+        if sgm.distributed.data_parallel_rank() == 0:
+            write_latest(parts.folder, iteration)
+            self._remove_old()
+        self.saved = iteration
+        logger.info("saved %s", parts.folder / str(iteration))
+        return True
+
+    def _write(
+        self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Write weights and averages, on rank zero."""
+        parts, patch_size = self.parts, self.parts.engine.network.patch_size
+        if averages is not None:
+            smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
+            save_network(
+                parts.folder, f"{iteration}-ema", smooth, patch_size=patch_size, adapters=parts.adapters, latest=False
+            )
+        save_network(parts.folder, iteration, weights, patch_size=patch_size, adapters=parts.adapters, latest=False)
+        if parts.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
+            logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
+
+    def _remove_old(self) -> None:
+        """Remove the weights that ``keep_last`` leaves no room for, on rank zero."""
+        if self.args.keep_last is None:
+            return
+        folder = self.parts.folder
+        kept = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+        for old in kept[self.args.keep_last :]:
+            for name in (str(old), f"{old}-ema"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+    def describe(self) -> str:
+        """Say where the newest checkpoint is."""
+        if self.saved is None:
+            return f"nothing was saved yet; args.load ({self.args.load}) is as it was"
+        return f"the newest checkpoint is {self.parts.folder / str(self.saved)}"
+
+
+def _all_finite(weights: dict[str, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())

@@ -1,0 +1,269 @@
+"""What a training run needs to go on as if it had never stopped.
+
+Beside the weights, which are for use, a run folder holds the state of the newest save::
+
+    RUN/latest, RUN/1000/mp_rank_00_model_states.pt      weights in the SAT layout
+    RUN/resume/latest                                    the iteration to go on from; moves last
+    RUN/resume/1000/resume.json                          what the state fits to, see `ResumePoint`
+    RUN/resume/1000/*_states.pt                          trained parameters, optimizer, schedule, loss scaler
+    RUN/resume/1000/rng_00.pt                            random generators, one file a rank
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import sgm.distributed
+from sgm.args import TrainingArgs
+from sgm.config import ConfigError, Problem
+from sgm.files import atomic_file
+from sgm.log import get_logger
+from sgm.util import InputError
+
+try:
+    import fcntl
+except ImportError:  # another system than POSIX
+    fcntl = None
+
+logger = get_logger(__name__)
+
+FOLDER, LATEST = "resume", "latest"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on.
+
+    Attributes:
+        run: the run folder.
+        iteration: optimizer steps done.
+        samples: training samples seen, the number of the next one.
+        world_size: ranks that wrote the state.
+        zero_stage: ZeRO stage that wrote it.
+        precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
+        optimizer: the optimizer's class.
+        trained: number of trained tensors.
+        ema: whether the state holds a moving average.
+        base_digest: digest of the weights that the run started from, None from random ones.
+        config_digest: digest of the configuration.
+    """
+
+    run: Path
+    iteration: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    optimizer: str
+    trained: int
+    ema: bool
+    base_digest: str | None
+    config_digest: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this state."""
+        return self.run / FOLDER / str(self.iteration)
+
+    def check(self, now: "ResumePoint") -> None:
+        """Hold the state against what the configuration would train now.
+
+        Raises:
+            ConfigError: it does not fit; says what differs and what to do.
+        """
+        fixed = {
+            "zero_stage": "deepspeed.zero_optimization.stage",
+            "precision": "model.precision",
+            "optimizer": "deepspeed.optimizer.type",
+            "trained": "model.not_trainable_prefixes",
+            "ema": "args.ema_decay",
+            "base_digest": "args.load",
+        }
+        if self.zero_stage > 0:  # every rank holds the whole state otherwise
+            fixed["world_size"] = "torchrun --nproc_per_node"
+        problems = []
+        for name, path in fixed.items():
+            then, given = getattr(self, name), getattr(now, name)
+            if then != given:
+                words = name.replace("_", " ")
+                found = f"the state in {self.folder} was written with {words} {then}, and now it is {given}"
+                cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
+                problems.append(Problem(path, "", found, cure))
+        if problems:
+            raise ConfigError(problems)
+        if self.config_digest != now.config_digest:
+            logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
+
+
+def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
+    """Return where ``args.resume`` says to go on, None for a new run.
+
+    ``auto`` takes the run of this experiment that saved last; a path names a run folder.
+
+    Raises:
+        InputError: the path holds no state, or its files are damaged.
+    """
+    if args.resume == "none":
+        return None
+    if args.resume != "auto":
+        run = Path(args.resume)
+        if not (run / FOLDER / LATEST).is_file():
+            raise InputError(
+                f"args.resume: {run} holds no {FOLDER}/{LATEST}; name a run folder ({args.save}/"
+                f"{args.experiment_name}-...), or use args.load={run} to start a new run from its weights"
+            )
+        return _read_point(run)
+    saved = list(Path(args.save).glob(f"{_escaped(args.experiment_name)}-*/{FOLDER}/{LATEST}"))
+    return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
+
+
+def lock_folder(run: Path) -> IO[str] | None:
+    """Keep other processes from training in `run` until the returned file is closed, or this process ends.
+
+    A launcher that is killed may leave its workers running. File systems without locks go unguarded.
+
+    Raises:
+        InputError: another process trains there.
+    """
+    if fcntl is None:
+        return None
+    file = (run / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise InputError(
+            f"{run} is being trained by process {owner} (a launcher that was killed may have left it); end that "
+            "process, or start a new run with args.resume=none"
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s); see that no other process trains there", run, error)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _read_point(run: Path) -> ResumePoint:
+    path = run / FOLDER / LATEST
+    try:
+        iteration = int(path.read_text(encoding="utf-8"))
+        path = run / FOLDER / str(iteration) / "resume.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return ResumePoint(run=run, **content)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"the resume state cannot be read: {path}: {error}; restore the file, or start anew with args.resume=none"
+        ) from error
+
+
+def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
+    """Write the state of all ranks, then let ``latest`` name it, then remove older states.
+
+    Args:
+        engine: the DeepSpeed engine; all ranks call together.
+        point: where the run is.
+        with_rng: write the generators too.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written to; the former state stays.
+    """
+    folder, rank = point.folder, sgm.distributed.data_parallel_rank()
+    engine.checkpoint_engine = _checkpoint_engine()
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+    if with_rng:
+        with atomic_file(folder / f"rng_{rank:02d}.pt") as temporary:
+            torch.save(_rng_state(), temporary)
+    sgm.distributed.barrier()
+    if rank == 0:
+        content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
+        with atomic_file(folder / "resume.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(folder.parent / LATEST) as temporary:
+            temporary.write_text(f"{point.iteration}\n", encoding="utf-8")
+        remove_other_states(point.run, point.iteration)
+    sgm.distributed.barrier()
+
+
+def remove_other_states(run: Path, iteration: int) -> None:
+    """Remove the states of `run` that ``latest`` does not name: older ones, and one that was being written."""
+    for other in (run / FOLDER).iterdir():
+        if other.is_dir() and other.name != str(iteration):
+            shutil.rmtree(other)
+
+
+def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
+    """Put the state into a fresh DeepSpeed engine; all ranks call together.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    engine.checkpoint_engine = _checkpoint_engine()
+    path, _ = engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
+    if path is None:
+        raise InputError(f"{point.folder} is incomplete; restore it, or start anew with args.resume=none")
+    # The learning rates of the present configuration, not those that the optimizer's state brought along.
+    engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
+    rng = point.folder / f"rng_{sgm.distributed.data_parallel_rank():02d}.pt"
+    if with_rng and rng.is_file():
+        _restore_rng(torch.load(rng, weights_only=True))
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.accelerator.is_available():
+        state["accelerator"] = torch.get_device_module().get_rng_state()
+    return state
+
+
+def _restore_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "accelerator" in state and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(state["accelerator"])
+
+
+def _checkpoint_engine() -> Any:
+    """Return what DeepSpeed writes and reads its files with: atomically, and without running what is in them."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class SafeCheckpointEngine(CheckpointEngine):
+        def create(self, info: Any) -> None:
+            pass
+
+        def save(self, state_dict: Any, path: str) -> None:
+            with atomic_file(path) as temporary:
+                torch.save(state_dict, temporary)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+            try:
+                with torch.serialization.safe_globals(allowed):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError) as error:
+                raise InputError(
+                    f"the resume state {path} is missing or damaged: {error}; restore it, or start anew with "
+                    "args.resume=none (args.load may name the run folder)"
+                ) from error
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+    return SafeCheckpointEngine()

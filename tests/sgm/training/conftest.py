@@ -1,0 +1,73 @@
+"""Tiny training runs: golden networks on clips of coloured noise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sgm.inference.video import write_video
+
+FRAMES, HEIGHT, WIDTH = 9, 64, 96
+FIXED_SIZE = ("dit_t2v_2b", "dit_i2v_5b")  # position tables
+CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up"]
+
+
+def write_clips(folder: Path, num: int) -> Path:
+    """Write `num` clips with captions in the videos/ + labels/ layout: blurred noise that drifts, 8 fps."""
+    (folder / "labels").mkdir(parents=True)
+    for index in range(num):
+        noise = np.random.default_rng(index).integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8)
+        picture = np.kron(noise, np.ones((16, 16, 1), np.uint8))
+        frames = np.stack([np.roll(picture, 4 * frame, axis=1) for frame in range(FRAMES)])
+        write_video(folder / "videos" / f"{index:03d}.mp4", frames, 8)
+        (folder / "labels" / f"{index:03d}.txt").write_text(CAPTIONS[index % 3])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), 8)
+
+
+@pytest.fixture(scope="session")
+def training_yaml(tiny_model, clips, tmp_path_factory):
+    """Return a function: name of a golden network → YAML files to train it with, full or LoRA as the network is."""
+    folder = tmp_path_factory.mktemp("training")
+
+    def make(name: str) -> list[str]:
+        path = folder / f"{name}.yaml"
+        if not path.exists():
+            content = {
+                "args": {
+                    "mode": "finetune",
+                    "train_data": [str(clips)],
+                    "valid_data": [str(clips)],
+                    "num_workers": 0,
+                    "auto_warmup_iters": 0,
+                    "warmup": 0.0,
+                    "log_interval": 1,
+                    "train_iters": 20,
+                    "save_interval": 1000,
+                },
+                "model": {"latent_input": False, "precision": "fp32"},
+                "data": {
+                    "target": "data_video.SFTDataset",
+                    "params": {
+                        "video_size": [64, 96] if name in FIXED_SIZE else [32, 48],
+                        "fps": 8,
+                        "max_num_frames": 9 if "1.5" in name else 5,
+                        "skip_frms_num": 0,
+                    },
+                },
+                "deepspeed": {
+                    "train_micro_batch_size_per_gpu": 2,
+                    "gradient_clipping": 1.0,
+                    "zero_optimization": {"stage": 0},
+                    "optimizer": {"params": {"lr": 1e-3}},
+                },
+            }
+            path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return [str(tiny_model(name)), str(path)]
+
+    return make

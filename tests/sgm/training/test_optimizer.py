@@ -1,0 +1,322 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sgm.distributed
+from sgm.training.optimizer import EmaAdamW, full_ema, make_optimizer, resolve_optimizer, undo_first_step
+from sgm.util import InputError
+
+PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+SECTION = {"type": "sat.ops.FusedEmaAdam", "params": PARAMS}
+
+
+class Network(nn.Module):
+    """Weights, biases, a norm, a frozen weight and one that the loss does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)
+        self.frozen, self.unused = nn.Linear(5, 5), nn.Linear(2, 2, bias=False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.norm(self.inner(self.frozen(x))))
+
+
+def network() -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Network()
+
+
+# The rule
+
+
+def gradients(step: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
+
+
+def adamw_in_float64(p: torch.Tensor, steps: int, *, lr, betas, eps, decay, ema_decay):
+    """The published formulas, one by one."""
+    p, m, v = p.double().clone(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
+    ema = p.clone()
+    for n in range(1, steps + 1):
+        g = gradients(n, p).double()
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        p = p - lr * decay * p
+        p = p - lr * (m / (1 - betas[0] ** n)) / ((v / (1 - betas[1] ** n)).sqrt() + eps)
+        d = min(ema_decay, (1 + n) / (10 + n))
+        ema = d * ema + (1 - d) * p
+    return p, ema
+
+
+@pytest.mark.parametrize("ema_decay", [0.3, 0.9999])
+def test_twenty_updates_follow_the_formulas(ema_decay):
+    start = torch.linspace(-2, 2, 12).view(3, 4)
+    p = nn.Parameter(start.clone())
+    optimizer = EmaAdamW([p], lr=0.02, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.2, ema_decay=ema_decay)
+    for n in range(1, 21):
+        p.grad = gradients(n, p)
+        optimizer.step()
+    wanted = adamw_in_float64(start, 20, lr=0.02, betas=(0.9, 0.95), eps=1e-3, decay=0.2, ema_decay=ema_decay)
+    torch.testing.assert_close(p.detach().double(), wanted[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(optimizer.state[p]["ema"].double(), wanted[1], rtol=1e-6, atol=1e-6)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+
+
+def test_the_average_begins_with_the_weights_before_the_first_update():
+    p = nn.Parameter(torch.tensor([1.0]))
+    p.grad = torch.ones(1)
+    optimizer = EmaAdamW([p], lr=0.5, weight_decay=0.0, ema_decay=0.9999)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["ema"], torch.tensor([2 / 11 * 1.0 + 9 / 11 * 0.5]))
+
+
+def test_without_an_average_nothing_is_kept():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = EmaAdamW([p])
+    optimizer.step()
+    assert "ema" not in optimizer.state[p]
+
+
+def test_only_parameters_with_gradients_move():
+    one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = EmaAdamW([one, other], lr=0.1, ema_decay=0.9)
+    for p in (one, other, one):
+        one.grad = other.grad = None
+        p.grad = torch.ones(2)
+        before = {q: optimizer.state[q]["ema"].clone() for q in (one, other) if q in optimizer.state}
+        optimizer.step()
+        assert all(torch.equal(before[q], optimizer.state[q]["ema"]) == (q is not p) for q in before)
+    assert (optimizer.state[one]["step"], optimizer.state[other]["step"]) == (2, 1)
+
+
+def test_the_average_goes_on_from_a_saved_state():
+    def train(p: nn.Parameter, optimizer: EmaAdamW, steps: range) -> None:
+        for n in steps:
+            p.grad = gradients(n, p)
+            optimizer.step()
+
+    p = nn.Parameter(torch.ones(4))
+    optimizer = EmaAdamW([p], lr=0.1, ema_decay=0.9999)
+    train(p, optimizer, range(5))
+    q = nn.Parameter(p.detach().clone())
+    resumed = EmaAdamW([q], lr=0.1, ema_decay=0.9999)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(p, optimizer, range(5, 9))
+    train(q, resumed, range(5, 9))
+    assert torch.equal(p, q) and torch.equal(optimizer.state[p]["ema"], resumed.state[q]["ema"])
+
+
+def test_coarse_weights_are_not_averaged():
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(InputError, match="args.ema_decay averages float32"):
+        EmaAdamW([p], ema_decay=0.9).step()
+
+
+def test_a_closure_is_evaluated_once():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = EmaAdamW([p], lr=0.1, ema_decay=0.9)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 2.0 and len(calls) == 1
+    assert (p < 1).all() and (optimizer.state[p]["ema"] < 1).all()
+
+
+# Names and parameters
+
+
+@pytest.mark.parametrize("name", ["sat.ops.FusedEmaAdam", "FusedEmaAdam", "AdamW", "FusedAdam"])
+def test_names_of_yaml(name):
+    assert resolve_optimizer(name) is EmaAdamW
+
+
+def test_dotted_paths():
+    assert resolve_optimizer("torch.optim.SGD") is torch.optim.SGD
+    assert resolve_optimizer("Adam") is torch.optim.Adam
+
+
+def test_the_name_of_sat_compiles_nothing():
+    code = "import sys; from sgm.training.optimizer import *; resolve_optimizer('sat.ops.FusedEmaAdam'); "
+    code += "assert not any(name.split('.')[0] == 'sat' for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("AdanW", "unknown optimizer 'AdanW'; did you mean 'AdamW'"),
+        ("torch.optim.SDG", "has no 'SDG'; did you mean 'SGD'"),
+        ("no_such_package.AdamW8bit", "install the package"),
+        ("torch.nn.Linear", "not a subclass of torch.optim.Optimizer"),
+        ("torch.optim.lr_scheduler", "not a subclass of torch.optim.Optimizer"),
+    ],
+)
+def test_unknown_optimizers_are_refused(name, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve_optimizer(name)
+    assert str(caught.value).startswith("deepspeed.optimizer.type: ")
+
+
+def test_biases_and_norms_do_not_decay():
+    model = network()
+    optimizer = make_optimizer(SECTION, model.named_parameters())
+    decay, rest = optimizer.param_groups
+    assert decay["params"] == [model.inner.weight, model.outer.weight, model.unused.weight]
+    assert rest["params"] == [model.inner.bias, model.norm.weight, model.norm.bias, model.outer.bias]
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert decay["lr"] == rest["lr"] == 1e-2 and tuple(decay["betas"]) == (0.9, 0.95)
+
+
+def test_no_group_is_empty():
+    model = nn.Linear(2, 2, bias=False)  # as with LoRA: matrices only
+    (group,) = make_optimizer(SECTION, model.named_parameters()).param_groups
+    assert group["weight_decay"] == 0.1
+
+
+def test_any_optimizer_takes_its_parameters():
+    section = {"type": "torch.optim.SGD", "params": {"lr": 0.5}}
+    optimizer = make_optimizer(section, network().named_parameters())
+    assert isinstance(optimizer, torch.optim.SGD) and {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("section", "ema_decay", "message"),
+    [
+        ({"type": "AdamW", "params": {"weigth_decay": 0.1}}, None, "weigth_decay.*did you mean 'weight_decay'.*takes"),
+        ({"type": "AdamW", "params": {"lr": -1.0}}, None, "refuses its parameters.*lr"),
+        ({"type": "AdamW", "params": {"ema_decay": 0.9}}, None, "set args.ema_decay"),
+        ({"type": "AdamW"}, 1.5, "ema_decay: 1.5"),
+        ({"type": "Adam"}, 0.9, "args.ema_decay: the optimizer 'Adam' keeps no average; set .*type: AdamW"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(section, ema_decay, message):
+    with pytest.raises(InputError, match=message):
+        make_optimizer(section, network().named_parameters(), ema_decay=ema_decay)
+
+
+# Inside DeepSpeed
+
+ENGINES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in range(4)]
+
+
+def start(precision: str, stage: int, **section):
+    sgm.distributed.initialize()
+    import deepspeed
+
+    model = network()
+    optimizer = make_optimizer(SECTION, model.named_parameters(), ema_decay=0.5)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | section)
+    undo_first_step(engine)
+    return engine
+
+
+def train(engine, steps: range) -> None:
+    dtype = next(engine.module.parameters()).dtype
+    for step in steps:
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        engine.backward(engine(x.to(engine.device, dtype)).square().mean())
+        engine.step()
+
+
+def average(engine) -> dict[str, torch.Tensor]:
+    return full_ema(engine, engine.module.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, torch.Tensor]]:
+    """The average after 0, 4 and 8 steps, without DeepSpeed."""
+    model = network()
+    optimizer = make_optimizer(SECTION, model.named_parameters(), ema_decay=0.5)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {"0": {name: p.detach().clone() for name, p in trained.items()}}
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        expected[str(step + 1)] = {
+            name: optimizer.state[p]["ema"].clone() if p in optimizer.state else p.detach().clone()
+            for name, p in trained.items()
+        }
+    return expected
+
+
+@pytest.mark.parametrize(("precision", "stage"), ENGINES)
+def test_every_stage_keeps_the_same_average(precision, stage, expected):
+    engine = start(precision, stage)
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    for steps in ("0", "4", "8"):
+        train(engine, range(engine.global_steps, int(steps)))
+        found = average(engine)
+        used = [name for name in found if name != "unused.weight"]  # ZeRO gives it gradients of zero: it decays
+        assert found.keys() == expected[steps].keys() and found["unused.weight"].shape == (2, 2)
+        assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in found.values())
+        for name in used:
+            torch.testing.assert_close(found[name], expected[steps][name], rtol=0, atol=tolerance)
+
+
+def test_sixteen_bits_without_zero_start_like_those_with_it():
+    """DeepSpeed's own first step there would decay the weights and be counted."""
+    averages = []
+    for stage in (0, 1):
+        engine = start("bf16", stage)
+        train(engine, range(2))
+        averages.append(average(engine))
+    for name in averages[0]:
+        if name != "unused.weight":
+            torch.testing.assert_close(averages[0][name], averages[1][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "stage"), ENGINES)
+def test_a_loaded_average_goes_on_bit_by_bit(precision, stage, tmp_path):
+    engine = start(precision, stage)
+    train(engine, range(4))
+    engine.save_checkpoint(str(tmp_path), tag="4")
+    saved = average(engine)
+    train(engine, range(4, 8))
+    resumed = start(precision, stage)
+    resumed.load_checkpoint(str(tmp_path), tag="4")
+    loaded = average(resumed)
+    train(resumed, range(4, 8))
+    straight, after = average(engine), average(resumed)
+    for name, value in saved.items():
+        assert torch.equal(loaded[name], value)
+        assert torch.equal(after[name], straight[name])
+    assert not torch.equal(straight["inner.weight"], saved["inner.weight"])
+
+
+def test_gradients_accumulated_in_float32_have_an_average_too():
+    engine = start("bf16", 1, data_types={"grad_accum_dtype": "fp32"})
+    train(engine, range(3))
+    reference = start("bf16", 1)
+    train(reference, range(3))
+    for name, value in average(engine).items():
+        torch.testing.assert_close(value, average(reference)[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_state_on_the_cpu_has_an_average_too(stage, expected):
+    offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    engine = start("fp32", stage, zero_optimization=offload, zero_force_ds_cpu_optimizer=False)
+    train(engine, range(4))
+    torch.testing.assert_close(average(engine)["inner.weight"], expected["4"]["inner.weight"], rtol=0, atol=1e-6)

@@ -1,0 +1,206 @@
+"""Exact resume, equal ZeRO stages, and independence of the number of ranks; real processes under torchrun."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sgm.files import find_weights, read_tensors
+
+ROOT = Path(__file__).parents[3]
+MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
+STAGES, WORLDS, ITERS = (0, 1, 2, 3), (1, 2), 6
+# Small parameters too are sharded, and the buckets are smaller than the network.
+SHARDED = [
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    "deepspeed.zero_optimization.reduce_bucket_size=20000",
+]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run_jobs(jobs, folder, world):
+    """Train `jobs` on `world` ranks."""
+    path = folder / f"jobs{world}.json"
+    path.write_text(json.dumps(jobs))
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests" / "train_jobs.py"), str(path)], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = folder.iterdir()
+    return run
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1)), "each iteration once"
+    return {line["iteration"]: line["loss"] for line in lines}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_weights(run))
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    assert a, "there are weights"
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="session")
+def runs(training_yaml, tmp_path_factory):
+    """Return a function: (kind, world, stage, part) → run folder; global batch 4; part is straight or resumed."""
+    top = tmp_path_factory.mktemp("resume")
+
+    def folder(kind, world, stage, part):
+        return top / f"{kind}-{world}-{stage}-{part}"
+
+    for world in WORLDS:
+        jobs = []
+        for kind, stage in itertools.product(MODELS, STAGES):
+            overrides = [
+                f"args.train_iters={ITERS}",
+                f"deepspeed.train_micro_batch_size_per_gpu={4 // world}",
+                f"deepspeed.zero_optimization.stage={stage}",
+                "args.ema_decay=0.9",
+                *SHARDED,
+            ]
+            bases = training_yaml(MODELS[kind])
+            for part, more in (
+                ("straight", []),
+                ("resumed", [f"args.exit_interval={ITERS // 2}"]),
+                ("resumed", ["args.resume=auto"]),
+            ):
+                save = f"args.save={folder(kind, world, stage, part)}"
+                jobs.append({"bases": bases, "overrides": [*overrides, save, *more]})
+        run_jobs(jobs, top, world)
+    return lambda *key: only_run(folder(*key))
+
+
+COMBINATIONS = list(itertools.product(MODELS, WORLDS, STAGES))
+
+
+@pytest.mark.parametrize(("kind", "world", "stage"), COMBINATIONS)
+def test_a_resumed_run_equals_an_uninterrupted_one(runs, kind, world, stage):
+    straight, resumed = runs(kind, world, stage, "straight"), runs(kind, world, stage, "resumed")
+    assert losses(resumed) == losses(straight)
+    assert len(losses(straight)) == ITERS
+    assert difference(weights(resumed), weights(straight)) == 0
+    averages = [read_tensors(find_weights(run / f"{ITERS}-ema")) for run in (resumed, straight)]
+    assert difference(*averages) == 0
+    assert difference(averages[0], weights(straight)) > 0
+
+
+@pytest.mark.parametrize(("kind", "world", "stage"), [key for key in COMBINATIONS if key[1:] != (1, 0)])
+def test_ranks_and_stages_do_not_matter(runs, kind, world, stage):
+    reference, run = runs(kind, 1, 0, "straight"), runs(kind, world, stage, "straight")
+    assert losses(run) == pytest.approx(losses(reference), abs=1e-5)
+    assert difference(weights(run), weights(reference)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_changes_the_loss_and_the_weights(runs, kind):
+    run = runs(kind, 1, 0, "straight")
+    first, last = (read_tensors(find_weights(run / name)) for name in (f"{ITERS}-ema", str(ITERS)))
+    assert difference(first, last) > 1e-5
+    assert len(set(losses(run).values())) == ITERS
+
+
+def start(bases, overrides, world=1):
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command = [*launcher, "train_video.py", "--base", *bases, *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < end, "the run is too slow"
+        time.sleep(0.01)
+
+
+def kill(process):
+    """Kill everything at once: torchrun starts its workers in sessions of their own."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    process.wait()
+
+
+def lines_of(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, world):
+    overrides = [
+        f"args.train_iters={ITERS}",
+        f"deepspeed.train_micro_batch_size_per_gpu={4 // world}",
+        "deepspeed.zero_optimization.stage=2",
+        f"args.save={tmp_path}",
+        "args.save_interval=2",
+        "args.resume=auto",
+        "args.ema_decay=0.9",
+        "args.keep_last=1",
+        "args.num_workers=1",
+        *SHARDED,
+    ]
+    bases = training_yaml(MODELS["lora"])
+    process = start(bases, overrides, world)
+    wait_for(lambda: lines_of(tmp_path) >= 3, process)
+    kill(process)
+    assert lines_of(tmp_path) < ITERS, "it was killed before its end"
+    process = start(bases, overrides, world)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 0, messages[-3000:]
+    assert "going on with" in messages
+    straight, resumed = runs("lora", world, 2, "straight"), only_run(tmp_path)
+    assert losses(resumed) == losses(straight)
+    assert difference(weights(resumed), weights(straight)) == 0
+    assert sorted(path.name for path in resumed.iterdir() if path.name[0].isdigit()) == ["6", "6-ema"], "keep_last=1"
+
+
+def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
+    overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.save_interval=1", "args.resume=auto"]
+    bases = training_yaml(MODELS["lora"])
+    process = start(bases, overrides)
+    wait_for(lambda: list(tmp_path.glob("*/resume/latest")), process)
+    second = start(bases, overrides)
+    _, messages = second.communicate(timeout=60)
+    assert second.returncode == 2, messages[-3000:]
+    assert f"is being trained by process {process.pid}" in messages
+    kill(process)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number):
+    overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1"]
+    process = start(training_yaml(MODELS["lora"]), overrides)
+    wait_for(lambda: lines_of(tmp_path) >= 2, process)
+    os.killpg(process.pid, number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 0, messages[-3000:]
+    run = only_run(tmp_path)
+    done = max(losses(run))
+    assert (run / "latest").read_text().strip() == (run / "resume" / "latest").read_text().strip() == str(done)
+    assert f"iteration {done} of 1000: stopped by {number.name}" in messages

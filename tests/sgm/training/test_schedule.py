@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from sgm.training.schedule import LearningRate, lr_at
+
+RUN = {"base_lr": 2.0, "train_iters": 100, "warmup": 0.1}
+STYLES = ["linear", "cosine", "constant", "exponential"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_warmup_rises_in_a_straight_line_to_the_whole_rate(style):
+    rates = [lr_at(n, decay_style=style, **RUN) for n in (1, 5, 10)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0])
+
+
+def test_linear():
+    rates = [lr_at(n, decay_style="linear", **RUN) for n in (11, 60, 100, 110, 500)]
+    assert rates == pytest.approx([2 * 0.99, 2 * 0.5, 2 * 0.1, 0, 0])
+
+
+def test_cosine_follows_the_formula_of_the_reference():
+    def reference(n: int, ratio: float) -> float:
+        share = min(1.0, (n - 10) / 100)
+        return 2.0 / ratio * ((math.cos(math.pi * share) + 1) * (ratio - 1) / 2 + 1)
+
+    for n in (11, 35, 60, 100, 110, 500):
+        assert lr_at(n, decay_style="cosine", decay_ratio=0.1, **RUN) == pytest.approx(reference(n, 10.0))
+    assert lr_at(500, decay_style="cosine", decay_ratio=0.1, **RUN) == pytest.approx(0.2)
+
+
+def test_exponential_loses_the_same_share_in_every_iteration_down_to_the_ratio():
+    rates = [lr_at(n, decay_style="exponential", decay_ratio=0.01, **RUN) for n in range(10, 111)]
+    assert rates[0] == pytest.approx(2.0) and rates[50] == pytest.approx(0.2) and rates[-1] == pytest.approx(0.02)
+    shares = [after / before for before, after in zip(rates, rates[1:], strict=False)]
+    assert shares == pytest.approx([shares[0]] * 100) and shares[0] < 1
+    assert lr_at(1000, decay_style="exponential", decay_ratio=0.01, **RUN) == pytest.approx(0.02)
+
+
+def test_constant():
+    assert {lr_at(n, decay_style="constant", **RUN) for n in (10, 11, 100, 500)} == {2.0}
+
+
+def test_the_decay_may_be_shorter_than_the_run():
+    assert lr_at(60, base_lr=1.0, train_iters=1000, decay_iters=100, warmup=0.1) == pytest.approx(0.5)
+
+
+def test_auto_warmup_holds_the_first_iterations_at_five_percent():
+    rates = {n: lr_at(n, base_lr=1.0, train_iters=10_000, warmup=0.01, auto_warmup_iters=50) for n in (1, 5, 50, 51)}
+    assert rates == pytest.approx({1: 0.01, 5: 0.05, 50: 0.05, 51: 0.51})
+    assert lr_at(50, base_lr=1.0, train_iters=60, warmup=0, auto_warmup_iters=100) == pytest.approx(0.05)
+    assert lr_at(60, base_lr=1.0, train_iters=60, warmup=0, auto_warmup_iters=100) == 0
+
+
+def test_without_warmup_the_first_update_is_not_lost():
+    assert lr_at(1, base_lr=1.0, train_iters=4, warmup=0) == pytest.approx(0.75)
+
+
+def optimizer(*rates: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+
+
+def test_every_group_keeps_its_scale():
+    groups = optimizer(1.0, 0.1)
+    schedule = LearningRate(groups, train_iters=10, warmup=0.2)
+    seen = []
+    for _ in range(10):
+        seen.append(schedule.get_last_lr())
+        schedule.step()
+    assert [rates[0] for rates in seen] == [lr_at(n, base_lr=1.0, train_iters=10, warmup=0.2) for n in range(1, 11)]
+    assert [rates[1] for rates in seen] == pytest.approx([rates[0] / 10 for rates in seen])
+
+
+def test_a_resumed_schedule_goes_on_exactly():
+    straight, first, second = optimizer(1.0), optimizer(1.0), optimizer(1.0)
+    settings = {"train_iters": 20, "decay_style": "cosine", "auto_warmup_iters": 3}
+    whole, half, rest = (LearningRate(one, **settings) for one in (straight, first, second))
+    for _ in range(7):
+        whole.step()
+        half.step()
+    second.param_groups[0]["lr"] = 123.0  # as loading the optimizer's state may leave it
+    rest.load_state_dict(half.state_dict())
+    for _ in range(13):
+        assert rest.get_last_lr() == whole.get_last_lr() == [straight.param_groups[0]["lr"]]
+        whole.step()
+        rest.step()
