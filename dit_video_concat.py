@@ -274,6 +274,7 @@ class AdaLNMixin(BaseMixin):
     ) -> None:
         super().__init__()
         self.recomputed_layers = recomputed_layers
+        self.block: Any = transformer_block
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
@@ -285,39 +286,57 @@ class AdaLNMixin(BaseMixin):
 
     def layer_forward(self, x: torch.Tensor, mask: Any, *, layer_id: Any, **hook_args: Any) -> torch.Tensor:
         """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D), of the last block (B, N, D)."""
-        index = int(layer_id)
+        index, layers = int(layer_id), self.transformer.layers
+        block = partial(
+            self.block,
+            layer=layers[index],
+            modulation=self.adaLN_modulations[index],
+            norms=(self.query_layernorm_list[index], self.key_layernorm_list[index]) if self.qk_ln else None,
+            attention_fn=self.transformer.hooks.get("attention_fn", attend),
+            keeps_text=index < len(layers) - 1,
+            **hook_args,
+        )
         if index >= self.recomputed_layers or not torch.is_grad_enabled():
-            return self._block(x, index, **hook_args)
+            return block(x)
         # Not SAT's own checkpointing, which is reentrant: that one needs an input with a gradient, and hides the
         # block from hooks and compilers. Shapes are not compared: ZeRO-3 frees parameters between the two passes.
-        block = partial(self._block, layer_id=index, **hook_args)
         return checkpoint(block, x, use_reentrant=False, determinism_check="none")
 
-    def _block(
-        self, x: torch.Tensor, layer_id: int, *, emb: torch.Tensor, num_text: int, **hook_args: Any
-    ) -> torch.Tensor:
-        layer = self.transformer.layers[layer_id]
-        modulation = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, dim=-1)
-        # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
-        shift1, scale1, gate1, shift2, scale2, gate2 = zip(modulation[6:], modulation[:6], strict=True)
 
-        h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
-        h = self._attention(h, layer.attention, layer_id, num_text=num_text, **hook_args)
-        x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
-        if layer_id == len(self.transformer.layers) - 1:  # nothing reads the text after the last attention
-            x, num_text = _text_and_patches(x, num_text)[1], 0
-        h = _multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
-        h = layer.mlp(h, layer_id=layer_id)
-        return _multiply_add(h, gate2, _text_and_patches(x, num_text), num_text)
+def transformer_block(
+    x: torch.Tensor,
+    *,
+    layer: Any,
+    modulation: nn.Module,
+    norms: tuple[nn.Module, nn.Module] | None,
+    attention_fn: Any,
+    keeps_text: bool,
+    emb: torch.Tensor,
+    num_text: int,
+    **hook_args: Any,
+) -> torch.Tensor:
+    """One block; a function of its modules, so that compiling it once serves all layers. Shapes as `layer_forward`."""
+    # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
+    factors = modulation(emb)[:, None].chunk(12, dim=-1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = zip(factors[6:], factors[:6], strict=True)
 
-    def _attention(self, x: torch.Tensor, attention: Any, layer: int, **hook_args: Any) -> torch.Tensor:
-        q, k, v = (
-            attention.query_key_value(x).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
-        )
-        if self.qk_ln:
-            q, k = self.query_layernorm_list[layer](q), self.key_layernorm_list[layer](k)
-        attention_fn = self.transformer.hooks.get("attention_fn", attend)
-        return attention.dense(attention_fn(q, k, v, **hook_args).flatten(2))
+    h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
+    attention = layer.attention
+    q, k, v = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
+    h = attention.dense(attention_fn(q, k, v, num_text=num_text, **hook_args).flatten(2))
+    x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
+    if not keeps_text:  # nothing reads the text after the last attention
+        x, num_text = _text_and_patches(x, num_text)[1], 0
+    h = _multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
+    return _multiply_add(_feed_forward(layer.mlp, h), gate2, _text_and_patches(x, num_text), num_text)
+
+
+def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """What SAT's module computes, without its lookup by layer number."""
+    inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
+    return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
 
 
 class FinalLayerMixin(BaseMixin):
@@ -564,6 +583,11 @@ class DiffusionTransformer(BaseModel):
             accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
             extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
             self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block, once for all layers; SAT's loop around it cannot be compiled. Arguments: torch.compile."""
+        mixin: Any = self.mixins["adaln_layer"]
+        mixin.block = torch.compile(transformer_block, *args, **kwargs)
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, ofs: torch.Tensor | None = None

@@ -27,7 +27,7 @@ _SECTION_KEYS = ("target", "params")
 # that is missing in YAML is not missing.
 _COMPLETED_BY_PARENT = "modules"
 
-_PROJECT = ("sgm", "vae_modules", "dit_video_concat")
+_PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 

@@ -146,6 +146,7 @@ class TrainingRun:
     def fit(self) -> None:
         """Train until the last iteration, or until something asks for an end."""
         first, batches = self.iteration, iter(self.parts.loader)
+        self.parts.deepspeed.train()
         eval_interval = default(self.args.eval_interval, self.parts.total_iters)
         while self.iteration < self.parts.total_iters and not self.summary.stopped:
             stop = self._guarded_step(batches)
