@@ -65,7 +65,8 @@ def initialize(*, model_parallel_size: int = 1) -> None:
             dist.init_process_group(dist.get_default_backend_for_device(device()))
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            backend = dist.get_default_backend_for_device(device())
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
         mpu.initialize_model_parallel(model_parallel_size)
