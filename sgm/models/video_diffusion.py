@@ -128,11 +128,17 @@ class SATVideoDiffusionEngine(nn.Module):
         self.precision = precision
         self.lora_train = lora_train
         self.ofs = ofs
+        self.run_device: torch.device | None = None  # to be set where parameters leave it between forward passes
 
     @property
     def network(self) -> Any:
         """The diffusion transformer."""
         return self.model.diffusion_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: `run_device`, or where the network's parameters are."""
+        return next(self.network.parameters()).device if self.run_device is None else self.run_device
 
     @property
     def text_keys(self) -> list[str]:
@@ -273,12 +279,9 @@ class SATVideoDiffusionEngine(nn.Module):
             rank: this data-parallel rank, for a loss with ``uniform_sampling``.
             num_ranks: how many there are.
             idx: timesteps instead of drawn ones.
-
-        Raises:
-            InputError: the model section lacks a part that training needs.
         """
         loss_fn = self.require_loss()
-        device = next(self.network.parameters()).device
+        device = self.device
         conditioner = self._require_conditioner()
         samples = []
         for i, generator in enumerate(generators):
@@ -372,10 +375,9 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if self.sampler is None:
             raise InputError("the model section has no sampler_config; add one to sample")
-        parameter = next(self.network.parameters())
         padding = self.front_padding(shape[0])
         padded = (shape[0] + padding, *shape[1:])
-        noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators]).to(parameter.device)
+        noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators]).to(self.device)
         cond, uncond = dict(cond), None if uncond is None else dict(uncond)
         if concat is not None:
             cond["concat"] = concat

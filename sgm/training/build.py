@@ -247,6 +247,7 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         logger.info("%s", report)
         for warning in report.warnings:
             logger.warning("%s", warning)
+    engine.run_device = device
     if engine.first_stage_model is not None and not (engine.latent_input and args.eval_interval is None):
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))
     if engine.conditioner is not None:
