@@ -180,6 +180,36 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
     assert sorted(path.name for path in resumed.iterdir() if path.name[0].isdigit()) == ["6", "6-ema"], "keep_last=1"
 
 
+@pytest.mark.slow  # the evidence for every combination takes a quarter of an hour
+@pytest.mark.parametrize(("kind", "world", "stage"), COMBINATIONS)
+def test_ten_steps_a_kill_and_ten_more_are_twenty(training_yaml, tmp_path, kind, world, stage):
+    bases = training_yaml(MODELS[kind])
+    overrides = [
+        "args.train_iters=20",
+        "args.save_interval=10",
+        "args.resume=auto",
+        "args.ema_decay=0.9",
+        f"deepspeed.train_micro_batch_size_per_gpu={4 // world}",
+        f"deepspeed.zero_optimization.stage={stage}",
+        *SHARDED,
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    process = start(bases, [*overrides, f"args.save={straight}"], world)
+    assert process.wait(300) == 0
+    process = start(bases, [*overrides, f"args.save={killed}"], world)
+    wait_for(lambda: lines_of(killed) >= 12, process)
+    kill(process)
+    assert 10 < lines_of(killed) < 20
+    process = start(bases, [*overrides, f"args.save={killed}"], world)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0 and "after iteration 10" in messages, messages[-3000:]
+    runs = only_run(straight), only_run(killed)
+    assert losses(runs[0]) == losses(runs[1]) and len(losses(runs[0])) == 20
+    assert difference(weights(runs[0]), weights(runs[1])) == 0
+    averages = [read_tensors(find_weights(run / "20-ema")) for run in runs]
+    assert difference(*averages) == 0
+
+
 def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.save_interval=1", "args.resume=auto"]
     bases = training_yaml(MODELS["lora"])
