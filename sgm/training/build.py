@@ -22,7 +22,7 @@ from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
 from sgm.training.prepare import Plan
 from sgm.training.schedule import LearningRate
-from sgm.training.state import ResumePoint, load_state, lock_folder
+from sgm.training.state import ResumePoint, load_state, lock_folder, numbers_digest
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
@@ -100,7 +100,7 @@ def build(config: Config, plan: Plan) -> Parts:
     logger.info("training %s", trainable)
     deepspeed = _start(config, plan, engine)
     if plan.resume is not None:
-        load_state(deepspeed, plan.resume, with_rng=not args.no_load_rng)
+        load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
         logger.info("going on with %s after iteration %d", folder, point.iteration)
     else:
         torch.manual_seed(derive_seed(args.seed, "dropout", sgm.distributed.data_parallel_rank()))
@@ -175,7 +175,7 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         trained=len(plan.trainable.names),
         ema=args.ema_decay is not None,
         base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
-        config_digest=config.digest,
+        config_digest=numbers_digest(config),
     )
 
 

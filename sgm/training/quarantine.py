@@ -1,5 +1,6 @@
 """Clips that turned out to be unreadable."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ NAME = "quarantine.json"
 
 
 class Quarantine:
-    """The unreadable clips of a run, with the reason, in ``quarantine.json``.
+    """The unreadable clips of a run, with the reason, in ``quarantine.json``; a resumed run knows those of before.
 
     Args:
         folder: of the run.
@@ -25,7 +26,7 @@ class Quarantine:
 
     def __init__(self, folder: Path, num_clips: int, max_share: float, known: dict[str, str] | None = None) -> None:
         self.folder, self.num_clips, self.max_share = folder, num_clips, max_share
-        self.reasons = dict(known or {})
+        self.reasons = _read(folder / NAME) | (known or {})
         self._fresh: dict[str, str] = {}
 
     def add(self, failures: Iterable[tuple[str, str]]) -> None:
@@ -59,3 +60,13 @@ class Quarantine:
                 f"args.max_bad_share={self.max_share:g} allows:\n{listed}\nrepair or remove them "
                 "(tools/check_dataset.py lists all), or raise args.max_bad_share"
             )
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read and is written anew: %s", path, error)
+        return {}

@@ -24,6 +24,7 @@ from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
 from sgm.training.quarantine import Quarantine
 from sgm.training.save import Saver
+from sgm.training.state import catch_up
 from sgm.training.step import gradient_norm, plain_gradient_norm
 from sgm.training.watch import StepCheck, StopSignals
 from sgm.util import InputError, RunError, default
@@ -78,6 +79,8 @@ def train(config: Config) -> Summary:
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()
+    if plan.resume is not None and sgm.distributed.data_parallel_rank() == 0:
+        catch_up(plan.resume)
     if plan.resume is not None and plan.resume.iteration >= plan.total_iters:
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)

@@ -10,8 +10,10 @@ Beside the weights, which are for use, a run folder holds the state of the newes
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -23,7 +25,8 @@ import torch
 
 import sgm.distributed
 from sgm.args import TrainingArgs
-from sgm.config import ConfigError, Problem
+from sgm.checkpoint import write_latest
+from sgm.config import Config, ConfigError, Problem
 from sgm.files import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
@@ -36,6 +39,13 @@ except ImportError:  # another system than POSIX
 logger = get_logger(__name__)
 
 FOLDER, LATEST = "resume", "latest"
+# Arguments that may change from one start of a run to the next.
+HARMLESS = frozenset(
+    "resume exit_interval train_iters epochs save experiment_name save_interval keep_last log_interval num_workers "
+    "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
+    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng".split()
+)
+_CURE = "restore it, or start anew with args.resume=none (args.load may name the run folder)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class ResumePoint:
         trained: number of trained tensors.
         ema: whether the state holds a moving average.
         base_digest: digest of the weights that the run started from, None from random ones.
-        config_digest: digest of the configuration.
+        config_digest: digest of what the numbers depend on in the configuration, see `numbers_digest`.
+        files: names of the files in its folder, this description excepted.
     """
 
     run: Path
@@ -67,6 +78,7 @@ class ResumePoint:
     ema: bool
     base_digest: str | None
     config_digest: str
+    files: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -103,6 +115,13 @@ class ResumePoint:
             logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
 
 
+def numbers_digest(config: Config) -> str:
+    """SHA-256 of the configuration without what may change from one start to the next and leaves the numbers alone."""
+    args = {name: value for name, value in config.merged.get("args", {}).items() if name not in HARMLESS}
+    merged = json.dumps({**config.merged, "args": args}, sort_keys=True, default=str)
+    return hashlib.sha256(merged.encode()).hexdigest()
+
+
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
     """Return where ``args.resume`` says to go on, None for a new run.
 
@@ -123,6 +142,12 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
         return _read_point(run)
     saved = list(Path(args.save).glob(f"{_escaped(args.experiment_name)}-*/{FOLDER}/{LATEST}"))
     return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
+
+
+def catch_up(point: ResumePoint) -> None:
+    """Let the run's ``latest`` name the weights of the state: a process may have ended between the two."""
+    if (point.run / str(point.iteration)).is_dir():
+        write_latest(point.run, point.iteration)
 
 
 def lock_folder(run: Path) -> IO[str] | None:
@@ -164,8 +189,8 @@ def _read_point(run: Path) -> ResumePoint:
         iteration = int(path.read_text(encoding="utf-8"))
         path = run / FOLDER / str(iteration) / "resume.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        return ResumePoint(run=run, **content)
-    except (OSError, ValueError, TypeError) as error:
+        return ResumePoint(run=run, **{**content, "files": tuple(content["files"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"the resume state cannot be read: {path}: {error}; restore the file, or start anew with args.resume=none"
         ) from error
@@ -190,6 +215,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
             torch.save(_rng_state(), temporary)
     sgm.distributed.barrier()
     if rank == 0:
+        point = dataclasses.replace(point, files=tuple(sorted(path.name for path in folder.iterdir())))
         content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
         with atomic_file(folder / "resume.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -212,15 +238,25 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     Raises:
         InputError: a file is missing or damaged.
     """
+    missing = [name for name in point.files if not (point.folder / name).is_file()]
+    if missing:
+        raise InputError(f"{point.folder} lacks {', '.join(missing)}; {_CURE}")
     engine.checkpoint_engine = _checkpoint_engine()
-    path, _ = engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
-    if path is None:
-        raise InputError(f"{point.folder} is incomplete; restore it, or start anew with args.resume=none")
+    engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
     # The learning rates of the present configuration, not those that the optimizer's state brought along.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     rng = point.folder / f"rng_{sgm.distributed.data_parallel_rank():02d}.pt"
-    if with_rng and rng.is_file():
-        _restore_rng(torch.load(rng, weights_only=True))
+    if with_rng:
+        _restore_rng(_load(rng, torch.device("cpu")))
+
+
+def _load(path: Path, map_location: Any) -> Any:
+    """Read a file of the state, without running what is in it."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise InputError(f"the resume state {path} is missing or damaged: {reason}; {_CURE}") from error
 
 
 def _rng_state() -> dict[str, Any]:
@@ -253,15 +289,8 @@ def _checkpoint_engine() -> Any:
                 torch.save(state_dict, temporary)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-            try:
-                with torch.serialization.safe_globals(allowed):
-                    return torch.load(path, map_location=map_location, weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError) as error:
-                raise InputError(
-                    f"the resume state {path} is missing or damaged: {error}; restore it, or start anew with "
-                    "args.resume=none (args.load may name the run folder)"
-                ) from error
+            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+                return _load(Path(path), map_location)
 
         def commit(self, info: Any) -> bool:
             return True
