@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from sgm.util import InputError, RunError
 
 WEIGHTS = "mp_rank_00_model_states"
 
+# The names that `atomic_file` gives: hidden, with process number and random digits.
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+(\.\w+)?")
 _CURE = "copy or download it again and compare its size with the source"
 _DIGEST_ELEMENTS = 1024
 
@@ -55,6 +58,13 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `atomic_file` that a killed process left in `folder`; nobody may write there."""
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

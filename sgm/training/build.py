@@ -14,7 +14,7 @@ from sgm.args import TrainingArgs
 from sgm.config import Config
 from sgm.data.loader import SampleLoader, SampleStream, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.files import atomic_file, find_weights, weights_digest
+from sgm.files import atomic_file, find_weights, remove_leftovers, weights_digest
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import precision_name
@@ -22,7 +22,7 @@ from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
 from sgm.training.prepare import Plan
 from sgm.training.schedule import LearningRate
-from sgm.training.state import ResumePoint, load_state, lock_folder, numbers_digest
+from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
@@ -99,11 +99,10 @@ def build(config: Config, plan: Plan) -> Parts:
     trainable = choose_trainable(engine.network, config.model)
     logger.info("training %s", trainable)
     deepspeed = _start(config, plan, engine)
+    torch.manual_seed(derive_seed(args.seed, "dropout", sgm.distributed.data_parallel_rank()))
     if plan.resume is not None:
         load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
         logger.info("going on with %s after iteration %d", folder, point.iteration)
-    else:
-        torch.manual_seed(derive_seed(args.seed, "dropout", sgm.distributed.data_parallel_rank()))
     return Parts(
         args=args,
         engine=engine,
@@ -189,6 +188,10 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
         try:
             found = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
             lock = lock_folder(found)
+            if resume is not None:
+                for path in (found, *(path for path in found.iterdir() if path.is_dir())):
+                    remove_leftovers(path)
+                catch_up(resume)
             name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
             with atomic_file(found / name) as temporary:
                 temporary.write_text(config.to_yaml(), encoding="utf-8")

@@ -15,7 +15,7 @@ from sgm.config import Config
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.data.video import ClipError
 from sgm.geometry import Geometry
-from sgm.inference.prompts import Prompt, parse_prompts, read_prompts
+from sgm.inference.prompts import Prompt, check_images, parse_prompts, read_prompts
 from sgm.inference.run import SamplingRun
 from sgm.inference.video import to_uint8
 from sgm.log import get_logger
@@ -34,6 +34,25 @@ _GOLDEN = 0.6180339887498949
 def validation_timestep(number: int, num_idx: int) -> int:
     """Return the timestep of validation sample `number`."""
     return int((number + 0.5) * _GOLDEN % 1 * num_idx)
+
+
+def validation_prompts(config: Config) -> list[Prompt] | None:
+    """Return what ``args.valid_prompts`` says to sample, None where the data are to give the prompts.
+
+    Raises:
+        InputError: prompts or their images cannot be read.
+    """
+    assert isinstance(config.args, TrainingArgs)
+    given = config.args.valid_prompts
+    if given is None:
+        return None
+    image2video = Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
+    if isinstance(given, str):
+        prompts = read_prompts(given, image2video=image2video)
+    else:
+        prompts = parse_prompts(given, image2video=image2video, source="args.valid_prompts")
+    check_images(prompts)
+    return prompts
 
 
 @contextmanager
@@ -144,20 +163,13 @@ class Evaluation:
             digest=f"{self.config.digest}-{iteration}",
         )
         with evaluation_mode(self.engine.network):
-            run.sample_list(self._prompts(folder), in_step=self.in_step)
+            prompts = validation_prompts(self.config) or self._prompts_of_data(folder)
+            run.sample_list(prompts, in_step=self.in_step)
         return run.summary.written
 
-    def _prompts(self, folder: Path) -> list[Prompt]:
-        given = self.args.valid_prompts
-        image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
-        if given is None:
-            return self._prompts_of_data(folder, image2video)
-        if isinstance(given, str):
-            return read_prompts(given, image2video=image2video)
-        return parse_prompts(given, image2video=image2video, source="args.valid_prompts")
-
-    def _prompts_of_data(self, folder: Path, image2video: bool) -> list[Prompt]:
+    def _prompts_of_data(self, folder: Path) -> list[Prompt]:
         """The first clips' captions, as many as a batch; their first frames are the images."""
+        image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
         prompts = []
         for i in range(min(self.batch_size, len(self.dataset))):
             clip = self._clip(i)

@@ -103,14 +103,24 @@ def _to_line(values: Mapping[str, float | None]) -> str:
     return json.dumps(finite) + "\n"
 
 
-def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, project: str) -> Any:
-    """Begin or go on with the wandb run of `folder`, whose name is its id there."""
+def import_wandb() -> Any:
+    """Return the package.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import wandb
     except ImportError as error:
         raise InputError(
             "args.wandb is true, but wandb is not installed; run: pip install wandb, or set args.wandb: false"
         ) from error
+    return wandb
+
+
+def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, project: str) -> Any:
+    """Begin or go on with the wandb run of `folder`, whose name is its id there."""
+    wandb = import_wandb()
     try:
         run = wandb.init(
             project=project,

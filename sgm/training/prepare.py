@@ -22,7 +22,9 @@ from sgm.files import find_weights
 from sgm.geometry import Geometry
 from sgm.precision import precision_name, resolve_training_precision
 from sgm.training.data import Data, open_data
-from sgm.training.optimizer import resolve_optimizer
+from sgm.training.evaluate import validation_prompts
+from sgm.training.metrics import import_wandb
+from sgm.training.optimizer import make_optimizer
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import instantiate_from_config, without_allocating
@@ -104,7 +106,11 @@ class _Checks:
             dtype = self.facts["dtype"]
             section = config.deepspeed
             find("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.world_size, dtype=dtype))
-        find("optimizer", "deepspeed.optimizer", lambda: resolve_optimizer(config.deepspeed["optimizer"]["type"]))
+        find("optimizer", "deepspeed.optimizer", self._check_optimizer)
+        if args.eval_interval is not None:
+            find("prompts", "args.valid_prompts", lambda: validation_prompts(config))
+        if args.wandb:
+            find("wandb", "args.wandb", import_wandb)
         find("trainable", "model.network_config", self._check_network)
         find("adapters", "args.load", lambda: describe_adapters(config))
         find("vae", "model.first_stage_config", self._check_autoencoder)
@@ -141,6 +147,10 @@ class _Checks:
         if args.load is not None and not tried("", "", partial(find_weights, args.load)):
             check_network(network, args.load, base=args.base, allow_missing=args.force_train)
         return choose_trainable(network, self.config.model)
+
+    def _check_optimizer(self) -> None:
+        stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
+        make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
 
     def _check_autoencoder(self) -> None:
         section = self.config.model.get("first_stage_config")

@@ -79,9 +79,9 @@ def train(config: Config) -> Summary:
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()
-    if plan.resume is not None and sgm.distributed.data_parallel_rank() == 0:
-        catch_up(plan.resume)
     if plan.resume is not None and plan.resume.iteration >= plan.total_iters:
+        if sgm.distributed.data_parallel_rank() == 0:
+            catch_up(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:

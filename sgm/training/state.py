@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
                 f"{args.experiment_name}-...), or use args.load={run} to start a new run from its weights"
             )
         return _read_point(run)
-    saved = list(Path(args.save).glob(f"{_escaped(args.experiment_name)}-*/{FOLDER}/{LATEST}"))
+    own = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(-\d+)?").fullmatch
+    saved = [path for path in Path(args.save).glob(f"*/{FOLDER}/{LATEST}") if own(path.parents[1].name)]
     return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
 
 
@@ -177,10 +179,6 @@ def lock_folder(run: Path) -> IO[str] | None:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _read_point(run: Path) -> ResumePoint:
@@ -245,9 +243,9 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
     # The learning rates of the present configuration, not those that the optimizer's state brought along.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
-    rng = point.folder / f"rng_{sgm.distributed.data_parallel_rank():02d}.pt"
-    if with_rng:
-        _restore_rng(_load(rng, torch.device("cpu")))
+    rank = sgm.distributed.data_parallel_rank()
+    if with_rng and rank < point.world_size:  # ranks that there were not before draw anew
+        _restore_rng(_load(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
 
 
 def _load(path: Path, map_location: Any) -> Any:
