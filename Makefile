@@ -6,9 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/installed  ## sample the toy models
+LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
+
+demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, and sample it again
 	bash inference.sh
 	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
+	$(BIN)/python tools/toy_concept.py make outputs/land/clips
+	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
+	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/before
+	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/after \
+		args.load=$$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
+	$(BIN)/python tools/toy_concept.py measure outputs/land/before outputs/land/after
+	$(BIN)/python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --columns 4 --out outputs/demo_lora.png
 
 test: $(VENV)/installed-dev  ## run all tests
 	$(BIN)/python -m pytest

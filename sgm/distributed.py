@@ -31,7 +31,7 @@ def prepare_deepspeed() -> None:
 
 def is_launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
-    return world_size() > 1
+    return world_size() > 1 and "RANK" in os.environ
 
 
 def world_size() -> int:

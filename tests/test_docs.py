@@ -20,13 +20,16 @@ import torch
 import yaml
 
 from sgm.check import check_sampling, check_shapes
+from sgm.check_training import check_training_data
 from sgm.checkpoint import find_weights
 from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
+from sgm.deepspeed_config import engine_config
 from sgm.geometry import Geometry
 from sgm.inference.main import main, parse
 from sgm.inference.video import write_json, write_video
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.precision import resolve_precision
+from sgm.precision import resolve_precision, resolve_training_precision
+from sgm.training import main as training
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,9 @@ NOT_RUN = {
     r"python tools/make_toy_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
+    r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
+    r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
+    r"tensorboard ": "serves until it is interrupted",
 }
 
 
@@ -77,6 +83,8 @@ def commands() -> Iterator[Command]:
 ALL = list(dict.fromkeys(commands()))
 RUN = list(dict.fromkeys(command.text for command in ALL if command.reason_not_to_run is None))
 NEED_WEIGHTS = [command for command in ALL if command.reason_not_to_run == "needs released weights"]
+TRAIN = [command for command in NEED_WEIGHTS if re.search(r"train_video\.py|finetune_", command.text)]
+SAMPLE = [command for command in NEED_WEIGHTS if command not in TRAIN]
 
 
 def labelled(value) -> str:
@@ -85,7 +93,7 @@ def labelled(value) -> str:
 
 def test_the_commands_are_found():
     assert {"README.md", "docs/configuration.md"} <= {command.document for command in ALL}
-    assert "bash inference.sh" in RUN and len(RUN) >= 6 and len(NEED_WEIGHTS) >= 10
+    assert "bash inference.sh" in RUN and len(RUN) >= 6 and len(SAMPLE) >= 10 and len(TRAIN) >= 5
     assert any(re.match(pattern, command.text) for command in ALL for pattern in NOT_RUN)
 
 
@@ -95,7 +103,8 @@ def test_code_is_marked_as_what_it_is():
         assert len(fences) % 2 == 0, f"{path.name}: a fence is left open"
         assert set(fences[0::2]) <= {"bash", "text", "python", "yaml", "", "json"}
         for block in blocks(path, "") + blocks(path, "text"):
-            assert "sample_video.py --base" not in block, f"{path.name}: mark commands as bash, so that they are tested"
+            commanded = re.search(r"(sample|train)_video\.py --base|finetune_\w+\.sh (configs|args)", block)
+            assert not commanded, f"{path.name}: mark commands as bash, so that they are tested"
 
 
 # Commands that are run
@@ -103,11 +112,11 @@ def test_code_is_marked_as_what_it_is():
 
 @pytest.fixture
 def as_a_command(monkeypatch):
-    """Call the command line in this process, and leave logging and the working directory as they were."""
+    """Call a command line in this process, and leave logging and the working directory as they were."""
     logger = logging.getLogger("sgm")
     before = (logger.handlers[:], logger.propagate, logger.level)
     monkeypatch.chdir(ROOT)
-    yield main
+    yield {"sample_video.py": main, "train_video.py": training.main}
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
 
@@ -128,7 +137,7 @@ def finished_runs(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", RUN, ids=labelled)
 def test_a_command_runs(text, tmp_path, as_a_command):
-    """In two steps instead of thirty, on two prompts at most, into a temporary folder."""
+    """In two steps instead of thirty, on two prompts at most, into a temporary folder; training is only checked."""
     samples, checks = "sample_video.py" in text or "inference.sh" in text, "--check" in text
     given = text.replace("outputs/", f"{tmp_path}/")
     if samples and not checks:
@@ -140,10 +149,12 @@ def test_a_command_runs(text, tmp_path, as_a_command):
             given += f" args.input_file={tmp_path}/prompts.txt"
     if "contact_sheet.py" in text:
         finished_runs(tmp_path)
-    if text.startswith("python sample_video.py"):
+    script = text.split()[1]
+    if script in as_a_command:
         if checks:
-            given += f" args.output_dir={tmp_path}"
-        assert as_a_command(shlex.split(given)[2:]) == 0
+            given += f" args.output_dir={tmp_path} args.save={tmp_path}"
+        assert as_a_command[script](shlex.split(given)[2:]) == 0
+        assert checks or script != "train_video.py", "list commands that train in NOT_RUN, or give them --check"
     else:
         done = shell(given)
         assert done.returncode == 0, done.stderr
@@ -160,15 +171,33 @@ def test_a_command_runs(text, tmp_path, as_a_command):
 
 
 def arguments(command: Command) -> list[str]:
-    """What sample_video.py is given, as inference.sh would put it."""
+    """What the script is given, as a launcher would put it."""
     words = command.words
-    if "inference.sh" in words:
-        rest = words[words.index("inference.sh") + 1 :]
-        return ["--base", *(w for w in rest if w.endswith(".yaml")), *(w for w in rest if not w.endswith(".yaml"))]
-    return words[words.index("sample_video.py") + 1 :]
+    script = next(word for word in words if re.search(r"_video\.py$|\.sh$", word))
+    rest = words[words.index(script) + 1 :]
+    if script.endswith(".py"):
+        return rest
+    return ["--base", *(w for w in rest if w.endswith(".yaml")), *(w for w in rest if not w.endswith(".yaml"))]
 
 
-@pytest.mark.parametrize("command", NEED_WEIGHTS, ids=labelled)
+@pytest.mark.parametrize("command", TRAIN, ids=labelled)
+def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
+    """Everything but the files of weights and clips."""
+    monkeypatch.chdir(ROOT)
+    options = training.parse(arguments(command))
+    config = load_config(options.base, options.overrides, mode="train")
+    assert config.warnings == ()
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    assert [*check_shapes(config, geometry), *check_training_data(config, geometry)] == []
+    dtype = resolve_training_precision(config, "cuda")
+    ranks = re.search(r"NPROC_PER_NODE=(\d+)", command.text)
+    engine_config(config.deepspeed, world_size=int(ranks[1]) if ranks else 1, dtype=dtype)
+    assert config.args.train_data == ("my_clips",)
+    launcher = (ROOT / "finetune_multi_gpus.sh").read_text()
+    assert all(name in launcher for name in re.findall(r"(?:^| )([A-Z_]+)=", command.text))
+
+
+@pytest.mark.parametrize("command", SAMPLE, ids=labelled)
 def test_a_command_for_released_weights_is_right(command, monkeypatch):
     """Everything but the files: they are looked for where the README has them, see below."""
     monkeypatch.chdir(ROOT)
@@ -303,7 +332,7 @@ def code_in(path: Path) -> list[str]:
 def test_keys_exist(path):
     code = "\n".join(code_in(path))
     known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS}
-    assert set(re.findall(r"\bargs\.([a-z]\w*)", code)) - known == set()
+    assert set(re.findall(r"\bargs\.(?!py\b)([a-z]\w*)", code)) - known == set()
     parts = inspect.signature(SATVideoDiffusionEngine).parameters
     files = {"diffusion_model", "safetensors"}  # beginnings of names in checkpoints, names of files
     assert set(re.findall(r"(?<![\w.])model\.([a-z]\w*)", code)) - {*parts, *files} == set()

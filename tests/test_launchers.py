@@ -1,18 +1,24 @@
-"""The launcher and the contact sheet tool, run as a user runs them."""
+"""The launchers and the contact sheet tool, run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
+
+from sgm.inference.video import write_json, write_video
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    unset = {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
 
 
@@ -62,3 +68,89 @@ def test_inference_sh_with_words_alone_samples_the_toy_once(tmp_path):
 def test_contact_sheet_of_nothing(tmp_path):
     done = run(sys.executable, "tools/contact_sheet.py", str(tmp_path), "--out", str(tmp_path / "sheet.png"))
     assert done.returncode == 2 and str(tmp_path) in done.stderr and not (tmp_path / "sheet.png").exists()
+
+
+def finished(folder: Path, prompts: list[str], *, value: int) -> Path:
+    """Write what a sampling run leaves: grey clips of a brightness of their own."""
+    for number, prompt in enumerate(prompts):
+        video = folder / f"{number}_x" / "0" / "000000.mp4"
+        write_video(video, np.full((9, 64, 64, 3), value, dtype=np.uint8), 8)
+        write_json(video.with_suffix(".json"), {"prompt": prompt, "image": None, "seed": 1})
+    return folder
+
+
+def test_contact_sheet_of_runs_beside_each_other(tmp_path):
+    first, second = (finished(tmp_path / n, ["a", "b"], value=v) for n, v in (("before", 40), ("after", 200)))
+    out = tmp_path / "sheet.png"
+    words = ["tools/contact_sheet.py", str(first), str(second), "--columns", "2", "--out", str(out)]
+    assert run(sys.executable, *words).returncode == 0
+    below = iio.imread(out)
+    done = run(sys.executable, *words, "--beside")
+    assert done.returncode == 0, done.stderr
+    sheet = iio.imread(out).astype(int)
+    assert sheet.shape[0] == below.shape[0] // 2 and sheet.shape[1] > 2 * below.shape[1]
+    row = sheet[sheet.shape[0] // 4, :, 0]  # through the middle of the first row's pictures
+    dark, light = np.flatnonzero(abs(row - 40) < 8), np.flatnonzero(abs(row - 200) < 8)
+    assert len(dark) == len(light) == 2 * 192 and dark.max() + 192 < light.min()
+
+
+def test_contact_sheet_puts_no_different_prompts_beside_each_other(tmp_path):
+    first, second = finished(tmp_path / "x", ["a"], value=40), finished(tmp_path / "y", ["b"], value=40)
+    words = [str(first), str(second), "--beside", "--out", str(tmp_path / "sheet.png")]
+    done = run(sys.executable, "tools/contact_sheet.py", *words)
+    assert done.returncode == 2 and "prompts, seeds or sizes differ" in done.stderr
+
+
+# Training
+
+SHORT = ["args.train_iters=2", "args.eval_interval=null", "args.valid_prompts=null", "args.num_workers=0"]
+SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1", "args.log_interval=1"]
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("finetune_single_gpu.sh", 1), ("finetune_multi_gpus.sh", 2)])
+def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
+    """Without a file: the toy's LoRA; several processes without a number: two, where there is no accelerator."""
+    done = run("bash", script, *SHORT, f"args.save={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "latest").read_text() == "2\n" and (folder / "2" / "mp_rank_00_model_states.pt").is_file()
+    assert len(list((folder / "resume" / "2").glob("rng_*.pt"))) == ranks
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [ranks, 2 * ranks]
+    assert f"sample from it with args.load={folder}" in done.stderr
+
+    words = ["configs/toy_lora.yaml", "configs/toy_inference.yaml", f"args.load={folder}", "--check"]
+    assert run("bash", "inference.sh", *words).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh"])
+def test_finetuning_with_a_mistake_is_one_message(script, tmp_path):
+    mistake = tmp_path / "more.yaml"
+    mistake.write_text("args:\n  train_itres: 2\n")
+    done = run("bash", script, "configs/toy_lora.yaml", "configs/toy_sft.yaml", str(mistake), f"args.save={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.count("train_itres") == done.stderr.count("error") == 1
+    assert "Traceback" not in done.stderr and "ChildFailed" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh"])
+def test_finetuning_can_be_checked_alone(script, tmp_path):
+    done = run("bash", script, "--check", f"args.save={tmp_path / 'runs'}")
+    assert done.returncode == 0 and done.stdout.count("LoRA of rank 16") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_machines_are_named(tmp_path):
+    """What torchrun is given, without running it: a python that prints its words."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\n[[ "$*" == *--check* ]] || echo "$@"\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "NPROC_PER_NODE": "4"}
+    one = run("bash", "finetune_multi_gpus.sh", "a.yaml", "args.seed=1", **given)
+    launcher = "-m torch.distributed.run --nproc_per_node 4"
+    assert one.stdout == f"{launcher} --standalone train_video.py --base a.yaml args.seed=1\n"
+    missing = run("bash", "finetune_multi_gpus.sh", **given, NNODES="2", NODE_RANK="1")
+    assert missing.returncode != 0 and "MASTER_ADDR" in missing.stderr
+    two = run("bash", "finetune_multi_gpus.sh", **given, NNODES="2", NODE_RANK="1", MASTER_ADDR="node0")
+    where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"
+    assert two.stdout.startswith(f"{launcher} {where} train_video.py --base configs/toy_lora.yaml")

@@ -180,7 +180,7 @@ def test_make_knows_every_step(target):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", ["inference.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["inference.sh", "finetune_single_gpu.sh", "finetune_multi_gpus.sh", ".ci/run"])
 def test_launchers_stop_at_the_first_failure(script):
     path = ROOT / script
     lines = path.read_text().splitlines()

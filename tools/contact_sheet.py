@@ -1,14 +1,16 @@
 """Put the videos of finished sampling runs on one picture, a row each.
 
     python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
+    python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --out outputs/demo_lora.png
 
 Use it for runs without ``args.contact_sheet``, for runs on several ranks, and to compare runs. Videos come in the
-order of the folders, then of their prompts.
+order of the folders, then of their prompts; with ``--beside``, runs of the same prompts share a row for each prompt.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -32,6 +34,23 @@ def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     return found
 
 
+def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]]:
+    """Return a row for each prompt that all runs sampled: `columns` frames of each, in the order of `folders`."""
+    runs = [results(folder) for folder in folders]
+    rows = []
+    for samples in zip(*runs, strict=False):
+        captions, videos = zip(*samples, strict=True)
+        if len({*captions}) > 1 or len({video.shape[1:] for video in videos}) > 1 or len({*map(len, runs)}) > 1:
+            listed = ", ".join(map(str, folders))
+            raise InputError(f"{listed}: prompts, seeds or sizes differ; --beside compares runs that differ in weights")
+        chosen = [video[np.linspace(0, len(video) - 1, columns).round().astype(int)] for video in videos]
+        gap = np.full_like(chosen[0][:1], 255)
+        parts = [part for frames in chosen for part in (gap, frames)][1:]
+        names = " | ".join(folder.name for folder in folders)
+        rows.append((f"{names}: {captions[0]}", np.concatenate(parts)))
+    return rows
+
+
 def _order(sidecar: Path) -> tuple[int, int]:
     prompt, k = sidecar.parent.parent.name.split("_")[0], sidecar.parent.name
     return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
@@ -43,11 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of sampling runs")
     parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
     parser.add_argument("--columns", type=int, default=5, help="frames shown of each video")
+    parser.add_argument("--beside", action="store_true", help="put the runs beside each other, not below")
     options = parser.parse_args(argv)
     try:
-        contact_sheet(
-            [row for folder in options.folders for row in results(folder)], options.out, columns=options.columns
-        )
+        columns = options.columns
+        if options.beside:
+            rows = beside(options.folders, columns)
+            columns = len(rows[0][1])
+        else:
+            rows = [row for folder in options.folders for row in results(folder)]
+        contact_sheet(rows, options.out, columns=columns)
     except (InputError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -1,5 +1,6 @@
 """The parts of a training run, made in the order that bounds memory and lets errors come early."""
 
+import dataclasses
 import re
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import precision_name
 from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
-from sgm.training.prepare import Plan
+from sgm.training.prepare import Plan, total_iterations
 from sgm.training.schedule import LearningRate
 from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest
 from sgm.training.step import TrainingModule, start_deepspeed
@@ -95,6 +96,8 @@ def build(config: Config, plan: Plan) -> Parts:
         point = plan.resume
     folder, lock = _run_folder(config, plan.resume)
     data, known_bad = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
+    total = total_iterations(args, data.num_train, plan.global_batch)  # an epoch has the clips that are left
+    plan = dataclasses.replace(plan, total_iters=total)
     engine = _load_engine(config, plan)
     trainable = choose_trainable(engine.network, config.model)
     logger.info("training %s", trainable)
@@ -171,7 +174,7 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         zero_stage=plan.deepspeed["zero_optimization"]["stage"],
         precision=precision_name(plan.dtype),
         optimizer=config.deepspeed["optimizer"]["type"],
-        trained=len(plan.trainable.names),
+        trained=plan.trainable.num_trained,
         ema=args.ema_decay is not None,
         base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
         config_digest=numbers_digest(config),

@@ -75,6 +75,14 @@ def prepare(config: Config) -> Plan:
     return checks.plan()
 
 
+def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int) -> int:
+    """Return the optimizer steps of the whole run."""
+    if args.train_iters is not None:
+        return args.train_iters
+    assert args.epochs is not None, "the configuration is refused without either"
+    return math.ceil(args.epochs * num_clips / global_batch)
+
+
 class _Checks:
     """Collect what can be found out about a run, and every problem."""
 
@@ -174,10 +182,7 @@ class _Checks:
         micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
         batch = micro * accumulation * self.world_size
         data: Data = facts["data"]
-        total = args.train_iters
-        if total is None:
-            assert args.epochs is not None, "the configuration is refused without either"
-            total = math.ceil(args.epochs * data.num_train / batch)
+        total = total_iterations(args, data.num_train, batch)
         resume: ResumePoint | None = facts["resume"]
         rows = {
             "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",

@@ -61,7 +61,7 @@ class ResumePoint:
         zero_stage: ZeRO stage that wrote it.
         precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
         optimizer: the optimizer's class.
-        trained: number of trained tensors.
+        trained: how many numbers are trained.
         ema: whether the state holds a moving average.
         base_digest: digest of the weights that the run started from, None from random ones.
         config_digest: digest of what the numbers depend on in the configuration, see `numbers_digest`.

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train on several devices, one process each, on this machine or on several.
+#   bash finetune_multi_gpus.sh                               a LoRA of the toy, on all accelerators, or on two processes
+#   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
+# On each of two machines, NODE_RANK=0 on the one whose address is MASTER_ADDR:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
+# NPROC_PER_NODE is the number of accelerators unless it is set, and 2 on a machine without.
+# Words that end with .yaml are merged, later ones win; everything else goes to train_video.py as it is.
+# Paths are relative to this folder.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=python
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+
+base=()
+rest=()
+for word in "$@"; do
+    if [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word"); else rest+=("$word"); fi
+done
+[[ ${#base[@]} -eq 0 ]] && base=(configs/toy_lora.yaml configs/toy_sft.yaml)
+# Old versions of bash take an empty list for an unset one.
+words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
+
+if [[ -z "${NPROC_PER_NODE:-}" ]]; then
+    NPROC_PER_NODE=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count() or 2)')
+fi
+nodes=${NNODES:-1}
+launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE")
+if [[ "$nodes" == 1 ]]; then
+    launch+=(--standalone)
+else
+    launch+=(--nnodes "$nodes" --node_rank "${NODE_RANK:?the number of this machine, from 0}")
+    launch+=(--master_addr "${MASTER_ADDR:?the address of machine 0}" --master_port "${MASTER_PORT:-29500}")
+fi
+
+# Wrong input ends here, with one message instead of one a process. One process checks, so its batch is another.
+check=("$PYTHON" train_video.py "${words[@]}" --check)
+for word in "$@"; do
+    case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac
+done
+"${check[@]}" deepspeed.train_batch_size=null >/dev/null
+exec "${launch[@]}" train_video.py "${words[@]}"
