@@ -42,6 +42,6 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "lowmem": ["bitsandbytes>=0.45", "torchao>=0.12"],
         "web": ["gradio>=5"],
-        "dev": ["pytest>=8,<10", "ruff==0.17.5", "pyright[nodejs]==1.1.414"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.5", "pyright[nodejs]==1.1.414"],
     },
 )

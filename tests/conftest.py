@@ -1,10 +1,13 @@
 """Fixtures: complete tiny models in the released layout, made from the golden weights."""
 
 import contextlib
+import os
 import resource
 from pathlib import Path
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and tiny tensors gain nothing from threads
+
+import pytest  # noqa: E402
 import sentencepiece
 import yaml
 from transformers import T5Config, T5EncoderModel
@@ -15,6 +18,18 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
+
+
+# These run commands of the documentation, which write to the same folder outputs/.
+ONE_AFTER_THE_OTHER = ("test_docs.py", "test_launchers.py", "test_toy_run.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, so that what they share is made once."""
+    for item in items:
+        group = "commands" if item.path.name in ONE_AFTER_THE_OTHER else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

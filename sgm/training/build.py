@@ -178,6 +178,7 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         ema=args.ema_decay is not None,
         base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
         config_digest=numbers_digest(config),
+        clips=plan.data.digest,
     )
 
 

@@ -1,5 +1,6 @@
 """The clips of a training run: opened, divided into training and validation, and checked."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,12 @@ class Data:
     def num_train(self) -> int:
         """Number of training clips."""
         return sum(map(len, self.train))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the training clips' paths, in order; of their number where a data set tells no paths."""
+        clips = [getattr(dataset, "paths", len(dataset)) for dataset in self.train]
+        return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
     @property
     def validation(self) -> Any:

@@ -85,7 +85,12 @@ def train(config: Config) -> Summary:
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
-        run = TrainingRun(config, build(config, plan), signals)
+        try:
+            run = TrainingRun(config, build(config, plan), signals)
+        except InputError as error:
+            if sgm.distributed.data_parallel_rank() > 0:  # it may be one that rank zero does not have
+                logger.warning("rank %d: %s", sgm.distributed.data_parallel_rank(), error)
+            raise
         try:
             run.fit()
         finally:
@@ -156,12 +161,12 @@ class TrainingRun:
             self.iteration += 1
             self.summary.iteration = self.iteration
             done = self.iteration == self.parts.total_iters
-            if self.iteration % self.args.log_interval == 0 or done or stop:
-                self._log()
             if stop:
                 self.summary.stopped = self.signals.received or "a signal to another rank"
-            elif self.args.exit_interval is not None and self.iteration - first >= self.args.exit_interval and not done:
+            elif self.iteration - first == self.args.exit_interval and not done:
                 self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
+            if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
+                self._log()
             if self.iteration % self.args.save_interval == 0 or done or self.summary.stopped:
                 self.saver.save(self.iteration)
             if self.evaluation is not None and not self.summary.stopped:
@@ -207,7 +212,7 @@ class TrainingRun:
                 bad, stop = self.check.read()
                 if bad:
                     raise _NotFiniteError("a loss is not finite (NaN or infinity)")
-                if self._logs_next():
+                if stop or self._logs_next():
                     self._plain_norm = plain_gradient_norm(deepspeed)
                 self._lr = self.parts.schedule.get_last_lr()[0]
             deepspeed.step()
@@ -221,7 +226,9 @@ class TrainingRun:
 
     def _logs_next(self) -> bool:
         """Whether the step that is being made ends with a line of metrics."""
-        return (self.iteration + 1) % self.args.log_interval == 0 or self.iteration + 1 == self.parts.total_iters
+        following = self.iteration + 1
+        ends = (self.parts.total_iters, self.parts.point.iteration + (self.args.exit_interval or 0))
+        return following % self.args.log_interval == 0 or following in ends
 
     def _failure(self, reason: str, taken: list[dict[str, Any]], saved: bool | None) -> str:
         """Return the message for a step that failed: where, on which clips, what is saved, what to do."""

@@ -42,7 +42,7 @@ logger = get_logger(__name__)
 FOLDER, LATEST = "resume", "latest"
 # Arguments that may change from one start of a run to the next.
 HARMLESS = frozenset(
-    "resume exit_interval train_iters epochs save experiment_name save_interval keep_last log_interval num_workers "
+    "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
     "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng".split()
 )
@@ -65,6 +65,7 @@ class ResumePoint:
         ema: whether the state holds a moving average.
         base_digest: digest of the weights that the run started from, None from random ones.
         config_digest: digest of what the numbers depend on in the configuration, see `numbers_digest`.
+        clips: digest of the training clips' paths.
         files: names of the files in its folder, this description excepted.
     """
 
@@ -79,6 +80,7 @@ class ResumePoint:
     ema: bool
     base_digest: str | None
     config_digest: str
+    clips: str
     files: tuple[str, ...] = ()
 
     @property
@@ -112,6 +114,8 @@ class ResumePoint:
                 problems.append(Problem(path, "", found, cure))
         if problems:
             raise ConfigError(problems)
+        if self.clips != now.clips:
+            logger.warning("the training clips are not those that %s began with: other samples follow", self.run)
         if self.config_digest != now.config_digest:
             logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
 
@@ -206,7 +210,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         RunError: the disk is full or the folder cannot be written to; the former state stays.
     """
     folder, rank = point.folder, sgm.distributed.data_parallel_rank()
-    engine.checkpoint_engine = _checkpoint_engine()
+    engine.checkpoint_engine = checkpoint_engine()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
     if with_rng:
         with atomic_file(folder / f"rng_{rank:02d}.pt") as temporary:
@@ -239,7 +243,7 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     missing = [name for name in point.files if not (point.folder / name).is_file()]
     if missing:
         raise InputError(f"{point.folder} lacks {', '.join(missing)}; {_CURE}")
-    engine.checkpoint_engine = _checkpoint_engine()
+    engine.checkpoint_engine = checkpoint_engine()
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
     # The learning rates of the present configuration, not those that the optimizer's state brought along.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
@@ -271,7 +275,7 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
         torch.get_device_module().set_rng_state(state["accelerator"])
 
 
-def _checkpoint_engine() -> Any:
+def checkpoint_engine() -> Any:
     """Return what DeepSpeed writes and reads its files with: atomically, and without running what is in them."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -292,9 +292,9 @@ def test_the_dry_run_of_a_released_model_is_quick_and_counts(load, tmp_path):
     path.write_text(yaml.safe_dump({"args": {"load": str(tmp_path / "net.pt"), "device": "cpu"}, "model": model}))
     save_shapes(tmp_path / "net.pt", "module", model["network_config"], "model.diffusion_model.")
     save_shapes(tmp_path / "vae.pt", "state_dict", model["first_stage_config"])
-    start = time.perf_counter()
+    start = time.process_time()
     report = dry_run(load_config([path], mode="inference"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     missing = 3072 * (4096 - 24)
     unused_table = 64 * 3072
     assert f"{5_570_283_072 - missing + unused_table:,} parameters, 42 layers" in report

@@ -1,0 +1,221 @@
+"""Validation losses that can be compared across runs and ranks, and samples on the way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sgm.config import load_config
+from sgm.files import find_weights, read_tensors
+from sgm.inference.run import sample
+from sgm.training.evaluate import Evaluation, evaluation_mode, validation_timestep
+from sgm.training.metrics import read_metrics
+from sgm.training.run import train
+
+ROOT = Path(__file__).parents[3]
+LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+FROZEN = "deepspeed.optimizer.params.lr=0.0"
+CONSTANT = "args.lr_decay_style=constant"
+QUICK = ["args.only_log_video_latents=true", "args.valid_prompts=[a red circle moves left]"]
+THREE = "args.valid_prompts=[a red circle,a blue square,a green triangle]"
+
+
+@pytest.fixture
+def job(training_yaml, tmp_path):
+    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
+
+    def start(name=LORA, *overrides, save="runs"):
+        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
+
+    return start
+
+
+def validation(folder: Path) -> list[dict[str, float]]:
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
+    return [{name: value for name, value in line.items() if name.startswith("validation_")} for line in lines]
+
+
+def written(folder: Path) -> list[str]:
+    """Return the results of a run's evaluations, as iteration/prompt/number."""
+    found = [path for path in (folder / "samples").rglob("000000.*") if path.suffix != ".json"]
+    return sorted(path.relative_to(folder / "samples").as_posix() for path in found)
+
+
+@pytest.fixture(scope="module")
+def three_clips(clips, tmp_path_factory) -> Path:
+    """A folder with three of the clips."""
+    folder = tmp_path_factory.mktemp("three")
+    for kind, suffix in (("videos", "mp4"), ("labels", "txt")):
+        (folder / kind).mkdir()
+        for number in range(3):
+            name = f"{number:03d}.{suffix}"
+            (folder / kind / name).symlink_to(clips / kind / name)
+    return folder
+
+
+def test_timesteps_cover_the_range_evenly_whatever_their_number():
+    for num in (4, 8, 50):
+        quarters = [validation_timestep(number, 1000) // 250 for number in range(num)]
+        counts = [quarters.count(quarter) for quarter in range(4)]
+        assert min(counts) >= num // 4 - 1 and max(counts) <= num // 4 + 2
+    assert len({validation_timestep(number, 1000) for number in range(100)}) == 100
+
+
+def test_evaluation_mode_ends_with_the_block():
+    network = torch.nn.Dropout()
+    with pytest.raises(RuntimeError), evaluation_mode(network):
+        assert not network.training
+        raise RuntimeError
+    assert network.training
+
+
+def test_the_validation_loss_depends_on_neither_seed_nor_batch_nor_iteration(job):
+    runs = [
+        job(LORA, FROZEN, *QUICK, "args.train_iters=2", "args.eval_interval=1", "args.seed=1", "args.eval_iters=2"),
+        job(
+            LORA, FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1", "args.seed=2", "args.eval_batch_size=4"
+        ),
+    ]
+    first, second, other = validation(runs[0].folder) + validation(runs[1].folder)
+    assert first == second and first == pytest.approx(other, abs=1e-6)
+    assert len(first) >= 3 and first["validation_loss"] > 0
+
+
+def test_the_validation_loss_follows_the_weights(job):
+    values = validation(job(LORA, *QUICK, "args.train_iters=2", "args.eval_interval=1", CONSTANT).folder)
+    assert values[0]["validation_loss"] != values[1]["validation_loss"]
+
+
+def test_evaluation_does_not_disturb_training(job):
+    overrides = ["args.train_iters=3", "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"]
+    plain = job(LORA, *overrides, save="plain").folder
+    evaluated = job(LORA, *overrides, *QUICK, "args.eval_interval=1", save="evaluated").folder
+    weights = [read_tensors(find_weights(run)) for run in (plain, evaluated)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_validation_loss_is_measured_without_dropout(job):
+    dropout = "model.network_config.params.modules.lora_config.params.lora_dropout"
+    overrides = [FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1"]
+    without, with_ = (job(LORA, *overrides, f"{dropout}={share}") for share in (0.0, 0.5))
+    assert validation(without.folder) == validation(with_.folder)
+    losses = [read_metrics(run.folder / "metrics.jsonl")[0]["loss"] for run in (without, with_)]
+    assert losses[0] != losses[1]
+
+
+def test_strict_evaluation_takes_every_clip_once(job, three_clips, monkeypatch):
+    numbers = []
+    clip = Evaluation._clip
+
+    def record(evaluation, number):
+        numbers.append(number)
+        return clip(evaluation, number)
+
+    monkeypatch.setattr(Evaluation, "_clip", record)
+    overrides = [FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1", f"args.valid_data=[{three_clips}]"]
+    job(LORA, *overrides, "args.strict_eval=true", "args.eval_iters=7")
+    assert numbers == [0, 1, 2]
+    numbers.clear()
+    job(LORA, *overrides, "args.eval_iters=2")
+    assert numbers == [0, 1, 2, 3]
+
+
+def test_samples_are_those_of_the_sampling_command(job, training_yaml, tmp_path):
+    folder = job(LORA, "args.train_iters=1", "args.eval_interval=1", THREE).folder
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\na green triangle\n")
+    overrides = [f"args.load={folder}", f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'out'}"]
+    again = sample(load_config(training_yaml(LORA)[:1], [*overrides, "model.precision=fp32"], mode="inference"))
+    names = written(folder)
+    assert len(names) == 3 and all(name.startswith("00000001/") and name.endswith(".mp4") for name in names)
+    for name, path in zip(names, sorted(again.written), strict=True):
+        ours, theirs = (iio.imread(video).astype(int) for video in (folder / "samples" / name, path))
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+
+
+def test_latents_alone_may_be_written(job):
+    folder = job(LORA, *QUICK, "args.train_iters=1", "args.eval_interval=1").folder
+    (name,) = written(folder)
+    assert name.endswith(".safetensors") and load_file(folder / "samples" / name)
+
+
+def test_captions_of_the_data_are_sampled_where_no_prompts_are_given(job, three_clips):
+    overrides = ["args.train_iters=1", "args.eval_interval=1", f"args.valid_data=[{three_clips}]"]
+    folder = job(LORA, *overrides, "args.only_log_video_latents=true", "args.eval_batch_size=2").folder
+    assert len(written(folder)) == 2
+    sidecars = [json.loads(path.read_text()) for path in (folder / "samples").rglob("*.json")]
+    assert {sidecar["prompt"] for sidecar in sidecars} == {"a red circle moves left", "a blue square moves right"}
+
+
+def test_first_frames_of_the_data_are_the_images_of_image_to_video(job, three_clips):
+    overrides = ["args.train_iters=1", "args.eval_interval=1", f"args.valid_data=[{three_clips}]"]
+    folder = job(I2V, *overrides, "args.eval_batch_size=2", "args.only_log_video_latents=true").folder
+    assert len(written(folder)) == 2
+    for number, path in enumerate(sorted((folder / "samples").rglob("first_frame_*.png"))):
+        image = iio.imread(path).astype(int)
+        frame = iio.imread(three_clips / "videos" / f"{number:03d}.mp4", index=0).astype(int)
+        assert image.shape == (64, 96, 3) and np.abs(image - frame).mean() < 4
+    assert number == 1
+
+
+@pytest.fixture(scope="module")
+def two_ranks(training_yaml, three_clips, tmp_path_factory):
+    """Train several jobs on two ranks; a function: name → run folder."""
+    top = tmp_path_factory.mktemp("ranks")
+    common = ["args.train_iters=1", "args.eval_interval=1", FROZEN, "deepspeed.train_micro_batch_size_per_gpu=1"]
+    strict = ["args.strict_eval=true", f"args.valid_data=[{three_clips}]"]
+    latents = "args.only_log_video_latents=true"
+    jobs = {
+        "counted": [*QUICK, "args.eval_iters=3"],
+        "strict": [*strict, THREE, latents],
+        "sharded": [*strict, THREE, latents, "deepspeed.zero_optimization.stage=3"],
+        "data": [*strict, latents, "deepspeed.zero_optimization.stage=3", "args.eval_batch_size=3"],
+    }
+    content = [
+        {"bases": training_yaml(LORA), "overrides": [*common, *more, f"args.save={top / name}"]}
+        for name, more in jobs.items()
+    ]
+    (top / "jobs.json").write_text(json.dumps(content))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/train_jobs.py"]
+    done = subprocess.run(
+        [sys.executable, *command, str(top / "jobs.json")],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return lambda name: next((top / name).iterdir())
+
+
+def test_two_ranks_give_the_validation_loss_of_one(job, two_ranks, three_clips):
+    overrides = [FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1"]
+    one = job(LORA, *overrides, "args.eval_iters=3")
+    assert validation(two_ranks("counted")) == [pytest.approx(validation(one.folder)[0], abs=1e-6)]
+    strict = job(LORA, *overrides, "args.strict_eval=true", f"args.valid_data=[{three_clips}]")
+    for name in ("strict", "sharded", "data"):
+        assert validation(two_ranks(name)) == [pytest.approx(validation(strict.folder)[0], abs=1e-6)]
+
+
+@pytest.mark.parametrize("name", ["strict", "sharded", "data"])
+def test_two_ranks_sample_every_prompt_once(two_ranks, name):
+    names = written(two_ranks(name))
+    assert len(names) == 3 and len({path.split("/")[1] for path in names}) == 3
+    samples = [load_file(two_ranks(name) / "samples" / path) for path in names]
+    assert all(torch.isfinite(tensor).all() for content in samples for tensor in content.values())
+
+
+def test_sharded_samples_equal_whole_ones(two_ranks):
+    for name in written(two_ranks("strict")):
+        whole, sharded = (load_file(two_ranks(run) / "samples" / name) for run in ("strict", "sharded"))
+        for key in whole:
+            torch.testing.assert_close(sharded[key], whole[key], rtol=0, atol=1e-5)

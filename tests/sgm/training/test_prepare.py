@@ -1,0 +1,131 @@
+"""What is found before weights are read, and the report of ``--check``."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sgm.config import ConfigError, load_config
+from sgm.training.main import main
+from sgm.training.prepare import prepare
+from sgm.training.run import train
+
+LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
+
+
+@pytest.fixture
+def plan(training_yaml, tmp_path):
+    """Return a function that prepares a run of a tiny network."""
+
+    def make(name, *overrides):
+        return prepare(load_config(training_yaml(name), [f"args.save={tmp_path / 'runs'}", *overrides], mode="train"))
+
+    return make
+
+
+def test_the_plan_says_what_will_happen(plan, tmp_path):
+    found = plan(LORA, "args.train_iters=null", "args.epochs=3", "deepspeed.gradient_accumulation_steps=2")
+    assert (found.global_batch, found.total_iters, found.resume) == (4, 6, None)
+    rows = dict(line.split("  ", 1) for line in found.report.splitlines())
+    rows = {name: text.strip() for name, text in rows.items()}
+    assert rows["data"] == "8 training clips, 8 validation clips"
+    assert rows["batch"] == "2 clips x 2 steps of accumulation x 1 ranks = 4"
+    assert rows["length"] == "6 iterations = 3.0 epochs"
+    assert "LoRA of rank 4" in rows["trains"] and rows["precision"].startswith("fp32")
+    assert "learning rate 0.001 (linear), ZeRO stage 0" in rows["optimizer"]
+    assert not (tmp_path / "runs").exists(), "nothing is written"
+
+
+def test_an_incomplete_epoch_is_completed(plan):
+    assert (
+        plan(LORA, "args.train_iters=null", "args.epochs=1", "deepspeed.train_micro_batch_size_per_gpu=3").total_iters
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "path", "message"),
+    [
+        (LORA, ["args.load=nowhere"], "args.load", "nowhere"),
+        (LORA, ["args.train_data=[nowhere]"], "args.train_data", "nowhere"),
+        (LORA, ["model.not_trainable_prefixes=[]"], "model.", "beside the LoRA adapters"),
+        (LORA, ["args.mode=pretrain", "args.load=null"], "args.load", "adapts a trained network"),
+        (LORA, ["model.loss_fn_config=null"], "model.loss_fn_config", "to train"),
+        (LORA, ["model.conditioner_config=null"], "model.conditioner_config", "captions"),
+        (FULL, ["model.first_stage_config=null"], "model.first_stage_config", "encode"),
+        (FULL, ["model.latent_input=true"], "model.latent_input", "gives videos"),
+        (I2V, ["model.latent_input=true"], "model.latent_input", "first frame"),
+        (FULL, ["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer", "did you mean 'AdamW'"),
+        (FULL, ["args.save=configs/toy.yaml/runs"], "args.save", "cannot be written to"),
+        (FULL, ["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size", "is 3"),
+        (FULL, ["args.resume=nowhere"], "args.resume", "holds no resume/latest"),
+        (FULL, ["data.params.max_num_frames=5"], "data.params.max_num_frames", "nearest legal"),
+        (FULL, ["deepspeed.fp16.enabled=true", "model.precision=fp16"], "fp16", "a CPU cannot do"),
+        (FULL, ["args.eval_interval=1", "args.valid_data=null"], "args.eval_interval", "nothing to evaluate on"),
+    ],
+)
+def test_what_cannot_be_is_told_with_its_key(plan, name, overrides, path, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan(name, *overrides)
+    assert any(problem.path.startswith(path) or path in problem.path for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["args.valid_prompts=no_such_file.txt"], "no_such_file"),
+        (["args.valid_prompts=['a red circle@@no_such_image.png']"], "no_such_image"),
+    ],
+)
+def test_validation_prompts_are_read_before_training(plan, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(I2V, "args.eval_interval=1", *overrides)
+
+
+@pytest.mark.parametrize("params", ["{lr: 0.001, betta: 1}", "{lr: 0.001, betas: [2, 3]}"])
+def test_parameters_of_the_optimizer_are_checked_before_weights_are_read(plan, params):
+    with pytest.raises(ConfigError, match=r"deepspeed\.optimizer"):
+        plan(FULL, "deepspeed.optimizer.type=AdamW", f"deepspeed.optimizer.params={params}")
+
+
+def test_all_problems_come_at_once(plan):
+    overrides = ["args.load=nowhere", "args.train_data=[nothing]", "deepspeed.optimizer.type=torch.optim.Nothing"]
+    with pytest.raises(ConfigError) as caught:
+        plan(LORA, *overrides)
+    assert {"args.load", "args.train_data", "deepspeed.optimizer"} <= {p.path for p in caught.value.problems}
+
+
+def test_wandb_that_is_not_installed_is_told_before_a_run_folder_is_made(training_yaml, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    command = [
+        "--base",
+        *training_yaml(LORA),
+        f"args.save={tmp_path / 'runs'}",
+        "args.wandb=true",
+        "args.train_iters=1",
+    ]
+    assert main(command) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_check_prints_the_report_and_writes_nothing(training_yaml, tmp_path, capsys):
+    start = time.process_time()
+    code = main(["--base", *training_yaml(LORA), f"args.save={tmp_path / 'runs'}", "--check"])
+    assert code == 0 and time.process_time() - start < 10
+    assert "LoRA of rank 4" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_input_ends_with_code_two(training_yaml, tmp_path, capsys):
+    assert main(["--base", *training_yaml(LORA), f"args.save={tmp_path / 'runs'}", "args.load=nowhere"]) == 2
+    assert "args.load" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_goes_on_is_named(plan, training_yaml, tmp_path):
+    overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=4", "args.exit_interval=1"]
+    folder = train(load_config(training_yaml(LORA), overrides, mode="train")).folder
+    found = plan(LORA, "args.train_iters=4", "args.resume=auto")
+    assert found.resume is not None and found.resume.run == Path(folder)
+    assert f"{folder}, from iteration 1" in found.report
+    assert plan(LORA, "args.train_iters=4", "args.resume=auto", "args.experiment_name=other").resume is None

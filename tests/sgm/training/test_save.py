@@ -1,0 +1,143 @@
+"""What a save leaves behind when the run is killed, whenever that is."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sgm.args import TrainingArgs
+from sgm.files import find_weights, read_tensors
+from sgm.training.metrics import read_metrics
+from sgm.training.state import checkpoint_engine, find_resume_point
+
+ROOT = Path(__file__).parents[3]
+LORA = "dit_t2v_5b_lora"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Harvest:
+    """What many kills found.
+
+    Attributes:
+        inside: kills that hit a save: files that were being written, or a state without a name, were left.
+        iterations: the newest resume point after each kill.
+        lost: iterations that were logged after it.
+    """
+
+    inside: int = 0
+    iterations: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+
+
+def start(bases, overrides, world):
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command = [*launcher, "train_video.py", "--base", *bases, *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def kill(process) -> None:
+    """Kill a process and all below it at once: torchrun starts its workers in sessions of their own."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    process.communicate()
+
+
+def changed(folder: Path) -> float:
+    """Return when a line of metrics was last written; 0 before."""
+    return max((path.stat().st_mtime for path in folder.glob("*/metrics.jsonl") if path.stat().st_size), default=0.0)
+
+
+def kill_at_random(process, folder: Path, delay: float) -> bool:
+    """Kill a run `delay` seconds after its first step; return whether it was still running."""
+    before, end = changed(folder), time.monotonic() + 120
+    lines = sum(len(read_metrics(path)) for path in folder.glob("*/metrics.jsonl"))
+    while process.poll() is None:
+        now = sum(path.read_bytes().count(b"\n") for path in folder.glob("*/metrics.jsonl"))
+        if now > lines or (changed(folder) > before and now < lines):
+            break
+        assert time.monotonic() < end, "the run is too slow"
+        time.sleep(0.005)
+    time.sleep(delay)
+    if process.poll() is not None:
+        return False
+    kill(process)
+    return True
+
+
+def inspect(folder: Path, harvest: Harvest) -> None:
+    """Load what a killed run left."""
+    (run,) = folder.iterdir()
+    temporary = [path for path in run.rglob(".*") if path.is_file() and path.name != ".lock"]
+    names = {path.name for path in (run / "resume").glob("*") if path.is_dir()} if (run / "resume").is_dir() else set()
+    if not (run / "resume" / "latest").is_file():
+        harvest.inside += 1
+        return  # killed in its first save
+    args = TrainingArgs(train_data=("x",), load="x", train_iters=1, resume=str(run))
+    point = find_resume_point(args)
+    assert point is not None
+    latest = (run / "latest").read_text().strip() if (run / "latest").is_file() else ""
+    harvest.inside += bool(temporary or names != {str(point.iteration)} or latest != str(point.iteration))
+    for path in point.folder.glob("*.pt"):
+        checkpoint_engine().load(str(path))
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(find_weights(run)).values())
+    assert read_tensors(find_weights(run / str(point.iteration)))
+    assert point.iteration >= max(harvest.iterations, default=0), "nothing that was saved is lost"
+    logged = max(line["iteration"] for line in read_metrics(run / "metrics.jsonl"))
+    harvest.iterations.append(point.iteration)
+    harvest.lost.append(logged - point.iteration)
+
+
+@pytest.mark.slow  # minutes: every kill costs a start of Python, and of torchrun
+@pytest.mark.parametrize(("world", "kills"), [(1, 30), (2, 10)])
+def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml, tmp_path, world, kills, capsys):
+    overrides = [
+        f"args.train_iters={6 * kills}",
+        f"deepspeed.train_micro_batch_size_per_gpu={2 // world}",
+        "deepspeed.zero_optimization.stage=2",
+        "args.save_interval=1",
+        "args.keep_last=2",
+        "args.ema_decay=0.9",
+    ]
+    bases = training_yaml(LORA)
+    process = start(bases, [*overrides, "args.save_interval=1000", f"args.save={tmp_path / 'straight'}"], world)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages[-3000:]
+    moments, harvest, done = random.Random(7), Harvest(), 0
+    resuming = [*overrides, f"args.save={tmp_path / 'killed'}", "args.resume=auto"]
+    (tmp_path / "killed").mkdir()
+    while done < kills:
+        process = start(bases, resuming, world)
+        if not kill_at_random(process, tmp_path / "killed", moments.uniform(0.0, 0.6)):
+            _, messages = process.communicate()
+            assert process.returncode == 0, messages[-3000:]
+            break
+        done += 1
+        inspect(tmp_path / "killed", harvest)
+    process = start(bases, resuming, world)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages[-3000:]
+    (killed,), (straight,) = (tmp_path / "killed").iterdir(), (tmp_path / "straight").iterdir()
+    with capsys.disabled():
+        sys.stderr.write(f"\n{done} kills on {world} ranks: {json.dumps(vars(harvest))}\n")
+    assert done >= kills * 2 // 3 and max(harvest.lost) <= 1
+    weights = [read_tensors(find_weights(run)) for run in (killed, straight)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [[line["loss"] for line in read_metrics(run / "metrics.jsonl")] for run in (killed, straight)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6 * kills

@@ -1,0 +1,186 @@
+"""Where a run goes on, and who may."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.args import TrainingArgs
+from sgm.config import ConfigError, load_config
+from sgm.files import find_weights, read_tensors
+from sgm.training.metrics import read_metrics
+from sgm.training.run import train
+from sgm.training.state import ResumePoint, find_resume_point, lock_folder
+from sgm.util import InputError
+
+ROOT = Path(__file__).parents[3]
+LORA = "dit_t2v_5b_lora"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+POINT = ResumePoint(
+    run=Path("run"),
+    iteration=3,
+    samples=12,
+    world_size=2,
+    zero_stage=0,
+    precision="fp32",
+    optimizer="AdamW",
+    trained=8,
+    ema=False,
+    base_digest="abc",
+    config_digest="def",
+    clips="ghi",
+)
+
+
+def arguments(**values) -> TrainingArgs:
+    return TrainingArgs(**({"train_data": ("clips",), "load": "weights", "train_iters": 1} | values))
+
+
+def saved(run: Path, iteration: int, *, at: int) -> Path:
+    """Make a run folder that saved at a time, in seconds."""
+    folder = run / "resume" / str(iteration)
+    folder.mkdir(parents=True)
+    content = {name: value for name, value in dataclasses.asdict(POINT).items() if name != "run"}
+    (folder / "resume.json").write_text(json.dumps(content | {"iteration": iteration}))
+    latest = run / "resume" / "latest"
+    latest.write_text(f"{iteration}\n")
+    os.utime(latest, (at, at))
+    return run
+
+
+def test_auto_takes_the_run_that_saved_last(tmp_path):
+    args = arguments(save=str(tmp_path), experiment_name="x", resume="auto")
+    assert find_resume_point(args) is None
+    saved(tmp_path / "x-01-01-10-00", 50, at=1000)
+    newest = saved(tmp_path / "x-01-01-09-00", 7, at=2000)
+    saved(tmp_path / "y-01-01-11-00", 9, at=3000)
+    point = find_resume_point(args)
+    assert point is not None and (point.run, point.iteration) == (newest, 7)
+    assert point.folder == newest / "resume" / "7"
+    assert find_resume_point(arguments(save=str(tmp_path), experiment_name="x")) is None
+
+
+def test_characters_of_patterns_may_stand_in_a_name(tmp_path):
+    saved(tmp_path / "ab-01-01-10-00", 1, at=1000)
+    assert find_resume_point(arguments(save=str(tmp_path), experiment_name="a*", resume="auto")) is None
+    run = saved(tmp_path / "a[1]-01-01-10-00", 2, at=1000)
+    point = find_resume_point(arguments(save=str(tmp_path), experiment_name="a[1]", resume="auto"))
+    assert point is not None and point.run == run
+
+
+def test_auto_leaves_experiments_alone_whose_names_begin_alike(tmp_path):
+    own = saved(tmp_path / "toy-01-01-10-00-1", 1, at=1000)
+    saved(tmp_path / "toy-lora-01-01-10-00", 2, at=2000)
+    point = find_resume_point(arguments(save=str(tmp_path), experiment_name="toy", resume="auto"))
+    assert point is not None and point.run == own
+
+
+def test_a_path_names_any_run(tmp_path):
+    run = saved(tmp_path / "anything", 4, at=1000)
+    point = find_resume_point(arguments(resume=str(run)))
+    assert point is not None and point.run == run
+
+
+@pytest.mark.parametrize("content", ["", "next", "8"])
+def test_a_name_that_leads_nowhere_is_told(tmp_path, content):
+    run = saved(tmp_path / "run", 4, at=1000)
+    (run / "resume" / "latest").write_text(content)
+    with pytest.raises(InputError, match="the resume state cannot be read"):
+        find_resume_point(arguments(resume=str(run)))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"zero_stage": 2}, "deepspeed.zero_optimization.stage"),
+        ({"precision": "bf16"}, "model.precision"),
+        ({"optimizer": "SGD"}, "deepspeed.optimizer.type"),
+        ({"trained": 9}, "model.not_trainable_prefixes"),
+        ({"ema": True}, "args.ema_decay"),
+        ({"base_digest": None}, "args.load"),
+    ],
+)
+def test_what_a_state_does_not_fit_to_is_named(change, key):
+    with pytest.raises(ConfigError) as caught:
+        POINT.check(dataclasses.replace(POINT, **change))
+    (problem,) = caught.value.problems
+    assert problem.path == key and "args.resume=none" in str(caught.value)
+
+
+def test_other_clips_are_warned_about(caplog):
+    with caplog.at_level("WARNING"):
+        POINT.check(POINT)
+        assert not caplog.messages
+        POINT.check(dataclasses.replace(POINT, clips="other"))
+    assert "the training clips are not those" in caplog.text
+
+
+def test_the_number_of_ranks_matters_where_they_share_the_state():
+    POINT.check(dataclasses.replace(POINT, world_size=1))
+    sharded = dataclasses.replace(POINT, zero_stage=2)
+    with pytest.raises(ConfigError, match="written with world size 2, and now it is 1"):
+        sharded.check(dataclasses.replace(sharded, world_size=1))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    lock = lock_folder(tmp_path)
+    assert lock is not None
+    with pytest.raises(InputError, match=f"is being trained by process {os.getpid()}"):
+        lock_folder(tmp_path)
+    lock.close()
+    again = lock_folder(tmp_path)
+    assert again is not None
+    again.close()
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = folder.iterdir()
+    return run
+
+
+def start(training_yaml, folder: Path, *overrides):
+    return train(load_config(training_yaml(LORA), [f"args.save={folder}", *overrides], mode="train"))
+
+
+def test_without_zero_a_run_goes_on_with_more_ranks(training_yaml, tmp_path):
+    straight = start(training_yaml, tmp_path / "straight", "args.train_iters=3").folder
+    run = start(training_yaml, tmp_path / "runs", "args.train_iters=3", "args.exit_interval=1").folder
+    overrides = [
+        f"args.save={tmp_path / 'runs'}",
+        "args.train_iters=3",
+        "args.resume=auto",
+        "deepspeed.train_micro_batch_size_per_gpu=1",
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps([{"bases": training_yaml(LORA), "overrides": overrides}]))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/train_jobs.py"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "jobs.json")], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (run, straight)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
+
+
+def test_what_a_kill_left_half_written_is_removed(training_yaml, tmp_path):
+    run = start(training_yaml, tmp_path, "args.train_iters=2", "args.exit_interval=1").folder
+    left = [run / "1" / ".mp_rank_00_model_states.1-ab.pt", run / "2" / ".mp_rank_00_model_states.1-ab.pt"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    start(training_yaml, tmp_path, "args.train_iters=2", "args.resume=auto")
+    assert not any(path.exists() for path in left)
+
+
+def test_weights_that_were_saved_ahead_of_the_state_are_saved_anew(training_yaml, tmp_path):
+    """A kill between the two; what is there is replaced, and counts for args.keep_last."""
+    run = start(training_yaml, tmp_path, "args.train_iters=3", "args.exit_interval=1").folder
+    (run / "2").mkdir()
+    torch.save({"module": {"model.diffusion_model.x": torch.zeros(1)}}, run / "2" / "mp_rank_00_model_states.pt")
+    start(training_yaml, tmp_path, "args.train_iters=3", "args.resume=auto", "args.save_interval=1", "args.keep_last=2")
+    assert sorted(path.name for path in run.iterdir() if path.name.isdigit()) == ["2", "3"]
+    assert read_tensors(find_weights(run / "2")).keys() == read_tensors(find_weights(run)).keys()
