@@ -20,18 +20,6 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
 
 
-# These run commands of the documentation, which write to the same folder outputs/.
-ONE_AFTER_THE_OTHER = ("test_docs.py", "test_launchers.py", "test_toy_run.py")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, so that what they share is made once."""
-    for item in items:
-        group = "commands" if item.path.name in ONE_AFTER_THE_OTHER else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def small_disk():
     """Return a context manager in which no file of this process and its children grows beyond `num_bytes`.
