@@ -21,7 +21,7 @@ import yaml
 from sgm.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
 from sgm.config_targets import ENGINE_TARGET, check_params, check_sections, fits, in_words, misfit
 from sgm.deepspeed_config import check_deepspeed, check_loss_scale, complete_deepspeed
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.util import InputError, get_obj_from_str, nearest
 from sgm.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 
@@ -118,8 +118,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     _check_placeholders(sections, merged, mode)
     if merged.problems:
         raise ConfigError(merged.problems)
-    for warning in warnings:
-        logger.warning("%s", warning)
+    warn_once(logger, warnings)
     if mode == "train":
         sections["deepspeed"] = complete_deepspeed(sections["deepspeed"], sections["model"])
     return Config(

@@ -6,6 +6,7 @@ else in this project creates or stores a group.
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def prepare_deepspeed() -> None:
     prepare_import()
     import deepspeed.ops
 
+    # DeepSpeed's ZeRO calls collectives by names that torch has renamed: a line for each call, hundreds a minute.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

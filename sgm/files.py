@@ -60,6 +60,18 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: str | Path) -> None:
+    """Check that files can be written into `folder`, or that it can be made.
+
+    Raises:
+        InputError: it, or the nearest folder above it that exists, is none, or none that we may write to.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of `atomic_file` that a killed process left in `folder`; nobody may write there."""
     for path in folder.glob(".*"):

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Iterable
 
 
 def get_logger(name: str = "sgm") -> logging.Logger:
@@ -13,6 +14,13 @@ def get_logger(name: str = "sgm") -> logging.Logger:
 def is_rank_zero() -> bool:
     """Whether this process is rank zero, from the launcher's environment (true without a launcher)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
+    """Log warnings that all ranks find alike, from rank zero."""
+    if is_rank_zero():
+        for warning in warnings:
+            logger.warning("%s", warning)
 
 
 def configure_logging(*, debug: bool = False) -> None:

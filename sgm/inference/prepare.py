@@ -1,14 +1,15 @@
 """What a sampling run checks before weights are read."""
 
-import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sgm.distributed
 from sgm.adapters import with_adapters
-from sgm.check import dry_run
+from sgm.check import dry_run, tried
 from sgm.config import Config, ConfigError, Problem
+from sgm.files import require_writable
 from sgm.geometry import Geometry
 from sgm.inference.prompts import Prompt, check_images, read_prompts
 from sgm.util import InputError
@@ -46,11 +47,8 @@ def prepare(config: Config) -> Prepared:
     except InputError as error:
         if not any(problem.path == "args.input_file" for problem in problems):
             problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
-    folder = Path(config.args.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        found = f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to"
-        problems.append(Problem("args.output_dir", "", found, "name another folder"))
+    writable = partial(require_writable, config.args.output_dir)
+    problems += tried("args.output_dir", "name another folder", writable)
     if problems:
         raise ConfigError(config.located(problems))
     if prompts is not None:

@@ -31,7 +31,7 @@ from sgm.inference.prompts import (
 )
 from sgm.inference.record import Summary, Timings, peak_memory, read_sidecar, result_digest
 from sgm.inference.video import contact_sheet, to_uint8, write_json, write_latents, write_video
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import resolve_device, resolve_precision
 from sgm.util import RunError, default, instantiate_from_config
@@ -170,8 +170,7 @@ class SamplingRun:
             generator=torch.Generator().manual_seed(args.seed),
         )
         logger.info("%s", report)
-        for warning in report.warnings:
-            logger.warning("%s", warning)
+        warn_once(logger, report.warnings)
         if self.plan.image2video or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self.engine.first_stage_model.slicing = args.vae_slicing

@@ -16,7 +16,7 @@ from sgm.config import Config
 from sgm.data.loader import SampleLoader, SampleStream, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.files import atomic_file, find_weights, remove_leftovers, weights_digest
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import precision_name
 from sgm.training.data import Data, usable_data
@@ -252,8 +252,7 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
             generator=torch.Generator().manual_seed(derive_seed(args.seed, "adapters")),
         )
         logger.info("%s", report)
-        for warning in report.warnings:
-            logger.warning("%s", warning)
+        warn_once(logger, report.warnings)
     engine.run_device = device
     if engine.first_stage_model is not None and not (engine.latent_input and args.eval_interval is None):
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))

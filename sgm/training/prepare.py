@@ -1,7 +1,6 @@
 """What a training run checks before weights are read."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from sgm.check_training import check_training_data
 from sgm.checkpoint import check_autoencoder, check_network
 from sgm.config import Config, ConfigError, Problem
 from sgm.deepspeed_config import engine_config
-from sgm.files import find_weights
+from sgm.files import find_weights, require_writable
 from sgm.geometry import Geometry
 from sgm.precision import precision_name, resolve_training_precision
 from sgm.training.data import Data, open_data
@@ -127,7 +126,7 @@ class _Checks:
                 find(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
         find("data", "args.train_data", lambda: open_data(config))
         find("resume", "args.resume", lambda: find_resume_point(args))
-        self._check_folder()
+        self.problems += tried("args.save", "name another folder", partial(require_writable, args.save))
 
     def _check_sections(self) -> None:
         model, args = self.config.model, self.args
@@ -168,13 +167,6 @@ class _Checks:
             vae = instantiate_from_config(section)
         if Path(str(vae.ckpt_path)).is_file():
             check_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
-
-    def _check_folder(self) -> None:
-        folder = Path(self.args.save).absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            found = f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to"
-            self.problems.append(Problem("args.save", "", found, "name another folder"))
 
     def plan(self) -> Plan:
         """Return what was found; to be called when there are no problems."""

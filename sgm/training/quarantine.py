@@ -48,11 +48,6 @@ class Quarantine:
             self.reasons |= fresh
         if found and sgm.distributed.data_parallel_rank() == 0:
             write_json(self.folder / NAME, dict(sorted(self.reasons.items())))
-        self.require_few()
-        return len(self.reasons)
-
-    def require_few(self) -> None:
-        """Raise RunError if more clips than allowed are unreadable."""
         if len(self.reasons) > self.max_share * self.num_clips:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in sorted(self.reasons.items())[:10])
             raise RunError(
@@ -60,6 +55,7 @@ class Quarantine:
                 f"args.max_bad_share={self.max_share:g} allows:\n{listed}\nrepair or remove them "
                 "(tools/check_dataset.py lists all), or raise args.max_bad_share"
             )
+        return len(self.reasons)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -117,7 +117,7 @@ class TrainingRun:
         self.check = StepCheck(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
         self.quarantine = Quarantine(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
-        self.saver = Saver(config, parts)
+        self.saver = Saver(parts)
         self.evaluation = None
         if self.args.eval_interval is not None:
             self.evaluation = Evaluation(

@@ -6,13 +6,12 @@ import shutil
 import torch
 
 import sgm.distributed
-from sgm.checkpoint import save_network, write_latest
-from sgm.config import Config
+from sgm.checkpoint import PREFIX, save_network, write_latest
 from sgm.log import get_logger
 from sgm.training.build import Parts
 from sgm.training.optimizer import full_ema
 from sgm.training.state import save_state
-from sgm.training.step import PREFIX, gather
+from sgm.training.step import gather
 from sgm.util import RunError
 
 logger = get_logger(__name__)
@@ -22,12 +21,11 @@ class Saver:
     """Save a run; see `sgm.training.state` for the folders.
 
     Args:
-        config: with ``keep_last``, ``save_full`` and ``no_save_rng``.
-        parts: what is saved.
+        parts: what is saved; ``keep_last``, ``save_full`` and ``no_save_rng`` of its arguments say how.
     """
 
-    def __init__(self, config: Config, parts: Parts) -> None:
-        self.parts, self.args, self.model = parts, parts.args, config.model
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.args = parts, parts.args
         self.saved: int | None = parts.point.iteration or None
         network = parts.engine.network
         self.names = parts.trainable.names

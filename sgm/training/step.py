@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import sgm.distributed
+from sgm.checkpoint import PREFIX
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-
-PREFIX = "model.diffusion_model."
 
 
 class TrainingModule(nn.Module):
@@ -49,11 +48,6 @@ def start_deepspeed(
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=dict(section), dist_init_required=False
     )
     return engine
-
-
-def zero_stage(section: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a checked ``deepspeed`` section."""
-    return int((section.get("zero_optimization") or {}).get("stage", 0))
 
 
 def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:

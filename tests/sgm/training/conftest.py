@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
+from sgm.config import load_config
 from sgm.inference.video import write_video
+from sgm.training.run import train
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
 FIXED_SIZE = ("dit_t2v_2b", "dit_i2v_5b")  # position tables
@@ -71,3 +73,13 @@ def training_yaml(tiny_model, clips, tmp_path_factory):
         return [str(tiny_model(name)), str(path)]
 
     return make
+
+
+@pytest.fixture
+def job(training_yaml, tmp_path):
+    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
+
+    def start(name="dit_t2v_5b_lora", *overrides, save="runs"):
+        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
+
+    return start

@@ -1,9 +1,6 @@
 """Validation losses that can be compared across runs and ranks, and samples on the way."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,25 +14,14 @@ from sgm.files import find_weights, read_tensors
 from sgm.inference.run import sample
 from sgm.training.evaluate import Evaluation, evaluation_mode, validation_timestep
 from sgm.training.metrics import read_metrics
-from sgm.training.run import train
+from tests.processes import train_all
 
 ROOT = Path(__file__).parents[3]
 LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 FROZEN = "deepspeed.optimizer.params.lr=0.0"
 CONSTANT = "args.lr_decay_style=constant"
 QUICK = ["args.only_log_video_latents=true", "args.valid_prompts=[a red circle moves left]"]
 THREE = "args.valid_prompts=[a red circle,a blue square,a green triangle]"
-
-
-@pytest.fixture
-def job(training_yaml, tmp_path):
-    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
-
-    def start(name=LORA, *overrides, save="runs"):
-        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
-
-    return start
 
 
 def validation(folder: Path) -> list[dict[str, float]]:
@@ -183,17 +169,7 @@ def two_ranks(training_yaml, three_clips, tmp_path_factory):
         {"bases": training_yaml(LORA), "overrides": [*common, *more, f"args.save={top / name}"]}
         for name, more in jobs.items()
     ]
-    (top / "jobs.json").write_text(json.dumps(content))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/train_jobs.py"]
-    done = subprocess.run(
-        [sys.executable, *command, str(top / "jobs.json")],
-        cwd=ROOT,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_all(content, top, world=2)
     return lambda name: next((top / name).iterdir())
 
 

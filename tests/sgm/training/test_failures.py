@@ -1,9 +1,6 @@
 """What ends a run: numbers out of range, clips that cannot be read, ranks that die, a full disk. And what it leaves."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +8,15 @@ import pytest
 import torch
 
 import sgm.training.run
-from sgm.config import load_config
 from sgm.files import find_weights, read_tensors
 from sgm.inference.video import write_video
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.main import main
 from sgm.training.metrics import read_metrics
-from sgm.training.run import train
 from sgm.util import InputError, RunError
+from tests.processes import ROOT, only_run, run
 
-ROOT = Path(__file__).parents[3]
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def job(training_yaml, tmp_path):
-    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
-
-    def start(name=LORA, *overrides, save="runs"):
-        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
-
-    return start
-
-
-def only_run(folder: Path) -> Path:
-    (run,) = folder.iterdir()
-    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -367,14 +346,6 @@ def test_a_resumed_run_remembers_what_it_quarantined(job, breaks_when_decoded):
 # Ranks
 
 
-def launch(world: int, bases, overrides, **env) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command = [*launcher, "train_video.py", "--base", *bases, *overrides]
-    return subprocess.run(command, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=240)
-
-
 DYING = '''
 """Imported by every Python process of the test: let one rank die in its third step, once."""
 import os
@@ -401,14 +372,15 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(training_yaml, job, tmp
     (tmp_path / "dying" / "sitecustomize.py").write_text(DYING)
     env = {"PYTHONPATH": f"{tmp_path / 'dying'}:{ROOT}", "H_MARKER": str(tmp_path / "marker")}
     command = [*overrides, "deepspeed.train_micro_batch_size_per_gpu=1", f"args.save={tmp_path / 'runs'}"]
-    died = launch(2, training_yaml(LORA), command, **env)
+    words = ["--base", *training_yaml(LORA), *command]
+    died = run("train_video.py", words, world=2, **env)
     assert (tmp_path / "marker").exists() and died.returncode != 0
     assert "iteration 3 failed" in died.stderr, died.stderr[-3000:]
     assert "start again with args.resume=auto" in died.stderr and ".mp4" in died.stderr
-    run = only_run(tmp_path / "runs")
-    assert find_weights(run) == find_weights(run / "2") and weights(run)
-    again = launch(2, training_yaml(LORA), [*command, "args.resume=auto"], **env)
+    folder = only_run(tmp_path / "runs")
+    assert find_weights(folder) == find_weights(folder / "2") and weights(folder)
+    again = run("train_video.py", [*words, "args.resume=auto"], world=2, **env)
     assert again.returncode == 0, again.stderr[-3000:]
     one = job(LORA, *overrides, save="one").folder  # the same samples on one rank
-    losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (run, one)]
+    losses = [[line["loss"] for line in read_metrics(each / "metrics.jsonl")] for each in (folder, one)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4

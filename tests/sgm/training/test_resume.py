@@ -1,19 +1,16 @@
-"""Exact resume, equal ZeRO stages, and independence of the number of ranks; real processes under torchrun."""
+"""Exact resume, equal ZeRO stages, and independence of the number of ranks; real traininges under torchrun."""
 
 import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from sgm.files import find_weights, read_tensors
+from tests.processes import Training, only_run, train_all
 
 ROOT = Path(__file__).parents[3]
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
@@ -23,25 +20,6 @@ SHARDED = [
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
     "deepspeed.zero_optimization.reduce_bucket_size=20000",
 ]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def run_jobs(jobs, folder, world):
-    """Train `jobs` on `world` ranks."""
-    path = folder / f"jobs{world}.json"
-    path.write_text(json.dumps(jobs))
-    launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "train_jobs.py"), str(path)], cwd=ROOT, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def only_run(folder: Path) -> Path:
-    (run,) = folder.iterdir()
-    return run
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -76,6 +54,7 @@ def runs(training_yaml, tmp_path_factory):
                 f"deepspeed.train_micro_batch_size_per_gpu={4 // world}",
                 f"deepspeed.zero_optimization.stage={stage}",
                 "args.ema_decay=0.9",
+                "args.save_interval=2",
                 *SHARDED,
             ]
             bases = training_yaml(MODELS[kind])
@@ -86,7 +65,7 @@ def runs(training_yaml, tmp_path_factory):
             ):
                 save = f"args.save={folder(kind, world, stage, part)}"
                 jobs.append({"bases": bases, "overrides": [*overrides, save, *more]})
-        run_jobs(jobs, top, world)
+        train_all(jobs, top, world)
     return lambda *key: only_run(folder(*key))
 
 
@@ -119,34 +98,6 @@ def test_training_changes_the_loss_and_the_weights(runs, kind):
     assert len(set(losses(run).values())) == ITERS
 
 
-def start(bases, overrides, world=1):
-    launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command = [*launcher, "train_video.py", "--base", *bases, *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < end, "the run is too slow"
-        time.sleep(0.01)
-
-
-def kill(process):
-    """Kill everything at once: torchrun starts its workers in sessions of their own."""
-    parent = psutil.Process(process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.wait()
-
-
 def lines_of(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
 
@@ -166,13 +117,12 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
         *SHARDED,
     ]
     bases = training_yaml(MODELS["lora"])
-    process = start(bases, overrides, world)
-    wait_for(lambda: lines_of(tmp_path) >= 3, process)
-    kill(process)
+    training = Training(bases, overrides, world)
+    training.wait_for(lambda: lines_of(tmp_path) >= 3)
+    training.kill()
     assert lines_of(tmp_path) < ITERS, "it was killed before its end"
-    process = start(bases, overrides, world)
-    _, messages = process.communicate(timeout=120)
-    assert process.returncode == 0, messages[-3000:]
+    training = Training(bases, overrides, world)
+    messages = training.finish()
     assert "going on with" in messages
     straight, resumed = runs("lora", world, 2, "straight"), only_run(tmp_path)
     assert losses(resumed) == losses(straight)
@@ -194,15 +144,13 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(training_yaml, tmp_path, kind,
         *SHARDED,
     ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process = start(bases, [*overrides, f"args.save={straight}"], world)
-    assert process.wait(300) == 0
-    process = start(bases, [*overrides, f"args.save={killed}"], world)
-    wait_for(lambda: lines_of(killed) >= 12, process)
-    kill(process)
+    Training(bases, [*overrides, f"args.save={straight}"], world).finish()
+    training = Training(bases, [*overrides, f"args.save={killed}"], world)
+    training.wait_for(lambda: lines_of(killed) >= 12)
+    training.kill()
     assert 10 < lines_of(killed) < 20
-    process = start(bases, [*overrides, f"args.save={killed}"], world)
-    _, messages = process.communicate(timeout=300)
-    assert process.returncode == 0 and "after iteration 10" in messages, messages[-3000:]
+    training = Training(bases, [*overrides, f"args.save={killed}"], world)
+    assert "after iteration 10" in training.finish()
     runs = only_run(straight), only_run(killed)
     assert losses(runs[0]) == losses(runs[1]) and len(losses(runs[0])) == 20
     assert difference(weights(runs[0]), weights(runs[1])) == 0
@@ -213,23 +161,19 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(training_yaml, tmp_path, kind,
 def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.save_interval=1", "args.resume=auto"]
     bases = training_yaml(MODELS["lora"])
-    process = start(bases, overrides)
-    wait_for(lambda: list(tmp_path.glob("*/resume/latest")), process)
-    second = start(bases, overrides)
-    _, messages = second.communicate(timeout=60)
-    assert second.returncode == 2, messages[-3000:]
-    assert f"is being trained by process {process.pid}" in messages
-    kill(process)
+    training = Training(bases, overrides)
+    training.wait_for(lambda: list(tmp_path.glob("*/resume/latest")))
+    assert f"is being trained by process {training.process.pid}" in Training(bases, overrides).finish(code=2)
+    training.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number):
     overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1"]
-    process = start(training_yaml(MODELS["lora"]), overrides)
-    wait_for(lambda: lines_of(tmp_path) >= 2, process)
-    os.killpg(process.pid, number)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == 0, messages[-3000:]
+    training = Training(training_yaml(MODELS["lora"]), overrides)
+    training.wait_for(lambda: lines_of(tmp_path) >= 2)
+    os.killpg(training.process.pid, number)
+    messages = training.finish()
     run = only_run(tmp_path)
     done = max(losses(run))
     assert (run / "latest").read_text().strip() == (run / "resume" / "latest").read_text().strip() == str(done)

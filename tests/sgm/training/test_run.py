@@ -29,16 +29,6 @@ LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout"
 
 
-@pytest.fixture
-def job(training_yaml, tmp_path):
-    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
-
-    def start(name=LORA, *overrides, save="runs"):
-        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
-
-    return start
-
-
 def losses(folder: Path) -> dict[int, float]:
     return {line["iteration"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
 

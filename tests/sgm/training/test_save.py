@@ -1,15 +1,12 @@
 """What a save leaves behind when the run is killed, whenever that is."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -17,10 +14,10 @@ from sgm.args import TrainingArgs
 from sgm.files import find_weights, read_tensors
 from sgm.training.metrics import read_metrics
 from sgm.training.state import checkpoint_engine, find_resume_point
+from tests.processes import Training
 
 ROOT = Path(__file__).parents[3]
 LORA = "dit_t2v_5b_lora"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -38,45 +35,25 @@ class Harvest:
     lost: list[int] = field(default_factory=list)
 
 
-def start(bases, overrides, world):
-    launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command = [*launcher, "train_video.py", "--base", *bases, *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def kill(process) -> None:
-    """Kill a process and all below it at once: torchrun starts its workers in sessions of their own."""
-    parent = psutil.Process(process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
-
-
 def changed(folder: Path) -> float:
     """Return when a line of metrics was last written; 0 before."""
     return max((path.stat().st_mtime for path in folder.glob("*/metrics.jsonl") if path.stat().st_size), default=0.0)
 
 
-def kill_at_random(process, folder: Path, delay: float) -> bool:
+def kill_at_random(training, folder: Path, delay: float) -> bool:
     """Kill a run `delay` seconds after its first step; return whether it was still running."""
     before, end = changed(folder), time.monotonic() + 120
     lines = sum(len(read_metrics(path)) for path in folder.glob("*/metrics.jsonl"))
-    while process.poll() is None:
+    while not training.ended():
         now = sum(path.read_bytes().count(b"\n") for path in folder.glob("*/metrics.jsonl"))
         if now > lines or (changed(folder) > before and now < lines):
             break
         assert time.monotonic() < end, "the run is too slow"
         time.sleep(0.005)
     time.sleep(delay)
-    if process.poll() is not None:
+    if training.ended():
         return False
-    kill(process)
+    training.kill()
     return True
 
 
@@ -115,23 +92,18 @@ def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml,
         "args.ema_decay=0.9",
     ]
     bases = training_yaml(LORA)
-    process = start(bases, [*overrides, "args.save_interval=1000", f"args.save={tmp_path / 'straight'}"], world)
-    _, messages = process.communicate(timeout=300)
-    assert process.returncode == 0, messages[-3000:]
+    Training(bases, [*overrides, "args.save_interval=1000", f"args.save={tmp_path / 'straight'}"], world).finish()
     moments, harvest, done = random.Random(7), Harvest(), 0
     resuming = [*overrides, f"args.save={tmp_path / 'killed'}", "args.resume=auto"]
     (tmp_path / "killed").mkdir()
     while done < kills:
-        process = start(bases, resuming, world)
-        if not kill_at_random(process, tmp_path / "killed", moments.uniform(0.0, 0.6)):
-            _, messages = process.communicate()
-            assert process.returncode == 0, messages[-3000:]
+        training = Training(bases, resuming, world)
+        if not kill_at_random(training, tmp_path / "killed", moments.uniform(0.0, 0.6)):
+            training.finish()
             break
         done += 1
         inspect(tmp_path / "killed", harvest)
-    process = start(bases, resuming, world)
-    _, messages = process.communicate(timeout=300)
-    assert process.returncode == 0, messages[-3000:]
+    Training(bases, resuming, world).finish()
     (killed,), (straight,) = (tmp_path / "killed").iterdir(), (tmp_path / "straight").iterdir()
     with capsys.disabled():
         sys.stderr.write(f"\n{done} kills on {world} ranks: {json.dumps(vars(harvest))}\n")

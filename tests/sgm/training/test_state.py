@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,10 @@ from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.training.state import ResumePoint, find_resume_point, lock_folder
 from sgm.util import InputError
+from tests.processes import train_all
 
 ROOT = Path(__file__).parents[3]
 LORA = "dit_t2v_5b_lora"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 POINT = ResumePoint(
     run=Path("run"),
     iteration=3,
@@ -138,11 +136,6 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     again.close()
 
 
-def only_run(folder: Path) -> Path:
-    (run,) = folder.iterdir()
-    return run
-
-
 def start(training_yaml, folder: Path, *overrides):
     return train(load_config(training_yaml(LORA), [f"args.save={folder}", *overrides], mode="train"))
 
@@ -156,12 +149,7 @@ def test_without_zero_a_run_goes_on_with_more_ranks(training_yaml, tmp_path):
         "args.resume=auto",
         "deepspeed.train_micro_batch_size_per_gpu=1",
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps([{"bases": training_yaml(LORA), "overrides": overrides}]))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/train_jobs.py"]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "jobs.json")], cwd=ROOT, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_all([{"bases": training_yaml(LORA), "overrides": overrides}], tmp_path, world=2)
     losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (run, straight)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
 
