@@ -72,6 +72,17 @@ def require_writable(folder: str | Path) -> None:
         raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to")
 
 
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON.
+
+    Raises:
+        RunError: the file could not be written; nothing half-written is left.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of `atomic_file` that a killed process left in `folder`; nobody may write there."""
     for path in folder.glob(".*"):
@@ -93,14 +104,14 @@ def _sync(path: Path) -> None:
 def _write_failure(path: Path, error: Exception, need_bytes: int | None) -> str:
     """Return the message for a file that could not be written: what is needed and what is free."""
     existing = next((p for p in path.parents if p.is_dir()), Path("."))
-    needs = f"it needs {_size(need_bytes)}, " if need_bytes else ""
+    needs = f"it needs {readable_size(need_bytes)}, " if need_bytes else ""
     return (
-        f"could not write {path}: {error}; {needs}{_size(shutil.disk_usage(existing).free)} are free there; "
+        f"could not write {path}: {error}; {needs}{readable_size(shutil.disk_usage(existing).free)} are free there; "
         "free some space, correct the permissions, or choose another folder"
     )
 
 
-def _size(num_bytes: int) -> str:
+def readable_size(num_bytes: int) -> str:
     """Return a size that people can read, e.g. ``"11.2 GB"``."""
     value, unit = float(num_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -185,11 +196,25 @@ def read_entry(path: str | Path, key: str) -> Any:
     path = Path(path)
     size, head = _look_into(path)
     if _is_safetensors(path, head):
-        with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(key)
+        text = read_metadata(path).get(key)
+        with _safetensors_errors(path, size):
             return None if text is None else json.loads(text)
     content = _read_torch(path, size, head)
     return content.get(key) if isinstance(content, dict) else None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata in the header of a ``.safetensors`` file; empty for other files.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    size, head = _look_into(path)
+    if not _is_safetensors(path, head):
+        return {}
+    with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def weights_digest(path: str | Path) -> str:

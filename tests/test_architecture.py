@@ -44,6 +44,7 @@ LAYERS = {
     "sgm.models": 3,
     "sgm.check": 3,
     "sgm.check_training": 3,
+    "sgm.conversion": 4,
     "sgm.inference": 4,
     "sgm.training": 4,
     "sample_video": 5,
@@ -255,8 +256,10 @@ def test_the_library_names_no_accelerator():
 
 
 def test_the_library_stays_off_the_network():
-    users = [m for m in library() for name in imports(m) if name.partition(".")[0] in NETWORK_MODULES]
-    assert users == []
+    users = {(m, name.partition(".")[0]) for m in library() for name in imports(m)}
+    # One function of it, which divides names into files.
+    allowed = {("sgm.conversion.writing", "huggingface_hub")}
+    assert [user for user in sorted(users - allowed) if user[1] in NETWORK_MODULES] == []
 
 
 def test_pickles_are_never_trusted():

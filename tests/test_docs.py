@@ -24,9 +24,10 @@ from sgm.check_training import check_training_data
 from sgm.checkpoint import find_weights
 from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
 from sgm.deepspeed_config import engine_config
+from sgm.files import write_json
 from sgm.geometry import Geometry
 from sgm.inference.main import main, parse
-from sgm.inference.video import write_json, write_video
+from sgm.inference.video import write_video
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import resolve_precision, resolve_training_precision
 from sgm.training import main as training

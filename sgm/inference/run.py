@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sgm.distributed
 from sgm.check import SamplingPlan, check_sampling
 from sgm.config import Config
+from sgm.files import write_json
 from sgm.geometry import Geometry
 from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.prompts import (
@@ -30,7 +31,7 @@ from sgm.inference.prompts import (
     read_prompts_cli,
 )
 from sgm.inference.record import Summary, Timings, peak_memory, read_sidecar, result_digest
-from sgm.inference.video import contact_sheet, to_uint8, write_json, write_latents, write_video
+from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import resolve_device, resolve_precision

@@ -3,7 +3,6 @@
 Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
 """
 
-import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,17 +83,6 @@ def write_latents(path: str | Path, latents: torch.Tensor) -> None:
             save_file(tensors, temporary)
         else:
             torch.save(tensors, temporary)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON.
-
-    Raises:
-        RunError: the file could not be written; nothing half-written is left.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sgm.distributed
-from sgm.inference.video import write_json
+from sgm.files import write_json
 from sgm.log import get_logger
 from sgm.util import RunError
 

@@ -1,0 +1,1 @@
+"""Weights in other layouts: diffusers folders, LoRA files, ZeRO shards."""

@@ -1,0 +1,276 @@
+"""A pipeline folder of diffusers, or parts of one, as weights in the SAT layout with the model YAML that fits them.
+
+::
+
+    OUT/transformer/latest, OUT/transformer/1/mp_rank_00_model_states.pt
+    OUT/vae/3d-vae.pt
+    OUT/t5/                                     text encoder and tokenizer in one folder
+    OUT/model.yaml                              names the three; for sample_video.py and train_video.py
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from sgm.architecture import POSITION_TABLE
+from sgm.checkpoint import save_autoencoder, save_network, write_latest
+from sgm.conversion.lazy import LazyTensor
+from sgm.conversion.model_yaml import Description, model_yaml
+from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
+from sgm.conversion.to_diffusers import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table
+from sgm.conversion.writing import new_folder, total_bytes, write_safetensors
+from sgm.files import WEIGHTS, read_metadata, read_tensors
+from sgm.modules.encoders.t5_folder import T5Folder
+from sgm.precision import precision_name
+from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights_match import PREFIX, UNUSED_TABLES
+
+ITERATION = 1
+PARTS = ("transformer", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model of diffusers or transformers on disk.
+
+    Attributes:
+        path: folder or file.
+        config: its ``config.json``; None where a file stands alone.
+        tensors: its weights, mapped.
+        metadata: of the header of its first file.
+    """
+
+    path: Path
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_stored(path: str | Path) -> Stored:
+    """Find configuration and weights of a part: a folder with ``config.json`` and weight files, or one file.
+
+    Raises:
+        InputError: there is nothing, more than one set of weights, or a damaged file.
+    """
+    path = Path(path)
+    if path.is_file():
+        beside = path.with_name("config.json")
+        files, config = [path], read_json(beside) if beside.is_file() else None
+    elif path.is_dir():
+        files, config = _weight_files(path), read_json(path / "config.json")
+    else:
+        raise InputError(f"there is nothing at {path}; give a folder of diffusers, or a weights file")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    return Stored(path, config, tensors, read_metadata(files[0]))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) == 1:
+        shards = read_json(indices[0]).get("weight_map", {})
+        files = [folder / name for name in sorted(set(shards.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
+            raise InputError(f"{folder} lacks {', '.join(missing) or 'weights'}; download it again")
+        return files
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if len(files) != 1 or indices:
+        found = ", ".join(file.name for file in [*indices, *files]) or "none"
+        raise InputError(f"{folder} should hold one set of weights; found: {found}. Name the file, or tidy the folder")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, expected an object; copy or download it again")
+    return content
+
+
+@dataclass(frozen=True)
+class SatModel:
+    """What is to be written.
+
+    Attributes:
+        yaml: the model YAML but for the paths.
+        network: tensors by the network's own names, in the released shapes; None without a transformer.
+        autoencoder: tensors by our names; None without a VAE.
+        text_encoder: files of the T5 folder; None without one.
+    """
+
+    yaml: Mapping[str, Any]
+    network: Mapping[str, LazyTensor] | None = None
+    autoencoder: Mapping[str, LazyTensor] | None = None
+    text_encoder: tuple[Path, ...] | None = None
+
+    def write(self, folder: str | Path, *, file_format: Literal["pt", "safetensors"] = "pt") -> None:
+        """Write the folder; it appears when it is complete.
+
+        Args:
+            folder: must not exist.
+            file_format: of the weights. ``safetensors`` are written tensor by tensor, ``pt`` after all were made.
+
+        Raises:
+            InputError: the folder exists, cannot be written to, or does not fit on the disk.
+        """
+        copied = sum(path.stat().st_size for path in self.text_encoder or ())
+        need = total_bytes(self.network or {}, self.autoencoder or {}) + copied
+        with new_folder(folder, need_bytes=need) as temporary:
+            if self.network is not None:
+                self._write_network(temporary / "transformer", file_format)
+            if self.autoencoder is not None:
+                path = temporary / "vae" / f"3d-vae.{file_format}"
+                if file_format == "safetensors":
+                    write_safetensors(path, self.autoencoder)
+                else:
+                    save_autoencoder(path, {name: tensor.compute() for name, tensor in self.autoencoder.items()})
+            if self.text_encoder is not None:
+                (temporary / "t5").mkdir()
+                for path in self.text_encoder:
+                    shutil.copyfile(path, temporary / "t5" / path.name)
+            text = yaml.safe_dump(self._with_paths(Path(folder), file_format), sort_keys=False, allow_unicode=True)
+            (temporary / "model.yaml").write_text(text, encoding="utf-8")
+
+    def _write_network(self, folder: Path, file_format: Literal["pt", "safetensors"]) -> None:
+        assert self.network is not None
+        if file_format == "safetensors":
+            tensors = {PREFIX + name: tensor for name, tensor in self.network.items()}
+            write_safetensors(folder / str(ITERATION) / f"{WEIGHTS}.safetensors", tensors)
+            write_latest(folder, ITERATION)
+        else:
+            patch_size = self.yaml["model"]["network_config"]["params"]["patch_size"]
+            made = {name: tensor.compute() for name, tensor in self.network.items()}
+            save_network(folder, ITERATION, made, patch_size=patch_size)
+
+    def _with_paths(self, folder: Path, file_format: str) -> dict[str, Any]:
+        """Return the YAML with the paths of what is written."""
+        content: dict[str, Any] = json.loads(json.dumps(self.yaml))
+        model = content["model"]
+        if self.network is not None:
+            content["args"]["load"] = str(folder / "transformer")
+        if self.autoencoder is not None:
+            model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae" / f"3d-vae.{file_format}")
+        if self.text_encoder is not None:
+            model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
+        return content
+
+
+def sat_model_of(
+    parts: Mapping[str, Path], *, base: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> SatModel:
+    """Describe the SAT model that parts of diffusers are; weights are found and checked, not read.
+
+    Args:
+        parts: folder or file of each of `PARTS` that there is, and perhaps of ``tokenizer`` and ``scheduler``.
+        base: content of a model YAML, for files without a ``config.json``; without it, the YAML is made from them.
+        dtype: of the transformer; that of its files if None.
+
+    Raises:
+        InputError: a part is missing what it needs, is damaged, or is no CogVideoX.
+    """
+    stored = {name: read_stored(parts[name]) for name in ("transformer", "vae") if name in parts}
+    configs = {name: part.config for name, part in stored.items() if part.config is not None}
+    if "scheduler" in parts:
+        configs["scheduler"] = read_json(parts["scheduler"] / "scheduler_config.json")
+    if base is None:
+        if "transformer" in stored and "transformer" not in configs:
+            raise InputError(f"{parts['transformer']} has no config.json; say what it is with --base model.yaml")
+        base = model_yaml(Description(**configs))
+        if "transformer" in stored:
+            held = next(iter(stored["transformer"].tensors.values())).dtype if dtype is None else dtype
+            base["model"]["precision"] = precision_name(held)
+    network = autoencoder = None
+    if "transformer" in stored:
+        network = _network(stored["transformer"], base, dtype)
+    if "vae" in stored:
+        autoencoder = _autoencoder(stored["vae"], base)
+    files = _t5_files(parts["text_encoder"], parts.get("tokenizer")) if "text_encoder" in parts else None
+    return SatModel(base, network, autoencoder, files)
+
+
+def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    tensors: dict[str, Any] = dict(stored.tensors)
+    section = content["model"]["network_config"]
+    with without_allocating():
+        network = instantiate_from_config(section)
+    if FOLDED in stored.metadata:
+        tensors[DIFFUSERS_PATCH] = _unfolded(
+            tensors[DIFFUSERS_PATCH], float(stored.metadata[FOLDED]), network.in_channels, network.out_channels
+        )
+    made = network_from_diffusers(tensors)
+    wanted = {name: tensor for name, tensor in network.state_dict().items() if name not in UNUSED_TABLES}
+    if POSITION_TABLE in wanted and POSITION_TABLE not in made:  # diffusers computes it
+        own = next(iter(stored.tensors.values())).dtype
+        made[POSITION_TABLE] = LazyTensor((position_table(section["params"]),), to_dtype=own)
+    _require_equal_shapes(stored.path, wanted, made)
+    return {name: tensor.cast(dtype) for name, tensor in made.items()}
+
+
+def _unfolded(weight: torch.Tensor, factor: float, in_channels: int, own: int) -> LazyTensor:
+    """Undo `sgm.conversion.to_diffusers` folding the image scale into the patch projection."""
+
+    def unfold(weight: torch.Tensor) -> torch.Tensor:
+        per_channel = weight.unflatten(1, (in_channels, -1)) if weight.ndim == 2 else weight
+        scaled = torch.cat((per_channel[:, :own], (per_channel[:, own:].float() / factor).to(weight.dtype)), dim=1)
+        return scaled.reshape(weight.shape)
+
+    return LazyTensor((weight,), unfold)
+
+
+def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    with without_allocating():
+        vae = instantiate_from_config(content["model"]["first_stage_config"])
+    names = autoencoder_from_diffusers(stored.tensors)
+    name = stored.metadata.get(SAT_DTYPE)
+    dtype = None if name is None else getattr(torch, name)
+    made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
+    _require_equal_shapes(stored.path, vae.state_dict(), made)
+    return made
+
+
+def _require_equal_shapes(path: Path, wanted: Mapping[str, torch.Tensor], made: Mapping[str, LazyTensor]) -> None:
+    """Refuse weights that are not those of the configured module."""
+    problems = [f"{name} is missing" for name in wanted if name not in made]
+    problems += [f"{name} is unexpected" for name in made if name not in wanted]
+    for name in wanted.keys() & made.keys():
+        shapes = wanted[name].shape, made[name].meta().shape
+        # The patch projection has two shapes.
+        if shapes[0] != shapes[1] and (shapes[0].numel(), shapes[0][0]) != (shapes[1].numel(), shapes[1][0]):
+            problems.append(f"{name} has the shape {tuple(shapes[1])}, expected {tuple(shapes[0])}")
+    if problems:
+        shown = "\n  ".join(problems[:6] + ([f"... and {len(problems) - 6} more"] if len(problems) > 6 else []))
+        raise InputError(f"{path}: the weights do not fit the configuration:\n  {shown}\nthey belong to another model")
+
+
+def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
+    """Return the files of a T5 folder: text encoder and tokenizer, which diffusers keeps apart."""
+    t5 = T5Folder(folder)
+    if not folder.is_dir():
+        t5.check()
+    files = [folder / "config.json", *t5.shards, *folder.glob("*.index.json")]
+    places = [place for place in (tokenizer, folder, folder.parent / "tokenizer") if place is not None]
+    home = next((place for place in places if (place / "spiece.model").is_file()), None)
+    if home is None:
+        searched = ", ".join(str(place) for place in places)
+        raise InputError(f"there is no spiece.model, the tokenizer of T5, in {searched}; copy it there")
+    files += [home / name for name in TOKENIZER_FILES if (home / name).is_file()]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise InputError(f"the text encoder lacks {', '.join(missing)}; copy or download them again")
+    return tuple(files)

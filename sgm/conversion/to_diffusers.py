@@ -1,0 +1,320 @@
+"""A model YAML and its weights as a pipeline folder of diffusers; nothing depends on the number of layers.
+
+Every part is described first, from names and shapes alone; numbers are read when they are written, a tensor at a time.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sgm.adapters import is_adapter, with_adapters
+from sgm.architecture import POSITION_TABLE
+from sgm.config import Config
+from sgm.conversion import lora
+from sgm.conversion.diffusers_config import scheduler_config, transformer_config, vae_config
+from sgm.conversion.lazy import LazyTensor
+from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
+from sgm.conversion.writing import new_folder, total_bytes, write_safetensors, write_shards
+from sgm.files import read_tensors, write_json
+from sgm.geometry import Geometry
+from sgm.log import get_logger
+from sgm.modules.embeddings import sincos_positions_3d
+from sgm.modules.encoders.t5_folder import T5Folder
+from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights_match import match_autoencoder, match_network
+
+logger = get_logger(__name__)
+
+# Keys in the headers of weight files: the factor of `_fold`, and the dtype before the autoencoder became float32.
+FOLDED, SAT_DTYPE = "image_scale_folded", "sat_dtype"
+TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a pipeline.
+
+    Attributes:
+        name: of its folder.
+        cls: library and class, as ``model_index.json`` names them.
+        configs: JSON files by name.
+        tensors: its weights; empty for a scheduler or a tokenizer.
+        stem: of the weight files.
+        files: other files, copied as they are.
+        metadata: for the headers of the weight files.
+    """
+
+    name: str
+    cls: tuple[str, str]
+    configs: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
+    stem: str = "diffusion_pytorch_model"
+    files: Sequence[Path] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path, *, max_shard_size: str) -> None:
+        """Write the part into its folder below `folder`."""
+        own = folder / self.name
+        if self.tensors:
+            write_shards(own, self.tensors, stem=self.stem, max_shard_size=max_shard_size, metadata=self.metadata)
+        own.mkdir(exist_ok=True)
+        for name, content in self.configs.items():
+            write_json(own / name, content)
+        for file in self.files:
+            shutil.copyfile(file, own / file.name)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline folder to be written.
+
+    Attributes:
+        cls: its class in diffusers.
+        parts: its components; writing takes them out one by one, so that their files are not mapped any longer.
+        lora: adapters in a file of their own: tensors and header; None where there are none, or they are merged.
+    """
+
+    cls: str
+    parts: list[Part]
+    lora: tuple[Mapping[str, LazyTensor], Mapping[str, str]] | None = None
+
+    def write(
+        self, folder: str | Path, *, max_shard_size: str = "5GB", check: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write the folder; it appears when it is complete.
+
+        Args:
+            folder: must not exist.
+            max_shard_size: of a weight file, e.g. ``"5GB"``.
+            check: called with the complete folder before it appears; what it raises leaves nothing.
+
+        Raises:
+            InputError: the folder exists, cannot be written to, or does not fit on the disk.
+        """
+        adapters = {} if self.lora is None else self.lora[0]
+        need = total_bytes(adapters, *(part.tensors for part in self.parts))
+        index = {"_class_name": self.cls, "_diffusers_version": "0.42.0"}
+        with new_folder(folder, need_bytes=need) as temporary:
+            write_json(temporary / "model_index.json", index | {part.name: list(part.cls) for part in self.parts})
+            while self.parts:
+                self.parts.pop().write(temporary, max_shard_size=max_shard_size)
+            if self.lora is not None:
+                write_safetensors(temporary / lora.FILE, self.lora[0], metadata=self.lora[1])
+            if check is not None:
+                check(temporary)
+
+
+def pipeline_of(
+    config: Config,
+    *,
+    without: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    adapters: Literal["merge", "keep"] = "merge",
+    fold_image_scale: bool = False,
+) -> Pipeline:
+    """Describe the pipeline that a model YAML is; weights are found and checked, not read.
+
+    Args:
+        config: with ``args.load``, the autoencoder's ``ckpt_path`` and the text encoder's ``model_dir`` as far as they
+            are wanted.
+        without: parts to leave out, of ``transformer, vae, text_encoder, tokenizer, scheduler``.
+        dtype: of transformer and text encoder; that of their files if None. The autoencoder is float32.
+        adapters: merge LoRA adapters into the transformer, or keep them in a file of their own.
+        fold_image_scale: see `_fold`.
+
+    Raises:
+        InputError: files are missing, damaged or do not fit, or diffusers has no such model.
+    """
+    config = with_adapters(config)
+    parts: list[Part] = []
+    kept = None
+    if "transformer" not in without:
+        part, kept = _transformer(config, dtype=dtype, adapters=adapters, fold_image_scale=fold_image_scale)
+        parts.append(part)
+    if "vae" not in without:
+        parts.append(_vae(config))
+    if "text_encoder" not in without:
+        parts.append(_text_encoder(config, dtype))
+    if "tokenizer" not in without:
+        parts.append(_tokenizer(config))
+    if "scheduler" not in without:
+        schedule = {"scheduler_config.json": scheduler_config(config.model)}
+        parts.append(Part("scheduler", ("diffusers", "CogVideoXDDIMScheduler"), schedule))
+    image2video = _geometry(config).image_conditioned
+    return Pipeline("CogVideoXImageToVideoPipeline" if image2video else "CogVideoXPipeline", parts, kept)
+
+
+def _geometry(config: Config) -> Geometry:
+    return Geometry.from_network(config.model["network_config"]["params"])
+
+
+def _scales_image_latents(config: Config) -> bool:
+    scales = config.model.get("scale_image_latents")
+    return _geometry(config).patch_size[0] == 1 if scales is None else scales
+
+
+def _transformer(
+    config: Config, *, dtype: torch.dtype | None, adapters: str, fold_image_scale: bool
+) -> tuple[Part, tuple[Mapping[str, LazyTensor], Mapping[str, str]] | None]:
+    """Describe the transformer, and the adapters that are kept apart."""
+    params, geometry = config.model["network_config"]["params"], _geometry(config)
+    description = transformer_config(params)
+    if params.get("ofs_embed_dim") and config.model.get("ofs", 2.0) != 2.0:
+        raise InputError(f"model.ofs is {config.model['ofs']}; the pipelines of diffusers always give 2.0")
+    if config.args.load is None:
+        raise InputError("args.load names no transformer; give it, or leave the transformer out")
+    with without_allocating():
+        network = instantiate_from_config(config.model["network_config"])
+    match = match_network(network, config.args.load, base=config.args.base, allow_missing_adapters=False)
+    held, kept = dict(match.held), None
+    if POSITION_TABLE in held and geometry.positions == "sincos":
+        _require_computed(held[POSITION_TABLE], params)
+    if any(is_adapter(name) for name in held):
+        lora_params = params["modules"]["lora_config"].get("params") or {}
+        alpha = lora_params.get("lora_alpha", 1)
+        if adapters == "keep":
+            kept = lora.adapters_to_diffusers({n: t for n, t in held.items() if is_adapter(n)}, alpha=alpha)
+            held = {n.replace(".original.", "."): t for n, t in held.items() if not is_adapter(n)}
+        else:
+            held = lora.merge_adapters(held, alpha=alpha)
+    tensors = network_to_diffusers(
+        held, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
+    )
+    tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+    metadata = {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
+    cls = ("diffusers", "CogVideoXTransformer3DModel")
+    return Part("transformer", cls, {"config.json": description}, tensors, metadata=metadata), kept
+
+
+def position_table(params: Mapping[str, Any]) -> torch.Tensor:
+    """Return the sine-cosine table (1, L + N, D) that a network computes, float32.
+
+    Args:
+        params: ``model.network_config.params`` of a network with such a table.
+    """
+    with without_allocating():
+        network: Any = instantiate_from_config({"target": "dit_video_concat.DiffusionTransformer", "params": params})
+    description = transformer_config(params)
+    spatial = description["spatial_interpolation_scale"]
+    positions = sincos_positions_3d(
+        network.grid,
+        network.hidden_size,
+        time_interpolation=description["temporal_interpolation_scale"],
+        height_interpolation=spatial,
+        width_interpolation=spatial,
+    )
+    return torch.cat((positions.new_zeros(description["max_text_seq_length"], positions.shape[1]), positions))[None]
+
+
+def _require_computed(table: torch.Tensor, params: Mapping[str, Any]) -> None:
+    """Refuse a position table that is not the one which diffusers computes."""
+    difference = (table.float() - position_table(params)).abs().max().item()
+    if not difference <= 1e-2:  # bfloat16 rounds by up to 4e-3
+        raise InputError(
+            f"{POSITION_TABLE} differs by {difference:.2g} from the sine-cosine table that diffusers computes itself; "
+            "it cannot be converted. Check height_interpolation and width_interpolation of the model YAML"
+        )
+
+
+def _fold(config: Config, tensors: dict[str, LazyTensor], geometry: Geometry) -> float:
+    """Multiply the image channels of the patch projection by the scale factor; return it.
+
+    Where SAT takes image latents as the VAE gives them, diffusers divides them by the scale factor. The folded weights
+    undo that, so that diffusers' pipeline computes what SAT does.
+    """
+    if not geometry.image_conditioned or _scales_image_latents(config):
+        raise InputError(
+            "--fold_image_scale is for image-to-video models that take image latents unscaled (1.5-5B-I2V); leave it "
+            "out: for this model the pipelines of diffusers scale as SAT does"
+        )
+    factor = float(config.model.get("scale_factor", 1.0))
+    own = geometry.out_channels
+
+    def fold(weight: torch.Tensor) -> torch.Tensor:
+        per_channel = weight.unflatten(1, (geometry.in_channels, -1)) if weight.ndim == 2 else weight
+        scaled = torch.cat((per_channel[:, :own], (per_channel[:, own:].float() * factor).to(weight.dtype)), dim=1)
+        return scaled.reshape(weight.shape)
+
+    tensors[DIFFUSERS_PATCH] = LazyTensor((tensors[DIFFUSERS_PATCH],), fold)
+    return factor
+
+
+def _vae(config: Config) -> Part:
+    section = config.model.get("first_stage_config")
+    if section is None:
+        raise InputError("the model YAML has no first_stage_config, so there is no autoencoder; leave the vae out")
+    description = vae_config(
+        section,
+        scale_factor=config.model.get("scale_factor", 1.0),
+        scale_image_latents=_scales_image_latents(config),
+        size=_geometry(config).default_size(),
+    )
+    path = section["params"].get("ckpt_path")
+    if path is None:
+        raise InputError(
+            "model.first_stage_config.params.ckpt_path names no autoencoder; give it, or leave the vae out"
+        )
+    with without_allocating():
+        vae = instantiate_from_config(section)
+    held = match_autoencoder(vae, Path(path), ignore_keys=section["params"].get("ignore_keys") or ()).held
+    names = autoencoder_to_diffusers(held)
+    tensors = {names[name]: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in held.items()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in held.values()}
+    metadata = {SAT_DTYPE: dtypes.pop()} if len(dtypes) == 1 else {}
+    cls = ("diffusers", "AutoencoderKLCogVideoX")
+    return Part("vae", cls, {"config.json": description}, tensors, metadata=metadata)
+
+
+def _embedder(config: Config) -> Mapping[str, Any]:
+    """Return the parameters of the T5 embedder."""
+    models = ((config.model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    found = [entry for entry in models if str(entry.get("target", "")).endswith(".FrozenT5Embedder")]
+    if len(found) != 1:
+        raise InputError(
+            f"model.conditioner_config has {len(found)} FrozenT5Embedder, and the pipelines of diffusers have one T5; "
+            "leave text_encoder and tokenizer out"
+        )
+    return found[0]["params"]
+
+
+def _text_encoder(config: Config, dtype: torch.dtype | None) -> Part:
+    folder = T5Folder(Path(_embedder(config)["model_dir"]))
+    folder.check()
+    content = dict(folder.config)
+    if dtype is not None:
+        content |= {"dtype": str(dtype).removeprefix("torch.")}
+        content.pop("torch_dtype", None)  # its name before transformers 5
+    tensors = {
+        name: LazyTensor((tensor,), to_dtype=dtype)
+        for shard in folder.shards
+        for name, tensor in read_tensors(shard).items()
+    }
+    return Part("text_encoder", ("transformers", "T5EncoderModel"), {"config.json": content}, tensors, stem="model")
+
+
+def _tokenizer(config: Config) -> Part:
+    params = _embedder(config)
+    folder = Path(params["model_dir"])
+    T5Folder(folder).tokenizer  # noqa: B018 (raises where it is missing or damaged)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    configs = {}
+    if not (folder / "tokenizer_config.json").is_file():
+        configs["tokenizer_config.json"] = {
+            "tokenizer_class": "T5Tokenizer",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "extra_ids": 0,
+            "model_max_length": params.get("max_length", 226),
+        }
+    return Part("tokenizer", ("transformers", "T5Tokenizer"), configs, files=files)

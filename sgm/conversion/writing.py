@@ -1,0 +1,140 @@
+"""Writing what a conversion makes: safetensors tensor by tensor, and folders that appear whole or not at all.
+
+The safetensors library writes a file from tensors that are all in memory; a conversion would hold a second copy of the
+model. The format is a JSON header with offsets, then the numbers, so a tensor at a time can be written as well.
+"""
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm import tqdm
+
+from sgm.conversion.lazy import LazyTensor, num_bytes
+from sgm.files import atomic_file, readable_size, require_writable, write_json
+from sgm.util import InputError, RunError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
+    """Yield a hidden folder beside `folder`, which takes its name after the block; if the block fails, nothing is left.
+
+    Args:
+        folder: to be made; an empty one may be there.
+        need_bytes: what will be written.
+
+    Raises:
+        InputError: there is something at `folder`, it cannot be written to, or the disk is too small.
+    """
+    folder = Path(folder).absolute()
+    check_new_folder(folder, need_bytes=need_bytes)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.rename(folder)
+    except (RunError, OSError) as error:
+        if isinstance(error, RunError) and error.__cause__ is None:
+            raise  # not about files
+        raise InputError(f"{folder} could not be written: {error}") from error  # others filled the disk meanwhile
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
+    """Check that `folder` can be made and filled; see `new_folder`."""
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; nothing is overwritten: remove it, or name another output")
+    require_writable(folder)
+    existing = next(path for path in folder.parents if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if need_bytes > free:
+        raise InputError(
+            f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space, "
+            "or name another output"
+        )
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, LazyTensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one ``.safetensors`` file, with one tensor in memory at a time.
+
+    Args:
+        path: the file, made or replaced whole.
+        tensors: by name.
+        metadata: for the header; ``format: pt`` is added, which readers expect.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
+    """
+    metas = {name: tensor.meta() for name, tensor in tensors.items()}
+    names = sorted(metas, key=lambda name: (-metas[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        meta, start, end = metas[name], end, end + metas[name].nbytes
+        header[name] = {"dtype": _DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_file(path, need_bytes=8 + len(head) + end) as temporary, temporary.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little"))
+        file.write(head)
+        for name in names:
+            file.write(tensors[name].compute().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    stem: str,
+    max_shard_size: str | int,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as ``<stem>.safetensors``, or in several files of at most `max_shard_size` with their index.
+
+    Args:
+        folder: gets the files.
+        tensors: by name.
+        stem: ``diffusion_pytorch_model`` for diffusers, ``model`` for transformers.
+        max_shard_size: in bytes, or as ``"5GB"``.
+        metadata: for the header of every file.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written to.
+    """
+    pattern = stem + "{suffix}.safetensors"
+    metas = {name: tensors[name].meta() for name in sorted(tensors)}  # the same files, whatever the order
+    split = split_torch_state_dict_into_shards(metas, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for name, held in tqdm(split.filename_to_tensors.items(), desc=folder.name, leave=False, disable=None):
+        write_safetensors(folder / name, {each: tensors[each] for each in held}, metadata=metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def total_bytes(*parts: Mapping[str, LazyTensor]) -> int:
+    """Return what the parts need on the disk, headers and small files included."""
+    return sum(num_bytes(part) for part in parts) + (1 << 20)

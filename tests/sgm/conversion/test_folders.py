@@ -1,0 +1,346 @@
+"""Whole pipeline folders: SAT → diffusers → SAT → diffusers, and what diffusers computes with them."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
+
+from sgm.config import load_config
+from sgm.conversion.from_diffusers import sat_model_of
+from sgm.conversion.to_diffusers import pipeline_of
+from sgm.conversion.verify import verify
+from sgm.files import find_weights, read_tensors
+from sgm.inference.prompts import load_image
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.util import InputError, RunError, instantiate_from_config
+from tests.processes import ROOT
+from tests.sgm.conversion.conftest import FAMILIES
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+# What no computation reads, or what both sides compute.
+UNUSED = {"model.diffusion_model.transformer.position_embeddings.weight"}
+
+
+def load(path, *overrides):
+    return load_config([str(path)], ["args.input_type=cli", *overrides], mode="inference")
+
+
+def parts(folder):
+    return {name: folder / name for name in PARTS if (folder / name).is_dir()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(scope="session")
+def converted(family, tmp_path_factory):
+    """Return a function: name of a family → its YAML, its pipeline folder, and the SAT folder made from that."""
+    top = tmp_path_factory.mktemp("converted")
+
+    def make(name):
+        there, back = top / name / "diffusers", top / name / "sat"
+        if not there.exists():
+            pipeline_of(load(family(name))).write(there, max_shard_size="200KB")
+            sat_model_of(parts(there)).write(back)
+        return family(name), there, back
+
+    return make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sat_comes_back_byte_by_byte(converted, name):
+    path, _, back = converted(name)
+    first, second = (read_tensors(find_weights(folder / "transformer")) for folder in (path.parent, back))
+    assert first.keys() - second.keys() <= UNUSED
+    assert equal({n: first[n] for n in second}, second)
+    assert equal(*(read_tensors(folder / "vae" / "3d-vae.pt") for folder in (path.parent, back)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_comes_back_byte_by_byte(converted, name, tmp_path):
+    _, there, back = converted(name)
+    pipeline_of(load(back / "model.yaml")).write(tmp_path / "again", max_shard_size="200KB")
+    files = sorted(path.relative_to(there) for path in there.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.*"))
+    assert sum(path.suffix == ".safetensors" for path in files) > 4
+    for path in files:
+        assert (there / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_yaml_made_from_diffusers_describes_the_same_model(converted, name):
+    path, _, back = converted(name)
+    own, made = (yaml.safe_load(file.read_text())["model"] for file in (path, back / "model.yaml"))
+    for part in ("network_config", "denoiser_config", "first_stage_config"):
+        built = [instantiate_from_config(content[part]) for content in (own, made)]
+        if part == "denoiser_config":
+            assert torch.equal(*(denoiser.table.on(torch.device("cpu")) for denoiser in built))
+        else:
+            shapes = [{n: t.shape for n, t in module.state_dict().items()} for module in built]
+            assert shapes[0] == shapes[1]
+    for key in ("scale_factor", "scale_image_latents", "noised_image_input", "ofs"):
+        assert own.get(key) == made.get(key), key
+    assert made["precision"] == ("fp16" if name == "cogvideox_2b" else "bf16")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_computes_what_the_model_does(converted, name):
+    path, there, _ = converted(name)
+    found = verify(load(path), there)
+    assert found.keys() == set(PARTS) - {"text_encoder"}
+    assert found["transformer"] <= 2e-5 and found["vae"] <= 2e-5 and found["tokenizer"] == 0
+
+
+@pytest.mark.parametrize("num_latents", [1, 3, 5])
+@torch.no_grad()
+def test_the_converted_autoencoder_decodes_odd_counts_alike(converted, num_latents):
+    path, there, _ = converted("cogvideox_5b")
+    vae = instantiate_from_config(load(path).model["first_stage_config"])
+    vae.load_state_dict({n: t.float() for n, t in read_tensors(path.parent / "vae" / "3d-vae.pt").items()})
+    peer = AutoencoderKLCogVideoX.from_pretrained(there / "vae", torch_dtype=torch.float32).eval()
+    latents = torch.randn(1, 16, num_latents, 2, 3, generator=torch.Generator().manual_seed(num_latents))
+    torch.testing.assert_close(vae.eval().decode(latents), peer.decode(latents).sample, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox1.5_5b_i2v"])
+def test_the_folder_loads_as_a_pipeline(converted, name):
+    _, there, _ = converted(name)
+    cls = CogVideoXImageToVideoPipeline if "i2v" in name else CogVideoXPipeline
+    pipe = cls.from_pretrained(there, local_files_only=True)
+    assert json.loads((there / "model_index.json").read_text())["_class_name"] == cls.__name__
+    assert isinstance(pipe.text_encoder, T5EncoderModel) and pipe.tokenizer("a red circle")["input_ids"]
+    assert pipe.scheduler.config.snr_shift_scale == (3.0 if name == "cogvideox_2b" else 1.0)
+    assert pipe.vae.dtype == torch.float32 and pipe.vae_scaling_factor_image == (1.15258426 if "2b" in name else 0.7)
+
+
+class DiffusersSchedule(ZeroSNRDDPMDiscretization):
+    """The steps that diffusers takes: equal strides from the end, at the levels of the whole schedule."""
+
+    def timesteps(self, n):
+        if n == 1000:
+            return super().timesteps(n)
+        return torch.arange(1000, 0, -1000 // n).flip(0) - 1
+
+    def levels(self, n):
+        return ZeroSNRDDPMDiscretization().levels(1000)[::-1][self.timesteps(n).numpy()][::-1]
+
+
+STEPS = 10
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_i2v"])
+@torch.no_grad()
+def test_the_pipeline_makes_the_same_video(name, tmp_path):
+    sampler = "model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler"
+    steps = [f"model.sampler_config.params.{key}={STEPS}" for key in ("num_steps", "guider_config.params.num_steps")]
+    config = load(ROOT / "configs" / f"{name}.yaml", sampler, *steps)
+    pipeline_of(config).write(tmp_path / "pipe")
+    cls = CogVideoXImageToVideoPipeline if name == "toy_i2v" else CogVideoXPipeline
+    pipe = cls.from_pretrained(tmp_path / "pipe", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    engine = SATVideoDiffusionEngine(**config.model)
+    engine.load_weights(config.args.load, dtype=torch.float32, device=torch.device("cpu"))
+    engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))
+    engine.eval()
+    engine.sampler.discretization = DiffusersSchedule()
+    prompt, image, concat = "a red circle moves right", None, None
+    cond = engine.conditioner({"txt": [prompt]})
+    uncond = {key: torch.zeros_like(value) for key, value in cond.items()}
+    if name == "toy_i2v":
+        file = ROOT / "assets" / "toy" / "images" / "red_square.png"
+        image = Image.open(file).convert("RGB")
+        concat = engine.image_latents(load_image(file, (64, 64))[None], 5)
+    latents = engine.sample(
+        cond, uncond, shape=(5, 16, 8, 8), generators=[torch.Generator().manual_seed(7)], concat=concat
+    )
+    ours = (engine.decode_first_stage(latents).clamp(-1, 1) + 1) / 2
+
+    noise = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(7))[None]
+    guider = config.model["sampler_config"]["params"]["guider_config"]["params"]
+    # The means of the image's distribution, not a draw from it, as this project conditions.
+    pipe.vae.encode = lambda video, encode=pipe.vae.encode: _Mean(encode(video).latent_dist.mean)
+    theirs = pipe(
+        **({} if image is None else {"image": image}),
+        prompt_embeds=cond["crossattn"],
+        negative_prompt_embeds=uncond["crossattn"],
+        latents=noise,
+        num_frames=17,
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        guidance_scale=guider["scale"],
+        use_dynamic_cfg=True,
+        output_type="pt",
+    ).frames
+    assert ours.std() > 0.05, "there is a picture"
+    assert math.isfinite(float(ours.sum())) and tuple(ours.shape) == tuple(theirs.shape)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+class _Mean:
+    def __init__(self, mean):
+        self.latents = mean
+
+
+def test_folding_the_image_scale_lets_diffusers_compute_what_sat_does(family, tmp_path):
+    config = load(family("cogvideox1.5_5b_i2v"))
+    pipeline_of(config, dtype=torch.float32, fold_image_scale=True).write(tmp_path / "folded")
+    pipeline_of(config, dtype=torch.float32).write(tmp_path / "plain")
+    weights = [load_file(tmp_path / each / TRANSFORMER) for each in ("folded", "plain")]
+    name = "patch_embed.proj.weight"
+    folded, plain = (w.pop(name).unflatten(1, (32, -1)) for w in weights)
+    assert equal(*weights)
+    assert torch.equal(folded[:, :16], plain[:, :16])
+    torch.testing.assert_close(folded[:, 16:], plain[:, 16:] * 0.7, rtol=1e-6, atol=0)
+    for each in ("folded", "plain"):
+        assert json.loads((tmp_path / each / "vae" / "config.json").read_text())["invert_scale_latents"] is True
+    assert verify(config, tmp_path / "folded")["transformer"] <= 2e-5  # image latents are divided by 0.7 there
+    back = sat_model_of({"transformer": tmp_path / "folded" / "transformer"})
+    assert back.network is not None
+    unfolded = back.network["mixins.patch_embed.proj.weight"].compute().unflatten(1, (32, -1))
+    torch.testing.assert_close(unfolded, plain, rtol=1e-6, atol=0)
+    with pytest.raises(InputError, match="is for image-to-video models that take image latents unscaled"):
+        pipeline_of(load(family("cogvideox_5b_i2v")), fold_image_scale=True)
+
+
+def test_dtypes(converted, family, tmp_path):
+    pipeline_of(load(family("cogvideox_5b")), dtype=torch.float16).write(tmp_path / "half")
+    for name, dtype in {"transformer": torch.float16, "text_encoder": torch.float16, "vae": torch.float32}.items():
+        (file,) = (tmp_path / "half" / name).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}, name
+    assert json.loads((tmp_path / "half" / "text_encoder" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_parts_are_left_out_on_request(family, tmp_path):
+    config = load(family("cogvideox_5b"), "model.conditioner_config.params.emb_models.0.params.model_dir=nowhere")
+    with pytest.raises(InputError, match="T5 folder 'nowhere' does not exist"):
+        pipeline_of(config)
+    pipeline_of(config, without=["text_encoder", "tokenizer"]).write(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert {name for name in index if name[0] != "_"} == {"transformer", "vae", "scheduler"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model_index.json",
+        "scheduler",
+        "transformer",
+        "vae",
+    ]
+    pipe = CogVideoXPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    assert isinstance(pipe.transformer, CogVideoXTransformer3DModel)
+
+
+def test_single_files_need_a_yaml_or_a_config(converted, family, tmp_path):
+    path, there, _ = converted("cogvideox_5b")
+    tensors = {}
+    for file in sorted((there / "transformer").glob("*.safetensors")):
+        tensors |= load_file(file)
+    save_file(tensors, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"has no config\.json; say what it is with --base"):
+        sat_model_of({"transformer": tmp_path / "weights.safetensors"})
+    base = load(path).merged
+    sat_model_of({"transformer": tmp_path / "weights.safetensors"}, base=base).write(
+        tmp_path / "sat", file_format="safetensors"
+    )
+    first, second = (read_tensors(find_weights(top / "transformer")) for top in (path.parent, tmp_path / "sat"))
+    assert equal({n: first[n] for n in second}, second)
+    shutil.copy(there / "transformer" / "config.json", tmp_path)
+    assert sat_model_of({"transformer": tmp_path / "weights.safetensors"}).network is not None
+
+
+def test_another_position_table_is_refused(family, tmp_path):
+    path = family("cogvideox_2b")
+    content = read_tensors(find_weights(path.parent / "transformer"))
+    name = "model.diffusion_model.mixins.pos_embed.pos_embedding"
+    torch.save({"module": {**content, name: content[name] + 0.05}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"differs by 0\.05\d* from the sine-cosine table"):
+        pipeline_of(load(path, f"args.load={tmp_path / 'other.pt'}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.network_config.params.use_RMSNorm=true", "RMS norms"),
+        ("model.network_config.params.use_SwiGLU=true", "a gated MLP"),
+        ("model.network_config.params.modules.adaln_layer_config.params.qk_ln=false", "no norms of queries and keys"),
+        ("model.network_config.params.modules.pos_embed_config.params.theta=500.0", "theta 500"),
+        ("model.network_config.params.patch_size=[1,2,4]", "patches of 2x4"),
+        ("model.denoiser_config.params.discretization_config.params.post_shift=true", "post_shift"),
+    ],
+)
+def test_what_diffusers_does_not_have_is_refused(family, override, message):
+    with pytest.raises(InputError, match=message):
+        pipeline_of(load(family("cogvideox_5b"), override), without=["vae", "text_encoder", "tokenizer"])
+
+
+def test_weights_of_another_family_are_refused(family):
+    other = family("cogvideox1.5_5b").parent / "transformer"
+    with pytest.raises(InputError, match="does not fit the configured network"):
+        pipeline_of(load(family("cogvideox_5b"), f"args.load={other}"))
+
+
+def test_a_config_that_is_not_that_of_the_weights_is_refused(converted, tmp_path):
+    _, there, _ = converted("cogvideox_5b")
+    shutil.copytree(there / "transformer", tmp_path / "transformer")
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(InputError, match=r"do not fit the configuration:(.|\n)*adaLN_modulations\.2\..* is missing"):
+        sat_model_of({"transformer": tmp_path / "transformer"})
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(InputError, match="describes a SD3Transformer2DModel"):
+        sat_model_of({"transformer": tmp_path / "transformer"})
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"activation_fn": "geglu"}))
+    with pytest.raises(InputError, match="activation_fn='geglu'"):
+        sat_model_of({"transformer": tmp_path / "transformer"})
+
+
+def test_a_missing_shard_is_named(converted, tmp_path):
+    _, there, _ = converted("cogvideox_5b")
+    shutil.copytree(there / "transformer", tmp_path / "transformer")
+    gone = max((tmp_path / "transformer").glob("*.safetensors"))
+    gone.unlink()
+    with pytest.raises(InputError, match=f"lacks {gone.name}"):
+        sat_model_of({"transformer": tmp_path / "transformer"})
+
+
+def test_verification_notices_a_changed_weight(converted, tmp_path):
+    path, there, _ = converted("cogvideox_5b")
+    shutil.copytree(there, tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / f"{TRANSFORMER}.index.json").read_text())
+    file = tmp_path / "pipe" / "transformer" / index["weight_map"]["proj_out.bias"]
+    tensors = load_file(file)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"] + 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"transformer: 1\.\d+e-02"):
+        verify(load(path), tmp_path / "pipe")
+
+
+def test_adapters_are_merged_or_kept(tiny_model, tmp_path):
+    config = load(tiny_model("dit_t2v_5b_lora"))
+    skip = ["vae", "text_encoder", "tokenizer", "scheduler"]
+    for adapters in ("merge", "keep"):
+        out = tmp_path / adapters
+        pipeline_of(config, adapters=adapters, without=skip).write(out)
+        assert (out / "pytorch_lora_weights.safetensors").exists() == (adapters == "keep")
+        assert verify(config, out)["transformer"] <= 2e-5
+    merged, kept = (load_file(tmp_path / name / TRANSFORMER) for name in ("merge", "keep"))
+    name = "transformer_blocks.1.attn1.to_v.weight"
+    assert merged.keys() == kept.keys()
+    changed = {n for n in merged if not torch.equal(merged[n], kept[n])}
+    assert name in changed and all(".attn1.to_" in n for n in changed)
+    assert np.isfinite(float((merged[name] - kept[name]).abs().max()))

@@ -1,0 +1,94 @@
+"""Files written tensor by tensor, and folders that appear whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sgm.conversion.lazy import LazyTensor
+from sgm.conversion.writing import new_folder, write_safetensors, write_shards
+from sgm.util import InputError, RunError
+
+TENSORS = {
+    "half": torch.randn(3, generator=torch.Generator().manual_seed(0)).half(),
+    "matrix": torch.arange(6.0).reshape(2, 3),
+    "view": torch.arange(12.0).reshape(3, 4)[:, 1],
+    "bf16": torch.ones(5, dtype=torch.bfloat16),
+    "index": torch.arange(3),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 2),
+}
+
+
+def lazily(tensors):
+    return {name: LazyTensor((tensor,)) for name, tensor in tensors.items()}
+
+
+def test_the_file_is_what_the_library_reads(tmp_path):
+    path = tmp_path / "new" / "file.safetensors"
+    write_safetensors(path, lazily(TENSORS), metadata={"key": "value"})
+    read = load_file(path)
+    assert read.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "key": "value"}
+
+
+def test_shards_keep_their_size_and_have_an_index(tmp_path):
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(7)}
+    write_shards(tmp_path, lazily(tensors), stem="model", max_shard_size="1KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2800
+    assert sorted(index["weight_map"]) == sorted(tensors)
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_one_shard_has_the_plain_name_and_no_index(tmp_path):
+    write_shards(tmp_path, lazily(TENSORS), stem="model", max_shard_size="5GB")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, small_disk):
+    big = {"t": torch.zeros(100_000)}
+    with small_disk(10_000), pytest.raises(RunError, match=r"it needs 400\.1 kB"):
+        write_safetensors(tmp_path / "file.safetensors", lazily(big))
+    with small_disk(10_000), pytest.raises(InputError, match="could not be written"), new_folder(tmp_path / "x") as new:
+        write_safetensors(new / "file.safetensors", lazily(big))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / "out") as new:
+        (new / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "1"
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(RunError, match="numbers differ"), new_folder(tmp_path / "out") as new:
+        (new / "a").write_text("1")
+        raise RunError("numbers differ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_exists_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as new:
+        (new / "a").write_text("1")
+    for place in (tmp_path / "out", tmp_path / "out" / "a"):
+        with pytest.raises(InputError, match="exists already"), new_folder(place):
+            pass
+    assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+def test_too_small_a_disk_is_refused_before_writing(tmp_path):
+    with pytest.raises(InputError, match=r"needs 1000000\.0 TB, and .* are free"):
+        with new_folder(tmp_path / "out", need_bytes=10**18):
+            pytest.fail("it should not start")
+    assert not list(tmp_path.iterdir())

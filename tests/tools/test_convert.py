@@ -1,0 +1,139 @@
+"""The commands that convert whole models: what they print, and how they fail."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tools.convert_weight_hf2sat as hf2sat
+import tools.convert_weight_sat2hf as sat2hf
+from sgm.files import find_weights, read_tensors
+from tests.processes import ROOT, run
+
+TOY = ["--base", str(ROOT / "configs" / "toy.yaml")]
+
+
+@pytest.fixture
+def sat(monkeypatch, tmp_path, capsys):
+    """Return a function: run the command from the project's folder; gives exit code and all that was written."""
+    monkeypatch.chdir(ROOT)
+
+    def call(tool, *words):
+        code = tool.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def nothing_in(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def test_there_and_back(sat, tmp_path):
+    code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe", "--verify", "--max_shard_size", "2MB")
+    assert code == 0, text
+    for part in ("transformer", "vae", "tokenizer", "scheduler"):
+        assert f"{part}: largest difference " in text
+    assert f"wrote {tmp_path / 'pipe'}: CogVideoXPipeline of transformer, vae, text_encoder, tokenizer" in text
+    code, text = sat(hf2sat, "--model_path", tmp_path / "pipe", "--output_path", tmp_path / "sat")
+    assert code == 0 and f"--base {tmp_path / 'sat' / 'model.yaml'}" in text, text
+    first, second = (
+        read_tensors(find_weights(top)) for top in (ROOT / "assets/toy/transformer", tmp_path / "sat/transformer")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in second) and len(second) > len(first) - 2
+
+
+def test_the_way_back_can_be_sampled(sat, tmp_path):
+    sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe")
+    sat(hf2sat, "--model_path", tmp_path / "pipe", "--output_path", tmp_path / "sat", "--dtype", "fp32")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moves left\n")
+    done = run(
+        "sample_video.py",
+        [
+            *["--base", str(tmp_path / "sat" / "model.yaml"), f"args.input_file={prompts}", "args.input_type=txt"],
+            *[f"args.output_dir={tmp_path / 'out'}", "args.num_steps=2"],
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*/0/000000.mp4"))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes((ROOT / "assets/toy/vae/3d-vae.pt").read_bytes()[:5000])
+
+
+def with_code(path: Path) -> None:
+    torch.save({"module": {"a": torch.zeros(1)}, "more": os.system}, path)
+
+
+def of_another_family(path: Path) -> None:
+    shutil.copy(find_weights(ROOT / "assets/toy/transformer_i2v"), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "is truncated or damaged"),
+        (with_code, "holds Python objects besides tensors"),
+        (of_another_family, r"does not fit the configured network:"),
+    ],
+)
+def test_bad_weights(sat, tmp_path, damage, message):
+    damage(tmp_path / "bad.pt")
+    (tmp_path / "outputs").mkdir()
+    words = ["--transformer_ckpt_path", tmp_path / "bad.pt", "--output_path", tmp_path / "outputs" / "pipe"]
+    code, text = sat(sat2hf, *TOY, *words)
+    assert code == 2 and message in text, text
+    assert nothing_in(tmp_path / "outputs")
+
+
+def test_an_existing_output_is_refused_first(sat, tmp_path):
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "file").write_text("mine")
+    for tool, words in ((sat2hf, ["--base", "nowhere.yaml"]), (hf2sat, ["--model_path", "nowhere"])):
+        code, text = sat(tool, *words, "--output_path", tmp_path / "pipe")
+        assert code == 2 and "exists already; nothing is overwritten" in text, text
+    assert [path.name for path in (tmp_path / "pipe").iterdir()] == ["file"]
+
+
+def test_a_full_disk(sat, tmp_path, monkeypatch, small_disk):
+    with small_disk(1_000_000):
+        code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe")
+    assert code == 2 and "could not be written" in text, text
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe")
+    assert code == 2 and "1.0 kB are free there" in text, text
+    assert nothing_in(tmp_path)
+
+
+def test_other_pipelines_and_nothing_at_all(sat, tmp_path):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    code, text = sat(hf2sat, "--model_path", tmp_path / "flux", "--output_path", tmp_path / "sat")
+    assert code == 2 and "is a FluxPipeline; only CogVideoX is converted" in text
+    code, text = sat(hf2sat, "--output_path", tmp_path / "sat")
+    assert code == 2 and "there is nothing to convert" in text
+    code, text = sat(hf2sat, "--transformer_path", tmp_path / "none", "--output_path", tmp_path / "sat")
+    assert code == 2 and f"there is nothing at {tmp_path / 'none'}" in text
+    assert not (tmp_path / "sat").exists()
+
+
+def test_without_diffusers_verification_is_refused_before_work(sat, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe", "--verify")
+    assert code == 2 and "pip install -e '.[diffusers]'" in text, text
+    assert nothing_in(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["convert_weight_sat2hf", "convert_weight_hf2sat"])
+def test_help_says_how(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        {"convert_weight_sat2hf": sat2hf, "convert_weight_hf2sat": hf2sat}[script].main(["--help"])
+    assert ended.value.code == 0
+    assert f"python tools/{script}.py" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""Write a model of diffusers in the SAT layout, with the model YAML that fits it.
+
+    python tools/convert_weight_hf2sat.py --model_path CogVideoX-5b --output_path checkpoints/5b
+    python tools/convert_weight_hf2sat.py --transformer_path my_transformer --output_path checkpoints/mine
+    python sample_video.py --base checkpoints/5b/model.yaml configs/inference.yaml
+
+A part may be a folder of diffusers or one file; a file without a config.json beside it needs --base, a model YAML.
+Single parts win over those of --model_path.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sgm.cli import EXIT_CODES, run_command
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def parts_of(options: argparse.Namespace) -> dict[str, Path]:
+    """Return where each part is."""
+    from sgm.conversion.from_diffusers import read_json
+    from sgm.util import InputError
+
+    parts: dict[str, Path] = {}
+    if options.model_path is not None:
+        index = read_json(options.model_path / "model_index.json")
+        if not str(index.get("_class_name", "")).startswith("CogVideoX"):
+            raise InputError(f"{options.model_path} is a {index.get('_class_name')}; only CogVideoX is converted")
+        parts = {name: options.model_path / name for name in PARTS if (options.model_path / name).is_dir()}
+    for name in PARTS:
+        if (path := getattr(options, f"{name}_path", None)) is not None:
+            parts[name] = path
+    parts = {name: path for name, path in parts.items() if name not in options.without}
+    if not parts.keys() & {"transformer", "vae", "text_encoder"}:
+        raise InputError("there is nothing to convert; give --model_path, or the path of a part")
+    return parts
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Convert as the command line says."""
+    from sgm.config import load_config
+    from sgm.conversion.from_diffusers import sat_model_of
+    from sgm.conversion.writing import check_new_folder
+    from sgm.util import PRECISIONS
+
+    check_new_folder(options.output_path)
+    parts = parts_of(options)
+    base = load_config(options.base, mode="inference").merged if options.base else None
+    model = sat_model_of(parts, base=base, dtype=PRECISIONS.get(options.dtype))
+    model.write(options.output_path, file_format=options.file_format)
+    sys.stdout.write(f"wrote {options.output_path}: {', '.join(sorted(parts))}\n")
+    sys.stdout.write(f"sample with it: python sample_video.py --base {options.output_path / 'model.yaml'} ...\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
+    )
+    parser.add_argument("--model_path", type=Path, metavar="DIR", help="a pipeline folder of diffusers")
+    parser.add_argument("--transformer_path", type=Path, metavar="PATH", help="folder or file")
+    parser.add_argument("--vae_path", type=Path, metavar="PATH", help="folder or file")
+    parser.add_argument("--text_encoder_path", type=Path, metavar="DIR", help="T5; its tokenizer there or beside it")
+    parser.add_argument(
+        "--base", nargs="+", default=[], metavar="YAML", help="the model, for a file without config.json"
+    )
+    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the transformer; else as it is")
+    parser.add_argument(
+        "--file_format", choices=("pt", "safetensors"), default="pt", help="safetensors needs the least memory"
+    )
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return run_command(
+        convert,
+        parser.parse_args(argv),
+        interrupted="interrupted; nothing was written",
+        memory_hint="use --file_format safetensors, which is written tensor by tensor",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

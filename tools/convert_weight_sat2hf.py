@@ -1,0 +1,91 @@
+"""Write a model as a pipeline folder of diffusers.
+
+    python tools/convert_weight_sat2hf.py --base configs/toy.yaml --output_path outputs/toy_diffusers --verify
+    python tools/convert_weight_sat2hf.py --base configs/cogvideox_5b.yaml \
+        --transformer_ckpt_path ckpts/my-run --vae_ckpt_path vae/3d-vae.pt --text_encoder_path t5-v1_1-xxl \
+        --output_path my-model --dtype bf16
+
+Everything follows from the model YAML and the checkpoints; what the paths do not say is taken from the YAML. Tensors
+are written one by one, so that a conversion needs little more memory than the largest file. docs/conversion.md shows
+which tensor becomes which.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sgm.cli import EXIT_CODES, run_command
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Convert as the command line says."""
+    from sgm.config import load_config
+    from sgm.conversion.to_diffusers import pipeline_of
+    from sgm.conversion.verify import require_diffusers, verify
+    from sgm.conversion.writing import check_new_folder
+    from sgm.util import PRECISIONS
+
+    check_new_folder(options.output_path)
+    if options.verify:
+        require_diffusers()
+    paths = {
+        "args.load": options.transformer_ckpt_path,
+        "args.base": options.base_ckpt_path,
+        "model.first_stage_config.params.ckpt_path": options.vae_ckpt_path,
+        "model.conditioner_config.params.emb_models.0.params.model_dir": options.text_encoder_path,
+    }
+    overrides = [f"{key}={path}" for key, path in paths.items() if path is not None]
+    config = load_config(options.base, [*overrides, "args.input_type=cli"], mode="inference")
+    pipeline = pipeline_of(
+        config,
+        without=options.without,
+        dtype=PRECISIONS.get(options.dtype),
+        adapters=options.lora,
+        fold_image_scale=options.fold_image_scale,
+    )
+
+    def check(folder: Path) -> None:
+        for name, difference in verify(config, folder).items():
+            sys.stdout.write(f"{name}: largest difference {difference:.2e}\n")
+
+    parts = ", ".join(part.name for part in pipeline.parts)
+    pipeline.write(options.output_path, max_shard_size=options.max_shard_size, check=check if options.verify else None)
+    sys.stdout.write(f"wrote {options.output_path}: {pipeline.cls} of {parts}\n")
+    if pipeline.lora is not None:
+        sys.stdout.write(f"its adapters: pipe.load_lora_weights('{options.output_path}')\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
+    )
+    parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the model, as for sample_video.py")
+    parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="file, run folder or adapters; else args.load")
+    parser.add_argument("--base_ckpt_path", metavar="PATH", help="what adapters were trained on, if it has moved")
+    parser.add_argument("--vae_ckpt_path", metavar="FILE", help="3d-vae.pt; else that of the YAML")
+    parser.add_argument("--text_encoder_path", metavar="DIR", help="T5 and its tokenizer; else that of the YAML")
+    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of transformer and T5; else as they are")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a weight file (5GB)")
+    parser.add_argument(
+        "--lora", choices=("merge", "keep"), default="merge", help="adapters: into the weights, or apart"
+    )
+    parser.add_argument(
+        "--fold_image_scale", action="store_true", help="1.5-5B-I2V: let diffusers compute exactly what SAT does"
+    )
+    parser.add_argument("--verify", action="store_true", help="run both implementations and compare (float32)")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return run_command(
+        convert,
+        parser.parse_args(argv),
+        interrupted="interrupted; nothing was written",
+        memory_hint="leave out --verify, which holds the network in float32",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
