@@ -7,17 +7,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint bench clean
 
 LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
+TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 
-demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, and sample it again
+demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
 	bash inference.sh
 	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
 	$(BIN)/python tools/toy_concept.py make outputs/land/clips
 	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
 	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/before
 	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/after \
-		args.load=$$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
+		args.load=$(TRAINED)
 	$(BIN)/python tools/toy_concept.py measure outputs/land/before outputs/land/after
 	$(BIN)/python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --columns 4 --out outputs/demo_lora.png
+	rm -rf outputs/land/lora outputs/land/diffusers
+	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
+	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
+		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
+	$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
+		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 4 --num_inference_steps 30 \
+		--dtype fp32 --output_path outputs/land/diffusers.mp4
 
 test: $(VENV)/installed-dev  ## run all tests
 	$(BIN)/python -m pytest
@@ -38,7 +46,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e .
+	$(PIP) install --quiet -c constraints.txt -e '.[diffusers]'
 	touch $@
 
 $(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python

@@ -7,7 +7,7 @@ PATCH_WEIGHT = "mixins.patch_embed.proj.weight"
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 
 # (hidden size, layers, input channels, temporal patch) of the shipped model configurations.
-_CONFIGS = {
+CONFIGS = {
     (128, 6, 16, 1): "toy",
     (128, 6, 32, 1): "toy_i2v",
     (1920, 30, 16, 1): "cogvideox_2b",
@@ -45,7 +45,7 @@ class Architecture:
     def config_hint(self) -> str:
         """Return which shipped model configuration has this shape, as an advice."""
         key = (self.hidden_size, self.num_layers, self.in_channels, self.temporal_patch)
-        name = next((name for shipped, name in _CONFIGS.items() if shipped == key), None)
+        name = next((name for shipped, name in CONFIGS.items() if shipped == key), None)
         if name is None:
             return "use the model configuration that it was trained with (no shipped one has this shape)"
         if not self.lora_rank:

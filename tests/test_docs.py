@@ -47,6 +47,8 @@ NOT_RUN = {
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
+    r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs weights of one's own, or released ones",
+    r".*\boutputs/example\b": "one command builds on another; test_the_toy_goes_there_and_back runs them in order",
     r"tensorboard ": "serves until it is interrupted",
 }
 
@@ -85,7 +87,10 @@ ALL = list(dict.fromkeys(commands()))
 RUN = list(dict.fromkeys(command.text for command in ALL if command.reason_not_to_run is None))
 NEED_WEIGHTS = [command for command in ALL if command.reason_not_to_run == "needs released weights"]
 TRAIN = [command for command in NEED_WEIGHTS if re.search(r"train_video\.py|finetune_", command.text)]
-SAMPLE = [command for command in NEED_WEIGHTS if command not in TRAIN]
+SAMPLE = [command for command in NEED_WEIGHTS if re.search(r"sample_video\.py|inference\.sh", command.text)]
+CONVERT = [
+    c for c in ALL if re.match(r"python tools/(convert|export|import|merge)_", c.text) and "example" not in c.text
+]
 
 
 def labelled(value) -> str:
@@ -168,6 +173,18 @@ def test_a_command_runs(text, tmp_path, as_a_command):
         assert Path(shlex.split(given)[shlex.split(given).index("--out") + 1]).is_file()
 
 
+def test_the_toy_goes_there_and_back(tmp_path):
+    """The example of docs/conversion.md as a whole, trained for two steps and sampled in three."""
+    block = next(b for b in blocks(ROOT / "docs" / "conversion.md", "bash") if "outputs/example" in b)
+    assert len(block.splitlines()) >= 9
+    text = block.replace("outputs/", f"{tmp_path}/").replace("train_iters=20", "train_iters=2")
+    done = shell("set -e\n" + text.replace("--num_inference_steps 30", "--num_inference_steps 3"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "transformer: largest difference" in done.stdout
+    made = {path.name for path in (tmp_path / "example").iterdir()}
+    assert made == {"runs", "lora", "toy", "circle.mp4", "circle.json", "merged", "back", "sat"}
+
+
 # Commands that are checked without running them
 
 
@@ -214,6 +231,14 @@ def test_a_command_for_released_weights_is_right(command, monkeypatch):
     assert own_prompts if plan.image2video else Path(config.args.input_file).is_file()
     lora = "lora_config" in config.model["network_config"]["params"]["modules"]
     assert not lora or any(override.startswith("args.load=") for override in options.overrides)
+
+
+@pytest.mark.parametrize("command", CONVERT, ids=labelled)
+def test_a_command_that_converts_is_right(command, monkeypatch, capsys):
+    """Everything but the files: the first one that it looks for is missing."""
+    monkeypatch.chdir(ROOT)
+    assert tool(Path(command.words[1]).stem).main(command.words[2:]) == 2
+    assert re.search("there is no|there is nothing|cannot be read|cannot read|does not exist", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if "pip install" in c.text], ids=labelled)
@@ -335,7 +360,7 @@ def test_keys_exist(path):
     known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS}
     assert set(re.findall(r"\bargs\.(?!py\b)([a-z]\w*)", code)) - known == set()
     parts = inspect.signature(SATVideoDiffusionEngine).parameters
-    files = {"diffusion_model", "safetensors"}  # beginnings of names in checkpoints, names of files
+    files = {"diffusion_model", "safetensors", "yaml"}  # beginnings of names in checkpoints, names of files
     assert set(re.findall(r"(?<![\w.])model\.([a-z]\w*)", code)) - {*parts, *files} == set()
 
 

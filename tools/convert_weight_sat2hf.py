@@ -11,6 +11,7 @@ which tensor becomes which.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 def convert(options: argparse.Namespace) -> None:
     """Convert as the command line says."""
+    from sgm.adapters import with_adapters
     from sgm.config import load_config
     from sgm.conversion.to_diffusers import pipeline_of
     from sgm.conversion.verify import require_diffusers, verify
@@ -32,12 +34,12 @@ def convert(options: argparse.Namespace) -> None:
         require_diffusers()
     paths = {
         "args.load": options.transformer_ckpt_path,
-        "args.base": options.base_ckpt_path,
         "model.first_stage_config.params.ckpt_path": options.vae_ckpt_path,
         "model.conditioner_config.params.emb_models.0.params.model_dir": options.text_encoder_path,
     }
-    overrides = [f"{key}={path}" for key, path in paths.items() if path is not None]
-    config = load_config(options.base, [*overrides, "args.input_type=cli"], mode="inference")
+    overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
+    overrides = ["args.input_type=cli", *overrides, *options.overrides]
+    config = with_adapters(load_config(options.base, overrides, mode="inference"))
     pipeline = pipeline_of(
         config,
         without=options.without,
@@ -48,7 +50,8 @@ def convert(options: argparse.Namespace) -> None:
 
     def check(folder: Path) -> None:
         for name, difference in verify(config, folder).items():
-            sys.stdout.write(f"{name}: largest difference {difference:.2e}\n")
+            label = f"{name} with adapters" if name == "transformer" and pipeline.lora else name
+            sys.stdout.write(f"{label}: largest difference {difference:.2e}\n")
 
     parts = ", ".join(part.name for part in pipeline.parts)
     pipeline.write(options.output_path, max_shard_size=options.max_shard_size, check=check if options.verify else None)
@@ -62,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
     )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the YAML")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the model, as for sample_video.py")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="file, run folder or adapters; else args.load")
-    parser.add_argument("--base_ckpt_path", metavar="PATH", help="what adapters were trained on, if it has moved")
     parser.add_argument("--vae_ckpt_path", metavar="FILE", help="3d-vae.pt; else that of the YAML")
     parser.add_argument("--text_encoder_path", metavar="DIR", help="T5 and its tokenizer; else that of the YAML")
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         convert,
-        parser.parse_args(argv),
+        parser.parse_intermixed_args(argv),
         interrupted="interrupted; nothing was written",
         memory_hint="leave out --verify, which holds the network in float32",
     )

@@ -63,7 +63,7 @@ def read_stored(path: str | Path) -> Stored:
         beside = path.with_name("config.json")
         files, config = [path], read_json(beside) if beside.is_file() else None
     elif path.is_dir():
-        files, config = _weight_files(path), read_json(path / "config.json")
+        files, config = weight_files(path), read_json(path / "config.json")
     else:
         raise InputError(f"there is nothing at {path}; give a folder of diffusers, or a weights file")
     tensors: dict[str, torch.Tensor] = {}
@@ -72,7 +72,12 @@ def read_stored(path: str | Path) -> Stored:
     return Stored(path, config, tensors, read_metadata(files[0]))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the one set of weights in a folder, those of an index or a single one.
+
+    Raises:
+        InputError: there are none, several sets, or shards are missing.
+    """
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
         shards = read_json(indices[0]).get("weight_map", {})
@@ -218,7 +223,7 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
     if POSITION_TABLE in wanted and POSITION_TABLE not in made:  # diffusers computes it
         own = next(iter(stored.tensors.values())).dtype
         made[POSITION_TABLE] = LazyTensor((position_table(section["params"]),), to_dtype=own)
-    _require_equal_shapes(stored.path, wanted, made)
+    require_equal_shapes(stored.path, wanted, made)
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
 
 
@@ -240,12 +245,12 @@ def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTe
     name = stored.metadata.get(SAT_DTYPE)
     dtype = None if name is None else getattr(torch, name)
     made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
-    _require_equal_shapes(stored.path, vae.state_dict(), made)
+    require_equal_shapes(stored.path, vae.state_dict(), made)
     return made
 
 
-def _require_equal_shapes(path: Path, wanted: Mapping[str, torch.Tensor], made: Mapping[str, LazyTensor]) -> None:
-    """Refuse weights that are not those of the configured module."""
+def require_equal_shapes(path: Path, wanted: Mapping[str, torch.Tensor], made: Mapping[str, LazyTensor]) -> None:
+    """Raise InputError unless weights from `path` have the names and shapes of the configured module."""
     problems = [f"{name} is missing" for name in wanted if name not in made]
     problems += [f"{name} is unexpected" for name in made if name not in wanted]
     for name in wanted.keys() & made.keys():

@@ -183,10 +183,8 @@ def _transformer(
         lora_params = params["modules"]["lora_config"].get("params") or {}
         alpha = lora_params.get("lora_alpha", 1)
         if adapters == "keep":
-            kept = lora.adapters_to_diffusers({n: t for n, t in held.items() if is_adapter(n)}, alpha=alpha)
-            held = {n.replace(".original.", "."): t for n, t in held.items() if not is_adapter(n)}
-        else:
-            held = lora.merge_adapters(held, alpha=alpha)
+            kept = lora.adapters_to_diffusers(held, alpha=alpha)
+        held = lora.merge_adapters(held, alpha=alpha, strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
         held, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
     )

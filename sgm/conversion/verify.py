@@ -91,9 +91,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     is_merged = any(".matrix_A." in name for name in network.state_dict())
     del network
 
-    peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True
-    )
+    peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     kept_apart = (folder.parent / "pytorch_lora_weights.safetensors").is_file()
     if kept_apart:
         peer.load_lora_adapter(str(folder.parent), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
@@ -165,7 +163,7 @@ def _autoencoder(config: Config, folder: Path) -> tuple[float, float]:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    peer = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    peer = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, peer.config.latent_channels, 3, 4, 6, generator=generator)
     video = torch.randn(1, peer.config.in_channels, 9, 32, 48, generator=generator)

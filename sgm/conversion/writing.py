@@ -47,6 +47,7 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     folder = Path(folder).absolute()
     check_new_folder(folder, need_bytes=need_bytes)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    parents = [path for path in folder.parents if not path.exists()]
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -59,6 +60,9 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
         raise InputError(f"{folder} could not be written: {error}") from error  # others filled the disk meanwhile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it worked
+            for path in parents:
+                path.rmdir()
 
 
 def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:

@@ -220,6 +220,11 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             masters.update(zip(low, high, strict=True))
     started = any("ema" in state for state in base.state.values())
+    if hasattr(optimizer, "round_robin_bit16_groups"):
+        # DeepSpeed ties parameters to its flat vectors in the order that they had before round_robin_gradients.
+        plain, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
+        optimizer._link_all_hp_params()
+        optimizer.bit16_groups = plain
     if started and hasattr(optimizer, "_hp_optimizer_states_linked"):
         # ZeRO 1 and 2 tie parameters to their state once: after the first group's first step, when that of the other
         # groups does not exist yet, and not again after loading.

@@ -71,7 +71,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(RunError, match="numbers differ"), new_folder(tmp_path / "out") as new:
+    with pytest.raises(RunError, match="numbers differ"), new_folder(tmp_path / "a" / "b" / "out") as new:
         (new / "a").write_text("1")
         raise RunError("numbers differ")
     assert not list(tmp_path.iterdir())

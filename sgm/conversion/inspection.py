@@ -1,0 +1,338 @@
+"""What a file or folder of weights is; headers and names are read, numbers stay on the disk."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.adapters import AdapterInfo, adapter_layer, is_adapter, read_adapter_info
+from sgm.architecture import CONFIGS, Architecture, describe_architecture
+from sgm.conversion.from_diffusers import read_json
+from sgm.conversion.lazy import LazyTensor, Tensors
+from sgm.conversion.lora import HEADER_KEY
+from sgm.conversion.sources import find_files, find_state, network_tensors
+from sgm.conversion.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
+from sgm.files import WEIGHTS, find_weights, read_entry, read_tensors, readable_size
+from sgm.util import InputError
+
+# Of the shipped configurations; the tensors of the toys and of their bigger models have other shapes.
+_MODELS = {
+    "toy": "toy",
+    "toy_i2v": "toy I2V",
+    "cogvideox_2b": "CogVideoX-2B",
+    "cogvideox_5b": "CogVideoX-5B",
+    "cogvideox_5b_i2v": "CogVideoX-5B-I2V",
+    "cogvideox1.5_5b": "CogVideoX1.5-5B",
+    "cogvideox1.5_5b_i2v": "CogVideoX1.5-5B-I2V",
+}
+_PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
+_DIFFUSERS_LORA = re.compile(
+    r"(?:.*?transformer_blocks\.(\d+)\.)?.*\.(?:lora_A|lora\.down|lora_down)(?:\.\w+)?\.weight"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFacts:
+    """What is known of LoRA matrices.
+
+    Attributes:
+        rank: of the matrices; the largest where they differ.
+        alpha: numerator of the scale; None where nothing says it.
+        layers: the layers that have adapters, ascending.
+        base: the checkpoint that they were trained on, as their file names it.
+    """
+
+    rank: int
+    alpha: float | None
+    layers: tuple[int, ...]
+    base: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateFacts:
+    """What is known of a state to go on from.
+
+    Attributes:
+        zero_stage: 0 to 3.
+        ranks: how many wrote it.
+        iteration: optimizer steps done.
+        ema: whether it holds moving averages; None where that takes more than the names.
+    """
+
+    zero_stage: int
+    ranks: int
+    iteration: int
+    ema: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What something is. The numbers of a pipeline are those of its parts together, those of a run of its weights.
+
+    Attributes:
+        path: what was looked at.
+        kind: e.g. ``SAT network``, ``diffusers pipeline``, ``ZeRO state``.
+        model: the shipped model whose shapes it has; None for others, and where the shapes do not tell.
+        candidates: all shipped models that it may be, or be adapters for.
+        generation: ``1.0`` or ``1.5``, of a transformer.
+        num_tensors: tensors.
+        num_parameters: numbers in them.
+        num_bytes: their size.
+        dtypes: how many tensors have each dtype.
+        architecture: of a transformer.
+        lora: of LoRA matrices.
+        state: of a state to go on from.
+        iterations: folders of weights, of a run or a folder in the SAT layout.
+        parts: of a pipeline, or of a run: its newest weights, its state.
+        tensors: shape and dtype by name; empty where there are parts.
+    """
+
+    path: str
+    kind: str
+    candidates: tuple[str, ...] = ()
+    generation: str | None = None
+    num_tensors: int = 0
+    num_parameters: int = 0
+    num_bytes: int = 0
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    architecture: Architecture | None = None
+    lora: LoraFacts | None = None
+    state: StateFacts | None = None
+    iterations: tuple[str, ...] = ()
+    parts: tuple["Inspection", ...] = ()
+    tensors: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> str | None:
+        """See above."""
+        return self.candidates[0] if len(self.candidates) == 1 else None
+
+    def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Return plain values under the names of the attributes; `tensors` says whether theirs are among them."""
+        names = [each.name for each in dataclasses.fields(self)]
+        content = {name: getattr(self, name) for name in (*names[:2], "model", *names[2:])}
+        for name in ("architecture", "lora", "state"):
+            content[name] = None if content[name] is None else dataclasses.asdict(content[name])
+        content["dtypes"] = dict(self.dtypes)
+        content |= {name: list(content[name]) for name in ("candidates", "iterations")}
+        content["parts"] = [part.to_json(tensors=tensors) for part in self.parts]
+        named = content.pop("tensors")
+        if tensors:
+            content["tensors"] = {name: {"shape": list(s), "dtype": dtype} for name, (s, dtype) in named.items()}
+        return content
+
+    def table(self, *, tensors: bool = False) -> str:
+        """Return the lines that people read."""
+        lines = [self.path, *(f"  {name:<12}{text}" for name, text in self._rows())]
+        if tensors:
+            width = max((len(name) for name in self.tensors), default=0)
+            lines += [f"    {name:<{width}}  {dtype:<9} {list(shape)}" for name, (shape, dtype) in self.tensors.items()]
+        for part in self.parts:
+            lines += [f"  {line}" for line in part.table(tensors=tensors).splitlines()]
+        return "\n".join(lines)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "kind", self.kind
+        if self.generation or self.candidates:
+            model = " or ".join(self.candidates) or "none of the shipped ones"
+            yield "model", model + (f" (generation {self.generation})" if self.generation else "")
+        if self.architecture is not None:
+            yield "shape", str(self.architecture)
+        if self.lora is not None:
+            alpha = "unknown" if self.lora.alpha is None else f"{self.lora.alpha:g}"
+            base = f", of {self.lora.base}" if self.lora.base else ""
+            yield "LoRA", f"rank {self.lora.rank}, alpha {alpha}, {len(self.lora.layers)} layers{base}"
+        if self.state is not None:
+            ema = ", with moving averages" if self.state.ema else ""
+            ranks = f"{self.state.ranks} rank{'s' if self.state.ranks > 1 else ''}"
+            yield "state", f"iteration {self.state.iteration}, ZeRO stage {self.state.zero_stage}, {ranks}{ema}"
+        if self.iterations:
+            yield "iterations", ", ".join(self.iterations)
+        yield "precision", ", ".join(sorted(self.dtypes)) or "none"
+        yield "parameters", f"{self.num_parameters:,} in {self.num_tensors:,} tensors, {readable_size(self.num_bytes)}"
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Say what a file or folder is.
+
+    Raises:
+        InputError: there is nothing, it is damaged, or nothing that has to do with CogVideoX.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise InputError(f"there is nothing at {path}; give a file or folder of weights")
+        return next(found for look in DETECTORS if (found := look(path)) is not None)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}; correct the path or its permissions") from error
+
+
+def _run_folder(path: Path) -> Inspection | None:
+    """A run of train_video.py: its newest weights, and the state to go on from."""
+    if not (path / "resume" / "latest").is_file():
+        return None
+    state = path / "resume" / (path / "resume" / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    if not state.is_dir():
+        raise InputError(f"{path / 'resume' / 'latest'} names {state}, which does not exist; copy the folder again")
+    parts = [inspect_checkpoint(state)]
+    if (path / "latest").is_file():
+        parts.insert(0, _weights(find_weights(path)))
+    first = dataclasses.replace(parts[0], state=None, architecture=None, lora=None, tensors={})
+    return dataclasses.replace(
+        first, path=str(path), kind="run folder", iterations=_iterations(path), parts=tuple(parts)
+    )
+
+
+def _state(path: Path) -> Inspection | None:
+    """A state of DeepSpeed, of whatever trainer."""
+    folder = find_state(path)
+    if folder is None:
+        file = path / MODEL_FILE
+        steps, ranks = read_state_entries(file, "global_steps", "dp_world_size") if file.is_file() else (None, None)
+        if steps is None:
+            return None
+        with deepspeed_objects():
+            held: Tensors = read_tensors(file)
+        facts = StateFacts(zero_stage=0, ranks=ranks or 1, iteration=steps, ema=None)
+    else:
+        state = read_zero_state(folder)
+        held, ema = state.tensors(), state.averages is not None
+        facts = StateFacts(zero_stage=state.stage, ranks=state.world_size, iteration=state.iteration, ema=ema)
+    found = _described(path, held, adapters=None)
+    return dataclasses.replace(found, kind="ZeRO state" if facts.zero_stage else "training state", state=facts)
+
+
+def _pipeline(path: Path) -> Inspection | None:
+    """A pipeline of diffusers."""
+    if not (path / "model_index.json").is_file():
+        return None
+    index = read_json(path / "model_index.json")
+    parts = [_weights(path / name) for name in _PIPELINE_PARTS if name in index]
+    if not parts:
+        raise InputError(f"{path / 'model_index.json'} names none of {', '.join(_PIPELINE_PARTS)}; copy it again")
+    return Inspection(
+        path=str(path),
+        kind=f"diffusers pipeline ({index.get('_class_name')})",
+        candidates=parts[0].candidates,
+        generation=parts[0].generation,
+        num_tensors=sum(part.num_tensors for part in parts),
+        num_parameters=sum(part.num_parameters for part in parts),
+        num_bytes=sum(part.num_bytes for part in parts),
+        dtypes=dict(sum((Counter(part.dtypes) for part in parts), Counter())),
+        parts=tuple(parts),
+    )
+
+
+def _weights(path: Path) -> Inspection:
+    """One file of weights, or a folder of one set of them."""
+    if (path / "adapter_config.json").is_file():
+        files = sorted(path.glob("adapter_model.*"))
+    else:
+        files = find_files(path)
+    held: dict[str, torch.Tensor] = {}
+    for file in files:
+        held |= read_tensors(file)
+    if any(map(_DIFFUSERS_LORA.fullmatch, held)):
+        return _diffusers_lora(path, files[0], held)
+    adapters = read_adapter_info(files[0]) if len(files) == 1 else None
+    iterations = _iterations(path) if (path / "latest").is_file() else ()
+    return dataclasses.replace(_described(path, held, adapters=adapters), iterations=iterations)
+
+
+# In this order: a run folder holds a state and weights, a state looks like weights in the SAT layout.
+DETECTORS: Sequence[Callable[[Path], Inspection | None]] = (_run_folder, _state, _pipeline, _weights)
+
+
+def _iterations(path: Path) -> tuple[str, ...]:
+    """Return the iterations in a folder of the SAT layout, ascending."""
+    names = {file.parent.name for file in path.glob(f"*/{WEIGHTS}.*")}
+    return tuple(sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name)))
+
+
+def _counted(path: Path, kind: str, held: Tensors, **more: Any) -> Inspection:
+    """Describe tensors by their shapes."""
+    metas = {name: tensor.meta() if isinstance(tensor, LazyTensor) else tensor for name, tensor in held.items()}
+    named = {name: (tuple(meta.shape), str(meta.dtype).removeprefix("torch.")) for name, meta in metas.items()}
+    return Inspection(
+        path=str(path),
+        kind=kind,
+        num_tensors=len(metas),
+        num_parameters=sum(meta.numel() for meta in metas.values()),
+        num_bytes=sum(meta.nbytes for meta in metas.values()),
+        dtypes=dict(Counter(dtype for _, dtype in named.values())),
+        tensors=named,
+        **more,
+    )
+
+
+def _described(path: Path, held: Tensors, adapters: AdapterInfo | None) -> Inspection:
+    """Describe tensors by their names, of whatever part they are.
+
+    Raises:
+        InputError: they are none of a CogVideoX model.
+    """
+    for kind, pattern in (
+        ("SAT autoencoder", r"encoder\.down\.\d"),
+        ("diffusers autoencoder", r"encoder\.down_blocks\.\d"),
+        ("T5 encoder", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\."),
+    ):
+        if any(re.match(pattern, name) for name in held):
+            return _counted(path, kind, held)
+    tensors, of_diffusers = network_tensors(held, path)
+    shapes = {name: tuple(tensor.meta().shape) for name, tensor in tensors.items()}
+    lora = _sat_lora(shapes, adapters)
+    if lora is not None and all(map(is_adapter, tensors)):
+        width = next(shape[1] for name, shape in shapes.items() if ".matrix_A." in name)
+        return _counted(path, "SAT adapters (LoRA)", held, lora=lora, candidates=_models(width, lora.layers))
+    found = describe_architecture(shapes)
+    return _counted(
+        path,
+        "diffusers transformer" if of_diffusers else "SAT network" + (" with LoRA" if lora else ""),
+        held,
+        candidates=() if found is None else _models(found.hidden_size, range(found.num_layers), found),
+        generation=None if found is None else {1: "1.0", 2: "1.5"}.get(found.temporal_patch or 0),
+        architecture=found,
+        lora=lora,
+    )
+
+
+def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None = None) -> tuple[str, ...]:
+    """Return the shipped models of a size that have some layers; with an architecture, those that have it exactly."""
+    exact = found and (found.hidden_size, found.num_layers, found.in_channels, found.temporal_patch)
+    keys = [key for key in CONFIGS if key[0] == hidden_size and max(layers, default=0) < key[1]]
+    return tuple(_MODELS[CONFIGS[key]] for key in keys if exact in (None, key))
+
+
+def _sat_lora(shapes: Mapping[str, Sequence[int]], adapters: AdapterInfo | None) -> LoraFacts | None:
+    ranks = {shape[0] for name, shape in shapes.items() if is_adapter(name) and ".matrix_A." in name}
+    if not ranks:
+        return None
+    layers = {layer for name in shapes if (layer := adapter_layer(name)) is not None}
+    alpha, base = (None, None) if adapters is None else (adapters.alpha, adapters.base)
+    return LoraFacts(rank=max(ranks), alpha=alpha, layers=tuple(sorted(layers)), base=base)
+
+
+def _diffusers_lora(path: Path, file: Path, held: Mapping[str, torch.Tensor]) -> Inspection:
+    """Describe LoRA matrices in the layout of diffusers or PEFT."""
+    matches = {name: match for name in held if (match := _DIFFUSERS_LORA.fullmatch(name))}
+    config = file.parent / "adapter_config.json"
+    described = [read_json(config)] if config.is_file() else []
+    header = read_entry(file, HEADER_KEY)
+    described += [{name.rpartition(".")[2]: value for name, value in header.items()}] if header else []
+    alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
+    alphas |= {float(tensor) for name, tensor in held.items() if name.endswith(".alpha")}
+    is_peft = config.is_file() or any(name.startswith("base_model.model.") for name in matches)
+    lora = LoraFacts(
+        rank=max(held[name].shape[0] for name in matches),
+        alpha=alphas.pop() if len(alphas) == 1 else None,
+        layers=tuple(sorted({int(match[1]) for match in matches.values() if match[1]})),
+        base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
+    )
+    widths = {held[name].shape[1] for name in matches if name.endswith(".weight") and ".to_q." in name}
+    candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
+    return _counted(path, "LoRA of PEFT" if is_peft else "LoRA for diffusers", held, lora=lora, candidates=candidates)

@@ -1,0 +1,363 @@
+"""LoRA adapters that were trained with diffusers, finetrainers, cogvideox-factory or PEFT, as a SAT checkpoint.
+
+All of them adapt the modules of a CogVideoXTransformer3DModel and name the matrices alike, but for details::
+
+    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.lora_{A,B}[.<adapter>].weight
+    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.{lora.down, lora.up, lora_down, lora_up}.weight
+    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.alpha
+
+Only the shapes tell the rank; alpha comes from where the training tool wrote it: see `_alpha`.
+"""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.adapters import LORA_TARGET, AdapterInfo, is_adapter
+from sgm.checkpoint import check_network, save_network
+from sgm.config import Config
+from sgm.conversion.lora import FILE, HEADER_KEY, KEY_PREFIX, TARGETS
+from sgm.conversion.writing import check_new_folder, new_folder
+from sgm.files import WEIGHTS, find_weights, read_entry, read_tensors, weights_digest
+from sgm.log import get_logger
+from sgm.util import InputError, instantiate_from_config, without_allocating
+
+logger = get_logger(__name__)
+
+# In a folder: what diffusers and PEFT write, besides names of one's own.
+_FILES = (FILE, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
+_PEFT_CONFIG = "adapter_config.json"
+_FINETRAINERS_KEY = "lora_config"
+
+_PREFIX = r"(?:base_model\.model\.)?(?:transformer\.)?"
+_MATRIX = re.compile(
+    _PREFIX + r"transformer_blocks\.(\d+)\.(.+?)\."
+    r"(?:(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(?:\.\w+)?\.weight|alpha)"
+)
+_SIDES = {
+    "lora_A": "A",
+    "lora.down": "A",
+    "lora_down": "A",
+    "lora_B": "B",
+    "lora.up": "B",
+    "lora_up": "B",
+    None: "alpha",
+}
+_PARTS = tuple(part for parts in TARGETS.values() for part in parts)
+# Ways to start LoRA that change the base too, so that the adapters do not fit the released one.
+_OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+Module = tuple[int, str]  # layer and module within the block, e.g. (0, "attn1.to_q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersLora:
+    """LoRA adapters on attention modules of a CogVideoXTransformer3DModel.
+
+    Attributes:
+        path: their file.
+        rank: r.
+        alpha: numerator of the scale alpha / r.
+        pairs: A [r, D] and B [D, r] of each adapted module.
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    pairs: Mapping[Module, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have adapters, ascending."""
+        return tuple(sorted({layer for layer, _ in self.pairs}))
+
+
+def find_lora(path: str | Path) -> Path:
+    """Return the file that `path`, a file or a folder of a training tool, means.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"there is no LoRA at {path}; give its file, or the folder that a training tool saved")
+    found = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        there = f"several: {', '.join(file.name for file in found)}" if found else "none"
+        raise InputError(f"expected one LoRA file in {path}, e.g. {FILE}, and there are {there}; give the file itself")
+    return found[0]
+
+
+def read_diffusers_lora(path: str | Path, *, alpha: float | None = None) -> DiffusersLora:
+    """Read adapters that were trained outside; the matrices are mapped, not read.
+
+    Args:
+        path: what `find_lora` understands.
+        alpha: of the training, for files that do not say it.
+
+    Raises:
+        InputError: what the file holds cannot be expressed in the SAT layout, contradicts itself or `alpha`.
+    """
+    file = find_lora(path)
+    found = _matrices(file)
+    pairs = {}
+    for module, matrices in found.items():
+        missing = [side for side in "AB" if side not in matrices]
+        if missing:
+            raise InputError(f"{file} lacks lora_{missing[0]} of {_name(module)}; copy or save it again")
+        pairs[module] = (matrices["A"], matrices["B"])
+    rank = _rank(file, pairs)
+    stored = {module: float(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
+    return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha), pairs=pairs)
+
+
+def import_lora(
+    config: Config,
+    path: str | Path,
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    alpha: float | None = None,
+) -> Path:
+    """Write adapters that were trained outside as an adapters-only SAT checkpoint.
+
+    Modules of an adapted layer that have no adapter get matrices of zeros, which add nothing.
+
+    Args:
+        config: of the base model; a ``lora_config`` in it does not matter.
+        path: what `find_lora` understands.
+        folder: made anew.
+        base: the base checkpoint; ``args.load`` of `config` without it.
+        alpha: of the training, for files that do not say it.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        InputError: the adapters cannot be expressed in the SAT layout or do not fit the base, the base does not fit
+            the configuration, or the folder exists or cannot be written to.
+    """
+    check_new_folder(folder)
+    base = config.args.load if base is None else base
+    if base is None:
+        raise InputError("args.load names no base checkpoint; give it with --transformer_ckpt_path")
+    lora = read_diffusers_lora(path, alpha=alpha)
+    base_file = find_weights(base)
+    if any(is_adapter(name) for name in read_tensors(base_file)):
+        raise InputError(
+            f"{base_file}, named as the base, holds LoRA of its own; give the checkpoint without it, or merge it "
+            "first: python tools/merge_lora_weight.py"
+        )
+    info = AdapterInfo(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        layers=lora.layers,
+        base=str(base),
+        base_digest=weights_digest(base_file),
+    )
+    network = _network(config, info, lora)
+    check_network(network, base_file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items() if is_adapter(name)}
+    tensors = _to_sat(lora, shapes)
+    with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_network(temporary, 1, tensors, patch_size=network.patch_size, adapters=info)
+    logger.info("%s: LoRA of rank %d, alpha %g, %d layers", lora.path, lora.rank, lora.alpha, len(lora.layers))
+    return Path(folder) / "1" / f"{WEIGHTS}.pt"
+
+
+def _matrices(file: Path) -> dict[Module, dict[str, torch.Tensor]]:
+    """Return the tensors "A", "B" and "alpha" of each module that a file adapts."""
+    content = read_tensors(file)
+    dora = [name for name in content if "magnitude" in name or "dora_scale" in name]
+    if dora:
+        raise InputError(f"{file} holds DoRA (e.g. {dora[0]}), which has no counterpart in SAT; train plain LoRA")
+    matches = {name: _MATRIX.fullmatch(name) for name in content}
+    unknown = [name for name, match in matches.items() if match is None]
+    if unknown:
+        raise InputError(
+            f"{file} holds tensors that are no LoRA of a CogVideoX transformer: {_listed(unknown)}; expected e.g. "
+            f"{KEY_PREFIX}transformer_blocks.0.attn1.to_q.lora_A.weight"
+        )
+    found: dict[Module, dict[str, torch.Tensor]] = {}
+    for name, match in matches.items():
+        assert match is not None
+        own = found.setdefault((int(match[1]), match[2]), {})
+        side = _SIDES[match[3]]
+        if side in own:
+            raise InputError(f"{file} holds {name} twice, under other names; save one adapter in a file")
+        own[side] = content[name]
+    others = sorted({part for _, part in found} - set(_PARTS))
+    if others:
+        raise InputError(
+            f"{file} adapts {_listed(others)}; SAT has adapters on {', '.join(_PARTS)} only, and leaving others out "
+            "would change the result: train with these target modules alone, or merge the LoRA with diffusers"
+        )
+    return found
+
+
+def _rank(file: Path, pairs: Mapping[Module, tuple[torch.Tensor, torch.Tensor]]) -> int:
+    ranks: dict[int, list[str]] = {}
+    for module, (a, b) in pairs.items():
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise InputError(
+                f"{file}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {_name(module)} have no rank in "
+                "common; expected [r, D] and [D, r]"
+            )
+        ranks.setdefault(a.shape[0], []).append(_name(module))
+    if len(ranks) > 1:
+        listed = "; ".join(f"{rank}: {_listed(names)}" for rank, names in sorted(ranks.items()))
+        raise InputError(f"{file} has several ranks, and SAT has one for all: {listed}; train with one rank")
+    return next(iter(ranks))
+
+
+def _alpha(
+    file: Path,
+    rank: int,
+    modules: Iterable[Module],
+    stored: Mapping[Module, float],
+    given: float | None,
+) -> float:
+    """Return alpha such that the adapters add alpha / r times B·A.
+
+    Args:
+        file: may say it in its header, or in the configuration of PEFT beside it.
+        rank: of the matrices.
+        modules: that have adapters.
+        stored: the ``.alpha`` tensors.
+        given: by the user.
+
+    Raises:
+        InputError: two of these differ, or modules do.
+    """
+    found: dict[str, float] = {}
+    rslora: dict[str, bool] = {}
+    for source, config in _configs(file):
+        _require_plain(file, source, config, rank)
+        if config.get("lora_alpha") is not None:
+            found[source] = float(config["lora_alpha"])
+        if "use_rslora" in config:
+            rslora[source] = bool(config["use_rslora"])
+    if stored:
+        found["its .alpha tensors"] = _stored_alpha(file, {module: stored.get(module, rank) for module in modules})
+    if given is not None:
+        found["--alpha"] = given
+    for what, values in (("alpha", found), ("use_rslora", rslora)):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} in {source}" for source, value in values.items())
+            raise InputError(
+                f"{file}: {what} is told differently: {listed}; leave --alpha out, or remove what is wrong"
+            )
+    if not found:
+        logger.info(
+            "%s does not say its alpha: it is taken as the rank, %d, as diffusers does. If the training had another "
+            "lora_alpha, give it with --alpha",
+            file,
+            rank,
+        )
+    source, alpha = next(iter(found.items()), ("", float(rank)))
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"{file}: alpha is {alpha} in {source}; expected a number above 0")
+    return alpha * math.sqrt(rank) if any(rslora.values()) else alpha  # rsLoRA scales by alpha / sqrt(r)
+
+
+def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
+    """Return the one alpha of all modules; those without a tensor of their own have the rank, which is a scale of 1."""
+    names: dict[float, list[str]] = {}
+    for module, value in values.items():
+        names.setdefault(value, []).append(_name(module))
+    if len(names) > 1:
+        listed = "; ".join(f"{value:g}: {_listed(own)}" for value, own in sorted(names.items()))
+        raise InputError(f"{file} has several alphas, and SAT has one for all: {listed}; train with one alpha")
+    return next(iter(names))
+
+
+def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield what a file and its neighbour say about the training, and where."""
+    for key in (HEADER_KEY, _FINETRAINERS_KEY):
+        entry = read_entry(file, key)
+        if isinstance(entry, Mapping):
+            yield f"its header ({key})", {re.sub(f"^{_PREFIX}", "", name): value for name, value in entry.items()}
+    beside = file.parent / _PEFT_CONFIG
+    if beside.is_file():
+        try:
+            yield _PEFT_CONFIG, dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{beside} cannot be read: {error}; copy or save it again") from error
+
+
+def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
+    """Refuse what a configuration of PEFT says and the matrices do not show, or show otherwise."""
+    if config.get("use_dora"):
+        raise InputError(f"{file} is DoRA, {source} says, which has no counterpart in SAT; train plain LoRA")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_OTHER_BASE):
+        raise InputError(
+            f"{file} started from init_lora_weights: {start}, {source} says, which changes the base as well; let PEFT "
+            "make it plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
+        )
+    alpha = config.get("lora_alpha")
+    others = {name: value for name, value in (config.get("alpha_pattern") or {}).items() if value != alpha}
+    if others:
+        raise InputError(
+            f"{file} has several alphas, {source} says: {alpha}, and {others}; SAT has one for all; train with one"
+        )
+    if config.get("r") not in (None, rank) and not config.get("rank_pattern"):
+        raise InputError(
+            f"{file} has the rank {config['r']}, {source} says, and its matrices have {rank}; save it again"
+        )
+
+
+def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
+    """Build the network of `config` with the adapters, without memory."""
+    section = copy.deepcopy(config.model["network_config"])
+    num_layers = section["params"]["num_layers"]
+    if lora.layers[-1] >= num_layers:
+        raise InputError(
+            f"{lora.path} adapts layer {lora.layers[-1]}, and the model of {', '.join(config.bases)} has layers 0 to "
+            f"{num_layers - 1}; give the YAML of the model that the LoRA was trained on"
+        )
+    section["params"]["modules"]["lora_config"] = {"target": LORA_TARGET, "params": info.lora_params(num_layers)}
+    with without_allocating():
+        return instantiate_from_config(section)
+
+
+def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return the matrices by SAT's names, in the shapes that the network has for them."""
+    dtype = next(iter(lora.pairs.values()))[0].dtype
+    tensors, blank = {}, []
+    for layer in lora.layers:
+        for target, parts in TARGETS.items():
+            for index, part in enumerate(parts):
+                names = [f"transformer.layers.{layer}.{target}.matrix_{kind}.{index}" for kind in "AB"]
+                pair = lora.pairs.get((layer, part))
+                if pair is None:
+                    blank.append(_name((layer, part)))
+                    pair = tuple(torch.zeros(shapes[name], dtype=dtype) for name in names)
+                for name, matrix in zip(names, pair, strict=True):
+                    if tuple(matrix.shape) != shapes[name]:
+                        raise InputError(
+                            f"{lora.path}: a matrix of {_name((layer, part))} has the shape {tuple(matrix.shape)}, and "
+                            f"the model needs {shapes[name]}; give the YAML of the model that the LoRA was trained on"
+                        )
+                    tensors[name] = matrix
+    if blank:
+        logger.info("%s has no adapters on %s; they are zero, and add nothing", lora.path, _listed(blank))
+    return tensors
+
+
+def _name(module: Module) -> str:
+    return f"transformer_blocks.{module[0]}.{module[1]}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

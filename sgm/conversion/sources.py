@@ -1,0 +1,231 @@
+"""Finding a transformer in what a trainer left: ZeRO state, sharded files, one file; with names of SAT or of diffusers.
+
+Everything is described by SAT's names without prefix; `sgm.conversion.names` translates those of diffusers, which other
+trainers use. Numbers are read when they are written.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.adapters import AdapterInfo, describe_adapters, is_adapter, read_adapter_info
+from sgm.config import load_config
+from sgm.conversion.from_diffusers import ITERATION, read_json, weight_files
+from sgm.conversion.lazy import LazyTensor, Tensors
+from sgm.conversion.names import network_from_diffusers
+from sgm.conversion.to_diffusers import FOLDED
+from sgm.conversion.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
+from sgm.files import WEIGHTS, find_weights, read_metadata, read_tensors, weights_digest
+from sgm.log import get_logger
+from sgm.util import InputError
+
+logger = get_logger(__name__)
+
+# A name that only a network in the one or the other layout has; what stands before it is a prefix of all its names.
+_SAT_NAME = re.compile(r"(.*?)(?:mixins\.|transformer\.layers\.\d)")
+_DIFFUSERS_NAME = re.compile(r"(.*?)transformer_blocks\.\d")
+_RECOMPUTED = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A transformer that is to be written anew.
+
+    Attributes:
+        path: where it lies.
+        tensors: by SAT's names without prefix.
+        iteration: of its training; 1 where nothing says it.
+        adapters: what is known of adapters among the tensors.
+        config: ``config.json`` of diffusers that lies beside it.
+        of_diffusers: whether it had the names of diffusers.
+    """
+
+    path: Path
+    tensors: Mapping[str, LazyTensor]
+    iteration: int = ITERATION
+    adapters: AdapterInfo | None = None
+    config: Mapping[str, Any] | None = None
+    of_diffusers: bool = False
+
+    @property
+    def adapters_alone(self) -> bool:
+        """Whether there are LoRA matrices and nothing else."""
+        return all(map(is_adapter, self.tensors))
+
+
+def find_state(path: Path) -> Path | None:
+    """Return the folder of a ZeRO state that `path` means: it, or what its ``latest`` or ``resume/latest`` names.
+
+    Raises:
+        InputError: ``latest`` names a folder that is not there.
+    """
+    if not path.is_dir():
+        return None
+    for latest in (path / "resume" / "latest", path / "latest"):
+        if latest.is_file():
+            folder = latest.parent / latest.read_text(encoding="utf-8", errors="replace").strip()
+            if not folder.is_dir():
+                raise InputError(f"{latest} names the folder {folder}, which does not exist; correct it, or copy that")
+            if is_zero_state(folder):
+                return folder
+    return path if is_zero_state(path) else None
+
+
+def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False) -> Source:
+    """Find a transformer and describe it; its numbers are not read.
+
+    Args:
+        path: a run folder, a checkpoint folder of DeepSpeed or one tag of it, a folder of sharded model files or its
+            index, or a weights file.
+        dtype: of the tensors; that of training, or of the files, if None. Float32 takes the master weights of ZeRO as
+            they are.
+        ema: take the moving averages from a ZeRO state.
+
+    Raises:
+        InputError: there is nothing, files are missing or damaged, or they hold no CogVideoX transformer.
+    """
+    path = Path(path)
+    folder = find_state(path)
+    if folder is None:
+        if ema:
+            raise InputError(f"{path} is no ZeRO state; the averages of a run are the weights in RUN/<iteration>-ema")
+        return _from_files(path, dtype)
+    state = read_zero_state(folder)
+    what = "moving averages" if ema else "float32 weights"
+    logger.info(
+        "%s: %s of ZeRO stage %d, %d ranks, iteration %d", folder, what, state.stage, state.world_size, state.iteration
+    )
+    tensors, of_diffusers = network_tensors(state.tensors(dtype=dtype, ema=ema), folder)
+    precisions = {each for each in state.dtypes.values() if each.is_floating_point}
+    rest = dtype or (precisions.pop() if len(precisions) == 1 else None)
+    source = Source(folder, tensors, state.iteration, of_diffusers=of_diffusers)
+    return _of_run(source, rest)
+
+
+def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
+    """Describe a transformer that lies whole in one file or several."""
+    if (path / "model_index.json").is_file():
+        raise InputError(f"{path} is a pipeline of diffusers; give its transformer: {path / 'transformer'}")
+    files = find_files(path)
+    held: dict[str, torch.Tensor] = {}
+    with deepspeed_objects():
+        for file in files:
+            held |= read_tensors(file)
+    if FOLDED in read_metadata(files[0]):
+        raise InputError(f"{path} was written with --fold_image_scale; tools/convert_weight_hf2sat.py undoes that")
+    beside = files[0].with_name("config.json")
+    number = re.match(r"\d+", files[0].parent.name)  # also of 1000-ema
+    with deepspeed_objects():
+        adapters = read_adapter_info(files[0]) if len(files) == 1 else None
+    tensors, of_diffusers = network_tensors(
+        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in held.items()}, path
+    )
+    source = Source(
+        path=files[0] if len(files) == 1 else path,
+        tensors=tensors,
+        iteration=int(number[0]) if number else ITERATION,
+        adapters=adapters,
+        config=read_json(beside) if of_diffusers and beside.is_file() else None,
+        of_diffusers=of_diffusers,
+    )
+    return _of_run(source, dtype)
+
+
+def find_files(path: Path) -> list[Path]:
+    """Return the weight files that `path` means: a folder of sharded files or its index, a SAT folder, or a file.
+
+    Raises:
+        InputError: there are none, or more than one set of them.
+    """
+    if path.is_file() and PART_FILE.fullmatch(path.name):
+        raise InputError(
+            f"{path} is a part of a ZeRO state, useless without the others; give its folder: {path.parent}"
+        )
+    if path.name.endswith(".index.json"):
+        path = path.parent
+    is_sat = (path / "latest").is_file() or any(path.glob(f"{WEIGHTS}.*"))
+    if path.is_dir() and is_sat and not any(path.glob("*.index.json")):
+        return [find_weights(path)]
+    return weight_files(path) if path.is_dir() else [path]
+
+
+def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor], bool]:
+    """Return the tensors of the transformer by SAT's names without prefix; whether they had those of diffusers.
+
+    Args:
+        tensors: of a file, which may hold other parts too.
+        path: for messages.
+
+    Raises:
+        InputError: they are not those of a CogVideoX transformer.
+    """
+    for pattern in (_DIFFUSERS_NAME, _SAT_NAME):
+        found = next((match for name in tensors if (match := pattern.match(name))), None)
+        if found is None:
+            continue
+        prefix = found[1]
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if len(own) < len(tensors):
+            logger.info("left out %d tensors of other parts in %s", len(tensors) - len(own), path)
+        if pattern is _DIFFUSERS_NAME:
+            try:
+                return network_from_diffusers(own), True
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+        own = {name: tensor for name, tensor in own.items() if name not in _RECOMPUTED}
+        return {name: t if isinstance(t, LazyTensor) else LazyTensor((t,)) for name, t in own.items()}, False
+    raise InputError(
+        f"{path} holds no CogVideoX transformer, neither in SAT's names (mixins., transformer.layers.) nor in those of "
+        f"diffusers (transformer_blocks.), but e.g. '{next(iter(tensors), 'nothing')}'"
+    )
+
+
+def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
+    """Add what the state of a run of ours leaves out: what was not trained, and what adapters are."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if folder.parent.name != "resume" or not (folder / "resume.json").is_file():
+        return source
+    run = folder.parent.parent
+    weights = run / folder.name
+    source = replace(source, iteration=int(folder.name))
+    if source.adapters_alone:
+        info = read_adapter_info(weights) if weights.is_dir() else None
+        if info is None:
+            info = describe_adapters(load_config([_checked_config(run, folder)], mode="train"))
+        return replace(source, adapters=info)
+    if not weights.is_dir():
+        load = load_config([_checked_config(run, folder)], mode="train").args.load
+        if load is None:
+            return source
+        weights = Path(load)
+    file = find_weights(weights)
+    held, _ = network_tensors(
+        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in read_tensors(file).items()}, file
+    )
+    rest = {name: tensor for name, tensor in held.items() if name not in source.tensors and not is_adapter(name)}
+    if rest:
+        logger.info("%d tensors that were not trained come from %s", len(rest), file)
+    return replace(source, tensors=rest | dict(source.tensors))
+
+
+def _checked_config(run: Path, folder: Path) -> Path:
+    """Return the configuration of a run whose weights are gone; its base must be what it was.
+
+    Raises:
+        InputError: it is missing, or the base is another one now.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds only what was trained; the rest lies in {run / folder.name} or is named in {path}, and "
+            "neither is there: restore one of them"
+        )
+    load = load_config([path], mode="train").args.load
+    recorded = read_json(folder / "resume.json").get("base_digest")
+    if load is not None and weights_digest(find_weights(load)) != recorded:
+        raise InputError(f"{load}, which {path} names as the start of the run, has changed since; restore it")
+    return path

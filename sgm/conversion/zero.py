@@ -1,0 +1,312 @@
+"""Reading DeepSpeed's ZeRO state: which files belong together, and the tensors that lie in parts in them.
+
+::
+
+    TAG/mp_rank_00_model_states.pt                           stages 1, 2: the module in its precision; shapes
+    TAG/zero_pp_rank_<r>_mp_rank_00_model_states.pt          stage 3: shapes; frozen parameters in parts
+    TAG/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   rank r's part of float32 weights and optimizer state
+
+W ranks share the weights. In stages 1 and 2 every group of parameters is one vector, parameter after parameter, cut
+into W parts; its end is padded to a multiple of 2·W, and the file may leave the padding out. In stage 3 every parameter
+is cut into W parts of ceil(numel / W), the last padded; rank r has the r-th part of every parameter, one after the
+other. No process group is started, and no class of DeepSpeed is loaded.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.conversion.lazy import LazyTensor
+from sgm.files import WEIGHTS, read_entry
+from sgm.util import InputError
+
+MODEL_FILE = f"{WEIGHTS}.pt"
+PART_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?(model|optim)_states\.pt")
+
+_CURE = "copy the whole folder again, with the files of all ranks and machines"
+_PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+_OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
+
+Parts = Sequence[Sequence[torch.Tensor]]  # by rank, then by group
+
+
+class _Unread:
+    """Takes the place of an object of DeepSpeed whose content is not needed."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_OBJECTS = [
+    (_Unread, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Unread, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Unread, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
+@dataclass(frozen=True)
+class ZeroState:
+    """A state of ZeRO stage 1, 2 or 3; its tensors are mapped, not read.
+
+    Attributes:
+        folder: where its files are.
+        stage: ZeRO stage.
+        world_size: ranks that wrote it.
+        iteration: optimizer steps done.
+        shapes: of the trained parameters by name, group by group, in the order of the vectors.
+        paddings: numbers left free behind each parameter of the vectors, group by group.
+        dtypes: of the module's tensors in training, by name.
+        rest: what was not trained, if it was saved: frozen parameters and buffers.
+        shared: names of parameters that are others under another name.
+        weights: rank's parts of the float32 weights.
+        averages: the same of `sgm.training.optimizer.EmaAdamW`'s averages; None where the optimizer kept none.
+    """
+
+    folder: Path
+    stage: int
+    world_size: int
+    iteration: int
+    shapes: tuple[Mapping[str, torch.Size], ...]
+    paddings: tuple[tuple[int, ...], ...]
+    dtypes: Mapping[str, torch.dtype]
+    rest: Mapping[str, LazyTensor]
+    shared: Mapping[str, str]
+    weights: Parts
+    averages: Parts | None
+
+    def tensors(self, *, dtype: torch.dtype | None = None, ema: bool = False) -> dict[str, LazyTensor]:
+        """Return all tensors by the names of the module; a tensor is put together when it is written.
+
+        Args:
+            dtype: of floating-point tensors; for None, what each had in the module, the weights' precision in training.
+            ema: the moving averages of what was trained, in the place of the weights.
+
+        Raises:
+            InputError: there are no averages.
+        """
+        if ema and self.averages is None:
+            raise InputError(
+                f"{self.folder}: the optimizer's state holds no moving average of the weights: the run had no "
+                "args.ema_decay, or has not made a step, or another trainer wrote it; convert without --ema"
+            )
+        parts = self.averages if ema and self.averages is not None else self.weights
+        trained = dict(self._whole(parts) if self.stage == 3 else self._flat(parts))
+        result = {name: tensor.cast(dtype or self.dtypes.get(name)) for name, tensor in trained.items()}
+        result |= {name: tensor.cast(dtype) for name, tensor in self.rest.items()}
+        return result | {name: result[other] for name, other in self.shared.items() if other in result}
+
+    def _flat(self, parts: Parts) -> Iterator[tuple[str, LazyTensor]]:
+        """Yield the tensors of stages 1 and 2."""
+        for group, shapes in enumerate(self.shapes):
+            sources, start = tuple(rank[group] for rank in parts), 0
+            for (name, shape), padding in zip(shapes.items(), self.paddings[group], strict=True):
+                yield name, LazyTensor((LazyTensor(sources, _cut(start, shape.numel())),), _shaped(shape))
+                start += shape.numel() + padding
+
+    def _whole(self, parts: Parts) -> Iterator[tuple[str, LazyTensor]]:
+        """Yield the tensors of stage 3."""
+        start = 0
+        for name, shape in _joined(self.shapes).items():
+            share = math.ceil(shape.numel() / self.world_size)
+            own = tuple(LazyTensor(tuple(rank), _cut(start, share)) for rank in parts)
+            yield name, LazyTensor(own, _shaped(shape))
+            start += share
+
+
+def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
+    """Return the function that takes `count` numbers from `start` of a vector that comes in parts."""
+
+    def cut(*parts: torch.Tensor) -> torch.Tensor:
+        pieces, begin = [], 0
+        for part in parts:
+            pieces.append(part[max(start - begin, 0) : max(start + count - begin, 0)])
+            begin += len(part)
+        return torch.cat(pieces)
+
+    return cut
+
+
+def _shaped(shape: torch.Size) -> Callable[..., torch.Tensor]:
+    """Return the function that joins parts, drops padding behind them, and gives them their shape."""
+    return lambda *parts: (parts[0] if len(parts) == 1 else torch.cat(parts))[: shape.numel()].view(shape)
+
+
+def _joined(groups: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:
+    return {name: shape for shapes in groups for name, shape in shapes.items()}
+
+
+def deepspeed_objects() -> Any:
+    """Return a context in which files may hold objects of DeepSpeed beside tensors; they are passed over."""
+    return torch.serialization.safe_globals(_OBJECTS)
+
+
+def read_state_entries(path: Path, *keys: str) -> list[Any]:
+    """Read entries of a file of DeepSpeed's, None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or holds objects that could run code.
+    """
+    with deepspeed_objects():
+        return [read_entry(path, key) for key in keys]
+
+
+def is_zero_state(folder: Path) -> bool:
+    """Whether a folder holds the files of ZeRO stages 1 to 3, or what is left of them.
+
+    Raises:
+        InputError: a file in it cannot be read.
+    """
+    if any(PART_FILE.fullmatch(path.name) for path in folder.iterdir()):
+        return True
+    model = folder / MODEL_FILE
+    return model.is_file() and read_state_entries(model, "param_shapes")[0] is not None
+
+
+def read_zero_state(folder: Path) -> ZeroState:
+    """Read names and shapes of a state, and map its tensors.
+
+    Raises:
+        InputError: files are missing, damaged, or do not belong together.
+    """
+    optim, model = _files(folder, "optim"), _files(folder, "model")
+    if not optim:
+        raise InputError(f"{folder} lacks the files zero_pp_rank_<rank>_mp_rank_00_optim_states.pt; {_CURE}")
+    states = {}
+    for rank, path in optim.items():
+        (states[rank],) = read_state_entries(path, "optimizer_state_dict")
+        if not isinstance(states[rank], dict) or "partition_count" not in states[rank]:
+            raise InputError(f"{path} holds no state of a ZeRO optimizer; {_CURE}")
+    stage, world_size = _agreed(folder, states, optim)
+    first = model[0] if stage == 3 and 0 in model else folder / MODEL_FILE
+    wanted = {"optim": optim} | ({"model": model} if stage == 3 else {})
+    missing = [_name(kind, rank) for kind, found in wanted.items() for rank in range(world_size) if rank not in found]
+    missing += [] if stage == 3 or first.is_file() else [MODEL_FILE]
+    if missing:
+        raise InputError(
+            f"{folder} was written by {world_size} ranks at stage {stage}, and lacks {', '.join(missing)}; {_CURE}"
+        )
+    shapes, module, buffers, shared, frozen, iteration = read_state_entries(
+        first, "param_shapes", "module", "buffer_names", "shared_params", "frozen_param_shapes", "global_steps"
+    )
+    if not isinstance(shapes, list) or not isinstance(module, dict):
+        raise InputError(f"{first} does not say which parameters ZeRO trained (param_shapes); {_CURE}")
+    groups = [states[rank][_PARTITIONS[stage]] for rank in range(world_size)]
+    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    state = ZeroState(
+        folder=folder,
+        stage=stage,
+        world_size=world_size,
+        iteration=iteration or 0,
+        shapes=tuple({name: torch.Size(shape) for name, shape in group.items()} for group in shapes),
+        paddings=tuple(tuple(group) for group in paddings),
+        dtypes={name: tensor.dtype for name, tensor in module.items()},
+        rest=_frozen(frozen or {}, [model[rank] for rank in range(world_size)] if stage == 3 else [first])
+        | {name: LazyTensor((module[name].detach(),)) for name in buffers or () if name in module},
+        shared=shared or {},
+        weights=[[part.detach() for part in group] for group in groups],
+        averages=_averages([states[rank] for rank in range(world_size)], stage, len(groups[0])),
+    )
+    for parts in (state.weights, state.averages):
+        if parts is not None:
+            _check_sizes(state, parts)
+    return state
+
+
+def _files(folder: Path, kind: str) -> dict[int, Path]:
+    """Return the files of one kind by rank."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        match = PART_FILE.fullmatch(path.name)
+        if path.name == MODEL_FILE.replace("00", "01") or (match and int(match[2]) > 0):
+            raise InputError(f"{folder} was written by a tensor-parallel run ({path.name}), which cannot be read")
+        if match and match[3] == kind:
+            if int(match[1]) in found:
+                raise InputError(f"{folder} mixes two states: {found[int(match[1])].name} and {path.name}; keep one")
+            found[int(match[1])] = path
+    return found
+
+
+def _name(kind: str, rank: int) -> str:
+    return f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+
+
+def _agreed(folder: Path, states: Mapping[int, Mapping[str, Any]], files: Mapping[int, Path]) -> tuple[int, int]:
+    """Return stage and number of ranks, on which all files must agree."""
+    found = {}
+    for rank, state in states.items():
+        count = state["partition_count"]
+        counts = set(count) if isinstance(count, list) else {count}
+        # The bfloat16 optimizer of older DeepSpeed says no stage; its files are those of stage 1.
+        stage = state.get("zero_stage", 1)
+        if len(counts) != 1 or not isinstance(state.get(_PARTITIONS.get(stage, "")), list):
+            raise InputError(
+                f"{files[rank]} has ZeRO stage {stage} and {sorted(counts)} parts, expected stage 1, 2 or 3, and as "
+                "many parts of every group; expert parallelism and weights swapped to NVMe cannot be read"
+            )
+        found.setdefault((stage, counts.pop()), []).append(files[rank].name)
+    surplus = [files[rank].name for rank in files if rank >= max(world for _, world in found)]
+    if len(found) > 1 or surplus:
+        listed = "; ".join(
+            f"stage {stage} of {world} ranks: {', '.join(names)}" for (stage, world), names in found.items()
+        )
+        raise InputError(
+            f"{folder} mixes the files of several states ({listed}); remove those that do not belong there"
+        )
+    return next(iter(found))
+
+
+def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str, LazyTensor]:
+    """Return the parameters that were saved without being trained; stage 3 has parts of them in every file."""
+    if not shapes:
+        return {}
+    fragments = [read_state_entries(path, "frozen_param_fragments")[0] or {} for path in files]
+    for path, held in zip(files, fragments, strict=True):
+        lacking = [name for name in shapes if name not in held]
+        if lacking:
+            raise InputError(f"{path} lacks the frozen parameter {lacking[0]}; {_CURE}")
+    for name, shape in shapes.items():
+        if sum(held[name].numel() for held in fragments) < shape.numel():
+            raise InputError(f"{files[0].parent}: the parts of {name} do not fill its shape {tuple(shape)}; {_CURE}")
+    return {
+        name: LazyTensor(tuple(held[name].detach().flatten() for held in fragments), _shaped(shape))
+        for name, shape in shapes.items()
+    }
+
+
+def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) -> Parts | None:
+    """Return every rank's parts of the moving averages; None where a part has none."""
+    parts = []
+    for state in states:
+        optimizer = state.get(_OPTIMIZER[stage])
+        by_group = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
+        parts.append([by_group[group].get("ema") for group in range(num_groups) if group in by_group])
+        if len(parts[-1]) < num_groups or any(part is None for part in parts[-1]):
+            return None
+    return parts
+
+
+def _check_sizes(state: ZeroState, parts: Parts) -> None:
+    """Refuse vectors that are shorter or longer than the parameters that should be in them."""
+    world, wanted, held = state.world_size, [], []
+    if state.stage == 3:
+        share = sum(math.ceil(shape.numel() / world) for shape in _joined(state.shapes).values())
+        held, wanted, slack = [sum(map(len, rank)) for rank in parts], [share] * world, 1
+    elif {len(rank) for rank in parts} != {len(state.shapes)}:
+        raise InputError(f"{state.folder} has other groups of weights than of names; {_CURE}")
+    else:
+        held = [sum(len(rank[group]) for rank in parts) for group in range(len(state.shapes))]
+        for shapes, paddings in zip(state.shapes, state.paddings, strict=True):
+            wanted.append(sum(shape.numel() for shape in shapes.values()) + sum(paddings))
+        slack = 2 * world
+    if not all(most <= found < most + slack for found, most in zip(held, wanted, strict=True)):
+        raise InputError(
+            f"{state.folder} has parts of {held} numbers where its parameters have {wanted}; its files are damaged, "
+            f"or of several states: {_CURE}"
+        )

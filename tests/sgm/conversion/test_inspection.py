@@ -1,0 +1,209 @@
+"""What files and folders of all kinds are said to be."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.models import network_section
+from sgm.adapters import AdapterInfo
+from sgm.checkpoint import PREFIX, save_network
+from sgm.config import load_config
+from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint
+from sgm.conversion.lora import export_lora
+from sgm.conversion.names import network_to_diffusers
+from sgm.conversion.to_diffusers import pipeline_of
+from sgm.util import InputError, instantiate_from_config, without_allocating
+from tests.sgm.conversion.zero_files import write_state
+
+ROOT = Path(__file__).parents[3]
+TOY = ROOT / "assets" / "toy"
+RELEASED = {
+    "cogvideox_2b": ("CogVideoX-2B", "1.0"),
+    "cogvideox_5b": ("CogVideoX-5B", "1.0"),
+    "cogvideox_5b_i2v": ("CogVideoX-5B-I2V", "1.0"),
+    "cogvideox1.5_5b": ("CogVideoX1.5-5B", "1.5"),
+    "cogvideox1.5_5b_i2v": ("CogVideoX1.5-5B-I2V", "1.5"),
+}
+INFO = AdapterInfo(rank=4, alpha=2.0, layers=(0, 1), base="somewhere", base_digest="0")
+
+
+def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write a bfloat16 safetensors file of any size that takes no room on the disk: its numbers are a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + end)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_are_told_from_their_shapes(tmp_path, name):
+    with without_allocating():
+        network = instantiate_from_config(network_section(name))
+    state = network.state_dict()
+    twin = network_to_diffusers(state, patch_size=network.patch_size, learned_positions=name == "cogvideox_5b_i2v")
+    shapes = {
+        "SAT network": {PREFIX + key: tuple(tensor.shape) for key, tensor in state.items()},
+        "diffusers transformer": {key: tuple(tensor.meta().shape) for key, tensor in twin.items()},
+    }
+    for kind, own in shapes.items():
+        write_hollow(tmp_path / "file.safetensors", own)
+        found = inspect_checkpoint(tmp_path / "file.safetensors")
+        assert (found.kind, found.model, found.generation) == (kind, *RELEASED[name])
+        assert found.num_parameters == sum(map(math.prod, own.values())) == found.num_bytes // 2
+        assert (found.num_tensors, found.dtypes) == (len(own), {"bfloat16": len(own)})
+        assert found.architecture.has_ofs == (name == "cogvideox1.5_5b_i2v")
+        has_table = name == "cogvideox_5b_i2v" or (name, kind) == ("cogvideox_2b", "SAT network")
+        assert found.architecture.position_rows == (226 + 13 * 30 * 45 if has_table else None)
+
+
+def test_the_toy():
+    found = inspect_checkpoint(TOY / "transformer")
+    assert (found.kind, found.model, found.generation) == ("SAT network", "toy", "1.0")
+    assert found.iterations == ("4400",)
+    assert inspect_checkpoint(TOY / "transformer_i2v").model == "toy I2V"
+    assert inspect_checkpoint(TOY / "vae" / "3d-vae.pt").kind == "SAT autoencoder"
+    found = inspect_checkpoint(TOY / "t5")
+    assert (found.kind, found.dtypes) == ("T5 encoder", {"float32": found.num_tensors})
+
+
+def adapters(width: int = 64) -> dict[str, torch.Tensor]:
+    """Return LoRA of rank 4 on two layers, by the network's names."""
+    result = {}
+    for layer in INFO.layers:
+        for module, count in (("query_key_value", 3), ("dense", 1)):
+            for index in range(count):
+                name = f"transformer.layers.{layer}.attention.{module}.matrix"
+                result[f"{name}_A.{index}"] = torch.ones(4, width)
+                result[f"{name}_B.{index}"] = torch.ones(width, 4)
+    return result
+
+
+@pytest.mark.parametrize(("width", "models"), [(64, 0), (128, 2), (1920, 1), (3072, 4)])
+def test_adapters_of_sat_and_of_diffusers(tmp_path, width, models):
+    save_network(tmp_path / "sat", 7, adapters(width), patch_size=2, adapters=INFO)
+    export_lora(tmp_path / "sat", tmp_path / "diffusers")
+    for name, kind, base in (("sat", "SAT adapters (LoRA)", "somewhere"), ("diffusers", "LoRA for diffusers", None)):
+        found = inspect_checkpoint(tmp_path / name)
+        assert found.kind == kind
+        assert found.lora == LoraFacts(rank=4, alpha=2.0, layers=(0, 1), base=base)
+        assert (found.num_tensors, len(found.candidates)) == (16, models)
+    assert inspect_checkpoint(tmp_path / "sat").model == ("CogVideoX-2B" if width == 1920 else None)
+    assert "rank 4, alpha 2, 2 layers, of somewhere" in inspect_checkpoint(tmp_path / "sat").table()
+
+
+def test_adapters_of_peft(tmp_path):
+    module = "base_model.model.transformer_blocks.1.attn1.to_q"
+    tensors = {f"{module}.lora_A.weight": torch.ones(8, 64), f"{module}.lora_B.weight": torch.ones(64, 8)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"r": 8, "lora_alpha": 16, "base_model_name_or_path": "zai-org/CogVideoX-5b"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = inspect_checkpoint(tmp_path)
+    assert found.kind == "LoRA of PEFT"
+    assert found.lora == LoraFacts(rank=8, alpha=16.0, layers=(1,), base="zai-org/CogVideoX-5b")
+
+
+def test_alpha_in_tensors_of_their_own(tmp_path):
+    module = "transformer.transformer_blocks.0.attn1.to_k"
+    tensors = {f"{module}.lora.down.weight": torch.ones(8, 64), f"{module}.lora.up.weight": torch.ones(64, 8)}
+    save_file(tensors | {f"{module}.alpha": torch.tensor(4.0)}, tmp_path / "lora.safetensors")
+    assert inspect_checkpoint(tmp_path / "lora.safetensors").lora.alpha == 4
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert inspect_checkpoint(tmp_path / "lora.safetensors").lora.alpha is None
+
+
+def test_a_network_with_its_adapters(golden):
+    found = inspect_checkpoint(golden / "dit_t2v_5b_lora" / "transformer")
+    assert (found.kind, found.model, found.generation) == ("SAT network with LoRA", None, "1.0")
+    assert found.lora == LoraFacts(rank=4, alpha=None, layers=(0, 1), base=None)
+    assert "none of the shipped ones (generation 1.0)" in found.table()
+
+
+def test_a_pipeline_of_diffusers(family, tmp_path):
+    config = load_config([family("cogvideox_2b")], ["args.input_type=cli"], mode="inference")
+    pipeline_of(config).write(tmp_path / "pipeline", max_shard_size="200KB")
+    found = inspect_checkpoint(tmp_path / "pipeline")
+    kinds = ["diffusers transformer", "diffusers autoencoder", "T5 encoder"]
+    assert found.kind == "diffusers pipeline (CogVideoXPipeline)"
+    assert [part.kind for part in found.parts] == kinds
+    assert found.num_parameters == sum(part.num_parameters for part in found.parts) > 0
+    assert set(found.dtypes) == {"float16", "float32"}
+    for part, kind in zip(("transformer", "vae", "text_encoder"), kinds, strict=True):
+        assert inspect_checkpoint(tmp_path / "pipeline" / part).kind == kind
+    next((tmp_path / "pipeline" / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(InputError, match="pipeline/vae.*lacks|vae should hold one set of weights"):
+        inspect_checkpoint(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_and_its_state(tmp_path, stage):
+    save_network(tmp_path, 65, adapters(), patch_size=2, adapters=INFO, latest=False)
+    save_network(tmp_path, 70, adapters(), patch_size=2, adapters=INFO)
+    named = {PREFIX + name: tensor for name, tensor in adapters().items()}
+    write_state(tmp_path / "resume" / "70", [named], stage=stage, world=2)
+    (tmp_path / "resume" / "latest").write_text("70")
+    found = inspect_checkpoint(tmp_path)
+    assert (found.kind, found.iterations, found.num_tensors) == ("run folder", ("65", "70"), 16)
+    weights, state = found.parts
+    assert (weights.kind, weights.lora.alpha) == ("SAT adapters (LoRA)", 2.0)
+    assert (state.kind, state.dtypes) == ("ZeRO state", {"bfloat16": 16})
+    assert state.state == StateFacts(zero_stage=stage, ranks=2, iteration=70, ema=False)
+    assert inspect_checkpoint(tmp_path / "resume").state == state.state
+    part = next((tmp_path / "resume" / "70").glob("*pp_rank_1*optim*"))
+    with pytest.raises(InputError, match="is a part of a ZeRO state"):
+        inspect_checkpoint(part)
+    part.unlink()
+    with pytest.raises(InputError, match="lacks zero_pp_rank_1_mp_rank_00_optim_states.pt"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_a_state_without_zero(tmp_path):
+    named = {PREFIX + name: tensor for name, tensor in adapters().items()}
+    content = {"module": named, "param_shapes": None, "global_steps": 5, "dp_world_size": 4, "optimizer": {}}
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    found = inspect_checkpoint(tmp_path)
+    assert (found.kind, found.num_tensors) == ("training state", 16)
+    assert found.state == StateFacts(zero_stage=0, ranks=4, iteration=5, ema=None)
+
+
+class Foreign:
+    pass
+
+
+def write(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "there is nothing at"),
+        (lambda path: path.mkdir(), "should hold one set of weights; found: none"),
+        (write(b""), "is empty"),
+        (write(b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+        (write(b"PK\x03\x04 and nothing more"), "truncated or damaged"),
+        (write(b"a text"), "is not a file of torch.save or safetensors"),
+        (lambda path: save_file({"down.0.weight": torch.ones(2)}, path), "no CogVideoX transformer.*'down.0.weight'"),
+        (lambda path: save_file({"transformer_blocks.0.ff_context.weight": torch.ones(2)}, path), "no counterpart"),
+        (lambda path: torch.save({"module": {"a": Foreign()}}, path), "could run code"),
+        (lambda path: torch.save({"epoch": 3}, path), "not tensors: epoch"),
+    ],
+)
+def test_damaged_and_foreign_files_are_named(tmp_path, make, said):
+    path = tmp_path / "weights.pt"
+    make(path)
+    with pytest.raises(InputError, match=said) as caught:
+        inspect_checkpoint(path)
+    assert "weights.pt" in str(caught.value)
+
+
+def test_what_the_system_refuses_is_an_input_error():
+    with pytest.raises(InputError, match="cannot be read: .*too long"):
+        inspect_checkpoint("x" * 5000)

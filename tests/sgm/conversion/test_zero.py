@@ -1,0 +1,101 @@
+"""Reading ZeRO states written by hand; test_consolidate.py reads those of real trainings."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.conversion.zero import read_zero_state
+from sgm.util import InputError
+from tests.sgm.conversion.zero_files import require_equal, write_state
+
+OPTIM, MODEL = "zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+@pytest.fixture
+def some(tmp_path):
+    """Return a function that writes a small state of odd sizes, and the tensors in it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (5, 3), "b": (7,), "c": (1,), "d": (2, 2, 2), "e": (1,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    groups = [{name: tensors[name] for name in each} for each in ("ad", "bce")]
+
+    def write(**changes):
+        return write_state(tmp_path / "state", groups, **changes)
+
+    return write, tensors
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_parts_become_tensors(some, stage, world):
+    write, tensors = some
+    extra = {
+        "frozen": {"f": torch.arange(10.0).view(5, 2).bfloat16()},
+        "buffers": {"n": torch.tensor([3])},
+        "shared": {"s": "a"},
+    }
+    padding = 3 if stage < 3 and world == 2 else 0  # DeepSpeed's zero_optimization.parameter_alignment
+    state = read_zero_state(write(stage=stage, world=world, padding=padding, **extra))
+    assert (state.stage, state.world_size, state.iteration) == (stage, world, 70)
+    wanted = tensors | {"f": torch.arange(10.0).view(5, 2), "n": torch.tensor([3]), "s": tensors["a"]}
+    masters = {name: lazy.compute() for name, lazy in state.tensors(dtype=torch.float32).items()}
+    require_equal(masters, wanted)
+    own = {name: lazy.compute() for name, lazy in state.tensors().items()}
+    require_equal(own, {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()})
+
+
+def spoil(path: Path, change) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        (2, lambda f: (f / OPTIM.format(1)).unlink(), "3 ranks at stage 2, and lacks zero_pp_rank_1_"),
+        (3, lambda f: (f / MODEL.format(2)).unlink(), "lacks zero_pp_rank_2_mp_rank_00_model_states.pt"),
+        (3, lambda f: (f / MODEL.format(0)).unlink(), "lacks zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        (2, lambda f: (f / "mp_rank_00_model_states.pt").unlink(), "lacks mp_rank_00_model_states.pt"),
+        (2, lambda f: [path.unlink() for path in f.glob("*optim*")], "lacks the files zero_pp_rank_<rank>"),
+        (2, lambda f: shutil.copy(f / OPTIM.format(0), f / OPTIM.format(3)), "files of several states"),
+        (2, lambda f: shutil.copy(f / OPTIM.format(0), f / f"bf16_{OPTIM.format(0)}"), "mixes two states"),
+        (2, lambda f: (f / "mp_rank_01_model_states.pt").touch(), "tensor-parallel"),
+        (2, lambda f: (f / OPTIM.format(1)).write_bytes(b"PK\x03\x04 cut"), "truncated or damaged"),
+        (
+            2,
+            lambda f: spoil(f / OPTIM.format(1), lambda c: c["optimizer_state_dict"].update(partition_count=[2, 2])),
+            "stage 2 of 3 ranks: .*stage 2 of 2 ranks: zero_pp_rank_1",
+        ),
+        (
+            2,
+            lambda f: spoil(f / OPTIM.format(1), lambda c: c["optimizer_state_dict"].update(zero_stage=4)),
+            "has ZeRO stage 4",
+        ),
+        (
+            3,
+            lambda f: spoil(
+                f / OPTIM.format(1), lambda c: c["optimizer_state_dict"].update(fp32_flat_groups=[torch.zeros(3)])
+            ),
+            r"parts of \[\d+, 3, \d+\] numbers",
+        ),
+        (
+            3,
+            lambda f: spoil(f / MODEL.format(1), lambda c: c.update(frozen_param_fragments=None)),
+            "lacks the frozen parameter f",
+        ),
+        (2, lambda f: torch.save({"optimizer_state_dict": spoil}, f / OPTIM.format(1)), "could run code"),
+    ],
+)
+def test_incomplete_and_mixed_states_are_refused(some, stage, change, said):
+    folder = some[0](stage=stage, frozen={"f": torch.arange(10.0)})
+    change(folder)
+    with pytest.raises(InputError, match=said):
+        read_zero_state(folder)
+
+
+def test_a_state_without_averages_says_so(some):
+    with pytest.raises(InputError, match="holds no moving average"):
+        read_zero_state(some[0]()).tensors(ema=True)

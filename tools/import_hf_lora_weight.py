@@ -1,0 +1,55 @@
+"""Turn a LoRA that was trained with diffusers, finetrainers, cogvideox-factory or PEFT into a SAT checkpoint.
+
+    python tools/import_hf_lora_weight.py --lora my-lora --base configs/cogvideox_5b.yaml --output_path ckpts/my-lora
+    python tools/import_hf_lora_weight.py --lora pytorch_lora_weights.safetensors --alpha 64 \
+        --base configs/cogvideox_2b.yaml --transformer_ckpt_path 2b-sat/transformer --output_path ckpts/my-lora
+
+The result holds the adapters alone and names their base: sample it with the same YAML and args.load=ckpts/my-lora.
+Alpha is taken from the header of the file, from adapter_config.json beside it, or from its .alpha tensors.
+cogvideox-factory writes none: give the --lora_alpha of that training as --alpha; without it, alpha is the rank, as in
+diffusers. Adapters on attn1.to_q, to_k, to_v and to_out.0 can be converted, of one rank and alpha.
+"""
+
+import argparse
+import json
+import sys
+
+from sgm.cli import EXIT_CODES, run_command
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Import as the command line says."""
+    from sgm.config import load_config
+    from sgm.conversion.lora_import import import_lora
+    from sgm.conversion.writing import check_new_folder
+
+    check_new_folder(options.output_path)
+    base = options.transformer_ckpt_path
+    overrides = ["args.input_type=cli"]  # no prompts are read
+    overrides += [] if base is None else [f"args.load={json.dumps(base)}"]
+    config = load_config(options.base, overrides, mode="inference")
+    file = import_lora(config, options.lora, options.output_path, base=base, alpha=options.alpha)
+    sys.stdout.write(f"wrote {file}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
+    )
+    parser.add_argument("--lora", required=True, metavar="PATH", help="file, or folder of the training tool")
+    parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the base model")
+    parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="its checkpoint; else args.load of the YAML")
+    parser.add_argument("--output_path", required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--alpha", type=float, help="lora_alpha of the training, where the files do not say it")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return run_command(
+        convert,
+        parser.parse_args(argv),
+        interrupted="interrupted; nothing was written",
+        memory_hint="this needs no accelerator",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Say what files or folders of weights are: layout, model, precision, size, LoRA, state of a training.
+
+    python tools/inspect_checkpoint.py assets/toy/transformer assets/toy/vae/3d-vae.pt
+    python tools/inspect_checkpoint.py ckpts/sft-06-30-12-00 --json
+    python tools/inspect_checkpoint.py my-lora/pytorch_lora_weights.safetensors --tensors
+
+Only headers are read, so that large files take no longer than small ones.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sgm.cli import EXIT_CODES, run_command
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write what the paths are; those that cannot be told are reported after the others."""
+    from sgm.conversion.inspection import inspect_checkpoint
+    from sgm.util import InputError
+
+    entries: list[dict[str, Any]] = []
+    tables, failures = [], []
+    for path in options.paths:
+        try:
+            found = inspect_checkpoint(path)
+        except InputError as error:
+            failures.append(str(error))
+            entries.append({"path": str(path), "error": str(error)})
+        else:
+            entries.append(found.to_json(tensors=options.tensors))
+            tables.append(found.table(tensors=options.tensors))
+    if options.json:
+        sys.stdout.write(json.dumps(entries, indent=2) + "\n")
+    elif tables:
+        sys.stdout.write("\n\n".join(tables) + "\n")
+    if failures:
+        raise InputError("\n".join(failures))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
+    parser.add_argument("--json", action="store_true", help="a JSON list, an object for each path")
+    parser.add_argument("--tensors", action="store_true", help="names, dtypes and shapes too")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return run_command(
+        report, parser.parse_args(argv), interrupted="interrupted", memory_hint="close what else uses the memory"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
