@@ -31,6 +31,7 @@ setup(
         "imageio-ffmpeg>=0.6,<1",
         "kornia>=0.8,<1",
         "safetensors>=0.5,<1",
+        "huggingface_hub>=1.0,<3",  # divides weights into files; nothing is downloaded
         "numpy>=1.26",
         "pillow>=10",
         "tqdm>=4.66,<5",
