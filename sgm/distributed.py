@@ -42,20 +42,25 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(*, model_parallel_size: int = 1) -> None:
+def initialize(*, model_parallel_size: int = 1, context_parallel_size: int | None = None) -> None:
     """Create the process groups once; later calls check that they ask for the same.
+
+    Ranks that share something are neighbours: with a context-parallel size of 2, ranks 0 and 1 share one video, ranks
+    2 and 3 the next.
 
     Args:
         model_parallel_size: ranks that share one copy of the DiT; 1 in this version.
+        context_parallel_size: ranks that share one video in the VAE; None leaves it as it is.
 
     Raises:
-        InputError: the size is not supported.
+        InputError: a size is not supported, does not divide the number of processes, or differs from that of before.
     """
     if model_parallel_size != 1:
         raise InputError(
             f"model_parallel_size={model_parallel_size}: the DiT runs on one rank in this version; "
             "set model_parallel_size: 1"
         )
+    _check_context(context_parallel_size)
     prepare_import()
     from sat import mpu
 
@@ -73,10 +78,75 @@ def initialize(*, model_parallel_size: int = 1) -> None:
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
         mpu.initialize_model_parallel(model_parallel_size)
+    if context_parallel_size is not None and context_parallel_size > 1 and not _context:
+        _make_context_groups(context_parallel_size)
+
+
+def _check_context(size: int | None) -> None:
+    """Refuse a context-parallel size that cannot be, before anything is started."""
+    if size is None:
+        return
+    if size < 1 or world_size() % size:
+        legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
+        raise InputError(
+            f"first_stage_config: cp_size={size} ranks cannot share a video among {world_size()} processes; legal are "
+            f"{', '.join(legal)}, or start another number of processes with torchrun --nproc_per_node"
+        )
+    if _context and len(_context) != size:
+        raise InputError(f"cp_size={size}, but {len(_context)} ranks share a video in this process already")
+
+
+# Of this rank: number of ranks → the group of that many first ones of those that share a video with it; None where it
+# is not one of them. Short clips have less frames than there are ranks.
+_context: dict[int, dist.ProcessGroup | None] = {}
+
+
+def _make_context_groups(size: int) -> None:
+    """Make the groups of all ranks: every process has to take part in making each."""
+    for start in range(0, dist.get_world_size(), size):
+        for num in range(1, size + 1):
+            ranks = list(range(start, start + num))
+            group: Any = dist.new_group(ranks)
+            if start <= dist.get_rank() < start + size:
+                _context[num] = group if dist.get_rank() in ranks else None
+
+
+def context_parallel_size() -> int:
+    """Number of ranks that share one video with this one, itself included."""
+    return max(len(_context), 1)
+
+
+def context_parallel_rank() -> int:
+    """Index of this process among them."""
+    return dist.get_rank() % context_parallel_size() if dist.is_initialized() else 0
+
+
+def context_group(num: int | None = None) -> Any:
+    """Return the group of the first `num` ranks that share a video with this one, all of them if None.
+
+    None where this rank is not one of them, and where nothing is shared.
+    """
+    return _context.get(len(_context) if num is None else num)
+
+
+def from_context_first(value: Any) -> Any:
+    """Return what the first of the ranks that share a video passed: a tensor of the same shape, or a small object."""
+    group = context_group()
+    if group is None:
+        return value
+    source = dist.get_process_group_ranks(group)[0]
+    if isinstance(value, torch.Tensor):
+        value = value.contiguous()
+        dist.broadcast(value, source, group=group)
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
 
 
 def shutdown() -> None:
     """Destroy the process groups, so that a rank that ends does not leave its peers waiting."""
+    _context.clear()
     if dist.is_initialized():
         from sat import mpu
 
@@ -91,23 +161,27 @@ def shutdown() -> None:
 
 def data_parallel_rank() -> int:
     """Index of this process among those that work on different samples."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() // context_parallel_size() if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
-    """Number of processes that work on different samples."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of processes that work on different samples; those that share one count once."""
+    return dist.get_world_size() // context_parallel_size() if dist.is_initialized() else 1
+
+
+def _is_shared() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if data_parallel_size() > 1:
+    if _is_shared():
         dist.barrier()
 
 
 def reduce_over_ranks(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
-    """Replace `tensor`, in place, by its sum over the data-parallel ranks, or by the largest value of each element."""
-    if data_parallel_size() > 1:
+    """Replace `tensor`, in place, by its sum over all ranks, or by the largest value of each element."""
+    if _is_shared():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
 
@@ -115,15 +189,15 @@ def reduce_over_ranks(tensor: torch.Tensor, *, largest: bool = False) -> torch.T
 def from_rank_zero(value: Any) -> Any:
     """Return what rank zero passed, a small object, on every rank."""
     box = [value]
-    if data_parallel_size() > 1:
+    if _is_shared():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def from_all_ranks(value: Any) -> list[Any]:
     """Return what each rank passed, small objects, on every rank."""
-    values = [value] * data_parallel_size()
-    if data_parallel_size() > 1:
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if _is_shared():
         dist.all_gather_object(values, value)
     return values
 

@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+import sgm.distributed
 from sgm.util import InputError, instantiate_from_config
+from vae_modules.cp_ops import SharedStream, gather_pieces, shares, to_all
 from vae_modules.layers import Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 
@@ -50,7 +52,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         encoder_config: section for `vae_modules.cp_enc_dec.ContextParallelEncoder3D`.
         decoder_config: section for `vae_modules.cp_enc_dec.ContextParallelDecoder3D`.
         regularizer_config: section for `vae_modules.regularizers.DiagonalGaussianRegularizer`.
-        cp_size: ranks that share one video along time; 1 in this version.
+        cp_size: ranks that share one video along time; 0 and 1 mean one.
         ckpt_path: the weights' file. The autoencoder does not read it itself: `sgm.checkpoint.load_autoencoder` does.
         ignore_keys: prefixes in that file that belong to no part of the autoencoder.
         encode_chunk: video frames encoded at a time (a multiple of 8: 8 is what diffusers does), or None for the
@@ -59,6 +61,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     Attributes:
         tiling: a `Tiling` to encode and decode in spatial tiles; None for whole frames.
         slicing: encode and decode one sample of the batch at a time.
+        decodes_everywhere: whether all of the ranks that share a video get it; otherwise the first one does, and the
+            others get a video of no frames. Latents are always given to all of them.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
@@ -79,10 +83,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         encode_chunk: int | None = None,
     ) -> None:
         super().__init__()
-        if cp_size not in (0, 1):
-            raise InputError(
-                f"first_stage_config: cp_size={cp_size}, but the VAE runs on one rank in this version; set cp_size: 1"
-            )
+        if cp_size < 0:
+            raise InputError(f"first_stage_config: cp_size={cp_size} is not a number of ranks; set cp_size: 1")
         if encode_chunk is not None and (encode_chunk < 8 or encode_chunk % 8):
             raise InputError(f"first_stage_config: encode_chunk={encode_chunk} must be a multiple of 8 frames, or null")
         self.ckpt_path = ckpt_path
@@ -90,6 +92,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.encode_chunk = encode_chunk
         self.tiling: Tiling | None = None
         self.slicing = False
+        self.cp_size = max(cp_size, 1)
+        self.decodes_everywhere = True
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
@@ -169,22 +173,76 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return total / weight.to(total.dtype)
 
     def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
-        return self._stream(video, self.encoder, self.encode_chunk or video.shape[2])
+        if self.encode_chunk is None and self._num_ranks() > 1:
+            # The first latent of a clip has one frame, every other one has four.
+            latents = shares((video.shape[2] - 1) // 4 + 1, self._num_ranks())
+            pieces = [4 * num - 3 * (rank == 0) for rank, num in enumerate(latents) if num]
+            return self._shared(video, self.encoder, pieces, scales=(0.25, 0.125), shares_norms=True)
+        return self._stream(video, self.encoder, self.encode_chunk or video.shape[2], scales=(0.25, 0.125))
 
     def _decode_tile(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._stream(latents, self.decoder, DECODE_CHUNK)
+        return self._stream(latents, self.decoder, DECODE_CHUNK, scales=(4, 8))
 
-    @staticmethod
-    def _stream(x: torch.Tensor, network: nn.Module, chunk: int) -> torch.Tensor:
+    def _stream(self, x: torch.Tensor, network: nn.Module, chunk: int, *, scales: tuple[float, float]) -> torch.Tensor:
         """Run `network` over chunks of `chunk` frames; the first one also takes the frames left over."""
         frames = x.shape[2]
         bounds = [0, *range(min(frames, chunk + frames % chunk), frames + 1, chunk)]
+        if self._num_ranks() > 1:
+            lengths = [end - start for start, end in itertools.pairwise(bounds)]
+            return self._shared(x, network, lengths, scales=scales, shares_norms=False)
         stream = Stream()
         pieces = []
         for start, end in itertools.pairwise(bounds):
             stream.begin_chunk(is_first=start == 0, is_last=end == frames)
             pieces.append(network(x[:, :, start:end], stream))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _num_ranks(self) -> int:
+        """Return how many ranks share a clip."""
+        size = sgm.distributed.context_parallel_size()
+        if self.cp_size > 1 and size != self.cp_size:
+            raise InputError(
+                f"first_stage_config: cp_size={self.cp_size}, but this process shares clips with {size} ranks; start "
+                f"torchrun with a multiple of {self.cp_size} processes, or set cp_size: 1"
+            )
+        return size if self.cp_size > 1 else 1
+
+    def _shared(
+        self,
+        x: torch.Tensor,
+        network: Any,
+        lengths: Sequence[int],
+        *,
+        scales: tuple[float, float],
+        shares_norms: bool,
+    ) -> torch.Tensor:
+        """Run `network` over pieces of a clip that the ranks take in turn; see `vae_modules.cp_ops`.
+
+        Args:
+            x: the whole clip, the same on all ranks.
+            network: encoder or decoder.
+            lengths: frames of the pieces.
+            scales: size of the output by that of the input, in time and in space.
+            shares_norms: whether norms cover all pieces; there is one a rank then.
+        """
+        everyone = sgm.distributed.context_group()
+        active = sgm.distributed.context_group(min(self.cp_size, len(lengths)))
+        x = to_all(x, everyone)
+        starts = [0, *itertools.accumulate(lengths)]
+        everywhere = network is self.encoder or self.decodes_everywhere
+        own = []
+        if active is not None:
+            rank, size = active.rank(), active.size()
+            stream = SharedStream(active, shares_norms=shares_norms and size > 1)
+            for index in range(rank, len(lengths), size):
+                stream.begin_piece(index, len(lengths))
+                own.append(network(x[:, :, starts[index] : starts[index + 1]], stream))
+        time, space = scales
+        made = [round((length - 1) * time) + 1 if i == 0 else round(length * time) for i, length in enumerate(lengths)]
+        height, width = (round(side * space) for side in x.shape[3:])
+        dtype = network.conv_out.conv.weight.dtype
+        like = x.new_empty((x.shape[0], network.conv_out.conv.out_channels, 0, height, width), dtype=dtype)
+        return gather_pieces(own, made, everyone, like=like, anchor=x[:, :, :0], everywhere=everywhere)
 
 
 def _tile_starts(length: int, size: int, overlap: int) -> list[int]:

@@ -25,7 +25,7 @@ from vae_modules.layers import (
 _UNUSED = {
     "resolution": "the network is fully convolutional",
     "resamp_with_conv": "resampling always ends in a convolution",
-    "gather_norm": "it is for several ranks that share a clip; here one rank has the whole clip",
+    "gather_norm": "norms cover a whole clip or chunk, however many ranks share it",
 }
 
 
@@ -132,7 +132,7 @@ class ContextParallelEncoder3D(nn.Module):
         h = self.conv_in(x, stream)
         for block in (*self.down, *self.mid.values()):
             h = block(h, None, stream)
-        return self.conv_out(silu(self.norm_out(h)), stream)
+        return self.conv_out(silu(self.norm_out(h, None, stream)), stream)
 
 
 class ContextParallelDecoder3D(nn.Module):

@@ -45,6 +45,10 @@ class Stream:
             self._tails[layer] = x[:, :, -num_frames:].clone()
         return x
 
+    def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the frames of a chunk (B, C, T, H, W)."""
+        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of a tensor that nobody else reads: in place where no gradient is recorded."""
@@ -81,9 +85,9 @@ class Normalize(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
-    def forward(self, input: torch.Tensor, latents: torch.Tensor | None = None, stream: Stream | None = None):  # noqa: A002
+    def forward(self, input: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:  # noqa: A002
         """Normalise (B, C, T, H, W); the latents that the decoder's norm takes do not matter here."""
-        return super().forward(input)
+        return stream.group_norm(self, input)
 
 
 class SpatialNorm3D(nn.Module):
@@ -106,7 +110,7 @@ class SpatialNorm3D(nn.Module):
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) and the chunk's latents (B, z, t, h, w) → (B, C, T, H, W)."""
-        normed = self.norm_layer(x)
+        normed = stream.group_norm(self.norm_layer, x)
         size = (*latents.shape[2:4], x.shape[4])
         scale = F.interpolate(self.conv_y(latents, stream), size=size)
         shift = F.interpolate(self.conv_b(latents, stream), size=size)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
-from sgm.check import SamplingPlan, check_sampling
+from sgm.check import SamplingPlan, check_sampling, params_of
 from sgm.config import Config
 from sgm.files import write_json
 from sgm.geometry import Geometry
@@ -54,7 +54,10 @@ def sample(config: Config) -> Summary:
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
-    sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size)
+    sgm.distributed.initialize(
+        model_parallel_size=config.args.model_parallel_size,
+        context_parallel_size=params_of(config.model.get("first_stage_config")).get("cp_size") or 1,
+    )
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
         run.sample_list(prompts) if prompts is not None else run.sample_typed()
@@ -122,6 +125,7 @@ class SamplingRun:
                 passes.append((prompts[-1], []))
         else:
             passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
+            passes = sgm.distributed.from_context_first(passes)  # one of them may see what another has just finished
         self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
         if size > 1:
@@ -175,6 +179,7 @@ class SamplingRun:
         if self.plan.image2video or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self.engine.first_stage_model.slicing = args.vae_slicing
+            self.engine.first_stage_model.decodes_everywhere = False
             self.engine.first_stage_model.tiling = Tiling() if args.vae_tiling else None
         self._is_loaded = True
 
@@ -241,14 +246,18 @@ class SamplingRun:
                 f"prompt {prompt.index}: the sampled latents are not finite (NaN or infinity); run the model in the "
                 "precision that its YAML states, and check the checkpoint"
             )
+        latents = sgm.distributed.from_context_first(latents)
+        writes = sgm.distributed.context_parallel_rank() == 0
         if self.args.only_save_latents:
-            for k, one in zip(samples, latents, strict=True):
+            for k, one in zip(samples if writes else [], latents, strict=writes):
                 write_latents(self._result(prompt, k), one)
                 self._finish(prompt, k, size, timings)
             return
         start = time.perf_counter()
         videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
         timings.decode = time.perf_counter() - start
+        if not writes:
+            return
         for k, frames in zip(samples, videos, strict=True):
             write_video(self._result(prompt, k), frames, self.plan.fps)
             self._finish(prompt, k, size, timings)
@@ -325,6 +334,8 @@ class SamplingRun:
 
     def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
         """Draw all finished videos of `prompts`, those of earlier runs too."""
+        if sgm.distributed.context_parallel_rank() > 0:
+            return
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return
         samples = [(prompt, self._result(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)]

@@ -139,6 +139,9 @@ class _Checks:
             if model.get(part) is None:
                 cure = "take it from a shipped model configuration"
                 self.problems.append(Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure))
+        if (params_of(model.get("first_stage_config")).get("cp_size") or 1) > 1:
+            found = "is more than 1, and every rank encodes clips of its own in training"
+            self.problems.append(Problem("model.first_stage_config.params.cp_size", "", found, "set it to 1"))
         if model.get("latent_input") and model.get("noised_image_input"):
             found = "is true, and image-to-video needs the first frame of each clip"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))

@@ -251,7 +251,7 @@ def test_regularizer_clamps_and_measures():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cp_size": 2}, "cp_size=2, but the VAE runs on one rank in this version"),
+        ({"cp_size": -1}, "cp_size=-1 is not a number of ranks"),
         ({"encode_chunk": 4}, "encode_chunk=4 must be a multiple of 8"),
         ({"encode_chunk": 12}, "encode_chunk=12 must be a multiple of 8"),
     ],

@@ -1,0 +1,129 @@
+"""Run under torchrun: every rank of a group computes a clip alone and shared, and compares. Not a test by itself."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+import sgm.distributed
+from benchmarks.models import build_vae, vae_section
+from sgm.util import InputError
+
+FRAMES = (1, 5, 9, 17, 49)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).abs().max())
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(vae, x: torch.Tensor, how: str, size: int):
+    """Return output, gradient of the input and of the weights, summed over the ranks that share."""
+    vae.cp_size = size
+    x = x.clone().requires_grad_()
+    vae.zero_grad()
+    output = vae.decode(x) if how == "decode" else vae.encode_moments(x)
+    weights = torch.linspace(-1, 1, output.shape[2] or 1)[:, None, None]  # every frame matters differently
+    (output.sin() * weights[: output.shape[2]]).sum().backward()
+    parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in vae.parameters() if p.requires_grad]
+    gradient = torch.cat([part.flatten() for part in parts])
+    if size > 1:
+        dist.all_reduce(gradient, group=sgm.distributed.context_group())
+    return output.detach(), x.grad, gradient
+
+
+def compare(vae, how: str, frames: int, size: int) -> dict[str, float]:
+    latents = (frames - 1) // 4 + 1
+    x = random(1, 16, latents, 2, 2, seed=frames) if how == "decode" else random(1, 3, frames, 32, 32, seed=frames)
+    vae.encode_chunk = 8 if how == "encode in chunks" else None
+    alone, shared = run(vae, x, how, 1), run(vae, x, how, size)
+    scale = float(alone[2].abs().max())
+    with torch.no_grad():
+        vae.cp_size = size
+        again = vae.decode(x) if how == "decode" else vae.encode_moments(x)
+    return {
+        "output": difference(alone[0], shared[0]),
+        "without gradient": difference(alone[0], again),
+        "input gradient": difference(alone[1], shared[1]) / max(1.0, float(alone[1].abs().max())),
+        "weight gradient": difference(alone[2], shared[2]) / max(1.0, scale),
+    }
+
+
+def check_first_rank_only(vae, size: int) -> None:
+    latents = random(1, 16, 5, 2, 2, seed=1)
+    alone = run(vae, latents, "decode", 1)
+    vae.decodes_everywhere = False
+    output, gradient, weights = run(vae, latents, "decode", size)
+    vae.decodes_everywhere = True
+    if sgm.distributed.context_parallel_rank() == 0:
+        assert difference(alone[0], output) <= 1e-5
+    else:
+        assert output.shape == (1, 3, 0, 16, 16), "only the first rank gets the video"
+    assert difference(alone[1], gradient) <= 1e-5
+    assert difference(alone[2], weights) <= 1e-4 * float(alone[2].abs().max())
+
+
+def check_low_precision(vae, size: int) -> None:
+    vae = vae.to(torch.bfloat16)
+    latents = random(1, 16, 5, 2, 2, seed=1).bfloat16()
+    with torch.no_grad():
+        vae.cp_size = 1
+        alone = vae.decode(latents)
+        vae.cp_size = size
+        assert torch.equal(alone, vae.decode(latents)), "the same arithmetic"
+    vae.float()
+
+
+def check_tiles(vae, size: int) -> None:
+    from vae_modules.autoencoder import Tiling
+
+    latents = random(2, 16, 3, 6, 4, seed=1)
+    vae.tiling, vae.slicing = Tiling((32, 32), 8), True
+    with torch.no_grad():
+        vae.cp_size = 1
+        alone = vae.decode(latents)
+        vae.cp_size = size
+        assert difference(alone, vae.decode(latents)) <= 1e-5
+    vae.tiling, vae.slicing = None, False
+
+
+def main() -> None:
+    size = int(sys.argv[1])
+    sgm.distributed.initialize(context_parallel_size=size)
+    assert sgm.distributed.context_parallel_size() == size
+    assert sgm.distributed.data_parallel_size() == dist.get_world_size() // size
+    section = vae_section("cogvideox_5b", ch=32, num_res_blocks=1)
+    for part in ("encoder_config", "decoder_config"):
+        section["params"][part]["params"]["ch_mult"] = [1, 1, 1, 1]
+    vae = build_vae(section)
+    found = {
+        f"{how}, {frames} frames": compare(vae, how, frames, size)
+        for how in ("decode", "encode", "encode in chunks")
+        for frames in FRAMES
+    }
+    check_first_rank_only(vae, size)
+    check_low_precision(vae, size)
+    check_tiles(vae, size)
+    vae.cp_size = size + 1
+    try:
+        vae.decode(torch.zeros(1, 16, 1, 2, 2))
+    except InputError as error:
+        assert f"cp_size={size + 1}, but this process shares clips with {size} ranks" in str(error)
+    else:
+        raise AssertionError("another size was accepted")
+    worst: dict[str, float] = {}
+    for result in sgm.distributed.from_all_ranks(found):
+        for case, values in result.items():
+            worst |= {f"{case}: {name}": max(value, worst.get(f"{case}: {name}", 0)) for name, value in values.items()}
+    if dist.get_rank() == 0:
+        sys.stdout.write(json.dumps(worst) + "\n")
+    sgm.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

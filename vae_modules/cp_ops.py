@@ -1,0 +1,282 @@
+"""Sharing a clip along time among the ranks of a group: who has which frames, and what neighbours tell each other.
+
+Shapes: ``B C T H W``. W ranks share a clip in consecutive pieces; piece i belongs to rank i mod W, so the first frame
+is on rank 0, and all ranks work on neighbouring pieces at the same time, layer by layer. There are two ways to cut:
+
+- as many pieces as chunks (decoding; encoding in chunks): W chunks at a time, round by round, as little memory per rank
+  as one rank needs alone. Norms see one chunk, so nothing but the frames before a chunk is exchanged.
+- one piece a rank (encoding a whole clip, whose norms see all frames): means and variances are shared, too.
+
+Every causal convolution needs the ``kernel − 1`` frames before its piece: the last ones that the convolution of the
+rank before has seen. All ranks send and receive at the same layer in the same order, in the backward pass in reverse.
+
+Gradients: every rank computes the same loss from the whole result. Then each has the whole gradient of the input, while
+gradients of weights are parts, to be summed over the group.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vae_modules.layers import Stream
+
+
+def shares(num: int, size: int) -> list[int]:
+    """Divide `num` things among `size` ranks, as evenly as can be, more on the first ones; some may get none."""
+    return [num // size + (rank < num % size) for rank in range(size)]
+
+
+class Neighbours:
+    """The ranks before and after this one in a group, as a ring.
+
+    Args:
+        group: those that share a clip.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        self.before, self.after = ranks[self.rank - 1], ranks[(self.rank + 1) % self.size]
+
+    def exchange(
+        self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
+    ) -> torch.Tensor | None:
+        """Send one tensor and receive into another at the same time, either of which may be None; return the latter."""
+        operations = []
+        if send is not None:
+            operations.append(dist.P2POp(dist.isend, send.contiguous(), to, self.group))
+        if receive is not None:
+            operations.append(dist.P2POp(dist.irecv, receive, source, self.group))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return receive
+
+
+class _Extend(torch.autograd.Function):
+    """Put the frames before a piece in front of it, and hand its last frames on; see `SharedStream.extend`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor | None, piece: "Piece", num: int):
+        peers = piece.neighbours
+        ctx.piece, ctx.num, ctx.has_kept = piece, num, kept is not None
+        ctx.early = x.shape[2] >= num  # the frames to hand on do not depend on those received
+        buffer = x.new_empty((*x.shape[:2], num, *x.shape[3:])) if piece.receives else None
+        tail = x[:, :, -num:] if ctx.early and piece.sends else None
+        received = peers.exchange(send=tail, to=peers.after, receive=buffer, source=peers.before)
+        if kept is not None:
+            head = kept
+        elif piece.is_first:
+            head = x[:, :, :1].expand(-1, -1, num, -1, -1)
+        else:
+            assert received is not None, "a piece that is not the first one has one before it"
+            head = received
+        whole = torch.cat((head, x), dim=2)
+        if piece.sends and not ctx.early:
+            peers.exchange(send=whole[:, :, -num:], to=peers.after, receive=None, source=peers.before)
+        # Rank 0 keeps what it received for its next piece.
+        return whole, received if peers.rank == 0 else None
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, grad_kept: torch.Tensor | None):
+        piece, num = ctx.piece, ctx.num
+        peers = piece.neighbours
+        grad = grad.clone()
+        shape = (*grad.shape[:2], num, *grad.shape[3:])
+        buffer = grad.new_empty(shape) if piece.sends else None
+        back = None
+        if piece.receives and peers.rank == 0:
+            back = grad.new_zeros(shape) if grad_kept is None else grad_kept
+        elif piece.receives and ctx.early:
+            back = grad[:, :, :num]
+        tail = peers.exchange(send=back, to=peers.before, receive=buffer, source=peers.after)
+        if tail is not None:
+            grad[:, :, -num:] += tail
+        if piece.receives and back is None:
+            peers.exchange(send=grad[:, :, :num], to=peers.before, receive=None, source=peers.after)
+        head, grad = grad[:, :, :num], grad[:, :, num:].contiguous()
+        if piece.is_first:
+            grad[:, :, 0] += head.sum(2)
+        return grad, head.contiguous() if ctx.has_kept else None, None, None
+
+
+class Piece:
+    """Where a piece stands in its clip.
+
+    Args:
+        neighbours: the ring of ranks.
+        index: which piece it is.
+        num: how many there are.
+    """
+
+    def __init__(self, neighbours: Neighbours, index: int, num: int) -> None:
+        self.neighbours = neighbours
+        self.is_first = index == 0
+        self.sends = index + 1 < num
+        # Rank 0 receives for its next piece, the others for this one.
+        self.receives = index > 0 if neighbours.rank > 0 else index + neighbours.size < num
+
+
+class SharedStream(Stream):
+    """State of one pass over a clip that several ranks share.
+
+    Args:
+        group: the ranks that have a piece.
+        shares_norms: whether norms cover the pieces of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, shares_norms: bool) -> None:
+        super().__init__()
+        self._neighbours = Neighbours(group)
+        self._shares_norms = shares_norms
+        self._piece = Piece(self._neighbours, 0, 1)
+        self._kept: dict[nn.Module, torch.Tensor] = {}
+
+    def begin_piece(self, index: int, num: int) -> None:
+        """Announce which of the `num` pieces is processed next; all ranks of a round call it together."""
+        self._piece = Piece(self._neighbours, index, num)
+        self.begin_chunk(is_first=index == 0, is_last=index == num - 1)
+
+    def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Return `x` with the `num_frames` frames before it in front; the first frame repeats before the clip."""
+        whole, kept = _Extend.apply(x, self._kept.pop(layer, None), self._piece, num_frames)
+        if kept is not None:
+            self._kept[layer] = kept
+        return whole
+
+    def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the frames of a piece, or with `shares_norms` those of all ranks together."""
+        if not self._shares_norms:
+            return super().group_norm(norm, x)
+        return shared_group_norm(norm, x, self._neighbours.group)
+
+
+def shared_group_norm(norm: nn.GroupNorm, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Group normalisation of (B, C, T, H, W) whose statistics cover the frames of all ranks; float32 statistics."""
+    grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2).float()
+    count = torch.full_like(grouped[..., 0], grouped.shape[2])
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    counts, means, variances = _GatherStatistics.apply(torch.stack((count, mean, variance)), group).unbind(1)
+    weights = counts / counts.sum(0)
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean).square())).sum(0)
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
+    mean = mean.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
+    scale = scale * norm.weight.float()
+    place = (..., None, None, None)
+    centered = x - mean[place].to(x.dtype)  # first: the mean may be much larger than the deviations
+    return torch.addcmul(norm.bias[:, None, None, None], centered, scale[place].to(x.dtype))
+
+
+class _GatherStatistics(torch.autograd.Function):
+    """(...) of each rank → (W, ...) on all ranks. Each rank uses them for frames of its own: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, x.contiguous(), group=group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+class _ToAll(torch.autograd.Function):
+    """A tensor that all ranks have alike and use parts of: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return `x`, which all ranks of a group have alike; in the backward pass all get the gradient of the whole."""
+    return _ToAll.apply(x, group) if x.requires_grad else x
+
+
+class _Gather(torch.autograd.Function):
+    """Pieces of all ranks → the whole, on all ranks or on rank 0; see `gather_pieces`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group: Any,
+        lengths: Any,
+        everywhere: bool,
+        like: torch.Tensor,
+        anchor: torch.Tensor,
+        *own: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.group, ctx.lengths, ctx.everywhere = group, lengths, everywhere
+        ctx.anchor = anchor.new_zeros(()).expand(anchor.shape)
+        ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        mine = iter(own)
+        pieces = []
+        for index, length in enumerate(lengths):
+            owner = index % len(ranks)
+            if owner == rank:
+                piece = next(mine).contiguous()
+            elif everywhere or rank == 0:
+                piece = like.new_empty((*like.shape[:2], length, *like.shape[3:]))
+            else:
+                continue
+            if everywhere:
+                dist.broadcast(piece, ranks[owner], group=group)
+            elif rank == 0 and owner > 0:
+                dist.recv(piece, ranks[owner], group=group)
+            elif rank > 0:
+                dist.send(piece, ranks[0], group=group)
+            if everywhere or rank == 0:
+                pieces.append(piece)
+        return torch.cat(pieces, dim=2) if pieces else like.new_empty(like.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        ranks, rank = dist.get_process_group_ranks(ctx.group), dist.get_rank(ctx.group)
+        own, start = [], 0
+        for index, length in enumerate(ctx.lengths):
+            owner, end = index % len(ranks), start + length
+            if owner == rank and (ctx.everywhere or rank == 0):
+                own.append(grad[:, :, start:end])
+            elif not ctx.everywhere and rank == 0:
+                dist.send(grad[:, :, start:end].contiguous(), ranks[owner], group=ctx.group)
+            elif not ctx.everywhere and owner == rank:
+                own.append(grad.new_empty((*grad.shape[:2], length, *grad.shape[3:])))
+                dist.recv(own[-1], ranks[0], group=ctx.group)
+            start = end
+        return None, None, None, None, ctx.anchor, *own
+
+
+def gather_pieces(
+    own: Sequence[torch.Tensor],
+    lengths: Sequence[int],
+    group: dist.ProcessGroup,
+    *,
+    like: torch.Tensor,
+    anchor: torch.Tensor,
+    everywhere: bool,
+) -> torch.Tensor:
+    """Put the pieces of all ranks together.
+
+    Args:
+        own: those of this rank, in order.
+        lengths: frames of all pieces, in order; piece i belongs to rank i mod W.
+        group: the ranks.
+        like: (B, C, 0, H, W) in the dtype and on the device of the pieces.
+        anchor: what the pieces were made from; ties ranks without a piece into the backward pass, too.
+        everywhere: whether all ranks get the whole; otherwise rank 0 does, and the others get `like`.
+    """
+    return _Gather.apply(group, tuple(lengths), everywhere, like, anchor, *own)
