@@ -38,6 +38,7 @@ from sgm.modules.embeddings import (
     timestep_embedding,
     unpatchify,
 )
+from sgm.token_shares import TokenShares
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
 
 sgm.distributed.prepare_import()
@@ -51,8 +52,12 @@ Grid = tuple[int, int, int]
 INTERPOLATION = ("height_interpolation", "width_interpolation", "time_interpolation")
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Full attention over all tokens: q, k, v (B, S, heads, head_dim) → (B, S, heads, head_dim)."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens: TokenShares, **_: Any) -> torch.Tensor:
+    """Full attention over all tokens, those of other ranks too: q, k, v (B, S, heads, head_dim) → the same shape."""
+    return tokens.attend(q, k, v, _attend)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
@@ -86,9 +91,13 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.proj = nn.Linear(in_channels * patch_size[0] * patch_size[1] * patch_size[2], hidden_size, bias=bias)
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
-    def word_embedding_forward(self, x: torch.Tensor, *, context: torch.Tensor, **_: Any) -> torch.Tensor:
+    def word_embedding_forward(
+        self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShares, **_: Any
+    ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
-        return torch.cat((self.text_proj(context), self.proj(patchify(x, self.patch_size))), dim=1)
+        # Divided before the first weight: see the gradients in sgm.sequence_parallel.
+        patches = tokens.part(patchify(x, self.patch_size))
+        return torch.cat((self.text_proj(tokens.part(context)), self.proj(patches)), dim=1)
 
 
 class _PositionTable(BaseMixin):
@@ -101,8 +110,9 @@ class _PositionTable(BaseMixin):
         self.grid = grid
         self.text_length = text_length
 
-    def rows(self, grid: Grid, num_text: int) -> torch.Tensor:
+    def rows(self, grid: Grid, tokens: TokenShares) -> torch.Tensor:
         """Return the rows (1, S, D) of a sample; it may be shorter than the table, but not of another size."""
+        num_text = tokens.num_text
         if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
             raise InputError(
                 f"this model's position table is made for {self.text_length} text tokens and "
@@ -110,7 +120,7 @@ class _PositionTable(BaseMixin):
                 f"{grid[1]}×{grid[2]} patches in {grid[0]} frames; sample at the latent_height and latent_width "
                 "of the model YAML"
             )
-        return self.pos_embedding[:, : num_text + grid[0] * grid[1] * grid[2]]
+        return tokens.rows(self.pos_embedding[:, : num_text + tokens.num_patches], 1)
 
 
 class Basic3DPositionEmbeddingMixin(_PositionTable):
@@ -153,9 +163,9 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         """Drop SAT's own position table, which files of these models do not hold."""
         del self.transformer.position_embeddings
 
-    def position_embedding_forward(self, _: Any, *, grid: Grid, num_text: int, **__: Any) -> torch.Tensor:
+    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShares, **__: Any) -> torch.Tensor:
         """Return what is added to the tokens: (1, S, D)."""
-        return self.rows(grid, num_text)
+        return self.rows(grid, tokens)
 
 
 class Rotary3DPositionEmbeddingMixin(_PositionTable):
@@ -192,23 +202,24 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + grid[0] * grid[1] * grid[2], hidden_size))
         self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, grid: Grid, num_text: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, grid: Grid, tokens: TokenShares, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (S, head_dim), float32; the last one asked for is kept, as a run asks for it every step."""
-        key = (grid, num_text, device)
+        key = (grid, tokens, device)
         if key not in self._tables:
-            self._tables = {key: rope_table_3d(grid, self.head_dim, num_text=num_text, theta=self.theta, device=device)}
+            cos, sin = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
+            self._tables = {key: (tokens.rows(cos, 0), tokens.rows(sin, 0))}
         return self._tables[key]
 
-    def position_embedding_forward(self, _: Any, *, grid: Grid, num_text: int, **__: Any) -> torch.Tensor | None:
+    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShares, **__: Any) -> torch.Tensor | None:
         """Return what is added to the tokens: (1, S, D), or None without a learned table."""
-        return self.rows(grid, num_text) if self.learnable_pos_embed else None
+        return self.rows(grid, tokens) if self.learnable_pos_embed else None
 
     def attention_fn(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, num_text: int, **_: Any
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, tokens: TokenShares, **_: Any
     ) -> torch.Tensor:
         """Full attention with rotated queries and keys; shapes as in `attend`."""
-        cos, sin = self.tables(grid, num_text, q.device)
-        return attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        cos, sin = self.tables(grid, tokens, q.device)
+        return attend(rotate(q, cos, sin), rotate(k, cos, sin), v, tokens=tokens)
 
 
 def _multiply_add(
@@ -365,11 +376,13 @@ class FinalLayerMixin(BaseMixin):
         self.linear = _zero_linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
 
-    def final_forward(self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, **_: Any) -> torch.Tensor:
+    def final_forward(
+        self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, tokens: TokenShares, **_: Any
+    ) -> torch.Tensor:
         """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
-        return unpatchify(self.linear(x), grid, self.patch_size)
+        return unpatchify(tokens.whole(self.linear(x)), grid, self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -526,6 +539,7 @@ class DiffusionTransformer(BaseModel):
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
+        self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShares
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size = hidden_size
@@ -611,7 +625,10 @@ class DiffusionTransformer(BaseModel):
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
-        return super().forward(x, None, None, context=context, emb=emb, grid=grid, num_text=context.shape[1])[0]
+        num_patches = grid[0] * grid[1] * grid[2]
+        tokens = TokenShares(context.shape[1], num_patches, sgm.distributed.sequence_group(), self.ring_attention)
+        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.text_here}
+        return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
         """Return the grid of patches of `x`, or say what is wrong with it."""

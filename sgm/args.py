@@ -52,6 +52,9 @@ class SamplingArgs:
         vae_slicing: decode the samples of a batch one by one: less memory, same result.
         device: where to run, e.g. ``cpu``; null takes the accelerator, or the CPU where there is none.
         model_parallel_size: ranks that share one network; 1 is the only value so far.
+        sequence_parallel_size: ranks that share one sample: each has a part of its tokens, and all weights.
+        sequence_attention: how they attend to each other's tokens: ``ulysses`` divides the heads, ``ring`` passes keys
+            and values around; ``auto`` takes the former where there are enough heads.
     """
 
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
@@ -81,6 +84,8 @@ class SamplingArgs:
     vae_slicing: bool = True
     device: str | None = None
     model_parallel_size: int = _between(1, 1)
+    sequence_parallel_size: int = _between(1, 1)
+    sequence_attention: Literal["auto", "ulysses", "ring"] = "auto"
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot be: the key, what was found, and the cure."""
@@ -245,6 +250,9 @@ class TrainingArgs(SamplingArgs):
             yield "resume", "is empty", "give auto, none, or the folder of a run"
         if self.ema_decay == 1:
             yield "ema_decay", "is 1, which never follows the weights", "give a number below 1, such as 0.9999, or null"
+        if self.sequence_parallel_size != 1:
+            found = f"is {self.sequence_parallel_size}; in training every rank has samples of its own in this version"
+            yield "sequence_parallel_size", found, "set args.sequence_parallel_size=1, and use ZeRO 3 to save memory"
         if self.valid_prompts is not None and not self.valid_prompts:
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 

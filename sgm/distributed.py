@@ -7,13 +7,14 @@ else in this project creates or stores a group.
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sgm.log import quiet_dependencies
-from sgm.util import InputError
+from sgm.util import InputError, default
 
 
 def prepare_import() -> None:
@@ -42,25 +43,71 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(*, model_parallel_size: int = 1, context_parallel_size: int | None = None) -> None:
-    """Create the process groups once; later calls check that they ask for the same.
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many neighbouring ranks work on one sample together; every other neighbour has samples of its own.
 
-    Ranks that share something are neighbours: with a context-parallel size of 2, ranks 0 and 1 share one video, ranks
-    2 and 3 the next.
+    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next.
+
+    Attributes:
+        context: ranks that share a video in the VAE (``cp_size``).
+        sequence: ranks that share the tokens of a sample in the DiT (``sequence_parallel_size``).
+    """
+
+    context: int = 1
+    sequence: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that work on one sample."""
+        return max(self.context, self.sequence)
+
+    def check(self) -> None:
+        """Hold the sizes against the number of processes, before anything is started.
+
+        Raises:
+            InputError: they do not fit; says which would.
+        """
+        sizes = {"model.first_stage_config.params.cp_size": self.context, "args.sequence_parallel_size": self.sequence}
+        for name, size in sizes.items():
+            if size < 1 or world_size() % size:
+                legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
+                raise InputError(
+                    f"{name}={size} ranks cannot share a sample among {world_size()} processes; legal are "
+                    f"{', '.join(legal)}, or start another number of processes with torchrun --nproc_per_node"
+                )
+        if len({size for size in sizes.values() if size > 1}) > 1:
+            given = " and ".join(f"{name}={size}" for name, size in sizes.items())
+            raise InputError(
+                f"{given} differ; the same ranks share a sample in both: set them equal, or one of them to 1"
+            )
+
+
+_mesh = Mesh()
+# Of this rank: number of ranks → the group of that many first ones of those that share a sample with it; None where it
+# is not one of them. Short videos have less pieces than there are ranks.
+_sample_groups: dict[int, Any] = {}
+
+
+def initialize(*, model_parallel_size: int = 1, mesh: Mesh | None = None) -> None:
+    """Create the process groups once; later calls check that they ask for the same.
 
     Args:
         model_parallel_size: ranks that share one copy of the DiT; 1 in this version.
-        context_parallel_size: ranks that share one video in the VAE; None leaves it as it is.
+        mesh: what ranks share; None leaves it as it is.
 
     Raises:
-        InputError: a size is not supported, does not divide the number of processes, or differs from that of before.
+        InputError: a size is not supported, does not fit the number of processes, or differs from that of before.
     """
     if model_parallel_size != 1:
         raise InputError(
             f"model_parallel_size={model_parallel_size}: the DiT runs on one rank in this version; "
             "set model_parallel_size: 1"
         )
-    _check_context(context_parallel_size)
+    if mesh is not None:
+        mesh.check()
+        if _sample_groups and mesh != _mesh:
+            raise InputError(f"ranks share {_mesh} in this process already, and {mesh} is asked for; start another one")
     prepare_import()
     from sat import mpu
 
@@ -78,47 +125,25 @@ def initialize(*, model_parallel_size: int = 1, context_parallel_size: int | Non
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
         mpu.initialize_model_parallel(model_parallel_size)
-    if context_parallel_size is not None and context_parallel_size > 1 and not _context:
-        _make_context_groups(context_parallel_size)
+    if mesh is not None and mesh.ranks > 1 and not _sample_groups:
+        _make_sample_groups(mesh)
 
 
-def _check_context(size: int | None) -> None:
-    """Refuse a context-parallel size that cannot be, before anything is started."""
-    if size is None:
-        return
-    if size < 1 or world_size() % size:
-        legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
-        raise InputError(
-            f"first_stage_config: cp_size={size} ranks cannot share a video among {world_size()} processes; legal are "
-            f"{', '.join(legal)}, or start another number of processes with torchrun --nproc_per_node"
-        )
-    if _context and len(_context) != size:
-        raise InputError(f"cp_size={size}, but {len(_context)} ranks share a video in this process already")
-
-
-# Of this rank: number of ranks → the group of that many first ones of those that share a video with it; None where it
-# is not one of them. Short clips have less frames than there are ranks.
-_context: dict[int, dist.ProcessGroup | None] = {}
-
-
-def _make_context_groups(size: int) -> None:
+def _make_sample_groups(mesh: Mesh) -> None:
     """Make the groups of all ranks: every process has to take part in making each."""
-    for start in range(0, dist.get_world_size(), size):
-        for num in range(1, size + 1):
+    global _mesh
+    _mesh = mesh
+    for start in range(0, dist.get_world_size(), mesh.ranks):
+        for num in range(1 if mesh.context > 1 else mesh.ranks, mesh.ranks + 1):
             ranks = list(range(start, start + num))
             group: Any = dist.new_group(ranks)
-            if start <= dist.get_rank() < start + size:
-                _context[num] = group if dist.get_rank() in ranks else None
+            if start <= dist.get_rank() < start + mesh.ranks:
+                _sample_groups[num] = group if dist.get_rank() in ranks else None
 
 
 def context_parallel_size() -> int:
-    """Number of ranks that share one video with this one, itself included."""
-    return max(len(_context), 1)
-
-
-def context_parallel_rank() -> int:
-    """Index of this process among them."""
-    return dist.get_rank() % context_parallel_size() if dist.is_initialized() else 0
+    """Number of ranks that share one video in the VAE with this one, itself included."""
+    return _mesh.context
 
 
 def context_group(num: int | None = None) -> Any:
@@ -126,12 +151,22 @@ def context_group(num: int | None = None) -> Any:
 
     None where this rank is not one of them, and where nothing is shared.
     """
-    return _context.get(len(_context) if num is None else num)
+    return _sample_groups.get(default(num, _mesh.context)) if _mesh.context > 1 else None
 
 
-def from_context_first(value: Any) -> Any:
-    """Return what the first of the ranks that share a video passed: a tensor of the same shape, or a small object."""
-    group = context_group()
+def sequence_group() -> Any:
+    """Return the group of the ranks that share the tokens of a sample with this one; None where nothing is shared."""
+    return _sample_groups.get(_mesh.sequence) if _mesh.sequence > 1 else None
+
+
+def sample_rank() -> int:
+    """Index of this process among those that work on one sample; the first one writes it."""
+    return dist.get_rank() % _mesh.ranks if dist.is_initialized() else 0
+
+
+def from_sample_first(value: Any) -> Any:
+    """Return what the first of the ranks that share a sample passed: a tensor of the same shape, or a small object."""
+    group = _sample_groups.get(_mesh.ranks)
     if group is None:
         return value
     source = dist.get_process_group_ranks(group)[0]
@@ -146,7 +181,9 @@ def from_context_first(value: Any) -> Any:
 
 def shutdown() -> None:
     """Destroy the process groups, so that a rank that ends does not leave its peers waiting."""
-    _context.clear()
+    global _mesh
+    _mesh = Mesh()
+    _sample_groups.clear()
     if dist.is_initialized():
         from sat import mpu
 
@@ -161,12 +198,12 @@ def shutdown() -> None:
 
 def data_parallel_rank() -> int:
     """Index of this process among those that work on different samples."""
-    return dist.get_rank() // context_parallel_size() if dist.is_initialized() else 0
+    return dist.get_rank() // _mesh.ranks if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
     """Number of processes that work on different samples; those that share one count once."""
-    return dist.get_world_size() // context_parallel_size() if dist.is_initialized() else 1
+    return dist.get_world_size() // _mesh.ranks if dist.is_initialized() else 1
 
 
 def _is_shared() -> bool:

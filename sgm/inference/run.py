@@ -40,6 +40,7 @@ from vae_modules.autoencoder import Tiling
 
 logger = get_logger(__name__)
 
+RING = {"auto": None, "ulysses": False, "ring": True}  # what args.sequence_attention is to the network
 Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -54,10 +55,9 @@ def sample(config: Config) -> Summary:
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
-    sgm.distributed.initialize(
-        model_parallel_size=config.args.model_parallel_size,
-        context_parallel_size=params_of(config.model.get("first_stage_config")).get("cp_size") or 1,
-    )
+    cp_size = params_of(config.model.get("first_stage_config")).get("cp_size") or 1
+    mesh = sgm.distributed.Mesh(context=cp_size, sequence=config.args.sequence_parallel_size)
+    sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size, mesh=mesh)
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
         run.sample_list(prompts) if prompts is not None else run.sample_typed()
@@ -125,7 +125,7 @@ class SamplingRun:
                 passes.append((prompts[-1], []))
         else:
             passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
-            passes = sgm.distributed.from_context_first(passes)  # one of them may see what another has just finished
+            passes = sgm.distributed.from_sample_first(passes)  # one of them may see what another has just finished
         self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
         if size > 1:
@@ -181,6 +181,7 @@ class SamplingRun:
             self.engine.first_stage_model.slicing = args.vae_slicing
             self.engine.first_stage_model.decodes_everywhere = False
             self.engine.first_stage_model.tiling = Tiling() if args.vae_tiling else None
+        self.engine.network.ring_attention = RING[args.sequence_attention]
         self._is_loaded = True
 
     def _result(self, prompt: Prompt, k: int) -> Path:
@@ -246,8 +247,10 @@ class SamplingRun:
                 f"prompt {prompt.index}: the sampled latents are not finite (NaN or infinity); run the model in the "
                 "precision that its YAML states, and check the checkpoint"
             )
-        latents = sgm.distributed.from_context_first(latents)
-        writes = sgm.distributed.context_parallel_rank() == 0
+        latents = sgm.distributed.from_sample_first(latents)
+        writes = sgm.distributed.sample_rank() == 0
+        if not writes and sgm.distributed.context_parallel_size() == 1:
+            return  # the first one decodes alone
         if self.args.only_save_latents:
             for k, one in zip(samples if writes else [], latents, strict=writes):
                 write_latents(self._result(prompt, k), one)
@@ -334,7 +337,7 @@ class SamplingRun:
 
     def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
         """Draw all finished videos of `prompts`, those of earlier runs too."""
-        if sgm.distributed.context_parallel_rank() > 0:
+        if sgm.distributed.sample_rank() > 0:
             return
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return

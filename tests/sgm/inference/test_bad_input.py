@@ -144,8 +144,9 @@ def test_output_folder_that_cannot_be_written(run, tmp_path):
     expect(run(f"args.output_dir={tmp_path / 'file' / 'out'}"), 2, "args.output_dir", "cannot be written")
 
 
-def test_context_parallel_vae_is_refused(run):
-    expect(run("model.first_stage_config.params.cp_size=2"), 2, "cp_size: 1")
+def test_more_ranks_for_a_video_than_there_are_processes(run):
+    expect(run("model.first_stage_config.params.cp_size=2"), 2, "cp_size=2", "1 processes")
+    expect(run("args.sequence_parallel_size=2"), 2, "args.sequence_parallel_size=2", "--nproc_per_node")
 
 
 def test_disk_full_while_writing_the_video(run, monkeypatch, tmp_path):

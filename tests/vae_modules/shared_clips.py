@@ -1,7 +1,4 @@
-"""Run under torchrun: every rank of a group computes a clip alone and shared, and compares. Not a test by itself."""
-
-import json
-import sys
+"""What tests/shared_ranks.py does with a VAE: every rank computes a clip alone and shared, and compares."""
 
 import torch
 import torch.distributed as dist
@@ -60,7 +57,7 @@ def check_first_rank_only(vae, size: int) -> None:
     vae.decodes_everywhere = False
     output, gradient, weights = run(vae, latents, "decode", size)
     vae.decodes_everywhere = True
-    if sgm.distributed.context_parallel_rank() == 0:
+    if sgm.distributed.sample_rank() == 0:
         assert difference(alone[0], output) <= 1e-5
     else:
         assert output.shape == (1, 3, 0, 16, 16), "only the first rank gets the video"
@@ -92,17 +89,14 @@ def check_tiles(vae, size: int) -> None:
     vae.tiling, vae.slicing = None, False
 
 
-def main() -> None:
-    size = int(sys.argv[1])
-    sgm.distributed.initialize(context_parallel_size=size)
-    assert sgm.distributed.context_parallel_size() == size
-    assert sgm.distributed.data_parallel_size() == dist.get_world_size() // size
+def check(size: int) -> dict[str, dict[str, float]]:
+    """Return the differences of every case."""
     section = vae_section("cogvideox_5b", ch=32, num_res_blocks=1)
     for part in ("encoder_config", "decoder_config"):
         section["params"][part]["params"]["ch_mult"] = [1, 1, 1, 1]
     vae = build_vae(section)
     found = {
-        f"{how}, {frames} frames": compare(vae, how, frames, size)
+        f"VAE {how}, {frames} frames": compare(vae, how, frames, size)
         for how in ("decode", "encode", "encode in chunks")
         for frames in FRAMES
     }
@@ -116,14 +110,4 @@ def main() -> None:
         assert f"cp_size={size + 1}, but this process shares clips with {size} ranks" in str(error)
     else:
         raise AssertionError("another size was accepted")
-    worst: dict[str, float] = {}
-    for result in sgm.distributed.from_all_ranks(found):
-        for case, values in result.items():
-            worst |= {f"{case}: {name}": max(value, worst.get(f"{case}: {name}", 0)) for name, value in values.items()}
-    if dist.get_rank() == 0:
-        sys.stdout.write(json.dumps(worst) + "\n")
-    sgm.distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    return found

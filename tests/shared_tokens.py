@@ -1,0 +1,61 @@
+"""What tests/shared_ranks.py does with networks: ranks compute the golden ones together, and compare with one alone."""
+
+import torch
+import torch.distributed as dist
+
+import sgm.distributed
+from sgm.util import InputError
+from tests.test_dit_golden import FAMILIES, GOLDEN, load
+
+
+def run(network, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return output, gradients of latents and text, and gradients of all weights."""
+    x, timesteps, context = inputs
+    x, context = x.clone().requires_grad_(), context.clone().requires_grad_()
+    network.zero_grad()
+    output = network(x, timesteps, context)
+    output.square().sum().backward()
+    weights = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    return output.detach(), torch.cat([x.grad.flatten(), context.grad.flatten()]), torch.cat(weights)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def compare(family: str, ring: bool) -> dict[str, float]:
+    network, inputs, io = load(GOLDEN / family)
+    network.ring_attention = ring
+    network.train()  # no dropout in these networks
+    output, inward, weights = run(network, inputs)
+    group = sgm.distributed.sequence_group()
+    dist.all_reduce(weights, group=group)
+    sgm.distributed.sequence_group = lambda: None  # one rank alone
+    alone = run(network, inputs)
+    sgm.distributed.sequence_group = lambda: group
+    network.get_mixin("adaln_layer").recomputed_layers = 2
+    recomputed = run(network, inputs)[2]
+    dist.all_reduce(recomputed, group=group)
+    return {
+        "output": float((output - io["output"]).abs().max()),
+        "input gradient": relative(inward, alone[1]),
+        "weight gradient": relative(weights, alone[2]),
+        "recomputed gradient": relative(recomputed, alone[2]),
+    }
+
+
+def check(size: int) -> dict[str, dict[str, float]]:
+    """Return the differences of every case."""
+    found = {}
+    for family in FAMILIES:
+        heads = load(GOLDEN / family)[0].transformer.layers[0].attention.num_attention_heads
+        for ring in (False, True) if heads >= size else (True,):
+            found[f"DiT {family}, {'ring' if ring else 'Ulysses'}"] = compare(family, ring)
+    network, (x, timesteps, context), _ = load(GOLDEN / FAMILIES[2])
+    try:
+        network(x, timesteps, context[:, :1])
+    except InputError as error:
+        assert "cannot be shared by" in str(error)
+    else:
+        raise AssertionError("a text too short for the ranks was accepted")
+    return found
