@@ -23,7 +23,7 @@ from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
 from sgm.training.prepare import Plan, total_iterations
 from sgm.training.schedule import LearningRate
-from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest
+from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest, state_order
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
@@ -179,6 +179,7 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
         config_digest=numbers_digest(config),
         clips=plan.data.digest,
+        order=state_order(plan.deepspeed["zero_optimization"]),
     )
 
 

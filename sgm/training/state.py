@@ -46,6 +46,9 @@ HARMLESS = frozenset(
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
     "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng".split()
 )
+# DeepSpeed loads a state that was stored in another order without a word, or fails; with its defaults.
+ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
+DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
 _CURE = "restore it, or start anew with args.resume=none (args.load may name the run folder)"
 
 
@@ -66,6 +69,7 @@ class ResumePoint:
         base_digest: digest of the weights that the run started from, None from random ones.
         config_digest: digest of what the numbers depend on in the configuration, see `numbers_digest`.
         clips: digest of the training clips' paths.
+        order: the setting that decides in which order ZeRO stores the state, see `state_order`; None if unknown.
         files: names of the files in its folder, this description excepted.
     """
 
@@ -81,6 +85,7 @@ class ResumePoint:
     base_digest: str | None
     config_digest: str
     clips: str
+    order: float | None = None
     files: tuple[str, ...] = ()
 
     @property
@@ -104,6 +109,8 @@ class ResumePoint:
         }
         if self.zero_stage > 0:  # every rank holds the whole state otherwise
             fixed["world_size"] = "torchrun --nproc_per_node"
+        if self.zero_stage == now.zero_stage > 0 and self.order is not None:
+            fixed["order"] = f"deepspeed.zero_optimization.{ORDER[self.zero_stage]}"
         problems = []
         for name, path in fixed.items():
             then, given = getattr(self, name), getattr(now, name)
@@ -118,6 +125,16 @@ class ResumePoint:
             logger.warning("the training clips are not those that %s began with: other samples follow", self.run)
         if self.config_digest != now.config_digest:
             logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
+
+
+def state_order(zero: Mapping[str, Any]) -> float | None:
+    """Return the value of the setting that decides in which order the state is stored, None without ZeRO.
+
+    Args:
+        zero: the ``zero_optimization`` section.
+    """
+    name = ORDER.get(zero["stage"])
+    return None if name is None else float(zero.get(name, DEFAULT_ORDER[name]))
 
 
 def numbers_digest(config: Config) -> str:

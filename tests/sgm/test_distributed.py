@@ -72,8 +72,6 @@ def test_the_device_is_the_cpu_where_there_is_nothing_else():
 
 def test_sizes_that_cannot_share_are_refused_with_the_legal_ones(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(
-        InputError, match="cp_size=4 ranks .* among 6 processes; legal are 1, 2, 3, 6"
-    ):
+    with pytest.raises(InputError, match="cp_size=4 ranks .* among 6 processes; legal are 1, 2, 3, 6"):
         sgm.distributed.initialize(context_parallel_size=4)
     assert sgm.distributed.context_group() is None and sgm.distributed.context_parallel_size() == 1

@@ -172,3 +172,11 @@ def test_weights_that_were_saved_ahead_of_the_state_are_saved_anew(training_yaml
     start(training_yaml, tmp_path, "args.train_iters=3", "args.resume=auto", "args.save_interval=1", "args.keep_last=2")
     assert sorted(path.name for path in run.iterdir() if path.name.isdigit()) == ["2", "3"]
     assert read_tensors(find_weights(run / "2")).keys() == read_tensors(find_weights(run)).keys()
+
+
+def test_another_order_of_the_state_is_refused(training_yaml, tmp_path):
+    stage = ["deepspeed.zero_optimization.stage=2", "args.train_iters=2"]
+    start(training_yaml, tmp_path, *stage, "args.exit_interval=1")
+    with pytest.raises(ConfigError, match=r"round_robin_gradients.*order 0\.0, and now it is 1\.0"):
+        more = "deepspeed.zero_optimization.round_robin_gradients=true"
+        start(training_yaml, tmp_path, *stage, "args.resume=auto", more)

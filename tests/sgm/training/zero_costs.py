@@ -1,0 +1,111 @@
+"""Measure what DeepSpeed keeps in memory and sends in a step, for ZeRO sections that a JSON file lists; a line each.
+
+Not a test: tests start it under torchrun. Every line is a JSON object: the most bytes that the tensors of rank zero
+took, and the numbers that went through each collective in an iteration, both as multiples of the network's parameters.
+"""
+
+import gc
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import sgm.distributed
+from sgm.training.optimizer import EmaAdamW
+
+BLOCKS, DIM = 16, 128
+COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+KEPT = []  # of earlier sections: what is in memory at the beginning of a measurement must not go away during it
+
+
+class Network(nn.Module):
+    """Blocks of two matrices. The later half is frozen, so that the backward pass goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(DIM, 4 * DIM, bias=False), nn.ReLU(), nn.Linear(4 * DIM, DIM, bias=False))
+            for _ in range(BLOCKS)
+        )
+        self.blocks[BLOCKS // 2 :].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def bytes_in_memory() -> int:
+    gc.collect()
+    found = {}
+    for value in gc.get_objects():
+        if isinstance(value, Tensor):
+            for tensor in (value, value.grad if value.is_leaf else None):
+                if tensor is not None and tensor.device.type != "meta":
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def count_traffic(sent: Counter) -> None:
+    """Wrap the collectives of torch, so that each call adds the larger of its tensors to `sent`."""
+
+    def wrapped(name: str, call: Any) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            sent[name] += max(value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            return call(*args, **kwargs)
+
+        return counting
+
+    for name in COLLECTIVES:
+        setattr(dist, name, wrapped(name, getattr(dist, name)))
+
+
+def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> dict[str, Any]:
+    """Train for two iterations, of which the second counts."""
+    import deepspeed
+
+    before, peaks = bytes_in_memory(), []
+
+    class Watched(EmaAdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            peaks.append(bytes_in_memory())
+
+    torch.manual_seed(0)
+    network = Network().bfloat16()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = Watched(trained, ema_decay=ema_decay)
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=section, dist_init_required=False)
+    KEPT.append(engine)
+    for _ in range(2):
+        sent.clear()
+        peaks.clear()
+        for _ in range(section["gradient_accumulation_steps"]):
+            engine.backward(engine(torch.randn(2, DIM, dtype=torch.bfloat16)))
+            peaks.append(bytes_in_memory())
+            engine.step()
+    total = BLOCKS * 8 * DIM**2
+    traffic = {name: sent[name] / total for name in COLLECTIVES}
+    return {"memory": (max(peaks) - before) / total, "traffic": traffic}
+
+
+def main() -> None:
+    """Measure the sections of the file that the command line names."""
+    sgm.distributed.initialize()
+    sgm.distributed.prepare_deepspeed()
+    sent = Counter()
+    count_traffic(sent)
+    gc.freeze()  # what imports have made is not looked through again and again
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        result = measure(case["section"], case["ema_decay"], sent)
+        if dist.get_rank() == 0:
+            sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
