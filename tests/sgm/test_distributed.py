@@ -73,5 +73,7 @@ def test_the_device_is_the_cpu_where_there_is_nothing_else():
 def test_sizes_that_cannot_share_are_refused_with_the_legal_ones(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(InputError, match="cp_size=4 ranks .* among 6 processes; legal are 1, 2, 3, 6"):
-        sgm.distributed.initialize(context_parallel_size=4)
+        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(context=4))
+    with pytest.raises(InputError, match="cp_size=2 and args.sequence_parallel_size=3 differ"):
+        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(context=2, sequence=3))
     assert sgm.distributed.context_group() is None and sgm.distributed.context_parallel_size() == 1

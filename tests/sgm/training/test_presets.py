@@ -355,6 +355,7 @@ def submit(slurm):
             job.wait()
 
 
+@pytest.mark.slow  # half a minute: two machines, a kill, a second start
 def test_the_script_for_slurm_goes_on_after_its_time(submit, training_yaml, tmp_path):
     """Its time is up after some iterations, Slurm starts it again, and the losses are those of one run."""
     bases = [*training_yaml(MODELS["lora"]), str(CONFIGS / "deepspeed" / "zero2.yaml")]
