@@ -184,6 +184,8 @@ def _transformer(
         alpha = lora_params.get("lora_alpha", 1)
         if adapters == "keep":
             kept = lora.adapters_to_diffusers(held, alpha=alpha)
+        if dtype is not None:  # rounded once, to `dtype`, and not to that of the file before
+            held = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in held.items()}
         held = lora.merge_adapters(held, alpha=alpha, strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
         held, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"

@@ -18,11 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from sgm.adapters import AdapterInfo, read_adapter_info
+from sgm.checkpoint import save_network
 from sgm.config import load_config
 from sgm.conversion.from_diffusers import sat_model_of
+from sgm.conversion.lora import export_lora
+from sgm.conversion.lora_import import import_lora
 from sgm.conversion.to_diffusers import pipeline_of
 from sgm.conversion.verify import verify
-from sgm.files import find_weights, read_tensors
+from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
@@ -344,3 +348,29 @@ def test_adapters_are_merged_or_kept(tiny_model, tmp_path):
     changed = {n for n in merged if not torch.equal(merged[n], kept[n])}
     assert name in changed and all(".attn1.to_" in n for n in changed)
     assert np.isfinite(float((merged[name] - kept[name]).abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_of_every_family_come_back_byte_by_byte(family, tmp_path, name):
+    config = load(family(name))
+    generator = torch.Generator().manual_seed(5)
+    matrices = {}
+    for layer in range(2):
+        for target, pairs in (("query_key_value", 3), ("dense", 1)):
+            for pair in range(pairs):
+                stem = f"transformer.layers.{layer}.attention.{target}"
+                matrices[f"{stem}.matrix_A.{pair}"] = torch.randn(4, 64, generator=generator)
+                matrices[f"{stem}.matrix_B.{pair}"] = torch.randn(64, 4, generator=generator)
+    digest = weights_digest(find_weights(config.args.load))
+    info = AdapterInfo(rank=4, alpha=3.0, layers=(0, 1), base=config.args.load, base_digest=digest)
+    patch_size = config.model["network_config"]["params"]["patch_size"]
+    save_network(tmp_path / "sat", 1, matrices, patch_size=patch_size, adapters=info)
+    export_lora(tmp_path / "sat", tmp_path / "lora")
+    import_lora(config, tmp_path / "lora", tmp_path / "back")
+    assert equal(*(read_tensors(find_weights(tmp_path / each)) for each in ("sat", "back")))
+    assert read_adapter_info(tmp_path / "back") == info
+    adapted = load(family(name), f"args.load={tmp_path / 'sat'}")
+    skip = ["vae", "text_encoder", "tokenizer", "scheduler"]
+    for adapters in ("merge", "keep"):
+        pipeline_of(adapted, adapters=adapters, dtype=torch.float32, without=skip).write(tmp_path / adapters)
+        assert verify(adapted, tmp_path / adapters)["transformer"] <= 2e-5
