@@ -14,13 +14,13 @@ SHARED = "model.first_stage_config.params.cp_size=2"
 
 @pytest.fixture
 def sample(tmp_path):
-    """Return a function that samples three prompts below tmp_path, in this process or on several ranks."""
+    """Return a function that samples three prompts below tmp_path, in this process or on some ranks."""
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na blue square\na green triangle\n")
 
-    def run_it(base, folder, *overrides, world=1):
+    def run_it(base, folder, *overrides, world=None):
         words = ["--base", str(base), f"args.input_file={path}", f"args.output_dir={tmp_path / folder}", *overrides]
-        if world == 1:
+        if world is None:
             assert main(words) == 0
         else:
             done = run("sample_video.py", words, world)
@@ -32,12 +32,12 @@ def sample(tmp_path):
 
 def test_ranks_that_share_a_video_write_it_once(tiny_model, tmp_path, sample):
     base, more = tiny_model("dit_t2v_1.5"), ["args.sampling_num_frames=4", "args.contact_sheet=true"]
-    one, shared = sample(base, "one", *more), sample(base, "shared", *more, SHARED, world=2)
+    # Both in processes of their own, which compute alike to the last bit: of one, the codec makes much in such noise.
+    one, shared = sample(base, "one", *more, world=1), sample(base, "shared", *more, SHARED, world=2)
     assert one.keys() == shared.keys() and len(one) == 3
     for name, path in one.items():
-        difference = np.abs(iio.imread(path).astype(int) - iio.imread(shared[name]).astype(int))
-        # These videos are noise: here and there the codec makes several grey levels of a difference in the last bit.
-        assert (difference > 1).mean() < 0.01, name
+        difference = iio.imread(path).astype(int) - iio.imread(shared[name]).astype(int)
+        assert np.abs(difference).max() <= 1, name
     assert [path.name for path in (tmp_path / "shared").glob("contact_sheet*")] == ["contact_sheet.png"]
 
 
