@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 import sgm.distributed
-from benchmarks.diffusers_peer import network_peer, peer_rope, run_network_peer, vae_peer
+from benchmarks.diffusers_peer import network_peer, run_network_peer, vae_peer
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, spatial_interpolation, vae_section
+from sgm.conversion.verify import peer_rope
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
 from dit_video_concat import Basic3DPositionEmbeddingMixin, DiffusionTransformer
@@ -60,18 +59,6 @@ def network_peer(
     return _finish(peer, weight.dtype, network.training)
 
 
-def peer_rope(peer: CogVideoXTransformer3DModel, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines that diffusers' pipelines hand to the twin for latents (B, T, C, H, W); None for 2B."""
-    config: Any = peer.config
-    if not config.use_rotary_positional_embeddings:
-        return None
-    frames = latents.shape[1] // (config.patch_size_t or 1)
-    height, width = latents.shape[3] // config.patch_size, latents.shape[4] // config.patch_size
-    return get_3d_rotary_pos_embed(
-        config.attention_head_dim, ((0, 0), (height, width)), (height, width), frames, device=latents.device
-    )
-
-
 def run_network_peer(
     peer: CogVideoXTransformer3DModel,
     x: torch.Tensor,
@@ -81,7 +68,7 @@ def run_network_peer(
     ofs: torch.Tensor | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Call the twin as our network is called; `rope` is what `peer_rope` gives."""
+    """Call the twin as our network is called; `rope` is what `sgm.conversion.verify.peer_rope` gives."""
     return peer(
         hidden_states=x,
         encoder_hidden_states=context,

@@ -22,7 +22,7 @@ PREFIX = "model.diffusion_model."
 UNUSED_TABLES = ("transformer.word_embeddings.weight", "transformer.position_embeddings.weight")
 
 _RECOMPUTED = re.compile(r"^mixins\.pos_embed\.freqs_(sin|cos)$")
-_WRAPPED = re.compile(r"\.original\.(weight|bias)$")
+WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _network_part(
     for name in recomputed + unused:
         del held[name]
     for name in wanted:
-        plain = _WRAPPED.sub(r".\1", name)
+        plain = WRAPPED.sub(r".\1", name)
         if name not in held and plain in held:
             held[name] = held.pop(plain)
     if PATCH_WEIGHT in held and PATCH_WEIGHT in wanted:

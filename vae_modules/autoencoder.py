@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import sgm.distributed
+from sgm.sequence_parallel import shares
 from sgm.util import InputError, instantiate_from_config
-from vae_modules.cp_ops import SharedStream, gather_pieces, shares, to_all
+from vae_modules.cp_ops import SharedStream, gather_pieces, to_all
 from vae_modules.layers import Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 

@@ -24,11 +24,6 @@ from torch import nn
 from vae_modules.layers import Stream
 
 
-def shares(num: int, size: int) -> list[int]:
-    """Divide `num` things among `size` ranks, as evenly as can be, more on the first ones; some may get none."""
-    return [num // size + (rank < num % size) for rank in range(size)]
-
-
 class Neighbours:
     """The ranks before and after this one in a group, as a ring.
 

@@ -7,7 +7,7 @@ CogVideoXDDIMScheduler, whose keys CogVideoXDPMScheduler shares.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgm.geometry import SPATIAL_COMPRESSION, Geometry
+from sgm.geometry import Geometry
 from sgm.util import InputError, default
 
 DIT = "dit_video_concat"
@@ -289,11 +289,6 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
         ours: config[theirs] for ours, theirs in names.items() if config.get(theirs, _BETAS[ours]) != _BETAS[ours]
     }
     return params | {"shift_scale": float(config.get("snr_shift_scale", 3.0))}
-
-
-def pixels(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (height, width) in pixels of the videos that a transformer of diffusers was made for."""
-    return config.get("sample_height", 60) * SPATIAL_COMPRESSION, config.get("sample_width", 90) * SPATIAL_COMPRESSION
 
 
 def _require_class(config: Mapping[str, Any], name: str) -> None:

@@ -23,7 +23,7 @@ from sgm.checkpoint import save_autoencoder, save_network, write_latest
 from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.model_yaml import Description, model_yaml
 from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
-from sgm.conversion.to_diffusers import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table
+from sgm.conversion.to_diffusers import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.writing import new_folder, total_bytes, write_safetensors
 from sgm.files import WEIGHTS, read_metadata, read_tensors
 from sgm.modules.encoders.t5_folder import T5Folder
@@ -215,8 +215,9 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
     with without_allocating():
         network = instantiate_from_config(section)
     if FOLDED in stored.metadata:
-        tensors[DIFFUSERS_PATCH] = _unfolded(
-            tensors[DIFFUSERS_PATCH], float(stored.metadata[FOLDED]), network.in_channels, network.out_channels
+        factor = float(stored.metadata[FOLDED])
+        tensors[DIFFUSERS_PATCH] = with_image_channels(
+            tensors[DIFFUSERS_PATCH], network.in_channels, network.out_channels, lambda part: part / factor
         )
     made = network_from_diffusers(tensors)
     wanted = {name: tensor for name, tensor in network.state_dict().items() if name not in UNUSED_TABLES}
@@ -225,17 +226,6 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
         made[POSITION_TABLE] = LazyTensor((position_table(section["params"]),), to_dtype=own)
     require_equal_shapes(stored.path, wanted, made)
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
-
-
-def _unfolded(weight: torch.Tensor, factor: float, in_channels: int, own: int) -> LazyTensor:
-    """Undo `sgm.conversion.to_diffusers` folding the image scale into the patch projection."""
-
-    def unfold(weight: torch.Tensor) -> torch.Tensor:
-        per_channel = weight.unflatten(1, (in_channels, -1)) if weight.ndim == 2 else weight
-        scaled = torch.cat((per_channel[:, :own], (per_channel[:, own:].float() / factor).to(weight.dtype)), dim=1)
-        return scaled.reshape(weight.shape)
-
-    return LazyTensor((weight,), unfold)
 
 
 def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTensor]:

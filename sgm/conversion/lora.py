@@ -31,7 +31,7 @@ from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, wr
 from sgm.files import WEIGHTS, find_weights, read_tensors
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights_match import PREFIX
+from sgm.weights_match import PREFIX, WRAPPED
 
 logger = get_logger(__name__)
 
@@ -44,7 +44,6 @@ TARGETS = {QKV: QKV_PARTS, "attention.dense": (BLOCK["attention.dense"],)}
 
 _PROJECTION = re.compile(r"transformer\.layers\.(\d+)\.(attention\.\w+)")
 _MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
-_WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
 Pair = tuple[torch.Tensor | LazyTensor, torch.Tensor | LazyTensor]
 
@@ -116,7 +115,7 @@ def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> 
     for name, tensor in tensors.items():
         if is_adapter(name):
             continue
-        plain = _WRAPPED.sub(r".\1", name)
+        plain = WRAPPED.sub(r".\1", name)
         module, _, kind = plain.rpartition(".")
         own = pairs.pop(module, None) if kind == "weight" else None
         if own is None or strength == 0:

@@ -238,15 +238,33 @@ def _fold(config: Config, tensors: dict[str, LazyTensor], geometry: Geometry) ->
             "out: for this model the pipelines of diffusers scale as SAT does"
         )
     factor = float(config.model.get("scale_factor", 1.0))
-    own = geometry.out_channels
-
-    def fold(weight: torch.Tensor) -> torch.Tensor:
-        per_channel = weight.unflatten(1, (geometry.in_channels, -1)) if weight.ndim == 2 else weight
-        scaled = torch.cat((per_channel[:, :own], (per_channel[:, own:].float() * factor).to(weight.dtype)), dim=1)
-        return scaled.reshape(weight.shape)
-
-    tensors[DIFFUSERS_PATCH] = LazyTensor((tensors[DIFFUSERS_PATCH],), fold)
+    tensors[DIFFUSERS_PATCH] = with_image_channels(
+        tensors[DIFFUSERS_PATCH], geometry.in_channels, geometry.out_channels, lambda part: part * factor
+    )
     return factor
+
+
+def with_image_channels(
+    weight: torch.Tensor | LazyTensor,
+    in_channels: int,
+    out_channels: int,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> LazyTensor:
+    """Return a patch projection, in either shape, with its image channels changed in float32.
+
+    Args:
+        weight: [D, C, p, p] or [D, C·pt·p·p].
+        in_channels: C, of which the first `out_channels` are those of the noisy latents.
+        out_channels: channels of the latents.
+        change: what to do with the others.
+    """
+
+    def make(weight: torch.Tensor) -> torch.Tensor:
+        channels = weight.unflatten(1, (in_channels, -1)) if weight.ndim == 2 else weight
+        changed = change(channels[:, out_channels:].float()).to(weight.dtype)
+        return torch.cat((channels[:, :out_channels], changed), dim=1).reshape(weight.shape)
+
+    return LazyTensor((weight,), make)
 
 
 def _vae(config: Config) -> Part:

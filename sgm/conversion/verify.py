@@ -14,6 +14,7 @@ import torch
 from sgm.adapters import with_adapters
 from sgm.checkpoint import load_autoencoder, load_network
 from sgm.config import Config
+from sgm.conversion.lora import FILE
 from sgm.conversion.to_diffusers import FOLDED, position_table
 from sgm.files import read_metadata, read_tensors
 from sgm.geometry import Geometry
@@ -92,9 +93,9 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     del network
 
     peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    kept_apart = (folder.parent / "pytorch_lora_weights.safetensors").is_file()
+    kept_apart = (folder.parent / FILE).is_file()
     if kept_apart:
-        peer.load_lora_adapter(str(folder.parent), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+        peer.load_lora_adapter(str(folder.parent), weight_name=FILE, prefix="transformer")
     if geometry.positions == "learned":
         # diffusers would compute sines for fewer frames than the table was made for; SAT takes the table's beginning.
         rows = context.shape[1] + x.shape[3] * x.shape[4] // peer.config.patch_size**2
@@ -109,7 +110,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
         encoder_hidden_states=context,
         timestep=timesteps,
         ofs=ofs,
-        image_rotary_emb=_rope(peer, x),
+        image_rotary_emb=peer_rope(peer, x),
         return_dict=False,
     )[0]
     limit = TOLERANCE
@@ -139,7 +140,7 @@ def _inputs(params: Mapping[str, Any], geometry: Geometry) -> tuple[torch.Tensor
     return x, torch.tensor([500]), torch.randn(1, length, size, generator=generator)
 
 
-def _rope(peer: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def peer_rope(peer: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Cosines and sines for latents (B, T, C, H, W), as SAT counts positions: by one from zero; None for 2B."""
     if not peer.config.use_rotary_positional_embeddings:
         return None
@@ -147,7 +148,9 @@ def _rope(peer: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     frames = latents.shape[1] // (peer.config.patch_size_t or 1)
     height, width = latents.shape[3] // peer.config.patch_size, latents.shape[4] // peer.config.patch_size
     head = peer.config.attention_head_dim
-    return embeddings.get_3d_rotary_pos_embed(head, ((0, 0), (height, width)), (height, width), frames)
+    return embeddings.get_3d_rotary_pos_embed(
+        head, ((0, 0), (height, width)), (height, width), frames, device=latents.device
+    )
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.models import build_vae, randomize, vae_section
+from sgm.sequence_parallel import shares
 from sgm.util import InputError, instantiate_from_config
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
-from vae_modules.cp_ops import shares
 from vae_modules.layers import CausalConv3d, Downsample3D, SpatialNorm3D, Stream, Upsample3D
 from vae_modules.regularizers import DiagonalGaussian, DiagonalGaussianRegularizer
 

@@ -11,7 +11,7 @@ from diffusers import CogVideoXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.diffusers_peer import network_peer, peer_rope, run_network_peer
+from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.adapters import AdapterInfo, is_adapter
 from sgm.checkpoint import load_network, save_network
@@ -25,6 +25,7 @@ from sgm.conversion.lora import (
     merge_lora,
     read_lora,
 )
+from sgm.conversion.verify import peer_rope
 from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights_match import PREFIX

@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.diffusers_peer import network_peer, peer_rope, run_network_peer
+from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import build_network
 from sgm.adapters import is_adapter, read_adapter_info, with_adapters
 from sgm.checkpoint import load_network, save_network
 from sgm.config import load_config
 from sgm.conversion.lora import FILE, HEADER_KEY, export_lora
 from sgm.conversion.lora_import import find_lora, import_lora, read_diffusers_lora
+from sgm.conversion.verify import peer_rope
 from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.util import InputError, instantiate_from_config, without_allocating
 
