@@ -51,10 +51,12 @@ class SamplingArgs:
         vae_tiling: decode in overlapping tiles: less memory, a little slower, slightly different at the seams.
         vae_slicing: decode the samples of a batch one by one: less memory, same result.
         device: where to run, e.g. ``cpu``; null takes the accelerator, or the CPU where there is none.
-        model_parallel_size: ranks that share one network; 1 is the only value so far.
+        model_parallel_size: ranks that share the layers of one network: each has a part of the heads and of the MLP.
         sequence_parallel_size: ranks that share one sample: each has a part of its tokens, and all weights.
         sequence_attention: how they attend to each other's tokens: ``ulysses`` divides the heads, ``ring`` passes keys
             and values around; ``auto`` takes the former where there are enough heads.
+        cfg_parallel_size: 2 lets one half of the ranks that share a sample compute the conditional, the other the
+            unconditional branch of guidance; 1 computes both on each.
     """
 
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
@@ -86,6 +88,7 @@ class SamplingArgs:
     model_parallel_size: int = _between(1, 1)
     sequence_parallel_size: int = _between(1, 1)
     sequence_attention: Literal["auto", "ulysses", "ring"] = "auto"
+    cfg_parallel_size: int = _between(1, 1, 2)
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot be: the key, what was found, and the cure."""
@@ -100,10 +103,6 @@ class SamplingArgs:
             yield "seed", f"is {self.seed}", f"give a whole number from 0 to {last_seed}"
         if self.fp16 and self.bf16:
             yield "fp16", "fp16 and bf16 are both true", "keep the one that the model was released in"
-        if self.model_parallel_size != 1:
-            found = f"is {self.model_parallel_size}; no network is shared between ranks"
-            cure = "set args.model_parallel_size=1; with torchrun, every rank works on samples of its own"
-            yield "model_parallel_size", found, cure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +249,6 @@ class TrainingArgs(SamplingArgs):
             yield "resume", "is empty", "give auto, none, or the folder of a run"
         if self.ema_decay == 1:
             yield "ema_decay", "is 1, which never follows the weights", "give a number below 1, such as 0.9999, or null"
-        if self.sequence_parallel_size != 1:
-            found = f"is {self.sequence_parallel_size}; in training every rank has samples of its own in this version"
-            yield "sequence_parallel_size", found, "set args.sequence_parallel_size=1, and use ZeRO 3 to save memory"
         if self.valid_prompts is not None and not self.valid_prompts:
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 

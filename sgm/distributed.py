@@ -47,20 +47,37 @@ def world_size() -> int:
 class Mesh:
     """How many neighbouring ranks work on one sample together; every other neighbour has samples of its own.
 
-    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next.
+    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next. Ranks of one sample are laid out with the
+    axis that sends most as the innermost: neighbours share layers, then tokens, then the two branches of guidance.
 
     Attributes:
         context: ranks that share a video in the VAE (``cp_size``).
+        tensor: ranks that share the layers of the DiT (``model_parallel_size``).
         sequence: ranks that share the tokens of a sample in the DiT (``sequence_parallel_size``).
+        cfg: ranks that share the conditional and the unconditional branch in sampling (``cfg_parallel_size``).
     """
 
     context: int = 1
+    tensor: int = 1
     sequence: int = 1
+    cfg: int = 1
+
+    @property
+    def network(self) -> int:
+        """Ranks that share one sample in the DiT."""
+        return self.tensor * self.sequence * self.cfg
 
     @property
     def ranks(self) -> int:
         """Ranks that work on one sample."""
-        return max(self.context, self.sequence)
+        return max(self.context, self.network)
+
+    def lines(self, axis: str) -> list[list[int]]:
+        """Return the groups along ``tensor``, ``sequence`` or ``cfg`` among the first ranks, those of one sample."""
+        length = getattr(self, axis)
+        distance = {"tensor": 1, "sequence": self.tensor, "cfg": self.tensor * self.sequence}[axis]
+        firsts = [rank for rank in range(self.network) if rank // distance % length == 0]
+        return [[first + distance * i for i in range(length)] for first in firsts]
 
     def check(self) -> None:
         """Hold the sizes against the number of processes, before anything is started.
@@ -68,45 +85,57 @@ class Mesh:
         Raises:
             InputError: they do not fit; says which would.
         """
-        sizes = {"model.first_stage_config.params.cp_size": self.context, "args.sequence_parallel_size": self.sequence}
-        for name, size in sizes.items():
+        network = {
+            "args.model_parallel_size": self.tensor,
+            "args.sequence_parallel_size": self.sequence,
+            "args.cfg_parallel_size": self.cfg,
+        }
+        context = {"model.first_stage_config.params.cp_size": self.context}
+        if self.cfg not in (1, 2):
+            raise InputError(f"args.cfg_parallel_size={self.cfg}, but guidance has two branches; give 1 or 2")
+        for name, size in (network | context).items():
             if size < 1 or world_size() % size:
-                legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
-                raise InputError(
-                    f"{name}={size} ranks cannot share a sample among {world_size()} processes; legal are "
-                    f"{', '.join(legal)}, or start another number of processes with torchrun --nproc_per_node"
-                )
-        if len({size for size in sizes.values() if size > 1}) > 1:
-            given = " and ".join(f"{name}={size}" for name, size in sizes.items())
+                raise InputError(f"{name}={size} {_no_fit(size)}")
+        if world_size() % self.network:
+            given = " × ".join(f"{name}={size}" for name, size in network.items() if size > 1)
+            raise InputError(f"{given} = {self.network} {_no_fit(self.network)}")
+        if self.context not in (1, self.network) and self.network > 1:
+            given = " and ".join(f"{name}={size}" for name, size in (context | network).items() if size > 1)
             raise InputError(
-                f"{given} differ; the same ranks share a sample in both: set them equal, or one of them to 1"
+                f"{given} differ: the same ranks share a sample in the VAE and in the network; set cp_size to "
+                f"{self.network} or 1, or the sizes of the network to 1"
             )
 
 
-_mesh = Mesh()
+def _no_fit(size: int) -> str:
+    legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
+    return (
+        f"ranks cannot share a sample among {world_size()} processes; legal are {', '.join(legal)}, or start another "
+        f"number of processes, such as {max(size, 1)}, with torchrun --nproc_per_node"
+    )
+
+
+_mesh: Mesh | None = None
 # Of this rank: number of ranks → the group of that many first ones of those that share a sample with it; None where it
 # is not one of them. Short videos have less pieces than there are ranks.
 _sample_groups: dict[int, Any] = {}
+# Of this rank: axis of the mesh → the ranks that share a sample along it, where it is longer than 1.
+_axes: dict[str, Any] = {}
 
 
-def initialize(*, model_parallel_size: int = 1, mesh: Mesh | None = None) -> None:
+def initialize(*, mesh: Mesh | None = None) -> None:
     """Create the process groups once; later calls check that they ask for the same.
 
     Args:
-        model_parallel_size: ranks that share one copy of the DiT; 1 in this version.
-        mesh: what ranks share; None leaves it as it is.
+        mesh: what ranks share; None leaves it as it is, at first nothing.
 
     Raises:
-        InputError: a size is not supported, does not fit the number of processes, or differs from that of before.
+        InputError: sizes do not fit the number of processes, or differ from those of before.
     """
-    if model_parallel_size != 1:
-        raise InputError(
-            f"model_parallel_size={model_parallel_size}: the DiT runs on one rank in this version; "
-            "set model_parallel_size: 1"
-        )
+    global _mesh
     if mesh is not None:
         mesh.check()
-        if _sample_groups and mesh != _mesh:
+        if _mesh not in (None, mesh):
             raise InputError(f"ranks share {_mesh} in this process already, and {mesh} is asked for; start another one")
     prepare_import()
     from sat import mpu
@@ -122,28 +151,40 @@ def initialize(*, model_parallel_size: int = 1, mesh: Mesh | None = None) -> Non
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
             backend = dist.get_default_backend_for_device(device())
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    tensor = mesh.tensor if mesh is not None else _current().tensor
+    if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != tensor:
+        mpu.destroy_model_parallel()  # a network was built to be looked at, before the sizes were known
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
-        mpu.initialize_model_parallel(model_parallel_size)
-    if mesh is not None and mesh.ranks > 1 and not _sample_groups:
-        _make_sample_groups(mesh)
+        mpu.initialize_model_parallel(tensor)
+    if mesh is not None and _mesh is None:
+        _mesh = mesh
+        _make_groups(mesh)
 
 
-def _make_sample_groups(mesh: Mesh) -> None:
+def _current() -> Mesh:
+    return default(_mesh, Mesh())
+
+
+def _make_groups(mesh: Mesh) -> None:
     """Make the groups of all ranks: every process has to take part in making each."""
-    global _mesh
-    _mesh = mesh
-    for start in range(0, dist.get_world_size(), mesh.ranks):
+    for start in range(0, dist.get_world_size() if mesh.ranks > 1 else 0, mesh.ranks):
         for num in range(1 if mesh.context > 1 else mesh.ranks, mesh.ranks + 1):
             ranks = list(range(start, start + num))
             group: Any = dist.new_group(ranks)
             if start <= dist.get_rank() < start + mesh.ranks:
                 _sample_groups[num] = group if dist.get_rank() in ranks else None
+        for axis in ("sequence", "cfg"):
+            for line in mesh.lines(axis) if getattr(mesh, axis) > 1 else ():
+                ranks = [start + rank for rank in line]
+                group = dist.new_group(ranks)
+                if dist.get_rank() in ranks:
+                    _axes[axis] = group
 
 
 def context_parallel_size() -> int:
     """Number of ranks that share one video in the VAE with this one, itself included."""
-    return _mesh.context
+    return _current().context
 
 
 def context_group(num: int | None = None) -> Any:
@@ -151,22 +192,50 @@ def context_group(num: int | None = None) -> Any:
 
     None where this rank is not one of them, and where nothing is shared.
     """
-    return _sample_groups.get(default(num, _mesh.context)) if _mesh.context > 1 else None
+    context = context_parallel_size()
+    return _sample_groups.get(default(num, context)) if context > 1 else None
+
+
+def tensor_parallel_size() -> int:
+    """Number of ranks that share the layers of the DiT with this one, itself included."""
+    return _current().tensor
+
+
+def tensor_parallel_rank() -> int:
+    """Index of this process among those that share layers, as checkpoints count them (``mp_rank_XX``)."""
+    return dist.get_rank() % _current().tensor if dist.is_initialized() else 0
+
+
+def tensor_group() -> Any:
+    """Return the group of the ranks that share layers with this one; None where nothing is shared."""
+    from sat import mpu
+
+    return mpu.get_model_parallel_group() if tensor_parallel_size() > 1 else None
 
 
 def sequence_group() -> Any:
     """Return the group of the ranks that share the tokens of a sample with this one; None where nothing is shared."""
-    return _sample_groups.get(_mesh.sequence) if _mesh.sequence > 1 else None
+    return _axes.get("sequence")
+
+
+def sequence_parallel_size() -> int:
+    """Number of ranks that share the tokens of a sample with this one, itself included."""
+    return _current().sequence
+
+
+def cfg_group() -> Any:
+    """Return the group of the ranks that share the branches of guidance with this one; None where nothing is shared."""
+    return _axes.get("cfg")
 
 
 def sample_rank() -> int:
     """Index of this process among those that work on one sample; the first one writes it."""
-    return dist.get_rank() % _mesh.ranks if dist.is_initialized() else 0
+    return dist.get_rank() % _current().ranks if dist.is_initialized() else 0
 
 
 def from_sample_first(value: Any) -> Any:
     """Return what the first of the ranks that share a sample passed: a tensor of the same shape, or a small object."""
-    group = _sample_groups.get(_mesh.ranks)
+    group = _sample_groups.get(_current().ranks)
     if group is None:
         return value
     source = dist.get_process_group_ranks(group)[0]
@@ -182,8 +251,9 @@ def from_sample_first(value: Any) -> Any:
 def shutdown() -> None:
     """Destroy the process groups, so that a rank that ends does not leave its peers waiting."""
     global _mesh
-    _mesh = Mesh()
+    _mesh = None
     _sample_groups.clear()
+    _axes.clear()
     if dist.is_initialized():
         from sat import mpu
 
@@ -196,14 +266,19 @@ def shutdown() -> None:
             dist.destroy_process_group()
 
 
+def rank() -> int:
+    """Index of this process among all; the first one writes what there is once."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def data_parallel_rank() -> int:
     """Index of this process among those that work on different samples."""
-    return dist.get_rank() // _mesh.ranks if dist.is_initialized() else 0
+    return dist.get_rank() // _current().ranks if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
     """Number of processes that work on different samples; those that share one count once."""
-    return dist.get_world_size() // _mesh.ranks if dist.is_initialized() else 1
+    return dist.get_world_size() // _current().ranks if dist.is_initialized() else 1
 
 
 def _is_shared() -> bool:

@@ -97,6 +97,11 @@ class Geometry:
         """Latent frames that the network sees for `latents` kept ones: padded to a multiple of the temporal patch."""
         return -(-latents // self.patch_size[0]) * self.patch_size[0]
 
+    def num_patches(self, latents: int, size: tuple[int, int]) -> int:
+        """Patches that the network sees of a video of `latents` kept latent frames and (height, width) in pixels."""
+        height, width = (side // step for side, step in zip(size, self.size_steps, strict=True))
+        return self.padded_latents(latents) // self.patch_size[0] * height * width
+
     def kept_latents(self, sampling_num_frames: int) -> int:
         """Latent frames kept for what a user writes as ``args.sampling_num_frames``.
 

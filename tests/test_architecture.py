@@ -46,6 +46,7 @@ LAYERS = {
     "sgm.checkpoint": 3,
     "sgm.models": 3,
     "sgm.check": 3,
+    "sgm.check_mesh": 3,
     "sgm.check_training": 3,
     "sgm.conversion": 4,
     "sgm.inference": 4,

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import sgm.distributed
 from sgm.adapters import with_adapters
-from sgm.check import dry_run, tried
+from sgm.check import check_sampling, dry_run, tried
+from sgm.check_mesh import check_mesh, mesh_of
 from sgm.config import Config, ConfigError, Problem
+from sgm.distributed import Mesh
 from sgm.files import require_writable
 from sgm.geometry import Geometry
 from sgm.inference.prompts import Prompt, check_images, read_prompts
@@ -22,11 +24,13 @@ class Prepared:
     Attributes:
         config: its configuration, with the ``lora_config`` that the weights ask for.
         report: the dry run's.
+        mesh: which ranks share a sample.
         prompts: what to sample; None where prompts are typed in during the run.
     """
 
     config: Config
     report: str
+    mesh: Mesh
     prompts: list[Prompt] | None
 
 
@@ -40,6 +44,7 @@ def prepare(config: Config) -> Prepared:
     try:
         config = with_adapters(config)
         report = dry_run(config)
+        problems += _mesh_problems(config)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -53,7 +58,14 @@ def prepare(config: Config) -> Prepared:
         raise ConfigError(config.located(problems))
     if prompts is not None:
         report += f"\nprompts: {len(prompts)} from {config.args.input_file}"
-    return Prepared(config, report, prompts)
+    return Prepared(config, report, mesh_of(config), prompts)
+
+
+def _mesh_problems(config: Config) -> list[Problem]:
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    plan = check_sampling(config.args, geometry)
+    patches = None if plan.size is None else geometry.num_patches(plan.latents, plan.size)
+    return check_mesh(config, num_patches=patches)
 
 
 def _read_prompts(config: Config) -> list[Prompt] | None:

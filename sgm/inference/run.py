@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
-from sgm.check import SamplingPlan, check_sampling, params_of
+from sgm.check import SamplingPlan, check_sampling
 from sgm.config import Config
 from sgm.files import write_json
 from sgm.geometry import Geometry
@@ -55,9 +55,7 @@ def sample(config: Config) -> Summary:
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
-    cp_size = params_of(config.model.get("first_stage_config")).get("cp_size") or 1
-    mesh = sgm.distributed.Mesh(context=cp_size, sequence=config.args.sequence_parallel_size)
-    sgm.distributed.initialize(model_parallel_size=config.args.model_parallel_size, mesh=mesh)
+    sgm.distributed.initialize(mesh=prepared.mesh)
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
         run.sample_list(prompts) if prompts is not None else run.sample_typed()

@@ -53,7 +53,6 @@ def test_a_complete_section_has_no_problems():
         ({"resume": ""}, "resume", "auto, none"),
         ({"ema_decay": 1}, "ema_decay", "below 1"),
         ({"valid_prompts": ()}, "valid_prompts", "a list of prompts"),
-        ({"model_parallel_size": 2}, "model_parallel_size", "args.model_parallel_size=1"),
         ({"fp16": True, "bf16": True}, "fp16", "keep the one"),
         ({"seed": 2**63}, "seed", "from 0 to"),
     ],

@@ -344,7 +344,7 @@ def test_unknown_args_name_the_nearest_and_the_place(write):
         ("args.output_dir=2024", "needs quotes"),
         ("args.negative_prompt=no", "needs quotes"),
         ("args.text_encoder_offload=gpu", "one of none, cpu, release"),
-        ("args.model_parallel_size=2", "args.model_parallel_size=1"),
+        ("args.cfg_parallel_size=3", "1 to 2"),
         ("args.input_file=null", "args.input_file=prompts.txt"),
     ],
 )

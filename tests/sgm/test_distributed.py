@@ -58,11 +58,6 @@ def test_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_tensor_parallel_sizes_are_refused():
-    with pytest.raises(InputError, match="model_parallel_size: 1"):
-        sgm.distributed.initialize(model_parallel_size=2)
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_the_device_is_the_cpu_where_there_is_nothing_else():
     assert sgm.distributed.device() == torch.device("cpu")
@@ -70,10 +65,37 @@ def test_the_device_is_the_cpu_where_there_is_nothing_else():
     assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
-def test_sizes_that_cannot_share_are_refused_with_the_legal_ones(monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"context": 4}, "cp_size=4 ranks .* among 6 processes; legal are 1, 2, 3, 6"),
+        ({"tensor": 4}, "args.model_parallel_size=4 ranks .* legal are 1, 2, 3, 6"),
+        ({"cfg": 3}, "args.cfg_parallel_size=3, but guidance has two branches; give 1 or 2"),
+        ({"sequence": 0}, "args.sequence_parallel_size=0 ranks"),
+        ({"context": 2, "sequence": 3}, "cp_size=2 and args.sequence_parallel_size=3 differ: .* cp_size to 3 or 1"),
+        ({"context": 2, "sequence": 3, "cfg": 2}, "cp_size to 6 or 1"),
+        ({"tensor": 2, "cfg": 2}, "model_parallel_size=2 × args.cfg_parallel_size=2 = 4 ranks cannot share"),
+    ],
+)
+def test_sizes_that_cannot_share_are_refused_with_the_legal_ones(monkeypatch, sizes, message):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(InputError, match="cp_size=4 ranks .* among 6 processes; legal are 1, 2, 3, 6"):
-        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(context=4))
-    with pytest.raises(InputError, match="cp_size=2 and args.sequence_parallel_size=3 differ"):
-        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(context=2, sequence=3))
+    with pytest.raises(InputError, match=message):
+        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(**sizes))
     assert sgm.distributed.context_group() is None and sgm.distributed.context_parallel_size() == 1
+
+
+def test_neighbours_share_layers_then_tokens_then_branches():
+    mesh = sgm.distributed.Mesh(context=12, tensor=2, sequence=3, cfg=2)
+    mesh_lines = {axis: mesh.lines(axis) for axis in ("tensor", "sequence", "cfg")}
+    assert mesh_lines["tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert mesh_lines["sequence"] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+    assert mesh_lines["cfg"] == [[rank, rank + 6] for rank in range(6)]
+
+
+def test_a_mesh_is_declared_once(monkeypatch):
+    sgm.distributed.shutdown()
+    sgm.distributed.initialize(mesh=sgm.distributed.Mesh())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="already"):
+        sgm.distributed.initialize(mesh=sgm.distributed.Mesh(sequence=2))
+    sgm.distributed.shutdown()

@@ -1,10 +1,14 @@
 """The adapter between the denoiser and the network."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+import sgm.distributed
+from sgm.sequence_parallel import gather_sequence, split_sequence
 
 
 class OpenAIWrapper(nn.Module):
@@ -50,5 +54,9 @@ class OpenAIWrapper(nn.Module):
         dtype = self._input_dtype(x.dtype)
         parts = [x, cond["concat"]] if "concat" in cond else [x]
         latents = torch.cat([part.to(dtype) for part in parts], dim=2)
-        optional: dict[str, Any] = {} if ofs is None else {"ofs": ofs}
-        return self.diffusion_model(latents, timesteps, cond["crossattn"].to(dtype), **optional)
+        # In sampling, ranks may share the batch, of which each half is one branch of guidance.
+        group = sgm.distributed.cfg_group()
+        own = partial(split_sequence, group=group, dim=0)
+        optional: dict[str, Any] = {} if ofs is None else {"ofs": own(ofs)}
+        out = self.diffusion_model(own(latents), own(timesteps), own(cond["crossattn"].to(dtype)), **optional)
+        return gather_sequence(out, group, 0, len(x))
