@@ -30,7 +30,7 @@ def test_the_mesh_is_read_from_the_configuration():
     ("overrides", "path", "words"),
     [
         (["args.sequence_parallel_size=3"], "args", "legal are 1, 2, 4, 8"),
-        (["args.model_parallel_size=8"], "args.model_parallel_size", "heads cannot be shared out evenly -> give 1 or 2"),
+        (["args.model_parallel_size=8"], "args.model_parallel_size", "cannot be shared out evenly -> give 1 or 2"),
         (
             ["args.sequence_parallel_size=8", "args.sequence_attention=ulysses"],
             "args.sequence_parallel_size",
