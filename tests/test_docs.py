@@ -42,6 +42,7 @@ NOT_RUN = {
     r"pip install ": "changes the environment",
     r"\.venv/bin/python -m pytest ": "runs tests, which would run twice",
     r"python -m benchmarks\.bench": "takes minutes",
+    r"torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/make_toy_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
