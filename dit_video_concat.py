@@ -38,6 +38,7 @@ from sgm.modules.embeddings import (
     timestep_embedding,
     unpatchify,
 )
+from sgm.tensor_parallel import HeadNorm, Part, equal_gradients, mark_divided, share_adapters
 from sgm.token_shares import TokenShares
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
 
@@ -291,7 +292,8 @@ class AdaLNMixin(BaseMixin):
         )
         self.qk_ln = qk_ln
         if qk_ln:
-            norm = partial(LayerNorm, hidden_size_head, eps=1e-6, elementwise_affine=elementwise_affine)
+            kind = HeadNorm if sgm.distributed.tensor_parallel_size() > 1 else LayerNorm
+            norm = partial(kind, hidden_size_head, eps=1e-6, elementwise_affine=elementwise_affine)
             self.query_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
             self.key_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
 
@@ -381,7 +383,7 @@ class FinalLayerMixin(BaseMixin):
     ) -> torch.Tensor:
         """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
+        x = torch.addcmul(shift, self.norm_final(equal_gradients(x)), 1 + scale)
         return unpatchify(tokens.whole(self.linear(x)), grid, self.patch_size)
 
 
@@ -397,7 +399,7 @@ class TransformerArgs:
         layernorm_order: must be "pre".
         layernorm_epsilon: epsilon of the blocks' norms.
         skip_init: leave the transformer's linear layers uninitialised, for weights that are loaded anyway.
-        model_parallel_size: ranks that share the transformer.
+        model_parallel_size: must be 1: ``args.model_parallel_size`` says how many ranks share the transformer.
         is_decoder: must be false: there is no cross-attention.
         vocab_size: without effect; latents are embedded, not words.
         hidden_dropout: without effect unless 0; the block has no dropout.
@@ -427,7 +429,8 @@ class TransformerArgs:
             if name not in known:
                 raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
         args = cls(**section)
-        supported = {"layernorm_order": "pre", "is_decoder": False, "hidden_dropout": 0, "checkpoint_num_layers": 1}
+        supported = {"layernorm_order": "pre", "is_decoder": False, "hidden_dropout": 0}
+        supported |= {"checkpoint_num_layers": 1, "model_parallel_size": 1}
         for name, only in supported.items():
             if getattr(args, name) != only:
                 found = f"network_config.params.transformer_args.{name}={getattr(args, name)!r}"
@@ -522,7 +525,8 @@ class DiffusionTransformer(BaseModel):
                 f"ofs_embed_dim={ofs_embed_dim} must equal time_embed_dim={time_embed_dim}: both embeddings are added"
             )
         args = TransformerArgs.parse(transformer_args)
-        sgm.distributed.initialize(model_parallel_size=args.model_parallel_size)
+        sgm.distributed.initialize()
+        tensor_part = Part(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
         norm: Any = RMSNorm if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
         transformer = BaseTransformer(
             num_layers=num_layers,
@@ -535,10 +539,11 @@ class DiffusionTransformer(BaseModel):
             is_gated_mlp=use_SwiGLU,
             activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
-            row_parallel_linear_final_bias=False,  # adds the bias within the multiplication
+            row_parallel_linear_final_bias=tensor_part.size > 1,  # one rank adds the bias within the multiplication
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
+        self.tensor_part = tensor_part  # what this rank has of the layers, see sgm.tensor_parallel
         self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShares
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -596,7 +601,12 @@ class DiffusionTransformer(BaseModel):
                 _check_lora(own, shared["num_layers"])
             accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
             extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
-            self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
+            shared_lora = name == "lora" and self.tensor_part.size > 1
+            with torch.random.fork_rng(devices=[], enabled=shared_lora):  # what SAT draws for a part is drawn anew
+                self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
+            if shared_lora:
+                share_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_part)
+        mark_divided(self.named_parameters())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block, once for all layers; SAT's loop around it cannot be compiled. Arguments: torch.compile."""

@@ -4,6 +4,7 @@ The SAT checkpoint format of a network (more in docs/checkpoints.md)::
 
     DIR/latest                                  the iteration to load, e.g. 1000
     DIR/1000/mp_rank_00_model_states.pt         {"module": {"model.diffusion_model.<name>": tensor}}
+    DIR/1000/mp_rank_01_model_states.pt         the second of several parts, if ranks shared the layers
 
 and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may take the
 place of either file. LoRA training saves the adapters alone and says in a further entry, "lora", what they belong to.
@@ -22,7 +23,8 @@ from torch import nn
 
 from sgm.adapters import ENTRY, AdapterInfo, adapter_layer, is_adapter
 from sgm.architecture import PATCH_WEIGHT
-from sgm.files import WEIGHTS, atomic_file, find_weights, read_tensors
+from sgm.files import PART_NAME, atomic_file, find_weights, part_name, read_tensors
+from sgm.tensor_parallel import WHOLE, Part, take, whole_shape
 from sgm.util import RunError
 from sgm.weights_match import PREFIX, Match, match_autoencoder, match_network
 
@@ -34,6 +36,7 @@ __all__ = [
     "find_weights",
     "load_autoencoder",
     "load_network",
+    "owned",
     "read_tensors",
     "released_layout",
     "save_autoencoder",
@@ -92,6 +95,9 @@ def load_network(
     The network may have been built under :func:`sgm.util.without_allocating`. It is not touched unless everything
     fits. Optimizers made before keep the replaced parameters: load first.
 
+    A network that shares its layers with other ranks takes its part of the tensors, whatever the number of parts in
+    the files. What it begins with besides is that part of what one rank begins with.
+
     The patch projection may have the shape [D, C, p, p] or [D, C·p·p] on either side. A file without LoRA loads into
     a network with LoRA: the adapters then start without effect (A uniform as in He et al. 2015 with a = √5, B zero).
     Where a file holds adapters alone, everything else comes from their base, whose digest must be the recorded one.
@@ -120,11 +126,12 @@ def load_network(
         )
     for name, old in match.wanted.items():
         if name in match.fresh:
-            value = _initial_adapter(name, old, generator)
+            shape = whole_shape(name, old.shape, match.part.size)
+            value = take(name, _initial_adapter(name, shape, generator), match.part)
         elif name in match.blank:
             value = torch.zeros(old.shape)
         else:
-            value = old if name in match.missing else match.held[name]
+            value = old if name in match.missing else take(name, match.held[name], match.part)
         _replace(network, name, value, dtype=dtype, device=device)
     _require_real(network)
     return _report(match)
@@ -174,9 +181,9 @@ def check_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence
     match_autoencoder(vae, Path(path), ignore_keys=ignore_keys)
 
 
-def _initial_adapter(name: str, old: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def _initial_adapter(name: str, shape: Sequence[int], generator: torch.Generator | None) -> torch.Tensor:
     """Return a fresh LoRA matrix in float32: A [r, D_in] random, B [D_out, r] zero."""
-    value = torch.zeros(old.shape)
+    value = torch.zeros(tuple(shape))
     if ".matrix_A." in name:
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
@@ -265,8 +272,11 @@ def save_network(
     file_format: Literal["pt", "safetensors"] = "pt",
     adapters: AdapterInfo | None = None,
     latest: bool = True,
+    part: Part = WHOLE,
 ) -> Path:
     """Save a network in the SAT layout; ``latest`` names it once everything is on the disk.
+
+    Where ranks share the layers, every one saves its part; once all have, one of them calls :func:`write_latest`.
 
     Args:
         folder: gets ``<iteration>/mp_rank_00_model_states.pt`` and ``latest``.
@@ -276,23 +286,40 @@ def save_network(
         file_format: ``"pt"`` or ``"safetensors"``.
         adapters: description of the adapters among the tensors, which the file keeps; needed for adapters alone.
         latest: whether ``latest`` moves here; otherwise :func:`write_latest` can move it later.
+        part: which part of the network the tensors are: ``network.tensor_part``.
 
     Returns:
         The weights file.
 
     Raises:
         RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
-        ValueError: `adapters` and the tensors do not fit each other.
+        ValueError: `adapters` and the tensors do not fit each other; `part` is another than the network's; or `latest`
+            should name a part.
     """
+    if isinstance(network, nn.Module) and getattr(network, "tensor_part", WHOLE) != part:
+        raise ValueError(f"`part` is {part}, and the network is {getattr(network, 'tensor_part', WHOLE)}")
+    if latest and part.size > 1:
+        raise ValueError("`latest` may move only when all parts are saved; pass latest=False, then call write_latest")
     tensors = released_layout(network.state_dict() if isinstance(network, nn.Module) else network, patch_size)
     _require_described(tensors, adapters)
-    path = Path(folder) / str(iteration) / f"{WEIGHTS}.{file_format}"
+    path = Path(folder) / str(iteration) / part_name(part.index, file_format)
     _write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
-    for other in set(path.parent.glob(f"{WEIGHTS}.*")) - {path}:
-        other.unlink()  # the same iteration in the other format, which would be found instead
+    _remove_former(path, part)
     if latest:
         write_latest(folder, iteration)
     return path
+
+
+def _remove_former(path: Path, part: Part) -> None:
+    """Remove what an earlier save of the same iteration, in another format or number of parts, has beside `path`."""
+    for other in path.parent.iterdir():
+        match = PART_NAME.fullmatch(other.name)
+        if match is None or other == path:
+            continue
+        index = int(match[1])
+        # Every rank removes its own, and the first one those of ranks that are no more.
+        if index == part.index or (part.index == 0 and index >= part.size):
+            other.unlink(missing_ok=True)
 
 
 def _require_described(tensors: Mapping[str, torch.Tensor], adapters: AdapterInfo | None) -> None:
@@ -331,15 +358,16 @@ def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tenso
 def _write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, or with torch.save under `key`, whatever device they are on; see `read_entry`."""
     # A view would drag its whole storage into the file, and safetensors refuses tensors that share one.
-    owned = {name: _owned(tensor) for name, tensor in tensors.items()}
-    with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in owned.values())) as temporary:
+    alone = {name: owned(tensor) for name, tensor in tensors.items()}
+    with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
         if path.suffix == ".safetensors":
             metadata = {name: json.dumps(entry) for name, entry in entries.items()}
-            save_file(owned, temporary, metadata=metadata or None)
+            save_file(alone, temporary, metadata=metadata or None)
         else:
-            torch.save({key: owned, **entries}, temporary)
+            torch.save({key: alone, **entries}, temporary)
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU, contiguous and alone in its storage, as files need it."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -11,7 +11,7 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from sgm.tensor_parallel import JoinedTensor, division, num_parts
 from sgm.util import InputError, RunError
 
 WEIGHTS = "mp_rank_00_model_states"
+PART_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
 # The names that `atomic_file` gives: hidden, with process number and random digits.
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+(\.\w+)?")
 _CURE = "copy or download it again and compare its size with the source"
 _DIGEST_ELEMENTS = 1024
+CONTAINERS = ("module", "state_dict")  # of tensors, in files of torch.save
 
 
 @contextlib.contextmanager
@@ -125,7 +128,8 @@ def find_weights(load: str | Path) -> Path:
     """Return the weights file that `load` means.
 
     Args:
-        load: a file, a folder with ``latest``, or the folder of one iteration.
+        load: a file, a folder with ``latest``, or the folder of one iteration. Of a network in several parts it is
+            the first one's, which stands for all.
 
     Raises:
         InputError: there is none; the message names what is there and what to do.
@@ -135,12 +139,43 @@ def find_weights(load: str | Path) -> Path:
         return load
     if not load.is_dir():
         raise InputError(f"there is no checkpoint at {load}; give a weights file, or the folder that holds 'latest'")
-    if (load / f"{WEIGHTS.replace('00', '01')}.pt").exists():
-        raise InputError(f"{load} was saved by a tensor-parallel run, in several files; merge them with SAT first")
     for suffix in (".pt", ".safetensors"):
         if (load / (WEIGHTS + suffix)).is_file():
             return load / (WEIGHTS + suffix)
+    if others := sorted(path.name for path in load.iterdir() if PART_NAME.fullmatch(path.name)):
+        raise InputError(f"{load} has {', '.join(others)} and lacks the first part, {WEIGHTS}.pt; {_CURE}")
     return _latest_weights(load)
+
+
+def part_name(index: int, file_format: str) -> str:
+    """Return the name of the file of a part: ``mp_rank_00_model_states.pt``."""
+    return f"mp_rank_{index:02d}_model_states.{file_format}"
+
+
+def part_files(path: Path) -> list[Path]:
+    """Return the files of a network that lies in several parts, in order, `path` being the first; otherwise `path`.
+
+    Raises:
+        InputError: `path` is another part than the first, or a part between is missing.
+    """
+    match = PART_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    if int(match[1]):
+        raise InputError(f"{path} is one of several parts of a network; give their folder: {path.parent}")
+    found = {int(m[1]): p for p in path.parent.iterdir() if (m := PART_NAME.fullmatch(p.name)) and m[2] == match[2]}
+    _require_parts(path, found.keys(), max(found) + 1)
+    return [found[index] for index in sorted(found)]
+
+
+def _require_parts(path: Path, found: Collection[int], size: int) -> None:
+    if missing := [f"mp_rank_{index:02d}" for index in range(size) if index not in found]:
+        raise InputError(f"{path.parent} holds a network in {size} parts and lacks {', '.join(missing)}; {_CURE}")
+    if len(found) > size:
+        raise InputError(
+            f"{path.parent} holds {len(found)} files of parts, and {path.name} is one of {size}; remove the files of "
+            "the other run"
+        )
 
 
 def _latest_weights(folder: Path) -> Path:
@@ -173,10 +208,51 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     torch.save wrote before version 1.6 are read at once. Of ``{"module": {...}}`` and ``{"state_dict": {...}}`` the
     inner mapping is returned. Nothing but tensors is ever unpickled.
 
+    The first of several parts stands for all (``mp_rank_00``, ``mp_rank_01``, ...): divided tensors are then whole ones
+    that are joined whenever something is done with them, one at a time, see :class:`JoinedTensor`.
+
     Raises:
-        InputError: there is no such file, it is damaged, or it holds more than tensors.
+        InputError: there is no such file, it is damaged, or it holds more than tensors; parts are missing or do not
+            belong together.
     """
-    path = Path(path)
+    parts = read_parts(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts[0].items()}
+    size = num_parts(shapes) if PART_NAME.fullmatch(Path(path).name) else None
+    if size is not None:
+        _require_parts(Path(path), range(len(parts)), size)
+    if len(parts) == 1:
+        return parts[0]
+    for index, part in enumerate(parts):
+        _require_same_shapes(Path(path), index, shapes, part)
+    divided = {name for name in shapes if division(name) is not None}
+    return {
+        name: JoinedTensor(name, [part[name] for part in parts]) if name in divided else tensor
+        for name, tensor in parts[0].items()
+    }
+
+
+def read_parts(path: str | Path) -> list[dict[str, torch.Tensor]]:
+    """Read the tensors of each part of a network by themselves, as they lie in the files; see `read_tensors`."""
+    return [_read_file(file) for file in part_files(Path(path))]
+
+
+def _require_same_shapes(
+    path: Path, index: int, shapes: Mapping[str, tuple[int, ...]], part: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse a part that does not belong to the first one: all have the same names and shapes."""
+    if part.keys() != shapes.keys():
+        name = min(part.keys() ^ shapes.keys())
+        raise InputError(f"the parts in {path.parent} do not belong together: not all of them hold {name}; {_CURE}")
+    for name, shape in shapes.items():
+        if tuple(part[name].shape) != shape:
+            raise InputError(
+                f"the parts in {path.parent} do not belong together: {name} has the shape {shape} in mp_rank_00 and "
+                f"{tuple(part[name].shape)} in mp_rank_{index:02d}; {_CURE}"
+            )
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of one file."""
     size, head = _look_into(path)
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
@@ -191,9 +267,20 @@ def read_entry(path: str | Path, key: str) -> Any:
     JSON in the metadata of the header.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values; or parts of a
+            network differ in it.
     """
-    path = Path(path)
+    first, *others = [_read_entry(file, key) for file in part_files(Path(path))]
+    for index, other in enumerate(others, start=1):
+        if other != first:
+            raise InputError(
+                f"the parts in {Path(path).parent} do not belong together: their entries '{key}' differ, {first} in "
+                f"mp_rank_00 and {other} in mp_rank_{index:02d}; {_CURE}"
+            )
+    return first
+
+
+def _read_entry(path: Path, key: str) -> Any:
     size, head = _look_into(path)
     if _is_safetensors(path, head):
         text = read_metadata(path).get(key)
@@ -287,7 +374,7 @@ def _read_torch(path: Path, size: int, head: bytes) -> object:
 
 
 def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
-    for key in ("module", "state_dict"):
+    for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -15,6 +15,7 @@ from torch import nn
 from sgm.adapters import find_base, is_adapter, read_adapter_info
 from sgm.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
 from sgm.files import find_weights, read_tensors
+from sgm.tensor_parallel import WHOLE, Part, whole_shape
 from sgm.util import InputError
 
 PREFIX = "model.diffusion_model."
@@ -38,6 +39,7 @@ class Match:
         blank: unused tables that the file lacks; they become zero.
         missing: tensors that keep their present values.
         base: the file under adapters that come alone.
+        part: which part of the tensors in `held`, which are whole, the module has.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Match:
     blank: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
     base: Path | None = None
+    part: Part = WHOLE
 
 
 def match_network(
@@ -64,7 +67,9 @@ def match_network(
         InputError: something does not fit.
     """
     path = find_weights(path)
-    wanted = _targets(network)
+    targets = _targets(network)
+    part: Part = getattr(network, "tensor_part", WHOLE)
+    wanted = {name: _whole(name, tensor, part) for name, tensor in targets.items()}
     base = find_base(path, base)
     held, dropped, source = _held(path, base, wanted)
     adapters = {name for name in wanted if is_adapter(name)}
@@ -79,7 +84,7 @@ def match_network(
     missing = wanted.keys() - held.keys() - fresh - blank if allow_missing else set()
     expected = {name: tensor for name, tensor in wanted.items() if name not in fresh | blank | missing}
     _check(source, expected, held)
-    return Match(path, wanted, held, dropped, frozenset(fresh), frozenset(blank), frozenset(missing), base)
+    return Match(path, targets, held, dropped, frozenset(fresh), frozenset(blank), frozenset(missing), base, part)
 
 
 def match_autoencoder(vae: nn.Module, path: Path, *, ignore_keys: Sequence[str] = ()) -> Match:
@@ -101,6 +106,12 @@ def match_autoencoder(vae: nn.Module, path: Path, *, ignore_keys: Sequence[str] 
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return what a checkpoint of `module` holds: its parameters and persistent buffers."""
     return dict(module.state_dict(keep_vars=True))
+
+
+def _whole(name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return the tensor itself where it is not divided; otherwise one in the shape of the whole, without numbers."""
+    shape = whole_shape(name, tensor.shape, part.size)
+    return tensor if shape == tensor.shape else torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def _held(

@@ -28,11 +28,12 @@ def compare(family: str, ring: bool) -> dict[str, float]:
     network.ring_attention = ring
     network.train()  # no dropout in these networks
     output, inward, weights = run(network, inputs)
-    group = sgm.distributed.sequence_group()
+    sequence_group = sgm.distributed.sequence_group
+    group = sequence_group()
     dist.all_reduce(weights, group=group)
     sgm.distributed.sequence_group = lambda: None  # one rank alone
     alone = run(network, inputs)
-    sgm.distributed.sequence_group = lambda: group
+    sgm.distributed.sequence_group = sequence_group
     network.get_mixin("adaln_layer").recomputed_layers = 2
     recomputed = run(network, inputs)[2]
     dist.all_reduce(recomputed, group=group)

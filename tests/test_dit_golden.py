@@ -19,10 +19,13 @@ def family(request):
     return GOLDEN / request.param
 
 
+def network_config(family):
+    return OmegaConf.load(family / "model.yaml").model.network_config
+
+
 def load(family):
-    config = OmegaConf.load(family / "model.yaml").model.network_config
     with without_allocating():
-        network = instantiate_from_config(config)
+        network = instantiate_from_config(network_config(family))
     load_network(network, family / "transformer", dtype=torch.float32, device="cpu")
     io = load_file(family / "io.safetensors")
     x = torch.cat((io["latents"], io["concat"]), dim=2) if "concat" in io else io["latents"]

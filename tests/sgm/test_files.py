@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sgm.files import atomic_file, find_weights, read_entry, read_tensors, weights_digest
+from sgm.tensor_parallel import Part, take
 from sgm.util import InputError, RunError
 
 TRANSFORMER = Path(__file__).parents[1] / "data" / "golden" / "dit_t2v_2b" / "transformer"
@@ -124,13 +125,79 @@ def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, messa
         find_weights(tmp_path)
 
 
-def test_a_path_that_does_not_exist_and_a_tensor_parallel_folder_are_refused(tmp_path):
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
         find_weights(tmp_path / "nowhere")
-    make_iterations(tmp_path, "1")
-    (tmp_path / "1" / "mp_rank_01_model_states.pt").touch()
-    with pytest.raises(InputError, match="tensor-parallel"):
-        find_weights(tmp_path / "1")
+
+
+NUMBERS = {
+    "attention.query_key_value.weight": torch.arange(96.0).view(12, 8)[:, :4],
+    "attention.query_key_value.bias": torch.arange(12.0),
+    "attention.dense.weight": torch.arange(16.0).view(4, 4),
+    "attention.dense.bias": torch.arange(4.0),
+    "mlp.dense_h_to_4h.weight": torch.arange(64.0).view(16, 4),
+    "mlp.dense_4h_to_h.weight": torch.arange(64.0).view(4, 16),
+}
+WHOLE = {f"model.diffusion_model.transformer.layers.0.{name}": tensor for name, tensor in NUMBERS.items()}
+
+
+def write_parts(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
+    """Write a layer of hidden size 4 in parts, as SAT does."""
+    for index in range(size):
+        part = {name: take(name, tensor, Part(index, size)).contiguous() for name, tensor in whole.items()}
+        path = folder / f"mp_rank_{index:02d}_model_states.{suffix}"
+        if suffix == "safetensors":
+            save_file(part, path, metadata={"lora": json.dumps(entry)})
+        else:
+            torch.save({"module": part, "lora": entry}, path)
+    return folder / f"mp_rank_00_model_states.{suffix}"
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_first_of_several_parts_stands_for_all(tmp_path, suffix):
+    (tmp_path / "whole").mkdir()
+    alone = write_parts(tmp_path / "whole", 1, suffix=suffix)
+    path = write_parts(tmp_path, 2, suffix=suffix, entry={"rank": 4})
+    assert find_weights(tmp_path) == path and read_entry(path, "lora") == {"rank": 4}
+    tensors = read_tensors(path)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in WHOLE.items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in WHOLE.items())
+    assert weights_digest(path) == weights_digest(alone)
+
+
+def test_parts_that_are_missing_are_named(tmp_path):
+    path = write_parts(tmp_path, 4)
+    (tmp_path / "mp_rank_02_model_states.pt").unlink()
+    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02; copy"):
+        read_tensors(path)
+    (tmp_path / "mp_rank_03_model_states.pt").unlink()  # the shapes tell how many there were
+    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02, mp_rank_03; copy"):
+        read_tensors(path)
+    with pytest.raises(InputError, match="one of several parts.*give their folder"):
+        read_tensors(tmp_path / "mp_rank_01_model_states.pt")
+    path.unlink()
+    with pytest.raises(InputError, match="has mp_rank_01_model_states.pt and lacks the first part"):
+        find_weights(tmp_path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    path = write_parts(tmp_path, 2)
+    name = "model.diffusion_model.transformer.layers.0.mlp.dense_h_to_4h.weight"
+    second = tmp_path / "mp_rank_01_model_states.pt"
+    part = torch.load(second, weights_only=True)["module"]
+    for other, message in (
+        ({**part, name: torch.zeros(4, 4)}, r"dense_h_to_4h.weight has the shape \(8, 4\) in mp_rank_00 and \(4, 4\)"),
+        ({n: t for n, t in part.items() if n != name}, "not all of them hold .*dense_h_to_4h.weight"),
+    ):
+        torch.save({"module": other}, second)
+        with pytest.raises(InputError, match=message):
+            read_tensors(path)
+    torch.save({"module": part, "lora": {"rank": 8}}, second)
+    with pytest.raises(InputError, match="entries 'lora' differ, None in mp_rank_00 and .*8.* in mp_rank_01"):
+        read_entry(path, "lora")
+    torch.save({"module": part}, tmp_path / "mp_rank_02_model_states.pt")
+    with pytest.raises(InputError, match="holds 3 files of parts, and .* is one of 2"):
+        read_tensors(path)
 
 
 def test_a_moving_average_or_a_hidden_folder_is_not_proposed_as_the_newest(tmp_path):

@@ -1,0 +1,151 @@
+"""What tests/shared_ranks.py does with networks whose layers ranks share: they compute and train as one rank does."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import sgm.distributed
+from sgm.checkpoint import find_weights, load_network, read_tensors, save_network, write_latest
+from sgm.distributed import Mesh
+from sgm.tensor_parallel import Part, division, join, take, whole_shape
+from sgm.util import instantiate_from_config
+from tests.test_dit_golden import FAMILIES, GOLDEN, load, network_config
+
+STEPS, RATE = 3, 1e-4
+FOUR_HEADS = "four heads"  # the golden networks have two, too few for Ulysses on 2×2 ranks
+FAMILY, LORA = FAMILIES[1], FAMILIES[-1]
+
+
+def train(network, inputs) -> dict[str, dict[str, torch.Tensor]]:
+    """Return outputs and gradients of a forward and backward pass, and the weights after a few plain steps."""
+    named = dict(network.named_parameters())
+    found = {}
+    for _ in range(STEPS):
+        x, timesteps, context = inputs
+        x, context = x.clone().requires_grad_(), context.clone().requires_grad_()
+        network.zero_grad()
+        output = network(x, timesteps, context)
+        output.square().sum().backward()
+        gradients = {name: summed(p.grad) for name, p in named.items() if p.grad is not None}
+        inward = torch.cat([x.grad.flatten(), context.grad.flatten()])
+        found = found or {"output": {"": output.detach()}, "input gradient": {"": inward}, "gradients": gradients}
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                named[name] -= RATE * gradient
+    return found | {"weights": {name: named[name].detach().clone() for name in found["gradients"]}}
+
+
+def summed(gradient: torch.Tensor) -> torch.Tensor:
+    """What DeepSpeed does: ranks that have the same part of the layers add what their tokens contribute."""
+    gradient = gradient.clone()
+    if sgm.distributed.sequence_group() is not None:
+        dist.all_reduce(gradient, group=sgm.distributed.sequence_group())
+    return gradient
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of all ranks' parts; what is not divided must be identical on all."""
+    whole = {}
+    for name, tensor in tensors.items():
+        parts = [torch.empty_like(tensor) for _ in range(sgm.distributed.tensor_parallel_size())]
+        dist.all_gather(parts, tensor.contiguous(), group=sgm.distributed.tensor_group())
+        if division(name) is None:
+            assert all(torch.equal(tensor, part) for part in parts), f"ranks differ in {name}"
+        whole[name] = join(name, parts)
+    return whole
+
+
+def built(family: str) -> dict[str, torch.Tensor]:
+    """Return what a network begins with, and the draw after it."""
+    torch.manual_seed(7)
+    network = instantiate_from_config(network_config(GOLDEN / family))
+    return {name: p.detach() for name, p in network.named_parameters()} | {"next draw": torch.rand(3)}
+
+
+def with_four_heads() -> torch.nn.Module:
+    """Return a network of random weights, whole or this rank's part of it."""
+    config = network_config(GOLDEN / FAMILY)
+    config.params.num_attention_heads = 4
+    for section in config.params.modules.values():
+        if "hidden_size_head" in (section.get("params") or {}):
+            section.params.hidden_size_head = config.params.hidden_size // 4
+    network = instantiate_from_config(config)
+    draws = torch.Generator().manual_seed(1)
+    for name, p in network.named_parameters():
+        whole = torch.randn(whole_shape(name, p.shape, network.tensor_part.size), generator=draws)
+        p.data.copy_(take(name, whole / whole.shape[-1] ** 0.5, network.tensor_part))
+    return network.train()
+
+
+def alone() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Return what one rank computes, by family; before ranks share anything."""
+    found = {}
+    for family in FAMILIES:
+        network, inputs, io = load(GOLDEN / family)
+        found[family] = train(network.train(), inputs) | {"built": built(family), "output": {"": io["output"]}}
+    return found | {FOUR_HEADS: train(with_four_heads(), load(GOLDEN / FAMILY)[1])}
+
+
+def largest(own: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest relative difference; of tensors that are nearly zero, relative to the largest tensor."""
+    assert own.keys() == expected.keys()
+    floor = 1e-3 * max(float(tensor.norm()) for tensor in expected.values())
+    return max(
+        float((own[name] - tensor).norm()) / max(float(tensor.norm()), floor) for name, tensor in expected.items()
+    )
+
+
+def compare(case: str, ring: bool, recomputed: int, expected) -> dict[str, float]:
+    golden, inputs, _ = load(GOLDEN / (FAMILY if case == FOUR_HEADS else case))
+    network: Any = with_four_heads() if case == FOUR_HEADS else golden
+    network.ring_attention = ring
+    network.get_mixin("adaln_layer").recomputed_layers = recomputed
+    found = train(network.train(), inputs)
+    return {
+        "output": float((found["output"][""] - expected["output"][""]).abs().max()),
+        "input gradient": largest(found["input gradient"], expected["input gradient"]),
+        "weight gradient": largest(joined(found["gradients"]), expected["gradients"]),
+        "weights": largest(joined(found["weights"]), expected["weights"]),
+    }
+
+
+def check(mesh: Mesh, expected) -> dict[str, dict[str, float]]:
+    """Return the differences of every case."""
+    name = f"layers {mesh.tensor}×{mesh.sequence}"
+    if mesh.sequence == 1:
+        found = {f"{name} {family}": compare(family, False, 0, expected[family]) for family in FAMILIES}
+        found[f"{name} {LORA} recomputed"] = compare(LORA, False, 2, expected[LORA])
+    else:
+        found = {f"{name} {family} ring": compare(family, True, 2, expected[family]) for family in FAMILIES}
+        found[f"{name} {FOUR_HEADS} Ulysses"] = compare(FOUR_HEADS, False, 2, expected[FOUR_HEADS])
+    for family in FAMILIES:
+        own = joined(built(family))
+        assert all(torch.equal(own[name], value) for name, value in expected[family]["built"].items()), family
+    check_files(mesh, LORA)
+    return found
+
+
+def check_files(mesh: Mesh, family: str) -> None:
+    """Save parts and load them again; LoRA that a file lacks begins as on one rank."""
+    network, _, _ = load(GOLDEN / family)
+    assert network.tensor_part == Part(dist.get_rank() % mesh.tensor, mesh.tensor)
+    for name, parameter in network.named_parameters():
+        assert parameter.model_parallel == (division(name) is not None), name
+    folder = Path(sgm.distributed.from_rank_zero(tempfile.mkdtemp()))
+    if dist.get_rank() < mesh.tensor:
+        patch_size, part = network.patch_size, network.tensor_part
+        save_network(folder, 5, network, patch_size=patch_size, part=part, latest=False)
+    sgm.distributed.barrier()
+    if dist.get_rank() == 0:
+        write_latest(folder, 5)
+    sgm.distributed.barrier()
+    whole, parts = (read_tensors(find_weights(place)) for place in (GOLDEN / family / "transformer", folder))
+    for name, tensor in parts.items():
+        assert name not in whole or torch.equal(tensor.cpu(), whole[name]), name
+    again = instantiate_from_config(network_config(GOLDEN / family))
+    load_network(again, folder)
+    for (name, one), (_, other) in zip(network.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
