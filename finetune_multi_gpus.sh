@@ -4,7 +4,8 @@
 #   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
 # On each of two machines, NODE_RANK=0 on the one whose address is MASTER_ADDR:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
-# NPROC_PER_NODE is the number of accelerators unless it is set, and 2 on a machine without.
+# NPROC_PER_NODE is the number of accelerators unless it is set, and 2 on a machine without. MAX_RESTARTS (0) says how
+# often all processes are started again when one of them fails: with args.resume=auto, from the newest checkpoint.
 # Words that end with .yaml are merged, later ones win; everything else goes to train_video.py as it is.
 # Paths are relative to this folder.
 set -euo pipefail
@@ -28,7 +29,7 @@ if [[ -z "${NPROC_PER_NODE:-}" ]]; then
     NPROC_PER_NODE=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count() or 2)')
 fi
 nodes=${NNODES:-1}
-launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE")
+launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
 if [[ "$nodes" == 1 ]]; then
     launch+=(--standalone)
 else

@@ -7,14 +7,19 @@ else in this project creates or stores a group.
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sgm.log import quiet_dependencies
-from sgm.util import InputError, default
+from sgm.packing import pack, unpack
+from sgm.peers import Peers
+from sgm.util import InputError, RunError, default
 
 
 def prepare_import() -> None:
@@ -121,6 +126,40 @@ _mesh: Mesh | None = None
 _sample_groups: dict[int, Any] = {}
 # Of this rank: axis of the mesh → the ranks that share a sample along it, where it is longer than 1.
 _axes: dict[str, Any] = {}
+_timeout = timedelta(minutes=30)
+_peers: Peers | None = None
+
+
+def set_timeout(seconds: float) -> None:
+    """Say, before `initialize`, how long ranks wait for each other; see ``args.distributed_timeout``."""
+    global _timeout
+    _timeout = timedelta(seconds=seconds)
+
+
+@contextmanager
+def naming_lost_rank() -> Iterator[None]:
+    """Context of a command's work: what fails because another rank is lost names it, in a RunError."""
+    try:
+        yield
+    except BaseException as error:
+        if _peers is None:
+            raise
+        _peers.explain(error)
+
+
+def _start_launched() -> None:
+    """Join the other processes of the launcher, and watch that they stay."""
+    global _peers
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that SAT and DeepSpeed make
+        setattr(dist.distributed_c10d, name, _timeout)
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device()), timeout=_timeout)
+    except dist.DistError as error:
+        found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
+        raise RunError(f"{found}; start all of them, with the same MASTER_ADDR and MASTER_PORT") from error
+    _peers = Peers(rank=dist.get_rank(), size=dist.get_world_size(), timeout=_timeout)
 
 
 def initialize(*, mesh: Mesh | None = None) -> None:
@@ -131,6 +170,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
 
     Raises:
         InputError: sizes do not fit the number of processes, or differ from those of before.
+        RunError: other processes do not show within the timeout.
     """
     global _mesh
     if mesh is not None:
@@ -144,9 +184,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         if is_launched():
-            if torch.accelerator.is_available():
-                torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(dist.get_default_backend_for_device(device()))
+            _start_launched()
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
             backend = dist.get_default_backend_for_device(device())
@@ -213,6 +251,13 @@ def tensor_group() -> Any:
     return mpu.get_model_parallel_group() if tensor_parallel_size() > 1 else None
 
 
+def layer_groups() -> Any:
+    """Return SAT's module of the groups that share layers, which DeepSpeed asks for them; None where there are none."""
+    from sat import mpu
+
+    return mpu if tensor_parallel_size() > 1 else None
+
+
 def sequence_group() -> Any:
     """Return the group of the ranks that share the tokens of a sample with this one; None where nothing is shared."""
     return _axes.get("sequence")
@@ -234,26 +279,39 @@ def sample_rank() -> int:
 
 
 def from_sample_first(value: Any) -> Any:
-    """Return what the first of the ranks that share a sample passed: a tensor of the same shape, or a small object."""
+    """Return what the first of the ranks that share a sample passed: tensors, and small objects around them.
+
+    What the others pass does not matter. They get the tensors on the device of their process.
+    """
     group = _sample_groups.get(_current().ranks)
     if group is None:
         return value
     source = dist.get_process_group_ranks(group)[0]
-    if isinstance(value, torch.Tensor):
-        value = value.contiguous()
-        dist.broadcast(value, source, group=group)
+    if dist.get_rank() == source:
+        packed, tensors = pack(value)
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        dist.broadcast_object_list([packed, shapes], src=source, group=group)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach().to(device()).contiguous(), source, group=group)
         return value
-    box = [value]
+    box: list[Any] = [None, None]
     dist.broadcast_object_list(box, src=source, group=group)
-    return box[0]
+    packed, shapes = box
+    tensors = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in shapes]
+    for tensor in tensors:
+        dist.broadcast(tensor, source, group=group)
+    return unpack(packed, tensors)
 
 
 def shutdown() -> None:
     """Destroy the process groups, so that a rank that ends does not leave its peers waiting."""
-    global _mesh
+    global _mesh, _peers
     _mesh = None
     _sample_groups.clear()
     _axes.clear()
+    if _peers is not None:
+        _peers.close()
+        _peers = None
     if dist.is_initialized():
         from sat import mpu
 

@@ -50,15 +50,25 @@ class Training:
         bases: YAML files.
         overrides: dotted ``key=value`` pairs.
         world: ranks; more than one run under torchrun.
+        script: another one to run than that of training.
+        env: more environment variables.
     """
 
-    def __init__(self, bases: Sequence[str], overrides: Sequence[str], world: int = 1) -> None:
+    def __init__(
+        self,
+        bases: Sequence[str],
+        overrides: Sequence[str],
+        world: int = 1,
+        *,
+        script: str = "train_video.py",
+        **env: str,
+    ) -> None:
         # A file, not a pipe: a process that writes much would wait for somebody to read it.
         self._messages = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            command("train_video.py", ["--base", *bases, *overrides], world),
+            command(script, ["--base", *bases, *overrides], world),
             cwd=ROOT,
-            env=ENV,
+            env=ENV | env,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
             start_new_session=True,

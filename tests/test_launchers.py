@@ -148,8 +148,10 @@ def test_several_machines_are_named(tmp_path):
     python.chmod(0o755)
     given = {"PYTHON": str(python), "NPROC_PER_NODE": "4"}
     one = run("bash", "finetune_multi_gpus.sh", "a.yaml", "args.seed=1", **given)
-    launcher = "-m torch.distributed.run --nproc_per_node 4"
+    launcher = "-m torch.distributed.run --nproc_per_node 4 --max_restarts 0"
     assert one.stdout == f"{launcher} --standalone train_video.py --base a.yaml args.seed=1\n"
+    again = run("bash", "finetune_multi_gpus.sh", **given, MAX_RESTARTS="3")
+    assert " --max_restarts 3 --standalone " in again.stdout
     missing = run("bash", "finetune_multi_gpus.sh", **given, NNODES="2", NODE_RANK="1")
     assert missing.returncode != 0 and "MASTER_ADDR" in missing.stderr
     two = run("bash", "finetune_multi_gpus.sh", **given, NNODES="2", NODE_RANK="1", MASTER_ADDR="node0")

@@ -38,9 +38,11 @@ def run(options: argparse.Namespace) -> None:
 
         sys.stdout.write(prepare(config).report + "\n")
         return
+    import sgm.distributed
     from sgm.inference.run import sample
 
-    logger.info("%s", sample(config))
+    with sgm.distributed.naming_lost_rank():
+        logger.info("%s", sample(config))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import sgm.distributed
 from sgm.adapters import with_adapters
-from sgm.check import check_sampling, dry_run, tried
+from sgm.check import as_table, check_sampling, dry_run, tried
 from sgm.check_mesh import check_mesh, mesh_of
 from sgm.config import Config, ConfigError, Problem
 from sgm.distributed import Mesh
+from sgm.estimate_run import sampling_rows
 from sgm.files import require_writable
 from sgm.geometry import Geometry
 from sgm.inference.prompts import Prompt, check_images, read_prompts
+from sgm.precision import resolve_device, resolve_precision
 from sgm.util import InputError
 
 
@@ -56,6 +58,8 @@ def prepare(config: Config) -> Prepared:
     problems += tried("args.output_dir", "name another folder", writable)
     if problems:
         raise ConfigError(config.located(problems))
+    dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
+    report += f"\n{as_table(sampling_rows(config, dtype))}"
     if prompts is not None:
         report += f"\nprompts: {len(prompts)} from {config.args.input_file}"
     return Prepared(config, report, mesh_of(config), prompts)

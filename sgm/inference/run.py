@@ -52,6 +52,7 @@ def sample(config: Config) -> Summary:
         RunError: sampling or writing failed. What was finished before stays.
     """
     start = time.perf_counter()
+    sgm.distributed.set_timeout(config.args.distributed_timeout)
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))

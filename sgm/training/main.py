@@ -34,13 +34,20 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.base, options.overrides, mode="train")
     if options.check:
+        from sgm.training.batches import bucket_report, plan_buckets
         from sgm.training.prepare import prepare
 
-        sys.stdout.write(prepare(config).report + "\n")
+        plan = prepare(config)
+        sys.stdout.write(plan.report + "\n")
+        if plan.division is not None:
+            buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
+            sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
         return
+    import sgm.distributed
     from sgm.training.run import train
 
-    logger.info("%s", train(config))
+    with sgm.distributed.naming_lost_rank():
+        logger.info("%s", train(config))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
