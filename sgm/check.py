@@ -317,5 +317,9 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         "legal sizes": f"{most[0]}x{most[1]} only" if geometry.fixed_size else legal_sizes,
         "results": args.output_dir,
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    return as_table(rows)
+
+
+def as_table(rows: Mapping[str, str]) -> str:
+    """Return the rows of a report, name and text, in the columns that all reports have."""
+    return "\n".join(f"{name:<13}  {text}" for name, text in rows.items())

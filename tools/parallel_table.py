@@ -1,0 +1,95 @@
+"""Print the table of docs/parallelism.md: which combination for which model and number of devices, and its estimates.
+
+Run from the project's folder:
+    python tools/parallel_table.py
+
+Memory and traffic are estimated by `sgm.estimate_run`, for the shipped model files, with clips and videos of full
+length; the text encoder waits in the machine's memory.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import sgm.distributed
+from sgm.config import Config, Mode, load_config
+from sgm.estimate_run import Estimate, sampling_estimate, training_estimate
+from sgm.util import PRECISIONS, instantiate_from_config, without_allocating
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODELS = {
+    "2B": "cogvideox_2b",
+    "5B": "cogvideox_5b",
+    "1.5-5B": "cogvideox1.5_5b",
+    "5B, LoRA": "cogvideox_5b_lora",
+}
+PHASES = ("the network", "the VAE")
+# What is done → (model, number of devices, files behind the model's and the task's own).
+ROWS: dict[Mode, list[tuple[str, int, tuple[str, ...]]]] = {
+    "inference": [
+        (model, devices, (f"parallel/sample_{devices}",) if devices > 1 else ())
+        for model in ("2B", "5B", "1.5-5B")
+        for devices in (1, 2, 4, 8)
+    ],
+    "train": [
+        ("2B", 1, ("deepspeed/zero2_offload",)),
+        ("2B", 2, ("deepspeed/zero2",)),
+        ("2B", 8, ("deepspeed/zero2",)),
+        ("2B", 64, ("deepspeed/zero1",)),
+        ("5B, LoRA", 1, ()),
+        ("5B, LoRA", 8, ()),
+        ("5B", 1, ("deepspeed/zero2_offload",)),
+        ("5B", 2, ("deepspeed/zero3_offload", "parallel/train_2")),
+        ("5B", 8, ("deepspeed/zero3",)),
+        ("5B", 8, ("deepspeed/zero3", "parallel/train_2")),
+        ("5B", 64, ("deepspeed/zero2", "parallel/train_2")),
+        ("1.5-5B", 8, ("deepspeed/zero3", "parallel/train_8")),
+        ("1.5-5B", 64, ("deepspeed/zero3", "parallel/train_8")),
+    ],
+}
+
+
+def config_of(model: str, files: tuple[str, ...], mode: Mode) -> Config:
+    """Read a model's file, the task's and those of a row."""
+    own = "inference" if mode == "inference" else "sft"
+    bases = [CONFIGS / f"{name}.yaml" for name in (MODELS[model], own, *files)]
+    return load_config(bases, ["args.text_encoder_offload=cpu"] if mode == "train" else [], mode=mode)
+
+
+def estimate(model: str, devices: int, files: tuple[str, ...], mode: Mode) -> Estimate:
+    """Estimate a row: what one of `devices` processes needs."""
+    os.environ["WORLD_SIZE"] = str(devices)  # what a launcher would say
+    config = config_of(model, files, mode)
+    dtype = PRECISIONS[config.model["precision"]]
+    if mode == "inference":
+        return sampling_estimate(config, dtype)
+    with without_allocating():
+        network = instantiate_from_config(config.model["network_config"])
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    adapters = [name for name in names if ".matrix_" in name]
+    return training_estimate(config, dtype, adapters or names)
+
+
+def row(mode: Mode, model: str, devices: int, files: tuple[str, ...]) -> str:
+    """Return a line of the table for ``inference`` or ``train``."""
+    found = estimate(model, devices, files, mode)
+    sizes = [f"{sum(found.phases[phase].values()) / 2**30:.1f}" for phase in PHASES]
+    names = ", ".join(f"`{name}.yaml`" for name in files)
+    return f"| {model} | {devices} | {names} | {' | '.join(sizes)} | {sum(found.traffic.values()) / 1e9:.1f} |"
+
+
+def table(mode: Mode) -> str:
+    """Return the table for ``inference`` or ``train``."""
+    titles = [f"in {phase}, GiB" for phase in PHASES]
+    lines = ["| model | devices | files | " + " | ".join(titles) + " | sent, GB a step |", "|---|---|---|---|---|---|"]
+    return "\n".join(lines + [row(mode, *case) for case in ROWS[mode]]) + "\n"
+
+
+def main() -> None:
+    """Print both tables."""
+    sgm.distributed.prepare_import()
+    sys.stdout.write("\n".join(map(table, ROWS)))
+
+
+if __name__ == "__main__":
+    main()
