@@ -1,0 +1,213 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sgm.data.video import ClipError, read_frames, scan
+from sgm.inference.video import write_video
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import split_video  # noqa: E402
+
+pytest.importorskip("scenedetect", reason="the extra 'data' is not installed")
+RATE = 20
+COLOURS = ((200, 40, 40), (40, 180, 60), (30, 60, 210))
+
+
+def frames_of(seconds, *, height=48, width=64):
+    """Return scenes of one colour each, with a bar whose height tells the frame's number within its scene."""
+    parts = []
+    for colour, length in zip(COLOURS, seconds, strict=False):
+        part = np.empty((round(length * RATE), height, width, 3), dtype=np.uint8)
+        part[:] = colour
+        for k, picture in enumerate(part):
+            picture[: k % height, : width // 4] = 255
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def settings(**changed):
+    given = {"fps": None, "size": None, "min_seconds": 1.0, "max_seconds": 2.0, "threshold": 27.0}
+    return split_video.Settings(**(given | changed))
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A video of 1.5, 3 and 0.6 seconds in three colours."""
+    path = tmp_path_factory.mktemp("raw") / "film.mp4"
+    write_video(path, frames_of((1.5, 3.0, 0.6)), RATE)
+    return path
+
+
+def run(film, out, *words):
+    return split_video.main(
+        [str(film), "--out", str(out), "--min_seconds", "1", "--max_seconds", "2", *map(str, words)]
+    )
+
+
+def bytes_below(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("length", "least", "most", "pieces", "dropped"),
+    [
+        (0.9, 1, 2, [], 0.9),
+        (1.0, 1, 2, [1.0], 0),
+        (2.0, 1, 2, [2.0], 0),
+        (2.1, 1, 2, [1.05, 1.05], 0),
+        (7.0, 1, 2, [1.75] * 4, 0),
+        (2.9, 1.5, 2, [2.0], 0.9),  # equal pieces would be of 1.45
+        (7.0, 2, 2, [2.0] * 3, 1.0),
+    ],
+)
+def test_scenes_are_divided_evenly_or_cut_at_the_longest_length(length, least, most, pieces, dropped):
+    clips, rest = split_video.divide([(5.0, 5.0 + length)], settings(min_seconds=least, max_seconds=most))
+    assert [end - begin for begin, end in clips] == pytest.approx(pieces)
+    assert all(begin >= 5 and end <= 5 + length + 1e-9 for begin, end in clips)
+    assert rest == pytest.approx(dropped)
+
+
+def test_no_clip_shows_two_scenes_and_the_manifest_says_where_they_come_from(film, tmp_path, capsys):
+    assert run(film, tmp_path) == 0
+    assert "3 clips, 3 of them new; 0.6 s too short" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
+    assert [line["video"] for line in lines] == [f"videos/film_000{k}.mp4" for k in range(3)]
+    assert {line["source"] for line in lines} == {str(film)}
+    assert [(line["start"], line["end"]) for line in lines] == [(0, 1.5), (1.5, 3.0), (3.0, 4.5)]
+    source = read_frames(film, range(102), 102).astype(int)
+    for line, first in zip(lines, (0, 30, 60), strict=True):
+        info, _ = scan(tmp_path / line["video"])
+        assert (info.num_frames, info.fps, line["fps"]) == (30, pytest.approx(RATE), RATE)
+        clip = read_frames(tmp_path / line["video"], range(30), 30).astype(int)
+        assert np.abs(clip - source[first : first + 30]).mean(axis=(1, 2, 3)).max() < 2
+
+
+def test_frames_are_chosen_by_time_and_pictures_cover_the_size(film, tmp_path):
+    assert run(film, tmp_path, "--fps", 8, "--size", 32, 32) == 0
+    clip = tmp_path / "videos/film_0001.mp4"
+    info, times = scan(clip)
+    assert (info.num_frames, info.height, info.width) == (12, 32, 32)
+    assert np.diff(times) == pytest.approx(1 / 8)
+    # 48x64 covers 32x32 as 32x43, and the bar of 11 columns keeps the 6 that lie within the middle 32.
+    is_white = read_frames(clip, range(12), 12).mean(axis=3) > 180
+    assert is_white[..., :4].any() and not is_white[..., 8:].any()
+    heights = is_white[..., :3].mean(axis=2).round().sum(axis=1) / 32 * 48
+    assert heights == pytest.approx([round(k / 8 * RATE) for k in range(12)], abs=2.5)
+
+
+def test_a_slow_source_keeps_its_rate_and_says_so(film, tmp_path, capfd):
+    assert run(film, tmp_path, "--fps", 30) == 0
+    assert "20 frames per second, below --fps 30" in capfd.readouterr().err
+    assert scan(tmp_path / "videos/film_0000.mp4")[0].fps == pytest.approx(RATE)
+
+
+def test_a_kill_leaves_nothing_half_and_the_same_command_goes_on(film, tmp_path, monkeypatch, capsys):
+    assert run(film, tmp_path / "whole") == 0
+    written = []
+
+    def killed(path, frames, fps):
+        if len(written) == 1:
+            (path.parent / ".film_0001.1-0a.mp4").write_bytes(b"half")  # what atomic_file was writing
+            raise KeyboardInterrupt
+        written.append(path)
+        write_video(path, frames, fps)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(split_video, "write_video", killed)
+        assert run(film, out) == 130
+    assert [path.name for path in (out / "videos").glob("[!.]*")] == ["film_0000.mp4"]
+    assert len((out / "clips.jsonl").read_text().splitlines()) == 1
+    before = (out / "videos/film_0000.mp4").stat()
+    monkeypatch.setattr(split_video, "find_scenes", None)  # what was found before is not looked for again
+    capsys.readouterr()
+    assert run(film, out) == 0
+    assert "3 clips, 2 of them new" in capsys.readouterr().out
+    assert (out / "videos/film_0000.mp4").stat().st_mtime_ns == before.st_mtime_ns
+    assert bytes_below(out) == bytes_below(tmp_path / "whole")
+
+
+def test_a_source_that_cannot_be_read_does_not_stop_the_others(film, tmp_path, capsys):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(film.read_bytes()[:2000])
+    picture = tmp_path / "picture.mp4"
+    write_video(picture, frames_of((0.05,)), RATE)
+    words = [str(path) for path in (broken, picture, film)]
+    assert split_video.main([*words, "--out", str(tmp_path / "out"), "--max_seconds", "2"]) == 1
+    said = capsys.readouterr()
+    assert f"clip {broken}" in said.err and "single frame" in said.err
+    assert "film.mp4: 1 clips, 1 of them new; 3.1 s too short" in said.out
+
+
+def test_a_source_whose_packets_cannot_be_decoded_is_reported(film, monkeypatch):
+    info, times = scan(film)
+    with pytest.raises(ClipError, match="only 102 of its 150 frames"):
+        longer = split_video.VideoInfo(150, info.fps, info.duration, info.height, info.width)
+        split_video.find_scenes(film, longer, times, 27.0)
+    with pytest.raises(ClipError, match="ends before frame 102"):
+        list(split_video._pictures(film, [101, 102], None))
+
+
+def test_sparse_frames_are_shown_longer_and_odd_sizes_become_even(tmp_path):
+    path = tmp_path / "film.mp4"
+    write_video(path, frames_of((1.0,)), RATE)
+    pictures = list(split_video._pictures(path, [3, 3, 7], None))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
+
+    class Turned:
+        """A stored frame of 5x7 that is shown turned."""
+
+        rotation, height, width = 90, 5, 7
+
+        def to_ndarray(self, **asked):
+            return np.zeros((asked["height"], asked["width"], 3), dtype=np.uint8)
+
+    assert split_video._picture(Turned(), None).shape == (6, 4, 3)
+    assert split_video._picture(Turned(), (20, 10)).shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fps", "0"], "--fps is 0"),
+        (["--size", "31", "32"], "even numbers"),
+        (["--min_seconds", "3"], "--min_seconds is 3 and --max_seconds 2"),
+        (["--threshold", "-1"], "--threshold is -1"),
+        (["--out", str(Path(__file__))], "cannot be written to"),
+    ],
+)
+def test_wrong_settings_end_with_2(film, tmp_path, words, said, capsys):
+    assert run(film, tmp_path / "out", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
+    def refused(*words):
+        assert split_video.main([*map(str, words), "--out", str(out), "--max_seconds", "2"]) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    other = tmp_path / "film.mkv"
+    other.write_bytes(b"another")
+    assert "'nowhere.mp4' does not exist" in refused("nowhere.mp4")
+    assert "is a folder" in refused(tmp_path)
+    assert "clips of the same names" in refused(film, other)
+    assert not out.exists()
+    assert split_video.main([str(film), "--out", str(out), "--max_seconds", "2"]) == 0
+    capsys.readouterr()
+    assert "come from another video of this name" in refused(other)
+    assert "were cut with --fps None; give the same" in refused(film, "--fps", "8")
+    (out / "cuts/film.json").write_text("{}")
+    assert "is no plan of this command" in refused(film)
+
+
+def test_the_extra_is_named_where_it_is_missing(film, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    assert run(film, tmp_path / "out") == 2
+    assert "pip install -e '.[data]'" in capsys.readouterr().err

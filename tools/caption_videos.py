@@ -1,0 +1,292 @@
+"""Describe clips with a vision-language model that lies on disk: a caption file for each clip without one.
+
+    python tools/caption_videos.py my_clips --model my-vlm --frames 8 --batch_size 4
+    torchrun --nproc_per_node=8 tools/caption_videos.py my_clips --model my-vlm
+
+The model is any folder of Hugging Face transformers that turns pictures and a question into text and has a chat
+template; nothing is downloaded and no code in the folder is run. Captions go to labels/ beside videos/, or beside the
+clip where there is no videos/. They are chosen greedily, without chance. Give the same command again after an
+interruption: clips with a caption are left alone, unless --overwrite is given. Under torchrun the processes share the
+clips.
+
+Exit code 0 means that all clips have captions, 1 that some have not, 2 that the command was given something wrong.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sgm import distributed
+from sgm.cli import run_command
+from sgm.data.folder import caption_path, list_folder
+from sgm.data.video import ClipError, read_frames, scan
+from sgm.files import atomic_file, require_writable
+from sgm.log import get_logger, is_rank_zero
+from sgm.util import PRECISIONS, InputError
+
+logger = get_logger("caption_videos")
+
+PROMPT = (
+    "These pictures are frames of one video, in order. Describe the video in one paragraph: what is in it, what "
+    "happens, the place, the light, the style, and how the camera moves. Write of the video, not of frames."
+)
+_FETCH = "fetch a vision-language model tuned to instructions first, with: hf download NAME --local-dir FOLDER"
+MAX_READERS = 8  # threads that decode
+# Batches after which processes tell each other how far they are: often enough that none waits for minutes at the end,
+# which the collective operations of accelerators do not survive, and so seldom that none waits long for a long caption.
+BATCHES_BETWEEN_REPORTS = 8
+
+
+@dataclass
+class Report:
+    """What became of some clips.
+
+    Attributes:
+        num_written: captions that were written.
+        num_cut: those among them that end where --max_new_tokens ended them.
+        problems: why others have no caption.
+    """
+
+    num_written: int = 0
+    num_cut: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Captioner:
+    """A vision-language model from a folder.
+
+    Args:
+        folder: of transformers: ``config.json``, safetensors, tokenizer, image processor and chat template.
+        dtype: to compute in; None takes that of the files.
+        device: to compute on.
+
+    Raises:
+        InputError: the folder holds no such model; the message says what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        from transformers.utils import logging as transformers_logging
+
+        if not (folder / "config.json").is_file():
+            found = "has no config.json" if folder.is_dir() else "does not exist"
+            raise InputError(f"model folder '{folder}' {found}; nothing is downloaded: {_FETCH}")
+        transformers_logging.disable_progress_bar()
+        local = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(folder, **local)
+            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                raise InputError(
+                    f"model folder '{folder}' holds a model of type '{config.model_type}', which does not turn "
+                    f"pictures into text; {_FETCH}"
+                )
+            self._processor = AutoProcessor.from_pretrained(folder, **local)
+            if not isinstance(self._processor, ProcessorMixin) or not self._processor.chat_template:
+                lacks = "chat template" if isinstance(self._processor, ProcessorMixin) else "processor of pictures"
+                raise InputError(f"model folder '{folder}' has no {lacks}; take a model that was tuned to instructions")
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, **local, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+        except InputError:
+            raise
+        except SafetensorError as error:
+            raise InputError(f"the weights in '{folder}' are cut off or damaged ({error}); copy them again") from error
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"model folder '{folder}' cannot be used: {reason[:600]}") from error
+        self._model, info = loaded
+        if info["missing_keys"]:
+            lacking = sorted(info["missing_keys"])
+            raise InputError(f"the weights in '{folder}' lack {len(lacking)} tensors, e.g. {lacking[0]}; copy it again")
+        tokenizer = self._processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue] (every processor has one)
+        tokenizer.padding_side = "left"  # what is generated follows the last token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._model = self._model.eval().requires_grad_(False).to(device)
+        ends = self._model.generation_config.eos_token_id
+        self._ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=device)
+
+    @torch.inference_mode()
+    def describe(self, clips: Sequence[np.ndarray], prompt: str, max_new_tokens: int) -> list[tuple[str, bool]]:
+        """Describe clips.
+
+        Args:
+            clips: frames (T, H, W, 3) uint8 of each.
+            prompt: what the model is asked, after it has seen the frames.
+            max_new_tokens: longest answer.
+
+        Returns:
+            The answer to each, on one line, and whether it was cut at its longest length.
+        """
+        texts = []
+        for clip in clips:
+            content = [*({"type": "image"} for _ in clip), {"type": "text", "text": prompt}]
+            message = {"role": "user", "content": content}
+            texts.append(self._processor.apply_chat_template([message], add_generation_prompt=True))
+        pictures = [list(clip) for clip in clips]
+        inputs = self._processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
+            self._model.device, self._model.dtype
+        )
+        told = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        if not self._model.config.is_encoder_decoder:  # then the question comes first
+            told = told[:, inputs["input_ids"].shape[1] :]
+        is_cut = (~torch.isin(told, self._ends).any(dim=1)).tolist()
+        answers = self._processor.batch_decode(told, skip_special_tokens=True)
+        return [(" ".join(answer.split()), cut) for answer, cut in zip(answers, is_cut, strict=True)]
+
+
+def clips_to_describe(root: Path, *, overwrite: bool) -> tuple[list[Path], list[str], int]:
+    """Return the clips without a caption, what is wrong with captions that cannot be read, and the number of clips.
+
+    Raises:
+        InputError: there is no such folder, or it holds no clips.
+    """
+    rows = list_folder(root, allow_missing_captions=True)
+    problems = [] if overwrite else [f"clip {row.path}: {row.problem}" for row in rows if row.problem]
+    chosen = [Path(str(row.path)) for row in rows if overwrite or not (row.caption or row.problem)]
+    return chosen, problems, len(rows)
+
+
+def evenly_spaced(num_frames: int, count: int) -> list[int]:
+    """Return up to `count` frames of a clip: the middles of as many equal parts, each frame once."""
+    return np.unique((np.arange(count) + 0.5) * num_frames // count).astype(int).tolist()
+
+
+def read_ahead(clips: Sequence[Path], batch_size: int, count: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
+    """Yield batches of clips with `count` frames (T, H, W, 3) of each, or with what is wrong with it.
+
+    The next batch is decoded while the caller works on one.
+    """
+
+    def read(clip: Path) -> tuple[Path, np.ndarray | str]:
+        try:
+            num_frames = scan(clip)[0].num_frames
+            return clip, read_frames(clip, evenly_spaced(num_frames, count), num_frames)
+        except ClipError as error:
+            return clip, str(error)
+
+    batches = [clips[start : start + batch_size] for start in range(0, len(clips), batch_size)]
+    with ThreadPoolExecutor(min(batch_size, MAX_READERS)) as pool:
+        ahead = [pool.submit(read, clip) for batch in batches[:1] for clip in batch]
+        for k in range(len(batches)):
+            now, ahead = ahead, [pool.submit(read, clip) for batch in batches[k + 1 : k + 2] for clip in batch]
+            yield [future.result() for future in now]
+
+
+def caption_batch(
+    batch: Sequence[tuple[Path, np.ndarray | str]], captioner: Captioner, options: argparse.Namespace, report: Report
+) -> None:
+    """Write the captions of a batch of clips, and add to the report what became of them."""
+    readable = [(clip, frames) for clip, frames in batch if isinstance(frames, np.ndarray)]
+    report.problems += [problem for _, problem in batch if isinstance(problem, str)]
+    if not readable:
+        return
+    answers = captioner.describe([frames for _, frames in readable], options.prompt, options.max_new_tokens)
+    for (clip, _), (text, is_cut) in zip(readable, answers, strict=True):
+        if not text:
+            report.problems.append(f"clip {clip}: the model says nothing; try another --prompt or a larger model")
+            continue
+        with atomic_file(caption_path(clip, options.folder)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        report.num_written += 1
+        report.num_cut += is_cut
+
+
+def work(options: argparse.Namespace) -> None:
+    """Describe all clips; the number of those without a caption is left in ``options.num_failed``."""
+    for name in ("frames", "max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}; give a number of at least 1")
+    options.folder = options.folder.expanduser()
+    if distributed.is_launched():
+        distributed.initialize()
+    # One list for all: a process that looks later would see the captions of the others.
+    found = distributed.from_rank_zero(_found(options) if is_rank_zero() else None)
+    if isinstance(found, InputError):
+        raise found
+    clips, problems, num_clips = found
+    rank, size = distributed.data_parallel_rank(), distributed.data_parallel_size()
+    done = Report(problems=list(problems))
+    for problem in problems if rank == 0 else ():
+        logger.error("%s", problem)
+    if clips:
+        dtype = PRECISIONS.get(options.dtype)
+        captioner = Captioner(options.model.expanduser(), dtype=dtype, device=distributed.device())
+        batches = read_ahead(clips[rank::size], options.batch_size, options.frames)
+        num_batches = BATCHES_BETWEEN_REPORTS if size > 1 else 1
+        num_reports = math.ceil(math.ceil(len(clips) / size) / (num_batches * options.batch_size))
+        bar = tqdm(total=len(clips), desc="captions", disable=None if rank == 0 else True)
+        with bar, logging_redirect_tqdm(loggers=[get_logger()]):
+            for _ in range(num_reports):
+                report = Report()
+                for batch in islice(batches, num_batches):
+                    caption_batch(batch, captioner, options, report)
+                _add(distributed.from_all_ranks(report), done, bar)
+    options.num_failed = len(done.problems)
+    if rank == 0:
+        kept = num_clips - len(clips) - len(problems)
+        sys.stdout.write(f"{num_clips} clips: {done.num_written} described, {kept} had captions, ")
+        sys.stdout.write(f"{options.num_failed} failed\n")
+        if done.num_cut:
+            sys.stdout.write(f"{done.num_cut} captions end unfinished at --max_new_tokens {options.max_new_tokens}\n")
+
+
+def _found(options: argparse.Namespace) -> tuple[list[Path], list[str], int] | InputError:
+    """Return what there is to do; errors too, since the other processes wait for an answer."""
+    try:
+        found = clips_to_describe(options.folder, overwrite=options.overwrite)
+        require_writable(options.folder)
+    except InputError as error:
+        return error
+    return found
+
+
+def _add(reports: Sequence[Report], done: Report, bar: tqdm) -> None:
+    """Add what all processes report, and show it."""
+    for report in reports:
+        done.num_written += report.num_written
+        done.num_cut += report.num_cut
+        done.problems += report.problems
+        bar.update(report.num_written + len(report.problems))
+        for problem in report.problems if is_rank_zero() else ():
+            logger.error("%s", problem)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DATA_FOLDER", help="folder of clips, as in args.train_data")
+    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="vision-language model on disk")
+    parser.add_argument("--prompt", default=PROMPT, help=f"what the model is asked ({PROMPT})")
+    parser.add_argument("--frames", type=int, default=8, help="evenly spaced frames that it sees of a clip (8)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest answer (200)")
+    parser.add_argument("--batch_size", type=int, default=1, help="clips described at a time (1)")
+    parser.add_argument("--dtype", choices=[*PRECISIONS], help="precision; without it, that of the model's files")
+    parser.add_argument("--overwrite", action="store_true", help="describe clips with captions again")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    options = parser.parse_args(argv)
+    options.num_failed = 0
+    code = run_command(
+        work,
+        options,
+        interrupted="interrupted; the same command goes on where this one stopped",
+        memory_hint="lower --batch_size or --frames, or give --dtype bf16",
+    )
+    return code or int(options.num_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
