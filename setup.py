@@ -40,6 +40,11 @@ setup(
     ],
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
+        "data": [
+            "datasets>=4.0,<6",  # folders of Hugging Face
+            "pyarrow>=21",  # Parquet
+            "scenedetect-headless>=0.7,<0.8",  # cuts of long videos
+        ],
         "wandb": ["wandb>=0.19,<1"],
         "lowmem": ["bitsandbytes>=0.45", "torchao>=0.12"],
         "web": ["gradio>=5"],

@@ -122,6 +122,87 @@ def test_checking_finds_the_same_clips_before_training(tmp_path):
     assert clips.select([4, 2]).captions == ["clip 04 in two lines", "clip 02 in two lines"]
 
 
+def corner(path):
+    """A clip whose left half is dark, in a frame twice as wide as high; brightness rises with time and height."""
+    frames = np.zeros((9, 64, 128, 3), np.uint8)
+    frames += (5 * np.arange(9, dtype=np.uint8))[:, None, None, None]
+    frames[:, :, 64:] += 150
+    frames[:, 32:] += 40
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, frames, 8, crf=0)
+    path.with_suffix(".txt").write_text("a bright half")
+    return path
+
+
+def draw(number):
+    return torch.Generator().manual_seed(number)
+
+
+def test_a_clip_is_mirrored_whole_or_not_at_all(tmp_path):
+    corner(tmp_path / "a.mp4")
+    clips = dataset(tmp_path, random_flip=0.5, video_size=(32, 64))
+    plain = clips[0]["mp4"]
+    assert plain[..., :16].mean() < plain[..., -16:].mean()
+    seen = [clips.sample(0, draw(number))["mp4"] for number in range(12)]
+    assert {torch.equal(one, plain) for one in seen} == {True, False}
+    assert all(torch.equal(one, plain) or torch.equal(one, plain.flip(-1)) for one in seen)
+
+
+def test_ways_to_bring_a_clip_to_size(tmp_path):
+    corner(tmp_path / "a.mp4")
+    center, none = (dataset(tmp_path, reshape_mode=mode)[0]["mp4"] for mode in ("center", "none"))
+    clips = dataset(tmp_path, reshape_mode="random")
+    assert torch.equal(clips[0]["mp4"], center), "nothing is random without a generator"
+    cuts = [clips.sample(0, draw(number))["mp4"] for number in range(8)]
+    assert len({float(cut.mean()) for cut in cuts}) > 4, "another part in each sample"
+    assert all((cut[1:] - cut[:-1]).mean((1, 2, 3)).std() < 0.01 for cut in cuts), "the same part in all frames"
+    assert none[:, :, :, :12].max() < none[:, :, :, -12:].min() and none.shape == center.shape
+    wide = clips.sample(0, None, (5, 16, 32))["mp4"]
+    assert wide.shape == (5, 3, 16, 32)
+
+
+def test_captions_get_a_token_or_are_dropped(tmp_path):
+    corner(tmp_path / "a.mp4")
+    clips = dataset(tmp_path, id_token="qfx", caption_dropout=0.4)
+    assert clips.captions == ["qfx a bright half"] and clips[0]["txt"] == "qfx a bright half"
+    seen = [clips.sample(0, draw(number))["txt"] for number in range(60)]
+    assert {*seen} == {"", "qfx a bright half"} and 12 <= seen.count("") <= 36
+
+
+def test_one_option_does_not_change_the_draws_of_another(tmp_path):
+    corner(tmp_path / "a.mp4")
+    flips = []
+    for more in ({}, {"reshape_mode": "random"}, {"caption_dropout": 0.5}):
+        clips = dataset(tmp_path, random_flip=0.5, **more)
+        samples = [clips.sample(0, draw(number))["mp4"] for number in range(8)]
+        flips.append([bool(one[..., :8].mean() > one[..., -8:].mean()) for one in samples])
+    assert flips[0] == flips[2] and len({*flips[0]}) == 2
+
+
+def test_draws_depend_on_the_number_of_the_sample_alone(tmp_path):
+    for name in "ab":
+        corner(tmp_path / f"{name}.mp4")
+    clips = dataset(tmp_path, random_flip=0.5, caption_dropout=0.5, reshape_mode="random")
+    stream = SampleStream([clips], TrainingOrder([2], seed=3))
+    seen = {}
+    for first, world, rank, num_workers in ((0, 1, 0, 0), (0, 2, 0, 0), (0, 2, 1, 0), (4, 1, 0, 2)):
+        numbers = {"first": first, "stop": 12, "rank": rank, "world": world, "micro_batch": 2}
+        for batch in make_loader(stream, **numbers, num_workers=num_workers):
+            assert batch["image"] == [None, None]
+            for number, video, text in zip(batch["number"], batch["mp4"], batch["txt"], strict=True):
+                same = seen.setdefault(number, (video, text))
+                assert torch.equal(same[0], video) and same[1] == text
+    assert len(seen) == 12 and len({float(video.mean()) for video, _ in seen.values()}) > 6, "samples of a clip differ"
+
+
+def test_frames_are_skipped_at_either_end(tmp_path):
+    clip(tmp_path / "videos/a.mp4", num_frames=12)
+    assert frames_of(dataset(tmp_path, skip_frames_start=5)[0])[:3] == [5, 6, 7]
+    assert dataset(tmp_path, skip_frames_end=5)[0]["num_frames"] == 7
+    both = dataset(tmp_path, skip_frms_num=2, skip_frames_end=6)[0]
+    assert frames_of(both)[0] == 2 and both["num_frames"] == 4
+
+
 def test_a_clip_without_a_caption_cannot_be_used_unless_allowed(tmp_path):
     clip(tmp_path / "videos/a.mp4")
     (tmp_path / "labels/a.txt").unlink()
@@ -175,6 +256,10 @@ def test_the_parameters_of_released_files():
         ({"skip_frms_num": 2.5}, "skip_frms_num is 2.5"),
         ({"skip_frms_num": -1}, "skip_frms_num is -1"),
         ({"data_dir": "nowhere"}, "'nowhere' does not exist"),
+        ({"skip_frames_end": 0.5}, "skip_frames_end is 0.5"),
+        ({"random_flip": 1.5}, "random_flip is 1.5; give a probability"),
+        ({"caption_dropout": -1}, "caption_dropout is -1"),
+        ({"reshape_mode": "crop"}, "reshape_mode is 'crop'; give one of center, random, none"),
     ],
 )
 def test_unusable_parameters_are_refused(params, words):

@@ -1,20 +1,23 @@
 """Clips held against what training needs of them, before it starts: every row, and all that is wrong with it."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sgm.data.folder import Row
 from sgm.data.frames import Selection, select_frames
-from sgm.data.video import ClipError, VideoInfo, decode_all, scan
+from sgm.data.rows import Row, VideoInfo
+from sgm.data.video import ClipError, decode_all, probe, scan
 from sgm.files import atomic_file
 from sgm.log import is_rank_zero
+
+_BARS, _WIDTH = 10, 40  # of a histogram: bars, and characters of the longest
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class RowReport:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def uncaptioned(self) -> bool:
+        """Whether the clip could be used, had it a caption."""
+        return len(self.problems) == 1 and self.problems[0].startswith(("its caption", "caption "))
+
+
+def row_reports(rows: Sequence[Row]) -> list[RowReport]:
+    """Report what the data set itself says of its clips, opening none."""
+    return [
+        RowReport(str(row.path), row.caption, row.info, problems=(row.problem,) if row.problem else ()) for row in rows
+    ]
+
 
 def check_rows(
     rows: Sequence[Row],
@@ -46,7 +61,7 @@ def check_rows(
     video_size: tuple[int, int],
     fps: float,
     max_num_frames: int,
-    skip_frms_num: int,
+    skip: tuple[int, int] = (0, 0),
     decode: bool = False,
     num_threads: int = 8,
 ) -> list[RowReport]:
@@ -57,7 +72,7 @@ def check_rows(
         video_size: (H, W) that they are trained at.
         fps: frames per second that they are trained at.
         max_num_frames: frames that they are trained with.
-        skip_frms_num: source frames left out at both ends.
+        skip: source frames left out at the start and at the end.
         decode: decode every frame, too, instead of packets and the first frame; finds damage inside, takes long.
         num_threads: clips checked at a time.
 
@@ -70,11 +85,13 @@ def check_rows(
         info, selection = None, None
         try:
             info, times = scan(row.path)
-            selection = select_frames(times, fps=fps, max_num_frames=max_num_frames, skip_frms_num=skip_frms_num)
+            selection = select_frames(times, fps=fps, max_num_frames=max_num_frames, skip=skip)
             if decode:
                 decode_all(row.path, info.num_frames)
+            if row.image is not None:
+                probe(row.image)
         except ClipError as error:
-            problems.append(error.reason)
+            problems.append(error.reason if error.path == str(row.path) else f"its image {error.path} {error.reason}")
         except ValueError as error:
             problems.append(str(error))
         if info is None or selection is None:
@@ -109,14 +126,15 @@ def summarize(reports: Sequence[RowReport]) -> dict[str, Any]:
     """Count what was found: clips, bad and noted ones, and the ranges of durations, frame rates and sizes."""
     good = [report for report in reports if not report.problems]
     infos = [report.info for report in good if report.info is not None]
+    taken = [report for report in good if report.num_frames]
     return {
         "clips": len(reports),
         "bad": len(reports) - len(good),
         "noted": sum(bool(report.notes) for report in good),
         "seconds": _range([info.duration for info in infos]),
         "fps": _range([info.fps for info in infos]),
-        "effective_fps": _range([report.effective_fps for report in good]),
-        "frames_taken": _range([report.num_frames for report in good]),
+        "effective_fps": _range([report.effective_fps for report in taken]),
+        "frames_taken": _range([report.num_frames for report in taken]),
         "sizes": dict(Counter(f"{info.height}x{info.width}" for info in infos).most_common()),
     }
 
@@ -131,11 +149,15 @@ def summary_text(reports: Sequence[RowReport]) -> str:
     sizes = [f"{size} ({count})" for size, count in found["sizes"].items()]
     lines = [f"{found['clips']} clips: {found['clips'] - found['bad']} good, {found['bad']} bad"]
     if found["seconds"]:
-        lines += [
-            f"duration {_span(found['seconds'])} s, {_span(found['fps'])} fps, of which training takes "
-            f"{_span(found['frames_taken'])} frames at an effective {_span(found['effective_fps'])} fps",
-            f"sizes (height x width): {', '.join(sizes[:6])}{', ...' if len(sizes) > 6 else ''}",
-        ]
+        lines.append(f"duration {_span(found['seconds'])} s, {_span(found['fps'])} fps")
+        lines.append(f"sizes (height x width): {', '.join(sizes[:6])}{', ...' if len(sizes) > 6 else ''}")
+    if found["frames_taken"]:
+        lines[1] += (
+            f", of which training takes {_span(found['frames_taken'])} frames at an effective "
+            f"{_span(found['effective_fps'])} fps"
+        )
+    elif found["clips"] > found["bad"]:
+        lines[0] += "; no clip was opened"
     return "\n".join(lines)
 
 
@@ -176,12 +198,56 @@ def _cells(report: RowReport) -> tuple[str, ...]:
     )
 
 
+def histograms(reports: Sequence[RowReport]) -> str:
+    """Return how sizes, durations and frame rates of the good clips are spread, as bars of text."""
+    infos = [report.info for report in reports if report.info is not None and not report.problems]
+    sizes = Counter(f"{info.height}x{info.width}" for info in infos).most_common()
+    rates = Counter(f"{info.fps:.4g}" for info in infos)
+    shown = dict(sizes[:_BARS])
+    if len(sizes) > _BARS:
+        shown["others"] = sum(count for _, count in sizes[_BARS:])
+    parts = {
+        "size (height x width)": shown,
+        "seconds": _binned([info.duration for info in infos]),
+        "fps": {rate: rates[rate] for rate in sorted(rates, key=float)}
+        if len(rates) <= _BARS
+        else _binned([info.fps for info in infos]),
+    }
+    return "\n\n".join(_bars(title, counts) for title, counts in parts.items() if counts)
+
+
+def _binned(values: Sequence[float]) -> dict[str, int]:
+    """Count values in at most `_BARS` equal bins of a round width."""
+    if not values:
+        return {}
+    least = max((max(values) - min(values)) / (_BARS - 1), 1e-3)
+    power = 10 ** math.floor(math.log10(least))
+    width = next(power * step for step in (1, 2, 5, 10) if power * step >= least)
+    bins = Counter(math.floor(value / width + 1e-9) for value in values)
+    places = range(min(bins), max(bins) + 1)
+    return {f"{place * width:.4g} to {(place + 1) * width:.4g}": bins[place] for place in places}
+
+
+def _bars(title: str, counts: Mapping[str, int]) -> str:
+    names, most = max(map(len, counts)), max(counts.values())
+    digits = len(str(most))
+    rows = [f"  {name:>{names}}  {n:>{digits}}  {'#' * -(-_WIDTH * n // most)}".rstrip() for name, n in counts.items()]
+    return "\n".join([title, *rows])
+
+
 def write_report(path: str | Path, reports: Sequence[RowReport]) -> None:
-    """Write summary and rows as JSON, atomically.
+    """Write summary and rows as JSON, a line for each row, atomically.
 
     Raises:
         RunError: the file cannot be written.
     """
-    content = {"summary": summarize(reports), "rows": [asdict(report) for report in reports]}
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = (json.dumps(_plain(report), ensure_ascii=False) for report in reports)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        summary = json.dumps(summarize(reports), indent=2, ensure_ascii=False)
+        file.write(f'{{"summary": {summary},\n"rows": [\n')
+        file.write(",\n".join(rows))
+        file.write("\n]}\n")
+
+
+def _plain(report: RowReport) -> dict[str, Any]:
+    return vars(report) | {"info": None if report.info is None else vars(report.info)}

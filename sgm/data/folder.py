@@ -1,32 +1,18 @@
 """A folder of clips and captions: ``videos/a/b.mp4`` with ``labels/a/b.txt``, or the caption beside the clip."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line
 from sgm.util import InputError
 
 VIDEOS, LABELS = "videos", "labels"
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A clip of a data set.
-
-    Attributes:
-        path: the clip.
-        caption: its caption, on one line.
-        problem: what is wrong with the caption, else None.
-    """
-
-    path: Path
-    caption: str
-    problem: str | None = None
-
-
-def list_rows(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
+def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
     """Find all clips below a folder, links followed, hidden files left out, ordered by path. No clip is opened.
+
+    A picture with a caption is a clip of one frame, unless it lies beside a clip of the same name, as covers do.
 
     Args:
         data_dir: the folder that holds ``videos`` and ``labels``, at any depth, or clips with captions beside them.
@@ -44,8 +30,8 @@ def list_rows(data_dir: str | Path, *, allow_missing_captions: bool = False) -> 
     clips = sorted(_clips(root), key=lambda path: path.relative_to(root).as_posix())
     if not clips:
         raise InputError(
-            f"data folder '{root}' holds no clips ({', '.join(SUFFIXES)}); put them into {root / VIDEOS} and their "
-            f"captions, a text file each, into {root / LABELS}"
+            f"data folder '{root}' holds no clips ({', '.join(VIDEO_SUFFIXES)}); put them into {root / VIDEOS} and "
+            f"their captions, a text file each, into {root / LABELS}"
         )
     return [_row(clip, caption_path(clip, root), allow_missing_captions) for clip in clips]
 
@@ -67,12 +53,16 @@ def _clips(root: Path) -> list[Path]:
         if real not in seen:  # a link may lead back up
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)
-    return [path for path in found if path.suffix.lower() in SUFFIXES]
+    clips = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
+    taken = {path.with_suffix("") for path in clips}
+    there = {*found}
+    pictures = (path for path in found if is_picture(path) and path.with_suffix("") not in taken)
+    return clips + [path for path in pictures if caption_path(path, root) in there]
 
 
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
     try:
-        text = " ".join(caption.read_text(encoding="utf-8-sig").split())
+        text = one_line(caption.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         return Row(clip, "", f"caption {caption} is not UTF-8 text (byte {error.start}); save it as UTF-8")
     except FileNotFoundError:

@@ -47,7 +47,7 @@ def num_frames_4k1(value: int) -> int:
 
 
 def select_frames(
-    times: Sequence[float] | np.ndarray, *, fps: float, max_num_frames: int, skip_frms_num: int
+    times: Sequence[float] | np.ndarray, *, fps: float, max_num_frames: int, skip: tuple[int, int] = (0, 0)
 ) -> Selection:
     """Choose the frames nearest to equally spaced times, beginning with the first that is not skipped.
 
@@ -58,21 +58,25 @@ def select_frames(
         times: when each frame is shown, in seconds, ascending.
         fps: frames per second to take.
         max_num_frames: length of the result.
-        skip_frms_num: source frames left out at both ends.
+        skip: source frames left out at the start and at the end; a picture, a single frame, is taken all the same.
 
     Raises:
         ValueError: skipping leaves no frame, or the frame rate of the clip cannot be true.
     """
-    usable = np.asarray(times, dtype=np.float64)[skip_frms_num : len(times) - skip_frms_num]
+    if len(times) == 1:
+        skip = (0, 0)
+    usable = np.asarray(times, dtype=np.float64)[skip[0] : max(len(times) - skip[1], 0)]
     if len(usable) == 0:
-        raise ValueError(f"has {len(times)} frames, of which skip_frms_num: {skip_frms_num} at both ends leaves none")
+        raise ValueError(
+            f"has {len(times)} frames; skipping {skip[0]} at the start and {skip[1]} at the end leaves none"
+        )
     gap = 1 / fps
     if len(usable) > 1:
         gap = float(np.median(np.diff(usable)))
         _check_rate(usable)
     elapsed = usable[-1] - usable[0] + gap / 2
     count = min(max_num_frames, int((elapsed + _TOLERANCE) * fps) + 1)
-    taken = skip_frms_num + _nearest(usable, usable[0] + np.arange(count) / fps)
+    taken = skip[0] + _nearest(usable, usable[0] + np.arange(count) / fps)
     padded = np.concatenate([taken, np.repeat(taken[-1:], max_num_frames - count)])
     return Selection(tuple(padded.tolist()), count, fps * (len(np.unique(taken)) / count))
 

@@ -7,12 +7,13 @@ import torch
 from kornia.geometry.transform import resize
 
 
-def cover_crop(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale pictures until they cover `size` and cut out the middle.
+def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float, float] | None = None) -> torch.Tensor:
+    """Scale pictures until they cover `size` and cut out a part of that size.
 
     Args:
         pictures: (T, 3, H, W) float in [-1, 1].
         size: (H, W) of the result, in pixels.
+        place: where the part lies, down and across, in [0, 1); None takes the middle.
 
     Returns:
         (T, 3, *size) in [-1, 1], of the same dtype: bicubic interpolation, blurred beforehand where it reduces.
@@ -20,8 +21,18 @@ def cover_crop(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     (target_h, target_w), (h, w) = size, pictures.shape[-2:]
     scale = max(target_h / h, target_w / w)
     covering = (max(target_h, round(h * scale)), max(target_w, round(w * scale)))
-    if covering != (h, w):
-        pictures = resize(pictures, covering, interpolation="bicubic", align_corners=False, antialias=True)
-    top, left = (covering[0] - target_h) // 2, (covering[1] - target_w) // 2
-    # Bicubic interpolation overshoots at edges.
-    return pictures[..., top : top + target_h, left : left + target_w].clamp(-1, 1).contiguous()
+    pictures = stretch(pictures, covering)
+    spare = covering[0] - target_h, covering[1] - target_w
+    if place is None:
+        top, left = spare[0] // 2, spare[1] // 2
+    else:
+        top, left = int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1))
+    return pictures[..., top : top + target_h, left : left + target_w].contiguous()
+
+
+def stretch(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Scale pictures to `size`, whatever that does to their proportions; see `cover_crop`."""
+    if tuple(pictures.shape[-2:]) == size:
+        return pictures
+    sized = resize(pictures, size, interpolation="bicubic", align_corners=False, antialias=True)
+    return sized.clamp(-1, 1)  # bicubic interpolation overshoots at edges

@@ -1,4 +1,4 @@
-"""Clips: what their containers say, and the pictures of chosen frames.
+"""Clips: what their containers say, and the pictures of chosen frames. A picture file is a clip of one frame.
 
 Times and counts always come from PyAV, which reads the packets without decoding them; pictures come from decord, and
 from PyAV where decord is missing, fails or counts otherwise. Both turn pictures upright and give equal pixels.
@@ -7,13 +7,13 @@ Legend: T frames, H W pixels of an upright picture.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import av
 import av.error
 import numpy as np
+from PIL import Image, ImageOps
 
+from sgm.data.rows import ClipFile, VideoInfo, is_picture, opened
 from sgm.log import get_logger
 from sgm.util import RunError
 
@@ -31,7 +31,7 @@ class ClipError(RunError):
         reason: what is wrong with it.
     """
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    def __init__(self, path: str | ClipFile, reason: str) -> None:
         self.path, self.reason = str(path), reason
         super().__init__(f"clip {path}: {reason}")
 
@@ -40,31 +40,12 @@ class ClipError(RunError):
         return ClipError, (self.path, self.reason)
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """What is known of a clip without decoding all of it.
-
-    Attributes:
-        num_frames: frames that are shown.
-        fps: their mean rate; 0 for a single frame.
-        duration: seconds from the first frame to the end of the last.
-        height: in pixels, of the upright picture.
-        width: in pixels, of the upright picture.
-    """
-
-    num_frames: int
-    fps: float
-    duration: float
-    height: int
-    width: int
-
-
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | ClipFile) -> VideoInfo:
     """Return what is known of a clip; see `scan`."""
     return scan(path)[0]
 
 
-def scan(path: str | Path) -> tuple[VideoInfo, np.ndarray]:
+def scan(path: str | ClipFile) -> tuple[VideoInfo, np.ndarray]:
     """Read a clip's packets, and decode its first frame, which tells the size and that there is a decoder.
 
     Returns:
@@ -73,6 +54,9 @@ def scan(path: str | Path) -> tuple[VideoInfo, np.ndarray]:
     Raises:
         ClipError: it cannot be read, holds no frames, or ends before the end that its header states.
     """
+    if is_picture(path):
+        height, width = read_picture(path).shape[:2]
+        return VideoInfo(1, 0.0, 0.0, height, width), np.zeros(1)
     packets: list[tuple[int, int]] = []
     first = None
     with _Reading(path) as reading:
@@ -98,7 +82,7 @@ def scan(path: str | Path) -> tuple[VideoInfo, np.ndarray]:
     return VideoInfo(len(times), fps, duration, height, width), times
 
 
-def read_frames(path: str | Path, indices: Sequence[int], num_frames: int) -> np.ndarray:
+def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
     """Decode frames of a clip, and no more than they need.
 
     Args:
@@ -112,6 +96,8 @@ def read_frames(path: str | Path, indices: Sequence[int], num_frames: int) -> np
     Raises:
         ClipError: neither decoder gives these frames.
     """
+    if is_picture(path):
+        return read_picture(path)[None]
     try:
         return _read_decord(path, indices, num_frames)
     except Exception as error:  # decord raises what it likes; the second decoder says what is wrong
@@ -119,12 +105,31 @@ def read_frames(path: str | Path, indices: Sequence[int], num_frames: int) -> np
     return _read_av(path, indices)
 
 
-def decode_all(path: str | Path, num_frames: int) -> None:
+def read_picture(path: str | ClipFile) -> np.ndarray:
+    """Decode a picture file: (H, W, 3) uint8, RGB, upright; transparent parts are white.
+
+    Raises:
+        ClipError: it cannot be decoded.
+    """
+    try:
+        with Image.open(opened(path)) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+    except FileNotFoundError as error:
+        raise ClipError(path, "does not exist") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ClipError(path, f"is no picture, or a damaged one: {error}") from error
+
+
+def decode_all(path: str | ClipFile, num_frames: int) -> None:
     """Decode a whole clip, keeping nothing, to see that it can be decoded.
 
     Raises:
         ClipError: a frame is missing or damaged.
     """
+    if is_picture(path):
+        read_picture(path)
+        return
     count = 0
     with _Reading(path) as reading:
         for frame in reading.frames():
@@ -138,12 +143,12 @@ def decode_all(path: str | Path, num_frames: int) -> None:
 class _Reading:
     """A clip that is open in PyAV, as a context; every failure inside becomes a ClipError."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | ClipFile) -> None:
         self.path = path
 
     def __enter__(self) -> "_Reading":
         try:
-            self.container = av.open(str(self.path))
+            self.container = av.open(opened(self.path), mode="r")
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise ClipError(self.path, _reason(error)) from error
         if not self.container.streams.video:
@@ -179,18 +184,18 @@ def _stated_duration(reading: _Reading) -> float:
     return 0.0
 
 
-def _read_decord(path: str | Path, indices: Sequence[int], num_frames: int) -> np.ndarray:
+def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
     # Imported and opened here, in the process that decodes: a reader that was open before a fork never answers.
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(str(path), num_threads=1)
+    reader = decord.VideoReader(opened(path), num_threads=1)
     if len(reader) != num_frames:
         raise ValueError(f"it counts {len(reader)} frames, not {num_frames}")
     return reader.get_batch(list(indices)).asnumpy()
 
 
-def _read_av(path: str | Path, indices: Sequence[int]) -> np.ndarray:
+def _read_av(path: str | ClipFile, indices: Sequence[int]) -> np.ndarray:
     """Decode from the start, as chosen frames begin there, until all are found."""
     wanted, pictures = set(indices), []
     with _Reading(path) as reading:

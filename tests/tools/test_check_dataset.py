@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,6 +43,25 @@ def test_several_folders_and_a_report(data, tmp_path, capsys):
     assert f"report: {report}" in capsys.readouterr().out
 
 
+def test_other_formats_spread_and_a_contact_sheet(data, capsys):
+    (data / "list.csv").write_text("words,video\none,videos/000000.mp4\ntwo,videos/000001.mp4\n")
+    sheet = data / "sheet.png"
+    words = [str(data / "list.csv"), *PARAMS, "--caption_column", "words", "--contact_sheet", str(sheet)]
+    assert check_dataset.main(words) == 0
+    out = capsys.readouterr().out
+    assert f"  64x64  2  {'#' * 40}" in out and f"2 clips: {sheet}" in out
+    with Image.open(sheet) as picture:
+        assert picture.height > 2 * 64
+
+
+def test_rows_alone(data, capsys, monkeypatch):
+    monkeypatch.setattr("sgm.data.check.scan", None)
+    (data / "list.csv").write_text("caption,video\none,videos/000000.mp4\ntwo,videos/x.mp4\n")
+    assert check_dataset.main([str(data / "list.csv"), *PARAMS, "--rows_only"]) == 1
+    out = capsys.readouterr().out
+    assert "list.csv:3 names it" in out and "2 clips: 1 good, 1 bad; no clip was opened" in out
+
+
 def test_bad_clips_end_with_1_and_are_named(data, capsys):
     (data / "videos/broken.mp4").write_text("no video")
     (data / "labels/000000.txt").unlink()
@@ -65,6 +85,7 @@ def test_parameters_come_from_yaml_and_the_command_line_wins(data, capsys):
     ("words", "said"),
     [
         (["nowhere", *PARAMS], "'nowhere' does not exist"),
+        ([TOY, *PARAMS, "--format", "csv"], "metadata.csv' does not exist"),
         ([TOY], "give --video_size"),
         ([TOY, "--video_size", "64", "64", "--max_num_frames", "16"], "13 or 17"),
         ([TOY, "--base", "nowhere.yaml"], "nowhere.yaml"),

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from sgm.data.check import bad_share, check_rows, summarize, summary_text, table, write_report
-from sgm.data.folder import Row
+from sgm.data.check import RowReport, bad_share, check_rows, histograms, summarize, summary_text, table, write_report
+from sgm.data.rows import Row, VideoInfo
 from sgm.inference.video import write_video
 
 
@@ -14,7 +14,7 @@ def clip(path, num_frames=17, fps=8, size=(64, 96)):
 
 
 def check(*rows, **more):
-    settings = {"video_size": (64, 64), "fps": 8, "max_num_frames": 17, "skip_frms_num": 0} | more
+    settings = {"video_size": (64, 64), "fps": 8, "max_num_frames": 17} | more
     return check_rows(rows, **settings)
 
 
@@ -48,7 +48,7 @@ def test_every_row_says_what_is_wrong_and_what_to_know(rows):
 
 
 def test_too_short_to_skip_is_a_problem(rows):
-    assert "leaves none" in check(rows[2], skip_frms_num=5)[0].problems[0]
+    assert "leaves none" in check(rows[2], skip=(5, 5))[0].problems[0]
 
 
 def test_damage_inside_is_found_when_everything_is_decoded(tmp_path):
@@ -71,6 +71,26 @@ def test_summary_counts_good_clips_only(rows):
     assert "7 clips: 4 good, 3 bad" in summary_text(reports)
     assert summary_text([reports[-1]]) == "1 clips: 0 good, 1 bad"
     assert bad_share([]) == 0
+
+
+def test_how_sizes_durations_and_rates_are_spread():
+    def report(seconds, fps, height):
+        return RowReport("a", "", VideoInfo(int(seconds * fps), fps, seconds, height, 64))
+
+    same, few = ([report(2, 8, 64)] * 3, [report(2, 8, 64)] * 2 + [report(9.5, 30, 32), RowReport("b", "", None)])
+    assert histograms(same).split("\n\n")[0] == f"size (height x width)\n  64x64  3  {'#' * 40}"
+    size, seconds, fps = histograms(few).split("\n\n")
+    assert size.splitlines()[2] == f"  32x64  1  {'#' * 20}"
+    assert seconds.splitlines()[1:] == [
+        f"   2 to 3  2  {'#' * 40}",
+        *(f"   {low} to {low + 1}  0" for low in range(3, 9)),
+        f"  9 to 10  1  {'#' * 20}",
+    ]
+    assert [line.split()[:2] for line in fps.splitlines()[1:]] == [["8", "2"], ["30", "1"]]
+    many = histograms([report(2, fps, fps) for fps in range(1, 31)])
+    size, _, fps = many.split("\n\n")
+    assert size.splitlines()[-1].split()[:2] == ["others", "20"] and fps.splitlines()[1].split()[:3] == ["0", "to", "5"]
+    assert histograms([RowReport("a", "")]) == ""
 
 
 def test_the_table_has_a_line_for_each_clip(rows):

@@ -6,7 +6,7 @@ from sgm.util import InputError
 
 
 def select(times, fps=8.0, frames=49, skip=3):
-    return select_frames(times, fps=fps, max_num_frames=frames, skip_frms_num=skip)
+    return select_frames(times, fps=fps, max_num_frames=frames, skip=(skip, skip))
 
 
 @pytest.mark.parametrize("source", [8, 12, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120, 240])
@@ -69,7 +69,7 @@ def test_a_single_frame_is_a_still_clip():
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        (np.arange(6) / 8, "has 6 frames, of which skip_frms_num: 3 at both ends leaves none"),
+        (np.arange(6) / 8, "has 6 frames; skipping 3 at the start and 3 at the end leaves none"),
         (np.arange(50) / 1000, "1000 frames per second"),
         (np.arange(50) * 4.0, "0.25 frames per second"),
         (np.zeros(50), "inf frames per second"),
