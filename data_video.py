@@ -4,38 +4,64 @@ Legend: F frames, H W pixels.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 
-from sgm.data.check import RowReport, check_rows
-from sgm.data.folder import Row, list_rows
-from sgm.data.frames import num_frames_4k1, select_frames
-from sgm.data.transform import cover_crop
-from sgm.data.video import ClipError, read_frames, scan
-from sgm.util import InputError
+from sgm.data.bucket_config import parse_buckets
+from sgm.data.buckets import ClipSizes, clip_sizes
+from sgm.data.cache import CachedTensors, ClipKeys
+from sgm.data.check import RowReport, check_rows, row_reports
+from sgm.data.formats import list_rows
+from sgm.data.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
+from sgm.data.index import clip_infos, remember
+from sgm.data.manifest import Columns
+from sgm.data.rows import ClipFile, Row, VideoInfo
+from sgm.data.transform import cover_crop, stretch
+from sgm.data.video import ClipError, probe, read_frames, scan
+from sgm.util import InputError, RunError, default
 
 _CHUNK = 8  # frames brought to size at a time: those of a large clip as floats would fill gigabytes
+RESHAPE_MODES = ("center", "random", "none")
 
 
 class SFTDataset:
-    """Clips with captions from a folder: ``videos/**/x.mp4`` with ``labels/**/x.txt``, or the caption beside the clip.
+    """Clips with captions: a folder, a manifest, archives, see docs/data.md.
 
     ``dataset[i]`` decodes clip i: ``mp4`` (F, 3, H, W) float32 in [-1, 1], ``txt`` its caption, ``num_frames`` how many
-    of the frames it gave before the last one was repeated, ``fps``, and ``path``.
+    of the frames it gave before the last one was repeated, ``fps``, ``path``, and ``image`` (3, H, W) in [-1, 1], the
+    picture that image-to-video starts from, or None where the data set names none. Nothing in it is random;
+    `sample` is what training calls.
 
     Args:
-        data_dir: the folder; training gives each of ``args.train_data`` and ``args.valid_data``.
-        video_size: (H, W) that clips are scaled to cover and cropped to, in pixels.
+        data_dir: folder, manifest or archive; training gives each of ``args.train_data`` and ``args.valid_data``.
+        video_size: (H, W) that clips are brought to, in pixels.
         fps: frames taken per second of the clip, whatever its own rate.
         max_num_frames: F, one of 1, 5, 9, ...; shorter clips repeat their last frame.
         skip_frms_num: source frames left out at both ends.
+        skip_frames_start: source frames left out at the start; None takes `skip_frms_num`.
+        skip_frames_end: source frames left out at the end; None takes `skip_frms_num`.
+        reshape_mode: ``center`` scales clips to cover `video_size` and cuts out the middle, ``random`` another part in
+            each sample, ``none`` scales height and width each to its own.
+        random_flip: probability that a sample is mirrored, left to right, all frames of it alike.
+        id_token: word put before every caption, with a space.
+        caption_dropout: probability that the caption of a sample is empty.
         allow_missing_captions: train clips without a caption on an empty one.
+        format: ``folder``, ``lines``, ``csv``, ``json``, ``jsonl``, ``parquet``, ``webdataset``, ``huggingface``, or
+            ``auto``.
+        caption_column: column, or file of lines, that holds captions; None finds it by its usual names.
+        video_column: the same for clips.
+        image_column: the same for the pictures of image-to-video.
+        buckets: shapes for training clips, see docs/buckets.md; `video_size` and `max_num_frames` then hold for the
+            others, those of validation.
+        drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
 
     Raises:
-        InputError: a parameter is not usable, or the folder holds no clips.
+        InputError: a parameter is not usable, or the data set is malformed.
     """
 
     def __init__(
@@ -46,54 +72,107 @@ class SFTDataset:
         fps: float = 8,
         max_num_frames: int = 49,
         skip_frms_num: float = 3,
+        skip_frames_start: int | None = None,
+        skip_frames_end: int | None = None,
+        reshape_mode: Literal["center", "random", "none"] = "center",
+        random_flip: float = 0.0,
+        id_token: str | None = None,
+        caption_dropout: float = 0.0,
         allow_missing_captions: bool = False,
+        format: str = "auto",
+        caption_column: str | None = None,
+        video_column: str | None = None,
+        image_column: str | None = None,
+        buckets: list[Any] | dict[Any, Any] | None = None,
+        drop_partial: bool = False,
     ) -> None:
         if len(video_size) != 2 or min(video_size) < 1:
             raise InputError(f"data.params.video_size is {list(video_size)}; give [height, width] in pixels")
         if fps <= 0:
             raise InputError(f"data.params.fps is {fps}; give a number above 0, 8 or 16 for the released models")
-        if skip_frms_num < 0 or int(skip_frms_num) != skip_frms_num:
-            raise InputError(f"data.params.skip_frms_num is {skip_frms_num}; give a whole number of frames, 0 or more")
+        if reshape_mode not in RESHAPE_MODES:
+            raise InputError(f"data.params.reshape_mode is '{reshape_mode}'; give one of {', '.join(RESHAPE_MODES)}")
         self.video_size = (int(video_size[0]), int(video_size[1]))
         self.fps = float(fps)
         self.max_num_frames = num_frames_4k1(max_num_frames)
-        self.skip_frms_num = int(skip_frms_num)
-        self.rows: list[Row] = list_rows(data_dir, allow_missing_captions=allow_missing_captions)
+        both = _whole("skip_frms_num", skip_frms_num)
+        self.skip = (
+            _whole("skip_frames_start", default(skip_frames_start, both)),
+            _whole("skip_frames_end", default(skip_frames_end, both)),
+        )
+        self.buckets = None if buckets is None else parse_buckets(buckets)
+        if drop_partial and buckets is None:
+            raise InputError("data.params.drop_partial has no effect without data.params.buckets; remove it")
+        self.drop_partial = drop_partial
+        self.reshape_mode = reshape_mode
+        self.random_flip = _probability("random_flip", random_flip)
+        self.caption_dropout = _probability("caption_dropout", caption_dropout)
+        columns = Columns(caption_column, video_column, image_column)
+        rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
+        if id_token:
+            rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in rows]
+        self.rows: list[Row] = rows
+        self._cache: _Cache | None = None
+        data_dir = Path(data_dir).expanduser()
+        self.folder = data_dir if data_dir.is_dir() else data_dir.parent
 
     def __len__(self) -> int:
         """Return the number of clips."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decode clip `index`.
+        """Decode clip `index`, with nothing random about it; see `sample`."""
+        return self.sample(index, None)
+
+    def sample(
+        self, index: int, generator: torch.Generator | None, shape: tuple[int, int, int] | None = None
+    ) -> dict[str, Any]:
+        """Decode clip `index` as a training sample.
+
+        Args:
+            index: of the clip.
+            generator: on the CPU; decides whether the caption is dropped, whether the clip is mirrored, and where it
+                is cut, in this order, whichever of them are in use. None keeps the caption and the middle.
+            shape: (F, H, W) of a bucket, instead of the configured ones.
 
         Raises:
-            ClipError: it, or its caption, cannot be used.
+            ClipError: the clip, its caption or its image cannot be used.
         """
         row = self.rows[index]
         if row.problem:
             raise ClipError(row.path, row.problem)
+        num_frames, height, width = shape or (self.max_num_frames, *self.video_size)
+        view = self._view(generator, (height, width))
+        sample = {"txt": "" if view.without_caption else row.caption, "fps": self.fps, "path": str(row.path)}
+        if self._cache is None:
+            frames, given = self._frames(row, view, num_frames)
+            return {**sample, "mp4": frames, "num_frames": given, "image": _image(row, view)}
+        sample["moments"] = self._cache.moments(row.path, (num_frames, height, width))
+        if self._cache.images is not None:
+            sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
+        elif self._cache.first_frames:
+            image = _image(row, view)
+            sample["image"] = self._frames(row, view, 1)[0][0] if image is None else image
+        return sample
+
+    def _frames(self, row: Row, view: "_View", num_frames: int) -> tuple[torch.Tensor, int]:
+        """Decode a clip: (F, 3, H, W), and how many of the frames it gave."""
         info, times = scan(row.path)
         try:
-            selection = select_frames(
-                times, fps=self.fps, max_num_frames=self.max_num_frames, skip_frms_num=self.skip_frms_num
-            )
+            selection = select_frames(times, fps=self.fps, max_num_frames=num_frames, skip=self.skip)
         except ValueError as error:
             raise ClipError(row.path, str(error)) from error
         different = sorted(set(selection.indices))
-        pictures = torch.from_numpy(read_frames(row.path, different, info.num_frames))
-        sized = [
-            cover_crop(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1, self.video_size)
-            for chunk in pictures.split(_CHUNK)
-        ]
-        places = [different.index(frame) for frame in selection.indices]
-        return {
-            "mp4": torch.cat(sized)[places],
-            "txt": row.caption,
-            "num_frames": selection.num_frames,
-            "fps": self.fps,
-            "path": str(row.path),
-        }
+        frames = view.of(read_frames(row.path, different, info.num_frames))
+        return frames[[different.index(frame) for frame in selection.indices]], selection.num_frames
+
+    def _view(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_View":
+        """Draw what is random about a sample."""
+        if generator is None:
+            return _View(size, self.reshape_mode)
+        dropped, flipped, down, across = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        place = (down, across) if self.reshape_mode == "random" else None
+        return _View(size, self.reshape_mode, place, flipped < self.random_flip, dropped < self.caption_dropout)
 
     @property
     def paths(self) -> list[str]:
@@ -105,17 +184,74 @@ class SFTDataset:
         """Their captions."""
         return [row.caption for row in self.rows]
 
+    def cache_keys(self, *, images: bool = False) -> dict[str, str]:
+        """Return the key in a cache of each usable clip, or of the picture that it starts from, by path.
+
+        Raises:
+            InputError: a file is missing.
+        """
+        key = ClipKeys(self.folder)
+        rows = [row for row in self.rows if not row.problem]
+        return {str(row.path): key(row.path, row.image if images else None) for row in rows}
+
+    def cached(
+        self,
+        latents: CachedTensors,
+        keys: Mapping[str, str],
+        *,
+        images: CachedTensors | None,
+        image_keys: Mapping[str, str],
+        first_frames: bool,
+    ) -> Self:
+        """Return the data set whose samples hold ``moments`` (2z, T, h, w) in place of ``mp4``.
+
+        Args:
+            latents: moments of the clips.
+            keys: of each in `latents`, by path.
+            images: moments of the pictures that clips start from, for samples with ``image_moments`` (2z, 1, h, w).
+            image_keys: of each in `images`, by path.
+            first_frames: without `images`: whether samples have that picture as ``image``; it is decoded then.
+        """
+        failures = {path: latents.failures.get(key) for path, key in keys.items()}
+        if images is not None:
+            failures |= {path: images.failures[key] for path, key in image_keys.items() if key in images.failures}
+        chosen = copy.copy(self)
+        chosen.rows = [replace(row, problem=row.problem or failures.get(str(row.path))) for row in self.rows]
+        chosen._cache = _Cache(latents, keys, images, image_keys, first_frames)
+        return chosen
+
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
-        """Check all clips without training on them; with `decode`, every frame of them."""
-        return check_rows(
+        """Open and check all clips without training on them; with `decode`, every frame of them.
+
+        Those from a cache have been decoded, and stay closed.
+        """
+        if self._cache is not None:
+            return self.row_reports()
+        reports = check_rows(
             self.rows,
             video_size=self.video_size,
             fps=self.fps,
             max_num_frames=self.max_num_frames,
-            skip_frms_num=self.skip_frms_num,
+            skip=self.skip,
+            buckets=self.buckets,
             decode=decode,
             num_threads=num_threads,
         )
+        pairs = zip(self.rows, reports, strict=True)
+        remember({row.path: report.info for row, report in pairs if report.info is not None}, self.folder)
+        return reports
+
+    def row_reports(self) -> list[RowReport]:
+        """Report what is known of all clips without opening one."""
+        return row_reports(self.rows)
+
+    def clip_infos(self, *, num_threads: int = 8) -> list[VideoInfo | str]:
+        """Return length, rate and size of each clip, or why it cannot be used; see `sgm.data.index.clip_infos`."""
+        return clip_infos(self.rows, self.folder, num_threads=num_threads)
+
+    def clip_sizes(self) -> ClipSizes:
+        """Return what decides about the buckets of all clips; reads those that no index knows, see `clip_infos`."""
+        return clip_sizes(self.clip_infos(), fps=self.fps, skip=self.skip)
 
     def select(self, indices: Sequence[int]) -> Self:
         """Return the data set of these clips alone, in this order."""
@@ -127,3 +263,69 @@ class SFTDataset:
         """Return the data set of all clips but these."""
         left_out = set(paths)
         return self.select([index for index, path in enumerate(self.paths) if path not in left_out])
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Where samples come from in place of clips, see `SFTDataset.cached`."""
+
+    latents: CachedTensors
+    keys: Mapping[str, str]
+    images: CachedTensors | None
+    image_keys: Mapping[str, str]
+    first_frames: bool
+
+    def moments(self, clip: ClipFile, shape: tuple[int, int, int]) -> torch.Tensor:
+        """Return the moments of a clip at a shape (F, H, W).
+
+        Raises:
+            RunError: the cache has it at another shape, as another bucket is to be filled up with it.
+        """
+        moments = self.latents[self.keys[str(clip)]]
+        there = (moments.shape[1] - 1) * TIME_COMPRESSION + 1, *(8 * side for side in moments.shape[2:])
+        if there != shape:
+            found = f"{clip} is in {self.latents.folder} as {'x'.join(map(str, there))}"
+            raise RunError(f"{found}, and {'x'.join(map(str, shape))} is asked for; train without args.latent_cache")
+        return moments
+
+
+@dataclass(frozen=True)
+class _View:
+    """How the pictures of one sample are shown: all alike, the image of image-to-video too."""
+
+    size: tuple[int, int]
+    mode: str
+    place: tuple[float, float] | None = None
+    mirrored: bool = False
+    without_caption: bool = False
+
+    def of(self, pictures: np.ndarray) -> torch.Tensor:
+        """Pictures (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1]."""
+        frames = torch.cat([self._sized(chunk) for chunk in torch.from_numpy(pictures).split(_CHUNK)])
+        return frames.flip(-1) if self.mirrored else frames
+
+    def _sized(self, pictures: torch.Tensor) -> torch.Tensor:
+        frames = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return stretch(frames, self.size) if self.mode == "none" else cover_crop(frames, self.size, self.place)
+
+
+def _image(row: Row, view: _View) -> torch.Tensor | None:
+    """Return the image that image-to-video starts from (3, H, W), None where the data set names none."""
+    if row.image is None:
+        return None
+    try:
+        return view.of(read_frames(row.image, [0], probe(row.image).num_frames))[0]
+    except ClipError as error:
+        raise ClipError(row.path, f"its image {error.path} {error.reason}") from error
+
+
+def _whole(name: str, value: float) -> int:
+    if value < 0 or int(value) != value:
+        raise InputError(f"data.params.{name} is {value}; give a whole number of frames, 0 or more")
+    return int(value)
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise InputError(f"data.params.{name} is {value}; give a probability from 0 to 1")
+    return float(value)

@@ -52,11 +52,14 @@ class SamplingArgs:
         vae_slicing: decode the samples of a batch one by one: less memory, same result.
         device: where to run, e.g. ``cpu``; null takes the accelerator, or the CPU where there is none.
         model_parallel_size: ranks that share the layers of one network: each has a part of the heads and of the MLP.
-        sequence_parallel_size: ranks that share one sample: each has a part of its tokens, and all weights.
+        sequence_parallel_size: ranks that share one sample, in training too: each has a part of its tokens, and all
+            weights. An iteration of training then has so many times fewer samples.
         sequence_attention: how they attend to each other's tokens: ``ulysses`` divides the heads, ``ring`` passes keys
             and values around; ``auto`` takes the former where there are enough heads.
         cfg_parallel_size: 2 lets one half of the ranks that share a sample compute the conditional, the other the
             unconditional branch of guidance; 1 computes both on each.
+        distributed_timeout: seconds that a rank waits for others, in a collective as at the start; a rank that has lost
+            another ends within it.
     """
 
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
@@ -89,6 +92,7 @@ class SamplingArgs:
     sequence_parallel_size: int = _between(1, 1)
     sequence_attention: Literal["auto", "ulysses", "ring"] = "auto"
     cfg_parallel_size: int = _between(1, 1, 2)
+    distributed_timeout: int = _between(10, 1800)
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot be: the key, what was found, and the cure."""
@@ -115,7 +119,7 @@ class TrainingArgs(SamplingArgs):
 
     Attributes:
         mode: ``finetune`` starts from the weights in `load`, ``pretrain`` may start from random ones.
-        train_data: folders of clips, each with ``videos/`` and ``labels/``.
+        train_data: data sets: folders of clips and captions, manifests or archives, each of a format of its own.
         valid_data: the same for evaluation; null takes the share of `train_data` that `split` sets aside.
         train_data_weights: how often each folder of `train_data` is drawn from, relative to the others; null draws
             every clip equally often.
@@ -124,6 +128,11 @@ class TrainingArgs(SamplingArgs):
         num_workers: processes per rank that decode clips; 0 decodes in the training process.
         prefetch_factor: batches that each worker keeps ready.
         max_bad_share: share of the clips that may turn out unreadable before the run stops.
+        check_clips: whether clips are opened before training: ``all``, ``none``, or ``auto``: all of up to 2,000.
+            Those that are not opened, and turn out bad, are replaced when their turn comes.
+        latent_cache: folder that tools/prepare_dataset.py wrote: training clips come from it, and are neither decoded
+            nor encoded.
+        text_cache: the same for captions.
         only_log_video_latents: leave validation samples in latents, decode nothing.
         train_iters: iterations of the whole run; either this or `epochs`.
         epochs: passes over the training clips.
@@ -187,6 +196,9 @@ class TrainingArgs(SamplingArgs):
     num_workers: int = _between(0, 2)
     prefetch_factor: int = _between(1, 2)
     max_bad_share: float = _between(0, 0.1, 1)
+    check_clips: Literal["auto", "all", "none"] = "auto"
+    latent_cache: str | None = None
+    text_cache: str | None = None
     only_log_video_latents: bool = False
     # Length and learning rate
     train_iters: int | None = _between(1, None)

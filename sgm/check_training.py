@@ -1,17 +1,20 @@
 """What must hold between the data that a training run asks for and the network that it trains."""
 
+import dataclasses
 import inspect
 from typing import Any
 
-from sgm.config import Config, Problem
+from sgm.config import Config, ConfigError, Problem
+from sgm.data.bucket_config import parse_buckets
+from sgm.data.buckets import Bucket, Buckets
 from sgm.geometry import Geometry
-from sgm.util import get_obj_from_str
+from sgm.util import default, get_obj_from_str
 
 _DATA = "data.params"
 
 
 def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
-    """Hold the frame count and the size of the clips against what the network can take.
+    """Hold frame count, size and buckets of the clips against what the network can take.
 
     A data set of one's own may lack these parameters; then they are not judged.
 
@@ -25,10 +28,54 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     signature = inspect.signature(get_obj_from_str(config.data["target"]))
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
     params = defaults | (config.data.get("params") or {})
-    return [
-        *_frame_problems(params.get("max_num_frames"), geometry),
-        *_size_problems(params.get("video_size"), geometry),
-    ]
+    problems = _frame_problems(params.get("max_num_frames"), geometry)
+    problems += _size_problems(params.get("video_size"), geometry)
+    try:
+        fitted_buckets(config, geometry)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
+
+
+def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
+    """Return the buckets of the training clips, as far as the network can take them; None without.
+
+    Raises:
+        ConfigError: they are malformed, or the network cannot take one that is named.
+    """
+    given = (config.data.get("params") or {}).get("buckets")
+    return None if given is None else parse_buckets(given).fitted(geometry)
+
+
+def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:
+    """Return the configuration of a run on the bucket with the most patches at a time, and what it is in words.
+
+    Without buckets, the configuration as it is, and no words. For estimates.
+
+    Args:
+        config: of a training run, checked.
+        geometry: of its network.
+    """
+    buckets = fitted_buckets(config, geometry)
+    if buckets is None:
+        return config, ""
+    micro_batch = config.deepspeed["train_micro_batch_size_per_gpu"]
+
+    def batch_size(bucket: Bucket) -> int:
+        return default(bucket.batch_size, micro_batch)
+
+    def patches(bucket: Bucket) -> int:
+        latents = (bucket.frames - 1) // geometry.time_compression + 1
+        return batch_size(bucket) * geometry.num_patches(latents, (bucket.height, bucket.width))
+
+    largest = max(buckets.buckets, key=patches)
+    params = {"video_size": [largest.height, largest.width], "max_num_frames": largest.frames, "buckets": None}
+    alone = dataclasses.replace(
+        config,
+        data={**config.data, "params": {**config.data["params"], **params}},
+        deepspeed={**config.deepspeed, "train_micro_batch_size_per_gpu": batch_size(largest)},
+    )
+    return alone, f"{largest}, {batch_size(largest)} at a time"
 
 
 def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:

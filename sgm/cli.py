@@ -13,7 +13,13 @@ EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong"
 
 
 def parse(
-    argv: Sequence[str] | None, *, prog: str, description: str, examples: Sequence[str], check: str
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    examples: Sequence[str],
+    check: str,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """Parse a command line; ``section.key=value`` may stand anywhere.
 
@@ -23,6 +29,7 @@ def parse(
         description: what it does.
         examples: commands to show.
         check: help of ``--check``.
+        more: adds further options.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -37,6 +44,8 @@ def parse(
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
     parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    if more is not None:
+        more(parser)
     options = parser.parse_intermixed_args(argv)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not Path(word).exists()]

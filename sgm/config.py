@@ -74,7 +74,7 @@ class Config:
     @property
     def digest(self) -> str:
         """SHA-256 of the merged values; the order of keys and the spelling of the files do not matter."""
-        return hashlib.sha256(json.dumps(self.merged, sort_keys=True, default=str).encode()).hexdigest()
+        return digest_of(self.merged)
 
     def located(self, problems: Sequence[Problem]) -> list[Problem]:
         """Return the problems, each with the place where its value, or the nearest parent of it, was set."""
@@ -89,6 +89,17 @@ class Config:
     def to_yaml(self) -> str:
         """Return the merged configuration as one YAML file, which `load_config` reads back to the same digest."""
         return yaml.safe_dump(self.merged, sort_keys=False, allow_unicode=True)
+
+
+def digest_of(values: Any) -> str:
+    """SHA-256 of a tree of plain values, whatever the order of its keys; numbers may be keys, as frame counts are."""
+    return hashlib.sha256(json.dumps(_with_text_keys(values), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    return [_with_text_keys(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, mode: Mode) -> Config:

@@ -39,8 +39,8 @@ _REFUSED = {
     "bfloat16": "write bf16, the present name",
     "compile": "remove it; set args.compile=true",
     "checkpoint": "remove it; args.save, args.save_interval and args.resume decide about checkpoints",
-    "tensor_parallel": "remove it; ranks share no layers here",
-    "sequence_parallel_size": "remove it; ranks share no samples here",
+    "tensor_parallel": "remove it; args.model_parallel_size decides which ranks share layers",
+    "sequence_parallel_size": "remove it; args.sequence_parallel_size decides which ranks share a sample",
 }
 _UNUSED = (
     "autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
@@ -48,6 +48,7 @@ _UNUSED = (
     "quantize_training sparse_attention sparse_gradients weight_quantization"
 )
 _REFUSED |= dict.fromkeys(_UNUSED.split(), "remove it; this training does not use it")
+_OWN_KEYS = ("optimizer", "train_batch_size")  # not for DeepSpeed, see `engine_config`
 _OWN_METRICS = "training writes metrics.jsonl and TensorBoard files itself; args.wandb adds Weights & Biases"
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
@@ -363,11 +364,14 @@ def _whole_counts(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def engine_config(section: Mapping[str, Any], *, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what ``deepspeed.initialize`` takes for a run on `world_size` ranks; the optimizer is built apart.
+    """Return what ``deepspeed.initialize`` takes; the optimizer is built apart.
+
+    The user's ``train_batch_size`` counts samples, DeepSpeed's counts each once per rank that works on it: it is left
+    out, as it follows from the others.
 
     Args:
         section: ``Config.deepspeed`` of a training run.
-        world_size: ranks that work on different samples.
+        world_size: ranks that work on different samples; those that share one count once.
         dtype: in what the network computes, see `sgm.precision.resolve_training_precision`.
 
     Raises:
@@ -376,13 +380,14 @@ def engine_config(section: Mapping[str, Any], *, world_size: int, dtype: torch.d
     micro, steps = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
     total = section.get("train_batch_size")
     if total not in (None, micro * steps * world_size):
-        found = f"is {total}, but {micro} (micro batch) x {steps} (accumulation) x {world_size} (ranks) is "
+        ranks = f"{world_size} (ranks with samples of their own)"
+        found = f"is {total}, but {micro} (micro batch) x {steps} (accumulation) x {ranks} is "
         cure = "remove train_batch_size, which follows from the others"
         if total % (micro * world_size) == 0:
             cure += f", or set deepspeed.gradient_accumulation_steps={total // (micro * world_size)}"
         path = "deepspeed.train_batch_size"
         raise ConfigError([Problem(path, "", f"{found}{micro * steps * world_size}", cure)])
-    config = copy.deepcopy({name: value for name, value in section.items() if name != "optimizer"})
+    config = copy.deepcopy({name: value for name, value in section.items() if name not in _OWN_KEYS})
     for name in ("fp16", "bf16"):
         config[name] = (config.get(name) or {}) | {"enabled": PRECISIONS[name] is dtype}
     return config

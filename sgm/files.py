@@ -51,6 +51,10 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # Some writers keep what they write to themselves (safetensors: 0600); others are to read it as any file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -115,6 +115,11 @@ def resolve_device(args: SamplingArgs) -> torch.device:
     return device
 
 
+def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return in which precision the autoencoder runs beside a network of `dtype`: it overflows in float16."""
+    return torch.bfloat16 if dtype is torch.float16 else dtype
+
+
 def precision_name(dtype: torch.dtype) -> str:
     """Return the name that YAML files have for `dtype`."""
     return next(name for name, value in PRECISIONS.items() if value is dtype)

@@ -49,7 +49,8 @@ NOT_RUN = {
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
     r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs weights of one's own, or released ones",
-    r".*\boutputs/example\b": "one command builds on another; test_the_toy_goes_there_and_back runs them in order",
+    r".*\boutputs/example\b": "one command builds on another; test_the_toy_goes_there_and_back runs them in order; test_prepare_dataset.py runs those of "
+    "precomputing.md",
     r"tensorboard ": "serves until it is interrupted",
 }
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from sgm.data.buckets import NOWHERE, Buckets, clip_sizes
 from sgm.data.frames import Selection, select_frames
 from sgm.data.rows import Row, VideoInfo
 from sgm.data.video import ClipError, decode_all, probe, scan
@@ -62,6 +64,7 @@ def check_rows(
     fps: float,
     max_num_frames: int,
     skip: tuple[int, int] = (0, 0),
+    buckets: Buckets | None = None,
     decode: bool = False,
     num_threads: int = 8,
 ) -> list[RowReport]:
@@ -73,6 +76,7 @@ def check_rows(
         fps: frames per second that they are trained at.
         max_num_frames: frames that they are trained with.
         skip: source frames left out at the start and at the end.
+        buckets: that clips are divided among; each is then held against its own, or the likeliest, instead.
         decode: decode every frame, too, instead of packets and the first frame; finds damage inside, takes long.
         num_threads: clips checked at a time.
 
@@ -82,10 +86,12 @@ def check_rows(
 
     def check(row: Row) -> RowReport:
         problems = [row.problem] if row.problem else []
-        info, selection = None, None
+        info, selection, shape = None, None, (max_num_frames, *video_size)
         try:
             info, times = scan(row.path)
-            selection = select_frames(times, fps=fps, max_num_frames=max_num_frames, skip=skip)
+            if buckets is not None:
+                shape = _bucket(info, buckets, fps, skip)
+            selection = select_frames(times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip)
             if decode:
                 decode_all(row.path, info.num_frames)
             if row.image is not None:
@@ -96,7 +102,9 @@ def check_rows(
             problems.append(str(error))
         if info is None or selection is None:
             return RowReport(str(row.path), row.caption, info, problems=tuple(problems))
-        notes = _notes(info, selection, fps, video_size)
+        if shape is None:
+            return RowReport(str(row.path), row.caption, info, 0, 0.0, tuple(problems), ("fits no bucket: left out",))
+        notes = _notes(info, selection, fps, shape[1:])
         taken = selection.num_frames, selection.effective_fps
         return RowReport(str(row.path), row.caption, info, *taken, tuple(problems), notes)
 
@@ -104,6 +112,11 @@ def check_rows(
         found = pool.map(check, rows)
         bar = tqdm(found, "check clips", total=len(rows), leave=False, disable=None if is_rank_zero() else True)
         return list(bar)
+
+
+def _bucket(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int, int]) -> tuple[int, int, int] | None:
+    index = buckets.choose(clip_sizes([info], fps=fps, skip=skip), np.zeros((1, buckets.num_draws)))[0]
+    return None if index == NOWHERE else buckets.buckets[index].shape
 
 
 def _notes(info: VideoInfo, selection: Selection, fps: float, video_size: tuple[int, int]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sgm.data.bucket_plan import BucketPlan, RankBatch
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.data.video import ClipError
 from sgm.util import RunError
@@ -28,7 +29,10 @@ class ClipDataset(Protocol):
     """What a data set that YAML names must offer to be trained on.
 
     ``dataset[i]`` is ``{"mp4": (F, 3, H, W) float32 in [-1, 1], "txt": str, "num_frames": int, "fps": float,
-    "path": str}``, or raises a ClipError.
+    "path": str}``, and perhaps more, or raises a ClipError. ``moments`` of a cache may stand in place of ``mp4``.
+    A data set with something random about its samples has a method ``sample(i, generator)``, too, which is called
+    instead with a generator of the training sample's own; one that buckets are used with has
+    ``sample(i, generator, (F, H, W))``.
     """
 
     def __len__(self) -> int:
@@ -50,18 +54,28 @@ class SampleStream(Dataset):
     Args:
         datasets: where the clips come from.
         order: which clip each number shows.
+        plan: of buckets, so that what replaces a clip comes from the same bucket where there is another.
     """
 
-    def __init__(self, datasets: Sequence[ClipDataset], order: TrainingOrder) -> None:
+    def __init__(self, datasets: Sequence[ClipDataset], order: TrainingOrder, plan: BucketPlan | None = None) -> None:
         sizes = tuple(len(dataset) for dataset in datasets)
         if sizes != order.sizes:
             raise ValueError(f"the order is one of {order.sizes} clips, the data sets have {sizes}")
         self.datasets = list(datasets)
         self.order = order
+        self.plan = plan
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}  # known to this process, which need not try again
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return sample `number`, see `sample`."""
+        return self.sample(number)
+
+    def sample(self, number: int, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
         """Return sample `number`.
+
+        Args:
+            number: of the sample.
+            shape: (F, H, W) that its clip is brought to; None leaves it to the data set.
 
         Raises:
             RunError: no usable clip was found for it; the message names those that were tried.
@@ -71,7 +85,7 @@ class SampleStream(Dataset):
         for clip in self._candidates(dataset, first, number):
             if (dataset, clip) not in self._bad:
                 try:
-                    return {**self.datasets[dataset][clip], "number": number, "failures": failures}
+                    return {**self._decode(dataset, clip, number, shape), "number": number, "failures": failures}
                 except ClipError as error:
                     self._bad[dataset, clip] = error.path, error.reason
             failures.append(self._bad[dataset, clip])
@@ -81,13 +95,24 @@ class SampleStream(Dataset):
             f"(tools/check_dataset.py finds all bad ones):\n{tried}"
         )
 
+    def _decode(self, dataset: int, clip: int, number: int, shape: tuple[int, int, int] | None) -> dict[str, Any]:
+        """Decode a clip, with the draws of sample `number` where its data set has any."""
+        sample = getattr(self.datasets[dataset], "sample", None)
+        if sample is None:
+            return self.datasets[dataset][clip]
+        generator = torch.Generator().manual_seed(derive_seed(self.order.seed, "clip", number))
+        return sample(clip, generator) if shape is None else sample(clip, generator, shape)
+
     def _candidates(self, dataset: int, first: int, number: int) -> Iterator[int]:
         """Yield the clip of a sample, then its replacements, each once."""
         yield first
         size = self.order.sizes[dataset]
         generator = torch.Generator().manual_seed(derive_seed(self.order.seed, "replacement", number))
-        others = torch.randperm(size - 1, generator=generator)[: MAX_ATTEMPTS - 1].tolist()
-        yield from (clip + (clip >= first) for clip in others)
+        others = torch.randperm(size - 1, generator=generator)
+        others += others >= first
+        if self.plan is not None:
+            others = others[(~self.plan.alike(number)[others]).to(torch.uint8).argsort(stable=True)]
+        yield from others[: MAX_ATTEMPTS - 1].tolist()
 
 
 class SampleLoader:
@@ -155,12 +180,35 @@ def make_loader(
 
     Returns:
         Batches ``{"mp4": (B, F, 3, H, W) float32, "txt", "num_frames", "fps", "path", "number": lists of B,
-        "failures": list of (path, reason)}``.
+        "weight": list of B factors of the samples' losses, all 1 here, "failures": list of (path, reason)}``.
     """
+    batches = _RankNumbers(first=first, stop=stop, rank=rank, world=world, micro_batch=micro_batch)
+    return _loader(stream, batches, num_workers, prefetch_factor)
+
+
+def make_bucket_loader(
+    stream: SampleStream, *, first: int, stop: int, rank: int, num_workers: int, prefetch_factor: int = 2
+) -> SampleLoader:
+    """Return the batches of one rank, each of the shape of its bucket; see `make_loader`.
+
+    Args:
+        stream: the samples, with a plan of buckets.
+        first: the micro-batch to begin with: as many as the steps before have taken.
+        stop: the micro-batch to end before, after whole steps.
+        rank: of this process among those with different data.
+        num_workers: see `make_loader`.
+        prefetch_factor: see `make_loader`.
+    """
+    assert stream.plan is not None
+    batches = _RankBatches(plan=stream.plan, first=first, stop=stop, rank=rank)
+    return _loader(stream, batches, num_workers, prefetch_factor)
+
+
+def _loader(stream: SampleStream, batches: Sampler[RankBatch], num_workers: int, prefetch_factor: int) -> SampleLoader:
     loader = DataLoader(
         _Batches(stream),
         batch_size=None,
-        sampler=_RankNumbers(first=first, stop=stop, rank=rank, world=world, micro_batch=micro_batch),
+        sampler=batches,
         collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
@@ -171,8 +219,8 @@ def make_loader(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RankNumbers(Sampler[list[int]]):
-    """The numbers of the samples in each batch of one rank."""
+class _RankNumbers(Sampler[RankBatch]):
+    """The samples in each batch of one rank."""
 
     first: int
     stop: int
@@ -183,27 +231,49 @@ class _RankNumbers(Sampler[list[int]]):
     def _starts(self) -> range:
         return range(self.first + self.rank * self.micro_batch, self.stop, self.world * self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[RankBatch]:
         for start in self._starts():
-            yield list(range(start, min(start + self.micro_batch, self.stop)))
+            numbers = range(start, min(start + self.micro_batch, self.stop))
+            yield RankBatch(tuple(numbers), (1.0,) * len(numbers), None)
 
     def __len__(self) -> int:
         return len(self._starts())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RankBatches(Sampler[RankBatch]):
+    """The same with buckets."""
+
+    plan: BucketPlan
+    first: int
+    stop: int
+    rank: int
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        return self.plan.rank_batches(self.rank, first=self.first, stop=self.stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+
 class _Batches(Dataset):
-    """Batches by the numbers in them. A RunError is returned, as torch would wrap it in the text of its traceback."""
+    """Batches by the samples in them. A RunError is returned, as torch would wrap it in the text of its traceback."""
 
     def __init__(self, stream: SampleStream) -> None:
         self.stream = stream
 
-    def __getitem__(self, numbers: list[int]) -> dict[str, Any] | RunError:
+    def __getitem__(self, wanted: RankBatch) -> dict[str, Any] | RunError:
         try:
-            samples = [self.stream[number] for number in numbers]
+            samples = [self.stream.sample(number, wanted.shape) for number in wanted.numbers]
         except RunError as error:
             return error
-        batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-        return batch | {"mp4": torch.stack(batch["mp4"]), "failures": [f for each in batch["failures"] for f in each]}
+        batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+        if "mp4" in batch:
+            batch["mp4"] = torch.stack(batch["mp4"])
+        return batch | {
+            "weight": list(wanted.weights),
+            "failures": [f for each in batch["failures"] for f in each],
+        }
 
 
 def _unchanged(batch: Any) -> Any:

@@ -59,6 +59,23 @@ class TrainingOrder:
         round_, clip = divmod(drawn_before, self.sizes[dataset])
         return dataset, int(self._permutation(dataset, round_)[clip])
 
+    @property
+    def alike(self) -> bool:
+        """Whether every epoch shows each clip once."""
+        return self._shares == self.sizes
+
+    def epoch(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return data set and clip of every sample of an epoch, in their order: two tensors (`epoch_length`,) int64."""
+        datasets, ranks = self._mixture(epoch)
+        clips = torch.empty_like(datasets)
+        for dataset, size in enumerate(self.sizes):
+            places = (datasets == dataset).nonzero()[:, 0]
+            drawn_before = epoch * self._shares[dataset] + ranks[places]
+            for round_ in (drawn_before // size).unique().tolist():
+                chosen = drawn_before // size == round_
+                clips[places[chosen]] = self._permutation(dataset, round_)[drawn_before[chosen] % size]
+        return datasets, clips
+
     def _mixture(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return, for each place of an epoch, its data set and how often that came before in this epoch."""
         if self._epoch is None or self._epoch[0] != epoch:

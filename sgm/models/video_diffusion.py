@@ -15,12 +15,10 @@ from torch import nn
 
 from sgm.checkpoint import LoadReport, load_autoencoder, load_network
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.precision import autoencoder_dtype
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
 
 Progress = Callable[[Sequence[int]], Any]
-
-# Noise on the first frame of image-to-video training: its standard deviation is exp(N(mean, std²)).
-IMAGE_NOISE_LOG_MEAN, IMAGE_NOISE_LOG_STD = -3.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,10 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def text_keys(self) -> list[str]:
         """The entries of a batch that the conditioner reads."""
-        return [key for entry in self._require_conditioner().entries for key in entry.input_keys]
+        return [key for entry in self.require_conditioner().entries for key in entry.input_keys]
 
-    def _require_conditioner(self) -> Any:
+    def require_conditioner(self) -> Any:
+        """Return the conditioner, or say that the configuration has none."""
         if self.conditioner is None:
             raise InputError("the model section has no conditioner_config; add one to train or to sample")
         return self.conditioner
@@ -179,7 +178,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """Load the autoencoder from the ``ckpt_path`` of its section.
 
         Args:
-            dtype: of the network. The autoencoder overflows in float16 and runs in bfloat16 instead.
+            dtype: of the network; see `sgm.precision.autoencoder_dtype`.
             device: where it goes.
 
         Raises:
@@ -190,7 +189,7 @@ class SATVideoDiffusionEngine(nn.Module):
             raise InputError(
                 "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, as in .../3d-vae.pt"
             )
-        dtype = torch.bfloat16 if dtype is torch.float16 else dtype
+        dtype = autoencoder_dtype(dtype)
         return load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device)
 
     def _require_first_stage(self) -> Any:
@@ -213,10 +212,24 @@ class SATVideoDiffusionEngine(nn.Module):
         vae = self._require_first_stage()
         dtype = next(vae.parameters()).dtype
         pieces = [
-            vae.encode(rearrange(piece, "b t c h w -> b c t h w").to(dtype), generator=generator, sample=sample)
+            vae.encode_moments(rearrange(piece, "b t c h w -> b c t h w").to(dtype))
             for piece in video.split(self.samples_a_time or len(video))
         ]
-        latents = rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
+        return self.latents_of(torch.cat(pieces), generator=generator, sample=sample, scale=scale)
+
+    @torch.no_grad()
+    def latents_of(
+        self,
+        moments: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        sample: bool = True,
+        scale: bool = True,
+    ) -> torch.Tensor:
+        """Mean and log-variance (B, 2C, T, H/8, W/8) → latents (B, T, C, H/8, W/8); see `encode_first_stage`."""
+        distribution = self._require_first_stage().regularization.distribution(moments)
+        latents = distribution.sample(generator=generator) if sample else distribution.mean
+        latents = rearrange(latents, "b c t h w -> b t c h w").float()
         return latents * self.scale_factor if scale else latents
 
     @torch.no_grad()
@@ -242,6 +255,10 @@ class SATVideoDiffusionEngine(nn.Module):
             (B, T, C, H/8, W/8), T = `num_latents` plus padding.
         """
         first = self.encode_first_stage(image[:, None], sample=False, scale=self.scale_image_latents)
+        return self.image_condition(first, num_latents)
+
+    def image_condition(self, first: torch.Tensor, num_latents: int) -> torch.Tensor:
+        """Return the condition that `image_latents` gives, from the first frame's latents (B, 1, C, h, w)."""
         padding = self.front_padding(num_latents)
         if self.noised_image_all_concat:
             return first.expand(-1, num_latents + padding, -1, -1, -1).contiguous()
@@ -255,47 +272,6 @@ class SATVideoDiffusionEngine(nn.Module):
     def network_kwargs(self, num: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the further inputs of the network for `num` samples: ``ofs`` where it has that embedding."""
         return {} if self.network.ofs_embed_dim is None else {"ofs": torch.full((num,), self.ofs, device=device)}
-
-    @torch.no_grad()
-    def training_inputs(
-        self,
-        batch: Mapping[str, Any],
-        generators: Sequence[torch.Generator],
-        *,
-        rank: int = 0,
-        num_ranks: int = 1,
-        idx: Sequence[int] | None = None,
-    ) -> TrainingInputs:
-        """Encode a batch of the data and draw what is random about it, sample by sample.
-
-        A sample depends on its own generator only, not on its batch. From the generator come, in this order: whether
-        the text is dropped, the level and the noise of the first frame, whether the image is dropped, the posterior
-        noise, the timestep, the diffusion noise.
-
-        Args:
-            batch: `input_key`: videos (B, F, 3, H, W) in −1..1, or with `latent_input` unscaled latents
-                (B, T, C, H, W); and the texts that the conditioner reads.
-            generators: one CPU generator per sample.
-            rank: this data-parallel rank, for a loss with ``uniform_sampling``.
-            num_ranks: how many there are.
-            idx: timesteps instead of drawn ones.
-        """
-        loss_fn = self.require_loss()
-        device = self.device
-        conditioner = self._require_conditioner()
-        samples = []
-        for i, generator in enumerate(generators):
-            cond = dict(conditioner({key: [batch[key][i]] for key in self.text_keys}, generator=generator))
-            video = batch[self.input_key][i : i + 1].to(device, non_blocking=True)
-            if self.noised_image_input:
-                cond["concat"] = self._noised_image_latents(video, generator)
-            latents = self._clean_latents(video, generator)
-            drawn = loss_fn.sigma_sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks)
-            step = drawn if idx is None else torch.tensor(idx[i : i + 1])
-            samples.append((latents, cond, step.to(device), loss_fn.draw_noise(latents, generator)))
-        latents, conds, steps, noise = zip(*samples, strict=True)
-        joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-        return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noise))
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""
@@ -317,32 +293,6 @@ class SATVideoDiffusionEngine(nn.Module):
                 "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss from a shipped model configuration"
             )
         return self.loss_fn
-
-    def _clean_latents(self, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One clip (1, F, 3, H, W) → its latents; the padding in front repeats the first one."""
-        if self.latent_input:
-            if video.shape[2] != self.network.out_channels:
-                raise InputError(
-                    f"model.latent_input is true, but the data gives {video.shape[2]} channels and latents have "
-                    f"{self.network.out_channels}; set model.latent_input=false to train on videos"
-                )
-            latents = video.float() * self.scale_factor
-        else:
-            latents = self.encode_first_stage(video, generator=generator)
-        padding = self.front_padding(latents.shape[1])
-        return torch.cat((latents[:, :1].expand(-1, padding, -1, -1, -1), latents), dim=1) if padding else latents
-
-    def _noised_image_latents(self, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Condition from the first frame of one clip (1, F, 3, H, W), with noise on it, or dropped."""
-        if self.latent_input:
-            raise InputError("model.latent_input has no first frame to condition on; set noised_image_input: false")
-        first = video[:, 0]
-        level = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn(1, generator=generator))
-        noise = torch.randn(first.shape, generator=generator)
-        dropped = torch.rand(1, generator=generator).item() < self.noised_image_dropout
-        image = first + (level * noise).to(first.device)
-        latents = self.image_latents(image, (video.shape[1] - 1) // 4 + 1)
-        return torch.zeros_like(latents) if dropped else latents
 
     @torch.no_grad()
     def sample(

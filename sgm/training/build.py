@@ -1,8 +1,8 @@
 """The parts of a training run, made in the order that bounds memory and lets errors come early."""
 
-import dataclasses
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,12 +13,15 @@ import sgm.distributed
 from sgm.adapters import AdapterInfo, describe_adapters
 from sgm.args import TrainingArgs
 from sgm.config import Config
-from sgm.data.loader import SampleLoader, SampleStream, make_loader
+from sgm.data.bucket_plan import BucketPlan
+from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.files import atomic_file, find_weights, remove_leftovers, weights_digest
+from sgm.inference.run import RING
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import precision_name
+from sgm.training.batches import bucket_report, plan_buckets, total_steps
 from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
 from sgm.training.prepare import Plan, total_iterations
@@ -44,7 +47,7 @@ class Parts:
         schedule: of the learning rate.
         trainable: what is trained.
         adapters: description of the LoRA that is trained, None for other runs.
-        loader: batches of this rank, from the first one not yet trained on.
+        loader: batches of this rank, from the first one not yet trained on; none where another rank reads for it.
         valid_data: validation clips, None without.
         num_clips: training clips, those left out included.
         known_bad: path → reason of training clips left out from the start.
@@ -52,10 +55,11 @@ class Parts:
         lock: keeps other processes out of the folder while it is open; None but on rank zero.
         point: where the run begins or goes on.
         total_iters: optimizer steps of the whole run.
-        micro_batch: samples of a rank in a forward pass.
+        micro_batch: samples in a forward pass of a rank, or of the ranks that share them.
         accumulation: forward passes of an optimizer step.
-        global_batch: samples of an optimizer step.
+        global_batch: samples of an optimizer step, without buckets.
         zero_stage: ZeRO stage.
+        buckets: which samples of which shape come when, None without buckets.
     """
 
     args: TrainingArgs
@@ -64,7 +68,7 @@ class Parts:
     schedule: LearningRate
     trainable: Trainable
     adapters: AdapterInfo | None
-    loader: SampleLoader
+    loader: Iterable[dict[str, Any]]
     valid_data: Any
     num_clips: int
     known_bad: dict[str, str]
@@ -76,9 +80,16 @@ class Parts:
     accumulation: int
     global_batch: int
     zero_stage: int
+    buckets: BucketPlan | None = None
+
+    def micro_batches_before(self, iteration: int) -> int:
+        """Return the micro-batches, of all ranks together, that buckets gave up to `iteration`."""
+        return self.point.micro_batches + (iteration - self.point.iteration) * self.accumulation
 
     def samples_before(self, iteration: int) -> int:
         """Return the training samples seen after `iteration` optimizer steps."""
+        if self.buckets is not None:
+            return self.buckets.samples_before(self.micro_batches_before(iteration))
         return self.point.samples + (iteration - self.point.iteration) * self.global_batch
 
 
@@ -97,12 +108,19 @@ def build(config: Config, plan: Plan) -> Parts:
     folder, lock = _run_folder(config, plan.resume)
     data, known_bad = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
     total = total_iterations(args, data.num_train, plan.global_batch)  # an epoch has the clips that are left
-    plan = dataclasses.replace(plan, total_iters=total)
+    buckets = None
+    if plan.division is not None:
+        buckets, unreadable = plan_buckets(data, plan.division, args)
+        known_bad |= unreadable
+        total = total_steps(buckets, args)
+        logger.info("%s", bucket_report(buckets, args))
     engine = _load_engine(config, plan)
     trainable = choose_trainable(engine.network, config.model)
     logger.info("training %s", trainable)
-    deepspeed = _start(config, plan, engine)
-    torch.manual_seed(derive_seed(args.seed, "dropout", sgm.distributed.data_parallel_rank()))
+    deepspeed = _start(config, plan, engine, total)
+    # Ranks that share layers see the same tokens, and must drop the same of them.
+    tokens_of = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
+    torch.manual_seed(derive_seed(args.seed, "dropout", tokens_of))
     if plan.resume is not None:
         load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
         logger.info("going on with %s after iteration %d", folder, point.iteration)
@@ -113,28 +131,29 @@ def build(config: Config, plan: Plan) -> Parts:
         schedule=deepspeed.lr_scheduler,
         trainable=trainable,
         adapters=adapters,
-        loader=_loader(plan, data, point),
+        loader=_loader(plan, data, point, total, buckets),
         valid_data=data.validation if data.valid else None,
         num_clips=plan.data.num_train,
         known_bad=known_bad,
         folder=folder,
         lock=lock,
         point=point,
-        total_iters=plan.total_iters,
+        total_iters=total,
         micro_batch=section["train_micro_batch_size_per_gpu"],
         accumulation=section["gradient_accumulation_steps"],
         global_batch=plan.global_batch,
         zero_stage=section["zero_optimization"]["stage"],
+        buckets=buckets,
     )
 
 
-def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine) -> Any:
+def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: int) -> Any:
     """Return the DeepSpeed engine, with optimizer and schedule, for the trained part of `engine`."""
     args, module = plan.args, TrainingModule(engine)
     optimizer = make_optimizer(config.deepspeed["optimizer"], module.named_parameters(), ema_decay=args.ema_decay)
     schedule = LearningRate(
         optimizer,
-        train_iters=plan.total_iters,
+        train_iters=total,
         decay_style=args.lr_decay_style,
         decay_iters=args.lr_decay_iters,
         decay_ratio=args.lr_decay_ratio,
@@ -146,16 +165,30 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine) -> Any:
     return deepspeed
 
 
-def _loader(plan: Plan, data: Data, point: ResumePoint) -> SampleLoader:
-    """Return the batches of this rank from `point` to the end of the run."""
-    args = plan.args
+def _loader(
+    plan: Plan, data: Data, point: ResumePoint, total: int, buckets: BucketPlan | None
+) -> Iterable[dict[str, Any]]:
+    """Return the batches of this rank from `point` to the end of the run, if it is the one that reads them."""
+    if sgm.distributed.sample_rank() > 0:
+        return ()
+    args, rank = plan.args, sgm.distributed.data_parallel_rank()
+    if buckets is not None:
+        steps = (total - point.iteration) * buckets.division.accumulation
+        return make_bucket_loader(
+            SampleStream(data.train, buckets.order, buckets),
+            first=point.micro_batches,
+            stop=point.micro_batches + steps,
+            rank=rank,
+            num_workers=args.num_workers,
+            prefetch_factor=args.prefetch_factor,
+        )
     sizes = [len(dataset) for dataset in data.train]
     order = TrainingOrder(sizes, seed=args.seed, weights=args.train_data_weights)
     return make_loader(
         SampleStream(data.train, order),
         first=point.samples,
-        stop=point.samples + (plan.total_iters - point.iteration) * plan.global_batch,
-        rank=sgm.distributed.data_parallel_rank(),
+        stop=point.samples + (total - point.iteration) * plan.global_batch,
+        rank=rank,
         world=sgm.distributed.data_parallel_size(),
         micro_batch=plan.deepspeed["train_micro_batch_size_per_gpu"],
         num_workers=args.num_workers,
@@ -170,7 +203,8 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         run=Path(),
         iteration=0,
         samples=0,
-        world_size=sgm.distributed.data_parallel_size(),
+        world_size=sgm.distributed.world_size(),
+        tensor=plan.mesh.tensor,
         zero_stage=plan.deepspeed["zero_optimization"]["stage"],
         precision=precision_name(plan.dtype),
         optimizer=config.deepspeed["optimizer"]["type"],
@@ -180,6 +214,7 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         config_digest=numbers_digest(config),
         clips=plan.data.digest,
         order=state_order(plan.deepspeed["zero_optimization"]),
+        buckets=None if plan.division is None else plan.division.digest,
     )
 
 
@@ -189,7 +224,7 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
     assert isinstance(args, TrainingArgs)
     found: Path | InputError | None = None
     lock = None
-    if sgm.distributed.data_parallel_rank() == 0:
+    if sgm.distributed.rank() == 0:
         try:
             found = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
             lock = lock_folder(found)
@@ -255,11 +290,17 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         logger.info("%s", report)
         warn_once(logger, report.warnings)
     engine.run_device = device
-    if engine.first_stage_model is not None and not (engine.latent_input and args.eval_interval is None):
+    engine.network.ring_attention = RING[args.sequence_attention]
+    if plan.caches.vae:
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))
+    elif engine.first_stage_model is not None:
+        engine.first_stage_model.to("meta")
     if engine.conditioner is not None:
         engine.conditioner.to(device)
         for embedder in engine.conditioner.embedders:
-            # Captions come with every batch; reading the encoder anew for each would take longer than training.
-            embedder.offload = "cpu" if args.text_encoder_offload == "cpu" else "none"
+            if plan.caches.text is not None:
+                embedder.known, embedder.offload = plan.caches.text, args.text_encoder_offload
+            else:
+                # Captions come with every batch; reading the encoder anew for each would take longer than training.
+                embedder.offload = "cpu" if args.text_encoder_offload == "cpu" else "none"
     return engine

@@ -21,6 +21,7 @@ from sgm.util import InputError, instantiate_from_config
 logger = get_logger(__name__)
 
 REPORT, EXCLUDED = "data_check.json", "excluded_clips.json"
+AUTO_CHECK = 2000  # clips that ``args.check_clips=auto`` opens before training
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def open_data(config: Config) -> Data:
     """
     args = config.args
     assert isinstance(args, TrainingArgs)
-    whole = [_open(config, folder) for folder in args.train_data]
+    whole = [open_folder(config, folder) for folder in args.train_data]
     if args.valid_data is not None:
-        data = Data(tuple(whole), tuple(_open(config, folder) for folder in args.valid_data))
+        data = Data(tuple(whole), tuple(open_folder(config, folder) for folder in args.valid_data))
     else:
         train, valid = [], []
         for index, dataset in enumerate(whole):
@@ -83,7 +84,12 @@ def open_data(config: Config) -> Data:
     return data
 
 
-def _open(config: Config, folder: str) -> Any:
+def open_folder(config: Config, folder: str) -> Any:
+    """Return one of ``args.train_data`` or ``args.valid_data`` as the data set that the configuration names.
+
+    Raises:
+        InputError: it cannot be used, or the configuration has no data section.
+    """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
     return instantiate_from_config(config.data, data_dir=folder)
@@ -96,13 +102,15 @@ def _select(dataset: Any, indices: Sequence[int]) -> Any:
 
 
 def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) -> tuple[Data, dict[str, str]]:
-    """Check every clip on rank zero and leave out those that cannot be used; all ranks call together.
+    """Check the clips on rank zero and leave out those that cannot be used; all ranks call together.
 
-    A resumed run leaves out what it left out at its start: its samples must be the same.
+    Clips are opened as ``args.check_clips`` says; of others, what the data set itself says is checked. A resumed run
+    leaves out what it left out at its start: its samples must be the same.
 
     Args:
-        data: from `open_data`. A data set without ``check`` and ``without`` is taken as it is.
-        args: with ``max_bad_share``.
+        data: from `open_data`. A data set without ``check`` (or ``row_reports``, where clips stay closed) and
+            ``without`` is taken as it is.
+        args: with ``max_bad_share`` and ``check_clips``.
         folder: of the run; gets the report of all clips, and the list of those left out.
         resumed: whether the run goes on.
 
@@ -113,7 +121,7 @@ def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) 
         InputError: captions are missing, or too many clips cannot be used.
     """
     found: Any = None
-    if sgm.distributed.data_parallel_rank() == 0:
+    if sgm.distributed.rank() == 0:
         try:
             found = _read_excluded(folder) if resumed else _check(data, args, folder)
         except InputError as error:
@@ -140,14 +148,21 @@ def _without(dataset: Any, excluded: dict[str, str]) -> Any:
 
 def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
     """Return path → reason of unusable clips, having written the report."""
-    checked = [dataset for dataset in (*data.train, *data.valid) if hasattr(dataset, "check")]
-    reports = {report.path: report for dataset in checked for report in dataset.check()}
+    datasets = (*data.train, *data.valid)
+    num_clips = sum(map(len, datasets))
+    opening = args.check_clips == "all" or (args.check_clips == "auto" and num_clips <= AUTO_CHECK)
+    if not opening:
+        said = f"{num_clips:,} clips are not opened before training (args.check_clips={args.check_clips})"
+        logger.info("%s; bad ones are replaced when their turn comes", said)
+    method = "check" if opening else "row_reports"
+    checked = [dataset for dataset in datasets if hasattr(dataset, method)]
+    reports = {report.path: report for dataset in checked for report in getattr(dataset, method)()}
     if not reports:
         return {}
     rows = list(reports.values())
     write_report(folder / REPORT, rows)
     logger.info("%s", summary_text(rows))
-    uncaptioned = [row for row in rows if row.info is not None and any("caption" in p for p in row.problems)]
+    uncaptioned = [row for row in rows if row.uncaptioned]
     if uncaptioned:
         listed = "\n".join(f"  {row.path}: {'; '.join(row.problems)}" for row in uncaptioned[:10])
         raise InputError(

@@ -20,6 +20,7 @@ from sgm.inference.run import SamplingRun
 from sgm.inference.video import to_uint8
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.training.inputs import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
 from sgm.util import RunError
 
@@ -126,15 +127,20 @@ class Evaluation:
         return {f"validation_{name}": value for name, value in quarters.values().items()}
 
     def _inputs(self, numbers: list[int]) -> Any:
-        clips = [self._clip(number) for number in numbers]
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
-        batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
-        batch[self.engine.input_key] = torch.stack([clip[self.engine.input_key] for clip in clips])
-        return self.engine.training_inputs(
-            batch,
+        return shared_inputs(
+            self.engine,
+            shared_batch(self.engine, lambda: self._batch(numbers)),
             [torch.Generator().manual_seed(VALIDATION_SEED + number) for number in numbers],
             idx=[validation_timestep(number, num_idx) for number in numbers],
         )
+
+    def _batch(self, numbers: list[int]) -> dict[str, Any]:
+        clips = [self._clip(number) for number in numbers]
+        batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
+        batch["image"] = [clip.get("image") for clip in clips]
+        batch[self.engine.input_key] = torch.stack([clip[self.engine.input_key] for clip in clips])
+        return batch
 
     def _clip(self, number: int) -> Mapping[str, Any]:
         """Return validation clip `number`; the next one that can be read takes the place of one that cannot."""
@@ -163,12 +169,15 @@ class Evaluation:
             digest=f"{self.config.digest}-{iteration}",
         )
         with evaluation_mode(self.engine.network):
-            prompts = validation_prompts(self.config) or self._prompts_of_data(folder)
+            prompts = validation_prompts(self.config)
+            if prompts is None:
+                reads = sgm.distributed.sample_rank() == 0
+                prompts = sgm.distributed.from_sample_first(self._prompts_of_data(folder) if reads else None)
             run.sample_list(prompts, in_step=self.in_step)
         return run.summary.written
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:
-        """The first clips' captions, as many as a batch; their first frames are the images."""
+        """The first clips' captions, as many as a batch; their images, or first frames, are the images."""
         image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
         prompts = []
         for i in range(min(self.batch_size, len(self.dataset))):
@@ -177,6 +186,7 @@ class Evaluation:
             if image2video:
                 image = folder / f"first_frame_{i}_rank{sgm.distributed.data_parallel_rank()}.png"
                 image.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(to_uint8(clip["mp4"][:1])[0].numpy()).save(image)
+                first = clip["mp4"][:1] if clip.get("image") is None else clip["image"][None]
+                Image.fromarray(to_uint8(first)[0].numpy()).save(image)
             prompts.append(Prompt(i, clip["txt"], image))
         return prompts

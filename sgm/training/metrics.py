@@ -182,7 +182,10 @@ class LossByQuarter:
         self._counts += hits.sum(0)
 
     def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
-        """Let `reduction` replace sums and counts, in place, by those over all ranks."""
+        """Let `reduction` replace sums and counts, in place, by those over all ranks.
+
+        Ranks that share a sample all count it; as each sample is shared by as many, means stay what they are.
+        """
         totals = torch.stack([self._sums, self._counts])
         reduction(totals)
         self._sums, self._counts = totals.unbind()

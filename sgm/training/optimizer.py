@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sgm.distributed
 from sgm.util import InputError, get_obj_from_str, nearest
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -210,7 +211,8 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
         named_parameters: names and parameters of the engine's module; those that need no gradient are left out.
 
     Returns:
-        Name → average on rank zero, float32 on the CPU; an empty dictionary on the other ranks.
+        Name → average, float32 on the CPU, on rank zero, and on those with the other parts of its layers; an empty
+        dictionary elsewhere.
     """
     optimizer = engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
@@ -238,7 +240,7 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
         else:
             master = masters.get(parameter, parameter)
             average = base.state.get(master, {}).get("ema", master)
-        if engine.global_rank == 0:
+        if engine.global_rank < sgm.distributed.tensor_parallel_size():
             averages[name] = average.detach().to("cpu", torch.float32, copy=True)
     return averages
 

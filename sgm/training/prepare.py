@@ -12,14 +12,20 @@ import torch
 import sgm.distributed
 from sgm.adapters import describe_adapters, with_adapters
 from sgm.args import TrainingArgs
-from sgm.check import check_files, check_sampling, check_shapes, params_of, tried
-from sgm.check_training import check_training_data
+from sgm.check import SamplingPlan, check_files, check_sampling, check_shapes, params_of, tried
+from sgm.check_mesh import check_mesh, mesh_of
+from sgm.check_training import check_training_data, fitted_buckets
 from sgm.checkpoint import check_autoencoder, check_network
 from sgm.config import Config, ConfigError, Problem
+from sgm.data.bucket_plan import Division
+from sgm.data.buckets import PATH as BUCKETS
 from sgm.deepspeed_config import engine_config
+from sgm.distributed import Mesh
+from sgm.estimate_run import training_rows
 from sgm.files import find_weights, require_writable
 from sgm.geometry import Geometry
 from sgm.precision import precision_name, resolve_training_precision
+from sgm.training.caches import Caches, needs, open_latents, open_text
 from sgm.training.data import Data, open_data
 from sgm.training.evaluate import validation_prompts
 from sgm.training.metrics import import_wandb
@@ -41,8 +47,12 @@ class Plan:
         dtype: of the network.
         data: the clips.
         deepspeed: what the engine is made with.
-        total_iters: optimizer steps of the whole run.
-        global_batch: samples of an optimizer step.
+        mesh: which ranks share a sample.
+        division: of clips among buckets, None without.
+        caches: what need not be encoded.
+        total_iters: optimizer steps of the whole run; None where epochs are asked for and the samples of buckets are to
+            be counted first.
+        global_batch: samples of an optimizer step, without buckets.
         trainable: what is trained.
         resume: where to go on, None for a new run.
         report: all of this, for a person.
@@ -53,7 +63,10 @@ class Plan:
     dtype: torch.dtype
     data: Data
     deepspeed: Mapping[str, Any]
-    total_iters: int
+    mesh: Mesh
+    division: Division | None
+    caches: Caches
+    total_iters: int | None
     global_batch: int
     trainable: Trainable
     resume: ResumePoint | None
@@ -70,7 +83,7 @@ def prepare(config: Config) -> Plan:
     checks = _Checks(config)
     checks.run()
     if checks.problems:
-        raise ConfigError(config.located(checks.problems))
+        raise ConfigError(config.located(list(dict.fromkeys(checks.problems))))
     return checks.plan()
 
 
@@ -90,7 +103,8 @@ class _Checks:
         self.config, self.args = config, config.args
         self.problems: list[Problem] = []
         self.facts: dict[str, Any] = {}
-        self.world_size = sgm.distributed.world_size()
+        self.mesh = mesh_of(config)
+        self.data_ranks = max(1, sgm.distributed.world_size() // self.mesh.ranks)
 
     def find(self, name: str, path: str, work: Callable[[], Any]) -> None:
         """Note the result of `work` under `name`, or its complaint as a problem at `path`."""
@@ -106,13 +120,15 @@ class _Checks:
         if geometry := self.facts.get("geometry"):
             self.problems += check_shapes(config, geometry)
             self.problems += check_training_data(config, geometry)
+            find("buckets", BUCKETS, lambda: fitted_buckets(config, geometry))
             if args.eval_interval is not None:
                 find("samples", "args", lambda: check_sampling(args, geometry))
+        self._check_mesh()
         find("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
         if "dtype" in self.facts:
             dtype = self.facts["dtype"]
             section = config.deepspeed
-            find("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.world_size, dtype=dtype))
+            find("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.data_ranks, dtype=dtype))
         find("optimizer", "deepspeed.optimizer", self._check_optimizer)
         if args.eval_interval is not None:
             find("prompts", "args.valid_prompts", lambda: validation_prompts(config))
@@ -127,6 +143,8 @@ class _Checks:
         find("data", "args.train_data", lambda: open_data(config))
         find("resume", "args.resume", lambda: find_resume_point(args))
         self.problems += tried("args.save", "name another folder", partial(require_writable, args.save))
+        if not self.problems:
+            self._open_caches()
 
     def _check_sections(self) -> None:
         model, args = self.config.model, self.args
@@ -139,15 +157,31 @@ class _Checks:
             if model.get(part) is None:
                 cure = "take it from a shipped model configuration"
                 self.problems.append(Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure))
-        if (params_of(model.get("first_stage_config")).get("cp_size") or 1) > 1:
-            found = "is more than 1, and every rank encodes clips of its own in training"
-            self.problems.append(Problem("model.first_stage_config.params.cp_size", "", found, "set it to 1"))
         if model.get("latent_input") and model.get("noised_image_input"):
             found = "is true, and image-to-video needs the first frame of each clip"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
         elif model.get("latent_input") and self.config.data.get("target") == "data_video.SFTDataset":
             found = "is true, but data_video.SFTDataset gives videos"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
+
+    def _check_mesh(self) -> None:
+        mesh, params, geometry = self.mesh, params_of(self.config.data), self.facts.get("geometry")
+        size, frames = params.get("video_size"), params.get("max_num_frames")
+        samples: SamplingPlan | None = self.facts.get("samples")
+        patches = []
+        shapes = [(frames, *size)] if size and frames else []
+        if self.facts.get("buckets") is not None:
+            shapes += [bucket.shape for bucket in self.facts["buckets"].buckets]
+        if geometry:
+            patches += [geometry.num_patches((F - 1) // geometry.time_compression + 1, (H, W)) for F, H, W in shapes]
+        if geometry and samples is not None and samples.size is not None:
+            patches.append(geometry.num_patches(samples.latents, samples.size))
+        problems = check_mesh(self.config, num_patches=min(patches, default=None))
+        if not problems and mesh.context > mesh.network:
+            found = f"is {mesh.context}, and ranks that share a clip in training share it in the network too"
+            cure = f"set it to 1, or args.sequence_parallel_size={mesh.context}"
+            problems.append(Problem("model.first_stage_config.params.cp_size", "", found, cure))
+        self.problems += problems
 
     def _check_network(self) -> Trainable:
         """Build the network without memory; hold its weights' names to it, and see what is trained."""
@@ -171,13 +205,43 @@ class _Checks:
         if Path(str(vae.ckpt_path)).is_file():
             check_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
 
+    def _open_caches(self) -> None:
+        """Open the caches, and let training clips come from them."""
+        config, find, facts = self.config, self.find, self.facts
+        find("latents", "args.latent_cache", lambda: open_latents(config, facts["data"], facts["dtype"]))
+        find("text", "args.text_cache", lambda: open_text(config, facts["data"]))
+        if not self.problems:
+            facts["data"], latents, images = facts["latents"]
+            facts["caches"] = Caches(latents, images, facts["text"], *needs(config, latents, images, facts["text"]))
+
+    def _division(self) -> Division | None:
+        section = self.config.deepspeed
+        if self.facts["buckets"] is None:
+            return None
+        return Division(
+            buckets=self.facts["buckets"],
+            ranks=self.data_ranks,
+            micro_batch=section["train_micro_batch_size_per_gpu"],
+            accumulation=section["gradient_accumulation_steps"],
+            drop_partial=bool(params_of(self.config.data).get("drop_partial")),
+        )
+
     def plan(self) -> Plan:
         """Return what was found; to be called when there are no problems."""
         args, facts, section = self.args, self.facts, self.config.deepspeed
         micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
-        batch = micro * accumulation * self.world_size
+        batch = micro * accumulation * self.data_ranks
+        shared = self.mesh.ranks
+        ranks = f"{self.data_ranks} " + ("ranks" if shared == 1 else f"groups of {shared} ranks that share clips")
         data: Data = facts["data"]
         total = total_iterations(args, data.num_train, batch)
+        batches = f"{micro} clips x {accumulation} steps of accumulation x {ranks} = {batch}"
+        length = f"{total} iterations = {total * batch / data.num_train:.1f} epochs"
+        division = self._division()
+        if division is not None:
+            batches = f"{len(division.batch_sizes)} buckets, {accumulation} steps of accumulation, {ranks}"
+            total = args.train_iters
+            length = f"{args.epochs} epochs" if total is None else f"{total} iterations"
         resume: ResumePoint | None = facts["resume"]
         rows = {
             "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",
@@ -185,12 +249,14 @@ class _Checks:
             "trains": str(facts["trainable"]),
             "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
             "data": str(data),
-            "batch": f"{micro} clips x {accumulation} steps of accumulation x {self.world_size} ranks = {batch}",
-            "length": f"{total} iterations = {total * batch / data.num_train:.1f} epochs",
+            **facts["caches"].report(),
+            "batch": batches,
+            "length": length,
             "optimizer": f"{section['optimizer']['type']}, learning rate {section['optimizer']['params']['lr']:g} "
             f"({args.lr_decay_style}), ZeRO stage {section['zero_optimization']['stage']}",
             "results": args.save if resume is None else f"{resume.run}, from iteration {resume.iteration}",
         }
+        rows |= training_rows(self.config, facts["dtype"], facts["trainable"].names)
         width = max(map(len, rows))
         return Plan(
             config=self.config,
@@ -198,6 +264,9 @@ class _Checks:
             dtype=facts["dtype"],
             data=data,
             deepspeed=facts["deepspeed"],
+            mesh=self.mesh,
+            division=division,
+            caches=facts["caches"],
             total_iters=total,
             global_batch=batch,
             trainable=facts["trainable"],

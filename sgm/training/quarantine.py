@@ -46,7 +46,7 @@ class Quarantine:
         self._fresh = {}
         for fresh in found:
             self.reasons |= fresh
-        if found and sgm.distributed.data_parallel_rank() == 0:
+        if found and sgm.distributed.rank() == 0:
             write_json(self.folder / NAME, dict(sorted(self.reasons.items())))
         if len(self.reasons) > self.max_share * self.num_clips:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in sorted(self.reasons.items())[:10])

@@ -2,11 +2,12 @@
 
 Training sample n (0, 1, 2, ... over the whole run) is a function of the seed and n alone: its clip, its noise, its
 timestep. Step s of a job with global batch G takes the samples s·G to (s+1)·G − 1, however they are spread over ranks
-and micro batches. So a run is resumed by the number of its next sample, and does not depend on the number of ranks.
+and micro batches. So a run is resumed by the number of its next sample, and does not depend on the number of ranks,
+nor on how many of them share a sample.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from sgm.inference.record import peak_memory
 from sgm.log import get_logger
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
+from sgm.training.inputs import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
 from sgm.training.quarantine import Quarantine
 from sgm.training.save import Saver
 from sgm.training.state import catch_up
-from sgm.training.step import gradient_norm, plain_gradient_norm
+from sgm.training.step import counted, gradient_norm, plain_gradient_norm, weighted_mean
 from sgm.training.watch import StepCheck, StopSignals
 from sgm.util import InputError, RunError, default
 
@@ -76,11 +78,12 @@ def train(config: Config) -> Summary:
         RunError: the work failed. What was saved before stays loadable.
     """
     start = time.perf_counter()
+    sgm.distributed.set_timeout(config.args.distributed_timeout)
     plan = prepare(config)
     config = plan.config
-    sgm.distributed.initialize()
-    if plan.resume is not None and plan.resume.iteration >= plan.total_iters:
-        if sgm.distributed.data_parallel_rank() == 0:
+    sgm.distributed.initialize(mesh=plan.mesh)
+    if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
+        if sgm.distributed.rank() == 0:
             catch_up(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
@@ -88,8 +91,8 @@ def train(config: Config) -> Summary:
         try:
             run = TrainingRun(config, build(config, plan), signals)
         except InputError as error:
-            if sgm.distributed.data_parallel_rank() > 0:  # it may be one that rank zero does not have
-                logger.warning("rank %d: %s", sgm.distributed.data_parallel_rank(), error)
+            if sgm.distributed.rank() > 0:  # it may be one that rank zero does not have
+                logger.warning("rank %d: %s", sgm.distributed.rank(), error)
             raise
         try:
             run.fit()
@@ -110,7 +113,6 @@ class TrainingRun:
 
     def __init__(self, config: Config, parts: Parts, signals: StopSignals) -> None:
         self.args, self.parts, self.signals = parts.args, parts, signals
-        self.rank, self.size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
         self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
@@ -129,7 +131,7 @@ class TrainingRun:
                 in_step=parts.zero_stage == 3,
             )
         self.metrics = None
-        if self.rank == 0:
+        if sgm.distributed.rank() == 0:
             self.metrics = Metrics(
                 parts.folder,
                 total_iters=parts.total_iters,
@@ -143,6 +145,7 @@ class TrainingRun:
         self._plain_norm: torch.Tensor | None = None
         self._lr = 0.0
         self._logged_at, self._logged_iteration = time.perf_counter(), self.iteration
+        self._logged_samples = parts.samples_before(self.iteration)
 
     def close(self) -> None:
         """Close what is open; nothing is saved."""
@@ -177,7 +180,7 @@ class TrainingRun:
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
         """Make one step; whatever fails is reported with the step and its clips."""
-        taken: list[dict[str, Any]] = []
+        taken: list[Mapping[str, Any]] = []
         try:
             return self._step(batches, taken)
         except (InputError, KeyboardInterrupt):
@@ -190,24 +193,27 @@ class TrainingRun:
         except Exception as error:
             raise RunError(self._failure(f"{type(error).__name__}: {error}", taken, None)) from error
 
-    def _step(self, batches: Iterator[Any], taken: list[dict[str, Any]]) -> bool:
+    def _step(self, batches: Iterator[Any], taken: list[Mapping[str, Any]]) -> bool:
         """Make one optimizer step; return whether a rank is asked to stop."""
         deepspeed, engine = self.parts.deepspeed, self.parts.engine
         skipped_before = deepspeed.skipped_steps
         stop = False
         for micro in range(self.parts.accumulation):
-            batch = next(batches)
+            batch = shared_batch(engine, lambda: next(batches))
             taken.append(batch)
-            self.quarantine.add(batch["failures"])
-            generators = [sample_generator(self.args.seed, number) for number in batch["number"]]
-            inputs = engine.training_inputs(batch, generators, rank=self.rank, num_ranks=self.size)
+            if sgm.distributed.sample_rank() == 0:
+                self.quarantine.add(batch["failures"])
+            inputs = shared_inputs(
+                engine, batch, [sample_generator(self.args.seed, number) for number in batch["number"]]
+            )
             losses = deepspeed(inputs)
             self.check.add(losses)
-            self.quarters.add(inputs.idx, losses.detach())
+            real = counted(batch["weight"])
+            self.quarters.add(inputs.idx[real], losses.detach()[real])
             last = micro == self.parts.accumulation - 1
             if last:
                 self.check.share(stop=bool(self.signals.received))
-            deepspeed.backward(losses.mean())
+            deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
                 bad, stop = self.check.read()
                 if bad:
@@ -230,7 +236,7 @@ class TrainingRun:
         ends = (self.parts.total_iters, self.parts.point.iteration + (self.args.exit_interval or 0))
         return following % self.args.log_interval == 0 or following in ends
 
-    def _failure(self, reason: str, taken: list[dict[str, Any]], saved: bool | None) -> str:
+    def _failure(self, reason: str, taken: list[Mapping[str, Any]], saved: bool | None) -> str:
         """Return the message for a step that failed: where, on which clips, what is saved, what to do."""
         clips = sorted({path for batch in taken for path in batch["path"]})
         shown = ", ".join(clips[:8]) + (f" and {len(clips) - 8} more" if len(clips) > 8 else "")
@@ -250,20 +256,20 @@ class TrainingRun:
         self.quarters.reset()
         self.summary.loss = values.get("loss")
         now = time.perf_counter()
-        steps = self.iteration - self._logged_iteration
-        seconds = (now - self._logged_at) / max(steps, 1)
-        self._logged_at, self._logged_iteration = now, self.iteration
+        steps, samples = self.iteration - self._logged_iteration, self.parts.samples_before(self.iteration)
+        elapsed, more = now - self._logged_at, samples - self._logged_samples
+        self._logged_at, self._logged_iteration, self._logged_samples = now, self.iteration, samples
         bad = self.quarantine.share()
         if self.metrics is not None:
             values |= {
                 "lr": self._lr,
                 "grad_norm": gradient_norm(self.parts.deepspeed, self._plain_norm),
-                "step_seconds": seconds,
-                "samples_per_second": self.parts.global_batch / seconds,
+                "step_seconds": elapsed / max(steps, 1),
+                "samples_per_second": more / elapsed,
                 "memory_gib": peak_memory(self.device) / 2**30,
                 "quarantined_clips": float(bad),
                 "skipped_steps": float(self.parts.deepspeed.skipped_steps),
-                "samples": float(self.parts.samples_before(self.iteration)),
+                "samples": float(samples),
             }
             self.metrics.log(self.iteration, values)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from sgm.log import get_logger
 from sgm.training.build import Parts
 from sgm.training.optimizer import full_ema
 from sgm.training.state import save_state
-from sgm.training.step import gather
+from sgm.training.step import gather, writes_part
 from sgm.util import RunError
 
 logger = get_logger(__name__)
@@ -50,7 +51,7 @@ class Saver:
             return True
         parts = self.parts
         weights = gather(parts.deepspeed, self.names)
-        if not sgm.distributed.from_rank_zero(_all_finite(weights)):
+        if not all(sgm.distributed.from_all_ranks(_all_finite(weights))):
             return False
         averages = None
         if self.args.ema_decay is not None:
@@ -58,12 +59,17 @@ class Saver:
                 name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
             }
             averages = full_ema(parts.deepspeed, named.items())
-        if sgm.distributed.data_parallel_rank() == 0:
+        if writes_part():
             self._write(iteration, weights, averages)
-        samples = parts.samples_before(iteration)
-        point = dataclasses.replace(parts.point, run=parts.folder, iteration=iteration, samples=samples)
+        point = dataclasses.replace(
+            parts.point,
+            run=parts.folder,
+            iteration=iteration,
+            samples=parts.samples_before(iteration),
+            micro_batches=0 if parts.buckets is None else parts.micro_batches_before(iteration),
+        )
         save_state(parts.deepspeed, point, with_rng=not self.args.no_save_rng)
-        if sgm.distributed.data_parallel_rank() == 0:
+        if sgm.distributed.rank() == 0:
             write_latest(parts.folder, iteration)
             self._remove_old()
         self.saved = iteration
@@ -73,14 +79,13 @@ class Saver:
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
     ) -> None:
-        """Write weights and averages, on rank zero."""
-        parts, patch_size = self.parts, self.parts.engine.network.patch_size
+        """Write weights and averages, those of this rank's part of the layers."""
+        parts, network = self.parts, self.parts.engine.network
+        written: dict[str, Any] = {"patch_size": network.patch_size, "part": network.tensor_part, "latest": False}
         if averages is not None:
             smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
-            save_network(
-                parts.folder, f"{iteration}-ema", smooth, patch_size=patch_size, adapters=parts.adapters, latest=False
-            )
-        save_network(parts.folder, iteration, weights, patch_size=patch_size, adapters=parts.adapters, latest=False)
+            save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)
+        save_network(parts.folder, iteration, weights, adapters=parts.adapters, **written)
         if parts.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
             logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
 

@@ -6,11 +6,10 @@ Beside the weights, which are for use, a run folder holds the state of the newes
     RUN/resume/latest                                    the iteration to go on from; moves last
     RUN/resume/1000/resume.json                          what the state fits to, see `ResumePoint`
     RUN/resume/1000/*_states.pt                          trained parameters, optimizer, schedule, loss scaler
-    RUN/resume/1000/rng_00.pt                            random generators, one file a rank
+    RUN/resume/1000/rng_00.pt                            random generators, one file a process
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -27,7 +26,7 @@ import torch
 import sgm.distributed
 from sgm.args import TrainingArgs
 from sgm.checkpoint import write_latest
-from sgm.config import Config, ConfigError, Problem
+from sgm.config import Config, ConfigError, Problem, digest_of
 from sgm.files import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
@@ -44,7 +43,7 @@ FOLDER, LATEST = "resume", "latest"
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
-    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng".split()
+    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout".split()
 )
 # DeepSpeed loads a state that was stored in another order without a word, or fails; with its defaults.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
@@ -59,8 +58,11 @@ class ResumePoint:
     Attributes:
         run: the run folder.
         iteration: optimizer steps done.
-        samples: training samples seen, the number of the next one.
-        world_size: ranks that wrote the state.
+        samples: training samples seen; without buckets, the number of the next one.
+        micro_batches: with buckets, those of all ranks together that were taken, the number of the next one.
+        buckets: digest of how clips are divided among buckets and ranks, None without buckets.
+        world_size: processes that wrote the state; how many of them share the tokens of a sample does not matter.
+        tensor: how many of them share layers.
         zero_stage: ZeRO stage that wrote it.
         precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
         optimizer: the optimizer's class.
@@ -87,6 +89,9 @@ class ResumePoint:
     clips: str
     order: float | None = None
     files: tuple[str, ...] = ()
+    micro_batches: int = 0
+    buckets: str | None = None
+    tensor: int = 1
 
     @property
     def folder(self) -> Path:
@@ -106,6 +111,7 @@ class ResumePoint:
             "trained": "model.not_trainable_prefixes",
             "ema": "args.ema_decay",
             "base_digest": "args.load",
+            "tensor": "args.model_parallel_size",
         }
         if self.zero_stage > 0:  # every rank holds the whole state otherwise
             fixed["world_size"] = "torchrun --nproc_per_node"
@@ -119,6 +125,13 @@ class ResumePoint:
                 found = f"the state in {self.folder} was written with {words} {then}, and now it is {given}"
                 cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
                 problems.append(Problem(path, "", found, cure))
+        if self.buckets != now.buckets:
+            found = (
+                f"the state in {self.folder} was written with other buckets, batch sizes or ranks with clips of their"
+            )
+            found += " own, or without buckets: the micro-batches that it counts are not those of now"
+            cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
+            problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:
             raise ConfigError(problems)
         if self.clips != now.clips:
@@ -140,8 +153,7 @@ def state_order(zero: Mapping[str, Any]) -> float | None:
 def numbers_digest(config: Config) -> str:
     """SHA-256 of the configuration without what may change from one start to the next and leaves the numbers alone."""
     args = {name: value for name, value in config.merged.get("args", {}).items() if name not in HARMLESS}
-    merged = json.dumps({**config.merged, "args": args}, sort_keys=True, default=str)
-    return hashlib.sha256(merged.encode()).hexdigest()
+    return digest_of({**config.merged, "args": args})
 
 
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
@@ -174,16 +186,17 @@ def catch_up(point: ResumePoint) -> None:
 
 
 def lock_folder(run: Path) -> IO[str] | None:
-    """Keep other processes from training in `run` until the returned file is closed, or this process ends.
+    """Keep other processes from working in `run` until the returned file is closed, or this process ends.
 
     A launcher that is killed may leave its workers running. File systems without locks go unguarded.
 
     Raises:
-        InputError: another process trains there.
+        InputError: another process works there.
     """
     if fcntl is None:
         return None
     file = (run / ".lock").open("a+", encoding="utf-8")
+    os.register_at_fork(after_in_child=file.close)  # else the lock lasts as long as a worker that outlives this process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -191,11 +204,11 @@ def lock_folder(run: Path) -> IO[str] | None:
         owner = file.read().strip() or "unknown"
         file.close()
         raise InputError(
-            f"{run} is being trained by process {owner} (a launcher that was killed may have left it); end that "
-            "process, or start a new run with args.resume=none"
+            f"{run} is in use by process {owner} (a launcher that was killed may have left it); end that process, or "
+            "use another folder: args.resume=none starts a new run"
         ) from error
     except OSError as error:
-        logger.warning("%s cannot be locked (%s); see that no other process trains there", run, error)
+        logger.warning("%s cannot be locked (%s); see that no other process works there", run, error)
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -226,7 +239,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     Raises:
         RunError: the disk is full or the folder cannot be written to; the former state stays.
     """
-    folder, rank = point.folder, sgm.distributed.data_parallel_rank()
+    folder, rank = point.folder, sgm.distributed.rank()
     engine.checkpoint_engine = checkpoint_engine()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
     if with_rng:
@@ -264,7 +277,7 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
     # The learning rates of the present configuration, not those that the optimizer's state brought along.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
-    rank = sgm.distributed.data_parallel_rank()
+    rank = sgm.distributed.rank()
     if with_rng and rank < point.world_size:  # ranks that there were not before draw anew
         _restore_rng(_load(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
 

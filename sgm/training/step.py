@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import sgm.distributed
@@ -30,6 +31,18 @@ class TrainingModule(nn.Module):
         return self._losses(inputs)
 
 
+def counted(weights: Sequence[float]) -> list[int] | slice:
+    """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.bucket_plan`."""
+    return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
+
+
+def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Return the mean of the losses (B,), each times its weight."""
+    if any(weight != 1 for weight in weights):
+        losses = losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+    return losses.mean()
+
+
 def start_deepspeed(
     module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, section: Mapping[str, Any]
 ) -> Any:
@@ -45,15 +58,26 @@ def start_deepspeed(
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=schedule, config=dict(section), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=dict(section),
+        dist_init_required=False,
+        mpu=sgm.distributed.layer_groups(),
     )
     return engine
 
 
-def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return the network's parameters by its own names, whole and on the CPU, on rank zero; nothing on other ranks.
+def writes_part() -> bool:
+    """Whether this rank writes what there is once: of the whole network, or of its part of the layers."""
+    return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
 
-    All ranks call it together: with ZeRO-3 each holds a part of every parameter.
+
+def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the network's parameters by its own names, on the CPU, where `writes_part`; nothing on other ranks.
+
+    All ranks call it together: with ZeRO-3 each holds a piece of every parameter. Ranks that share layers get their
+    part of each layer, as files hold it.
     """
     import deepspeed
 
@@ -62,7 +86,7 @@ def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
         name = name.removeprefix(PREFIX)
         if name in wanted:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if sgm.distributed.data_parallel_rank() == 0:
+                if writes_part():
                     tensors[name] = parameter.detach().cpu().clone()
     return tensors
 
@@ -71,7 +95,15 @@ def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
     """Return the norm of the gradients before the step; None where DeepSpeed computes it (ZeRO, fp16, bf16)."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
-    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    with_gradient = [p for p in engine.module.parameters() if p.grad is not None]
+    divided, whole = (
+        nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_divided])
+        for is_divided in (True, False)
+    )
+    squares = divided.square()
+    if (group := sgm.distributed.tensor_group()) is not None:
+        dist.all_reduce(squares, group=group)
+    return (squares + whole.square()).sqrt()
 
 
 def gradient_norm(engine: Any, plain: torch.Tensor | None) -> float:

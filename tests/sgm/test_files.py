@@ -31,6 +31,13 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "all" and os.listdir(path.parent) == ["x.json"]
 
 
+def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path):
+    with atomic_file(tmp_path / "x.safetensors") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)  # which keeps it to itself
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("broken"), TypeError("broken")])
 def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "x.txt"

@@ -221,6 +221,7 @@ class FrozenT5Embedder(nn.Module):
             raise InputError(f"FrozenT5Embedder: max_length: {max_length} leaves no room for text; use at least 2")
         self.max_length = max_length
         self.offload = offload
+        self.known: Mapping[str, torch.Tensor] = {}  # embeddings (L, D) of texts that need not be encoded
         self.folder = T5Folder(Path(model_dir).expanduser())
         self._dtype = PRECISIONS[dtype] if dtype else None
         self._run_device = torch.device(device) if device else None
@@ -278,17 +279,21 @@ class FrozenT5Embedder(nn.Module):
         if isinstance(texts, str):
             raise InputError(f"expected a list of texts, got the single string {texts!r}; write [text]")
         distinct = list(dict.fromkeys(texts))
-        with self.keep_loaded():
-            model, device = self._model_on_device()
-            embeddings = {}
-            # T5 keeps its own precision even where the network runs under autocast.
-            with torch.autocast(device.type, enabled=False):
-                for text in distinct:
-                    ids = self.tokenize([text]).to(device)
-                    embeddings[text] = model(input_ids=ids).last_hidden_state.to(self._module_device)
+        embeddings = {text: self.known[text][None].to(self._module_device) for text in distinct if text in self.known}
+        if len(embeddings) < len(distinct):
+            embeddings |= self._encode([text for text in distinct if text not in embeddings])
         if not distinct:
             return torch.zeros(0, self.max_length, self.embed_dim, device=self._module_device)
         return torch.cat([embeddings[text] for text in texts])
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Run T5 on different texts; return the embedding (1, L, D) of each."""
+        with self.keep_loaded():
+            model, device = self._model_on_device()
+            # T5 keeps its own precision even where the network runs under autocast.
+            with torch.autocast(device.type, enabled=False):
+                hidden = {text: model(input_ids=self.tokenize([text]).to(device)).last_hidden_state for text in texts}
+        return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the token ids of B texts, cut or padded to L: (B, L) int64 on the CPU. The end token is always there.
@@ -325,11 +330,13 @@ class FrozenT5Embedder(nn.Module):
             raise InputError("FrozenT5Embedder: a CPU cannot run dtype: fp16; use fp32 or bf16, or leave it out (null)")
         if not self._loaded:
             self.check()
-            dtype = default(self._dtype, self.folder.stored_dtype)
-            if device.type == "cpu" and dtype is torch.float16:
-                dtype = torch.float32
-            self._loaded.append(self.folder.load(dtype))
+            self._loaded.append(self.folder.load(self.dtype_on(device)))
         return self._loaded[0].to(device), device
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return the precision in which T5 runs on `device`: `dtype`, or that of the files, which are read for it."""
+        dtype = default(self._dtype, self.folder.stored_dtype)
+        return torch.float32 if device.type == "cpu" and dtype is torch.float16 else dtype
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
         # nn.Module's hook behind .to() and its like: there is no tensor here to move, but the device counts.

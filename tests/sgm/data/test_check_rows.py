@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from sgm.data.bucket_config import parse_buckets
 from sgm.data.check import RowReport, bad_share, check_rows, histograms, summarize, summary_text, table, write_report
 from sgm.data.rows import Row, VideoInfo
 from sgm.inference.video import write_video
@@ -45,6 +46,16 @@ def test_every_row_says_what_is_wrong_and_what_to_know(rows):
     assert unnamed.problems == ("its caption is missing",) and unnamed.info is not None
     assert "no video" in text.problems[0] and text.info is None
     assert bad_share([good, slow, absurd, text]) == 0.5
+
+
+def test_with_buckets_each_clip_is_held_against_its_own(rows):
+    buckets = parse_buckets(["17x64x96", "9x64x64", "5x32x32"])
+    good, slow, short, small, absurd, _, text = check(*rows, buckets=buckets)
+    assert good.notes == short.notes == () and short.num_frames == 9
+    assert small.notes == ("enlarged",) and "slower" in slow.notes[0]
+    assert "1000 frames per second" in absurd.problems[0] and "no video" in text.problems[0]
+    found = check(*rows, buckets=parse_buckets({"144p": {9: [0.5, 1]}}))
+    assert found[0].notes == ("fits no bucket: left out",) and found[0].num_frames == 0
 
 
 def test_too_short_to_skip_is_a_problem(rows):

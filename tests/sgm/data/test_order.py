@@ -20,6 +20,16 @@ def test_an_epoch_shows_every_clip_once_in_an_order_of_its_own():
     assert {dataset for dataset, _ in epochs[0][:5]} == {0, 1}, "data sets are mixed within an epoch"
 
 
+@pytest.mark.parametrize("weights", [None, [1, 5, 1], [0, 1, 0.1]])
+def test_a_whole_epoch_is_that_of_its_numbers(weights):
+    order = TrainingOrder([7, 3, 11], seed=2, weights=weights)
+    assert order.alike == (weights is None)
+    for epoch in (0, 1, 6, 2):
+        datasets, clips = order.epoch(epoch)
+        numbers = range(epoch * order.epoch_length, (epoch + 1) * order.epoch_length)
+        assert list(zip(datasets.tolist(), clips.tolist(), strict=True)) == [order[number] for number in numbers]
+
+
 def test_a_number_always_gives_the_same_clip():
     forward = drawn(TrainingOrder([5, 8], seed=1), 0, 60)
     backward = TrainingOrder([5, 8], seed=1)

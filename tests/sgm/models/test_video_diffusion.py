@@ -3,6 +3,7 @@ import torch
 import yaml
 
 import dit_video_concat
+from sgm.models import training_inputs as inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.util import InputError
 
@@ -74,6 +75,31 @@ def test_one_key_changes_the_scale_of_image_latents(make_engine):
 def test_image_latents_beside_every_frame(make_engine):
     concat = make_engine("dit_i2v_5b", noised_image_all_concat=True).image_latents(torch.rand(1, 3, 64, 96), 3)
     assert torch.equal(concat[:, 0], concat[:, 2]) and concat[:, 2].any()
+
+
+def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(make_engine, monkeypatch):
+    engine, video = make_engine("dit_i2v_5b"), torch.rand(3, 5, 3, 64, 96) * 2 - 1
+    shown = []
+    monkeypatch.setattr(engine, "image_latents", lambda image, _: shown.append(image) or torch.zeros(1, 2, 16, 8, 12))
+    monkeypatch.setattr(
+        type(engine), "require_conditioner", lambda _: lambda *_, **__: {"crossattn": torch.zeros(1, 6, 8)}
+    )
+    monkeypatch.setattr(type(engine), "text_keys", [])
+    monkeypatch.setattr(inputs, "_clean_latents", lambda *_, **__: torch.zeros(1, 2, 16, 8, 12))
+    other = torch.rand(3, 64, 96)
+
+    def images(**more):
+        shown.clear()
+        inputs.training_inputs(engine, {"mp4": video, **more}, [torch.Generator().manual_seed(k) for k in range(3)])
+        return torch.cat(shown)
+
+    first = images()
+    assert (first - video[:, 0]).abs().mean() < 0.1, "with a little noise"
+    noise = first - video[:, 0]
+    assert torch.equal(images(image=[None, None, None]), first)
+    mixed = images(image=[None, other, None])
+    assert torch.equal(mixed[[0, 2]], first[[0, 2]])
+    torch.testing.assert_close(mixed[1], other + noise[1])
 
 
 def test_sampling_starts_from_the_noise_of_each_generator(make_engine):

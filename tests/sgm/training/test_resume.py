@@ -163,7 +163,7 @@ def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     bases = training_yaml(MODELS["lora"])
     training = Training(bases, overrides)
     training.wait_for(lambda: list(tmp_path.glob("*/resume/latest")))
-    assert f"is being trained by process {training.process.pid}" in Training(bases, overrides).finish(code=2)
+    assert f"is in use by process {training.process.pid}" in Training(bases, overrides).finish(code=2)
     training.kill()
 
 

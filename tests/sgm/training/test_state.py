@@ -128,7 +128,7 @@ def test_the_number_of_ranks_matters_where_they_share_the_state():
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     lock = lock_folder(tmp_path)
     assert lock is not None
-    with pytest.raises(InputError, match=f"is being trained by process {os.getpid()}"):
+    with pytest.raises(InputError, match=f"is in use by process {os.getpid()}"):
         lock_folder(tmp_path)
     lock.close()
     again = lock_folder(tmp_path)

@@ -1,0 +1,356 @@
+"""What an encoder gave, kept on disk so that training need not compute it again; docs/precomputing.md shows the files.
+
+A folder holds up to three kinds of results: ``latents``, mean and log-variance of clips; ``images``, the same of the
+pictures that image-to-video starts from; ``text``, embeddings of captions. For each kind there is a description,
+``latents.json``, and shards, ``latents-00000.safetensors``. The description is written first: what is encoded, how,
+and which shard gets what. A shard appears when all of it is there, so a kind is complete when none is missing, and
+neither kills nor the number of processes can change a byte.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sgm.data.rows import ClipFile
+from sgm.files import atomic_file, write_json
+from sgm.util import PRECISIONS, InputError, RunError
+
+Kind = Literal["latents", "images", "text"]
+KINDS: tuple[Kind, ...] = ("latents", "images", "text")
+SHARD_BYTES = 256 * 10**6
+TOOL = "tools/prepare_dataset.py"
+_FORMAT = 1  # raised when files, or what decoding gives, change
+_OPEN_SHARDS = 16  # of one process; a shard that is open costs a file handle and its header
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a cache holds of one kind.
+
+    Attributes:
+        kind: of results.
+        dtype: of the stored tensors: ``fp16``, ``bf16`` or ``fp32``.
+        source: what decides about the results; ``precision`` in it is what they were computed in.
+        shards: for each shard the keys of its results, in order: a caption, or what `ClipKeys` gives.
+        left_out: keys of clips that training never shows, since they fit no bucket.
+    """
+
+    kind: Kind
+    dtype: str
+    source: Mapping[str, Any]
+    shards: tuple[tuple[str, ...], ...]
+    left_out: tuple[str, ...] = ()
+
+    def keys(self) -> Iterator[str]:
+        """Yield the keys of all results, in order."""
+        return itertools.chain.from_iterable(self.shards)
+
+    def shard(self, number: int) -> str:
+        """Return the name of the file of a shard."""
+        return f"{self.kind}-{number:05d}.safetensors"
+
+    def failed(self, number: int) -> str:
+        """Return the name of the file that says what a shard lacks, and why; most shards have none."""
+        return f"{self.kind}-{number:05d}.failed.json"
+
+    def missing(self, folder: Path) -> list[int]:
+        """Return the shards that `folder` does not have."""
+        there = _names(folder)
+        return [number for number in range(len(self.shards)) if self.shard(number) not in there]
+
+
+def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
+    """Divide results into shards of up to `shard_bytes`, in order.
+
+    Args:
+        keys: of the results.
+        sizes: of each, in bytes.
+        shard_bytes: a larger result has a shard of its own.
+    """
+    shards: list[list[str]] = []
+    filled = shard_bytes + 1
+    for key, size in zip(keys, sizes, strict=True):
+        if filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return tuple(map(tuple, shards))
+
+
+def begin(folder: Path, description: Description) -> None:
+    """Write the description of a cache, or find the same one there.
+
+    Raises:
+        InputError: another cache lies there; the message lists the differences.
+        RunError: the folder cannot be written to.
+    """
+    path = folder / f"{description.kind}.json"
+    if not path.is_file():
+        write_json(path, {"format": _FORMAT, **dataclasses.asdict(description)})
+        return
+    there = read_description(folder, description.kind)
+    now = {**description.source, "dtype": description.dtype}
+    found = differences({**there.source, "dtype": there.dtype}, now)
+    if not found and there != description:
+        before, after = set(there.keys()), set(description.keys())
+        found = [f"new: {key}" for key in sorted(after - before)] + [f"gone: {key}" for key in sorted(before - after)]
+        found = found or ["the results are in another order, or in shards of another size (--shard_mb)"]
+    if found:
+        raise InputError(
+            f"{path} was begun for something else; name another folder with --out, or remove this one:\n{listed(found)}"
+        )
+
+
+def write_shard(
+    folder: Path, description: Description, number: int, results: Iterable[torch.Tensor | str]
+) -> dict[str, str]:
+    """Write a shard, at once and whole.
+
+    Args:
+        folder: of the cache.
+        description: of this kind.
+        number: of the shard.
+        results: tensors in the order of its keys, or why there is none.
+
+    Returns:
+        Key → reason of the results that are missing.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    failures: dict[str, str] = {}
+    for place, (key, result) in enumerate(zip(description.shards[number], results, strict=True)):
+        if isinstance(result, str):
+            failures[key] = result
+        else:
+            tensors[f"{place:06d}"] = result.detach().to(PRECISIONS[description.dtype]).cpu().contiguous()
+    failed = folder / description.failed(number)
+    if failures:  # before the shard, which says that all is there
+        write_json(failed, failures)
+    else:
+        failed.unlink(missing_ok=True)
+    need = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_file(folder / description.shard(number), need_bytes=need) as temporary:
+        save_file(tensors, temporary)
+    return failures
+
+
+def read_description(folder: Path, kind: Kind) -> Description:
+    """Read what a cache holds of one kind.
+
+    Raises:
+        InputError: it holds nothing of it, or the description is damaged, or of another version.
+    """
+    path = folder / f"{kind}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise InputError(f"{path} has the format {content['format']}, and this version reads {_FORMAT}; {_anew()}")
+        shards = tuple(tuple(shard) for shard in content["shards"])
+        return Description(kind, content["dtype"], content["source"], shards, tuple(content["left_out"]))
+    except FileNotFoundError as error:
+        there = [name for name in KINDS if (folder / f"{name}.json").is_file()]
+        found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
+        raise InputError(f"'{folder}' has no {path.name}: {found}; {TOOL} makes it") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; {_anew()}") from error
+
+
+def _anew() -> str:
+    return f"write the cache anew with {TOOL}"
+
+
+class CachedTensors(Mapping[str, torch.Tensor]):
+    """The results of one kind by their keys, in the precision that they were computed in.
+
+    Shards are mapped into memory when they are first used, in each process by itself.
+
+    Args:
+        folder: of the cache.
+        kind: of results.
+
+    Attributes:
+        failures: key → reason of the results that could not be computed; they are not in the mapping.
+
+    Raises:
+        InputError: there is no such cache, or it is not complete.
+    """
+
+    def __init__(self, folder: str | Path, kind: Kind) -> None:
+        self.folder = Path(folder).expanduser()
+        self.description = read_description(self.folder, kind)
+        missing, num = self.description.missing(self.folder), len(self.description.shards)
+        if missing:
+            raise InputError(
+                f"'{self.folder}' is not finished: {len(missing)} of {num} shards of {kind} are missing, first "
+                f"{self.description.shard(missing[0])}; the same command of {TOOL} goes on where it ended"
+            )
+        self.failures = self._read_failures()
+        self._places = {
+            key: (number, place)
+            for number, shard in enumerate(self.description.shards)
+            for place, key in enumerate(shard)
+            if key not in self.failures
+        }
+        self._dtype = PRECISIONS[self.description.source["precision"]]
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def _read_failures(self) -> dict[str, str]:
+        failures: dict[str, str] = {}
+        there = _names(self.folder)
+        for number in range(len(self.description.shards)):
+            if (name := self.description.failed(number)) in there:
+                try:
+                    failures |= json.loads((self.folder / name).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise InputError(f"{self.folder / name} cannot be read: {error}; {_anew()}") from error
+        return failures
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Return a result.
+
+        Raises:
+            KeyError: there is none.
+            RunError: its shard is damaged.
+        """
+        number, place = self._places[key]
+        path = self.folder / self.description.shard(number)
+        try:
+            if number not in self._open:
+                self._open[number] = safe_open(path, framework="pt")
+                if len(self._open) > _OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number].get_tensor(f"{place:06d}").to(self._dtype)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to make it anew") from error
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind; a worker process opens its own."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def require(self, keys: Iterable[str], source: Mapping[str, Any]) -> None:
+        """Check that this cache was made for what is trained now.
+
+        Args:
+            keys: of all results that training will ask for.
+            source: what decides about results, now.
+
+        Raises:
+            InputError: it was not; the message shows the differences.
+        """
+        found = differences(self.description.source, source)
+        if not found:
+            known = {*self.description.keys(), *self.description.left_out}
+            absent = [key for key in dict.fromkeys(keys) if key not in known]
+            sizes = {_name(key): key for key in known} if absent and self.description.kind != "text" else {}
+            found = [
+                f"{key}: not in the cache" + (f", which has {sizes[_name(key)]}" if _name(key) in sizes else "")
+                for key in absent
+            ]
+        if found:
+            kind = self.description.kind
+            raise InputError(
+                f"the {kind} in '{self.folder}' were made for something else; run {TOOL} with the present "
+                f"configuration and data, and another --out:\n{listed(found)}"
+            )
+
+
+def differences(cached: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a line for each value that is not the same in both: its name, what the cache has, and what is now."""
+    lines = []
+    for name in dict.fromkeys((*cached, *now)):
+        before, after = cached.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: cache {_shown(before)}, now {_shown(after)}")
+    return lines
+
+
+def listed(lines: Sequence[str], shown: int = 10) -> str:
+    """Return lines for a message, the first few and how many more there are."""
+    more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    return "\n".join([*(f"  {line}" for line in lines[:shown]), *more])
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{text[1:13]}..." if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
+
+
+class ClipKeys:
+    """Names of clips in a cache: where they lie below the data folder, and how large they are.
+
+    So a data folder may move, but no clip be replaced by another one.
+
+    Args:
+        folder: of the data set.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._name = folder.resolve().name
+        self._sizes: dict[Path, int] = {}
+
+    def __call__(self, clip: ClipFile, image: ClipFile | None = None) -> str:
+        """Return the key of a clip, or of the image that belongs to it.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        name = f"{self._name}/{self._entry(clip)}"
+        return name if image is None else f"{name} with {self._entry(image)}"
+
+    def _entry(self, file: ClipFile) -> str:
+        path = os.path.relpath(file.absolute() if isinstance(file, Path) else Path(str(file)).absolute(), self._folder)
+        try:
+            return f"{Path(path).as_posix()}, {self._size(file)} bytes"
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}; restore it, or remove the clip") from error
+
+    def _size(self, file: ClipFile) -> int:
+        if isinstance(file, Path):
+            return file.stat().st_size
+        size = getattr(file, "size", None)
+        if size is not None:
+            return size
+        container = file.container  # a table, which does not tell how large a cell is before it is read
+        if container not in self._sizes:
+            parts = [path for path in container.rglob("*") if path.is_file() and not path.name.startswith(".")]
+            self._sizes[container] = sum(path.stat().st_size for path in parts)
+        return self._sizes[container]
+
+
+def _name(key: str) -> str:
+    """Return the part of a clip's key that stays when the clip changes."""
+    return re.sub(r", \d+ bytes", "", key)
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()

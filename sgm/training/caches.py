@@ -1,0 +1,247 @@
+"""Encoded clips and captions from disk: what decides about them, and how training takes them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sgm.distributed
+from sgm.args import TrainingArgs
+from sgm.check import params_of
+from sgm.check_training import fitted_buckets
+from sgm.config import Config
+from sgm.data.buckets import NOWHERE, Buckets, ClassBuckets
+from sgm.data.cache import CachedTensors, Kind
+from sgm.files import weights_digest
+from sgm.geometry import Geometry
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.precision import autoencoder_dtype, precision_name
+from sgm.training.data import Data
+from sgm.util import InputError, instantiate_from_config
+
+# Parameters of the autoencoder without effect on what it encodes.
+_NOT_ENCODING = ("ckpt_path", "ignore_keys", "cp_size", "decoder_config", "loss_config", "monitor", "input_key")
+_NEEDED = ("cached", "cache_keys", "random_flip", "reshape_mode")  # of a data set
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What a run need not encode.
+
+    Attributes:
+        latents: moments of the training clips, or None.
+        images: moments of the pictures that image-to-video starts from, or None.
+        text: embeddings of the training captions, or None.
+        vae: why the autoencoder is loaded all the same; empty where it is not.
+        text_encoder: why the text encoder is.
+    """
+
+    latents: CachedTensors | None
+    images: CachedTensors | None
+    text: CachedTensors | None
+    vae: str
+    text_encoder: str
+
+    def report(self) -> dict[str, str]:
+        """Return lines for the report of a run: what they are about, and the text."""
+        rows = {}
+        if self.latents is not None:
+            rows["latents"] = _line(self.latents, "clips", "VAE", self.vae)
+        if self.images is not None:
+            rows["images"] = f"{len(self.images):,} from {self.images.folder}, without the noise that training adds"
+        if self.text is not None:
+            rows["text"] = _line(self.text, "captions", "T5", self.text_encoder)
+        return rows
+
+
+def _line(cache: CachedTensors, items: str, encoder: str, reason: str) -> str:
+    loaded = f"loaded: {reason}" if reason else "not loaded"
+    return f"{len(cache):,} {items} from {cache.folder}; {encoder} is {loaded}"
+
+
+def open_latents(
+    config: Config, data: Data, dtype: torch.dtype
+) -> tuple[Data, CachedTensors | None, CachedTensors | None]:
+    """Open ``args.latent_cache``, and hold it against the configuration.
+
+    Args:
+        config: of a training run.
+        data: its clips.
+        dtype: of the network.
+
+    Returns:
+        The data, whose training clips come from the cache; it; and the one of images, where there is one to use.
+
+    Raises:
+        InputError: the cache is missing, not finished, or made for something else; or clips are not alike each time.
+    """
+    assert isinstance(config.args, TrainingArgs)
+    if config.args.latent_cache is None:
+        return data, None, None
+    if config.model.get("latent_input"):
+        raise InputError("the data are latents already (model.latent_input); remove args.latent_cache")
+    require_repeatable(config, data.train)
+    latents = CachedTensors(config.args.latent_cache, "latents")
+    keys = [dataset.cache_keys() for dataset in data.train]
+    latents.require(_all(keys), clip_source(config, data.train[0], dtype, "latents"))
+    images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
+    if has_image and (latents.folder / "images.json").is_file():
+        images = CachedTensors(latents.folder, "images")
+        image_keys = [dataset.cache_keys(images=True) for dataset in data.train]
+        images.require(_all(image_keys), clip_source(config, data.train[0], dtype, "images"))
+    train = tuple(
+        dataset.cached(latents, of_clips, images=images, image_keys=of_images, first_frames=has_image)
+        for dataset, of_clips, of_images in zip(data.train, keys, image_keys, strict=True)
+    )
+    return replace(data, train=train), latents, images
+
+
+def _all(keys: Sequence[Mapping[str, str]]) -> list[str]:
+    return [key for of_one in keys for key in of_one.values()]
+
+
+def open_text(config: Config, data: Data) -> CachedTensors | None:
+    """Open ``args.text_cache``, and hold it against the configuration.
+
+    Args:
+        config: of a training run.
+        data: its clips.
+
+    Raises:
+        InputError: the cache is missing, not finished, or made for something else.
+    """
+    assert isinstance(config.args, TrainingArgs)
+    if config.args.text_cache is None:
+        return None
+    text = CachedTensors(config.args.text_cache, "text")
+    conditioner = instantiate_from_config(config.model["conditioner_config"])
+    text.require(texts(data.train, conditioner), text_source(conditioner))
+    return text
+
+
+def require_repeatable(config: Config, datasets: Sequence[Any]) -> None:
+    """Check that a data set shows each clip alike every time, and tells what a cache must know.
+
+    Raises:
+        InputError: it does not; the message says what to change.
+    """
+    for dataset in datasets:
+        if missing := [name for name in _NEEDED if not hasattr(dataset, name)]:
+            kind = type(dataset).__name__
+            raise InputError(f"{kind} lacks {', '.join(missing)}, which caches need; see data_video.SFTDataset")
+        if dataset.random_flip > 0:
+            raise InputError(
+                f"data.params.random_flip is {dataset.random_flip:g}: a cache holds each clip once, and cannot mirror "
+                "it; set it to 0, or train without args.latent_cache"
+            )
+        if dataset.reshape_mode == "random":
+            raise InputError(
+                "data.params.reshape_mode is random: a cache holds one part of each clip; set it to center, or train "
+                "without args.latent_cache"
+            )
+    buckets = _buckets(config)
+    if isinstance(buckets, ClassBuckets):
+        kept = (rate for entry in buckets.classes for rule in entry.rules for rate in (rule.keep, rule.keep_frames))
+        if any(0 < rate < 1 for rate in kept):
+            raise InputError(
+                "data.params.buckets keeps clips with probabilities below 1, so that a clip has other shapes in other "
+                "epochs, and a cache holds one; give probabilities 0 and 1, or a list of shapes, or train without "
+                "args.latent_cache"
+            )
+
+
+def _buckets(config: Config) -> Buckets | None:
+    return fitted_buckets(config, Geometry.from_network(params_of(config.model["network_config"])))
+
+
+def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | None]:
+    """Return path → (F, H, W) of each usable clip; None where it fits no bucket. Reads clips that no index knows."""
+    buckets, keys = _buckets(config), dataset.cache_keys()
+    if buckets is None:
+        return dict.fromkeys(keys, (dataset.max_num_frames, *dataset.video_size))
+    sizes = dataset.clip_sizes()
+    chosen = buckets.choose(sizes, np.zeros((len(sizes), buckets.num_draws)))
+    shapes = [None if index == NOWHERE else buckets.buckets[index].shape for index in chosen.tolist()]
+    return {path: shape for path, shape in zip(dataset.paths, shapes, strict=True) if path in keys}
+
+
+def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
+    """Return what decides about the moments of a clip, or of the picture that it starts from.
+
+    Args:
+        config: of a training run.
+        dataset: one of its data sets; their parameters are the same.
+        dtype: of the network.
+        kind: ``latents`` or ``images``.
+    """
+    section = config.model["first_stage_config"]
+    params = params_of(section)
+    encoder = {name: value for name, value in params.items() if name not in _NOT_ENCODING}
+    buckets = _buckets(config)
+    shapes: dict[str, Any] = {"video_size": list(dataset.video_size)}
+    if kind == "latents":
+        shapes |= {"max_num_frames": dataset.max_num_frames, "fps": dataset.fps}
+    if buckets is not None:
+        shapes = {"fps": dataset.fps, "buckets": [str(bucket) for bucket in buckets.buckets]}
+    return {
+        "vae": {"weights": weights_digest(params["ckpt_path"]), "target": section["target"], **encoder},
+        "precision": precision_name(autoencoder_dtype(dtype)),
+        "data": {**shapes, "skip_frames": list(dataset.skip), "reshape_mode": dataset.reshape_mode},
+    }
+
+
+def text_encoder_of(conditioner: Any) -> FrozenT5Embedder:
+    """Return the one text encoder of a conditioner.
+
+    Raises:
+        InputError: it has several, or another kind.
+    """
+    embedders = list(conditioner.embedders)
+    if len(embedders) != 1 or not isinstance(embedders[0], FrozenT5Embedder):
+        kinds = ", ".join(type(embedder).__name__ for embedder in embedders)
+        raise InputError(f"a text cache needs one FrozenT5Embedder in model.conditioner_config, which has: {kinds}")
+    return embedders[0]
+
+
+def text_source(conditioner: Any) -> dict[str, Any]:
+    """Return what decides about embeddings of captions; see `clip_source`."""
+    encoder = text_encoder_of(conditioner)
+    digests = [weights_digest(shard) for shard in encoder.folder.shards]
+    return {
+        "t5": {
+            "weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(Path(encoder.folder.path, "spiece.model").read_bytes()).hexdigest(),
+            "max_length": encoder.max_length,
+        },
+        "precision": precision_name(encoder.dtype_on(sgm.distributed.device())),
+    }
+
+
+def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
+    """Return all texts that training may ask for: the empty one, what stands for a dropped one, and the captions.
+
+    Raises:
+        InputError: a data set does not tell its captions.
+    """
+    if lacking := [type(dataset).__name__ for dataset in datasets if not hasattr(dataset, "captions")]:
+        raise InputError(f"{lacking[0]} has no captions, which a text cache needs; see data_video.SFTDataset")
+    dropped = [entry.legacy_ucg_value for entry in conditioner.entries if entry.legacy_ucg_value is not None]
+    captions = [caption for dataset in datasets for caption in dataset.captions]
+    return list(dict.fromkeys(["", *dropped, *captions]))
+
+
+def needs(config: Config, latents: Any, images: Any, text: Any) -> tuple[str, str]:
+    """Return why autoencoder and text encoder are loaded, given these caches; empty where they are not."""
+    assert isinstance(config.args, TrainingArgs)
+    if config.args.eval_interval is not None:
+        return "evaluation samples videos", "evaluation samples videos"
+    clips = "" if config.model.get("latent_input") else "clips are encoded"
+    if latents is not None:
+        noised = config.model.get("noised_image_input") and images is None
+        clips = "first frames are encoded, with noise" if noised else ""
+    return clips, "captions are encoded" if text is None else ""

@@ -1,0 +1,138 @@
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, write_shard
+from sgm.data.webdataset import Member
+from sgm.util import InputError, RunError
+
+KEYS = ["a", "b", "c"]
+SOURCE = {"vae": {"weights": "0" * 64, "encode_chunk": None}, "precision": "fp32", "data": {"fps": 8.0}}
+
+
+def description(**changes) -> Description:
+    return Description(
+        **{"kind": "latents", "dtype": "fp32", "source": SOURCE, "shards": (("a", "b"), ("c",))} | changes
+    )
+
+
+def write(folder: Path, wanted: Description, *, skip: int | None = None, **failed: str) -> Path:
+    begin(folder, wanted)
+    for number, shard in enumerate(wanted.shards):
+        if number != skip:
+            write_shard(folder, wanted, number, [failed.get(key, tensor(key)) for key in shard])
+    return folder
+
+
+def tensor(key: str) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(ord(key)))
+
+
+def test_shards_hold_what_fits_in_order():
+    assert divide("abcde", [4, 4, 4, 20, 1], 8) == (("a", "b"), ("c",), ("d",), ("e",))
+    assert divide([], [], 8) == ()
+
+
+def test_results_come_back_as_they_were(tmp_path):
+    cache = CachedTensors(write(tmp_path, description()), "latents")
+    assert list(cache) == KEYS and len(cache) == 3 and "d" not in cache
+    assert all(torch.equal(cache[key], tensor(key)) for key in KEYS)
+    copied = copy.copy(cache)  # as for a worker that is spawned
+    assert cache._open and not copied._open and torch.equal(copied["b"], tensor("b"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_they_are_stored_in_one_precision_and_come_in_that_of_the_encoder(tmp_path, dtype):
+    cache = CachedTensors(write(tmp_path, description(dtype=dtype)), "latents")
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert cache["a"].dtype == torch.float32
+    assert torch.equal(cache["a"], tensor("a").to(narrow).float()) and not torch.equal(cache["a"], tensor("a"))
+
+
+def test_what_could_not_be_encoded_is_told(tmp_path):
+    cache = CachedTensors(write(tmp_path, description(), b="is damaged"), "latents")
+    assert cache.failures == {"b": "is damaged"} and list(cache) == ["a", "c"]
+    cache.require(KEYS, SOURCE)
+    write_shard(tmp_path, description(), 0, [tensor("a"), tensor("b")])
+    assert CachedTensors(tmp_path, "latents").failures == {}, "a shard that is written again has its own failures"
+
+
+def test_an_unfinished_cache_is_refused_with_what_to_do(tmp_path):
+    write(tmp_path, description(), skip=1)
+    with pytest.raises(InputError, match=r"1 of 2 shards.*latents-00001.*the same command of tools/prepare_dataset.py"):
+        CachedTensors(tmp_path, "latents")
+    with pytest.raises(InputError, match="it holds latents only"):
+        CachedTensors(tmp_path, "text")
+    with pytest.raises(InputError, match="no folder that this tool wrote"):
+        CachedTensors(tmp_path / "none", "latents")
+
+
+def test_damage_is_told(tmp_path):
+    write(tmp_path, description())
+    os.truncate(tmp_path / "latents-00000.safetensors", 100)
+    with pytest.raises(RunError, match=r"latents-00000\.safetensors is damaged.*remove it, and run"):
+        CachedTensors(tmp_path, "latents")["a"]
+    (tmp_path / "latents.json").write_text('{"format": 0}')
+    with pytest.raises(InputError, match="format 0, and this version reads 1"):
+        CachedTensors(tmp_path, "latents")
+    (tmp_path / "latents.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        CachedTensors(tmp_path, "latents")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bf16"}, 'dtype: cache "fp32", now "bf16"'),
+        ({"source": {**SOURCE, "data": {"fps": 16.0}}}, "data.fps: cache 8.0, now 16.0"),
+        ({"shards": (("a", "b"), ("c", "d"))}, "new: d"),
+        ({"shards": (("a", "b"),)}, "gone: c"),
+        ({"shards": (("a", "b", "c"),)}, "--shard_mb"),
+    ],
+)
+def test_another_cache_is_not_mixed_with_this_one(tmp_path, change, message):
+    write(tmp_path, description())
+    begin(tmp_path, description())
+    with pytest.raises(InputError) as refused:
+        begin(tmp_path, description(**change))
+    assert message in str(refused.value) and "--out" in str(refused.value)
+
+
+def test_differences_name_key_cache_and_now():
+    now = {**SOURCE, "vae": {"weights": "f" * 64, "slicing": 1}}
+    assert differences(SOURCE, now) == [
+        "vae.weights: cache 000000000000..., now ffffffffffff...",
+        "vae.slicing: cache null, now 1",
+    ]
+
+
+def test_keys_that_a_cache_lacks_are_named_with_what_it_has(tmp_path):
+    keys = ("x/a.mp4, 5 bytes", "x/b.mp4, 6 bytes")
+    cache = CachedTensors(
+        write(tmp_path / "full", Description("latents", "fp32", SOURCE, (), left_out=keys)), "latents"
+    )
+    cache.require(keys, SOURCE)
+    with pytest.raises(InputError) as refused:
+        cache.require(["x/a.mp4, 7 bytes", "x/c.mp4, 1 bytes"], SOURCE)
+    assert "x/a.mp4, 7 bytes: not in the cache, which has x/a.mp4, 5 bytes" in str(refused.value)
+    assert "x/c.mp4, 1 bytes: not in the cache\n" in f"{refused.value}\n"
+
+
+def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "data" / "videos").mkdir(parents=True)
+        (tmp_path / name / "data" / "videos" / "a.mp4").write_bytes(b"12345")
+    folders = [tmp_path / name / "data" for name in ("one", "two")]
+    first, second = (ClipKeys(folder)(folder / "videos" / "a.mp4") for folder in folders)
+    assert first == second == "data/videos/a.mp4, 5 bytes"
+    (folders[1] / "videos" / "a.mp4").write_bytes(b"123456")
+    assert ClipKeys(folders[1])(folders[1] / "videos" / "a.mp4") == "data/videos/a.mp4, 6 bytes"
+    image = folders[0] / "videos" / "a.mp4"
+    assert ClipKeys(folders[0])(image, image) == "data/videos/a.mp4, 5 bytes with videos/a.mp4, 5 bytes"
+    member = Member(folders[0] / "0.tar", "b.mp4", 512, 99)
+    assert ClipKeys(folders[0])(member) == "data/0.tar/b.mp4, 99 bytes"
+    with pytest.raises(InputError, match="cannot be read"):
+        ClipKeys(folders[0])(folders[0] / "none.mp4")

@@ -1,0 +1,162 @@
+"""Training on buckets: any number of ranks alike, resumed in the middle of an epoch, clips of several shapes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sgm.config import ConfigError, load_config
+from sgm.files import find_weights, read_tensors
+from sgm.inference.video import write_video
+from sgm.training.main import parse, run
+from sgm.training.metrics import read_metrics
+from sgm.training.run import train
+from sgm.util import InputError
+from tests.processes import only_run, train_all
+
+LORA = "dit_t2v_5b_lora"
+# frames, height, width → clips: with 4 at a time, each bucket has whole and partial micro-batches.
+CLIPS = {(9, 32, 48): 6, (9, 48, 32): 5, (5, 32, 48): 3}
+BUCKETS = "data.params.buckets=[9x32x48,9x48x32,5x32x32]"
+ITERS = 7  # an epoch has 5
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Clips of several sizes and lengths."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "labels").mkdir()
+    for (frames, height, width), num in CLIPS.items():
+        for index in range(num):
+            name = f"{frames}_{height}_{index}"
+            noise = np.random.default_rng(index).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+            picture = np.kron(noise, np.ones((16, 16, 1), np.uint8))
+            pictures = np.stack([np.roll(picture, 2 * frame, axis=1) for frame in range(frames)])
+            write_video(folder / "videos" / f"{name}.mp4", pictures, 8)
+            (folder / "labels" / f"{name}.txt").write_text(f"clip {index}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(mixed):
+    return [f"args.train_data=[{mixed}]", "args.valid_data=null", BUCKETS, f"args.train_iters={ITERS}"]
+
+
+def losses(folder):
+    return {line["iteration"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
+
+
+def weights(folder):
+    return read_tensors(find_weights(folder))
+
+
+def difference(one, other):
+    assert one.keys() == other.keys() and one
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def runs(training_yaml, settings, tmp_path_factory):
+    """Return a function: (ranks, part) → run folder; four clips of a bucket at a time, straight or resumed."""
+    top = tmp_path_factory.mktemp("buckets")
+    for world in (1, 2):
+        jobs = []
+        shared = [*settings, f"deepspeed.train_micro_batch_size_per_gpu={4 // world}"]
+        for part, more in (("straight", []), ("resumed", ["args.exit_interval=2"]), ("resumed", ["args.resume=auto"])):
+            save = f"args.save={top / f'{world}-{part}'}"
+            jobs.append({"bases": training_yaml(LORA), "overrides": [*shared, save, *more]})
+        if world == 1:
+            for job in jobs:
+                train(load_config(job["bases"], job["overrides"], mode="train"))
+        else:
+            train_all(jobs, top, world)
+    return lambda world, part: only_run(top / f"{world}-{part}")
+
+
+def test_two_ranks_train_as_one_does(runs):
+    one, two = runs(1, "straight"), runs(2, "straight")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert difference(weights(two), weights(one)) < 1e-5
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert [line["samples"] for line in first] == [line["samples"] for line in second]
+    assert first[-1]["samples"] < 4 * ITERS, "some micro-batches are partial"
+    per_epoch = [line["samples"] for line in first if line["iteration"] == 5]
+    assert per_epoch == [sum(CLIPS.values())], "5 micro-batches are an epoch, each clip in it counted once"
+
+
+@pytest.mark.slow  # another start of two processes
+def test_ranks_that_share_samples_share_buckets(runs, training_yaml, settings, tmp_path):
+    more = [
+        "deepspeed.train_micro_batch_size_per_gpu=4",
+        "args.sequence_parallel_size=2",
+        f"args.save={tmp_path / 'runs'}",
+    ]
+    train_all([{"bases": training_yaml(LORA), "overrides": [*settings, *more]}], tmp_path, 2)
+    one, two = runs(1, "straight"), only_run(tmp_path / "runs")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert difference(weights(two), weights(one)) < 1e-5
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_resumed_in_mid_epoch_equals_an_uninterrupted_one(runs, world):
+    straight, resumed = runs(world, "straight"), runs(world, "resumed")
+    assert losses(resumed) == losses(straight) and len(losses(straight)) == ITERS
+    assert difference(weights(resumed), weights(straight)) == 0
+    state = json.loads((resumed / "resume" / str(ITERS) / "resume.json").read_text())
+    assert state["micro_batches"] == ITERS and len(state["buckets"]) == 64
+
+
+def test_other_buckets_or_ranks_are_not_gone_on_with(runs, training_yaml, settings):
+    save = f"args.save={runs(1, 'straight').parent}"
+    more = [save, f"args.resume={runs(1, 'straight')}", "args.train_iters=20"]
+    for changed in ("deepspeed.train_micro_batch_size_per_gpu=3", "data.params.buckets=null"):
+        config = load_config(training_yaml(LORA), [*settings, *more, changed], mode="train")
+        with pytest.raises(InputError, match="written with other buckets, batch sizes or ranks"):
+            train(config)
+
+
+def test_epochs_are_counted_in_what_the_buckets_give(job, settings):
+    more = ["args.train_iters=null", "args.epochs=1", "data.params.drop_partial=true"]
+    pairs = ["deepspeed.train_micro_batch_size_per_gpu=2", "deepspeed.gradient_accumulation_steps=2"]
+    summary = job(LORA, *settings, *more, *pairs)
+    # 3 + 2 + 1 whole pairs of clips, two pairs a step.
+    assert summary.total == summary.iteration == 3
+    assert read_metrics(summary.folder / "metrics.jsonl")[-1]["samples"] == 12
+
+
+def test_an_unreadable_clip_is_left_out_and_told(job, settings, mixed, tmp_path):
+    data = tmp_path / "data"
+    (data / "videos").mkdir(parents=True)
+    for path in mixed.glob("videos/*.mp4"):
+        (data / "videos" / path.name).symlink_to(path)
+    (data / "labels").symlink_to(mixed / "labels")
+    broken = data / "videos" / "9_32_0.mp4"
+    broken.unlink()
+    broken.write_text("no video")
+    more = [f"args.train_data=[{data}]", "args.check_clips=none", "args.train_iters=2", "args.max_bad_share=0.5"]
+    folder = job(LORA, *settings, *more).folder
+    assert read_metrics(folder / "metrics.jsonl")[-1]["quarantined_clips"] == 1
+
+
+def test_the_check_prints_the_table(training_yaml, settings, capsys):
+    arguments = ["--base", *training_yaml(LORA), *settings, "deepspeed.train_micro_batch_size_per_gpu=4", "--check"]
+    run(parse(arguments))
+    text = capsys.readouterr().out
+    assert "9x32x48        6                 4              2" in text
+    assert "5x32x32        3                 4              1" in text
+    assert "5 iterations an epoch; 7 in all, on " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "buckets", "text"),
+    [
+        ("dit_t2v_2b", "[5x64x96,5x32x48]", "32x48 is no size"),
+        ("dit_t2v_1.5", "[9x32x48,5x32x48]", "5 frames are no length"),
+        (LORA, "[{shape: 5x32x48, batchsize: 2}]", "did you mean 'batch_size'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_read(training_yaml, name, buckets, text):
+    config = load_config(training_yaml(name), [f"data.params.buckets={buckets}"], mode="train")
+    with pytest.raises(ConfigError, match=text) as error:
+        train(config)
+    assert str(error.value).startswith("1 problem in"), "told once"

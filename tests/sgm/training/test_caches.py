@@ -1,0 +1,321 @@
+"""Training from caches: the same as without them, refused where it would not be, and nothing loaded in vain."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_video
+import sgm.distributed
+import sgm.precompute
+from sgm.config import ConfigError, load_config
+from sgm.data.bucket_config import parse_buckets
+from sgm.data.cache import CachedTensors
+from sgm.files import find_weights, read_tensors
+from sgm.inference.video import write_video
+from sgm.models.training_inputs import training_inputs
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.precompute import plan_jobs, run_jobs
+from sgm.training.caches import require_repeatable
+from sgm.training.metrics import read_metrics
+from sgm.training.prepare import prepare
+from sgm.util import InputError, RunError
+from tests.processes import Training, run, train_all
+
+SMALL = 10_000  # bytes in a shard: several shards of each kind
+
+
+def precompute(bases, folder: Path, *overrides: str, kinds=("text", "latents"), **options) -> Path:
+    jobs = plan_jobs(load_config(bases, list(overrides), mode="train"), kinds, **{"shard_bytes": SMALL} | options)
+    run_jobs(jobs, folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_weights(folder))
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert losses(one) == pytest.approx(losses(other), abs=1e-6) and len(losses(one)) > 1
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) <= 1e-6
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """Let clips, text encoder and autoencoder be opened by nobody."""
+
+    def refuse(*_args, **_options):
+        raise AssertionError("opened in vain")
+
+    monkeypatch.setattr(data_video, "scan", refuse)
+    monkeypatch.setattr(data_video, "read_frames", refuse)
+    monkeypatch.setattr(data_video, "check_rows", refuse)
+    monkeypatch.setattr(FrozenT5Embedder, "_model_on_device", refuse)
+    monkeypatch.setattr(SATVideoDiffusionEngine, "load_first_stage", refuse)
+
+
+def caches(folder: Path, *names: str) -> list[str]:
+    return [f"args.{name}={folder}" for name in names or ("latent_cache", "text_cache")]
+
+
+@pytest.fixture(scope="module")
+def pair(clips, tmp_path_factory) -> str:
+    """Two of the clips, for the networks whose position tables ask for a large picture."""
+    data = tmp_path_factory.mktemp("pair") / "data"
+    for name in ("videos/000.mp4", "videos/001.mp4", "labels/000.txt", "labels/001.txt"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(clips / name, data / name)
+    return f"args.train_data=[{data}]"
+
+
+SHORT = ("args.train_iters=2", "args.valid_data=null", "data.params.caption_dropout=0.4")
+
+
+def test_cached_training_equals_training_on_clips_and_opens_nothing(job, training_yaml, tmp_path, request):
+    bases = training_yaml("dit_t2v_5b_lora")
+    plain = job("dit_t2v_5b_lora", *SHORT, save="plain").folder
+    cache = precompute(bases, tmp_path / "cache")
+    assert len([*cache.glob("latents-*")]) > 1 and "" in CachedTensors(cache, "text")
+    request.getfixturevalue("nothing_loaded")
+    assert_equal_runs(plain, job("dit_t2v_5b_lora", *SHORT, *caches(cache), save="cached").folder)
+
+
+def test_latents_alone_and_text_alone_serve_image_to_video(job, training_yaml, pair, tmp_path, monkeypatch):
+    """The noise on the first frame is that of training without caches."""
+    short = (*SHORT, pair)
+    plain = job("dit_i2v_5b", *short, save="plain").folder
+    cache = precompute(training_yaml("dit_i2v_5b"), tmp_path / "cache", pair)
+    assert_equal_runs(plain, job("dit_i2v_5b", *short, *caches(cache, "latent_cache"), save="latents").folder)
+    monkeypatch.setattr(FrozenT5Embedder, "_model_on_device", None)
+    assert_equal_runs(plain, job("dit_i2v_5b", *short, *caches(cache, "text_cache"), save="text").folder)
+
+
+def test_buckets_train_from_a_cache_as_without_one(job, training_yaml, clips, tmp_path, request):
+    short = shutil.copytree(clips, tmp_path / "short")
+    more = (
+        *SHORT,
+        f"args.train_data=[{clips},{short}]",
+        "data.params.buckets=[5x32x48,9x32x48,{shape: 5x48x32, batch_size: 1}]",
+        "data.params.drop_partial=true",
+    )
+    for index, path in enumerate((short / "videos").iterdir()):
+        write_video(path, np.random.default_rng(index).integers(0, 256, (5, 64, 96, 3), np.uint8), 8)
+    plain = job("dit_t2v_5b_lora", *more, save="plain").folder
+    cache = precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", *more)
+    shapes = {tuple(tensor.shape[1:]) for tensor in CachedTensors(cache, "latents").values()}
+    assert shapes == {(3, 4, 6), (2, 4, 6)}
+    request.getfixturevalue("nothing_loaded")
+    assert_equal_runs(plain, job("dit_t2v_5b_lora", *more, *caches(cache), save="cached").folder)
+
+
+def test_images_are_taken_without_noise(training_yaml, pair, tmp_path):
+    bases = training_yaml("dit_i2v_5b")
+    cache = precompute(bases, tmp_path / "cache", pair, kinds=("text", "latents", "images"))
+    plan = prepare(load_config(bases, [*SHORT, pair, *caches(cache), f"args.save={tmp_path}"], mode="train"))
+    assert "without the noise" in plan.report and "VAE is not loaded" in plan.report
+    (dataset,) = plan.data.train
+    engine = SATVideoDiffusionEngine(**{k: v for k, v in plan.config.engine["params"].items() if k not in IGNORED})
+    engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))
+    sample = dataset.sample(0, None)
+    batch = {"moments": [sample["moments"]], "image_moments": [sample["image_moments"]], "txt": [sample["txt"]]}
+    made = training_inputs(engine, batch, [torch.Generator().manual_seed(0)])
+    clip = data_video.SFTDataset(
+        data_dir=plan.args.train_data[0], video_size=(64, 96), max_num_frames=5, skip_frms_num=0
+    )[0]["mp4"]
+    expected = engine.image_latents(clip[:1], 2)
+    torch.testing.assert_close(made.cond["concat"], expected, atol=1e-6, rtol=0)
+
+
+IGNORED = SATVideoDiffusionEngine.IGNORED_PARAMS
+
+
+@pytest.fixture(scope="module")
+def cache(training_yaml, tmp_path_factory) -> Path:
+    return precompute(training_yaml("dit_t2v_5b_lora"), tmp_path_factory.mktemp("caches") / "cache")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.params.max_num_frames=9", "data.max_num_frames: cache 5, now 9"),
+        ("data.params.fps=4", "data.fps: cache 8.0, now 4.0"),
+        ("data.params.reshape_mode=none", 'data.reshape_mode: cache "center", now "none"'),
+        ("data.params.skip_frames_start=1", "data.skip_frames: cache [0, 0], now [1, 0]"),
+        ("model.first_stage_config.params.encode_chunk=8", "vae.encode_chunk: cache null, now 8"),
+        ("data.params.id_token=sks", "sks a red circle moves left: not in the cache"),
+        ("data.params.random_flip=0.5", "set it to 0"),
+        ("data.params.reshape_mode=random", "set it to center"),
+    ],
+)
+def test_what_a_cache_was_not_made_for_is_refused(training_yaml, cache, tmp_path, change, message):
+    config = load_config(
+        training_yaml("dit_t2v_5b_lora"), [f"args.save={tmp_path}", *caches(cache), change], mode="train"
+    )
+    with pytest.raises(ConfigError) as refused:
+        prepare(config)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("rate", [0.5, [1.0, 0.5]])
+def test_buckets_that_change_from_epoch_to_epoch_are_refused(training_yaml, monkeypatch, rate):
+    config = load_config(training_yaml("dit_t2v_5b_lora"), [], mode="train")
+    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"240p": {5: [rate, 1]}}))
+    with pytest.raises(InputError, match="a clip has other shapes in other epochs"):
+        require_repeatable(config, [])
+    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"240p": {5: [1.0, 1]}}))
+    require_repeatable(config, [])
+
+
+def test_changed_and_added_clips_and_weights_are_noticed(training_yaml, clips, tmp_path):
+    data = shutil.copytree(clips, tmp_path / "data")
+    vae = tmp_path / "vae.pt"
+    bases = training_yaml("dit_t2v_5b_lora")
+    given = load_config(bases, [], mode="train").model["first_stage_config"]["params"]["ckpt_path"]
+    shutil.copyfile(given, vae)
+    words = [f"args.train_data=[{data}]", f"model.first_stage_config.params.ckpt_path={vae}", f"args.save={tmp_path}"]
+    cache = precompute(bases, tmp_path / "cache", *words)
+
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as refused:
+            prepare(load_config(bases, [*words, *caches(cache)], mode="train"))
+        return str(refused.value)
+
+    prepare(load_config(bases, [*words, *caches(cache)], mode="train"))
+    with (data / "videos" / "000.mp4").open("ab") as file:
+        file.write(b"0")
+    shutil.copyfile(data / "videos" / "001.mp4", data / "videos" / "new.mp4")
+    (data / "labels" / "new.txt").write_text("another one")
+    message = refusal()
+    assert "data/videos/000.mp4" in message and "which has data/videos/000.mp4" in message
+    assert "data/videos/new.mp4" in message and "another one: not in the cache" in message
+    with pytest.raises(InputError, match="was begun for something else"):
+        precompute(bases, cache, *words)
+    content = torch.load(vae, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] = content["state_dict"][name] + 1
+    torch.save(content, vae)
+    assert "vae.weights: cache" in refusal()
+
+
+def test_a_bad_clip_is_left_out_as_without_a_cache(training_yaml, clips, tmp_path, job):
+    data = shutil.copytree(clips, tmp_path / "data")
+    (data / "videos" / "003.mp4").write_bytes(b"no video")
+    words = (*SHORT, f"args.train_data=[{data}]", "args.max_bad_share=0.2")
+    cache = precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", *words)
+    assert list(CachedTensors(cache, "latents").failures) == ["data/videos/003.mp4, 8 bytes"]
+    plain = job("dit_t2v_5b_lora", *words, save="plain").folder
+    assert_equal_runs(plain, job("dit_t2v_5b_lora", *words, *caches(cache), save="cached").folder)
+
+
+def test_clips_that_cannot_be_told_apart_are_refused(training_yaml, clips, tmp_path):
+    folders = [shutil.copytree(clips, tmp_path / name / "data") for name in ("one", "two")]
+    with pytest.raises(InputError, match="cannot be told apart"):
+        precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", f"args.train_data=[{folders[0]},{folders[1]}]")
+
+
+def test_what_was_interrupted_goes_on_to_the_same_bytes(training_yaml, cache, tmp_path, monkeypatch):
+    bases, other = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache"
+    written = []
+
+    def die(*args):
+        if len(written) in (2, 5):  # in the text, then in the latents
+            written.append(None)
+            (other / ".latents-00001.1-abcdef12.safetensors").write_bytes(b"half")
+            raise RunError("killed")
+        written.append(None)
+        return write(*args)
+
+    write = sgm.precompute.write_shard
+    monkeypatch.setattr(sgm.precompute, "write_shard", die)
+    for _ in range(2):
+        with pytest.raises(RunError, match="killed"):
+            precompute(bases, other)
+        with pytest.raises(ConfigError, match="is not finished"):
+            words = [f"args.save={tmp_path}", *caches(other)]
+            prepare(load_config(bases, words, mode="train"))
+    precompute(bases, other)
+    assert files(other) == files(cache) and not [*other.glob(".*.safetensors")]
+    stamps = {path: path.stat().st_mtime_ns for path in other.glob("[!.]*")}
+    precompute(bases, other)
+    assert {path: path.stat().st_mtime_ns for path in other.glob("[!.]*")} == stamps, "nothing is done twice"
+
+
+def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
+    bases, other, made = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
+    jobs = plan_jobs(load_config(bases, [], mode="train"), ("text", "latents"), shard_bytes=SMALL)
+    missing = [[*range(len(job.description.shards))] for job in jobs]
+    monkeypatch.setattr("sgm.precompute._begin", lambda *_: missing)
+    monkeypatch.setattr(sgm.distributed, "world_size", lambda: 2)
+    for job in jobs:
+        other.mkdir(exist_ok=True)
+        shutil.copyfile(cache / f"{job.description.kind}.json", other / f"{job.description.kind}.json")
+    for rank in range(2):
+        monkeypatch.setattr(sgm.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sgm.distributed, "from_rank_zero", lambda _: missing)
+        run_jobs(jobs, other)
+        made.append({*files(other)} - {name for names in made for name in names})
+    assert all(len(names) > 2 for names in made) and files(other) == files(cache)
+
+
+TOY = ("configs/toy.yaml", "configs/toy_sft.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, world):
+    """Ten kills, at moments from the start of the process to the last shard; one and two ranks, the same bytes."""
+    words = ["--shard_mb", "0.1", "--base", *TOY, "--out"]
+    straight = run("tools/prepare_dataset.py", [*words, str(tmp_path / "straight")])
+    assert straight.returncode == 0, straight.stderr
+    expected, killed = files(tmp_path / "straight"), tmp_path / "killed"
+    draw, kills, progress = random.Random(world), 0, []
+    while kills < 10:
+        process = Training(TOY, ["--out", str(killed), "--shard_mb", "0.1"], world, script="tools/prepare_dataset.py")
+        before = len(files(killed)) if killed.is_dir() else 0
+        target = before + draw.randrange(0, 4)
+        process.wait_for(lambda before=target: killed.is_dir() and len(files(killed)) >= before)
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        kills += 1
+        progress.append(len(files(killed)))
+    assert progress[-1] < len(expected), "all kills came in the middle"
+    assert all(expected[name] == content for name, content in files(killed).items())
+    ended = run("tools/prepare_dataset.py", [*words, str(killed)], world)
+    assert ended.returncode == 0, ended.stderr
+    assert files(killed) == expected and not [*killed.glob(".*.*")]
+
+
+@pytest.mark.slow
+def test_a_step_with_both_caches_takes_less_than_half_the_time(tmp_path):
+    """Pixels to gradient of the toy model, on the toy's clips, with nothing decoded ahead."""
+    cache = tmp_path / "cache"
+    made = run("tools/prepare_dataset.py", ["--base", *TOY, "--out", str(cache)])
+    assert made.returncode == 0, made.stderr
+    common = ["args.eval_interval=null", "args.num_workers=0", "args.train_iters=25", "args.log_interval=5"]
+    jobs = [
+        {"bases": [*TOY], "overrides": [*common, f"args.save={tmp_path / name}", *words]}
+        for name, words in (("plain", []), ("cached", caches(cache)))
+    ]
+    train_all(jobs, tmp_path)
+    seconds = {}
+    for name in ("plain", "cached"):
+        (folder,) = (tmp_path / name).iterdir()
+        lines = read_metrics(folder / "metrics.jsonl")
+        seconds[name] = float(np.median([line["step_seconds"] for line in lines[1:]]))
+    print(f"seconds a step: {seconds}")
+    assert seconds["plain"] >= 2 * seconds["cached"], seconds

@@ -1,0 +1,62 @@
+import re
+import shlex
+import shutil
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from sgm.training import main as training
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = spec_from_file_location("prepare_dataset", ROOT / "tools" / "prepare_dataset.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """Three clips of the toy, in place of all."""
+    monkeypatch.chdir(ROOT)
+    for name in ("videos/000000.mp4", "videos/000001.mp4", "videos/000002.mp4"):
+        for file in (name, name.replace("videos", "labels").replace("mp4", "txt")):
+            (tmp_path / "few" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / "assets" / "toy" / file, tmp_path / "few" / file)
+    return [f"args.train_data=[{tmp_path / 'few'}]", "args.split=2,1,0"]
+
+
+def test_the_commands_of_the_documentation(tool, words, tmp_path, capsys):
+    text = (ROOT / "docs" / "precomputing.md").read_text(encoding="utf-8").replace("outputs/", f"{tmp_path}/")
+    block = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[0]
+    prepare, train = (shlex.split(line)[2:] for line in block.splitlines())
+    assert tool.main([*prepare, *words, "--check"]) == 0
+    assert "latents: 3 in 1 shards" in capsys.readouterr().out and not (tmp_path / "example").exists()
+    assert tool.main([*prepare, *words]) == 0
+    assert "text: 4 in 1 shards, 16.4 kB; 0 missing" in capsys.readouterr().out
+    assert training.main([*train, *words, f"args.save={tmp_path}", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"latents +3 clips .*; VAE is loaded: evaluation samples videos", shown)
+    assert training.main([*train, *words, f"args.save={tmp_path}", "args.eval_interval=null", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"text +4 captions .*; T5 is not loaded", shown) and "VAE is not loaded" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--shard_mb", "0"], "--shard_mb is 0"),
+        (["--images"], "the network takes no image"),
+        (["data.params.random_flip=0.5"], "data.params.random_flip is 0.5"),
+        (["args.train_data=[nowhere]"], "nowhere"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_leaves_nothing(tool, words, tmp_path, capsys, more, message):
+    base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--out", str(tmp_path / "cache")]
+    assert tool.main([*base, *words, *more]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "cache").exists()

@@ -1,0 +1,84 @@
+"""Encode the clips and captions of a training run once, ahead of it; docs/precomputing.md tells the steps.
+
+    python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache
+
+Training takes them with args.latent_cache and args.text_cache, and need not decode, nor load VAE and T5. What a kill
+interrupts goes on with the same command.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sgm import cli
+
+EXAMPLES = (
+    "python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache",
+    "torchrun --standalone --nproc_per_node 8 tools/prepare_dataset.py --base configs/cogvideox_5b.yaml "
+    "configs/sft.yaml --out cache",
+)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; ``section.key=value`` may stand anywhere."""
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the cache")
+        parser.add_argument("--vae", action="store_true", help="latents of clips; without a switch: --vae --text")
+        parser.add_argument("--text", action="store_true", help="embeddings of captions")
+        parser.add_argument("--images", action="store_true", help="latents of what image-to-video starts from")
+        parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="stored in; by default as computed")
+        parser.add_argument("--shard_mb", type=float, default=256, help="megabytes in a file; what a kill may lose")
+
+    return cli.parse(
+        argv,
+        prog="tools/prepare_dataset.py",
+        description="Encode the clips and captions of a training run once, ahead of it.",
+        examples=EXAMPLES,
+        check="say what would be encoded; encode nothing",
+        more=more,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    import sgm.distributed  # after parsing, so that --help answers at once
+    from sgm.config import load_config
+    from sgm.data.cache import Kind
+    from sgm.files import readable_size
+    from sgm.precompute import plan_jobs, run_jobs
+    from sgm.util import InputError
+
+    if options.shard_mb <= 0:
+        raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0")
+    config = load_config(options.base, options.overrides, mode="train")
+    switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
+    kinds = [kind for kind, on in switches.items() if on] or ["text", "latents"]
+    sgm.distributed.set_timeout(config.args.distributed_timeout)
+    with sgm.distributed.naming_lost_rank():
+        sgm.distributed.initialize()
+        jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
+        failures = {} if options.check else run_jobs(jobs, options.out)
+        all_failures = sgm.distributed.from_all_ranks(failures)
+    if sgm.distributed.rank() == 0:
+        for job in jobs:
+            num, shards = sum(1 for _ in job.description.keys()), len(job.description.shards)
+            size, missing = readable_size(job.num_bytes), len(job.description.missing(options.out))
+            sys.stdout.write(f"{job.description.kind}: {num:,} in {shards:,} shards, {size}; {missing:,} missing\n")
+        if lost := sum(map(len, all_failures)):
+            sys.stdout.write(f"{lost:,} clips could not be encoded, and will not be trained on\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 1 failed, 2 wrong input."""
+    return cli.run_command(
+        run,
+        parse(argv),
+        interrupted="interrupted; what is finished stays, and the same command goes on from there",
+        memory_hint="set model.first_stage_config.params.encode_chunk=8, which changes latents a little",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
