@@ -37,10 +37,10 @@ else
     launch+=(--master_addr "${MASTER_ADDR:?the address of machine 0}" --master_port "${MASTER_PORT:-29500}")
 fi
 
-# Wrong input ends here, with one message instead of one a process. One process checks, so its batch is another.
-check=("$PYTHON" train_video.py "${words[@]}" --check)
+# Wrong input ends here, with one message instead of one a process. One process checks for all.
+check=(env "WORLD_SIZE=$((NPROC_PER_NODE * nodes))" "$PYTHON" train_video.py "${words[@]}" --check)
 for word in "$@"; do
     case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac
 done
-"${check[@]}" deepspeed.train_batch_size=null >/dev/null
+"${check[@]}" >/dev/null
 exec "${launch[@]}" train_video.py "${words[@]}"

@@ -32,7 +32,8 @@ fi
 words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 
 if [[ "${NPROC_PER_NODE:-1}" != 1 ]]; then
-    "${sample[@]}" "${words[@]}" --check >/dev/null # wrong input ends here, with one message instead of one a process
+    # Wrong input ends here, with one message instead of one a process.
+    WORLD_SIZE=$NPROC_PER_NODE "${sample[@]}" "${words[@]}" --check >/dev/null
     sample=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" sample_video.py)
 fi
 exec "${sample[@]}" "${words[@]}"

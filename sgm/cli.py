@@ -1,11 +1,13 @@
 """What the command lines of sampling and training share: words, messages, exit codes."""
 
 import argparse
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sgm.log import configure_logging, is_rank_zero
 
@@ -85,6 +87,15 @@ def run_command(
     return 0
 
 
+def _speaks(error: Exception) -> bool:
+    """Whether this process says what went wrong; of wrong input, which all read alike, one a machine does at first."""
+    from sgm.util import InputError
+
+    distributed: Any = sys.modules.get("sgm.distributed")
+    is_first_here = is_rank_zero() or os.environ.get("LOCAL_RANK") == "0"
+    return is_first_here or not isinstance(error, InputError) or (distributed is not None and distributed.has_mesh())
+
+
 def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
     """Say what went wrong; return the exit code."""
     from sgm.util import InputError, RunError  # after parsing, so that --help answers at once
@@ -92,7 +103,7 @@ def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, InputError | RunError):
-        if is_rank_zero() or isinstance(error, RunError):  # all ranks read the same input
+        if _speaks(error):
             sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""

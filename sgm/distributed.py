@@ -200,6 +200,11 @@ def initialize(*, mesh: Mesh | None = None) -> None:
         _make_groups(mesh)
 
 
+def has_mesh() -> bool:
+    """Whether it has been declared what ranks share: the configuration was found good, and the work begins."""
+    return _mesh is not None
+
+
 def _current() -> Mesh:
     return default(_mesh, Mesh())
 

@@ -123,8 +123,8 @@ class _Checks:
             find("buckets", BUCKETS, lambda: fitted_buckets(config, geometry))
             if args.eval_interval is not None:
                 find("samples", "args", lambda: check_sampling(args, geometry))
-        self._check_mesh()
         find("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
+        self._check_mesh()
         if "dtype" in self.facts:
             dtype = self.facts["dtype"]
             section = config.deepspeed
@@ -177,6 +177,11 @@ class _Checks:
         if geometry and samples is not None and samples.size is not None:
             patches.append(geometry.num_patches(samples.latents, samples.size))
         problems = check_mesh(self.config, num_patches=min(patches, default=None))
+        stage = self.config.deepspeed["zero_optimization"]["stage"]
+        if not problems and mesh.tensor > 1 and stage == 0 and self.facts.get("dtype") not in (None, torch.float32):
+            found = "is 0: in 16 bits, DeepSpeed leaves divided layers out of the norm that it clips by"
+            cure = "set it to 1 or more, or args.model_parallel_size=1"
+            problems.append(Problem("deepspeed.zero_optimization.stage", "", found, cure))
         if not problems and mesh.context > mesh.network:
             found = f"is {mesh.context}, and ranks that share a clip in training share it in the network too"
             cure = f"set it to 1, or args.sequence_parallel_size={mesh.context}"

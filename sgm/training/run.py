@@ -88,12 +88,7 @@ def train(config: Config) -> Summary:
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
-        try:
-            run = TrainingRun(config, build(config, plan), signals)
-        except InputError as error:
-            if sgm.distributed.rank() > 0:  # it may be one that rank zero does not have
-                logger.warning("rank %d: %s", sgm.distributed.rank(), error)
-            raise
+        run = TrainingRun(config, build(config, plan), signals)
         try:
             run.fit()
         finally:

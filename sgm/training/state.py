@@ -16,6 +16,7 @@ import pickle
 import random
 import re
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class ResumePoint:
         samples: training samples seen; without buckets, the number of the next one.
         micro_batches: with buckets, those of all ranks together that were taken, the number of the next one.
         buckets: digest of how clips are divided among buckets and ranks, None without buckets.
+        plan: digest of the clips' sizes and of their order, None without buckets.
         world_size: processes that wrote the state; how many of them share the tokens of a sample does not matter.
         tensor: how many of them share layers.
         zero_stage: ZeRO stage that wrote it.
@@ -91,6 +93,7 @@ class ResumePoint:
     files: tuple[str, ...] = ()
     micro_batches: int = 0
     buckets: str | None = None
+    plan: str | None = None
     tensor: int = 1
 
     @property
@@ -196,7 +199,9 @@ def lock_folder(run: Path) -> IO[str] | None:
     if fcntl is None:
         return None
     file = (run / ".lock").open("a+", encoding="utf-8")
-    os.register_at_fork(after_in_child=file.close)  # else the lock lasts as long as a worker that outlives this process
+    # Else the lock lasts as long as a worker that outlives this process. Weakly: a file that nobody holds is closed.
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

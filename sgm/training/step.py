@@ -100,10 +100,10 @@ def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
         nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_divided])
         for is_divided in (True, False)
     )
-    squares = divided.square()
+    squares = divided.square().to(sgm.distributed.device())  # the norm of nothing lies on the CPU
     if (group := sgm.distributed.tensor_group()) is not None:
         dist.all_reduce(squares, group=group)
-    return (squares + whole.square()).sqrt()
+    return (squares + whole.square().to(squares.device)).sqrt()
 
 
 def gradient_norm(engine: Any, plain: torch.Tensor | None) -> float:

@@ -11,6 +11,7 @@ from sgm.inference.main import main
 from sgm.inference.video import to_uint8
 from sgm.util import instantiate_from_config
 from tests.processes import run
+from tests.test_dit_golden import FAMILIES
 
 SHARED = "model.first_stage_config.params.cp_size=2"
 
@@ -61,6 +62,32 @@ def test_ranks_that_share_branches_and_tokens_sample_the_same(tiny_model, tmp_pa
     mesh = ["args.cfg_parallel_size=2", "args.sequence_parallel_size=2", SHARED.replace("=2", "=4")]
     shared = sample(base, "shared", keep, *mesh, "args.sequence_attention=ring", world=4)
     assert len(one) == 3 and latents_differ(one, shared) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_of_every_network(tiny_model, tmp_path, sample, family):
+    base, keep = tiny_model(family), "args.only_save_latents=true"
+    if "i2v" in family:
+        iio.imwrite(tmp_path / "image.png", np.full((64, 96, 3), 90, np.uint8))
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("".join(f"{line}@@image.png\n" for line in prompts.read_text().splitlines()))
+    one = sample(base, "one", keep)
+    assert latents_differ(one, sample(base, "shared", keep, "args.cfg_parallel_size=2", world=2)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_four_ranks_write_the_toy_videos_of_one(tmp_path):
+    words = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml"]
+    for folder, world, more in (("one", 1, []), ("four", 4, ["configs/parallel/sample_4.yaml"])):
+        done = run("sample_video.py", [*words, *more, f"args.output_dir={tmp_path / folder}"], world)
+        assert done.returncode == 0, done.stderr[-3000:]
+    videos = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.mp4")]
+    assert len(videos) == 6
+    for name in videos:
+        one, four = (iio.imread(tmp_path / folder / name).astype(int) for folder in ("one", "four"))
+        # One pixel that rounds otherwise makes the codec decide otherwise, so single pixels may differ by more.
+        assert one.shape == four.shape and np.abs(one - four).mean() <= 1, name
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tests.processes import ENV, ROOT, Training, only_run
 
 LORA = "dit_t2v_5b_lora"
 TIMEOUT = 20  # seconds; the machine may be busy, and signs of life late
+LAUNCHED = 60  # of those that start torch and SAT first, which ranks of a busy machine do not end together
 RESTART = "PET_MAX_RESTARTS"  # how torchrun reads --max-restarts from the environment
 
 
@@ -38,7 +39,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "args.save_interval=2",
         "args.resume=auto",
         "args.num_workers=1",
-        f"args.distributed_timeout={TIMEOUT}",
+        f"args.distributed_timeout={LAUNCHED}",
         "deepspeed.train_micro_batch_size_per_gpu=1",
         *more,
     ]
@@ -57,7 +58,7 @@ def test_a_killed_rank_is_named_and_the_restart_goes_on_exactly(training_yaml, t
     training.wait_for(lambda: len(lines_of(killed)) >= 3)
     victim, other = rank_process(training, 1), rank_process(training, 0)
     victim.kill()
-    other.wait(TIMEOUT)
+    other.wait(LAUNCHED)
     messages = training.finish()
     assert f"rank 1 (process {victim.pid} on " in messages and "is gone: no sign of life for" in messages
     assert "going on with" in messages and "is in use by" not in messages
@@ -67,6 +68,7 @@ def test_a_killed_rank_is_named_and_the_restart_goes_on_exactly(training_yaml, t
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
+@pytest.mark.slow
 def test_a_polite_end_of_all_ranks_saves(training_yaml, tmp_path):
     training = Training(training_yaml(LORA), overrides(tmp_path, "args.train_iters=1000"), 2)
     training.wait_for(lambda: len(lines_of(tmp_path)) >= 3)
@@ -77,6 +79,7 @@ def test_a_polite_end_of_all_ranks_saves(training_yaml, tmp_path):
     assert (run / "resume" / "latest").read_text().strip() == str(max(line["iteration"] for line in lines_of(tmp_path)))
 
 
+@pytest.mark.slow
 def test_sampling_ends_when_a_rank_of_a_sample_is_killed(tiny_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
@@ -85,7 +88,7 @@ def test_sampling_ends_when_a_rank_of_a_sample_is_killed(tiny_model, tmp_path):
         f"args.output_dir={tmp_path / 'out'}",
         "args.num_steps=900",
         "args.sequence_parallel_size=2",
-        f"args.distributed_timeout={TIMEOUT}",
+        f"args.distributed_timeout={LAUNCHED}",
     ]
     sampling = Training([str(tiny_model("dit_t2v_1.5"))], words, 2, script="sample_video.py")
     sampling.wait_for(lambda: "steps" in sampling.messages() or "loaded" in sampling.messages())
@@ -93,7 +96,7 @@ def test_sampling_ends_when_a_rank_of_a_sample_is_killed(tiny_model, tmp_path):
     victim.kill()
     messages = sampling.finish(code=1)
     assert f"rank 1 (process {victim.pid} on " in messages and "is gone" in messages, messages[-3000:]
-    assert time.monotonic() - start < TIMEOUT, "torchrun's own end included"
+    assert time.monotonic() - start < LAUNCHED, "torchrun's own end included"
 
 
 # Without a launcher that ends the others
@@ -141,6 +144,7 @@ def start_ranks(work: str) -> list[subprocess.Popen]:
     return ranks
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_nothing_learns_of_a_loss(tmp_path):
     """No launcher, no collective that fails: signs of life alone; at the clean end, rank zero waits with the store."""
     ranks = start_ranks("time.sleep(300)")
