@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from sgm.data.bucket_config import parse_buckets
-from sgm.data.buckets import ClipSizes, clip_sizes
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.check import RowReport, check_rows, row_reports
 from sgm.data.formats import list_rows
@@ -147,6 +146,8 @@ class SFTDataset:
         if self._cache is None:
             frames, given = self._frames(row, view, num_frames)
             return {**sample, "mp4": frames, "num_frames": given, "image": _image(row, view)}
+        if reason := self._cache.failure(row.path):
+            raise ClipError(row.path, reason)
         sample["moments"] = self._cache.moments(row.path, (num_frames, height, width))
         if self._cache.images is not None:
             sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
@@ -205,6 +206,8 @@ class SFTDataset:
     ) -> Self:
         """Return the data set whose samples hold ``moments`` (2z, T, h, w) in place of ``mp4``.
 
+        It has the same clips: one that could not be encoded is a ClipError when its turn comes, as without a cache.
+
         Args:
             latents: moments of the clips.
             keys: of each in `latents`, by path.
@@ -212,23 +215,23 @@ class SFTDataset:
             image_keys: of each in `images`, by path.
             first_frames: without `images`: whether samples have that picture as ``image``; it is decoded then.
         """
-        failures = {path: latents.failures.get(key) for path, key in keys.items()}
-        if images is not None:
-            failures |= {path: images.failures[key] for path, key in image_keys.items() if key in images.failures}
         chosen = copy.copy(self)
-        chosen.rows = [replace(row, problem=row.problem or failures.get(str(row.path))) for row in self.rows]
         chosen._cache = _Cache(latents, keys, images, image_keys, first_frames)
         return chosen
 
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
         """Open and check all clips without training on them; with `decode`, every frame of them.
 
-        Those from a cache have been decoded, and stay closed.
+        Those from a cache have been decoded, and stay closed, unless a manifest states sizes that buckets go by.
         """
-        if self._cache is not None:
-            return self.row_reports()
-        reports = check_rows(
-            self.rows,
+        cache, reports = self._cache, self.row_reports()
+        stated = self.buckets is not None  # columns decide about the bucket, and may be wrong
+        rows = enumerate(self.rows)
+        opened = [i for i, row in rows if cache is None or cache.lacks(row.path) or (stated and row.info is not None)]
+        if not opened:
+            return reports
+        checked = check_rows(
+            [self.rows[index] for index in opened],
             video_size=self.video_size,
             fps=self.fps,
             max_num_frames=self.max_num_frames,
@@ -237,6 +240,8 @@ class SFTDataset:
             decode=decode,
             num_threads=num_threads,
         )
+        for index, report in zip(opened, checked, strict=True):
+            reports[index] = report
         pairs = zip(self.rows, reports, strict=True)
         remember({row.path: report.info for row, report in pairs if report.info is not None}, self.folder)
         return reports
@@ -249,9 +254,17 @@ class SFTDataset:
         """Return length, rate and size of each clip, or why it cannot be used; see `sgm.data.index.clip_infos`."""
         return clip_infos(self.rows, self.folder, num_threads=num_threads)
 
-    def clip_sizes(self) -> ClipSizes:
-        """Return what decides about the buckets of all clips; reads those that no index knows, see `clip_infos`."""
-        return clip_sizes(self.clip_infos(), fps=self.fps, skip=self.skip)
+    def not_cached(self, shapes: Sequence[str | None]) -> list[str]:
+        """Say which clips the cache of `cached` does not have at these shapes; no line where there is no cache.
+
+        Args:
+            shapes: FxHxW of the bucket of each clip; None where it has none.
+        """
+        cache = self._cache
+        if cache is None:
+            return []
+        pairs = zip(self.rows, shapes, strict=True)
+        return [line for row, shape in pairs if shape and not row.problem for line in cache.differs(row.path, shape)]
 
     def select(self, indices: Sequence[int]) -> Self:
         """Return the data set of these clips alone, in this order."""
@@ -275,18 +288,45 @@ class _Cache:
     image_keys: Mapping[str, str]
     first_frames: bool
 
+    def _places(self, clip: ClipFile) -> list[tuple[CachedTensors, str]]:
+        """Return where the results of a clip are: cache and key."""
+        places = [(self.latents, self.keys[str(clip)])]
+        return places if self.images is None else [*places, (self.images, self.image_keys[str(clip)])]
+
+    def failure(self, clip: ClipFile) -> str | None:
+        """Return why a clip could not be encoded, None where it could."""
+        reasons = (cache.failures.get(key) for cache, key in self._places(clip))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def lacks(self, clip: ClipFile) -> bool:
+        """Return whether a clip was not encoded: it could not be, or fitted no bucket."""
+        return str(clip) in self.keys and any(key not in cache for cache, key in self._places(clip))
+
+    def differs(self, clip: ClipFile, shape: str) -> list[str]:
+        """Return a line for each cache that has a clip at another shape, FxHxW, or left it out."""
+        lines = []
+        for cache, key in self._places(clip):
+            there = cache.shapes.get(key, "left out, as it fitted no bucket")
+            if key not in cache.failures and there != shape:
+                lines.append(f"{clip}: {there} in '{cache.folder}', {shape} now")
+        return lines
+
     def moments(self, clip: ClipFile, shape: tuple[int, int, int]) -> torch.Tensor:
         """Return the moments of a clip at a shape (F, H, W).
 
         Raises:
-            RunError: the cache has it at another shape, as another bucket is to be filled up with it.
+            RunError: the cache has it at another shape, or not, as another bucket is to be filled up with it.
         """
-        moments = self.latents[self.keys[str(clip)]]
-        there = (moments.shape[1] - 1) * TIME_COMPRESSION + 1, *(8 * side for side in moments.shape[2:])
-        if there != shape:
-            found = f"{clip} is in {self.latents.folder} as {'x'.join(map(str, there))}"
-            raise RunError(f"{found}, and {'x'.join(map(str, shape))} is asked for; train without args.latent_cache")
-        return moments
+        moments, there = self.latents.get(self.keys[str(clip)]), "is left out of"
+        asked = "x".join(map(str, shape))
+        if moments is not None:
+            frames = (moments.shape[1] - 1) * TIME_COMPRESSION + 1
+            there = "x".join(map(str, (frames, *(8 * side for side in moments.shape[2:]))))
+            if there == asked:
+                return moments
+            there = f"is {there} in"
+        found = f"{clip} {there} {self.latents.folder}"
+        raise RunError(f"{found}, and {asked} is asked for; train without args.latent_cache")
 
 
 @dataclass(frozen=True)

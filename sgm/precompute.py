@@ -21,7 +21,7 @@ from sgm.check import check_files, params_of
 from sgm.check_training import check_training_data
 from sgm.checkpoint import load_autoencoder
 from sgm.config import Config, ConfigError
-from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, write_shard
+from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, read_shard, write_shard
 from sgm.data.video import ClipError
 from sgm.files import remove_leftovers, require_writable
 from sgm.geometry import Geometry
@@ -86,8 +86,10 @@ def plan_jobs(
 def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
     """Encode what `folder` lacks, each rank a share of the shards; all ranks call together.
 
+    What could not be encoded before is tried again.
+
     Returns:
-        Key → reason of what this rank could not encode.
+        Key → reason of what the folder still lacks.
 
     Raises:
         InputError: another cache lies there, or another process works on it.
@@ -104,9 +106,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
         if isinstance(begun, InputError):
             raise begun
         failures: dict[str, str] = {}
-        for job, missing in zip(jobs, begun, strict=True):
-            failures |= _run(job, folder, missing[sgm.distributed.rank() :: sgm.distributed.world_size()])
-        sgm.distributed.barrier()
+        for job, unfinished in zip(jobs, begun, strict=True):
+            failures |= _run(job, folder, unfinished)
         return failures
 
 
@@ -119,23 +120,41 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int
     remove_leftovers(folder)
     for job in jobs:
         begin(folder, job.description)
-    return [job.description.missing(folder) for job in jobs]
+    return [job.description.unfinished(folder) for job in jobs]
 
 
-def _run(job: Job, folder: Path, shards: Sequence[int]) -> dict[str, str]:
-    description, failures = job.description, {}
-    num = sum(len(description.shards[shard]) for shard in shards)
-    if not num:
-        return {}
-    logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(shards))
-    bar = tqdm(total=num, desc=description.kind, disable=None if is_rank_zero() else True)
-    with job.loaded() as encode, bar:
-        for shard in shards:
-            results = _counted(encode(description.shards[shard]), bar)
-            for key, reason in write_shard(folder, description, shard, results).items():
-                logger.warning("left out: %s: %s", key, reason)
-                failures[key] = reason
+def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
+    """Encode shards, and return key → reason of what no rank could encode."""
+    rank, world = sgm.distributed.rank(), sgm.distributed.world_size()
+    description, failures, own = job.description, {}, unfinished[rank::world]
+    num = sum(len(description.shards[shard]) for shard in own)
+    bar = tqdm(total=num, desc=description.kind, disable=None if is_rank_zero() and num else True)
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        encode = stack.enter_context(job.loaded()) if own else None
+        if own:
+            logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
+        # A shard of each rank at a time, so that none waits at the end for longer than collective operations live.
+        for start in range(0, len(unfinished), world):
+            found: dict[str, str] = {}
+            if encode is not None and start + rank < len(unfinished):
+                shard = unfinished[start + rank]
+                found = write_shard(
+                    folder, description, shard, _counted(_results(folder, description, shard, encode), bar)
+                )
+            for more in sgm.distributed.from_all_ranks(found):
+                failures |= more
+    for key, reason in failures.items() if is_rank_zero() else ():
+        logger.warning("not encoded: %s: %s", key, reason)
     return failures
+
+
+def _results(folder: Path, description: Description, shard: int, encode: Encode) -> Iterator[torch.Tensor | str]:
+    """Yield the results of a shard in order: those that an earlier run wrote, and the others anew."""
+    there = read_shard(folder, description, shard)
+    anew = encode([key for key in description.shards[shard] if key not in there])
+    for key in description.shards[shard]:
+        yield there[key] if key in there else next(anew)
 
 
 def _counted(results: Iterator[Any], bar: tqdm) -> Iterator[Any]:
@@ -170,10 +189,12 @@ class _Clip:
     dataset: Any
     index: int
     path: str
-    shape: Shape
+    shape: Shape | str  # or why it cannot be read
 
     def pixels(self, kind: Kind) -> torch.Tensor | str:
         """Decode it: (F, 3, H, W), or why that cannot be done."""
+        if isinstance(self.shape, str):
+            return self.shape
         frames, *size = self.shape
         try:
             sample = self.dataset.sample(self.index, None, (frames if kind == "latents" else 1, *size))
@@ -191,7 +212,7 @@ def _clip_job(
     assert isinstance(args, TrainingArgs)
     require_repeatable(config, datasets)
     clips, left_out = _clips(config, kind, datasets)
-    if not clips:
+    if all(isinstance(clip.shape, str) for clip in clips.values()):
         raise InputError(f"args.train_data={list(args.train_data)} has no clip that can be trained on")
     precision = resolve_training_precision(config, sgm.distributed.device().type)
     source = clip_source(config, datasets[0], precision, kind)
@@ -208,7 +229,8 @@ def _clip_job(
 
         yield encode
 
-    description = Description(kind, stored, source, divide([*clips], sizes, shard_bytes), tuple(left_out))
+    shapes = tuple(None if isinstance(clip.shape, str) else "x".join(map(str, clip.shape)) for clip in clips.values())
+    description = Description(kind, stored, source, divide([*clips], sizes, shard_bytes), shapes, tuple(left_out))
     return Job(description, sum(sizes), loaded)
 
 
@@ -240,8 +262,10 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     return clips, [*left_out]
 
 
-def _num_bytes(shape: Shape, geometry: Geometry, kind: Kind) -> int:
+def _num_bytes(shape: Shape | str, geometry: Geometry, kind: Kind) -> int:
     """Return the numbers in the moments of a clip."""
+    if isinstance(shape, str):
+        return 0
     frames, height, width = shape if kind == "latents" else (1, *shape[1:])
     latents = (frames - 1) // geometry.time_compression + 1
     return 2 * geometry.out_channels * latents * (height // 8) * (width // 8)

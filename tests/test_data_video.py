@@ -11,6 +11,7 @@ import torch
 
 import data_video
 from data_video import SFTDataset
+from sgm.data.cache import CachedTensors, Description, begin, write_shard
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.data.video import ClipError
@@ -265,3 +266,48 @@ def test_the_parameters_of_released_files():
 def test_unusable_parameters_are_refused(params, words):
     with pytest.raises(InputError, match=words):
         SFTDataset(**({"data_dir": ROOT / "assets/toy", "video_size": (64, 64)} | params))
+
+
+def from_cache(clips, folder, **failed):
+    """The clips from a cache; those that are named could not be encoded, for the reason given."""
+    keys = clips.cache_keys()
+    made = Description("latents", "fp32", {"precision": "fp32"}, (tuple(keys.values()),))
+    begin(folder, made)
+    write_shard(folder, made, 0, [failed.get(Path(path).stem, torch.zeros(8, 3, 4, 4)) for path in keys])
+    return clips.cached(CachedTensors(folder, "latents"), keys, images=None, image_keys={}, first_frames=False)
+
+
+def test_clips_that_could_not_be_encoded_are_found_as_they_are_without_a_cache(tmp_path, monkeypatch):
+    """Damage behind what the check opens is met when the clip's turn comes, so that all samples keep their numbers."""
+    for name in "abcd":
+        clip(tmp_path / f"videos/{name}.mp4", num_frames=9)
+    (tmp_path / "videos/c.mp4").write_text("no video")
+    plain = dataset(tmp_path)
+    cached = from_cache(plain, tmp_path / "cache", b="frame 7 is damaged", c="is no video")
+    assert len(cached) == len(plain) and cached.paths == plain.paths
+    assert [report.problems for report in cached.check()] == [report.problems for report in plain.check()]
+    assert [report.problems for report in cached.row_reports()] == [()] * 4
+    bad = [report.path for report in cached.check() if report.problems]
+    assert bad == [str(tmp_path / "videos/c.mp4")]
+
+    whole = SFTDataset.sample
+
+    def damaged(self, index, generator, shape=None):
+        if self._cache is None and self.paths[index].endswith("b.mp4"):
+            raise ClipError(self.paths[index], "frame 7 is damaged")
+        return whole(self, index, generator, shape)
+
+    monkeypatch.setattr(SFTDataset, "sample", damaged)
+    shown = []
+    for clips in (plain.without(bad), cached.without(bad)):
+        stream = SampleStream([clips], TrainingOrder([len(clips)], seed=2))
+        samples = [stream.sample(number) for number in range(9)]
+        shown.append([(Path(sample["path"]).stem, sample["failures"]) for sample in samples])
+    assert shown[0] == shown[1] and sum(bool(failures) for _, failures in shown[0]) == 3
+
+
+def test_clips_from_a_cache_stay_closed(tmp_path, monkeypatch):
+    clip(tmp_path / "videos/a.mp4", num_frames=9)
+    cached = from_cache(dataset(tmp_path), tmp_path / "cache")
+    monkeypatch.setattr(data_video, "check_rows", None)
+    assert [report.problems for report in cached.check()] == [()]

@@ -3,7 +3,9 @@
     python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache
 
 Training takes them with args.latent_cache and args.text_cache, and need not decode, nor load VAE and T5. What a kill
-interrupts goes on with the same command.
+interrupts goes on with the same command, which also tries again what could not be encoded.
+
+Exit code 0 means that everything was encoded, 1 that some clips were not, 2 that the command was given something wrong.
 """
 
 import argparse
@@ -42,10 +44,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Do what the command line asks for; how many clips could not be encoded is left in ``options.num_failed``."""
     import sgm.distributed  # after parsing, so that --help answers at once
     from sgm.config import load_config
-    from sgm.data.cache import Kind
+    from sgm.data.cache import Kind, listed
     from sgm.files import readable_size
     from sgm.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
@@ -54,30 +56,35 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0")
     config = load_config(options.base, options.overrides, mode="train")
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
-    kinds = [kind for kind, on in switches.items() if on] or ["text", "latents"]
+    kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
     sgm.distributed.set_timeout(config.args.distributed_timeout)
     with sgm.distributed.naming_lost_rank():
         sgm.distributed.initialize()
         jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
         failures = {} if options.check else run_jobs(jobs, options.out)
-        all_failures = sgm.distributed.from_all_ranks(failures)
+    options.num_failed = len(failures)
     if sgm.distributed.rank() == 0:
         for job in jobs:
             num, shards = sum(1 for _ in job.description.keys()), len(job.description.shards)
             size, missing = readable_size(job.num_bytes), len(job.description.missing(options.out))
             sys.stdout.write(f"{job.description.kind}: {num:,} in {shards:,} shards, {size}; {missing:,} missing\n")
-        if lost := sum(map(len, all_failures)):
-            sys.stdout.write(f"{lost:,} clips could not be encoded, and will not be trained on\n")
+        if failures:
+            sys.stdout.write(f"{len(failures):,} could not be encoded; the same command tries them again:\n")
+            lines = [f"{key}: {reason}" for key, reason in failures.items()]
+            sys.stdout.write(f"{listed(lines)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 failed, 2 wrong input."""
-    return cli.run_command(
+    """Run the command; return its exit code: 0 done, 1 failed, in part or at all, 2 wrong input."""
+    options = parse(argv)
+    options.num_failed = 0
+    code = cli.run_command(
         run,
-        parse(argv),
+        options,
         interrupted="interrupted; what is finished stays, and the same command goes on from there",
         memory_hint="set model.first_stage_config.params.encode_chunk=8, which changes latents a little",
     )
+    return code or int(options.num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Exit code 0 means that all is done, 1 that some sources could not be read, 2 tha
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import av.error
 import numpy as np
 from tqdm import tqdm
 
-from sgm.data.folder import VIDEOS
+from sgm.data.folder import LABELS, VIDEOS
 from sgm.data.frames import select_frames
 from sgm.data.video import ClipError, VideoInfo, scan
 from sgm.files import atomic_file, remove_leftovers, require_writable, write_json
@@ -64,10 +65,9 @@ class Settings:
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps is {self.fps:g}; give a number above 0")
         if not 0 < self.min_seconds <= self.max_seconds < math.inf:
-            raise InputError(
-                f"--min_seconds is {self.min_seconds:g} and --max_seconds {self.max_seconds:g}; give numbers above 0, "
-                "the first no larger than the second"
-            )
+            cure = "give numbers above 0, the first no larger than the second"
+            said = f"--min_seconds is {self.min_seconds:g} and --max_seconds {self.max_seconds:g}"
+            raise InputError(f"{said}; {cure}")
         if self.size is not None and any(side < 2 or side % 2 for side in self.size):
             raise InputError(f"--size is {self.size[0]} {self.size[1]}; give even numbers, as mp4 needs them")
         if not self.threshold > 0:
@@ -263,16 +263,15 @@ def _read_plan(file: Path) -> Plan:
         content = json.loads(file.read_text(encoding="utf-8"))
         return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{file} is no plan of this command ({error}); remove it, and the source is cut anew"
-        ) from error
+        cure = "remove it, and the clips and captions of its source, to cut that anew"
+        raise InputError(f"{file} is no plan of this command ({error}); {cure}") from error
 
 
 def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> None:
     """See, before anything is decoded, that each source can have clips of its own in the folder.
 
     Raises:
-        InputError: a source does not exist, shares its name with another, or was cut with other settings before.
+        InputError: a source does not exist, shares its name with another, or has clips cut otherwise or without plan.
     """
     by_stem: dict[str, Path] = {}
     for path in sources:
@@ -283,18 +282,25 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
         if other is not path:
             raise InputError(f"'{other}' and '{path}' would give clips of the same names; rename one of them")
         file = _plan_file(path, out)
+        clips = f"{out / VIDEOS / path.stem}_*.mp4"
         if not file.is_file():
+            if there := _named_as_results(path, out):
+                said = f"{len(there)} files have names of its clips and captions, such as '{there[0]}', but no {file}"
+                raise InputError(f"'{path}': {said} says what they show; remove them, or give another --out")
             continue
         plan = _read_plan(file)
-        clips = f"{out / VIDEOS / path.stem}_*.mp4"
         if plan.num_bytes != path.stat().st_size:
             raise InputError(f"{clips} come from another video of this name, '{plan.source}'; give another --out")
         changed = [f"--{key} {value}" for key, value in plan.settings.items() if _as_json(settings)[key] != value]
         if changed:
-            raise InputError(
-                f"{clips} were cut with {', '.join(changed)}; give the same again or another --out, or remove them and "
-                f"{file} to cut that video anew"
-            )
+            cure = f"give the same again or another --out, or remove them, their captions and {file} to cut it anew"
+            raise InputError(f"{clips} were cut with {', '.join(changed)}; {cure}")
+
+
+def _named_as_results(path: Path, out: Path) -> list[Path]:
+    """Return what lies where the clips of a source, and their captions, would."""
+    name = re.compile(re.escape(path.stem) + r"_\d{4,}\.(mp4|txt)")
+    return [file for part in (VIDEOS, LABELS) for file in sorted((out / part).glob("*")) if name.fullmatch(file.name)]
 
 
 def write_manifest(out: Path) -> int:
@@ -342,9 +348,8 @@ def _require_detector() -> None:
     try:
         import scenedetect  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"cutting needs PySceneDetect, which cannot be imported ({error}); run: pip install -e '.[data]'"
-        ) from error
+        cure = "run: pip install -e '.[data]'"
+        raise InputError(f"cutting needs PySceneDetect, which cannot be imported ({error}); {cure}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

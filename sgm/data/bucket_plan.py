@@ -107,6 +107,15 @@ class BucketPlan:
         self._epochs: dict[int, _Epoch] = {}  # the latest two: the loader is ahead of training
         self._clips: tuple[int, torch.Tensor] | None = None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides, beside `Division`, which samples a micro-batch has: order and sizes."""
+        sides = (self.clips.frames, self.clips.heights, self.clips.widths)
+        found = hashlib.sha256(self.order.digest.encode())
+        for side in sides:
+            found.update(side.astype("<i8").tobytes())
+        return found.hexdigest()
+
     def bucket_of_clips(self, epoch: int) -> np.ndarray:
         """Return the index of each clip's bucket in an epoch, or `NOWHERE`: (N,) int64."""
         # A row of numbers for each clip: what it draws depends on no other clip.

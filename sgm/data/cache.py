@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sgm.data.rows import ClipFile
 from sgm.files import atomic_file, write_json
@@ -30,7 +30,7 @@ Kind = Literal["latents", "images", "text"]
 KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
-_FORMAT = 1  # raised when files, or what decoding gives, change
+_FORMAT = 2  # raised when files, or what decoding gives, change
 _OPEN_SHARDS = 16  # of one process; a shard that is open costs a file handle and its header
 
 
@@ -43,6 +43,7 @@ class Description:
         dtype: of the stored tensors: ``fp16``, ``bf16`` or ``fp32``.
         source: what decides about the results; ``precision`` in it is what they were computed in.
         shards: for each shard the keys of its results, in order: a caption, or what `ClipKeys` gives.
+        shapes: FxHxW that each clip has, in the order of its key, None where it could not be read; empty for text.
         left_out: keys of clips that training never shows, since they fit no bucket.
     """
 
@@ -50,11 +51,16 @@ class Description:
     dtype: str
     source: Mapping[str, Any]
     shards: tuple[tuple[str, ...], ...]
+    shapes: tuple[str | None, ...] = ()
     left_out: tuple[str, ...] = ()
 
     def keys(self) -> Iterator[str]:
         """Yield the keys of all results, in order."""
         return itertools.chain.from_iterable(self.shards)
+
+    def shape_of(self) -> dict[str, str | None]:
+        """Return the shape of each clip by its key."""
+        return dict(zip(self.keys(), self.shapes, strict=True)) if self.shapes else {}
 
     def shard(self, number: int) -> str:
         """Return the name of the file of a shard."""
@@ -68,6 +74,28 @@ class Description:
         """Return the shards that `folder` does not have."""
         there = _names(folder)
         return [number for number in range(len(self.shards)) if self.shard(number) not in there]
+
+    def unfinished(self, folder: Path) -> list[int]:
+        """Return the shards that `folder` does not have, or that lack results."""
+        there = _names(folder)
+        numbers = range(len(self.shards))
+        return [n for n in numbers if self.shard(n) not in there or self.failed(n) in there]
+
+    def failures(self, folder: Path) -> dict[str, str]:
+        """Return key → reason of the results that the shards in `folder` lack.
+
+        Raises:
+            InputError: a file that tells it is damaged.
+        """
+        failures: dict[str, str] = {}
+        there = _names(folder)
+        for number in range(len(self.shards)):
+            if (name := self.failed(number)) in there:
+                try:
+                    failures |= json.loads((folder / name).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise InputError(f"{folder / name} cannot be read: {error}; {_anew()}") from error
+        return failures
 
 
 def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
@@ -106,6 +134,7 @@ def begin(folder: Path, description: Description) -> None:
     if not found and there != description:
         before, after = set(there.keys()), set(description.keys())
         found = [f"new: {key}" for key in sorted(after - before)] + [f"gone: {key}" for key in sorted(before - after)]
+        found = found or differences(there.shape_of(), description.shape_of())
         found = found or ["the results are in another order, or in shards of another size (--shard_mb)"]
     if found:
         raise InputError(
@@ -116,7 +145,7 @@ def begin(folder: Path, description: Description) -> None:
 def write_shard(
     folder: Path, description: Description, number: int, results: Iterable[torch.Tensor | str]
 ) -> dict[str, str]:
-    """Write a shard, at once and whole.
+    """Write a shard, at once and whole; a former one with its number goes.
 
     Args:
         folder: of the cache.
@@ -137,15 +166,36 @@ def write_shard(
             failures[key] = result
         else:
             tensors[f"{place:06d}"] = result.detach().to(PRECISIONS[description.dtype]).cpu().contiguous()
-    failed = folder / description.failed(number)
+    path, failed = folder / description.shard(number), folder / description.failed(number)
+    path.unlink(missing_ok=True)
     if failures:  # before the shard, which says that all is there
         write_json(failed, failures)
     else:
         failed.unlink(missing_ok=True)
     need = sum(tensor.nbytes for tensor in tensors.values())
-    with atomic_file(folder / description.shard(number), need_bytes=need) as temporary:
+    with atomic_file(path, need_bytes=need) as temporary:
         save_file(tensors, temporary)
     return failures
+
+
+def read_shard(folder: Path, description: Description, number: int) -> dict[str, torch.Tensor]:
+    """Return the results of a shard by their keys, as they are stored; none where it is not there.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = folder / description.shard(number)
+    if not path.is_file():
+        return {}
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return {description.shards[number][int(place)]: tensor for place, tensor in tensors.items()}
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to make it anew")
 
 
 def read_description(folder: Path, kind: Kind) -> Description:
@@ -158,9 +208,12 @@ def read_description(folder: Path, kind: Kind) -> Description:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
-            raise InputError(f"{path} has the format {content['format']}, and this version reads {_FORMAT}; {_anew()}")
+            raise ValueError(f"it has the format {content['format']}, and this version reads {_FORMAT}")
         shards = tuple(tuple(shard) for shard in content["shards"])
-        return Description(kind, content["dtype"], content["source"], shards, tuple(content["left_out"]))
+        shapes, left_out = tuple(content["shapes"]), tuple(content["left_out"])
+        if shapes and len(shapes) != sum(map(len, shards)):
+            raise ValueError(f"{len(shapes)} shapes of {sum(map(len, shards))} clips")
+        return Description(kind, content["dtype"], content["source"], shards, shapes, left_out)
     except FileNotFoundError as error:
         there = [name for name in KINDS if (folder / f"{name}.json").is_file()]
         found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
@@ -184,6 +237,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
 
     Attributes:
         failures: key → reason of the results that could not be computed; they are not in the mapping.
+        shapes: key → FxHxW of the clips.
 
     Raises:
         InputError: there is no such cache, or it is not complete.
@@ -198,7 +252,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 f"'{self.folder}' is not finished: {len(missing)} of {num} shards of {kind} are missing, first "
                 f"{self.description.shard(missing[0])}; the same command of {TOOL} goes on where it ended"
             )
-        self.failures = self._read_failures()
+        self.failures = self.description.failures(self.folder)
+        self.shapes = self.description.shape_of()
         self._places = {
             key: (number, place)
             for number, shard in enumerate(self.description.shards)
@@ -207,17 +262,6 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         }
         self._dtype = PRECISIONS[self.description.source["precision"]]
         self._open: OrderedDict[int, Any] = OrderedDict()
-
-    def _read_failures(self) -> dict[str, str]:
-        failures: dict[str, str] = {}
-        there = _names(self.folder)
-        for number in range(len(self.description.shards)):
-            if (name := self.description.failed(number)) in there:
-                try:
-                    failures |= json.loads((self.folder / name).read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise InputError(f"{self.folder / name} cannot be read: {error}; {_anew()}") from error
-        return failures
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Return a result.
@@ -236,7 +280,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
             self._open.move_to_end(number)
             return self._open[number].get_tensor(f"{place:06d}").to(self._dtype)
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to make it anew") from error
+            raise _damaged(path, error) from error
 
     def __contains__(self, key: object) -> bool:
         return key in self._places

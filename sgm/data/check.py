@@ -20,6 +20,7 @@ from sgm.files import atomic_file
 from sgm.log import is_rank_zero
 
 _BARS, _WIDTH = 10, 40  # of a histogram: bars, and characters of the longest
+_SAME_FPS = 0.01  # share by which a stated rate may differ: 30 stands for 29.97
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ def check_rows(
     def check(row: Row) -> RowReport:
         problems = [row.problem] if row.problem else []
         info, selection, shape = None, None, (max_num_frames, *video_size)
+        stated: list[str] = []
         try:
             info, times = scan(row.path)
+            stated = _stated(row, info)
             if buckets is not None:
                 shape = _bucket(info, buckets, fps, skip)
             selection = select_frames(times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip)
@@ -100,11 +103,14 @@ def check_rows(
             problems.append(error.reason if error.path == str(row.path) else f"its image {error.path} {error.reason}")
         except ValueError as error:
             problems.append(str(error))
+        if buckets is not None:  # which the stated sizes decide about
+            problems += stated
+            stated = []
         if info is None or selection is None:
             return RowReport(str(row.path), row.caption, info, problems=tuple(problems))
         if shape is None:
             return RowReport(str(row.path), row.caption, info, 0, 0.0, tuple(problems), ("fits no bucket: left out",))
-        notes = _notes(info, selection, fps, shape[1:])
+        notes = (*stated, *_notes(info, selection, fps, shape[1:]))
         taken = selection.num_frames, selection.effective_fps
         return RowReport(str(row.path), row.caption, info, *taken, tuple(problems), notes)
 
@@ -117,6 +123,18 @@ def check_rows(
 def _bucket(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int, int]) -> tuple[int, int, int] | None:
     index = buckets.choose(clip_sizes([info], fps=fps, skip=skip), np.zeros((1, buckets.num_draws)))[0]
     return None if index == NOWHERE else buckets.buckets[index].shape
+
+
+def _stated(row: Row, info: VideoInfo) -> list[str]:
+    """Return what is wrong with the length, rate and size that the data set itself states: one line, or none."""
+    if row.info is None:
+        return []
+    wrong = [name for name in ("num_frames", "height", "width") if getattr(row.info, name) != getattr(info, name)]
+    if info.num_frames > 1 and not math.isclose(row.info.fps, info.fps, rel_tol=_SAME_FPS):
+        wrong.append("fps")
+    pairs = [(name, round(getattr(row.info, name), 3), round(getattr(info, name), 3)) for name in wrong]
+    said = ", ".join(f"{name}={stated} where it has {true}" for name, stated, true in pairs)
+    return [f"its columns say {said}; correct or remove them"] if wrong else []
 
 
 def _notes(info: VideoInfo, selection: Selection, fps: float, video_size: tuple[int, int]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def read_dataset(folder: Path) -> Table:
     scalars = [name for name in table.column_names if not _holds_bytes(table.schema.field(name).type)]
     embedded = [name for name in table.column_names if name not in scalars]
     read = _records(folder, table, scalars, embedded)
-    return Table(folder, folder, table.column_names, read, lambda number: f"{folder}, row {number}")
+    return Table(folder, folder, table.column_names, read, lambda row, _: f"{folder}, row {row}")
 
 
 def _records(folder: Path, table: Any, scalars: list[str], embedded: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:

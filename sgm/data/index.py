@@ -107,7 +107,7 @@ def _key(file: ClipFile, folder: Path) -> str:
 
 
 class _Stamps:
-    """Size and time of change of the files that clips lie in, each asked for once."""
+    """Size and time of change of what clips lie in, each asked for once: a file, or the files of a folder together."""
 
     def __init__(self) -> None:
         self._of: dict[Path, tuple[int, int] | None] = {}
@@ -116,11 +116,18 @@ class _Stamps:
         path = file if isinstance(file, Path) else file.container
         if path not in self._of:
             try:
-                found = path.stat()
-                self._of[path] = found.st_size, found.st_mtime_ns
-            except OSError:
+                found = [part.stat() for part in ([path] if isinstance(file, Path) else _parts(path))]
+                self._of[path] = sum(part.st_size for part in found), max(part.st_mtime_ns for part in found)
+            except (OSError, ValueError):
                 self._of[path] = None
         return self._of[path]
+
+
+def _parts(container: Path) -> list[Path]:
+    """Return the files of a container, not the index in it: writing that changes the folder, and no clip."""
+    if not container.is_dir():
+        return [container]
+    return [path for path in container.iterdir() if path.is_file() and not path.name.startswith(".")]
 
 
 def _probe(file: ClipFile) -> VideoInfo | str:

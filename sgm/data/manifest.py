@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_FILES = ("videos.txt", "video.txt")
 IMAGE_FILES = ("images.txt", "image.txt")
 _INFO = ("num_frames", "fps", "height", "width")
+_BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,22 @@ class Table:
         root: what paths are relative to.
         columns: names of the columns.
         records: number of the line, and the values by column.
-        where: number of a line → how messages name it.
+        where: number of a line, and a column → how messages name its place.
     """
 
     path: Path
     root: Path
     columns: Sequence[str]
     records: Iterator[tuple[int, Mapping[str, Any]]]
-    where: Callable[[int], str]
+    where: Callable[[int, str], str]
+
+
+class _CellError(Exception):
+    """What is wrong with the value of a column."""
+
+    def __init__(self, column: str, fault: str) -> None:
+        super().__init__(fault)
+        self.column = column
 
 
 def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool = False) -> list[Row]:
@@ -67,16 +77,17 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
     """
     chosen = _choose(table, columns)
     faults, files, rows = Faults(table.path), Files(table.root), []
-    seen: dict[str, dict[Any, int]] = {"clip": {}, "id": {}}
+    seen: dict[str, dict[str | int, int]] = {"clip": {}, "id": {}}
     for number, record in table.records:
         try:
-            row = _row(record, chosen, files, table.where(number), allow_missing_captions)
-            for kind, value in (("clip", str(row.path)), ("id", record.get("id"))):
+            row = _row(record, chosen, files, partial(table.where, number), allow_missing_captions)
+            for kind, column, value in (("clip", chosen.video or "", str(row.path)), ("id", "id", _id(record))):
                 first = seen[kind].setdefault(value, number) if value is not None else number
                 if first != number:
-                    raise ValueError(f"has the {kind} '{value}' of {table.where(first)}; keep one of them")
-        except ValueError as error:
-            faults.add(table.where(number), str(error))
+                    place = table.where(first, column)
+                    raise _CellError(column, f"has the {kind} '{value}' of {place}; keep one of them")
+        except _CellError as fault:
+            faults.add(table.where(number, fault.column), str(fault))
         else:
             rows.append(row)
     faults.refuse()
@@ -115,34 +126,54 @@ def _choose(table: Table, columns: Columns) -> Columns:
     return Columns(caption, video, image if image != video else None)
 
 
-def _row(record: Mapping[str, Any], columns: Columns, files: Files, where: str, allow_missing_captions: bool) -> Row:
+def _row(
+    record: Mapping[str, Any],
+    columns: Columns,
+    files: Files,
+    where: Callable[[str], str],
+    allow_missing_captions: bool,
+) -> Row:
+    assert columns.caption is not None and columns.video is not None, "they were chosen"
     clip = _file(record, columns.video, files)
-    caption = record.get(columns.caption or "")
+    caption = record.get(columns.caption)
     if not isinstance(caption, str | None):
-        raise ValueError(f"{columns.caption} is {caption!r}; give text")
+        raise _CellError(columns.caption, f"{columns.caption} is {caption!r}; give text")
     caption = one_line(caption or "")
     picture = None
     if columns.image is not None and record.get(columns.image) not in (None, ""):
         picture = _file(record, columns.image, files)
     problem = None
     if isinstance(clip, Path) and not files.has(clip):
-        problem = f"does not exist; {where} names it"
+        problem = f"does not exist; {where(columns.video)} names it"
     elif isinstance(picture, Path) and not files.has(picture):
-        problem = f"its image {picture} does not exist; {where} names it"
+        problem = f"its image {picture} does not exist; {where(columns.image or '')} names it"
     elif not caption and not allow_missing_captions:
-        problem = f"its caption, {where}, is empty; write one, or set allow_missing_captions: true"
+        problem = f"its caption, {where(columns.caption)}, is empty; write one, or set allow_missing_captions: true"
     return Row(clip, caption, problem, picture, _info(record))
 
 
-def _file(record: Mapping[str, Any], column: str | None, files: Files) -> ClipFile:
-    value = record.get(column or "")
+def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
+    value = record.get(column)
     if value is None:
-        raise ValueError(f"has no value for '{column}'")
-    if isinstance(value, str):
-        return files.path(value)
+        raise _CellError(column, f"has no value for '{column}'")
     if hasattr(value, "container"):
         return value
-    raise ValueError(f"{column} is {value!r}; give the path of a file")
+    if not isinstance(value, str):
+        raise _CellError(column, f"{column} is {value!r}; give the path of a file")
+    try:
+        return files.path(value)
+    except ValueError as error:
+        raise _CellError(column, str(error)) from error
+
+
+def _id(record: Mapping[str, Any]) -> str | int | None:
+    """Return the ``id`` of a row, None where it has none."""
+    value = record.get("id")
+    if value is None or value == "" or hasattr(value, "container"):  # the last: a file *.id in an archive
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _CellError("id", f"id is {value!r}; give text or a whole number")
+    return value
 
 
 def _info(record: Mapping[str, Any]) -> VideoInfo | None:
@@ -154,9 +185,10 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
         frames, fps, height, width = (float(value) for value in given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         frames = fps = height = width = float("nan")
-    if not (all(value >= 1 and value.is_integer() for value in (frames, height, width)) and 0 <= fps < float("inf")):
+    whole = all(value >= 1 and value.is_integer() for value in (frames, height, width))
+    if not whole or not 0 <= fps < float("inf") or (fps == 0 and frames > 1):
         said = ", ".join(f"{name}={value}" for name, value in zip(_INFO, given, strict=True))
-        raise ValueError(f"says {said}; give whole numbers, and frames per second")
+        raise _CellError(_INFO[0], f"says {said}; give whole numbers, and frames per second: 0 for a single frame")
     return VideoInfo(int(frames), fps, frames / fps if fps else 0.0, int(height), int(width))
 
 
@@ -165,6 +197,8 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
 
 def read_lines(root: Path, columns: Columns) -> Table:
     """Read text files in which line n belongs to clip n: captions, paths of clips, and perhaps of images.
+
+    An empty line is an empty caption, or no image; those after the last clip are left out.
 
     Raises:
         InputError: a file is missing, or they differ in length.
@@ -181,7 +215,13 @@ def read_lines(root: Path, columns: Columns) -> Table:
         names["image"] = None
     lists = {kind: _text(root / name).split("\n") for kind, name in names.items() if name is not None}
     for lines in lists.values():
-        while lines and not lines[-1].strip():
+        if not lines[-1]:
+            lines.pop()  # what follows the end of the last line
+    clips = lists["video"]
+    while clips and not clips[-1].strip():
+        clips.pop()
+    for lines in lists.values():
+        while len(lines) > len(clips) and not lines[-1].strip():
             lines.pop()
     lengths = {kind: len(lines) for kind, lines in lists.items()}
     if len({*lengths.values()}) > 1:
@@ -194,7 +234,7 @@ def read_lines(root: Path, columns: Columns) -> Table:
         (number, dict(zip(files.values(), (value.strip() for value in values), strict=True)))
         for number, values in enumerate(zip(*lists.values(), strict=True), 1)
     )
-    return Table(root, root, list(files.values()), records, lambda number: f"{root / files['video']}:{number}")
+    return Table(root, root, list(files.values()), records, lambda number, file: f"{root / file}:{number}")
 
 
 def _first_file(root: Path, names: Sequence[str]) -> str | None:
@@ -210,18 +250,22 @@ def read_csv(path: Path) -> Table:
     faults, records = Faults(path), []
     reader = csv.reader(io.StringIO(_text(path)), strict=True)
     header: list[str] = []
+    line = 1  # on which the record begins: one whose quotes do not end goes on to the end of the file
     try:
         header = [name.strip() for name in next(reader, [])]
         for name in {name for name in header if header.count(name) > 1}:
             faults.add(f"{path}:1", f"names the column '{name}' twice")
+        line = reader.line_num + 1
         for fields in reader:
             if len(fields) == len(header):
-                records.append((reader.line_num, dict(zip(header, fields, strict=True))))
+                records.append((line, dict(zip(header, fields, strict=True))))
             elif fields:
                 cure = "put quotes around a caption that holds commas"
-                faults.add(f"{path}:{reader.line_num}", f"has {len(fields)} fields, the header {len(header)}; {cure}")
+                faults.add(f"{path}:{line}", f"has {len(fields)} fields, the header {len(header)}; {cure}")
+            line = reader.line_num + 1
     except csv.Error as error:
-        faults.add(f"{path}:{reader.line_num}", f"is no CSV: {error}")
+        cure = "end each quoted field with a quote, and write one inside it twice"
+        faults.add(f"{path}:{line}", f"is no CSV: {error}, in the record that begins there; {cure}")
     faults.refuse()
     return _text_table(path, header, records)
 
@@ -237,24 +281,41 @@ def read_json(path: Path) -> Table:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: is no JSON: {error.msg} (column {error.colno})") from error
-    start = re.match(r"\s*\[", text)
+    start = 0
     if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-        start = re.search(r'"data"\s*:\s*\[', text)
-    if not isinstance(content, list) or start is None:
+        content, start = content["data"], _start_of_data(text)
+    if not isinstance(content, list):
         raise InputError(f"{path}:1: is no list; give a list of objects, or one under the key 'data'")
-    return _objects(path, zip(_lines_of_entries(text, start.end(), len(content)), content, strict=True), Faults(path))
+    return _objects(path, zip(_lines_of_entries(text, start, len(content)), content, strict=True), Faults(path))
 
 
-def _lines_of_entries(text: str, position: int, count: int) -> Iterator[int]:
-    """Yield the line on which each entry of a JSON list begins."""
-    decoder, between, line, counted = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
+def _start_of_data(text: str) -> int:
+    """Return where the value of ``data`` begins in a JSON object; of several such keys the last counts, as in json."""
+    decoder, start = json.JSONDecoder(), 0
+    position = _skip(text, text.index("{") + 1)
+    while text[position] != "}":
+        key, position = decoder.raw_decode(text, position)
+        value = _skip(text, position)
+        start = value if key == "data" else start
+        position = _skip(text, decoder.raw_decode(text, value)[1])
+    return start
+
+
+def _lines_of_entries(text: str, start: int, count: int) -> Iterator[int]:
+    """Yield the line on which each entry of a JSON list begins; `start` is where the list does."""
+    decoder, line, counted, position = json.JSONDecoder(), 1, 0, text.index("[", start) + 1
     for _ in range(count):
-        match = between.match(text, position)
-        assert match is not None  # it matches nothing, too
-        line, counted = line + text.count("\n", counted, match.end()), match.end()
+        position = _skip(text, position)
+        line, counted = line + text.count("\n", counted, position), position
         yield line
-        position = decoder.raw_decode(text, match.end())[1]
+        position = decoder.raw_decode(text, position)[1]
+
+
+def _skip(text: str, position: int) -> int:
+    """Return where the next value of a JSON text begins, or its list or object ends."""
+    match = _BETWEEN_VALUES.match(text, position)
+    assert match is not None, "it matches nothing, too"
+    return match.end()
 
 
 def read_jsonl(path: Path) -> Table:
@@ -298,16 +359,25 @@ def read_parquet(path: Path) -> Table:
         content = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"'{path}' is no Parquet file, or a damaged one: {error}") from error
-    names = content.schema_arrow.names
-    batches = (batch.to_pylist() for batch in content.iter_batches(4096))
-    records = enumerate(itertools.chain.from_iterable(batches), 1)
-    return Table(path, path.parent, names, records, lambda number: f"{path}, row {number}")
+
+    def records() -> Iterator[tuple[int, dict[str, Any]]]:
+        number = 0
+        try:
+            for batch in content.iter_batches(4096):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last: text that is not UTF-8
+            said = f"is damaged after row {number}: {one_line(str(error))}; copy or write it again"
+            raise InputError(f"'{path}' {said}") from error
+
+    return Table(path, path.parent, content.schema_arrow.names, records(), lambda row, _: f"{path}, row {row}")
 
 
 def _text_table(path: Path, columns: Sequence[str], records: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
     if not records:
         raise InputError(f"'{path}' lists no clips")
-    return Table(path, path.parent, columns, iter(records), lambda number: f"{path}:{number}")
+    return Table(path, path.parent, columns, iter(records), lambda line, _: f"{path}:{line}")
 
 
 def _text(path: Path) -> str:

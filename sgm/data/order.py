@@ -60,6 +60,12 @@ class TrainingOrder:
         return dataset, int(self._permutation(dataset, round_)[clip])
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of what decides about the order."""
+        parts = (self.sizes, self._shares, self.seed, self.shuffle)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
     def alike(self) -> bool:
         """Whether every epoch shows each clip once."""
         return self._shares == self.sizes

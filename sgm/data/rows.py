@@ -130,6 +130,10 @@ class Files:
         Raises:
             ValueError: the name is empty, absolute, or leads out of the folder; the message says so.
         """
+        return self.root / self.inside(name)
+
+    def inside(self, name: str) -> str:
+        """Return such a name without what is superfluous in it, or raise as `path` does."""
         if not name.strip():
             raise ValueError("names no file")
         if name.startswith(("/", "\\")) or ntpath.splitdrive(name)[0]:
@@ -137,7 +141,7 @@ class Files:
         inside = os.path.normpath(name)
         if inside == os.pardir or inside.startswith(os.pardir + os.sep):
             raise ValueError(f"'{name}' leads out of '{self.root}'; move the file into that folder, or link it there")
-        return self.root / inside
+        return inside
 
     def has(self, path: Path) -> bool:
         """Return whether there is such a file."""

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sgm.data.manifest import CAPTION_NAMES, Columns, Table
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files
@@ -41,9 +41,13 @@ class Member:
         Raises:
             OSError: the archive cannot be read.
         """
-        with self.container.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        with self.container.open("rb") as archive:
+            return self.read_from(archive)
+
+    def read_from(self, archive: BinaryIO) -> bytes:
+        """Return its bytes from the archive that is open already."""
+        archive.seek(self.offset)
+        return archive.read(self.size)
 
 
 def read_archives(path: Path, columns: Columns) -> Table:
@@ -58,20 +62,24 @@ def read_archives(path: Path, columns: Columns) -> Table:
     if not archives:
         raise InputError(f"'{path}' holds no archives (*.tar)")
     faults = Faults(path)
-    samples = [sample for archive in archives for sample in _samples(archive, faults)]
+    samples = {archive: list(_samples(archive, faults)) for archive in archives}
     faults.refuse()
-    if not samples:
+    places = [where for found in samples.values() for where, _ in found]
+    if not places:
         raise InputError(f"'{path}' holds no samples; a sample is a video and a caption (000001.mp4, 000001.txt)")
-    records = [_record(where, files, columns, faults) for where, files in samples]
+    records: list[dict[str, Any]] = []
+    for archive, found in samples.items():
+        with archive.open("rb") as file:
+            records += [_record(where, files, columns, file, faults) for where, files in found]
     faults.refuse()
     names = list(dict.fromkeys(name for record in records for name in record))
-    return Table(path, path, names, iter(enumerate(records)), lambda number: samples[number][0])
+    return Table(path, path, names, iter(enumerate(records)), lambda number, _: places[number])
 
 
 def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield where each sample is and its files by suffix."""
     found: dict[str, dict[str, Member]] = {}
-    inside = Files(archive)
+    names = Files(archive)
     try:
         with tarfile.open(archive, "r:") as file:
             for entry in file:
@@ -80,7 +88,7 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
                 if not entry.isfile() or not stem or not ending:
                     continue
                 try:
-                    inside.path(entry.name)
+                    names.inside(entry.name)
                 except ValueError as error:
                     faults.add(str(archive), str(error))
                 key = f"{folder}/{stem}" if folder else stem
@@ -94,18 +102,19 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
     yield from ((f"{archive}, {key}", files) for key, files in found.items())
 
 
-def _record(where: str, files: Mapping[str, Member], columns: Columns, faults: Faults) -> dict[str, Any]:
+def _record(
+    where: str, files: Mapping[str, Member], columns: Columns, archive: BinaryIO, faults: Faults
+) -> dict[str, Any]:
     """Return the columns of a sample."""
     record: dict[str, Any] = dict(files)
     if "json" in files:
         try:
-            content = json.loads(record.pop("json").read())
+            content = json.loads(record.pop("json").read_from(archive))
             record |= content
         except (ValueError, TypeError) as error:
             faults.add(f"{files['json']}", f"is no JSON object: {error}")
-    videos, pictures = (_of_kind(files, kind) for kind in (VIDEO_SUFFIXES, PICTURE_SUFFIXES))
     if columns.video is None:
-        clips = videos or pictures
+        clips = _of_kind(files, VIDEO_SUFFIXES) or _of_kind(files, PICTURE_SUFFIXES)
         if len(clips) != 1:
             found = f"holds {len(clips) or 'no'} videos ({', '.join(files)})"
             faults.add(where, f"{found}; keep one, or set data.params.video_column to its suffix")
@@ -113,7 +122,7 @@ def _record(where: str, files: Mapping[str, Member], columns: Columns, faults: F
     for name in [columns.caption] if columns.caption else CAPTION_NAMES:
         if name in files:
             try:
-                record[name] = files[name].read().decode("utf-8-sig")
+                record[name] = files[name].read_from(archive).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 faults.add(str(files[name]), f"is not UTF-8 text (byte {error.start})")
     if columns.caption is None:

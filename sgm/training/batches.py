@@ -1,5 +1,6 @@
 """Clips divided among buckets: their sizes, found on rank zero, and the plan that all ranks share."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import numpy as np
 import sgm.distributed
 from sgm.args import TrainingArgs
 from sgm.data.bucket_plan import BucketPlan, Division
-from sgm.data.buckets import PATH, ClipSizes, clip_sizes
+from sgm.data.buckets import NOWHERE, PATH, ClipSizes, clip_sizes
+from sgm.data.cache import TOOL, listed
 from sgm.data.order import TrainingOrder
 from sgm.training.data import Data
+from sgm.training.state import ResumePoint
 from sgm.util import InputError
 
 _NEEDED = ("clip_infos", "fps", "skip", "sample", "paths")
@@ -26,7 +29,8 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
         args: with ``seed`` and ``train_data_weights``.
 
     Raises:
-        InputError: the data set does not offer what buckets need, or no clip fits any of them.
+        InputError: the data set does not offer what buckets need, no clip fits any of them, or a cache has clips at
+            other shapes.
     """
     for dataset in data.train:
         missing = [name for name in _NEEDED if not hasattr(dataset, name)]
@@ -40,7 +44,47 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
         found = _sizes(data.train)
     sizes, unreadable = sgm.distributed.from_rank_zero(found)
     order = TrainingOrder([len(dataset) for dataset in data.train], seed=args.seed, weights=args.train_data_weights)
-    return BucketPlan(order, division, sizes), unreadable
+    buckets = BucketPlan(order, division, sizes)
+    _require_cached(data.train, buckets)
+    return buckets, unreadable
+
+
+def _require_cached(datasets: Sequence[Any], buckets: BucketPlan) -> None:
+    """Check that those that come from a cache have each clip at the shape of its bucket, which no epoch changes."""
+    names = [*map(str, buckets.division.buckets.buckets)]
+    shapes = [None if index == NOWHERE else names[index] for index in buckets.bucket_of_clips(0).tolist()]
+    found, start = [], 0
+    for dataset in datasets:
+        if hasattr(dataset, "not_cached"):
+            found += dataset.not_cached(shapes[start : start + len(dataset)])
+        start += len(dataset)
+    if found:
+        raise InputError(
+            f"args.latent_cache: {len(found):,} clips have other sizes or lengths than when they were encoded, in "
+            f"files or columns of a manifest; restore them, or run {TOOL} with another --out:\n{listed(found)}"
+        )
+
+
+def require_same_plan(point: ResumePoint, buckets: BucketPlan, unreadable: Mapping[str, str]) -> None:
+    """Check that the micro-batches that a state counts are those of now.
+
+    Args:
+        point: of the state.
+        buckets: of now.
+        unreadable: path → reason of clips that cannot be read now.
+
+    Raises:
+        InputError: they are not.
+    """
+    if point.plan == buckets.digest:
+        return
+    lines = [f"{path}: {reason}" for path, reason in unreadable.items()]
+    raise InputError(
+        f"args.resume: {point.run} counts micro-batches, and now they have other samples: clips were added, removed, "
+        "replaced, or cannot be read, or num_frames, fps, height or width in a manifest, args.seed or "
+        "args.train_data_weights is another; restore what changed, or start anew with args.resume=none (args.load may "
+        "name the run folder)" + (f"\nclips that cannot be read now:\n{listed(lines)}" if lines else "")
+    )
 
 
 def _sizes(datasets: tuple[Any, ...]) -> tuple[ClipSizes, dict[str, str]]:
@@ -55,11 +99,22 @@ def _sizes(datasets: tuple[Any, ...]) -> tuple[ClipSizes, dict[str, str]]:
 
 
 def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
-    """Return the optimizer steps of the whole run."""
+    """Return the optimizer steps of the whole run.
+
+    Raises:
+        InputError: there is none.
+    """
     if args.train_iters is not None:
         return args.train_iters
     assert args.epochs is not None, "the configuration is refused without either"
-    return buckets.steps(args.epochs)
+    total = buckets.steps(args.epochs)
+    if total == 0:
+        raise InputError(
+            f"args.epochs={args.epochs} gives no step: no bucket of {PATH} gets the clips of a whole micro-batch of "
+            f"all {buckets.division.ranks} ranks; set data.params.drop_partial=false, or lower batch sizes, or raise "
+            "args.epochs or probabilities"
+        )
+    return total
 
 
 def bucket_report(buckets: BucketPlan, args: TrainingArgs) -> str:

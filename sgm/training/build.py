@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from sgm.inference.run import RING
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.precision import precision_name
-from sgm.training.batches import bucket_report, plan_buckets, total_steps
+from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
 from sgm.training.prepare import Plan, total_iterations
@@ -112,6 +112,9 @@ def build(config: Config, plan: Plan) -> Parts:
     if plan.division is not None:
         buckets, unreadable = plan_buckets(data, plan.division, args)
         known_bad |= unreadable
+        if plan.resume is not None:
+            require_same_plan(plan.resume, buckets, unreadable)
+        point = replace(point, plan=buckets.digest)
         total = total_steps(buckets, args)
         logger.info("%s", bucket_report(buckets, args))
     engine = _load_engine(config, plan)

@@ -15,7 +15,7 @@ from sgm.args import TrainingArgs
 from sgm.check import params_of
 from sgm.check_training import fitted_buckets
 from sgm.config import Config
-from sgm.data.buckets import NOWHERE, Buckets, ClassBuckets
+from sgm.data.buckets import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
 from sgm.files import weights_digest
 from sgm.geometry import Geometry
@@ -159,14 +159,23 @@ def _buckets(config: Config) -> Buckets | None:
     return fitted_buckets(config, Geometry.from_network(params_of(config.model["network_config"])))
 
 
-def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | None]:
-    """Return path → (F, H, W) of each usable clip; None where it fits no bucket. Reads clips that no index knows."""
+def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | str | None]:
+    """Return what is encoded of each clip, by path; with buckets, those that no index knows are read.
+
+    Returns:
+        (F, H, W); None where the clip fits no bucket; or why it cannot be read.
+    """
     buckets, keys = _buckets(config), dataset.cache_keys()
     if buckets is None:
         return dict.fromkeys(keys, (dataset.max_num_frames, *dataset.video_size))
-    sizes = dataset.clip_sizes()
-    chosen = buckets.choose(sizes, np.zeros((len(sizes), buckets.num_draws)))
-    shapes = [None if index == NOWHERE else buckets.buckets[index].shape for index in chosen.tolist()]
+    infos = dataset.clip_infos()
+    chosen = buckets.choose(
+        clip_sizes(infos, fps=dataset.fps, skip=dataset.skip), np.zeros((len(infos), buckets.num_draws))
+    )
+    shapes = [
+        info if isinstance(info, str) else None if index == NOWHERE else buckets.buckets[index].shape
+        for info, index in zip(infos, chosen.tolist(), strict=True)
+    ]
     return {path: shape for path, shape in zip(dataset.paths, shapes, strict=True) if path in keys}
 
 
@@ -187,11 +196,24 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
     if kind == "latents":
         shapes |= {"max_num_frames": dataset.max_num_frames, "fps": dataset.fps}
     if buckets is not None:
-        shapes = {"fps": dataset.fps, "buckets": [str(bucket) for bucket in buckets.buckets]}
+        shapes = {"fps": dataset.fps, "buckets": _rules(buckets)}
     return {
         "vae": {"weights": weights_digest(params["ckpt_path"]), "target": section["target"], **encoder},
         "precision": precision_name(autoencoder_dtype(dtype)),
         "data": {**shapes, "skip_frames": list(dataset.skip), "reshape_mode": dataset.reshape_mode},
+    }
+
+
+def _rules(buckets: Buckets) -> Any:
+    """Return what decides about the bucket of a clip, as JSON has it."""
+    if not isinstance(buckets, ClassBuckets):
+        return [str(bucket) for bucket in buckets.buckets]
+    return {
+        entry.name: {
+            "sizes": [f"{height}x{width}" for height, width in entry.sizes],
+            "keep": {str(rule.frames): [rule.keep, rule.keep_frames] for rule in entry.rules},
+        }
+        for entry in buckets.classes
     }
 
 

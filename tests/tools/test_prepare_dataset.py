@@ -47,6 +47,16 @@ def test_the_commands_of_the_documentation(tool, words, tmp_path, capsys):
     assert re.search(r"text +4 captions .*; T5 is not loaded", shown) and "VAE is not loaded" in shown
 
 
+def test_clips_that_cannot_be_encoded_are_listed_each_time_and_end_with_1(tool, words, tmp_path, capsys):
+    (tmp_path / "few" / "videos" / "000001.mp4").write_bytes(b"no video")
+    base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--vae", "--out", str(tmp_path / "cache")]
+    for _ in range(2):
+        assert tool.main([*base, *words]) == 1
+        shown = capsys.readouterr().out
+        assert "latents: 3 in 1 shards" in shown and "; 0 missing" in shown
+        assert "1 could not be encoded; the same command tries them again:\n  few/videos/000001.mp4, 8 bytes: " in shown
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -207,6 +207,18 @@ def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
     assert "is no plan of this command" in refused(film)
 
 
+@pytest.mark.parametrize("there", ["videos/film_0000.mp4", "videos/film_12345.mp4", "labels/film_0001.txt"])
+def test_clips_and_captions_without_a_plan_are_not_mixed_with_new_ones(film, tmp_path, there, capsys):
+    (tmp_path / there).parent.mkdir()
+    (tmp_path / there).write_bytes(b"old")
+    assert run(film, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert there in said and "cuts/film.json says what they show; remove them, or give another --out" in said
+    assert bytes_below(tmp_path) == {there: b"old"}
+    (tmp_path / there).rename((tmp_path / there).with_name("film_2_0000.mp4"))  # a clip of film_2
+    split_video.check_sources([film], settings(), tmp_path)
+
+
 def test_the_extra_is_named_where_it_is_missing(film, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     assert run(film, tmp_path / "out") == 2

@@ -1,11 +1,12 @@
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, write_shard
+from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
 from sgm.data.webdataset import Member
 from sgm.util import InputError, RunError
 
@@ -60,6 +61,26 @@ def test_what_could_not_be_encoded_is_told(tmp_path):
     assert CachedTensors(tmp_path, "latents").failures == {}, "a shard that is written again has its own failures"
 
 
+def test_a_shard_that_lacks_results_is_unfinished_and_written_again_without_a_moment_of_half(tmp_path, monkeypatch):
+    given = description()
+    write(tmp_path, given, b="is damaged")
+    assert given.unfinished(tmp_path) == [0] and given.missing(tmp_path) == []
+    assert given.failures(tmp_path) == {"b": "is damaged"}
+    assert read_shard(tmp_path, given, 0).keys() == {"a"} and read_shard(tmp_path, given, 1).keys() == {"c"}
+
+    def die(*_):
+        raise RunError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sgm.data.cache.save_file", die)
+        with pytest.raises(RunError, match="killed"):
+            write_shard(tmp_path, given, 0, [tensor("a"), tensor("b")])
+    assert given.missing(tmp_path) == [0], "a shard without b must not stand there with nothing that says so"
+    assert read_shard(tmp_path, given, 0) == {}
+    write_shard(tmp_path, given, 0, [tensor("a"), tensor("b")])
+    assert given.unfinished(tmp_path) == [] and read_shard(tmp_path, given, 0).keys() == {"a", "b"}
+
+
 def test_an_unfinished_cache_is_refused_with_what_to_do(tmp_path):
     write(tmp_path, description(), skip=1)
     with pytest.raises(InputError, match=r"1 of 2 shards.*latents-00001.*the same command of tools/prepare_dataset.py"):
@@ -76,10 +97,15 @@ def test_damage_is_told(tmp_path):
     with pytest.raises(RunError, match=r"latents-00000\.safetensors is damaged.*remove it, and run"):
         CachedTensors(tmp_path, "latents")["a"]
     (tmp_path / "latents.json").write_text('{"format": 0}')
-    with pytest.raises(InputError, match="format 0, and this version reads 1"):
+    with pytest.raises(InputError, match="format 0, and this version reads 2"):
         CachedTensors(tmp_path, "latents")
     (tmp_path / "latents.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
+        CachedTensors(tmp_path, "latents")
+    (tmp_path / "latents.json").write_text(
+        '{"format": 2, "dtype": "", "source": {}, "shards": [["a"]], "shapes": ["", ""], "left_out": []}'
+    )
+    with pytest.raises(InputError, match="2 shapes of 1 clips"):
         CachedTensors(tmp_path, "latents")
 
 
@@ -91,13 +117,16 @@ def test_damage_is_told(tmp_path):
         ({"shards": (("a", "b"), ("c", "d"))}, "new: d"),
         ({"shards": (("a", "b"),)}, "gone: c"),
         ({"shards": (("a", "b", "c"),)}, "--shard_mb"),
+        ({"shapes": ("5x8x8", "9x8x8", "5x8x8")}, 'b: cache "5x8x8", now "9x8x8"'),
+        ({"shapes": ("5x8x8", "5x8x8", "5x8x8")}, 'c: cache null, now "5x8x8"'),
     ],
 )
 def test_another_cache_is_not_mixed_with_this_one(tmp_path, change, message):
-    write(tmp_path, description())
-    begin(tmp_path, description())
+    given = description(shapes=("5x8x8", "5x8x8", None))
+    write(tmp_path, given)
+    begin(tmp_path, given)
     with pytest.raises(InputError) as refused:
-        begin(tmp_path, description(**change))
+        begin(tmp_path, replace(given, **change))
     assert message in str(refused.value) and "--out" in str(refused.value)
 
 

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sgm.data.bucket_config import parse_buckets
 from sgm.data.check import RowReport, bad_share, check_rows, histograms, summarize, summary_text, table, write_report
@@ -56,6 +57,21 @@ def test_with_buckets_each_clip_is_held_against_its_own(rows):
     assert "1000 frames per second" in absurd.problems[0] and "no video" in text.problems[0]
     found = check(*rows, buckets=parse_buckets({"144p": {9: [0.5, 1]}}))
     assert found[0].notes == ("fits no bucket: left out",) and found[0].num_frames == 0
+
+
+def test_what_a_manifest_states_is_held_against_the_clip(tmp_path):
+    path, picture = clip(tmp_path / "a.mp4"), tmp_path / "a.png"
+    Image.new("RGB", (96, 64)).save(picture)
+
+    def stated(file, *info, **more):
+        return check(Row(file, "a caption", info=VideoInfo(*info)), **more)[0]
+
+    assert stated(path, 17, 8.07, 2.1, 64, 96).notes == () and stated(picture, 1, 25.0, 0.04, 64, 96).problems == ()
+    wrong = stated(path, 81, 8.1, 10.0, 96, 64)
+    said = "its columns say num_frames=81 where it has 17, height=96 where it has 64, width=64 where it has 96, fps=8.1"
+    assert wrong.problems == () and said in wrong.notes[0]
+    assert said in stated(path, 81, 8.1, 10.0, 96, 64, buckets=parse_buckets(["17x64x96"])).problems[0]
+    assert stated(path, 17, 8.0, 2.125, 64, 96, buckets=parse_buckets(["17x64x96"])).problems == ()
 
 
 def test_too_short_to_skip_is_a_problem(rows):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sgm.data import index
+from sgm.data.formats import list_rows
 from sgm.data.index import clip_infos, index_path
 from sgm.data.rows import Row, VideoInfo
 
@@ -72,6 +73,25 @@ def test_a_folder_that_is_read_only_has_its_index_in_the_cache(folder, reading, 
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("no folder")
     assert clip_infos(rows(folder), folder) == [INFO] * 3, "then nothing is kept"
+
+
+def test_clips_in_a_table_are_known_as_long_as_its_files_are(tmp_path, reading):
+    from datasets import Dataset, Features, Value, Video, disable_progress_bars
+
+    disable_progress_bars()
+    folder, content = tmp_path / "set", (TOY / "000000.mp4").read_bytes()
+    cells = [{"video": {"bytes": content, "path": f"{name}.mp4"}, "caption": name} for name in "abc"]
+    features = Features({"caption": Value("string"), "video": Video(decode=False)})
+    Dataset.from_list(cells, features=features).save_to_disk(str(folder))
+    listed = list_rows(folder)
+    for _ in range(3):
+        assert clip_infos(listed, folder) == [INFO] * 3
+    assert len(reading) == 3, "the index lies in the folder"
+    with next(folder.glob("*.arrow")).open("r+b") as file:
+        file.write(file.read(1))  # the folder does not change by that
+    os.utime(next(folder.glob("*.arrow")), ns=(1, 2**62))
+    clip_infos(listed, folder)
+    assert len(reading) == 6
 
 
 @pytest.mark.parametrize("content", ["no JSON", json.dumps({"a.mp4": [1]}), "[1]"])

@@ -103,7 +103,7 @@ def test_a_run_resumed_in_mid_epoch_equals_an_uninterrupted_one(runs, world):
     assert losses(resumed) == losses(straight) and len(losses(straight)) == ITERS
     assert difference(weights(resumed), weights(straight)) == 0
     state = json.loads((resumed / "resume" / str(ITERS) / "resume.json").read_text())
-    assert state["micro_batches"] == ITERS and len(state["buckets"]) == 64
+    assert state["micro_batches"] == ITERS and len(state["buckets"]) == len(state["plan"]) == 64
 
 
 def test_other_buckets_or_ranks_are_not_gone_on_with(runs, training_yaml, settings):
@@ -113,6 +113,10 @@ def test_other_buckets_or_ranks_are_not_gone_on_with(runs, training_yaml, settin
         config = load_config(training_yaml(LORA), [*settings, *more, changed], mode="train")
         with pytest.raises(InputError, match="written with other buckets, batch sizes or ranks"):
             train(config)
+    lengths = ["deepspeed.train_micro_batch_size_per_gpu=4", "data.params.fps=4"]
+    config = load_config(training_yaml(LORA), [*settings, *more, *lengths], mode="train")
+    with pytest.raises(InputError, match="counts micro-batches, and now they have other samples"):
+        train(config)
 
 
 def test_epochs_are_counted_in_what_the_buckets_give(job, settings):

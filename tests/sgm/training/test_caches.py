@@ -1,9 +1,12 @@
 """Training from caches: the same as without them, refused where it would not be, and nothing loaded in vain."""
 
+import itertools
+import json
 import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +17,14 @@ import sgm.distributed
 import sgm.precompute
 from sgm.config import ConfigError, load_config
 from sgm.data.bucket_config import parse_buckets
-from sgm.data.cache import CachedTensors
+from sgm.data.cache import CachedTensors, differences
 from sgm.files import find_weights, read_tensors
 from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.precompute import plan_jobs, run_jobs
-from sgm.training.caches import require_repeatable
+from sgm.training.caches import clip_source, require_repeatable
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.util import InputError, RunError
@@ -181,6 +184,47 @@ def test_buckets_that_change_from_epoch_to_epoch_are_refused(training_yaml, monk
     require_repeatable(config, [])
 
 
+def test_the_rules_by_which_clips_go_to_buckets_are_part_of_what_a_cache_was_made_for(training_yaml, monkeypatch):
+    config = load_config(training_yaml("dit_t2v_5b_lora"), [], mode="train")
+    dataset = SimpleNamespace(video_size=(32, 48), max_num_frames=5, fps=8.0, skip=(0, 0), reshape_mode="center")
+
+    def source(**classes):
+        monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets(classes))
+        found = clip_source(config, dataset, torch.float32, "latents")
+        assert json.loads(json.dumps(found)) == found
+        return found
+
+    rules = [
+        {17: [1, 1], 33: [0, 1]},
+        {17: [0, 1], 33: [1, 1]},
+        {17: [1, 1], 33: [1, 1]},
+        {17: [1, 1], 33: [[1, 0], 1]},
+    ]
+    sources = [source(**{"480p": rule}) for rule in rules]
+    named = [source(**{"480p": {17: [1, 1]}}), source(**{"512": {17: [1, 1]}})]
+    assert all(one != other for one, other in itertools.combinations([*sources, *named], 2))
+    assert source(**{"480p": {17: [1, 9], 33: [0, 0]}}) == sources[0], "batch sizes do not matter"
+    assert differences(sources[0], sources[1])[0].startswith("data.buckets.480p.keep.")
+
+
+def test_a_clip_that_cannot_be_read_is_a_failure_and_one_that_fits_no_bucket_is_left_out(
+    training_yaml, clips, tmp_path, monkeypatch
+):
+    data = shutil.copytree(clips, tmp_path / "data")
+    (data / "videos" / "003.mp4").write_bytes(b"no video")
+    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"144p": {5: [1, 1]}}))
+    config = load_config(training_yaml("dit_t2v_5b_lora"), [f"args.train_data=[{data}]"], mode="train")
+    with pytest.raises(InputError, match="no clip that can be trained on"):
+        plan_jobs(config, ("latents",))
+    write_video(data / "videos" / "002.mp4", np.zeros((5, 192, 192, 3), np.uint8), 8)
+    (job,) = plan_jobs(config, ("latents",))
+    assert [*job.description.shape_of().values()] == ["5x192x192", None] and len(job.description.left_out) == 6
+    assert "data/videos/003.mp4, 8 bytes" in job.description.keys()
+    with job.loaded() as encode:
+        reason = list(encode(["data/videos/003.mp4, 8 bytes"]))
+    assert isinstance(reason[0], str) and reason[0]
+
+
 def test_changed_and_added_clips_and_weights_are_noticed(training_yaml, clips, tmp_path):
     data = shutil.copytree(clips, tmp_path / "data")
     vae = tmp_path / "vae.pt"
@@ -264,12 +308,46 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
     for job in jobs:
         other.mkdir(exist_ok=True)
         shutil.copyfile(cache / f"{job.description.kind}.json", other / f"{job.description.kind}.json")
+    exchanges = []
     for rank in range(2):
+        shards = []
+        exchanges.append(shards)
         monkeypatch.setattr(sgm.distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(sgm.distributed, "from_rank_zero", lambda _: missing)
+        monkeypatch.setattr(
+            sgm.distributed, "from_all_ranks", lambda found, shards=shards: shards.append(len(files(other))) or [found]
+        )
         run_jobs(jobs, other)
         made.append({*files(other)} - {name for names in made for name in names})
     assert all(len(names) > 2 for names in made) and files(other) == files(cache)
+    rounds = sum(-(-len(shards) // 2) for shards in missing)
+    assert [len(shards) for shards in exchanges] == [rounds, rounds], "ranks meet equally often"
+    assert all(after - before <= 1 for shards in exchanges for before, after in itertools.pairwise(shards))
+
+
+def test_what_could_not_be_encoded_is_tried_again_alone(training_yaml, cache, tmp_path, monkeypatch):
+    bases, other, decoded = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
+    jobs = plan_jobs(load_config(bases, [], mode="train"), ("latents",), shard_bytes=SMALL)
+    pixels = sgm.precompute._Clip.pixels
+
+    def noted(clip, kind):
+        decoded.append(Path(clip.path).name)
+        return "is out of reach" if decoded[-1] in away else pixels(clip, kind)
+
+    monkeypatch.setattr(sgm.precompute._Clip, "pixels", noted)
+    away = ["002.mp4", "005.mp4"]
+    failures = run_jobs(jobs, other)
+    assert len(decoded) == 8 and sorted(failures.values()) == ["is out of reach"] * 2
+    assert CachedTensors(other, "latents").failures == failures
+    away, former = ["005.mp4"], decoded.copy()
+    assert [key for key in run_jobs(jobs, other) if "005.mp4" in key] and decoded[len(former) :] == [
+        "002.mp4",
+        "005.mp4",
+    ]
+    away = []
+    assert run_jobs(jobs, other) == {} and decoded[-1] == "005.mp4" and len(decoded) == 11
+    expected = {name: content for name, content in files(cache).items() if name.startswith("latents")}
+    assert files(other) == expected
 
 
 TOY = ("configs/toy.yaml", "configs/toy_sft.yaml")
