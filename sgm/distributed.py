@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from sgm.log import quiet_dependencies
 from sgm.packing import pack, unpack
@@ -155,7 +156,11 @@ def _start_launched() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group(dist.get_default_backend_for_device(device()), timeout=_timeout)
+        # torchrun keeps its store when it starts all processes again, and in it the addresses of those before.
+        store, rank, size = next(rendezvous("env://", timeout=_timeout))
+        store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = dist.get_default_backend_for_device(device())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
     except dist.DistError as error:
         found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
         raise RunError(f"{found}; start all of them, with the same MASTER_ADDR and MASTER_PORT") from error

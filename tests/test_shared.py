@@ -7,7 +7,7 @@ import pytest
 from tests.processes import run
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_ranks_together_compute_what_one_does(size):
     done = run("tests/shared_ranks.py", [str(size)], size)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -50,6 +50,7 @@ def same_weights(runs: list[Path]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_restart_goes_on_exactly(training_yaml, tmp_path):
     stage, iters = "deepspeed.zero_optimization.stage=2", "args.train_iters=8"
     straight, killed = tmp_path / "straight", tmp_path / "killed"
