@@ -89,7 +89,9 @@ def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
     return rows | ({"memory": unknown} if unknown else sampling_estimate(config, dtype).rows())
 
 
-def training_rows(config: Config, dtype: torch.dtype, trained: Collection[str]) -> dict[str, str]:
+def training_rows(
+    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
+) -> dict[str, str]:
     """Return the rows about ranks, memory and traffic of a training run that has been checked.
 
     With buckets, those of the bucket that takes most.
@@ -98,6 +100,8 @@ def training_rows(config: Config, dtype: torch.dtype, trained: Collection[str]) 
         config: of the run.
         dtype: of the network.
         trained: names of the parameters that are trained.
+        vae: whether the VAE is loaded.
+        text_encoder: whether the text encoder is.
     """
     rows = {"ranks": mesh_row(mesh_of(config))}
     unknown = _unknown(config)
@@ -106,7 +110,9 @@ def training_rows(config: Config, dtype: torch.dtype, trained: Collection[str]) 
         rows |= {"largest bucket": largest} if largest else {}
     if not unknown and _clip(config) is None:
         unknown = "not estimated: data.params do not say how large clips are"
-    return rows | ({"memory": unknown} if unknown else training_estimate(config, dtype, trained).rows())
+    if unknown:
+        return rows | {"memory": unknown}
+    return rows | training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder).rows()
 
 
 def _unknown(config: Config) -> str:
@@ -151,13 +157,17 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     return Estimate(phases, network.traffic(together, trains=False), video=video)
 
 
-def training_estimate(config: Config, dtype: torch.dtype, trained: Collection[str]) -> Estimate:
+def training_estimate(
+    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
+) -> Estimate:
     """Return what a rank needs in training.
 
     Args:
         config: of a run, checked; its data say how large clips are.
         dtype: of the network.
         trained: names of the parameters that are trained.
+        vae: whether the VAE is loaded; it is not where all that it would encode comes from a cache.
+        text_encoder: whether the text encoder is.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -177,18 +187,20 @@ def training_estimate(config: Config, dtype: torch.dtype, trained: Collection[st
     if offloads == [True, False] and zero["stage"] == 3:  # the formula has both on the CPU
         device = dtype.itemsize * total / ranks
         machine -= device
-    text = text_encoder_bytes(config)
-    stays = 0.0 if args.text_encoder_offload == "cpu" else text
+    text = text_encoder_bytes(config) if text_encoder else 0.0
+    # Without a cache, captions come with every batch, and the encoder is not read anew for each.
+    leaves = args.text_encoder_offload == "cpu" or (args.text_encoder_offload == "release" and args.text_cache)
+    stays = 0.0 if leaves else text
     resident = {"weights, gradients, optimizer": device, "text encoder": stays}
     block = parameters(built.transformer.layers[0], mesh.tensor)[0]
     activations = network.backward_bytes(section["train_micro_batch_size_per_gpu"])
     resident["buffers"] = _buffers(zero, learned, dtype)
     passing: dict[str, dict[str, float]] = {}
-    if config.model.get("first_stage_config") is not None:
-        vae = autoencoder_of(config, size, dtype, tiles=False)
-        resident["VAE"] = vae.parameters * vae.width
+    if vae and config.model.get("first_stage_config") is not None:
+        autoencoder = autoencoder_of(config, size, dtype, tiles=False)
+        resident["VAE"] = autoencoder.parameters * autoencoder.width
         if not config.model.get("latent_input"):
-            passing["the VAE"] = {**resident, "activations": vae.encode_bytes(frames)}
+            passing["the VAE"] = {**resident, "activations": autoencoder.encode_bytes(frames)}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * dtype.itemsize if zero["stage"] == 3 else 0.0
     phases = {"the network": {**resident, "weights in use": live, "activations": activations}, **passing}
     if text and not stays:

@@ -1,4 +1,4 @@
-"""Run under torchrun: ranks share samples in the network and in the VAE, and compare with one rank. Not a test."""
+"""A script for several ranks, no test: they share samples in the network and the VAE, and compare with one rank."""
 
 import json
 import sys

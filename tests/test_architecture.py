@@ -293,6 +293,7 @@ ALLOWED_HOSTS = re.compile(
     r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, which is recognised
     r"|yaml\.org"  # in the name of a YAML tag
     r"|file://.*|127\.0\.0\.1.*"
+    r"|env://"  # torch's word for a rendezvous by environment variables
 )
 
 

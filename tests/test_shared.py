@@ -1,4 +1,4 @@
-"""One sample on several ranks, in the network and in the VAE: as on one rank. Real processes under torchrun."""
+"""One sample on several ranks, in the network and in the VAE: as on one rank. Real processes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Run several trainings one after the other in one process, or under torchrun: a JSON file lists their configurations.
+"""Run several trainings one after the other, on one rank or several: a JSON file lists their configurations.
 
 Not a test: tests start it, since starting Python and importing torch takes longer than a tiny training.
 """

@@ -114,7 +114,7 @@ def read_picture(path: str | ClipFile) -> np.ndarray:
     try:
         with Image.open(opened(path)) as file:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+            return np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
     except FileNotFoundError as error:
         raise ClipError(path, "does not exist") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -261,7 +261,9 @@ class _Checks:
             f"({args.lr_decay_style}), ZeRO stage {section['zero_optimization']['stage']}",
             "results": args.save if resume is None else f"{resume.run}, from iteration {resume.iteration}",
         }
-        rows |= training_rows(self.config, facts["dtype"], facts["trainable"].names)
+        caches: Caches = facts["caches"]
+        loaded = {"vae": bool(caches.vae), "text_encoder": bool(caches.text_encoder)}
+        rows |= training_rows(self.config, facts["dtype"], facts["trainable"].names, **loaded)
         width = max(map(len, rows))
         return Plan(
             config=self.config,

@@ -1,7 +1,4 @@
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +6,7 @@ import torch.distributed as dist
 
 import sgm.distributed
 from sgm.util import InputError
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run
 
 TWO_RANKS = """
 import torch, torch.distributed as dist
@@ -52,9 +48,7 @@ def test_groups_can_be_made_again_after_a_shutdown():
 def test_two_ranks(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run(str(script), [], world=2)
     assert done.returncode == 0, done.stderr
 
 

@@ -219,6 +219,23 @@ def test_the_rows_of_training(monkeypatch):
     assert open_size["memory"].startswith("not estimated: data.params")
 
 
+def test_what_comes_from_caches_takes_no_memory():
+    def phases(*overrides, **loaded):
+        trained = ["time_embed.0.weight"]
+        return training_estimate(training(*overrides), torch.float32, trained, **loaded).phases
+
+    neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
+    assert set(phases()) == {"the network", "the VAE"}
+    assert set(phases(cache, **neither)) == {"the network"}
+    assert set(phases(cache, vae=False)) == {"the network", "the text encoder"}, "loaded for evaluation, and released"
+    without = phases(cache, **neither)["the network"]
+    assert phases()["the network"] == without | {
+        "VAE": phases()["the network"]["VAE"],
+        "text encoder": phases()["the network"]["text encoder"],
+    }
+    assert without["text encoder"] == 0 < phases()["the network"]["text encoder"]
+
+
 def test_offloading_moves_memory_to_the_machine(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     zero = "deepspeed.zero_optimization"

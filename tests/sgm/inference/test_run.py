@@ -1,9 +1,6 @@
 """Whole sampling runs of tiny models, through the command's own `main`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 from sgm.checkpoint import load_network, save_network
 from sgm.inference.main import main
 from sgm.util import instantiate_from_config
+from tests.processes import run
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
@@ -193,11 +191,8 @@ def test_two_ranks_share_the_prompts(tiny_model, tmp_path):
     base, keep = tiny_model("dit_t2v_2b"), "args.only_save_latents=true"
     prompts = write_prompts(tmp_path / "p.txt")
     sample(base, tmp_path / "one", prompts, keep)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample_video.py"]
-    command += ["--base", str(base), f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'two'}", keep]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
+    words = ["--base", str(base), f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'two'}", keep]
+    done = run("sample_video.py", words, world=2)
     assert done.returncode == 0, done.stderr
     one, two = latents(tmp_path / "one"), latents(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 3

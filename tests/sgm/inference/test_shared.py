@@ -1,4 +1,4 @@
-"""Sampling with several ranks on each sample: the same results, written once. Real processes under torchrun."""
+"""Sampling with several ranks on each sample: the same results, written once. Real processes."""
 
 import imageio.v3 as iio
 import numpy as np

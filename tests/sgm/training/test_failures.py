@@ -14,7 +14,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.main import main
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError, RunError
-from tests.processes import ROOT, only_run, run
+from tests.processes import ROOT, Training, only_run, run
 
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
 
@@ -372,14 +372,14 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(training_yaml, job, tmp
     (tmp_path / "dying" / "sitecustomize.py").write_text(DYING)
     env = {"PYTHONPATH": f"{tmp_path / 'dying'}:{ROOT}", "H_MARKER": str(tmp_path / "marker")}
     command = [*overrides, "deepspeed.train_micro_batch_size_per_gpu=1", f"args.save={tmp_path / 'runs'}"]
-    words = ["--base", *training_yaml(LORA), *command]
-    died = run("train_video.py", words, world=2, **env)
-    assert (tmp_path / "marker").exists() and died.returncode != 0
-    assert "iteration 3 failed" in died.stderr, died.stderr[-3000:]
-    assert "start again with args.resume=auto" in died.stderr and ".mp4" in died.stderr
+    bases = training_yaml(LORA)
+    messages = Training(bases, command, 2, **env).finish(code=1)
+    assert (tmp_path / "marker").exists()
+    assert "iteration 3 failed" in messages, messages[-3000:]
+    assert "start again with args.resume=auto" in messages and ".mp4" in messages
     folder = only_run(tmp_path / "runs")
     assert find_weights(folder) == find_weights(folder / "2") and weights(folder)
-    again = run("train_video.py", [*words, "args.resume=auto"], world=2, **env)
+    again = run("train_video.py", ["--base", *bases, *command, "args.resume=auto"], world=2)
     assert again.returncode == 0, again.stderr[-3000:]
     one = job(LORA, *overrides, save="one").folder  # the same samples on one rank
     losses = [[line["loss"] for line in read_metrics(each / "metrics.jsonl")] for each in (folder, one)]

@@ -1,4 +1,4 @@
-"""Exact resume, equal ZeRO stages, and independence of the number of ranks; real traininges under torchrun."""
+"""Exact resume, equal ZeRO stages, and independence of the number of ranks; real processes."""
 
 import itertools
 import json
@@ -102,7 +102,7 @@ def lines_of(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, world):
     overrides = [
         f"args.train_iters={ITERS}",

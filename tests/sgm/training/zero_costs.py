@@ -1,6 +1,6 @@
 """Measure what DeepSpeed keeps in memory and sends in a step, for ZeRO sections that a JSON file lists; a line each.
 
-Not a test: tests start it under torchrun. Every line is a JSON object: the most bytes that the tensors of rank zero
+Not a test: tests start it on several ranks. Every line is a JSON object: the most bytes that the tensors of rank zero
 took, and the numbers that went through each collective in an iteration, both as multiples of the network's parameters.
 """
 

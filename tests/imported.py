@@ -1,0 +1,25 @@
+"""What the processes of `tests.processes.run` find imported: all that takes a while, and starts nothing."""
+
+import importlib
+
+import sgm.distributed
+
+sgm.distributed.prepare_import()
+for _name in (
+    "data_video",
+    "decord",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "dit_video_concat",
+    "sat.model.base_model",
+    "sat.training.deepspeed_training",
+    "sgm.checkpoint",
+    "sgm.data.check",
+    "sgm.data.transform",
+    "sgm.inference.main",
+    "sgm.training.main",
+    "sgm.training.run",
+    "torch._dynamo",
+    "transformers.models.t5.modeling_t5",
+    "vae_modules.autoencoder",
+):
+    importlib.import_module(_name)
