@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -99,6 +101,13 @@ def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1
     path.write_text(json.dumps(jobs))
     done = run("tests/train_jobs.py", [str(path)], world)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def asked(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
+    """Return what the selected tests that use the asking fixture have for these parameters: nothing else is needed."""
+    tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
+    given = [item.callspec.params for item in tests if hasattr(item, "callspec")]
+    return list(dict.fromkeys(tuple(params[name] for name in names) for params in given if {*names} <= {*params}))
 
 
 def only_run(folder: Path) -> Path:

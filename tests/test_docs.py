@@ -56,6 +56,8 @@ NOT_RUN = {
     r"tensorboard ": "serves until it is interrupted",
 }
 
+RANKS = "NPROC_PER_NODE="  # of commands that run: test_launchers.py has a shorter one
+
 
 @dataclass(frozen=True)
 class Command:
@@ -153,7 +155,9 @@ def finished_runs(folder: Path) -> None:
         write_json(video.with_suffix(".json"), {"prompt": "a red circle", "image": None, "seed": 1})
 
 
-@pytest.mark.parametrize("text", RUN, ids=labelled)
+@pytest.mark.parametrize(
+    "text", [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(RANKS) else []) for c in RUN], ids=labelled
+)
 def test_a_command_runs(text, tmp_path, as_a_command):
     """In two steps instead of thirty, on two prompts at most, into a temporary folder; training is only checked."""
     samples, checks = "sample_video.py" in text or "inference.sh" in text, "--check" in text

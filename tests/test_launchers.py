@@ -121,8 +121,9 @@ def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
     assert [line["samples"] for line in lines] == [ranks, 2 * ranks]
     assert f"sample from it with args.load={folder}" in done.stderr
 
-    words = ["configs/toy_lora.yaml", "configs/toy_inference.yaml", f"args.load={folder}", "--check"]
-    assert run("bash", "inference.sh", *words).returncode == 0
+    if ranks == 1:
+        words = ["configs/toy_lora.yaml", "configs/toy_inference.yaml", f"args.load={folder}", "--check"]
+        assert run("bash", "inference.sh", *words).returncode == 0
 
 
 @pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh"])

@@ -14,7 +14,7 @@ import toy_quality  # noqa: E402
 import toy_scene  # noqa: E402
 
 TOY = ROOT / "assets" / "toy"
-NUM_SAMPLES = 24  # every held-out combination twice
+NUM_SAMPLES = 12  # every held-out combination
 
 
 @pytest.fixture(scope="module")

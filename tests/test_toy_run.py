@@ -16,7 +16,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("model", ["toy", "toy_i2v"])
+@pytest.mark.parametrize("model", ["toy", pytest.param("toy_i2v", marks=pytest.mark.slow)])
 def test_peak_memory(model, tmp_path):
     done = run("--base", f"configs/{model}.yaml", "configs/toy_inference.yaml", f"args.output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr

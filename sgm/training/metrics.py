@@ -227,8 +227,9 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
     The training loss is drawn as it is and smoothed, validation losses as points.
     """
     lines = read_metrics(metrics)
-    figure = Figure(figsize=(9, 6), layout="constrained")  # no pyplot: it keeps figures and looks for a display
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure = Figure(figsize=(9, 6))  # no pyplot: it keeps figures and looks for a display
+    margins = {"left": 0.11, "right": 0.97, "bottom": 0.09, "top": 0.97, "hspace": 0.1}
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1), gridspec_kw=margins)
     iterations, losses = _series(lines, "loss")
     upper.plot(iterations, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
     span = len(losses) / 10

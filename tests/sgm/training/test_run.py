@@ -505,5 +505,5 @@ def test_one_clip_is_learned_by_adapters_and_by_all_weights(overfit, monkeypatch
     monkeypatch.chdir(ROOT)  # the toy files name their weights from there
     before = overfit("toy_lora", 1, 0.0)
     assert overfit("toy", 1, 0.0) == pytest.approx(before, abs=1e-4), "fresh adapters change nothing"
-    assert overfit("toy_lora", 60, 2e-3) < before / 2
-    assert overfit("toy", 30, 2e-3) < before / 2
+    assert overfit("toy_lora", 32, 4e-3) < before / 2
+    assert overfit("toy", 15, 3e-3) < before / 2

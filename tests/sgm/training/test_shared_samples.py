@@ -15,7 +15,7 @@ from sgm.models.video_diffusion import TrainingInputs
 from sgm.training import build, inputs
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
-from tests.processes import Training, only_run, train_all
+from tests.processes import Training, asked, only_run, train_all
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
 LORA, I2V, FULL = FAMILIES[1], FAMILIES[2], FAMILIES[3]
@@ -58,11 +58,15 @@ def ring(attention: str) -> str:
     return f"args.sequence_attention={attention}"
 
 
-# Name of a run → (model, options). Runs of one start share one mesh. The two cover both kinds of attention and every
-# ZeRO stage; all combinations are tested below, which takes longer.
+# Name of a run → (model, options). Runs of one start share one mesh. They cover both kinds of attention and every ZeRO
+# stage; all combinations are tested below, which takes longer.
 TWO = {f"{name} on two": (name, [ring("ring"), zero(stage)]) for stage, name in enumerate(FAMILIES)}
 FOUR = {f"{name} on four": (name, [ring("ulysses"), RECOMPUTE, zero(3 - stage)]) for stage, name in enumerate(FAMILIES)}
 LAYERS = {f"{LORA} by layers": (LORA, [zero(3), RECOMPUTE])}
+
+
+# By default two of the families.
+SOME_OF_TWO = [name if TWO[name][0] in (LORA, FULL) else pytest.param(name, marks=pytest.mark.slow) for name in TWO]
 
 
 def values(run: Path, name: str) -> list[float]:
@@ -114,19 +118,22 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def alone(training_yaml, tmp_path_factory):
+def alone(request, training_yaml, tmp_path_factory):
     """One rank: the reference."""
     runs = Runs(tmp_path_factory.mktemp("shared"), training_yaml, 1)
-    for name in FAMILIES:
+    by_name = {name: model for name, (model, _) in (TWO | FOUR | LAYERS).items()}
+    needed = {*(by_name[name] for (name,) in asked(request, "name")), *(m for (m,) in asked(request, "model")), FULL}
+    for name in sorted(needed):
         runs.add(name, name, zero(0), f"deepspeed.train_micro_batch_size_per_gpu={BATCH}", *EVALUATE)
     runs.start()
     return runs
 
 
 @pytest.fixture(scope="module")
-def on_two(training_yaml, tmp_path_factory):
+def on_two(request, training_yaml, tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("shared"), training_yaml, 2)
-    for name, (model, options) in TWO.items():
+    for (name,) in asked(request, "name"):
+        model, options = TWO[name]
         runs.add(name, model, *options, *split(2, 2, accumulation=2))
     for more in ([], ["args.exit_interval=2"], ["args.resume=auto"]):
         name = "resumed" if more else "straight"
@@ -172,7 +179,7 @@ def test_a_resumed_run_that_shares_layers_equals_an_uninterrupted_one(by_layers)
         assert difference(weights(resumed, name), weights(straight, name)) == 0
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", SOME_OF_TWO)
 def test_two_ranks_train_as_one(on_two, alone, name):
     same(on_two[name], alone[TWO[name][0]])
 
