@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,9 +140,8 @@ class SampleLoader:
             except (RuntimeError, OSError, EOFError) as error:
                 if str(error).startswith("Caught "):  # an error of the data set, with the worker's traceback
                     raise
-                # A worker that was killed shows as such, or as a connection that broke off.
                 raise RunError(
-                    f"a process that decodes clips died: {error}; where memory, or shared memory in a container "
+                    f"a process that decodes clips died: {_death(error)}; where memory, or shared memory in a container "
                     "(docker: --ipc=host or --shm-size), is short, lower args.num_workers and args.prefetch_factor"
                 ) from error
             if batch is None:
@@ -149,6 +149,20 @@ class SampleLoader:
             if isinstance(batch, RunError):
                 raise batch
             yield batch
+
+
+def _death(error: Exception) -> Exception:
+    """Return what torch says of a worker that was killed.
+
+    It says so in its handler of SIGCHLD. The connection to the worker may break off before: then wait for the handler,
+    whose error would otherwise come up anywhere.
+    """
+    if not isinstance(error, RuntimeError):
+        try:
+            time.sleep(1)
+        except RuntimeError as death:
+            return death
+    return error
 
 
 def make_loader(

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from sgm.data.loader import MAX_ATTEMPTS, SampleStream, make_loader
+from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _death, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.data.video import ClipError
 from sgm.util import RunError
@@ -185,6 +185,21 @@ def test_a_dead_worker_is_reported_with_a_hint():
     os.kill(workers.pop(), signal.SIGKILL)
     with pytest.raises(RunError, match="a process that decodes clips died: .*lower args.num_workers"):
         list(batches)
+
+
+@pytest.mark.parametrize("seconds", [0.05, None])
+def test_a_broken_connection_waits_for_what_broke_it(seconds):
+    def handler(number, frame):
+        raise RuntimeError("worker is killed")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+        found = _death(ConnectionResetError("connection reset"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert str(found) == ("worker is killed" if seconds else "connection reset")
 
 
 PROGRAM = """
