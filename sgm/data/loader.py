@@ -141,8 +141,9 @@ class SampleLoader:
                 if str(error).startswith("Caught "):  # an error of the data set, with the worker's traceback
                     raise
                 raise RunError(
-                    f"a process that decodes clips died: {_death(error)}; where memory, or shared memory in a container "
-                    "(docker: --ipc=host or --shm-size), is short, lower args.num_workers and args.prefetch_factor"
+                    f"a process that decodes clips died: {_death(error)}; where memory, or shared memory in a "
+                    "container (docker: --ipc=host or --shm-size), is short, lower args.num_workers and "
+                    "args.prefetch_factor"
                 ) from error
             if batch is None:
                 return

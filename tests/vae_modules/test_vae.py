@@ -55,6 +55,23 @@ def test_convolution_in_chunks_equals_the_whole():
         torch.testing.assert_close(streamed(conv, x, lengths), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("channels", "by_frames"), [((3, 32), True), ((64, 48), True), ((65, 32), False)])
+def test_a_narrow_convolution_computes_by_frames_what_a_wide_one_does(channels, by_frames, monkeypatch):
+    conv, x = CausalConv3d(*channels, 3), random(2, channels[0], 4, 6, 5).requires_grad_()
+    found, padded = conv(x, Stream()), torch.cat([x[:, :, :1], x[:, :, :1], x], dim=2)
+    expected = F.conv3d(padded, conv.conv.weight, conv.conv.bias, padding=(0, 1, 1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    grads = [torch.autograd.grad(y.square().sum(), (x, *conv.parameters())) for y in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(conv.conv, "forward", None)
+    if by_frames:
+        conv(x, Stream())
+    else:
+        with pytest.raises(TypeError):
+            conv(x, Stream())
+
+
 def test_convolution_never_sees_the_future_and_repeats_the_first_frame():
     conv = CausalConv3d(4, 6, 3)
     x = random(1, 4, 6, 5, 6)
