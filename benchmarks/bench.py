@@ -66,7 +66,7 @@ NETWORKS = {
     ],
 }
 VAES = {
-    "cpu": [VaeCase("cogvideox_5b", (9, 96, 96), ch=32, num_res_blocks=2)],
+    "cpu": [VaeCase("cogvideox_5b", (9, 48, 48), num_res_blocks=2)],  # as wide as the released one
     "released": [VaeCase("cogvideox_5b", (49, 480, 720))],
 }
 

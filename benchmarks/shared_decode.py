@@ -19,8 +19,8 @@ from benchmarks.models import build_vae, vae_section
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", nargs=3, type=int, default=(13, 12, 18), metavar=("T", "H", "W"))
-    parser.add_argument("--channels", type=int, default=32, help="of the first level; the released VAE has 128")
+    parser.add_argument("--latents", nargs=3, type=int, default=(13, 6, 8), metavar=("T", "H", "W"))
+    parser.add_argument("--channels", type=int, default=128, help="of the first level; the released VAE has 128")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
@@ -72,6 +73,7 @@ def _work(script: str, arguments: Sequence[str], written: Sequence[Path], env: d
     """Be the process of a script."""
     for number, path in enumerate(written, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    multiprocessing.set_start_method(None, force=True)  # as in a process that was started, not forked from the server
     os.environ.update(env)
     os.chdir(ROOT)
     path = str(ROOT / script)
