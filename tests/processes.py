@@ -40,11 +40,7 @@ def run(script: str, arguments: Sequence[str], world: int = 1, **env: str) -> su
     torch, DeepSpeed and SAT takes longer than most of what tests do. Like torchrun, this ends the other ranks when one
     fails, with exit code 1.
     """
-    ranks: list[dict[str, str]] = [{}]
-    if world > 1:
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    ranks = rank_environments(world) if world > 1 else [{}]
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder, name) for name in ("stdout", "stderr")]
         for path in written:
@@ -53,20 +49,22 @@ def run(script: str, arguments: Sequence[str], world: int = 1, **env: str) -> su
         for process in processes:
             process.start()
         try:
-            codes = _wait(processes, seconds=300)
+            code = _wait(processes, seconds=300)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
         texts = [path.read_text(encoding="utf-8") for path in written]
-    return subprocess.CompletedProcess([script, *arguments], codes, *texts)
+    return subprocess.CompletedProcess([script, *arguments], code, *texts)
 
 
-def free_port() -> int:
-    """Return a port of this machine at which nobody listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def rank_environments(world: int) -> list[dict[str, str]]:
+    """Return the variables by which a launcher tells ranks who they are; they meet at a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def _work(script: str, arguments: Sequence[str], written: Sequence[Path], env: dict[str, str]) -> None:

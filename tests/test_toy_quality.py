@@ -14,12 +14,12 @@ import toy_quality  # noqa: E402
 import toy_scene  # noqa: E402
 
 TOY = ROOT / "assets" / "toy"
-NUM_SAMPLES = 12  # every held-out combination
+NUM_SAMPLES = 24  # every held-out combination twice
 
 
-@pytest.fixture(scope="module")
-def clips():
-    return toy_quality.held_out_clips(NUM_SAMPLES)
+@pytest.fixture(scope="module", params=[NUM_SAMPLES // 2, pytest.param(NUM_SAMPLES, marks=pytest.mark.slow)])
+def clips(request):
+    return toy_quality.held_out_clips(request.param)
 
 
 @pytest.fixture(scope="module")

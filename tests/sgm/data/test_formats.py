@@ -335,8 +335,8 @@ def many_rows_webdataset(root: Path, count: int, shard: int = 10_000) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("write", "seconds"), [(many_rows_csv, 10), (many_rows_webdataset, 20)])  # 200,000 headers
-def test_a_hundred_thousand_rows(write, seconds, tmp_path):
+@pytest.mark.parametrize("write", [many_rows_csv, many_rows_webdataset])
+def test_a_hundred_thousand_rows(write, tmp_path):
     root, runs = tmp_path / "set", tmp_path / "runs"
     root.mkdir()
     runs.mkdir()
@@ -346,5 +346,5 @@ def test_a_hundred_thousand_rows(write, seconds, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["rows"], found["batch"], found["exit"]) == (100_000, [4, 17, 3, 64, 64], 0)
     # Of the processor, as what else the machine does would decide about the time on the clock, which is shown.
-    assert found["start_cpu"] < seconds and found["check_cpu"] < 20 and found["bytes"] < 500e6, found
+    assert found["start_cpu"] < 10 and found["check_cpu"] < 20 and found["bytes"] < 500e6, found
     print(write.__name__, found)  # for pytest -s

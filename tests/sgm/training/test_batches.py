@@ -13,26 +13,12 @@ from sgm.data.bucket_plan import Division
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
 from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.data import Data
-from sgm.training.state import ResumePoint
 from sgm.util import InputError, RunError
+from tests.sgm.training.points import POINT
 
 BUCKETS = parse_buckets({"240p": {17: [1, 1], 33: [1, 1]}})
 WIDE = "240x432"
 SOURCE = {"precision": "fp32"}
-POINT = ResumePoint(
-    run=Path("runs/x"),
-    iteration=3,
-    samples=12,
-    world_size=1,
-    zero_stage=0,
-    precision="fp32",
-    optimizer="AdamW",
-    trained=8,
-    ema=False,
-    base_digest=None,
-    config_digest="",
-    clips="",
-)
 
 
 def dataset(folder: Path, frames=(40, 20, 9), height=240) -> SFTDataset:
@@ -98,7 +84,7 @@ def test_a_clip_that_was_left_out_is_told_when_it_is_asked_for(tmp_path, cached)
 
 def test_a_run_goes_on_only_with_the_micro_batches_that_it_counted(tmp_path):
     before = plan(dataset(tmp_path))
-    point = replace(POINT, plan=before.digest)
+    point = replace(POINT, run=Path("runs/x"), plan=before.digest)
     require_same_plan(point, plan(dataset(tmp_path)), {})
     weighted = arguments(train_data_weights=(1.0,))
     require_same_plan(point, plan(dataset(tmp_path), args=weighted), {})  # the same shares

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from sgm.files import find_weights, read_tensors
-from tests.processes import ENV, ROOT, Training, only_run
+from tests.processes import ENV, ROOT, Training, only_run, rank_environments
 
 LORA = "dit_t2v_5b_lora"
 TIMEOUT = 20  # seconds; the machine may be busy, and signs of life late
@@ -125,18 +124,8 @@ finally:
 
 def start_ranks(work: str) -> list[subprocess.Popen]:
     """Start two ranks that find each other through rank zero, and wait until they did."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     ranks = []
-    for rank in ("0", "1"):
-        env = {
-            "RANK": rank,
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
+    for env in rank_environments(2):
         words = [sys.executable, "-c", SCRIPT.format(timeout=TIMEOUT, work=work)]
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(words, cwd=ROOT, env=ENV | env, stdout=pipe, stderr=pipe, text=True))

@@ -13,26 +13,13 @@ from sgm.config import ConfigError, load_config
 from sgm.files import find_weights, read_tensors
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import ResumePoint, find_resume_point, lock_folder
+from sgm.training.state import find_resume_point, lock_folder
 from sgm.util import InputError
 from tests.processes import train_all
+from tests.sgm.training.points import POINT
 
 ROOT = Path(__file__).parents[3]
 LORA = "dit_t2v_5b_lora"
-POINT = ResumePoint(
-    run=Path("run"),
-    iteration=3,
-    samples=12,
-    world_size=2,
-    zero_stage=0,
-    precision="fp32",
-    optimizer="AdamW",
-    trained=8,
-    ema=False,
-    base_digest="abc",
-    config_digest="def",
-    clips="ghi",
-)
 
 
 def arguments(**values) -> TrainingArgs:

@@ -1,0 +1,20 @@
+"""A state that a run could go on from."""
+
+from pathlib import Path
+
+from sgm.training.state import ResumePoint
+
+POINT = ResumePoint(
+    run=Path("run"),
+    iteration=3,
+    samples=12,
+    world_size=2,
+    zero_stage=0,
+    precision="fp32",
+    optimizer="AdamW",
+    trained=8,
+    ema=False,
+    base_digest="abc",
+    config_digest="def",
+    clips="ghi",
+)
