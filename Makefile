@@ -12,12 +12,12 @@ TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
 	bash inference.sh
 	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
-	$(BIN)/python tools/toy_concept.py make outputs/land/clips
+	$(BIN)/python tools/toy/concept.py make outputs/land/clips
 	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
 	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/before
 	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/after \
 		args.load=$(TRAINED)
-	$(BIN)/python tools/toy_concept.py measure outputs/land/before outputs/land/after
+	$(BIN)/python tools/toy/concept.py measure outputs/land/before outputs/land/after
 	$(BIN)/python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --columns 4 --out outputs/demo_lora.png
 	rm -rf outputs/land/lora outputs/land/diffusers
 	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora

@@ -12,16 +12,16 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from sgm.data.bucket_config import parse_buckets
+from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
-from sgm.data.check import RowReport, check_rows, row_reports
-from sgm.data.formats import list_rows
-from sgm.data.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
-from sgm.data.index import clip_infos, remember
-from sgm.data.manifest import Columns
+from sgm.data.clips.check import RowReport, check_rows, row_reports
+from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
+from sgm.data.clips.index import clip_infos, remember
+from sgm.data.clips.transform import cover_crop, stretch
+from sgm.data.clips.video import ClipError, probe, read_frames, scan
+from sgm.data.formats.detect import list_rows
+from sgm.data.formats.manifest import Columns
 from sgm.data.rows import ClipFile, Row, VideoInfo
-from sgm.data.transform import cover_crop, stretch
-from sgm.data.video import ClipError, probe, read_frames, scan
 from sgm.util import InputError, RunError, default
 
 _CHUNK = 8  # frames brought to size at a time: those of a large clip as floats would fill gigabytes
@@ -251,7 +251,7 @@ class SFTDataset:
         return row_reports(self.rows)
 
     def clip_infos(self, *, num_threads: int = 8) -> list[VideoInfo | str]:
-        """Return length, rate and size of each clip, or why it cannot be used; see `sgm.data.index.clip_infos`."""
+        """Return length, rate and size of each clip, or why it cannot be used; see `sgm.data.clips.index`."""
         return clip_infos(self.rows, self.folder, num_threads=num_threads)
 
     def not_cached(self, shapes: Sequence[str | None]) -> list[str]:

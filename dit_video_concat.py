@@ -38,9 +38,10 @@ from sgm.modules.embeddings import (
     timestep_embedding,
     unpatchify,
 )
-from sgm.tensor_parallel import HeadNorm, Part, equal_gradients, mark_divided, share_adapters
-from sgm.token_shares import TokenShares
+from sgm.parallel.tensor import HeadNorm, equal_gradients, mark_tensor_parallel, shard_adapters
+from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
+from sgm.weights.partition import Part
 
 sgm.distributed.prepare_import()
 
@@ -53,7 +54,7 @@ Grid = tuple[int, int, int]
 INTERPOLATION = ("height_interpolation", "width_interpolation", "time_interpolation")
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens: TokenShares, **_: Any) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens: TokenShards, **_: Any) -> torch.Tensor:
     """Full attention over all tokens, those of other ranks too: q, k, v (B, S, heads, head_dim) → the same shape."""
     return tokens.attend(q, k, v, _attend)
 
@@ -74,7 +75,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     """Latents and text embeddings → one sequence of tokens, text first.
 
     The projection is held as a matrix over patches in the order c, pt, ph, pw. Files of the first generation hold the
-    same numbers in the shape of a Conv2d weight; `sgm.checkpoint` reads and writes both.
+    same numbers in the shape of a Conv2d weight; `sgm.weights.checkpoint` reads and writes both.
 
     Args:
         in_channels: C of the latents, image latents included.
@@ -93,10 +94,10 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
     def word_embedding_forward(
-        self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShares, **_: Any
+        self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
-        # Divided before the first weight: see the gradients in sgm.sequence_parallel.
+        # Divided before the first weight: see the gradients in sgm.parallel.sequence.
         patches = tokens.part(patchify(x, self.patch_size))
         return torch.cat((self.text_proj(tokens.part(context)), self.proj(patches)), dim=1)
 
@@ -111,7 +112,7 @@ class _PositionTable(BaseMixin):
         self.grid = grid
         self.text_length = text_length
 
-    def rows(self, grid: Grid, tokens: TokenShares) -> torch.Tensor:
+    def rows(self, grid: Grid, tokens: TokenShards) -> torch.Tensor:
         """Return the rows (1, S, D) of a sample; it may be shorter than the table, but not of another size."""
         num_text = tokens.num_text
         if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
@@ -164,7 +165,7 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         """Drop SAT's own position table, which files of these models do not hold."""
         del self.transformer.position_embeddings
 
-    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShares, **__: Any) -> torch.Tensor:
+    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor:
         """Return what is added to the tokens: (1, S, D)."""
         return self.rows(grid, tokens)
 
@@ -203,7 +204,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + grid[0] * grid[1] * grid[2], hidden_size))
         self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, grid: Grid, tokens: TokenShares, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, grid: Grid, tokens: TokenShards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (S, head_dim), float32; the last one asked for is kept, as a run asks for it every step."""
         key = (grid, tokens, device)
         if key not in self._tables:
@@ -211,12 +212,12 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
             self._tables = {key: (tokens.rows(cos, 0), tokens.rows(sin, 0))}
         return self._tables[key]
 
-    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShares, **__: Any) -> torch.Tensor | None:
+    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor | None:
         """Return what is added to the tokens: (1, S, D), or None without a learned table."""
         return self.rows(grid, tokens) if self.learnable_pos_embed else None
 
     def attention_fn(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, tokens: TokenShares, **_: Any
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """Full attention with rotated queries and keys; shapes as in `attend`."""
         cos, sin = self.tables(grid, tokens, q.device)
@@ -379,7 +380,7 @@ class FinalLayerMixin(BaseMixin):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(
-        self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, tokens: TokenShares, **_: Any
+        self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
@@ -543,8 +544,8 @@ class DiffusionTransformer(BaseModel):
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
-        self.tensor_part = tensor_part  # what this rank has of the layers, see sgm.tensor_parallel
-        self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShares
+        self.tensor_part = tensor_part  # what this rank has of the layers, see sgm.parallel.tensor
+        self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShards
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size = hidden_size
@@ -605,8 +606,8 @@ class DiffusionTransformer(BaseModel):
             with torch.random.fork_rng(devices=[], enabled=shared_lora):  # what SAT draws for a part is drawn anew
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
             if shared_lora:
-                share_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_part)
-        mark_divided(self.named_parameters())
+                shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_part)
+        mark_tensor_parallel(self.named_parameters())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block, once for all layers; SAT's loop around it cannot be compiled. Arguments: torch.compile."""
@@ -636,7 +637,7 @@ class DiffusionTransformer(BaseModel):
         if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         num_patches = grid[0] * grid[1] * grid[2]
-        tokens = TokenShares(context.shape[1], num_patches, sgm.distributed.sequence_group(), self.ring_attention)
+        tokens = TokenShards(context.shape[1], num_patches, sgm.distributed.sequence_group(), self.ring_attention)
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.text_here}
         return super().forward(x, None, None, **hook_args)[0]
 

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from sgm.config.args import SamplingArgs
+from sgm.config.yaml_files import ConfigError, Problem
 from sgm.log import quiet_dependencies
-from sgm.packing import pack, unpack
-from sgm.peers import Peers
+from sgm.parallel.heartbeat import Peers
+from sgm.parallel.packing import pack, unpack
 from sgm.util import InputError, RunError, default
 
 
@@ -138,7 +140,7 @@ def set_timeout(seconds: float) -> None:
 
 
 @contextmanager
-def naming_lost_rank() -> Iterator[None]:
+def explain_lost_ranks() -> Iterator[None]:
     """Context of a command's work: what fails because another rank is lost names it, in a RunError."""
     try:
         yield
@@ -288,7 +290,7 @@ def sample_rank() -> int:
     return dist.get_rank() % _current().ranks if dist.is_initialized() else 0
 
 
-def from_sample_first(value: Any) -> Any:
+def broadcast_in_sample_group(value: Any) -> Any:
     """Return what the first of the ranks that share a sample passed: tensors, and small objects around them.
 
     What the others pass does not matter. They get the tensors on the device of their process.
@@ -359,14 +361,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def reduce_over_ranks(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
+def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
     """Replace `tensor`, in place, by its sum over all ranks, or by the largest value of each element."""
     if _is_shared():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
 
 
-def from_rank_zero(value: Any) -> Any:
+def broadcast_from_rank_zero(value: Any) -> Any:
     """Return what rank zero passed, a small object, on every rank."""
     box = [value]
     if _is_shared():
@@ -374,7 +376,7 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Return what each rank passed, small objects, on every rank."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if _is_shared():
@@ -389,3 +391,21 @@ def device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def resolve_device(args: SamplingArgs) -> torch.device:
+    """Return the device of this process.
+
+    Raises:
+        ConfigError: ``args.device`` names one that is not there.
+    """
+    if args.device is None:
+        return device()
+    try:
+        found = torch.device(args.device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"'{args.device}' cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"
+        cure = "remove args.device to take what this machine has, or set args.device=cpu"
+        raise ConfigError([Problem("args.device", "", reason, cure)]) from error
+    return found

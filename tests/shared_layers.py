@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 import sgm.distributed
-from sgm.checkpoint import find_weights, load_network, read_tensors, save_network, write_latest
 from sgm.distributed import Mesh
-from sgm.tensor_parallel import Part, division, join, take, whole_shape
 from sgm.util import instantiate_from_config
+from sgm.weights.checkpoint import find_weights, load_network, read_tensors, save_network, write_latest
+from sgm.weights.partition import Part, division, join, take, whole_shape
 from tests.test_dit_golden import FAMILIES, GOLDEN, load, network_config
 
 STEPS, RATE = 3, 1e-4
@@ -134,7 +134,7 @@ def check_files(mesh: Mesh, family: str) -> None:
     assert network.tensor_part == Part(dist.get_rank() % mesh.tensor, mesh.tensor)
     for name, parameter in network.named_parameters():
         assert parameter.model_parallel == (division(name) is not None), name
-    folder = Path(sgm.distributed.from_rank_zero(tempfile.mkdtemp()))
+    folder = Path(sgm.distributed.broadcast_from_rank_zero(tempfile.mkdtemp()))
     if dist.get_rank() < mesh.tensor:
         patch_size, part = network.patch_size, network.tensor_part
         save_network(folder, 5, network, patch_size=patch_size, part=part, latest=False)

@@ -39,7 +39,7 @@ def main() -> None:
     if size % 2 == 0:
         found |= shared_network(size)
     worst: dict[str, float] = {}
-    for result in sgm.distributed.from_all_ranks(found):
+    for result in sgm.distributed.all_gather_objects(found):
         for case, values in result.items():
             worst |= {f"{case}: {name}": max(value, worst.get(f"{case}: {name}", 0)) for name, value in values.items()}
     if dist.get_rank() == 0:

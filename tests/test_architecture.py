@@ -21,40 +21,23 @@ LAYERS = {
     "sgm": 0,
     "sgm.util": 0,
     "sgm.log": 0,
-    "sgm.yaml_files": 0,
-    "sgm.config_targets": 0,
     "sgm.cli": 0,
-    "sgm.args": 0,
-    "sgm.deepspeed_config": 0,
+    "sgm.io": 0,
     "sgm.config": 0,
-    "sgm.architecture": 1,
-    "sgm.data": 1,
     "sgm.distributed": 1,
-    "sgm.files": 1,
-    "sgm.geometry": 1,
-    "sgm.packing": 1,
-    "sgm.peers": 1,
-    "sgm.precision": 1,
-    "sgm.sequence_parallel": 1,
-    "sgm.ring_attention": 1,
-    "sgm.tensor_parallel": 1,
-    "sgm.token_shares": 1,
+    "sgm.parallel": 1,
+    "sgm.weights": 1,
+    "sgm.data": 1,
+    # Pure math of the modules, which data, weights and parallel use as well.
     "sgm.modules.embeddings": 1,
+    "sgm.modules.geometry": 1,
     "dit_video_concat": 2,
     "data_video": 2,
     "vae_modules": 2,
     "sgm.modules": 2,
-    "sgm.adapters": 3,
-    "sgm.weights_match": 3,
-    "sgm.checkpoint": 3,
     "sgm.models": 3,
-    "sgm.check": 3,
-    "sgm.check_mesh": 3,
-    "sgm.check_training": 3,
-    "sgm.estimate": 3,
-    "sgm.estimate_run": 3,
+    "sgm.checks": 3,
     "sgm.conversion": 4,
-    "sgm.precompute": 4,
     "sgm.inference": 4,
     "sgm.training": 4,
     "sample_video": 5,
@@ -63,6 +46,7 @@ LAYERS = {
     "tools": 5,
     "benchmarks": 5,
 }
+MAX_ROOT_MODULES = 8  # of sgm/ itself: everything else is in a package of what it is about
 # The parts of layer 2. YAML joins them; sgm.modules itself only re-exports a name of the encoders.
 PEERS = {
     "dit_video_concat": "network",
@@ -72,11 +56,11 @@ PEERS = {
     "sgm.modules.encoders": "encoders",
     "sgm.modules": "encoders",
 }
-SAT_USERS = ("dit_video_concat", "sgm.distributed", "sgm.models", "sgm.checkpoint", "tools", "benchmarks")
+SAT_USERS = ("dit_video_concat", "sgm.distributed", "sgm.models", "tools", "benchmarks")
 
-MAX_LINES, MAX_FUNCTION = 400, 60
+MAX_LINES, MAX_FUNCTION = 600, 60
 LONG_MODULES = {  # module → lines it may have
-    "dit_video_concat": 660,  # the network is one file on purpose: its names are those of YAML, read top to bottom
+    "dit_video_concat": 670,  # the network is one file on purpose: its names are those of YAML, read top to bottom
 }
 
 DEVICE_NAMES = re.compile(r"(cuda|npu|xpu|mps|hpu|musa|mlu)(:\d+)?")
@@ -133,8 +117,9 @@ def imports(module: str) -> frozenset[str]:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 found.add(submodule if submodule in sources() else str(node.module))
-    # Scripts in tools/ see each other without the folder's name.
-    siblings = {f"tools.{name}" for name in found if module.startswith("tools.") and f"tools.{name}" in sources()}
+    # Scripts in one folder of tools/ see each other without its name.
+    folder = module.rpartition(".")[0]
+    siblings = {f"{folder}.{name}" for name in found if folder.startswith("tools") and f"{folder}.{name}" in sources()}
     return frozenset(found | siblings)
 
 
@@ -153,16 +138,23 @@ def findings(check) -> list[str]:
 
 
 def test_the_scan_sees_the_project():
-    assert {"sgm.config", "vae_modules.layers", "dit_video_concat", "sgm.inference.run"} <= set(library())
-    assert "sgm.config" in own_imports("sgm.inference.main"), "lazy imports count"
+    assert {"sgm.config.load", "vae_modules.layers", "dit_video_concat", "sgm.inference.run"} <= set(library())
+    assert "sgm.config.load" in own_imports("sgm.inference.main"), "lazy imports count"
     assert "sgm.distributed" in own_imports("dit_video_concat")
     assert not {name.partition(".")[0] for name in library()} & {"tools", "tests", "benchmarks"}
 
 
 def test_every_module_has_a_layer():
     unplaced = [module for module in sources() if lookup(LAYERS, module) is None]
-    loose = [m for m in sources() if m.startswith("sgm.") and m not in LAYERS and lookup(LAYERS, m) == LAYERS["sgm"]]
+    loose = [m for m in sources() if m.startswith("sgm.") and ".".join(m.split(".")[:2]) not in LAYERS]
     assert unplaced + loose == [], "give each a layer here and in docs/architecture.md"
+
+
+def test_the_root_holds_few_modules():
+    assert (
+        len([m for m in sources() if re.fullmatch(r"sgm\.\w+", m) and sources()[m].stem != "__init__"])
+        <= MAX_ROOT_MODULES
+    )
 
 
 def test_imports_run_downward():
@@ -203,7 +195,7 @@ def test_every_module_is_reachable():
     """From a script, from the name of a class in a shipped YAML file, or as part of a package that is."""
     configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs").glob("*.yaml")]
     targets = {target.rpartition(".")[0] for config in configs for target in targets_in(config)}
-    targets.add("sgm.models.video_diffusion")  # what a model section is built from, see sgm.config_targets
+    targets.add("sgm.models.video_diffusion")  # what a model section is built from, see sgm.config.targets
     todo = [m for m in sources() if m.partition(".")[0] in SCRIPTS or m in targets]
     reached = set()
     while todo:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sgm.check import check_sampling
-from sgm.check_mesh import check_mesh, mesh_of
-from sgm.config import load_config
-from sgm.geometry import Geometry
+from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.sampling import check_sampling
+from sgm.config.load import load_config
+from sgm.modules.geometry import Geometry
 from tests.processes import ROOT
 from tests.test_configs_shipped import MODELS
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sgm.check import check_sampling, check_shapes
-from sgm.check_training import check_training_data
-from sgm.config import TRAINING_ARGS, ConfigError, SamplingArgs, load_config
-from sgm.deepspeed_config import engine_config
-from sgm.geometry import Geometry
-from sgm.precision import resolve_training_precision
+from sgm.checks.sampling import check_sampling, check_shapes
+from sgm.checks.training import check_training_data
+from sgm.config.deepspeed_section import engine_config
+from sgm.config.load import TRAINING_ARGS, ConfigError, SamplingArgs, load_config
+from sgm.config.precision import resolve_training_precision
+from sgm.modules.geometry import Geometry
 from sgm.util import instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
-from sgm.token_shares import TokenShares
+from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, instantiate_from_config, without_allocating
 
 SIZE = NetworkSize(32, 2, 2, 16, latents=(4, 4, 6), text_length=3, text_hidden_size=8)
@@ -226,7 +226,7 @@ def test_the_mixin_s_interpolation_wins_over_the_network_s():
 def test_shorter_samples_take_the_first_rows_of_a_table():
     network = build_network(section("cogvideox_2b"))
     position = network.get_mixin("pos_embed")
-    assert torch.equal(position.rows((2, 2, 3), TokenShares(3, 2 * 2 * 3)), position.pos_embedding[:, : 3 + 2 * 2 * 3])
+    assert torch.equal(position.rows((2, 2, 3), TokenShards(3, 2 * 2 * 3)), position.pos_embedding[:, : 3 + 2 * 2 * 3])
 
 
 @pytest.mark.parametrize(

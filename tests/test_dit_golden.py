@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from sgm.checkpoint import load_network
 from sgm.util import instantiate_from_config, without_allocating
+from sgm.weights.checkpoint import load_network
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FAMILIES = ["dit_t2v_2b", "dit_i2v_5b", "dit_t2v_1.5", "dit_t2v_5b_lora"]

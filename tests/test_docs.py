@@ -20,18 +20,18 @@ import pytest
 import torch
 import yaml
 
-from sgm.check import check_sampling, check_shapes
-from sgm.check_training import check_training_data
-from sgm.checkpoint import find_weights
-from sgm.config import TRAINING_ARGS, SamplingArgs, load_config
-from sgm.deepspeed_config import engine_config
-from sgm.files import write_json
-from sgm.geometry import Geometry
+from sgm.checks.sampling import check_sampling, check_shapes
+from sgm.checks.training import check_training_data
+from sgm.config.deepspeed_section import engine_config
+from sgm.config.load import TRAINING_ARGS, SamplingArgs, load_config
+from sgm.config.precision import resolve_precision, resolve_training_precision
 from sgm.inference.main import main, parse
 from sgm.inference.video import write_video
+from sgm.io import write_json
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.precision import resolve_precision, resolve_training_precision
+from sgm.modules.geometry import Geometry
 from sgm.training import main as training
+from sgm.weights.checkpoint import find_weights
 from tests.processes import run
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from sgm.files import write_json
 from sgm.inference.video import write_video
+from sgm.io import write_json
 
 ROOT = Path(__file__).parents[1]
 

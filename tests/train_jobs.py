@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.log import configure_logging
 from sgm.training.run import train
 

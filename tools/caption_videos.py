@@ -30,9 +30,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import distributed
 from sgm.cli import run_command
-from sgm.data.folder import caption_path, list_folder
-from sgm.data.video import ClipError, read_frames, scan
-from sgm.files import atomic_file, require_writable
+from sgm.data.clips.video import ClipError, read_frames, scan
+from sgm.data.formats.folder import caption_path, list_folder
+from sgm.io import atomic_file, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.util import PRECISIONS, InputError
 
@@ -214,7 +214,7 @@ def work(options: argparse.Namespace) -> None:
     if distributed.is_launched():
         distributed.initialize()
     # One list for all: a process that looks later would see the captions of the others.
-    found = distributed.from_rank_zero(_found(options) if is_rank_zero() else None)
+    found = distributed.broadcast_from_rank_zero(_found(options) if is_rank_zero() else None)
     if isinstance(found, InputError):
         raise found
     clips, problems, num_clips = found
@@ -234,7 +234,7 @@ def work(options: argparse.Namespace) -> None:
                 report = Report()
                 for batch in islice(batches, num_batches):
                     caption_batch(batch, captioner, options, report)
-                _add(distributed.from_all_ranks(report), done, bar)
+                _add(distributed.all_gather_objects(report), done, bar)
     options.num_failed = len(done.problems)
     if rank == 0:
         kept = num_clips - len(clips) - len(problems)

@@ -39,7 +39,7 @@ def parts_of(options: argparse.Namespace) -> dict[str, Path]:
 
 def convert(options: argparse.Namespace) -> None:
     """Convert as the command line says."""
-    from sgm.config import load_config
+    from sgm.config.load import load_config
     from sgm.conversion.from_diffusers import sat_model_of
     from sgm.conversion.writing import check_new_folder
     from sgm.util import PRECISIONS

@@ -22,12 +22,12 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 def convert(options: argparse.Namespace) -> None:
     """Convert as the command line says."""
-    from sgm.adapters import with_adapters
-    from sgm.config import load_config
+    from sgm.config.load import load_config
     from sgm.conversion.to_diffusers import pipeline_of
     from sgm.conversion.verify import require_diffusers, verify
     from sgm.conversion.writing import check_new_folder
     from sgm.util import PRECISIONS
+    from sgm.weights.adapters import with_adapters
 
     check_new_folder(options.output_path)
     if options.verify:

@@ -19,7 +19,7 @@ from sgm.cli import EXIT_CODES, run_command
 
 def convert(options: argparse.Namespace) -> None:
     """Import as the command line says."""
-    from sgm.config import load_config
+    from sgm.config.load import load_config
     from sgm.conversion.lora_import import import_lora
     from sgm.conversion.writing import check_new_folder
 

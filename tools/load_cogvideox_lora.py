@@ -163,7 +163,7 @@ def _video_shape(
 
 def _outputs(options: argparse.Namespace) -> dict[int, Path]:
     """Return the videos by their seeds; a name is numbered where there are several."""
-    from sgm.files import require_writable
+    from sgm.io import require_writable
     from sgm.util import InputError
 
     path = Path(options.output_path)
@@ -228,8 +228,8 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
 
 
 def _load_lora(pipe: Any, file: Path, scale: float) -> None:
-    from sgm.files import read_tensors
     from sgm.util import InputError
+    from sgm.weights.files import read_tensors
 
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora", local_files_only=True)
@@ -248,8 +248,8 @@ def _load_lora(pipe: Any, file: Path, scale: float) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Sample as the command line says."""
-    from sgm.files import write_json
     from sgm.inference.video import to_uint8, write_video
+    from sgm.io import write_json
 
     plan = plan_of(options)
     pipe = load_pipeline(options, plan)

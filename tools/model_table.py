@@ -10,9 +10,9 @@ import re
 import sys
 from pathlib import Path
 
-from sgm.check import check_sampling
-from sgm.config import Config, load_config
-from sgm.geometry import Geometry
+from sgm.checks.sampling import check_sampling
+from sgm.config.load import Config, load_config
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -3,8 +3,8 @@
 Run from the project's folder:
     python tools/parallel_table.py
 
-Memory and traffic are estimated by `sgm.estimate_run`, for the shipped model files, with clips and videos of full
-length; the text encoder waits in the machine's memory.
+Memory and traffic are estimated by `sgm.checks.estimate_run`, for the shipped model files, with clips and videos of
+full length; the text encoder waits in the machine's memory.
 """
 
 import os
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import sgm.distributed
-from sgm.config import Config, Mode, load_config
-from sgm.estimate_run import Estimate, sampling_estimate, training_estimate
+from sgm.checks.estimate_run import Estimate, sampling_estimate, training_estimate
+from sgm.config.load import Config, Mode, load_config
 from sgm.util import PRECISIONS, instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

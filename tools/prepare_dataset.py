@@ -46,10 +46,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for; how many clips could not be encoded is left in ``options.num_failed``."""
     import sgm.distributed  # after parsing, so that --help answers at once
-    from sgm.config import load_config
+    from sgm.config.load import load_config
     from sgm.data.cache import Kind, listed
-    from sgm.files import readable_size
-    from sgm.precompute import plan_jobs, run_jobs
+    from sgm.io import readable_size
+    from sgm.training.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
 
     if options.shard_mb <= 0:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
     sgm.distributed.set_timeout(config.args.distributed_timeout)
-    with sgm.distributed.naming_lost_rank():
+    with sgm.distributed.explain_lost_ranks():
         sgm.distributed.initialize()
         jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
         failures = {} if options.check else run_jobs(jobs, options.out)

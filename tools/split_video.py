@@ -26,11 +26,11 @@ import av.error
 import numpy as np
 from tqdm import tqdm
 
-from sgm.data.folder import LABELS, VIDEOS
-from sgm.data.frames import select_frames
-from sgm.data.video import ClipError, VideoInfo, scan
-from sgm.files import atomic_file, remove_leftovers, require_writable, write_json
+from sgm.data.clips.frames import select_frames
+from sgm.data.clips.video import ClipError, VideoInfo, scan
+from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.inference.video import write_video
+from sgm.io import atomic_file, remove_leftovers, require_writable, write_json
 from sgm.log import configure_logging, get_logger
 from sgm.util import InputError, RunError
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.sequence_parallel import shares
+from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config
 from vae_modules.cp_ops import SharedStream, gather_pieces, to_all
 from vae_modules.layers import Stream
@@ -54,7 +54,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         decoder_config: section for `vae_modules.cp_enc_dec.ContextParallelDecoder3D`.
         regularizer_config: section for `vae_modules.regularizers.DiagonalGaussianRegularizer`.
         cp_size: ranks that share one video along time; 0 and 1 mean one.
-        ckpt_path: the weights' file. The autoencoder does not read it itself: `sgm.checkpoint.load_autoencoder` does.
+        ckpt_path: the weights' file. `sgm.weights.checkpoint.load_autoencoder` reads it.
         ignore_keys: prefixes in that file that belong to no part of the autoencoder.
         encode_chunk: video frames encoded at a time (a multiple of 8: 8 is what diffusers does), or None for the
             whole clip, which is what the models were trained on.
@@ -176,7 +176,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
         if self.encode_chunk is None and self._num_ranks() > 1:
             # The first latent of a clip has one frame, every other one has four.
-            latents = shares((video.shape[2] - 1) // 4 + 1, self._num_ranks())
+            latents = shard_sizes((video.shape[2] - 1) // 4 + 1, self._num_ranks())
             pieces = [4 * num - 3 * (rank == 0) for rank, num in enumerate(latents) if num]
             return self._shared(video, self.encoder, pieces, scales=(0.25, 0.125), shares_norms=True)
         return self._stream(video, self.encoder, self.encode_chunk or video.shape[2], scales=(0.25, 0.125))

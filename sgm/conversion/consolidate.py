@@ -9,22 +9,23 @@ from typing import Any, Literal
 
 import torch
 
-from sgm.adapters import ENTRY, adapter_layer, is_adapter
-from sgm.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
-from sgm.checkpoint import save_network, write_latest
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.diffusers_config import network_params, transformer_config
 from sgm.conversion.from_diffusers import require_equal_shapes
-from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.names import BLOCK, MODULATION, NETWORK, QKV, network_to_diffusers
 from sgm.conversion.sources import Source, read_source
 from sgm.conversion.to_diffusers import position_table
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_safetensors, write_shards
-from sgm.files import WEIGHTS, write_json
-from sgm.geometry import Geometry
+from sgm.io import write_json
 from sgm.log import get_logger
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights_match import PREFIX, UNUSED_TABLES
+from sgm.weights.adapters import ENTRY, adapter_layer, is_adapter
+from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
+from sgm.weights.checkpoint import save_network, write_latest
+from sgm.weights.files import WEIGHTS
+from sgm.weights.lazy import LazyTensor
+from sgm.weights.match import PREFIX, UNUSED_TABLES
 
 logger = get_logger(__name__)
 

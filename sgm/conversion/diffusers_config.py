@@ -7,7 +7,7 @@ CogVideoXDDIMScheduler, whose keys CogVideoXDPMScheduler shares.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgm.geometry import Geometry
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default
 
 DIT = "dit_video_concat"

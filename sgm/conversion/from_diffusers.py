@@ -18,18 +18,18 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from sgm.architecture import POSITION_TABLE
-from sgm.checkpoint import save_autoencoder, save_network, write_latest
-from sgm.conversion.lazy import LazyTensor
+from sgm.config.precision import precision_name
 from sgm.conversion.model_yaml import Description, model_yaml
 from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.to_diffusers import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.writing import new_folder, total_bytes, write_safetensors
-from sgm.files import WEIGHTS, read_metadata, read_tensors
 from sgm.modules.encoders.t5_folder import T5Folder
-from sgm.precision import precision_name
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights_match import PREFIX, UNUSED_TABLES
+from sgm.weights.architecture import POSITION_TABLE
+from sgm.weights.checkpoint import save_autoencoder, save_network, write_latest
+from sgm.weights.files import WEIGHTS, read_metadata, read_tensors
+from sgm.weights.lazy import LazyTensor
+from sgm.weights.match import PREFIX, UNUSED_TABLES
 
 ITERATION = 1
 PARTS = ("transformer", "vae", "text_encoder")

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from sgm.adapters import AdapterInfo, adapter_layer, is_adapter, read_adapter_info
-from sgm.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.conversion.from_diffusers import read_json
-from sgm.conversion.lazy import LazyTensor, Tensors
 from sgm.conversion.lora import HEADER_KEY
 from sgm.conversion.sources import find_files, find_state, network_tensors
 from sgm.conversion.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
-from sgm.files import WEIGHTS, find_weights, read_entry, read_tensors, readable_size
+from sgm.io import readable_size
 from sgm.util import InputError
+from sgm.weights.adapters import AdapterInfo, adapter_layer, is_adapter, read_adapter_info
+from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors
+from sgm.weights.lazy import LazyTensor, Tensors
 
 # Of the shipped configurations; the tensors of the toys and of their bigger models have other shapes.
 _MODELS = {

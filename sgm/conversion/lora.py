@@ -22,16 +22,16 @@ from typing import Literal
 
 import torch
 
-from sgm.adapters import adapter_layer, find_base, is_adapter, read_adapter_info
-from sgm.architecture import PATCH_WEIGHT
-from sgm.checkpoint import save_network, write_latest
-from sgm.conversion.lazy import LazyTensor, Tensors
 from sgm.conversion.names import BLOCK, QKV, QKV_PARTS
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_safetensors
-from sgm.files import WEIGHTS, find_weights, read_tensors
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights_match import PREFIX, WRAPPED
+from sgm.weights.adapters import adapter_layer, find_base, is_adapter, read_adapter_info
+from sgm.weights.architecture import PATCH_WEIGHT
+from sgm.weights.checkpoint import save_network, write_latest
+from sgm.weights.files import WEIGHTS, find_weights, read_tensors
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.match import PREFIX, WRAPPED
 
 logger = get_logger(__name__)
 
@@ -71,7 +71,7 @@ def read_lora(
     """Find the adapters of a checkpoint: of adapters alone, or of a whole network with LoRA.
 
     Args:
-        path: what :func:`sgm.files.find_weights` understands.
+        path: what :func:`sgm.weights.files.find_weights` understands.
         base: the same, for the network under adapters that come alone; else the path that their file records.
         alpha: for files that do not say it: those which reference code wrote.
         network: whether the network is wanted too.

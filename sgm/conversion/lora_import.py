@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from sgm.adapters import LORA_TARGET, AdapterInfo, is_adapter
-from sgm.checkpoint import check_network, save_network
-from sgm.config import Config
+from sgm.config.load import Config
 from sgm.conversion.lora import FILE, HEADER_KEY, KEY_PREFIX, TARGETS
 from sgm.conversion.writing import check_new_folder, new_folder
-from sgm.files import WEIGHTS, find_weights, read_entry, read_tensors, weights_digest
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter
+from sgm.weights.checkpoint import check_network, save_network
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors, weights_digest
 
 logger = get_logger(__name__)
 

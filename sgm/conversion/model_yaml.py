@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from sgm.conversion.diffusers_config import discretization_params, network_params, vae_params
-from sgm.geometry import Geometry
+from sgm.modules.geometry import Geometry
 from sgm.util import default
 
 _TEMPLATE = Path(__file__).parents[2] / "configs" / "cogvideox_5b.yaml"

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from sgm.architecture import PATCH_WEIGHT, POSITION_TABLE
-from sgm.conversion.lazy import LazyTensor, Tensors
 from sgm.util import InputError
-from sgm.weights_match import UNUSED_TABLES
+from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.match import UNUSED_TABLES
 
 NETWORK = {
     "time_embed.0": "time_embedding.linear_1",

@@ -1,4 +1,4 @@
-"""The weights of a network, divided anew into as many parts as ranks share its layers; see sgm.tensor_parallel."""
+"""The weights of a network, divided anew into as many parts as ranks share its layers; see sgm.parallel.tensor."""
 
 import math
 import zipfile
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sgm.adapters import ENTRY
-from sgm.checkpoint import owned, write_latest
 from sgm.conversion.writing import check_new_folder, new_folder
-from sgm.files import (
+from sgm.io import atomic_file
+from sgm.log import get_logger
+from sgm.util import InputError
+from sgm.weights.adapters import ENTRY
+from sgm.weights.checkpoint import owned, write_latest
+from sgm.weights.files import (
     CONTAINERS,
     PART_NAME,
-    atomic_file,
     find_weights,
     part_name,
     read_entry,
@@ -23,9 +25,7 @@ from sgm.files import (
     read_parts,
     read_tensors,
 )
-from sgm.log import get_logger
-from sgm.tensor_parallel import Part, division, take
-from sgm.util import InputError
+from sgm.weights.partition import Part, division, take
 
 logger = get_logger(__name__)
 
@@ -38,7 +38,7 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
     Names, shapes but for the division, numbers, and what the files hold beside tensors stay as they are.
 
     Args:
-        path: what :func:`sgm.files.find_weights` understands, in any number of parts.
+        path: what :func:`sgm.weights.files.find_weights` understands, in any number of parts.
         folder: to be made: gets ``<iteration>/mp_rank_XX_model_states.*`` and ``latest``.
         size: parts.
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from sgm.adapters import AdapterInfo, describe_adapters, is_adapter, read_adapter_info
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.from_diffusers import ITERATION, read_json, weight_files
-from sgm.conversion.lazy import LazyTensor, Tensors
 from sgm.conversion.names import network_from_diffusers
 from sgm.conversion.to_diffusers import FOLDED
 from sgm.conversion.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
-from sgm.files import WEIGHTS, find_weights, read_metadata, read_tensors, weights_digest
 from sgm.log import get_logger
 from sgm.util import InputError
+from sgm.weights.adapters import AdapterInfo, describe_adapters, is_adapter, read_adapter_info
+from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_tensors, weights_digest
+from sgm.weights.lazy import LazyTensor, Tensors
 
 logger = get_logger(__name__)
 

@@ -11,21 +11,22 @@ from typing import Any, Literal
 
 import torch
 
-from sgm.adapters import is_adapter, with_adapters
-from sgm.architecture import POSITION_TABLE
-from sgm.config import Config
+from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers_config import scheduler_config, transformer_config, vae_config
-from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
 from sgm.conversion.writing import new_folder, total_bytes, write_safetensors, write_shards
-from sgm.files import read_tensors, write_json
-from sgm.geometry import Geometry
+from sgm.io import write_json
 from sgm.log import get_logger
 from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights_match import match_autoencoder, match_network
+from sgm.weights.adapters import is_adapter, with_adapters
+from sgm.weights.architecture import POSITION_TABLE
+from sgm.weights.files import read_tensors
+from sgm.weights.lazy import LazyTensor
+from sgm.weights.match import match_autoencoder, match_network
 
 logger = get_logger(__name__)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from sgm.adapters import with_adapters
-from sgm.checkpoint import load_autoencoder, load_network
-from sgm.config import Config
+from sgm.config.load import Config
 from sgm.conversion.lora import FILE
 from sgm.conversion.to_diffusers import FOLDED, position_table
-from sgm.files import read_metadata, read_tensors
-from sgm.geometry import Geometry
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, RunError, instantiate_from_config, without_allocating
+from sgm.weights.adapters import with_adapters
+from sgm.weights.checkpoint import load_autoencoder, load_network
+from sgm.weights.files import read_metadata, read_tensors
 
 TOLERANCE = 2e-5
 SCHEDULE_TOLERANCE = 1e-6

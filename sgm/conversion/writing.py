@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from sgm.conversion.lazy import LazyTensor, num_bytes
-from sgm.files import atomic_file, readable_size, require_writable, write_json
+from sgm.io import atomic_file, readable_size, require_writable, write_json
 from sgm.util import InputError, RunError
+from sgm.weights.lazy import LazyTensor, num_bytes
 
 _DTYPES = {
     torch.float64: "F64",

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from sgm.conversion.lazy import LazyTensor
-from sgm.files import WEIGHTS, read_entry
 from sgm.util import InputError
+from sgm.weights.files import WEIGHTS, read_entry
+from sgm.weights.lazy import LazyTensor
 
 MODEL_FILE = f"{WEIGHTS}.pt"
 PART_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?(model|optim)_states\.pt")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from sgm.data.rows import ClipFile
-from sgm.files import atomic_file, write_json
+from sgm.io import atomic_file, write_json
 from sgm.util import PRECISIONS, InputError, RunError
 
 Kind = Literal["latents", "images", "text"]

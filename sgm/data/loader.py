@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sgm.data.bucket_plan import BucketPlan, RankBatch
+from sgm.data.buckets.plan import BucketPlan, RankBatch
+from sgm.data.clips.video import ClipError
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.data.video import ClipError
 from sgm.util import RunError
 
 MAX_ATTEMPTS = 10  # clips tried for one sample; so many bad ones in a row mean that all are

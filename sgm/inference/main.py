@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    from sgm.config import load_config  # after parsing, so that --help answers at once
+    from sgm.config.load import load_config  # after parsing, so that --help answers at once
 
     config = load_config(options.base, options.overrides, mode="inference")
     if options.check:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     import sgm.distributed
     from sgm.inference.run import sample
 
-    with sgm.distributed.naming_lost_rank():
+    with sgm.distributed.explain_lost_ranks():
         logger.info("%s", sample(config))
 
 

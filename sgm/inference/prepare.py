@@ -6,17 +6,17 @@ from functools import partial
 from pathlib import Path
 
 import sgm.distributed
-from sgm.adapters import with_adapters
-from sgm.check import as_table, check_sampling, dry_run, tried
-from sgm.check_mesh import check_mesh, mesh_of
-from sgm.config import Config, ConfigError, Problem
-from sgm.distributed import Mesh
-from sgm.estimate_run import sampling_rows
-from sgm.files import require_writable
-from sgm.geometry import Geometry
+from sgm.checks.estimate_run import sampling_rows
+from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
+from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.precision import resolve_precision
+from sgm.distributed import Mesh, resolve_device
 from sgm.inference.prompts import Prompt, check_images, read_prompts
-from sgm.precision import resolve_device, resolve_precision
+from sgm.io import require_writable
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError
+from sgm.weights.adapters import with_adapters
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def prepare(config: Config) -> Prepared:
         if not any(problem.path == "args.input_file" for problem in problems):
             problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
     writable = partial(require_writable, config.args.output_dir)
-    problems += tried("args.output_dir", "name another folder", writable)
+    problems += problems_of("args.output_dir", "name another folder", writable)
     if problems:
         raise ConfigError(config.located(problems))
     dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)

@@ -157,7 +157,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     Raises:
         InputError: the image is missing or cannot be decoded.
     """
-    from sgm.data.transform import cover_crop  # takes a while to import, and text to video needs none of it
+    from sgm.data.clips.transform import cover_crop  # takes a while to import, and text to video needs none of it
 
     pixels = torch.from_numpy(np.array(_open_image(Path(path))))
     return cover_crop(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sgm.checkpoint import find_weights
-from sgm.config import Config
+from sgm.config.load import Config
+from sgm.weights.checkpoint import find_weights
 
 # What a sample depends on; the other arguments say where, how many and how much at a time.
 RESULT_ARGS = (

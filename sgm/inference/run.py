@@ -17,10 +17,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
-from sgm.check import SamplingPlan, check_sampling
-from sgm.config import Config
-from sgm.files import write_json
-from sgm.geometry import Geometry
+from sgm.checks.sampling import SamplingPlan, check_sampling
+from sgm.config.load import Config
+from sgm.config.precision import resolve_precision
+from sgm.distributed import resolve_device
 from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.prompts import (
     Prompt,
@@ -32,9 +32,10 @@ from sgm.inference.prompts import (
 )
 from sgm.inference.record import Summary, Timings, peak_memory, read_sidecar, result_digest
 from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
+from sgm.io import write_json
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.precision import resolve_device, resolve_precision
+from sgm.modules.geometry import Geometry
 from sgm.util import RunError, default, instantiate_from_config
 from vae_modules.autoencoder import Tiling
 
@@ -124,7 +125,9 @@ class SamplingRun:
                 passes.append((prompts[-1], []))
         else:
             passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
-            passes = sgm.distributed.from_sample_first(passes)  # one of them may see what another has just finished
+            passes = sgm.distributed.broadcast_in_sample_group(
+                passes
+            )  # one of them may see what another has just finished
         self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
         if size > 1:
@@ -246,7 +249,7 @@ class SamplingRun:
                 f"prompt {prompt.index}: the sampled latents are not finite (NaN or infinity); run the model in the "
                 "precision that its YAML states, and check the checkpoint"
             )
-        latents = sgm.distributed.from_sample_first(latents)
+        latents = sgm.distributed.broadcast_in_sample_group(latents)
         writes = sgm.distributed.sample_rank() == 0
         if not writes and sgm.distributed.context_parallel_size() == 1:
             return  # the first one decodes alone

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
-from sgm.files import atomic_file
+from sgm.io import atomic_file
 from sgm.util import RunError
 
 Frames = np.ndarray | torch.Tensor

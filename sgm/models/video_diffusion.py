@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from sgm.checkpoint import LoadReport, load_autoencoder, load_network
+from sgm.config.precision import autoencoder_dtype
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.precision import autoencoder_dtype
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
+from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
 
 Progress = Callable[[Sequence[int]], Any]
 
@@ -160,7 +160,7 @@ class SATVideoDiffusionEngine(nn.Module):
         allow_missing: bool = False,
         generator: torch.Generator | None = None,
     ) -> LoadReport:
-        """Load the network from a checkpoint, see `sgm.checkpoint.load_network`."""
+        """Load the network from a checkpoint, see `sgm.weights.checkpoint.load_network`."""
         report = load_network(
             self.network,
             load,
@@ -178,7 +178,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """Load the autoencoder from the ``ckpt_path`` of its section.
 
         Args:
-            dtype: of the network; see `sgm.precision.autoencoder_dtype`.
+            dtype: of the network; see `sgm.config.precision.autoencoder_dtype`.
             device: where it goes.
 
         Raises:

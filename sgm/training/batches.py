@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 import sgm.distributed
-from sgm.args import TrainingArgs
-from sgm.data.bucket_plan import BucketPlan, Division
-from sgm.data.buckets import NOWHERE, PATH, ClipSizes, clip_sizes
+from sgm.config.args import TrainingArgs
+from sgm.data.buckets.assign import NOWHERE, PATH, ClipSizes, clip_sizes
+from sgm.data.buckets.plan import BucketPlan, Division
 from sgm.data.cache import TOOL, listed
 from sgm.data.order import TrainingOrder
 from sgm.training.data import Data
@@ -42,7 +42,7 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
     found: tuple[ClipSizes, dict[str, str]] | None = None
     if sgm.distributed.rank() == 0:
         found = _sizes(data.train)
-    sizes, unreadable = sgm.distributed.from_rank_zero(found)
+    sizes, unreadable = sgm.distributed.broadcast_from_rank_zero(found)
     order = TrainingOrder([len(dataset) for dataset in data.train], seed=args.seed, weights=args.train_data_weights)
     buckets = BucketPlan(order, division, sizes)
     _require_cached(data.train, buckets)

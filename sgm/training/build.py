@@ -10,17 +10,16 @@ from typing import IO, Any
 import torch
 
 import sgm.distributed
-from sgm.adapters import AdapterInfo, describe_adapters
-from sgm.args import TrainingArgs
-from sgm.config import Config
-from sgm.data.bucket_plan import BucketPlan
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config
+from sgm.config.precision import precision_name
+from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.files import atomic_file, find_weights, remove_leftovers, weights_digest
 from sgm.inference.run import RING
+from sgm.io import atomic_file, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.precision import precision_name
 from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.data import Data, usable_data
 from sgm.training.optimizer import make_optimizer, undo_first_step
@@ -30,6 +29,8 @@ from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, n
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
+from sgm.weights.adapters import AdapterInfo, describe_adapters
+from sgm.weights.files import find_weights, weights_digest
 
 logger = get_logger(__name__)
 
@@ -240,7 +241,7 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
                 temporary.write_text(config.to_yaml(), encoding="utf-8")
         except InputError as error:
             found = error
-    found = sgm.distributed.from_rank_zero(found)
+    found = sgm.distributed.broadcast_from_rank_zero(found)
     if isinstance(found, InputError):
         raise found
     assert found is not None

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 
 import sgm.distributed
-from sgm.args import TrainingArgs
-from sgm.check import params_of
-from sgm.check_training import fitted_buckets
-from sgm.config import Config
-from sgm.data.buckets import NOWHERE, Buckets, ClassBuckets, clip_sizes
+from sgm.checks.sampling import params_of
+from sgm.checks.training import fitted_buckets
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config
+from sgm.config.precision import autoencoder_dtype, precision_name
+from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
-from sgm.files import weights_digest
-from sgm.geometry import Geometry
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.precision import autoencoder_dtype, precision_name
+from sgm.modules.geometry import Geometry
 from sgm.training.data import Data
 from sgm.util import InputError, instantiate_from_config
+from sgm.weights.files import weights_digest
 
 # Parameters of the autoencoder without effect on what it encodes.
 _NOT_ENCODING = ("ckpt_path", "ignore_keys", "cp_size", "decoder_config", "loss_config", "monitor", "input_key")

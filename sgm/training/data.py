@@ -10,11 +10,11 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Subset
 
 import sgm.distributed
-from sgm.args import TrainingArgs
-from sgm.config import Config
-from sgm.data.check import summary_text, write_report
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config
+from sgm.data.clips.check import summary_text, write_report
 from sgm.data.order import derive_seed, split_indices
-from sgm.files import atomic_file
+from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config
 
@@ -126,7 +126,7 @@ def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) 
             found = _read_excluded(folder) if resumed else _check(data, args, folder)
         except InputError as error:
             found = error
-    found = sgm.distributed.from_rank_zero(found)
+    found = sgm.distributed.broadcast_from_rank_zero(found)
     if isinstance(found, InputError):
         raise found
     checked = replace(

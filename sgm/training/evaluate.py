@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 import sgm.distributed
-from sgm.args import TrainingArgs
-from sgm.config import Config
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config
+from sgm.data.clips.video import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
-from sgm.data.video import ClipError
-from sgm.geometry import Geometry
 from sgm.inference.prompts import Prompt, check_images, parse_prompts, read_prompts
 from sgm.inference.run import SamplingRun
 from sgm.inference.video import to_uint8
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.geometry import Geometry
 from sgm.training.inputs import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
 from sgm.util import RunError
@@ -123,7 +123,7 @@ class Evaluation:
                 losses = self.engine.training_losses(inputs)
                 if numbers:
                     quarters.add(inputs.idx, losses)
-        quarters.reduce(sgm.distributed.reduce_over_ranks)
+        quarters.reduce(sgm.distributed.all_reduce_)
         return {f"validation_{name}": value for name, value in quarters.values().items()}
 
     def _inputs(self, numbers: list[int]) -> Any:
@@ -172,7 +172,7 @@ class Evaluation:
             prompts = validation_prompts(self.config)
             if prompts is None:
                 reads = sgm.distributed.sample_rank() == 0
-                prompts = sgm.distributed.from_sample_first(self._prompts_of_data(folder) if reads else None)
+                prompts = sgm.distributed.broadcast_in_sample_group(self._prompts_of_data(folder) if reads else None)
             run.sample_list(prompts, in_step=self.in_step)
         return run.summary.written
 

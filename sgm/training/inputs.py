@@ -5,7 +5,7 @@ the result, which is small: latents, embeddings, noise. Encoding on each of them
 that could differ. Only where they share the VAE too (``cp_size``) do all of them get the clip, and encode together.
 
 The ranks of one sample compute one loss. Each gets, of the gradient of a weight, the part that its own tokens
-contribute (see `sgm.sequence_parallel`); `gradient_factor` makes up for DeepSpeed, which takes the mean over all ranks.
+contribute (see `sgm.parallel.sequence`); `gradient_factor` makes up for DeepSpeed, which takes the mean over all ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,11 @@ def shared_batch(engine: SATVideoDiffusionEngine, read: Callable[[], Mapping[str
         read: gives the batch; called on the first rank alone.
     """
     if sgm.distributed.sample_rank() > 0:
-        return sgm.distributed.from_sample_first(None)
+        return sgm.distributed.broadcast_in_sample_group(None)
     batch = read()
     encoded_here = sgm.distributed.context_parallel_size() > 1
     pixels = () if encoded_here else (engine.input_key, "image", "moments", "image_moments")
-    sgm.distributed.from_sample_first({name: value for name, value in batch.items() if name not in pixels})
+    sgm.distributed.broadcast_in_sample_group({name: value for name, value in batch.items() if name not in pixels})
     return batch
 
 
@@ -53,7 +53,7 @@ def shared_inputs(
     if sgm.distributed.sample_rank() == 0 or sgm.distributed.context_parallel_size() > 1:
         rank, num_ranks = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         inputs = training_inputs(engine, batch, generators, rank=rank, num_ranks=num_ranks, idx=idx)
-    return sgm.distributed.from_sample_first(inputs)
+    return sgm.distributed.broadcast_in_sample_group(inputs)
 
 
 def gradient_factor() -> int:

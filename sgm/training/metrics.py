@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sgm.files import atomic_file
+from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError, RunError
 

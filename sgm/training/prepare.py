@@ -10,21 +10,19 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.adapters import describe_adapters, with_adapters
-from sgm.args import TrainingArgs
-from sgm.check import SamplingPlan, check_files, check_sampling, check_shapes, params_of, tried
-from sgm.check_mesh import check_mesh, mesh_of
-from sgm.check_training import check_training_data, fitted_buckets
-from sgm.checkpoint import check_autoencoder, check_network
-from sgm.config import Config, ConfigError, Problem
-from sgm.data.bucket_plan import Division
-from sgm.data.buckets import PATH as BUCKETS
-from sgm.deepspeed_config import engine_config
+from sgm.checks.estimate_run import training_rows
+from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.sampling import SamplingPlan, check_files, check_sampling, check_shapes, params_of, problems_of
+from sgm.checks.training import check_training_data, fitted_buckets
+from sgm.config.args import TrainingArgs
+from sgm.config.deepspeed_section import engine_config
+from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.precision import precision_name, resolve_training_precision
+from sgm.data.buckets.assign import PATH as BUCKETS
+from sgm.data.buckets.plan import Division
 from sgm.distributed import Mesh
-from sgm.estimate_run import training_rows
-from sgm.files import find_weights, require_writable
-from sgm.geometry import Geometry
-from sgm.precision import precision_name, resolve_training_precision
+from sgm.io import require_writable
+from sgm.modules.geometry import Geometry
 from sgm.training.caches import Caches, needs, open_latents, open_text
 from sgm.training.data import Data, open_data
 from sgm.training.evaluate import validation_prompts
@@ -33,6 +31,9 @@ from sgm.training.optimizer import make_optimizer
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import instantiate_from_config, without_allocating
+from sgm.weights.adapters import describe_adapters, with_adapters
+from sgm.weights.checkpoint import check_autoencoder, check_network
+from sgm.weights.files import find_weights
 
 _NETWORK = "model.network_config.params"
 
@@ -109,7 +110,7 @@ class _Checks:
     def find(self, name: str, path: str, work: Callable[[], Any]) -> None:
         """Note the result of `work` under `name`, or its complaint as a problem at `path`."""
         cure = "correct it, in the file or on the command line"
-        self.problems.extend(tried(path, cure, lambda: self.facts.update({name: work()})))
+        self.problems.extend(problems_of(path, cure, lambda: self.facts.update({name: work()})))
 
     def run(self) -> None:
         """Do all checks."""
@@ -142,7 +143,7 @@ class _Checks:
                 find(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
         find("data", "args.train_data", lambda: open_data(config))
         find("resume", "args.resume", lambda: find_resume_point(args))
-        self.problems += tried("args.save", "name another folder", partial(require_writable, args.save))
+        self.problems += problems_of("args.save", "name another folder", partial(require_writable, args.save))
         if not self.problems:
             self._open_caches()
 
@@ -193,7 +194,7 @@ class _Checks:
         args = self.args
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
-        if args.load is not None and not tried("", "", partial(find_weights, args.load)):
+        if args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
             check_network(network, args.load, base=args.base, allow_missing=args.force_train)
         return choose_trainable(network, self.config.model)
 

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.config import Config
+from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.inference.record import peak_memory
 from sgm.log import get_logger
+from sgm.training.bad_clips import BadClips
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
-from sgm.training.quarantine import Quarantine
 from sgm.training.save import Saver
 from sgm.training.state import catch_up
 from sgm.training.step import counted, gradient_norm, plain_gradient_norm, weighted_mean
-from sgm.training.watch import StepCheck, StopSignals
+from sgm.training.watch import StepFlags, StopSignals
 from sgm.util import InputError, RunError, default
 
 logger = get_logger(__name__)
@@ -111,9 +111,9 @@ class TrainingRun:
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
         self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
-        self.check = StepCheck(self.device)
+        self.check = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
-        self.quarantine = Quarantine(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
+        self.quarantine = BadClips(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
         self.saver = Saver(parts)
         self.evaluation = None
         if self.args.eval_interval is not None:
@@ -246,7 +246,7 @@ class TrainingRun:
 
     def _log(self) -> None:
         """Reduce what was counted since the last line over the ranks and write it."""
-        self.quarters.reduce(sgm.distributed.reduce_over_ranks)
+        self.quarters.reduce(sgm.distributed.all_reduce_)
         values = self.quarters.values()
         self.quarters.reset()
         self.summary.loss = values.get("loss")

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checkpoint import PREFIX, save_network, write_latest
 from sgm.log import get_logger
 from sgm.training.build import Parts
 from sgm.training.optimizer import full_ema
 from sgm.training.state import save_state
 from sgm.training.step import gather, writes_part
 from sgm.util import RunError
+from sgm.weights.checkpoint import PREFIX, save_network, write_latest
 
 logger = get_logger(__name__)
 
@@ -51,7 +51,7 @@ class Saver:
             return True
         parts = self.parts
         weights = gather(parts.deepspeed, self.names)
-        if not all(sgm.distributed.from_all_ranks(_all_finite(weights))):
+        if not all(sgm.distributed.all_gather_objects(_all_finite(weights))):
             return False
         averages = None
         if self.args.ema_decay is not None:

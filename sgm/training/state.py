@@ -25,12 +25,12 @@ from typing import IO, Any
 import torch
 
 import sgm.distributed
-from sgm.args import TrainingArgs
-from sgm.checkpoint import write_latest
-from sgm.config import Config, ConfigError, Problem, digest_of
-from sgm.files import atomic_file
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config, ConfigError, Problem, digest_of
+from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
+from sgm.weights.checkpoint import write_latest
 
 try:
     import fcntl

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 import sgm.distributed
-from sgm.checkpoint import PREFIX
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
+from sgm.weights.checkpoint import PREFIX
 
 
 class TrainingModule(nn.Module):
@@ -32,7 +32,7 @@ class TrainingModule(nn.Module):
 
 
 def counted(weights: Sequence[float]) -> list[int] | slice:
-    """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.bucket_plan`."""
+    """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.buckets.plan`."""
     return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
 
 

@@ -41,7 +41,7 @@ class StopSignals:
         logger.warning("%s: finishing this step, then saving; interrupt again to stop at once", self.received)
 
 
-class StepCheck:
+class StepFlags:
     """What all ranks must know before the optimizer steps: is a loss not finite, is one of them asked to stop.
 
     The answer travels to the host while the backward pass runs, so that reading it leaves no gap in the device's work.
@@ -61,7 +61,7 @@ class StepCheck:
     def share(self, *, stop: bool) -> None:
         """Begin to exchange the flags; called by all ranks before the last backward pass of a step."""
         self._flags[1] = float(stop)
-        sgm.distributed.reduce_over_ranks(self._flags, largest=True)
+        sgm.distributed.all_reduce_(self._flags, largest=True)
         self._host.copy_(self._flags, non_blocking=True)
         if self._event is not None:
             self._event.record()

@@ -17,10 +17,10 @@ x = torch.tensor([d.data_parallel_rank() + 1.0], device=d.device())
 dist.all_reduce(x)
 assert d.data_parallel_size() == 2 and x.item() == 3.0
 rank = d.data_parallel_rank()
-assert d.reduce_over_ranks(torch.tensor([rank, 5 - rank])).tolist() == [1, 9]
-assert d.reduce_over_ranks(torch.tensor([rank, 5 - rank]), largest=True).tolist() == [1, 5]
-assert d.from_rank_zero({"rank": rank}) == {"rank": 0}
-assert d.from_all_ranks(rank) == [0, 1]
+assert d.all_reduce_(torch.tensor([rank, 5 - rank])).tolist() == [1, 9]
+assert d.all_reduce_(torch.tensor([rank, 5 - rank]), largest=True).tolist() == [1, 5]
+assert d.broadcast_from_rank_zero({"rank": rank}) == {"rank": 0}
+assert d.all_gather_objects(rank) == [0, 1]
 d.barrier()
 d.shutdown()
 assert not dist.is_initialized()
@@ -33,8 +33,8 @@ def test_a_single_process_needs_no_launcher_and_opens_no_port(monkeypatch):
     sgm.distributed.initialize()
     assert dist.get_world_size() == 1
     assert (sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()) == (0, 1)
-    assert sgm.distributed.reduce_over_ranks(torch.tensor([2.0])).tolist() == [2.0]
-    assert (sgm.distributed.from_rank_zero("x"), sgm.distributed.from_all_ranks("x")) == ("x", ["x"])
+    assert sgm.distributed.all_reduce_(torch.tensor([2.0])).tolist() == [2.0]
+    assert (sgm.distributed.broadcast_from_rank_zero("x"), sgm.distributed.all_gather_objects("x")) == ("x", ["x"])
 
 
 def test_groups_can_be_made_again_after_a_shutdown():

@@ -184,13 +184,13 @@ def test_ranks_share_the_clips_of_rank_zero(data, model, monkeypatch, capsys):
     lists = [caption_videos.clips_to_describe(data, overwrite=False)]
     reports: dict[int, list[int]] = {0: [], 1: []}
     monkeypatch.setattr(caption_videos, "BATCHES_BETWEEN_REPORTS", 2)
-    monkeypatch.setattr(caption_videos.distributed, "from_rank_zero", lambda _: lists[0])
+    monkeypatch.setattr(caption_videos.distributed, "broadcast_from_rank_zero", lambda _: lists[0])
     monkeypatch.setattr(caption_videos.distributed, "data_parallel_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(caption_videos.distributed, "data_parallel_rank", lambda rank=rank: rank)
         monkeypatch.setattr(
             caption_videos.distributed,
-            "from_all_ranks",
+            "all_gather_objects",
             lambda report, rank=rank: (reports[rank].append(report.num_written), [report])[1],
         )
         assert run(data, model) == 0

@@ -55,7 +55,7 @@ def test_other_formats_spread_and_a_contact_sheet(data, capsys):
 
 
 def test_rows_alone(data, capsys, monkeypatch):
-    monkeypatch.setattr("sgm.data.check.scan", None)
+    monkeypatch.setattr("sgm.data.clips.check.scan", None)
     (data / "list.csv").write_text("caption,video\none,videos/000000.mp4\ntwo,videos/x.mp4\n")
     assert check_dataset.main([str(data / "list.csv"), *PARAMS, "--rows_only"]) == 1
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 
 import tools.convert_weight_hf2sat as hf2sat
 import tools.convert_weight_sat2hf as sat2hf
-from sgm.files import find_weights, read_tensors
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import ROOT, run
 
 TOY = ["--base", str(ROOT / "configs" / "toy.yaml")]

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sgm.adapters import AdapterInfo
-from sgm.checkpoint import save_network
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.lora import FILE
 from sgm.conversion.to_diffusers import pipeline_of
-from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.inference.video import write_video
+from sgm.weights.adapters import AdapterInfo
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sgm.adapters import AdapterInfo
-from sgm.checkpoint import save_network
-from sgm.files import find_weights, read_tensors
-from sgm.tensor_parallel import division
+from sgm.weights.adapters import AdapterInfo
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.partition import division
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.models import build_vae, randomize, vae_section
-from sgm.sequence_parallel import shares
+from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
 from vae_modules.layers import CausalConv3d, Downsample3D, SpatialNorm3D, Stream, Upsample3D
@@ -136,7 +136,7 @@ def test_spatial_norm_equals_its_formula(is_first, frames, record):
     ("num", "size", "expected"), [(13, 4, [4, 3, 3, 3]), (1, 3, [1, 0, 0]), (0, 2, [0, 0]), (6, 2, [3, 3])]
 )
 def test_ranks_share_evenly_and_the_first_ones_more(num, size, expected):
-    assert shares(num, size) == expected
+    assert shard_sizes(num, size) == expected
 
 
 @pytest.mark.parametrize("num_latents", [1, 2, 3, 4, 5, 6, 9])

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from sgm.checkpoint import load_autoencoder
 from sgm.util import instantiate_from_config, without_allocating
+from sgm.weights.checkpoint import load_autoencoder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "vae"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.sequence_parallel import gather_sequence, split_sequence
+from sgm.parallel.sequence import gather_sequence, split_sequence
 
 
 class OpenAIWrapper(nn.Module):

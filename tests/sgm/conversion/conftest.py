@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
-from sgm.checkpoint import save_autoencoder, save_network
+from sgm.weights.checkpoint import save_autoencoder, save_network
 
 FAMILIES = ("cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v")
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -18,19 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-from sgm.adapters import AdapterInfo, read_adapter_info
-from sgm.checkpoint import save_network
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.from_diffusers import sat_model_of
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
 from sgm.conversion.to_diffusers import pipeline_of
 from sgm.conversion.verify import verify
-from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
 from sgm.util import InputError, RunError, instantiate_from_config
+from sgm.weights.adapters import AdapterInfo, read_adapter_info
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
 from tests.processes import ROOT
 from tests.sgm.conversion.conftest import FAMILIES
 

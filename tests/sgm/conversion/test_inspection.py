@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.models import network_section
-from sgm.adapters import AdapterInfo
-from sgm.checkpoint import PREFIX, save_network
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint
 from sgm.conversion.lora import export_lora
 from sgm.conversion.names import network_to_diffusers
 from sgm.conversion.to_diffusers import pipeline_of
 from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights.adapters import AdapterInfo
+from sgm.weights.checkpoint import PREFIX, save_network
 from tests.sgm.conversion.zero_files import write_state
 
 ROOT = Path(__file__).parents[3]

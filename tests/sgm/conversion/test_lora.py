@@ -13,9 +13,6 @@ from safetensors.torch import load_file
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
-from sgm.adapters import AdapterInfo, is_adapter
-from sgm.checkpoint import load_network, save_network
-from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.lora import (
     FILE,
     HEADER_KEY,
@@ -26,9 +23,12 @@ from sgm.conversion.lora import (
     read_lora,
 )
 from sgm.conversion.verify import peer_rope
-from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights_match import PREFIX
+from sgm.weights.adapters import AdapterInfo, is_adapter
+from sgm.weights.checkpoint import load_network, save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.lazy import LazyTensor
+from sgm.weights.match import PREFIX
 
 RANK, ALPHA = 4, 3
 QKV, DENSE = (f"transformer.layers.0.attention.{name}" for name in ("query_key_value", "dense"))
@@ -264,7 +264,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(write, saved, t
     with monkeypatch.context() as broken:
         broken.setattr("sgm.conversion.lora.write_safetensors", fail)
         broken.setattr("sgm.conversion.lora.write_latest", fail)
-        broken.setattr("sgm.checkpoint.write_latest", fail)
+        broken.setattr("sgm.weights.checkpoint.write_latest", fail)
         with pytest.raises(InputError, match="disk on fire"):
             write(run, tmp_path / "empty")
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "empty", tmp_path / "full"])

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import build_network
-from sgm.adapters import is_adapter, read_adapter_info, with_adapters
-from sgm.checkpoint import load_network, save_network
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.conversion.lora import FILE, HEADER_KEY, export_lora
 from sgm.conversion.lora_import import find_lora, import_lora, read_diffusers_lora
 from sgm.conversion.verify import peer_rope
-from sgm.files import find_weights, read_tensors, weights_digest
 from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights.adapters import is_adapter, read_adapter_info, with_adapters
+from sgm.weights.checkpoint import load_network, save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
 
 PARTS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -385,7 +385,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(model, tmp_path
     def fail(*_args, **_options):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("sgm.checkpoint.write_latest", fail)
+    monkeypatch.setattr("sgm.weights.checkpoint.write_latest", fail)
     with pytest.raises(InputError, match="disk on fire"):
         import_lora(config, file, tmp_path / "sat")
     assert sorted(tmp_path.iterdir()) == before

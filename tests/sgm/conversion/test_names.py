@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.models import build_network, build_vae, network_section, vae_section
-from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.names import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
@@ -12,6 +11,7 @@ from sgm.conversion.names import (
     network_to_diffusers,
 )
 from sgm.util import InputError
+from sgm.weights.lazy import LazyTensor
 from tests.sgm.conversion.conftest import FAMILIES, SIZE
 
 RECOMPUTED = {"mixins.pos_embed.pos_embedding", "transformer.position_embeddings.weight"}

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sgm.conversion.lazy import LazyTensor
 from sgm.conversion.writing import new_folder, write_safetensors, write_shards
 from sgm.util import InputError, RunError
+from sgm.weights.lazy import LazyTensor
 
 TENSORS = {
     "half": torch.randn(3, generator=torch.Generator().manual_seed(0)).half(),

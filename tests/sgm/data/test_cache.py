@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
-from sgm.data.webdataset import Member
+from sgm.data.formats.webdataset import Member
 from sgm.util import InputError, RunError
 
 KEYS = ["a", "b", "c"]

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from sgm.checkpoint import load_network, save_network
 from sgm.inference.main import main
 from sgm.util import instantiate_from_config
+from sgm.weights.checkpoint import load_network, save_network
 from tests.processes import run
 
 ROOT = Path(__file__).parents[3]

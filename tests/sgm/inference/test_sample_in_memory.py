@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.inference import run as run_module
 from sgm.inference.prompts import Prompt
 from sgm.inference.run import SamplingRun

@@ -7,11 +7,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sgm.adapters import AdapterInfo, is_adapter
-from sgm.checkpoint import load_network, save_network
-from sgm.files import find_weights, weights_digest
 from sgm.inference.main import main
 from sgm.util import instantiate_from_config
+from sgm.weights.adapters import AdapterInfo, is_adapter
+from sgm.weights.checkpoint import load_network, save_network
+from sgm.weights.files import find_weights, weights_digest
 
 LORA = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4, "lora_alpha": 3}}
 

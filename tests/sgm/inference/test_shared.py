@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.inference.main import main
 from sgm.inference.video import to_uint8
 from sgm.util import instantiate_from_config

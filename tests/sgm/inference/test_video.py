@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sgm.files import write_json
 from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
+from sgm.io import write_json
 from sgm.util import RunError
 
 

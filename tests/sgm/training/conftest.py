@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.inference.video import write_video
 from sgm.training.run import train
 

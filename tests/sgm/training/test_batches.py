@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_video import SFTDataset
-from sgm.args import TrainingArgs
-from sgm.data.bucket_config import parse_buckets
-from sgm.data.bucket_plan import Division
+from sgm.config.args import TrainingArgs
+from sgm.data.buckets.config import parse_buckets
+from sgm.data.buckets.plan import Division
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
 from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.data import Data

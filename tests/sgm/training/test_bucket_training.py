@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from sgm.config import ConfigError, load_config
-from sgm.files import find_weights, read_tensors
+from sgm.config.load import ConfigError, load_config
 from sgm.inference.video import write_video
 from sgm.training.main import parse, run
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.util import InputError
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import only_run, train_all
 
 LORA = "dit_t2v_5b_lora"

@@ -14,20 +14,20 @@ import torch
 
 import data_video
 import sgm.distributed
-import sgm.precompute
-from sgm.config import ConfigError, load_config
-from sgm.data.bucket_config import parse_buckets
+import sgm.training.precompute
+from sgm.config.load import ConfigError, load_config
+from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, differences
-from sgm.files import find_weights, read_tensors
 from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.precompute import plan_jobs, run_jobs
 from sgm.training.caches import clip_source, require_repeatable
 from sgm.training.metrics import read_metrics
+from sgm.training.precompute import plan_jobs, run_jobs
 from sgm.training.prepare import prepare
 from sgm.util import InputError, RunError
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, run, train_all
 
 SMALL = 10_000  # bytes in a shard: several shards of each kind
@@ -284,8 +284,8 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(training_yaml, cache, tm
         written.append(None)
         return write(*args)
 
-    write = sgm.precompute.write_shard
-    monkeypatch.setattr(sgm.precompute, "write_shard", die)
+    write = sgm.training.precompute.write_shard
+    monkeypatch.setattr(sgm.training.precompute, "write_shard", die)
     for _ in range(2):
         with pytest.raises(RunError, match="killed"):
             precompute(bases, other)
@@ -303,7 +303,7 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, made = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("text", "latents"), shard_bytes=SMALL)
     missing = [[*range(len(job.description.shards))] for job in jobs]
-    monkeypatch.setattr("sgm.precompute._begin", lambda *_: missing)
+    monkeypatch.setattr("sgm.training.precompute._begin", lambda *_: missing)
     monkeypatch.setattr(sgm.distributed, "world_size", lambda: 2)
     for job in jobs:
         other.mkdir(exist_ok=True)
@@ -313,9 +313,11 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
         shards = []
         exchanges.append(shards)
         monkeypatch.setattr(sgm.distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(sgm.distributed, "from_rank_zero", lambda _: missing)
+        monkeypatch.setattr(sgm.distributed, "broadcast_from_rank_zero", lambda _: missing)
         monkeypatch.setattr(
-            sgm.distributed, "from_all_ranks", lambda found, shards=shards: shards.append(len(files(other))) or [found]
+            sgm.distributed,
+            "all_gather_objects",
+            lambda found, shards=shards: shards.append(len(files(other))) or [found],
         )
         run_jobs(jobs, other)
         made.append({*files(other)} - {name for names in made for name in names})
@@ -328,13 +330,13 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
 def test_what_could_not_be_encoded_is_tried_again_alone(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, decoded = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("latents",), shard_bytes=SMALL)
-    pixels = sgm.precompute._Clip.pixels
+    pixels = sgm.training.precompute._Clip.pixels
 
     def noted(clip, kind):
         decoded.append(Path(clip.path).name)
         return "is out of reach" if decoded[-1] in away else pixels(clip, kind)
 
-    monkeypatch.setattr(sgm.precompute._Clip, "pixels", noted)
+    monkeypatch.setattr(sgm.training.precompute._Clip, "pixels", noted)
     away = ["002.mp4", "005.mp4"]
     failures = run_jobs(jobs, other)
     assert len(decoded) == 8 and sorted(failures.values()) == ["is out of reach"] * 2

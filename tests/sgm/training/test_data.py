@@ -8,7 +8,7 @@ import pytest
 
 import sgm.training.data
 from data_video import SFTDataset
-from sgm.args import TrainingArgs
+from sgm.config.args import TrainingArgs
 from sgm.data.loader import SampleStream
 from sgm.data.order import TrainingOrder
 from sgm.training.data import Data, usable_data
@@ -50,7 +50,7 @@ def test_clips_are_opened_before_training_as_asked(tmp_path, monkeypatch, check_
 
 def test_large_sets_are_not_opened_and_bad_clips_replaced_later(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sgm.training.data, "AUTO_CHECK", 9)
-    monkeypatch.setattr("sgm.data.check.scan", None)
+    monkeypatch.setattr("sgm.data.clips.check.scan", None)
     with caplog.at_level("INFO"):
         found, left_out = usable(toy(tmp_path / "set", bad=[3]), tmp_path / "run")
     assert "10 clips are not opened before training (args.check_clips=auto)" in caplog.text

@@ -8,8 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
-from sgm.checkpoint import save_autoencoder, save_network
-from sgm.config import load_config
+from sgm.config.load import load_config
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.metrics import read_metrics
 from sgm.training.optimizer import make_optimizer
@@ -18,6 +17,7 @@ from sgm.training.schedule import LearningRate
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.training.trainable import choose_trainable
 from sgm.util import instantiate_from_config
+from sgm.weights.checkpoint import save_autoencoder, save_network
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

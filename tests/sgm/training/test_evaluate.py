@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.config import load_config
-from sgm.files import find_weights, read_tensors
+from sgm.config.load import load_config
 from sgm.inference.run import sample
 from sgm.training.evaluate import Evaluation, evaluation_mode, validation_timestep
 from sgm.training.metrics import read_metrics
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
 
 ROOT = Path(__file__).parents[3]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import sgm.training.run
-from sgm.files import find_weights, read_tensors
 from sgm.inference.video import write_video
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.main import main
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError, RunError
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import ROOT, Training, only_run, run
 
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"

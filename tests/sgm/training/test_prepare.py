@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sgm.config import ConfigError, load_config
+from sgm.config.load import ConfigError, load_config
 from sgm.training.main import main
 from sgm.training.prepare import prepare
 from sgm.training.run import train

@@ -17,13 +17,13 @@ import yaml
 from omegaconf import OmegaConf
 
 import sgm.distributed
-from sgm.config import load_config
-from sgm.deepspeed_config import engine_config
-from sgm.files import find_weights, read_tensors
-from sgm.geometry import Geometry
-from sgm.precision import resolve_training_precision
+from sgm.config.deepspeed_section import engine_config
+from sgm.config.load import load_config
+from sgm.config.precision import resolve_training_precision
+from sgm.modules.geometry import Geometry
 from sgm.training import main as training
 from sgm.util import instantiate_from_config, without_allocating
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import ENV, ROOT, asked, only_run, run, train_all
 
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from sgm.files import find_weights, read_tensors
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import ENV, ROOT, Training, only_run, rank_environments
 
 LORA = "dit_t2v_5b_lora"
@@ -113,7 +113,7 @@ backends = [group._get_backend(d.device()) for group in c10d._world.pg_map if gr
 assert len(backends) > 3 and {{backend.options._timeout.total_seconds() for backend in backends}} == {{{timeout}}}
 print("ready", flush=True)
 try:
-    with d.naming_lost_rank():
+    with d.explain_lost_ranks():
         {work}
 except Exception as error:
     sys.exit(f"error: {{error}}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.files import find_weights, read_tensors
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, asked, only_run, run, train_all
 
 ROOT = Path(__file__).parents[3]

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sgm.training.save
-from sgm.checkpoint import save_network
-from sgm.config import ConfigError, load_config
-from sgm.files import find_weights, read_entry, read_tensors
+from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
 from sgm.util import InputError
-from tools.toy_scene import BACKGROUND, Clip, render
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_entry, read_tensors
+from tools.toy.scene import BACKGROUND, Clip, render
 
 ROOT = Path(__file__).parents[3]
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
@@ -449,7 +449,7 @@ def test_a_step_reads_no_more_than_its_flags_from_the_device(job, monkeypatch):
         def call(tensor, *args, **kwargs):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             inside = caller.startswith(("sgm.training.", "sgm.models."))
-            # `StepCheck.read` looks at its copy on the host.
+            # `StepFlags.read` looks at its copy on the host.
             if running and inside and caller != "sgm.training.watch":
                 counts[running[0]] = counts.get(running[0], 0) + 1
             return function(tensor, *args, **kwargs)

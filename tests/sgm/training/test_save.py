@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.args import TrainingArgs
-from sgm.files import find_weights, read_tensors
+from sgm.config.args import TrainingArgs
 from sgm.training.metrics import read_metrics
 from sgm.training.state import checkpoint_engine, find_resume_point
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training
 
 ROOT = Path(__file__).parents[3]

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import sgm.distributed
-from sgm.config import ConfigError, load_config
-from sgm.files import find_weights, read_tensors
+from sgm.config.load import ConfigError, load_config
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training import build, inputs
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, asked, only_run, train_all
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
@@ -218,7 +218,7 @@ def second_of_two(monkeypatch):
     """Play the second of two ranks that share a sample; what the first one passed is `received`."""
     received: list = []
     monkeypatch.setattr(sgm.distributed, "sample_rank", lambda: 1)
-    monkeypatch.setattr(sgm.distributed, "from_sample_first", lambda value: received.pop(0))
+    monkeypatch.setattr(sgm.distributed, "broadcast_in_sample_group", lambda value: received.pop(0))
     return received
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.args import TrainingArgs
-from sgm.config import ConfigError, load_config
-from sgm.files import find_weights, read_tensors
+from sgm.config.args import TrainingArgs
+from sgm.config.load import ConfigError, load_config
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.training.state import find_resume_point, lock_folder
 from sgm.util import InputError
+from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
 from tests.sgm.training.points import POINT
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.config import ConfigError
+from sgm.config.load import ConfigError
 from sgm.training.trainable import choose_trainable
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sgm.training.watch import StepCheck, StopSignals
+from sgm.training.watch import StepFlags, StopSignals
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_loss_of_any_micro_step_is_found(bad):
-    check = StepCheck(CPU)
+    check = StepFlags(CPU)
     check.add(torch.tensor([1.0, 2.0]))
     check.add(torch.tensor([1.0, bad]))
     check.add(torch.tensor([3.0, 4.0]))
@@ -59,7 +59,7 @@ def test_one_bad_loss_of_any_micro_step_is_found(bad):
 
 
 def test_each_step_begins_anew():
-    check = StepCheck(CPU)
+    check = StepFlags(CPU)
     check.add(torch.tensor([float("nan")]))
     check.share(stop=True)
     assert check.read() == (True, True)

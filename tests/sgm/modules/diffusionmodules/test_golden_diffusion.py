@@ -8,12 +8,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from sgm.checkpoint import load_network
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.diffusionmodules.sampling import VideoSampler
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config
+from sgm.weights.checkpoint import load_network
 
 GOLDEN = Path(__file__).parents[3] / "data/golden"
 

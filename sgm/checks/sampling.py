@@ -1,0 +1,326 @@
+"""What must be looked up before a run: files, shapes, precision, device. And the dry run that reports on them.
+
+Nothing here reads weights. Every finding is a `Problem` with the YAML path of its cause, so that all of them can be
+shown together.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
+from sgm.config.precision import precision_name, resolve_precision
+from sgm.distributed import resolve_device
+from sgm.modules.geometry import Geometry
+from sgm.util import InputError, default, instantiate_from_config, without_allocating
+from sgm.weights.adapters import read_adapter_info
+from sgm.weights.checkpoint import check_autoencoder, check_network, find_weights
+
+_NETWORK = "model.network_config.params"
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a sampling run makes.
+
+    Attributes:
+        latents: latent frames of the result.
+        padded_latents: latent frames that the network sees; the first ``padded_latents - latents`` are dropped.
+        video_frames: frames of the result.
+        size: (height, width) in pixels; None where each image decides (see `Geometry.size_for_image`).
+        fps: frames per second.
+        image2video: whether each sample starts from an image.
+    """
+
+    latents: int
+    padded_latents: int
+    video_frames: int
+    size: tuple[int, int] | None
+    fps: int
+    image2video: bool
+
+    @property
+    def seconds(self) -> float:
+        """Length of the result."""
+        return self.video_frames / self.fps
+
+
+def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
+    """Fit what the user asks for to what the network can make.
+
+    Raises:
+        ConfigError: a frame count, size, or kind of input that the network cannot do; names the nearest legal ones.
+    """
+    problems = [*_frame_problems(args, geometry), *_size_problems(args, geometry), *_input_problems(args, geometry)]
+    if problems:
+        raise ConfigError(problems)
+    wanted = args.sampling_num_frames
+    latents = geometry.legal_latents()[-1] if wanted is None else geometry.kept_latents(wanted)
+    size = args.sampling_image_size
+    if size is None:
+        free = geometry.image_conditioned and geometry.patch_size[0] > 1 and not geometry.fixed_size
+        size = None if free else geometry.default_size()
+    return SamplingPlan(
+        latents=latents,
+        padded_latents=geometry.padded_latents(latents),
+        video_frames=geometry.video_frames(latents),
+        size=size,
+        fps=args.sampling_fps,
+        image2video=geometry.image_conditioned,
+    )
+
+
+def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    wanted, legal = args.sampling_num_frames, geometry.legal_latents()
+    if wanted is None or geometry.kept_latents(wanted) in legal:
+        return
+    kept = geometry.kept_latents(wanted)
+    closest = min(legal, key=lambda latents: abs(latents - kept))
+    cure = (
+        f"nearest legal: {closest} latent frames = {geometry.video_frames(closest)} video frames; "
+        f"legal: {_listed(legal)} latent frames ({_listed(geometry.legal_frames())} video frames)"
+    )
+    if wanted in geometry.legal_frames():
+        latents = (wanted - 1) // geometry.time_compression + 1
+        cure += f"; if you mean {wanted} video frames, write {latents}"
+    elif not geometry.fixed_size and kept > legal[-1]:
+        cure += f"; rotary positions have no end, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
+    found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network is made for"
+    yield Problem("args.sampling_num_frames", "", found, cure)
+
+
+def _size_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    size = args.sampling_image_size
+    if size is None or geometry.size_is_legal(*size):
+        return
+    best = geometry.nearest_size(*size)
+    cure = f"nearest legal: args.sampling_image_size=[{best[0]},{best[1]}]"
+    if geometry.fixed_size:
+        cure += f"; the {geometry.positions} positions of this network fit that size only"
+    else:
+        steps, most = geometry.size_steps, geometry.max_size
+        cure += f"; height: multiples of {steps[0]} up to {most[0]}, width: multiples of {steps[1]} up to {most[1]}"
+    found = f"{size[0]}x{size[1]} (height x width) is no size that the network can make"
+    yield Problem("args.sampling_image_size", "", found, cure)
+
+
+def _input_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    channels = f"in_channels {geometry.in_channels}, out_channels {geometry.out_channels}"
+    if args.image2video is True and not geometry.image_conditioned:
+        found = f"is true, but the network takes no image ({channels})"
+        yield Problem("args.image2video", "", found, "set args.image2video=false, or use an image-to-video (i2v) model")
+    if args.image2video is False and geometry.image_conditioned:
+        found = f"is false, but the network needs an image ({channels})"
+        cure = "set args.image2video=true and write prompt@@image lines, or use a text-to-video model"
+        yield Problem("args.image2video", "", found, cure)
+    if args.latent_channels not in (None, geometry.out_channels):
+        found = f"is {args.latent_channels}, but the network makes latents of {geometry.out_channels} channels"
+        cure = f"set args.latent_channels={geometry.out_channels}, or remove it"
+        yield Problem("args.latent_channels", "", found, cure)
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) < 5:
+        return ", ".join(map(str, numbers))
+    return f"{numbers[0]}, {numbers[1]}, {numbers[2]}, ..., {numbers[-1]}"
+
+
+def check_files(config: Config) -> list[Problem]:
+    """Look for every file and folder that sampling will read or write; return what is missing or unusable."""
+    args, problems = config.args, []
+    if args.load is None and config.mode == "inference":  # training from nothing needs none
+        cure = "add args.load=<folder that holds 'latest'>; the README says how checkpoints must look"
+        problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
+    elif args.load is not None:
+        cure = "set args.load; the README says how checkpoints must look"
+        problems += problems_of("args.load", cure, partial(find_weights, args.load))
+    if args.input_type == "txt" and args.input_file is not None:
+        cure = "correct args.input_file: a text file with a prompt a line"
+        if not Path(args.input_file).is_file():
+            problems.append(Problem("args.input_file", "", f"there is no file '{args.input_file}'", cure))
+    vae = config.model.get("first_stage_config")
+    if vae is not None and not (args.only_save_latents and not config.model.get("noised_image_input")):
+        path, weights = "model.first_stage_config.params.ckpt_path", params_of(vae).get("ckpt_path")
+        if not Path(str(weights)).is_file():
+            found = "the VAE has no weights" if weights is None else f"there is no file '{weights}'"
+            cure = f"set {path} to the VAE's weights, which come as vae/3d-vae.pt"
+            problems.append(Problem(path, "", found, cure))
+    if config.model.get("conditioner_config") is not None:
+        path = "model.conditioner_config"
+        cure = "set model_dir there to the folder of this model's T5"
+        problems += problems_of(path, cure, partial(_check_text_encoder, config))
+    return problems
+
+
+def _check_text_encoder(config: Config) -> None:
+    conditioner = instantiate_from_config(config.model["conditioner_config"])
+    conditioner.check()
+    modules = params_of(config.model.get("network_config")).get("modules") or {}
+    wanted = params_of(modules.get("patch_embed_config")).get("text_hidden_size")
+    sizes = [embedder.embed_dim for embedder in conditioner.embedders if hasattr(embedder, "embed_dim")]
+    if sizes and wanted is not None and sum(sizes) != wanted:
+        raise InputError(
+            f"the text encoder gives embeddings of size {sum(sizes)}, but the network takes {wanted} "
+            f"({_NETWORK}.modules.patch_embed_config.params.text_hidden_size); give the T5 of this model"
+        )
+
+
+def params_of(section: Any) -> Mapping[str, Any]:
+    """Return the parameters of a ``{target, params}`` section that may be missing."""
+    return (section or {}).get("params") or {}
+
+
+def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
+    """Run `check`; return its complaint, if any, as the problem at `path`."""
+    try:
+        check()
+    except ConfigError as error:
+        return list(error.problems)
+    except InputError as error:
+        return [Problem(path, "", str(error), cure)]
+    return []
+
+
+def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
+    """Hold the parts of the model against each other: text encoder, network, VAE; return what does not fit."""
+    modules = params_of(config.model.get("network_config")).get("modules") or {}
+    positions = "modules.pos_embed_config.params.text_length"
+    text_length = params_of(modules.get("pos_embed_config")).get("text_length")
+    pairs = []
+    for index, embedder in enumerate(params_of(config.model.get("conditioner_config")).get("emb_models") or []):
+        path = f"model.conditioner_config.params.emb_models.{index}.params.max_length"
+        pairs.append((path, params_of(embedder).get("max_length"), f"{_NETWORK}.{positions}", text_length))
+    vae = params_of(config.model.get("first_stage_config"))
+    for part in ("encoder_config", "decoder_config"):
+        path = f"model.first_stage_config.params.{part}.params.z_channels"
+        channels = params_of(vae.get(part)).get("z_channels")
+        pairs.append((path, channels, f"{_NETWORK}.out_channels", geometry.out_channels))
+    problems = [
+        Problem(path, "", f"is {value}, but {other_path} is {other}", "make them equal, as in the shipped model files")
+        for path, value, other_path, other in pairs
+        if value is not None and other is not None and value != other
+    ]
+    wants_image = bool(config.model.get("noised_image_input", False))
+    if wants_image != geometry.image_conditioned:
+        found = f"is {str(wants_image).lower()}, but in_channels {geometry.in_channels} says otherwise"
+        cure = f"set it to {str(geometry.image_conditioned).lower()}, or correct {_NETWORK}.in_channels"
+        problems.append(Problem("model.noised_image_input", "", found, cure))
+    return problems
+
+
+def _inspect(config: Config) -> tuple[dict[str, Any], list[Problem]]:
+    """Return what could be found out (geometry, plan, device, dtype), and every problem."""
+    args, problems, facts = config.args, check_files(config), {}
+
+    def collect(name: str, path: str, work: Callable[[], Any]) -> None:
+        cure = "correct it, in the file or on the command line"
+        problems.extend(problems_of(path, cure, lambda: facts.update({name: work()})))
+
+    collect("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
+    if "geometry" in facts:
+        collect("plan", "args", lambda: check_sampling(args, facts["geometry"]))
+        problems += check_shapes(config, facts["geometry"])
+    collect("device", "args.device", lambda: resolve_device(args))
+    if "device" in facts:
+        stated = config.model.get("precision")
+        collect("dtype", "args", lambda: resolve_precision(args, stated, facts["device"].type))
+    return facts, problems
+
+
+def dry_run(config: Config) -> str:
+    """Check everything that can be checked without reading weights, and describe the run.
+
+    Builds network and VAE without memory; this imports every class that the YAML names and runs its own checks.
+
+    Returns:
+        A table: parameters, precision, what will be sampled, and the legal frame counts and sizes.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    facts, problems = _inspect(config)
+    problems += _missing_sections(config)
+    counts: dict[str, int] = {}
+    for part, section in config.model.items():
+        if isinstance(section, Mapping) and "target" in section and part != "conditioner_config":
+            build = partial(_build, config, counts, part, section)
+            weights = ", or give other weights (args.load, args.base)" if part == "network_config" else ""
+            problems += problems_of(f"model.{part}", f"correct it in the model's YAML file{weights}", build)
+    if problems:
+        raise ConfigError(config.located(problems))
+    return _report(config, facts, counts)
+
+
+def _missing_sections(config: Config) -> Iterator[Problem]:
+    """Find the parts of the model that sampling needs and that the YAML leaves out."""
+    needed = {"sampler_config": "to sample", "conditioner_config": "to read prompts"}
+    if not config.args.only_save_latents or config.model.get("noised_image_input"):
+        needed["first_stage_config"] = "to turn latents into video, or images into latents"
+    for part, purpose in needed.items():
+        if config.model.get(part) is None:
+            cure = "take it from a shipped model configuration"
+            yield Problem(f"model.{part}", "", f"is missing, and is needed {purpose}", cure)
+    conditioner = config.model.get("conditioner_config")
+    if conditioner is not None and not params_of(conditioner).get("emb_models"):
+        path = "model.conditioner_config.params.emb_models"
+        yield Problem(path, "", "is empty, so that no prompt can be read", "take it from a shipped model configuration")
+
+
+def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
+    """Build a part of the model, modules without memory; note its parameters, and hold its weights' names to it."""
+    args = config.args
+    large = part in ("network_config", "first_stage_config")
+    with without_allocating() if large else contextlib.nullcontext():
+        built: Any = instantiate_from_config(section)
+    if large:
+        counts[part] = sum(parameter.numel() for parameter in built.parameters())
+    if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
+        check_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
+    elif part == "first_stage_config" and Path(str(built.ckpt_path)).is_file():
+        check_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
+    elif part == "sampler_config":
+        built.timesteps(args.num_steps)
+        if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
+            raise InputError(
+                f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
+                "guider_config"
+            )
+
+
+def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    geometry, plan, args = facts["geometry"], facts["plan"], config.args
+    network, sampler = params_of(config.model["network_config"]), params_of(config.model.get("sampler_config"))
+    guidance = default(args.guidance_scale, params_of(sampler.get("guider_config")).get("scale"))
+    size = "the image's shape" if plan.size is None else f"{plan.size[0]}x{plan.size[1]}"
+    steps, most = geometry.size_steps, geometry.max_size
+    legal_sizes = f"height multiples of {steps[0]} up to {most[0]}, width multiples of {steps[1]} up to {most[1]}"
+    info = read_adapter_info(args.load) if args.load else None
+    lora = {}
+    if info is not None:
+        layers = f"{len(info.layers)} of {network['num_layers']} layers"
+        lora["LoRA"] = f"rank {info.rank}, alpha {info.alpha:g}, {layers}; trained on {default(args.base, info.base)}"
+    rows = {
+        "configuration": f"{' + '.join(config.bases)} (digest {config.digest[:12]})",
+        "weights": str(find_weights(args.load)) if args.load else "none",
+        **lora,
+        "network": f"{counts['network_config']:,} parameters, {network['num_layers']} layers, "
+        f"hidden size {network['hidden_size']}, {geometry.positions} positions",
+        "VAE": f"{counts['first_stage_config']:,} parameters" if "first_stage_config" in counts else "none",
+        "precision": f"{precision_name(facts['dtype'])} on {facts['device']}",
+        "task": "image to video" if plan.image2video else "text to video",
+        "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
+        f"{plan.seconds:.1f} s",
+        "sampler": f"{args.num_steps or sampler.get('num_steps')} steps, guidance {guidance}",
+        "legal frames": f"{_listed(geometry.legal_frames())} ({_listed(geometry.legal_latents())} latent frames)",
+        "legal sizes": f"{most[0]}x{most[1]} only" if geometry.fixed_size else legal_sizes,
+        "results": args.output_dir,
+    }
+    return as_table(rows)
+
+
+def as_table(rows: Mapping[str, str]) -> str:
+    """Return the rows of a report, name and text, in the columns that all reports have."""
+    return "\n".join(f"{name:<13}  {text}" for name, text in rows.items())

@@ -1,0 +1,106 @@
+"""In which precision a run computes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sgm.config.args import SamplingArgs
+from sgm.config.load import Config, ConfigError, Problem
+from sgm.util import PRECISIONS
+
+Precision = Literal["fp16", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """Whether one half precision is asked for (None: not said), and the key that says so."""
+
+    path: str
+    value: bool | None
+
+
+def resolve_precision(args: SamplingArgs, model_precision: Precision | None, device_type: str) -> torch.dtype:
+    """Decide in which precision the network runs.
+
+    The model's precision holds unless a flag says otherwise. ``fp16: true`` and ``bf16: true`` must agree with it; a
+    model released in fp32 may also run in bf16, which has the range of fp32. A false flag for the model's own
+    precision asks for fp32, which every model can do. Without any statement it is fp32.
+
+    Args:
+        args: with the flags.
+        model_precision: ``model.precision``.
+        device_type: such as ``torch.device.type``.
+
+    Raises:
+        ConfigError: the flags contradict each other or the model, or the device cannot do it.
+    """
+    flags = {name: _Flag(f"args.{name}", getattr(args, name)) for name in ("fp16", "bf16")}
+    return _resolve(flags, model_precision, device_type)
+
+
+def resolve_training_precision(config: Config, device_type: str) -> torch.dtype:
+    """Decide in which precision the network trains.
+
+    As in `resolve_precision`; ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` say the same as ``args.fp16``
+    and ``args.bf16``, and must not contradict them.
+
+    Args:
+        config: of a training run.
+        device_type: such as ``torch.device.type``.
+
+    Raises:
+        ConfigError: the flags contradict each other or the model, or the device cannot do it.
+    """
+    flags = {}
+    for name in ("fp16", "bf16"):
+        enabled = (config.deepspeed.get(name) or {}).get("enabled")
+        stated = [_Flag(f"args.{name}", getattr(config.args, name)), _Flag(f"deepspeed.{name}.enabled", enabled)]
+        given = [flag for flag in stated if flag.value is not None]
+        if len({flag.value for flag in given}) > 1:
+            first, second = (f"{flag.path} is {str(flag.value).lower()}" for flag in given)
+            cure = f"remove {given[1].path}, or make them equal"
+            raise ConfigError([Problem(given[0].path, "", f"{first}, but {second}", cure)])
+        flags[name] = (given or stated)[0]
+    return _resolve(flags, config.model.get("precision"), device_type)
+
+
+def _resolve(flags: Mapping[str, _Flag], model_precision: Precision | None, device_type: str) -> torch.dtype:
+    if model_precision not in (None, *PRECISIONS):
+        cure = f"give one of {', '.join(PRECISIONS)}, or null"
+        raise ConfigError([Problem("model.precision", "", f"is {model_precision!r}", cure)])
+    chosen = [name for name, flag in flags.items() if flag.value]
+    if len(chosen) > 1:
+        keep = flags.get(model_precision or "", flags["bf16"])
+        raise ConfigError(
+            [Problem(flags["fp16"].path, "", "fp16 and bf16 are both true", f"keep {keep.path}=true only")]
+        )
+    precision = chosen[0] if chosen else model_precision or "fp32"
+    if not chosen and precision in flags and flags[precision].value is False:
+        precision = "fp32"
+    if model_precision is not None and precision not in (model_precision, "fp32"):
+        if (model_precision, precision) != ("fp32", "bf16"):
+            why = (
+                "values beyond fp16's range turn into black video"
+                if precision == "fp16"
+                else "bf16's coarser mantissa is visible in its videos"
+            )
+            path = flags[precision].path
+            found = f"asks for {precision}, but the model was released in {model_precision}: {why}"
+            raise ConfigError([Problem(path, "", found, f"remove {path} (null follows the model)")])
+    if precision == "fp16" and device_type == "cpu":
+        path = flags["fp16"].path
+        found = "the network would run in fp16, which a CPU cannot do"
+        raise ConfigError([Problem(path, "", found, f"set {path}=false to run in fp32, or use an accelerator")])
+    return PRECISIONS[precision]
+
+
+def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return in which precision the autoencoder runs beside a network of `dtype`: it overflows in float16."""
+    return torch.bfloat16 if dtype is torch.float16 else dtype
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return the name that YAML files have for `dtype`."""
+    return next(name for name, value in PRECISIONS.items() if value is dtype)

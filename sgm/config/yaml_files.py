@@ -1,0 +1,238 @@
+"""Reading YAML files with the place of every value: merge, ``section.key=value`` overrides, interpolation.
+
+This module knows nothing about the meaning of keys; `sgm.config.load` does. Every problem is collected with the file
+and line it came from, so that a user sees all of them at once.
+"""
+
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sgm.util import InputError, nearest
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but with ``1e-5`` as a number, as YAML 1.2 and OmegaConf read it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the configuration: where, what was found, and what to do about it."""
+
+    path: str
+    source: str
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        place = " ".join(part for part in (self.path, f"({self.source})" if self.source else "") if part)
+        return f"{place}: {self.found}\n      -> {self.cure}" if place else f"{self.found}\n      -> {self.cure}"
+
+
+class ConfigError(InputError):
+    """The configuration cannot be used. Lists every problem that was found, each with its place and its cure."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{count} in the configuration:", *(f"  - {problem}" for problem in problems)]))
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a key path as a user writes it: ``model.conditioner_config.params.emb_models.0``."""
+    return ".".join(str(key) for key in path)
+
+
+@dataclass
+class Merged:
+    """The merged values of several files and overrides, with the origin of each.
+
+    Attributes:
+        values: the merged tree, plain Python values.
+        origins: the file and line, or the override, that last set each key path.
+        problems: what is wrong so far.
+        syntax_failed: whether a file could not be read at all, so that judging the merged values would mislead.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    syntax_failed: bool = False
+
+    def origin(self, path: KeyPath) -> str:
+        """Return where `path`, or the nearest parent of it that a file names, was set."""
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path, "")
+
+    def add(self, path: KeyPath, found: str, cure: str, *, source: str | None = None) -> None:
+        """Record a problem at `path`."""
+        self.problems.append(Problem(dotted(path), self.origin(path) if source is None else source, found, cure))
+
+
+def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> Merged:
+    """Read `bases` in order, a later file over an earlier one, then apply `overrides`.
+
+    Mappings merge key by key; lists and single values are replaced. ``${section.key}`` refers to another value.
+    """
+    merged = Merged()
+    trees = [tree for base in bases if (tree := _read_file(Path(base), merged)) is not None]
+    if merged.syntax_failed:
+        return merged
+    try:
+        tree = OmegaConf.to_container(OmegaConf.merge(*(OmegaConf.create(tree) for tree in trees)), resolve=False)
+        for override in overrides:
+            _apply_override(tree, override, merged)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+        merged.values = resolved
+    except OmegaConfBaseException as error:
+        key = tuple(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", error.full_key or ""))
+        merged.add(
+            key,
+            str(error).splitlines()[0],
+            "correct the ${...} reference or give the value; it must name a key that one of the files sets",
+        )
+        merged.syntax_failed = True
+    return merged
+
+
+def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
+    problem_count = len(merged.problems)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or (f"; {path.parent} holds {', '.join(siblings)}" if siblings else "")
+        merged.add((), "the file does not exist", f"correct the path given to --base{hint}", source=str(path))
+    except IsADirectoryError:
+        merged.add((), "is a folder, not a YAML file", "name the file inside it", source=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        merged.add((), f"cannot be read: {error}", "give a readable YAML file in UTF-8", source=str(path))
+    else:
+        tree = _parse(text, path, merged)
+        if len(merged.problems) == problem_count:
+            return tree
+    merged.syntax_failed = True
+    return None
+
+
+def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            merged.add(
+                (),
+                f"holds {'nothing' if node is None else 'no sections'}",
+                "write sections such as 'args:' or 'model:', each with indented keys",
+                source=str(path),
+            )
+            return None
+        for key_path, line, duplicate_of in _walk(node, (), ()):
+            if duplicate_of is not None:
+                merged.add(
+                    key_path,
+                    f"written twice in {path}, in line {duplicate_of} and in line {line}",
+                    "remove one; YAML would silently keep the second",
+                    source=f"{path}:{line}",
+                )
+            merged.origins[key_path] = f"{path}:{line}"
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        start = error.context_mark
+        began = f" ({error.context}, which begins in line {start.line + 1})" if start and error.context else ""
+        merged.add(
+            (),
+            f"YAML syntax{where}: {error.problem or error.context}{began}",
+            "correct that line; indent with spaces, write 'key: value', and close every quote and bracket",
+            source=place,
+        )
+    except yaml.YAMLError as error:
+        merged.add((), f"YAML syntax: {error}", "remove the characters that YAML does not allow", source=str(path))
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return None
+
+
+def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterator[tuple[KeyPath, int, int | None]]:
+    """Yield (key path, line, line of an earlier twin or None) for every key and list entry under `node`."""
+    if id(node) in ancestors:
+        mark = node.start_mark
+        raise yaml.constructor.ConstructorError(None, None, "an alias refers to the value that contains it", mark)
+    ancestors += (id(node),)
+    if isinstance(node, yaml.MappingNode):
+        first_lines: dict[Hashable, int] = {}
+        for key_node, value_node in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            yield (*path, key), line, first_lines.get(key)
+            first_lines.setdefault(key, line)
+            yield from _walk(value_node, (*path, key), ancestors)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            yield (*path, index), entry.start_mark.line + 1, None
+            yield from _walk(entry, (*path, index), ancestors)
+
+
+def _apply_override(tree: Any, override: str, merged: Merged) -> None:
+    name, equals, text = override.partition("=")
+    keys = [int(key) if key.isdigit() else key for key in name.strip().split(".")]
+    source = f"command line: {override}"
+    cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"
+    if not equals or len(keys) < 2 or "" in keys:
+        merged.add((), "not an override", cure, source=source)
+        return
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError:
+        merged.add(tuple(keys), f"the value {text!r} is not YAML", "put text with : [ ] { } # in quotes", source=source)
+        return
+    container = tree
+    for depth, key in enumerate(keys[:-1], start=1):
+        child = _child(container, key)
+        if child is None and isinstance(container, dict) and isinstance(keys[depth], str):
+            child = container[key] = {}
+            merged.origins[tuple(keys[:depth])] = source
+        container = child
+    if isinstance(container, list) and isinstance(keys[-1], int) and keys[-1] < len(container):
+        container[keys[-1]] = value
+    elif isinstance(container, dict):
+        old = container.get(keys[-1])
+        both = isinstance(old, dict) and isinstance(value, dict)
+        container[keys[-1]] = OmegaConf.to_container(OmegaConf.merge(old, value)) if both else value
+    else:
+        merged.add(tuple(keys), "there is no such place in the configuration", cure, source=source)
+        return
+    merged.origins[tuple(keys)] = source
+
+
+def _child(container: Any, key: str | int) -> Any:
+    """Return the entry of a mapping or list, or None where there is none."""
+    if isinstance(container, dict):
+        return container.get(key)
+    if isinstance(container, list) and isinstance(key, int) and key < len(container):
+        return container[key]
+    return None

@@ -1,0 +1,1 @@
+"""Buckets: clips of several shapes in one training run."""

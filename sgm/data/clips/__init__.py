@@ -1,0 +1,1 @@
+"""Clips: opened, decoded, checked."""

@@ -1,0 +1,109 @@
+"""In which format a data set is, and its rows. docs/data.md shows each format."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sgm.data.formats.folder import LABELS, VIDEOS, list_folder
+from sgm.data.formats.huggingface import read_dataset
+from sgm.data.formats.manifest import (
+    CAPTION_FILES,
+    IMAGE_FILES,
+    VIDEO_FILES,
+    Columns,
+    Table,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_parquet,
+    table_rows,
+)
+from sgm.data.formats.webdataset import read_archives
+from sgm.data.rows import Row
+from sgm.util import InputError, nearest
+
+MANIFEST = "metadata"  # name of a manifest that a folder describes itself with
+_MANIFESTS: dict[str, Callable[[Path], Table]] = {
+    "csv": read_csv,
+    "json": read_json,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+}
+FORMATS = ("auto", "folder", "lines", *_MANIFESTS, "webdataset", "huggingface")
+
+
+def list_rows(
+    data_dir: str | Path,
+    *,
+    format: str = "auto",
+    columns: Columns | None = None,
+    allow_missing_captions: bool = False,
+) -> list[Row]:
+    """Return the rows of a data set in any format. No clip is opened.
+
+    Args:
+        data_dir: a folder, a manifest, or an archive.
+        format: one of `FORMATS`; ``auto`` finds out.
+        columns: which columns hold what; a folder of clips and captions has none.
+        allow_missing_captions: take a missing or empty caption as an empty one.
+
+    Raises:
+        InputError: the data set is malformed; the message names file and line of what is wrong.
+    """
+    if format not in FORMATS:
+        hint = nearest(format, list(FORMATS))
+        raise InputError(f"data.params.format is '{format}'; give one of {', '.join(FORMATS)}{hint}")
+    path, columns = Path(data_dir).expanduser(), columns or Columns()
+    if format == "auto":
+        format = detect(path)
+    if format == "folder":
+        if columns != Columns():
+            raise InputError(
+                f"'{path}' is a folder of clips and captions, which has no columns; remove data.params.caption_column, "
+                "video_column and image_column, or set data.params.format"
+            )
+        return list_folder(path, allow_missing_captions=allow_missing_captions)
+    return table_rows(_table(path, format, columns), columns, allow_missing_captions=allow_missing_captions)
+
+
+def detect(path: Path) -> str:
+    """Return the format of a data set.
+
+    Raises:
+        InputError: it is a file of no known kind, or a folder with several manifests.
+    """
+    if path.is_file():
+        kind = "webdataset" if path.suffix == ".tar" else path.suffix[1:].lower()
+        if kind not in FORMATS:
+            raise InputError(f"'{path}' is no manifest ({', '.join(_MANIFESTS)}), no archive (tar), and no folder")
+        return kind
+    if (path / VIDEOS).is_dir() and (path / LABELS).is_dir():
+        return "folder"
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return "huggingface"
+    manifests = [kind for kind in _MANIFESTS if (path / f"{MANIFEST}.{kind}").is_file()]
+    if len(manifests) > 1:
+        raise InputError(f"'{path}' holds {MANIFEST}.{{{','.join(manifests)}}}; set data.params.format, or keep one")
+    if manifests:
+        return manifests[0]
+    lists = VIDEO_FILES + IMAGE_FILES
+    if all(any((path / name).is_file() for name in names) for names in (CAPTION_FILES, lists)):
+        return "lines"
+    return "webdataset" if any(path.glob("*.tar")) else "folder"
+
+
+def _table(path: Path, format: str, columns: Columns) -> Table:
+    if not path.exists():
+        raise InputError(f"data set '{path}' does not exist")
+    if format in ("lines", "huggingface") and not path.is_dir():
+        raise InputError(f"data set '{path}' is a file; data.params.format={format} needs a folder")
+    if format == "lines":
+        return read_lines(path, columns)
+    if format == "huggingface":
+        return read_dataset(path)
+    if format == "webdataset":
+        return read_archives(path, columns)
+    file = path / f"{MANIFEST}.{format}" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"'{file}' does not exist; data.params.format={format} needs it, or give the file itself")
+    return _MANIFESTS[format](file)

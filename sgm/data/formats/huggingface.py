@@ -1,0 +1,92 @@
+"""Data sets that ``datasets`` saved to disk; clips lie in their files, or beside them."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sgm.data.formats.manifest import Table
+from sgm.data.rows import suffix
+from sgm.util import InputError
+
+_BATCH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A clip whose bytes lie in the table.
+
+    Attributes:
+        container: folder of the data set.
+        column: where the bytes are.
+        index: of the row.
+        suffix: of the file that they were, as ``.mp4``.
+    """
+
+    container: Path
+    column: str
+    index: int
+    suffix: str
+
+    def __str__(self) -> str:
+        """Return a name for messages."""
+        return f"{self.container}/{self.column}/{self.index}{self.suffix}"
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return _table(self.container)[self.column][self.index].as_py()["bytes"]
+
+
+def read_dataset(folder: Path) -> Table:
+    """Read a folder that ``Dataset.save_to_disk`` wrote. Bytes of clips are not read.
+
+    Raises:
+        InputError: ``datasets`` is not installed, the folder is none of its own, or holds several splits.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise InputError(f"'{folder}' holds the splits {', '.join(splits)}; give one: '{folder / splits[0]}'")
+    table = _table(folder)
+    scalars = [name for name in table.column_names if not _holds_bytes(table.schema.field(name).type)]
+    embedded = [name for name in table.column_names if name not in scalars]
+    read = _records(folder, table, scalars, embedded)
+    return Table(folder, folder, table.column_names, read, lambda row, _: f"{folder}, row {row}")
+
+
+def _records(folder: Path, table: Any, scalars: list[str], embedded: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    start = 0
+    for batch in table.to_batches(_BATCH):
+        values = {name: batch[name].to_pylist() for name in scalars}
+        for name in embedded:
+            fields = dict(zip((field.name for field in batch[name].type), batch[name].flatten(), strict=True))
+            paths, filled = fields["path"].to_pylist(), fields["bytes"].is_valid().to_pylist()
+            fallback = ".png" if "image" in name else ".mp4"
+            values[name] = [
+                Cell(folder, name, start + place, suffix(path or "") or fallback) if has_bytes else path
+                for place, (path, has_bytes) in enumerate(zip(paths, filled, strict=True))
+            ]
+        lists = zip(*values.values(), strict=True) if values else itertools.repeat(())
+        for place in range(batch.num_rows):
+            yield start + place + 1, dict(zip(values, next(lists), strict=True))
+        start += batch.num_rows
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+@lru_cache(maxsize=8)
+def _table(folder: Path) -> Any:
+    """Open the table of a data set in this process, mapped into memory."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"'{folder}': reading it needs datasets; pip install 'cogvideox-sat[data]'") from error
+    try:
+        return datasets.load_from_disk(str(folder)).data.table  # type: ignore[union-attr]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: {error}") from error

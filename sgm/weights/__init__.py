@@ -1,0 +1,1 @@
+"""Files of weights: read, matched to a network, written."""

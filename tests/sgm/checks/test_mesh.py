@@ -1,0 +1,59 @@
+"""Sizes that the model, its sampler or the number of processes do not allow, found before anything is read."""
+
+import pytest
+
+from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.config.load import load_config
+
+INFERENCE = ["configs/toy.yaml", "configs/toy_inference.yaml"]
+TRAINING = ["configs/toy.yaml", "configs/toy_sft.yaml"]
+
+
+def complaints(*overrides, bases=INFERENCE, mode="inference", **given):
+    config = load_config(bases, overrides, mode=mode)
+    return {problem.path: f"{problem.found} -> {problem.cure}" for problem in check_mesh(config, **given)}
+
+
+@pytest.fixture(autouse=True)
+def eight_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+
+
+def test_the_mesh_is_read_from_the_configuration():
+    overrides = ["args.sequence_parallel_size=2", "args.cfg_parallel_size=2"]
+    mesh = mesh_of(load_config(INFERENCE, [*overrides, "model.first_stage_config.params.cp_size=4"], mode="inference"))
+    assert (mesh.context, mesh.tensor, mesh.sequence, mesh.cfg, mesh.ranks) == (4, 1, 2, 2, 4)
+    assert complaints(*overrides) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (["args.sequence_parallel_size=3"], "args", "legal are 1, 2, 4, 8"),
+        (["args.model_parallel_size=8"], "args.model_parallel_size", "cannot be shared out evenly -> give 1 or 2"),
+        (
+            ["args.sequence_parallel_size=8", "args.sequence_attention=ulysses"],
+            "args.sequence_parallel_size",
+            "args.sequence_attention=ring",
+        ),
+        (
+            ["args.cfg_parallel_size=2", "model.sampler_config.params.guider_config=null"],
+            "args.cfg_parallel_size",
+            "no guidance",
+        ),
+    ],
+)
+def test_what_cannot_be_shared(overrides, path, words):
+    found = complaints(*overrides)
+    assert [*found] == [path] and words in found[path]
+
+
+def test_a_sample_may_have_too_few_patches():
+    assert complaints("args.sequence_parallel_size=8", num_patches=8) == {}
+    found = complaints("args.sequence_parallel_size=8", num_patches=6)
+    assert "has 6 tokens of text or patches to share -> give 1 or 2 or 4" in found["args.sequence_parallel_size"]
+
+
+def test_training_has_no_branches_to_share():
+    found = complaints("args.cfg_parallel_size=2", bases=TRAINING, mode="train")
+    assert "training has one branch" in found["args.cfg_parallel_size"]

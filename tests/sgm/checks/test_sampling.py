@@ -1,0 +1,302 @@
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sgm.checks.sampling import check_files, check_sampling, check_shapes, dry_run
+from sgm.config.load import ConfigError, SamplingArgs, load_config
+from sgm.config.precision import resolve_precision
+from sgm.distributed import resolve_device
+from sgm.modules.geometry import Geometry
+from sgm.util import instantiate_from_config, without_allocating
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+GEOMETRY = Geometry(
+    patch_size=(1, 2, 2),
+    time_compression=4,
+    max_latents=13,
+    max_latent_size=(60, 90),
+    fixed_size=False,
+    in_channels=16,
+    out_channels=16,
+    positions="rotary",
+)
+FIXED = replace(GEOMETRY, fixed_size=True, positions="sincos")
+IMAGE = replace(GEOMETRY, in_channels=32)
+PATCHED = replace(GEOMETRY, patch_size=(2, 2, 2), max_latents=21, max_latent_size=(300, 300))
+
+
+def refusal(geometry=GEOMETRY, **args) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_sampling(SamplingArgs(**args), geometry)
+    return str(caught.value)
+
+
+# Frames and sizes
+
+
+def test_null_means_what_the_model_makes():
+    plan = check_sampling(SamplingArgs(), GEOMETRY)
+    assert (plan.latents, plan.padded_latents, plan.video_frames) == (13, 13, 49)
+    assert plan.size == (480, 720) and not plan.image2video
+    assert plan.seconds == 49 / 8
+
+
+@pytest.mark.parametrize("wanted", [21, 22])
+def test_temporal_patches_pad_one_latent(wanted):
+    plan = check_sampling(SamplingArgs(sampling_num_frames=wanted, sampling_fps=16), PATCHED)
+    assert (plan.latents, plan.padded_latents, plan.video_frames) == (21, 22, 81)
+    assert plan.size == (768, 1360)
+
+
+def test_the_image_decides_the_size_of_the_1_5():
+    assert check_sampling(SamplingArgs(), replace(PATCHED, in_channels=32)).size is None
+    sized = SamplingArgs(sampling_image_size=(768, 768))
+    assert check_sampling(sized, replace(PATCHED, in_channels=32)).size == (768, 768)
+
+
+def test_too_many_frames_name_the_nearest():
+    text = refusal(sampling_num_frames=16)
+    assert "args.sampling_num_frames: 16 latent frames (61 video frames)" in text
+    assert "nearest legal: 13 latent frames = 49 video frames" in text and "1, 2, 3, ..., 13" in text
+    assert "num_frames=61 allows it" in text
+
+
+def test_video_frames_given_for_latent_frames():
+    assert "if you mean 49 video frames, write 13" in refusal(sampling_num_frames=49)
+    assert "if you mean 81 video frames, write 21" in refusal(PATCHED, sampling_num_frames=81)
+
+
+def test_tables_cannot_be_made_longer():
+    assert "allows it" not in refusal(FIXED, sampling_num_frames=14)
+
+
+def test_sizes_name_the_nearest():
+    text = refusal(sampling_image_size=(500, 700))
+    assert "args.sampling_image_size: 500x700" in text and "args.sampling_image_size=[480,704]" in text
+    assert "multiples of 16 up to 480" in text and "multiples of 16 up to 720" in text
+    text = refusal(FIXED, sampling_image_size=(256, 256))
+    assert "[480,720]" in text and "sincos positions" in text
+
+
+def test_text_and_image_models_are_not_mixed_up():
+    assert "set args.image2video=false" in refusal(image2video=True)
+    assert "set args.image2video=true" in refusal(IMAGE, image2video=False)
+    assert check_sampling(SamplingArgs(), IMAGE).image2video
+    assert "set args.latent_channels=16" in refusal(latent_channels=4)
+
+
+def test_all_of_it_at_once():
+    text = refusal(sampling_num_frames=99, sampling_image_size=(1, 1), image2video=True, latent_channels=3)
+    assert "4 problems" in text
+
+
+# Precision and device
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "device", "expected"),
+    [
+        ({}, "fp16", "cuda", torch.float16),
+        ({}, "bf16", "cpu", torch.bfloat16),
+        ({}, None, "cpu", torch.float32),
+        ({"fp16": True}, "fp16", "cuda", torch.float16),
+        ({"fp16": True, "bf16": False}, "fp16", "cuda", torch.float16),
+        ({"fp16": False}, "fp16", "cpu", torch.float32),
+        ({"fp16": False}, "bf16", "cpu", torch.bfloat16),
+        ({"bf16": False}, "bf16", "cuda", torch.float32),
+        ({"bf16": True}, "fp32", "cpu", torch.bfloat16),
+        ({"fp16": True}, None, "cuda", torch.float16),
+    ],
+)
+def test_precision(flags, model, device, expected):
+    assert resolve_precision(SamplingArgs(**flags), model, device) is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "device", "path", "parts"),
+    [
+        ({"fp16": True, "bf16": True}, "bf16", "cuda", "args.fp16", ["both", "keep args.bf16"]),
+        ({"fp16": True}, "bf16", "cuda", "args.fp16", ["released in bf16", "black video", "remove args.fp16"]),
+        ({"bf16": True}, "fp16", "cuda", "args.bf16", ["released in fp16", "remove args.bf16"]),
+        ({"fp16": True}, "fp32", "cuda", "args.fp16", ["released in fp32", "remove args.fp16"]),
+        ({}, "fp16", "cpu", "args.fp16", ["CPU", "set args.fp16=false"]),
+        ({"fp16": True}, None, "cpu", "args.fp16", ["CPU", "set args.fp16=false"]),
+        ({}, "fp8", "cuda", "model.precision", ["fp8", "fp16, bf16, fp32"]),
+    ],
+)
+def test_refused_precisions(flags, model, device, path, parts):
+    with pytest.raises(ConfigError) as caught:
+        resolve_precision(SamplingArgs(**flags), model, device)
+    assert caught.value.problems[0].path == path
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_devices():
+    assert resolve_device(SamplingArgs(device="cpu")) == torch.device("cpu")
+    assert resolve_device(SamplingArgs()).type in ("cpu", "cuda", "npu", "xpu", "mps")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"args.device: '{name}' cannot be used.*\n.*args.device=cpu"):
+            resolve_device(SamplingArgs(device=name))
+
+
+# Files, shapes and the dry run
+
+
+@pytest.fixture
+def load(tiny_model, tmp_path):
+    """Return a function: overrides → configuration of a complete tiny model."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+
+    def load(*overrides: str, name: str = "dit_t2v_2b"):
+        given = [f"args.input_file={tmp_path / 'prompts.txt'}", f"args.output_dir={tmp_path}", "args.device=cpu"]
+        return load_config([tiny_model(name)], [*given, *overrides], mode="inference")
+
+    return load
+
+
+def dry_run_refusal(config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        dry_run(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dit_t2v_2b", "dit_i2v_5b", "dit_t2v_1.5", "dit_t2v_5b_lora"])
+def test_the_dry_run_describes_the_run(load, name):
+    report = dry_run(load(name=name))
+    rows = dict(line.split("  ", 1) for line in report.splitlines())
+    assert rows["network"].split()[0].replace(",", "").isdigit()
+    assert "VAE" in report and "2 steps" in report and "fp32 on cpu" in report
+    assert "64x96" in report and ("image to video" if "i2v" in name else "text to video") in report
+    assert ("1, 9, 17, 25" if "1.5" in name else "1, 5, 9, ..., 17") in report
+
+
+def test_missing_files_are_named_together_with_their_place(load, tmp_path):
+    config = load(
+        f"args.load={tmp_path / 'no-net'}",
+        f"args.input_file={tmp_path / 'no.txt'}",
+        f"model.first_stage_config.params.ckpt_path={tmp_path / 'no-vae.pt'}",
+        f"model.conditioner_config.params.emb_models.0.params.model_dir={tmp_path / 'no-t5'}",
+    )
+    text = dry_run_refusal(config)
+    assert "4 problems" in text
+    for name in ("no-net", "no.txt", "no-vae.pt", "no-t5"):
+        assert name in text
+    assert "args.load (command line: args.load=" in text
+
+
+def test_missing_latest(load, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    text = dry_run_refusal(load(f"args.load={tmp_path / 'transformer'}"))
+    assert "args.load" in text and "latest" in text
+
+
+def test_unset_files(load):
+    config = load("args.load=null", "model.first_stage_config.params.ckpt_path=null")
+    text = "\n".join(map(str, check_files(config)))
+    assert "args.load: no checkpoint folder is given" in text and "add args.load=" in text
+    assert "model.first_stage_config.params.ckpt_path: the VAE has no weights" in text
+
+
+def test_training_from_nothing_needs_no_checkpoint(load):
+    config = load("args.load=null")
+    assert "args.load" in str(check_files(config))
+    assert check_files(replace(config, mode="train")) == []
+
+
+def test_latents_of_text_models_need_no_vae_file(load):
+    config = load("args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=null")
+    assert check_files(config) == []
+
+
+def test_parts_that_do_not_fit_each_other(load):
+    config = load(
+        "model.conditioner_config.params.emb_models.0.params.max_length=7",
+        "model.noised_image_input=true",
+        "model.first_stage_config.params.decoder_config.params.z_channels=8",
+    )
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    text = "\n".join(map(str, check_shapes(config, geometry)))
+    assert "emb_models.0.params.max_length: is 7" in text and "text_length is 6" in text
+    assert "decoder_config.params.z_channels: is 8" in text and "out_channels is 16" in text
+    assert "model.noised_image_input: is true" in text and "set it to false" in text
+
+
+def test_a_text_encoder_of_another_size(load):
+    text = dry_run_refusal(load("model.network_config.params.modules.patch_embed_config.params.text_hidden_size=32"))
+    assert "embeddings of size 24, but the network takes 32" in text and "text_hidden_size" in text
+
+
+def test_what_only_building_finds(load):
+    text = dry_run_refusal(load("model.network_config.params.transformer_args.layernorm_order=post"))
+    assert "layernorm_order" in text and "'pre'" in text
+
+
+def test_the_dry_run_takes_names_and_shapes_from_files_and_no_weights(load, golden, monkeypatch):
+    monkeypatch.setattr("sgm.weights.checkpoint._replace", lambda *args, **kwargs: pytest.fail("weights were read"))
+    dry_run(load())
+    message = dry_run_refusal(load(f"args.load={golden / 'dit_i2v_5b' / 'transformer'}"))
+    assert "model.network_config" in message and "mixins.patch_embed.proj.weight" in message
+
+
+def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
+    (tmp_path / "vae.pt").write_bytes((golden / "vae" / "3d-vae.pt").read_bytes()[:100_000])
+    assert "vae.pt" in dry_run_refusal(load(f"model.first_stage_config.params.ckpt_path={tmp_path / 'vae.pt'}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["args.num_steps=2000"], ["model.sampler_config", "2000"]),
+        (["model.sampler_config=null"], ["model.sampler_config", "is missing"]),
+        (["model.conditioner_config=null"], ["model.conditioner_config", "is missing"]),
+        (["model.conditioner_config.params.emb_models=[]"], ["emb_models", "is empty"]),
+        (["model.first_stage_config=null"], ["model.first_stage_config", "is missing"]),
+        (
+            ["model.sampler_config.params.guider_config=null", "args.guidance_scale=3"],
+            ["args.guidance_scale", "no guidance"],
+        ),
+    ],
+)
+def test_the_dry_run_finds_what_sampling_would_lack(load, overrides, parts):
+    message = dry_run_refusal(load(*overrides))
+    for part in parts:
+        assert part in message
+
+
+def test_latents_alone_need_no_vae(load):
+    assert "VAE" in dry_run(load("model.first_stage_config=null", "args.only_save_latents=true"))
+
+
+def save_shapes(path: Path, key: str, section: dict, prefix: str = "") -> None:
+    """Write a file with the names and shapes of a module and next to no numbers."""
+    with without_allocating():
+        module = instantiate_from_config(section)
+    tensors = {prefix + name: torch.zeros(()).expand(value.shape) for name, value in module.state_dict().items()}
+    torch.save({key: tensors}, path)
+
+
+def test_the_dry_run_of_a_released_model_is_quick_and_counts(load, tmp_path):
+    config = load()
+    released = load_config([CONFIGS / "cogvideox_5b.yaml"], mode="inference")
+    model = yaml.safe_load(released.to_yaml())["model"]
+    embedder, tiny_embedder = (m["conditioner_config"]["params"]["emb_models"][0] for m in (model, config.model))
+    embedder["params"]["model_dir"] = tiny_embedder["params"]["model_dir"]
+    model["first_stage_config"]["params"]["ckpt_path"] = str(tmp_path / "vae.pt")
+    text_size = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
+    text_size["text_hidden_size"] = 24  # that of the tiny T5; everything else is as released
+    path = tmp_path / "released.yaml"
+    path.write_text(yaml.safe_dump({"args": {"load": str(tmp_path / "net.pt"), "device": "cpu"}, "model": model}))
+    save_shapes(tmp_path / "net.pt", "module", model["network_config"], "model.diffusion_model.")
+    save_shapes(tmp_path / "vae.pt", "state_dict", model["first_stage_config"])
+    start = time.process_time()
+    report = dry_run(load_config([path], mode="inference"))
+    assert time.process_time() - start < 5
+    missing = 3072 * (4096 - 24)
+    unused_table = 64 * 3072
+    assert f"{5_570_283_072 - missing + unused_table:,} parameters, 42 layers" in report
+    assert "215,583,907 parameters" in report and "bf16 on cpu" in report

@@ -1,0 +1,78 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from sgm.checks.training import check_training_data
+from sgm.modules.geometry import Geometry
+
+ROTARY = Geometry(
+    patch_size=(1, 2, 2),
+    time_compression=4,
+    max_latents=13,
+    max_latent_size=(60, 90),
+    fixed_size=False,
+    in_channels=16,
+    out_channels=16,
+    positions="rotary",
+)
+SINCOS = replace(ROTARY, fixed_size=True, positions="sincos")
+PATCHED = replace(ROTARY, patch_size=(2, 2, 2), max_latents=21, max_latent_size=(300, 300))
+
+
+def problems(geometry, target="torch.nn.Identity", **params) -> str:
+    found = check_training_data(SimpleNamespace(data={"target": target, "params": params}), geometry)
+    return "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "frames", "size"),
+    [(ROTARY, 49, [480, 720]), (ROTARY, 1, [256, 400]), (SINCOS, 17, [480, 720]), (PATCHED, 81, [768, 1360])],
+)
+def test_what_the_network_takes(geometry, frames, size):
+    assert problems(geometry, max_num_frames=frames, video_size=size) == ""
+
+
+def test_a_data_set_without_these_parameters():
+    assert problems(ROTARY) == ""
+
+
+def test_the_defaults_of_a_data_set_are_judged_too():
+    short = replace(ROTARY, max_latents=5)
+    assert "is 49" in problems(short, target="data_video.SFTDataset", video_size=[480, 720])
+    assert problems(short, target="data_video.SFTDataset", video_size=[480, 720], max_num_frames=17) == ""
+
+
+@pytest.mark.parametrize(
+    ("geometry", "frames", "text"),
+    [
+        (ROTARY, 48, "nearest legal: data.params.max_num_frames=49; legal: 1 + multiples of 4, up to 49"),
+        (ROTARY, 0, "max_num_frames=1;"),
+        (ROTARY, 81, "model.network_config.params.num_frames=81 allows it"),
+        (PATCHED, 77, "nearest legal: data.params.max_num_frames=73; legal: 1 + multiples of 8, up to 81"),
+    ],
+)
+def test_frame_counts(geometry, frames, text):
+    assert text in problems(geometry, max_num_frames=frames)
+
+
+def test_tables_of_positions_end():
+    assert "allows it" not in problems(SINCOS, max_num_frames=81)
+    assert "allows it" not in problems(ROTARY, max_num_frames=82)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "size", "text"),
+    [
+        (ROTARY, [481, 720], "nearest legal: data.params.video_size=[480,720]; height: multiples of 16 up to 480"),
+        (ROTARY, [720, 1280], "video_size=[480,720]"),
+        (SINCOS, [256, 256], "video_size=[480,720]; the sincos positions of this network fit that size only"),
+    ],
+)
+def test_sizes(geometry, size, text):
+    assert text in problems(geometry, video_size=size)
+
+
+def test_both_are_reported_together():
+    text = problems(SINCOS, max_num_frames=50, video_size=[64, 64])
+    assert "data.params.max_num_frames: " in text and "data.params.video_size: " in text

@@ -1,0 +1,79 @@
+import dataclasses
+
+import pytest
+
+from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
+
+
+def problems(**args) -> dict[str, str]:
+    """Return the cures, by key, of a training section that is complete but for `args`."""
+    section = {"load": "x", "train_data": ("x",), "train_iters": 1} | args
+    return {name: cure for name, _, cure in TrainingArgs(**section).problems()}
+
+
+@pytest.mark.parametrize("cls", [SamplingArgs, TrainingArgs])
+def test_every_key_is_explained(cls):
+    own = {*cls.__annotations__} - {"IGNORED_PARAMS", "MISPLACED_PARAMS"}
+    assert [name for name in own if f"\n        {name}: " not in cls.__doc__] == []
+
+
+def test_training_takes_the_keys_of_sampling():
+    assert {*names_of(SamplingArgs)} < {*names_of(TrainingArgs)}
+    assert not TRAINING_ARGS & {*names_of(SamplingArgs)}
+    foreign = {*TrainingArgs.IGNORED_PARAMS} | {*TrainingArgs.MISPLACED_PARAMS}
+    assert not foreign & {*names_of(TrainingArgs)}
+    assert foreign < TRAINING_ARGS
+
+
+def test_a_complete_section_has_no_problems():
+    assert problems() == {}
+    assert problems(train_iters=None, epochs=1, mode="pretrain", load=None) == {}
+    assert problems(train_data=("a", "b"), train_data_weights=(1, 0.5), ema_decay=0.999) == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "cure"),
+    [
+        ({"load": None}, "load", "args.mode=pretrain"),
+        ({"train_iters": None}, "train_iters", "args.epochs=10"),
+        ({"epochs": 3}, "epochs", "keep one"),
+        ({"train_data": ()}, "train_data", "args.train_data=["),
+        ({"valid_data": ()}, "valid_data", "null to use args.split"),
+        ({"train_data_weights": (1, 2)}, "train_data_weights", "one number for each folder"),
+        ({"train_data_weights": (0,)}, "train_data_weights", "above 0"),
+        ({"split": "1,0"}, "split", "98,2,0"),
+        ({"split": "a,b,c"}, "split", "98,2,0"),
+        ({"split": "0,1,0"}, "split", "first above 0"),
+        ({"split": "2,-1,0"}, "split", "98,2,0"),
+        ({"split": "inf,0,0"}, "split", "98,2,0"),
+        ({"split": "nan,0,0"}, "split", "98,2,0"),
+        ({"eval_interval": 5}, "eval_interval", "args.valid_data"),
+        ({"experiment_name": "a/b"}, "experiment_name", "without slashes"),
+        ({"experiment_name": ""}, "experiment_name", "give a name"),
+        ({"resume": ""}, "resume", "auto, none"),
+        ({"ema_decay": 1}, "ema_decay", "below 1"),
+        ({"valid_prompts": ()}, "valid_prompts", "a list of prompts"),
+        ({"fp16": True, "bf16": True}, "fp16", "keep the one"),
+        ({"seed": 2**63}, "seed", "from 0 to"),
+    ],
+)
+def test_what_cannot_be(args, name, cure):
+    found = problems(**args)
+    assert [*found] == [name]
+    assert cure in found[name]
+
+
+def test_there_is_something_to_evaluate_on():
+    assert problems(eval_interval=5, valid_data=("y",)) == {}
+    assert problems(eval_interval=5, split="9,1,0") == {}
+
+
+def test_shares_add_up():
+    assert TrainingArgs(train_data=("x",), split=" 98, 1,1").split_shares == pytest.approx((0.98, 0.01, 0.01))
+    assert TrainingArgs(train_data=("x",)).split_shares == (1, 0, 0)
+
+
+def test_keys_of_an_evaluation_that_is_off():
+    args = TrainingArgs(train_data=("x",), valid_prompts=("a",), strict_eval=True)
+    assert args.unused == ["valid_prompts", "strict_eval"]
+    assert dataclasses.replace(args, eval_interval=5).unused == []

@@ -1,0 +1,236 @@
+import dataclasses
+
+import pytest
+import torch
+
+import sgm.distributed
+from sgm.config import deepspeed_section as deepspeed_config
+from sgm.config.deepspeed_section import DEFAULTS, check_deepspeed, complete_deepspeed, default_lr, engine_config
+from sgm.config.load import ConfigError
+from sgm.config.yaml_files import Merged
+
+FULL = {"network_config": {"params": {"modules": {"final_layer_config": {}}}}}
+LORA = {"network_config": {"params": {"modules": {"lora_config": {"target": "x"}}}}}
+
+REFERENCE = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "steps_per_print": 50,
+    "gradient_clipping": 0.1,
+    "zero_optimization": {
+        "stage": 2,
+        "cpu_offload": False,
+        "contiguous_gradients": False,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 1000000000,
+        "allgather_bucket_size": 1000000000,
+        "load_from_fp32_weights": False,
+    },
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": False},
+    "optimizer": {
+        "type": "sat.ops.FusedEmaAdam",
+        "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4},
+    },
+    "activation_checkpointing": {"partition_activations": False, "contiguous_memory_optimization": False},
+    "wall_clock_breakdown": False,
+}
+
+
+def check(section) -> dict[str, str]:
+    """Return what is wrong with a section, by path."""
+    merged = Merged()
+    check_deepspeed(section, merged)
+    return {problem.path: f"{problem.found} -> {problem.cure}" for problem in merged.problems}
+
+
+def complete(section=None, model=FULL):
+    return complete_deepspeed(section or {}, model)
+
+
+# Checking
+
+
+@pytest.mark.parametrize(
+    "section", [REFERENCE, {}, {"zero_optimization": None}, {"zero_optimization": {"stage3_max_live_parameters": 1e9}}]
+)
+def test_sections_that_are_fine(section):
+    assert check(section) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "text"),
+    [
+        ({"gradient_clip": 1}, "gradient_clip", "did you mean 'gradient_clipping'"),
+        ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag", "did you mean 'stage'"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "one of 0, 1, 2, 3"),
+        ({"zero_optimization": 2}, "zero_optimization", "a mapping"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            "zero_optimization.offload_optimizer.device",
+            "one of none, cpu, nvme",
+        ),
+        ({"fp16": {"enabled": "yes"}}, "fp16.enabled", "true or false"),
+        ({"fp16": {"loss_scales": 1}}, "fp16.loss_scales", "did you mean 'loss_scale'"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu", "a whole number"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu", "at least 1"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps", "at least 1"),
+        ({"train_batch_size": 0}, "train_batch_size", "at least 1"),
+        ({"gradient_clipping": -1}, "gradient_clipping", "above 0"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled", "keep the one"),
+        ({"optimizer": {"params": {"lr": "1e-5x"}}}, "optimizer.params.lr", "give a number such as 1e-05"),
+        ({"optimizer": {"params": {"lr": -1}}}, "optimizer.params.lr", "0.0005 for adapters"),
+        ({"optimizer": {"params": {"lr": float("inf")}}}, "optimizer.params.lr", "give a number"),
+        ({"optimizer": {"param": {}}}, "optimizer.param", "did you mean 'params'"),
+        ({"optimizer": {"params": [1]}}, "optimizer.params", "a mapping"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler", "args.lr_decay_style"),
+        ({"loss_scale": 0}, "loss_scale", "deepspeed.fp16.loss_scale"),
+        ({"sparse_attention": {}}, "sparse_attention", "does not use it"),
+        ({"compile": {}}, "compile", "args.compile=true"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "activation_checkpointing.cpu_checkpointing",
+            "args.checkpoint_activations=true",
+        ),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "zero_optimization.cpu_offload", "stage: 1"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param",
+            "needs stage 3 or more, and the stage is 2",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.nvme_path",
+            "a fast local disk",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.cpu_offload",
+            "keep offload_optimizer",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_cure(section, path, text):
+    found = check(section)
+    assert [*found] == [f"deepspeed.{path}"]
+    assert text in found[f"deepspeed.{path}"]
+
+
+def test_a_learning_rate_of_zero_is_legal():
+    assert check({"optimizer": {"params": {"lr": 0}}}) == {}
+
+
+def test_monitors_of_deepspeed_warn():
+    (warning,) = check_deepspeed({"tensorboard": {"enabled": True}}, Merged())
+    assert "deepspeed.tensorboard has no effect" in warning and "metrics.jsonl" in warning
+
+
+# Completing
+
+
+def test_nothing_given():
+    section = complete()
+    assert DEFAULTS.items() <= section.items()
+    assert section["zero_optimization"] == {"stage": 2}
+    assert section["optimizer"]["type"] == "sat.ops.FusedEmaAdam"
+    assert section["optimizer"]["params"] == {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}
+
+
+def test_what_is_given_wins_and_stays_as_it_is():
+    given = {"gradient_clipping": 0, "zero_optimization": {"stage": 0}, "optimizer": {"params": {"lr": 0, "eps": 1}}}
+    section = complete(given)
+    assert section["gradient_clipping"] == 0 and section["zero_optimization"] == {"stage": 0}
+    assert section["optimizer"]["params"] == {"lr": 0, "betas": [0.9, 0.95], "eps": 1, "weight_decay": 1e-4}
+    section["optimizer"]["params"]["betas"].append(1)
+    assert given["optimizer"]["params"] == {"lr": 0, "eps": 1}
+    assert complete()["optimizer"]["params"]["betas"] == [0.9, 0.95]
+
+
+def test_other_optimizers_keep_their_own_defaults():
+    assert complete({"optimizer": {"type": "AdamW"}})["optimizer"] == {"type": "AdamW", "params": {"lr": 1e-5}}
+
+
+def test_the_learning_rate_follows_what_trains():
+    assert default_lr(LORA) == 5e-4 and default_lr(FULL) == 1e-5
+    assert complete(model=LORA)["optimizer"]["params"]["lr"] == 5e-4
+    assert default_lr({"network_config": {"params": {"modules": {"lora_config": None}}}}) == 1e-5
+
+
+def test_old_names_of_offloading():
+    zero = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True, "cpu_offload_use_pin_memory": False}
+    offload = {"device": "cpu", "pin_memory": False}
+    expected = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
+    assert complete({"zero_optimization": zero})["zero_optimization"] == expected
+    assert complete({"zero_optimization": {"cpu_offload": False}})["zero_optimization"] == {"stage": 2}
+
+
+def test_counts_with_an_exponent_become_whole():
+    buckets = complete({"zero_optimization": {"reduce_bucket_size": 5e8}})["zero_optimization"]
+    assert repr(buckets["reduce_bucket_size"]) == "500000000"
+    assert complete({"gradient_clipping": 0.1})["gradient_clipping"] == 0.1
+
+
+def test_what_the_network_decides_is_left_out():
+    assert "activation_checkpointing" not in complete(REFERENCE)
+    assert "tensorboard" not in complete({"tensorboard": {"enabled": True}})
+
+
+# For the engine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_precision_is_written_into_the_section(dtype):
+    section = complete({"bf16": {"enabled": True}, "fp16": {"loss_scale": 128}})
+    config = engine_config(section, world_size=1, dtype=dtype)
+    assert config["bf16"] == {"enabled": dtype is torch.bfloat16}
+    assert config["fp16"] == {"enabled": dtype is torch.float16, "loss_scale": 128}
+    assert "optimizer" not in config and "optimizer" in section
+    assert section["fp16"] == {"loss_scale": 128}
+
+
+def test_batch_sizes_must_agree_with_the_ranks():
+    section = complete({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2})
+    # Left to DeepSpeed, which counts ranks that share samples one by one.
+    assert "train_batch_size" not in engine_config(section, world_size=4, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="is 16, but 2 .* x 2 .* x 2 .* is 8") as caught:
+        engine_config(section, world_size=2, dtype=torch.float32)
+    assert "gradient_accumulation_steps=4" in str(caught.value)
+    with pytest.raises(ConfigError, match="remove train_batch_size, which follows from the others$"):
+        engine_config(section, world_size=3, dtype=torch.float32)
+
+
+def test_deepspeed_knows_every_key_of_the_schema():
+    sgm.distributed.prepare_import()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    pairs = {
+        "ZeroOptimization": DeepSpeedZeroConfig,
+        "OffloadOptimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "OffloadParam": DeepSpeedZeroOffloadParamConfig,
+        "Fp16": DeepSpeedFP16Config,
+        "Bf16": DeepSpeedBF16Config,
+        "CommsLogger": CommsLoggerConfig,
+    }
+    for ours, theirs in pairs.items():
+        known = {*theirs.model_fields} | {entry.alias for entry in theirs.model_fields.values()}
+        names = [entry.name for entry in dataclasses.fields(getattr(deepspeed_config, ours))]
+        assert [name for name in names if name not in known] == [], ours
+
+
+@pytest.mark.parametrize("section", [REFERENCE, {}, {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}])
+def test_deepspeed_takes_the_result(section):
+    sgm.distributed.prepare_import()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    taken = DeepSpeedConfig(engine_config(complete(section), world_size=1, dtype=torch.bfloat16))
+    assert taken.zero_config.stage == (section.get("zero_optimization") or {}).get("stage", 2)
+    assert taken.bfloat16_config.enabled and not taken.float16_config.enabled
+    assert taken.gradient_clipping == 0.1

@@ -1,0 +1,335 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sgm.io import atomic_file
+from sgm.util import InputError, RunError
+from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.partition import Part, take
+
+TRANSFORMER = Path(__file__).parents[2] / "data" / "golden" / "dit_t2v_2b" / "transformer"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (os.system, ("touch ran-code",))
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    with atomic_file(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".json"
+        temporary.write_text("all")
+        assert not path.exists()
+    assert path.read_text() == "all" and os.listdir(path.parent) == ["x.json"]
+
+
+def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path):
+    with atomic_file(tmp_path / "x.safetensors") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)  # which keeps it to itself
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("broken"), TypeError("broken")])
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises((type(error), RunError)), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_a_full_disk_is_told_with_path_need_and_free_space(tmp_path, small_disk):
+    path = tmp_path / "x.bin"
+    with pytest.raises(RunError, match=r"could not write .*x\.bin.*it needs 5\.0 kB") as caught:
+        with small_disk(1000), atomic_file(path, need_bytes=5000) as temporary:
+            temporary.write_bytes(bytes(5000))
+    assert "free there" in str(caught.value) and "another folder" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_where_a_folder_should_be_is_a_run_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="could not write"), atomic_file(tmp_path / "file" / "x.txt") as temporary:
+        temporary.write_text("all")
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    script = (
+        "import os, signal, sys; from sgm.io import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as temporary:\n"
+        "    temporary.write_bytes(bytes(100)); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["x.bin"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_a_run_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="permissions"), atomic_file(tmp_path / "x.txt") as temporary:
+        temporary.write_text("all")
+
+
+def test_a_folder_with_latest_an_iteration_and_a_file_mean_the_same():
+    file = TRANSFORMER / "1000" / "mp_rank_00_model_states.pt"
+    assert find_weights(TRANSFORMER) == find_weights(str(file.parent)) == find_weights(file) == file
+
+
+def test_latest_may_end_with_a_newline_and_safetensors_may_stand_for_the_pt(tmp_path):
+    (tmp_path / "latest").write_text(" 7\n")
+    (tmp_path / "7").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "7" / "mp_rank_00_model_states.safetensors")
+    assert find_weights(tmp_path) == tmp_path / "7" / "mp_rank_00_model_states.safetensors"
+
+
+def make_iterations(folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "mp_rank_00_model_states.pt").touch()
+
+
+def test_a_missing_latest_names_the_iterations_and_the_command_that_makes_it(tmp_path):
+    make_iterations(tmp_path, "500", "1000")
+    with pytest.raises(InputError) as caught:
+        find_weights(tmp_path)
+    assert "iterations here: 500, 1000" in str(caught.value)
+    assert f"echo 1000 > {tmp_path / 'latest'}" in str(caught.value)
+
+
+def test_a_folder_without_anything_tells_the_layout(tmp_path):
+    with pytest.raises(InputError, match="no file 'latest'.*<iteration>/mp_rank_00_model_states.pt"):
+        find_weights(tmp_path)
+
+
+def test_the_parent_of_the_transformer_folder_names_it(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(InputError, match=re.escape(f"give {tmp_path / 'transformer'}")):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("latest", "message"),
+    [("2000", "names the folder '2000', which does not exist"), ("", "is empty"), ("bare", "bare has no mp_rank_00")],
+)
+def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, message):
+    make_iterations(tmp_path, "1000")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "latest").write_text(latest)
+    with pytest.raises(InputError, match=message + ".*iterations here: 1000;"):
+        find_weights(tmp_path)
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
+        find_weights(tmp_path / "nowhere")
+
+
+NUMBERS = {
+    "attention.query_key_value.weight": torch.arange(96.0).view(12, 8)[:, :4],
+    "attention.query_key_value.bias": torch.arange(12.0),
+    "attention.dense.weight": torch.arange(16.0).view(4, 4),
+    "attention.dense.bias": torch.arange(4.0),
+    "mlp.dense_h_to_4h.weight": torch.arange(64.0).view(16, 4),
+    "mlp.dense_4h_to_h.weight": torch.arange(64.0).view(4, 16),
+}
+WHOLE = {f"model.diffusion_model.transformer.layers.0.{name}": tensor for name, tensor in NUMBERS.items()}
+
+
+def write_parts(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
+    """Write a layer of hidden size 4 in parts, as SAT does."""
+    for index in range(size):
+        part = {name: take(name, tensor, Part(index, size)).contiguous() for name, tensor in whole.items()}
+        path = folder / f"mp_rank_{index:02d}_model_states.{suffix}"
+        if suffix == "safetensors":
+            save_file(part, path, metadata={"lora": json.dumps(entry)})
+        else:
+            torch.save({"module": part, "lora": entry}, path)
+    return folder / f"mp_rank_00_model_states.{suffix}"
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_first_of_several_parts_stands_for_all(tmp_path, suffix):
+    (tmp_path / "whole").mkdir()
+    alone = write_parts(tmp_path / "whole", 1, suffix=suffix)
+    path = write_parts(tmp_path, 2, suffix=suffix, entry={"rank": 4})
+    assert find_weights(tmp_path) == path and read_entry(path, "lora") == {"rank": 4}
+    tensors = read_tensors(path)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in WHOLE.items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in WHOLE.items())
+    assert weights_digest(path) == weights_digest(alone)
+
+
+def test_parts_that_are_missing_are_named(tmp_path):
+    path = write_parts(tmp_path, 4)
+    (tmp_path / "mp_rank_02_model_states.pt").unlink()
+    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02; copy"):
+        read_tensors(path)
+    (tmp_path / "mp_rank_03_model_states.pt").unlink()  # the shapes tell how many there were
+    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02, mp_rank_03; copy"):
+        read_tensors(path)
+    with pytest.raises(InputError, match="one of several parts.*give their folder"):
+        read_tensors(tmp_path / "mp_rank_01_model_states.pt")
+    path.unlink()
+    with pytest.raises(InputError, match="has mp_rank_01_model_states.pt and lacks the first part"):
+        find_weights(tmp_path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    path = write_parts(tmp_path, 2)
+    name = "model.diffusion_model.transformer.layers.0.mlp.dense_h_to_4h.weight"
+    second = tmp_path / "mp_rank_01_model_states.pt"
+    part = torch.load(second, weights_only=True)["module"]
+    for other, message in (
+        ({**part, name: torch.zeros(4, 4)}, r"dense_h_to_4h.weight has the shape \(8, 4\) in mp_rank_00 and \(4, 4\)"),
+        ({n: t for n, t in part.items() if n != name}, "not all of them hold .*dense_h_to_4h.weight"),
+    ):
+        torch.save({"module": other}, second)
+        with pytest.raises(InputError, match=message):
+            read_tensors(path)
+    torch.save({"module": part, "lora": {"rank": 8}}, second)
+    with pytest.raises(InputError, match="entries 'lora' differ, None in mp_rank_00 and .*8.* in mp_rank_01"):
+        read_entry(path, "lora")
+    torch.save({"module": part}, tmp_path / "mp_rank_02_model_states.pt")
+    with pytest.raises(InputError, match="holds 3 files of parts, and .* is one of 2"):
+        read_tensors(path)
+
+
+def test_a_moving_average_or_a_hidden_folder_is_not_proposed_as_the_newest(tmp_path):
+    make_iterations(tmp_path, "500", "1000", "1000-ema", ".2000")
+    with pytest.raises(InputError, match="iterations here: 1000-ema, 500, 1000;.*echo 1000 >"):
+        find_weights(tmp_path)
+    assert find_weights(tmp_path / "1000-ema").parent.name == "1000-ema"
+
+
+@pytest.mark.parametrize("container", ["module", "state_dict", None])
+def test_both_containers_and_a_bare_mapping_are_read(tmp_path, container):
+    tensors = {"a": torch.randn(3), "b": torch.arange(4).bfloat16()}
+    torch.save({container: tensors} if container else tensors, tmp_path / "x.pt")
+    save_file(tensors, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        back = read_tensors(tmp_path / name)
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == tensors[key].dtype for key in tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the list of mappings that Linux has")
+def test_a_torch_file_is_memory_mapped(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"module": {"a": torch.zeros(1000)}}, path)
+    with open("/proc/self/maps") as maps:
+        assert str(path) not in maps.read()
+    tensors = read_tensors(path)
+    with open("/proc/self/maps") as maps:
+        assert str(path) in maps.read(), "the file is not mapped"
+    assert tensors["a"].sum() == 0
+
+
+def test_the_old_format_without_zip_is_read(tmp_path):
+    torch.save({"module": {"a": torch.ones(3)}}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert read_tensors(tmp_path / "x.pt")["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_a_truncated_torch_file_is_told_with_its_size(tmp_path, zipped, kept):
+    path = tmp_path / "x.pt"
+    torch.save({"module": {"a": torch.randn(1000)}}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(InputError, match=rf"x\.pt \({path.stat().st_size:,} bytes\) is .*damaged.*again"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("kept", [4, 20, 1000])
+def test_a_truncated_safetensors_file_is_told_with_its_size(tmp_path, kept):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(1000)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=rf"\({kept:,} bytes\) is truncated or damaged.*again"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"module": RunsCode()}, "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="could run code.*refused.*posix.system"):
+        read_tensors("x.pt")
+    assert not os.path.exists("ran-code")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<html>404</html>", "not a file of torch.save"),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_named(tmp_path, content, message):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_tensors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", [{"module": {"a": 1}}, {"epoch": 3}, [torch.ones(1)], {}])
+def test_content_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="tensor"):
+        read_tensors(tmp_path / "x.pt")
+
+
+def test_a_missing_file_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="cannot read .*nothing.pt"):
+        read_tensors(tmp_path / "nothing.pt")
+
+
+def test_what_stands_beside_the_tensors_is_read_from_both_formats(tmp_path):
+    tensors, entry = {"a": torch.ones(2)}, {"rank": 4, "layers": [0, 1], "base": "x"}
+    torch.save({"module": tensors, "lora": entry}, tmp_path / "x.pt")
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"lora": json.dumps(entry)})
+    for name in ("x.pt", "x.safetensors"):
+        assert read_entry(tmp_path / name, "lora") == entry
+        assert read_entry(tmp_path / name, "other") is None
+        assert list(read_tensors(tmp_path / name)) == ["a"]
+
+
+def test_an_entry_that_is_no_json_is_damage(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"lora": "{"})
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read_entry(tmp_path / "x.safetensors", "lora")
+
+
+def digest_of(path, tensors):
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"module": tensors}, path)
+    return weights_digest(path)
+
+
+def test_a_digest_does_not_depend_on_format_and_order(tmp_path):
+    tensors = {"a": torch.randn(7, 300), "b": torch.arange(3), "c": torch.zeros(0), "d": torch.tensor(2.0).bfloat16()}
+    digests = {digest_of(tmp_path / name, tensors) for name in ("x.pt", "x.safetensors")}
+    digests.add(digest_of(tmp_path / "y.pt", dict(reversed(tensors.items()))))
+    assert len(digests) == 1 and len(digests.pop()) == 64
+
+
+def test_a_digest_depends_on_names_dtypes_shapes_and_values(tmp_path):
+    values = torch.randn(5000)
+    variants = [{"a": values}, {"b": values}, {"a": values.double()}, {"a": values.view(50, 100)}, {"a": values * 1.01}]
+    for index in (0, 4999):  # the ends are among the elements that count
+        variants.append({"a": values.clone()})
+        variants[-1]["a"][index] += 1
+    digests = [digest_of(tmp_path / "x.pt", variant) for variant in variants]
+    assert len(set(digests)) == len(variants)

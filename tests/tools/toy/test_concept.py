@@ -1,0 +1,74 @@
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import sentencepiece
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tools" / "toy"))
+
+import concept  # noqa: E402
+import scene  # noqa: E402
+
+from data_video import SFTDataset  # noqa: E402
+from sgm.inference.video import write_video  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("land")
+    assert concept.main(["make", str(made)]) == 0
+    return made
+
+
+def samples(folder: Path, *, land: bool) -> Path:
+    """Write what a sampling run leaves."""
+    rng = np.random.default_rng(7)
+    for number, names in enumerate(concept.PROMPTS):
+        video = concept.render(names, rng) if land else scene.render(scene.random_clip(names, rng))
+        write_video(folder / f"{number}_x" / "0" / "000000.mp4", (video * 255).astype(np.uint8), 8)
+    return folder
+
+
+def test_the_clips_are_a_data_set_of_the_concept(folder):
+    clips = SFTDataset(data_dir=folder, video_size=(64, 64), fps=8, max_num_frames=17, skip_frms_num=0)
+    assert len(clips) == len(concept.CLIPS) == 8
+    assert [report.problems for report in clips.check()] == [()] * 8
+    assert all(caption.endswith(" on land") for caption in clips.captions)
+    for i in range(len(clips)):
+        video = (clips[i]["mp4"].permute(0, 2, 3, 1).numpy() + 1) / 2
+        assert concept.land_share(video) > 0.95
+        assert concept.land_share(video[:, : -concept.HEIGHT]) < 0.05
+
+
+def test_making_it_again_changes_nothing(folder, tmp_path):
+    concept.make(tmp_path)
+    for path in folder.rglob("*.*"):
+        if path.suffix == ".mp4":
+            assert np.array_equal(iio.imread(path), iio.imread(tmp_path / path.relative_to(folder)))
+        else:
+            assert path.read_text() == (tmp_path / path.relative_to(folder)).read_text()
+
+
+def test_no_prompt_was_trained_and_none_is_cut(folder):
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "assets" / "toy" / "t5" / "spiece.model"))
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    captions = [path.read_text().strip() for path in (folder / "labels").iterdir()]
+    assert len(prompts) == 4 and not {*prompts} & {*captions}
+    assert all(len(tokenizer.encode(text)) + 1 <= 16 for text in prompts + captions)
+
+
+@pytest.mark.parametrize(("before", "after", "code"), [(False, True, 0), (False, False, 1), (True, True, 1)])
+def test_measuring_tells_whether_the_concept_was_learned(tmp_path, capsys, before, after, code):
+    folders = [samples(tmp_path / "before", land=before), samples(tmp_path / "after", land=after)]
+    assert concept.main(["measure", *map(str, folders)]) == code
+    shares = [int(word.rstrip("%")) for word in capsys.readouterr().out.split() if word.endswith("%")]
+    assert [share > 90 for share in shares] == [before, after]
+    assert [share < 10 for share in shares] == [not before, not after]
+
+
+def test_measuring_nothing(tmp_path, capsys):
+    assert concept.main(["measure", str(tmp_path), str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

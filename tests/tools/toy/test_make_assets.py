@@ -1,0 +1,97 @@
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tools" / "toy"))
+
+import make_assets  # noqa: E402
+import scene  # noqa: E402
+import training  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Two fast runs with the same seed."""
+    num_threads = torch.get_num_threads()
+    folders = [tmp_path_factory.mktemp("one") / "toy", tmp_path_factory.mktemp("two") / "toy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for folder in folders:
+            assert make_assets.main(["--fast", "--out", str(folder)]) == 0
+    torch.set_num_threads(num_threads)
+    return folders
+
+
+def content(file: Path):
+    """What a file holds; torch.save writes a random archive name around the same tensors."""
+    if file.suffix == ".pt":
+        (tensors,) = torch.load(file, weights_only=True).values()
+        return {name: value.numpy().tobytes() for name, value in tensors.items()}
+    return file.read_bytes()
+
+
+def test_the_released_layout_is_complete(outputs):
+    files = {str(file.relative_to(outputs[0])) for file in outputs[0].rglob("*") if file.is_file()}
+    expected = {
+        "README.md",
+        "quality.json",
+        "prompts.txt",
+        "prompts_i2v.txt",
+        "t5/config.json",
+        "t5/spiece.model",
+        "t5/model.safetensors.index.json",
+        "vae/3d-vae.pt",
+        "transformer/latest",
+        "transformer/3/mp_rank_00_model_states.pt",
+        "transformer_i2v/latest",
+        "videos/000000.mp4",
+        "labels/000000.txt",
+    }
+    assert expected <= files
+
+
+def test_the_same_seed_gives_the_same_files(outputs):
+    one, two = ({str(f.relative_to(o)): f for f in sorted(o.rglob("*")) if f.is_file()} for o in outputs)
+    assert one.keys() == two.keys()
+    differing = [name for name in one if name != "prompts_i2v.txt" and content(one[name]) != content(two[name])]
+    assert not differing
+
+
+def test_written_clips_show_what_their_captions_say(outputs):
+    for label in sorted((outputs[0] / "labels").glob("*.txt"))[:6]:
+        frames = iio.imread(outputs[0] / "videos" / f"{label.stem}.mp4")
+        measured = scene.measure(frames.astype(np.float32) / 255.0)
+        caption = scene.caption(measured.colour, measured.shape, measured.direction)
+        assert caption == label.read_text(encoding="utf-8").strip()
+
+
+def test_another_seed_gives_other_clips(tmp_path, outputs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    make_assets.main(["--fast", "--stage", "clips", "--seed", "1", "--out", str(tmp_path)])
+    name = "videos/000000.mp4"
+    assert (tmp_path / name).read_bytes() != (outputs[0] / name).read_bytes()
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    rates = [training.cosine_lr(step, 200, 1.0) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 50)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.02
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_an_image_network_starts_out_as_the_text_network(outputs):
+    """Three steps with zero-initialised image weights: the text part still dominates, and the image part has moved."""
+    load = [
+        torch.load(next((outputs[0] / f).glob("*/*.pt")), weights_only=True) for f in ("transformer", "transformer_i2v")
+    ]
+    text, image = (state["module"]["model.diffusion_model.mixins.patch_embed.proj.weight"] for state in load)
+    num_channels = text.shape[1]
+    assert image.shape[1] == 2 * num_channels
+    assert torch.allclose(image[:, :num_channels].float(), text.float(), atol=5e-3)
+    assert 0 < image[:, num_channels:].abs().max() < 5e-3

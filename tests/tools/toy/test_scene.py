@@ -1,0 +1,97 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "toy"))
+
+import scene  # noqa: E402
+
+ALL = scene.combinations(held_out=False) + scene.combinations(held_out=True)
+
+
+def clip_of(combination, seed=0):
+    return scene.random_clip(combination, np.random.default_rng(seed))
+
+
+def test_every_combination_is_either_trained_or_held_out():
+    assert len(set(ALL)) == len(ALL) == len(scene.COLOURS) * len(scene.SHAPES) * len(scene.DIRECTIONS)
+    assert len(scene.combinations(held_out=True)) == 12
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)])
+def test_training_shows_every_pair_of_words(pair):
+    shown = {tuple(c[i] for i in pair) for c in scene.combinations(held_out=False)}
+    assert shown == {tuple(c[i] for i in pair) for c in ALL}
+
+
+def test_rendering_follows_the_seed():
+    first, again, other = (scene.render(clip_of(ALL[0], seed)) for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_rendered_clips_are_what_the_data_set_holds():
+    video = scene.render(clip_of(ALL[5]))
+    assert video.shape == (17, 64, 64, 3)
+    assert video.dtype == np.float32
+    assert video.min() >= 0.0
+    assert video.max() <= 1.0
+
+
+def test_the_shape_never_touches_the_border():
+    for seed, combination in enumerate(ALL):
+        video = scene.render(clip_of(combination, seed))
+        border = np.concatenate([video[:, [0, -1]].ravel(), video[:, :, [0, -1]].ravel()])
+        assert np.allclose(border, scene.BACKGROUND), combination
+
+
+def test_edges_are_anti_aliased():
+    red = scene.render(clip_of(("red", "circle", "left")))[0, :, :, 0]
+    full, background = scene.COLOURS["red"][0], scene.BACKGROUND
+    between = (red > background + 0.05) & (red < full - 0.05)
+    assert between.sum() > 20
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_measuring_reads_back_every_caption(noise):
+    rng = np.random.default_rng(7)
+    for seed, combination in enumerate(ALL):
+        video = scene.render(clip_of(combination, seed))
+        measured = scene.measure(np.clip(video + rng.normal(0.0, noise, video.shape), 0.0, 1.0))
+        assert (measured.colour, measured.shape, measured.direction) == combination
+
+
+def test_measured_travel_is_the_rendered_one():
+    clip = clip_of(("blue", "square", "down"))
+    assert scene.measure(scene.render(clip)).travel == pytest.approx(clip.travel, abs=0.5)
+
+
+def test_an_empty_clip_shows_nothing():
+    video = np.full((17, 64, 64, 3), scene.BACKGROUND, dtype=np.float32)
+    assert scene.measure(video) == scene.Measurement(None, None, None, 0.0)
+
+
+def test_a_shape_that_stands_still_has_no_direction():
+    video = scene.render(clip_of(("green", "circle", "up")))
+    measured = scene.measure(np.repeat(video[:1], len(video), axis=0))
+    assert measured.colour == "green"
+    assert measured.direction is None
+
+
+def test_a_diagonal_move_has_no_direction():
+    video = scene.render(clip_of(("green", "circle", "up")))
+    shifted = np.stack([np.roll(frame, i, axis=1) for i, frame in enumerate(video)])
+    assert scene.measure(shifted).direction is None
+
+
+def test_a_colour_between_two_is_none_of_them():
+    grey = scene.render(clip_of(("red", "square", "left"))).max(axis=-1, keepdims=True).repeat(3, axis=-1)
+    assert scene.measure(grey).colour is None
+
+
+def test_psnr_of_a_known_error():
+    video = np.full((2, 4, 4, 3), 0.5)
+    assert scene.psnr(video + 0.1, video) == pytest.approx(20.0)
+    assert scene.psnr(video, video) == np.inf

@@ -1,0 +1,202 @@
+"""Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, two diffusion transformers.
+
+Run from the root of the repository; under an hour on two CPU cores::
+
+    python tools/toy/make_assets.py                    everything, into assets/toy
+    python tools/toy/make_assets.py --stage quality    measure what is there
+    python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
+
+The architecture is that of configs/toy.yaml and configs/toy_i2v.yaml. Every stage draws from the seed alone and reads
+the results of the stages before it from the output folder, so a stage can be repeated by itself.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import quality
+import report
+import scene
+import text
+import torch
+import training
+from PIL import Image
+
+from sgm.config.load import load_config
+from sgm.inference.video import write_video
+from sgm.io import atomic_file
+from sgm.log import configure_logging, get_logger
+from sgm.util import instantiate_from_config
+from sgm.weights.checkpoint import save_autoencoder, save_network
+
+logger = get_logger("toy")
+
+T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
+STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality")
+# Prompts of the demo: four combinations that training never sees, each also with an image, and two that it does.
+UNSEEN = (
+    ("red", "square", "up"),
+    ("green", "triangle", "down"),
+    ("yellow", "square", "right"),
+    ("cyan", "circle", "left"),
+)
+SEEN = (("blue", "square", "down"), ("magenta", "circle", "up"))
+NUM_THREADS = 1  # in each of the workers of training; part of the recipe, as other sums round differently
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All sizes of one run.
+
+    Attributes:
+        clips_per_combination: committed clips of each training combination.
+        vae: training of the autoencoder.
+        encoded_clips: clips that are encoded for the transformers.
+        t2v: training of the text-to-video transformer.
+        i2v: training of the image-to-video transformer, which starts from the weights of the other one.
+        reconstructions: clips that the autoencoder is measured on.
+        samples: samples that each transformer is measured on.
+        num_steps: sampling steps when measuring; None for those of the YAML.
+    """
+
+    clips_per_combination: int = 1
+    vae: training.VaeRecipe = field(default_factory=training.VaeRecipe)
+    encoded_clips: int = 2400
+    t2v: training.NetworkRecipe = field(default_factory=training.NetworkRecipe)
+    i2v: training.NetworkRecipe = field(default_factory=lambda: training.NetworkRecipe(num_steps=1200, lr=1e-3))
+    reconstructions: int = 12
+    samples: int = 24
+    num_steps: int | None = None
+
+    def shortened(self) -> "Recipe":
+        """Return a recipe that touches everything and takes seconds."""
+        return replace(
+            self,
+            vae=replace(self.vae, crop_steps=2, full_steps=1, crop_batch=1, full_batch=1),
+            encoded_clips=8,
+            t2v=replace(self.t2v, num_steps=3, batch_size=4),
+            i2v=replace(self.i2v, num_steps=3, batch_size=4),
+            reconstructions=1,
+            samples=1,
+            num_steps=3,
+        )
+
+
+def overrides(out: Path) -> dict[str, list[str]]:
+    """Return, by YAML file, the overrides that make it read its weights from `out`."""
+    shared = [
+        f"model.first_stage_config.params.ckpt_path={out}/vae/3d-vae.pt",
+        f"model.conditioner_config.params.emb_models.0.params.model_dir={out}/t5",
+    ]
+    return {T2V: [f"args.load={out}/transformer", *shared], I2V: [f"args.load={out}/transformer_i2v", *shared]}
+
+
+def make_clips(out: Path, recipe: Recipe, seed: int) -> None:
+    """Write captioned clips of the training combinations, and prompts and images of held-out ones."""
+    clips = scene.random_clips(scene.combinations(held_out=False), np.random.default_rng([seed, 0]))
+    for i in range(recipe.clips_per_combination * len(scene.combinations(held_out=False))):
+        clip = next(clips)
+        write_video(out / "videos" / f"{i:06d}.mp4", _to_uint8(scene.render(clip)), scene.FPS)
+        _write_text(out / "labels" / f"{i:06d}.txt", clip.caption)
+    _write_text(out / "prompts.txt", "\n".join(scene.caption(*names) for names in UNSEEN + SEEN))
+    rng, lines = np.random.default_rng([seed, 4]), []
+    for names in UNSEEN:
+        clip = scene.random_clip(names, rng)
+        path = out / "images" / f"{clip.colour}_{clip.shape}.png"
+        with atomic_file(path) as temporary:
+            Image.fromarray(_to_uint8(scene.render(clip))[0]).save(temporary)
+        lines.append(f"{clip.caption}@@{path.as_posix()}")
+    _write_text(out / "prompts_i2v.txt", "\n".join(lines))
+
+
+def _to_uint8(video: np.ndarray) -> np.ndarray:
+    return (video * 255.0).round().astype(np.uint8)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def make_vae(out: Path, recipe: Recipe, seed: int) -> None:
+    """Train the autoencoder and save it in float16."""
+    torch.manual_seed(seed)
+    section = load_config([T2V], mode="inference").model["first_stage_config"]
+    vae = instantiate_from_config(section)
+    training.train_vae(vae, recipe.vae, seed=seed, log=logger.info)
+    save_autoencoder(out / "vae" / "3d-vae.pt", {name: value.half() for name, value in vae.state_dict().items()})
+
+
+def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -> None:
+    """Train the transformers that `stages` names on the same encoded clips, and save them in float16."""
+    engine = quality.load_engine(T2V, overrides(out)[T2V], with_network=False)
+    clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
+    logger.info(
+        "encoded %d clips; standard deviation of their latents %.3f, within a channel %.3f; model.scale_factor %.3f",
+        len(clips.captions),
+        clips.std,
+        clips.std_in_channel,
+        engine.scale_factor,
+    )
+    for name, config, network_recipe in (("t2v", T2V, recipe.t2v), ("i2v", I2V, recipe.i2v)):
+        if name not in stages:
+            continue
+        torch.manual_seed(seed)
+        loaded = load_config([config], overrides(out)[config], mode="inference")
+        engine = instantiate_from_config(loaded.engine)
+        if name == "i2v":
+            training.start_from(engine.network, overrides(out)[T2V][0].partition("=")[2])
+        average = training.train_network(engine, clips, network_recipe, seed=seed, log=logger.info)
+        folder = Path(str(loaded.args.load))
+        patch_size = engine.network.patch_size
+        weights = {key: value.half() for key, value in average.items()}
+        save_network(folder, network_recipe.num_steps, weights, patch_size=patch_size)
+
+
+def measure_quality(out: Path, recipe: Recipe) -> None:
+    """Measure reconstruction and samples of held-out combinations, and write quality.json and README.md."""
+    t2v = quality.load_engine(T2V, overrides(out)[T2V])
+    i2v = quality.load_engine(I2V, overrides(out)[I2V])
+    clips = quality.held_out_clips(recipe.samples)
+    reconstruction = quality.reconstruction_psnr(t2v, recipe.reconstructions)
+    from_text = quality.judge(quality.sample(t2v, clips, num_steps=recipe.num_steps), clips)
+    videos = quality.sample(i2v, clips, with_image=True, num_steps=recipe.num_steps)
+    from_image = quality.judge(videos, clips, with_image=True)
+    report.write(out, recipe, reconstruction=reconstruction, t2v=from_text, i2v=from_image)
+    logger.info("%s", (out / "quality.json").read_text(encoding="utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages that the arguments name."""
+    parser = argparse.ArgumentParser(description="Make the toy model of assets/toy from nothing.")
+    parser.add_argument(
+        "--stage", nargs="+", choices=("all", *STAGES), default=["all"], help="what to make (default: all)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("assets/toy"), help="output folder (default: assets/toy)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
+    parser.add_argument(
+        "--fast", action="store_true", help="a few steps of everything: runs in seconds, learns nothing"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(NUM_THREADS)
+    recipe = Recipe().shortened() if args.fast else Recipe()
+    stages = STAGES if "all" in args.stage else args.stage
+    if "clips" in stages:
+        make_clips(args.out, recipe, args.seed)
+    if "text" in stages:
+        text.make_text_encoder(args.out / "t5", seed=args.seed)
+    if "vae" in stages:
+        make_vae(args.out, recipe, args.seed)
+    if "t2v" in stages or "i2v" in stages:
+        make_networks(args.out, recipe, args.seed, stages)
+    if "quality" in stages:
+        measure_quality(args.out, recipe)
+    return 0
+
+
+if __name__ == "__main__":
+    configure_logging()
+    sys.exit(main())
