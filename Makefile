@@ -50,5 +50,5 @@ $(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[data,dev,diffusers]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,diffusers,scenes,wandb]'
 	touch $(VENV)/installed $@

@@ -18,10 +18,10 @@ setup(
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
         "SwissArmyTransformer==0.4.12",
         "triton>=3.4,<4; platform_system == 'Linux'",  # imported by SwissArmyTransformer
-        "wandb>=0.19,<1",  # imported by SwissArmyTransformer; nothing is logged to it unless asked
         "deepspeed>=0.18,<0.20",
         "omegaconf>=2.3,<3",
         "PyYAML>=6,<7",
+        "pydantic>=2.7,<3",
         "einops>=0.8,<1",
         "transformers>=5.0,<6",
         "sentencepiece>=0.2,<1",
@@ -32,6 +32,8 @@ setup(
         "kornia>=0.8,<1",
         "safetensors>=0.5,<1",
         "huggingface_hub>=1.0,<3",  # divides weights into files; nothing is downloaded
+        "datasets>=4.0,<6",  # folders of Hugging Face; SwissArmyTransformer requires it too
+        "pyarrow>=21",  # Parquet
         "numpy>=1.26",
         "pillow>=10",
         "tqdm>=4.66,<5",
@@ -40,11 +42,7 @@ setup(
     ],
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
-        "data": [
-            "datasets>=4.0,<6",  # folders of Hugging Face
-            "pyarrow>=21",  # Parquet
-            "scenedetect-headless>=0.7,<0.8",  # cuts of long videos
-        ],
+        "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
         "wandb": ["wandb>=0.19,<1"],
         "lowmem": ["bitsandbytes>=0.45", "torchao>=0.12"],
         "web": ["gradio>=5"],

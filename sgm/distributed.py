@@ -22,13 +22,15 @@ from sgm.config.yaml_files import ConfigError, Problem
 from sgm.log import quiet_dependencies
 from sgm.parallel.heartbeat import Peers
 from sgm.parallel.packing import pack, unpack
-from sgm.util import InputError, RunError, default
+from sgm.util import InputError, RunError, default, defer_package_init
 
 
 def prepare_import() -> None:
     """Call before SAT or DeepSpeed is imported: choose DeepSpeed's device as torch does, and keep both quiet."""
     quiet_dependencies()
     os.environ.setdefault("DS_ACCELERATOR", device().type)
+    for package in ("sat", "sat.model"):
+        defer_package_init(package)
 
 
 def prepare_deepspeed() -> None:

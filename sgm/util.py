@@ -1,14 +1,20 @@
 """Instantiation from YAML, small tensor helpers, and the error classes a user can meet."""
 
 import importlib
+import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
+
+_FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 
 # The names that YAML files have for dtypes.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,6 +60,41 @@ def get_obj_from_str(target: str) -> Any:
         raise InputError(f"target '{target}': module '{module_name}' has no '{name}'{hint}") from error
 
 
+class _LazyPackage(types.ModuleType):
+    """A package whose ``__init__`` runs when something is asked for that is none of its submodules."""
+
+    def __getattr__(self, name: str) -> Any:
+        loader = vars(self).get("__spec__").loader
+        if name.startswith("__") or type(self) is not _LazyPackage:
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        if importlib.util.find_spec(f"{self.__name__}.{name}") is not None:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        self.__class__ = types.ModuleType
+        loader.exec_module(self)
+        return getattr(self, name)
+
+
+def defer_package_init(name: str) -> None:
+    """Let submodules of a package be imported without running its ``__init__``, which runs when it is needed.
+
+    SAT's imports every model that it has, and with them transformers, datasets and wandb: seconds, for nothing.
+
+    Args:
+        name: of a package; nothing happens where it has been imported.
+    """
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None:  # importing it says so
+        return
+    module = importlib.util.module_from_spec(spec)
+    module.__class__ = _LazyPackage
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build what a ``{target: ..., params: {...}}`` section describes.
 
@@ -89,6 +130,9 @@ class without_allocating(TorchFunctionMode):  # noqa: N801 (reads as the context
         kwargs = dict(kwargs or {})
         if func in _FACTORIES:
             kwargs["device"] = "meta"
+        if func in _FILLS:  # torch would import its compiler, for seconds, to fill nothing
+            filled = args[0] if args else kwargs["tensor"]
+            return filled if filled.is_meta else func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -71,7 +71,7 @@ def test_every_folder_of_a_package_has_an_init():
 
 
 def test_extras(definition):
-    assert set(definition["extras_require"]) == {"data", "diffusers", "wandb", "lowmem", "web", "dev"}
+    assert set(definition["extras_require"]) == {"scenes", "diffusers", "wandb", "lowmem", "web", "dev"}
     assert {"diffusers", "peft", "accelerate"} <= requirements(definition, "diffusers").keys()
     assert {"pytest", "ruff", "pyright"} <= requirements(definition, "dev").keys()
 
@@ -100,7 +100,7 @@ def test_every_requirement_is_a_range(definition):
 
 def test_every_import_is_declared(definition):
     """A package that another one happens to bring along today may be gone tomorrow."""
-    declared = requirements(definition, "data").keys()  # formats that need its packages name it
+    declared = requirements(definition).keys() | {"wandb"}  # imported where args.wandb asks for it
     distributions = packages_distributions()
     undeclared = {}
     for path in [*(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")), ROOT / "dit_video_concat.py"]:
@@ -131,7 +131,7 @@ def test_constraints_are_exact_and_unique():
             assert not pin.url and not pin.extras
 
 
-@pytest.mark.parametrize("extras", [(), ("data", "dev", "diffusers"), ("wandb",)])
+@pytest.mark.parametrize("extras", [(), ("dev", "diffusers", "scenes", "wandb")])
 def test_constraints_pin_what_make_installs(definition, extras):
     missing = [name for name in requirements(definition, *extras) if name not in constraints()]
     assert missing == []

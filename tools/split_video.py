@@ -348,7 +348,7 @@ def _require_detector() -> None:
     try:
         import scenedetect  # noqa: F401
     except ImportError as error:
-        cure = "run: pip install -e '.[data]'"
+        cure = "run: pip install -e '.[scenes]'"
         raise InputError(f"cutting needs PySceneDetect, which cannot be imported ({error}); {cure}") from error
 
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +9,7 @@ from sgm.util import (
     InputError,
     append_dims,
     default,
+    defer_package_init,
     get_obj_from_str,
     instantiate_from_config,
     nearest,
@@ -79,3 +83,43 @@ def test_without_allocating_overrides_an_explicit_device():
         linear = nn.Linear(10**6, 10**6, device="cpu")
     assert linear.weight.is_meta and linear.weight.shape == (10**6, 10**6)
     assert not torch.zeros(1).is_meta
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_submodules_of_a_deferred_package_leave_its_init_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    inner = tmp_path / "deferred_outer" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "deferred_outer" / "__init__.py").write_text(
+        "from deferred_outer.inner import found\nran = found + 1\n"
+    )
+    (inner / "__init__.py").write_text("found = 41\n")
+    (inner / "leaf.py").write_text("value = 7\n")
+    for name in ("deferred_outer", "deferred_outer.inner"):
+        defer_package_init(name)
+    import deferred_outer
+    from deferred_outer.inner import leaf
+
+    assert leaf.value == 7 and "ran" not in vars(deferred_outer) and "found" not in vars(deferred_outer.inner)
+    assert deferred_outer.ran == 42 and deferred_outer.inner.found == 41
+    with pytest.raises(AttributeError):
+        _ = deferred_outer.inner.absent
+    defer_package_init("deferred_outer")  # it has been imported
+    assert deferred_outer.ran == 42
+    defer_package_init("deferred_nowhere")
+
+
+def test_checking_a_model_imports_no_more_than_it_needs():
+    code = (
+        "import sys; from sgm.config.load import load_config; from sgm.util import *\n"
+        "config = load_config(['configs/toy_lora.yaml'], [], mode='inference')\n"
+        "with without_allocating():\n"
+        "    [instantiate_from_config(config.model[part]) for part in ('network_config', 'first_stage_config')]\n"
+        "heavy = ('transformers', 'datasets', 'wandb', 'deepspeed', 'diffusers', 'torch._dynamo')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import split_video  # noqa: E402
 
-pytest.importorskip("scenedetect", reason="the extra 'data' is not installed")
+pytest.importorskip("scenedetect", reason="the extra 'scenes' is not installed")
 RATE = 20
 COLOURS = ((200, 40, 40), (40, 180, 60), (30, 60, 210))
 
@@ -222,4 +222,4 @@ def test_clips_and_captions_without_a_plan_are_not_mixed_with_new_ones(film, tmp
 def test_the_extra_is_named_where_it_is_missing(film, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     assert run(film, tmp_path / "out") == 2
-    assert "pip install -e '.[data]'" in capsys.readouterr().err
+    assert "pip install -e '.[scenes]'" in capsys.readouterr().err

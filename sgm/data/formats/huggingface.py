@@ -85,7 +85,7 @@ def _table(folder: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"'{folder}': reading it needs datasets; pip install 'cogvideox-sat[data]'") from error
+        raise InputError(f"'{folder}': reading it needs datasets; pip install 'datasets'") from error
     try:
         return datasets.load_from_disk(str(folder)).data.table  # type: ignore[union-attr]
     except (OSError, ValueError, KeyError) as error:

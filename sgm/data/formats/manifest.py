@@ -354,7 +354,7 @@ def read_parquet(path: Path) -> Table:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"'{path}': reading Parquet needs pyarrow; pip install 'cogvideox-sat[data]'") from error
+        raise InputError(f"'{path}': reading Parquet needs pyarrow; pip install 'pyarrow'") from error
     try:
         content = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:

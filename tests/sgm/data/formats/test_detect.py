@@ -270,10 +270,10 @@ def test_formats_are_told_apart(tmp_path):
 def test_extras_are_named(tmp_path, monkeypatch):
     put(tmp_path, metadata__parquet="", state__json="")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'cogvideox-sat[data]'" in refusal(tmp_path, format="parquet")
+    assert "pip install 'pyarrow'" in refusal(tmp_path, format="parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     huggingface._table.cache_clear()
-    assert "pip install 'cogvideox-sat[data]'" in refusal(tmp_path, format="huggingface")
+    assert "pip install 'datasets'" in refusal(tmp_path, format="huggingface")
 
 
 def test_other_columns_and_pictures(tmp_path):
