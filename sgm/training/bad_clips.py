@@ -36,7 +36,7 @@ class BadClips:
                 logger.warning("quarantined %s: %s; another clip takes its place", path, reason)
                 self.reasons[path] = self._fresh[path] = reason
 
-    def share(self) -> int:
+    def all_gather_and_write(self) -> int:
         """Exchange what ranks found, write it down, and return the number of clips; all ranks call together.
 
         Raises:

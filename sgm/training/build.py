@@ -20,14 +20,14 @@ from sgm.inference.run import RING
 from sgm.io import atomic_file, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
-from sgm.training.data import Data, usable_data
-from sgm.training.optimizer import make_optimizer, undo_first_step
+from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
+from sgm.training.inputs.clips import Data, usable_data
+from sgm.training.optim.optimizer import discard_initial_update, make_optimizer
+from sgm.training.optim.schedule import LearningRate
+from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.prepare import Plan, total_iterations
-from sgm.training.schedule import LearningRate
-from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest, state_order
+from sgm.training.state import ResumePoint, load_state, lock_folder, numbers_digest, repair_latest, state_order
 from sgm.training.step import TrainingModule, start_deepspeed
-from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
 from sgm.weights.files import find_weights, weights_digest
@@ -165,7 +165,7 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
         auto_warmup_iters=default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode]),
     )
     deepspeed = start_deepspeed(module, optimizer, schedule, plan.deepspeed)
-    undo_first_step(deepspeed)
+    discard_initial_update(deepspeed)
     return deepspeed
 
 
@@ -235,7 +235,7 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
             if resume is not None:
                 for path in (found, *(path for path in found.iterdir() if path.is_dir())):
                     remove_leftovers(path)
-                catch_up(resume)
+                repair_latest(resume)
             name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
             with atomic_file(found / name) as temporary:
                 temporary.write_text(config.to_yaml(), encoding="utf-8")

@@ -20,7 +20,7 @@ from sgm.inference.video import to_uint8
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
-from sgm.training.inputs import shared_batch, shared_inputs
+from sgm.training.inputs.shared import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
 from sgm.util import RunError
 

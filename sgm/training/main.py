@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.base, options.overrides, mode="train")
     if options.check:
-        from sgm.training.batches import bucket_report, plan_buckets
+        from sgm.training.inputs.buckets import bucket_report, plan_buckets
         from sgm.training.prepare import prepare
 
         plan = prepare(config)

@@ -23,13 +23,13 @@ from sgm.data.buckets.plan import Division
 from sgm.distributed import Mesh
 from sgm.io import require_writable
 from sgm.modules.geometry import Geometry
-from sgm.training.caches import Caches, needs, open_latents, open_text
-from sgm.training.data import Data, open_data
 from sgm.training.evaluate import validation_prompts
+from sgm.training.inputs.caches import Caches, needs, open_latents, open_text
+from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
-from sgm.training.optimizer import make_optimizer
+from sgm.training.optim.optimizer import make_optimizer
+from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.checkpoint import check_autoencoder, check_network

@@ -22,13 +22,19 @@ from sgm.log import get_logger
 from sgm.training.bad_clips import BadClips
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
-from sgm.training.inputs import gradient_factor, shared_batch, shared_inputs
+from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
 from sgm.training.save import Saver
-from sgm.training.state import catch_up
-from sgm.training.step import counted, gradient_norm, plain_gradient_norm, weighted_mean
-from sgm.training.watch import StepFlags, StopSignals
+from sgm.training.state import repair_latest
+from sgm.training.step import (
+    StepFlags,
+    StopSignals,
+    gradient_norm_after_step,
+    gradient_norm_before_step,
+    nonzero_index,
+    weighted_mean,
+)
 from sgm.util import InputError, RunError, default
 
 logger = get_logger(__name__)
@@ -84,7 +90,7 @@ def train(config: Config) -> Summary:
     sgm.distributed.initialize(mesh=plan.mesh)
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         if sgm.distributed.rank() == 0:
-            catch_up(plan.resume)
+            repair_latest(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
@@ -137,7 +143,7 @@ class TrainingRun:
                 resume_from=self.iteration,
             )
         self.skipped_in_row = 0
-        self._plain_norm: torch.Tensor | None = None
+        self._norm_before: torch.Tensor | None = None
         self._lr = 0.0
         self._logged_at, self._logged_iteration = time.perf_counter(), self.iteration
         self._logged_samples = parts.samples_before(self.iteration)
@@ -203,18 +209,18 @@ class TrainingRun:
             )
             losses = deepspeed(inputs)
             self.check.add(losses)
-            real = counted(batch["weight"])
+            real = nonzero_index(batch["weight"])
             self.quarters.add(inputs.idx[real], losses.detach()[real])
             last = micro == self.parts.accumulation - 1
             if last:
-                self.check.share(stop=bool(self.signals.received))
+                self.check.start_all_reduce(stop=bool(self.signals.received))
             deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
                 bad, stop = self.check.read()
                 if bad:
                     raise _NotFiniteError("a loss is not finite (NaN or infinity)")
                 if stop or self._logs_next():
-                    self._plain_norm = plain_gradient_norm(deepspeed)
+                    self._norm_before = gradient_norm_before_step(deepspeed)
                 self._lr = self.parts.schedule.get_last_lr()[0]
             deepspeed.step()
         self.skipped_in_row = self.skipped_in_row + 1 if deepspeed.skipped_steps > skipped_before else 0
@@ -254,11 +260,11 @@ class TrainingRun:
         steps, samples = self.iteration - self._logged_iteration, self.parts.samples_before(self.iteration)
         elapsed, more = now - self._logged_at, samples - self._logged_samples
         self._logged_at, self._logged_iteration, self._logged_samples = now, self.iteration, samples
-        bad = self.quarantine.share()
+        bad = self.quarantine.all_gather_and_write()
         if self.metrics is not None:
             values |= {
                 "lr": self._lr,
-                "grad_norm": gradient_norm(self.parts.deepspeed, self._plain_norm),
+                "grad_norm": gradient_norm_after_step(self.parts.deepspeed, self._norm_before),
                 "step_seconds": elapsed / max(steps, 1),
                 "samples_per_second": more / elapsed,
                 "memory_gib": peak_memory(self.device) / 2**30,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ import torch
 import sgm.distributed
 from sgm.log import get_logger
 from sgm.training.build import Parts
-from sgm.training.optimizer import full_ema
+from sgm.training.optim.optimizer import full_ema
 from sgm.training.state import save_state
-from sgm.training.step import gather, writes_part
 from sgm.util import RunError
 from sgm.weights.checkpoint import PREFIX, save_network, write_latest
 
@@ -50,7 +50,7 @@ class Saver:
         if self.saved == iteration:
             return True
         parts = self.parts
-        weights = gather(parts.deepspeed, self.names)
+        weights = gather_parameters(parts.deepspeed, self.names)
         if not all(sgm.distributed.all_gather_objects(_all_finite(weights))):
             return False
         averages = None
@@ -59,7 +59,7 @@ class Saver:
                 name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
             }
             averages = full_ema(parts.deepspeed, named.items())
-        if writes_part():
+        if is_writing_rank():
             self._write(iteration, weights, averages)
         point = dataclasses.replace(
             parts.point,
@@ -108,3 +108,26 @@ class Saver:
 
 def _all_finite(weights: dict[str, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def is_writing_rank() -> bool:
+    """Whether this rank writes what there is once: of the whole network, or of its part of the layers."""
+    return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
+
+
+def gather_parameters(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the network's parameters by its own names, on the CPU, where `is_writing_rank`; nothing on other ranks.
+
+    All ranks call it together: with ZeRO-3 each holds a piece of every parameter. Ranks that share layers get their
+    part of each layer, as files hold it.
+    """
+    import deepspeed
+
+    wanted, tensors = set(names), {}
+    for name, parameter in engine.module.named_parameters():
+        name = name.removeprefix(PREFIX)
+        if name in wanted:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if is_writing_rank():
+                    tensors[name] = parameter.detach().cpu().clone()
+    return tensors

@@ -182,7 +182,7 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
     return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
 
 
-def catch_up(point: ResumePoint) -> None:
+def repair_latest(point: ResumePoint) -> None:
     """Let the run's ``latest`` name the weights of the state: a process may have ended between the two."""
     if (point.run / str(point.iteration)).is_dir():
         write_latest(point.run, point.iteration)

@@ -1,6 +1,9 @@
-"""The module that DeepSpeed trains, and the engine around it."""
+"""One optimizer step: the engine that makes it, gradient norms, and what stops a run after it."""
 
+import signal
+import threading
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -8,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import sgm.distributed
+from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-from sgm.weights.checkpoint import PREFIX
+
+logger = get_logger(__name__)
 
 
 class TrainingModule(nn.Module):
@@ -31,7 +36,7 @@ class TrainingModule(nn.Module):
         return self._losses(inputs)
 
 
-def counted(weights: Sequence[float]) -> list[int] | slice:
+def nonzero_index(weights: Sequence[float]) -> list[int] | slice:
     """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.buckets.plan`."""
     return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
 
@@ -68,30 +73,7 @@ def start_deepspeed(
     return engine
 
 
-def writes_part() -> bool:
-    """Whether this rank writes what there is once: of the whole network, or of its part of the layers."""
-    return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
-
-
-def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return the network's parameters by its own names, on the CPU, where `writes_part`; nothing on other ranks.
-
-    All ranks call it together: with ZeRO-3 each holds a piece of every parameter. Ranks that share layers get their
-    part of each layer, as files hold it.
-    """
-    import deepspeed
-
-    wanted, tensors = set(names), {}
-    for name, parameter in engine.module.named_parameters():
-        name = name.removeprefix(PREFIX)
-        if name in wanted:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if writes_part():
-                    tensors[name] = parameter.detach().cpu().clone()
-    return tensors
-
-
-def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
+def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:
     """Return the norm of the gradients before the step; None where DeepSpeed computes it (ZeRO, fp16, bf16)."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
@@ -106,7 +88,69 @@ def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
     return (squares + whole.square().to(squares.device)).sqrt()
 
 
-def gradient_norm(engine: Any, plain: torch.Tensor | None) -> float:
+def gradient_norm_after_step(engine: Any, plain: torch.Tensor | None) -> float:
     """Return the norm of the last step's gradients over all ranks, before clipping; not finite after an overflow."""
     norm = engine.get_global_grad_norm() if plain is None else plain
     return float("nan") if norm is None else float(norm)
+
+
+class StopSignals:
+    """Context in which SIGTERM and SIGINT ask the run to stop after the step; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: name of the signal that asked, empty if none did.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        logger.warning("%s: finishing this step, then saving; interrupt again to stop at once", self.received)
+
+
+class StepFlags:
+    """What all ranks must know before the optimizer steps: is a loss not finite, is one of them asked to stop.
+
+    The answer travels to the host while the backward pass runs, so that reading it leaves no gap in the device's work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flags = torch.zeros(2, device=device)
+        self._host = torch.zeros(2, pin_memory=device.type != "cpu")
+        self._event = torch.Event(device) if device.type != "cpu" else None
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Take the losses (B,) of a micro step."""
+        bad = (~torch.isfinite(losses.detach())).any().float()
+        self._flags[0] = torch.maximum(self._flags[0], bad)
+
+    def start_all_reduce(self, *, stop: bool) -> None:
+        """Begin to exchange the flags; called by all ranks before the last backward pass of a step."""
+        self._flags[1] = float(stop)
+        sgm.distributed.all_reduce_(self._flags, largest=True)
+        self._host.copy_(self._flags, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[bool, bool]:
+        """Return (a loss is not finite, a rank is asked to stop), and start over."""
+        if self._event is not None:
+            self._event.synchronize()
+        bad, stop = self._host.bool().tolist()
+        self._flags.zero_()
+        return bad, stop

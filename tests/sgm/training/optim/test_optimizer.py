@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.training.optimizer import EmaAdamW, full_ema, make_optimizer, resolve_optimizer, undo_first_step
+from sgm.training.optim.optimizer import EmaAdamW, discard_initial_update, full_ema, make_optimizer, resolve_optimizer
 from sgm.util import InputError
 
 PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -150,7 +150,7 @@ def test_dotted_paths():
 
 
 def test_the_name_of_sat_compiles_nothing():
-    code = "import sys; from sgm.training.optimizer import *; resolve_optimizer('sat.ops.FusedEmaAdam'); "
+    code = "import sys; from sgm.training.optim.optimizer import *; resolve_optimizer('sat.ops.FusedEmaAdam'); "
     code += "assert not any(name.split('.')[0] == 'sat' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -227,7 +227,7 @@ def start(precision: str, stage: int, **section):
         "bf16": {"enabled": precision == "bf16"},
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | section)
-    undo_first_step(engine)
+    discard_initial_update(engine)
     return engine
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sgm.training.watch import StepFlags, StopSignals
+from sgm.training.step import StepFlags, StopSignals
 
 CPU = torch.device("cpu")
 
@@ -54,15 +54,15 @@ def test_one_bad_loss_of_any_micro_step_is_found(bad):
     check.add(torch.tensor([1.0, 2.0]))
     check.add(torch.tensor([1.0, bad]))
     check.add(torch.tensor([3.0, 4.0]))
-    check.share(stop=False)
+    check.start_all_reduce(stop=False)
     assert check.read() == (True, False)
 
 
 def test_each_step_begins_anew():
     check = StepFlags(CPU)
     check.add(torch.tensor([float("nan")]))
-    check.share(stop=True)
+    check.start_all_reduce(stop=True)
     assert check.read() == (True, True)
     check.add(torch.tensor([1.0]))
-    check.share(stop=False)
+    check.start_all_reduce(stop=False)
     assert check.read() == (False, False)

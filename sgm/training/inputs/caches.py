@@ -20,7 +20,7 @@ from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.geometry import Geometry
-from sgm.training.data import Data
+from sgm.training.inputs.clips import Data
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.files import weights_digest
 

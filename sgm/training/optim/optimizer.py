@@ -190,7 +190,7 @@ def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[
     return [group for group in groups if group["params"]]
 
 
-def undo_first_step(engine: Any) -> None:
+def discard_initial_update(engine: Any) -> None:
     """Undo the update with zero gradients that DeepSpeed makes when it wraps an optimizer in 16 bits without ZeRO.
 
     It would decay the weights once, and count as an update in the bias correction and in the average. Call this after

@@ -11,7 +11,7 @@ from sgm.data.buckets.assign import NOWHERE, PATH, ClipSizes, clip_sizes
 from sgm.data.buckets.plan import BucketPlan, Division
 from sgm.data.cache import TOOL, listed
 from sgm.data.order import TrainingOrder
-from sgm.training.data import Data
+from sgm.training.inputs.clips import Data
 from sgm.training.state import ResumePoint
 from sgm.util import InputError
 

@@ -1,4 +1,4 @@
-"""sgm.training.data: what is looked at before training, and data sets of several formats side by side."""
+"""sgm.training.inputs.clips: what is looked at before training, and data sets of several formats side by side."""
 
 import json
 import shutil
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-import sgm.training.data
+import sgm.training.inputs.clips
 from data_video import SFTDataset
 from sgm.config.args import TrainingArgs
 from sgm.data.loader import SampleStream
 from sgm.data.order import TrainingOrder
-from sgm.training.data import Data, usable_data
+from sgm.training.inputs.clips import Data, usable_data
 from sgm.util import InputError
 
-TOY = Path(__file__).parents[3] / "assets" / "toy"
+TOY = Path(__file__).parents[4] / "assets" / "toy"
 
 
 def toy(root, bad=()):
@@ -40,7 +40,7 @@ def usable(dataset, folder, **args):
     ("check_clips", "limit", "opened"), [("all", 1, True), ("none", 99, False), ("auto", 10, True)]
 )
 def test_clips_are_opened_before_training_as_asked(tmp_path, monkeypatch, check_clips, limit, opened):
-    monkeypatch.setattr(sgm.training.data, "AUTO_CHECK", limit)
+    monkeypatch.setattr(sgm.training.inputs.clips, "AUTO_CHECK", limit)
     found, left_out = usable(toy(tmp_path / "set", bad=[3]), tmp_path / "run", check_clips=check_clips)
     assert found.num_train == 10 - opened and len(left_out) == opened
     report = json.loads((tmp_path / "run/data_check.json").read_text())
@@ -49,7 +49,7 @@ def test_clips_are_opened_before_training_as_asked(tmp_path, monkeypatch, check_
 
 
 def test_large_sets_are_not_opened_and_bad_clips_replaced_later(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sgm.training.data, "AUTO_CHECK", 9)
+    monkeypatch.setattr(sgm.training.inputs.clips, "AUTO_CHECK", 9)
     monkeypatch.setattr("sgm.data.clips.check.scan", None)
     with caplog.at_level("INFO"):
         found, left_out = usable(toy(tmp_path / "set", bad=[3]), tmp_path / "run")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from sgm.config.load import ConfigError
-from sgm.training.trainable import choose_trainable
+from sgm.training.optim.trainable import choose_trainable
 
 
 class Lora(nn.Module):

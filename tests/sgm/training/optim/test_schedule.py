@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sgm.training.schedule import LearningRate, lr_at
+from sgm.training.optim.schedule import LearningRate, lr_at
 
 RUN = {"base_lr": 2.0, "train_iters": 100, "warmup": 0.1}
 STYLES = ["linear", "cosine", "constant", "exponential"]

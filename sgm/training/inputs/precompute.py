@@ -26,8 +26,8 @@ from sgm.data.clips.video import ClipError
 from sgm.io import remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
-from sgm.training.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
-from sgm.training.data import open_folder
+from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
+from sgm.training.inputs.clips import open_folder
 from sgm.training.state import lock_folder
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import load_autoencoder

@@ -11,8 +11,8 @@ from sgm.config.args import TrainingArgs
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.buckets.plan import Division
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
-from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
-from sgm.training.data import Data
+from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
+from sgm.training.inputs.clips import Data
 from sgm.util import InputError, RunError
 from tests.sgm.training.points import POINT
 
