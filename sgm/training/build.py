@@ -20,8 +20,9 @@ from sgm.inference.run import RING
 from sgm.io import atomic_file, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
-from sgm.training.inputs.clips import Data, usable_data
+from sgm.training.inputs.clips import Data
 from sgm.training.optim.optimizer import discard_initial_update, make_optimizer
 from sgm.training.optim.schedule import LearningRate
 from sgm.training.optim.trainable import Trainable, choose_trainable
@@ -50,8 +51,7 @@ class Parts:
         adapters: description of the LoRA that is trained, None for other runs.
         loader: batches of this rank, from the first one not yet trained on; none where another rank reads for it.
         valid_data: validation clips, None without.
-        num_clips: training clips, those left out included.
-        known_bad: path → reason of training clips left out from the start.
+        bad_clips: clips left out or replaced.
         folder: of the run.
         lock: keeps other processes out of the folder while it is open; None but on rank zero.
         point: where the run begins or goes on.
@@ -71,8 +71,7 @@ class Parts:
     adapters: AdapterInfo | None
     loader: Iterable[dict[str, Any]]
     valid_data: Any
-    num_clips: int
-    known_bad: dict[str, str]
+    bad_clips: BadClips
     folder: Path
     lock: IO[str] | None
     point: ResumePoint
@@ -107,12 +106,12 @@ def build(config: Config, plan: Plan) -> Parts:
         plan.resume.check(point)
         point = plan.resume
     folder, lock = _run_folder(config, plan.resume)
-    data, known_bad = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
+    data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
     total = total_iterations(args, data.num_train, plan.global_batch)  # an epoch has the clips that are left
     buckets = None
     if plan.division is not None:
         buckets, unreadable = plan_buckets(data, plan.division, args)
-        known_bad |= unreadable
+        bad_clips.add(unreadable.items())
         if plan.resume is not None:
             require_same_plan(plan.resume, buckets, unreadable)
         point = replace(point, plan=buckets.digest)
@@ -137,8 +136,7 @@ def build(config: Config, plan: Plan) -> Parts:
         adapters=adapters,
         loader=_loader(plan, data, point, total, buckets),
         valid_data=data.validation if data.valid else None,
-        num_clips=plan.data.num_train,
-        known_bad=known_bad,
+        bad_clips=bad_clips,
         folder=folder,
         lock=lock,
         point=point,
@@ -226,27 +224,24 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
     """Make the folder of a new run, or take that of a resumed one; lock it, and write the configuration into it."""
     args = config.args
     assert isinstance(args, TrainingArgs)
-    found: Path | InputError | None = None
     lock = None
-    if sgm.distributed.rank() == 0:
-        try:
-            found = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
-            lock = lock_folder(found)
-            if resume is not None:
-                for path in (found, *(path for path in found.iterdir() if path.is_dir())):
-                    remove_leftovers(path)
-                repair_latest(resume)
-            name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
-            with atomic_file(found / name) as temporary:
-                temporary.write_text(config.to_yaml(), encoding="utf-8")
-        except InputError as error:
-            found = error
-    found = sgm.distributed.broadcast_from_rank_zero(found)
-    if isinstance(found, InputError):
-        raise found
-    assert found is not None
-    logger.info("run folder: %s", found)
-    return found, lock
+
+    def open_folder() -> Path:
+        nonlocal lock
+        folder = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
+        lock = lock_folder(folder)
+        if resume is not None:
+            for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_leftovers(path)
+            repair_latest(resume)
+        name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(config.to_yaml(), encoding="utf-8")
+        return folder
+
+    folder = sgm.distributed.run_on_rank_zero(open_folder)
+    logger.info("run folder: %s", folder)
+    return folder, lock
 
 
 def _make_folder(save: Path, experiment: str) -> Path:

@@ -19,7 +19,6 @@ from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.inference.record import peak_memory
 from sgm.log import get_logger
-from sgm.training.bad_clips import BadClips
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
@@ -119,7 +118,6 @@ class TrainingRun:
         self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
         self.check = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
-        self.quarantine = BadClips(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
         self.saver = Saver(parts)
         self.evaluation = None
         if self.args.eval_interval is not None:
@@ -203,7 +201,7 @@ class TrainingRun:
             batch = shared_batch(engine, lambda: next(batches))
             taken.append(batch)
             if sgm.distributed.sample_rank() == 0:
-                self.quarantine.add(batch["failures"])
+                self.parts.bad_clips.add(batch["failures"])
             inputs = shared_inputs(
                 engine, batch, [sample_generator(self.args.seed, number) for number in batch["number"]]
             )
@@ -260,7 +258,7 @@ class TrainingRun:
         steps, samples = self.iteration - self._logged_iteration, self.parts.samples_before(self.iteration)
         elapsed, more = now - self._logged_at, samples - self._logged_samples
         self._logged_at, self._logged_iteration, self._logged_samples = now, self.iteration, samples
-        bad = self.quarantine.all_gather_and_write()
+        bad = self.parts.bad_clips.all_gather_and_write()
         if self.metrics is not None:
             values |= {
                 "lr": self._lr,

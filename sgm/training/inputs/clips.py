@@ -1,27 +1,17 @@
-"""The clips of a training run: opened, divided into training and validation, and checked."""
+"""The data sets of a training run: opened, and divided into training and validation."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
-import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
-from sgm.data.clips.check import summary_text, write_report
 from sgm.data.order import derive_seed, split_indices
-from sgm.io import atomic_file
-from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config
-
-logger = get_logger(__name__)
-
-REPORT, EXCLUDED = "data_check.json", "excluded_clips.json"
-AUTO_CHECK = 2000  # clips that ``args.check_clips=auto`` opens before training
 
 
 @dataclass(frozen=True)
@@ -99,94 +89,3 @@ def _select(dataset: Any, indices: Sequence[int]) -> Any:
     if len(indices) == len(dataset):
         return dataset
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
-
-
-def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) -> tuple[Data, dict[str, str]]:
-    """Check the clips on rank zero and leave out those that cannot be used; all ranks call together.
-
-    Clips are opened as ``args.check_clips`` says; of others, what the data set itself says is checked. A resumed run
-    leaves out what it left out at its start: its samples must be the same.
-
-    Args:
-        data: from `open_data`. A data set without ``check`` (or ``row_reports``, where clips stay closed) and
-            ``without`` is taken as it is.
-        args: with ``max_bad_share`` and ``check_clips``.
-        folder: of the run; gets the report of all clips, and the list of those left out.
-        resumed: whether the run goes on.
-
-    Returns:
-        The rest, and path → reason of the training clips left out.
-
-    Raises:
-        InputError: captions are missing, or too many clips cannot be used.
-    """
-    found: Any = None
-    if sgm.distributed.rank() == 0:
-        try:
-            found = _read_excluded(folder) if resumed else _check(data, args, folder)
-        except InputError as error:
-            found = error
-    found = sgm.distributed.broadcast_from_rank_zero(found)
-    if isinstance(found, InputError):
-        raise found
-    checked = replace(
-        data,
-        train=tuple(_without(dataset, found) for dataset in data.train),
-        valid=tuple(rest for dataset in data.valid if len(rest := _without(dataset, found))),
-    )
-    empty = [name for name, dataset in zip(args.train_data, checked.train, strict=True) if not len(dataset)]
-    if empty or (data.valid and not checked.valid):
-        where = ", ".join(empty) or "the validation data"
-        raise InputError(f"no clip of {where} can be used; {folder / REPORT} says why")
-    paths = {path for dataset in data.train for path in getattr(dataset, "paths", ())}
-    return checked, {path: reason for path, reason in found.items() if path in paths}
-
-
-def _without(dataset: Any, excluded: dict[str, str]) -> Any:
-    return dataset.without(excluded) if excluded and hasattr(dataset, "without") else dataset
-
-
-def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
-    """Return path → reason of unusable clips, having written the report."""
-    datasets = (*data.train, *data.valid)
-    num_clips = sum(map(len, datasets))
-    opening = args.check_clips == "all" or (args.check_clips == "auto" and num_clips <= AUTO_CHECK)
-    if not opening:
-        said = f"{num_clips:,} clips are not opened before training (args.check_clips={args.check_clips})"
-        logger.info("%s; bad ones are replaced when their turn comes", said)
-    method = "check" if opening else "row_reports"
-    checked = [dataset for dataset in datasets if hasattr(dataset, method)]
-    reports = {report.path: report for dataset in checked for report in getattr(dataset, method)()}
-    if not reports:
-        return {}
-    rows = list(reports.values())
-    write_report(folder / REPORT, rows)
-    logger.info("%s", summary_text(rows))
-    uncaptioned = [row for row in rows if row.uncaptioned]
-    if uncaptioned:
-        listed = "\n".join(f"  {row.path}: {'; '.join(row.problems)}" for row in uncaptioned[:10])
-        raise InputError(
-            f"{len(uncaptioned)} of {len(rows)} clips have no usable caption:\n{listed}\nwrite the captions, or set "
-            "data.params.allow_missing_captions=true to train these clips on an empty one"
-        )
-    bad = {row.path: "; ".join(row.problems) for row in rows if row.problems}
-    if len(bad) > args.max_bad_share * len(rows):
-        listed = "\n".join(f"  {path}: {reason}" for path, reason in sorted(bad.items())[:10])
-        raise InputError(
-            f"{len(bad)} of {len(rows)} clips cannot be used, more than args.max_bad_share={args.max_bad_share:g} "
-            f"allows:\n{listed}\nrepair or remove them ({folder / REPORT} lists all), or raise args.max_bad_share"
-        )
-    for path, reason in sorted(bad.items()):
-        logger.warning("quarantined %s: %s", path, reason)
-    with atomic_file(folder / EXCLUDED) as temporary:
-        temporary.write_text(json.dumps(bad, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return bad
-
-
-def _read_excluded(folder: Path) -> dict[str, str]:
-    try:
-        return json.loads((folder / EXCLUDED).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # the data set has no check
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / EXCLUDED} cannot be read: {error}; restore it, or use args.resume=none") from error

@@ -96,15 +96,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
         RunError: results cannot be written.
     """
     with ExitStack() as stack:
-        begun: list[list[int]] | InputError = []
-        if sgm.distributed.rank() == 0:
-            try:
-                begun = _begin(jobs, folder, stack)
-            except InputError as error:
-                begun = error
-        begun = sgm.distributed.broadcast_from_rank_zero(begun)
-        if isinstance(begun, InputError):
-            raise begun
+        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack))
         failures: dict[str, str] = {}
         for job, unfinished in zip(jobs, begun, strict=True):
             failures |= _run(job, folder, unfinished)
