@@ -18,12 +18,9 @@ logger = get_logger(__name__)
 
 
 class TrainingModule(nn.Module):
-    """Hold the network alone, so that text encoder and autoencoder are neither sharded nor saved with it.
+    """The network of an engine with its loss; text encoder and autoencoder are neither sharded nor saved with it.
 
     Its parameters have the names of the SAT checkpoint format (``model.diffusion_model.*``).
-
-    Args:
-        engine: the whole model.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine) -> None:
@@ -37,12 +34,12 @@ class TrainingModule(nn.Module):
 
 
 def nonzero_index(weights: Sequence[float]) -> list[int] | slice:
-    """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.buckets.plan`."""
+    """Return the index of samples with a weight; the others only fill a batch, see `sgm.data.buckets.plan`."""
     return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
 
 
 def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Return the mean of the losses (B,), each times its weight."""
+    """Return the mean over B of losses (B,) times weights."""
     if any(weight != 1 for weight in weights):
         losses = losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)
     return losses.mean()
@@ -51,13 +48,9 @@ def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 def start_deepspeed(
     module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, section: Mapping[str, Any]
 ) -> Any:
-    """Return the DeepSpeed engine that trains `module`.
+    """Return the DeepSpeed engine that trains `module`, which has its final precision.
 
-    Args:
-        module: in its precision, on its device (or on the CPU with ZeRO-3).
-        optimizer: over the trained parameters.
-        schedule: of the learning rate; stepped with the optimizer.
-        section: the checked ``deepspeed`` section.
+    The module is on the device of this rank, or with ZeRO-3 on the CPU. `section` is from `engine_config`.
     """
     sgm.distributed.prepare_deepspeed()
     import deepspeed
@@ -74,23 +67,26 @@ def start_deepspeed(
 
 
 def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:
-    """Return the norm of the gradients before the step; None where DeepSpeed computes it (ZeRO, fp16, bf16)."""
+    """Return the norm of all gradients; None with ZeRO, fp16 or bf16, where DeepSpeed computes it in the step."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     with_gradient = [p for p in engine.module.parameters() if p.grad is not None]
-    divided, whole = (
-        nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_divided])
-        for is_divided in (True, False)
+    sharded, whole = (
+        nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_sharded])
+        for is_sharded in (True, False)
     )
-    squares = divided.square().to(sgm.distributed.device())  # the norm of nothing lies on the CPU
+    squares = sharded.square().to(sgm.distributed.device())  # the norm of no tensors is on the CPU
     if (group := sgm.distributed.tensor_group()) is not None:
         dist.all_reduce(squares, group=group)
     return (squares + whole.square().to(squares.device)).sqrt()
 
 
-def gradient_norm_after_step(engine: Any, plain: torch.Tensor | None) -> float:
-    """Return the norm of the last step's gradients over all ranks, before clipping; not finite after an overflow."""
-    norm = engine.get_global_grad_norm() if plain is None else plain
+def gradient_norm_after_step(engine: Any, before: torch.Tensor | None) -> float:
+    """Return the norm of the last step's gradients before clipping; not finite after an overflow.
+
+    `before` is the result of `gradient_norm_before_step`.
+    """
+    norm = engine.get_global_grad_norm() if before is None else before
     return float("nan") if norm is None else float(norm)
 
 
@@ -98,7 +94,7 @@ class StopSignals:
     """Context in which SIGTERM and SIGINT ask the run to stop after the step; a second SIGINT interrupts at once.
 
     Attributes:
-        received: name of the signal that asked, empty if none did.
+        received: name of the signal; empty before one came.
     """
 
     def __init__(self) -> None:
@@ -123,9 +119,9 @@ class StopSignals:
 
 
 class StepFlags:
-    """What all ranks must know before the optimizer steps: is a loss not finite, is one of them asked to stop.
+    """Flags of all ranks, known before the optimizer steps: a loss is not finite; a rank is asked to stop.
 
-    The answer travels to the host while the backward pass runs, so that reading it leaves no gap in the device's work.
+    They are reduced and copied to the host during the backward pass, so that reading them does not stall the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -135,12 +131,12 @@ class StepFlags:
         self._event = torch.Event(device) if device.type != "cpu" else None
 
     def add(self, losses: torch.Tensor) -> None:
-        """Take the losses (B,) of a micro step."""
+        """Check the losses (B,) of a micro-batch."""
         bad = (~torch.isfinite(losses.detach())).any().float()
         self._flags[0] = torch.maximum(self._flags[0], bad)
 
     def start_all_reduce(self, *, stop: bool) -> None:
-        """Begin to exchange the flags; called by all ranks before the last backward pass of a step."""
+        """Start to all-reduce the flags; all ranks call it before the last backward pass of a step."""
         self._flags[1] = float(stop)
         sgm.distributed.all_reduce_(self._flags, largest=True)
         self._host.copy_(self._flags, non_blocking=True)
@@ -148,7 +144,7 @@ class StepFlags:
             self._event.record()
 
     def read(self) -> tuple[bool, bool]:
-        """Return (a loss is not finite, a rank is asked to stop), and start over."""
+        """Return and reset the flags: a loss is not finite, a rank is asked to stop."""
         if self._event is not None:
             self._event.synchronize()
         bad, stop = self._host.bool().tolist()

@@ -16,11 +16,11 @@ from sgm.util import InputError, instantiate_from_config
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and what is validated on: data sets as `sgm.data.loader.ClipDataset` describes them.
+    """Data sets with the interface of `sgm.data.loader.ClipDataset`.
 
     Attributes:
         train: one data set for each of ``args.train_data``.
-        valid: those of validation; empty where there is none.
+        valid: for validation; may be empty.
     """
 
     train: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the training clips' paths, in order; of their number where a data set tells no paths."""
+        """SHA-256 of the training clips' paths, in order; of their number if a data set has no paths."""
         clips = [getattr(dataset, "paths", len(dataset)) for dataset in self.train]
         return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
@@ -49,10 +49,10 @@ class Data:
 
 
 def open_data(config: Config) -> Data:
-    """List the clips of a training configuration; none of them is opened.
+    """List the clips of a training configuration without opening them.
 
     Raises:
-        InputError: a folder is missing or holds no clips, the split leaves nothing, or there is nothing to evaluate on.
+        InputError: a folder is missing or holds no clips, the split leaves none, or evaluation has none.
     """
     args = config.args
     assert isinstance(args, TrainingArgs)
@@ -75,10 +75,10 @@ def open_data(config: Config) -> Data:
 
 
 def open_folder(config: Config, folder: str) -> Any:
-    """Return one of ``args.train_data`` or ``args.valid_data`` as the data set that the configuration names.
+    """Return the data set of the ``data`` section for a folder.
 
     Raises:
-        InputError: it cannot be used, or the configuration has no data section.
+        InputError: the folder cannot be used, or there is no ``data`` section.
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")

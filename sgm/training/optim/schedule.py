@@ -1,20 +1,47 @@
 """The learning rate: warmup, then one of four decays."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 DecayStyle = Literal["linear", "cosine", "constant", "exponential"]
-
-# The share of the learning rate at which the first iterations of a fine-tuning run.
-AUTO_WARMUP_SHARE = 0.05
+AUTO_WARMUP_FACTOR = 0.05
 
 
-def lr_at(
+def linear(progress: float, ratio: float) -> float:
+    """From 1 to 0; `ratio` has no effect."""
+    return 1 - progress
+
+
+def cosine(progress: float, ratio: float) -> float:
+    """From 1 to `ratio` along half a cosine (Loshchilov and Hutter, arXiv:1608.03983)."""
+    return ratio + (1 - ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def exponential(progress: float, ratio: float) -> float:
+    """From 1 to `ratio`, by the same factor in each iteration."""
+    return ratio**progress
+
+
+def constant(progress: float, ratio: float) -> float:
+    """Always 1."""
+    return 1.0
+
+
+DECAYS: Mapping[DecayStyle, Callable[[float, float], float]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "constant": constant,
+}
+
+
+def lr_factor(
     iteration: int,
     *,
-    base_lr: float,
     train_iters: int,
     decay_style: DecayStyle = "linear",
     decay_iters: int | None = None,
@@ -22,96 +49,49 @@ def lr_at(
     warmup: float = 0.01,
     auto_warmup_iters: int = 0,
 ) -> float:
-    """Return the learning rate of one update.
+    """Return the learning rate of one update as a factor of the base rate.
 
-    It rises linearly during the warmup, and then falls with s, the number of updates since the warmup as a share of
-    `decay_iters`, at most 1: linear, 1 − s; cosine, from 1 to `decay_ratio`; exponential, decay_ratio^s; constant, 1.
-    Since s reaches 1 as many iterations after `decay_iters` as the warmup took, a run ends slightly above the final
-    value, as with the reference implementation.
+    It rises linearly during the warmup, then follows the decay with the number of updates since the warmup, divided by
+    `decay_iters`, at most 1. That reaches 1 as many iterations after `decay_iters` as the warmup took, so a run ends
+    slightly above the final value, as with the reference implementation.
 
     Args:
         iteration: number of the update, from 1.
-        base_lr: the learning rate at the end of the warmup.
         train_iters: updates in the run.
-        decay_style: how it falls.
-        decay_iters: iterations over which it falls; None for `train_iters`.
-        decay_ratio: final value of the cosine and exponential decays, as a share of `base_lr`, in (0, 1].
-        warmup: length of the warmup as a share of `decay_iters`, in [0, 1].
-        auto_warmup_iters: the first so many iterations run at no more than 5 % of `base_lr`.
+        decay_style: a key of `DECAYS`.
+        decay_iters: iterations of the decay; None for `train_iters`.
+        decay_ratio: final factor of the cosine and exponential decays, in (0, 1].
+        warmup: length of the warmup as a fraction of `decay_iters`, in [0, 1].
+        auto_warmup_iters: the factor is at most 0.05 in the first so many iterations.
     """
     decay_iters = train_iters if decay_iters is None else decay_iters
     warmup_iters = warmup * decay_iters
     if iteration <= warmup_iters:
-        share = iteration / warmup_iters
+        factor = iteration / warmup_iters
     else:
-        progress = min(1.0, (iteration - warmup_iters) / decay_iters)
-        match decay_style:
-            case "linear":
-                share = 1 - progress
-            case "cosine":
-                share = decay_ratio + (1 - decay_ratio) * (1 + math.cos(math.pi * progress)) / 2
-            case "exponential":
-                share = decay_ratio**progress
-            case "constant":
-                share = 1.0
-    if iteration <= auto_warmup_iters:
-        share = min(share, AUTO_WARMUP_SHARE)
-    return base_lr * share
+        factor = DECAYS[decay_style](min(1.0, (iteration - warmup_iters) / decay_iters), decay_ratio)
+    return min(factor, AUTO_WARMUP_FACTOR) if iteration <= auto_warmup_iters else factor
 
 
-class LearningRate:
-    """Keeps an optimizer's learning rates at `lr_at`; DeepSpeed takes it as its ``lr_scheduler``.
+class LearningRate(LambdaLR):
+    """Keep the rates of an optimizer at their base rates times a factor; DeepSpeed takes it as its ``lr_scheduler``.
 
-    At construction the optimizer gets the rates of the first update, and after each update, with `step`, those of the
-    next. DeepSpeed leaves `step` out where it skips an update. Every parameter group falls from a rate of its own: the
-    one that it had at construction.
+    The optimizer always has the rates of the coming update. DeepSpeed does not call `step` where it skips an update.
+    Unlike `LambdaLR`, this restores the number of updates alone, so that a resumed run follows its own configuration.
 
-    Args:
-        optimizer: its groups hold the base learning rates; for all other parameters see `lr_at`.
+    `factor` takes the number of the update, from 1: `lr_factor` with its settings bound.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        train_iters: int,
-        decay_style: DecayStyle = "linear",
-        decay_iters: int | None = None,
-        decay_ratio: float = 0.1,
-        warmup: float = 0.01,
-        auto_warmup_iters: int = 0,
-    ) -> None:
-        self.optimizer = optimizer
-        self.iteration = 0  # updates made so far
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._settings: dict[str, Any] = {
-            "train_iters": train_iters,
-            "decay_style": decay_style,
-            "decay_iters": decay_iters,
-            "decay_ratio": decay_ratio,
-            "warmup": warmup,
-            "auto_warmup_iters": auto_warmup_iters,
-        }
-        self._apply()
-
-    def _apply(self) -> None:
-        for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr_at(self.iteration + 1, base_lr=base_lr, **self._settings)
-
-    def step(self) -> None:
-        """Go on to the next update."""
-        self.iteration += 1
-        self._apply()
-
-    def get_last_lr(self) -> list[float]:
-        """Return the rate of each group: that of the coming update."""
-        return [group["lr"] for group in self.optimizer.param_groups]
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        super().__init__(optimizer, lambda updates: factor(updates + 1))
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of updates made; the rates follow from it and the configuration."""
-        return {"iteration": self.iteration}
+        """Return the number of updates made."""
+        return {"iteration": self.last_epoch}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go to the update after those of `state_dict`, whatever rates the optimizer has been given since."""
-        self.iteration = state_dict["iteration"]
-        self._apply()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the rates of the update that follows those of `state_dict`, whatever the optimizer had before."""
+        self.last_epoch = state_dict["iteration"]
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

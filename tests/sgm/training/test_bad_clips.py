@@ -23,7 +23,7 @@ def written(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads((folder / "bad_clips.json").read_text())
 
 
-def test_clips_are_written_down_once_with_their_reason(tmp_path, monkeypatch):
+def test_clips_are_written_once_with_their_reason(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(sgm.training.bad_clips.logger, "warning", lambda text, *args: warnings.append(text % args))
     bad = BadClips(tmp_path, 10, 0.5)
@@ -38,7 +38,7 @@ def test_clips_are_written_down_once_with_their_reason(tmp_path, monkeypatch):
     ]
 
 
-def test_nothing_is_written_without_news(tmp_path):
+def test_nothing_is_written_without_new_bad_clips(tmp_path):
     assert BadClips(tmp_path, 10, 0.5, known={"a.mp4": "known before"}).all_gather_and_write() == 1
     assert not (tmp_path / "bad_clips.json").exists()
 
@@ -62,7 +62,7 @@ def test_the_message_lists_ten(tmp_path):
     assert str(caught.value).count("is empty") == 10 and "  00.mp4: is empty\n" in str(caught.value)
 
 
-def test_what_other_ranks_found_is_taken_over(tmp_path, monkeypatch):
+def test_bad_clips_of_other_ranks_are_included(tmp_path, monkeypatch):
     monkeypatch.setattr(sgm.distributed, "all_gather_objects", lambda fresh: [fresh, {"other.mp4": "is empty"}])
     bad = BadClips(tmp_path, 10, 0.5)
     bad.add([("own.mp4", "is cut off")])
@@ -145,7 +145,7 @@ def test_a_resumed_run_leaves_out_what_it_left_out_at_its_start(tmp_path):
     assert known == left_out | {dataset.paths[5]: "is damaged"}
 
 
-def test_a_run_of_before_is_resumed_from_its_two_files(tmp_path):
+def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     dataset, run = toy(tmp_path / "set"), tmp_path / "run"
     run.mkdir()
     first, later = ({dataset.paths[i]: reason} for i, reason in ((3, "is no video"), (5, "is damaged")))

@@ -268,7 +268,7 @@ def test_the_batch_counts_each_sample_once(plan):
         (
             ["args.model_parallel_size=2", zero(0), "args.bf16=true"],
             "deepspeed.zero_optimization.stage",
-            "leaves divided",
+            "leaves tensor-parallel layers",
         ),
         (["model.first_stage_config.params.cp_size=2"], "model.first_stage_config.params.cp_size", "size=2"),
         (["args.sequence_parallel_size=2", "model.first_stage_config.params.cp_size=4"], "args", "differ"),
