@@ -4,9 +4,9 @@
 #   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
 # On each of two machines, NODE_RANK=0 on the one whose address is MASTER_ADDR:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
-# NPROC_PER_NODE is the number of accelerators unless it is set, and 2 on a machine without. MAX_RESTARTS (0) says how
-# often all processes are started again when one of them fails: with args.resume=auto, from the newest checkpoint.
-# Words that end with .yaml are merged, later ones win; everything else goes to train_video.py as it is.
+# NPROC_PER_NODE defaults to the number of accelerators, or 2 on a CPU. MAX_RESTARTS (0) is how often all processes are
+# restarted after one fails; with args.resume=auto they resume from the newest checkpoint.
+# Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py.
 # Paths are relative to this folder.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -22,7 +22,7 @@ for word in "$@"; do
     if [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word"); else rest+=("$word"); fi
 done
 [[ ${#base[@]} -eq 0 ]] && base=(configs/toy_lora.yaml configs/toy_sft.yaml)
-# Old versions of bash take an empty list for an unset one.
+# Old versions of bash treat an empty array as unset.
 words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
@@ -37,7 +37,7 @@ else
     launch+=(--master_addr "${MASTER_ADDR:?the address of machine 0}" --master_port "${MASTER_PORT:-29500}")
 fi
 
-# Wrong input ends here, with one message instead of one a process. One process checks for all.
+# One process checks the input first: one message instead of one per process.
 check=(env "WORLD_SIZE=$((NPROC_PER_NODE * nodes))" "$PYTHON" train_video.py "${words[@]}" --check)
 for word in "$@"; do
     case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on one device: the accelerator where there is one, otherwise the CPU.
+# Train on one device: the accelerator if there is one, else the CPU.
 #   bash finetune_single_gpu.sh                               a LoRA of the toy, on any machine, in a minute or two
 #   bash finetune_single_gpu.sh args.train_iters=20           the same, shorter
 #   bash finetune_single_gpu.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
-# Words that end with .yaml are merged, later ones win; everything else goes to train_video.py as it is.
+# Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py.
 # Paths are relative to this folder.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -20,5 +20,5 @@ for word in "$@"; do
 done
 [[ ${#base[@]} -eq 0 ]] && base=(configs/toy_lora.yaml configs/toy_sft.yaml)
 
-# Old versions of bash take an empty list for an unset one.
+# Old versions of bash treat an empty array as unset.
 exec "$PYTHON" train_video.py --base "${base[@]}" ${rest[@]+"${rest[@]}"}

@@ -7,7 +7,7 @@ else in this project creates or stores a group.
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -376,6 +376,20 @@ def broadcast_from_rank_zero(value: Any) -> Any:
     if _is_shared():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def run_on_rank_zero(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns on rank zero, a small object, on every rank; an InputError of it is raised on all."""
+    value: Any = None
+    if rank() == 0:
+        try:
+            value = work()
+        except InputError as error:
+            value = error
+    value = broadcast_from_rank_zero(value)
+    if isinstance(value, InputError):
+        raise value
+    return value
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     from sgm.config.load import load_config
     from sgm.data.cache import Kind, listed
     from sgm.io import readable_size
-    from sgm.training.precompute import plan_jobs, run_jobs
+    from sgm.training.inputs.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
 
     if options.shard_mb <= 0:

@@ -66,7 +66,7 @@ class ZeroState:
         rest: what was not trained, if it was saved: frozen parameters and buffers.
         shared: names of parameters that are others under another name.
         weights: rank's parts of the float32 weights.
-        averages: the same of `sgm.training.optimizer.EmaAdamW`'s averages; None where the optimizer kept none.
+        averages: the same of `sgm.training.optim.optimizer.EmaAdamW`'s averages; None where the optimizer kept none.
     """
 
     folder: Path

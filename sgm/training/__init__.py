@@ -1,1 +1,1 @@
-"""Training runs: optimizers, learning rates, and what a run reports."""
+"""Fine-tuning: checks, parts of a run, the loop, checkpoints, evaluation."""

@@ -1,68 +1,173 @@
-"""Clips that turned out to be unreadable."""
+"""Clips that cannot be used, found by the check before training or by a step, in one file of the run folder."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import sgm.distributed
+from sgm.config.args import TrainingArgs
+from sgm.data.cache import listed
+from sgm.data.clips.check import summary_text, write_report
 from sgm.io import write_json
 from sgm.log import get_logger
-from sgm.util import RunError
+from sgm.training.inputs.clips import Data
+from sgm.util import InputError, RunError
 
 logger = get_logger(__name__)
 
-NAME = "quarantine.json"
+FILE, REPORT = "bad_clips.json", "data_check.json"
+FORMER_AT_START, FORMER_ALL = "excluded_clips.json", "quarantine.json"  # of runs that were started before FILE existed
+AUTO_CHECK = 2000  # clips that ``args.check_clips=auto`` opens before training
 
 
 class BadClips:
-    """The unreadable clips of a run, with the reason, in ``quarantine.json``; a resumed run knows those of before.
+    """Collect the bad clips of a run and write them to ``bad_clips.json``.
+
+    The file has two keys, each with path → reason. ``at_start``: clips left out of the data sets before the first
+    step; a resumed run leaves out the same ones, since its samples must be the same. ``in_training``: clips that failed
+    later; they keep their place in the order, and another clip is trained on instead.
 
     Args:
         folder: of the run.
         num_clips: training clips in all.
-        max_share: share of them that may be unreadable.
-        known: those found before training: path → reason.
+        max_share: share of them that may be bad.
+        at_start: path → reason of training and validation clips left out at the start.
+        known: path → reason of all bad training clips so far.
     """
 
-    def __init__(self, folder: Path, num_clips: int, max_share: float, known: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_clips: int,
+        max_share: float,
+        *,
+        at_start: Mapping[str, str] | None = None,
+        known: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.num_clips, self.max_share = folder, num_clips, max_share
-        self.reasons = _read(folder / NAME) | (known or {})
+        self.at_start, self.reasons = at_start or {}, dict(known or {})
         self._fresh: dict[str, str] = {}
 
     def add(self, failures: Iterable[tuple[str, str]]) -> None:
         """Note failures of this rank: (path, reason)."""
         for path, reason in failures:
             if path not in self.reasons:
-                logger.warning("quarantined %s: %s; another clip takes its place", path, reason)
+                logger.warning("bad clip %s: %s; another clip takes its place", path, reason)
                 self.reasons[path] = self._fresh[path] = reason
 
-    def share(self) -> int:
-        """Exchange what ranks found, write it down, and return the number of clips; all ranks call together.
+    def all_gather_and_write(self) -> int:
+        """Gather the new bad clips of all ranks, write the file on rank zero, return the number of bad clips.
+
+        All ranks call it together.
 
         Raises:
-            RunError: more clips than allowed are unreadable.
+            RunError: more clips than allowed are bad.
         """
         found = [fresh for fresh in sgm.distributed.all_gather_objects(self._fresh) if fresh]
         self._fresh = {}
         for fresh in found:
             self.reasons |= fresh
         if found and sgm.distributed.rank() == 0:
-            write_json(self.folder / NAME, dict(sorted(self.reasons.items())))
+            _write(self.folder, self.at_start, self.reasons)
         if len(self.reasons) > self.max_share * self.num_clips:
-            listed = "\n".join(f"  {path}: {reason}" for path, reason in sorted(self.reasons.items())[:10])
             raise RunError(
                 f"{len(self.reasons)} of {self.num_clips} training clips cannot be read, more than "
-                f"args.max_bad_share={self.max_share:g} allows:\n{listed}\nrepair or remove them "
+                f"args.max_bad_share={self.max_share:g} allows:\n{_listed(self.reasons)}\nrepair or remove them "
                 "(tools/check_dataset.py lists all), or raise args.max_bad_share"
             )
         return len(self.reasons)
 
 
-def _read(path: Path) -> dict[str, str]:
+def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) -> tuple[Data, BadClips]:
+    """Check the clips on rank zero and leave out the bad ones; all ranks call together.
+
+    ``args.check_clips`` says whether clips are opened; otherwise only what the data set knows of them is checked.
+
+    Args:
+        data: from `open_data`. A data set without ``check`` (or ``row_reports``, where clips stay closed) and
+            ``without`` is not checked.
+        args: with ``max_bad_share`` and ``check_clips``.
+        folder: of the run; gets the report of all clips (``data_check.json``) and ``bad_clips.json``.
+        resumed: leave out what the run left out at its start instead of checking.
+
+    Raises:
+        InputError: captions are missing, too many clips are bad, or the file of a resumed run cannot be read.
+    """
+    at_start, in_training = sgm.distributed.run_on_rank_zero(
+        lambda: _read(folder) if resumed else (_check(data, args, folder), {})
+    )
+    checked = replace(
+        data,
+        train=tuple(_without(dataset, at_start) for dataset in data.train),
+        valid=tuple(rest for dataset in data.valid if len(rest := _without(dataset, at_start))),
+    )
+    empty = [name for name, dataset in zip(args.train_data, checked.train, strict=True) if not len(dataset)]
+    if empty or (data.valid and not checked.valid):
+        where = ", ".join(empty) or "the validation data"
+        raise InputError(f"no clip of {where} can be used; {folder / REPORT} says why")
+    paths = {path for dataset in data.train for path in getattr(dataset, "paths", ())}
+    known = {path: reason for path, reason in at_start.items() if path in paths} | in_training
+    return checked, BadClips(folder, data.num_train, args.max_bad_share, at_start=at_start, known=known)
+
+
+def _without(dataset: Any, paths: Mapping[str, str]) -> Any:
+    return dataset.without(paths) if paths and hasattr(dataset, "without") else dataset
+
+
+def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
+    """Write the report and the bad clips; return path → reason of these."""
+    datasets = (*data.train, *data.valid)
+    num_clips = sum(map(len, datasets))
+    opening = args.check_clips == "all" or (args.check_clips == "auto" and num_clips <= AUTO_CHECK)
+    if not opening:
+        unopened = f"{num_clips:,} clips are not opened before training (args.check_clips={args.check_clips})"
+        logger.info("%s; bad ones are replaced when their turn comes", unopened)
+    method = "check" if opening else "row_reports"
+    checked = [dataset for dataset in datasets if hasattr(dataset, method)]
+    rows = [*{report.path: report for dataset in checked for report in getattr(dataset, method)()}.values()]
+    if not rows:
+        return {}
+    write_report(folder / REPORT, rows)
+    logger.info("%s", summary_text(rows))
+    if uncaptioned := {row.path: "; ".join(row.problems) for row in rows if row.uncaptioned}:
+        raise InputError(
+            f"{len(uncaptioned)} of {len(rows)} clips have no usable caption:\n{_listed(uncaptioned)}\nwrite the "
+            "captions, or set data.params.allow_missing_captions=true to train these clips on an empty one"
+        )
+    bad = {row.path: "; ".join(row.problems) for row in rows if row.problems}
+    if len(bad) > args.max_bad_share * len(rows):
+        raise InputError(
+            f"{len(bad)} of {len(rows)} clips cannot be used, more than args.max_bad_share={args.max_bad_share:g} "
+            f"allows:\n{_listed(bad)}\nrepair or remove them ({folder / REPORT} lists all), or raise args.max_bad_share"
+        )
+    for path, reason in sorted(bad.items()):
+        logger.warning("left out %s: %s", path, reason)
+    _write(folder, bad, {})
+    return bad
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return listed([f"{path}: {reason}" for path, reason in sorted(reasons.items())])
+
+
+def _write(folder: Path, at_start: Mapping[str, str], known: Mapping[str, str]) -> None:
+    in_training = {path: reason for path, reason in sorted(known.items()) if path not in at_start}
+    write_json(folder / FILE, {"at_start": dict(sorted(at_start.items())), "in_training": in_training})
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return ``at_start`` and ``in_training`` of a run; empty where its data sets have no check."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read and is written anew: %s", path, error)
-        return {}
+        if (content := _read_json(folder / FILE)) is not None:
+            return content["at_start"], content["in_training"]
+        return _read_json(folder / FORMER_AT_START) or {}, _read_json(folder / FORMER_ALL) or {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the bad clips of {folder} cannot be read: {error}; restore {FILE}, or use args.resume=none"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

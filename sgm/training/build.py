@@ -1,9 +1,10 @@
-"""The parts of a training run, made in the order that bounds memory and lets errors come early."""
+"""The parts of a training run, built in an order that bounds memory and finds errors early."""
 
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,14 +21,15 @@ from sgm.inference.run import RING
 from sgm.io import atomic_file, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
-from sgm.training.data import Data, usable_data
-from sgm.training.optimizer import make_optimizer, undo_first_step
+from sgm.training.bad_clips import BadClips, usable_data
+from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
+from sgm.training.inputs.clips import Data
+from sgm.training.optim.optimizer import discard_initial_update, make_optimizer
+from sgm.training.optim.schedule import LearningRate, lr_factor
+from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
-from sgm.training.schedule import LearningRate
-from sgm.training.state import ResumePoint, catch_up, load_state, lock_folder, numbers_digest, state_order
+from sgm.training.state import ResumePoint, load_state, lock_folder, numbers_digest, repair_latest, state_order
 from sgm.training.step import TrainingModule, start_deepspeed
-from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
 from sgm.weights.files import find_weights, weights_digest
@@ -39,124 +41,103 @@ AUTO_WARMUP_ITERS = {"finetune": 100, "pretrain": 0}
 
 @dataclass
 class Parts:
-    """What a run consists of.
+    """The parts of a run.
 
     Attributes:
-        args: the typed section.
-        engine: the model; its network is what DeepSpeed trains.
-        deepspeed: the DeepSpeed engine.
-        schedule: of the learning rate.
-        trainable: what is trained.
-        adapters: description of the LoRA that is trained, None for other runs.
-        loader: batches of this rank, from the first one not yet trained on; none where another rank reads for it.
-        valid_data: validation clips, None without.
-        num_clips: training clips, those left out included.
-        known_bad: path → reason of training clips left out from the start.
+        plan: the checked configuration.
+        engine: the model.
+        deepspeed: the DeepSpeed engine, which trains the model's network.
+        adapters: description of the trained LoRA; None for other runs.
+        loader: batches of this rank that are not yet trained on; empty unless it is the first of its sample's group.
+        valid_data: validation clips or None.
+        bad_clips: clips left out or replaced.
         folder: of the run.
-        lock: keeps other processes out of the folder while it is open; None but on rank zero.
-        point: where the run begins or goes on.
+        lock: on rank zero, keeps other processes out of the folder while it is open.
+        point: where the run starts or is resumed.
         total_iters: optimizer steps of the whole run.
-        micro_batch: samples in a forward pass of a rank, or of the ranks that share them.
-        accumulation: forward passes of an optimizer step.
-        global_batch: samples of an optimizer step, without buckets.
-        zero_stage: ZeRO stage.
-        buckets: which samples of which shape come when, None without buckets.
+        buckets: samples and shapes of the micro-batches; None without buckets.
     """
 
-    args: TrainingArgs
+    plan: Plan
     engine: SATVideoDiffusionEngine
     deepspeed: Any
-    schedule: LearningRate
-    trainable: Trainable
     adapters: AdapterInfo | None
     loader: Iterable[dict[str, Any]]
     valid_data: Any
-    num_clips: int
-    known_bad: dict[str, str]
+    bad_clips: BadClips
     folder: Path
     lock: IO[str] | None
     point: ResumePoint
     total_iters: int
-    micro_batch: int
-    accumulation: int
-    global_batch: int
-    zero_stage: int
     buckets: BucketPlan | None = None
 
     def micro_batches_before(self, iteration: int) -> int:
-        """Return the micro-batches, of all ranks together, that buckets gave up to `iteration`."""
-        return self.point.micro_batches + (iteration - self.point.iteration) * self.accumulation
+        """Return the number of micro-batches, of all ranks together, before the end of `iteration`."""
+        steps = iteration - self.point.iteration
+        return self.point.micro_batches + steps * self.deepspeed.gradient_accumulation_steps()
 
     def samples_before(self, iteration: int) -> int:
-        """Return the training samples seen after `iteration` optimizer steps."""
+        """Return the number of training samples after `iteration` optimizer steps."""
         if self.buckets is not None:
             return self.buckets.samples_before(self.micro_batches_before(iteration))
-        return self.point.samples + (iteration - self.point.iteration) * self.global_batch
+        return self.point.samples + (iteration - self.point.iteration) * self.plan.global_batch
 
 
 def build(config: Config, plan: Plan) -> Parts:
-    """Make the parts of a run, and put it where `plan` says that it goes on.
+    """Build the parts of a run, and load the state that `plan` resumes from.
 
     Raises:
         InputError: data, weights or resume state cannot be used.
     """
-    args, section = plan.args, plan.deepspeed
+    args = plan.args
     adapters = describe_adapters(config)
     point = _new_point(config, plan)
     if plan.resume is not None:
         plan.resume.check(point)
         point = plan.resume
     folder, lock = _run_folder(config, plan.resume)
-    data, known_bad = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
+    data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
     total = total_iterations(args, data.num_train, plan.global_batch)  # an epoch has the clips that are left
     buckets = None
     if plan.division is not None:
         buckets, unreadable = plan_buckets(data, plan.division, args)
-        known_bad |= unreadable
+        bad_clips.add(unreadable.items())
         if plan.resume is not None:
             require_same_plan(plan.resume, buckets, unreadable)
         point = replace(point, plan=buckets.digest)
         total = total_steps(buckets, args)
         logger.info("%s", bucket_report(buckets, args))
     engine = _load_engine(config, plan)
-    trainable = choose_trainable(engine.network, config.model)
-    logger.info("training %s", trainable)
+    logger.info("training %s", choose_trainable(engine.network, config.model))
     deepspeed = _start(config, plan, engine, total)
-    # Ranks that share layers see the same tokens, and must drop the same of them.
-    tokens_of = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
-    torch.manual_seed(derive_seed(args.seed, "dropout", tokens_of))
+    # The ranks of a tensor-parallel group have the same tokens and need the same dropout.
+    group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
+    torch.manual_seed(derive_seed(args.seed, "dropout", group))
     if plan.resume is not None:
         load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
         logger.info("going on with %s after iteration %d", folder, point.iteration)
     return Parts(
-        args=args,
+        plan=plan,
         engine=engine,
         deepspeed=deepspeed,
-        schedule=deepspeed.lr_scheduler,
-        trainable=trainable,
         adapters=adapters,
         loader=_loader(plan, data, point, total, buckets),
         valid_data=data.validation if data.valid else None,
-        num_clips=plan.data.num_train,
-        known_bad=known_bad,
+        bad_clips=bad_clips,
         folder=folder,
         lock=lock,
         point=point,
         total_iters=total,
-        micro_batch=section["train_micro_batch_size_per_gpu"],
-        accumulation=section["gradient_accumulation_steps"],
-        global_batch=plan.global_batch,
-        zero_stage=section["zero_optimization"]["stage"],
         buckets=buckets,
     )
 
 
 def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: int) -> Any:
-    """Return the DeepSpeed engine, with optimizer and schedule, for the trained part of `engine`."""
+    """Return the DeepSpeed engine, with optimizer and schedule, for the network of `engine`."""
     args, module = plan.args, TrainingModule(engine)
     optimizer = make_optimizer(config.deepspeed["optimizer"], module.named_parameters(), ema_decay=args.ema_decay)
-    schedule = LearningRate(
-        optimizer,
+    factor = partial(
+        lr_factor,
         train_iters=total,
         decay_style=args.lr_decay_style,
         decay_iters=args.lr_decay_iters,
@@ -164,15 +145,16 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
         warmup=args.warmup,
         auto_warmup_iters=default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode]),
     )
+    schedule = LearningRate(optimizer, factor)
     deepspeed = start_deepspeed(module, optimizer, schedule, plan.deepspeed)
-    undo_first_step(deepspeed)
+    discard_initial_update(deepspeed)
     return deepspeed
 
 
 def _loader(
     plan: Plan, data: Data, point: ResumePoint, total: int, buckets: BucketPlan | None
 ) -> Iterable[dict[str, Any]]:
-    """Return the batches of this rank from `point` to the end of the run, if it is the one that reads them."""
+    """Return the batches of this rank from `point` to the end of the run; none if another rank reads them."""
     if sgm.distributed.sample_rank() > 0:
         return ()
     args, rank = plan.args, sgm.distributed.data_parallel_rank()
@@ -201,7 +183,7 @@ def _loader(
 
 
 def _new_point(config: Config, plan: Plan) -> ResumePoint:
-    """Return the beginning of a run of this configuration."""
+    """Return the start of a new run."""
     args = plan.args
     return ResumePoint(
         run=Path(),
@@ -223,34 +205,31 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
 
 
 def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[str] | None]:
-    """Make the folder of a new run, or take that of a resumed one; lock it, and write the configuration into it."""
+    """Make or reuse the run folder, lock it, and write the configuration into it."""
     args = config.args
     assert isinstance(args, TrainingArgs)
-    found: Path | InputError | None = None
     lock = None
-    if sgm.distributed.rank() == 0:
-        try:
-            found = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
-            lock = lock_folder(found)
-            if resume is not None:
-                for path in (found, *(path for path in found.iterdir() if path.is_dir())):
-                    remove_leftovers(path)
-                catch_up(resume)
-            name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
-            with atomic_file(found / name) as temporary:
-                temporary.write_text(config.to_yaml(), encoding="utf-8")
-        except InputError as error:
-            found = error
-    found = sgm.distributed.broadcast_from_rank_zero(found)
-    if isinstance(found, InputError):
-        raise found
-    assert found is not None
-    logger.info("run folder: %s", found)
-    return found, lock
+
+    def open_folder() -> Path:
+        nonlocal lock
+        folder = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
+        lock = lock_folder(folder)
+        if resume is not None:
+            for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_leftovers(path)
+            repair_latest(resume)
+        name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(config.to_yaml(), encoding="utf-8")
+        return folder
+
+    folder = sgm.distributed.run_on_rank_zero(open_folder)
+    logger.info("run folder: %s", folder)
+    return folder, lock
 
 
 def _make_folder(save: Path, experiment: str) -> Path:
-    """Make ``{save}/{experiment}-MM-DD-HH-MM``, with a number behind it where that is taken."""
+    """Make ``{save}/{experiment}-MM-DD-HH-MM``, with a number appended if that exists."""
     if not re.fullmatch(r"[^/\\\0]+", experiment) or experiment in (".", ".."):
         raise InputError(f"args.experiment_name '{experiment}' cannot be part of a folder's name; use letters and '-'")
     stem = f"{experiment}-{time.strftime('%m-%d-%H-%M')}"
@@ -267,9 +246,9 @@ def _make_folder(save: Path, experiment: str) -> Path:
 
 
 def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
-    """Build the model and read all its weights but those of the text encoder, which come with the first caption."""
+    """Build the model and read its weights; those of the text encoder are read for the first caption."""
     args, device = plan.args, sgm.distributed.device()
-    # With ZeRO-3 no device needs to hold the whole network at any time.
+    # With ZeRO-3 the device never holds the whole network.
     network_device = torch.device("cpu") if plan.deepspeed["zero_optimization"]["stage"] == 3 else device
     section = config.engine
     transformer = section["params"]["network_config"]["params"].setdefault("transformer_args", {})
@@ -305,6 +284,6 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
             if plan.caches.text is not None:
                 embedder.known, embedder.offload = plan.caches.text, args.text_encoder_offload
             else:
-                # Captions come with every batch; reading the encoder anew for each would take longer than training.
+                # Every batch has captions, so the encoder is never released.
                 embedder.offload = "cpu" if args.text_encoder_offload == "cpu" else "none"
     return engine

@@ -20,13 +20,13 @@ from sgm.inference.video import to_uint8
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
-from sgm.training.inputs import shared_batch, shared_inputs
+from sgm.training.inputs.shared import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
 from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-# Not args.seed: validation losses of runs with different seeds are to be comparable.
+# Not args.seed, so that validation losses of runs with different seeds are comparable.
 VALIDATION_SEED = 20240806
 # Multiples of the golden ratio, modulo 1, cover the timesteps evenly whatever the number of samples.
 _GOLDEN = 0.6180339887498949
@@ -38,7 +38,7 @@ def validation_timestep(number: int, num_idx: int) -> int:
 
 
 def validation_prompts(config: Config) -> list[Prompt] | None:
-    """Return what ``args.valid_prompts`` says to sample, None where the data are to give the prompts.
+    """Return the prompts of ``args.valid_prompts``; None if captions of the data are to be used.
 
     Raises:
         InputError: prompts or their images cannot be read.
@@ -75,8 +75,8 @@ class Evaluation:
         engine: the model.
         dataset: validation clips: ``dataset[i]`` gives a sample, see `data_video.SFTDataset`.
         folder: of the run; samples go to ``samples/<iteration>``.
-        micro_batch: clips a batch where ``args.eval_batch_size`` is not set.
-        in_step: whether ranks must make their forward passes together, as ZeRO-3 needs it.
+        micro_batch: batch size unless ``args.eval_batch_size`` is set.
+        in_step: whether all ranks must make the same number of forward passes, as with ZeRO-3.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class Evaluation:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Return the mean validation loss and that of each quarter of the timesteps; the same on every rank.
+        """Return the mean validation loss and that of each quarter of the timesteps, on every rank.
 
-        Sample j has the clip j, the timestep and the noise that j alone determines, in every run.
+        Clip, timestep and noise of sample j depend on j alone, in every run.
         """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
         quarters = LossByQuarter(sgm.distributed.device(), num_idx=num_idx)
         mine = range(rank, self.num_samples, size)
-        # Where ranks go in step, one that has a sample less repeats its last one, without counting it.
+        # In step, a rank with fewer samples computes one more that does not count.
         rounds = -(-self.num_samples // size)
         with evaluation_mode(self.engine.network):
             for start in range(0, rounds, self.batch_size):
@@ -143,7 +143,7 @@ class Evaluation:
         return batch
 
     def _clip(self, number: int) -> Mapping[str, Any]:
-        """Return validation clip `number`; the next one that can be read takes the place of one that cannot."""
+        """Return validation clip `number`, or the next one that can be read."""
         failures = []
         for offset in range(min(MAX_ATTEMPTS, len(self.dataset))):
             try:
@@ -154,7 +154,7 @@ class Evaluation:
         raise RunError("validation clips cannot be read: " + "; ".join(failures))
 
     def sample(self, iteration: int) -> list[Path]:
-        """Sample the validation prompts into ``samples/<iteration>``; return what this rank wrote."""
+        """Sample the validation prompts into ``samples/<iteration>``; return the files of this rank."""
         folder = self.folder / "samples" / f"{iteration:08d}"
         args = dataclasses.replace(
             self.args,
@@ -177,7 +177,7 @@ class Evaluation:
         return run.summary.written
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:
-        """The first clips' captions, as many as a batch; their images, or first frames, are the images."""
+        """Return the captions of the first clips, a batch of them, with their images or first frames."""
         image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
         prompts = []
         for i in range(min(self.batch_size, len(self.dataset))):

@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; ``section.key=value`` may stand anywhere."""
+    """Parse the command line."""
     return cli.parse(
         argv,
         prog="train_video.py",
@@ -29,12 +29,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Check or train, as the options ask."""
     from sgm.config.load import load_config  # after parsing, so that --help answers at once
 
     config = load_config(options.base, options.overrides, mode="train")
     if options.check:
-        from sgm.training.batches import bucket_report, plan_buckets
+        from sgm.training.inputs.buckets import bucket_report, plan_buckets
         from sgm.training.prepare import prepare
 
         plan = prepare(config)

@@ -1,4 +1,4 @@
-"""What a run reports: a line of numbers every few iterations, the loss by timestep, and a picture of both."""
+"""The numbers that a run reports, the loss by timestep, and a plot of both."""
 
 import json
 import math
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 FILE = "metrics.jsonl"
 
-# What the progress bar shows: the name of the value, its name there, its format.
+# Values on the progress bar: name, name there, format.
 _BAR = (
     ("loss", "loss", "{:.4f}"),
     ("lr", "lr", "{:.2e}"),
@@ -31,22 +31,19 @@ _BAR = (
 
 
 class Metrics:
-    """Writes a run's numbers to ``metrics.jsonl``, to TensorBoard files, to the progress bar and, if asked, to wandb.
-
-    Used on rank zero only. A run that goes on from iteration i first drops the lines after i: the iterations come
-    again.
+    """Write numbers to ``metrics.jsonl``, TensorBoard, the progress bar and optionally wandb; on rank zero only.
 
     Args:
         folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
         total_iters: iterations of the whole run.
-        config: the merged configuration, for wandb to show.
+        config: the merged configuration, shown in wandb.
         experiment: name of the run in wandb.
-        resume_from: the iteration that the run goes on from, 0 for a new one.
+        resume_from: iteration of a resumed run; later lines are removed, since these iterations are repeated.
         wandb: log to Weights & Biases too.
         wandb_project: the project there; None takes `experiment`.
 
     Raises:
-        InputError: wandb is asked for and missing or refuses.
+        InputError: wandb is asked for, and missing or refuses.
         RunError: the folder cannot be written to.
     """
 
@@ -72,7 +69,7 @@ class Metrics:
         self._shown: dict[str, str] = {}
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Record numbers by name. They are in the file when this returns; what is not finite is null there.
+        """Write numbers by name; the file has null for those that are not finite.
 
         Raises:
             RunError: the file cannot be written to.
@@ -91,7 +88,7 @@ class Metrics:
         self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:
-        """Finish what is open."""
+        """Close files and connections."""
         self._bar.close()
         self._board.close()
         if self._wandb is not None:
@@ -119,7 +116,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, project: str) -> Any:
-    """Begin or go on with the wandb run of `folder`, whose name is its id there."""
+    """Start or resume the wandb run whose id is the name of `folder`."""
     wandb = import_wandb()
     try:
         run = wandb.init(
@@ -135,15 +132,15 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, proje
             f"args.wandb is true, but wandb does not start: {error}; run: wandb login, set WANDB_MODE=offline in the "
             "environment, or set args.wandb: false"
         ) from error
-    # wandb's own steps only rise, and would swallow the iterations that a resumed run repeats.
+    # wandb drops values whose step does not rise, such as the iterations that a resumed run repeats.
     run.define_metric("*", step_metric="iteration")
     return run
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``, each with at least ``iteration``; none where there is no file.
+    """Return the lines of a ``metrics.jsonl``, each with at least ``iteration``; none without a file.
 
-    A line that a crash left half written is passed over.
+    Lines that a crash left incomplete are skipped.
     """
     path = Path(path)
     if not path.is_file():
@@ -161,12 +158,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class LossByQuarter:
-    """Mean loss, over all timesteps and over each quarter of them, counted on the device without waiting for it.
-
-    Args:
-        device: of the losses.
-        num_idx: number of timesteps.
-    """
+    """Mean loss over all of `num_idx` timesteps and over each quarter of them, summed on `device` without a sync."""
 
     def __init__(self, device: torch.device, *, num_idx: int = 1000) -> None:
         self._num_idx = num_idx
@@ -175,23 +167,23 @@ class LossByQuarter:
         self._counts = torch.zeros(4, device=device)
 
     def add(self, idx: torch.Tensor, losses: torch.Tensor) -> None:
-        """Count samples: timesteps (B,) from 0 to ``num_idx − 1``, and losses (B,)."""
+        """Add samples: timesteps (B,) from 0 to ``num_idx − 1``, and losses (B,)."""
         hits = idx[:, None] * 4 // self._num_idx == self._quarters  # (B, 4)
         # Not a product: a loss of infinity would become NaN in the other quarters.
         self._sums += torch.where(hits, losses.detach().float()[:, None], 0).sum(0)
         self._counts += hits.sum(0)
 
     def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
-        """Let `reduction` replace sums and counts, in place, by those over all ranks.
+        """Apply `reduction` in place, e.g. an all-reduce, to sums and counts.
 
-        Ranks that share a sample all count it; as each sample is shared by as many, means stay what they are.
+        Every rank of a sample's group counts the sample. All groups have the same size, so means are unaffected.
         """
         totals = torch.stack([self._sums, self._counts])
         reduction(totals)
         self._sums, self._counts = totals.unbind()
 
     def values(self) -> dict[str, float]:
-        """Return ``loss`` and, for example, ``loss_250_499``, as far as there are samples; waits for the device."""
+        """Return ``loss`` and e.g. ``loss_250_499`` of those quarters that have samples; synchronizes the device."""
         sums, counts = self._sums.tolist(), self._counts.tolist()
         if not sum(counts):
             return {}
@@ -203,16 +195,13 @@ class LossByQuarter:
         return values
 
     def reset(self) -> None:
-        """Start over."""
+        """Set sums and counts to zero."""
         self._sums = torch.zeros_like(self._sums)
         self._counts = torch.zeros_like(self._counts)
 
 
 def smooth(values: list[float], span: float) -> list[float]:
-    """Return the exponential moving mean of `values` in which about the last `span` (at least 1) count.
-
-    The first values weigh no more than later ones: the weights are normalised.
-    """
+    """Return the exponential moving mean over about `span` values (at least 1), with normalised weights."""
     keep = 1 - 1 / max(span, 1.0)
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
@@ -222,12 +211,9 @@ def smooth(values: list[float], span: float) -> list[float]:
 
 
 def draw_curve(metrics: str | Path, picture: str | Path) -> None:
-    """Draw losses and learning rate of a ``metrics.jsonl`` into a PNG file.
-
-    The training loss is drawn as it is and smoothed, validation losses as points.
-    """
+    """Plot raw and smoothed losses, validation losses and learning rate of a ``metrics.jsonl`` into a PNG file."""
     lines = read_metrics(metrics)
-    figure = Figure(figsize=(9, 6))  # no pyplot: it keeps figures and looks for a display
+    figure = Figure(figsize=(9, 6))  # not pyplot, which keeps figures and needs a display
     margins = {"left": 0.11, "right": 0.97, "bottom": 0.09, "top": 0.97, "hspace": 0.1}
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1), gridspec_kw=margins)
     iterations, losses = _series(lines, "loss")

@@ -1,4 +1,4 @@
-"""What a training run checks before weights are read."""
+"""The checks of a training run before weights are read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,13 +23,13 @@ from sgm.data.buckets.plan import Division
 from sgm.distributed import Mesh
 from sgm.io import require_writable
 from sgm.modules.geometry import Geometry
-from sgm.training.caches import Caches, needs, open_latents, open_text
-from sgm.training.data import Data, open_data
 from sgm.training.evaluate import validation_prompts
+from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
+from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
-from sgm.training.optimizer import make_optimizer
+from sgm.training.optim.optimizer import make_optimizer
+from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.training.trainable import Trainable, choose_trainable
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.checkpoint import check_autoencoder, check_network
@@ -40,23 +40,22 @@ _NETWORK = "model.network_config.params"
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run that can start.
+    """A training run that passed all checks.
 
     Attributes:
-        config: the configuration, with the ``lora_config`` that the weights ask for.
+        config: the configuration, with the ``lora_config`` of the weights.
         args: its typed section.
         dtype: of the network.
         data: the clips.
-        deepspeed: what the engine is made with.
-        mesh: which ranks share a sample.
-        division: of clips among buckets, None without.
-        caches: what need not be encoded.
-        total_iters: optimizer steps of the whole run; None where epochs are asked for and the samples of buckets are to
-            be counted first.
+        deepspeed: configuration of the DeepSpeed engine.
+        mesh: the groups of ranks.
+        division: of clips among buckets; None without.
+        caches: of encoded clips and captions.
+        total_iters: optimizer steps of the whole run; None for epochs of buckets, whose samples are not counted yet.
         global_batch: samples of an optimizer step, without buckets.
-        trainable: what is trained.
-        resume: where to go on, None for a new run.
-        report: all of this, for a person.
+        trainable: the trained parameters.
+        resume: state to resume from; None for a new run.
+        report: all of this as text.
     """
 
     config: Config
@@ -75,10 +74,10 @@ class Plan:
 
 
 def prepare(config: Config) -> Plan:
-    """Check all that can be checked before weights are read; write nothing.
+    """Check everything that can be checked without reading weights or writing files.
 
     Raises:
-        ConfigError: everything that is wrong with configuration, checkpoint files, data, run folder.
+        ConfigError: all problems of configuration, checkpoint files, data and run folder.
     """
     config = with_adapters(config)
     checks = _Checks(config)
@@ -97,7 +96,7 @@ def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int) -> i
 
 
 class _Checks:
-    """Collect what can be found out about a run, and every problem."""
+    """Collect facts about a run, and all of its problems."""
 
     def __init__(self, config: Config) -> None:
         assert isinstance(config.args, TrainingArgs), "the configuration was loaded for training"
@@ -107,42 +106,42 @@ class _Checks:
         self.mesh = mesh_of(config)
         self.data_ranks = max(1, sgm.distributed.world_size() // self.mesh.ranks)
 
-    def find(self, name: str, path: str, work: Callable[[], Any]) -> None:
-        """Note the result of `work` under `name`, or its complaint as a problem at `path`."""
+    def record(self, name: str, path: str, work: Callable[[], Any]) -> None:
+        """Store the result of `work` in `facts`, or its error as a problem at `path`."""
         cure = "correct it, in the file or on the command line"
         self.problems.extend(problems_of(path, cure, lambda: self.facts.update({name: work()})))
 
     def run(self) -> None:
-        """Do all checks."""
-        config, args, find = self.config, self.args, self.find
+        """Run all checks."""
+        config, args, record = self.config, self.args, self.record
         self.problems += check_files(config)
         self._check_sections()
-        find("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
+        record("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
         if geometry := self.facts.get("geometry"):
             self.problems += check_shapes(config, geometry)
             self.problems += check_training_data(config, geometry)
-            find("buckets", BUCKETS, lambda: fitted_buckets(config, geometry))
+            record("buckets", BUCKETS, lambda: fitted_buckets(config, geometry))
             if args.eval_interval is not None:
-                find("samples", "args", lambda: check_sampling(args, geometry))
-        find("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
+                record("samples", "args", lambda: check_sampling(args, geometry))
+        record("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
         self._check_mesh()
         if "dtype" in self.facts:
             dtype = self.facts["dtype"]
             section = config.deepspeed
-            find("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.data_ranks, dtype=dtype))
-        find("optimizer", "deepspeed.optimizer", self._check_optimizer)
+            record("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.data_ranks, dtype=dtype))
+        record("optimizer", "deepspeed.optimizer", self._check_optimizer)
         if args.eval_interval is not None:
-            find("prompts", "args.valid_prompts", lambda: validation_prompts(config))
+            record("prompts", "args.valid_prompts", lambda: validation_prompts(config))
         if args.wandb:
-            find("wandb", "args.wandb", import_wandb)
-        find("trainable", "model.network_config", self._check_network)
-        find("adapters", "args.load", lambda: describe_adapters(config))
-        find("vae", "model.first_stage_config", self._check_autoencoder)
+            record("wandb", "args.wandb", import_wandb)
+        record("trainable", "model.network_config", self._check_network)
+        record("adapters", "args.load", lambda: describe_adapters(config))
+        record("vae", "model.first_stage_config", self._check_autoencoder)
         for part in ("denoiser_config", "loss_fn_config", "sampler_config"):
             if config.model.get(part) is not None:
-                find(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
-        find("data", "args.train_data", lambda: open_data(config))
-        find("resume", "args.resume", lambda: find_resume_point(args))
+                record(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
+        record("data", "args.train_data", lambda: open_data(config))
+        record("resume", "args.resume", lambda: find_resume_point(args))
         self.problems += problems_of("args.save", "name another folder", partial(require_writable, args.save))
         if not self.problems:
             self._open_caches()
@@ -180,17 +179,17 @@ class _Checks:
         problems = check_mesh(self.config, num_patches=min(patches, default=None))
         stage = self.config.deepspeed["zero_optimization"]["stage"]
         if not problems and mesh.tensor > 1 and stage == 0 and self.facts.get("dtype") not in (None, torch.float32):
-            found = "is 0: in 16 bits, DeepSpeed leaves divided layers out of the norm that it clips by"
+            found = "is 0: in 16 bits, DeepSpeed leaves tensor-parallel layers out of the norm that it clips by"
             cure = "set it to 1 or more, or args.model_parallel_size=1"
             problems.append(Problem("deepspeed.zero_optimization.stage", "", found, cure))
         if not problems and mesh.context > mesh.network:
-            found = f"is {mesh.context}, and ranks that share a clip in training share it in the network too"
+            found = f"is {mesh.context}, but ranks that encode a clip together also train on it together"
             cure = f"set it to 1, or args.sequence_parallel_size={mesh.context}"
             problems.append(Problem("model.first_stage_config.params.cp_size", "", found, cure))
         self.problems += problems
 
     def _check_network(self) -> Trainable:
-        """Build the network without memory; hold its weights' names to it, and see what is trained."""
+        """Build the network on the meta device, check its weights' names, and find the trained parameters."""
         args = self.args
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
@@ -212,13 +211,14 @@ class _Checks:
             check_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
 
     def _open_caches(self) -> None:
-        """Open the caches, and let training clips come from them."""
-        config, find, facts = self.config, self.find, self.facts
-        find("latents", "args.latent_cache", lambda: open_latents(config, facts["data"], facts["dtype"]))
-        find("text", "args.text_cache", lambda: open_text(config, facts["data"]))
+        """Open the caches, and take training clips from them."""
+        config, record, facts = self.config, self.record, self.facts
+        record("latents", "args.latent_cache", lambda: open_latents(config, facts["data"], facts["dtype"]))
+        record("text", "args.text_cache", lambda: open_text(config, facts["data"]))
         if not self.problems:
-            facts["data"], latents, images = facts["latents"]
-            facts["caches"] = Caches(latents, images, facts["text"], *needs(config, latents, images, facts["text"]))
+            facts["data"], *clips = facts["latents"]
+            caches = (*clips, facts["text"])
+            facts["caches"] = Caches(*caches, *reasons_to_load(config, *caches))
 
     def _division(self) -> Division | None:
         section = self.config.deepspeed
@@ -233,12 +233,12 @@ class _Checks:
         )
 
     def plan(self) -> Plan:
-        """Return what was found; to be called when there are no problems."""
+        """Return the plan of a run without problems."""
         args, facts, section = self.args, self.facts, self.config.deepspeed
         micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
         batch = micro * accumulation * self.data_ranks
-        shared = self.mesh.ranks
-        ranks = f"{self.data_ranks} " + ("ranks" if shared == 1 else f"groups of {shared} ranks that share clips")
+        size = self.mesh.ranks
+        ranks = f"{self.data_ranks} " + ("ranks" if size == 1 else f"groups of {size} ranks that share clips")
         data: Data = facts["data"]
         total = total_iterations(args, data.num_train, batch)
         batches = f"{micro} clips x {accumulation} steps of accumulation x {ranks} = {batch}"

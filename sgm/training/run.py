@@ -1,9 +1,8 @@
 """The training loop.
 
 Training sample n (0, 1, 2, ... over the whole run) is a function of the seed and n alone: its clip, its noise, its
-timestep. Step s of a job with global batch G takes the samples s·G to (s+1)·G − 1, however they are spread over ranks
-and micro batches. So a run is resumed by the number of its next sample, and does not depend on the number of ranks,
-nor on how many of them share a sample.
+timestep. Step s with global batch G trains on the samples s·G to (s+1)·G − 1, whatever the number of ranks, of micro
+batches, and of ranks in a sample's group. A run is resumed by the number of its next sample.
 """
 
 import time
@@ -19,37 +18,43 @@ from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.inference.record import peak_memory
 from sgm.log import get_logger
-from sgm.training.bad_clips import BadClips
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
-from sgm.training.inputs import gradient_factor, shared_batch, shared_inputs
+from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
 from sgm.training.save import Saver
-from sgm.training.state import catch_up
-from sgm.training.step import counted, gradient_norm, plain_gradient_norm, weighted_mean
-from sgm.training.watch import StepFlags, StopSignals
+from sgm.training.state import repair_latest
+from sgm.training.step import (
+    StepFlags,
+    StopSignals,
+    gradient_norm_after_step,
+    gradient_norm_before_step,
+    nonzero_index,
+    weighted_mean,
+)
 from sgm.util import InputError, RunError, default
 
 logger = get_logger(__name__)
 
 
 def sample_generator(seed: int, number: int) -> torch.Generator:
-    """Return the source of everything random about training sample `number`."""
+    """Return the generator of everything random about training sample `number`."""
     return torch.Generator().manual_seed(derive_seed(seed, "sample", number))
 
 
 @dataclass
 class Summary:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         folder: of the run.
         iteration: optimizer steps done, earlier processes included.
         total: optimizer steps of the whole run.
-        loss: mean training loss since the last line of metrics; None where no step was made.
-        stopped: why it ended early, empty if it did not.
+        loss: mean training loss in the last line of metrics; None without a step.
+        stopped: why it ended early; empty otherwise.
         seconds: wall time.
+        samples: videos that this rank sampled at evaluations.
     """
 
     folder: Path
@@ -71,11 +76,11 @@ class Summary:
 
 
 def train(config: Config) -> Summary:
-    """Run, or go on with, the whole job that `config` describes.
+    """Start or resume the run that `config` describes, and train to its end.
 
     Raises:
-        InputError: something given is wrong; found before weights are read wherever possible.
-        RunError: the work failed. What was saved before stays loadable.
+        InputError: configuration, data or weights are wrong; found before weights are read wherever possible.
+        RunError: the work failed. Checkpoints saved before stay loadable.
     """
     start = time.perf_counter()
     sgm.distributed.set_timeout(config.args.distributed_timeout)
@@ -84,7 +89,7 @@ def train(config: Config) -> Summary:
     sgm.distributed.initialize(mesh=plan.mesh)
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         if sgm.distributed.rank() == 0:
-            catch_up(plan.resume)
+            repair_latest(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
@@ -98,22 +103,15 @@ def train(config: Config) -> Summary:
 
 
 class TrainingRun:
-    """The loop over a run's parts.
-
-    Args:
-        config: checked by `prepare`.
-        parts: model, data and DeepSpeed engine.
-        signals: asks for an early end.
-    """
+    """The training loop of one process, over the parts of a run whose `config` was checked."""
 
     def __init__(self, config: Config, parts: Parts, signals: StopSignals) -> None:
-        self.args, self.parts, self.signals = parts.args, parts, signals
+        self.args, self.parts, self.signals = parts.plan.args, parts, signals
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
         self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
-        self.check = StepFlags(self.device)
+        self.flags = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
-        self.quarantine = BadClips(parts.folder, parts.num_clips, self.args.max_bad_share, parts.known_bad)
         self.saver = Saver(parts)
         self.evaluation = None
         if self.args.eval_interval is not None:
@@ -122,8 +120,8 @@ class TrainingRun:
                 parts.engine,
                 parts.valid_data,
                 folder=parts.folder,
-                micro_batch=parts.micro_batch,
-                in_step=parts.zero_stage == 3,
+                micro_batch=parts.deepspeed.train_micro_batch_size_per_gpu(),
+                in_step=parts.deepspeed.zero_optimization_stage() == 3,
             )
         self.metrics = None
         if sgm.distributed.rank() == 0:
@@ -137,13 +135,13 @@ class TrainingRun:
                 resume_from=self.iteration,
             )
         self.skipped_in_row = 0
-        self._plain_norm: torch.Tensor | None = None
+        self._norm_before: torch.Tensor | None = None
         self._lr = 0.0
         self._logged_at, self._logged_iteration = time.perf_counter(), self.iteration
         self._logged_samples = parts.samples_before(self.iteration)
 
     def close(self) -> None:
-        """Close what is open; nothing is saved."""
+        """Release the run folder and close the metrics, without saving."""
         if self.parts.lock is not None:
             self.parts.lock.close()
         if self.metrics is not None:
@@ -174,48 +172,46 @@ class TrainingRun:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
-        """Make one step; whatever fails is reported with the step and its clips."""
+        """Make one step; report a failure with the step and its clips."""
         taken: list[Mapping[str, Any]] = []
         try:
             return self._step(batches, taken)
-        except (InputError, KeyboardInterrupt):
+        except InputError:
             raise
-        except _NotFiniteError as error:
-            saved = self.saver.save_if_finite(self.iteration)
-            raise RunError(self._failure(str(error), taken, saved)) from error
-        except RunError as error:
-            raise RunError(self._failure(str(error), taken, None)) from error
         except Exception as error:
-            raise RunError(self._failure(f"{type(error).__name__}: {error}", taken, None)) from error
+            saved = self.saver.save_if_finite(self.iteration) if isinstance(error, _NotFiniteError) else None
+            reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+            raise RunError(self._failure(reason, taken, saved)) from error
 
     def _step(self, batches: Iterator[Any], taken: list[Mapping[str, Any]]) -> bool:
-        """Make one optimizer step; return whether a rank is asked to stop."""
+        """Make one optimizer step and append its batches to `taken`; return whether a rank is asked to stop."""
         deepspeed, engine = self.parts.deepspeed, self.parts.engine
         skipped_before = deepspeed.skipped_steps
         stop = False
-        for micro in range(self.parts.accumulation):
+        accumulation = deepspeed.gradient_accumulation_steps()
+        for micro in range(accumulation):
             batch = shared_batch(engine, lambda: next(batches))
             taken.append(batch)
             if sgm.distributed.sample_rank() == 0:
-                self.quarantine.add(batch["failures"])
+                self.parts.bad_clips.add(batch["failures"])
             inputs = shared_inputs(
                 engine, batch, [sample_generator(self.args.seed, number) for number in batch["number"]]
             )
             losses = deepspeed(inputs)
-            self.check.add(losses)
-            real = counted(batch["weight"])
-            self.quarters.add(inputs.idx[real], losses.detach()[real])
-            last = micro == self.parts.accumulation - 1
+            self.flags.add(losses)
+            index = nonzero_index(batch["weight"])
+            self.quarters.add(inputs.idx[index], losses.detach()[index])
+            last = micro == accumulation - 1
             if last:
-                self.check.share(stop=bool(self.signals.received))
+                self.flags.start_all_reduce(stop=bool(self.signals.received))
             deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
-                bad, stop = self.check.read()
+                bad, stop = self.flags.read()
                 if bad:
                     raise _NotFiniteError("a loss is not finite (NaN or infinity)")
                 if stop or self._logs_next():
-                    self._plain_norm = plain_gradient_norm(deepspeed)
-                self._lr = self.parts.schedule.get_last_lr()[0]
+                    self._norm_before = gradient_norm_before_step(deepspeed)
+                self._lr = self.parts.deepspeed.lr_scheduler.get_last_lr()[0]
             deepspeed.step()
         self.skipped_in_row = self.skipped_in_row + 1 if deepspeed.skipped_steps > skipped_before else 0
         if self.skipped_in_row >= self.args.max_skipped_steps:
@@ -226,26 +222,25 @@ class TrainingRun:
         return stop
 
     def _logs_next(self) -> bool:
-        """Whether the step that is being made ends with a line of metrics."""
+        """Return whether the current step ends with a line of metrics."""
         following = self.iteration + 1
         ends = (self.parts.total_iters, self.parts.point.iteration + (self.args.exit_interval or 0))
         return following % self.args.log_interval == 0 or following in ends
 
     def _failure(self, reason: str, taken: list[Mapping[str, Any]], saved: bool | None) -> str:
-        """Return the message for a step that failed: where, on which clips, what is saved, what to do."""
+        """Return the message about a failed step: where, on which clips, what is saved, what to do."""
         clips = sorted({path for batch in taken for path in batch["path"]})
         shown = ", ".join(clips[:8]) + (f" and {len(clips) - 8} more" if len(clips) > 8 else "")
-        state = self.saver.describe()
-        lines = [f"iteration {self.iteration + 1} failed: {reason}"]
-        lines.append(f"samples of this rank in it: {shown or 'none were read'}")
+        lines = [
+            f"iteration {self.iteration + 1} failed: {reason}",
+            f"samples of this rank in it: {shown or 'none were read'}",
+        ]
         if saved is False:
             lines.append("the weights themselves are not finite any more and were not saved")
-        lines.append(state)
-        lines.append(_hint(reason))
-        return "\n".join(lines)
+        return "\n".join([*lines, self.saver.describe(), _hint(reason)])
 
     def _log(self) -> None:
-        """Reduce what was counted since the last line over the ranks and write it."""
+        """All-reduce the numbers since the last line of metrics and write a new line."""
         self.quarters.reduce(sgm.distributed.all_reduce_)
         values = self.quarters.values()
         self.quarters.reset()
@@ -254,11 +249,11 @@ class TrainingRun:
         steps, samples = self.iteration - self._logged_iteration, self.parts.samples_before(self.iteration)
         elapsed, more = now - self._logged_at, samples - self._logged_samples
         self._logged_at, self._logged_iteration, self._logged_samples = now, self.iteration, samples
-        bad = self.quarantine.share()
+        bad = self.parts.bad_clips.all_gather_and_write()
         if self.metrics is not None:
             values |= {
                 "lr": self._lr,
-                "grad_norm": gradient_norm(self.parts.deepspeed, self._plain_norm),
+                "grad_norm": gradient_norm_after_step(self.parts.deepspeed, self._norm_before),
                 "step_seconds": elapsed / max(steps, 1),
                 "samples_per_second": more / elapsed,
                 "memory_gib": peak_memory(self.device) / 2**30,
@@ -279,11 +274,11 @@ class TrainingRun:
 
 
 class _NotFiniteError(RunError):
-    """Numbers left the finite range."""
+    """A loss, or too many gradients in a row, are not finite."""
 
 
 def _hint(reason: str) -> str:
-    """Return what to try, by what the failure says."""
+    """Return advice for a failure, from the words of its message."""
     text = reason.lower()
     if "not finite" in text or "overflow" in text:
         return (

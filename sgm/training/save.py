@@ -1,7 +1,8 @@
-"""What a run writes at a save: weights for use, their moving average, and the state to go on from."""
+"""Saving a run: weights, their moving average, and the state to resume from."""
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ import torch
 import sgm.distributed
 from sgm.log import get_logger
 from sgm.training.build import Parts
-from sgm.training.optimizer import full_ema
+from sgm.training.optim.optimizer import full_ema
 from sgm.training.state import save_state
-from sgm.training.step import gather, writes_part
 from sgm.util import RunError
 from sgm.weights.checkpoint import PREFIX, save_network, write_latest
 
@@ -19,25 +19,21 @@ logger = get_logger(__name__)
 
 
 class Saver:
-    """Save a run; see `sgm.training.state` for the folders.
-
-    Args:
-        parts: what is saved; ``keep_last``, ``save_full`` and ``no_save_rng`` of its arguments say how.
-    """
+    """Save a run as ``keep_last``, ``save_full`` and ``no_save_rng`` ask; see `sgm.training.state` for the folders."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.args = parts, parts.args
+        self.parts, self.args = parts, parts.plan.args
         self.saved: int | None = parts.point.iteration or None
         network = parts.engine.network
-        self.names = parts.trainable.names
-        if not parts.trainable.adapters or self.args.save_full:
+        self.names = parts.plan.trainable.names
+        if not parts.plan.trainable.adapters or self.args.save_full:
             self.names = tuple(network.state_dict().keys())
 
     def save(self, iteration: int) -> None:
-        """Write everything; all ranks call together.
+        """Write a checkpoint; all ranks call together.
 
         Raises:
-            RunError: the disk is full, or weights are not finite; what was saved before stays.
+            RunError: the disk is full, or weights are not finite; former checkpoints stay.
         """
         if not self.save_if_finite(iteration):
             raise RunError(
@@ -46,12 +42,13 @@ class Saver:
             )
 
     def save_if_finite(self, iteration: int) -> bool:
-        """Write everything unless a weight is NaN or infinite; return whether it is on the disk."""
+        """Write a checkpoint unless a weight is NaN or infinite; return whether it is written."""
         if self.saved == iteration:
             return True
         parts = self.parts
-        weights = gather(parts.deepspeed, self.names)
-        if not all(sgm.distributed.all_gather_objects(_all_finite(weights))):
+        weights = gather_parameters(parts.deepspeed, self.names)
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+        if not all(sgm.distributed.all_gather_objects(finite)):
             return False
         averages = None
         if self.args.ema_decay is not None:
@@ -59,7 +56,7 @@ class Saver:
                 name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
             }
             averages = full_ema(parts.deepspeed, named.items())
-        if writes_part():
+        if is_writing_rank():
             self._write(iteration, weights, averages)
         point = dataclasses.replace(
             parts.point,
@@ -79,18 +76,18 @@ class Saver:
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
     ) -> None:
-        """Write weights and averages, those of this rank's part of the layers."""
+        """Write weights and averages of this rank's tensor-parallel part."""
         parts, network = self.parts, self.parts.engine.network
         written: dict[str, Any] = {"patch_size": network.patch_size, "part": network.tensor_part, "latest": False}
         if averages is not None:
             smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)
         save_network(parts.folder, iteration, weights, adapters=parts.adapters, **written)
-        if parts.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
+        if parts.plan.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
             logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
 
     def _remove_old(self) -> None:
-        """Remove the weights that ``keep_last`` leaves no room for, on rank zero."""
+        """Remove all but the newest ``keep_last`` weights."""
         if self.args.keep_last is None:
             return
         folder = self.parts.folder
@@ -100,11 +97,30 @@ class Saver:
                 shutil.rmtree(folder / name, ignore_errors=True)
 
     def describe(self) -> str:
-        """Say where the newest checkpoint is."""
+        """Return a sentence about the newest checkpoint."""
         if self.saved is None:
             return f"nothing was saved yet; args.load ({self.args.load}) is as it was"
         return f"the newest checkpoint is {self.parts.folder / str(self.saved)}"
 
 
-def _all_finite(weights: dict[str, torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+def is_writing_rank() -> bool:
+    """Whether this rank writes weights: rank zero, or the ranks of its tensor-parallel group."""
+    return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
+
+
+def gather_parameters(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Gather parameters by the network's names, on the CPU of ranks that write; other ranks get none.
+
+    All ranks call it together, since ZeRO-3 shards every parameter. With tensor parallelism, each rank that writes gets
+    its own part of the layers.
+    """
+    import deepspeed
+
+    wanted, tensors = set(names), {}
+    for name, parameter in engine.module.named_parameters():
+        name = name.removeprefix(PREFIX)
+        if name in wanted:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if is_writing_rank():
+                    tensors[name] = parameter.detach().cpu().clone()
+    return tensors

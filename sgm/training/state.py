@@ -1,12 +1,12 @@
-"""What a training run needs to go on as if it had never stopped.
+"""The state that a resumed run continues from, with the same results as an uninterrupted one.
 
-Beside the weights, which are for use, a run folder holds the state of the newest save::
+Beside the weights, a run folder holds the state of the newest save::
 
     RUN/latest, RUN/1000/mp_rank_00_model_states.pt      weights in the SAT layout
-    RUN/resume/latest                                    the iteration to go on from; moves last
-    RUN/resume/1000/resume.json                          what the state fits to, see `ResumePoint`
+    RUN/resume/latest                                    iteration of the state; moves last
+    RUN/resume/1000/resume.json                          a `ResumePoint`
     RUN/resume/1000/*_states.pt                          trained parameters, optimizer, schedule, loss scaler
-    RUN/resume/1000/rng_00.pt                            random generators, one file a process
+    RUN/resume/1000/rng_00.pt                            random generators, one file per rank
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ except ImportError:  # another system than POSIX
 logger = get_logger(__name__)
 
 FOLDER, LATEST = "resume", "latest"
-# Arguments that may change from one start of a run to the next.
+# Arguments without effect on the numbers, which may differ when a run is resumed.
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
     "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout".split()
 )
-# DeepSpeed loads a state that was stored in another order without a word, or fails; with its defaults.
+# Settings that decide in which order a ZeRO stage stores its state. DeepSpeed loads another order unnoticed, or fails.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
 _CURE = "restore it, or start anew with args.resume=none (args.load may name the run folder)"
@@ -54,27 +54,27 @@ _CURE = "restore it, or start anew with args.resume=none (args.load may name the
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on.
+    """The place where a run starts or is resumed, and the settings that the state depends on.
 
     Attributes:
         run: the run folder.
         iteration: optimizer steps done.
         samples: training samples seen; without buckets, the number of the next one.
-        micro_batches: with buckets, those of all ranks together that were taken, the number of the next one.
-        buckets: digest of how clips are divided among buckets and ranks, None without buckets.
-        plan: digest of the clips' sizes and of their order, None without buckets.
-        world_size: processes that wrote the state; how many of them share the tokens of a sample does not matter.
-        tensor: how many of them share layers.
-        zero_stage: ZeRO stage that wrote it.
+        world_size: number of ranks.
+        zero_stage: ZeRO stage.
         precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
-        optimizer: the optimizer's class.
-        trained: how many numbers are trained.
+        optimizer: type in the YAML.
+        trained: number of trained elements.
         ema: whether the state holds a moving average.
-        base_digest: digest of the weights that the run started from, None from random ones.
-        config_digest: digest of what the numbers depend on in the configuration, see `numbers_digest`.
+        base_digest: digest of the weights that the run started from; None for random ones.
+        config_digest: see `numbers_digest`.
         clips: digest of the training clips' paths.
-        order: the setting that decides in which order ZeRO stores the state, see `state_order`; None if unknown.
-        files: names of the files in its folder, this description excepted.
+        order: see `state_order`; None if unknown.
+        files: names of the files in its folder, without ``resume.json``.
+        micro_batches: with buckets, micro-batches trained on by all ranks together; the number of the next one.
+        buckets: digest of the division of clips among buckets and ranks; None without buckets.
+        plan: digest of the clips' sizes and order; None without buckets.
+        tensor: ranks of a tensor-parallel group.
     """
 
     run: Path
@@ -98,15 +98,16 @@ class ResumePoint:
 
     @property
     def folder(self) -> Path:
-        """The folder of this state."""
+        """Folder of the state."""
         return self.run / FOLDER / str(self.iteration)
 
     def check(self, now: "ResumePoint") -> None:
-        """Hold the state against what the configuration would train now.
+        """Check that the state fits the start of a run, `now`; warn if the run will compute other numbers.
 
         Raises:
-            ConfigError: it does not fit; says what differs and what to do.
+            ConfigError: what differs, and what to do.
         """
+        cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
         fixed = {
             "zero_stage": "deepspeed.zero_optimization.stage",
             "precision": "model.precision",
@@ -116,7 +117,7 @@ class ResumePoint:
             "base_digest": "args.load",
             "tensor": "args.model_parallel_size",
         }
-        if self.zero_stage > 0:  # every rank holds the whole state otherwise
+        if self.zero_stage > 0:  # otherwise every rank holds the whole state
             fixed["world_size"] = "torchrun --nproc_per_node"
         if self.zero_stage == now.zero_stage > 0 and self.order is not None:
             fixed["order"] = f"deepspeed.zero_optimization.{ORDER[self.zero_stage]}"
@@ -126,14 +127,12 @@ class ResumePoint:
             if then != given:
                 words = name.replace("_", " ")
                 found = f"the state in {self.folder} was written with {words} {then}, and now it is {given}"
-                cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
                 problems.append(Problem(path, "", found, cure))
         if self.buckets != now.buckets:
             found = (
-                f"the state in {self.folder} was written with other buckets, batch sizes or ranks with clips of their"
+                f"the state in {self.folder} was written with other buckets, batch sizes or data-parallel ranks, or "
+                "without buckets: it counts other micro-batches"
             )
-            found += " own, or without buckets: the micro-batches that it counts are not those of now"
-            cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
             problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:
             raise ConfigError(problems)
@@ -144,28 +143,24 @@ class ResumePoint:
 
 
 def state_order(zero: Mapping[str, Any]) -> float | None:
-    """Return the value of the setting that decides in which order the state is stored, None without ZeRO.
-
-    Args:
-        zero: the ``zero_optimization`` section.
-    """
+    """Return the value of the setting in `ORDER` from the ``zero_optimization`` section; None at stage 0."""
     name = ORDER.get(zero["stage"])
     return None if name is None else float(zero.get(name, DEFAULT_ORDER[name]))
 
 
 def numbers_digest(config: Config) -> str:
-    """SHA-256 of the configuration without what may change from one start to the next and leaves the numbers alone."""
+    """Return the SHA-256 of the configuration without the `HARMLESS` arguments."""
     args = {name: value for name, value in config.merged.get("args", {}).items() if name not in HARMLESS}
     return digest_of({**config.merged, "args": args})
 
 
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
-    """Return where ``args.resume`` says to go on, None for a new run.
+    """Return the newest state of the run that ``args.resume`` asks for; None for a new run.
 
     ``auto`` takes the run of this experiment that saved last; a path names a run folder.
 
     Raises:
-        InputError: the path holds no state, or its files are damaged.
+        InputError: the folder holds no state, or its files are damaged.
     """
     if args.resume == "none":
         return None
@@ -182,24 +177,24 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
     return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
 
 
-def catch_up(point: ResumePoint) -> None:
-    """Let the run's ``latest`` name the weights of the state: a process may have ended between the two."""
+def repair_latest(point: ResumePoint) -> None:
+    """Let ``latest`` name the weights of the state, in case a process was killed between the two writes."""
     if (point.run / str(point.iteration)).is_dir():
         write_latest(point.run, point.iteration)
 
 
 def lock_folder(run: Path) -> IO[str] | None:
-    """Keep other processes from working in `run` until the returned file is closed, or this process ends.
+    """Lock `run` against other processes until the returned file is closed or this process ends.
 
-    A launcher that is killed may leave its workers running. File systems without locks go unguarded.
+    A killed launcher may leave its workers running. Without locks in the file system, there is only a warning.
 
     Raises:
-        InputError: another process works there.
+        InputError: another process holds the lock.
     """
     if fcntl is None:
         return None
     file = (run / ".lock").open("a+", encoding="utf-8")
-    # Else the lock lasts as long as a worker that outlives this process. Weakly: a file that nobody holds is closed.
+    # A forked worker must not keep the lock longer than this process. A weak reference, so that dropping it closes it.
     held = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
     try:
@@ -234,15 +229,10 @@ def _read_point(run: Path) -> ResumePoint:
 
 
 def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
-    """Write the state of all ranks, then let ``latest`` name it, then remove older states.
-
-    Args:
-        engine: the DeepSpeed engine; all ranks call together.
-        point: where the run is.
-        with_rng: write the generators too.
+    """Write the state of all ranks, then let ``latest`` name it, then remove older states; all ranks call together.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written to; the former state stays.
+        RunError: the files cannot be written; the former state stays.
     """
     folder, rank = point.folder, sgm.distributed.rank()
     engine.checkpoint_engine = checkpoint_engine()
@@ -263,14 +253,14 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
 
 
 def remove_other_states(run: Path, iteration: int) -> None:
-    """Remove the states of `run` that ``latest`` does not name: older ones, and one that was being written."""
+    """Remove the states of `run` other than that of `iteration`, incomplete ones included."""
     for other in (run / FOLDER).iterdir():
         if other.is_dir() and other.name != str(iteration):
             shutil.rmtree(other)
 
 
 def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
-    """Put the state into a fresh DeepSpeed engine; all ranks call together.
+    """Load the state into a new DeepSpeed engine; all ranks call together.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -280,15 +270,15 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         raise InputError(f"{point.folder} lacks {', '.join(missing)}; {_CURE}")
     engine.checkpoint_engine = checkpoint_engine()
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
-    # The learning rates of the present configuration, not those that the optimizer's state brought along.
+    # Loading the optimizer set the learning rates of the former configuration.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     rank = sgm.distributed.rank()
-    if with_rng and rank < point.world_size:  # ranks that there were not before draw anew
+    if with_rng and rank < point.world_size:  # additional ranks keep their fresh generators
         _restore_rng(_load(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
 
 
 def _load(path: Path, map_location: Any) -> Any:
-    """Read a file of the state, without running what is in it."""
+    """Read a file of the state with ``weights_only``."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -311,16 +301,13 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def checkpoint_engine() -> Any:
-    """Return what DeepSpeed writes and reads its files with: atomically, and without running what is in them."""
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    """Return a DeepSpeed checkpoint engine that writes files atomically and reads them with ``weights_only``."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    class SafeCheckpointEngine(CheckpointEngine):
-        def create(self, info: Any) -> None:
-            pass
-
+    class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
             with atomic_file(path) as temporary:
                 torch.save(state_dict, temporary)
@@ -328,8 +315,5 @@ def checkpoint_engine() -> Any:
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
                 return _load(Path(path), map_location)
-
-        def commit(self, info: Any) -> bool:
-            return True
 
     return SafeCheckpointEngine()

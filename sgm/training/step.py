@@ -1,6 +1,9 @@
-"""The module that DeepSpeed trains, and the engine around it."""
+"""One optimizer step: the engine that makes it, gradient norms, and what stops a run after it."""
 
+import signal
+import threading
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -8,17 +11,16 @@ import torch.distributed as dist
 from torch import nn
 
 import sgm.distributed
+from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-from sgm.weights.checkpoint import PREFIX
+
+logger = get_logger(__name__)
 
 
 class TrainingModule(nn.Module):
-    """Hold the network alone, so that text encoder and autoencoder are neither sharded nor saved with it.
+    """The network of an engine with its loss; text encoder and autoencoder are neither sharded nor saved with it.
 
     Its parameters have the names of the SAT checkpoint format (``model.diffusion_model.*``).
-
-    Args:
-        engine: the whole model.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine) -> None:
@@ -31,13 +33,13 @@ class TrainingModule(nn.Module):
         return self._losses(inputs)
 
 
-def counted(weights: Sequence[float]) -> list[int] | slice:
-    """Return the index of the samples that count; those of weight 0 only fill up, see `sgm.data.buckets.plan`."""
+def nonzero_index(weights: Sequence[float]) -> list[int] | slice:
+    """Return the index of samples with a weight; the others only fill a batch, see `sgm.data.buckets.plan`."""
     return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
 
 
 def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Return the mean of the losses (B,), each times its weight."""
+    """Return the mean over B of losses (B,) times weights."""
     if any(weight != 1 for weight in weights):
         losses = losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)
     return losses.mean()
@@ -46,13 +48,9 @@ def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 def start_deepspeed(
     module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, section: Mapping[str, Any]
 ) -> Any:
-    """Return the DeepSpeed engine that trains `module`.
+    """Return the DeepSpeed engine that trains `module`, which has its final precision.
 
-    Args:
-        module: in its precision, on its device (or on the CPU with ZeRO-3).
-        optimizer: over the trained parameters.
-        schedule: of the learning rate; stepped with the optimizer.
-        section: the checked ``deepspeed`` section.
+    The module is on the device of this rank, or with ZeRO-3 on the CPU. `section` is from `engine_config`.
     """
     sgm.distributed.prepare_deepspeed()
     import deepspeed
@@ -68,45 +66,87 @@ def start_deepspeed(
     return engine
 
 
-def writes_part() -> bool:
-    """Whether this rank writes what there is once: of the whole network, or of its part of the layers."""
-    return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
-
-
-def gather(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return the network's parameters by its own names, on the CPU, where `writes_part`; nothing on other ranks.
-
-    All ranks call it together: with ZeRO-3 each holds a piece of every parameter. Ranks that share layers get their
-    part of each layer, as files hold it.
-    """
-    import deepspeed
-
-    wanted, tensors = set(names), {}
-    for name, parameter in engine.module.named_parameters():
-        name = name.removeprefix(PREFIX)
-        if name in wanted:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if writes_part():
-                    tensors[name] = parameter.detach().cpu().clone()
-    return tensors
-
-
-def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
-    """Return the norm of the gradients before the step; None where DeepSpeed computes it (ZeRO, fp16, bf16)."""
+def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:
+    """Return the norm of all gradients; None with ZeRO, fp16 or bf16, where DeepSpeed computes it in the step."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     with_gradient = [p for p in engine.module.parameters() if p.grad is not None]
-    divided, whole = (
-        nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_divided])
-        for is_divided in (True, False)
+    sharded, whole = (
+        nn.utils.get_total_norm([p.grad for p in with_gradient if vars(p).get("model_parallel", False) is is_sharded])
+        for is_sharded in (True, False)
     )
-    squares = divided.square().to(sgm.distributed.device())  # the norm of nothing lies on the CPU
+    squares = sharded.square().to(sgm.distributed.device())  # the norm of no tensors is on the CPU
     if (group := sgm.distributed.tensor_group()) is not None:
         dist.all_reduce(squares, group=group)
     return (squares + whole.square().to(squares.device)).sqrt()
 
 
-def gradient_norm(engine: Any, plain: torch.Tensor | None) -> float:
-    """Return the norm of the last step's gradients over all ranks, before clipping; not finite after an overflow."""
-    norm = engine.get_global_grad_norm() if plain is None else plain
+def gradient_norm_after_step(engine: Any, before: torch.Tensor | None) -> float:
+    """Return the norm of the last step's gradients before clipping; not finite after an overflow.
+
+    `before` is the result of `gradient_norm_before_step`.
+    """
+    norm = engine.get_global_grad_norm() if before is None else before
     return float("nan") if norm is None else float(norm)
+
+
+class StopSignals:
+    """Context in which SIGTERM and SIGINT ask the run to stop after the step; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: name of the signal; empty before one came.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        logger.warning("%s: finishing this step, then saving; interrupt again to stop at once", self.received)
+
+
+class StepFlags:
+    """Flags of all ranks, known before the optimizer steps: a loss is not finite; a rank is asked to stop.
+
+    They are reduced and copied to the host during the backward pass, so that reading them does not stall the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flags = torch.zeros(2, device=device)
+        self._host = torch.zeros(2, pin_memory=device.type != "cpu")
+        self._event = torch.Event(device) if device.type != "cpu" else None
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Check the losses (B,) of a micro-batch."""
+        bad = (~torch.isfinite(losses.detach())).any().float()
+        self._flags[0] = torch.maximum(self._flags[0], bad)
+
+    def start_all_reduce(self, *, stop: bool) -> None:
+        """Start to all-reduce the flags; all ranks call it before the last backward pass of a step."""
+        self._flags[1] = float(stop)
+        sgm.distributed.all_reduce_(self._flags, largest=True)
+        self._host.copy_(self._flags, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[bool, bool]:
+        """Return and reset the flags: a loss is not finite, a rank is asked to stop."""
+        if self._event is not None:
+            self._event.synchronize()
+        bad, stop = self._host.bool().tolist()
+        self._flags.zero_()
+        return bad, stop

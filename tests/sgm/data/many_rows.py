@@ -18,7 +18,8 @@ import check_dataset  # noqa: E402
 from sgm.config.load import load_config  # noqa: E402
 from sgm.data.loader import SampleStream, make_loader  # noqa: E402
 from sgm.data.order import TrainingOrder  # noqa: E402
-from sgm.training.data import open_data, usable_data  # noqa: E402
+from sgm.training.bad_clips import usable_data  # noqa: E402
+from sgm.training.inputs.clips import open_data  # noqa: E402
 
 
 def memory(kind: str) -> int:

@@ -11,11 +11,11 @@ from benchmarks.models import NetworkSize, build_network, build_vae, network_sec
 from sgm.config.load import load_config
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.metrics import read_metrics
-from sgm.training.optimizer import make_optimizer
+from sgm.training.optim.optimizer import make_optimizer
+from sgm.training.optim.schedule import LearningRate
+from sgm.training.optim.trainable import choose_trainable
 from sgm.training.run import train
-from sgm.training.schedule import LearningRate
 from sgm.training.step import TrainingModule, start_deepspeed
-from sgm.training.trainable import choose_trainable
 from sgm.util import instantiate_from_config
 from sgm.weights.checkpoint import save_autoencoder, save_network
 

@@ -259,7 +259,7 @@ def test_five_broken_clips_of_twenty_are_named_and_left_out(job, twenty_clips, m
     report = json.loads((summary.folder / "data_check.json").read_text())
     assert report["summary"]["bad"] == 5
     assert {row["path"] for row in report["rows"] if row["problems"]} == set(broken.values())
-    reasons = json.loads((summary.folder / "excluded_clips.json").read_text())
+    reasons = json.loads((summary.folder / "bad_clips.json").read_text())["at_start"]
     assert reasons.keys() == set(broken.values()) and all(reasons.values())
     assert "frames per second" in reasons[broken["odd rate"]]
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["quarantined_clips"] == 5
@@ -325,8 +325,9 @@ def test_a_clip_that_breaks_when_it_is_decoded_is_replaced_and_named(job, breaks
     data = [f"args.train_data=[{folder}]", "args.valid_data=null", f"args.num_workers={num_workers}"]
     summary = job(LORA, *data, "args.train_iters=6", "args.log_interval=4")
     assert summary.iteration == 6
-    assert json.loads((summary.folder / "excluded_clips.json").read_text()) == {}, "it looks well"
-    reasons = json.loads((summary.folder / "quarantine.json").read_text())
+    bad_clips = json.loads((summary.folder / "bad_clips.json").read_text())
+    assert bad_clips["at_start"] == {}, "it looks well"
+    reasons = bad_clips["in_training"]
     assert list(reasons) == [bad] and "damaged" in reasons[bad]
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["quarantined_clips"] == 1
 
@@ -342,13 +343,13 @@ def test_clips_that_break_later_count_against_the_allowed_share(job, breaks_when
     assert bad in str(caught.value) and "args.max_bad_share=0.2" in str(caught.value)
 
 
-def test_a_resumed_run_remembers_what_it_quarantined(job, breaks_when_decoded):
+def test_a_resumed_run_remembers_its_bad_clips(job, breaks_when_decoded):
     folder, bad = breaks_when_decoded
     data = [f"args.train_data=[{folder}]", "args.valid_data=null", "args.train_iters=6"]
     first = job(LORA, *data, "args.exit_interval=5").folder
-    assert list(json.loads((first / "quarantine.json").read_text())) == [bad]
+    assert list(json.loads((first / "bad_clips.json").read_text())["in_training"]) == [bad]
     job(LORA, *data, "args.resume=auto")
-    assert list(json.loads((first / "quarantine.json").read_text())) == [bad]
+    assert list(json.loads((first / "bad_clips.json").read_text())["in_training"]) == [bad]
     assert read_metrics(first / "metrics.jsonl")[-1]["quarantined_clips"] == 1
 
 

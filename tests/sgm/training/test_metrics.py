@@ -22,7 +22,7 @@ def write(folder, *iterations: int, loss: float = 0.5, **changes) -> None:
     run.close()
 
 
-def test_a_line_is_in_the_file_at_once(tmp_path):
+def test_a_line_is_written_immediately(tmp_path):
     run = metrics(tmp_path)
     run.log(2, {"loss": 0.25, "lr": 1e-4})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 2, "loss": 0.25, "lr": 1e-4}
@@ -40,7 +40,7 @@ def test_every_line_is_strict_json(tmp_path):
     assert [json.loads(line, parse_constant=refuse)["loss"] for line in lines] == [None, None]
 
 
-def test_resuming_drops_the_iterations_that_come_again(tmp_path):
+def test_resuming_removes_lines_of_repeated_iterations(tmp_path):
     write(tmp_path, 1, 2, 3, 4, loss=1.0)
     write(tmp_path, 3, 4, loss=2.0, resume_from=2)
     assert [(x["iteration"], x["loss"]) for x in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -54,7 +54,7 @@ def test_resuming_drops_the_iterations_that_come_again(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"iteration": 3, "lo', '{"iteration": 3}x', "12", '{"loss": 1}', "\0\0\0"])
-def test_a_half_written_line_does_no_harm(tmp_path, torn):
+def test_an_incomplete_line_is_skipped(tmp_path, torn):
     write(tmp_path, 1, 2)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + torn)
@@ -62,7 +62,7 @@ def test_a_half_written_line_does_no_harm(tmp_path, torn):
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_full_disk_is_told(tmp_path, small_disk):
+def test_a_full_disk_is_reported(tmp_path, small_disk):
     run = metrics(tmp_path)
     with small_disk(8), pytest.raises(RunError, match=r"metrics\.jsonl"):
         run.log(1, {"loss": 1.0})
@@ -80,7 +80,7 @@ def test_the_bar_shows_the_latest_values(tmp_path, monkeypatch, capsys):
     assert "loss=0.1235" in shown and "lr=1.00e-04" in shown and "GiB=2.0" in shown
 
 
-def test_wandb_is_left_alone_unless_asked(tmp_path, monkeypatch):
+def test_wandb_is_not_imported_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     write(tmp_path, 1)
     with pytest.raises(InputError, match="pip install wandb"):
@@ -106,7 +106,7 @@ def test_losses_by_quarter_of_the_timesteps():
     assert quarters.values() == {}
 
 
-def test_counting_keeps_no_graph():
+def test_summed_losses_keep_no_graph():
     quarters = LossByQuarter(torch.device("cpu"))
     quarters.add(torch.tensor([0]), torch.tensor([1.0], requires_grad=True))
     kept = []
@@ -132,14 +132,14 @@ def test_quarters_are_reduced_over_ranks():
     assert ranks[0].values()["loss"] == 3.0
 
 
-def test_smoothing_keeps_a_constant_and_weighs_by_span():
+def test_smoothing_keeps_a_constant_and_follows_its_span():
     assert smooth([2.0] * 50, 10) == pytest.approx([2.0] * 50)
     assert smooth([1.0, 5.0, 3.0], 1) == [1.0, 5.0, 3.0]
     assert smooth([0.0, 3.0], 2) == pytest.approx([0.0, 2.0])
     assert smooth([], 5) == []
 
 
-def test_the_curve_is_drawn_from_the_file_alone(tmp_path):
+def test_the_curve_is_drawn_from_the_file(tmp_path):
     run = metrics(tmp_path)
     for iteration in range(1, 11):
         run.log(iteration, {"loss": 1 / iteration if iteration != 4 else float("nan"), "lr": 1e-4})

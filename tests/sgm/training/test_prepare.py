@@ -1,4 +1,4 @@
-"""What is found before weights are read, and the report of ``--check``."""
+"""Checks before weights are read, and the report of ``--check``."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ def plan(training_yaml, tmp_path):
     return make
 
 
-def test_the_plan_says_what_will_happen(plan, tmp_path):
+def test_the_report_of_a_plan(plan, tmp_path):
     found = plan(LORA, "args.train_iters=null", "args.epochs=3", "deepspeed.gradient_accumulation_steps=2")
     assert (found.global_batch, found.total_iters, found.resume) == (4, 6, None)
     rows = dict(line.split("  ", 1) for line in found.report.splitlines())
@@ -37,7 +37,7 @@ def test_the_plan_says_what_will_happen(plan, tmp_path):
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
 
-def test_an_incomplete_epoch_is_completed(plan):
+def test_epochs_are_rounded_up_to_whole_steps(plan):
     assert (
         plan(LORA, "args.train_iters=null", "args.epochs=1", "deepspeed.train_micro_batch_size_per_gpu=3").total_iters
         == 3
@@ -65,7 +65,7 @@ def test_an_incomplete_epoch_is_completed(plan):
         (FULL, ["args.eval_interval=1", "args.valid_data=null"], "args.eval_interval", "nothing to evaluate on"),
     ],
 )
-def test_what_cannot_be_is_told_with_its_key(plan, name, overrides, path, message):
+def test_a_wrong_value_is_reported_with_its_key(plan, name, overrides, path, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plan(name, *overrides)
     assert any(problem.path.startswith(path) or path in problem.path for problem in caught.value.problems)
@@ -89,14 +89,14 @@ def test_parameters_of_the_optimizer_are_checked_before_weights_are_read(plan, p
         plan(FULL, "deepspeed.optimizer.type=AdamW", f"deepspeed.optimizer.params={params}")
 
 
-def test_all_problems_come_at_once(plan):
+def test_all_problems_are_reported_together(plan):
     overrides = ["args.load=nowhere", "args.train_data=[nothing]", "deepspeed.optimizer.type=torch.optim.Nothing"]
     with pytest.raises(ConfigError) as caught:
         plan(LORA, *overrides)
     assert {"args.load", "args.train_data", "deepspeed.optimizer"} <= {p.path for p in caught.value.problems}
 
 
-def test_wandb_that_is_not_installed_is_told_before_a_run_folder_is_made(training_yaml, tmp_path, monkeypatch):
+def test_missing_wandb_is_reported_before_a_run_folder_is_made(training_yaml, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     command = [
         "--base",
@@ -117,12 +117,12 @@ def test_the_check_prints_the_report_and_writes_nothing(training_yaml, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_input_ends_with_code_two(training_yaml, tmp_path, capsys):
+def test_wrong_input_exits_with_two(training_yaml, tmp_path, capsys):
     assert main(["--base", *training_yaml(LORA), f"args.save={tmp_path / 'runs'}", "args.load=nowhere"]) == 2
     assert "args.load" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_goes_on_is_named(plan, training_yaml, tmp_path):
+def test_a_resumed_run_is_named(plan, training_yaml, tmp_path):
     overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=4", "args.exit_interval=1"]
     folder = train(load_config(training_yaml(LORA), overrides, mode="train")).folder
     found = plan(LORA, "args.train_iters=4", "args.resume=auto")

@@ -1,4 +1,4 @@
-"""What a save leaves behind when the run is killed, whenever that is."""
+"""Checkpoints of runs that are killed at random moments."""
 
 import json
 import random
@@ -22,7 +22,7 @@ LORA = "dit_t2v_5b_lora"
 
 @dataclass
 class Harvest:
-    """What many kills found.
+    """Observations of many kills.
 
     Attributes:
         inside: kills that hit a save: files that were being written, or a state without a name, were left.
@@ -58,7 +58,7 @@ def kill_at_random(training, folder: Path, delay: float) -> bool:
 
 
 def inspect(folder: Path, harvest: Harvest) -> None:
-    """Load what a killed run left."""
+    """Load the newest checkpoint of a killed run."""
     (run,) = folder.iterdir()
     temporary = [path for path in run.rglob(".*") if path.is_file() and path.name != ".lock"]
     names = {path.name for path in (run / "resume").glob("*") if path.is_dir()} if (run / "resume").is_dir() else set()

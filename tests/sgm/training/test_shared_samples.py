@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import sgm.distributed
 from sgm.config.load import ConfigError, load_config
 from sgm.models.video_diffusion import TrainingInputs
-from sgm.training import build, inputs
+from sgm.training import build
+from sgm.training.inputs import shared
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.weights.files import find_weights, read_tensors
@@ -231,9 +232,9 @@ def test_only_the_first_rank_of_a_sample_reads_and_encodes(second_of_two):
 
     made = TrainingInputs(torch.zeros(1), {}, torch.zeros(1), torch.zeros(1))
     second_of_two += [{"number": [3]}, made]
-    batch = inputs.shared_batch(Engine(), read)  # pyright: ignore[reportArgumentType] (a stand-in)
+    batch = shared.shared_batch(Engine(), read)  # pyright: ignore[reportArgumentType] (a stand-in)
     assert batch == {"number": [3]}
-    found = inputs.shared_inputs(Engine(), batch, [torch.Generator()])  # pyright: ignore[reportArgumentType]
+    found = shared.shared_inputs(Engine(), batch, [torch.Generator()])  # pyright: ignore[reportArgumentType]
     assert found is made
     assert build._loader(None, None, None, 0, None) == ()  # pyright: ignore[reportArgumentType] (not looked at)
 
@@ -267,7 +268,7 @@ def test_the_batch_counts_each_sample_once(plan):
         (
             ["args.model_parallel_size=2", zero(0), "args.bf16=true"],
             "deepspeed.zero_optimization.stage",
-            "leaves divided",
+            "leaves tensor-parallel layers",
         ),
         (["model.first_stage_config.params.cp_size=2"], "model.first_stage_config.params.cp_size", "size=2"),
         (["args.sequence_parallel_size=2", "model.first_stage_config.params.cp_size=4"], "args", "differ"),

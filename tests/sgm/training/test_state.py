@@ -1,4 +1,4 @@
-"""Where a run goes on, and who may."""
+"""Resume points and the lock of a run folder."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_auto_takes_the_run_that_saved_last(tmp_path):
     assert find_resume_point(arguments(save=str(tmp_path), experiment_name="x")) is None
 
 
-def test_characters_of_patterns_may_stand_in_a_name(tmp_path):
+def test_a_name_may_contain_pattern_characters(tmp_path):
     saved(tmp_path / "ab-01-01-10-00", 1, at=1000)
     assert find_resume_point(arguments(save=str(tmp_path), experiment_name="a*", resume="auto")) is None
     run = saved(tmp_path / "a[1]-01-01-10-00", 2, at=1000)
@@ -58,21 +58,21 @@ def test_characters_of_patterns_may_stand_in_a_name(tmp_path):
     assert point is not None and point.run == run
 
 
-def test_auto_leaves_experiments_alone_whose_names_begin_alike(tmp_path):
+def test_auto_ignores_experiments_with_a_common_prefix(tmp_path):
     own = saved(tmp_path / "toy-01-01-10-00-1", 1, at=1000)
     saved(tmp_path / "toy-lora-01-01-10-00", 2, at=2000)
     point = find_resume_point(arguments(save=str(tmp_path), experiment_name="toy", resume="auto"))
     assert point is not None and point.run == own
 
 
-def test_a_path_names_any_run(tmp_path):
+def test_a_path_selects_any_run(tmp_path):
     run = saved(tmp_path / "anything", 4, at=1000)
     point = find_resume_point(arguments(resume=str(run)))
     assert point is not None and point.run == run
 
 
 @pytest.mark.parametrize("content", ["", "next", "8"])
-def test_a_name_that_leads_nowhere_is_told(tmp_path, content):
+def test_a_broken_latest_file_is_reported(tmp_path, content):
     run = saved(tmp_path / "run", 4, at=1000)
     (run / "resume" / "latest").write_text(content)
     with pytest.raises(InputError, match="the resume state cannot be read"):
@@ -90,14 +90,14 @@ def test_a_name_that_leads_nowhere_is_told(tmp_path, content):
         ({"base_digest": None}, "args.load"),
     ],
 )
-def test_what_a_state_does_not_fit_to_is_named(change, key):
+def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
     with pytest.raises(ConfigError) as caught:
         POINT.check(dataclasses.replace(POINT, **change))
     (problem,) = caught.value.problems
     assert problem.path == key and "args.resume=none" in str(caught.value)
 
 
-def test_other_clips_are_warned_about(caplog):
+def test_other_clips_give_a_warning(caplog):
     with caplog.at_level("WARNING"):
         POINT.check(POINT)
         assert not caplog.messages
@@ -105,14 +105,14 @@ def test_other_clips_are_warned_about(caplog):
     assert "the training clips are not those" in caplog.text
 
 
-def test_the_number_of_ranks_matters_where_they_share_the_state():
+def test_the_number_of_ranks_matters_only_for_sharded_state():
     POINT.check(dataclasses.replace(POINT, world_size=1))
     sharded = dataclasses.replace(POINT, zero_stage=2)
     with pytest.raises(ConfigError, match="written with world size 2, and now it is 1"):
         sharded.check(dataclasses.replace(sharded, world_size=1))
 
 
-def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+def test_a_run_folder_is_locked_to_one_process(tmp_path):
     lock = lock_folder(tmp_path)
     assert lock is not None
     with pytest.raises(InputError, match=f"is in use by process {os.getpid()}"):
@@ -127,7 +127,7 @@ def start(training_yaml, folder: Path, *overrides):
     return train(load_config(training_yaml(LORA), [f"args.save={folder}", *overrides], mode="train"))
 
 
-def test_without_zero_a_run_goes_on_with_more_ranks(training_yaml, tmp_path):
+def test_without_zero_a_run_resumes_with_more_ranks(training_yaml, tmp_path):
     straight = start(training_yaml, tmp_path / "straight", "args.train_iters=3").folder
     run = start(training_yaml, tmp_path / "runs", "args.train_iters=3", "args.exit_interval=1").folder
     overrides = [
@@ -141,7 +141,7 @@ def test_without_zero_a_run_goes_on_with_more_ranks(training_yaml, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
 
 
-def test_what_a_kill_left_half_written_is_removed(training_yaml, tmp_path):
+def test_incomplete_files_of_a_killed_run_are_removed(training_yaml, tmp_path):
     run = start(training_yaml, tmp_path, "args.train_iters=2", "args.exit_interval=1").folder
     left = [run / "1" / ".mp_rank_00_model_states.1-ab.pt", run / "2" / ".mp_rank_00_model_states.1-ab.pt"]
     for path in left:
@@ -151,7 +151,7 @@ def test_what_a_kill_left_half_written_is_removed(training_yaml, tmp_path):
     assert not any(path.exists() for path in left)
 
 
-def test_weights_that_were_saved_ahead_of_the_state_are_saved_anew(training_yaml, tmp_path):
+def test_weights_newer_than_the_state_are_replaced(training_yaml, tmp_path):
     """A kill between the two; what is there is replaced, and counts for args.keep_last."""
     run = start(training_yaml, tmp_path, "args.train_iters=3", "args.exit_interval=1").folder
     (run / "2").mkdir()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sgm.distributed
-from sgm.training.optimizer import EmaAdamW
+from sgm.training.optim.optimizer import EmaAdamW
 
 BLOCKS, DIM = 16, 128
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")

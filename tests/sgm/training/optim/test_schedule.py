@@ -1,16 +1,21 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from sgm.training.schedule import LearningRate, lr_at
+from sgm.training.optim.schedule import LearningRate, lr_factor
 
 RUN = {"base_lr": 2.0, "train_iters": 100, "warmup": 0.1}
 STYLES = ["linear", "cosine", "constant", "exponential"]
 
 
+def lr_at(iteration: int, *, base_lr: float, **settings) -> float:
+    return base_lr * lr_factor(iteration, **settings)
+
+
 @pytest.mark.parametrize("style", STYLES)
-def test_the_warmup_rises_in_a_straight_line_to_the_whole_rate(style):
+def test_the_warmup_is_linear(style):
     rates = [lr_at(n, decay_style=style, **RUN) for n in (1, 5, 10)]
     assert rates == pytest.approx([0.2, 1.0, 2.0])
 
@@ -30,7 +35,7 @@ def test_cosine_follows_the_formula_of_the_reference():
     assert lr_at(500, decay_style="cosine", decay_ratio=0.1, **RUN) == pytest.approx(0.2)
 
 
-def test_exponential_loses_the_same_share_in_every_iteration_down_to_the_ratio():
+def test_exponential_falls_by_a_constant_factor_to_the_ratio():
     rates = [lr_at(n, decay_style="exponential", decay_ratio=0.01, **RUN) for n in range(10, 111)]
     assert rates[0] == pytest.approx(2.0) and rates[50] == pytest.approx(0.2) and rates[-1] == pytest.approx(0.02)
     shares = [after / before for before, after in zip(rates, rates[1:], strict=False)]
@@ -53,7 +58,7 @@ def test_auto_warmup_holds_the_first_iterations_at_five_percent():
     assert lr_at(60, base_lr=1.0, train_iters=60, warmup=0, auto_warmup_iters=100) == 0
 
 
-def test_without_warmup_the_first_update_is_not_lost():
+def test_without_warmup_the_first_update_has_a_rate():
     assert lr_at(1, base_lr=1.0, train_iters=4, warmup=0) == pytest.approx(0.75)
 
 
@@ -61,27 +66,41 @@ def optimizer(*rates: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
 
 
-def test_every_group_keeps_its_scale():
+def test_every_group_has_its_own_base_rate():
     groups = optimizer(1.0, 0.1)
-    schedule = LearningRate(groups, train_iters=10, warmup=0.2)
+    schedule = LearningRate(groups, partial(lr_factor, train_iters=10, warmup=0.2))
     seen = []
     for _ in range(10):
         seen.append(schedule.get_last_lr())
+        groups.step()
         schedule.step()
     assert [rates[0] for rates in seen] == [lr_at(n, base_lr=1.0, train_iters=10, warmup=0.2) for n in range(1, 11)]
     assert [rates[1] for rates in seen] == pytest.approx([rates[0] / 10 for rates in seen])
 
 
-def test_a_resumed_schedule_goes_on_exactly():
+def test_a_resumed_schedule_continues_exactly():
     straight, first, second = optimizer(1.0), optimizer(1.0), optimizer(1.0)
     settings = {"train_iters": 20, "decay_style": "cosine", "auto_warmup_iters": 3}
-    whole, half, rest = (LearningRate(one, **settings) for one in (straight, first, second))
+    whole, half, rest = (LearningRate(one, partial(lr_factor, **settings)) for one in (straight, first, second))
     for _ in range(7):
+        straight.step()
+        first.step()
         whole.step()
         half.step()
     second.param_groups[0]["lr"] = 123.0  # as loading the optimizer's state may leave it
     rest.load_state_dict(half.state_dict())
     for _ in range(13):
         assert rest.get_last_lr() == whole.get_last_lr() == [straight.param_groups[0]["lr"]]
+        straight.step()
+        second.step()
         whole.step()
         rest.step()
+
+
+def test_a_resumed_schedule_follows_the_new_base_rate():
+    former, now = (LearningRate(optimizer(rate), partial(lr_factor, train_iters=10, warmup=0)) for rate in (1.0, 0.5))
+    former.optimizer.step()
+    former.step()
+    now.load_state_dict(former.state_dict())
+    assert former.state_dict() == {"iteration": 1}
+    assert now.get_last_lr() == [0.5 * 0.8] == [group["lr"] for group in now.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Clips divided among buckets: their sizes, found on rank zero, and the plan that all ranks share."""
+"""The division of clips among buckets: sizes read on rank zero, the same plan on all ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from sgm.data.buckets.assign import NOWHERE, PATH, ClipSizes, clip_sizes
 from sgm.data.buckets.plan import BucketPlan, Division
 from sgm.data.cache import TOOL, listed
 from sgm.data.order import TrainingOrder
-from sgm.training.data import Data
+from sgm.training.inputs.clips import Data
 from sgm.training.state import ResumePoint
 from sgm.util import InputError
 
@@ -19,18 +19,12 @@ _NEEDED = ("clip_infos", "fps", "skip", "sample", "paths")
 
 
 def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[BucketPlan, dict[str, str]]:
-    """Return which samples every rank takes at a time, and path → reason of clips that cannot be read.
+    """Return the samples of every micro-batch, and path → reason of clips that cannot be read.
 
-    All ranks call together; rank zero reads what is not known yet of the clips.
-
-    Args:
-        data: the training clips.
-        division: of the buckets.
-        args: with ``seed`` and ``train_data_weights``.
+    All ranks call together; rank zero opens clips whose sizes are unknown.
 
     Raises:
-        InputError: the data set does not offer what buckets need, no clip fits any of them, or a cache has clips at
-            other shapes.
+        InputError: a data set lacks the interface of buckets, no clip fits one, or a cache has clips at other shapes.
     """
     for dataset in data.train:
         missing = [name for name in _NEEDED if not hasattr(dataset, name)]
@@ -39,10 +33,7 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
                 f"{PATH} needs a data set with {', '.join(missing)}, which {type(dataset).__name__} lacks; see "
                 "data_video.SFTDataset, or remove the buckets"
             )
-    found: tuple[ClipSizes, dict[str, str]] | None = None
-    if sgm.distributed.rank() == 0:
-        found = _sizes(data.train)
-    sizes, unreadable = sgm.distributed.broadcast_from_rank_zero(found)
+    sizes, unreadable = sgm.distributed.run_on_rank_zero(lambda: _sizes(data.train))
     order = TrainingOrder([len(dataset) for dataset in data.train], seed=args.seed, weights=args.train_data_weights)
     buckets = BucketPlan(order, division, sizes)
     _require_cached(data.train, buckets)
@@ -50,7 +41,7 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
 
 
 def _require_cached(datasets: Sequence[Any], buckets: BucketPlan) -> None:
-    """Check that those that come from a cache have each clip at the shape of its bucket, which no epoch changes."""
+    """Check that caches have each clip at the shape of its bucket."""
     names = [*map(str, buckets.division.buckets.buckets)]
     shapes = [None if index == NOWHERE else names[index] for index in buckets.bucket_of_clips(0).tolist()]
     found, start = [], 0
@@ -66,15 +57,10 @@ def _require_cached(datasets: Sequence[Any], buckets: BucketPlan) -> None:
 
 
 def require_same_plan(point: ResumePoint, buckets: BucketPlan, unreadable: Mapping[str, str]) -> None:
-    """Check that the micro-batches that a state counts are those of now.
-
-    Args:
-        point: of the state.
-        buckets: of now.
-        unreadable: path → reason of clips that cannot be read now.
+    """Check that a resume state counts the micro-batches of the present plan.
 
     Raises:
-        InputError: they are not.
+        InputError: it does not; lists the `unreadable` clips (path → reason), a possible cause.
     """
     if point.plan == buckets.digest:
         return
@@ -102,7 +88,7 @@ def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
     """Return the optimizer steps of the whole run.
 
     Raises:
-        InputError: there is none.
+        InputError: it has none.
     """
     if args.train_iters is not None:
         return args.train_iters
@@ -118,7 +104,7 @@ def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
 
 
 def bucket_report(buckets: BucketPlan, args: TrainingArgs) -> str:
-    """Return the table of the buckets, and how long an epoch and the run are."""
+    """Return the table of the buckets, and the lengths of an epoch and of the run."""
     total = total_steps(buckets, args)
     samples = buckets.samples_before(total * buckets.division.accumulation)
     return f"{buckets.table()}\n{buckets.steps(1):,} iterations an epoch; {total:,} in all, on {samples:,} samples"

@@ -1,4 +1,4 @@
-"""Encoded clips and captions from disk: what decides about them, and how training takes them."""
+"""Caches of encoded clips and captions: what their content depends on, and how training opens them."""
 
 import hashlib
 import json
@@ -20,25 +20,25 @@ from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.geometry import Geometry
-from sgm.training.data import Data
+from sgm.training.inputs.clips import Data
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.files import weights_digest
 
-# Parameters of the autoencoder without effect on what it encodes.
+# Parameters of the autoencoder without effect on its encoder.
 _NOT_ENCODING = ("ckpt_path", "ignore_keys", "cp_size", "decoder_config", "loss_config", "monitor", "input_key")
-_NEEDED = ("cached", "cache_keys", "random_flip", "reshape_mode")  # of a data set
+_NEEDED = ("cached", "cache_keys", "random_flip", "reshape_mode")  # attributes of a data set
 
 
 @dataclass(frozen=True)
 class Caches:
-    """What a run need not encode.
+    """The caches of a run, each None if it has none.
 
     Attributes:
-        latents: moments of the training clips, or None.
-        images: moments of the pictures that image-to-video starts from, or None.
-        text: embeddings of the training captions, or None.
-        vae: why the autoencoder is loaded all the same; empty where it is not.
-        text_encoder: why the text encoder is.
+        latents: moments of the training clips.
+        images: moments of the first frames for image-to-video.
+        text: embeddings of the training captions.
+        vae: why the autoencoder is loaded; empty if it is not.
+        text_encoder: why the text encoder is loaded; empty if it is not.
     """
 
     latents: CachedTensors | None
@@ -48,7 +48,7 @@ class Caches:
     text_encoder: str
 
     def report(self) -> dict[str, str]:
-        """Return lines for the report of a run: what they are about, and the text."""
+        """Return rows for the report of a run: name → text."""
         rows = {}
         if self.latents is not None:
             rows["latents"] = _line(self.latents, "clips", "VAE", self.vae)
@@ -67,18 +67,13 @@ def _line(cache: CachedTensors, items: str, encoder: str, reason: str) -> str:
 def open_latents(
     config: Config, data: Data, dtype: torch.dtype
 ) -> tuple[Data, CachedTensors | None, CachedTensors | None]:
-    """Open ``args.latent_cache``, and hold it against the configuration.
-
-    Args:
-        config: of a training run.
-        data: its clips.
-        dtype: of the network.
+    """Open ``args.latent_cache`` and check it against the configuration.
 
     Returns:
-        The data, whose training clips come from the cache; it; and the one of images, where there is one to use.
+        The data with training clips from the cache, the cache of clips, and that of first frames (None without).
 
     Raises:
-        InputError: the cache is missing, not finished, or made for something else; or clips are not alike each time.
+        InputError: the cache is missing, unfinished, or of another configuration; or clips vary between epochs.
     """
     assert isinstance(config.args, TrainingArgs)
     if config.args.latent_cache is None:
@@ -88,12 +83,12 @@ def open_latents(
     require_repeatable(config, data.train)
     latents = CachedTensors(config.args.latent_cache, "latents")
     keys = [dataset.cache_keys() for dataset in data.train]
-    latents.require(_all(keys), clip_source(config, data.train[0], dtype, "latents"))
+    latents.require(_values(keys), clip_source(config, data.train[0], dtype, "latents"))
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
     if has_image and (latents.folder / "images.json").is_file():
         images = CachedTensors(latents.folder, "images")
         image_keys = [dataset.cache_keys(images=True) for dataset in data.train]
-        images.require(_all(image_keys), clip_source(config, data.train[0], dtype, "images"))
+        images.require(_values(image_keys), clip_source(config, data.train[0], dtype, "images"))
     train = tuple(
         dataset.cached(latents, of_clips, images=images, image_keys=of_images, first_frames=has_image)
         for dataset, of_clips, of_images in zip(data.train, keys, image_keys, strict=True)
@@ -101,19 +96,15 @@ def open_latents(
     return replace(data, train=train), latents, images
 
 
-def _all(keys: Sequence[Mapping[str, str]]) -> list[str]:
+def _values(keys: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for of_one in keys for key in of_one.values()]
 
 
 def open_text(config: Config, data: Data) -> CachedTensors | None:
-    """Open ``args.text_cache``, and hold it against the configuration.
-
-    Args:
-        config: of a training run.
-        data: its clips.
+    """Open ``args.text_cache`` and check it against the configuration and the captions of `data`.
 
     Raises:
-        InputError: the cache is missing, not finished, or made for something else.
+        InputError: the cache is missing, unfinished, or of another configuration.
     """
     assert isinstance(config.args, TrainingArgs)
     if config.args.text_cache is None:
@@ -125,10 +116,10 @@ def open_text(config: Config, data: Data) -> CachedTensors | None:
 
 
 def require_repeatable(config: Config, datasets: Sequence[Any]) -> None:
-    """Check that a data set shows each clip alike every time, and tells what a cache must know.
+    """Check that data sets give the same tensor for a clip in every epoch, and have the interface of caches.
 
     Raises:
-        InputError: it does not; the message says what to change.
+        InputError: they do not; says what to change.
     """
     for dataset in datasets:
         if missing := [name for name in _NEEDED if not hasattr(dataset, name)]:
@@ -160,10 +151,9 @@ def _buckets(config: Config) -> Buckets | None:
 
 
 def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | str | None]:
-    """Return what is encoded of each clip, by path; with buckets, those that no index knows are read.
+    """Return path → shape (F, H, W) of each clip; None if it fits no bucket, or the reason why it cannot be read.
 
-    Returns:
-        (F, H, W); None where the clip fits no bucket; or why it cannot be read.
+    With buckets, clips whose sizes are not in the index are opened.
     """
     buckets, keys = _buckets(config), dataset.cache_keys()
     if buckets is None:
@@ -180,13 +170,9 @@ def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | 
 
 
 def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
-    """Return what decides about the moments of a clip, or of the picture that it starts from.
+    """Return everything that the moments of clips or first frames depend on, beside the clips.
 
-    Args:
-        config: of a training run.
-        dataset: one of its data sets; their parameters are the same.
-        dtype: of the network.
-        kind: ``latents`` or ``images``.
+    Any data set of the run will do as `dataset`: all have the same parameters. `dtype` is that of the network.
     """
     section = config.model["first_stage_config"]
     params = params_of(section)
@@ -205,7 +191,7 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
 
 
 def _rules(buckets: Buckets) -> Any:
-    """Return what decides about the bucket of a clip, as JSON has it."""
+    """Return what the bucket of a clip depends on, for JSON."""
     if not isinstance(buckets, ClassBuckets):
         return [str(bucket) for bucket in buckets.buckets]
     return {
@@ -231,7 +217,7 @@ def text_encoder_of(conditioner: Any) -> FrozenT5Embedder:
 
 
 def text_source(conditioner: Any) -> dict[str, Any]:
-    """Return what decides about embeddings of captions; see `clip_source`."""
+    """Return everything that embeddings of captions depend on."""
     encoder = text_encoder_of(conditioner)
     digests = [weights_digest(shard) for shard in encoder.folder.shards]
     return {
@@ -245,10 +231,10 @@ def text_source(conditioner: Any) -> dict[str, Any]:
 
 
 def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
-    """Return all texts that training may ask for: the empty one, what stands for a dropped one, and the captions.
+    """Return the texts that training encodes: the captions, the empty one, and that of dropped captions.
 
     Raises:
-        InputError: a data set does not tell its captions.
+        InputError: a data set has no captions.
     """
     if lacking := [type(dataset).__name__ for dataset in datasets if not hasattr(dataset, "captions")]:
         raise InputError(f"{lacking[0]} has no captions, which a text cache needs; see data_video.SFTDataset")
@@ -257,8 +243,8 @@ def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
     return list(dict.fromkeys(["", *dropped, *captions]))
 
 
-def needs(config: Config, latents: Any, images: Any, text: Any) -> tuple[str, str]:
-    """Return why autoencoder and text encoder are loaded, given these caches; empty where they are not."""
+def reasons_to_load(config: Config, latents: Any, images: Any, text: Any) -> tuple[str, str]:
+    """Return why autoencoder and text encoder are loaded, given these caches; empty if they are not."""
     assert isinstance(config.args, TrainingArgs)
     if config.args.eval_interval is not None:
         return "evaluation samples videos", "evaluation samples videos"

@@ -5,13 +5,13 @@ import threading
 import pytest
 import torch
 
-from sgm.training.watch import StepFlags, StopSignals
+from sgm.training.step import StepFlags, StopSignals
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_the_former_handler_comes_back(number):
+def test_a_signal_is_recorded_and_the_former_handler_restored(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
         assert signals.received == ""
@@ -34,7 +34,7 @@ def test_a_second_request_to_terminate_changes_nothing():
         assert signals.received == "SIGTERM"
 
 
-def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
+def test_outside_the_main_thread_no_handler_is_set():
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
@@ -49,20 +49,20 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_loss_of_any_micro_step_is_found(bad):
+def test_one_bad_loss_in_any_micro_batch_is_found(bad):
     check = StepFlags(CPU)
     check.add(torch.tensor([1.0, 2.0]))
     check.add(torch.tensor([1.0, bad]))
     check.add(torch.tensor([3.0, 4.0]))
-    check.share(stop=False)
+    check.start_all_reduce(stop=False)
     assert check.read() == (True, False)
 
 
-def test_each_step_begins_anew():
+def test_flags_are_reset_after_each_step():
     check = StepFlags(CPU)
     check.add(torch.tensor([float("nan")]))
-    check.share(stop=True)
+    check.start_all_reduce(stop=True)
     assert check.read() == (True, True)
     check.add(torch.tensor([1.0]))
-    check.share(stop=False)
+    check.start_all_reduce(stop=False)
     assert check.read() == (False, False)

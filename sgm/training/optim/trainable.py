@@ -1,4 +1,4 @@
-"""Which parameters training changes."""
+"""Which parameters are trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sgm.util import nearest
 from sgm.weights.adapters import is_adapter
 from sgm.weights.checkpoint import PREFIX
 
-# What the reference's YAML files name as not trainable, and what never enters the training engine here.
+# Prefixes in the reference's YAML files that name nothing in the trained module here.
 OUTSIDE = ("first_stage_model", "conditioner", "denoiser", "loss_fn", "sampler")
 ALL = "all"
 _PATH = "model.not_trainable_prefixes"
@@ -19,14 +19,14 @@ _PATH = "model.not_trainable_prefixes"
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained.
+    """The trained parameters.
 
     Attributes:
-        names: the network's own names of the parameters that are trained.
-        num_trained: numbers in them.
-        num_total: numbers in the whole network.
-        adapters: whether they are the matrices of LoRA.
-        description: of the adapters, e.g. ``"LoRA of rank 4, alpha 1 in 6 layers"``, or of the rest.
+        names: in the network.
+        num_trained: elements of them.
+        num_total: elements of the whole network.
+        adapters: whether they are LoRA matrices.
+        description: e.g. ``"LoRA of rank 4, alpha 1 in 6 layers, 24 matrices"``.
     """
 
     names: tuple[str, ...]
@@ -42,14 +42,14 @@ class Trainable:
 
 
 def choose_trainable(network: nn.Module, model: Mapping[str, Any]) -> Trainable:
-    """Set ``requires_grad`` of every parameter as the ``model`` section says, and say what is trained.
+    """Freeze parameters as the ``model`` section says, and return the trained ones.
 
     Args:
-        network: the diffusion transformer; may be built without memory. Tables that it holds as constants stay so.
+        network: the diffusion transformer, also on the meta device. Parameters that are frozen already stay so.
         model: the section: ``not_trainable_prefixes`` (``all`` is all but the adapters), ``lora_train``.
 
     Raises:
-        ConfigError: nothing is trained, the base weights would be trained beside adapters, or a prefix names nothing.
+        ConfigError: nothing is trained, the base would be trained beside adapters, or a prefix matches nothing.
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     prefixes = [*(model.get("not_trainable_prefixes") or ()), *([ALL] if model.get("lora_train") else [])]

@@ -1,4 +1,4 @@
-"""Buckets of clips that come from a cache, of runs that go on, and of runs that would have no step."""
+"""Buckets with a cache, in resumed runs, and in runs without a step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,8 @@ from sgm.config.args import TrainingArgs
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.buckets.plan import Division
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
-from sgm.training.batches import bucket_report, plan_buckets, require_same_plan, total_steps
-from sgm.training.data import Data
+from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
+from sgm.training.inputs.clips import Data
 from sgm.util import InputError, RunError
 from tests.sgm.training.points import POINT
 
@@ -22,7 +22,7 @@ SOURCE = {"precision": "fp32"}
 
 
 def dataset(folder: Path, frames=(40, 20, 9), height=240) -> SFTDataset:
-    """Clips that no one opens: their sizes stand in the manifest. The third fills no bucket."""
+    """Clips that are never opened: the manifest has their sizes. The third fills no bucket."""
     rows = [f"clip,{index}.mp4,{count},8,{height},432" for index, count in enumerate(frames)]
     for index in range(len(frames)):
         (folder / f"{index}.mp4").touch()
@@ -58,7 +58,7 @@ def cached(tmp_path):
     return make
 
 
-def test_clips_that_have_another_bucket_than_in_the_cache_are_named_before_training(tmp_path, cached):
+def test_clips_with_another_bucket_than_in_the_cache_are_named(tmp_path, cached):
     plan(cached(dataset(tmp_path)))
     edited = cached(dataset(tmp_path, frames=(40, 40, 20)))
     with pytest.raises(InputError) as refused:
@@ -73,7 +73,7 @@ def test_a_clip_that_could_not_be_encoded_may_have_any_bucket(tmp_path, cached):
     plan(cached(dataset(tmp_path, frames=(20, 20, 9)), failed="cannot be opened"))
 
 
-def test_a_clip_that_was_left_out_is_told_when_it_is_asked_for(tmp_path, cached):
+def test_a_clip_missing_in_the_cache_is_an_error_when_it_is_drawn(tmp_path, cached):
     data = cached(dataset(tmp_path))
     assert data.sample(1, None, (17, 240, 432))["moments"].shape == (2, 5, 30, 54)
     with pytest.raises(RunError, match=r"2\.mp4 is left out of .*, and 17x240x432 is asked for; train without"):
@@ -82,7 +82,7 @@ def test_a_clip_that_was_left_out_is_told_when_it_is_asked_for(tmp_path, cached)
         data.sample(1, None, (33, 240, 432))
 
 
-def test_a_run_goes_on_only_with_the_micro_batches_that_it_counted(tmp_path):
+def test_a_run_resumes_only_with_the_same_micro_batches(tmp_path):
     before = plan(dataset(tmp_path))
     point = replace(POINT, run=Path("runs/x"), plan=before.digest)
     require_same_plan(point, plan(dataset(tmp_path)), {})

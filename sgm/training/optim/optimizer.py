@@ -1,7 +1,7 @@
-"""Optimizers: found by the names of YAML, AdamW with an average of the weights, and which weights decay.
+"""Optimizers by their names in YAML, weight decay by parameter, and AdamW with a moving average of the weights.
 
-The average (EMA) is part of the optimizer's state. DeepSpeed therefore shards, offloads, saves and restores it together
-with the moments, at every ZeRO stage.
+The average (EMA) is part of the optimizer's state, so that DeepSpeed shards, offloads, saves and loads it with the
+moments, at every ZeRO stage.
 """
 
 import functools
@@ -20,7 +20,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class EmaAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), which also averages the weights if asked.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2) with an optional moving average of the weights.
 
     The n-th update of a parameter p (n = 1, 2, ...) is followed by
 
@@ -29,12 +29,12 @@ class EmaAdamW(torch.optim.AdamW):
     where ema starts as p before its first update. ``state[p]["ema"]`` has the shape of p and is float32.
 
     Args:
-        params: parameters or parameter groups, as for every optimizer of torch.
+        params: parameters or parameter groups.
         lr: learning rate.
-        betas: decay of the first and of the second moment per update, each in [0, 1).
+        betas: decay of the first and second moment per update, each in [0, 1).
         eps: added to the square root of the second moment.
-        weight_decay: share of a weight, times lr, that each update takes off.
-        ema_decay: the largest d, in (0, 1); None for no average.
+        weight_decay: times lr, the fraction of a weight that each update subtracts.
+        ema_decay: largest d, in (0, 1); None for no average.
 
     Raises:
         ValueError: a value is out of its range.
@@ -58,25 +58,25 @@ class EmaAdamW(torch.optim.AdamW):
             group["fused"] = all(_has_fused_kernel(p.device) for p in group["params"]) or None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient, and its average.
+        """Update the parameters that have a gradient, and their averages.
 
         Raises:
-            InputError: a parameter to be averaged is not float32.
+            InputError: a parameter to average is not float32.
         """
         loss = None if closure is None else closure()
         if self.ema_decay is None:
             super().step()
             return loss
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # Kept apart until AdamW has made its own state, which it does only where a state is empty.
+        # Stored after AdamW's own step, which initializes a state only if it is empty.
         initial = {p: _initial_ema(p) for p in updated if "ema" not in self.state.get(p, ())}
         super().step()
-        for p in updated:
-            state = self.state[p]
-            if p in initial:
-                state["ema"] = initial[p]
-            share = (9 / (10 + state["step"])).clamp(min=1 - self.ema_decay)  # 1 − d, without a wait for the device
-            state["ema"].lerp_(p.detach(), share.to(p.device))
+        for p, ema in initial.items():
+            self.state[p]["ema"] = ema
+        states = [self.state[p] for p in updated]
+        # 1 − d as a tensor: reading the step of a fused kernel would wait for the device.
+        weights = [(9 / (10 + state["step"])).clamp(min=1 - self.ema_decay).to(state["ema"].device) for state in states]
+        torch._foreach_lerp_([state["ema"] for state in states], [p.detach() for p in updated], weights)
         return loss
 
 
@@ -91,7 +91,7 @@ def _initial_ema(parameter: Tensor) -> Tensor:
 
 @functools.cache
 def _has_fused_kernel(device: torch.device) -> bool:
-    """Whether torch updates float32 parameters on `device` with one kernel: it is tried."""
+    """Whether AdamW has a fused kernel for `device`. It is tried: torch keeps its list of devices private."""
     probe = torch.zeros(1, device=device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
@@ -101,7 +101,7 @@ def _has_fused_kernel(device: torch.device) -> bool:
     return True
 
 
-# SAT's FusedEmaAdam compiles itself at its first use; the same rule under its name needs no compiler.
+# SAT's FusedEmaAdam compiles a CUDA extension at its first use; EmaAdamW has the same update rule.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sat.ops.FusedEmaAdam": EmaAdamW,
     "sat.ops.fused_ema_adam.FusedEmaAdam": EmaAdamW,
@@ -113,10 +113,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 
 def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """Return the class that `name` stands for: a key of `OPTIMIZERS`, or the dotted path of any optimizer.
+    """Return an optimizer class by its key in `OPTIMIZERS` or its dotted path.
 
     Raises:
-        InputError: nothing has this name, or it is no optimizer of torch.
+        InputError: the name is unknown, or not that of a torch optimizer.
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -144,15 +144,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a ``{type: ..., params: {...}}`` section.
 
-    Biases, norms and whatever else has one axis do not decay; weights do, adapters among them.
-
-    Args:
-        section: `optimizer` of the DeepSpeed section.
-        named_parameters: names and parameters; those that need no gradient are left out.
-        ema_decay: see `EmaAdamW`.
+    Frozen parameters are ignored. Those with more than one axis decay; biases and norms do not.
 
     Raises:
-        InputError: the type is unknown, or it does not take a parameter or its value.
+        InputError: the type is unknown, or refuses a parameter.
     """
     name, params = section["type"], dict(section.get("params") or {})
     cls = resolve_optimizer(name)
@@ -180,21 +175,20 @@ def make_optimizer(
 
 
 def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Return the parameter groups with and without weight decay, as far as they are not empty."""
+    """Return the non-empty ones of two parameter groups, with and without weight decay."""
     decay, no_decay = [], []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a parameter sharded by ZeRO-3 is empty
             (decay if len(shape) > 1 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def undo_first_step(engine: Any) -> None:
-    """Undo the update with zero gradients that DeepSpeed makes when it wraps an optimizer in 16 bits without ZeRO.
+def discard_initial_update(engine: Any) -> None:
+    """Discard the update with zero gradients that ``deepspeed.initialize`` makes in 16 bits without ZeRO.
 
-    It would decay the weights once, and count as an update in the bias correction and in the average. Call this after
-    ``deepspeed.initialize``, before anything is loaded; elsewhere it does nothing.
+    It decays the weights and counts in the bias correction and the average. Call this before a state is loaded.
     """
     if _has_master_copies(engine.optimizer):
         engine.optimizer.optimizer.state.clear()
@@ -202,17 +196,13 @@ def undo_first_step(engine: Any) -> None:
 
 
 def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Gather the averages that an `EmaAdamW` inside a DeepSpeed engine holds, at any ZeRO stage.
+    """Gather the averages of the trained parameters from an `EmaAdamW` inside a DeepSpeed engine, at any ZeRO stage.
 
-    To be called on all ranks. A parameter without an update so far is its own average.
-
-    Args:
-        engine: what ``deepspeed.initialize`` returned.
-        named_parameters: names and parameters of the engine's module; those that need no gradient are left out.
+    All ranks call it together.
 
     Returns:
-        Name → average, float32 on the CPU, on rank zero, and on those with the other parts of its layers; an empty
-        dictionary elsewhere.
+        Name → average (the parameter itself before its first update), float32 on the CPU, on rank zero and the other
+        ranks of its tensor-parallel group; empty elsewhere.
     """
     optimizer = engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
@@ -223,20 +213,20 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
             masters.update(zip(low, high, strict=True))
     started = any("ema" in state for state in base.state.values())
     if hasattr(optimizer, "round_robin_bit16_groups"):
-        # DeepSpeed ties parameters to its flat vectors in the order that they had before round_robin_gradients.
+        # DeepSpeed links parameters to its flat buffers in their order before round_robin_gradients.
         plain, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
         optimizer._link_all_hp_params()
         optimizer.bit16_groups = plain
     if started and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # ZeRO 1 and 2 tie parameters to their state once: after the first group's first step, when that of the other
-        # groups does not exist yet, and not again after loading.
+        # ZeRO 1 and 2 link parameters to their state only once, in the first group's first step, when the state of
+        # other groups does not exist yet; and not again after loading.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         if engine.zero_optimization_stage() > 0:
-            average = _gather(parameter, "ema" if started else None)
+            average = _gather_full(parameter, "ema" if started else None)
         else:
             master = masters.get(parameter, parameter)
             average = base.state.get(master, {}).get("ema", master)
@@ -246,12 +236,12 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
 
 
 def _has_master_copies(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, with a float32 copy of every parameter."""
+    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, which holds float32 copies."""
     return type(optimizer).__name__ == "FP16_UnfusedOptimizer"
 
 
-def _gather(parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Assemble a parameter's optimizer state, or its float32 weights, from the partitions of all ranks."""
+def _gather_full(parameter: nn.Parameter, key: str | None) -> Tensor:
+    """Gather a parameter's optimizer state, or without `key` its float32 values, from the shards of all ranks."""
     utils = importlib.import_module("deepspeed.utils")  # not at import: it chooses its device then
     if key is None:
         return utils.safe_get_full_fp32_param(parameter)

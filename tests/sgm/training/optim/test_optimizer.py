@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.training.optimizer import EmaAdamW, full_ema, make_optimizer, resolve_optimizer, undo_first_step
+from sgm.training.optim.optimizer import EmaAdamW, discard_initial_update, full_ema, make_optimizer, resolve_optimizer
 from sgm.util import InputError
 
 PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -56,7 +56,7 @@ def adamw_in_float64(p: torch.Tensor, steps: int, *, lr, betas, eps, decay, ema_
 
 
 @pytest.mark.parametrize("ema_decay", [0.3, 0.9999])
-def test_twenty_updates_follow_the_formulas(ema_decay):
+def test_twenty_updates_match_the_formulas(ema_decay):
     start = torch.linspace(-2, 2, 12).view(3, 4)
     p = nn.Parameter(start.clone())
     optimizer = EmaAdamW([p], lr=0.02, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.2, ema_decay=ema_decay)
@@ -77,7 +77,7 @@ def test_the_average_begins_with_the_weights_before_the_first_update():
     torch.testing.assert_close(optimizer.state[p]["ema"], torch.tensor([2 / 11 * 1.0 + 9 / 11 * 0.5]))
 
 
-def test_without_an_average_nothing_is_kept():
+def test_without_ema_decay_there_is_no_average():
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = EmaAdamW([p])
@@ -97,7 +97,7 @@ def test_only_parameters_with_gradients_move():
     assert (optimizer.state[one]["step"], optimizer.state[other]["step"]) == (2, 1)
 
 
-def test_the_average_goes_on_from_a_saved_state():
+def test_the_average_is_restored_from_a_saved_state():
     def train(p: nn.Parameter, optimizer: EmaAdamW, steps: range) -> None:
         for n in steps:
             p.grad = gradients(n, p)
@@ -114,7 +114,7 @@ def test_the_average_goes_on_from_a_saved_state():
     assert torch.equal(p, q) and torch.equal(optimizer.state[p]["ema"], resumed.state[q]["ema"])
 
 
-def test_coarse_weights_are_not_averaged():
+def test_only_float32_weights_are_averaged():
     p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
     with pytest.raises(InputError, match="args.ema_decay averages float32"):
@@ -149,8 +149,8 @@ def test_dotted_paths():
     assert resolve_optimizer("Adam") is torch.optim.Adam
 
 
-def test_the_name_of_sat_compiles_nothing():
-    code = "import sys; from sgm.training.optimizer import *; resolve_optimizer('sat.ops.FusedEmaAdam'); "
+def test_the_optimizer_of_sat_is_not_imported():
+    code = "import sys; from sgm.training.optim.optimizer import *; resolve_optimizer('sat.ops.FusedEmaAdam'); "
     code += "assert not any(name.split('.')[0] == 'sat' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -227,7 +227,7 @@ def start(precision: str, stage: int, **section):
         "bf16": {"enabled": precision == "bf16"},
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | section)
-    undo_first_step(engine)
+    discard_initial_update(engine)
     return engine
 
 
@@ -275,8 +275,8 @@ def test_every_stage_keeps_the_same_average(precision, stage, expected):
             torch.testing.assert_close(found[name], expected[steps][name], rtol=0, atol=tolerance)
 
 
-def test_sixteen_bits_without_zero_start_like_those_with_it():
-    """DeepSpeed's own first step there would decay the weights and be counted."""
+def test_16_bits_without_zero_start_as_with_zero():
+    """DeepSpeed's initial step would decay the weights and count as an update."""
     averages = []
     for stage in (0, 1):
         engine = start("bf16", stage)
@@ -288,7 +288,7 @@ def test_sixteen_bits_without_zero_start_like_those_with_it():
 
 
 @pytest.mark.parametrize(("precision", "stage"), ENGINES)
-def test_a_loaded_average_goes_on_bit_by_bit(precision, stage, tmp_path):
+def test_a_loaded_average_continues_bit_by_bit(precision, stage, tmp_path):
     engine = start(precision, stage)
     train(engine, range(4))
     engine.save_checkpoint(str(tmp_path), tag="4")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from sgm.config.load import ConfigError
-from sgm.training.trainable import choose_trainable
+from sgm.training.optim.trainable import choose_trainable
 
 
 class Lora(nn.Module):
@@ -21,7 +21,7 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """Two layers, a patch embedding, and a table that is no weight."""
+    """Two layers, a patch embedding, and a constant table."""
 
     def __init__(self, adapters: bool = False) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ def test_all_leaves_the_adapters():
     assert found.description == "LoRA of rank 4, alpha 8 in 2 layers, 4 matrices"
 
 
-def test_lora_train_is_another_word_for_all():
+def test_lora_train_means_all():
     assert choose_trainable(Network(adapters=True), {"lora_train": True}).adapters
 
 
 @pytest.mark.parametrize("prefix", ["mixins.patch_embed", "model.diffusion_model.mixins.patch_embed"])
-def test_a_prefix_freezes_what_begins_with_it(prefix):
+def test_a_prefix_freezes_matching_parameters(prefix):
     network = Network()
     choose_trainable(network, {"not_trainable_prefixes": [prefix, "first_stage_model", "conditioner"]})
     assert trained(network) == {f"transformer.layers.{layer}.dense.weight" for layer in range(2)}
@@ -74,7 +74,7 @@ def test_a_prefix_freezes_what_begins_with_it(prefix):
         (False, {"not_trainable_prefixes": ["transformers"]}, "beginning of no parameter.*did you mean 'transformer'"),
     ],
 )
-def test_what_nobody_wants_is_refused(adapters, model, message):
+def test_unwanted_combinations_are_refused(adapters, model, message):
     with pytest.raises(ConfigError, match=message) as caught:
         choose_trainable(Network(adapters), model)
     assert caught.value.problems[0].path == "model.not_trainable_prefixes"

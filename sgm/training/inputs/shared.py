@@ -1,11 +1,11 @@
-"""The inputs of a forward pass, on ranks that share samples.
+"""The inputs of a forward pass in a sample's group, the ranks that compute one sample together.
 
-The first rank of those that share a sample reads it, encodes it and draws what is random about it; the others receive
-the result, which is small: latents, embeddings, noise. Encoding on each of them would take as long, and end in numbers
-that could differ. Only where they share the VAE too (``cp_size``) do all of them get the clip, and encode together.
+The first rank of the group reads and encodes the sample, draws its noise and broadcasts the result: latents, embeddings
+and noise are small, and the same on all ranks. With a context-parallel VAE (``cp_size``), all ranks of the group get
+the clip and encode it together.
 
-The ranks of one sample compute one loss. Each gets, of the gradient of a weight, the part that its own tokens
-contribute (see `sgm.parallel.sequence`); `gradient_factor` makes up for DeepSpeed, which takes the mean over all ranks.
+The ranks compute one loss. Each has the gradient from its own tokens (see `sgm.parallel.sequence`). DeepSpeed averages
+gradients over all ranks, which `gradient_factor` compensates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
 
 
 def shared_batch(engine: SATVideoDiffusionEngine, read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the batch that the first rank of a sample reads; clips only where this rank encodes.
-
-    Args:
-        engine: names what the clips are called.
-        read: gives the batch; called on the first rank alone.
-    """
+    """Broadcast the result of `read` from the first rank of the sample's group, without clips unless all encode."""
     if sgm.distributed.sample_rank() > 0:
         return sgm.distributed.broadcast_in_sample_group(None)
     batch = read()
@@ -41,14 +36,7 @@ def shared_inputs(
     *,
     idx: Sequence[int] | None = None,
 ) -> TrainingInputs:
-    """Return `sgm.models.training_inputs` of a batch from `shared_batch`; the same on ranks that share it.
-
-    Args:
-        engine: the model.
-        batch: of this rank and those that it shares samples with.
-        generators: one CPU generator per sample.
-        idx: timesteps instead of drawn ones.
-    """
+    """Return `training_inputs` of a batch from `shared_batch`, the same on all ranks of the sample's group."""
     inputs = None
     if sgm.distributed.sample_rank() == 0 or sgm.distributed.context_parallel_size() > 1:
         rank, num_ranks = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
@@ -57,5 +45,5 @@ def shared_inputs(
 
 
 def gradient_factor() -> int:
-    """Return what to multiply a loss by before the backward pass, so that gradients are those of whole samples."""
+    """Return the factor for a loss before the backward pass, so that averaged gradients are those of whole samples."""
     return sgm.distributed.sequence_parallel_size()

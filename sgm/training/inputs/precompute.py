@@ -1,6 +1,6 @@
-"""Encode the clips and captions of a training run once, ahead of it; ``tools/prepare_dataset.py`` calls this.
+"""Encode the clips and captions of a training run ahead of it; ``tools/prepare_dataset.py`` calls this.
 
-Legend: F frames, H W pixels, L text tokens, D their size, z channels of the latents.
+Legend: F frames, H W pixels, z channels of the latents.
 """
 
 from collections import deque
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from sgm.data.clips.video import ClipError
 from sgm.io import remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
-from sgm.training.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
-from sgm.training.data import open_folder
+from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
+from sgm.training.inputs.clips import open_folder
 from sgm.training.state import lock_folder
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import load_autoencoder
@@ -40,13 +41,13 @@ Encode = Callable[[Sequence[str]], Iterator[torch.Tensor | str]]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be encoded of one kind.
+    """The encoding of one kind of results.
 
     Attributes:
         description: of the results.
         num_bytes: of all of them, about.
-        loaded: has the encoder in memory inside its block, and gives what encodes keys in order; a string in place of
-            a result says why there is none.
+        loaded: context with the encoder in memory; gives a function that encodes keys in order, where a string instead
+            of a result says why there is none.
     """
 
     description: Description
@@ -57,13 +58,13 @@ class Job:
 def plan_jobs(
     config: Config, kinds: Sequence[Kind], *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Job]:
-    """Find out what is to be encoded; no weights are read, and clips only where buckets need their sizes.
+    """List what is to be encoded. No weights are read, and clips only if buckets need their sizes.
 
     Args:
         config: of the training run.
         kinds: of results.
-        dtype: in which results are stored; None keeps the precision that they are computed in.
-        shard_bytes: of results in a file.
+        dtype: of the stored results; None for the precision of the encoder.
+        shard_bytes: size of a file.
 
     Raises:
         InputError: configuration, files or data cannot be used.
@@ -84,27 +85,19 @@ def plan_jobs(
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-    """Encode what `folder` lacks, each rank a share of the shards; all ranks call together.
+    """Encode what is missing in `folder`, with the shards divided among ranks; all ranks call together.
 
-    What could not be encoded before is tried again.
+    Keys that failed before are tried again.
 
     Returns:
-        Key → reason of what the folder still lacks.
+        Key → reason of what could not be encoded.
 
     Raises:
-        InputError: another cache lies there, or another process works on it.
+        InputError: the folder holds another cache, or another process works there.
         RunError: results cannot be written.
     """
     with ExitStack() as stack:
-        begun: list[list[int]] | InputError = []
-        if sgm.distributed.rank() == 0:
-            try:
-                begun = _begin(jobs, folder, stack)
-            except InputError as error:
-                begun = error
-        begun = sgm.distributed.broadcast_from_rank_zero(begun)
-        if isinstance(begun, InputError):
-            raise begun
+        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack))
         failures: dict[str, str] = {}
         for job, unfinished in zip(jobs, begun, strict=True):
             failures |= _run(job, folder, unfinished)
@@ -112,7 +105,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
 
 
 def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int]]:
-    """Make the folder ready, locked until `stack` is closed; return the shards that each job is to write."""
+    """Prepare the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if lock := lock_folder(folder):
@@ -124,7 +117,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int
 
 
 def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
-    """Encode shards, and return key → reason of what no rank could encode."""
+    """Encode shards; return key → reason of what no rank could encode."""
     rank, world = sgm.distributed.rank(), sgm.distributed.world_size()
     description, failures, own = job.description, {}, unfinished[rank::world]
     num = sum(len(description.shards[shard]) for shard in own)
@@ -134,14 +127,12 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
-        # A shard of each rank at a time, so that none waits at the end for longer than collective operations live.
+        # Synchronized after each shard: a rank that waited at the end could exceed the timeout of a collective.
         for start in range(0, len(unfinished), world):
             found: dict[str, str] = {}
             if encode is not None and start + rank < len(unfinished):
                 shard = unfinished[start + rank]
-                found = write_shard(
-                    folder, description, shard, _counted(_results(folder, description, shard, encode), bar)
-                )
+                found = write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
             for more in sgm.distributed.all_gather_objects(found):
                 failures |= more
     for key, reason in failures.items() if is_rank_zero() else ():
@@ -149,16 +140,14 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     return failures
 
 
-def _results(folder: Path, description: Description, shard: int, encode: Encode) -> Iterator[torch.Tensor | str]:
-    """Yield the results of a shard in order: those that an earlier run wrote, and the others anew."""
-    there = read_shard(folder, description, shard)
-    anew = encode([key for key in description.shards[shard] if key not in there])
+def _results(
+    folder: Path, description: Description, shard: int, encode: Encode, bar: tqdm
+) -> Iterator[torch.Tensor | str]:
+    """Yield the results of a shard in order, from an earlier run or encoded now."""
+    written = read_shard(folder, description, shard)
+    encoded = encode([key for key in description.shards[shard] if key not in written])
     for key in description.shards[shard]:
-        yield there[key] if key in there else next(anew)
-
-
-def _counted(results: Iterator[Any], bar: tqdm) -> Iterator[Any]:
-    for result in results:
+        result = written[key] if key in written else next(encoded)
         bar.update()
         yield result
 
@@ -184,15 +173,15 @@ def _text_job(config: Config, datasets: Sequence[Any], dtype: str | None, shard_
 
 @dataclass(frozen=True)
 class _Clip:
-    """Where a clip, or the picture that it starts from, is found."""
+    """A clip of a data set."""
 
     dataset: Any
     index: int
     path: str
-    shape: Shape | str  # or why it cannot be read
+    shape: Shape | str  # a string says why it cannot be read
 
     def pixels(self, kind: Kind) -> torch.Tensor | str:
-        """Decode it: (F, 3, H, W), or why that cannot be done."""
+        """Return the clip or its first frame (F, 3, H, W), or the reason why it cannot be decoded."""
         if isinstance(self.shape, str):
             return self.shape
         frames, *size = self.shape
@@ -217,7 +206,7 @@ def _clip_job(
     precision = resolve_training_precision(config, sgm.distributed.device().type)
     source = clip_source(config, datasets[0], precision, kind)
     stored = default(dtype, source["precision"])
-    sizes = [_num_bytes(clip.shape, geometry, kind) * PRECISIONS[stored].itemsize for clip in clips.values()]
+    sizes = [_num_elements(clip.shape, geometry, kind) * PRECISIONS[stored].itemsize for clip in clips.values()]
 
     @contextmanager
     def loaded() -> Iterator[Encode]:
@@ -235,7 +224,7 @@ def _clip_job(
 
 
 def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[str, _Clip], list[str]]:
-    """Return key → clip, each once, and the keys of those that fit no bucket.
+    """Return key → clip, and the keys of clips that fit no bucket.
 
     Raises:
         InputError: two clips have the same key.
@@ -244,11 +233,9 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     left_out: dict[str, None] = {}
     for dataset in datasets:
         keys = dataset.cache_keys(images=kind == "images")
-        shapes = sgm.distributed.broadcast_from_rank_zero(
-            shapes_of(config, dataset) if sgm.distributed.rank() == 0 else None
-        )
+        shapes = sgm.distributed.run_on_rank_zero(partial(shapes_of, config, dataset))
         for index, path in enumerate(dataset.paths):
-            if path not in keys:  # it cannot be trained on, as the data set itself says
+            if path not in keys:  # the data set cannot use it
                 continue
             key, shape = keys[path], shapes[path]
             if shape is None:
@@ -264,8 +251,8 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     return clips, [*left_out]
 
 
-def _num_bytes(shape: Shape | str, geometry: Geometry, kind: Kind) -> int:
-    """Return the numbers in the moments of a clip."""
+def _num_elements(shape: Shape | str, geometry: Geometry, kind: Kind) -> int:
+    """Return the number of elements in the moments of a clip."""
     if isinstance(shape, str):
         return 0
     frames, height, width = shape if kind == "latents" else (1, *shape[1:])
@@ -275,26 +262,24 @@ def _num_bytes(shape: Shape | str, geometry: Geometry, kind: Kind) -> int:
 
 def _load_vae(config: Config, dtype: torch.dtype) -> Any:
     section = config.model["first_stage_config"]
-    params = {**section["params"], "cp_size": 1}  # every rank has clips of its own
+    params = {**section["params"], "cp_size": 1}  # ranks encode different clips
     with without_allocating():
         vae = instantiate_from_config({**section, "params": params})
     vae.eval().requires_grad_(False)
-    logger.info(
-        "%s",
-        load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=sgm.distributed.device()),
-    )
+    device = sgm.distributed.device()
+    logger.info("%s", load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device))
     return vae
 
 
 @torch.no_grad()
 def _moments(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Clip (F, 3, H, W) in −1..1 → mean and log-variance (2z, (F−1)/4+1, H/8, W/8)."""
-    like = next(vae.parameters())
-    return vae.encode_moments(rearrange(pixels, "f c h w -> 1 c f h w").to(like.device, like.dtype))[0]
+    """Encode a clip (F, 3, H, W) in −1..1 into mean and log-variance (2z, (F−1)/4+1, H/8, W/8)."""
+    parameter = next(vae.parameters())
+    return vae.encode_moments(rearrange(pixels, "f c h w -> 1 c f h w").to(parameter.device, parameter.dtype))[0]
 
 
 def _read_ahead(clips: Sequence[_Clip], kind: Kind, num: int) -> Iterator[torch.Tensor | str]:
-    """Yield the pixels of clips in their order, while up to `num` more are being decoded."""
+    """Yield the pixels of clips in order, and decode up to `num` clips ahead in threads."""
     waiting: deque[Future[torch.Tensor | str]] = deque()
     with ThreadPoolExecutor(num) as pool:
         for clip in clips:

@@ -14,7 +14,7 @@ import torch
 
 import data_video
 import sgm.distributed
-import sgm.training.precompute
+import sgm.training.inputs.precompute
 from sgm.config.load import ConfigError, load_config
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, differences
@@ -22,9 +22,9 @@ from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.training.caches import clip_source, require_repeatable
+from sgm.training.inputs.caches import clip_source, require_repeatable
+from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
-from sgm.training.precompute import plan_jobs, run_jobs
 from sgm.training.prepare import prepare
 from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
@@ -177,10 +177,10 @@ def test_what_a_cache_was_not_made_for_is_refused(training_yaml, cache, tmp_path
 @pytest.mark.parametrize("rate", [0.5, [1.0, 0.5]])
 def test_buckets_that_change_from_epoch_to_epoch_are_refused(training_yaml, monkeypatch, rate):
     config = load_config(training_yaml("dit_t2v_5b_lora"), [], mode="train")
-    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"240p": {5: [rate, 1]}}))
+    monkeypatch.setattr("sgm.training.inputs.caches._buckets", lambda _: parse_buckets({"240p": {5: [rate, 1]}}))
     with pytest.raises(InputError, match="a clip has other shapes in other epochs"):
         require_repeatable(config, [])
-    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"240p": {5: [1.0, 1]}}))
+    monkeypatch.setattr("sgm.training.inputs.caches._buckets", lambda _: parse_buckets({"240p": {5: [1.0, 1]}}))
     require_repeatable(config, [])
 
 
@@ -189,7 +189,7 @@ def test_the_rules_by_which_clips_go_to_buckets_are_part_of_what_a_cache_was_mad
     dataset = SimpleNamespace(video_size=(32, 48), max_num_frames=5, fps=8.0, skip=(0, 0), reshape_mode="center")
 
     def source(**classes):
-        monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets(classes))
+        monkeypatch.setattr("sgm.training.inputs.caches._buckets", lambda _: parse_buckets(classes))
         found = clip_source(config, dataset, torch.float32, "latents")
         assert json.loads(json.dumps(found)) == found
         return found
@@ -212,7 +212,7 @@ def test_a_clip_that_cannot_be_read_is_a_failure_and_one_that_fits_no_bucket_is_
 ):
     data = shutil.copytree(clips, tmp_path / "data")
     (data / "videos" / "003.mp4").write_bytes(b"no video")
-    monkeypatch.setattr("sgm.training.caches._buckets", lambda _: parse_buckets({"144p": {5: [1, 1]}}))
+    monkeypatch.setattr("sgm.training.inputs.caches._buckets", lambda _: parse_buckets({"144p": {5: [1, 1]}}))
     config = load_config(training_yaml("dit_t2v_5b_lora"), [f"args.train_data=[{data}]"], mode="train")
     with pytest.raises(InputError, match="no clip that can be trained on"):
         plan_jobs(config, ("latents",))
@@ -284,8 +284,8 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(training_yaml, cache, tm
         written.append(None)
         return write(*args)
 
-    write = sgm.training.precompute.write_shard
-    monkeypatch.setattr(sgm.training.precompute, "write_shard", die)
+    write = sgm.training.inputs.precompute.write_shard
+    monkeypatch.setattr(sgm.training.inputs.precompute, "write_shard", die)
     for _ in range(2):
         with pytest.raises(RunError, match="killed"):
             precompute(bases, other)
@@ -303,7 +303,7 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, made = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("text", "latents"), shard_bytes=SMALL)
     missing = [[*range(len(job.description.shards))] for job in jobs]
-    monkeypatch.setattr("sgm.training.precompute._begin", lambda *_: missing)
+    monkeypatch.setattr("sgm.training.inputs.precompute._begin", lambda *_: missing)
     monkeypatch.setattr(sgm.distributed, "world_size", lambda: 2)
     for job in jobs:
         other.mkdir(exist_ok=True)
@@ -330,13 +330,13 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
 def test_what_could_not_be_encoded_is_tried_again_alone(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, decoded = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("latents",), shard_bytes=SMALL)
-    pixels = sgm.training.precompute._Clip.pixels
+    pixels = sgm.training.inputs.precompute._Clip.pixels
 
     def noted(clip, kind):
         decoded.append(Path(clip.path).name)
         return "is out of reach" if decoded[-1] in away else pixels(clip, kind)
 
-    monkeypatch.setattr(sgm.training.precompute._Clip, "pixels", noted)
+    monkeypatch.setattr(sgm.training.inputs.precompute._Clip, "pixels", noted)
     away = ["002.mp4", "005.mp4"]
     failures = run_jobs(jobs, other)
     assert len(decoded) == 8 and sorted(failures.values()) == ["is out of reach"] * 2

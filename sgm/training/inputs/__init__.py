@@ -1,0 +1,1 @@
+"""What a training step reads: clips, buckets, caches, and batches that ranks share."""

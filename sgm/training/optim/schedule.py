@@ -1,0 +1,97 @@
+"""The learning rate: warmup, then one of four decays."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+DecayStyle = Literal["linear", "cosine", "constant", "exponential"]
+AUTO_WARMUP_FACTOR = 0.05
+
+
+def linear(progress: float, ratio: float) -> float:
+    """From 1 to 0; `ratio` has no effect."""
+    return 1 - progress
+
+
+def cosine(progress: float, ratio: float) -> float:
+    """From 1 to `ratio` along half a cosine (Loshchilov and Hutter, arXiv:1608.03983)."""
+    return ratio + (1 - ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def exponential(progress: float, ratio: float) -> float:
+    """From 1 to `ratio`, by the same factor in each iteration."""
+    return ratio**progress
+
+
+def constant(progress: float, ratio: float) -> float:
+    """Always 1."""
+    return 1.0
+
+
+DECAYS: Mapping[DecayStyle, Callable[[float, float], float]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "constant": constant,
+}
+
+
+def lr_factor(
+    iteration: int,
+    *,
+    train_iters: int,
+    decay_style: DecayStyle = "linear",
+    decay_iters: int | None = None,
+    decay_ratio: float = 0.1,
+    warmup: float = 0.01,
+    auto_warmup_iters: int = 0,
+) -> float:
+    """Return the learning rate of one update as a factor of the base rate.
+
+    It rises linearly during the warmup, then follows the decay with the number of updates since the warmup, divided by
+    `decay_iters`, at most 1. That reaches 1 as many iterations after `decay_iters` as the warmup took, so a run ends
+    slightly above the final value, as with the reference implementation.
+
+    Args:
+        iteration: number of the update, from 1.
+        train_iters: updates in the run.
+        decay_style: a key of `DECAYS`.
+        decay_iters: iterations of the decay; None for `train_iters`.
+        decay_ratio: final factor of the cosine and exponential decays, in (0, 1].
+        warmup: length of the warmup as a fraction of `decay_iters`, in [0, 1].
+        auto_warmup_iters: the factor is at most 0.05 in the first so many iterations.
+    """
+    decay_iters = train_iters if decay_iters is None else decay_iters
+    warmup_iters = warmup * decay_iters
+    if iteration <= warmup_iters:
+        factor = iteration / warmup_iters
+    else:
+        factor = DECAYS[decay_style](min(1.0, (iteration - warmup_iters) / decay_iters), decay_ratio)
+    return min(factor, AUTO_WARMUP_FACTOR) if iteration <= auto_warmup_iters else factor
+
+
+class LearningRate(LambdaLR):
+    """Keep the rates of an optimizer at their base rates times a factor; DeepSpeed takes it as its ``lr_scheduler``.
+
+    The optimizer always has the rates of the coming update. DeepSpeed does not call `step` where it skips an update.
+    Unlike `LambdaLR`, this restores the number of updates alone, so that a resumed run follows its own configuration.
+
+    `factor` takes the number of the update, from 1: `lr_factor` with its settings bound.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        super().__init__(optimizer, lambda updates: factor(updates + 1))
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of updates made."""
+        return {"iteration": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the rates of the update that follows those of `state_dict`, whatever the optimizer had before."""
+        self.last_epoch = state_dict["iteration"]
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
