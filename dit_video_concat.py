@@ -41,7 +41,7 @@ from sgm.modules.embeddings import (
 from sgm.parallel.tensor import HeadNorm, equal_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
-from sgm.weights.partition import Part
+from sgm.weights.partition import Shard
 
 sgm.distributed.prepare_import()
 
@@ -527,7 +527,7 @@ class DiffusionTransformer(BaseModel):
             )
         args = TransformerArgs.parse(transformer_args)
         sgm.distributed.initialize()
-        tensor_part = Part(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
+        tensor_shard = Shard(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
         norm: Any = RMSNorm if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
         transformer = BaseTransformer(
             num_layers=num_layers,
@@ -540,11 +540,11 @@ class DiffusionTransformer(BaseModel):
             is_gated_mlp=use_SwiGLU,
             activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
-            row_parallel_linear_final_bias=tensor_part.size > 1,  # one rank adds the bias within the multiplication
+            row_parallel_linear_final_bias=tensor_shard.size > 1,  # one rank adds the bias within the multiplication
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         super().__init__(None, transformer=transformer)
-        self.tensor_part = tensor_part  # what this rank has of the layers, see sgm.parallel.tensor
+        self.tensor_shard = tensor_shard  # what this rank has of the layers, see sgm.parallel.tensor
         self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShards
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -602,11 +602,11 @@ class DiffusionTransformer(BaseModel):
                 _check_lora(own, shared["num_layers"])
             accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
             extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
-            shared_lora = name == "lora" and self.tensor_part.size > 1
+            shared_lora = name == "lora" and self.tensor_shard.size > 1
             with torch.random.fork_rng(devices=[], enabled=shared_lora):  # what SAT draws for a part is drawn anew
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
             if shared_lora:
-                shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_part)
+                shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
         mark_tensor_parallel(self.named_parameters())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

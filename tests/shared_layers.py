@@ -11,7 +11,7 @@ import sgm.distributed
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config
 from sgm.weights.checkpoint import find_weights, load_network, read_tensors, save_network, write_latest
-from sgm.weights.partition import Part, division, join, take, whole_shape
+from sgm.weights.partition import Shard, join_shards, partition_of, take_shard, unsharded_shape
 from tests.test_dit_golden import FAMILIES, GOLDEN, load, network_config
 
 STEPS, RATE = 3, 1e-4
@@ -52,9 +52,9 @@ def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         parts = [torch.empty_like(tensor) for _ in range(sgm.distributed.tensor_parallel_size())]
         dist.all_gather(parts, tensor.contiguous(), group=sgm.distributed.tensor_group())
-        if division(name) is None:
+        if partition_of(name) is None:
             assert all(torch.equal(tensor, part) for part in parts), f"ranks differ in {name}"
-        whole[name] = join(name, parts)
+        whole[name] = join_shards(name, parts)
     return whole
 
 
@@ -75,8 +75,8 @@ def with_four_heads() -> torch.nn.Module:
     network = instantiate_from_config(config)
     draws = torch.Generator().manual_seed(1)
     for name, p in network.named_parameters():
-        whole = torch.randn(whole_shape(name, p.shape, network.tensor_part.size), generator=draws)
-        p.data.copy_(take(name, whole / whole.shape[-1] ** 0.5, network.tensor_part))
+        whole = torch.randn(unsharded_shape(name, p.shape, network.tensor_shard.size), generator=draws)
+        p.data.copy_(take_shard(name, whole / whole.shape[-1] ** 0.5, network.tensor_shard))
     return network.train()
 
 
@@ -131,13 +131,13 @@ def check(mesh: Mesh, expected) -> dict[str, dict[str, float]]:
 def check_files(mesh: Mesh, family: str) -> None:
     """Save parts and load them again; LoRA that a file lacks begins as on one rank."""
     network, _, _ = load(GOLDEN / family)
-    assert network.tensor_part == Part(dist.get_rank() % mesh.tensor, mesh.tensor)
+    assert network.tensor_shard == Shard(dist.get_rank() % mesh.tensor, mesh.tensor)
     for name, parameter in network.named_parameters():
-        assert parameter.model_parallel == (division(name) is not None), name
+        assert parameter.model_parallel == (partition_of(name) is not None), name
     folder = Path(sgm.distributed.broadcast_from_rank_zero(tempfile.mkdtemp()))
     if dist.get_rank() < mesh.tensor:
-        patch_size, part = network.patch_size, network.tensor_part
-        save_network(folder, 5, network, patch_size=patch_size, part=part, latest=False)
+        patch_size, shard = network.patch_size, network.tensor_shard
+        save_network(folder, 5, network, patch_size=patch_size, shard=shard, latest=False)
     sgm.distributed.barrier()
     if dist.get_rank() == 0:
         write_latest(folder, 5)

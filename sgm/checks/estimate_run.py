@@ -18,7 +18,7 @@ from sgm.config.load import Config
 from sgm.distributed import Mesh
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config, without_allocating
-from sgm.weights.partition import division
+from sgm.weights.partition import partition_of
 from vae_modules.autoencoder import Tiling
 
 _NETWORK, _VAE = "dit_video_concat.DiffusionTransformer", "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
@@ -240,7 +240,7 @@ def parameters(module: nn.Module, tensor: int, trained: Collection[str] = ()) ->
         tensor: ranks that share its layers.
         trained: names of trained parameters.
     """
-    sizes = {name: p.numel() / (tensor if division(name) else 1) for name, p in module.named_parameters()}
+    sizes = {name: p.numel() / (tensor if partition_of(name) else 1) for name, p in module.named_parameters()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name in set(trained))
 
 

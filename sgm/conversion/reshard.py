@@ -17,15 +17,15 @@ from sgm.weights.adapters import ENTRY
 from sgm.weights.checkpoint import owned, write_latest
 from sgm.weights.files import (
     CONTAINERS,
-    PART_NAME,
+    SHARD_NAME,
     find_weights,
-    part_name,
     read_entry,
     read_metadata,
-    read_parts,
+    read_shards,
     read_tensors,
+    shard_name,
 )
-from sgm.weights.partition import Part, division, take
+from sgm.weights.partition import Shard, partition_of, take_shard
 
 logger = get_logger(__name__)
 
@@ -35,7 +35,7 @@ _HEAD_NORM = ".query_layernorm_list."
 def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> list[Path]:
     """Write a network or its adapters in `size` parts. One part at a time is in memory.
 
-    Names, shapes but for the division, numbers, and what the files hold beside tensors stay as they are.
+    Names, shapes but for the partition, numbers, and what the files hold beside tensors stay as they are.
 
     Args:
         path: what :func:`sgm.weights.files.find_weights` understands, in any number of parts.
@@ -53,14 +53,14 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
     file = find_weights(path)
     whole = read_tensors(file)
     _require_divisible(file, whole, size)
-    _require_equal(file, read_parts(file))
-    iteration = file.parent.name if PART_NAME.fullmatch(file.name) else "1"
-    relative = [Path(iteration) / part_name(index, file.suffix.removeprefix(".")) for index in range(size)]
-    need_bytes = sum(tensor.nbytes * (1 if division(name) else size) for name, tensor in whole.items())
+    _require_equal(file, read_shards(file))
+    iteration = file.parent.name if SHARD_NAME.fullmatch(file.name) else "1"
+    relative = [Path(iteration) / shard_name(index, file.suffix.removeprefix(".")) for index in range(size)]
+    need_bytes = sum(tensor.nbytes * (1 if partition_of(name) else size) for name, tensor in whole.items())
     extras = _extras(file)
     with new_folder(folder, need_bytes=need_bytes) as temporary:
         for index, name in enumerate(relative):
-            _write_part(temporary / name, whole, Part(index, size), extras)
+            _write_part(temporary / name, whole, Shard(index, size), extras)
         write_latest(temporary, iteration)
     logger.info("%s: %d tensors in %d parts", file, len(whole), size)
     return [Path(folder) / name for name in relative]
@@ -68,7 +68,7 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
 
 def _require_divisible(file: Path, whole: Mapping[str, torch.Tensor], size: int) -> None:
     """Refuse a number of parts that does not fit, before anything is written."""
-    divided = {name: how for name in whole if (how := division(name)) is not None}
+    divided = {name: how for name in whole if (how := partition_of(name)) is not None}
     if not divided:
         raise InputError(f"{file} holds no layers of a transformer in the SAT layout; give its weights")
     common = math.gcd(*(whole[name].shape[how.dim] // how.stride for name, how in divided.items()))
@@ -87,7 +87,7 @@ def _require_divisible(file: Path, whole: Mapping[str, torch.Tensor], size: int)
 def _require_equal(file: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Refuse parts whose undivided tensors differ: they come from different runs, or from ranks that drifted apart."""
     for name, first in parts[0].items():
-        if division(name) is None:
+        if partition_of(name) is None:
             for index, other in enumerate(parts[1:], start=1):
                 if other[name].dtype != first.dtype or not torch.equal(other[name], first):
                     raise InputError(
@@ -105,8 +105,8 @@ def _extras(file: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in CONTAINERS and content.keys() & CONTAINERS}
 
 
-def _write_part(path: Path, whole: Mapping[str, torch.Tensor], part: Part, extras: Mapping[str, Any]) -> None:
-    tensors = {name: owned(take(name, tensor, part)) for name, tensor in whole.items()}
+def _write_part(path: Path, whole: Mapping[str, torch.Tensor], shard: Shard, extras: Mapping[str, Any]) -> None:
+    tensors = {name: owned(take_shard(name, tensor, shard)) for name, tensor in whole.items()}
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         if path.suffix == ".safetensors":
             save_file(tensors, temporary, metadata=dict(extras) or None)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import sgm.distributed
-from sgm.weights.partition import Part, division, take, whole_shape
+from sgm.weights.partition import Shard, partition_of, take_shard, unsharded_shape
 
 
 class _SumGradient(torch.autograd.Function):
@@ -88,13 +88,13 @@ def equal_gradients(x: torch.Tensor) -> torch.Tensor:
     return x if size == 1 else cast(torch.Tensor, _DivideGradient.apply(x, size))
 
 
-def shard_adapters(layers: Any, layer_range: Any, part: Part) -> None:
-    """Make SAT's adapters compute and begin as one rank's do, where `part` is a part.
+def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
+    """Make SAT's adapters compute and begin as one rank's do, where `shard` is a part.
 
     Args:
         layers: SAT's, of this rank.
         layer_range: numbers of those with adapters, in the order in which SAT has made them.
-        part: which of the network this rank has.
+        shard: which of the network this rank has.
     """
     for attention in (layers[index].attention for index in layer_range):
         # SAT multiplies B by what this rank's inputs make of A, which is a part of a sum.
@@ -102,9 +102,9 @@ def shard_adapters(layers: Any, layer_range: Any, part: Part) -> None:
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
-                whole = matrix.new_empty(whole_shape(full_name, matrix.shape, part.size))
+                whole = matrix.new_empty(unsharded_shape(full_name, matrix.shape, shard.size))
                 nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
-                matrix.data.copy_(take(full_name, whole, part))
+                matrix.data.copy_(take_shard(full_name, whole, shard))
 
 
 def _row_adapter(adapter: Any, x: torch.Tensor) -> torch.Tensor:
@@ -120,4 +120,4 @@ def _row_adapter(adapter: Any, x: torch.Tensor) -> torch.Tensor:
 def mark_tensor_parallel(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Mark parameters for DeepSpeed, which adds the norms of divided ones over the ranks and counts others once."""
     for name, parameter in parameters:
-        vars(parameter)["model_parallel"] = division(name) is not None
+        vars(parameter)["model_parallel"] = partition_of(name) is not None

@@ -78,7 +78,7 @@ class Saver:
     ) -> None:
         """Write weights and averages of this rank's tensor-parallel part."""
         parts, network = self.parts, self.parts.engine.network
-        written: dict[str, Any] = {"patch_size": network.patch_size, "part": network.tensor_part, "latest": False}
+        written: dict[str, Any] = {"patch_size": network.patch_size, "shard": network.tensor_shard, "latest": False}
         if averages is not None:
             smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)

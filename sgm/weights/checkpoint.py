@@ -25,9 +25,9 @@ from sgm.io import atomic_file
 from sgm.util import RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapter_layer, is_adapter
 from sgm.weights.architecture import PATCH_WEIGHT
-from sgm.weights.files import PART_NAME, find_weights, part_name, read_tensors
+from sgm.weights.files import SHARD_NAME, find_weights, read_tensors, shard_name
 from sgm.weights.match import PREFIX, Match, match_autoencoder, match_network
-from sgm.weights.partition import WHOLE, Part, take, whole_shape
+from sgm.weights.partition import UNSHARDED, Shard, take_shard, unsharded_shape
 
 __all__ = [
     "LoadReport",
@@ -127,12 +127,12 @@ def load_network(
         )
     for name, old in match.wanted.items():
         if name in match.fresh:
-            shape = whole_shape(name, old.shape, match.part.size)
-            value = take(name, _initial_adapter(name, shape, generator), match.part)
+            shape = unsharded_shape(name, old.shape, match.shard.size)
+            value = take_shard(name, _initial_adapter(name, shape, generator), match.shard)
         elif name in match.blank:
             value = torch.zeros(old.shape)
         else:
-            value = old if name in match.missing else take(name, match.held[name], match.part)
+            value = old if name in match.missing else take_shard(name, match.held[name], match.shard)
         _replace(network, name, value, dtype=dtype, device=device)
     _require_real(network)
     return _report(match)
@@ -273,7 +273,7 @@ def save_network(
     file_format: Literal["pt", "safetensors"] = "pt",
     adapters: AdapterInfo | None = None,
     latest: bool = True,
-    part: Part = WHOLE,
+    shard: Shard = UNSHARDED,
 ) -> Path:
     """Save a network in the SAT layout; ``latest`` names it once everything is on the disk.
 
@@ -287,39 +287,39 @@ def save_network(
         file_format: ``"pt"`` or ``"safetensors"``.
         adapters: description of the adapters among the tensors, which the file keeps; needed for adapters alone.
         latest: whether ``latest`` moves here; otherwise :func:`write_latest` can move it later.
-        part: which part of the network the tensors are: ``network.tensor_part``.
+        shard: which part of the network the tensors are: ``network.tensor_shard``.
 
     Returns:
         The weights file.
 
     Raises:
         RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
-        ValueError: `adapters` and the tensors do not fit each other; `part` is another than the network's; or `latest`
+        ValueError: `adapters` and the tensors do not fit each other; `shard` is another than the network's; or `latest`
             should name a part.
     """
-    if isinstance(network, nn.Module) and getattr(network, "tensor_part", WHOLE) != part:
-        raise ValueError(f"`part` is {part}, and the network is {getattr(network, 'tensor_part', WHOLE)}")
-    if latest and part.size > 1:
+    if isinstance(network, nn.Module) and getattr(network, "tensor_shard", UNSHARDED) != shard:
+        raise ValueError(f"`shard` is {shard}, and the network is {getattr(network, 'tensor_shard', UNSHARDED)}")
+    if latest and shard.size > 1:
         raise ValueError("`latest` may move only when all parts are saved; pass latest=False, then call write_latest")
     tensors = released_layout(network.state_dict() if isinstance(network, nn.Module) else network, patch_size)
     _require_described(tensors, adapters)
-    path = Path(folder) / str(iteration) / part_name(part.index, file_format)
+    path = Path(folder) / str(iteration) / shard_name(shard.index, file_format)
     _write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
-    _remove_former(path, part)
+    _remove_former(path, shard)
     if latest:
         write_latest(folder, iteration)
     return path
 
 
-def _remove_former(path: Path, part: Part) -> None:
+def _remove_former(path: Path, shard: Shard) -> None:
     """Remove what an earlier save of the same iteration, in another format or number of parts, has beside `path`."""
     for other in path.parent.iterdir():
-        match = PART_NAME.fullmatch(other.name)
+        match = SHARD_NAME.fullmatch(other.name)
         if match is None or other == path:
             continue
         index = int(match[1])
         # Every rank removes its own, and the first one those of ranks that are no more.
-        if index == part.index or (part.index == 0 and index >= part.size):
+        if index == shard.index or (shard.index == 0 and index >= shard.size):
             other.unlink(missing_ok=True)
 
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.util import InputError
-from sgm.weights.partition import JoinedTensor, division, num_parts
+from sgm.weights.partition import JoinedTensor, num_shards, partition_of
 
 WEIGHTS = "mp_rank_00_model_states"
-PART_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
+SHARD_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
 _CURE = "copy or download it again and compare its size with the source"
 _DIGEST_ELEMENTS = 1024
@@ -45,33 +45,33 @@ def find_weights(load: str | Path) -> Path:
     for suffix in (".pt", ".safetensors"):
         if (load / (WEIGHTS + suffix)).is_file():
             return load / (WEIGHTS + suffix)
-    if others := sorted(path.name for path in load.iterdir() if PART_NAME.fullmatch(path.name)):
+    if others := sorted(path.name for path in load.iterdir() if SHARD_NAME.fullmatch(path.name)):
         raise InputError(f"{load} has {', '.join(others)} and lacks the first part, {WEIGHTS}.pt; {_CURE}")
     return _latest_weights(load)
 
 
-def part_name(index: int, file_format: str) -> str:
+def shard_name(index: int, file_format: str) -> str:
     """Return the name of the file of a part: ``mp_rank_00_model_states.pt``."""
     return f"mp_rank_{index:02d}_model_states.{file_format}"
 
 
-def part_files(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
     """Return the files of a network that lies in several parts, in order, `path` being the first; otherwise `path`.
 
     Raises:
         InputError: `path` is another part than the first, or a part between is missing.
     """
-    match = PART_NAME.fullmatch(path.name)
+    match = SHARD_NAME.fullmatch(path.name)
     if match is None:
         return [path]
     if int(match[1]):
         raise InputError(f"{path} is one of several parts of a network; give their folder: {path.parent}")
-    found = {int(m[1]): p for p in path.parent.iterdir() if (m := PART_NAME.fullmatch(p.name)) and m[2] == match[2]}
-    _require_parts(path, found.keys(), max(found) + 1)
+    found = {int(m[1]): p for p in path.parent.iterdir() if (m := SHARD_NAME.fullmatch(p.name)) and m[2] == match[2]}
+    _require_shards(path, found.keys(), max(found) + 1)
     return [found[index] for index in sorted(found)]
 
 
-def _require_parts(path: Path, found: Collection[int], size: int) -> None:
+def _require_shards(path: Path, found: Collection[int], size: int) -> None:
     if missing := [f"mp_rank_{index:02d}" for index in range(size) if index not in found]:
         raise InputError(f"{path.parent} holds a network in {size} parts and lacks {', '.join(missing)}; {_CURE}")
     if len(found) > size:
@@ -118,25 +118,25 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         InputError: there is no such file, it is damaged, or it holds more than tensors; parts are missing or do not
             belong together.
     """
-    parts = read_parts(path)
+    parts = read_shards(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in parts[0].items()}
-    size = num_parts(shapes) if PART_NAME.fullmatch(Path(path).name) else None
+    size = num_shards(shapes) if SHARD_NAME.fullmatch(Path(path).name) else None
     if size is not None:
-        _require_parts(Path(path), range(len(parts)), size)
+        _require_shards(Path(path), range(len(parts)), size)
     if len(parts) == 1:
         return parts[0]
     for index, part in enumerate(parts):
         _require_same_shapes(Path(path), index, shapes, part)
-    divided = {name for name in shapes if division(name) is not None}
+    divided = {name for name in shapes if partition_of(name) is not None}
     return {
         name: JoinedTensor(name, [part[name] for part in parts]) if name in divided else tensor
         for name, tensor in parts[0].items()
     }
 
 
-def read_parts(path: str | Path) -> list[dict[str, torch.Tensor]]:
+def read_shards(path: str | Path) -> list[dict[str, torch.Tensor]]:
     """Read the tensors of each part of a network by themselves, as they lie in the files; see `read_tensors`."""
-    return [_read_file(file) for file in part_files(Path(path))]
+    return [_read_file(file) for file in shard_files(Path(path))]
 
 
 def _require_same_shapes(
@@ -173,7 +173,7 @@ def read_entry(path: str | Path, key: str) -> Any:
         InputError: there is no such file, it is damaged, or it holds more than tensors and plain values; or parts of a
             network differ in it.
     """
-    first, *others = [_read_entry(file, key) for file in part_files(Path(path))]
+    first, *others = [_read_entry(file, key) for file in shard_files(Path(path))]
     for index, other in enumerate(others, start=1):
         if other != first:
             raise InputError(

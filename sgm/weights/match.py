@@ -16,7 +16,7 @@ from sgm.util import InputError
 from sgm.weights.adapters import find_base, is_adapter, read_adapter_info
 from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
 from sgm.weights.files import find_weights, read_tensors
-from sgm.weights.partition import WHOLE, Part, whole_shape
+from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
 
 PREFIX = "model.diffusion_model."
 # Tables that SAT's transformer creates and that no forward pass of this network reads: a file may hold them or not.
@@ -39,7 +39,7 @@ class Match:
         blank: unused tables that the file lacks; they become zero.
         missing: tensors that keep their present values.
         base: the file under adapters that come alone.
-        part: which part of the tensors in `held`, which are whole, the module has.
+        shard: which part of the tensors in `held`, which are whole, the module has.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Match:
     blank: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
     base: Path | None = None
-    part: Part = WHOLE
+    shard: Shard = UNSHARDED
 
 
 def match_network(
@@ -68,8 +68,8 @@ def match_network(
     """
     path = find_weights(path)
     targets = _targets(network)
-    part: Part = getattr(network, "tensor_part", WHOLE)
-    wanted = {name: _whole(name, tensor, part) for name, tensor in targets.items()}
+    shard: Shard = getattr(network, "tensor_shard", UNSHARDED)
+    wanted = {name: _whole(name, tensor, shard) for name, tensor in targets.items()}
     base = find_base(path, base)
     held, dropped, source = _held(path, base, wanted)
     adapters = {name for name in wanted if is_adapter(name)}
@@ -84,7 +84,7 @@ def match_network(
     missing = wanted.keys() - held.keys() - fresh - blank if allow_missing else set()
     expected = {name: tensor for name, tensor in wanted.items() if name not in fresh | blank | missing}
     _check(source, expected, held)
-    return Match(path, targets, held, dropped, frozenset(fresh), frozenset(blank), frozenset(missing), base, part)
+    return Match(path, targets, held, dropped, frozenset(fresh), frozenset(blank), frozenset(missing), base, shard)
 
 
 def match_autoencoder(vae: nn.Module, path: Path, *, ignore_keys: Sequence[str] = ()) -> Match:
@@ -108,9 +108,9 @@ def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.state_dict(keep_vars=True))
 
 
-def _whole(name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+def _whole(name: str, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
     """Return the tensor itself where it is not divided; otherwise one in the shape of the whole, without numbers."""
-    shape = whole_shape(name, tensor.shape, part.size)
+    shape = unsharded_shape(name, tensor.shape, shard.size)
     return tensor if shape == tensor.shape else torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 

@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_map_only
 from sgm.util import InputError
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """One of `size` parts of a network, counted from zero."""
 
     index: int = 0
     size: int = 1
 
 
-WHOLE = Part()
+UNSHARDED = Shard()
 
 
-class Division(NamedTuple):
+class Partition(NamedTuple):
     """How a tensor is divided: along `dim`, where `stride` tensors of equal length stand one after the other.
 
     Every part has its share of each of them: of the queries, the keys and the values.
@@ -41,63 +41,63 @@ _COLUMN = {"query_key_value": 3, "dense_h_to_4h": 1, "dense_h_to_4h_gate": 1}
 _ROW = ("dense", "dense_4h_to_h")
 
 
-def division(name: str) -> Division | None:
+def partition_of(name: str) -> Partition | None:
     """Return how a tensor of the network is divided, by its name with or without prefix; None where it stays whole."""
     match = _LAYER.search(name)
     if match is None:
         return None
     layer, tensor = match[2], match[3]
     if layer in _COLUMN and tensor in ("weight", "bias"):
-        return Division(0, _COLUMN[layer])
+        return Partition(0, _COLUMN[layer])
     if layer in _COLUMN and tensor.startswith("matrix_B."):
-        return Division(0)
+        return Partition(0)
     if layer in _ROW and (tensor == "weight" or tensor.startswith("matrix_A.")):
-        return Division(1)
+        return Partition(1)
     return None
 
 
-def whole_shape(name: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
+def unsharded_shape(name: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
     """Return the shape of the whole tensor, one of whose `size` parts has `shape`."""
-    how = division(name)
+    how = partition_of(name)
     return tuple(n * size if how is not None and dim == how.dim else n for dim, n in enumerate(shape))
 
 
-def take(name: str, whole: torch.Tensor, part: Part) -> torch.Tensor:
+def take_shard(name: str, whole: torch.Tensor, shard: Shard) -> torch.Tensor:
     """Return a part of a tensor: a view, or a copy where it has several shares in it.
 
     Raises:
         InputError: the tensor cannot be divided evenly.
     """
-    how = division(name)
-    if how is None or part.size == 1:
+    how = partition_of(name)
+    if how is None or shard.size == 1:
         return whole
     if isinstance(whole, JoinedTensor):
-        whole, part = whole.covering(part)
-        if part.size == 1:
+        whole, shard = whole.covering(shard)
+        if shard.size == 1:
             return whole
-    if whole.shape[how.dim] % (how.stride * part.size):
-        raise InputError(f"{name} {tuple(whole.shape)} cannot be divided evenly into {part.size} parts")
-    shares = [section.chunk(part.size, how.dim)[part.index] for section in whole.chunk(how.stride, how.dim)]
+    if whole.shape[how.dim] % (how.stride * shard.size):
+        raise InputError(f"{name} {tuple(whole.shape)} cannot be divided evenly into {shard.size} parts")
+    shares = [section.chunk(shard.size, how.dim)[shard.index] for section in whole.chunk(how.stride, how.dim)]
     return shares[0] if how.stride == 1 else torch.cat(shares, how.dim)
 
 
-def join(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def join_shards(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the whole tensor of all its parts, in order; the first of them where the tensor is not divided."""
-    how = division(name)
+    how = partition_of(name)
     if how is None or len(parts) == 1:
         return parts[0]
     sections = zip(*(part.chunk(how.stride, how.dim) for part in parts), strict=True)
     return torch.cat([share for section in sections for share in section], how.dim)
 
 
-def num_parts(shapes: Mapping[str, Sequence[int]]) -> int | None:
+def num_shards(shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Return into how many parts the network is divided one of whose parts has these shapes; None if they do not tell.
 
     Attention is as wide as the hidden size, which stands whole on the other side of each matrix.
     """
     found = set()
     for name, shape in shapes.items():
-        how = division(name)
+        how = partition_of(name)
         if how is None or "attention." not in name or len(shape) != 2:
             continue
         whole = shape[1 - how.dim] * how.stride
@@ -122,7 +122,7 @@ class JoinedTensor(torch.Tensor):
     def __new__(cls, name: str, parts: Iterable[torch.Tensor]) -> "JoinedTensor":
         """Join parts of the tensor `name`, in order."""
         parts = tuple(parts)
-        shape = whole_shape(name, parts[0].shape, len(parts))
+        shape = unsharded_shape(name, parts[0].shape, len(parts))
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].dtype)
         made.full_name, made.parts = name, parts
         return made
@@ -138,15 +138,15 @@ class JoinedTensor(torch.Tensor):
 
     def whole(self, *, is_meta: bool = False) -> torch.Tensor:
         """Return the whole tensor; on the meta device if `is_meta`."""
-        return join(self.full_name, [part.to("meta") if is_meta else part for part in self.parts])
+        return join_shards(self.full_name, [part.to("meta") if is_meta else part for part in self.parts])
 
-    def covering(self, part: Part) -> tuple[torch.Tensor, Part]:
-        """Return of the parts no more than `part` needs, joined, and which part of that it is."""
+    def covering(self, shard: Shard) -> tuple[torch.Tensor, Shard]:
+        """Return of the parts no more than `shard` needs, joined, and which part of that it is."""
         held = len(self.parts)
-        if held % part.size == 0:
-            each = held // part.size
-            return join(self.full_name, self.parts[each * part.index : each * (part.index + 1)]), WHOLE
-        if part.size % held == 0:
-            each = part.size // held
-            return self.parts[part.index // each], Part(part.index % each, each)
-        return join(self.full_name, self.parts), part
+        if held % shard.size == 0:
+            each = held // shard.size
+            return join_shards(self.full_name, self.parts[each * shard.index : each * (shard.index + 1)]), UNSHARDED
+        if shard.size % held == 0:
+            each = shard.size // held
+            return self.parts[shard.index // each], Shard(shard.index % each, each)
+        return join_shards(self.full_name, self.parts), shard

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_tensors
-from sgm.weights.partition import division
+from sgm.weights.partition import partition_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -56,7 +56,7 @@ def test_to_two_parts_and_back_changes_nothing(golden, tmp_path, capsys, family,
     assert len(parts) == 2 and f"mp_rank_01_model_states.{suffix}" in capsys.readouterr().out
     joined = read_tensors(find_weights(tmp_path / "two"))
     for name, tensor in tensors.items():
-        assert parts[0][name].numel() * (2 if division(name) else 1) == tensor.numel()
+        assert parts[0][name].numel() * (2 if partition_of(name) else 1) == tensor.numel()
         assert torch.equal(joined[name], tensor)
     assert reshard(tmp_path / "two", tmp_path / "one", 1) == 0
     assert_equal(tmp_path / "one" / "30" / source.name, source)

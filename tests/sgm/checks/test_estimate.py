@@ -14,7 +14,7 @@ from sgm.checks.sampling import as_table
 from sgm.config.load import load_config
 from sgm.distributed import Mesh
 from sgm.util import without_allocating
-from sgm.weights.partition import Part, take
+from sgm.weights.partition import Shard, take_shard
 from tests.processes import ROOT, run
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, TEXT, LiveBytes, inputs, make_network, make_vae, saved_bytes
 from tools import parallel_table
@@ -167,7 +167,7 @@ def test_what_ranks_of_a_video_send(counted):
 @pytest.mark.parametrize("model", ["cogvideox_5b", "cogvideox_5b_lora"])
 def test_the_parameters_of_a_rank(model):
     network = make_network(model=model)
-    own = {name: take(name, p, Part(1, 2)).numel() for name, p in network.named_parameters()}
+    own = {name: take_shard(name, p, Shard(1, 2)).numel() for name, p in network.named_parameters()}
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
     assert parameters(network, 2, trained) == (sum(own.values()), sum(own[name] for name in trained))
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
-from sgm.weights.partition import Part, take
+from sgm.weights.partition import Shard, take_shard
 
 TRANSFORMER = Path(__file__).parents[2] / "data" / "golden" / "dit_t2v_2b" / "transformer"
 
@@ -152,7 +152,7 @@ WHOLE = {f"model.diffusion_model.transformer.layers.0.{name}": tensor for name, 
 def write_parts(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
     """Write a layer of hidden size 4 in parts, as SAT does."""
     for index in range(size):
-        part = {name: take(name, tensor, Part(index, size)).contiguous() for name, tensor in whole.items()}
+        part = {name: take_shard(name, tensor, Shard(index, size)).contiguous() for name, tensor in whole.items()}
         path = folder / f"mp_rank_{index:02d}_model_states.{suffix}"
         if suffix == "safetensors":
             save_file(part, path, metadata={"lora": json.dumps(entry)})
