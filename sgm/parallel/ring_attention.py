@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from sgm.parallel.sequence import Group, check_part, group_size
+from sgm.parallel.sequence import Group, check_shard, group_size
 from sgm.util import InputError
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def ring_attention(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if group_size(group) == 1:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    check_part(q, group, lengths)
+    check_shard(q, group, lengths)
     if min(lengths) < 1:
         raise InputError(
             f"ring attention needs a token on every rank, and the ranks hold {list(lengths)}; "

@@ -1,13 +1,9 @@
-"""The layers of the network on several ranks: which parameter is divided how, by its name, and gradients of the rest.
+"""Tensor parallelism: the sharded layers of the network on several ranks, and the gradients of the replicated rest.
 
-Column layers (queries, keys, values, the way into the MLP) divide their outputs, row layers (the way out of attention
-and MLP) their inputs (Shoeybi et al. 2019, Megatron-LM; SAT's layers). A rank so has heads and inner channels of its
-own; a row layer ends with a sum over the ranks. Everything else stands whole on every rank. As all ranks see the same
-tokens outside of a layer's inner channels, gradients of whole parameters are whole and equal on all ranks, except those
-of the norms of queries and keys: `HeadNorm` sums them. Sums over the ranks that share tokens come on top, see
-sgm.parallel.sequence.
-
-Files divide alike: ``mp_rank_00_model_states``, ``mp_rank_01_...`` (docs/checkpoints.md).
+`sgm.weights.partition` says which parameter is sharded along which dimension. A rank has its own heads and inner
+channels; a row layer ends with an all-reduce. Outside of them all ranks see the same tokens, so gradients of replicated
+parameters are complete and equal on all ranks, except those of the norms of queries and keys: `HeadNorm` sums them.
+Sums over sequence parallel ranks come on top, see `sgm.parallel.sequence`.
 """
 
 import math
@@ -22,25 +18,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import sgm.distributed
+from sgm.parallel.sequence import sum_gradients
 from sgm.weights.partition import Part, division, take, whole_shape
 
 
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        # A copy: a view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
-        return x.clone()
+class _AllReduce(torch.autograd.Function):
+    """All-reduce in the forward pass, identity in the backward pass, where torch's own all-reduces again."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
@@ -53,52 +37,44 @@ class _Sum(torch.autograd.Function):
         return gradients[0], None
 
 
-class _DivideGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, by: int) -> torch.Tensor:
-        ctx.by = by
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] / ctx.by, None
-
-
 class HeadNorm(nn.LayerNorm):
-    """A layer norm that all heads share, those of other ranks too: its gradients are summed over the ranks."""
+    """A layer norm for the heads of all ranks: the gradients of its parameters are summed over the ranks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         group = sgm.distributed.tensor_group()
-        # Within the layer, not as a hook on the parameter: it then holds for parameters that replace those of today,
-        # and where ZeRO-3 gathers them.
+        # Hooks in the forward pass, not on the parameters: those may be replaced, and ZeRO-3 gathers them. Clones: a
+        # view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
         weight, bias = (
-            None if parameter is None else cast(torch.Tensor, _SumGradient.apply(parameter, group))
+            None if parameter is None else sum_gradients(parameter.clone(), group)
             for parameter in (self.weight, self.bias)
         )
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def equal_gradients(x: torch.Tensor) -> torch.Tensor:
-    """Return `x`, which SAT hands to the last layer, with a share of its gradient: SAT adds up those of the ranks.
+def average_gradients(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`, the input of the last layer, with its gradient divided by the number of tensor parallel ranks.
 
-    It expects a last layer that is divided; this one is whole, and its gradient too, on every rank.
+    SAT sums this gradient over the ranks, as it expects a sharded last layer. Ours is replicated, and so its gradient
+    is complete and equal on every rank.
     """
     size = sgm.distributed.tensor_parallel_size()
-    return x if size == 1 else cast(torch.Tensor, _DivideGradient.apply(x, size))
+    if size > 1 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient / size)
+    return x
 
 
 def shard_adapters(layers: Any, layer_range: Any, part: Part) -> None:
-    """Make SAT's adapters compute and begin as one rank's do, where `part` is a part.
+    """Make SAT's LoRA adapters compute, and start, as those of one rank.
 
     Args:
         layers: SAT's, of this rank.
-        layer_range: numbers of those with adapters, in the order in which SAT has made them.
-        part: which of the network this rank has.
+        layer_range: numbers of the layers with adapters, in the order in which SAT has made them.
+        part: this rank's shard of the network.
     """
     for attention in (layers[index].attention for index in layer_range):
-        # SAT multiplies B by what this rank's inputs make of A, which is a part of a sum.
-        attention.dense.forward = MethodType(_row_adapter, attention.dense)
+        # SAT multiplies B by A times this rank's inputs, which is one term of a sum over the ranks.
+        attention.dense.forward = MethodType(_row_adapter_forward, attention.dense)
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
@@ -107,17 +83,17 @@ def shard_adapters(layers: Any, layer_range: Any, part: Part) -> None:
                 matrix.data.copy_(take(full_name, whole, part))
 
 
-def _row_adapter(adapter: Any, x: torch.Tensor) -> torch.Tensor:
+def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:
     """The row layer and its LoRA: inputs of this rank (B, S, D / ranks) → (B, S, D)."""
     output = adapter.original(x)
     x = adapter.lora_dropout(x)
     for a, b in zip(adapter.matrix_A, adapter.matrix_B, strict=True):
-        low = cast(torch.Tensor, _Sum.apply(x @ a.T, sgm.distributed.tensor_group()))
+        low = cast(torch.Tensor, _AllReduce.apply(x @ a.T, sgm.distributed.tensor_group()))
         output = output + low @ b.T * adapter.scaling
     return output
 
 
 def mark_tensor_parallel(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Mark parameters for DeepSpeed, which adds the norms of divided ones over the ranks and counts others once."""
+    """Mark parameters for DeepSpeed, which sums the norms of sharded ones over the ranks, and counts others once."""
     for name, parameter in parameters:
         vars(parameter)["model_parallel"] = division(name) is not None
