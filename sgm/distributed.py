@@ -91,10 +91,10 @@ def _start_launched() -> None:
         store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(device())
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
+        _peers = Peers(rank=rank, size=size, timeout=_timeout)
     except dist.DistError as error:
         found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
         raise RunError(f"{found}; start all of them, with the same MASTER_ADDR and MASTER_PORT") from error
-    _peers = Peers(rank=dist.get_rank(), size=dist.get_world_size(), timeout=_timeout)
 
 
 def initialize(*, mesh: Mesh | None = None) -> None:
@@ -192,7 +192,7 @@ def tensor_group() -> Any:
 
 
 def layer_groups() -> Any:
-    """Return SAT's module of the tensor parallel groups, as DeepSpeed expects it; None if there is one rank."""
+    """Return SAT's module of the tensor parallel groups, and of collectives over them; None if there is one rank."""
     from sat import mpu
 
     return mpu if tensor_parallel_size() > 1 else None

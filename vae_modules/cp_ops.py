@@ -177,59 +177,6 @@ def _gather_statistics(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     return sum_gradients(torch.stack(gathered), group)
 
 
-class _Gather(torch.autograd.Function):
-    """Pieces of all ranks → the whole clip, on all ranks or on rank 0; see `gather_pieces`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        group: Any,
-        lengths: Any,
-        everywhere: bool,
-        like: torch.Tensor,
-        anchor: torch.Tensor,
-        *own: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.group, ctx.lengths, ctx.everywhere = group, lengths, everywhere
-        ctx.anchor = anchor.new_zeros(()).expand(anchor.shape)
-        ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-        mine = iter(own)
-        pieces = []
-        for index, length in enumerate(lengths):
-            owner = index % len(ranks)
-            if owner == rank:
-                piece = next(mine).contiguous()
-            elif everywhere or rank == 0:
-                piece = like.new_empty((*like.shape[:2], length, *like.shape[3:]))
-            else:
-                continue
-            if everywhere:
-                dist.broadcast(piece, ranks[owner], group=group)
-            elif rank == 0 and owner > 0:
-                dist.recv(piece, ranks[owner], group=group)
-            elif rank > 0:
-                dist.send(piece, ranks[0], group=group)
-            if everywhere or rank == 0:
-                pieces.append(piece)
-        return torch.cat(pieces, dim=2) if pieces else like.new_empty(like.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        ranks, rank = dist.get_process_group_ranks(ctx.group), dist.get_rank(ctx.group)
-        own, start = [], 0
-        for index, length in enumerate(ctx.lengths):
-            owner, end = index % len(ranks), start + length
-            if owner == rank and (ctx.everywhere or rank == 0):
-                own.append(grad[:, :, start:end])
-            elif not ctx.everywhere and rank == 0:
-                dist.send(grad[:, :, start:end].contiguous(), ranks[owner], group=ctx.group)
-            elif not ctx.everywhere and owner == rank:
-                own.append(grad.new_empty((*grad.shape[:2], length, *grad.shape[3:])))
-                dist.recv(own[-1], ranks[0], group=ctx.group)
-            start = end
-        return None, None, None, None, ctx.anchor, *own
-
-
 def gather_pieces(
     own: Sequence[torch.Tensor],
     lengths: Sequence[int],
@@ -247,6 +194,30 @@ def gather_pieces(
         group: the ranks.
         like: (B, C, 0, H, W) in the dtype and on the device of the pieces.
         anchor: an input of the pieces; lets ranks without a piece take part in the backward pass.
-        everywhere: whether all ranks get the whole clip; otherwise rank 0 gets it, and the others `like`.
+        everywhere: whether all ranks get the whole clip; otherwise rank 0 gets it, and the others no frame.
     """
-    return _Gather.apply(group, tuple(lengths), everywhere, like, anchor, *own)
+    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    mine, joined = iter(own), [like + anchor[:, :, :0].sum().to(like.dtype)]
+    to_all = everywhere or torch.is_grad_enabled()  # for gradients, which are all-reduced below
+    for index, length in enumerate(lengths):
+        owner = index % len(ranks)
+        if owner == rank:
+            piece = next(mine)
+        elif to_all or rank == 0:
+            piece = like.new_empty((*like.shape[:2], length, *like.shape[3:]))
+        else:
+            continue
+        buffer = piece.detach().contiguous()
+        if to_all:
+            dist.broadcast(buffer, ranks[owner], group=group)
+        elif rank > 0:
+            dist.send(buffer, ranks[0], group=group)
+            continue
+        elif owner > 0:
+            dist.recv(buffer, ranks[owner], group=group)
+        joined.append(piece if owner == rank else buffer)
+    whole = torch.cat(joined, dim=2)
+    if everywhere:
+        return whole
+    whole = sum_gradients(whole, group)
+    return whole if rank == 0 else whole[:, :, :0]

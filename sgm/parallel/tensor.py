@@ -9,44 +9,25 @@ Sums over sequence parallel ranks come on top, see `sgm.parallel.sequence`.
 import math
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import sgm.distributed
-from sgm.parallel.sequence import sum_gradients
 from sgm.weights.partition import Part, division, take, whole_shape
-
-
-class _AllReduce(torch.autograd.Function):
-    """All-reduce in the forward pass, identity in the backward pass, where torch's own all-reduces again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
 
 
 class HeadNorm(nn.LayerNorm):
     """A layer norm for the heads of all ranks: the gradients of its parameters are summed over the ranks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        group = sgm.distributed.tensor_group()
-        # Hooks in the forward pass, not on the parameters: those may be replaced, and ZeRO-3 gathers them. Clones: a
+        # In the forward pass, not as hooks on the parameters: those may be replaced, and ZeRO-3 gathers them. Clones: a
         # view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
+        sum_gradient = sgm.distributed.layer_groups().copy_to_model_parallel_region
         weight, bias = (
-            None if parameter is None else sum_gradients(parameter.clone(), group)
-            for parameter in (self.weight, self.bias)
+            None if parameter is None else sum_gradient(parameter.clone()) for parameter in (self.weight, self.bias)
         )
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
@@ -88,7 +69,7 @@ def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:
     output = adapter.original(x)
     x = adapter.lora_dropout(x)
     for a, b in zip(adapter.matrix_A, adapter.matrix_B, strict=True):
-        low = cast(torch.Tensor, _AllReduce.apply(x @ a.T, sgm.distributed.tensor_group()))
+        low = sgm.distributed.layer_groups().reduce_from_model_parallel_region(x @ a.T)
         output = output + low @ b.T * adapter.scaling
     return output
 
