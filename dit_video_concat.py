@@ -38,7 +38,7 @@ from sgm.modules.embeddings import (
     timestep_embedding,
     unpatchify,
 )
-from sgm.parallel.tensor import HeadNorm, equal_gradients, mark_tensor_parallel, shard_adapters
+from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
 from sgm.weights.partition import Shard
@@ -98,8 +98,8 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
         # Divided before the first weight: see the gradients in sgm.parallel.sequence.
-        patches = tokens.part(patchify(x, self.patch_size))
-        return torch.cat((self.text_proj(tokens.part(context)), self.proj(patches)), dim=1)
+        patches = tokens.shard(patchify(x, self.patch_size))
+        return torch.cat((self.text_proj(tokens.shard(context)), self.proj(patches)), dim=1)
 
 
 class _PositionTable(BaseMixin):
@@ -122,7 +122,7 @@ class _PositionTable(BaseMixin):
                 f"{grid[1]}×{grid[2]} patches in {grid[0]} frames; sample at the latent_height and latent_width "
                 "of the model YAML"
             )
-        return tokens.rows(self.pos_embedding[:, : num_text + tokens.num_patches], 1)
+        return tokens.shard_table(self.pos_embedding[:, : num_text + tokens.num_patches], 1)
 
 
 class Basic3DPositionEmbeddingMixin(_PositionTable):
@@ -209,7 +209,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         key = (grid, tokens, device)
         if key not in self._tables:
             cos, sin = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
-            self._tables = {key: (tokens.rows(cos, 0), tokens.rows(sin, 0))}
+            self._tables = {key: (tokens.shard_table(cos, 0), tokens.shard_table(sin, 0))}
         return self._tables[key]
 
     def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor | None:
@@ -384,8 +384,8 @@ class FinalLayerMixin(BaseMixin):
     ) -> torch.Tensor:
         """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_final(equal_gradients(x)), 1 + scale)
-        return unpatchify(tokens.whole(self.linear(x)), grid, self.patch_size)
+        x = torch.addcmul(shift, self.norm_final(average_gradients(x)), 1 + scale)
+        return unpatchify(tokens.gather(self.linear(x)), grid, self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -638,7 +638,7 @@ class DiffusionTransformer(BaseModel):
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         num_patches = grid[0] * grid[1] * grid[2]
         tokens = TokenShards(context.shape[1], num_patches, sgm.distributed.sequence_group(), self.ring_attention)
-        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.text_here}
+        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
         return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:

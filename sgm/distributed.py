@@ -1,4 +1,4 @@
-"""The one owner of process groups.
+"""The one owner of process groups and of the choice of device.
 
 A single process needs no launcher and opens no port; under ``torchrun`` the groups follow its environment. Nothing
 else in this project creates or stores a group.
@@ -9,19 +9,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage] (documented)
+from torch.utils import _pytree as pytree
 
 from sgm.config.args import SamplingArgs
 from sgm.config.yaml_files import ConfigError, Problem
 from sgm.log import quiet_dependencies
 from sgm.parallel.heartbeat import Peers
-from sgm.parallel.packing import pack, unpack
+from sgm.parallel.mesh import Mesh
 from sgm.util import InputError, RunError, default, defer_package_init
 
 
@@ -53,97 +53,25 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """How many neighbouring ranks work on one sample together; every other neighbour has samples of its own.
-
-    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next. Ranks of one sample are laid out with the
-    axis that sends most as the innermost: neighbours share layers, then tokens, then the two branches of guidance.
-
-    Attributes:
-        context: ranks that share a video in the VAE (``cp_size``).
-        tensor: ranks that share the layers of the DiT (``model_parallel_size``).
-        sequence: ranks that share the tokens of a sample in the DiT (``sequence_parallel_size``).
-        cfg: ranks that share the conditional and the unconditional branch in sampling (``cfg_parallel_size``).
-    """
-
-    context: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    cfg: int = 1
-
-    @property
-    def network(self) -> int:
-        """Ranks that share one sample in the DiT."""
-        return self.tensor * self.sequence * self.cfg
-
-    @property
-    def ranks(self) -> int:
-        """Ranks that work on one sample."""
-        return max(self.context, self.network)
-
-    def lines(self, axis: str) -> list[list[int]]:
-        """Return the groups along ``tensor``, ``sequence`` or ``cfg`` among the first ranks, those of one sample."""
-        length = getattr(self, axis)
-        distance = {"tensor": 1, "sequence": self.tensor, "cfg": self.tensor * self.sequence}[axis]
-        firsts = [rank for rank in range(self.network) if rank // distance % length == 0]
-        return [[first + distance * i for i in range(length)] for first in firsts]
-
-    def check(self) -> None:
-        """Hold the sizes against the number of processes, before anything is started.
-
-        Raises:
-            InputError: they do not fit; says which would.
-        """
-        network = {
-            "args.model_parallel_size": self.tensor,
-            "args.sequence_parallel_size": self.sequence,
-            "args.cfg_parallel_size": self.cfg,
-        }
-        context = {"model.first_stage_config.params.cp_size": self.context}
-        if self.cfg not in (1, 2):
-            raise InputError(f"args.cfg_parallel_size={self.cfg}, but guidance has two branches; give 1 or 2")
-        for name, size in (network | context).items():
-            if size < 1 or world_size() % size:
-                raise InputError(f"{name}={size} {_no_fit(size)}")
-        if world_size() % self.network:
-            given = " × ".join(f"{name}={size}" for name, size in network.items() if size > 1)
-            raise InputError(f"{given} = {self.network} {_no_fit(self.network)}")
-        if self.context not in (1, self.network) and self.network > 1:
-            given = " and ".join(f"{name}={size}" for name, size in (context | network).items() if size > 1)
-            raise InputError(
-                f"{given} differ: the same ranks share a sample in the VAE and in the network; set cp_size to "
-                f"{self.network} or 1, or the sizes of the network to 1"
-            )
-
-
-def _no_fit(size: int) -> str:
-    legal = [str(n) for n in range(1, world_size() + 1) if world_size() % n == 0]
-    return (
-        f"ranks cannot share a sample among {world_size()} processes; legal are {', '.join(legal)}, or start another "
-        f"number of processes, such as {max(size, 1)}, with torchrun --nproc_per_node"
-    )
-
-
 _mesh: Mesh | None = None
-# Of this rank: number of ranks → the group of that many first ones of those that share a sample with it; None where it
-# is not one of them. Short videos have less pieces than there are ranks.
+# Number n → the group of the first n ranks of this rank's sample, None if this rank is not in it: a short video has
+# fewer chunks than ranks.
 _sample_groups: dict[int, Any] = {}
-# Of this rank: axis of the mesh → the ranks that share a sample along it, where it is longer than 1.
+# "sequence" and "cfg" → this rank's group along that axis of the mesh, if its size is above 1.
 _axes: dict[str, Any] = {}
 _timeout = timedelta(minutes=30)
 _peers: Peers | None = None
 
 
 def set_timeout(seconds: float) -> None:
-    """Say, before `initialize`, how long ranks wait for each other; see ``args.distributed_timeout``."""
+    """Set how long ranks wait for each other, ``args.distributed_timeout``; call it before `initialize`."""
     global _timeout
     _timeout = timedelta(seconds=seconds)
 
 
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Context of a command's work: what fails because another rank is lost names it, in a RunError."""
+    """Context of a command's work: an error that follows from the loss of another rank becomes a RunError naming it."""
     try:
         yield
     except BaseException as error:
@@ -153,43 +81,43 @@ def explain_lost_ranks() -> Iterator[None]:
 
 
 def _start_launched() -> None:
-    """Join the other processes of the launcher, and watch that they stay."""
+    """Join the other processes of the launcher, and start to exchange heartbeats."""
     global _peers
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that SAT and DeepSpeed make
         setattr(dist.distributed_c10d, name, _timeout)
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        # torchrun keeps its store when it starts all processes again, and in it the addresses of those before.
+        # torchrun keeps its store over restarts, and in it the addresses of the former processes.
         store, rank, size = next(rendezvous("env://", timeout=_timeout))
         store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(device())
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
+        _peers = Peers(rank=rank, size=size, timeout=_timeout)
     except dist.DistError as error:
         found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
         raise RunError(f"{found}; start all of them, with the same MASTER_ADDR and MASTER_PORT") from error
-    _peers = Peers(rank=dist.get_rank(), size=dist.get_world_size(), timeout=_timeout)
 
 
 def initialize(*, mesh: Mesh | None = None) -> None:
-    """Create the process groups once; later calls check that they ask for the same.
+    """Create the process groups once; later calls check that they ask for the same mesh.
 
     Args:
-        mesh: what ranks share; None leaves it as it is, at first nothing.
+        mesh: which ranks share samples; None keeps the present mesh, at first one rank a sample.
 
     Raises:
-        InputError: sizes do not fit the number of processes, or differ from those of before.
-        RunError: other processes do not show within the timeout.
+        InputError: sizes do not divide the number of processes, or differ from those of an earlier call.
+        RunError: other processes do not join within the timeout.
     """
     global _mesh
     if mesh is not None:
-        mesh.check()
+        mesh.check(world_size())
         if _mesh not in (None, mesh):
             raise InputError(f"ranks share {_mesh} in this process already, and {mesh} is asked for; start another one")
     prepare_import()
     from sat import mpu
 
-    # DeepSpeed asks for it even where there is one process.
+    # DeepSpeed needs it even for one process.
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         if is_launched():
@@ -210,7 +138,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
 
 
 def has_mesh() -> bool:
-    """Whether it has been declared what ranks share: the configuration was found good, and the work begins."""
+    """Whether `initialize` has got a mesh: the configuration was checked, and the work begins."""
     return _mesh is not None
 
 
@@ -227,94 +155,99 @@ def _make_groups(mesh: Mesh) -> None:
             if start <= dist.get_rank() < start + mesh.ranks:
                 _sample_groups[num] = group if dist.get_rank() in ranks else None
         for axis in ("sequence", "cfg"):
-            for line in mesh.lines(axis) if getattr(mesh, axis) > 1 else ():
-                ranks = [start + rank for rank in line]
+            for members in mesh.groups(axis) if getattr(mesh, axis) > 1 else ():
+                ranks = [start + rank for rank in members]
                 group = dist.new_group(ranks)
                 if dist.get_rank() in ranks:
                     _axes[axis] = group
 
 
 def context_parallel_size() -> int:
-    """Number of ranks that share one video in the VAE with this one, itself included."""
+    """Number of ranks that share a video in the VAE."""
     return _current().context
 
 
 def context_group(num: int | None = None) -> Any:
     """Return the group of the first `num` ranks that share a video with this one, all of them if None.
 
-    None where this rank is not one of them, and where nothing is shared.
+    None if this rank is not in it, or shares no video.
     """
     context = context_parallel_size()
     return _sample_groups.get(default(num, context)) if context > 1 else None
 
 
 def tensor_parallel_size() -> int:
-    """Number of ranks that share the layers of the DiT with this one, itself included."""
+    """Number of ranks that share the layers of the DiT."""
     return _current().tensor
 
 
 def tensor_parallel_rank() -> int:
-    """Index of this process among those that share layers, as checkpoints count them (``mp_rank_XX``)."""
+    """Index of this process among the tensor parallel ranks, as in names of checkpoints (``mp_rank_XX``)."""
     return dist.get_rank() % _current().tensor if dist.is_initialized() else 0
 
 
 def tensor_group() -> Any:
-    """Return the group of the ranks that share layers with this one; None where nothing is shared."""
+    """Return the group of this rank's tensor parallel ranks; None if there is one rank."""
     from sat import mpu
 
     return mpu.get_model_parallel_group() if tensor_parallel_size() > 1 else None
 
 
 def layer_groups() -> Any:
-    """Return SAT's module of the groups that share layers, which DeepSpeed asks for them; None where there are none."""
+    """Return SAT's module of the tensor parallel groups, and of collectives over them; None if there is one rank."""
     from sat import mpu
 
     return mpu if tensor_parallel_size() > 1 else None
 
 
 def sequence_group() -> Any:
-    """Return the group of the ranks that share the tokens of a sample with this one; None where nothing is shared."""
+    """Return the group of this rank's sequence parallel ranks; None if there is one rank."""
     return _axes.get("sequence")
 
 
 def sequence_parallel_size() -> int:
-    """Number of ranks that share the tokens of a sample with this one, itself included."""
+    """Number of ranks that share the tokens of a sample."""
     return _current().sequence
 
 
 def cfg_group() -> Any:
-    """Return the group of the ranks that share the branches of guidance with this one; None where nothing is shared."""
+    """Return the group of this rank's guidance parallel ranks; None if there is one rank."""
     return _axes.get("cfg")
 
 
 def sample_rank() -> int:
-    """Index of this process among those that work on one sample; the first one writes it."""
+    """Index of this process among the ranks of its sample; the first one writes the sample."""
     return dist.get_rank() % _current().ranks if dist.is_initialized() else 0
 
 
 def broadcast_in_sample_group(value: Any) -> Any:
-    """Return what the first of the ranks that share a sample passed: tensors, and small objects around them.
+    """Broadcast `value` from the first rank of this sample's group.
 
-    What the others pass does not matter. They get the tensors on the device of their process.
+    Args:
+        value: lists, dictionaries, registered dataclasses (see `torch.utils._pytree`) of tensors, and small objects,
+            which are pickled. Ignored on the other ranks.
+
+    Returns:
+        `value` on the first rank; on the others a copy, with its tensors on the device of the process.
     """
     group = _sample_groups.get(_current().ranks)
     if group is None:
         return value
     source = dist.get_process_group_ranks(group)[0]
-    if dist.get_rank() == source:
-        packed, tensors = pack(value)
-        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        dist.broadcast_object_list([packed, shapes], src=source, group=group)
-        for tensor in tensors:
-            dist.broadcast(tensor.detach().to(device()).contiguous(), source, group=group)
-        return value
-    box: list[Any] = [None, None]
+    is_source = dist.get_rank() == source
+    # Tensors on the meta device carry shape and dtype, and no numbers.
+    box = [pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), value) if is_source else None]
     dist.broadcast_object_list(box, src=source, group=group)
-    packed, shapes = box
-    tensors = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in shapes]
-    for tensor in tensors:
-        dist.broadcast(tensor, source, group=group)
-    return unpack(packed, tensors)
+
+    def transfer(tensor: torch.Tensor) -> torch.Tensor:
+        if is_source:
+            dist.broadcast(tensor.detach().to(device()).contiguous(), source, group=group)
+            return tensor
+        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device())
+        dist.broadcast(received, source, group=group)
+        return received
+
+    return pytree.tree_map_only(torch.Tensor, transfer, value if is_source else box[0])
 
 
 def shutdown() -> None:
@@ -339,17 +272,17 @@ def shutdown() -> None:
 
 
 def rank() -> int:
-    """Index of this process among all; the first one writes what there is once."""
+    """Index of this process among all; the first one writes files that exist once."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def data_parallel_rank() -> int:
-    """Index of this process among those that work on different samples."""
+    """Index of this process's sample group among all sample groups."""
     return dist.get_rank() // _current().ranks if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
-    """Number of processes that work on different samples; those that share one count once."""
+    """Number of sample groups, each of which works on other samples."""
     return dist.get_world_size() // _current().ranks if dist.is_initialized() else 1
 
 
@@ -364,14 +297,14 @@ def barrier() -> None:
 
 
 def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
-    """Replace `tensor`, in place, by its sum over all ranks, or by the largest value of each element."""
+    """Sum `tensor` over all ranks in place, or take the maximum of each element if `largest`."""
     if _is_shared():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
 
 
 def broadcast_from_rank_zero(value: Any) -> Any:
-    """Return what rank zero passed, a small object, on every rank."""
+    """Broadcast a small object from rank zero."""
     box = [value]
     if _is_shared():
         dist.broadcast_object_list(box, src=0)
@@ -393,7 +326,7 @@ def run_on_rank_zero(work: Callable[[], Any]) -> Any:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return what each rank passed, small objects, on every rank."""
+    """Return the small objects of all ranks, in their order, on every rank."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if _is_shared():
         dist.all_gather_object(values, value)
@@ -401,8 +334,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def device() -> torch.device:
-    """Return the device of this process: its accelerator where there is one, otherwise the CPU."""
-    # A build with accelerator support names its device type even where no device is present.
+    """Return the device of this process: its accelerator if one is available, otherwise the CPU."""
+    # A build with accelerator support names its device type even if no device is present.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
@@ -413,7 +346,7 @@ def resolve_device(args: SamplingArgs) -> torch.device:
     """Return the device of this process.
 
     Raises:
-        ConfigError: ``args.device`` names one that is not there.
+        ConfigError: ``args.device`` names one that is not available.
     """
     if args.device is None:
         return device()
@@ -422,6 +355,6 @@ def resolve_device(args: SamplingArgs) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"'{args.device}' cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"
-        cure = "remove args.device to take what this machine has, or set args.device=cpu"
+        cure = "remove args.device to use this machine's default, or set args.device=cpu"
         raise ConfigError([Problem("args.device", "", reason, cure)]) from error
     return found

@@ -1,4 +1,4 @@
-"""What tests/shared_ranks.py does with networks whose layers ranks share: they compute and train as one rank does."""
+"""Tensor parallel networks against one rank, for tests/shared_ranks.py: outputs, gradients, training steps, files."""
 
 import tempfile
 from pathlib import Path
@@ -39,7 +39,7 @@ def train(network, inputs) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def summed(gradient: torch.Tensor) -> torch.Tensor:
-    """What DeepSpeed does: ranks that have the same part of the layers add what their tokens contribute."""
+    """Sum a gradient over the sequence parallel ranks, as DeepSpeed does."""
     gradient = gradient.clone()
     if sgm.distributed.sequence_group() is not None:
         dist.all_reduce(gradient, group=sgm.distributed.sequence_group())
@@ -47,7 +47,7 @@ def summed(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the whole tensors of all ranks' parts; what is not divided must be identical on all."""
+    """Join the shards of all ranks; replicated tensors must be identical."""
     whole = {}
     for name, tensor in tensors.items():
         parts = [torch.empty_like(tensor) for _ in range(sgm.distributed.tensor_parallel_size())]
@@ -59,14 +59,14 @@ def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def built(family: str) -> dict[str, torch.Tensor]:
-    """Return what a network begins with, and the draw after it."""
+    """Return the initial parameters of a network, and the next random numbers."""
     torch.manual_seed(7)
     network = instantiate_from_config(network_config(GOLDEN / family))
     return {name: p.detach() for name, p in network.named_parameters()} | {"next draw": torch.rand(3)}
 
 
 def with_four_heads() -> torch.nn.Module:
-    """Return a network of random weights, whole or this rank's part of it."""
+    """Return a network of random weights, or this rank's shard of it."""
     config = network_config(GOLDEN / FAMILY)
     config.params.num_attention_heads = 4
     for section in config.params.modules.values():
@@ -81,12 +81,15 @@ def with_four_heads() -> torch.nn.Module:
 
 
 def alone() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Return what one rank computes, by family; before ranks share anything."""
+    """Return the results of one rank, by case, each computed by one of the ranks; called before there is a mesh."""
     found = {}
-    for family in FAMILIES:
-        network, inputs, io = load(GOLDEN / family)
-        found[family] = train(network.train(), inputs) | {"built": built(family), "output": {"": io["output"]}}
-    return found | {FOUR_HEADS: train(with_four_heads(), load(GOLDEN / FAMILY)[1])}
+    for case in (*FAMILIES, FOUR_HEADS)[dist.get_rank() :: dist.get_world_size()]:
+        if case == FOUR_HEADS:
+            found[case] = train(with_four_heads(), load(GOLDEN / FAMILY)[1])
+        else:
+            network, inputs, io = load(GOLDEN / case)
+            found[case] = train(network.train(), inputs) | {"built": built(case), "output": {"": io["output"]}}
+    return {case: result for each in sgm.distributed.all_gather_objects(found) for case, result in each.items()}
 
 
 def largest(own: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -129,7 +132,7 @@ def check(mesh: Mesh, expected) -> dict[str, dict[str, float]]:
 
 
 def check_files(mesh: Mesh, family: str) -> None:
-    """Save parts and load them again; LoRA that a file lacks begins as on one rank."""
+    """Save shards and load them again; LoRA that a file lacks starts as on one rank."""
     network, _, _ = load(GOLDEN / family)
     assert network.tensor_shard == Shard(dist.get_rank() % mesh.tensor, mesh.tensor)
     for name, parameter in network.named_parameters():

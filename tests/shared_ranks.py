@@ -1,27 +1,41 @@
-"""A script for several ranks, no test: they share samples in the network and the VAE, and compare with one rank."""
+"""A script for several ranks that share samples in the network and the VAE; prints differences from one rank."""
 
 import json
 import sys
 
+import torch
 import torch.distributed as dist
 
 import sgm.distributed
 from sgm.distributed import Mesh
+from sgm.models.video_diffusion import TrainingInputs
 from tests import shared_layers, shared_tokens
 from tests.vae_modules import shared_clips
 
 
 def shared_sample(size: int) -> dict[str, dict[str, float]]:
-    """Share the tokens of a sample, and the frames of a clip."""
+    """Sequence parallel network, context parallel VAE."""
     sgm.distributed.initialize(mesh=Mesh(context=size, sequence=size))
     assert sgm.distributed.context_parallel_size() == size == dist.get_world_size(sgm.distributed.sequence_group())
     assert sgm.distributed.data_parallel_size() == dist.get_world_size() // size
+    check_broadcast()
     return shared_tokens.check(size) | shared_clips.check(size)
 
 
+def check_broadcast() -> None:
+    """Nested values arrive with their tensors, of any dtype and layout."""
+    inputs = TrainingInputs(torch.ones(2, 3).T, {"crossattn": torch.ones(0).half()}, torch.arange(2), torch.ones(()))
+    received = sgm.distributed.broadcast_in_sample_group(
+        {"path": ["a.mp4", None], "inputs": (inputs, 1)} if sgm.distributed.sample_rank() == 0 else None
+    )
+    assert received["path"] == ["a.mp4", None] and received["inputs"][1] == 1
+    for name, expected in vars(inputs).items():
+        torch.testing.assert_close(getattr(received["inputs"][0], name), expected, rtol=0, atol=0)
+
+
 def shared_network(size: int) -> dict[str, dict[str, float]]:
-    """Share layers among two ranks, and tokens among what is left."""
-    # A process has one mesh in its life. Not here: to start processes takes longer than what they are tested for.
+    """Tensor parallel over two ranks, sequence parallel over the rest."""
+    # A process keeps its mesh, except here: new processes would take longer than the test.
     sgm.distributed._mesh = None
     sgm.distributed._sample_groups.clear()
     sgm.distributed._axes.clear()

@@ -1,4 +1,4 @@
-"""What tests/shared_ranks.py does with networks: ranks compute the golden ones together, and compare with one alone."""
+"""Sequence parallel golden networks against one rank, for tests/shared_ranks.py."""
 
 import torch
 import torch.distributed as dist
@@ -24,17 +24,23 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def compare(network, inputs, ring: bool, expected: torch.Tensor | None) -> dict[str, float]:
-    """Return differences; of the output from `expected`, or from that of one rank."""
-    network.ring_attention = ring
-    network.train()  # no dropout in these networks
-    output, inward, weights = run(network, inputs)
+def run_alone(network, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `run` does on one rank."""
     sequence_group = sgm.distributed.sequence_group
-    group = sequence_group()
-    dist.all_reduce(weights, group=group)
-    sgm.distributed.sequence_group = lambda: None  # one rank alone
-    alone = run(network, inputs)
+    sgm.distributed.sequence_group = lambda: None
+    alone = run(network.train(), inputs)  # no dropout in these networks
     sgm.distributed.sequence_group = sequence_group
+    return alone
+
+
+def compare(network, inputs, ring: bool, alone, expected: torch.Tensor | None) -> dict[str, float]:
+    """Return the differences from one rank; of the output from `expected` if it is given."""
+    network.ring_attention = ring
+    network.get_mixin("adaln_layer").recomputed_layers = 0
+    network.train()
+    output, inward, weights = run(network, inputs)
+    group = sgm.distributed.sequence_group()
+    dist.all_reduce(weights, group=group)
     network.get_mixin("adaln_layer").recomputed_layers = 2
     recomputed = run(network, inputs)[2]
     dist.all_reduce(recomputed, group=group)
@@ -50,12 +56,16 @@ def check(size: int) -> dict[str, dict[str, float]]:
     """Return the differences of every case."""
     found = {}
     for family in FAMILIES:
-        heads = load(GOLDEN / family)[0].transformer.layers[0].attention.num_attention_heads
+        network, inputs, io = load(GOLDEN / family)
+        alone = run_alone(network, inputs)
+        heads = network.transformer.layers[0].attention.num_attention_heads
         for ring in (False, True) if heads >= size else (True,):
-            network, inputs, io = load(GOLDEN / family)
-            found[f"DiT {family}, {'ring' if ring else 'Ulysses'}"] = compare(network, inputs, ring, io["output"])
-    # The golden networks have two heads; on three ranks, these four are shared unevenly.
-    found["DiT of four heads, Ulysses"] = compare(with_four_heads(), load(GOLDEN / FAMILY)[1], False, None)
+            name = f"DiT {family}, {'ring' if ring else 'Ulysses'}"
+            found[name] = compare(network, inputs, ring, alone, io["output"])
+    # The golden networks have two heads; on three ranks, these four are sharded unevenly.
+    network, inputs = with_four_heads(), load(GOLDEN / FAMILY)[1]
+    alone = run_alone(network, inputs)
+    found["DiT of four heads, Ulysses"] = compare(network, inputs, False, alone, None)
     network, (x, timesteps, context), _ = load(GOLDEN / FAMILIES[2])
     try:
         network(x, timesteps, context[:, :1])

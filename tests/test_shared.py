@@ -1,4 +1,4 @@
-"""One sample on several ranks, in the network and in the VAE: as on one rank. Real processes."""
+"""Several ranks that share a sample, in the network and in the VAE, against one rank. Real processes."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.processes import run
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
-def test_ranks_together_compute_what_one_does(size):
+def test_ranks_that_share_a_sample_equal_one_rank(size):
     done = run("tests/shared_ranks.py", [str(size)], size)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.parallel.sequence import shard_sizes
+from sgm.parallel.sequence import shard_sizes, sum_gradients
 from sgm.util import InputError, instantiate_from_config
-from vae_modules.cp_ops import SharedStream, gather_pieces, to_all
+from vae_modules.cp_ops import SharedStream, gather_pieces
 from vae_modules.layers import Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 
@@ -228,7 +228,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         """
         everyone = sgm.distributed.context_group()
         active = sgm.distributed.context_group(min(self.cp_size, len(lengths)))
-        x = to_all(x, everyone)
+        x = sum_gradients(x, everyone)  # each rank uses its pieces of x
         starts = [0, *itertools.accumulate(lengths)]
         everywhere = network is self.encoder or self.decodes_everywhere
         own = []

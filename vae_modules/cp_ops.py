@@ -1,17 +1,20 @@
-"""Sharing a clip along time among the ranks of a group: who has which frames, and what neighbours tell each other.
+"""Context parallelism of the VAE: a clip is divided along time over the ranks of a group.
 
 Shapes: ``B C T H W``. W ranks share a clip in consecutive pieces; piece i belongs to rank i mod W, so the first frame
 is on rank 0, and all ranks work on neighbouring pieces at the same time, layer by layer. There are two ways to cut:
 
-- as many pieces as chunks (decoding; encoding in chunks): W chunks at a time, round by round, as little memory per rank
-  as one rank needs alone. Norms see one chunk, so nothing but the frames before a chunk is exchanged.
-- one piece a rank (encoding a whole clip, whose norms see all frames): means and variances are shared, too.
+- a piece per chunk (decoding; encoding in chunks): W chunks at a time, round by round, with the memory per rank of one
+  rank alone. Norms see one chunk, so only the frames before a chunk are exchanged.
+- a piece per rank (encoding a whole clip, whose norms see all frames): means and variances are all-gathered, too.
 
-Every causal convolution needs the ``kernel − 1`` frames before its piece: the last ones that the convolution of the
-rank before has seen. All ranks send and receive at the same layer in the same order, in the backward pass in reverse.
+Every causal convolution needs the ``kernel − 1`` frames before its piece: the last frames of the same convolution's
+input on the rank before. All ranks send and receive at the same layer in the same order, reversed in the backward pass.
 
-Gradients: every rank computes the same loss from the whole result. Then each has the whole gradient of the input, while
-gradients of weights are parts, to be summed over the group.
+Gradients: every rank computes the same loss from the whole result. Then the gradient of the input is complete on every
+rank; gradients of weights are to be summed over the group.
+
+Why not `torch.distributed._functional_collectives`: it has no differentiable send and receive between neighbours, and
+gathers pieces of one size only.
 """
 
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sgm.parallel.sequence import sum_gradients
 from vae_modules.layers import Stream
 
 
@@ -39,7 +43,7 @@ class Neighbours:
     def exchange(
         self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
     ) -> torch.Tensor | None:
-        """Send one tensor and receive into another at the same time, either of which may be None; return the latter."""
+        """Send one tensor while receiving into another; either may be None. Return the received one."""
         operations = []
         if send is not None:
             operations.append(dist.P2POp(dist.isend, send.contiguous(), to, self.group))
@@ -51,13 +55,13 @@ class Neighbours:
 
 
 class _Extend(torch.autograd.Function):
-    """Put the frames before a piece in front of it, and hand its last frames on; see `SharedStream.extend`."""
+    """Prepend the frames before a piece, and send its last frames to the next rank; see `SharedStream.extend`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor | None, piece: "Piece", num: int):
         peers = piece.neighbours
         ctx.piece, ctx.num, ctx.has_kept = piece, num, kept is not None
-        ctx.early = x.shape[2] >= num  # the frames to hand on do not depend on those received
+        ctx.early = x.shape[2] >= num  # the frames to send do not depend on the received ones
         buffer = x.new_empty((*x.shape[:2], num, *x.shape[3:])) if piece.receives else None
         tail = x[:, :, -num:] if ctx.early and piece.sends else None
         received = peers.exchange(send=tail, to=peers.after, receive=buffer, source=peers.before)
@@ -98,12 +102,12 @@ class _Extend(torch.autograd.Function):
 
 
 class Piece:
-    """Where a piece stands in its clip.
+    """Position of a piece in its clip.
 
     Args:
         neighbours: the ring of ranks.
-        index: which piece it is.
-        num: how many there are.
+        index: of the piece.
+        num: number of pieces.
     """
 
     def __init__(self, neighbours: Neighbours, index: int, num: int) -> None:
@@ -118,7 +122,7 @@ class SharedStream(Stream):
     """State of one pass over a clip that several ranks share.
 
     Args:
-        group: the ranks that have a piece.
+        group: the ranks with a piece.
         shares_norms: whether norms cover the pieces of all ranks.
     """
 
@@ -130,12 +134,12 @@ class SharedStream(Stream):
         self._kept: dict[nn.Module, torch.Tensor] = {}
 
     def begin_piece(self, index: int, num: int) -> None:
-        """Announce which of the `num` pieces is processed next; all ranks of a round call it together."""
+        """Start piece `index` of `num`; all ranks of a round call it together."""
         self._piece = Piece(self._neighbours, index, num)
         self.begin_chunk(is_first=index == 0, is_last=index == num - 1)
 
     def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Return `x` with the `num_frames` frames before it in front; the first frame repeats before the clip."""
+        """Prepend the `num_frames` frames before `x`; the clip's first frame repeats before the clip."""
         whole, kept = _Extend.apply(x, self._kept.pop(layer, None), self._piece, num_frames)
         if kept is not None:
             self._kept[layer] = kept
@@ -153,7 +157,7 @@ def shared_group_norm(norm: nn.GroupNorm, x: torch.Tensor, group: dist.ProcessGr
     grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2).float()
     count = torch.full_like(grouped[..., 0], grouped.shape[2])
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-    counts, means, variances = _GatherStatistics.apply(torch.stack((count, mean, variance)), group).unbind(1)
+    counts, means, variances = _gather_statistics(torch.stack((count, mean, variance)), group).unbind(1)
     weights = counts / counts.sum(0)
     mean = (weights * means).sum(0)
     variance = (weights * (variances + (means - mean).square())).sum(0)
@@ -165,94 +169,12 @@ def shared_group_norm(norm: nn.GroupNorm, x: torch.Tensor, group: dist.ProcessGr
     return torch.addcmul(norm.bias[:, None, None, None], centered, scale[place].to(x.dtype))
 
 
-class _GatherStatistics(torch.autograd.Function):
-    """(...) of each rank → (W, ...) on all ranks. Each rank uses them for frames of its own: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, x.contiguous(), group=group)
-        return torch.stack(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
-
-
-class _ToAll(torch.autograd.Function):
-    """A tensor that all ranks have alike and use parts of: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return `x`, which all ranks of a group have alike; in the backward pass all get the gradient of the whole."""
-    return _ToAll.apply(x, group) if x.requires_grad else x
-
-
-class _Gather(torch.autograd.Function):
-    """Pieces of all ranks → the whole, on all ranks or on rank 0; see `gather_pieces`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        group: Any,
-        lengths: Any,
-        everywhere: bool,
-        like: torch.Tensor,
-        anchor: torch.Tensor,
-        *own: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.group, ctx.lengths, ctx.everywhere = group, lengths, everywhere
-        ctx.anchor = anchor.new_zeros(()).expand(anchor.shape)
-        ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-        mine = iter(own)
-        pieces = []
-        for index, length in enumerate(lengths):
-            owner = index % len(ranks)
-            if owner == rank:
-                piece = next(mine).contiguous()
-            elif everywhere or rank == 0:
-                piece = like.new_empty((*like.shape[:2], length, *like.shape[3:]))
-            else:
-                continue
-            if everywhere:
-                dist.broadcast(piece, ranks[owner], group=group)
-            elif rank == 0 and owner > 0:
-                dist.recv(piece, ranks[owner], group=group)
-            elif rank > 0:
-                dist.send(piece, ranks[0], group=group)
-            if everywhere or rank == 0:
-                pieces.append(piece)
-        return torch.cat(pieces, dim=2) if pieces else like.new_empty(like.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        ranks, rank = dist.get_process_group_ranks(ctx.group), dist.get_rank(ctx.group)
-        own, start = [], 0
-        for index, length in enumerate(ctx.lengths):
-            owner, end = index % len(ranks), start + length
-            if owner == rank and (ctx.everywhere or rank == 0):
-                own.append(grad[:, :, start:end])
-            elif not ctx.everywhere and rank == 0:
-                dist.send(grad[:, :, start:end].contiguous(), ranks[owner], group=ctx.group)
-            elif not ctx.everywhere and owner == rank:
-                own.append(grad.new_empty((*grad.shape[:2], length, *grad.shape[3:])))
-                dist.recv(own[-1], ranks[0], group=ctx.group)
-            start = end
-        return None, None, None, None, ctx.anchor, *own
+def _gather_statistics(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All-gather (...) → (W, ...). Each rank normalises its own frames with them, so gradients are summed."""
+    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, x.detach().contiguous(), group=group)
+    gathered[dist.get_rank(group)] = x  # the one through which gradients flow
+    return sum_gradients(torch.stack(gathered), group)
 
 
 def gather_pieces(
@@ -264,14 +186,38 @@ def gather_pieces(
     anchor: torch.Tensor,
     everywhere: bool,
 ) -> torch.Tensor:
-    """Put the pieces of all ranks together.
+    """Join the pieces of all ranks along time.
 
     Args:
-        own: those of this rank, in order.
+        own: the pieces of this rank, in order.
         lengths: frames of all pieces, in order; piece i belongs to rank i mod W.
         group: the ranks.
         like: (B, C, 0, H, W) in the dtype and on the device of the pieces.
-        anchor: what the pieces were made from; ties ranks without a piece into the backward pass, too.
-        everywhere: whether all ranks get the whole; otherwise rank 0 does, and the others get `like`.
+        anchor: an input of the pieces; lets ranks without a piece take part in the backward pass.
+        everywhere: whether all ranks get the whole clip; otherwise rank 0 gets it, and the others no frame.
     """
-    return _Gather.apply(group, tuple(lengths), everywhere, like, anchor, *own)
+    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    mine, joined = iter(own), [like + anchor[:, :, :0].sum().to(like.dtype)]
+    to_all = everywhere or torch.is_grad_enabled()  # for gradients, which are all-reduced below
+    for index, length in enumerate(lengths):
+        owner = index % len(ranks)
+        if owner == rank:
+            piece = next(mine)
+        elif to_all or rank == 0:
+            piece = like.new_empty((*like.shape[:2], length, *like.shape[3:]))
+        else:
+            continue
+        buffer = piece.detach().contiguous()
+        if to_all:
+            dist.broadcast(buffer, ranks[owner], group=group)
+        elif rank > 0:
+            dist.send(buffer, ranks[0], group=group)
+            continue
+        elif owner > 0:
+            dist.recv(buffer, ranks[owner], group=group)
+        joined.append(piece if owner == rank else buffer)
+    whole = torch.cat(joined, dim=2)
+    if everywhere:
+        return whole
+    whole = sum_gradients(whole, group)
+    return whole if rank == 0 else whole[:, :, :0]

@@ -31,12 +31,12 @@ def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Proble
     Returns:
         What cannot be, with the legal sizes.
     """
-    mesh = mesh_of(config)
-    problems = problems_of("args", "correct the sizes, or the number of processes", mesh.check)
+    mesh, world = mesh_of(config), sgm.distributed.world_size()
+    problems = problems_of("args", "correct the sizes, or the number of processes", lambda: mesh.check(world))
     if problems:
         return problems
     tokens = [_text_length(config), num_patches]
-    fewest = min(count for count in (*tokens, sgm.distributed.world_size()) if count is not None)
+    fewest = min(count for count in (*tokens, world) if count is not None)
     return [*_network_problems(config, mesh, fewest), *_guidance_problems(config, mesh)]
 
 

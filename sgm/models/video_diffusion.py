@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from torch import nn
+from torch.utils._pytree import register_dataclass
 
 from sgm.config.precision import autoencoder_dtype
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -36,6 +37,9 @@ class TrainingInputs:
     cond: dict[str, torch.Tensor]
     idx: torch.Tensor
     noise: torch.Tensor
+
+
+register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_group`
 
 
 class SATVideoDiffusionEngine(nn.Module):

@@ -1,15 +1,17 @@
-"""Which ranks are still there: lets a rank that waits for a lost one name it, and end.
+"""Heartbeats: a rank that waits for a lost one names it, and ends.
 
-A collective whose partner died waits, or fails with an address at best. So every rank writes a sign of life into the
-store of the job (which the launcher holds, or rank zero) and reads those of all others, whatever its main thread does.
-A rank is lost when it says that it failed, or when its signs stop: for a short while where something else points to a
-loss (a collective failed, SIGTERM came, another rank has lost one), for a long while otherwise.
+Every rank writes heartbeats into the store of the job, which the launcher or rank zero holds, and reads those of the
+others, whatever its main thread does. The first rank that fails, or finds another one lost, records the reason in the
+store; the others report it and end with exit code 1.
+
+Why not torchrun and the timeout of collectives alone: nothing would end a rank that waits outside of a collective after
+its launcher was killed, or without one; that a machine is gone would be noticed after the whole timeout; and the errors
+of gloo and NCCL name no rank.
 """
 
 import atexit
 import os
 import platform
-import select
 import signal
 import sys
 import threading
@@ -22,11 +24,9 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from sgm.util import RunError
 
-# What a rank says: it works; it is done; its work failed; it ends because it has lost another one.
-_WORKS, _DONE, _FAILED, _LOST_ONE = "works", "done", "failed", "lost-one"
-_DOUBT_TICKS = 5  # signs that must be missing before a rank is lost, where there is a reason to doubt
-_MAX_SILENCE_S, _MAX_DOUBT_S, _MAX_GRACE_S = 120.0, 10.0, 5.0
-_CURE = "its own message says why; start the same command again (training goes on with args.resume=auto)"
+_WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; it waits where a collective failed
+_SUSPECT_TICKS = 5  # missed heartbeats that are enough after a collective failed
+_CURE = "start the same command again (training goes on with args.resume=auto)"
 
 
 class _Terminated(KeyboardInterrupt):
@@ -34,192 +34,149 @@ class _Terminated(KeyboardInterrupt):
 
 
 class Peers:
-    """Signs of life of this rank, and those of the others.
+    """The heartbeats of this rank and of the others.
 
     Args:
         rank: of this process.
         size: number of ranks.
-        timeout: within which a rank ends that has lost another.
+        timeout: of collectives. Heartbeats may be missing for min(timeout / 2, 120 s), and for min(timeout / 4, 10 s)
+            after a collective failed or SIGTERM came; then the main thread has min(timeout / 4, 5 s) to end.
 
     Raises:
-        RunError: a rank does not show within `timeout`.
+        DistError: a rank sends no heartbeat within `timeout`.
     """
 
     def __init__(self, *, rank: int, size: int, timeout: timedelta) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._rank, self._address = rank, f"{host}:{port}"
-        self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # All of it is over after 0.8 of the timeout: the groups' own one does not come first.
         seconds = timeout.total_seconds()
-        self._tick = min(seconds / 4, _MAX_DOUBT_S) / _DOUBT_TICKS
-        self._max_quiet = round(min(seconds / 2, _MAX_SILENCE_S) / self._tick)
-        self._grace = min(seconds / 4, _MAX_GRACE_S)
-        # A connection of its own: the one of the groups is locked while somebody waits for a key.
+        self._rank, self._address, self._keys = rank, f"{host}:{port}", [str(each) for each in range(size)]
+        self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._tick, self._grace = min(seconds / 4, 10) / _SUSPECT_TICKS, min(seconds / 4, 5)
+        self._max_missed = round(min(seconds / 2, 120) / self._tick)
+        # A connection of its own: that of the groups is locked while it waits for a key. A prefix of its own: torchrun
+        # keeps the heartbeats of former processes when it restarts the ranks.
         store = TCPStore(host, port, wait_for_workers=False, timeout=timeout)
-        # After a restart, the launcher may still have the signs of those before.
-        self._store = PrefixStore(f"peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self._keys = [str(each) for each in range(size)]
-        self._state, self._count = _WORKS, 0
-        self._say()
-        try:
-            self._store.wait(self._keys)
-        except dist.DistError as error:
-            missing = [key for key in self._keys if not self._store.check([key])]
-            raise RunError(f"no sign of rank {', '.join(missing)} after {seconds:g} s; {_CURE}") from error
-        self._signs = self._read()
-        self._answers, self._store_failed = 0, False
-        self._doubt = 0  # ticks for which there is a reason to
-        self._lost = ""
-        self._found, self._changed, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._is_ending, self._is_told = False, False
-        self._listen_to_signals()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
-        for thread in self._threads:
-            thread.start()
+        self._store = PrefixStore(f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._state, self._count, self._reason, self._lost = _WORKS, 0, "", ""
+        self._send()
+        self._beats, self._num_received = self._receive(), 0
+        self._store_failed, self._is_ending = False, False
+        self._changed, self._found, self._closed = threading.Event(), threading.Event(), threading.Event()
+        is_main = threading.current_thread() is threading.main_thread()
+        self._handles_sigterm = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if self._handles_sigterm:  # launchers send it when a rank is lost: do not end without naming that rank
+            signal.signal(signal.SIGTERM, self._terminate)
+        self._exchanging = threading.Thread(target=self._exchange, daemon=True)
+        self._exchanging.start()
+        threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)
 
-    def _listen_to_signals(self) -> None:
-        """Let SIGTERM reach the watching thread: the main thread may wait for a lost rank, and not see it."""
-        self._waker, self._wake_fd = os.pipe()
-        os.set_blocking(self._wake_fd, False)
-        self._handles_signals = threading.current_thread() is threading.main_thread()
-        if self._handles_signals:
-            self._former_fd = signal.set_wakeup_fd(self._wake_fd, warn_on_full_buffer=False)
-            self._former = signal.getsignal(signal.SIGTERM)
-            if self._former == signal.SIG_DFL:  # which would end the process before it can say why
-                signal.signal(signal.SIGTERM, self._terminate)
-
     def _terminate(self, *_: object) -> None:
-        if not self._is_ending:  # the launcher's SIGTERM may come while the failed collective is being explained
+        if not self._is_ending:
             raise _Terminated
 
-    # What the two threads do
-
-    def _say(self) -> None:
+    def _send(self) -> None:
         self._count += 1
-        words = [self._state, str(os.getpid()), platform.node(), str(self._count)]
-        self._store.set(str(self._rank), " ".join(words))
+        self._store.set(str(self._rank), f"{self._state} {os.getpid()} {platform.node()} {self._count}")
 
-    def _read(self) -> list[list[str]]:
+    def _receive(self) -> list[list[str]]:
         return [value.decode().split(" ") for value in self._store.multi_get(self._keys)]
 
-    def _talk(self) -> None:
-        """Give signs, and read those of the others, until this rank has nothing more to say."""
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self._beats[rank][1]} on {self._beats[rank][2]})"
+
+    def _others(self, *states: str) -> list[int]:
+        return [rank for rank, beat in enumerate(self._beats) if rank != self._rank and beat[0] in states]
+
+    def _exchange(self) -> None:
+        """Send and receive heartbeats until this rank is done, or a reason to end is recorded; runs in a thread."""
         try:
             while True:
-                state = self._state
-                self._say()
-                self._signs = self._read()
-                self._answers += 1
-                if state != _WORKS and not (state == _DONE and self._holds_store and self._others_work()):
-                    return
+                is_last = self._state == _DONE and not (self._holds_store and self._others(_WORKS, _WAITS))
+                self._send()
+                self._beats = self._receive()
+                if self._reason:
+                    self._store.compare_set("reason", "", self._reason)
+                elif self._store.check(["reason"]):
+                    self._lost = self._store.get("reason").decode()
+                self._num_received += 1
+                if is_last or self._reason or self._lost:
+                    break
                 self._changed.wait(self._tick / 2)
                 self._changed.clear()
+            if self._holds_store and not is_last:
+                time.sleep(self._tick)  # let the others read the reason
         except RuntimeError:
             self._store_failed = True
 
-    def _others_work(self) -> bool:
-        return any(sign[0] == _WORKS for rank, sign in enumerate(self._signs) if rank != self._rank)
-
     def _watch(self) -> None:
-        """Count for how many ticks each rank has been quiet; end this process where the main thread cannot."""
-        quiet, quiet_store = [0] * len(self._keys), 0
-        before, answers = self._signs, self._answers
-        # Ticks, not times: a process that was stopped for a while does not take all others for lost.
-        while not self._closed.is_set():
-            if select.select([self._waker], [], [], self._tick)[0]:
-                if signal.SIGTERM in os.read(self._waker, 64):
-                    self._doubt = 2 * _DOUBT_TICKS
-                continue
-            signs = self._signs
-            if self._answers != answers:
-                quiet = [0 if new != old else num + 1 for new, old, num in zip(signs, before, quiet, strict=True)]
-                quiet_store, before, answers = 0, signs, self._answers
+        """Count missed heartbeats; end the process if its main thread does not. Runs in a thread."""
+        missed, missed_answers, beats, num_received = [0] * len(self._keys), 0, self._beats, 0
+        # Ticks, not times: a process that was stopped for a while must not take all others for lost.
+        while not self._lost:
+            if self._closed.wait(self._tick) or self._reason:
+                return
+            if self._num_received == num_received:
+                missed_answers += 1
             else:
-                quiet_store += 1
-            self._doubt = max(self._doubt - 1, 0)
-            self._lost = self._name_lost(quiet, quiet_store)
-            if self._lost:
-                break
-            if self._store_failed:
-                return  # rank zero was done, and took the store along
-        else:
-            return
+                former, beats, num_received, missed_answers = beats, self._beats, self._num_received, 0
+                missed = [0 if new != old else n + 1 for n, new, old in zip(missed, beats, former, strict=True)]
+            if lost := self._find_lost(missed, missed_answers):
+                self._lost = self._reason = self._lost or lost
+                self._changed.set()
         self._found.set()
-        self._change(_LOST_ONE)
-        # Time for the main thread to say what it was doing, and to end. It may hang in a collective, for ever.
         if self._closed.wait(self._grace):
             time.sleep(self._grace)
-        elif not self._is_told:
+        else:  # the main thread may hang in a collective forever
             sys.stderr.write(f"error: {self._lost}\n")
             sys.stderr.flush()
         os._exit(1)
 
-    def _name_lost(self, quiet: list[int], quiet_store: int) -> str:
-        """Return what is lost, and what to do; empty if nothing is."""
-        others = [(rank, *sign[:3]) for rank, sign in enumerate(self._signs) if rank != self._rank]
-        if any(state == _LOST_ONE for _, state, _, _ in others):
-            self._doubt = max(self._doubt, 1)
-        limit = _DOUBT_TICKS if self._doubt else self._max_quiet
-        for wanted, reason in ((_FAILED, "ended before its work was done"), (_WORKS, ""), (_LOST_ONE, "")):
-            for rank, state, process, host in others:
-                if state == wanted and (reason or quiet[rank] >= limit):
-                    reason = reason or f"is gone: no sign of life for {quiet[rank] * self._tick:.0f} s"
-                    return f"rank {rank} (process {process} on {host}) {reason}; {_CURE}"
-        if (self._store_failed or quiet_store >= limit) and (self._rank == 0 or self._signs[0][0] != _DONE):
-            _, process, host, _ = self._signs[0]
-            owner = "the launcher" if self._rank == 0 else f"rank 0 (process {process} on {host}), or its launcher,"
+    def _find_lost(self, missed: list[int], missed_answers: int) -> str:
+        """Return which rank, or the launcher, is lost; empty if none is."""
+        for rank in self._others(_WORKS, _WAITS):
+            if missed[rank] >= self._max_missed:
+                seconds = f"{missed[rank] * self._tick:.0f} s"
+                return f"{self._name(rank)} is gone: no heartbeat for {seconds}; its own message says why; {_CURE}"
+        store_is_lost = self._store_failed or missed_answers >= self._max_missed
+        if store_is_lost and (self._rank == 0 or self._beats[0][0] != _DONE):
+            owner = "the launcher" if self._rank == 0 else f"{self._name(0)}, or its launcher,"
             return f"{owner} is gone: {self._address} does not answer; {_CURE}"
         return ""
 
-    def _change(self, state: str) -> None:
-        if self._state == _WORKS:
-            self._state = state
-            self._changed.set()
-
-    # What the main thread calls
-
     def explain(self, error: BaseException) -> NoReturn:
-        """Raise `error`, or a RunError that names the lost rank from which it follows.
-
-        The other ranks learn that this one failed, where it did so on its own.
-        """
+        """Raise `error`, or a RunError that names the lost rank from which it follows; the others learn the reason."""
         self._is_ending = True
-        if _may_follow_from_a_loss(error):
-            self._doubt = 2 * _DOUBT_TICKS
-            self._found.wait(2 * _DOUBT_TICKS * self._tick)
-            if self._lost:
-                self._is_told = True
-                raise RunError("\n".join(filter(None, [str(error), self._lost]))) from error
-        self._change(_FAILED)
+        lost = ""
+        if (cause := _collective_error(error)) is not None:
+            self._state, self._max_missed = _WAITS, _SUSPECT_TICKS
+            self._found.wait(2 * _SUSPECT_TICKS * self._tick)
+            lost = self._lost
+            if not lost and "timed out" in str(cause).lower() and (stuck := self._others(_WORKS)):
+                names = ", ".join(self._name(rank) for rank in stuck)
+                lost = f"{names} is stuck: it did not come to the collective that failed here; {_CURE}"
+        reason = (str(error) or "no message").splitlines()[0]
+        self._reason = lost or f"{self._name(self._rank)} failed: {type(error).__name__}: {reason}; {_CURE}"
+        self._changed.set()
+        if lost:
+            raise RunError("\n".join(filter(None, [str(error), lost]))) from error
         raise error
 
     def close(self) -> None:
-        """Say that this rank is done, unless it failed, and stop watching.
-
-        The rank that holds the store stays until the others are done.
-        """
+        """Send the last heartbeat, and stop; the rank that holds the store waits until the others are done."""
         if self._closed.is_set():
             return
         atexit.unregister(self.close)
-        self._change(_DONE)
-        self._threads[0].join(None if self._holds_store and not self._lost else 2 * self._tick)
+        self._state = _DONE
+        self._changed.set()
+        self._exchanging.join(None if self._holds_store else 2 * self._tick)
         self._closed.set()
-        if self._handles_signals:
-            signal.set_wakeup_fd(self._former_fd)
-            if self._former == signal.SIG_DFL:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not self._lost:
-            os.write(self._wake_fd, b"\0")
-            self._threads[1].join()
-            os.close(self._waker)
-            os.close(self._wake_fd)
+        if self._handles_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _may_follow_from_a_loss(error: BaseException | None) -> bool:
-    """Whether a collective may have raised `error`, or SIGTERM, which launchers send when a rank is lost."""
-    while error is not None:
-        if type(error) is RuntimeError or isinstance(error, dist.DistError | _Terminated):
-            return True
+def _collective_error(error: BaseException | None) -> BaseException | None:
+    """Return what a collective raised, or SIGTERM, among the causes of `error`."""
+    while error is not None and type(error) is not RuntimeError and not isinstance(error, dist.DistError | _Terminated):
         error = error.__cause__
-    return False
+    return error

@@ -1,18 +1,20 @@
 """Ring attention: exact attention over the tokens of several ranks, for any number of heads (Liu et al. 2023).
 
-Legend: ``B`` samples, ``s`` tokens of this rank, ``t`` those of a block, ``H`` heads, ``d`` channels of a head.
+Legend: ``B`` samples, ``s`` tokens of this rank, ``t`` tokens of a block, ``H`` heads, ``d`` channels of a head.
 
-Every rank keeps its queries. The keys and values, a block per rank, travel around the ring, the next block while
-attention with the present one is computed. Attention over a block gives an output and the logarithm of the sum of the
-exponentials, with which outputs over several blocks are joined as if the softmax had run over all of them at once:
+Every rank keeps its queries. Blocks of keys and values, one per rank, travel around the ring; the next block is
+prefetched during attention over the present one. Attention over a block gives an output and the log-sum-exp of its
+scores, with which the outputs of several blocks are joined to the softmax over all of them:
 
     lse = log(e^lse₁ + e^lse₂),    out = e^(lse₁ - lse)·out₁ + e^(lse₂ - lse)·out₂
 
 The backward pass sends the blocks around once more. With the final ``lse``, each block's gradients can be computed
-alone; those of keys and values travel with their block, and are complete when it is home. Sums are kept in float32.
+alone; gradients of keys and values travel with their block, and are complete when it is home. Sums are in float32.
 
-Why not `torch.distributed.tensor.experimental`: its ring attention takes blocks of one size only, has no kernel for a
-CPU, and replaces attention globally.
+Why `torch.ops.aten`: of the public functions that return a log-sum-exp, `flex_attention` has no backward pass on a CPU
+and holds all scores unless it is compiled, and `varlen_attn` has no kernel for a CPU. Why not
+`torch.distributed.tensor.experimental`: its ring attention takes blocks of one size only, has no kernel for a CPU, and
+replaces attention globally.
 """
 
 import math
@@ -24,12 +26,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from sgm.parallel.sequence import Group, check_part, group_size
+from sgm.parallel.sequence import Group, check_shard, group_size
 from sgm.util import InputError
 
 aten = torch.ops.aten
 
-# Elements of the score matrix that attention without a fused kernel holds at a time: 256 MB in float32.
+# Maximum number of scores that attention without a fused kernel computes at a time: 256 MB in float32.
 PLAIN_SCORES = 2**26
 
 
@@ -39,7 +41,7 @@ def ring_attention(
     """Attention of this rank's queries over the keys and values of all ranks.
 
     Args:
-        q: (B, s, H, d), the tokens of this rank; positions are already applied.
+        q: (B, s, H, d), the tokens of this rank, with positions applied.
         k: the same shape.
         v: the same shape.
         group: the ranks that share the sample, see `sgm.parallel.sequence`.
@@ -54,13 +56,13 @@ def ring_attention(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if group_size(group) == 1:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    check_part(q, group, lengths)
+    check_shard(q, group, lengths)
     if min(lengths) < 1:
         raise InputError(
             f"ring attention needs a token on every rank, and the ranks hold {list(lengths)}; "
             "use fewer ranks for a sample"
         )
-    q = q if q.stride(-1) == 1 else q.contiguous()  # the kernels read the channels of a head as one piece
+    q = q if q.stride(-1) == 1 else q.contiguous()  # the kernels need contiguous channels
     return _Ring.apply(q, k, v, group, lengths)
 
 
@@ -93,65 +95,65 @@ class _Ring(torch.autograd.Function):
         grad_out, queries, out = (x.transpose(1, 2) for x in (grads[0].contiguous(), q, out))
         rank, size = dist.get_rank(ctx.group), group_size(ctx.group)
         grad_q = torch.zeros_like(queries, dtype=torch.float32)
-        coming = None
+        incoming = None
         for step, block in enumerate(_blocks(_heads_first(k, v), ctx.group, ctx.lengths), start=1):
             from_q, from_k, from_v = ctx.kernel.backward(grad_out, queries, *block, out, lse, ctx.state)
             grad_q += from_q
             grad_block = torch.stack((from_k.float(), from_v.float()))
-            if coming is not None:
-                grad_block += coming.wait()
-            coming = _Transfer(grad_block, ctx.group, ctx.lengths[(rank - step) % size])
-        assert coming is not None  # a group has two ranks at least
-        grad_k, grad_v = coming.wait()
+            if incoming is not None:
+                grad_block += incoming.wait()
+            incoming = _Transfer(grad_block, ctx.group, ctx.lengths[(rank - step) % size])
+        assert incoming is not None  # a group has two ranks at least
+        grad_k, grad_v = incoming.wait()
         return *(grad.transpose(1, 2).to(q.dtype) for grad in (grad_q, grad_k, grad_v)), None, None
 
 
 def _heads_first(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Pack two of (B, s, H, d) for the journey: (2, B, H, s, d)."""
+    """Pack two of (B, s, H, d) into one message (2, B, H, s, d)."""
     return torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
 
 
 def _blocks(block: torch.Tensor, group: dist.ProcessGroup, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Yield the blocks (2, B, H, t, d) of all ranks, one's own first; the next one comes while one is in use."""
+    """Yield the blocks (2, B, H, t, d) of all ranks, this rank's first; the next one is prefetched."""
     rank, size = dist.get_rank(group), group_size(group)
     for step in range(1, size):
-        coming = _Transfer(block, group, lengths[(rank - step) % size])
+        incoming = _Transfer(block, group, lengths[(rank - step) % size])
         yield block
-        block = coming.wait()
+        block = incoming.wait()
     yield block
 
 
 class _Transfer:
-    """A tensor on its way to the next rank, while one comes from the rank before.
+    """Send a tensor to the next rank and receive one from the rank before, in the background.
 
     Args:
         tensor: (..., t, d).
         group: the ring.
-        length: t of the tensor that comes.
+        length: t of the received tensor.
     """
 
     def __init__(self, tensor: torch.Tensor, group: dist.ProcessGroup, length: int) -> None:
         rank, size = dist.get_rank(group), group_size(group)
-        self.leaving = tensor  # must live until it has been sent
-        self.coming = tensor.new_empty((*tensor.shape[:-2], length, tensor.shape[-1]))
+        self.sent = tensor  # kept alive until it has been sent
+        self.received = tensor.new_empty((*tensor.shape[:-2], length, tensor.shape[-1]))
         self.requests = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, self.leaving, group=group, group_peer=(rank + 1) % size),
-                dist.P2POp(dist.irecv, self.coming, group=group, group_peer=(rank - 1) % size),
+                dist.P2POp(dist.isend, self.sent, group=group, group_peer=(rank + 1) % size),
+                dist.P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % size),
             ]
         )
 
     def wait(self) -> torch.Tensor:
-        """Return the tensor that came."""
+        """Return the received tensor."""
         for request in self.requests:
             request.wait()
-        return self.coming
+        return self.received
 
 
 def _join(
     out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join attention over two sets of keys, the first in float32: (B, H, s, d) and (B, H, s) each."""
+    """Join attention over two sets of keys, (B, H, s, d) and (B, H, s) each; in float32."""
     total = torch.logaddexp(lse, block_lse)
     out = out * (lse - total).exp()[..., None] + block_out.float() * (block_lse - total).exp()[..., None]
     return out, total
@@ -161,8 +163,8 @@ class _Kernel(NamedTuple):
     """Attention over one block of keys; queries (B, H, s, d), keys and values (B, H, t, d).
 
     Args:
-        forward: q, k, v → out (B, H, s, d), lse (B, H, s) in float32, and what else the backward pass needs.
-        backward: gradient of out, q, k, v, out and lse over all blocks, what else → gradients of q, k, v.
+        forward: q, k, v → out (B, H, s, d), lse (B, H, s) in float32, state of the kernel for the backward pass.
+        backward: gradient of out; q, k, v; out and lse over all blocks; state → gradients of q, k, v.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]]
@@ -170,15 +172,15 @@ class _Kernel(NamedTuple):
 
 
 def _kernel(q: torch.Tensor) -> _Kernel:
-    """Choose what is fast for the device, dtype and channels of q; where nothing is, plain mathematics in float32."""
+    """Return the fused kernel for the device, dtype and channels of q; without one, matrix products in float32."""
     if _has_operator(q, "_scaled_dot_product_flash_attention_for_cpu"):
         return CPU_FLASH
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return FLASH if fits and _has_operator(q, "_scaled_dot_product_flash_attention") else PLAIN
+    is_supported = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return FLASH if is_supported and _has_operator(q, "_scaled_dot_product_flash_attention") else PLAIN
 
 
 def _has_operator(x: torch.Tensor, name: str) -> bool:
-    """Whether PyTorch, or an extension to it, has an operator for the device of a tensor."""
+    """Whether PyTorch or an extension has an operator for the device of a tensor."""
     key = torch._C._dispatch_key_for_device(x.device.type)
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
@@ -195,7 +197,7 @@ def _cpu_flash_backward(
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v)
-    return out, lse, (seed, offset)  # of a dropout that there is not; the backward pass wants them all the same
+    return out, lse, (seed, offset)  # of dropout: unused, but required by the backward pass
 
 
 def _flash_backward(
@@ -213,7 +215,7 @@ def _flash_backward(
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
     outs, sums = [], []
-    for queries in q.float().split(_rows(q, k), dim=2):
+    for queries in q.float().split(_query_chunk(q, k), dim=2):
         scores = queries @ k.float().mT / math.sqrt(q.shape[-1])
         sums.append(scores.logsumexp(-1))
         outs.append(scores.softmax(-1) @ v.float())
@@ -226,7 +228,7 @@ def _plain_backward(
     scale = 1 / math.sqrt(q.shape[-1])
     grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
     grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
-    for dout, queries, outs, sums in zip(*(x.split(_rows(q, k), 2) for x in (grad, q, out, lse)), strict=True):
+    for dout, queries, outs, sums in zip(*(x.split(_query_chunk(q, k), 2) for x in (grad, q, out, lse)), strict=True):
         weights = (queries @ k.mT * scale - sums[..., None]).exp()
         dscores = weights * (dout @ v.mT - (dout * outs).sum(-1, keepdim=True)) * scale
         grads_q.append(dscores @ k)
@@ -235,8 +237,8 @@ def _plain_backward(
     return torch.cat(grads_q, 2), grad_k, grad_v
 
 
-def _rows(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Return for how many queries at a time the scores may be held."""
+def _query_chunk(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Return the number of queries whose scores are computed at a time."""
     return max(1, PLAIN_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
 
 

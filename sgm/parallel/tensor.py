@@ -1,104 +1,61 @@
-"""The layers of the network on several ranks: which parameter is divided how, by its name, and gradients of the rest.
+"""Tensor parallelism: the sharded layers of the network on several ranks, and the gradients of the replicated rest.
 
-Column layers (queries, keys, values, the way into the MLP) divide their outputs, row layers (the way out of attention
-and MLP) their inputs (Shoeybi et al. 2019, Megatron-LM; SAT's layers). A rank so has heads and inner channels of its
-own; a row layer ends with a sum over the ranks. Everything else stands whole on every rank. As all ranks see the same
-tokens outside of a layer's inner channels, gradients of whole parameters are whole and equal on all ranks, except those
-of the norms of queries and keys: `HeadNorm` sums them. Sums over the ranks that share tokens come on top, see
-sgm.parallel.sequence.
-
-Files divide alike: ``mp_rank_00_model_states``, ``mp_rank_01_...`` (docs/checkpoints.md).
+`sgm.weights.partition` says which parameter is sharded along which dimension. A rank has its own heads and inner
+channels; a row layer ends with an all-reduce. Outside of them all ranks see the same tokens, so gradients of replicated
+parameters are complete and equal on all ranks, except those of the norms of queries and keys: `HeadNorm` sums them.
+Sums over sequence parallel ranks come on top, see `sgm.parallel.sequence`.
 """
 
 import math
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import sgm.distributed
 from sgm.weights.partition import Shard, partition_of, take_shard, unsharded_shape
 
 
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        # A copy: a view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
-
-
-class _DivideGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, by: int) -> torch.Tensor:
-        ctx.by = by
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] / ctx.by, None
-
-
 class HeadNorm(nn.LayerNorm):
-    """A layer norm that all heads share, those of other ranks too: its gradients are summed over the ranks."""
+    """A layer norm for the heads of all ranks: the gradients of its parameters are summed over the ranks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        group = sgm.distributed.tensor_group()
-        # Within the layer, not as a hook on the parameter: it then holds for parameters that replace those of today,
-        # and where ZeRO-3 gathers them.
+        # In the forward pass, not as hooks on the parameters: those may be replaced, and ZeRO-3 gathers them. Clones: a
+        # view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
+        sum_gradient = sgm.distributed.layer_groups().copy_to_model_parallel_region
         weight, bias = (
-            None if parameter is None else cast(torch.Tensor, _SumGradient.apply(parameter, group))
-            for parameter in (self.weight, self.bias)
+            None if parameter is None else sum_gradient(parameter.clone()) for parameter in (self.weight, self.bias)
         )
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def equal_gradients(x: torch.Tensor) -> torch.Tensor:
-    """Return `x`, which SAT hands to the last layer, with a share of its gradient: SAT adds up those of the ranks.
+def average_gradients(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`, the input of the last layer, with its gradient divided by the number of tensor parallel ranks.
 
-    It expects a last layer that is divided; this one is whole, and its gradient too, on every rank.
+    SAT sums this gradient over the ranks, as it expects a sharded last layer. Ours is replicated, and so its gradient
+    is complete and equal on every rank.
     """
     size = sgm.distributed.tensor_parallel_size()
-    return x if size == 1 else cast(torch.Tensor, _DivideGradient.apply(x, size))
+    if size > 1 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient / size)
+    return x
 
 
 def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
-    """Make SAT's adapters compute and begin as one rank's do, where `shard` is a part.
+    """Make SAT's LoRA adapters compute, and start, as those of one rank.
 
     Args:
         layers: SAT's, of this rank.
-        layer_range: numbers of those with adapters, in the order in which SAT has made them.
-        shard: which of the network this rank has.
+        layer_range: numbers of the layers with adapters, in the order in which SAT has made them.
+        shard: this rank's shard of the network.
     """
     for attention in (layers[index].attention for index in layer_range):
-        # SAT multiplies B by what this rank's inputs make of A, which is a part of a sum.
-        attention.dense.forward = MethodType(_row_adapter, attention.dense)
+        # SAT multiplies B by A times this rank's inputs, which is one term of a sum over the ranks.
+        attention.dense.forward = MethodType(_row_adapter_forward, attention.dense)
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
@@ -107,17 +64,17 @@ def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
                 matrix.data.copy_(take_shard(full_name, whole, shard))
 
 
-def _row_adapter(adapter: Any, x: torch.Tensor) -> torch.Tensor:
+def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:
     """The row layer and its LoRA: inputs of this rank (B, S, D / ranks) → (B, S, D)."""
     output = adapter.original(x)
     x = adapter.lora_dropout(x)
     for a, b in zip(adapter.matrix_A, adapter.matrix_B, strict=True):
-        low = cast(torch.Tensor, _Sum.apply(x @ a.T, sgm.distributed.tensor_group()))
+        low = sgm.distributed.layer_groups().reduce_from_model_parallel_region(x @ a.T)
         output = output + low @ b.T * adapter.scaling
     return output
 
 
 def mark_tensor_parallel(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Mark parameters for DeepSpeed, which adds the norms of divided ones over the ranks and counts others once."""
+    """Mark parameters for DeepSpeed, which sums the norms of sharded ones over the ranks, and counts others once."""
     for name, parameter in parameters:
         vars(parameter)["model_parallel"] = partition_of(name) is not None

@@ -1,20 +1,25 @@
-"""How the tokens of one sample are divided among the ranks that share it, for the network's mixins.
+"""The tokens of one sample, sharded over the ranks that share it; used by the network's mixins.
 
-Every rank has a part of the text and a part of the patches, in this order, and all weights. Where nothing is shared,
-all of this does nothing. `sgm.parallel.sequence` says what holds for gradients.
+Every rank has a shard of the text followed by a shard of the patches, and all weights. With one rank, nothing is
+sharded or sent. For gradients see `sgm.parallel.sequence`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from sgm.parallel.ring_attention import ring_attention
-from sgm.parallel.sequence import Group, gather_sequence, group_size, shard_sizes, split_sequence, ulysses_attention
+from sgm.parallel.sequence import (
+    Attention,
+    Group,
+    gather_sequence,
+    group_size,
+    shard_sizes,
+    split_sequence,
+    ulysses_attention,
+)
 from sgm.util import InputError
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class TokenShards:
         num_text: L, text tokens of the sample.
         num_patches: N, patches of the sample.
         group: the ranks; None for one.
-        ring: attend by passing keys and values around, rather than by dividing the heads; None where the heads decide.
+        ring: use ring attention; with False Ulysses, with None Ulysses if there are enough heads.
     """
 
     num_text: int
@@ -46,35 +51,34 @@ class TokenShards:
         return group_size(self.group)
 
     @property
-    def text_here(self) -> int:
+    def num_local_text(self) -> int:
         """Text tokens of this rank."""
         return self.num_text if self.group is None else shard_sizes(self.num_text, self.size)[dist.get_rank(self.group)]
 
-    def part(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of (B, L, ...) or (B, N, ...), which all ranks have."""
+    def shard(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's shard of (B, L, ...) or (B, N, ...), which all ranks hold."""
         return split_sequence(x, self.group, 1)
 
-    def whole(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return the patches (B, N, ...) of all ranks."""
+    def gather(self, patches: torch.Tensor) -> torch.Tensor:
+        """All-gather the patches of all ranks: (B, n, ...) → (B, N, ...)."""
         return gather_sequence(patches, self.group, 1, self.num_patches)
 
-    def rows(self, table: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return this rank's rows of a table over text and patches."""
+    def shard_table(self, table: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return this rank's rows of a table over all text tokens and patches, without communication."""
         if self.size == 1:
             return table
         rank = dist.get_rank(self.group)
         parts = table.split((self.num_text, self.num_patches), dim)
-        own = [part.split(shard_sizes(part.shape[dim], self.size), dim)[rank] for part in parts]
-        return torch.cat(own, dim)
+        return torch.cat([part.split(shard_sizes(part.shape[dim], self.size), dim)[rank] for part in parts], dim)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Attend to the tokens of all ranks.
+        """Attention of this rank's tokens over the tokens of all ranks.
 
         Args:
-            q: (B, s, heads, head_dim), tokens of this rank, with positions applied.
-            k: likewise.
-            v: likewise.
-            attention: what one rank does with all tokens.
+            q: (B, s, heads, head_dim), with positions applied.
+            k: the same shape.
+            v: the same shape.
+            attention: the attention of one rank, see `ulysses_attention`.
         """
         if self.size == 1:
             return attention(q, k, v)

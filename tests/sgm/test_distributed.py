@@ -80,10 +80,10 @@ def test_sizes_that_cannot_share_are_refused_with_the_legal_ones(monkeypatch, si
 
 def test_neighbours_share_layers_then_tokens_then_branches():
     mesh = sgm.distributed.Mesh(context=12, tensor=2, sequence=3, cfg=2)
-    mesh_lines = {axis: mesh.lines(axis) for axis in ("tensor", "sequence", "cfg")}
-    assert mesh_lines["tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
-    assert mesh_lines["sequence"] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
-    assert mesh_lines["cfg"] == [[rank, rank + 6] for rank in range(6)]
+    groups = {axis: mesh.groups(axis) for axis in ("tensor", "sequence", "cfg")}
+    assert groups["tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert groups["sequence"] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+    assert groups["cfg"] == [[rank, rank + 6] for rank in range(6)]
 
 
 def test_a_mesh_is_declared_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""What tests/shared_ranks.py does with a VAE: every rank computes a clip alone and shared, and compares."""
+"""A context parallel VAE against one rank, for tests/shared_ranks.py."""
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,29 @@ def run(vae, x: torch.Tensor, how: str, size: int):
     return output.detach(), x.grad, gradient
 
 
-def compare(vae, how: str, frames: int, size: int) -> dict[str, float]:
+def clip(how: str, frames: int) -> torch.Tensor:
+    """Return the input of a case: latents to decode, or frames to encode."""
     latents = (frames - 1) // 4 + 1
-    x = random(1, 16, latents, 2, 2, seed=frames) if how == "decode" else random(1, 3, frames, 32, 32, seed=frames)
+    return random(1, 16, latents, 2, 2, seed=frames) if how == "decode" else random(1, 3, frames, 32, 32, seed=frames)
+
+
+def set_chunk(vae, how: str) -> None:
     vae.encode_chunk = 8 if how == "encode in chunks" else None
-    alone, shared = run(vae, x, how, 1), run(vae, x, how, size)
+
+
+def run_alone(vae, cases: list[tuple[str, int]]) -> dict[tuple[str, int], tuple[torch.Tensor, ...]]:
+    """Return the results of one rank; each rank computes some of the cases."""
+    found = {}
+    for how, frames in cases[dist.get_rank() :: dist.get_world_size()]:
+        set_chunk(vae, how)
+        found[how, frames] = run(vae, clip(how, frames), how, 1)
+    return {case: result for each in sgm.distributed.all_gather_objects(found) for case, result in each.items()}
+
+
+def compare(vae, how: str, frames: int, size: int, alone: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    x = clip(how, frames)
+    set_chunk(vae, how)
+    shared = run(vae, x, how, size)
     scale = float(alone[2].abs().max())
     with torch.no_grad():
         vae.cp_size = size
@@ -95,10 +113,10 @@ def check(size: int) -> dict[str, dict[str, float]]:
     for part in ("encoder_config", "decoder_config"):
         section["params"][part]["params"]["ch_mult"] = [1, 1, 1, 1]
     vae = build_vae(section)
+    cases = [(how, frames) for how in ("decode", "encode", "encode in chunks") for frames in FRAMES]
+    alone = run_alone(vae, cases)
     found = {
-        f"VAE {how}, {frames} frames": compare(vae, how, frames, size)
-        for how in ("decode", "encode", "encode in chunks")
-        for frames in FRAMES
+        f"VAE {how}, {frames} frames": compare(vae, how, frames, size, alone[how, frames]) for how, frames in cases
     }
     check_first_rank_only(vae, size)
     check_low_precision(vae, size)

@@ -1,4 +1,4 @@
-"""Hold sequence parallelism against one rank, in groups of 2, 3 and 4 of four processes; for test_sequence_parallel.py.
+"""Compare sequence parallelism with one rank, in groups of 2, 3 and 4 of four processes; for test_sequence.py.
 
 Run: torchrun --standalone --nproc_per_node=4 tests/sgm/parallel/sequence_ranks.py RESULTS.json
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # checkpoint does it; once there are groups, that would keep them, and their threads, to the end
+import torch._dynamo  # as checkpoint does later; imported after groups exist, it would keep them alive to the end
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +26,7 @@ from sgm.parallel.sequence import gather_sequence, group_size, shard_sizes, spli
 # Ranks that share a sample. The two pairs work at the same time, as with two samples on four ranks.
 GROUPS = ([0, 1, 2, 3], [1, 2, 3], [0, 2], [1, 3])
 HEAD_DIM = 8
-# Text tokens and patches: shared evenly by 2, 3 and 4; by none of them; less text than ranks.
+# Text tokens and patches: divisible by 2, 3 and 4; by none of them; less text than ranks.
 LENGTHS = ((12, 36), (7, 29), (1, 10))
 
 
@@ -50,7 +50,7 @@ def local_lengths(num_text: int, num_patches: int, group) -> list[int]:
 
 
 def split(tokens: torch.Tensor, num_text: int, group) -> torch.Tensor:
-    """This rank's text, then this rank's patches."""
+    """Return this rank's shard of the text, then of the patches."""
     text, patches = tokens.split((num_text, tokens.shape[1] - num_text), dim=1)
     return torch.cat((split_sequence(text, group), split_sequence(patches, group)), dim=1)
 
@@ -111,13 +111,13 @@ def attention_cases(group) -> Iterator[tuple[str, float]]:
 
 
 def linear_case(group) -> Iterator[tuple[str, float]]:
-    """The convention for gradients, on a linear layer: inputs' whole on every rank, weights' summed."""
+    """Gradients of a linear layer: complete on every rank for inputs, to be summed for weights."""
     torch.manual_seed(0)
     layer, x, weight = nn.Linear(3, 2), torch.randn(5, 2, 3, requires_grad=True), torch.randn(5, 2, 2)
     expected = torch.autograd.grad((layer(x) * weight).sum(), (x, *layer.parameters()))
-    part = split_sequence(x, group, 0)
-    assert part.untyped_storage().nbytes() == part.nbytes, "the part keeps the whole in memory"
-    y = gather_sequence(layer(part), group, 0, 5)
+    shard = split_sequence(x, group, 0)
+    assert shard.untyped_storage().nbytes() == shard.nbytes, "the shard keeps the unsharded tensor in memory"
+    y = gather_sequence(layer(shard), group, 0, 5)
     of_x, *of_weights = torch.autograd.grad((y * weight).sum(), (x, *layer.parameters()))
     yield "input", difference([of_x], expected[:1])
     yield "weights", difference(summed(of_weights, group), expected[1:])
@@ -154,21 +154,21 @@ def half_precision_cases(group) -> Iterator[tuple[str, float]]:
 
 def memory_cases(group) -> Iterator[tuple[str, float]]:
     torch.manual_seed(0)
-    toy, tokens, emb = Toy(heads=12), torch.randn(1, 4000, 12 * HEAD_DIM), torch.randn(1, 4)
-    alone = saved_bytes(toy, tokens, emb, 226)
+    toy, tokens, emb = Toy(heads=12), torch.randn(1, 1600, 12 * HEAD_DIM), torch.randn(1, 4)
+    alone = saved_bytes(toy, tokens, emb, 100)
     for name, method in METHODS.items():
-        yield name, alone / saved_bytes(toy, tokens, emb, 226, group, method)
+        yield name, alone / saved_bytes(toy, tokens, emb, 100, group, method)
 
 
 def saved_bytes(module: nn.Module, *arguments: Any) -> int:
-    """Bytes that the backward pass keeps alive, without the weights."""
+    """Bytes that are saved for the backward pass, without the weights."""
     storages = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+            storages[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor.detach()  # an output itself would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -184,14 +184,14 @@ def summed(gradients, group) -> list[torch.Tensor]:
 
 
 def messages(group) -> Iterator[tuple[str, str]]:
-    """What is refused, before anything is sent."""
+    """Wrong sizes: refused before anything is sent."""
     size = group_size(group)
     one = torch.zeros(1, 1, 1, HEAD_DIM)
     wrong = {
         "few heads": lambda: ulysses(one, one, one, group, [1] * size),
         "few sizes": lambda: ring_attention(one, one, one, group, [1]),
         "wrong size": lambda: ulysses(one.expand(1, 1, 4, -1), one, one, group, [2] * size),
-        "wrong part": lambda: gather_sequence(one, group, 1, 9 * size),
+        "wrong shard": lambda: gather_sequence(one, group, 1, 9 * size),
         "no token": lambda: ring_attention(one[:, :0], one[:, :0], one[:, :0], group, [0] * size),
     }
     for name, call in wrong.items():

@@ -1,4 +1,4 @@
-"""sequence_ranks.py does the work on several ranks; here its figures are judged."""
+"""Sequence parallelism against one rank; sequence_ranks.py runs the ranks and writes the figures asserted here."""
 
 import json
 
@@ -20,49 +20,49 @@ def results(tmp_path_factory):
 
 @pytest.fixture(params=(2, 3, 4))
 def figures(results, request):
-    """What a group of so many ranks found."""
+    """The figures of a group of this size."""
     return results[str(request.param)]
 
 
-def test_shares_differ_by_one_at_most():
+def test_shard_sizes_differ_by_one_at_most():
     assert shard_sizes(10, 4) == [3, 3, 2, 2]
     assert shard_sizes(8, 4) == [2, 2, 2, 2]
     assert shard_sizes(2, 3) == [1, 1, 0]
 
 
-def test_attention_equals_that_of_one_rank(figures):
+def test_attention_equals_one_rank(figures):
     assert len(figures["attention"]) == 36
     assert {case: error for case, error in figures["attention"].items() if error > 2e-5} == {}
 
 
-def test_gradients_of_inputs_are_whole_and_those_of_weights_sum_up(figures):
+def test_gradients_of_inputs_are_complete_and_those_of_weights_sum_up(figures):
     assert figures["linear"].keys() == {"input", "weights"}
     assert max(figures["linear"].values()) < 2e-6
 
 
-def test_a_block_learns_as_on_one_rank(figures):
+def test_a_block_has_the_gradients_of_one_rank(figures):
     assert len(figures["block"]) == 4
     assert max(figures["block"].values()) < 1e-5
 
 
-def test_half_precision_stays_and_is_as_exact_as_its_last_bits(figures):
+def test_half_precision_is_kept_and_exact_to_its_last_bits(figures):
     assert figures["half precision"].keys() == {"ulysses", "ring"}
     assert max(figures["half precision"].values()) < 8e-3  # outputs up to 1, of 8 bits
 
 
 def test_a_rank_saves_less_for_the_backward_pass(results):
-    """Not quite in proportion with Ulysses, which holds the outputs of attention twice: by heads and by tokens."""
+    """A little less than in proportion with Ulysses, which saves the outputs of attention by heads and by tokens."""
     for size, least in ((2, 1.7), (3, 2.5), (4, 3.3)):
         ratios = results[str(size)]["memory"]
         assert ratios.keys() == {"ulysses", "ring"}
         assert all(least < ratio < size + 0.01 for ratio in ratios.values()), ratios
 
 
-def test_what_cannot_work_is_refused_before_anything_is_sent(figures):
+def test_wrong_sizes_are_refused_before_anything_is_sent(figures):
     messages = figures["messages"]
     assert messages["few heads"].startswith("InputError") and "use ring attention" in messages["few heads"]
     assert messages["no token"].startswith("InputError") and "use fewer ranks" in messages["no token"]
-    for case in ("few sizes", "wrong size", "wrong part"):
+    for case in ("few sizes", "wrong size", "wrong shard"):
         assert messages[case].startswith("ValueError") and "give one per rank" in messages[case]
 
 

@@ -1,0 +1,138 @@
+"""Pairs of ranks without a launcher, one of which fails, is killed, stopped or stuck; for test_heartbeat.py.
+
+Run: python tests/sgm/parallel/failing_ranks.py RESULTS.json
+
+All pairs run at the same time. Writes {case: {"codes": ..., "pids": ..., "messages": ...}}, a list of two each.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+import sgm.distributed as d
+from tests.processes import rank_environments
+
+TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
+FORKS = multiprocessing.get_context("fork")  # of a process that has imported everything
+
+
+def fail_on_rank_one() -> None:
+    assert d.rank() == 0 or 1 / 0
+    time.sleep(300)
+
+
+def be_stuck_on_rank_one() -> None:
+    time.sleep(300 * d.rank())
+    d.barrier()
+
+
+def wait_in_the_store() -> None:
+    dist.distributed_c10d._get_default_store().get("never set" if d.rank() == 0 else "nor this")
+
+
+def end_apart() -> None:
+    time.sleep(TIMEOUT * d.rank())
+
+
+def never_meet() -> None:
+    time.sleep(300)
+
+
+# What both ranks do, and what is sent to them: (seconds after the former, rank, signal).
+Signals = list[tuple[float, int, signal.Signals]]
+CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
+    "killed": (never_meet, [(0, 1, signal.SIGKILL)]),
+    "killed, then SIGTERM": (never_meet, [(0, 1, signal.SIGKILL), (0.1, 0, signal.SIGTERM)]),
+    "killed while the other is in a collective": (be_stuck_on_rank_one, [(0.5, 1, signal.SIGKILL)]),
+    "killed while the other waits in the store": (wait_in_the_store, [(0.5, 1, signal.SIGKILL)]),
+    "stopped with the store": (lambda: time.sleep(300 * (1 - d.rank())) or d.barrier(), [(0.5, 0, signal.SIGSTOP)]),
+    "stopped without the store": (be_stuck_on_rank_one, [(0.5, 1, signal.SIGSTOP)]),
+    "failed": (fail_on_rank_one, []),
+    "stuck": (be_stuck_on_rank_one, []),
+    "paused": (end_apart, [(0, 1, signal.SIGSTOP), (TIMEOUT / 5, 1, signal.SIGCONT)]),
+}
+
+
+def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
+    """Do the work of a rank, as the commands do theirs; write messages to a file."""
+    os.environ.update(env)
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
+    d.set_timeout(TIMEOUT)
+    d.initialize(mesh=d.Mesh(sequence=2))
+    dist.new_group([0, 1])
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not None]
+    seconds = {group._get_backend(d.device()).options._timeout.total_seconds() for group in groups}
+    assert len(groups) > 3 and seconds == {TIMEOUT}
+    path.with_suffix(".ready").touch()
+    try:
+        with d.explain_lost_ranks():
+            work()
+    except Exception as error:
+        sys.exit(f"error: {error}")
+    finally:
+        d.shutdown()
+
+
+class Pair:
+    """Two ranks that find each other through rank zero."""
+
+    def __init__(self, folder: Path, work: Callable[[], Any], signals: Signals) -> None:
+        self.paths, self.signals = [folder / f"{rank}.txt" for rank in range(2)], list(signals)
+        envs = rank_environments(2)
+        self.ranks = [
+            FORKS.Process(target=be_rank, args=(*each,)) for each in zip(envs, (work, work), self.paths, strict=True)
+        ]
+        for rank in self.ranks:
+            rank.start()
+        self.next_at: float | None = None  # when the next signal is due
+
+    def poll(self) -> bool:
+        """Send the signals that are due; return whether both ranks have ended."""
+        now = time.monotonic()
+        if self.next_at is None and all(path.with_suffix(".ready").exists() for path in self.paths):
+            self.next_at = now + (self.signals[0][0] if self.signals else 0)
+        while self.next_at is not None and self.signals and now >= self.next_at:
+            _, number, what = self.signals.pop(0)
+            os.kill(self.ranks[number].pid, what)
+            self.next_at += self.signals[0][0] if self.signals else 0
+        return all(rank.exitcode is not None or self.stays_stopped(rank.pid) for rank in self.ranks)
+
+    def stays_stopped(self, pid: int) -> bool:
+        return not self.signals and psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+    def result(self) -> dict[str, Any]:
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        return {
+            "codes": [rank.exitcode for rank in self.ranks],
+            "pids": [rank.pid for rank in self.ranks],
+            "messages": [path.read_text() for path in self.paths],
+        }
+
+
+def main(path: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = {}
+        for case, (work, signals) in CASES.items():
+            place = Path(folder, case)
+            place.mkdir()
+            pairs[case] = Pair(place, work, signals)
+        end = time.monotonic() + 100
+        while not all([pair.poll() for pair in pairs.values()]) and time.monotonic() < end:
+            time.sleep(0.02)
+        Path(path).write_text(json.dumps({case: pair.result() for case, pair in pairs.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

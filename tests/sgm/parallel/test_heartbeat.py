@@ -1,0 +1,53 @@
+"""A rank is lost: the other one names it and ends with 1, without a launcher. Real processes, see failing_ranks.py."""
+
+import json
+
+import pytest
+
+from tests.processes import run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("failing") / "results.json"
+    done = run("tests/sgm/parallel/failing_ranks.py", [str(path)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("case", "lost", "reason"),
+    [
+        ("killed", 1, "is gone: no heartbeat for"),
+        ("killed, then SIGTERM", 1, "is gone: no heartbeat for"),
+        ("killed while the other is in a collective", 1, "is gone: no heartbeat for"),
+        ("killed while the other waits in the store", 1, "is gone: no heartbeat for"),
+        ("stopped with the store", 0, "does not answer"),
+        ("stopped without the store", 1, "is gone: no heartbeat for"),
+        ("failed", 1, "failed: ZeroDivisionError: division by zero"),
+        ("stuck", 1, "is stuck: it did not come to the collective"),
+    ],
+)
+def test_a_rank_names_the_lost_one_and_ends(results, case, lost, reason):
+    result = results[case]
+    message = result["messages"][1 - lost]
+    assert f"error: rank {lost} (process {result['pids'][lost]} on " in message.replace("\nrank", "\nerror: rank")
+    assert reason in message and "start the same command again" in message
+    assert result["codes"][1 - lost] == 1
+    assert case == "stuck" or "timed out" not in message.lower(), "found by heartbeats, not by the timeout"
+
+
+def test_the_rank_that_failed_says_why_and_blames_nobody(results):
+    assert results["failed"]["codes"] == [1, 1]
+    assert "error: division by zero" in results["failed"]["messages"][1]
+    assert "rank 0" not in results["failed"]["messages"][1]
+
+
+def test_a_stuck_rank_ends_too(results):
+    assert results["stuck"]["codes"] == [1, 1]
+    assert "error: rank 1 " in results["stuck"]["messages"][1]
+
+
+def test_ranks_that_end_apart_or_pause_raise_no_alarm(results):
+    assert results["paused"]["codes"] == [0, 0]
+    assert results["paused"]["messages"] == ["", ""]
