@@ -216,9 +216,9 @@ class _Checks:
         record("latents", "args.latent_cache", lambda: open_latents(config, facts["data"], facts["dtype"]))
         record("text", "args.text_cache", lambda: open_text(config, facts["data"]))
         if not self.problems:
-            facts["data"], *clips = facts["latents"]
-            caches = (*clips, facts["text"])
-            facts["caches"] = Caches(*caches, *reasons_to_load(config, *caches))
+            facts["data"], latents, images = facts["latents"]
+            reasons = reasons_to_load(config, latents, images, facts["text"])
+            facts["caches"] = Caches(latents, images, facts["text"], *reasons)
 
     def _division(self) -> Division | None:
         section = self.config.deepspeed

@@ -76,7 +76,8 @@ class EmaAdamW(torch.optim.AdamW):
         states = [self.state[p] for p in updated]
         # 1 − d as a tensor: reading the step of a fused kernel would wait for the device.
         weights = [(9 / (10 + state["step"])).clamp(min=1 - self.ema_decay).to(state["ema"].device) for state in states]
-        torch._foreach_lerp_([state["ema"] for state in states], [p.detach() for p in updated], weights)
+        averages = [state["ema"] for state in states]
+        torch._foreach_lerp_(averages, [p.detach() for p in updated], weights)  # pyright: ignore[reportPrivateImportUsage]
         return loss
 
 

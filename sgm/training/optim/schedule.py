@@ -92,6 +92,6 @@ class LearningRate(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set the rates of the update that follows those of `state_dict`, whatever the optimizer had before."""
         self.last_epoch = state_dict["iteration"]
-        self._last_lr = self.get_lr()
+        self._last_lr = [lr * self.lr_lambdas[0](self.last_epoch) for lr in self.base_lrs]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
