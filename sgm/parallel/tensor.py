@@ -10,7 +10,6 @@ sgm.parallel.sequence.
 Files divide alike: ``mp_rank_00_model_states``, ``mp_rank_01_...`` (docs/checkpoints.md).
 """
 
-import math
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any, cast
@@ -22,7 +21,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import sgm.distributed
-from sgm.weights.partition import Shard, partition_of, take_shard, unsharded_shape
+from sgm.weights.adapters import initial_matrix
+from sgm.weights.partition import Shard, partition_of
 
 
 class _SumGradient(torch.autograd.Function):
@@ -102,9 +102,7 @@ def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
-                whole = matrix.new_empty(unsharded_shape(full_name, matrix.shape, shard.size))
-                nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
-                matrix.data.copy_(take_shard(full_name, whole, shard))
+                matrix.data.copy_(initial_matrix(full_name, matrix.shape, shard))
 
 
 def _row_adapter(adapter: Any, x: torch.Tensor) -> torch.Tensor:

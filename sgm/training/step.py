@@ -9,7 +9,7 @@ from torch import nn
 
 import sgm.distributed
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-from sgm.weights.checkpoint import PREFIX
+from sgm.weights.files import PREFIX
 
 
 class TrainingModule(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from sgm.config.load import ConfigError, Problem
 from sgm.util import nearest
 from sgm.weights.adapters import is_adapter
-from sgm.weights.checkpoint import PREFIX
+from sgm.weights.files import PREFIX
 
 # What the reference's YAML files name as not trainable, and what never enters the training engine here.
 OUTSIDE = ("first_stage_model", "conditioner", "denoiser", "loss_fn", "sampler")
