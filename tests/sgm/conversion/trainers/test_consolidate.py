@@ -139,7 +139,7 @@ def test_what_was_not_trained_comes_from_the_base_where_the_weights_are_gone(run
     with pytest.raises(InputError, match="has changed since"):
         read_source(run)
     (run / "config.yaml").unlink()
-    with pytest.raises(InputError, match="neither is there"):
+    with pytest.raises(InputError, match="neither exists"):
         read_source(run)
 
 
