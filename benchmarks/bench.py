@@ -26,7 +26,7 @@ import torch
 import sgm.distributed
 from benchmarks.diffusers_peer import network_peer, run_network_peer, vae_peer
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, spatial_interpolation, vae_section
-from sgm.conversion.verify import peer_rope
+from sgm.conversion.diffusers.verify import peer_rope
 
 
 @dataclass(frozen=True)

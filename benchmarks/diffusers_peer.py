@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import nn
 
 from dit_video_concat import Basic3DPositionEmbeddingMixin, DiffusionTransformer
-from sgm.conversion.names import autoencoder_to_diffusers, network_to_diffusers
+from sgm.conversion.diffusers.names import autoencoder_to_diffusers, network_to_diffusers
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 
 Peer = TypeVar("Peer", bound=nn.Module)
@@ -68,7 +68,7 @@ def run_network_peer(
     ofs: torch.Tensor | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Call the twin as our network is called; `rope` is what `sgm.conversion.verify.peer_rope` gives."""
+    """Call the twin as our network is called; `rope` is what `sgm.conversion.diffusers.verify.peer_rope` gives."""
     return peer(
         hidden_states=x,
         encoder_hidden_states=context,

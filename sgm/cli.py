@@ -58,12 +58,21 @@ def parse(
     return options
 
 
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a tool, with exit codes in its help and ``--debug``; `description` is its docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
+    )
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return parser
+
+
 def run_command(
     work: Callable[[argparse.Namespace], None],
     options: argparse.Namespace,
     *,
-    interrupted: str,
-    memory_hint: str,
+    interrupted: str = "interrupted; nothing was written",
+    memory_hint: str = "this needs no accelerator",
 ) -> int:
     """Do the work of a command; return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section, spatial_interpolation
-from sgm.conversion.verify import peer_rope
+from sgm.conversion.diffusers.verify import peer_rope
 
 MODELS = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]
 SIZE = NetworkSize(

@@ -31,7 +31,7 @@ from sgm.io import write_json
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training import main as training
-from sgm.weights.checkpoint import find_weights
+from sgm.weights.files import find_weights
 from tests.processes import run
 
 ROOT = Path(__file__).parents[1]

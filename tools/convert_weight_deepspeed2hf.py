@@ -1,4 +1,4 @@
-r"""Put ZeRO state, or sharded model files, together: as weights in the SAT layout or as a transformer of diffusers.
+r"""Join a ZeRO state or sharded model files to weights in the SAT layout or a transformer of diffusers.
 
     python tools/convert_weight_deepspeed2hf.py --checkpoint_path ckpts/sft-06-30-12-00 --to diffusers \
         --base configs/cogvideox_5b.yaml --output_path my-transformer --dtype bf16
@@ -9,20 +9,19 @@ r"""Put ZeRO state, or sharded model files, together: as weights in the SAT layo
 
 The checkpoint is a run folder of train_video.py (its resume state is read), the checkpoint folder of another DeepSpeed
 trainer or one tag of it (ZeRO 1, 2, 3), or a folder of sharded model files, with names of SAT or of diffusers. No
-process group is started. Numbers come from the float32 weights of ZeRO, and get the precision of training unless
---dtype says another.
+process group is started. Values are the float32 weights of ZeRO, in the precision of training without --dtype.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Convert as the command line says."""
-    from sgm.conversion import consolidate
+    """Run the tool with parsed options."""
+    from sgm.conversion.trainers import consolidate
     from sgm.util import PRECISIONS, InputError, default
 
     if options.to == "sat" and options.max_shard_size is not None:
@@ -44,22 +43,18 @@ def convert(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--checkpoint_path", type=Path, required=True, metavar="PATH", help="folder or file; see above")
-    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--to", choices=("sat", "diffusers"), required=True, help="the layout to write")
     parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="the model; for config.json of diffusers")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="else as in training, or as in the files")
     parser.add_argument("--ema", action="store_true", help="the moving averages in a ZeRO state, not the weights")
     parser.add_argument("--file_format", choices=("pt", "safetensors"), help="of the SAT layout (pt)")
     parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file of diffusers (5GB)")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         convert,
         parser.parse_args(argv),
-        interrupted="interrupted; nothing was written",
         memory_hint="--to sat: --file_format safetensors holds one tensor at a time",
     )
 

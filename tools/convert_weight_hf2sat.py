@@ -4,22 +4,22 @@
     python tools/convert_weight_hf2sat.py --transformer_path my_transformer --output_path checkpoints/mine
     python sample_video.py --base checkpoints/5b/model.yaml configs/inference.yaml
 
-A part may be a folder of diffusers or one file; a file without a config.json beside it needs --base, a model YAML.
-Single parts win over those of --model_path.
+A component may be a folder of diffusers or one file; a file without a config.json beside it needs --base, a model YAML.
+Single components override those of --model_path.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def parts_of(options: argparse.Namespace) -> dict[str, Path]:
-    """Return where each part is."""
-    from sgm.conversion.from_diffusers import read_json
+    """Return the path of each component."""
+    from sgm.conversion.diffusers.to_sat import read_json
     from sgm.util import InputError
 
     parts: dict[str, Path] = {}
@@ -33,14 +33,14 @@ def parts_of(options: argparse.Namespace) -> dict[str, Path]:
             parts[name] = path
     parts = {name: path for name, path in parts.items() if name not in options.without}
     if not parts.keys() & {"transformer", "vae", "text_encoder"}:
-        raise InputError("there is nothing to convert; give --model_path, or the path of a part")
+        raise InputError("there is nothing to convert; give --model_path, or the path of a component")
     return parts
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Convert as the command line says."""
+    """Run the tool with parsed options."""
     from sgm.config.load import load_config
-    from sgm.conversion.from_diffusers import sat_model_of
+    from sgm.conversion.diffusers.to_sat import sat_model_of
     from sgm.conversion.writing import check_new_folder
     from sgm.util import PRECISIONS
 
@@ -55,9 +55,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--model_path", type=Path, metavar="DIR", help="a pipeline folder of diffusers")
     parser.add_argument("--transformer_path", type=Path, metavar="PATH", help="folder or file")
     parser.add_argument("--vae_path", type=Path, metavar="PATH", help="folder or file")
@@ -65,17 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--base", nargs="+", default=[], metavar="YAML", help="the model, for a file without config.json"
     )
-    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the transformer; else as it is")
     parser.add_argument(
         "--file_format", choices=("pt", "safetensors"), default="pt", help="safetensors needs the least memory"
     )
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         convert,
         parser.parse_args(argv),
-        interrupted="interrupted; nothing was written",
         memory_hint="use --file_format safetensors, which is written tensor by tensor",
     )
 

@@ -5,9 +5,8 @@
         --transformer_ckpt_path ckpts/my-run --vae_ckpt_path vae/3d-vae.pt --text_encoder_path t5-v1_1-xxl \
         --output_path my-model --dtype bf16
 
-Everything follows from the model YAML and the checkpoints; what the paths do not say is taken from the YAML. Tensors
-are written one by one, so that a conversion needs little more memory than the largest file. docs/conversion.md shows
-which tensor becomes which.
+Paths that are not given come from the model YAML. Tensors are written one by one: a conversion needs little more memory
+than the largest file. docs/conversion.md has the tables of tensor names.
 """
 
 import argparse
@@ -15,16 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Convert as the command line says."""
+    """Run the tool with parsed options."""
     from sgm.config.load import load_config
-    from sgm.conversion.to_diffusers import pipeline_of
-    from sgm.conversion.verify import require_diffusers, verify
+    from sgm.conversion.diffusers.from_sat import pipeline_of
+    from sgm.conversion.diffusers.verify import require_diffusers, verify
     from sgm.conversion.writing import check_new_folder
     from sgm.util import PRECISIONS
     from sgm.weights.adapters import with_adapters
@@ -62,30 +61,26 @@ def convert(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the YAML")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the model, as for sample_video.py")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="file, run folder or adapters; else args.load")
     parser.add_argument("--vae_ckpt_path", metavar="FILE", help="3d-vae.pt; else that of the YAML")
     parser.add_argument("--text_encoder_path", metavar="DIR", help="T5 and its tokenizer; else that of the YAML")
-    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="made anew")
+    parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of transformer and T5; else as they are")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a weight file (5GB)")
     parser.add_argument(
-        "--lora", choices=("merge", "keep"), default="merge", help="adapters: into the weights, or apart"
+        "--lora", choices=("merge", "keep"), default="merge", help="adapters: in the weights, or in their own file"
     )
     parser.add_argument(
         "--fold_image_scale", action="store_true", help="1.5-5B-I2V: let diffusers compute exactly what SAT does"
     )
     parser.add_argument("--verify", action="store_true", help="run both implementations and compare (float32)")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         convert,
         parser.parse_intermixed_args(argv),
-        interrupted="interrupted; nothing was written",
         memory_hint="leave out --verify, which holds the network in float32",
     )
 

@@ -1,4 +1,4 @@
-"""Turn a LoRA that was trained with diffusers, finetrainers, cogvideox-factory or PEFT into a SAT checkpoint.
+"""Convert a LoRA from diffusers, finetrainers, cogvideox-factory or PEFT to a SAT checkpoint.
 
     python tools/import_hf_lora_weight.py --lora my-lora --base configs/cogvideox_5b.yaml --output_path ckpts/my-lora
     python tools/import_hf_lora_weight.py --lora pytorch_lora_weights.safetensors --alpha 64 \
@@ -7,18 +7,18 @@
 The result holds the adapters alone and names their base: sample it with the same YAML and args.load=ckpts/my-lora.
 Alpha is taken from the header of the file, from adapter_config.json beside it, or from its .alpha tensors.
 cogvideox-factory writes none: give the --lora_alpha of that training as --alpha; without it, alpha is the rank, as in
-diffusers. Adapters on attn1.to_q, to_k, to_v and to_out.0 can be converted, of one rank and alpha.
+diffusers. All adapters must be on attn1.to_q, to_k, to_v and to_out.0 and have the same rank and alpha.
 """
 
 import argparse
 import json
 import sys
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Import as the command line says."""
+    """Run the tool with parsed options."""
     from sgm.config.load import load_config
     from sgm.conversion.lora_import import import_lora
     from sgm.conversion.writing import check_new_folder
@@ -34,21 +34,13 @@ def convert(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--lora", required=True, metavar="PATH", help="file, or folder of the training tool")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the base model")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="its checkpoint; else args.load of the YAML")
-    parser.add_argument("--output_path", required=True, metavar="DIR", help="made anew")
-    parser.add_argument("--alpha", type=float, help="lora_alpha of the training, where the files do not say it")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
-    return run_command(
-        convert,
-        parser.parse_args(argv),
-        interrupted="interrupted; nothing was written",
-        memory_hint="this needs no accelerator",
-    )
+    parser.add_argument("--output_path", required=True, metavar="DIR", help="to create")
+    parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the files do not record it")
+    return run_command(convert, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

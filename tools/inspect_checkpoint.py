@@ -1,10 +1,10 @@
-"""Say what files or folders of weights are: layout, model, precision, size, LoRA, state of a training.
+"""Describe files or folders of weights: layout, model, precision, size, LoRA, state of a training.
 
     python tools/inspect_checkpoint.py assets/toy/transformer assets/toy/vae/3d-vae.pt
     python tools/inspect_checkpoint.py ckpts/sft-06-30-12-00 --json
     python tools/inspect_checkpoint.py my-lora/pytorch_lora_weights.safetensors --tensors
 
-Only headers are read, so that large files take no longer than small ones.
+Only headers are read, so large files take no longer than small ones.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write what the paths are; those that cannot be told are reported after the others."""
+    """Write descriptions of the paths, then the errors."""
     from sgm.conversion.inspection import inspect_checkpoint
     from sgm.util import InputError
 
@@ -42,13 +42,10 @@ def report(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     parser.add_argument("--json", action="store_true", help="a JSON list, an object for each path")
     parser.add_argument("--tensors", action="store_true", help="names, dtypes and shapes too")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         report, parser.parse_args(argv), interrupted="interrupted", memory_hint="close what else uses the memory"
     )

@@ -1,21 +1,21 @@
-"""Fold LoRA adapters into the weights of a SAT checkpoint.
+"""Merge LoRA adapters into the weights of a SAT checkpoint.
 
     python tools/merge_lora_weight.py --sat_pt_path ckpts/my-lora-06-30-12-00 --output_path ckpts/merged
     python tools/merge_lora_weight.py --sat_pt_path ckpts/my-lora-06-30-12-00 --base_ckpt moved/transformer \
         --strength 0.8 --file_format safetensors --output_path ckpts/merged
 
-The result has the names and shapes of the base and loads with its configuration, the one without LoRA. Adapters alone
-name their base; --base_ckpt says where it is now. Whole networks with LoRA need none.
+The result has the names and shapes of the base and loads with its configuration, without LoRA. A file of adapters alone
+records its base; --base_ckpt is for a base that has moved. Whole networks with LoRA need none.
 """
 
 import argparse
 import sys
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Merge as the command line says."""
+    """Run the tool with parsed options."""
     from sgm.conversion.lora import merge_lora
 
     file = merge_lora(
@@ -31,24 +31,16 @@ def merge(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--sat_pt_path", required=True, metavar="PATH", help="run folder, iteration folder or file")
-    parser.add_argument("--output_path", required=True, metavar="DIR", help="made anew")
-    parser.add_argument("--base_ckpt", metavar="PATH", help="what adapters were trained on, if it has moved")
-    parser.add_argument("--strength", type=float, default=1.0, help="how much of the adapters is added (1)")
-    parser.add_argument("--alpha", type=float, help="lora_alpha of the training, where the checkpoint does not say it")
+    parser.add_argument("--output_path", required=True, metavar="DIR", help="to create")
+    parser.add_argument("--base_ckpt", metavar="PATH", help="base of the adapters, if it has moved")
+    parser.add_argument("--strength", type=float, default=1.0, help="factor of the adapters (1)")
+    parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the checkpoint does not record it")
     parser.add_argument(
         "--file_format", choices=("pt", "safetensors"), default="pt", help="safetensors needs little memory (pt)"
     )
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
-    return run_command(
-        merge,
-        parser.parse_args(argv),
-        interrupted="interrupted; nothing was written",
-        memory_hint="this needs no accelerator",
-    )
+    return run_command(merge, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from sgm.distributed import resolve_device
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.adapters import read_adapter_info
-from sgm.weights.checkpoint import check_autoencoder, check_network, find_weights
+from sgm.weights.files import find_weights
+from sgm.weights.match import match_autoencoder, match_network
 
 _NETWORK = "model.network_config.params"
 
@@ -278,9 +279,9 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
     if large:
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
     if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
-        check_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
+        match_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
     elif part == "first_stage_config" and Path(str(built.ckpt_path)).is_file():
-        check_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
+        match_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
     elif part == "sampler_config":
         built.timesteps(args.num_steps)
         if args.guidance_scale is not None and not hasattr(built.guider, "scale"):

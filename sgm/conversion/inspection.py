@@ -1,4 +1,4 @@
-"""What a file or folder of weights is; headers and names are read, numbers stay on the disk."""
+"""Describe a file or folder of weights from headers and names, without reading values."""
 
 import dataclasses
 import re
@@ -8,20 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sgm.conversion.from_diffusers import read_json
+from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.lora import HEADER_KEY
-from sgm.conversion.sources import find_files, find_state, network_tensors
-from sgm.conversion.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
+from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
+from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, adapter_layer, is_adapter, read_adapter_info
+from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors
-from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
 
-# Of the shipped configurations; the tensors of the toys and of their bigger models have other shapes.
 _MODELS = {
     "toy": "toy",
     "toy_i2v": "toy I2V",
@@ -39,13 +36,13 @@ _DIFFUSERS_LORA = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFacts:
-    """What is known of LoRA matrices.
+    """LoRA matrices in a file.
 
     Attributes:
-        rank: of the matrices; the largest where they differ.
-        alpha: numerator of the scale; None where nothing says it.
-        layers: the layers that have adapters, ascending.
-        base: the checkpoint that they were trained on, as their file names it.
+        rank: of the matrices; the largest if they differ.
+        alpha: numerator of the scale; None if unknown.
+        layers: layers with adapters, ascending.
+        base: the checkpoint that they were trained on, as the file records it.
     """
 
     rank: int
@@ -56,13 +53,13 @@ class LoraFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFacts:
-    """What is known of a state to go on from.
+    """A state to resume training from.
 
     Attributes:
         zero_stage: 0 to 3.
-        ranks: how many wrote it.
+        ranks: number of ranks that wrote it.
         iteration: optimizer steps done.
-        ema: whether it holds moving averages; None where that takes more than the names.
+        ema: whether it holds moving averages; None if the names do not tell.
     """
 
     zero_stage: int
@@ -73,24 +70,23 @@ class StateFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What something is. The numbers of a pipeline are those of its parts together, those of a run of its weights.
+    """Description of a file or folder. Sizes of a pipeline are those of all its parts, sizes of a run of its weights.
 
     Attributes:
-        path: what was looked at.
+        path: the file or folder.
         kind: e.g. ``SAT network``, ``diffusers pipeline``, ``ZeRO state``.
-        model: the shipped model whose shapes it has; None for others, and where the shapes do not tell.
         candidates: all shipped models that it may be, or be adapters for.
         generation: ``1.0`` or ``1.5``, of a transformer.
-        num_tensors: tensors.
-        num_parameters: numbers in them.
+        num_tensors: number of tensors.
+        num_parameters: number of their elements.
         num_bytes: their size.
-        dtypes: how many tensors have each dtype.
+        dtypes: number of tensors by dtype.
         architecture: of a transformer.
         lora: of LoRA matrices.
-        state: of a state to go on from.
-        iterations: folders of weights, of a run or a folder in the SAT layout.
-        parts: of a pipeline, or of a run: its newest weights, its state.
-        tensors: shape and dtype by name; empty where there are parts.
+        state: of a training state.
+        iterations: iteration folders of a run or of the SAT layout.
+        parts: components of a pipeline; of a run, its newest weights and its state.
+        tensors: shape and dtype by name; empty if there are parts.
     """
 
     path: str
@@ -110,25 +106,21 @@ class Inspection:
 
     @property
     def model(self) -> str | None:
-        """See above."""
+        """The shipped model with these shapes; None for others, and if several have them."""
         return self.candidates[0] if len(self.candidates) == 1 else None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
-        """Return plain values under the names of the attributes; `tensors` says whether theirs are among them."""
-        names = [each.name for each in dataclasses.fields(self)]
-        content = {name: getattr(self, name) for name in (*names[:2], "model", *names[2:])}
-        for name in ("architecture", "lora", "state"):
-            content[name] = None if content[name] is None else dataclasses.asdict(content[name])
-        content["dtypes"] = dict(self.dtypes)
-        content |= {name: list(content[name]) for name in ("candidates", "iterations")}
+        """Return plain values under the names of the attributes; `tensors` includes those of all tensors."""
+        content: dict[str, Any] = {"path": self.path, "kind": self.kind, "model": self.model}
+        content |= dataclasses.asdict(dataclasses.replace(self, parts=(), tensors={}))
         content["parts"] = [part.to_json(tensors=tensors) for part in self.parts]
-        named = content.pop("tensors")
+        del content["tensors"]
         if tensors:
-            content["tensors"] = {name: {"shape": list(s), "dtype": dtype} for name, (s, dtype) in named.items()}
+            content["tensors"] = {name: {"shape": list(s), "dtype": dtype} for name, (s, dtype) in self.tensors.items()}
         return content
 
     def table(self, *, tensors: bool = False) -> str:
-        """Return the lines that people read."""
+        """Return a readable description; `tensors` adds a line for each tensor."""
         lines = [self.path, *(f"  {name:<12}{text}" for name, text in self._rows())]
         if tensors:
             width = max((len(name) for name in self.tensors), default=0)
@@ -159,10 +151,10 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Say what a file or folder is.
+    """Describe a file or folder.
 
     Raises:
-        InputError: there is nothing, it is damaged, or nothing that has to do with CogVideoX.
+        InputError: it does not exist, is damaged, or holds nothing of CogVideoX.
     """
     path = Path(path)
     try:
@@ -174,7 +166,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 
 def _run_folder(path: Path) -> Inspection | None:
-    """A run of train_video.py: its newest weights, and the state to go on from."""
+    """Describe a run of train_video.py: its newest weights and its training state."""
     if not (path / "resume" / "latest").is_file():
         return None
     state = path / "resume" / (path / "resume" / "latest").read_text(encoding="utf-8", errors="replace").strip()
@@ -190,7 +182,7 @@ def _run_folder(path: Path) -> Inspection | None:
 
 
 def _state(path: Path) -> Inspection | None:
-    """A state of DeepSpeed, of whatever trainer."""
+    """Describe a state of DeepSpeed, of any trainer."""
     folder = find_state(path)
     if folder is None:
         file = path / MODEL_FILE
@@ -198,18 +190,18 @@ def _state(path: Path) -> Inspection | None:
         if steps is None:
             return None
         with deepspeed_objects():
-            held: Tensors = read_tensors(file)
+            tensors: Tensors = read_tensors(file)
         facts = StateFacts(zero_stage=0, ranks=ranks or 1, iteration=steps, ema=None)
     else:
         state = read_zero_state(folder)
-        held, ema = state.tensors(), state.averages is not None
+        tensors, ema = state.tensors(), state.averages is not None
         facts = StateFacts(zero_stage=state.stage, ranks=state.world_size, iteration=state.iteration, ema=ema)
-    found = _described(path, held, adapters=None)
+    found = _described(path, tensors, adapters=None)
     return dataclasses.replace(found, kind="ZeRO state" if facts.zero_stage else "training state", state=facts)
 
 
 def _pipeline(path: Path) -> Inspection | None:
-    """A pipeline of diffusers."""
+    """Describe a pipeline of diffusers."""
     if not (path / "model_index.json").is_file():
         return None
     index = read_json(path / "model_index.json")
@@ -230,22 +222,22 @@ def _pipeline(path: Path) -> Inspection | None:
 
 
 def _weights(path: Path) -> Inspection:
-    """One file of weights, or a folder of one set of them."""
+    """Describe a file of weights, or a folder with one set of them."""
     if (path / "adapter_config.json").is_file():
         files = sorted(path.glob("adapter_model.*"))
     else:
         files = find_files(path)
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[str, AnyTensor] = {}
     for file in files:
-        held |= read_tensors(file)
-    if any(map(_DIFFUSERS_LORA.fullmatch, held)):
-        return _diffusers_lora(path, files[0], held)
+        tensors |= read_tensors(file)
+    if any(map(_DIFFUSERS_LORA.fullmatch, tensors)):
+        return _diffusers_lora(path, files[0], tensors)
     adapters = read_adapter_info(files[0]) if len(files) == 1 else None
     iterations = _iterations(path) if (path / "latest").is_file() else ()
-    return dataclasses.replace(_described(path, held, adapters=adapters), iterations=iterations)
+    return dataclasses.replace(_described(path, tensors, adapters=adapters), iterations=iterations)
 
 
-# In this order: a run folder holds a state and weights, a state looks like weights in the SAT layout.
+# In this order: a run folder contains a state and weights, and a state looks like weights in the SAT layout.
 DETECTORS: Sequence[Callable[[Path], Inspection | None]] = (_run_folder, _state, _pipeline, _weights)
 
 
@@ -255,46 +247,46 @@ def _iterations(path: Path) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name)))
 
 
-def _counted(path: Path, kind: str, held: Tensors, **more: Any) -> Inspection:
-    """Describe tensors by their shapes."""
-    metas = {name: tensor.meta() if isinstance(tensor, LazyTensor) else tensor for name, tensor in held.items()}
-    named = {name: (tuple(meta.shape), str(meta.dtype).removeprefix("torch.")) for name, meta in metas.items()}
+def _counted(path: Path, kind: str, tensors: Tensors, **more: Any) -> Inspection:
+    """Count tensors, elements and bytes."""
+    metas = {name: meta(tensor) for name, tensor in tensors.items()}
+    named = {name: (tuple(each.shape), str(each.dtype).removeprefix("torch.")) for name, each in metas.items()}
     return Inspection(
         path=str(path),
         kind=kind,
         num_tensors=len(metas),
-        num_parameters=sum(meta.numel() for meta in metas.values()),
-        num_bytes=sum(meta.nbytes for meta in metas.values()),
+        num_parameters=sum(each.numel() for each in metas.values()),
+        num_bytes=sum(each.nbytes for each in metas.values()),
         dtypes=dict(Counter(dtype for _, dtype in named.values())),
         tensors=named,
         **more,
     )
 
 
-def _described(path: Path, held: Tensors, adapters: AdapterInfo | None) -> Inspection:
-    """Describe tensors by their names, of whatever part they are.
+def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> Inspection:
+    """Describe the tensors of a transformer, an autoencoder or a T5 encoder by their names.
 
     Raises:
-        InputError: they are none of a CogVideoX model.
+        InputError: they are not those of a CogVideoX model.
     """
     for kind, pattern in (
         ("SAT autoencoder", r"encoder\.down\.\d"),
         ("diffusers autoencoder", r"encoder\.down_blocks\.\d"),
         ("T5 encoder", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\."),
     ):
-        if any(re.match(pattern, name) for name in held):
-            return _counted(path, kind, held)
-    tensors, of_diffusers = network_tensors(held, path)
-    shapes = {name: tuple(tensor.meta().shape) for name, tensor in tensors.items()}
-    lora = _sat_lora(shapes, adapters)
-    if lora is not None and all(map(is_adapter, tensors)):
+        if any(re.match(pattern, name) for name in tensors):
+            return _counted(path, kind, tensors)
+    network, of_diffusers = network_tensors(tensors, path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
+    lora = _sat_lora(network, adapters)
+    if lora is not None and adapters_alone(network):
         width = next(shape[1] for name, shape in shapes.items() if ".matrix_A." in name)
-        return _counted(path, "SAT adapters (LoRA)", held, lora=lora, candidates=_models(width, lora.layers))
+        return _counted(path, "SAT adapters (LoRA)", tensors, lora=lora, candidates=_models(width, lora.layers))
     found = describe_architecture(shapes)
     return _counted(
         path,
         "diffusers transformer" if of_diffusers else "SAT network" + (" with LoRA" if lora else ""),
-        held,
+        tensors,
         candidates=() if found is None else _models(found.hidden_size, range(found.num_layers), found),
         generation=None if found is None else {1: "1.0", 2: "1.5"}.get(found.temporal_patch or 0),
         architecture=found,
@@ -303,37 +295,38 @@ def _described(path: Path, held: Tensors, adapters: AdapterInfo | None) -> Inspe
 
 
 def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None = None) -> tuple[str, ...]:
-    """Return the shipped models of a size that have some layers; with an architecture, those that have it exactly."""
+    """Return the shipped models of a hidden size that have these layers; with `found`, those of exactly this shape."""
     exact = found and (found.hidden_size, found.num_layers, found.in_channels, found.temporal_patch)
     keys = [key for key in CONFIGS if key[0] == hidden_size and max(layers, default=0) < key[1]]
     return tuple(_MODELS[CONFIGS[key]] for key in keys if exact in (None, key))
 
 
-def _sat_lora(shapes: Mapping[str, Sequence[int]], adapters: AdapterInfo | None) -> LoraFacts | None:
-    ranks = {shape[0] for name, shape in shapes.items() if is_adapter(name) and ".matrix_A." in name}
+def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | None:
+    ranks, layers = ranks_and_layers(tensors)
     if not ranks:
         return None
-    layers = {layer for name in shapes if (layer := adapter_layer(name)) is not None}
     alpha, base = (None, None) if adapters is None else (adapters.alpha, adapters.base)
-    return LoraFacts(rank=max(ranks), alpha=alpha, layers=tuple(sorted(layers)), base=base)
+    return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base)
 
 
-def _diffusers_lora(path: Path, file: Path, held: Mapping[str, torch.Tensor]) -> Inspection:
+def _diffusers_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     """Describe LoRA matrices in the layout of diffusers or PEFT."""
-    matches = {name: match for name in held if (match := _DIFFUSERS_LORA.fullmatch(name))}
+    matches = {name: match for name in tensors if (match := _DIFFUSERS_LORA.fullmatch(name))}
     config = file.parent / "adapter_config.json"
     described = [read_json(config)] if config.is_file() else []
     header = read_entry(file, HEADER_KEY)
     described += [{name.rpartition(".")[2]: value for name, value in header.items()}] if header else []
     alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
-    alphas |= {float(tensor) for name, tensor in held.items() if name.endswith(".alpha")}
+    alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
     is_peft = config.is_file() or any(name.startswith("base_model.model.") for name in matches)
     lora = LoraFacts(
-        rank=max(held[name].shape[0] for name in matches),
+        rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
         layers=tuple(sorted({int(match[1]) for match in matches.values() if match[1]})),
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
     )
-    widths = {held[name].shape[1] for name in matches if name.endswith(".weight") and ".to_q." in name}
+    widths = {tensors[name].shape[1] for name in matches if name.endswith(".weight") and ".to_q." in name}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
-    return _counted(path, "LoRA of PEFT" if is_peft else "LoRA for diffusers", held, lora=lora, candidates=candidates)
+    return _counted(
+        path, "LoRA of PEFT" if is_peft else "LoRA for diffusers", tensors, lora=lora, candidates=candidates
+    )

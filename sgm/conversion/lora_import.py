@@ -1,12 +1,13 @@
-"""LoRA adapters that were trained with diffusers, finetrainers, cogvideox-factory or PEFT, as a SAT checkpoint.
+"""Import LoRA adapters from diffusers, finetrainers, cogvideox-factory or PEFT into a SAT checkpoint.
 
-All of them adapt the modules of a CogVideoXTransformer3DModel and name the matrices alike, but for details::
+All of them adapt the modules of a CogVideoXTransformer3DModel, with similar names::
 
     [base_model.model.][transformer.]transformer_blocks.<i>.<module>.lora_{A,B}[.<adapter>].weight
     [base_model.model.][transformer.]transformer_blocks.<i>.<module>.{lora.down, lora.up, lora_down, lora_up}.weight
     [base_model.model.][transformer.]transformer_blocks.<i>.<module>.alpha
 
-Only the shapes tell the rank; alpha comes from where the training tool wrote it: see `_alpha`.
+The rank follows from the shapes; alpha is where the training tool wrote it, see `_alpha`. For the other direction and
+the layout in SAT see `sgm.conversion.lora`.
 """
 
 import copy
@@ -26,12 +27,13 @@ from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter
-from sgm.weights.checkpoint import check_network, save_network
-from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_file, read_tensors, weights_digest
+from sgm.weights.match import match_network
 
 logger = get_logger(__name__)
 
-# In a folder: what diffusers and PEFT write, besides names of one's own.
+# File names of diffusers and PEFT.
 _FILES = (FILE, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 _PEFT_CONFIG = "adapter_config.json"
 _FINETRAINERS_KEY = "lora_config"
@@ -51,7 +53,7 @@ _SIDES = {
     None: "alpha",
 }
 _PARTS = tuple(part for parts in TARGETS.values() for part in parts)
-# Ways to start LoRA that change the base too, so that the adapters do not fit the released one.
+# Initialisations that also change the base: the adapters do not fit the released one.
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 Module = tuple[int, str]  # layer and module within the block, e.g. (0, "attn1.to_q")
@@ -80,7 +82,7 @@ class DiffusersLora:
 
 
 def find_lora(path: str | Path) -> Path:
-    """Return the file that `path`, a file or a folder of a training tool, means.
+    """Return the LoRA file in the folder of a training tool; `path` if it is a file.
 
     Raises:
         InputError: there is none, or more than one.
@@ -98,14 +100,14 @@ def find_lora(path: str | Path) -> Path:
 
 
 def read_diffusers_lora(path: str | Path, *, alpha: float | None = None) -> DiffusersLora:
-    """Read adapters that were trained outside; the matrices are mapped, not read.
+    """Describe adapters of another training tool; the matrices are memory-mapped.
 
     Args:
         path: what `find_lora` understands.
-        alpha: of the training, for files that do not say it.
+        alpha: of the training, for files without it.
 
     Raises:
-        InputError: what the file holds cannot be expressed in the SAT layout, contradicts itself or `alpha`.
+        InputError: the SAT layout cannot express the adapters, or the file contradicts itself or `alpha`.
     """
     file = find_lora(path)
     found = _matrices(file)
@@ -128,23 +130,23 @@ def import_lora(
     base: str | Path | None = None,
     alpha: float | None = None,
 ) -> Path:
-    """Write adapters that were trained outside as an adapters-only SAT checkpoint.
+    """Write adapters of another training tool as a SAT checkpoint of adapters alone.
 
-    Modules of an adapted layer that have no adapter get matrices of zeros, which add nothing.
+    Modules of an adapted layer without adapters get matrices of zeros, which have no effect.
 
     Args:
-        config: of the base model; a ``lora_config`` in it does not matter.
+        config: of the base model; a ``lora_config`` in it is ignored.
         path: what `find_lora` understands.
-        folder: made anew.
+        folder: to create.
         base: the base checkpoint; ``args.load`` of `config` without it.
-        alpha: of the training, for files that do not say it.
+        alpha: of the training, for files without it.
 
     Returns:
         The weights file.
 
     Raises:
-        InputError: the adapters cannot be expressed in the SAT layout or do not fit the base, the base does not fit
-            the configuration, or the folder exists or cannot be written to.
+        InputError: the SAT layout cannot express the adapters, they do not fit the base, the base does not fit the
+            configuration, or the folder exists or cannot be written to.
     """
     check_new_folder(folder)
     base = config.args.load if base is None else base
@@ -165,7 +167,7 @@ def import_lora(
         base_digest=weights_digest(base_file),
     )
     network = _network(config, info, lora)
-    check_network(network, base_file)
+    match_network(network, base_file)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items() if is_adapter(name)}
     tensors = _to_sat(lora, shapes)
     with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
@@ -175,8 +177,8 @@ def import_lora(
 
 
 def _matrices(file: Path) -> dict[Module, dict[str, torch.Tensor]]:
-    """Return the tensors "A", "B" and "alpha" of each module that a file adapts."""
-    content = read_tensors(file)
+    """Return the tensors "A", "B" and "alpha" of each adapted module."""
+    content = read_file(file)
     dora = [name for name in content if "magnitude" in name or "dora_scale" in name]
     if dora:
         raise InputError(f"{file} holds DoRA (e.g. {dora[0]}), which has no counterpart in SAT; train plain LoRA")
@@ -226,17 +228,17 @@ def _alpha(
     stored: Mapping[Module, float],
     given: float | None,
 ) -> float:
-    """Return alpha such that the adapters add alpha / r times B·A.
+    """Return alpha, so that ΔW = (alpha / r)·B·A, from wherever the training tool wrote it.
 
     Args:
-        file: may say it in its header, or in the configuration of PEFT beside it.
+        file: may record it in its header, or in the configuration of PEFT beside it.
         rank: of the matrices.
-        modules: that have adapters.
+        modules: with adapters.
         stored: the ``.alpha`` tensors.
         given: by the user.
 
     Raises:
-        InputError: two of these differ, or modules do.
+        InputError: sources differ, or modules do.
     """
     found: dict[str, float] = {}
     rslora: dict[str, bool] = {}
@@ -254,12 +256,12 @@ def _alpha(
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{value} in {source}" for source, value in values.items())
             raise InputError(
-                f"{file}: {what} is told differently: {listed}; leave --alpha out, or remove what is wrong"
+                f"{file}: {what} differs between sources: {listed}; leave --alpha out, or remove what is wrong"
             )
     if not found:
         logger.info(
-            "%s does not say its alpha: it is taken as the rank, %d, as diffusers does. If the training had another "
-            "lora_alpha, give it with --alpha",
+            "%s does not record alpha: the rank, %d, is used, as in diffusers. If the training had another lora_alpha, "
+            "give it with --alpha",
             file,
             rank,
         )
@@ -270,7 +272,7 @@ def _alpha(
 
 
 def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
-    """Return the one alpha of all modules; those without a tensor of their own have the rank, which is a scale of 1."""
+    """Return the one alpha of all modules; without a tensor of its own, a module has the rank, for a scale of 1."""
     names: dict[float, list[str]] = {}
     for module, value in values.items():
         names.setdefault(value, []).append(_name(module))
@@ -281,7 +283,7 @@ def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
 
 
 def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield what a file and its neighbour say about the training, and where."""
+    """Yield configurations of the training in a file and beside it, each with its source."""
     for key in (HEADER_KEY, _FINETRAINERS_KEY):
         entry = read_entry(file, key)
         if isinstance(entry, Mapping):
@@ -295,24 +297,25 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
-    """Refuse what a configuration of PEFT says and the matrices do not show, or show otherwise."""
+    """Refuse methods that the matrices do not show, and values that contradict them."""
     if config.get("use_dora"):
-        raise InputError(f"{file} is DoRA, {source} says, which has no counterpart in SAT; train plain LoRA")
+        raise InputError(f"{file} is DoRA according to {source}, which has no counterpart in SAT; train plain LoRA")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_OTHER_BASE):
         raise InputError(
-            f"{file} started from init_lora_weights: {start}, {source} says, which changes the base as well; let PEFT "
-            "make it plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
+            f"{file} started from init_lora_weights: {start} according to {source}, which also changes the base; let "
+            "PEFT make it plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
         )
     alpha = config.get("lora_alpha")
     others = {name: value for name, value in (config.get("alpha_pattern") or {}).items() if value != alpha}
     if others:
         raise InputError(
-            f"{file} has several alphas, {source} says: {alpha}, and {others}; SAT has one for all; train with one"
+            f"{file} has several alphas according to {source}: {alpha}, and {others}; SAT has one for all; train with "
+            "one"
         )
     if config.get("r") not in (None, rank) and not config.get("rank_pattern"):
         raise InputError(
-            f"{file} has the rank {config['r']}, {source} says, and its matrices have {rank}; save it again"
+            f"{file} has the rank {config['r']} according to {source}, and its matrices have {rank}; save it again"
         )
 
 
@@ -331,16 +334,16 @@ def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
 
 
 def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return the matrices by SAT's names, in the shapes that the network has for them."""
+    """Return the matrices by SAT's names; those of modules without adapters are zero."""
     dtype = next(iter(lora.pairs.values()))[0].dtype
-    tensors, blank = {}, []
+    tensors, zeros = {}, []
     for layer in lora.layers:
         for target, parts in TARGETS.items():
             for index, part in enumerate(parts):
                 names = [f"transformer.layers.{layer}.{target}.matrix_{kind}.{index}" for kind in "AB"]
                 pair = lora.pairs.get((layer, part))
                 if pair is None:
-                    blank.append(_name((layer, part)))
+                    zeros.append(_name((layer, part)))
                     pair = tuple(torch.zeros(shapes[name], dtype=dtype) for name in names)
                 for name, matrix in zip(names, pair, strict=True):
                     if tuple(matrix.shape) != shapes[name]:
@@ -349,8 +352,8 @@ def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                             f"the model needs {shapes[name]}; give the YAML of the model that the LoRA was trained on"
                         )
                     tensors[name] = matrix
-    if blank:
-        logger.info("%s has no adapters on %s; they are zero, and add nothing", lora.path, _listed(blank))
+    if zeros:
+        logger.info("%s has no adapters on %s; they are zero and have no effect", lora.path, _listed(zeros))
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""The weights of a network, divided anew into as many parts as ranks share its layers; see sgm.parallel.tensor."""
+"""Divide the weights of a network into another number of shards, one for each tensor parallel rank."""
 
 import math
 import zipfile
@@ -25,6 +25,7 @@ from sgm.weights.files import (
     read_tensors,
     shard_name,
 )
+from sgm.weights.lazy import Tensors, meta
 from sgm.weights.partition import Shard, partition_of, take_shard
 
 logger = get_logger(__name__)
@@ -33,20 +34,20 @@ _HEAD_NORM = ".query_layernorm_list."
 
 
 def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> list[Path]:
-    """Write a network or its adapters in `size` parts. One part at a time is in memory.
+    """Write a network or its adapters in `size` shards, with one shard in memory at a time.
 
-    Names, shapes but for the partition, numbers, and what the files hold beside tensors stay as they are.
+    Names, values and entries beside the tensors stay the same.
 
     Args:
-        path: what :func:`sgm.weights.files.find_weights` understands, in any number of parts.
-        folder: to be made: gets ``<iteration>/mp_rank_XX_model_states.*`` and ``latest``.
-        size: parts.
+        path: what :func:`sgm.weights.files.find_weights` understands, in any number of shards.
+        folder: to create; gets ``<iteration>/mp_rank_XX_model_states.*`` and ``latest``.
+        size: number of shards.
 
     Returns:
         The files.
 
     Raises:
-        InputError: the weights cannot be read or so divided, their parts contradict each other, or the folder exists or
+        InputError: the weights cannot be read or divided, their shards contradict each other, or the folder exists or
             cannot be written to.
     """
     check_new_folder(folder)
@@ -56,56 +57,56 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
     _require_equal(file, read_shards(file))
     iteration = file.parent.name if SHARD_NAME.fullmatch(file.name) else "1"
     relative = [Path(iteration) / shard_name(index, file.suffix.removeprefix(".")) for index in range(size)]
-    need_bytes = sum(tensor.nbytes * (1 if partition_of(name) else size) for name, tensor in whole.items())
+    need_bytes = sum(meta(tensor).nbytes * (1 if partition_of(name) else size) for name, tensor in whole.items())
     extras = _extras(file)
     with new_folder(folder, need_bytes=need_bytes) as temporary:
         for index, name in enumerate(relative):
-            _write_part(temporary / name, whole, Shard(index, size), extras)
+            _write_shard(temporary / name, whole, Shard(index, size), extras)
         write_latest(temporary, iteration)
-    logger.info("%s: %d tensors in %d parts", file, len(whole), size)
+    logger.info("%s: %d tensors in %d shards", file, len(whole), size)
     return [Path(folder) / name for name in relative]
 
 
-def _require_divisible(file: Path, whole: Mapping[str, torch.Tensor], size: int) -> None:
-    """Refuse a number of parts that does not fit, before anything is written."""
+def _require_divisible(file: Path, whole: Tensors, size: int) -> None:
+    """Refuse a number of shards that does not divide the tensors."""
     divided = {name: how for name in whole if (how := partition_of(name)) is not None}
     if not divided:
         raise InputError(f"{file} holds no layers of a transformer in the SAT layout; give its weights")
     common = math.gcd(*(whole[name].shape[how.dim] // how.stride for name, how in divided.items()))
     head = next((tensor.shape[0] for name, tensor in whole.items() if _HEAD_NORM in name), None)
     unit = "channels"
-    if head is not None and common % head == 0:  # heads stay whole; adapters alone do not tell their size
+    if head is not None and common % head == 0:  # heads stay whole; their size is unknown for adapters alone
         common, unit = common // head, "heads"
     if size < 1 or common % size:
         legal = ", ".join(str(n) for n in range(1, min(common, 64) + 1) if common % n == 0)
         raise InputError(
-            f"--model_parallel_size is {size}, and {common} {unit} in {file} cannot be shared out evenly; give one of "
+            f"--model_parallel_size is {size}, and {common} {unit} in {file} cannot be divided evenly; give one of "
             f"{legal}"
         )
 
 
-def _require_equal(file: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Refuse parts whose undivided tensors differ: they come from different runs, or from ranks that drifted apart."""
-    for name, first in parts[0].items():
+def _require_equal(file: Path, shards: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Refuse shards with different replicated tensors: they come from different runs, or from ranks that diverged."""
+    for name, first in shards[0].items():
         if partition_of(name) is None:
-            for index, other in enumerate(parts[1:], start=1):
+            for index, other in enumerate(shards[1:], start=1):
                 if other[name].dtype != first.dtype or not torch.equal(other[name], first):
                     raise InputError(
-                        f"the parts in {file.parent} do not belong together: {name}, which is not divided, differs "
+                        f"the shards in {file.parent} do not belong together: {name}, which is replicated, differs "
                         f"between mp_rank_00 and mp_rank_{index:02d}; give the files of one run"
                     )
 
 
 def _extras(file: Path) -> dict[str, Any]:
-    """Return what the first file holds beside tensors, as it lies there: entries, or the metadata of the header."""
-    read_entry(file, ENTRY)  # all parts must say the same about their adapters
+    """Return what the first file holds beside its tensors: entries, or the metadata of the header."""
+    read_entry(file, ENTRY)  # raises if the shards describe their adapters differently
     if file.suffix == ".safetensors":
         return dict(read_metadata(file))
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     return {key: value for key, value in content.items() if key not in CONTAINERS and content.keys() & CONTAINERS}
 
 
-def _write_part(path: Path, whole: Mapping[str, torch.Tensor], shard: Shard, extras: Mapping[str, Any]) -> None:
+def _write_shard(path: Path, whole: Tensors, shard: Shard, extras: Mapping[str, Any]) -> None:
     tensors = {name: owned(take_shard(name, tensor, shard)) for name, tensor in whole.items()}
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         if path.suffix == ".safetensors":

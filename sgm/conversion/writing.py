@@ -1,15 +1,17 @@
-"""Writing what a conversion makes: safetensors tensor by tensor, and folders that appear whole or not at all.
+"""Write the output of a conversion: safetensors one tensor at a time, and folders that appear only when complete.
 
-The safetensors library writes a file from tensors that are all in memory; a conversion would hold a second copy of the
-model. The format is a JSON header with offsets, then the numbers, so a tensor at a time can be written as well.
+The safetensors library needs all tensors of a file in memory. The format is a JSON header with offsets, then the
+numbers, so that this module writes it one tensor at a time.
 """
 
 import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,6 +19,10 @@ from tqdm import tqdm
 
 from sgm.io import atomic_file, readable_size, require_writable, write_json
 from sgm.util import InputError, RunError
+from sgm.weights.adapters import ENTRY, AdapterInfo
+from sgm.weights.architecture import PATCH_WEIGHT
+from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
+from sgm.weights.files import PREFIX, WEIGHTS
 from sgm.weights.lazy import LazyTensor, num_bytes
 
 _DTYPES = {
@@ -35,14 +41,14 @@ _DTYPES = {
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder`, which takes its name after the block; if the block fails, nothing is left.
+    """Yield a hidden folder beside `folder`, renamed to `folder` after the block; removed if the block fails.
 
     Args:
-        folder: to be made; an empty one may be there.
-        need_bytes: what will be written.
+        folder: to create; it may exist if it is empty.
+        need_bytes: size of the output.
 
     Raises:
-        InputError: there is something at `folder`, it cannot be written to, or the disk is too small.
+        InputError: `folder` exists, cannot be written to, or the disk is too small.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder, need_bytes=need_bytes)
@@ -66,7 +72,7 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
-    """Check that `folder` can be made and filled; see `new_folder`."""
+    """Raise the InputError that `new_folder` would raise."""
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists already; nothing is overwritten: remove it, or name another output")
@@ -86,12 +92,12 @@ def write_safetensors(
     """Write one ``.safetensors`` file, with one tensor in memory at a time.
 
     Args:
-        path: the file, made or replaced whole.
+        path: the file.
         tensors: by name.
-        metadata: for the header; ``format: pt`` is added, which readers expect.
+        metadata: for the header; ``format: pt``, which readers expect, is added.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
+        RunError: the disk is full or the folder cannot be written to; no partial file is left.
     """
     metas = {name: tensor.meta() for name, tensor in tensors.items()}
     names = sorted(metas, key=lambda name: (-metas[name].element_size(), name))  # keeps every tensor aligned
@@ -107,6 +113,37 @@ def write_safetensors(
         file.write(head)
         for name in names:
             file.write(tensors[name].compute().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_network(
+    folder: Path,
+    iteration: int,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    file_format: Literal["pt", "safetensors"],
+    patch_size: int | Sequence[int] | None = None,
+    adapters: AdapterInfo | None = None,
+) -> None:
+    """Write a network in the SAT layout, or adapters alone, with ``latest``.
+
+    Args:
+        folder: gets the files.
+        iteration: name of the iteration folder.
+        tensors: by the network's own names.
+        file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
+        patch_size: gives the patch projection its released shape; None keeps the shape that it has.
+        adapters: see :func:`sgm.weights.checkpoint.save_network`.
+    """
+    if patch_size is not None and PATCH_WEIGHT in tensors:
+        tensors = {**tensors, PATCH_WEIGHT: LazyTensor((tensors[PATCH_WEIGHT],), partial(released_patch, patch_size))}
+    named = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    entries = {} if adapters is None else {ENTRY: adapters.to_entry()}
+    path = folder / str(iteration) / f"{WEIGHTS}.{file_format}"
+    if file_format == "pt":
+        write_tensors(path, "module", {name: tensor.compute() for name, tensor in named.items()}, entries)
+    else:
+        write_safetensors(path, named, metadata={name: json.dumps(entry) for name, entry in entries.items()})
+    write_latest(folder, iteration)
 
 
 def write_shards(
@@ -132,13 +169,13 @@ def write_shards(
     pattern = stem + "{suffix}.safetensors"
     metas = {name: tensors[name].meta() for name in sorted(tensors)}  # the same files, whatever the order
     split = split_torch_state_dict_into_shards(metas, filename_pattern=pattern, max_shard_size=max_shard_size)
-    for name, held in tqdm(split.filename_to_tensors.items(), desc=folder.name, leave=False, disable=None):
-        write_safetensors(folder / name, {each: tensors[each] for each in held}, metadata=metadata)
+    for name, names in tqdm(split.filename_to_tensors.items(), desc=folder.name, leave=False, disable=None):
+        write_safetensors(folder / name, {each: tensors[each] for each in names}, metadata=metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def total_bytes(*parts: Mapping[str, LazyTensor]) -> int:
-    """Return what the parts need on the disk, headers and small files included."""
+    """Return the size of `parts` on the disk, with headers and small files."""
     return sum(num_bytes(part) for part in parts) + (1 << 20)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sgm.config.load import Config
-from sgm.weights.checkpoint import find_weights
+from sgm.weights.files import find_weights
 
 # What a sample depends on; the other arguments say where, how many and how much at a time.
 RESULT_ARGS = (

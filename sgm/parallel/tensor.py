@@ -6,7 +6,6 @@ parameters are complete and equal on all ranks, except those of the norms of que
 Sums over sequence parallel ranks come on top, see `sgm.parallel.sequence`.
 """
 
-import math
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sgm.distributed
-from sgm.weights.partition import Shard, partition_of, take_shard, unsharded_shape
+from sgm.weights.adapters import initial_matrix
+from sgm.weights.partition import Shard, partition_of
 
 
 class HeadNorm(nn.LayerNorm):
@@ -59,9 +59,7 @@ def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
-                whole = matrix.new_empty(unsharded_shape(full_name, matrix.shape, shard.size))
-                nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
-                matrix.data.copy_(take_shard(full_name, whole, shard))
+                matrix.data.copy_(initial_matrix(full_name, matrix.shape, shard))
 
 
 def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:

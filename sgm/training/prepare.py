@@ -32,8 +32,8 @@ from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
-from sgm.weights.checkpoint import check_autoencoder, check_network
 from sgm.weights.files import find_weights
+from sgm.weights.match import match_autoencoder, match_network
 
 _NETWORK = "model.network_config.params"
 
@@ -194,7 +194,7 @@ class _Checks:
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
         if args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
-            check_network(network, args.load, base=args.base, allow_missing=args.force_train)
+            match_network(network, args.load, base=args.base, allow_missing=args.force_train)
         return choose_trainable(network, self.config.model)
 
     def _check_optimizer(self) -> None:
@@ -208,7 +208,7 @@ class _Checks:
         with without_allocating():
             vae = instantiate_from_config(section)
         if Path(str(vae.ckpt_path)).is_file():
-            check_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
+            match_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
 
     def _open_caches(self) -> None:
         """Open the caches, and take training clips from them."""

@@ -13,7 +13,8 @@ from sgm.training.build import Parts
 from sgm.training.optim.optimizer import full_ema
 from sgm.training.state import save_state
 from sgm.util import RunError
-from sgm.weights.checkpoint import PREFIX, save_network, write_latest
+from sgm.weights.checkpoint import save_network, write_latest
+from sgm.weights.files import PREFIX
 
 logger = get_logger(__name__)
 

@@ -1,35 +1,64 @@
-"""LoRA adapters: what a file of them says about itself, the base under it, and the configuration that fits it.
+"""LoRA adapters: their names, description, initial values, base, configuration and merging.
 
-Adapters that training saves stand alone in their file, beside an entry "lora" that holds an :class:`AdapterInfo`. From
-it, loading finds and verifies the base checkpoint, and sampling gets by without a ``lora_config`` in its YAML.
-The format is described in docs/checkpoints.md.
+ΔW = (alpha / r)·B·A is added to a weight W [D_out, D_in] (Hu et al. 2021, LoRA). A [r, D_in] starts uniform, B
+[D_out, r] zero, so that new adapters have no effect. SAT adapts the one matrix of query, key and value by three pairs,
+one for each third of its rows, and the projection after the attention by one::
+
+    transformer.layers.<i>.attention.query_key_value.matrix_{A,B}.<0, 1, 2>
+    transformer.layers.<i>.attention.dense.matrix_{A,B}.0
+
+| step | where |
+|---|---|
+| built into the network | dit_video_concat, by ``lora_config``; `with_adapters` adds that when sampling a LoRA file |
+| initialised | `initial_matrix` |
+| sharded over ranks | sgm.parallel.tensor.shard_adapters |
+| saved alone, with an `AdapterInfo` | sgm.weights.checkpoint.save_network |
+| loaded on their base (`find_base`) | sgm.weights.checkpoint.load_network |
+| merged into the weights | `merge_adapters` |
+| exported to and imported from diffusers | sgm.conversion.lora, sgm.conversion.lora_import |
+
+The file format is described in docs/checkpoints.md.
 """
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.log import get_logger
 from sgm.util import InputError, default
 from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, meta
+from sgm.weights.partition import Shard, take_shard, unsharded_shape
 
 logger = get_logger(__name__)
 
 ENTRY = "lora"
 LORA_TARGET = "sat.model.finetune.lora2.LoraMixin"
+# Adapted projections of a layer, and the number of their pairs.
+TARGETS = {"attention.query_key_value": 3, "attention.dense": 1}
+# Names of the weights under adapters, which SAT wraps.
+WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
 _ADAPTER = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.matrix_[AB]\.\d+$")
+_MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
+_PROJECTION = re.compile(r"transformer\.layers\.(\d+)\.(attention\.\w+)")
 _LORA_PARAMS = "model.network_config.params.modules.lora_config.params"
+
+Pair = tuple[AnyTensor, AnyTensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What a file says about the adapters in it: ΔW = (alpha / rank)·B·A on the targets of the layers.
+    """Description of the adapters in a file, its entry "lora".
 
     Attributes:
         rank: r, rows of every A.
@@ -48,7 +77,7 @@ class AdapterInfo:
     targets: tuple[str, ...] = ("query_key_value", "dense")
 
     def to_entry(self) -> dict[str, Any]:
-        """Return the plain values that a file holds."""
+        """Return the plain values to be saved."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
@@ -58,7 +87,7 @@ class AdapterInfo:
         """Read the entry of the file `path`.
 
         Raises:
-            InputError: it is not one that `to_entry` made.
+            InputError: it was not made by `to_entry`.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(entry, dict) or entry.keys() != names:
@@ -74,20 +103,150 @@ class AdapterInfo:
             params["layer_range"] = list(self.layers)
         return params
 
+    def mismatch(self, tensors: Tensors) -> str | None:
+        """Return how the matrices in `tensors` differ from this description; None if they do not."""
+        ranks, layers = ranks_and_layers(tensors)
+        if (ranks, layers) == ({self.rank}, self.layers):
+            return None
+        return (
+            f"the LoRA is described as rank {self.rank} on the layers {list(self.layers)}, and its matrices have rank "
+            f"{', '.join(map(str, sorted(ranks)))} on {list(layers)}"
+        )
+
 
 def adapter_layer(name: str) -> int | None:
-    """Return the layer whose adapter the tensor `name` is; None where it is no adapter. A prefix does not matter."""
+    """Return the layer of a LoRA matrix, by its name with or without prefix; None for other tensors."""
     match = _ADAPTER.search(name)
     return None if match is None else int(match.group(1))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor is a LoRA matrix, by its name in the SAT checkpoint format, with or without prefix."""
+    """Whether a tensor is a LoRA matrix, by its name with or without prefix."""
     return adapter_layer(name) is not None
 
 
+def ranks_and_layers(tensors: Tensors) -> tuple[set[int], tuple[int, ...]]:
+    """Return the ranks of all LoRA matrices among `tensors`, and their layers, ascending."""
+    ranks = {meta(tensor).shape[0] for name, tensor in tensors.items() if is_adapter(name) and ".matrix_A." in name}
+    return ranks, tuple(sorted({layer for name in tensors if (layer := adapter_layer(name)) is not None}))
+
+
+def initial_matrix(
+    name: str, shape: Sequence[int], shard: Shard, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return a LoRA matrix before training, float32: A uniform as in He et al. 2015 with a = √5, B zero.
+
+    Args:
+        name: of the matrix.
+        shape: of this rank's shard.
+        shard: the shard to return. Every rank draws the whole matrix, so that it does not depend on their number.
+        generator: CPU generator; torch's default one without it.
+    """
+    whole = torch.zeros(unsharded_shape(name, shape, shard.size))
+    if ".matrix_A." in name:
+        nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+    return take_shard(name, whole, shard)
+
+
+# --- Merging.
+
+
+def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
+    """Return the pairs (A, B) of each adapted projection, by its name, layers ascending; names are without prefix.
+
+    Args:
+        tensors: with the matrices among them.
+        source: for messages.
+
+    Raises:
+        InputError: a projection that is none of `TARGETS`, or not the number of matrices that it has.
+    """
+    found: dict[str, dict[tuple[str, int], AnyTensor]] = {}
+    for name, tensor in tensors.items():
+        if is_adapter(name) and (match := _MATRIX.fullmatch(name)):
+            found.setdefault(match[1], {})[match[2], int(match[3])] = tensor
+    result = {}
+    for projection in sorted(found, key=layer_and_target):
+        matrices, num = found[projection], TARGETS[layer_and_target(projection)[1]]
+        if differing := sorted({(kind, index) for index in range(num) for kind in "AB"} ^ matrices.keys()):
+            listed = ", ".join(f"matrix_{kind}.{index}" for kind, index in differing)
+            raise InputError(
+                f"the adapters of {projection} in {source} are not the {2 * num} matrices that belong there: {listed} "
+                "missing or too many; give a checkpoint that was saved completely"
+            )
+        result[projection] = [(matrices["A", index], matrices["B", index]) for index in range(num)]
+    return result
+
+
+def layer_and_target(projection: str) -> tuple[int, str]:
+    """Return layer and target of an adapted projection."""
+    match = _PROJECTION.fullmatch(projection)
+    if match is None or match[2] not in TARGETS:
+        raise InputError(f"there are adapters on {projection}; only those on {' and '.join(TARGETS)} can be converted")
+    return int(match[1]), match[2]
+
+
+def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> dict[str, LazyTensor]:
+    """Merge LoRA adapters into the weights: W + strength·(alpha / r)·B·A in float32, rounded to the dtype of W once.
+
+    Args:
+        tensors: a network with adapters. Adapted projections are named with or without ``.original``.
+        alpha: numerator of the scale.
+        strength: 0 gives the network without its adapters, bit for bit.
+
+    Returns:
+        The network without ``.original`` in its names; tensors without adapters are unchanged.
+
+    Raises:
+        InputError: matrices that lack a partner or a weight, or that do not fit it.
+    """
+    pairs = adapter_pairs(tensors, "the checkpoint")
+    result = {}
+    for name, tensor in tensors.items():
+        if is_adapter(name):
+            continue
+        plain = WRAPPED.sub(r".\1", name)
+        module, _, kind = plain.rpartition(".")
+        own = pairs.pop(module, None) if kind == "weight" else None
+        if own is None or strength == 0:
+            result[plain] = LazyTensor((tensor,))
+            continue
+        _require_fitting(module, tensor, own)
+        matrices = [matrix for pair in own for matrix in pair]
+        result[plain] = LazyTensor((tensor, *matrices), _add_products(strength * alpha / matrices[0].shape[0]))
+    if pairs:
+        raise InputError(f"the checkpoint has adapters on {next(iter(pairs))} and no weight there; give the whole base")
+    return result
+
+
+def _require_fitting(projection: str, weight: AnyTensor, pairs: list[Pair]) -> None:
+    """Raise InputError unless the pairs of a projection add up to the shape of its weight."""
+    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
+    rows = sum(b[0] for _, b in shapes)
+    columns = {a[1] for a, _ in shapes}
+    if tuple(weight.shape) != (rows, *columns) or any(a[0] != b[1] for a, b in shapes):
+        listed = ", ".join(f"A {a} B {b}" for a, b in shapes)
+        raise InputError(
+            f"the adapters of {projection} ({listed}) do not fit its weight {tuple(weight.shape)}; give the base that "
+            "they were trained on"
+        )
+
+
+def _add_products(scale: float) -> Callable[..., torch.Tensor]:
+    """Return the function that adds scale·B·A of every pair to its rows of a weight."""
+
+    def add(weight: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+        products = [b.float() @ a.float() for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+        return (weight.float() + scale * torch.cat(products)).to(weight.dtype)
+
+    return add
+
+
+# --- The file of adapters, and the base under it.
+
+
 def read_adapter_info(load: str | Path) -> AdapterInfo | None:
-    """Return what the weights file that `load` means says about its adapters; None where it says nothing.
+    """Return the description of the adapters in the weights file that `load` names; None if it has none.
 
     Raises:
         InputError: there is no such file, or it is damaged.
@@ -97,56 +256,64 @@ def read_adapter_info(load: str | Path) -> AdapterInfo | None:
     return None if entry is None else AdapterInfo.from_entry(entry, path)
 
 
-def find_base(path: Path, base: str | Path | None = None) -> Path | None:
-    """Return the weights file that the adapters in `path` belong to; None where `path` holds a whole network.
+def adapters_alone(names: Iterable[str]) -> bool:
+    """Whether the tensors of a checkpoint are LoRA matrices and nothing else."""
+    return all(map(is_adapter, names))
+
+
+def find_base(path: Path, base: str | Path | None = None, *, option: str = "args.base=") -> Path | None:
+    """Return the weights file under the adapters in `path`; None if `path` holds a whole network.
 
     Args:
         path: a weights file.
         base: what :func:`sgm.weights.files.find_weights` understands. Without it, the path that the file records is
             looked up from the current folder, then from the folders above the file.
+        option: the command-line option that sets `base`, for messages.
 
     Raises:
         InputError: there is no base, it is not the one that the adapters were trained on, or none is needed.
     """
-    if not all(is_adapter(name) for name in read_tensors(path)):
+    if not adapters_alone(read_tensors(path)):
         if base is not None:
-            raise InputError(f"{path} holds a whole network, not adapters alone; remove args.base={base}")
+            raise InputError(f"{path} holds a whole network, not adapters alone; remove {option}{base}")
         return None
     info = read_adapter_info(path)
-    if base is None:
-        base = _recorded_base(path, info)
-    found = find_weights(base)
-    if all(is_adapter(name) for name in read_tensors(found)):
-        raise InputError(f"{found}, named as the base of {path}, holds adapters alone; give their base with args.base")
+    found = find_weights(_recorded_base(path, info, option) if base is None else base)
+    cure = f"{option}<folder or file>"
+    if adapters_alone(read_tensors(found)):
+        raise InputError(f"{found}, named as the base of {path}, holds adapters alone; give their base with {cure}")
     digest = weights_digest(found)
     if info is not None and digest != info.base_digest:
         raise InputError(
             f"{path} was trained on another base than {found}: that has the digest {digest[:12]}, and the file records "
-            f"{info.base_digest[:12]} for '{info.base}'; give the right one with args.base=<folder or file>"
+            f"{info.base_digest[:12]} for '{info.base}'; give the right one with {cure}"
         )
     return found
 
 
-def _recorded_base(path: Path, info: AdapterInfo | None) -> Path:
+def _recorded_base(path: Path, info: AdapterInfo | None, option: str) -> Path:
+    cure = f"{option}<folder or file>"
     if info is None:
         raise InputError(
             f"{path} holds LoRA matrices alone and does not say what they were trained on; give that checkpoint with "
-            "args.base=<folder or file>"
+            f"{cure}"
         )
-    candidates = [Path(info.base), *(parent / info.base for parent in path.absolute().parents)]
-    for candidate in candidates:
+    for candidate in (Path(info.base), *(parent / info.base for parent in path.absolute().parents)):
         if candidate.exists():
             return candidate
     raise InputError(
         f"{path} holds adapters of '{info.base}', which is neither in the current folder nor in those above the file; "
-        "say where it is with args.base=<folder or file>"
+        f"say where it is with {cure}"
     )
 
 
-def describe_adapters(config: Config) -> AdapterInfo | None:
-    """Return what training with `config` will write beside its adapters; None without a ``lora_config``.
+# --- The configuration of adapters.
 
-    Where ``args.load`` names adapters alone, the base of these is the base of the new ones too.
+
+def describe_adapters(config: Config) -> AdapterInfo | None:
+    """Return the description of the adapters that `config` trains; None without a ``lora_config``.
+
+    If ``args.load`` names adapters alone, their base is the base of the new ones too.
 
     Raises:
         InputError: the checkpoint that training starts from cannot be found or read.
@@ -158,8 +325,8 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
         raise InputError("a lora_config adapts a trained network, and args.load is null; set args.load, or train fully")
     params = section.get("params") or {}
     path, base = find_weights(config.args.load), config.args.load
-    under = find_base(path, config.args.base)
-    if under is not None:
+    base_file = find_base(path, config.args.base)
+    if base_file is not None:
         info = read_adapter_info(path)
         base = config.args.base if info is None else default(config.args.base, info.base)
     return AdapterInfo(
@@ -167,17 +334,17 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
         alpha=default(params.get("lora_alpha"), 1),
         layers=_layers(params, config.model),
         base=str(base),
-        base_digest=weights_digest(default(under, path)),
+        base_digest=weights_digest(default(base_file, path)),
     )
 
 
 def with_adapters(config: Config) -> Config:
-    """Return `config` with the ``lora_config`` of the adapters that ``args.load`` names, where it has none.
+    """Return `config` with a ``lora_config`` for the adapters in ``args.load``, if it has none.
 
-    Files that say nothing about adapters, or cannot be read, change nothing: loading reports on the latter.
+    Files without a description of adapters change nothing, nor do unreadable ones, which loading reports.
 
     Raises:
-        ConfigError: the configuration has a ``lora_config`` that differs from what the file says.
+        ConfigError: the configuration has a ``lora_config`` that contradicts the file.
     """
     try:
         info = None if config.args.load is None else read_adapter_info(config.args.load)
@@ -199,26 +366,28 @@ def with_adapters(config: Config) -> Config:
 
 
 def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
-    """Hold the ``lora_config`` of a configuration against what a file says."""
+    """Yield where the ``lora_config`` of a configuration contradicts the description in its file."""
     params = _modules(config.model)["lora_config"].get("params") or {}
     pairs = {
         "r": (params.get("r"), info.rank),
         "lora_alpha": (default(params.get("lora_alpha"), 1), info.alpha),
         "layer_range": (list(_layers(params, config.model)), list(info.layers)),
     }
-    for name, (own, held) in pairs.items():
-        if own != held:
-            found = f"is {own}, but the adapters in {find_weights(str(config.args.load))} were trained with {held}"
-            cure = f"set {_LORA_PARAMS}.{name}={str(held).replace(' ', '')}, or remove the lora_config: the file has it"
+    for name, (configured, trained) in pairs.items():
+        if configured != trained:
+            file = find_weights(str(config.args.load))
+            found = f"is {configured}, but the adapters in {file} were trained with {trained}"
+            value = str(trained).replace(" ", "")
+            cure = f"set {_LORA_PARAMS}.{name}={value}, or remove the lora_config: the file has it"
             yield Problem(f"{_LORA_PARAMS}.{name}", "", found, cure)
 
 
 def _layers(params: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the layers that a ``lora_config`` gives adapters to."""
+    """Return the layers that a ``lora_config`` adapts, ascending."""
     num_layers = model["network_config"]["params"]["num_layers"]
     return tuple(sorted(default(params.get("layer_range"), range(num_layers))))
 
 
 def _modules(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mixins of a model section; empty where there are none."""
+    """Return the mixins of a model section; empty if it has none."""
     return ((model.get("network_config") or {}).get("params") or {}).get("modules") or {}

@@ -1,17 +1,16 @@
-"""Weights in the SAT layout or as safetensors: checked strictly, put into a network, and saved.
+"""Load and save weights in the SAT checkpoint format, with strict checks of names and shapes.
 
 The SAT checkpoint format of a network (more in docs/checkpoints.md)::
 
     DIR/latest                                  the iteration to load, e.g. 1000
     DIR/1000/mp_rank_00_model_states.pt         {"module": {"model.diffusion_model.<name>": tensor}}
-    DIR/1000/mp_rank_01_model_states.pt         the second of several parts, if ranks shared the layers
+    DIR/1000/mp_rank_01_model_states.pt         the second of several shards, after tensor parallel training
 
 and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may take the
-place of either file. LoRA training saves the adapters alone and says in a further entry, "lora", what they belong to.
+place of either file. LoRA training saves adapters alone, with their description in another entry, "lora".
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,27 +22,12 @@ from torch import nn
 
 from sgm.io import atomic_file
 from sgm.util import RunError
-from sgm.weights.adapters import ENTRY, AdapterInfo, adapter_layer, is_adapter
+from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
 from sgm.weights.architecture import PATCH_WEIGHT
-from sgm.weights.files import SHARD_NAME, find_weights, read_tensors, shard_name
-from sgm.weights.match import PREFIX, Match, match_autoencoder, match_network
-from sgm.weights.partition import UNSHARDED, Shard, take_shard, unsharded_shape
-
-__all__ = [
-    "LoadReport",
-    "atomic_file",
-    "check_autoencoder",
-    "check_network",
-    "find_weights",
-    "load_autoencoder",
-    "load_network",
-    "owned",
-    "read_tensors",
-    "released_layout",
-    "save_autoencoder",
-    "save_network",
-    "write_latest",
-]
+from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
+from sgm.weights.lazy import compute
+from sgm.weights.match import Match, match_autoencoder, match_network
+from sgm.weights.partition import UNSHARDED, Shard, take_shard
 
 
 @dataclass(frozen=True)
@@ -52,20 +36,20 @@ class LoadReport:
 
     Attributes:
         path: the file.
-        num_tensors: tensors that the module took from the file and its base.
+        num_tensors: tensors taken from the file and its base.
         file_dtype: their dtypes there, e.g. ``"bfloat16"``.
-        dropped: names that the file holds and the module does without, by reason.
-        fresh_adapters: LoRA matrices that the file does not hold and that were initialised.
-        missing: other tensors that the file does not hold and that kept their values.
-        base: the file that the rest came from, where `path` holds adapters alone.
-        warnings: what the user should know, for the caller to log.
+        dropped: names in the file that the module does not have, by reason.
+        new_adapters: LoRA matrices that the file lacks, which were initialised.
+        missing: other tensors that the file lacks, which kept their values.
+        base: the file under adapters that came alone.
+        warnings: for the caller to log.
     """
 
     path: Path
     num_tensors: int
     file_dtype: str
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fresh_adapters: tuple[str, ...] = ()
+    new_adapters: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     base: Path | None = None
     warnings: tuple[str, ...] = ()
@@ -75,8 +59,8 @@ class LoadReport:
         on_base = f" on the base {self.base}" if self.base else ""
         parts = [f"loaded {self.num_tensors:,} tensors ({self.file_dtype}) from {self.path}{on_base}"]
         parts += [f"left out {len(names):,} {reason}" for reason, names in self.dropped.items()]
-        if self.fresh_adapters:
-            parts.append(f"initialised {len(self.fresh_adapters):,} LoRA matrices that the file does not hold")
+        if self.new_adapters:
+            parts.append(f"initialised {len(self.new_adapters):,} LoRA matrices that the file does not hold")
         return "; ".join(parts)
 
 
@@ -91,27 +75,26 @@ def load_network(
     allow_missing: bool = False,
     generator: torch.Generator | None = None,
 ) -> LoadReport:
-    """Put the weights of a file into a diffusion transformer, by replacing its parameters one by one.
+    """Load the weights of a file into a diffusion transformer, replacing its parameters one by one.
 
-    The network may have been built under :func:`sgm.util.without_allocating`. It is not touched unless everything
-    fits. Optimizers made before keep the replaced parameters: load first.
+    The network may have been built under :func:`sgm.util.without_allocating`. It is not changed unless everything
+    fits. Optimizers keep the replaced parameters: load before making them.
 
-    A network that shares its layers with other ranks takes its part of the tensors, whatever the number of parts in
-    the files. What it begins with besides is that part of what one rank begins with.
+    A tensor parallel network takes its shard of each tensor, from files with any number of shards.
 
     The patch projection may have the shape [D, C, p, p] or [D, C·p·p] on either side. A file without LoRA loads into
-    a network with LoRA: the adapters then start without effect (A uniform as in He et al. 2015 with a = √5, B zero).
-    Where a file holds adapters alone, everything else comes from their base, whose digest must be the recorded one.
+    a network with LoRA: the adapters are then initialised (:func:`sgm.weights.adapters.initial_matrix`). With a file of
+    adapters alone, everything else comes from their base, whose digest must be the recorded one.
 
     Args:
         network: has the parameter names of the SAT checkpoint format.
         path: what :func:`sgm.weights.files.find_weights` understands.
-        base: the same, for adapters that come alone; without it, the path that their file records.
-        dtype: of floating-point tensors; each parameter keeps its own without it.
-        device: where the parameters go; each stays where it is without it.
-        allow_missing_adapters: whether a file without LoRA may be loaded into a network with LoRA.
-        allow_missing: whether tensors that the file lacks may keep their values. The network then needs memory.
-        generator: CPU generator that the A matrices are drawn from; torch's default one without it.
+        base: the same, for the base of adapters; without it, the path that their file records.
+        dtype: of floating-point tensors; None keeps that of each parameter.
+        device: of the parameters; None keeps that of each.
+        allow_missing_adapters: accept a file without LoRA for a network with LoRA.
+        allow_missing: keep the values of tensors that the file lacks. The network must then be in memory.
+        generator: CPU generator for new adapters; torch's default one without it.
 
     Raises:
         InputError: a tensor is missing, unexpected, or of another shape, or the base is not found or another one.
@@ -120,34 +103,21 @@ def load_network(
     match = match_network(
         network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing
     )
-    empty = [name for name in match.missing if match.wanted[name].is_meta]
+    empty = [name for name in match.missing if match.targets[name].is_meta]
     if empty:
         raise ValueError(
             f"{match.path} lacks {sorted(empty)[:5]}, which have no value yet: build the network in memory"
         )
-    for name, old in match.wanted.items():
-        if name in match.fresh:
-            shape = unsharded_shape(name, old.shape, match.shard.size)
-            value = take_shard(name, _initial_adapter(name, shape, generator), match.shard)
-        elif name in match.blank:
+    for name, old in match.targets.items():
+        if name in match.new_adapters:
+            value = initial_matrix(name, old.shape, match.shard, generator)
+        elif name in match.zeroed:
             value = torch.zeros(old.shape)
         else:
-            value = old if name in match.missing else take_shard(name, match.held[name], match.shard)
+            value = old if name in match.missing else take_shard(name, match.tensors[name], match.shard)
         _replace(network, name, value, dtype=dtype, device=device)
-    _require_real(network)
+    _require_memory(network)
     return _report(match)
-
-
-def check_network(
-    network: nn.Module,
-    path: str | Path,
-    *,
-    base: str | Path | None = None,
-    allow_missing_adapters: bool = True,
-    allow_missing: bool = False,
-) -> None:
-    """Raise the InputError that :func:`load_network` would raise, having read names, shapes and digests only."""
-    match_network(network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing)
 
 
 def load_autoencoder(
@@ -158,36 +128,23 @@ def load_autoencoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LoadReport:
-    """Put the weights of a file into an autoencoder, by replacing its parameters one by one.
+    """Load the weights of a file into an autoencoder, replacing its parameters one by one.
 
     Args:
         vae: has the parameter names of the released autoencoder; may be built without memory.
         path: the file.
-        ignore_keys: beginnings of names in the file that are left out, besides ``loss.``.
-        dtype: of floating-point tensors; each parameter keeps its own without it.
-        device: where the parameters go; each stays where it is without it.
+        ignore_keys: prefixes of names in the file to leave out, besides ``loss.``.
+        dtype: of floating-point tensors; None keeps that of each parameter.
+        device: of the parameters; None keeps that of each.
 
     Raises:
         InputError: a tensor is missing, unexpected, or of another shape.
     """
-    match = match_autoencoder(vae, Path(path), ignore_keys=ignore_keys)
-    for name in match.wanted:
-        _replace(vae, name, match.held[name], dtype=dtype, device=device)
-    _require_real(vae)
+    match = match_autoencoder(vae, path, ignore_keys=ignore_keys)
+    for name in match.targets:
+        _replace(vae, name, compute(match.tensors[name]), dtype=dtype, device=device)
+    _require_memory(vae)
     return _report(match)
-
-
-def check_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence[str] = ()) -> None:
-    """Raise what :func:`load_autoencoder` would raise, having read names and shapes only."""
-    match_autoencoder(vae, Path(path), ignore_keys=ignore_keys)
-
-
-def _initial_adapter(name: str, shape: Sequence[int], generator: torch.Generator | None) -> torch.Tensor:
-    """Return a fresh LoRA matrix in float32: A [r, D_in] random, B [D_out, r] zero."""
-    value = torch.zeros(tuple(shape))
-    if ".matrix_A." in name:
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-    return value
 
 
 def _replace(
@@ -216,8 +173,8 @@ def _replace(
         owner.register_buffer(leaf, value, persistent=True)
 
 
-def _require_real(module: nn.Module) -> None:
-    """Raise RunError if a tensor of `module` still has no memory: a table that the module must compute lazily."""
+def _require_memory(module: nn.Module) -> None:
+    """Raise RunError if a tensor of `module` is still on the meta device: a table that must be computed lazily."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
     if left:
@@ -225,14 +182,14 @@ def _require_real(module: nn.Module) -> None:
 
 
 def _report(match: Match) -> LoadReport:
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in match.held.values()})
-    missing = tuple(name for name in match.wanted if name in match.missing)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in match.tensors.values()})
+    missing = tuple(name for name in match.targets if name in match.missing)
     return LoadReport(
         path=match.path,
-        num_tensors=len(match.held),
+        num_tensors=len(match.tensors),
         file_dtype=" and ".join(dtypes),
         dropped=match.dropped,
-        fresh_adapters=tuple(name for name in match.wanted if name in match.fresh),
+        new_adapters=tuple(name for name in match.targets if name in match.new_adapters),
         missing=missing,
         base=match.base,
         warnings=tuple(_warnings(match, missing)),
@@ -240,8 +197,8 @@ def _report(match: Match) -> LoadReport:
 
 
 def _warnings(match: Match, missing: Sequence[str]) -> Iterable[str]:
-    grown = [tensor for name, tensor in match.held.items() if is_adapter(name) and ".matrix_B." in name]
-    if grown and not any(bool(tensor.any()) for tensor in grown):
+    trained = [tensor for name, tensor in match.tensors.items() if is_adapter(name) and ".matrix_B." in name]
+    if trained and not any(bool(compute(tensor).any()) for tensor in trained):
         yield f"the adapters in {match.path} have no effect: every matrix B is zero, as before any training"
     if missing:
         more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
@@ -256,12 +213,16 @@ def released_layout(state_dict: Mapping[str, torch.Tensor], patch_size: int | Se
         patch_size: p, meaning (1, p, p), or (pt, p, p). With pt = 1 the patch projection takes the shape
             [D, C, p, p], otherwise [D, C·pt·p·p] in the order C, pt, p, p.
     """
-    pt, height, width = (1, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     tensors = {PREFIX + name: tensor.detach() for name, tensor in state_dict.items()}
     if PREFIX + PATCH_WEIGHT in tensors:
-        weight = tensors[PREFIX + PATCH_WEIGHT].flatten(1)
-        tensors[PREFIX + PATCH_WEIGHT] = weight.unflatten(1, (-1, height, width)) if pt == 1 else weight
+        tensors[PREFIX + PATCH_WEIGHT] = released_patch(patch_size, tensors[PREFIX + PATCH_WEIGHT])
     return tensors
+
+
+def released_patch(patch_size: int | Sequence[int], weight: torch.Tensor) -> torch.Tensor:
+    """Return a patch projection in the shape of the released checkpoints; see `released_layout`."""
+    pt, height, width = (1, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return weight.flatten(1).unflatten(1, (-1, height, width)) if pt == 1 else weight.flatten(1)
 
 
 def save_network(
@@ -275,9 +236,9 @@ def save_network(
     latest: bool = True,
     shard: Shard = UNSHARDED,
 ) -> Path:
-    """Save a network in the SAT layout; ``latest`` names it once everything is on the disk.
+    """Save a network in the SAT layout, then make ``latest`` name it.
 
-    Where ranks share the layers, every one saves its part; once all have, one of them calls :func:`write_latest`.
+    Tensor parallel ranks each save their shard; once all have, one of them calls :func:`write_latest`.
 
     Args:
         folder: gets ``<iteration>/mp_rank_00_model_states.pt`` and ``latest``.
@@ -285,80 +246,76 @@ def save_network(
         network: the network, or tensors by the network's own names: all of them, or its adapters alone.
         patch_size: see :func:`released_layout`.
         file_format: ``"pt"`` or ``"safetensors"``.
-        adapters: description of the adapters among the tensors, which the file keeps; needed for adapters alone.
-        latest: whether ``latest`` moves here; otherwise :func:`write_latest` can move it later.
-        shard: which part of the network the tensors are: ``network.tensor_shard``.
+        adapters: description of the adapters among the tensors, saved with them; required for adapters alone.
+        latest: update ``latest``; :func:`write_latest` can do so later.
+        shard: the shard of the network that the tensors are: ``network.tensor_shard``.
 
     Returns:
         The weights file.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
-        ValueError: `adapters` and the tensors do not fit each other; `shard` is another than the network's; or `latest`
-            should name a part.
+        RunError: the disk is full or the folder cannot be written to; no partial file is left.
+        ValueError: `adapters` does not describe the tensors; `shard` is not the network's; or `latest` would name a
+            single shard.
     """
     if isinstance(network, nn.Module) and getattr(network, "tensor_shard", UNSHARDED) != shard:
         raise ValueError(f"`shard` is {shard}, and the network is {getattr(network, 'tensor_shard', UNSHARDED)}")
     if latest and shard.size > 1:
-        raise ValueError("`latest` may move only when all parts are saved; pass latest=False, then call write_latest")
+        raise ValueError("`latest` may move only when all shards are saved; pass latest=False, then call write_latest")
     tensors = released_layout(network.state_dict() if isinstance(network, nn.Module) else network, patch_size)
     _require_described(tensors, adapters)
     path = Path(folder) / str(iteration) / shard_name(shard.index, file_format)
-    _write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
-    _remove_former(path, shard)
+    write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
+    _remove_replaced(path, shard)
     if latest:
         write_latest(folder, iteration)
     return path
 
 
-def _remove_former(path: Path, shard: Shard) -> None:
-    """Remove what an earlier save of the same iteration, in another format or number of parts, has beside `path`."""
+def _remove_replaced(path: Path, shard: Shard) -> None:
+    """Remove files of an earlier save of the same iteration, in another format or with more shards."""
     for other in path.parent.iterdir():
         match = SHARD_NAME.fullmatch(other.name)
         if match is None or other == path:
             continue
         index = int(match[1])
-        # Every rank removes its own, and the first one those of ranks that are no more.
+        # Every rank removes its own shard, and the first one those beyond the number of ranks.
         if index == shard.index or (shard.index == 0 and index >= shard.size):
             other.unlink(missing_ok=True)
 
 
 def _require_described(tensors: Mapping[str, torch.Tensor], adapters: AdapterInfo | None) -> None:
-    """Refuse to write a file that could not be loaded again, or that says wrong things about itself."""
-    ranks = {name: tensor.shape[0] for name, tensor in tensors.items() if is_adapter(name) and ".matrix_A." in name}
+    """Refuse to save adapters without a description, or with a wrong one."""
     if adapters is None:
-        if ranks and all(is_adapter(name) for name in tensors):
+        if ranks_and_layers(tensors)[0] and adapters_alone(tensors):
             raise ValueError("adapters alone cannot be loaded without their description; pass `adapters`")
-        return
-    layers = tuple(sorted({layer for name in ranks if (layer := adapter_layer(name)) is not None}))
-    if layers != adapters.layers or set(ranks.values()) != {adapters.rank}:
-        found = f"rank {sorted(set(ranks.values()))} on the layers {list(layers)}"
-        raise ValueError(f"`adapters` says rank {adapters.rank} on {list(adapters.layers)}, the tensors have {found}")
+    elif problem := adapters.mismatch(tensors):
+        raise ValueError(f"`adapters` does not describe the tensors: {problem}")
 
 
 def write_latest(folder: str | Path, iteration: int | str) -> None:
     """Make ``latest`` name an iteration.
 
     Raises:
-        RunError: the folder cannot be written to; ``latest`` is then as before.
+        RunError: the folder cannot be written to; ``latest`` is then unchanged.
     """
     with atomic_file(Path(folder) / "latest") as temporary:
         temporary.write_text(f"{iteration}\n", encoding="utf-8")
 
 
 def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tensor]) -> Path:
-    """Save an autoencoder as ``{"state_dict": {...}}``, or as safetensors where the suffix says so.
+    """Save an autoencoder as ``{"state_dict": {...}}``, or as safetensors if `path` has that suffix.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written to; nothing half-written is left.
+        RunError: the disk is full or the folder cannot be written to; no partial file is left.
     """
-    _write_tensors(Path(path), "state_dict", vae.state_dict() if isinstance(vae, nn.Module) else vae, {})
+    write_tensors(Path(path), "state_dict", vae.state_dict() if isinstance(vae, nn.Module) else vae, {})
     return Path(path)
 
 
-def _write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, or with torch.save under `key`, whatever device they are on; see `read_entry`."""
-    # A view would drag its whole storage into the file, and safetensors refuses tensors that share one.
+def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`."""
+    # torch.save writes the whole storage of a view, and safetensors refuses tensors that share one.
     alone = {name: owned(tensor) for name, tensor in tensors.items()}
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
         if path.suffix == ".safetensors":
@@ -369,6 +326,6 @@ def _write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], en
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU, contiguous and alone in its storage, as files need it."""
+    """Return a tensor on the CPU, contiguous and alone in its storage, for writing it to a file."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

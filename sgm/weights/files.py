@@ -1,4 +1,4 @@
-"""Weights files: found, told from each other, and read without running what is in them.
+"""Find and read weights files, without running code that is in them.
 
 The SAT layout is described in docs/checkpoints.md.
 """
@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.util import InputError
-from sgm.weights.partition import JoinedTensor, num_shards, partition_of
+from sgm.weights.lazy import Tensors, compute
+from sgm.weights.partition import join_lazily, num_shards, partition_of
 
+PREFIX = "model.diffusion_model."  # of the names of the network
 WEIGHTS = "mp_rank_00_model_states"
 SHARD_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
@@ -31,11 +33,11 @@ def find_weights(load: str | Path) -> Path:
     """Return the weights file that `load` means.
 
     Args:
-        load: a file, a folder with ``latest``, or the folder of one iteration. Of a network in several parts it is
-            the first one's, which stands for all.
+        load: a file, a folder with ``latest``, or the folder of one iteration. For a sharded network, the file of the
+            first shard is returned and stands for all.
 
     Raises:
-        InputError: there is none; the message names what is there and what to do.
+        InputError: there is none; the message lists what is there and what to do.
     """
     load = Path(load)
     if load.is_file():
@@ -46,26 +48,26 @@ def find_weights(load: str | Path) -> Path:
         if (load / (WEIGHTS + suffix)).is_file():
             return load / (WEIGHTS + suffix)
     if others := sorted(path.name for path in load.iterdir() if SHARD_NAME.fullmatch(path.name)):
-        raise InputError(f"{load} has {', '.join(others)} and lacks the first part, {WEIGHTS}.pt; {_CURE}")
+        raise InputError(f"{load} has {', '.join(others)} and lacks the first shard, {WEIGHTS}.pt; {_CURE}")
     return _latest_weights(load)
 
 
 def shard_name(index: int, file_format: str) -> str:
-    """Return the name of the file of a part: ``mp_rank_00_model_states.pt``."""
+    """Return the file name of a shard: ``mp_rank_00_model_states.pt``."""
     return f"mp_rank_{index:02d}_model_states.{file_format}"
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the files of a network that lies in several parts, in order, `path` being the first; otherwise `path`.
+    """Return the files of all shards of a network, in order, from the first; only `path` if it is not sharded.
 
     Raises:
-        InputError: `path` is another part than the first, or a part between is missing.
+        InputError: `path` is not the first shard, or a shard in between is missing.
     """
     match = SHARD_NAME.fullmatch(path.name)
     if match is None:
         return [path]
     if int(match[1]):
-        raise InputError(f"{path} is one of several parts of a network; give their folder: {path.parent}")
+        raise InputError(f"{path} is one of several shards of a network; give their folder: {path.parent}")
     found = {int(m[1]): p for p in path.parent.iterdir() if (m := SHARD_NAME.fullmatch(p.name)) and m[2] == match[2]}
     _require_shards(path, found.keys(), max(found) + 1)
     return [found[index] for index in sorted(found)]
@@ -73,11 +75,11 @@ def shard_files(path: Path) -> list[Path]:
 
 def _require_shards(path: Path, found: Collection[int], size: int) -> None:
     if missing := [f"mp_rank_{index:02d}" for index in range(size) if index not in found]:
-        raise InputError(f"{path.parent} holds a network in {size} parts and lacks {', '.join(missing)}; {_CURE}")
+        raise InputError(f"{path.parent} holds a network in {size} shards and lacks {', '.join(missing)}; {_CURE}")
     if len(found) > size:
         raise InputError(
-            f"{path.parent} holds {len(found)} files of parts, and {path.name} is one of {size}; remove the files of "
-            "the other run"
+            f"{path.parent} holds {len(found)} shards, and {path.name} is one of {size}; remove the files of the other "
+            "run"
         )
 
 
@@ -104,59 +106,62 @@ def _latest_weights(folder: Path) -> Path:
     return find_weights(folder / name)
 
 
-def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a ``.pt`` or ``.safetensors`` file, by name, on the CPU.
+def read_tensors(path: str | Path) -> Tensors:
+    """Read the tensors of a network, which may be sharded: `path` is its file, or the file of the first shard.
 
-    The tensors are memory-mapped: a tensor costs memory when it is first used. Only files in the format that
-    torch.save wrote before version 1.6 are read at once. Of ``{"module": {...}}`` and ``{"state_dict": {...}}`` the
-    inner mapping is returned. Nothing but tensors is ever unpickled.
-
-    The first of several parts stands for all (``mp_rank_00``, ``mp_rank_01``, ...): divided tensors are then whole ones
-    that are joined whenever something is done with them, one at a time, see :class:`JoinedTensor`.
+    Divided tensors are returned as :class:`~sgm.weights.lazy.LazyTensor`, which joins their shards each time it is
+    computed; all others are tensors, see :func:`read_file`.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it holds more than tensors; parts are missing or do not
-            belong together.
+        InputError: a file is missing, damaged, or holds more than tensors; or shards are missing or do not belong
+            together.
     """
-    parts = read_shards(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in parts[0].items()}
-    size = num_shards(shapes) if SHARD_NAME.fullmatch(Path(path).name) else None
-    if size is not None:
-        _require_shards(Path(path), range(len(parts)), size)
-    if len(parts) == 1:
-        return parts[0]
-    for index, part in enumerate(parts):
-        _require_same_shapes(Path(path), index, shapes, part)
-    divided = {name for name in shapes if partition_of(name) is not None}
+    shards = read_shards(path)
+    first = shards[0]
+    size = num_shards({name: tensor.shape for name, tensor in first.items()})
+    if size is not None and SHARD_NAME.fullmatch(Path(path).name):
+        _require_shards(Path(path), range(len(shards)), size)
+    if len(shards) == 1:
+        return first
+    for index, shard in enumerate(shards):
+        _require_same_shapes(Path(path), index, first, shard)
     return {
-        name: JoinedTensor(name, [part[name] for part in parts]) if name in divided else tensor
-        for name, tensor in parts[0].items()
+        name: tensor if partition_of(name) is None else join_lazily(name, [shard[name] for shard in shards])
+        for name, tensor in first.items()
     }
 
 
 def read_shards(path: str | Path) -> list[dict[str, torch.Tensor]]:
-    """Read the tensors of each part of a network by themselves, as they lie in the files; see `read_tensors`."""
-    return [_read_file(file) for file in shard_files(Path(path))]
+    """Read the tensors of each shard of a network as they are in its files."""
+    return [read_file(file) for file in shard_files(Path(path))]
 
 
 def _require_same_shapes(
-    path: Path, index: int, shapes: Mapping[str, tuple[int, ...]], part: Mapping[str, torch.Tensor]
+    path: Path, index: int, first: Mapping[str, torch.Tensor], shard: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse a part that does not belong to the first one: all have the same names and shapes."""
-    if part.keys() != shapes.keys():
-        name = min(part.keys() ^ shapes.keys())
-        raise InputError(f"the parts in {path.parent} do not belong together: not all of them hold {name}; {_CURE}")
-    for name, shape in shapes.items():
-        if tuple(part[name].shape) != shape:
+    """Refuse a shard whose names or shapes differ from those of the first one."""
+    if shard.keys() != first.keys():
+        name = min(shard.keys() ^ first.keys())
+        raise InputError(f"the shards in {path.parent} do not belong together: not all of them hold {name}; {_CURE}")
+    for name, tensor in first.items():
+        if shard[name].shape != tensor.shape:
             raise InputError(
-                f"the parts in {path.parent} do not belong together: {name} has the shape {shape} in mp_rank_00 and "
-                f"{tuple(part[name].shape)} in mp_rank_{index:02d}; {_CURE}"
+                f"the shards in {path.parent} do not belong together: {name} has the shape {tuple(tensor.shape)} in "
+                f"mp_rank_00 and {tuple(shard[name].shape)} in mp_rank_{index:02d}; {_CURE}"
             )
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of one file."""
-    size, head = _look_into(path)
+def read_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of one ``.pt`` or ``.safetensors`` file, by name, on the CPU.
+
+    The tensors are memory-mapped, except in the format that torch.save wrote before version 1.6. Of
+    ``{"module": {...}}`` and ``{"state_dict": {...}}`` the inner mapping is returned. Only tensors are unpickled.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds more than tensors.
+    """
+    path = Path(path)
+    size, head = _read_head(path)
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
             return load_file(path, device="cpu")
@@ -164,27 +169,27 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_entry(path: str | Path, key: str) -> Any:
-    """Return what a weights file holds under `key` beside its tensors; None where there is nothing.
+    """Return the entry `key` beside the tensors of a weights file; None if there is none.
 
-    In a ``.pt`` file that is an entry of the outermost mapping, made of plain values; in a ``.safetensors`` file it is
-    JSON in the metadata of the header.
+    In a ``.pt`` file that is an entry of the outermost mapping, of plain values; in a ``.safetensors`` file it is JSON
+    in the metadata of the header.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values; or parts of a
-            network differ in it.
+        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values; or shards
+            differ in it.
     """
     first, *others = [_read_entry(file, key) for file in shard_files(Path(path))]
     for index, other in enumerate(others, start=1):
         if other != first:
             raise InputError(
-                f"the parts in {Path(path).parent} do not belong together: their entries '{key}' differ, {first} in "
+                f"the shards in {Path(path).parent} do not belong together: their entries '{key}' differ, {first} in "
                 f"mp_rank_00 and {other} in mp_rank_{index:02d}; {_CURE}"
             )
     return first
 
 
 def _read_entry(path: Path, key: str) -> Any:
-    size, head = _look_into(path)
+    size, head = _read_head(path)
     if _is_safetensors(path, head):
         text = read_metadata(path).get(key)
         with _safetensors_errors(path, size):
@@ -200,7 +205,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         InputError: there is no such file, or it is damaged.
     """
     path = Path(path)
-    size, head = _look_into(path)
+    size, head = _read_head(path)
     if not _is_safetensors(path, head):
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
@@ -208,12 +213,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def weights_digest(path: str | Path) -> str:
-    """Return a SHA-256 in hexadecimal that tells the weights of one file from those of another.
+    """Return a SHA-256 in hexadecimal of names, dtypes, shapes and up to 1,024 evenly spaced elements of each tensor.
 
-    It covers the names, dtypes and shapes of all tensors and up to 1,024 evenly spaced elements of each, whatever the
-    order and the file format. So it finds another model, another stage of a training (which moves nearly every
-    element) and another precision, having read a small part of the file. It does not find a change of elements in
-    between: it replaces neither a comparison of whole files nor a signature.
+    It does not depend on order, file format or sharding. It differs for another model, another precision and another
+    stage of a training, which changes nearly every element, and reads only a small part of the file. Changes between
+    the sampled elements go unnoticed: it replaces neither a comparison of whole files nor a signature.
 
     Raises:
         InputError: the file cannot be read, see :func:`read_tensors`.
@@ -221,7 +225,7 @@ def weights_digest(path: str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(path).items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        flat = tensor.reshape(-1)
+        flat = compute(tensor).reshape(-1)
         num = min(len(flat), _DIGEST_ELEMENTS)
         if num:
             positions = torch.arange(num) * (len(flat) - 1) // max(num - 1, 1)
@@ -229,7 +233,7 @@ def weights_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _look_into(path: Path) -> tuple[int, bytes]:
+def _read_head(path: Path) -> tuple[int, bytes]:
     """Return the size and the first bytes of a file that may hold weights."""
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Tensors that are made when they are written, so that a conversion never holds a whole model."""
+"""Tensors computed on demand, so that loading and converting never hold a whole model in memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -7,45 +7,65 @@ from typing import Self
 import torch
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """What a function makes of other tensors, which may lie mapped in a file; shape and dtype cost nothing.
+    """A function of other tensors, usually memory-mapped; shape and dtype are known without computing it.
 
     Attributes:
-        sources: the tensors, themselves made when they are needed or there already.
-        make: the function, of tensors alone: it runs on the meta device too.
-        to_dtype: the dtype of the result, that of `make` if None; tensors that are not floating-point keep theirs.
+        sources: the arguments of `make`; lazy ones are computed first.
+        make: the function. It must run on the meta device too.
+        to_dtype: dtype of the result; that of `make` if None. Only floating-point results are cast.
     """
 
     sources: tuple["torch.Tensor | LazyTensor", ...]
-    make: Callable[..., torch.Tensor] = _same
+    make: Callable[..., torch.Tensor] = _identity
     to_dtype: torch.dtype | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the result."""
+        return self.meta().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the result."""
+        return self.meta().dtype
+
     def meta(self) -> torch.Tensor:
-        """Return the result without its numbers, on the meta device."""
+        """Return the result on the meta device."""
         metas = (source.meta() if isinstance(source, LazyTensor) else source.to("meta") for source in self.sources)
         return self._cast(self.make(*metas))
 
     def compute(self) -> torch.Tensor:
-        """Return the result on the CPU, contiguous; where nothing is to be done, that is the source itself."""
-        made = (source.compute() if isinstance(source, LazyTensor) else source for source in self.sources)
-        return self._cast(self.make(*made)).contiguous()
+        """Return the result on the CPU, contiguous; the source itself if there is nothing to do."""
+        return self._cast(self.make(*map(compute, self.sources))).contiguous()
 
     def cast(self, dtype: torch.dtype | None) -> Self:
-        """Return the same with another dtype; None leaves it."""
+        """Return the same tensor in another dtype; None keeps it."""
         return self if dtype is None else replace(self, to_dtype=dtype)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.to_dtype is None or not tensor.is_floating_point() else tensor.to(self.to_dtype)
 
 
-Tensors = Mapping[str, torch.Tensor | LazyTensor]
+AnyTensor = torch.Tensor | LazyTensor
+Tensors = Mapping[str, AnyTensor]
 
 
-def num_bytes(tensors: Mapping[str, LazyTensor]) -> int:
-    """Return the size of the results together."""
-    return sum(tensor.meta().nbytes for tensor in tensors.values())
+def compute(tensor: AnyTensor) -> torch.Tensor:
+    """Return a tensor, computed if it is lazy."""
+    return tensor.compute() if isinstance(tensor, LazyTensor) else tensor
+
+
+def meta(tensor: AnyTensor) -> torch.Tensor:
+    """Return a tensor from which shape, dtype and sizes can be read without computing it."""
+    return tensor.meta() if isinstance(tensor, LazyTensor) else tensor
+
+
+def num_bytes(tensors: Tensors) -> int:
+    """Return the size of all tensors together."""
+    return sum(meta(tensor).nbytes for tensor in tensors.values())

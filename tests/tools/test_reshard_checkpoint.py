@@ -1,4 +1,4 @@
-"""Weights divided into parts and joined again, by the command."""
+"""The command that divides weights into shards and joins them."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.lazy import compute
 from sgm.weights.partition import partition_of
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_to_two_parts_and_back_changes_nothing(golden, tmp_path, capsys, family, suffix):
+def test_to_two_shards_and_back_changes_nothing(golden, tmp_path, capsys, family, suffix):
     source = tmp_path / "source" / "30" / f"mp_rank_00_model_states.{suffix}"
     source.parent.mkdir(parents=True)
     tensors = read_tensors(find_weights(golden / family / "transformer"))
@@ -52,17 +53,17 @@ def test_to_two_parts_and_back_changes_nothing(golden, tmp_path, capsys, family,
         save_file(tensors, source, metadata={"note": "kept", "more": "[1]"})
     assert reshard(source.parent, tmp_path / "two", 2) == 0
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["30", "latest"]
-    parts = [contents(path)[0] for path in sorted((tmp_path / "two" / "30").iterdir())]
-    assert len(parts) == 2 and f"mp_rank_01_model_states.{suffix}" in capsys.readouterr().out
+    shards = [contents(path)[0] for path in sorted((tmp_path / "two" / "30").iterdir())]
+    assert len(shards) == 2 and f"mp_rank_01_model_states.{suffix}" in capsys.readouterr().out
     joined = read_tensors(find_weights(tmp_path / "two"))
     for name, tensor in tensors.items():
-        assert parts[0][name].numel() * (2 if partition_of(name) else 1) == tensor.numel()
-        assert torch.equal(joined[name], tensor)
+        assert shards[0][name].numel() * (2 if partition_of(name) else 1) == tensor.numel()
+        assert torch.equal(compute(joined[name]), tensor)
     assert reshard(tmp_path / "two", tmp_path / "one", 1) == 0
     assert_equal(tmp_path / "one" / "30" / source.name, source)
 
 
-def test_adapters_keep_what_they_say_about_themselves(tmp_path):
+def test_adapters_keep_their_description(tmp_path):
     name, matrices = "transformer.layers.1.attention.{}.matrix_{}.{}", {}
     for target, num in (("query_key_value", 3), ("dense", 1)):
         for index in range(num):
@@ -77,7 +78,7 @@ def test_adapters_keep_what_they_say_about_themselves(tmp_path):
     assert_equal(tmp_path / "one" / "7" / source.name, source)
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(golden, tmp_path, capsys):
+def test_impossible_numbers_and_other_files_are_refused_before_writing(golden, tmp_path, capsys):
     load = golden / "dit_t2v_2b" / "transformer"
     for size in (0, 3, 4):
         assert reshard(load, tmp_path / "out", size) == 2
@@ -92,12 +93,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(golden, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_that_drifted_apart_are_not_joined(golden, tmp_path, capsys):
+def test_shards_with_different_replicated_tensors_are_not_joined(golden, tmp_path, capsys):
     assert reshard(golden / "dit_t2v_2b" / "transformer", tmp_path / "two", 2) == 0
     second = next((tmp_path / "two").glob("*/mp_rank_01*"))
     tensors, _ = contents(second)
     tensors["model.diffusion_model.time_embed.0.bias"] += 1
     (save_file if second.suffix == ".safetensors" else lambda t, p: torch.save({"module": t}, p))(tensors, second)
     assert reshard(tmp_path / "two", tmp_path / "one", 1) == 2
-    assert "time_embed.0.bias, which is not divided, differs" in capsys.readouterr().err
+    assert "time_embed.0.bias, which is replicated, differs" in capsys.readouterr().err
     assert not (tmp_path / "one").exists()

@@ -18,7 +18,7 @@ import scene
 import torch
 from torch import nn
 
-from sgm.weights.checkpoint import find_weights, read_tensors
+from sgm.weights.files import find_weights, read_file
 
 Log = Callable[[str], None]
 
@@ -283,9 +283,9 @@ def _training_batch(
 @torch.no_grad()
 def start_from(network: nn.Module, load: str) -> None:
     """Start an image-to-video network from a text-to-video checkpoint; the image latents have no effect at first."""
-    held = read_tensors(find_weights(load))
+    stored = read_file(find_weights(load))
     for name, parameter in network.state_dict().items():
-        value = held[f"model.diffusion_model.{name}"].to(parameter.dtype)
+        value = stored[f"model.diffusion_model.{name}"].to(parameter.dtype)
         if name == "mixins.patch_embed.proj.weight":
             # (D, C, p, p) of the noisy latents; the network also has the C channels of the image behind them.
             value = value.flatten(1)

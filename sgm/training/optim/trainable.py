@@ -9,7 +9,7 @@ from torch import nn
 from sgm.config.load import ConfigError, Problem
 from sgm.util import nearest
 from sgm.weights.adapters import is_adapter
-from sgm.weights.checkpoint import PREFIX
+from sgm.weights.files import PREFIX
 
 # Prefixes in the reference's YAML files that name nothing in the trained module here.
 OUTSIDE = ("first_stage_model", "conditioner", "denoiser", "loss_fn", "sampler")

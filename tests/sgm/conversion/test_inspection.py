@@ -10,14 +10,15 @@ from safetensors.torch import save_file
 
 from benchmarks.models import network_section
 from sgm.config.load import load_config
+from sgm.conversion.diffusers.from_sat import pipeline_of
+from sgm.conversion.diffusers.names import network_to_diffusers
 from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint
 from sgm.conversion.lora import export_lora
-from sgm.conversion.names import network_to_diffusers
-from sgm.conversion.to_diffusers import pipeline_of
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo
-from sgm.weights.checkpoint import PREFIX, save_network
-from tests.sgm.conversion.zero_files import write_state
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import PREFIX
+from tests.sgm.conversion.trainers.zero_files import write_state
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "assets" / "toy"
@@ -43,11 +44,23 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(head) + end)
 
 
+def released_state(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """Return a released model with one layer, and the state of the whole: all layers have the shapes of the first."""
+    section = network_section(name)
+    num_layers = section["params"]["num_layers"]
+    section["params"]["num_layers"] = 1
+    with without_allocating():
+        network = instantiate_from_config(section)
+    state = {}
+    for key, tensor in network.state_dict().items():
+        in_layer = key.startswith(("transformer.layers.0.", "mixins.adaln_layer."))
+        state |= {key.replace(".0.", f".{i}.", 1): tensor for i in range(num_layers if in_layer else 1)}
+    return network, state
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_are_told_from_their_shapes(tmp_path, name):
-    with without_allocating():
-        network = instantiate_from_config(network_section(name))
-    state = network.state_dict()
+    network, state = released_state(name)
     twin = network_to_diffusers(state, patch_size=network.patch_size, learned_positions=name == "cogvideox_5b_i2v")
     shapes = {
         "SAT network": {PREFIX + key: tuple(tensor.shape) for key, tensor in state.items()},

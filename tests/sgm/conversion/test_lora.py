@@ -13,22 +13,13 @@ from safetensors.torch import load_file
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
-from sgm.conversion.lora import (
-    FILE,
-    HEADER_KEY,
-    adapters_to_diffusers,
-    export_lora,
-    merge_adapters,
-    merge_lora,
-    read_lora,
-)
-from sgm.conversion.verify import peer_rope
+from sgm.conversion.diffusers.verify import peer_rope
+from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora, merge_lora, read_lora
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import AdapterInfo, is_adapter
+from sgm.weights.adapters import AdapterInfo, is_adapter, merge_adapters
 from sgm.weights.checkpoint import load_network, save_network
-from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor
-from sgm.weights.match import PREFIX
 
 RANK, ALPHA = 4, 3
 QKV, DENSE = (f"transformer.layers.0.attention.{name}" for name in ("query_key_value", "dense"))
@@ -242,7 +233,7 @@ def test_incomplete_adapters_are_refused(tmp_path, change, said):
 def test_an_entry_that_does_not_fit_its_matrices_is_refused(saved, tmp_path):
     content = torch.load(find_weights(saved(build_network(section()))), weights_only=True)
     torch.save(content | {"lora": content["lora"] | {"rank": 8}}, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="says that its LoRA has rank 8.*its matrices have rank 4"):
+    with pytest.raises(InputError, match="LoRA is described as rank 8.*its matrices have rank 4"):
         export_lora(tmp_path / "x.pt", tmp_path / "out")
 
 
@@ -263,8 +254,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(write, saved, t
     (tmp_path / "empty").mkdir()
     with monkeypatch.context() as broken:
         broken.setattr("sgm.conversion.lora.write_safetensors", fail)
-        broken.setattr("sgm.conversion.lora.write_latest", fail)
-        broken.setattr("sgm.weights.checkpoint.write_latest", fail)
+        broken.setattr("sgm.conversion.writing.write_latest", fail)
         with pytest.raises(InputError, match="disk on fire"):
             write(run, tmp_path / "empty")
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "empty", tmp_path / "full"])

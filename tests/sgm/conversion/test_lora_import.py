@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import build_network
 from sgm.config.load import load_config
+from sgm.conversion.diffusers.verify import peer_rope
 from sgm.conversion.lora import FILE, HEADER_KEY, export_lora
 from sgm.conversion.lora_import import find_lora, import_lora, read_diffusers_lora
-from sgm.conversion.verify import peer_rope
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import is_adapter, read_adapter_info, with_adapters
 from sgm.weights.checkpoint import load_network, save_network
@@ -247,13 +247,13 @@ def test_without_any_word_alpha_is_the_rank_and_the_log_says_so(tmp_path, caplog
     file = written(tmp_path / "x.safetensors", pairs(rank=8))
     with caplog.at_level(logging.INFO, logger="sgm"):
         assert read_diffusers_lora(file).alpha == 8
-    assert "does not say its alpha: it is taken as the rank, 8, as diffusers does" in caplog.text
+    assert "does not record alpha: the rank, 8, is used, as in diffusers" in caplog.text
 
 
 def test_alphas_that_differ_are_refused(tmp_path):
     header = {HEADER_KEY: {"transformer.lora_alpha": 2}}
     file = written(tmp_path / "x.safetensors", with_alphas(pairs()), header=header)
-    with pytest.raises(InputError, match=r"told differently: 2.0 in its header .*, 8.0 in its .alpha tensors"):
+    with pytest.raises(InputError, match=r"differs between sources: 2.0 in its header .*, 8.0 in its .alpha tensors"):
         read_diffusers_lora(file)
     file = written(tmp_path / "y.safetensors", pairs(), header=header)
     with pytest.raises(InputError, match=r"2.0 in its header .*, 4 in --alpha; leave --alpha out"):
@@ -278,7 +278,9 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
     ours = output(sat(model(2, f"args.load={tmp_path / 'sat'}")))
     torch.testing.assert_close(ours, output(peer), rtol=0, atol=1e-5)
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "use_rslora": False}))
-    with pytest.raises(InputError, match="use_rslora is told differently: True in its header.*False in adapter_config"):
+    with pytest.raises(
+        InputError, match="use_rslora differs between sources: True in its header.*False in adapter_config"
+    ):
         read_diffusers_lora(tmp_path / "lora")
 
 
@@ -301,12 +303,16 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
             None,
             "holds DoRA .*magnitude",
         ),
-        (pairs(), {HEADER_KEY: {"transformer.use_dora": True}}, "is DoRA, its header .* says"),
-        (pairs(), {HEADER_KEY: {"transformer.r": 8}}, "has the rank 8, its header .* says, and its matrices have 4"),
+        (pairs(), {HEADER_KEY: {"transformer.use_dora": True}}, "is DoRA according to its header"),
+        (
+            pairs(),
+            {HEADER_KEY: {"transformer.r": 8}},
+            "has the rank 8 according to its header .*, and its matrices have 4",
+        ),
         (
             pairs(),
             {HEADER_KEY: {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"to_q": 8}}},
-            r"several alphas, its header .* says: 4, and \{'to_q': 8\}",
+            r"several alphas according to its header .*: 4, and \{'to_q': 8\}",
         ),
         (pairs(), {HEADER_KEY: {"transformer.init_lora_weights": "pissa_niter_4"}}, "init_lora_weights: pissa_niter_4"),
         (

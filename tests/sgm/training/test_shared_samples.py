@@ -16,6 +16,7 @@ from sgm.training.inputs import shared
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.lazy import compute
 from tests.processes import Training, asked, only_run, train_all
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
@@ -75,7 +76,7 @@ def values(run: Path, name: str) -> list[float]:
 
 
 def weights(run: Path, name: str = str(ITERS)) -> dict[str, torch.Tensor]:
-    return read_tensors(find_weights(run / name))
+    return {name: compute(tensor) for name, tensor in read_tensors(find_weights(run / name)).items()}
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -12,17 +12,15 @@ from torch import nn
 from sgm.util import InputError, RunError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo, is_adapter
 from sgm.weights.checkpoint import (
-    check_network,
-    find_weights,
     load_autoencoder,
     load_network,
-    read_tensors,
     released_layout,
     save_autoencoder,
     save_network,
     write_latest,
 )
-from sgm.weights.files import weights_digest
+from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.match import match_network
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 PATCH_WEIGHT = "model.diffusion_model.mixins.patch_embed.proj.weight"
@@ -86,7 +84,7 @@ def test_golden_checkpoints_load_and_give_the_reference_output(family):
     output, expected = run(network, family)
     assert (output - expected).abs().max() <= 2e-5
     assert report.num_tensors == len(network.state_dict()) and report.file_dtype == "float32"
-    assert not report.fresh_adapters
+    assert not report.new_adapters
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -300,10 +298,10 @@ def test_a_base_checkpoint_loads_under_lora_without_changing_the_output():
     base, lora = build("dit_i2v_5b"), build("dit_i2v_5b", lora_rank=4, allocate=False)
     load_network(base, golden("dit_i2v_5b"))
     report = load_network(lora, golden("dit_i2v_5b"), generator=torch.Generator().manual_seed(3))
-    assert len(report.fresh_adapters) == 2 * 2 * (3 + 1)
+    assert len(report.new_adapters) == 2 * 2 * (3 + 1)
     assert "initialised 16 LoRA matrices" in str(report)
     assert torch.allclose(run(lora, "dit_i2v_5b")[0], run(base, "dit_i2v_5b")[0], atol=1e-6)
-    for name in report.fresh_adapters:
+    for name in report.new_adapters:
         matrix = lora.get_parameter(name)
         assert matrix.requires_grad
         if ".matrix_A." in name:
@@ -369,7 +367,7 @@ def test_adapters_alone_load_on_top_of_their_base(tmp_path, file_format):
     network = build("dit_i2v_5b", lora_rank=4, allocate=False)
     report = load_network(network, tmp_path)
     assert report.base == find_weights(golden("dit_i2v_5b")) and report.path == find_weights(tmp_path)
-    assert report.num_tensors == len(network.state_dict()) and not report.warnings and not report.fresh_adapters
+    assert report.num_tensors == len(network.state_dict()) and not report.warnings and not report.new_adapters
     assert f"on the base {report.base}" in str(report)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor), name
@@ -405,7 +403,7 @@ def test_a_base_may_be_named_where_none_is_found(tmp_path):
     save_adapters(tmp_path / "run", base=tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")
     network = build("dit_i2v_5b", lora_rank=4, allocate=False)
-    for attempt in (check_network, load_network):
+    for attempt in (match_network, load_network):
         with pytest.raises(InputError, match="args.base="):
             attempt(network, tmp_path / "run")
         attempt(network, tmp_path / "run", base=tmp_path / "moved")
@@ -420,7 +418,7 @@ def test_adapters_alone_need_a_network_with_lora(tmp_path):
 def test_adapters_alone_are_checked_as_strictly(tmp_path):
     save_adapters(tmp_path, base=golden("dit_i2v_5b"))
     network = build("dit_i2v_5b", lora_rank=8, allocate=False)
-    for attempt in (check_network, load_network):
+    for attempt in (match_network, load_network):
         with pytest.raises(
             InputError, match=r"on the base .*does not fit[^$]*\(4, 64\) in the file, expected \(8, 64\)"
         ):
@@ -444,11 +442,11 @@ def test_tensors_that_a_file_lacks_keep_their_values_where_that_is_allowed(tmp_p
     assert report.missing == (name,) and name in report.warnings[0]
     assert network.get_parameter(name).eq(0.5).all() and network.get_parameter(name).dtype == torch.bfloat16
     fake = build("dit_t2v_2b", allocate=False)
-    check_network(fake, path, allow_missing=True)
+    match_network(fake, path, allow_missing=True)
     with pytest.raises(ValueError, match=re.escape(name)):
         load_network(fake, path, allow_missing=True)
     with pytest.raises(InputError, match="is missing"):
-        check_network(fake, path)
+        match_network(fake, path)
 
 
 def test_other_shapes_are_never_allowed(tmp_path):
@@ -534,7 +532,7 @@ def test_what_could_not_be_loaded_again_is_not_written(tmp_path):
         save_network(tmp_path, 1, tensors, patch_size=2)
     for rank, layers in ((8, (1,)), (4, (0, 1))):
         info = AdapterInfo(rank=rank, alpha=1, layers=layers, base="x", base_digest="0")
-        with pytest.raises(ValueError, match=r"the tensors have rank \[4\] on the layers \[1\]"):
+        with pytest.raises(ValueError, match=r"its matrices have rank 4 on \[1\]"):
             save_network(tmp_path, 1, tensors, patch_size=2, adapters=info)
     assert not os.listdir(tmp_path)
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
-from sgm.weights.partition import Shard, take_shard
+from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.partition import Shard, partition_of, take_shard
 
 TRANSFORMER = Path(__file__).parents[2] / "data" / "golden" / "dit_t2v_2b" / "transformer"
 
@@ -149,8 +150,8 @@ NUMBERS = {
 WHOLE = {f"model.diffusion_model.transformer.layers.0.{name}": tensor for name, tensor in NUMBERS.items()}
 
 
-def write_parts(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
-    """Write a layer of hidden size 4 in parts, as SAT does."""
+def write_shards(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
+    """Write the shards of a layer of hidden size 4, as SAT does."""
     for index in range(size):
         part = {name: take_shard(name, tensor, Shard(index, size)).contiguous() for name, tensor in whole.items()}
         path = folder / f"mp_rank_{index:02d}_model_states.{suffix}"
@@ -162,34 +163,36 @@ def write_parts(folder, size, *, suffix="pt", whole=WHOLE, entry=None):
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_the_first_of_several_parts_stands_for_all(tmp_path, suffix):
+def test_the_first_shard_stands_for_all(tmp_path, suffix):
     (tmp_path / "whole").mkdir()
-    alone = write_parts(tmp_path / "whole", 1, suffix=suffix)
-    path = write_parts(tmp_path, 2, suffix=suffix, entry={"rank": 4})
+    alone = write_shards(tmp_path / "whole", 1, suffix=suffix)
+    path = write_shards(tmp_path, 2, suffix=suffix, entry={"rank": 4})
     assert find_weights(tmp_path) == path and read_entry(path, "lora") == {"rank": 4}
     tensors = read_tensors(path)
     assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in WHOLE.items()}
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in WHOLE.items())
+    assert all(torch.equal(compute(tensors[name]), tensor) for name, tensor in WHOLE.items())
+    divided = {name for name, tensor in tensors.items() if isinstance(tensor, LazyTensor)}
+    assert divided == {name for name in WHOLE if partition_of(name)}, "the others are mapped, not joined"
     assert weights_digest(path) == weights_digest(alone)
 
 
-def test_parts_that_are_missing_are_named(tmp_path):
-    path = write_parts(tmp_path, 4)
+def test_missing_shards_are_named(tmp_path):
+    path = write_shards(tmp_path, 4)
     (tmp_path / "mp_rank_02_model_states.pt").unlink()
-    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02; copy"):
+    with pytest.raises(InputError, match="in 4 shards and lacks mp_rank_02; copy"):
         read_tensors(path)
     (tmp_path / "mp_rank_03_model_states.pt").unlink()  # the shapes tell how many there were
-    with pytest.raises(InputError, match="in 4 parts and lacks mp_rank_02, mp_rank_03; copy"):
+    with pytest.raises(InputError, match="in 4 shards and lacks mp_rank_02, mp_rank_03; copy"):
         read_tensors(path)
-    with pytest.raises(InputError, match="one of several parts.*give their folder"):
+    with pytest.raises(InputError, match="one of several shards.*give their folder"):
         read_tensors(tmp_path / "mp_rank_01_model_states.pt")
     path.unlink()
-    with pytest.raises(InputError, match="has mp_rank_01_model_states.pt and lacks the first part"):
+    with pytest.raises(InputError, match="has mp_rank_01_model_states.pt and lacks the first shard"):
         find_weights(tmp_path)
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path):
-    path = write_parts(tmp_path, 2)
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    path = write_shards(tmp_path, 2)
     name = "model.diffusion_model.transformer.layers.0.mlp.dense_h_to_4h.weight"
     second = tmp_path / "mp_rank_01_model_states.pt"
     part = torch.load(second, weights_only=True)["module"]
@@ -204,7 +207,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(InputError, match="entries 'lora' differ, None in mp_rank_00 and .*8.* in mp_rank_01"):
         read_entry(path, "lora")
     torch.save({"module": part}, tmp_path / "mp_rank_02_model_states.pt")
-    with pytest.raises(InputError, match="holds 3 files of parts, and .* is one of 2"):
+    with pytest.raises(InputError, match="holds 3 shards, and .* is one of 2"):
         read_tensors(path)
 
 

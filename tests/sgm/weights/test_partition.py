@@ -1,13 +1,13 @@
-"""Which tensor is divided how; ranks that compute with the parts are in tests/shared_layers.py."""
+"""How tensors are divided; ranks that compute with shards are in tests/shared_layers.py."""
 
 import pytest
 import torch
 
 from sgm.util import InputError
 from sgm.weights.partition import (
-    JoinedTensor,
     Partition,
     Shard,
+    join_lazily,
     join_shards,
     num_shards,
     partition_of,
@@ -43,21 +43,21 @@ def test_names_tell_how_a_tensor_is_divided(prefix, name, expected):
     assert partition_of("encoder." + LAYER + name) is None, "another network"
 
 
-def test_every_part_has_its_share_of_queries_keys_and_values():
+def test_every_shard_has_a_slice_of_queries_keys_and_values():
     whole = torch.arange(12)[:, None] * torch.ones(1, 4)
-    parts = [take_shard(QKV, whole, Shard(index, 2)) for index in range(2)]
-    assert parts[0][:, 0].tolist() == [0, 1, 4, 5, 8, 9] and parts[1][:, 0].tolist() == [2, 3, 6, 7, 10, 11]
-    assert torch.equal(join_shards(QKV, parts), whole) and unsharded_shape(QKV, parts[0].shape, 2) == (12, 4)
-    with pytest.raises(InputError, match="cannot be divided evenly into 3 parts"):
+    shards = [take_shard(QKV, whole, Shard(index, 2)) for index in range(2)]
+    assert shards[0][:, 0].tolist() == [0, 1, 4, 5, 8, 9] and shards[1][:, 0].tolist() == [2, 3, 6, 7, 10, 11]
+    assert torch.equal(join_shards(QKV, shards), whole) and unsharded_shape(QKV, shards[0].shape, 2) == (12, 4)
+    with pytest.raises(InputError, match="cannot be divided evenly into 3 shards"):
         take_shard(QKV, whole, Shard(0, 3))
 
 
 @pytest.mark.parametrize("name", [QKV, LAYER + "mlp.dense_4h_to_h.weight", LAYER + "attention.dense.bias"])
-@pytest.mark.parametrize("held", [1, 2, 4, 3])
+@pytest.mark.parametrize("stored", [1, 2, 4, 3])
 @pytest.mark.parametrize("wanted", [1, 2, 4, 6])
-def test_any_number_of_parts_serves_any_number_of_ranks(name, held, wanted):
+def test_any_number_of_shards_serves_any_number_of_ranks(name, stored, wanted):
     whole = torch.randn(36, 24)
-    joined = JoinedTensor(name, [take_shard(name, whole, Shard(index, held)) for index in range(held)])
+    joined = join_lazily(name, [take_shard(name, whole, Shard(index, stored)) for index in range(stored)])
     joined = joined if partition_of(name) else whole
     for index in range(wanted):
         assert torch.equal(
@@ -65,20 +65,18 @@ def test_any_number_of_parts_serves_any_number_of_ranks(name, held, wanted):
         )
 
 
-def test_a_joined_tensor_is_used_like_any_other_and_reads_no_more_than_it_needs():
+def test_a_sharded_tensor_is_joined_when_computed_and_reads_no_more_than_it_needs():
     whole = torch.randn(12, 4).half()
-    joined = JoinedTensor(QKV, [take_shard(QKV, whole, Shard(index, 2)) for index in range(2)])
-    assert joined.shape == (12, 4) and joined.dtype == torch.float16 and joined.nbytes == whole.nbytes
-    assert torch.equal(joined.float() * 2, whole.float() * 2) and torch.equal(
-        torch.cat([joined, whole]), whole.repeat(2, 1)
-    )
-    assert type(joined.detach()) is torch.Tensor and joined.to("meta").shape == (12, 4)
-    broken = JoinedTensor(QKV, [torch.zeros(6, 4), torch.zeros(6, 5)])
-    assert torch.equal(take_shard(QKV, broken, Shard(0, 2)), torch.zeros(6, 4)), "the other part is not read"
+    joined = join_lazily(QKV, [take_shard(QKV, whole, Shard(index, 2)) for index in range(2)])
+    assert joined.shape == (12, 4) and joined.dtype == torch.float16 and joined.meta().nbytes == whole.nbytes
+    assert torch.equal(joined.compute(), whole) and torch.equal(joined.cast(torch.float32).compute(), whole.float())
+    assert joined.meta().is_meta and joined.meta().shape == (12, 4)
+    broken = join_lazily(QKV, [torch.zeros(6, 4), torch.zeros(6, 5)])
+    assert torch.equal(take_shard(QKV, broken, Shard(0, 2)), torch.zeros(6, 4)), "the other shard is not read"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shapes_tell_into_how_many_parts_a_network_is_divided(size):
+def test_shapes_tell_the_number_of_shards(size):
     wide = {"attention.query_key_value.weight": (24, 8), "attention.dense.weight": (8, 8), "mlp.x.weight": (3, 5)}
     lora = {
         f"attention.{target}.matrix_{m}.0": shape

@@ -1,4 +1,4 @@
-"""Reading ZeRO states written by hand; test_consolidate.py reads those of real trainings."""
+"""ZeRO states written by hand; test_consolidate.py reads those of real trainings."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.conversion.zero import read_zero_state
+from sgm.conversion.trainers.zero import read_zero_state
 from sgm.util import InputError
-from tests.sgm.conversion.zero_files import require_equal, write_state
+from tests.sgm.conversion.trainers.zero_files import require_equal, write_state
 
 OPTIM, MODEL = "zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 
@@ -29,7 +29,7 @@ def some(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_parts_become_tensors(some, stage, world):
+def test_partitions_become_tensors(some, stage, world):
     write, tensors = some
     extra = {
         "frozen": {"f": torch.arange(10.0).view(5, 2).bfloat16()},
@@ -79,7 +79,7 @@ def spoil(path: Path, change) -> None:
             lambda f: spoil(
                 f / OPTIM.format(1), lambda c: c["optimizer_state_dict"].update(fp32_flat_groups=[torch.zeros(3)])
             ),
-            r"parts of \[\d+, 3, \d+\] numbers",
+            r"partitions of \[\d+, 3, \d+\] elements",
         ),
         (
             3,
@@ -96,6 +96,6 @@ def test_incomplete_and_mixed_states_are_refused(some, stage, change, said):
         read_zero_state(folder)
 
 
-def test_a_state_without_averages_says_so(some):
+def test_averages_of_a_state_without_them_are_refused(some):
     with pytest.raises(InputError, match="holds no moving average"):
         read_zero_state(some[0]()).tensors(ema=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.models import build_network, build_vae, network_section, vae_section
-from sgm.conversion.names import (
+from sgm.conversion.diffusers.names import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
     network_from_diffusers,

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from sgm.config.load import load_config
-from sgm.conversion.from_diffusers import sat_model_of
+from sgm.conversion.diffusers.from_sat import pipeline_of
+from sgm.conversion.diffusers.to_sat import sat_model_of
+from sgm.conversion.diffusers.verify import verify
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
-from sgm.conversion.to_diffusers import pipeline_of
-from sgm.conversion.verify import verify
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization

@@ -12,16 +12,16 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save_file
 
 from benchmarks.diffusers_peer import network_peer
-from sgm.conversion.consolidate import convert
-from sgm.conversion.sources import read_source
+from sgm.conversion.trainers.consolidate import convert
+from sgm.conversion.trainers.sources import read_source
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import load_network
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import only_run, train_all
-from tests.sgm.conversion.zero_files import require_equal, write_state
+from tests.sgm.conversion.trainers.zero_files import require_equal, write_state
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import convert_weight_deepspeed2hf as tool  # noqa: E402
@@ -139,7 +139,7 @@ def test_what_was_not_trained_comes_from_the_base_where_the_weights_are_gone(run
     with pytest.raises(InputError, match="has changed since"):
         read_source(run)
     (run / "config.yaml").unlink()
-    with pytest.raises(InputError, match="neither is there"):
+    with pytest.raises(InputError, match="neither exists"):
         read_source(run)
 
 

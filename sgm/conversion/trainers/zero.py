@@ -1,15 +1,15 @@
-"""Reading DeepSpeed's ZeRO state: which files belong together, and the tensors that lie in parts in them.
+"""Read DeepSpeed's ZeRO states: find the files that belong together, and join the partitions in them to tensors.
 
 ::
 
     TAG/mp_rank_00_model_states.pt                           stages 1, 2: the module in its precision; shapes
-    TAG/zero_pp_rank_<r>_mp_rank_00_model_states.pt          stage 3: shapes; frozen parameters in parts
-    TAG/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   rank r's part of float32 weights and optimizer state
+    TAG/zero_pp_rank_<r>_mp_rank_00_model_states.pt          stage 3: shapes; partitions of frozen parameters
+    TAG/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   rank r's partition of float32 weights, optimizer state
 
-W ranks share the weights. In stages 1 and 2 every group of parameters is one vector, parameter after parameter, cut
-into W parts; its end is padded to a multiple of 2·W, and the file may leave the padding out. In stage 3 every parameter
-is cut into W parts of ceil(numel / W), the last padded; rank r has the r-th part of every parameter, one after the
-other. No process group is started, and no class of DeepSpeed is loaded.
+The weights are partitioned over W ranks. In stages 1 and 2 every group of parameters is one vector, parameter after
+parameter, cut into W partitions; its end is padded to a multiple of 2·W, and the file may omit the padding. In stage 3
+every parameter is cut into W partitions of ceil(numel / W), the last padded; rank r has the r-th partition of every
+parameter, one after the other. No process group is started, and no class of DeepSpeed is loaded.
 """
 
 import math
@@ -32,11 +32,11 @@ _CURE = "copy the whole folder again, with the files of all ranks and machines"
 _PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 _OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
 
-Parts = Sequence[Sequence[torch.Tensor]]  # by rank, then by group
+Partitions = Sequence[Sequence[torch.Tensor]]  # by rank, then by group
 
 
 class _Unread:
-    """Takes the place of an object of DeepSpeed whose content is not needed."""
+    """Placeholder for an object of DeepSpeed whose content is not needed."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -61,12 +61,12 @@ class ZeroState:
         world_size: ranks that wrote it.
         iteration: optimizer steps done.
         shapes: of the trained parameters by name, group by group, in the order of the vectors.
-        paddings: numbers left free behind each parameter of the vectors, group by group.
+        paddings: unused elements after each parameter in the vectors, group by group.
         dtypes: of the module's tensors in training, by name.
-        rest: what was not trained, if it was saved: frozen parameters and buffers.
-        shared: names of parameters that are others under another name.
-        weights: rank's parts of the float32 weights.
-        averages: the same of `sgm.training.optim.optimizer.EmaAdamW`'s averages; None where the optimizer kept none.
+        rest: frozen parameters and buffers, if they were saved.
+        shared: tied parameters: names to the names under which they are saved.
+        weights: partitions of the float32 weights.
+        averages: partitions of the moving averages of `sgm.training.optim.optimizer.EmaAdamW`; None without averages.
     """
 
     folder: Path
@@ -78,15 +78,15 @@ class ZeroState:
     dtypes: Mapping[str, torch.dtype]
     rest: Mapping[str, LazyTensor]
     shared: Mapping[str, str]
-    weights: Parts
-    averages: Parts | None
+    weights: Partitions
+    averages: Partitions | None
 
     def tensors(self, *, dtype: torch.dtype | None = None, ema: bool = False) -> dict[str, LazyTensor]:
-        """Return all tensors by the names of the module; a tensor is put together when it is written.
+        """Return all tensors by the names of the module, joined when they are computed.
 
         Args:
-            dtype: of floating-point tensors; for None, what each had in the module, the weights' precision in training.
-            ema: the moving averages of what was trained, in the place of the weights.
+            dtype: of floating-point tensors; None gives each its dtype in training.
+            ema: moving averages instead of the trained weights.
 
         Raises:
             InputError: there are no averages.
@@ -102,7 +102,7 @@ class ZeroState:
         result |= {name: tensor.cast(dtype) for name, tensor in self.rest.items()}
         return result | {name: result[other] for name, other in self.shared.items() if other in result}
 
-    def _flat(self, parts: Parts) -> Iterator[tuple[str, LazyTensor]]:
+    def _flat(self, parts: Partitions) -> Iterator[tuple[str, LazyTensor]]:
         """Yield the tensors of stages 1 and 2."""
         for group, shapes in enumerate(self.shapes):
             sources, start = tuple(rank[group] for rank in parts), 0
@@ -110,7 +110,7 @@ class ZeroState:
                 yield name, LazyTensor((LazyTensor(sources, _cut(start, shape.numel())),), _shaped(shape))
                 start += shape.numel() + padding
 
-    def _whole(self, parts: Parts) -> Iterator[tuple[str, LazyTensor]]:
+    def _whole(self, parts: Partitions) -> Iterator[tuple[str, LazyTensor]]:
         """Yield the tensors of stage 3."""
         start = 0
         for name, shape in _joined(self.shapes).items():
@@ -121,7 +121,7 @@ class ZeroState:
 
 
 def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
-    """Return the function that takes `count` numbers from `start` of a vector that comes in parts."""
+    """Return the function that takes `count` elements from `start` of a partitioned vector."""
 
     def cut(*parts: torch.Tensor) -> torch.Tensor:
         pieces, begin = [], 0
@@ -134,7 +134,7 @@ def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
 
 
 def _shaped(shape: torch.Size) -> Callable[..., torch.Tensor]:
-    """Return the function that joins parts, drops padding behind them, and gives them their shape."""
+    """Return the function that joins partitions, drops their padding, and reshapes the result."""
     return lambda *parts: (parts[0] if len(parts) == 1 else torch.cat(parts))[: shape.numel()].view(shape)
 
 
@@ -143,12 +143,12 @@ def _joined(groups: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]
 
 
 def deepspeed_objects() -> Any:
-    """Return a context in which files may hold objects of DeepSpeed beside tensors; they are passed over."""
+    """Return a context in which files may hold objects of DeepSpeed beside tensors, which are skipped."""
     return torch.serialization.safe_globals(_OBJECTS)
 
 
 def read_state_entries(path: Path, *keys: str) -> list[Any]:
-    """Read entries of a file of DeepSpeed's, None where there is none.
+    """Read entries of a file of DeepSpeed's; None for missing ones.
 
     Raises:
         InputError: it cannot be read, or holds objects that could run code.
@@ -158,7 +158,7 @@ def read_state_entries(path: Path, *keys: str) -> list[Any]:
 
 
 def is_zero_state(folder: Path) -> bool:
-    """Whether a folder holds the files of ZeRO stages 1 to 3, or what is left of them.
+    """Whether a folder holds files of ZeRO stages 1 to 3, even if some are missing.
 
     Raises:
         InputError: a file in it cannot be read.
@@ -170,7 +170,7 @@ def is_zero_state(folder: Path) -> bool:
 
 
 def read_zero_state(folder: Path) -> ZeroState:
-    """Read names and shapes of a state, and map its tensors.
+    """Read names and shapes of a state; its tensors stay memory-mapped.
 
     Raises:
         InputError: files are missing, damaged, or do not belong together.
@@ -183,10 +183,10 @@ def read_zero_state(folder: Path) -> ZeroState:
         (states[rank],) = read_state_entries(path, "optimizer_state_dict")
         if not isinstance(states[rank], dict) or "partition_count" not in states[rank]:
             raise InputError(f"{path} holds no state of a ZeRO optimizer; {_CURE}")
-    stage, world_size = _agreed(folder, states, optim)
+    stage, world_size = _stage_and_ranks(folder, states, optim)
     first = model[0] if stage == 3 and 0 in model else folder / MODEL_FILE
-    wanted = {"optim": optim} | ({"model": model} if stage == 3 else {})
-    missing = [_name(kind, rank) for kind, found in wanted.items() for rank in range(world_size) if rank not in found]
+    kinds = {"optim": optim} | ({"model": model} if stage == 3 else {})
+    missing = [_name(kind, rank) for kind, found in kinds.items() for rank in range(world_size) if rank not in found]
     missing += [] if stage == 3 or first.is_file() else [MODEL_FILE]
     if missing:
         raise InputError(
@@ -237,13 +237,15 @@ def _name(kind: str, rank: int) -> str:
     return f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
 
 
-def _agreed(folder: Path, states: Mapping[int, Mapping[str, Any]], files: Mapping[int, Path]) -> tuple[int, int]:
-    """Return stage and number of ranks, on which all files must agree."""
+def _stage_and_ranks(
+    folder: Path, states: Mapping[int, Mapping[str, Any]], files: Mapping[int, Path]
+) -> tuple[int, int]:
+    """Return the ZeRO stage and the number of ranks, which must be the same in all files."""
     found = {}
     for rank, state in states.items():
         count = state["partition_count"]
         counts = set(count) if isinstance(count, list) else {count}
-        # The bfloat16 optimizer of older DeepSpeed says no stage; its files are those of stage 1.
+        # The bfloat16 optimizer of older DeepSpeed records no stage; its files are those of stage 1.
         stage = state.get("zero_stage", 1)
         if len(counts) != 1 or not isinstance(state.get(_PARTITIONS.get(stage, "")), list):
             raise InputError(
@@ -263,25 +265,27 @@ def _agreed(folder: Path, states: Mapping[int, Mapping[str, Any]], files: Mappin
 
 
 def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str, LazyTensor]:
-    """Return the parameters that were saved without being trained; stage 3 has parts of them in every file."""
+    """Return the frozen parameters that were saved; stage 3 partitions them over all files."""
     if not shapes:
         return {}
     fragments = [read_state_entries(path, "frozen_param_fragments")[0] or {} for path in files]
-    for path, held in zip(files, fragments, strict=True):
-        lacking = [name for name in shapes if name not in held]
+    for path, fragment in zip(files, fragments, strict=True):
+        lacking = [name for name in shapes if name not in fragment]
         if lacking:
             raise InputError(f"{path} lacks the frozen parameter {lacking[0]}; {_CURE}")
     for name, shape in shapes.items():
-        if sum(held[name].numel() for held in fragments) < shape.numel():
-            raise InputError(f"{files[0].parent}: the parts of {name} do not fill its shape {tuple(shape)}; {_CURE}")
+        if sum(fragment[name].numel() for fragment in fragments) < shape.numel():
+            raise InputError(
+                f"{files[0].parent}: the partitions of {name} do not fill its shape {tuple(shape)}; {_CURE}"
+            )
     return {
-        name: LazyTensor(tuple(held[name].detach().flatten() for held in fragments), _shaped(shape))
+        name: LazyTensor(tuple(fragment[name].detach().flatten() for fragment in fragments), _shaped(shape))
         for name, shape in shapes.items()
     }
 
 
-def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) -> Parts | None:
-    """Return every rank's parts of the moving averages; None where a part has none."""
+def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) -> Partitions | None:
+    """Return the partitions of the moving averages; None if one is missing."""
     parts = []
     for state in states:
         optimizer = state.get(_OPTIMIZER[stage])
@@ -292,21 +296,21 @@ def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) 
     return parts
 
 
-def _check_sizes(state: ZeroState, parts: Parts) -> None:
-    """Refuse vectors that are shorter or longer than the parameters that should be in them."""
-    world, wanted, held = state.world_size, [], []
+def _check_sizes(state: ZeroState, parts: Partitions) -> None:
+    """Refuse vectors whose lengths do not fit the parameters in them."""
+    world, expected, found = state.world_size, [], []
     if state.stage == 3:
         share = sum(math.ceil(shape.numel() / world) for shape in _joined(state.shapes).values())
-        held, wanted, slack = [sum(map(len, rank)) for rank in parts], [share] * world, 1
+        found, expected, slack = [sum(map(len, rank)) for rank in parts], [share] * world, 1
     elif {len(rank) for rank in parts} != {len(state.shapes)}:
         raise InputError(f"{state.folder} has other groups of weights than of names; {_CURE}")
     else:
-        held = [sum(len(rank[group]) for rank in parts) for group in range(len(state.shapes))]
+        found = [sum(len(rank[group]) for rank in parts) for group in range(len(state.shapes))]
         for shapes, paddings in zip(state.shapes, state.paddings, strict=True):
-            wanted.append(sum(shape.numel() for shape in shapes.values()) + sum(paddings))
+            expected.append(sum(shape.numel() for shape in shapes.values()) + sum(paddings))
         slack = 2 * world
-    if not all(most <= found < most + slack for found, most in zip(held, wanted, strict=True)):
+    if not all(least <= length < least + slack for length, least in zip(found, expected, strict=True)):
         raise InputError(
-            f"{state.folder} has parts of {held} numbers where its parameters have {wanted}; its files are damaged, "
-            f"or of several states: {_CURE}"
+            f"{state.folder} has partitions of {found} elements, and its parameters have {expected}; its files "
+            f"are damaged, or of several states: {_CURE}"
         )

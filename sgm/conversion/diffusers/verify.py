@@ -1,6 +1,6 @@
-"""A converted pipeline held against the model that it was made from: both compute, and the outputs are compared.
+"""Verify a converted pipeline: run the components of diffusers and of the original model, and compare their outputs.
 
-All comparisons are in float32, on random input from fixed seeds. Inputs are small, but the networks are whole: the
+All comparisons are in float32, on small random inputs from fixed seeds. The networks have their full size: the
 transformer is loaded twice, one after the other.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from sgm.config.load import Config
+from sgm.conversion.diffusers.from_sat import FOLDED, position_table
 from sgm.conversion.lora import FILE
-from sgm.conversion.to_diffusers import FOLDED, position_table
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, RunError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import with_adapters
 from sgm.weights.checkpoint import load_autoencoder, load_network
-from sgm.weights.files import read_metadata, read_tensors
+from sgm.weights.files import read_file, read_metadata
 
 TOLERANCE = 2e-5
 SCHEDULE_TOLERANCE = 1e-6
@@ -39,14 +39,14 @@ def require_diffusers() -> Any:
 
 
 def verify(config: Config, folder: Path) -> dict[str, float]:
-    """Compare what is in a pipeline folder with the model.
+    """Compare the components in a pipeline folder with the model.
 
     Args:
-        config: the one that the folder was made from.
-        folder: as `sgm.conversion.to_diffusers.Pipeline` writes it.
+        config: of the original model.
+        folder: as `sgm.conversion.diffusers.from_sat.Pipeline` writes it.
 
     Returns:
-        The largest absolute difference by part, and what it was compared with is in the message of an error.
+        The largest absolute difference by component.
 
     Raises:
         InputError: diffusers is not installed.
@@ -56,12 +56,7 @@ def verify(config: Config, folder: Path) -> dict[str, float]:
     require_diffusers()
     config = with_adapters(config)
     found, limits = {}, {}
-    checks = {
-        "transformer": _transformer,
-        "vae": _autoencoder,
-        "tokenizer": _tokenizer,
-        "scheduler": _schedule,
-    }
+    checks = {"transformer": _transformer, "vae": _autoencoder, "tokenizer": _tokenizer, "scheduler": _schedule}
     for name, check in checks.items():
         if (folder / name).is_dir():
             found[name], limits[name] = check(config, folder / name)
@@ -121,7 +116,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of a part's weights."""
-    return next(iter(read_tensors(_first_file(folder)).values())).dtype
+    return next(iter(read_file(_first_file(folder)).values())).dtype
 
 
 def _first_file(folder: Path) -> Path:
@@ -129,7 +124,7 @@ def _first_file(folder: Path) -> Path:
 
 
 def _inputs(params: Mapping[str, Any], geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents (1, T, C, H, W), timesteps (1,) and text (1, L, size) of a few patches, or of the one size there is."""
+    """Return latents (1, T, C, H, W) of a few patches or of the fixed size, timesteps (1,) and text (1, L, size)."""
     pt, ph, pw = geometry.patch_size
     height, width = geometry.max_latent_size if geometry.fixed_size else (4 * ph, 6 * pw)
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +136,7 @@ def _inputs(params: Mapping[str, Any], geometry: Geometry) -> tuple[torch.Tensor
 
 
 def peer_rope(peer: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines for latents (B, T, C, H, W), as SAT counts positions: by one from zero; None for 2B."""
+    """Return cosines and sines for latents (B, T, C, H, W) with positions 0, 1, 2, ..., as in SAT; None for 2B."""
     if not peer.config.use_rotary_positional_embeddings:
         return None
     embeddings = importlib.import_module("diffusers.models.embeddings")
@@ -179,7 +174,7 @@ def _autoencoder(config: Config, folder: Path) -> tuple[float, float]:
 
 
 def _tokenizer(config: Config, folder: Path) -> tuple[float, float]:
-    """Share of tokens that differ in a short text."""
+    """Return the fraction of different tokens in a short text."""
     from transformers import AutoTokenizer
 
     text = "a red circle moves left"  # known to small vocabularies: transformers has no byte fallback for T5

@@ -1,11 +1,15 @@
-"""Sections of a model YAML as configurations of diffusers, and back; what one side cannot express is refused.
+"""Translate sections of a model YAML to configurations of diffusers, and back; what one side lacks is refused.
 
-Of diffusers: ``config.json`` of CogVideoXTransformer3DModel and AutoencoderKLCogVideoX, ``scheduler_config.json`` of
-CogVideoXDDIMScheduler, whose keys CogVideoXDPMScheduler shares.
+The configurations are ``config.json`` of CogVideoXTransformer3DModel and AutoencoderKLCogVideoX, and
+``scheduler_config.json`` of CogVideoXDDIMScheduler, whose keys CogVideoXDPMScheduler shares.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default
@@ -14,7 +18,8 @@ DIT = "dit_video_concat"
 SINCOS, ROTARY = f"{DIT}.Basic3DPositionEmbeddingMixin", f"{DIT}.Rotary3DPositionEmbeddingMixin"
 _PARAMS = "model.network_config.params"
 _BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000, "shift_scale": 1.0}
-# What every CogVideoX transformer and autoencoder of diffusers has, and what nothing here can express otherwise.
+_TEMPLATE = Path(__file__).parents[3] / "configs" / "cogvideox_5b.yaml"
+# Values of diffusers that this project has no other choice for.
 _FIXED_TRANSFORMER = {
     "activation_fn": "gelu-approximate",
     "timestep_activation_fn": "silu",
@@ -44,13 +49,13 @@ _FIXED_SCHEDULER = {
 
 
 def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of the CogVideoXTransformer3DModel that is the same network.
+    """Return the configuration of the equivalent CogVideoXTransformer3DModel.
 
     Args:
-        params: ``model.network_config.params``, without regard to a ``lora_config``.
+        params: ``model.network_config.params``; a ``lora_config`` is ignored.
 
     Raises:
-        InputError: the network has something that diffusers' does not have.
+        InputError: diffusers has no equivalent.
     """
     geometry = Geometry.from_network(params)
     modules = params["modules"]
@@ -97,7 +102,7 @@ def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interpolation(params: Mapping[str, Any], pos_params: Mapping[str, Any], axis: str) -> float:
-    """Return what positions along an axis are divided by; the mixin's value wins."""
+    """Return the divisor of positions along an axis; the mixin's value wins."""
     name = f"{axis}_interpolation"
     return float(default(pos_params.get(name), default(params.get(name), 1.0)))
 
@@ -183,13 +188,12 @@ def network_params(config: Mapping[str, Any]) -> dict[str, Any]:
 def vae_config(
     section: Mapping[str, Any], *, scale_factor: float, scale_image_latents: bool, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return the configuration of the AutoencoderKLCogVideoX that is the same autoencoder.
+    """Return the configuration of the equivalent AutoencoderKLCogVideoX.
 
     Args:
         section: ``model.first_stage_config``.
         scale_factor: of the model.
-        scale_image_latents: whether the model scales image latents, too; diffusers divides them by `scale_factor`
-            where it does not.
+        scale_image_latents: whether the model scales image latents; if not, diffusers divides them by `scale_factor`.
         size: (height, width) in pixels, from which diffusers takes the size of tiles.
 
     Raises:
@@ -228,7 +232,7 @@ def vae_config(
 
 
 def vae_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what encoder and decoder of ``model.first_stage_config`` share for an autoencoder of diffusers.
+    """Return the parameters of encoder and decoder in ``model.first_stage_config`` for an autoencoder of diffusers.
 
     Raises:
         InputError: it is no CogVideoX autoencoder, or has something that this one does not have.
@@ -253,10 +257,10 @@ def scheduler_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of the CogVideoXDDIMScheduler with the same noise levels.
 
     Args:
-        model: the ``model`` section; the denoiser's discretization counts.
+        model: the ``model`` section; the denoiser's discretization is used.
 
     Raises:
-        InputError: the discretization has something that diffusers' schedulers do not have.
+        InputError: diffusers has no equivalent.
     """
     path = "model.denoiser_config.params.discretization_config"
     params = (model["denoiser_config"]["params"]["discretization_config"].get("params") or {}) | {}
@@ -281,7 +285,7 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a ZeroSNRDDPMDiscretization for a scheduler of diffusers.
 
     Raises:
-        InputError: the scheduler is another one.
+        InputError: it is another scheduler.
     """
     _require(config, {name: _FIXED_SCHEDULER[name] for name in ("prediction_type", "rescale_betas_zero_snr")}, "it")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_train_timesteps"}
@@ -289,6 +293,56 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
         ours: config[theirs] for ours, theirs in names.items() if config.get(theirs, _BETAS[ours]) != _BETAS[ours]
     }
     return params | {"shift_scale": float(config.get("snr_shift_scale", 3.0))}
+
+
+def model_yaml(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of a model YAML: that of 5B, changed to what the configurations of diffusers say.
+
+    Args:
+        configs: JSON of ``transformer``, ``vae`` and ``scheduler``, as far as they are there.
+
+    Raises:
+        InputError: a part is no CogVideoX, or has something that this project does not have.
+    """
+    content: dict[str, Any] = yaml.safe_load(_TEMPLATE.read_text(encoding="utf-8"))
+    content = copy.deepcopy(content)  # the anchors of the file are one object
+    args, model = content["args"], content["model"]
+    if vae := configs.get("vae"):
+        shared = vae_params(vae)
+        for part in ("encoder_config", "decoder_config"):
+            model["first_stage_config"]["params"][part]["params"] = dict(shared)
+        model["scale_factor"] = vae.get("scaling_factor", 1.15258426)
+    if scheduler := configs.get("scheduler"):
+        params = discretization_params(scheduler)
+        for section in (
+            model["denoiser_config"]["params"],
+            model["loss_fn_config"]["params"]["sigma_sampler_config"]["params"],
+            model["sampler_config"]["params"],
+        ):
+            section["discretization_config"]["params"] = dict(params)
+    if transformer := configs.get("transformer"):
+        _set_network(args, model, network_params(transformer), configs.get("vae", {}))
+    return content
+
+
+def _set_network(args: dict[str, Any], model: dict[str, Any], params: dict[str, Any], vae: Mapping[str, Any]) -> None:
+    geometry = Geometry.from_network(params)
+    model["network_config"]["params"] = params
+    length = params["modules"]["pos_embed_config"]["params"]["text_length"]
+    model["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] = length
+    padded = geometry.padded_latents(geometry.max_latents)
+    args["sampling_num_frames"] = padded
+    args["latent_channels"] = params["out_channels"]
+    args["sampling_image_size"] = list(geometry.default_size())
+    args["sampling_fps"] = 16 if geometry.patch_size[0] > 1 else 8
+    args["image2video"] = geometry.image_conditioned
+    if geometry.image_conditioned:
+        scales = not vae.get("invert_scale_latents", geometry.patch_size[0] > 1)
+        model |= {"noised_image_input": True, "noised_image_dropout": 0.05, "scale_image_latents": scales}
+        if geometry.patch_size[0] > 1:
+            args["sampling_image_size"] = None  # the shape of the image
+    if params.get("ofs_embed_dim"):
+        model["ofs"] = 2.0
 
 
 def _require_class(config: Mapping[str, Any], name: str) -> None:

@@ -1,7 +1,6 @@
-"""Finding a transformer in what a trainer left: ZeRO state, sharded files, one file; with names of SAT or of diffusers.
+"""Find the transformer in a trainer's checkpoint: a ZeRO state, sharded files or one file, with SAT or diffusers names.
 
-Everything is described by SAT's names without prefix; `sgm.conversion.names` translates those of diffusers, which other
-trainers use. Numbers are read when they are written.
+Tensors are returned under SAT's names without prefix and computed when they are written.
 """
 
 import re
@@ -13,19 +12,19 @@ from typing import Any
 import torch
 
 from sgm.config.load import load_config
-from sgm.conversion.from_diffusers import ITERATION, read_json, weight_files
-from sgm.conversion.names import network_from_diffusers
-from sgm.conversion.to_diffusers import FOLDED
-from sgm.conversion.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
+from sgm.conversion.diffusers.from_sat import FOLDED
+from sgm.conversion.diffusers.names import network_from_diffusers
+from sgm.conversion.diffusers.to_sat import ITERATION, read_json, weight_files
+from sgm.conversion.trainers.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, describe_adapters, is_adapter, read_adapter_info
+from sgm.weights.adapters import AdapterInfo, adapters_alone, describe_adapters, is_adapter, read_adapter_info
 from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_tensors, weights_digest
-from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 logger = get_logger(__name__)
 
-# A name that only a network in the one or the other layout has; what stands before it is a prefix of all its names.
+# Names that occur in one layout only; what precedes them is the prefix of all names of the network.
 _SAT_NAME = re.compile(r"(.*?)(?:mixins\.|transformer\.layers\.\d)")
 _DIFFUSERS_NAME = re.compile(r"(.*?)transformer_blocks\.\d")
 _RECOMPUTED = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
@@ -33,14 +32,14 @@ _RECOMPUTED = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
 
 @dataclass(frozen=True)
 class Source:
-    """A transformer that is to be written anew.
+    """A transformer to convert.
 
     Attributes:
-        path: where it lies.
+        path: its folder or file.
         tensors: by SAT's names without prefix.
-        iteration: of its training; 1 where nothing says it.
-        adapters: what is known of adapters among the tensors.
-        config: ``config.json`` of diffusers that lies beside it.
+        iteration: of its training; 1 if unknown.
+        adapters: description of adapters among the tensors.
+        config: the ``config.json`` of diffusers beside it.
         of_diffusers: whether it had the names of diffusers.
     """
 
@@ -53,15 +52,15 @@ class Source:
 
     @property
     def adapters_alone(self) -> bool:
-        """Whether there are LoRA matrices and nothing else."""
-        return all(map(is_adapter, self.tensors))
+        """Whether all tensors are LoRA matrices."""
+        return adapters_alone(self.tensors)
 
 
 def find_state(path: Path) -> Path | None:
-    """Return the folder of a ZeRO state that `path` means: it, or what its ``latest`` or ``resume/latest`` names.
+    """Return the folder of a ZeRO state: `path`, or the one that its ``latest`` or ``resume/latest`` names; else None.
 
     Raises:
-        InputError: ``latest`` names a folder that is not there.
+        InputError: ``latest`` names a folder that does not exist.
     """
     if not path.is_dir():
         return None
@@ -76,14 +75,13 @@ def find_state(path: Path) -> Path | None:
 
 
 def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False) -> Source:
-    """Find a transformer and describe it; its numbers are not read.
+    """Find a transformer and describe it without reading values.
 
     Args:
         path: a run folder, a checkpoint folder of DeepSpeed or one tag of it, a folder of sharded model files or its
             index, or a weights file.
-        dtype: of the tensors; that of training, or of the files, if None. Float32 takes the master weights of ZeRO as
-            they are.
-        ema: take the moving averages from a ZeRO state.
+        dtype: of the tensors; None keeps that of training or of the files. ZeRO's master weights are float32.
+        ema: take the moving averages of a ZeRO state.
 
     Raises:
         InputError: there is nothing, files are missing or damaged, or they hold no CogVideoX transformer.
@@ -107,14 +105,14 @@ def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool
 
 
 def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
-    """Describe a transformer that lies whole in one file or several."""
+    """Describe a transformer in one weights file or several."""
     if (path / "model_index.json").is_file():
         raise InputError(f"{path} is a pipeline of diffusers; give its transformer: {path / 'transformer'}")
     files = find_files(path)
-    held: dict[str, torch.Tensor] = {}
+    stored: dict[str, AnyTensor] = {}
     with deepspeed_objects():
         for file in files:
-            held |= read_tensors(file)
+            stored |= read_tensors(file)
     if FOLDED in read_metadata(files[0]):
         raise InputError(f"{path} was written with --fold_image_scale; tools/convert_weight_hf2sat.py undoes that")
     beside = files[0].with_name("config.json")
@@ -122,7 +120,7 @@ def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
     with deepspeed_objects():
         adapters = read_adapter_info(files[0]) if len(files) == 1 else None
     tensors, of_diffusers = network_tensors(
-        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in held.items()}, path
+        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in stored.items()}, path
     )
     source = Source(
         path=files[0] if len(files) == 1 else path,
@@ -136,14 +134,14 @@ def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the weight files that `path` means: a folder of sharded files or its index, a SAT folder, or a file.
+    """Return the weight files of a folder of sharded files or its index, of a SAT folder, or `path` if it is a file.
 
     Raises:
         InputError: there are none, or more than one set of them.
     """
     if path.is_file() and PART_FILE.fullmatch(path.name):
         raise InputError(
-            f"{path} is a part of a ZeRO state, useless without the others; give its folder: {path.parent}"
+            f"{path} is a part of a ZeRO state, and the others are needed, too; give its folder: {path.parent}"
         )
     if path.name.endswith(".index.json"):
         path = path.parent
@@ -154,14 +152,14 @@ def find_files(path: Path) -> list[Path]:
 
 
 def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """Return the tensors of the transformer by SAT's names without prefix; whether they had those of diffusers.
+    """Return the tensors of the transformer by SAT's names without prefix, and whether they had names of diffusers.
 
     Args:
-        tensors: of a file, which may hold other parts too.
+        tensors: of a file, which may hold other models, too.
         path: for messages.
 
     Raises:
-        InputError: they are not those of a CogVideoX transformer.
+        InputError: there is no CogVideoX transformer.
     """
     for pattern in (_DIFFUSERS_NAME, _SAT_NAME):
         found = next((match for name in tensors if (match := pattern.match(name))), None)
@@ -185,7 +183,7 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
 
 
 def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
-    """Add what the state of a run of ours leaves out: what was not trained, and what adapters are."""
+    """Add what the state of a train_video.py run lacks: tensors that were not trained, the adapters' description."""
     folder = source.path if source.path.is_dir() else source.path.parent
     if folder.parent.name != "resume" or not (folder / "resume.json").is_file():
         return source
@@ -203,26 +201,26 @@ def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
             return source
         weights = Path(load)
     file = find_weights(weights)
-    held, _ = network_tensors(
+    saved, _ = network_tensors(
         {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in read_tensors(file).items()}, file
     )
-    rest = {name: tensor for name, tensor in held.items() if name not in source.tensors and not is_adapter(name)}
+    rest = {name: tensor for name, tensor in saved.items() if name not in source.tensors and not is_adapter(name)}
     if rest:
         logger.info("%d tensors that were not trained come from %s", len(rest), file)
     return replace(source, tensors=rest | dict(source.tensors))
 
 
 def _checked_config(run: Path, folder: Path) -> Path:
-    """Return the configuration of a run whose weights are gone; its base must be what it was.
+    """Return the configuration of a run without saved weights.
 
     Raises:
-        InputError: it is missing, or the base is another one now.
+        InputError: it is missing, or its base checkpoint has changed.
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise InputError(
-            f"{folder} holds only what was trained; the rest lies in {run / folder.name} or is named in {path}, and "
-            "neither is there: restore one of them"
+            f"{folder} holds only what was trained; the rest is in {run / folder.name} or named in {path}, and neither "
+            "exists: restore one of them"
         )
     load = load_config([path], mode="train").args.load
     recorded = read_json(folder / "resume.json").get("base_digest")

@@ -1,6 +1,6 @@
-"""A model YAML and its weights as a pipeline folder of diffusers; nothing depends on the number of layers.
+"""Convert a model YAML and its weights to a pipeline folder of diffusers, for any number of layers.
 
-Every part is described first, from names and shapes alone; numbers are read when they are written, a tensor at a time.
+Every component is described first, from names and shapes alone; then tensors are computed and written one at a time.
 """
 
 import shutil
@@ -13,8 +13,8 @@ import torch
 
 from sgm.config.load import Config
 from sgm.conversion import lora
-from sgm.conversion.diffusers_config import scheduler_config, transformer_config, vae_config
-from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
+from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
+from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
 from sgm.conversion.writing import new_folder, total_bytes, write_safetensors, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
@@ -22,15 +22,15 @@ from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, with_adapters
+from sgm.weights.adapters import is_adapter, merge_adapters, with_adapters
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.files import read_tensors
-from sgm.weights.lazy import LazyTensor
+from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.match import match_autoencoder, match_network
 
 logger = get_logger(__name__)
 
-# Keys in the headers of weight files: the factor of `_fold`, and the dtype before the autoencoder became float32.
+# Keys in the headers of weight files: the factor of `_fold`, and the dtype of the autoencoder in SAT.
 FOLDED, SAT_DTYPE = "image_scale_folded", "sat_dtype"
 TOKENIZER_FILES = (
     "spiece.model",
@@ -47,11 +47,11 @@ class Part:
 
     Attributes:
         name: of its folder.
-        cls: library and class, as ``model_index.json`` names them.
+        cls: library and class, for ``model_index.json``.
         configs: JSON files by name.
         tensors: its weights; empty for a scheduler or a tokenizer.
         stem: of the weight files.
-        files: other files, copied as they are.
+        files: other files to copy.
         metadata: for the headers of the weight files.
     """
 
@@ -64,7 +64,7 @@ class Part:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, *, max_shard_size: str) -> None:
-        """Write the part into its folder below `folder`."""
+        """Write the component into its folder below `folder`."""
         own = folder / self.name
         if self.tensors:
             write_shards(own, self.tensors, stem=self.stem, max_shard_size=max_shard_size, metadata=self.metadata)
@@ -81,8 +81,8 @@ class Pipeline:
 
     Attributes:
         cls: its class in diffusers.
-        parts: its components; writing takes them out one by one, so that their files are not mapped any longer.
-        lora: adapters in a file of their own: tensors and header; None where there are none, or they are merged.
+        parts: its components; `write` removes them one by one, to unmap their files.
+        lora: tensors and header of adapters in a file of their own; None without adapters, or if they are merged.
     """
 
     cls: str
@@ -92,12 +92,12 @@ class Pipeline:
     def write(
         self, folder: str | Path, *, max_shard_size: str = "5GB", check: Callable[[Path], None] | None = None
     ) -> None:
-        """Write the folder; it appears when it is complete.
+        """Write the folder; it appears only when it is complete.
 
         Args:
-            folder: must not exist.
+            folder: to create.
             max_shard_size: of a weight file, e.g. ``"5GB"``.
-            check: called with the complete folder before it appears; what it raises leaves nothing.
+            check: called with the complete folder before it appears; if it raises, nothing is written.
 
         Raises:
             InputError: the folder exists, cannot be written to, or does not fit on the disk.
@@ -123,13 +123,12 @@ def pipeline_of(
     adapters: Literal["merge", "keep"] = "merge",
     fold_image_scale: bool = False,
 ) -> Pipeline:
-    """Describe the pipeline that a model YAML is; weights are found and checked, not read.
+    """Describe the pipeline of a model YAML; weights are found and checked, not read.
 
     Args:
-        config: with ``args.load``, the autoencoder's ``ckpt_path`` and the text encoder's ``model_dir`` as far as they
-            are wanted.
-        without: parts to leave out, of ``transformer, vae, text_encoder, tokenizer, scheduler``.
-        dtype: of transformer and text encoder; that of their files if None. The autoencoder is float32.
+        config: with ``args.load``, ``ckpt_path`` of the autoencoder and ``model_dir`` of T5, unless they are left out.
+        without: components to leave out, of ``transformer, vae, text_encoder, tokenizer, scheduler``.
+        dtype: of transformer and text encoder; None keeps that of their files. The autoencoder is float32.
         adapters: merge LoRA adapters into the transformer, or keep them in a file of their own.
         fold_image_scale: see `_fold`.
 
@@ -167,7 +166,7 @@ def _scales_image_latents(config: Config) -> bool:
 def _transformer(
     config: Config, *, dtype: torch.dtype | None, adapters: str, fold_image_scale: bool
 ) -> tuple[Part, tuple[Mapping[str, LazyTensor], Mapping[str, str]] | None]:
-    """Describe the transformer, and the adapters that are kept apart."""
+    """Describe the transformer, and the adapters if they get their own file."""
     params, geometry = config.model["network_config"]["params"], _geometry(config)
     description = transformer_config(params)
     if params.get("ofs_embed_dim") and config.model.get("ofs", 2.0) != 2.0:
@@ -177,19 +176,19 @@ def _transformer(
     with without_allocating():
         network = instantiate_from_config(config.model["network_config"])
     match = match_network(network, config.args.load, base=config.args.base, allow_missing_adapters=False)
-    held, kept = dict(match.held), None
-    if POSITION_TABLE in held and geometry.positions == "sincos":
-        _require_computed(held[POSITION_TABLE], params)
-    if any(is_adapter(name) for name in held):
+    own, kept = dict(match.tensors), None
+    if POSITION_TABLE in own and geometry.positions == "sincos":
+        _require_computed(compute(own[POSITION_TABLE]), params)
+    if any(map(is_adapter, own)):
         lora_params = params["modules"]["lora_config"].get("params") or {}
         alpha = lora_params.get("lora_alpha", 1)
         if adapters == "keep":
-            kept = lora.adapters_to_diffusers(held, alpha=alpha)
-        if dtype is not None:  # rounded once, to `dtype`, and not to that of the file before
-            held = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in held.items()}
-        held = lora.merge_adapters(held, alpha=alpha, strength=float(adapters == "merge"))
+            kept = lora.adapters_to_diffusers(own, alpha=alpha)
+        if dtype is not None:  # round once, to `dtype`, and not to the dtype of the file first
+            own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
+        own = merge_adapters(own, alpha=alpha, strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
-        held, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
+        own, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
     )
     tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
     metadata = {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
@@ -218,7 +217,7 @@ def position_table(params: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _require_computed(table: torch.Tensor, params: Mapping[str, Any]) -> None:
-    """Refuse a position table that is not the one which diffusers computes."""
+    """Refuse a position table other than the one that diffusers computes."""
     difference = (table.float() - position_table(params)).abs().max().item()
     if not difference <= 1e-2:  # bfloat16 rounds by up to 4e-3
         raise InputError(
@@ -230,8 +229,8 @@ def _require_computed(table: torch.Tensor, params: Mapping[str, Any]) -> None:
 def _fold(config: Config, tensors: dict[str, LazyTensor], geometry: Geometry) -> float:
     """Multiply the image channels of the patch projection by the scale factor; return it.
 
-    Where SAT takes image latents as the VAE gives them, diffusers divides them by the scale factor. The folded weights
-    undo that, so that diffusers' pipeline computes what SAT does.
+    If SAT uses unscaled image latents, diffusers divides them by the scale factor. The folded weights undo that, so the
+    pipeline of diffusers has the same output as SAT.
     """
     if not geometry.image_conditioned or _scales_image_latents(config):
         raise InputError(
@@ -255,9 +254,9 @@ def with_image_channels(
 
     Args:
         weight: [D, C, p, p] or [D, C·pt·p·p].
-        in_channels: C, of which the first `out_channels` are those of the noisy latents.
+        in_channels: C; the first `out_channels` are those of the noisy latents.
         out_channels: channels of the latents.
-        change: what to do with the others.
+        change: function of the weights of the others.
     """
 
     def make(weight: torch.Tensor) -> torch.Tensor:
@@ -285,10 +284,10 @@ def _vae(config: Config) -> Part:
         )
     with without_allocating():
         vae = instantiate_from_config(section)
-    held = match_autoencoder(vae, Path(path), ignore_keys=section["params"].get("ignore_keys") or ()).held
-    names = autoencoder_to_diffusers(held)
-    tensors = {names[name]: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in held.items()}
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in held.values()}
+    own = match_autoencoder(vae, path, ignore_keys=section["params"].get("ignore_keys") or ()).tensors
+    names = autoencoder_to_diffusers(own)
+    tensors = {names[name]: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in own.values()}
     metadata = {SAT_DTYPE: dtypes.pop()} if len(dtypes) == 1 else {}
     cls = ("diffusers", "AutoencoderKLCogVideoX")
     return Part("vae", cls, {"config.json": description}, tensors, metadata=metadata)

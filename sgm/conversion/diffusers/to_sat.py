@@ -1,4 +1,4 @@
-"""A pipeline folder of diffusers, or parts of one, as weights in the SAT layout with the model YAML that fits them.
+"""Convert a pipeline folder of diffusers, or components of one, to the SAT layout with a matching model YAML.
 
 ::
 
@@ -19,17 +19,18 @@ import torch
 import yaml
 
 from sgm.config.precision import precision_name
-from sgm.conversion.model_yaml import Description, model_yaml
-from sgm.conversion.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
-from sgm.conversion.to_diffusers import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
-from sgm.conversion.writing import new_folder, total_bytes, write_safetensors
+from sgm.conversion.diffusers.config import model_yaml
+from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
+from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
+from sgm.conversion.writing import new_folder, total_bytes, write_network, write_safetensors
 from sgm.modules.encoders.t5_folder import T5Folder
-from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.modules.geometry import Geometry
+from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
-from sgm.weights.checkpoint import save_autoencoder, save_network, write_latest
-from sgm.weights.files import WEIGHTS, read_metadata, read_tensors
-from sgm.weights.lazy import LazyTensor
-from sgm.weights.match import PREFIX, UNUSED_TABLES
+from sgm.weights.checkpoint import save_autoencoder
+from sgm.weights.files import read_file, read_metadata
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.match import UNUSED_TABLES
 
 ITERATION = 1
 PARTS = ("transformer", "vae", "text_encoder")
@@ -41,8 +42,8 @@ class Stored:
 
     Attributes:
         path: folder or file.
-        config: its ``config.json``; None where a file stands alone.
-        tensors: its weights, mapped.
+        config: its ``config.json``; None for a file without it.
+        tensors: its weights, memory-mapped.
         metadata: of the header of its first file.
     """
 
@@ -53,7 +54,7 @@ class Stored:
 
 
 def read_stored(path: str | Path) -> Stored:
-    """Find configuration and weights of a part: a folder with ``config.json`` and weight files, or one file.
+    """Find configuration and weights of a component: a folder with ``config.json`` and weight files, or one file.
 
     Raises:
         InputError: there is nothing, more than one set of weights, or a damaged file.
@@ -68,7 +69,7 @@ def read_stored(path: str | Path) -> Stored:
         raise InputError(f"there is nothing at {path}; give a folder of diffusers, or a weights file")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors |= read_tensors(file)
+        tensors |= read_file(file)
     return Stored(path, config, tensors, read_metadata(files[0]))
 
 
@@ -110,10 +111,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SatModel:
-    """What is to be written.
+    """A model in the SAT layout, to be written.
 
     Attributes:
-        yaml: the model YAML but for the paths.
+        yaml: the model YAML without paths.
         network: tensors by the network's own names, in the released shapes; None without a transformer.
         autoencoder: tensors by our names; None without a VAE.
         text_encoder: files of the T5 folder; None without one.
@@ -125,11 +126,11 @@ class SatModel:
     text_encoder: tuple[Path, ...] | None = None
 
     def write(self, folder: str | Path, *, file_format: Literal["pt", "safetensors"] = "pt") -> None:
-        """Write the folder; it appears when it is complete.
+        """Write the folder; it appears only when it is complete.
 
         Args:
-            folder: must not exist.
-            file_format: of the weights. ``safetensors`` are written tensor by tensor, ``pt`` after all were made.
+            folder: to create.
+            file_format: of the weights. ``safetensors`` needs one tensor in memory at a time, ``pt`` all.
 
         Raises:
             InputError: the folder exists, cannot be written to, or does not fit on the disk.
@@ -138,7 +139,7 @@ class SatModel:
         need = total_bytes(self.network or {}, self.autoencoder or {}) + copied
         with new_folder(folder, need_bytes=need) as temporary:
             if self.network is not None:
-                self._write_network(temporary / "transformer", file_format)
+                write_network(temporary / "transformer", ITERATION, self.network, file_format=file_format)
             if self.autoencoder is not None:
                 path = temporary / "vae" / f"3d-vae.{file_format}"
                 if file_format == "safetensors":
@@ -152,19 +153,8 @@ class SatModel:
             text = yaml.safe_dump(self._with_paths(Path(folder), file_format), sort_keys=False, allow_unicode=True)
             (temporary / "model.yaml").write_text(text, encoding="utf-8")
 
-    def _write_network(self, folder: Path, file_format: Literal["pt", "safetensors"]) -> None:
-        assert self.network is not None
-        if file_format == "safetensors":
-            tensors = {PREFIX + name: tensor for name, tensor in self.network.items()}
-            write_safetensors(folder / str(ITERATION) / f"{WEIGHTS}.safetensors", tensors)
-            write_latest(folder, ITERATION)
-        else:
-            patch_size = self.yaml["model"]["network_config"]["params"]["patch_size"]
-            made = {name: tensor.compute() for name, tensor in self.network.items()}
-            save_network(folder, ITERATION, made, patch_size=patch_size)
-
     def _with_paths(self, folder: Path, file_format: str) -> dict[str, Any]:
-        """Return the YAML with the paths of what is written."""
+        """Return the YAML with the paths of the written files."""
         content: dict[str, Any] = json.loads(json.dumps(self.yaml))
         model = content["model"]
         if self.network is not None:
@@ -179,15 +169,15 @@ class SatModel:
 def sat_model_of(
     parts: Mapping[str, Path], *, base: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> SatModel:
-    """Describe the SAT model that parts of diffusers are; weights are found and checked, not read.
+    """Describe the SAT model for components of diffusers; weights are found and checked, not read.
 
     Args:
-        parts: folder or file of each of `PARTS` that there is, and perhaps of ``tokenizer`` and ``scheduler``.
-        base: content of a model YAML, for files without a ``config.json``; without it, the YAML is made from them.
-        dtype: of the transformer; that of its files if None.
+        parts: folder or file by component: `PARTS`, ``tokenizer`` and ``scheduler``, as far as they are there.
+        base: content of a model YAML, for files without a ``config.json``; None makes it from those.
+        dtype: of the transformer; None keeps that of its files.
 
     Raises:
-        InputError: a part is missing what it needs, is damaged, or is no CogVideoX.
+        InputError: a component is incomplete, damaged, or no CogVideoX.
     """
     stored = {name: read_stored(parts[name]) for name in ("transformer", "vae") if name in parts}
     configs = {name: part.config for name, part in stored.items() if part.config is not None}
@@ -196,10 +186,10 @@ def sat_model_of(
     if base is None:
         if "transformer" in stored and "transformer" not in configs:
             raise InputError(f"{parts['transformer']} has no config.json; say what it is with --base model.yaml")
-        base = model_yaml(Description(**configs))
+        base = model_yaml(configs)
         if "transformer" in stored:
-            held = next(iter(stored["transformer"].tensors.values())).dtype if dtype is None else dtype
-            base["model"]["precision"] = precision_name(held)
+            own = next(iter(stored["transformer"].tensors.values())).dtype
+            base["model"]["precision"] = precision_name(default(dtype, own))
     network = autoencoder = None
     if "transformer" in stored:
         network = _network(stored["transformer"], base, dtype)
@@ -212,20 +202,36 @@ def sat_model_of(
 def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     tensors: dict[str, Any] = dict(stored.tensors)
     section = content["model"]["network_config"]
-    with without_allocating():
-        network = instantiate_from_config(section)
     if FOLDED in stored.metadata:
         factor = float(stored.metadata[FOLDED])
-        tensors[DIFFUSERS_PATCH] = with_image_channels(
-            tensors[DIFFUSERS_PATCH], network.in_channels, network.out_channels, lambda part: part / factor
-        )
-    made = network_from_diffusers(tensors)
-    wanted = {name: tensor for name, tensor in network.state_dict().items() if name not in UNUSED_TABLES}
-    if POSITION_TABLE in wanted and POSITION_TABLE not in made:  # diffusers computes it
-        own = next(iter(stored.tensors.values())).dtype
-        made[POSITION_TABLE] = LazyTensor((position_table(section["params"]),), to_dtype=own)
-    require_equal_shapes(stored.path, wanted, made)
+        channels = section["params"]["in_channels"], section["params"]["out_channels"]
+        tensors[DIFFUSERS_PATCH] = with_image_channels(tensors[DIFFUSERS_PATCH], *channels, lambda part: part / factor)
+    made = complete_network(stored.path, section, network_from_diffusers(tensors))
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
+
+
+def complete_network(
+    path: Path, section: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """Return the tensors of a network with its position table, which diffusers computes if it is sine-cosine.
+
+    Args:
+        path: of the weights, for messages.
+        section: ``model.network_config``.
+        tensors: by SAT's names without prefix.
+
+    Raises:
+        InputError: they have other names or shapes than the network.
+    """
+    result = dict(tensors)
+    if POSITION_TABLE not in result and Geometry.from_network(section["params"]).positions == "sincos":
+        own = next(iter(result.values())).dtype
+        result[POSITION_TABLE] = LazyTensor((position_table(section["params"]),), to_dtype=own)
+    with without_allocating():
+        state = instantiate_from_config(section).state_dict()
+    expected, found = ({n: t for n, t in each.items() if n not in UNUSED_TABLES} for each in (state, result))
+    _require_equal_shapes(path, expected, found)
+    return result
 
 
 def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTensor]:
@@ -235,17 +241,17 @@ def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTe
     name = stored.metadata.get(SAT_DTYPE)
     dtype = None if name is None else getattr(torch, name)
     made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
-    require_equal_shapes(stored.path, vae.state_dict(), made)
+    _require_equal_shapes(stored.path, vae.state_dict(), made)
     return made
 
 
-def require_equal_shapes(path: Path, wanted: Mapping[str, torch.Tensor], made: Mapping[str, LazyTensor]) -> None:
+def _require_equal_shapes(path: Path, expected: Tensors, made: Tensors) -> None:
     """Raise InputError unless weights from `path` have the names and shapes of the configured module."""
-    problems = [f"{name} is missing" for name in wanted if name not in made]
-    problems += [f"{name} is unexpected" for name in made if name not in wanted]
-    for name in wanted.keys() & made.keys():
-        shapes = wanted[name].shape, made[name].meta().shape
-        # The patch projection has two shapes.
+    problems = [f"{name} is missing" for name in expected if name not in made]
+    problems += [f"{name} is unexpected" for name in made if name not in expected]
+    for name in expected.keys() & made.keys():
+        shapes = expected[name].shape, made[name].shape
+        # The patch projection has one of two shapes.
         if shapes[0] != shapes[1] and (shapes[0].numel(), shapes[0][0]) != (shapes[1].numel(), shapes[1][0]):
             problems.append(f"{name} has the shape {tuple(shapes[1])}, expected {tuple(shapes[0])}")
     if problems:

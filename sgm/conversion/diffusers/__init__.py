@@ -1,0 +1,1 @@
+"""Models between the SAT layout and pipeline folders of diffusers."""
