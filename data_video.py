@@ -15,12 +15,12 @@ import torch
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.clips.check import RowReport, check_rows, row_reports
+from sgm.data.clips.decode import ClipError, probe, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, stretch
-from sgm.data.clips.video import ClipError, probe, read_frames, scan
-from sgm.data.formats.detect import list_rows
 from sgm.data.formats.manifest import Columns
+from sgm.data.formats.registry import list_rows
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.util import InputError, RunError, default
 

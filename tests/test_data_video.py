@@ -12,7 +12,7 @@ import torch
 import data_video
 from data_video import SFTDataset
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.inference.video import write_video

@@ -30,7 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import distributed
 from sgm.cli import run_command
-from sgm.data.clips.video import ClipError, read_frames, scan
+from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
 from sgm.io import atomic_file, require_writable
 from sgm.log import get_logger, is_rank_zero

@@ -20,7 +20,7 @@ from sgm.config.load import ConfigError
 from sgm.config.targets import check_params
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.inference.video import contact_sheet, to_uint8
 from sgm.log import configure_logging
 from sgm.util import InputError, RunError, get_obj_from_str, instantiate_from_config

@@ -26,8 +26,8 @@ import av.error
 import numpy as np
 from tqdm import tqdm
 
+from sgm.data.clips.decode import ClipError, VideoInfo, scan
 from sgm.data.clips.frames import select_frames
-from sgm.data.clips.video import ClipError, VideoInfo, scan
 from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, remove_leftovers, require_writable, write_json

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sgm.data.buckets.plan import BucketPlan, RankBatch
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.util import RunError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgm.data.clips.video import ClipError, read_frames, scan
+from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.inference.video import write_video
 
 ROOT = Path(__file__).parents[2]

@@ -197,7 +197,7 @@ class SizeClass:
     """A class of resolutions.
 
     Attributes:
-        name: of `sgm.data.buckets.aspect`.
+        name: of `sgm.data.buckets.resolutions`.
         area: nominal pixels.
         sizes: (H, W) of each shape.
         rules: one for each frame count, the largest first.

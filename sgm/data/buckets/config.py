@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgm.config.yaml_files import ConfigError, Problem
-from sgm.data.buckets.aspect import area_of, class_sizes
 from sgm.data.buckets.assign import PATH, Bucket, Buckets, ClassBuckets, FixedBuckets, Rule, SizeClass
+from sgm.data.buckets.resolutions import area_of, class_sizes
 from sgm.data.clips.frames import TIME_COMPRESSION
 from sgm.util import InputError, nearest
 

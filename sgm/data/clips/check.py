@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
+from sgm.data.clips.decode import ClipError, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
-from sgm.data.clips.video import ClipError, decode_all, probe, scan
 from sgm.data.rows import Row, VideoInfo
 from sgm.io import atomic_file
 from sgm.log import is_rank_zero

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sgm.data.clips.video import ClipError, probe
+from sgm.data.clips.decode import ClipError, probe
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file
 from sgm.log import get_logger, is_rank_zero

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _death, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.util import RunError

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sgm.config.yaml_files import ConfigError
-from sgm.data.buckets.aspect import AREAS
 from sgm.data.buckets.assign import NOWHERE, Bucket, ClipSizes, clip_sizes
 from sgm.data.buckets.config import parse_buckets
+from sgm.data.buckets.resolutions import AREAS
 from sgm.data.clips.frames import select_frames
 from sgm.data.rows import VideoInfo
 from sgm.modules.geometry import Geometry

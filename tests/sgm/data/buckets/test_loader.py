@@ -7,7 +7,7 @@ import torch
 from sgm.data.buckets.assign import ClipSizes
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.buckets.plan import BucketPlan, Division
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import SampleStream, make_bucket_loader
 from sgm.data.order import TrainingOrder
 

@@ -9,7 +9,7 @@ import pytest
 
 from sgm.data.clips import index
 from sgm.data.clips.index import clip_infos, index_path
-from sgm.data.formats.detect import list_rows
+from sgm.data.formats.registry import list_rows
 from sgm.data.rows import Row, VideoInfo
 
 TOY = Path(__file__).parents[4] / "assets" / "toy" / "videos"

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from data_video import SFTDataset
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.formats import huggingface
-from sgm.data.formats.detect import detect
+from sgm.data.formats.registry import detect
 from sgm.util import InputError
 from tests.processes import run
 
