@@ -1,4 +1,4 @@
-"""sgm.data.clips.decode: what containers say, and the pictures that two decoders give."""
+"""sgm.data.clips.decode: metadata of containers, and the frames of both decoders."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from sgm.inference.video import write_video
 
 
 def picture_frames(num_frames=30, height=64, width=96):
-    """A coloured corner, so that turning shows, over a grey that tells the index of the frame."""
+    """A coloured corner, which shows rotation, over a grey level that encodes the frame index."""
     frames = np.empty((num_frames, height, width, 3), np.uint8)
     frames[:] = 8 * np.arange(num_frames, dtype=np.uint8)[:, None, None, None]
     frames[:, :20, :30] = (200, 30, 60)
@@ -43,7 +43,7 @@ def variant(clip, tmp_path):
     return make
 
 
-def test_what_a_container_says(clip):
+def test_metadata_of_a_container(clip):
     info, times = scan(clip)
     assert (info.num_frames, info.height, info.width) == (30, 64, 96)
     assert info.fps == pytest.approx(30)
