@@ -15,48 +15,47 @@ import torch
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.clips.check import RowReport, check_rows, row_reports
+from sgm.data.clips.decode import ClipError, probe, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, stretch
-from sgm.data.clips.video import ClipError, probe, read_frames, scan
-from sgm.data.formats.detect import list_rows
 from sgm.data.formats.manifest import Columns
+from sgm.data.formats.registry import list_rows
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.util import InputError, RunError, default
 
-_CHUNK = 8  # frames brought to size at a time: those of a large clip as floats would fill gigabytes
+_CHUNK = 8  # frames resized at a time; all frames of a large clip as floats would fill gigabytes
 RESHAPE_MODES = ("center", "random", "none")
 
 
 class SFTDataset:
-    """Clips with captions: a folder, a manifest, archives, see docs/data.md.
+    """Clips with captions from a folder, manifest or archives, see docs/data.md.
 
-    ``dataset[i]`` decodes clip i: ``mp4`` (F, 3, H, W) float32 in [-1, 1], ``txt`` its caption, ``num_frames`` how many
-    of the frames it gave before the last one was repeated, ``fps``, ``path``, and ``image`` (3, H, W) in [-1, 1], the
-    picture that image-to-video starts from, or None where the data set names none. Nothing in it is random;
-    `sample` is what training calls.
+    ``dataset[i]`` decodes clip i without random augmentation: ``mp4`` (F, 3, H, W) float32 in [-1, 1], ``txt`` the
+    caption, ``num_frames`` the frames without padding, ``fps``, ``path``, and ``image`` (3, H, W) in [-1, 1], the first
+    image of image-to-video, or None. Training calls `sample`.
 
     Args:
-        data_dir: folder, manifest or archive; training gives each of ``args.train_data`` and ``args.valid_data``.
-        video_size: (H, W) that clips are brought to, in pixels.
-        fps: frames taken per second of the clip, whatever its own rate.
-        max_num_frames: F, one of 1, 5, 9, ...; shorter clips repeat their last frame.
-        skip_frms_num: source frames left out at both ends.
-        skip_frames_start: source frames left out at the start; None takes `skip_frms_num`.
-        skip_frames_end: source frames left out at the end; None takes `skip_frms_num`.
-        reshape_mode: ``center`` scales clips to cover `video_size` and cuts out the middle, ``random`` another part in
-            each sample, ``none`` scales height and width each to its own.
-        random_flip: probability that a sample is mirrored, left to right, all frames of it alike.
+        data_dir: folder, manifest or archive; training passes each of ``args.train_data`` and ``args.valid_data``.
+        video_size: (H, W) in pixels.
+        fps: frames selected per second of the clip.
+        max_num_frames: F, one of 1, 5, 9, ...; a shorter clip repeats its last frame.
+        skip_frms_num: source frames skipped at both ends.
+        skip_frames_start: source frames skipped at the start; None is `skip_frms_num`.
+        skip_frames_end: source frames skipped at the end; None is `skip_frms_num`.
+        reshape_mode: ``center`` scales clips to cover `video_size` and crops the centre, ``random`` a random part per
+            sample, ``none`` scales height and width separately.
+        random_flip: probability that a sample is mirrored horizontally.
         id_token: word put before every caption, with a space.
         caption_dropout: probability that the caption of a sample is empty.
         allow_missing_captions: train clips without a caption on an empty one.
         format: ``folder``, ``lines``, ``csv``, ``json``, ``jsonl``, ``parquet``, ``webdataset``, ``huggingface``, or
             ``auto``.
-        caption_column: column, or file of lines, that holds captions; None finds it by its usual names.
+        caption_column: column, or file of lines, of captions; None selects it by its usual names.
         video_column: the same for clips.
-        image_column: the same for the pictures of image-to-video.
-        buckets: shapes for training clips, see docs/buckets.md; `video_size` and `max_num_frames` then hold for the
-            others, those of validation.
+        image_column: the same for first images.
+        buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
+            validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
 
     Raises:
@@ -94,10 +93,10 @@ class SFTDataset:
         self.video_size = (int(video_size[0]), int(video_size[1]))
         self.fps = float(fps)
         self.max_num_frames = num_frames_4k1(max_num_frames)
-        both = _whole("skip_frms_num", skip_frms_num)
+        both = _frame_count("skip_frms_num", skip_frms_num)
         self.skip = (
-            _whole("skip_frames_start", default(skip_frames_start, both)),
-            _whole("skip_frames_end", default(skip_frames_end, both)),
+            _frame_count("skip_frames_start", default(skip_frames_start, both)),
+            _frame_count("skip_frames_end", default(skip_frames_end, both)),
         )
         self.buckets = None if buckets is None else parse_buckets(buckets)
         if drop_partial and buckets is None:
@@ -107,10 +106,9 @@ class SFTDataset:
         self.random_flip = _probability("random_flip", random_flip)
         self.caption_dropout = _probability("caption_dropout", caption_dropout)
         columns = Columns(caption_column, video_column, image_column)
-        rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
+        self.rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
         if id_token:
-            rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in rows]
-        self.rows: list[Row] = rows
+            self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
         self._cache: _Cache | None = None
         data_dir = Path(data_dir).expanduser()
         self.folder = data_dir if data_dir.is_dir() else data_dir.parent
@@ -120,7 +118,7 @@ class SFTDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decode clip `index`, with nothing random about it; see `sample`."""
+        """Decode clip `index` without random augmentation; see `sample`."""
         return self.sample(index, None)
 
     def sample(
@@ -130,9 +128,9 @@ class SFTDataset:
 
         Args:
             index: of the clip.
-            generator: on the CPU; decides whether the caption is dropped, whether the clip is mirrored, and where it
-                is cut, in this order, whichever of them are in use. None keeps the caption and the middle.
-            shape: (F, H, W) of a bucket, instead of the configured ones.
+            generator: on the CPU; four numbers are always drawn, for caption dropout, mirroring and the position of the
+                crop. None keeps the caption and the centre.
+            shape: (F, H, W) of a bucket; None is that of the configuration.
 
         Raises:
             ClipError: the clip, its caption or its image cannot be used.
@@ -141,52 +139,53 @@ class SFTDataset:
         if row.problem:
             raise ClipError(row.path, row.problem)
         num_frames, height, width = shape or (self.max_num_frames, *self.video_size)
-        view = self._view(generator, (height, width))
-        sample = {"txt": "" if view.without_caption else row.caption, "fps": self.fps, "path": str(row.path)}
+        augmentation = self._augmentation(generator, (height, width))
+        caption = "" if augmentation.drop_caption else row.caption
+        sample = {"txt": caption, "fps": self.fps, "path": str(row.path)}
         if self._cache is None:
-            frames, given = self._frames(row, view, num_frames)
-            return {**sample, "mp4": frames, "num_frames": given, "image": _image(row, view)}
+            frames, unpadded = self._frames(row, augmentation, num_frames)
+            return {**sample, "mp4": frames, "num_frames": unpadded, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
         sample["moments"] = self._cache.moments(row.path, (num_frames, height, width))
         if self._cache.images is not None:
             sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
         elif self._cache.first_frames:
-            image = _image(row, view)
-            sample["image"] = self._frames(row, view, 1)[0][0] if image is None else image
+            image = _image(row, augmentation)
+            sample["image"] = self._frames(row, augmentation, 1)[0][0] if image is None else image
         return sample
 
-    def _frames(self, row: Row, view: "_View", num_frames: int) -> tuple[torch.Tensor, int]:
-        """Decode a clip: (F, 3, H, W), and how many of the frames it gave."""
+    def _frames(self, row: Row, augmentation: "_Augmentation", num_frames: int) -> tuple[torch.Tensor, int]:
+        """Decode a clip: (F, 3, H, W), and the number of frames without padding."""
         info, times = scan(row.path)
         try:
             selection = select_frames(times, fps=self.fps, max_num_frames=num_frames, skip=self.skip)
         except ValueError as error:
             raise ClipError(row.path, str(error)) from error
-        different = sorted(set(selection.indices))
-        frames = view.of(read_frames(row.path, different, info.num_frames))
-        return frames[[different.index(frame) for frame in selection.indices]], selection.num_frames
+        distinct = sorted(set(selection.indices))
+        frames = augmentation.apply(read_frames(row.path, distinct, info.num_frames))
+        return frames[[distinct.index(frame) for frame in selection.indices]], selection.num_frames
 
-    def _view(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_View":
-        """Draw what is random about a sample."""
+    def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
         if generator is None:
-            return _View(size, self.reshape_mode)
+            return _Augmentation(size, self.reshape_mode)
         dropped, flipped, down, across = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         place = (down, across) if self.reshape_mode == "random" else None
-        return _View(size, self.reshape_mode, place, flipped < self.random_flip, dropped < self.caption_dropout)
+        flip, drop_caption = flipped < self.random_flip, dropped < self.caption_dropout
+        return _Augmentation(size, self.reshape_mode, place, flip, drop_caption)
 
     @property
     def paths(self) -> list[str]:
-        """The clips, in order."""
+        """Paths of the clips, in order."""
         return [str(row.path) for row in self.rows]
 
     @property
     def captions(self) -> list[str]:
-        """Their captions."""
+        """Captions of the clips, in order."""
         return [row.caption for row in self.rows]
 
     def cache_keys(self, *, images: bool = False) -> dict[str, str]:
-        """Return the key in a cache of each usable clip, or of the picture that it starts from, by path.
+        """Return path → key in a cache of each usable clip, or of its first image.
 
         Raises:
             InputError: a file is missing.
@@ -204,30 +203,31 @@ class SFTDataset:
         image_keys: Mapping[str, str],
         first_frames: bool,
     ) -> Self:
-        """Return the data set whose samples hold ``moments`` (2z, T, h, w) in place of ``mp4``.
+        """Return a copy whose samples have ``moments`` (2z, T, h, w) instead of ``mp4``.
 
-        It has the same clips: one that could not be encoded is a ClipError when its turn comes, as without a cache.
+        It has the same clips; one that could not be encoded raises a ClipError, as without a cache.
 
         Args:
             latents: moments of the clips.
-            keys: of each in `latents`, by path.
-            images: moments of the pictures that clips start from, for samples with ``image_moments`` (2z, 1, h, w).
-            image_keys: of each in `images`, by path.
-            first_frames: without `images`: whether samples have that picture as ``image``; it is decoded then.
+            keys: path → key in `latents`.
+            images: moments of first images; samples then have ``image_moments`` (2z, 1, h, w).
+            image_keys: path → key in `images`.
+            first_frames: without `images`, decode the first image as ``image``.
         """
         chosen = copy.copy(self)
         chosen._cache = _Cache(latents, keys, images, image_keys, first_frames)
         return chosen
 
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
-        """Open and check all clips without training on them; with `decode`, every frame of them.
+        """Open and check all clips; with `decode`, decode every frame.
 
-        Those from a cache have been decoded, and stay closed, unless a manifest states sizes that buckets go by.
+        Clips in a cache have been decoded, and are only opened if buckets depend on columns of a manifest.
         """
         cache, reports = self._cache, self.row_reports()
-        stated = self.buckets is not None  # columns decide about the bucket, and may be wrong
-        rows = enumerate(self.rows)
-        opened = [i for i, row in rows if cache is None or cache.lacks(row.path) or (stated and row.info is not None)]
+        by_columns = self.buckets is not None  # columns decide about buckets, and can be wrong
+        opened = [
+            i for i, row in enumerate(self.rows) if cache is None or cache.lacks(row.path) or (by_columns and row.info)
+        ]
         if not opened:
             return reports
         checked = check_rows(
@@ -247,40 +247,40 @@ class SFTDataset:
         return reports
 
     def row_reports(self) -> list[RowReport]:
-        """Report what is known of all clips without opening one."""
+        """Report the problems and metadata in the rows; open no clip."""
         return row_reports(self.rows)
 
     def clip_infos(self, *, num_threads: int = 8) -> list[VideoInfo | str]:
-        """Return length, rate and size of each clip, or why it cannot be used; see `sgm.data.clips.index`."""
+        """Return the metadata of each clip, or why it cannot be used; see `sgm.data.clips.index`."""
         return clip_infos(self.rows, self.folder, num_threads=num_threads)
 
     def not_cached(self, shapes: Sequence[str | None]) -> list[str]:
-        """Say which clips the cache of `cached` does not have at these shapes; no line where there is no cache.
+        """Return a line for each clip that the cache does not have at its shape; none without a cache.
 
         Args:
-            shapes: FxHxW of the bucket of each clip; None where it has none.
+            shapes: FxHxW of each clip's bucket, or None.
         """
         cache = self._cache
         if cache is None:
             return []
-        pairs = zip(self.rows, shapes, strict=True)
-        return [line for row, shape in pairs if shape and not row.problem for line in cache.differs(row.path, shape)]
+        shown = [(row.path, shape) for row, shape in zip(self.rows, shapes, strict=True) if shape and not row.problem]
+        return [line for path, shape in shown for line in cache.wrong_shapes(path, shape)]
 
     def select(self, indices: Sequence[int]) -> Self:
-        """Return the data set of these clips alone, in this order."""
+        """Return a copy with these clips, in this order."""
         chosen = copy.copy(self)
         chosen.rows = [self.rows[index] for index in indices]
         return chosen
 
     def without(self, paths: Collection[str]) -> Self:
-        """Return the data set of all clips but these."""
+        """Return a copy without these clips."""
         left_out = set(paths)
         return self.select([index for index, path in enumerate(self.paths) if path not in left_out])
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """Where samples come from in place of clips, see `SFTDataset.cached`."""
+    """The arguments of `SFTDataset.cached`."""
 
     latents: CachedTensors
     keys: Mapping[str, str]
@@ -288,24 +288,24 @@ class _Cache:
     image_keys: Mapping[str, str]
     first_frames: bool
 
-    def _places(self, clip: ClipFile) -> list[tuple[CachedTensors, str]]:
-        """Return where the results of a clip are: cache and key."""
-        places = [(self.latents, self.keys[str(clip)])]
-        return places if self.images is None else [*places, (self.images, self.image_keys[str(clip)])]
+    def _entries(self, clip: ClipFile) -> list[tuple[CachedTensors, str]]:
+        """Return cache and key of the results of a clip."""
+        entries = [(self.latents, self.keys[str(clip)])]
+        return entries if self.images is None else [*entries, (self.images, self.image_keys[str(clip)])]
 
     def failure(self, clip: ClipFile) -> str | None:
-        """Return why a clip could not be encoded, None where it could."""
-        reasons = (cache.failures.get(key) for cache, key in self._places(clip))
+        """Return why a clip could not be encoded, or None."""
+        reasons = (cache.failures.get(key) for cache, key in self._entries(clip))
         return next((reason for reason in reasons if reason is not None), None)
 
     def lacks(self, clip: ClipFile) -> bool:
-        """Return whether a clip was not encoded: it could not be, or fitted no bucket."""
-        return str(clip) in self.keys and any(key not in cache for cache, key in self._places(clip))
+        """Return whether a clip was not encoded: it failed, or fits no bucket."""
+        return str(clip) in self.keys and any(key not in cache for cache, key in self._entries(clip))
 
-    def differs(self, clip: ClipFile, shape: str) -> list[str]:
-        """Return a line for each cache that has a clip at another shape, FxHxW, or left it out."""
+    def wrong_shapes(self, clip: ClipFile, shape: str) -> list[str]:
+        """Return a line for each cache with another shape of a clip than FxHxW, or without the clip."""
         lines = []
-        for cache, key in self._places(clip):
+        for cache, key in self._entries(clip):
             there = cache.shapes.get(key, "left out, as it fitted no bucket")
             if key not in cache.failures and there != shape:
                 lines.append(f"{clip}: {there} in '{cache.folder}', {shape} now")
@@ -315,51 +315,50 @@ class _Cache:
         """Return the moments of a clip at a shape (F, H, W).
 
         Raises:
-            RunError: the cache has it at another shape, or not, as another bucket is to be filled up with it.
+            RunError: the cache has another shape of the clip, or left it out.
         """
-        moments, there = self.latents.get(self.keys[str(clip)]), "is left out of"
-        asked = "x".join(map(str, shape))
+        moments, found = self.latents.get(self.keys[str(clip)]), "is left out of"
         if moments is not None:
             frames = (moments.shape[1] - 1) * TIME_COMPRESSION + 1
-            there = "x".join(map(str, (frames, *(8 * side for side in moments.shape[2:]))))
-            if there == asked:
+            cached = (frames, *(8 * side for side in moments.shape[2:]))
+            if cached == tuple(shape):
                 return moments
-            there = f"is {there} in"
-        found = f"{clip} {there} {self.latents.folder}"
-        raise RunError(f"{found}, and {asked} is asked for; train without args.latent_cache")
+            found = f"is {'x'.join(map(str, cached))} in"
+        found = f"{clip} {found} {self.latents.folder}, and {'x'.join(map(str, shape))} is asked for"
+        raise RunError(f"{found}; train without args.latent_cache")
 
 
 @dataclass(frozen=True)
-class _View:
-    """How the pictures of one sample are shown: all alike, the image of image-to-video too."""
+class _Augmentation:
+    """Size, crop and mirroring of all frames of one sample, and of its first image."""
 
     size: tuple[int, int]
     mode: str
     place: tuple[float, float] | None = None
-    mirrored: bool = False
-    without_caption: bool = False
+    flip: bool = False
+    drop_caption: bool = False
 
-    def of(self, pictures: np.ndarray) -> torch.Tensor:
-        """Pictures (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1]."""
-        frames = torch.cat([self._sized(chunk) for chunk in torch.from_numpy(pictures).split(_CHUNK)])
-        return frames.flip(-1) if self.mirrored else frames
+    def apply(self, pictures: np.ndarray) -> torch.Tensor:
+        """Frames (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1]."""
+        frames = torch.cat([self._resized(chunk) for chunk in torch.from_numpy(pictures).split(_CHUNK)])
+        return frames.flip(-1) if self.flip else frames
 
-    def _sized(self, pictures: torch.Tensor) -> torch.Tensor:
+    def _resized(self, pictures: torch.Tensor) -> torch.Tensor:
         frames = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         return stretch(frames, self.size) if self.mode == "none" else cover_crop(frames, self.size, self.place)
 
 
-def _image(row: Row, view: _View) -> torch.Tensor | None:
-    """Return the image that image-to-video starts from (3, H, W), None where the data set names none."""
+def _image(row: Row, augmentation: _Augmentation) -> torch.Tensor | None:
+    """Return the first image of image-to-video (3, H, W), or None."""
     if row.image is None:
         return None
     try:
-        return view.of(read_frames(row.image, [0], probe(row.image).num_frames))[0]
+        return augmentation.apply(read_frames(row.image, [0], probe(row.image).num_frames))[0]
     except ClipError as error:
         raise ClipError(row.path, f"its image {error.path} {error.reason}") from error
 
 
-def _whole(name: str, value: float) -> int:
+def _frame_count(name: str, value: float) -> int:
     if value < 0 or int(value) != value:
         raise InputError(f"data.params.{name} is {value}; give a whole number of frames, 0 or more")
     return int(value)

@@ -1,8 +1,10 @@
-"""The data set of YAML files: frames by time, broken clips named, and nothing decoded that is not asked for."""
+"""SFTDataset: frames by time, named broken clips, random augmentation, lazy decoding, caches."""
 
 import subprocess
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import data_video
 from data_video import SFTDataset
 from sgm.data.cache import CachedTensors, Description, begin, write_shard
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.inference.video import write_video
@@ -21,11 +23,20 @@ from sgm.util import InputError, instantiate_from_config
 ROOT = Path(__file__).parents[1]
 
 
-def clip(path, num_frames=40, fps=8, size=(64, 64)):
-    """A clip whose frame i is of the grey 5 * i."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@cache
+def encoded(num_frames, fps, size):
+    """The bytes of a clip whose frame i is of the grey 5 * i; encoded once."""
     levels = 5 * np.arange(num_frames, dtype=np.uint8)
-    write_video(path, np.broadcast_to(levels[:, None, None, None], (num_frames, *size, 3)), fps, crf=0)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        write_video(path, np.broadcast_to(levels[:, None, None, None], (num_frames, *size, 3)), fps, crf=0)
+        return path.read_bytes()
+
+
+def clip(path, num_frames=40, fps=8, size=(64, 64)):
+    """A clip whose frame i is of the grey 5 * i, with a caption."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(num_frames, fps, size))
     caption = Path(str(path).replace("/videos/", "/labels/")).with_suffix(".txt")
     caption.parent.mkdir(parents=True, exist_ok=True)
     caption.write_text(f"clip {path.stem}\nin two lines")
@@ -90,7 +101,7 @@ def broken_set(root):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_clips_among_twenty_are_named_and_training_data_goes_on(tmp_path, num_workers):
+def test_broken_clips_among_twenty_are_named_and_replaced(tmp_path, num_workers):
     bad = broken_set(tmp_path)
     clips = dataset(tmp_path)
     loader = make_loader(
@@ -149,7 +160,7 @@ def test_a_clip_is_mirrored_whole_or_not_at_all(tmp_path):
     assert all(torch.equal(one, plain) or torch.equal(one, plain.flip(-1)) for one in seen)
 
 
-def test_ways_to_bring_a_clip_to_size(tmp_path):
+def test_reshape_modes(tmp_path):
     corner(tmp_path / "a.mp4")
     center, none = (dataset(tmp_path, reshape_mode=mode)[0]["mp4"] for mode in ("center", "none"))
     clips = dataset(tmp_path, reshape_mode="random")
@@ -164,7 +175,7 @@ def test_ways_to_bring_a_clip_to_size(tmp_path):
 
 def test_captions_get_a_token_or_are_dropped(tmp_path):
     corner(tmp_path / "a.mp4")
-    clips = dataset(tmp_path, id_token="qfx", caption_dropout=0.4)
+    clips = dataset(tmp_path, id_token="qfx", caption_dropout=0.4, max_num_frames=1)
     assert clips.captions == ["qfx a bright half"] and clips[0]["txt"] == "qfx a bright half"
     seen = [clips.sample(0, draw(number))["txt"] for number in range(60)]
     assert {*seen} == {"", "qfx a bright half"} and 12 <= seen.count("") <= 36
@@ -269,7 +280,7 @@ def test_unusable_parameters_are_refused(params, words):
 
 
 def from_cache(clips, folder, **failed):
-    """The clips from a cache; those that are named could not be encoded, for the reason given."""
+    """The clips from a cache; `failed` maps names of clips to the reason of their failure."""
     keys = clips.cache_keys()
     made = Description("latents", "fp32", {"precision": "fp32"}, (tuple(keys.values()),))
     begin(folder, made)
@@ -277,8 +288,8 @@ def from_cache(clips, folder, **failed):
     return clips.cached(CachedTensors(folder, "latents"), keys, images=None, image_keys={}, first_frames=False)
 
 
-def test_clips_that_could_not_be_encoded_are_found_as_they_are_without_a_cache(tmp_path, monkeypatch):
-    """Damage behind what the check opens is met when the clip's turn comes, so that all samples keep their numbers."""
+def test_failed_clips_of_a_cache_are_treated_as_without_a_cache(tmp_path, monkeypatch):
+    """Damage that the check does not find is replaced when the clip is due, so that sample numbers do not change."""
     for name in "abcd":
         clip(tmp_path / f"videos/{name}.mp4", num_frames=9)
     (tmp_path / "videos/c.mp4").write_text("no video")

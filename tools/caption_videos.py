@@ -1,15 +1,14 @@
-"""Describe clips with a vision-language model that lies on disk: a caption file for each clip without one.
+"""Write captions with a local vision-language model, for clips without one.
 
     python tools/caption_videos.py my_clips --model my-vlm --frames 8 --batch_size 4
     torchrun --nproc_per_node=8 tools/caption_videos.py my_clips --model my-vlm
 
-The model is any folder of Hugging Face transformers that turns pictures and a question into text and has a chat
-template; nothing is downloaded and no code in the folder is run. Captions go to labels/ beside videos/, or beside the
-clip where there is no videos/. They are chosen greedily, without chance. Give the same command again after an
-interruption: clips with a caption are left alone, unless --overwrite is given. Under torchrun the processes share the
-clips.
+The model is a folder of Hugging Face transformers: image-text-to-text, with a chat template. Nothing is downloaded, and
+no code in the folder is run. Captions are written to labels/ beside videos/, or beside the clip if there is no videos/.
+Decoding is greedy. After an interruption, the same command continues: clips with a caption are skipped, unless
+--overwrite is given. Under torchrun, the clips are divided among the processes.
 
-Exit code 0 means that all clips have captions, 1 that some have not, 2 that the command was given something wrong.
+Exit codes: 0 all clips have captions, 1 some have none, 2 wrong input.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import distributed
 from sgm.cli import run_command
-from sgm.data.clips.video import ClipError, read_frames, scan
+from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
 from sgm.io import atomic_file, require_writable
 from sgm.log import get_logger, is_rank_zero
@@ -44,24 +43,18 @@ PROMPT = (
 )
 _FETCH = "fetch a vision-language model tuned to instructions first, with: hf download NAME --local-dir FOLDER"
 MAX_READERS = 8  # threads that decode
-# Batches after which processes tell each other how far they are: often enough that none waits for minutes at the end,
-# which the collective operations of accelerators do not survive, and so seldom that none waits long for a long caption.
+# Batches between all-gathers of the reports: few enough that no rank waits at the end until the timeout of the process
+# group, and enough that none often waits for a long caption of another.
 BATCHES_BETWEEN_REPORTS = 8
 
 
 @dataclass
 class Report:
-    """What became of some clips.
+    """Results for some clips."""
 
-    Attributes:
-        num_written: captions that were written.
-        num_cut: those among them that end where --max_new_tokens ended them.
-        problems: why others have no caption.
-    """
-
-    num_written: int = 0
-    num_cut: int = 0
-    problems: list[str] = field(default_factory=list)
+    num_written: int = 0  # captions written
+    num_cut: int = 0  # captions of these that reached --max_new_tokens
+    problems: list[str] = field(default_factory=list)  # why other clips have no caption
 
 
 class Captioner:
@@ -112,7 +105,7 @@ class Captioner:
             lacking = sorted(info["missing_keys"])
             raise InputError(f"the weights in '{folder}' lack {len(lacking)} tensors, e.g. {lacking[0]}; copy it again")
         tokenizer = self._processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue] (every processor has one)
-        tokenizer.padding_side = "left"  # what is generated follows the last token
+        tokenizer.padding_side = "left"  # generated tokens follow the last one
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._model = self._model.eval().requires_grad_(False).to(device)
@@ -125,11 +118,11 @@ class Captioner:
 
         Args:
             clips: frames (T, H, W, 3) uint8 of each.
-            prompt: what the model is asked, after it has seen the frames.
-            max_new_tokens: longest answer.
+            prompt: question that follows the frames.
+            max_new_tokens: maximum length of an answer.
 
         Returns:
-            The answer to each, on one line, and whether it was cut at its longest length.
+            For each clip the answer on one line, and whether it reached the maximum length.
         """
         texts = []
         for clip in clips:
@@ -140,19 +133,19 @@ class Captioner:
         inputs = self._processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
             self._model.device, self._model.dtype
         )
-        told = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        if not self._model.config.is_encoder_decoder:  # then the question comes first
-            told = told[:, inputs["input_ids"].shape[1] :]
-        is_cut = (~torch.isin(told, self._ends).any(dim=1)).tolist()
-        answers = self._processor.batch_decode(told, skip_special_tokens=True)
+        generated = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        if not self._model.config.is_encoder_decoder:  # then the output starts with the prompt
+            generated = generated[:, inputs["input_ids"].shape[1] :]
+        is_cut = (~torch.isin(generated, self._ends).any(dim=1)).tolist()
+        answers = self._processor.batch_decode(generated, skip_special_tokens=True)
         return [(" ".join(answer.split()), cut) for answer, cut in zip(answers, is_cut, strict=True)]
 
 
 def clips_to_describe(root: Path, *, overwrite: bool) -> tuple[list[Path], list[str], int]:
-    """Return the clips without a caption, what is wrong with captions that cannot be read, and the number of clips.
+    """Return the clips without a caption, problems of unreadable captions, and the number of clips.
 
     Raises:
-        InputError: there is no such folder, or it holds no clips.
+        InputError: the folder does not exist, or has no clips.
     """
     rows = list_folder(root, allow_missing_captions=True)
     problems = [] if overwrite else [f"clip {row.path}: {row.problem}" for row in rows if row.problem]
@@ -161,15 +154,12 @@ def clips_to_describe(root: Path, *, overwrite: bool) -> tuple[list[Path], list[
 
 
 def evenly_spaced(num_frames: int, count: int) -> list[int]:
-    """Return up to `count` frames of a clip: the middles of as many equal parts, each frame once."""
+    """Return up to `count` distinct frames of a clip: the middles of equal parts."""
     return np.unique((np.arange(count) + 0.5) * num_frames // count).astype(int).tolist()
 
 
 def read_ahead(clips: Sequence[Path], batch_size: int, count: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Yield batches of clips with `count` frames (T, H, W, 3) of each, or with what is wrong with it.
-
-    The next batch is decoded while the caller works on one.
-    """
+    """Yield batches of clips with `count` frames (T, H, W, 3), or the problem, of each; prefetch one batch."""
 
     def read(clip: Path) -> tuple[Path, np.ndarray | str]:
         try:
@@ -189,7 +179,7 @@ def read_ahead(clips: Sequence[Path], batch_size: int, count: int) -> Iterator[l
 def caption_batch(
     batch: Sequence[tuple[Path, np.ndarray | str]], captioner: Captioner, options: argparse.Namespace, report: Report
 ) -> None:
-    """Write the captions of a batch of clips, and add to the report what became of them."""
+    """Write the captions of a batch of clips, and update the report."""
     readable = [(clip, frames) for clip, frames in batch if isinstance(frames, np.ndarray)]
     report.problems += [problem for _, problem in batch if isinstance(problem, str)]
     if not readable:
@@ -206,15 +196,15 @@ def caption_batch(
 
 
 def work(options: argparse.Namespace) -> None:
-    """Describe all clips; the number of those without a caption is left in ``options.num_failed``."""
+    """Describe all clips; the number of clips without a caption is written to ``options.num_failed``."""
     for name in ("frames", "max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}; give a number of at least 1")
     options.folder = options.folder.expanduser()
     if distributed.is_launched():
         distributed.initialize()
-    # One list for all: a process that looks later would see the captions of the others.
-    found = distributed.broadcast_from_rank_zero(_found(options) if is_rank_zero() else None)
+    # One list for all ranks: a rank that lists later would see captions of the others.
+    found = distributed.broadcast_from_rank_zero(_list_clips(options) if is_rank_zero() else None)
     if isinstance(found, InputError):
         raise found
     clips, problems, num_clips = found
@@ -244,18 +234,17 @@ def work(options: argparse.Namespace) -> None:
             sys.stdout.write(f"{done.num_cut} captions end unfinished at --max_new_tokens {options.max_new_tokens}\n")
 
 
-def _found(options: argparse.Namespace) -> tuple[list[Path], list[str], int] | InputError:
-    """Return what there is to do; errors too, since the other processes wait for an answer."""
+def _list_clips(options: argparse.Namespace) -> tuple[list[Path], list[str], int] | InputError:
+    """Return `clips_to_describe`, or the error, since the other ranks wait for the broadcast."""
     try:
-        found = clips_to_describe(options.folder, overwrite=options.overwrite)
         require_writable(options.folder)
+        return clips_to_describe(options.folder, overwrite=options.overwrite)
     except InputError as error:
         return error
-    return found
 
 
 def _add(reports: Sequence[Report], done: Report, bar: tqdm) -> None:
-    """Add what all processes report, and show it."""
+    """Add the reports of all ranks to `done`, and log their problems."""
     for report in reports:
         done.num_written += report.num_written
         done.num_cut += report.num_cut
@@ -270,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DATA_FOLDER", help="folder of clips, as in args.train_data")
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="vision-language model on disk")
-    parser.add_argument("--prompt", default=PROMPT, help=f"what the model is asked ({PROMPT})")
+    parser.add_argument("--prompt", default=PROMPT, help=f"question after the frames ({PROMPT})")
     parser.add_argument("--frames", type=int, default=8, help="evenly spaced frames that it sees of a clip (8)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="longest answer (200)")
     parser.add_argument("--batch_size", type=int, default=1, help="clips described at a time (1)")

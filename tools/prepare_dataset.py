@@ -1,11 +1,11 @@
-"""Encode the clips and captions of a training run once, ahead of it; docs/precomputing.md tells the steps.
+"""Encode the clips and captions of a training run once, into a cache; see docs/precomputing.md.
 
     python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache
 
-Training takes them with args.latent_cache and args.text_cache, and need not decode, nor load VAE and T5. What a kill
-interrupts goes on with the same command, which also tries again what could not be encoded.
+With args.latent_cache and args.text_cache, training needs no decoding, VAE or T5. The same command continues after an
+interruption, and tries failed clips again.
 
-Exit code 0 means that everything was encoded, 1 that some clips were not, 2 that the command was given something wrong.
+Exit codes: 0 all clips are encoded, 1 some failed, 2 wrong input.
 """
 
 import argparse
@@ -29,25 +29,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the cache")
         parser.add_argument("--vae", action="store_true", help="latents of clips; without a switch: --vae --text")
         parser.add_argument("--text", action="store_true", help="embeddings of captions")
-        parser.add_argument("--images", action="store_true", help="latents of what image-to-video starts from")
-        parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="stored in; by default as computed")
-        parser.add_argument("--shard_mb", type=float, default=256, help="megabytes in a file; what a kill may lose")
+        parser.add_argument("--images", action="store_true", help="latents of the first images of image-to-video")
+        parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="dtype on disk (that of the encoder)")
+        parser.add_argument("--shard_mb", type=float, default=256, help="megabytes per file; a kill loses at most one")
 
     return cli.parse(
         argv,
         prog="tools/prepare_dataset.py",
-        description="Encode the clips and captions of a training run once, ahead of it.",
+        description="Encode the clips and captions of a training run once, into a cache.",
         examples=EXAMPLES,
-        check="say what would be encoded; encode nothing",
+        check="print number and size of the results; encode nothing",
         more=more,
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for; how many clips could not be encoded is left in ``options.num_failed``."""
+    """Encode, or check; the number of failures is written to ``options.num_failed``."""
     import sgm.distributed  # after parsing, so that --help answers at once
     from sgm.config.load import load_config
-    from sgm.data.cache import Kind, listed
+    from sgm.data.cache import Kind
+    from sgm.data.rows import listed
     from sgm.io import readable_size
     from sgm.training.inputs.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 failed, in part or at all, 2 wrong input."""
+    """Run the command; return its exit code."""
     options = parse(argv)
     options.num_failed = 0
     code = cli.run_command(

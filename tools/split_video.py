@@ -1,13 +1,13 @@
-"""Cut long videos into clips to train on, none of which shows a change of scene.
+"""Cut long videos into training clips without scene changes.
 
     python tools/split_video.py raw/*.mp4 --out my_clips --fps 16 --size 480 720 --min_seconds 3 --max_seconds 10
 
-Writes my_clips/videos/<name>_<number>.mp4, and a line about each clip into my_clips/clips.jsonl. Scenes longer than
---max_seconds are divided evenly. Frames are chosen by their times, so that a clip plays at the true speed; a source
-with fewer frames per second than --fps keeps its own rate, and a warning says so. Give the same command again after an
-interruption: finished clips are left alone. Memory holds the frames of one clip, however long its source is.
+Writes my_clips/videos/<name>_<number>.mp4, and a line per clip into my_clips/clips.jsonl. Scenes longer than
+--max_seconds are divided evenly. Frames are selected by their timestamps, so clips keep their speed; a source with a
+lower frame rate than --fps keeps its own, with a warning. After an interruption, the same command continues: finished
+clips are kept. Memory holds the frames of one clip.
 
-Exit code 0 means that all is done, 1 that some sources could not be read, 2 that the command was given something wrong.
+Exit codes: 0 done, 1 some sources could not be read, 2 wrong input.
 """
 
 import argparse
@@ -16,52 +16,43 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import av
-import av.error
 import numpy as np
 from tqdm import tqdm
 
+from sgm.cli import run_command
+from sgm.data.clips.decode import ClipError, VideoInfo, open_video, scan
 from sgm.data.clips.frames import select_frames
-from sgm.data.clips.video import ClipError, VideoInfo, scan
 from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, remove_leftovers, require_writable, write_json
-from sgm.log import configure_logging, get_logger
-from sgm.util import InputError, RunError
+from sgm.log import get_logger
+from sgm.util import InputError
 
 logger = get_logger("split_video")
 
 PLANS, MANIFEST = "cuts", "clips.jsonl"
-DETECTION_WIDTH = 256  # of the pictures that are compared: cuts show at any size, and grain does not
-FLASH_SECONDS = 0.5  # of two changes nearer than this, one is a flash or a dissolve
+DETECTION_WIDTH = 256  # pixels of the frames that are compared; small frames show cuts, but no grain
+FLASH_SECONDS = 0.5  # two changes within this time are a flash or a dissolve
 _TOLERANCE = 1e-6  # of times, in seconds: they are rounded to the time base of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides how a source is cut; a folder is cut with one of these.
+    """How sources are cut; the same for all clips of a folder."""
 
-    Attributes:
-        fps: frames per second of clips; None keeps the rate of the source.
-        size: (height, width) of clips, covered and cropped; None keeps that of the source.
-        min_seconds: scenes and pieces shorter than this are dropped.
-        max_seconds: scenes longer than this are divided.
-        threshold: change between neighbouring frames that is a cut, on PySceneDetect's scale for its ContentDetector.
-    """
-
-    fps: float | None
-    size: tuple[int, int] | None
-    min_seconds: float
-    max_seconds: float
-    threshold: float
+    fps: float | None  # frame rate of clips; None is that of the source
+    size: Sequence[int] | None  # [height, width] of clips; None is that of the source
+    min_seconds: float  # shorter scenes and pieces are dropped
+    max_seconds: float  # longer scenes are divided
+    threshold: float  # change between consecutive frames that is a cut, on the scale of PySceneDetect's ContentDetector
 
     def check(self) -> None:
-        """Raise an InputError where they make no sense."""
+        """Raise an InputError for an illegal value."""
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps is {self.fps:g}; give a number above 0")
         if not 0 < self.min_seconds <= self.max_seconds < math.inf:
@@ -76,42 +67,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one source is cut.
-
-    Attributes:
-        source: the video.
-        num_bytes: its size, which tells it from another of the same name.
-        settings: what it was cut with, as `Settings` in JSON.
-        fps: frames per second of its clips.
-        clips: begin and end of each clip in seconds, by the times of the source's frames.
-        dropped_seconds: in scenes and pieces that are too short.
-    """
+    """The clips of one source."""
 
     source: str
-    num_bytes: int
-    settings: dict
-    fps: float
-    clips: list[tuple[float, float]]
-    dropped_seconds: float
+    num_bytes: int  # file size, to notice another video of the same name
+    settings: dict  # `Settings` as JSON
+    fps: float  # frame rate of the clips
+    clips: list[tuple[float, float]]  # start and end of each in seconds of the source's timestamps
+    dropped_seconds: float  # in scenes and pieces that are too short
 
     def paths(self, out: Path) -> list[Path]:
-        """Return the files of the clips."""
+        """Return the paths of the clips."""
         stem = Path(self.source).stem
         return [out / VIDEOS / f"{stem}_{number:04d}.mp4" for number in range(len(self.clips))]
 
 
 def divide(scenes: Sequence[tuple[float, float]], settings: Settings) -> tuple[list[tuple[float, float]], float]:
-    """Divide scenes into clips.
+    """Divide scenes, (start, end) in seconds, into clips; return them, and the dropped seconds.
 
-    A scene that is too long becomes as few equal clips as the longest allowed length permits. Where these would be too
-    short, clips of the longest length are taken from its start, and the rest is dropped.
-
-    Args:
-        scenes: begin and end of each, in seconds.
-        settings: with the lengths that are allowed.
-
-    Returns:
-        Begin and end of each clip, and the seconds that are in none.
+    A long scene is divided into the smallest number of equal clips of at most the maximum length. If these are shorter
+    than the minimum, clips of the maximum length are taken from its start, and the rest is dropped.
     """
     clips = []
     for begin, end in scenes:
@@ -125,36 +100,21 @@ def divide(scenes: Sequence[tuple[float, float]], settings: Settings) -> tuple[l
     return clips, max(dropped, 0.0)
 
 
-@contextmanager
-def _decoded(path: Path) -> Iterator[Iterator[av.VideoFrame]]:
-    """Yield the frames of a video in order of display; what goes wrong inside becomes a ClipError."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"  # one video at a time: decode it on all cores
-            yield container.decode(stream)
-    except (av.error.FFmpegError, ValueError) as error:
-        raise ClipError(path, f"cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
-
-
 def find_scenes(path: Path, info: VideoInfo, times: np.ndarray, threshold: float) -> list[tuple[float, float]]:
-    """Return begin and end in seconds of each scene, by the times of the source's frames.
+    """Return start and end of each scene in seconds of the source's timestamps.
 
-    Args:
-        path: the video.
-        info: what is known of it.
-        times: when each frame is shown, in seconds.
-        threshold: see `Settings`.
+    Metadata and `times` are those of `scan`; for `threshold` see `Settings`.
 
     Raises:
-        ClipError: it cannot be decoded to its end.
+        ClipError: the video cannot be decoded to its end.
     """
     from scenedetect import ContentDetector, FrameTimecode
 
     detector = ContentDetector(threshold=threshold, min_scene_len=FLASH_SECONDS)
     cuts, count = [], 0
-    with _decoded(path) as frames, _progress(path, "scenes", info.num_frames) as bar:
-        for frame in frames:
+    opened, progress = open_video(path, thread_type="AUTO"), _progress(path, "scenes", info.num_frames)
+    with opened as (container, stream), progress as bar:
+        for frame in container.decode(stream):
             height = max(round(frame.height * DETECTION_WIDTH / frame.width), 1)
             picture = frame.reformat(DETECTION_WIDTH, height, "bgr24", interpolation="AREA").to_ndarray()
             cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(count, info.fps), picture)]
@@ -167,7 +127,7 @@ def find_scenes(path: Path, info: VideoInfo, times: np.ndarray, threshold: float
 
 
 def make_plan(path: Path, settings: Settings) -> Plan:
-    """Find the scenes of a video and divide them into clips.
+    """Detect the scenes of a video and divide them into clips.
 
     Raises:
         ClipError: the video cannot be read.
@@ -178,11 +138,11 @@ def make_plan(path: Path, settings: Settings) -> Plan:
     scenes = find_scenes(path, info, times, settings.threshold)
     clips, dropped = divide(scenes, settings)
     fps = info.fps if settings.fps is None else min(settings.fps, info.fps)
-    return Plan(str(path), path.stat().st_size, _as_json(settings), round(fps, 6), clips, dropped)
+    return Plan(str(path), path.stat().st_size, asdict(settings), round(fps, 6), clips, dropped)
 
 
 def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
-    """Write the clips of a source that are not there yet; return how many these were.
+    """Write the missing clips of a source; return their number.
 
     Raises:
         ClipError: the source cannot be read.
@@ -192,12 +152,12 @@ def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
     if not missing:
         return 0
     source = Path(plan.source)
-    chosen = _frames_of([clip for clip, _ in missing], scan(source)[1], plan)
-    pictures = _pictures(source, [index for indices in chosen for index in indices], settings.size)
+    selected = _select_frames([clip for clip, _ in missing], scan(source)[1], plan)
+    pictures = _pictures(source, [index for indices in selected for index in indices], settings.size)
     with _progress(source, "clips", len(missing)) as bar:
-        for indices, (_, path) in zip(chosen, missing, strict=True):
+        for indices, (_, path) in zip(selected, missing, strict=True):
             first = next(pictures)
-            clip = np.empty((len(indices), *first.shape), dtype=np.uint8)
+            clip = np.empty((len(indices), *first.shape), dtype=np.uint8)  # filled in place: memory of one clip
             clip[0] = first
             for k in range(1, len(indices)):
                 clip[k] = next(pictures)
@@ -206,9 +166,9 @@ def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
     return len(missing)
 
 
-def _frames_of(clips: Sequence[tuple[float, float]], times: np.ndarray, plan: Plan) -> list[list[int]]:
-    """Return the source frames of each clip, in order of display; one may stand for several where frames are sparse."""
-    chosen = []
+def _select_frames(clips: Sequence[tuple[float, float]], times: np.ndarray, plan: Plan) -> list[list[int]]:
+    """Return the source frames of each clip in display order; sparse frames are repeated."""
+    selected = []
     for begin, end in clips:
         low = max(int(np.searchsorted(times, begin + _TOLERANCE)) - 1, 0)  # the frame that is shown at that time
         high = max(int(np.searchsorted(times, end - _TOLERANCE)), low + 1)
@@ -217,15 +177,15 @@ def _frames_of(clips: Sequence[tuple[float, float]], times: np.ndarray, plan: Pl
             taken = select_frames(times[low:high], fps=plan.fps, max_num_frames=num)
         except ValueError as error:
             raise ClipError(plan.source, f"from {begin:.2f} to {end:.2f} s: {error}") from error
-        chosen.append([low + index for index in taken.indices[: taken.num_frames]])
-    return chosen
+        selected.append([low + index for index in taken.indices[: taken.num_frames]])
+    return selected
 
 
-def _pictures(path: Path, indices: Sequence[int], size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    """Yield source frames (H, W, 3) uint8, RGB, upright, by ascending index; decodes from the start of the file."""
+def _pictures(path: Path, indices: Sequence[int], size: Sequence[int] | None) -> Iterator[np.ndarray]:
+    """Yield source frames (H, W, 3) uint8, RGB, upright, by ascending index; decode from the start of the file."""
     position = 0
-    with _decoded(path) as frames:
-        for index, frame in enumerate(frames):
+    with open_video(path, thread_type="AUTO") as (container, stream):
+        for index, frame in enumerate(container.decode(stream)):
             if index == indices[position]:
                 picture = _picture(frame, size)
                 while position < len(indices) and indices[position] == index:
@@ -236,8 +196,8 @@ def _pictures(path: Path, indices: Sequence[int], size: tuple[int, int] | None) 
     raise ClipError(path, f"ends before frame {indices[position]}, though its packets go further; encode it again")
 
 
-def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
-    """Return a frame upright, scaled until it covers `size` and cropped to it; to even sides without one."""
+def _picture(frame: av.VideoFrame, size: Sequence[int] | None) -> np.ndarray:
+    """Return a frame upright, scaled to cover `size` and cropped to it; without one, cropped to even sides."""
     turned = frame.rotation % 180 != 0
     height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
     target_h, target_w = size or (height - height % 2, width - width % 2)
@@ -245,7 +205,7 @@ def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
     covering = max(target_h, round(height * scale)), max(target_w, round(width * scale))
     stored_h, stored_w = covering[::-1] if turned else covering
     scaled = frame.to_ndarray(format="rgb24", width=stored_w, height=stored_h, interpolation="BICUBIC")
-    upright = np.rot90(scaled, frame.rotation // 90)  # rotation is in degrees against the clock
+    upright = np.rot90(scaled, frame.rotation // 90)  # counterclockwise in degrees
     top, left = (covering[0] - target_h) // 2, (covering[1] - target_w) // 2
     return upright[top : top + target_h, left : left + target_w]
 
@@ -254,24 +214,20 @@ def _plan_file(path: Path, out: Path) -> Path:
     return out / PLANS / f"{path.stem}.json"
 
 
-def _as_json(settings: Settings) -> dict:
-    return json.loads(json.dumps(asdict(settings)))
-
-
 def _read_plan(file: Path) -> Plan:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        cure = "remove it, and the clips and captions of its source, to cut that anew"
+        cure = "remove it, and the clips and captions of its source, to cut that again"
         raise InputError(f"{file} is no plan of this command ({error}); {cure}") from error
 
 
 def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> None:
-    """See, before anything is decoded, that each source can have clips of its own in the folder.
+    """Check that the clips of each source can be written to the folder; decode nothing.
 
     Raises:
-        InputError: a source does not exist, shares its name with another, or has clips cut otherwise or without plan.
+        InputError: a source does not exist, shares its name with another, or has clips with other settings or no plan.
     """
     by_stem: dict[str, Path] = {}
     for path in sources:
@@ -291,20 +247,20 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
         plan = _read_plan(file)
         if plan.num_bytes != path.stat().st_size:
             raise InputError(f"{clips} come from another video of this name, '{plan.source}'; give another --out")
-        changed = [f"--{key} {value}" for key, value in plan.settings.items() if _as_json(settings)[key] != value]
+        changed = [f"--{key} {value}" for key, value in plan.settings.items() if asdict(settings)[key] != value]
         if changed:
-            cure = f"give the same again or another --out, or remove them, their captions and {file} to cut it anew"
+            cure = f"give the same again or another --out, or remove them, their captions and {file} to cut it again"
             raise InputError(f"{clips} were cut with {', '.join(changed)}; {cure}")
 
 
 def _named_as_results(path: Path, out: Path) -> list[Path]:
-    """Return what lies where the clips of a source, and their captions, would."""
+    """Return existing files with names of the clips and captions of a source."""
     name = re.compile(re.escape(path.stem) + r"_\d{4,}\.(mp4|txt)")
     return [file for part in (VIDEOS, LABELS) for file in sorted((out / part).glob("*")) if name.fullmatch(file.name)]
 
 
 def write_manifest(out: Path) -> int:
-    """Write a line for each finished clip of all sources that were ever cut into the folder; return their number."""
+    """Write a line for each finished clip of all sources in the folder; return their number."""
     lines = []
     for file in sorted((out / PLANS).glob("*.json")):
         plan = _read_plan(file)
@@ -319,7 +275,7 @@ def write_manifest(out: Path) -> int:
 
 
 def split(path: Path, settings: Settings, out: Path) -> str:
-    """Cut one video, or what is left to do of it; return a line about it.
+    """Cut one video, or continue; return a line about it.
 
     Raises:
         ClipError: the video cannot be read.
@@ -330,9 +286,8 @@ def split(path: Path, settings: Settings, out: Path) -> str:
         write_json(file, asdict(make_plan(path, settings)))
     plan = _read_plan(file)
     if settings.fps is not None and plan.fps < settings.fps:
-        logger.warning(
-            "%s has %.4g frames per second, below --fps %g; its clips keep them", path, plan.fps, settings.fps
-        )
+        said = "%s has %.4g frames per second, below --fps %g; its clips keep them"
+        logger.warning(said, path, plan.fps, settings.fps)
     try:
         num_new = write_clips(plan, settings, out)
     finally:
@@ -352,48 +307,45 @@ def _require_detector() -> None:
         raise InputError(f"cutting needs PySceneDetect, which cannot be imported ({error}); {cure}") from error
 
 
+def work(options: argparse.Namespace) -> None:
+    """Cut all videos; the number of unreadable ones is written to ``options.num_failed``."""
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
+    settings.check()
+    _require_detector()
+    require_writable(options.out)
+    check_sources(options.videos, settings, options.out)
+    remove_leftovers(options.out / VIDEOS)
+    for path in options.videos:
+        try:
+            sys.stdout.write(split(path, settings, options.out) + "\n")
+        except ClipError as error:
+            options.num_failed += 1
+            sys.stderr.write(f"error: {error}\n")
+    sys.stdout.write(f"{write_manifest(options.out)} clips: {options.out / MANIFEST}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="videos to cut")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder that gets the clips")
-    parser.add_argument("--fps", type=float, help="frames per second of clips; without it, those of the source")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder of the clips")
+    parser.add_argument("--fps", type=float, help="frame rate of clips (that of the source)")
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of clips: scaled to cover it, middle cut out"
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of clips: scaled to cover it, centre cropped"
     )
     parser.add_argument("--min_seconds", type=float, default=2.0, help="drop what is shorter (2)")
     parser.add_argument("--max_seconds", type=float, default=10.0, help="divide what is longer (10)")
     parser.add_argument("--threshold", type=float, default=27.0, help="change that is a cut; less finds more cuts (27)")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     options = parser.parse_args(argv)
-    configure_logging()
-    settings = Settings(
-        fps=options.fps,
-        size=tuple(options.size) if options.size else None,
-        min_seconds=options.min_seconds,
-        max_seconds=options.max_seconds,
-        threshold=options.threshold,
+    options.num_failed = 0
+    code = run_command(
+        work,
+        options,
+        interrupted="interrupted; the same command goes on where this one stopped",
+        memory_hint="give a smaller --size or --max_seconds",
     )
-    failed = 0
-    try:
-        settings.check()
-        _require_detector()
-        require_writable(options.out)
-        check_sources(options.videos, settings, options.out)
-        remove_leftovers(options.out / VIDEOS)
-        for path in options.videos:
-            try:
-                sys.stdout.write(split(path, settings, options.out) + "\n")
-            except ClipError as error:
-                failed += 1
-                sys.stderr.write(f"error: {error}\n")
-        sys.stdout.write(f"{write_manifest(options.out)} clips: {options.out / MANIFEST}\n")
-    except (InputError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where this one stopped\n")
-        return 130
-    return 1 if failed else 0
+    return code or int(options.num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
         ConfigError: they are malformed, or the network cannot take one that is named.
     """
     given = (config.data.get("params") or {}).get("buckets")
-    return None if given is None else parse_buckets(given).fitted(geometry)
+    return None if given is None else parse_buckets(given).supported_by(geometry)
 
 
 def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:

@@ -1,10 +1,10 @@
-"""What an encoder gave, kept on disk so that training need not compute it again; docs/precomputing.md shows the files.
+"""Cache of encoder outputs on disk; docs/precomputing.md describes the files.
 
 A folder holds up to three kinds of results: ``latents``, mean and log-variance of clips; ``images``, the same of the
-pictures that image-to-video starts from; ``text``, embeddings of captions. For each kind there is a description,
-``latents.json``, and shards, ``latents-00000.safetensors``. The description is written first: what is encoded, how,
-and which shard gets what. A shard appears when all of it is there, so a kind is complete when none is missing, and
-neither kills nor the number of processes can change a byte.
+first images of image-to-video; ``text``, embeddings of captions. Each kind has a description, ``latents.json``, and
+shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. A shard is
+written atomically: a kind is complete when no shard is missing, and the bytes depend neither on kills nor on the number
+of processes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sgm.data.rows import ClipFile
+from sgm.data.rows import ClipFile, listed
 from sgm.io import atomic_file, write_json
 from sgm.util import PRECISIONS, InputError, RunError
 
@@ -30,32 +30,24 @@ Kind = Literal["latents", "images", "text"]
 KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
-_FORMAT = 2  # raised when files, or what decoding gives, change
-_OPEN_SHARDS = 16  # of one process; a shard that is open costs a file handle and its header
+_REWRITE = f"write the cache again with {TOOL}"
+_FORMAT = 2  # to be raised when the files or the decoded frames change
+_OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a cache holds of one kind.
-
-    Attributes:
-        kind: of results.
-        dtype: of the stored tensors: ``fp16``, ``bf16`` or ``fp32``.
-        source: what decides about the results; ``precision`` in it is what they were computed in.
-        shards: for each shard the keys of its results, in order: a caption, or what `ClipKeys` gives.
-        shapes: FxHxW that each clip has, in the order of its key, None where it could not be read; empty for text.
-        left_out: keys of clips that training never shows, since they fit no bucket.
-    """
+    """The contents of a cache of one kind."""
 
     kind: Kind
-    dtype: str
-    source: Mapping[str, Any]
-    shards: tuple[tuple[str, ...], ...]
-    shapes: tuple[str | None, ...] = ()
-    left_out: tuple[str, ...] = ()
+    dtype: str  # of the stored tensors: fp16, bf16 or fp32
+    source: Mapping[str, Any]  # everything that determines the results; "precision" in it is that of the encoder
+    shards: tuple[tuple[str, ...], ...]  # keys of the results of each shard, in order: captions, or from `ClipKeys`
+    shapes: tuple[str | None, ...] = ()  # FxHxW of each clip in the order of the keys, None if unreadable; () for text
+    left_out: tuple[str, ...] = ()  # keys of clips that fit no bucket
 
     def keys(self) -> Iterator[str]:
-        """Yield the keys of all results, in order."""
+        """Yield all keys, in order."""
         return itertools.chain.from_iterable(self.shards)
 
     def shape_of(self) -> dict[str, str | None]:
@@ -63,29 +55,28 @@ class Description:
         return dict(zip(self.keys(), self.shapes, strict=True)) if self.shapes else {}
 
     def shard(self, number: int) -> str:
-        """Return the name of the file of a shard."""
+        """Return the file name of a shard."""
         return f"{self.kind}-{number:05d}.safetensors"
 
     def failed(self, number: int) -> str:
-        """Return the name of the file that says what a shard lacks, and why; most shards have none."""
+        """Return the file name of the failures of a shard; most shards have none."""
         return f"{self.kind}-{number:05d}.failed.json"
 
     def missing(self, folder: Path) -> list[int]:
-        """Return the shards that `folder` does not have."""
+        """Return the numbers of shards that `folder` does not have."""
         there = _names(folder)
         return [number for number in range(len(self.shards)) if self.shard(number) not in there]
 
     def unfinished(self, folder: Path) -> list[int]:
-        """Return the shards that `folder` does not have, or that lack results."""
+        """Return the numbers of shards that are missing or have failures."""
         there = _names(folder)
-        numbers = range(len(self.shards))
-        return [n for n in numbers if self.shard(n) not in there or self.failed(n) in there]
+        return [n for n in range(len(self.shards)) if self.shard(n) not in there or self.failed(n) in there]
 
     def failures(self, folder: Path) -> dict[str, str]:
-        """Return key → reason of the results that the shards in `folder` lack.
+        """Return key → reason of the failures in `folder`.
 
         Raises:
-            InputError: a file that tells it is damaged.
+            InputError: a file of failures is damaged.
         """
         failures: dict[str, str] = {}
         there = _names(folder)
@@ -94,18 +85,12 @@ class Description:
                 try:
                     failures |= json.loads((folder / name).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
-                    raise InputError(f"{folder / name} cannot be read: {error}; {_anew()}") from error
+                    raise InputError(f"{folder / name} cannot be read: {error}; {_REWRITE}") from error
         return failures
 
 
 def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
-    """Divide results into shards of up to `shard_bytes`, in order.
-
-    Args:
-        keys: of the results.
-        sizes: of each, in bytes.
-        shard_bytes: a larger result has a shard of its own.
-    """
+    """Divide results of `sizes` bytes into shards of up to `shard_bytes`, in order; a larger one has its own shard."""
     shards: list[list[str]] = []
     filled = shard_bytes + 1
     for key, size in zip(keys, sizes, strict=True):
@@ -118,10 +103,10 @@ def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple
 
 
 def begin(folder: Path, description: Description) -> None:
-    """Write the description of a cache, or find the same one there.
+    """Write the description of a cache, or check that the folder has the same one.
 
     Raises:
-        InputError: another cache lies there; the message lists the differences.
+        InputError: the folder has another cache; the message lists the differences.
         RunError: the folder cannot be written to.
     """
     path = folder / f"{description.kind}.json"
@@ -137,24 +122,20 @@ def begin(folder: Path, description: Description) -> None:
         found = found or differences(there.shape_of(), description.shape_of())
         found = found or ["the results are in another order, or in shards of another size (--shard_mb)"]
     if found:
-        raise InputError(
-            f"{path} was begun for something else; name another folder with --out, or remove this one:\n{listed(found)}"
-        )
+        cure = "name another folder with --out, or remove this one"
+        raise InputError(f"{path} belongs to a cache with other settings or data; {cure}:\n{listed(found)}")
 
 
 def write_shard(
     folder: Path, description: Description, number: int, results: Iterable[torch.Tensor | str]
 ) -> dict[str, str]:
-    """Write a shard, at once and whole; a former one with its number goes.
+    """Write a shard atomically, replacing an earlier one; return key → reason of the failures.
 
     Args:
         folder: of the cache.
         description: of this kind.
         number: of the shard.
-        results: tensors in the order of its keys, or why there is none.
-
-    Returns:
-        Key → reason of the results that are missing.
+        results: a tensor, or the reason of a failure, for each key in order.
 
     Raises:
         RunError: it could not be written.
@@ -168,7 +149,7 @@ def write_shard(
             tensors[f"{place:06d}"] = result.detach().to(PRECISIONS[description.dtype]).cpu().contiguous()
     path, failed = folder / description.shard(number), folder / description.failed(number)
     path.unlink(missing_ok=True)
-    if failures:  # before the shard, which says that all is there
+    if failures:  # before the shard, whose presence means that all is written
         write_json(failed, failures)
     else:
         failed.unlink(missing_ok=True)
@@ -179,7 +160,7 @@ def write_shard(
 
 
 def read_shard(folder: Path, description: Description, number: int) -> dict[str, torch.Tensor]:
-    """Return the results of a shard by their keys, as they are stored; none where it is not there.
+    """Return key → result of a shard in the stored dtype; none if the file is missing.
 
     Raises:
         RunError: it is damaged.
@@ -195,14 +176,14 @@ def read_shard(folder: Path, description: Description, number: int) -> dict[str,
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to make it anew")
+    return RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to rewrite it")
 
 
 def read_description(folder: Path, kind: Kind) -> Description:
-    """Read what a cache holds of one kind.
+    """Read the description of one kind.
 
     Raises:
-        InputError: it holds nothing of it, or the description is damaged, or of another version.
+        InputError: there is none, or it is damaged or of another version.
     """
     path = folder / f"{kind}.json"
     try:
@@ -219,28 +200,24 @@ def read_description(folder: Path, kind: Kind) -> Description:
         found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
         raise InputError(f"'{folder}' has no {path.name}: {found}; {TOOL} makes it") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; {_anew()}") from error
-
-
-def _anew() -> str:
-    return f"write the cache anew with {TOOL}"
+        raise InputError(f"{path} cannot be read: {error}; {_REWRITE}") from error
 
 
 class CachedTensors(Mapping[str, torch.Tensor]):
-    """The results of one kind by their keys, in the precision that they were computed in.
+    """Key → result of one kind, in the precision of the encoder.
 
-    Shards are mapped into memory when they are first used, in each process by itself.
+    Each process maps a shard into memory when it first uses it.
 
     Args:
         folder: of the cache.
         kind: of results.
 
     Attributes:
-        failures: key → reason of the results that could not be computed; they are not in the mapping.
+        failures: key → reason of failed results, which are not in the mapping.
         shapes: key → FxHxW of the clips.
 
     Raises:
-        InputError: there is no such cache, or it is not complete.
+        InputError: there is no such cache, or it is incomplete.
     """
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
@@ -267,7 +244,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         """Return a result.
 
         Raises:
-            KeyError: there is none.
+            KeyError: unknown or failed.
             RunError: its shard is damaged.
         """
         number, place = self._places[key]
@@ -292,38 +269,38 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         return len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind; a worker process opens its own."""
+        """Pickle without open files; a worker process opens its own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def require(self, keys: Iterable[str], source: Mapping[str, Any]) -> None:
-        """Check that this cache was made for what is trained now.
+        """Check that this cache was made for the present run.
 
         Args:
-            keys: of all results that training will ask for.
-            source: what decides about results, now.
+            keys: of all results that training needs.
+            source: everything that determines the results in this run.
 
         Raises:
-            InputError: it was not; the message shows the differences.
+            InputError: it was not; the message lists the differences.
         """
         found = differences(self.description.source, source)
         if not found:
             known = {*self.description.keys(), *self.description.left_out}
             absent = [key for key in dict.fromkeys(keys) if key not in known]
-            sizes = {_name(key): key for key in known} if absent and self.description.kind != "text" else {}
-            found = [
-                f"{key}: not in the cache" + (f", which has {sizes[_name(key)]}" if _name(key) in sizes else "")
-                for key in absent
-            ]
+            is_clip = self.description.kind != "text"
+            by_name = {_without_size(key): key for key in known} if absent and is_clip else {}
+            for key in absent:
+                other = by_name.get(_without_size(key))
+                found.append(f"{key}: not in the cache" + (f", which has {other}" if other else ""))
         if found:
             kind = self.description.kind
             raise InputError(
-                f"the {kind} in '{self.folder}' were made for something else; run {TOOL} with the present "
+                f"the {kind} in '{self.folder}' were made with other settings or data; run {TOOL} with the present "
                 f"configuration and data, and another --out:\n{listed(found)}"
             )
 
 
 def differences(cached: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a line for each value that is not the same in both: its name, what the cache has, and what is now."""
+    """Return a line for each value that differs: its name, the value in the cache, and the present one."""
     lines = []
     for name in dict.fromkeys((*cached, *now)):
         before, after = cached.get(name), now.get(name)
@@ -334,21 +311,15 @@ def differences(cached: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return lines
 
 
-def listed(lines: Sequence[str], shown: int = 10) -> str:
-    """Return lines for a message, the first few and how many more there are."""
-    more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
-    return "\n".join([*(f"  {line}" for line in lines[:shown]), *more])
-
-
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return f"{text[1:13]}..." if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
 
 
 class ClipKeys:
-    """Names of clips in a cache: where they lie below the data folder, and how large they are.
+    """Keys of clips in a cache: path from the data folder, and file size.
 
-    So a data folder may move, but no clip be replaced by another one.
+    So the data folder may move, but a replaced clip is noticed.
 
     Args:
         folder: of the data set.
@@ -360,16 +331,16 @@ class ClipKeys:
         self._sizes: dict[Path, int] = {}
 
     def __call__(self, clip: ClipFile, image: ClipFile | None = None) -> str:
-        """Return the key of a clip, or of the image that belongs to it.
+        """Return the key of a clip, or of its first image.
 
         Raises:
-            InputError: there is no such file.
+            InputError: a file does not exist.
         """
-        name = f"{self._name}/{self._entry(clip)}"
-        return name if image is None else f"{name} with {self._entry(image)}"
+        key = f"{self._name}/{self._entry(clip)}"
+        return key if image is None else f"{key} with {self._entry(image)}"
 
     def _entry(self, file: ClipFile) -> str:
-        path = os.path.relpath(file.absolute() if isinstance(file, Path) else Path(str(file)).absolute(), self._folder)
+        path = os.path.relpath(Path(str(file)).absolute(), self._folder)
         try:
             return f"{Path(path).as_posix()}, {self._size(file)} bytes"
         except OSError as error:
@@ -378,23 +349,18 @@ class ClipKeys:
     def _size(self, file: ClipFile) -> int:
         if isinstance(file, Path):
             return file.stat().st_size
-        size = getattr(file, "size", None)
-        if size is not None:
+        if (size := getattr(file, "size", None)) is not None:
             return size
-        container = file.container  # a table, which does not tell how large a cell is before it is read
+        container = file.container  # a table, which has no sizes of cells
         if container not in self._sizes:
             parts = [path for path in container.rglob("*") if path.is_file() and not path.name.startswith(".")]
             self._sizes[container] = sum(path.stat().st_size for path in parts)
         return self._sizes[container]
 
 
-def _name(key: str) -> str:
-    """Return the part of a clip's key that stays when the clip changes."""
+def _without_size(key: str) -> str:
     return re.sub(r", \d+ bytes", "", key)
 
 
 def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except FileNotFoundError:
-        return set()
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

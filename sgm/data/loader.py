@@ -1,4 +1,4 @@
-"""Training samples by number, and the batches of one rank.
+"""Training samples by number, and the batches of one rank, loaded by worker processes.
 
 Legend: B clips of a batch, F frames, H W pixels.
 """
@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,23 +17,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sgm.data.buckets.plan import BucketPlan, RankBatch
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.util import RunError
 
-MAX_ATTEMPTS = 10  # clips tried for one sample; so many bad ones in a row mean that all are
+MAX_ATTEMPTS = 10  # clips tried for one sample
 _PARENT_CHECK_S = 2.0
 _CAN_WAIT_FOR_SIGNALS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 
 class ClipDataset(Protocol):
-    """What a data set that YAML names must offer to be trained on.
+    """Protocol of the data sets in YAML.
 
-    ``dataset[i]`` is ``{"mp4": (F, 3, H, W) float32 in [-1, 1], "txt": str, "num_frames": int, "fps": float,
-    "path": str}``, and perhaps more, or raises a ClipError. ``moments`` of a cache may stand in place of ``mp4``.
-    A data set with something random about its samples has a method ``sample(i, generator)``, too, which is called
-    instead with a generator of the training sample's own; one that buckets are used with has
-    ``sample(i, generator, (F, H, W))``.
+    ``dataset[i]`` returns ``{"mp4": (F, 3, H, W) float32 in [-1, 1], "txt": str, "num_frames": int, "fps": float,
+    "path": str}``, and perhaps more, or raises a ClipError. ``moments`` of a cache may replace ``mp4``. A data set with
+    random augmentation also has ``sample(i, generator)``, called instead with a generator seeded per training sample;
+    for buckets it needs ``sample(i, generator, (F, H, W))``.
     """
 
     def __len__(self) -> int:
@@ -46,16 +45,16 @@ class ClipDataset(Protocol):
 
 
 class SampleStream(Dataset):
-    """The samples of a training run by number, counted over all ranks and steps from 0.
+    """The samples of a training run by number, counted from 0 over all ranks and steps.
 
-    ``stream[number]`` is what the data set gives, with ``number`` and ``failures``: path and reason of the clips that
-    should have been shown and could not be used. They are replaced by others of the same data set. What replaces them
-    depends on the seed and the number alone, so a resumed run shows the same.
+    ``stream[number]`` is the data set's sample, with ``number`` and ``failures``: path and reason of unusable clips
+    that it replaces. A replacement comes from the same data set, chosen by seed and number alone, so that a resumed run
+    shows the same.
 
     Args:
-        datasets: where the clips come from.
-        order: which clip each number shows.
-        plan: of buckets, so that what replaces a clip comes from the same bucket where there is another.
+        datasets: of the clips.
+        order: the clip of each number.
+        plan: of buckets; replacements then come from the same bucket, if it has other clips.
     """
 
     def __init__(self, datasets: Sequence[ClipDataset], order: TrainingOrder, plan: BucketPlan | None = None) -> None:
@@ -65,7 +64,7 @@ class SampleStream(Dataset):
         self.datasets = list(datasets)
         self.order = order
         self.plan = plan
-        self._bad: dict[tuple[int, int], tuple[str, str]] = {}  # known to this process, which need not try again
+        self._bad: dict[tuple[int, int], tuple[str, str]] = {}  # found by this process
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Return sample `number`, see `sample`."""
@@ -76,10 +75,10 @@ class SampleStream(Dataset):
 
         Args:
             number: of the sample.
-            shape: (F, H, W) that its clip is brought to; None leaves it to the data set.
+            shape: (F, H, W) of the result; None is that of the data set.
 
         Raises:
-            RunError: no usable clip was found for it; the message names those that were tried.
+            RunError: none of the clips tried for it can be used; the message names them.
         """
         dataset, first = self.order[number]
         failures: list[tuple[str, str]] = []
@@ -97,7 +96,7 @@ class SampleStream(Dataset):
         )
 
     def _decode(self, dataset: int, clip: int, number: int, shape: tuple[int, int, int] | None) -> dict[str, Any]:
-        """Decode a clip, with the draws of sample `number` where its data set has any."""
+        """Decode a clip, with the random numbers of sample `number`."""
         sample = getattr(self.datasets[dataset], "sample", None)
         if sample is None:
             return self.datasets[dataset][clip]
@@ -112,27 +111,27 @@ class SampleStream(Dataset):
         others = torch.randperm(size - 1, generator=generator)
         others += others >= first
         if self.plan is not None:
-            others = others[(~self.plan.alike(number)[others]).to(torch.uint8).argsort(stable=True)]
+            others = others[(~self.plan.same_bucket(number)[others]).to(torch.uint8).argsort(stable=True)]
         yield from others[: MAX_ATTEMPTS - 1].tolist()
 
 
 class SampleLoader:
-    """The batches of one rank, prepared ahead by worker processes. See `make_loader`."""
+    """The batches of one rank, prefetched by worker processes. See `make_loader`."""
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader = loader
 
     def __len__(self) -> int:
-        """Return the number of batches from the first to the last."""
+        """Return the number of batches."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield batches, from the first.
+        """Yield the batches.
 
         Raises:
             RunError: a sample has no usable clip, or a worker process died.
         """
-        with _signals_held():
+        with _signals_blocked():
             batches = iter(self._loader)
         while True:
             try:
@@ -141,7 +140,7 @@ class SampleLoader:
                 if str(error).startswith("Caught "):  # an error of the data set, with the worker's traceback
                     raise
                 raise RunError(
-                    f"a process that decodes clips died: {_death(error)}; where memory, or shared memory in a "
+                    f"a process that decodes clips died: {_worker_death(error)}; where memory, or shared memory in a "
                     "container (docker: --ipc=host or --shm-size), is short, lower args.num_workers and "
                     "args.prefetch_factor"
                 ) from error
@@ -152,11 +151,11 @@ class SampleLoader:
             yield batch
 
 
-def _death(error: Exception) -> Exception:
-    """Return what torch says of a worker that was killed.
+def _worker_death(error: Exception) -> Exception:
+    """Return DataLoader's report of a dead worker.
 
-    It says so in its handler of SIGCHLD. The connection to the worker may break off before: then wait for the handler,
-    whose error would otherwise come up anywhere.
+    Its SIGCHLD handler raises the report. The connection to the worker can break before that signal arrives: then wait
+    for it here, so that it does not interrupt the error handling.
     """
     if not isinstance(error, RuntimeError):
         try:
@@ -179,100 +178,84 @@ def make_loader(
 ) -> SampleLoader:
     """Return the batches of one rank.
 
-    The micro batches of all ranks lie side by side: batch k of a rank holds the numbers from ``first + (k * world +
-    rank) * micro_batch`` on. With accumulation, a step is several batches in a row. So each step takes the same
-    samples, however they are divided into ranks, micro batches and accumulation.
+    Batch k of a rank holds the numbers from ``first + (k * world + rank) * micro_batch`` on; with gradient
+    accumulation, a step is several consecutive batches. So each step has the same samples for every division into
+    ranks, micro-batches and accumulation.
 
     Args:
         stream: the samples.
-        first: the number to begin with: those that the steps before have consumed.
-        stop: the number to end before; batches are short, or missing on some ranks, where it does not divide evenly.
-        rank: of this process among those with different data.
-        world: how many those are.
-        micro_batch: samples of a batch.
-        num_workers: processes that decode; 0 decodes in this one, when a batch is asked for.
-        prefetch_factor: batches that each worker prepares ahead: no more than workers times this wait in memory.
+        first: the first sample number: the samples that earlier steps consumed.
+        stop: the sample number to end before; the last batches are short, or missing on some ranks.
+        rank: data parallel rank.
+        world: data parallel size.
+        micro_batch: batch size.
+        num_workers: processes that decode; 0 decodes in this process, on demand.
+        prefetch_factor: batches that each worker prefetches, at most.
 
     Returns:
         Batches ``{"mp4": (B, F, 3, H, W) float32, "txt", "num_frames", "fps", "path", "number": lists of B,
         "weight": list of B factors of the samples' losses, all 1 here, "failures": list of (path, reason)}``.
     """
-    batches = _RankNumbers(first=first, stop=stop, rank=rank, world=world, micro_batch=micro_batch)
-    return _loader(stream, batches, num_workers, prefetch_factor)
+    starts = range(first + rank * micro_batch, stop, world * micro_batch)
+
+    def batches() -> Iterator[RankBatch]:
+        for start in starts:
+            numbers = tuple(range(start, min(start + micro_batch, stop)))
+            yield RankBatch(numbers, (1.0,) * len(numbers), None)
+
+    return _loader(stream, _Batches(batches, len(starts)), num_workers, prefetch_factor)
 
 
 def make_bucket_loader(
     stream: SampleStream, *, first: int, stop: int, rank: int, num_workers: int, prefetch_factor: int = 2
 ) -> SampleLoader:
-    """Return the batches of one rank, each of the shape of its bucket; see `make_loader`.
+    """Return the batches of one rank, each of one bucket's shape; see `make_loader`.
 
     Args:
-        stream: the samples, with a plan of buckets.
-        first: the micro-batch to begin with: as many as the steps before have taken.
-        stop: the micro-batch to end before, after whole steps.
-        rank: of this process among those with different data.
+        stream: the samples, with a bucket plan.
+        first: the first micro-batch, at the start of a step.
+        stop: the micro-batch to end before, at the end of a step.
+        rank: data parallel rank.
         num_workers: see `make_loader`.
         prefetch_factor: see `make_loader`.
     """
-    assert stream.plan is not None
-    batches = _RankBatches(plan=stream.plan, first=first, stop=stop, rank=rank)
+    plan = stream.plan
+    assert plan is not None
+    batches = _Batches(lambda: plan.rank_batches(rank, first=first, stop=stop), stop - first)
     return _loader(stream, batches, num_workers, prefetch_factor)
 
 
 def _loader(stream: SampleStream, batches: Sampler[RankBatch], num_workers: int, prefetch_factor: int) -> SampleLoader:
+    # One pass over it is the whole run, so persistent_workers would have nothing to keep.
     loader = DataLoader(
-        _Batches(stream),
+        _Collated(stream),
         batch_size=None,
         sampler=batches,
         collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else it draws from the generator that training draws from
+        generator=torch.Generator().manual_seed(0),  # the default would consume training's random numbers
     )
     return SampleLoader(loader)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RankNumbers(Sampler[RankBatch]):
-    """The samples in each batch of one rank."""
+@dataclass(frozen=True)
+class _Batches(Sampler[RankBatch]):
+    """The samples of each batch of one rank, and the number of batches."""
 
-    first: int
-    stop: int
-    rank: int
-    world: int
-    micro_batch: int
-
-    def _starts(self) -> range:
-        return range(self.first + self.rank * self.micro_batch, self.stop, self.world * self.micro_batch)
+    make: Callable[[], Iterator[RankBatch]]
+    num: int
 
     def __iter__(self) -> Iterator[RankBatch]:
-        for start in self._starts():
-            numbers = range(start, min(start + self.micro_batch, self.stop))
-            yield RankBatch(tuple(numbers), (1.0,) * len(numbers), None)
+        return self.make()
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return self.num
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RankBatches(Sampler[RankBatch]):
-    """The same with buckets."""
-
-    plan: BucketPlan
-    first: int
-    stop: int
-    rank: int
-
-    def __iter__(self) -> Iterator[RankBatch]:
-        return self.plan.rank_batches(self.rank, first=self.first, stop=self.stop)
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-
-class _Batches(Dataset):
-    """Batches by the samples in them. A RunError is returned, as torch would wrap it in the text of its traceback."""
+class _Collated(Dataset):
+    """Collated batches. Returns a RunError, since DataLoader would wrap a raised one in the text of its traceback."""
 
     def __init__(self, stream: SampleStream) -> None:
         self.stream = stream
@@ -285,10 +268,8 @@ class _Batches(Dataset):
         batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
         if "mp4" in batch:
             batch["mp4"] = torch.stack(batch["mp4"])
-        return batch | {
-            "weight": list(wanted.weights),
-            "failures": [f for each in batch["failures"] for f in each],
-        }
+        failures = [failure for sample in samples for failure in sample["failures"]]
+        return batch | {"weight": list(wanted.weights), "failures": failures}
 
 
 def _unchanged(batch: Any) -> Any:
@@ -296,8 +277,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold signals back while workers are started, which inherit this: until `_start_worker`, one would kill them."""
+def _signals_blocked() -> Iterator[None]:
+    """Block signals while workers start, so that none kills a worker before `_start_worker`; they inherit the mask."""
     if not _CAN_WAIT_FOR_SIGNALS:
         yield
         return
@@ -309,10 +290,10 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker(_worker: int) -> None:
-    """Leave signals to the parent, which finishes its step when it is told to end, and needs its batches for that.
+    """Ignore signals to the process group, since the parent needs batches to finish its step.
 
-    They reach whole process groups: SIGINT from a terminal, SIGTERM from torchrun and cluster schedulers. SIGTERM from
-    the parent itself, how Python ends workers when it exits, must still end them; else it would wait for ever.
+    These are SIGINT from a terminal, and SIGTERM from torchrun and cluster schedulers. SIGTERM from the parent still
+    ends the worker: that is how Python ends workers at exit, before it waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _CAN_WAIT_FOR_SIGNALS:
@@ -321,7 +302,7 @@ def _start_worker(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the parent says so or is gone; torch misses parents that die while a worker starts."""
+    """Exit when the parent sends SIGTERM or is gone; DataLoader misses a parent that dies while a worker starts."""
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_CHECK_S)

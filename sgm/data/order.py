@@ -1,4 +1,4 @@
-"""In which order clips are trained on: a pure function of a seed and the number of a training sample."""
+"""The order in which clips are trained on: a pure function of a seed and the sample number."""
 
 import hashlib
 import math
@@ -10,29 +10,29 @@ from sgm.util import InputError
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed below 2**63 for one purpose, from the seed of the run and what names the purpose.
+    """Return a seed below 2**63 for one purpose, from the seed of the run and the name of the purpose.
 
-    Unlike sums of seeds, neighbouring parts give unrelated results.
+    Unlike sums of seeds, similar parts give unrelated seeds.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class TrainingOrder:
-    """Which clip of which data set every training sample shows: ``order[number]``.
+    """The clip of every training sample: ``order[number]``.
 
-    Samples come in epochs of as many as there are clips. Each data set has the same share of every epoch: its size or,
-    with weights, what they say. A data set is shown in a new permutation each time that all of it has been shown, so
-    without weights every clip comes once an epoch.
+    An epoch has as many samples as there are clips. Each data set has the same share of every epoch: its size, or its
+    weight. A data set is permuted anew whenever all of its clips have been shown; without weights, an epoch shows every
+    clip once.
 
     Args:
-        sizes: the number of clips of each data set.
+        sizes: number of clips of each data set.
         seed: of the run.
-        weights: how often each data set is drawn, in any unit; null draws by size.
-        shuffle: false keeps the order of the clips and of the data sets within an epoch.
+        weights: how often each data set is drawn, in any unit; None draws by size.
+        shuffle: False keeps the order of clips and data sets.
 
     Raises:
-        InputError: there is not one usable weight for each data set.
+        InputError: there is not one usable weight per data set.
     """
 
     def __init__(
@@ -44,71 +44,56 @@ class TrainingOrder:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch_length = sum(sizes)
-        self._shares = self.sizes if weights is None else _shares(weights, sizes)
-        self._epoch: tuple[int, torch.Tensor, torch.Tensor] | None = None
-        self._clips: dict[int, tuple[int, torch.Tensor]] = {}
+        self._counts = self.sizes if weights is None else _samples_per_epoch(weights, sizes)
+        self._epoch: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # the latest one
 
     def __getitem__(self, number: int) -> tuple[int, int]:
         """Return (data set, clip) of sample `number`, from 0."""
         if number < 0:
             raise IndexError(f"samples are numbered from 0, got {number}")
-        epoch, place = divmod(number, self.epoch_length)
-        datasets, ranks = self._mixture(epoch)
-        dataset = int(datasets[place])
-        drawn_before = epoch * self._shares[dataset] + int(ranks[place])
-        round_, clip = divmod(drawn_before, self.sizes[dataset])
-        return dataset, int(self._permutation(dataset, round_)[clip])
+        epoch, index = divmod(number, self.epoch_length)
+        datasets, clips = self.epoch(epoch)
+        return int(datasets[index]), int(clips[index])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides about the order."""
-        parts = (self.sizes, self._shares, self.seed, self.shuffle)
+        """SHA-256 of what determines the order."""
+        parts = (self.sizes, self._counts, self.seed, self.shuffle)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
-    def alike(self) -> bool:
+    def every_clip_once(self) -> bool:
         """Whether every epoch shows each clip once."""
-        return self._shares == self.sizes
+        return self._counts == self.sizes
 
     def epoch(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return data set and clip of every sample of an epoch, in their order: two tensors (`epoch_length`,) int64."""
-        datasets, ranks = self._mixture(epoch)
-        clips = torch.empty_like(datasets)
-        for dataset, size in enumerate(self.sizes):
-            places = (datasets == dataset).nonzero()[:, 0]
-            drawn_before = epoch * self._shares[dataset] + ranks[places]
-            for round_ in (drawn_before // size).unique().tolist():
-                chosen = drawn_before // size == round_
-                clips[places[chosen]] = self._permutation(dataset, round_)[drawn_before[chosen] % size]
-        return datasets, clips
-
-    def _mixture(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return, for each place of an epoch, its data set and how often that came before in this epoch."""
+        """Return data set and clip of every sample of an epoch, by number: two tensors (`epoch_length`,) int64."""
         if self._epoch is None or self._epoch[0] != epoch:
-            shares = torch.tensor(self._shares)
-            datasets = torch.repeat_interleave(torch.arange(len(self.sizes)), shares)
-            ranks = torch.cat([torch.arange(share) for share in self._shares])
+            datasets = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self._counts))
             if len(self.sizes) > 1 and self.shuffle:
-                datasets = datasets[self._shuffled(self.epoch_length, "mixture", epoch)]
-                for dataset, share in enumerate(self._shares):
-                    ranks[datasets == dataset] = torch.arange(share)
-            self._epoch = epoch, datasets, ranks
-        return self._epoch[1:]
+                datasets = datasets[self._permutation(self.epoch_length, "mixture", epoch)]
+            clips = torch.empty_like(datasets)
+            for dataset, count in enumerate(self._counts):
+                clips[datasets == dataset] = self._drawn(dataset, epoch * count, count)
+            self._epoch = epoch, (datasets, clips)
+        return self._epoch[1]
 
-    def _permutation(self, dataset: int, round_: int) -> torch.Tensor:
-        if dataset not in self._clips or self._clips[dataset][0] != round_:
-            size = self.sizes[dataset]
-            clips = self._shuffled(size, "clips", dataset, round_) if self.shuffle else torch.arange(size)
-            self._clips[dataset] = round_, clips
-        return self._clips[dataset][1]
+    def _drawn(self, dataset: int, start: int, count: int) -> torch.Tensor:
+        """Return the clips of draws `start` to `start + count` from a data set, over all of its permutations."""
+        size = self.sizes[dataset]
+        if not self.shuffle:
+            return torch.arange(start, start + count) % size
+        rounds = range(start // size, -(-(start + count) // size))
+        clips = [self._permutation(size, "clips", dataset, round_) for round_ in rounds]
+        return torch.cat(clips)[start - rounds[0] * size :][:count] if clips else torch.empty(0, dtype=torch.int64)
 
-    def _shuffled(self, size: int, *purpose: int | str) -> torch.Tensor:
+    def _permutation(self, size: int, *purpose: int | str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
         return torch.randperm(size, generator=generator)
 
 
-def _shares(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Divide an epoch by weights: whole numbers that sum up, at least 1 where the weight is not 0."""
+def _samples_per_epoch(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Divide the samples of an epoch by weights, at least 1 for a weight above 0."""
     usable = len(weights) == len(sizes) and all(math.isfinite(weight) and weight >= 0 for weight in weights)
     if not usable or sum(weights) == 0:
         raise InputError(
@@ -117,17 +102,17 @@ def _shares(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
         )
     length, total = sum(sizes), sum(weights)
     exact = [weight * length / total for weight in weights]
-    shares = [max(int(share), 1 if share > 0 else 0) for share in exact]
-    while sum(shares) != length:
-        step = 1 if sum(shares) < length else -1
-        candidates = [i for i, share in enumerate(shares) if exact[i] > 0 and share + step >= 1]
-        chosen = max(candidates, key=lambda i: step * (exact[i] - shares[i]))
-        shares[chosen] += step
-    return tuple(shares)
+    counts = [max(int(count), 1 if count > 0 else 0) for count in exact]
+    while sum(counts) != length:
+        step = 1 if sum(counts) < length else -1
+        candidates = [i for i, count in enumerate(counts) if exact[i] > 0 and count + step >= 1]
+        chosen = max(candidates, key=lambda i: step * (exact[i] - counts[i]))
+        counts[chosen] += step
+    return tuple(counts)
 
 
 def split_indices(num_clips: int, split: str, *, seed: int) -> tuple[list[int], list[int]]:
-    """Divide clips at random into those to train on and those to validate on; both ascending, no clip in both.
+    """Split clips at random into training and validation clips; both ascending and disjoint.
 
     Args:
         num_clips: how many there are.
@@ -135,7 +120,7 @@ def split_indices(num_clips: int, split: str, *, seed: int) -> tuple[list[int], 
         seed: of the run.
 
     Raises:
-        InputError: `split` is not of that form, or leaves nothing to train on.
+        InputError: `split` has another form, or leaves nothing to train on.
     """
     try:
         shares = [float(share) for share in split.split(",")]

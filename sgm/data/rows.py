@@ -1,9 +1,9 @@
-"""The rows of a data set: a clip, wherever its bytes lie, with its caption."""
+"""The rows of a data set: clips with captions, and the file names and faults in their description."""
 
 import io
 import ntpath
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ _SHOWN = 5  # faults that a message lists
 
 
 class Embedded(Protocol):
-    """A clip inside another file. ``str()`` names it, with the suffix that tells a picture from a video."""
+    """A clip inside another file. ``str()`` is its name, with the suffix of a picture or video."""
 
     @property
     def container(self) -> Path:
@@ -33,40 +33,24 @@ ClipFile = Path | Embedded
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a clip without decoding all of it.
-
-    Attributes:
-        num_frames: frames that are shown.
-        fps: their mean rate; 0 for a single frame.
-        duration: seconds from the first frame to the end of the last.
-        height: in pixels, of the upright picture.
-        width: in pixels, of the upright picture.
-    """
+    """Metadata of a clip, with the rotation applied."""
 
     num_frames: int
-    fps: float
-    duration: float
-    height: int
+    fps: float  # mean rate; 0 for a single frame
+    duration: float  # in seconds, from the start of the first frame to the end of the last
+    height: int  # in pixels
     width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A clip of a data set.
-
-    Attributes:
-        path: the clip.
-        caption: its caption, on one line.
-        problem: why it cannot be trained on, else None.
-        image: the picture that image-to-video starts from; None takes the first frame.
-        info: what the data set itself says about the clip, unread.
-    """
+    """A clip of a data set."""
 
     path: ClipFile
-    caption: str
-    problem: str | None = None
-    image: ClipFile | None = None
-    info: VideoInfo | None = None
+    caption: str  # on one line
+    problem: str | None = None  # why it cannot be used
+    image: ClipFile | None = None  # first image of image-to-video; None is the first frame
+    info: VideoInfo | None = None  # metadata in the columns of the data set, not yet checked
 
 
 def suffix(file: str | ClipFile) -> str:
@@ -75,12 +59,12 @@ def suffix(file: str | ClipFile) -> str:
 
 
 def is_picture(file: str | ClipFile) -> bool:
-    """Return whether a clip is a picture, that is, a video of one frame."""
+    """Return whether a clip is a picture file, a video of one frame."""
     return suffix(file) in PICTURE_SUFFIXES
 
 
 def opened(file: str | ClipFile) -> str | io.BytesIO:
-    """Return what decoders open: a path, or the bytes of a clip that lies inside another file.
+    """Return what decoders open: a path, or the bytes of an embedded clip.
 
     Raises:
         OSError: the bytes cannot be read.
@@ -89,51 +73,50 @@ def opened(file: str | ClipFile) -> str | io.BytesIO:
 
 
 def one_line(text: str) -> str:
-    """Return a caption without line breaks and repeated spaces."""
+    """Return text without line breaks and repeated spaces."""
     return " ".join(text.split())
 
 
 class Faults:
-    """What is wrong with a description of a data set, collected so that several are told at once."""
+    """Faults in the description of a data set, collected to be reported together."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
         self._found: list[str] = []
 
     def add(self, where: str, fault: str) -> None:
-        """Note a fault; `where` is file and line."""
+        """Add a fault; `where` is file and line."""
         self._found.append(f"{where}: {fault}")
 
     def refuse(self) -> None:
-        """Report what was noted.
-
-        Raises:
-            InputError: there is a fault.
-        """
+        """Raise an InputError if there is a fault."""
         if self._found:
-            listed = "\n".join(f"  {fault}" for fault in self._found[:_SHOWN])
-            more = len(self._found) - _SHOWN
-            listed += f"\n  and {more:,} more" if more > 0 else ""
-            raise InputError(f"'{self.source}' cannot be used as a data set:\n{listed}")
+            raise InputError(f"'{self.source}' cannot be used as a data set:\n{listed(self._found, shown=_SHOWN)}")
+
+
+def listed(lines: Sequence[str], shown: int = 10) -> str:
+    """Return indented lines for a message: the first ones, and how many more there are."""
+    more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    return "\n".join([*(f"  {line}" for line in lines[:shown]), *more])
 
 
 class Files:
-    """Which files there are below a folder, asked for one by one and looked up a folder at a time."""
+    """The files below a folder; each folder is listed once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._names: dict[str, frozenset[str]] = {}
 
     def path(self, name: str) -> Path:
-        """Return the file that a relative name means.
+        """Return the path of a relative name.
 
         Raises:
-            ValueError: the name is empty, absolute, or leads out of the folder; the message says so.
+            ValueError: the name is empty, absolute, or leads out of the folder.
         """
         return self.root / self.inside(name)
 
     def inside(self, name: str) -> str:
-        """Return such a name without what is superfluous in it, or raise as `path` does."""
+        """Return a relative name in normal form, or raise as `path` does."""
         if not name.strip():
             raise ValueError("names no file")
         if name.startswith(("/", "\\")) or ntpath.splitdrive(name)[0]:
@@ -147,13 +130,8 @@ class Files:
         """Return whether there is such a file."""
         folder, name = os.path.split(path)
         if folder not in self._names:
-            self._names[folder] = frozenset(_names(folder))
+            try:
+                self._names[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._names[folder] = frozenset()
         return name in self._names[folder]
-
-
-def _names(folder: str) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry.name for entry in entries)
-    except OSError:
-        return

@@ -12,7 +12,7 @@ from PIL import Image
 import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, parse_prompts, read_prompts
 from sgm.inference.run import SamplingRun

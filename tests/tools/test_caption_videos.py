@@ -73,12 +73,20 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Five clips, two of them in a folder of their own; lengths differ, one has fewer frames than are shown."""
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Five clips, two of them in a folder of their own; lengths differ, one is shorter than --frames."""
+    folder = tmp_path_factory.mktemp("data") / "videos"
     for k, name in enumerate(("a", "b", "c", "more/d", "more/e")):
         pictures = np.random.default_rng(k).integers(0, 255, (2 + 3 * k, 1, 1, 3), dtype=np.uint8)
-        write_video(tmp_path / f"videos/{name}.mp4", pictures.repeat(16, 1).repeat(24, 2), 8)
+        write_video(folder / f"{name}.mp4", pictures.repeat(16, 1).repeat(24, 2), 8)
+    return folder
+
+
+@pytest.fixture
+def data(videos, tmp_path):
+    """A data folder with these clips."""
+    shutil.copytree(videos, tmp_path / "videos")
     return tmp_path
 
 
@@ -103,7 +111,7 @@ def test_every_clip_gets_the_caption_that_the_model_gives_it(data, model, capsys
     assert captions(data) == alone, "padding to a batch changes nothing"
 
 
-def test_captions_that_are_there_are_left_alone_and_an_interrupted_run_goes_on(data, model, monkeypatch, capsys):
+def test_existing_captions_are_kept_and_an_interrupted_run_continues(data, model, monkeypatch, capsys):
     (data / "labels").mkdir()
     (data / "labels/b.txt").write_text("mine")
     (data / "labels/c.txt").write_text(" \n")
@@ -129,7 +137,7 @@ def test_captions_that_are_there_are_left_alone_and_an_interrupted_run_goes_on(d
     assert run(data, model) == 0
 
 
-def test_clips_that_cannot_be_described_are_named_and_the_others_done(data, model, monkeypatch, capfd):
+def test_failed_clips_are_named_and_the_others_described(data, model, monkeypatch, capfd):
     (data / "videos/broken.mp4").write_text("no video")
     (data / "labels").mkdir()
     (data / "labels/a.txt").write_bytes(b"\xff\xfe\xff")
@@ -177,7 +185,7 @@ def test_batches_are_read_in_order_and_ahead(data, monkeypatch):
 
 
 def test_ranks_share_the_clips_of_rank_zero(data, model, monkeypatch, capsys):
-    """Two ranks, one after the other: each describes its own clips, and reports as often as the other."""
+    """Two simulated ranks: each describes its own clips, and both report equally often."""
     assert run(data, model) == 0
     expected = captions(data)
     shutil.rmtree(data / "labels")

@@ -22,7 +22,7 @@ def tool():
 
 @pytest.fixture
 def words(tmp_path, monkeypatch):
-    """Three clips of the toy, in place of all."""
+    """Only three clips of the toy."""
     monkeypatch.chdir(ROOT)
     for name in ("videos/000000.mp4", "videos/000001.mp4", "videos/000002.mp4"):
         for file in (name, name.replace("videos", "labels").replace("mp4", "txt")):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgm.data.clips.video import ClipError, read_frames, scan
+from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.inference.video import write_video
 
 ROOT = Path(__file__).parents[2]
@@ -100,13 +100,13 @@ def test_frames_are_chosen_by_time_and_pictures_cover_the_size(film, tmp_path):
     assert heights == pytest.approx([round(k / 8 * RATE) for k in range(12)], abs=2.5)
 
 
-def test_a_slow_source_keeps_its_rate_and_says_so(film, tmp_path, capfd):
+def test_a_slow_source_keeps_its_rate_with_a_warning(film, tmp_path, capfd):
     assert run(film, tmp_path, "--fps", 30) == 0
     assert "20 frames per second, below --fps 30" in capfd.readouterr().err
     assert scan(tmp_path / "videos/film_0000.mp4")[0].fps == pytest.approx(RATE)
 
 
-def test_a_kill_leaves_nothing_half_and_the_same_command_goes_on(film, tmp_path, monkeypatch, capsys):
+def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_path, monkeypatch, capsys):
     assert run(film, tmp_path / "whole") == 0
     written = []
 

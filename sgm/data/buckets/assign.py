@@ -1,14 +1,14 @@
-"""Buckets: the shapes that clips are brought to, and which clip goes to which; see docs/buckets.md.
+"""Assign clips to buckets, the shapes (F, H, W) of training; see docs/buckets.md.
 
-Everything here is arithmetic on arrays over the clips; nothing is opened, and nothing random is drawn.
+Everything here is arithmetic on arrays; no file is opened, and no random number is drawn.
 
-Legend: N clips, K random numbers a clip, F frames, H W pixels.
+Legend: N clips, K random numbers per clip, F frames, H W pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
@@ -18,15 +18,15 @@ from sgm.data.rows import VideoInfo
 from sgm.modules.geometry import Geometry
 
 PATH = "data.params.buckets"  # in YAML
-NOWHERE = -1  # the bucket of a clip that has none
-MIN_AREA = 0.8  # share of a class's area that a clip must have, else it would be blown up
-# Buckets whose shape is this near to the nearest one, in e-folds of height / width, count as equally near.
+NOWHERE = -1  # the bucket index of a clip without a bucket
+MIN_AREA = 0.8  # share of a class's area that a clip must have, so that it is hardly upscaled
+# Buckets whose aspect ratio is this close to the nearest, in |log(height / width)|, count as equally near.
 _SAME_ASPECT = 0.05
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A shape, and how many samples of it a rank takes at a time; None stands for the micro batch of the run."""
+    """A shape, and the batch size of one rank; None is the micro batch size of the run."""
 
     frames: int
     height: int
@@ -44,42 +44,35 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ClipSizes:
-    """What decides about the buckets of N clips, each an array (N,).
+    """Lengths and sizes of N clips, each an array (N,)."""
 
-    Attributes:
-        frames: how many the clip gives at the frame rate of training, 1 for a picture; 0 where it cannot be used.
-        heights: in pixels.
-        widths: in pixels.
-    """
-
-    frames: np.ndarray
-    heights: np.ndarray
+    frames: np.ndarray  # at the frame rate of training; 1 for a picture, 0 for an unusable clip
+    heights: np.ndarray  # in pixels
     widths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def distinct(self) -> tuple["ClipSizes", np.ndarray]:
-        """Return the sizes that there are, each once, and the index among them of each clip's: data sets have few."""
-        keys = np.stack([self.frames, self.heights, self.widths]).astype(np.int64)
-        _, first, inverse = np.unique(
-            (keys[0] << 42) + (keys[1] << 21) + keys[2], return_index=True, return_inverse=True
-        )
-        return ClipSizes(*(side[first] for side in keys)), inverse
+        """Return the distinct sizes, of which data sets have few, and the index of each clip's size among them."""
+        sides = np.stack([self.frames, self.heights, self.widths]).astype(np.int64)
+        keys = (sides[0] << 42) + (sides[1] << 21) + sides[2]
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        return ClipSizes(*(side[first] for side in sides)), inverse
 
 
 def clip_sizes(infos: Sequence[VideoInfo | str], *, fps: float, skip: tuple[int, int]) -> ClipSizes:
-    """Return what decides about the buckets of clips.
+    """Return lengths and sizes of clips for the assignment to buckets.
 
     Args:
-        infos: what is known of each, or why it cannot be used; see `sgm.data.clips.index.clip_infos`.
-        fps: frames per second that training takes.
-        skip: source frames left out at the start and at the end.
+        infos: metadata of each clip, or why it cannot be used; see `sgm.data.clips.index.clip_infos`.
+        fps: frame rate of training.
+        skip: source frames skipped at the start and at the end.
     """
     rows = [(0, 0.0, 1, 1) if isinstance(i, str) else (i.num_frames, i.fps, i.height, i.width) for i in infos]
     counts, rates, heights, widths = np.array(rows, np.float64).reshape(-1, 4).T
     usable = counts - sum(skip)
-    # As `sgm.data.clips.frames.select_frames` counts, which knows the time of every frame; here it is their mean rate.
+    # The count of `sgm.data.clips.frames.select_frames`, from the mean rate instead of the time of every frame.
     seconds = (usable - 0.5) / np.maximum(rates, MIN_FPS)
     frames = np.where(usable == 1, 1, np.floor((seconds + 1e-6) * fps) + 1)
     frames = np.where((usable >= 1) & (rates >= MIN_FPS) & (rates <= MAX_FPS), frames, 0)
@@ -87,18 +80,17 @@ def clip_sizes(infos: Sequence[VideoInfo | str], *, fps: float, skip: tuple[int,
     return ClipSizes(*(side.astype(np.int64) for side in (frames, heights, widths)))
 
 
-class Buckets(Protocol):
-    """A set of buckets, with the rule by which clips are divided among them."""
+@dataclass(frozen=True)
+class FixedBuckets:
+    """A list of buckets. A clip goes to the longest that it fills, and among those to the nearest aspect ratio.
 
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        """All of them."""
-        ...
+    A clip that fills none goes to the shortest. Among about equally near aspect ratios it goes to the largest bucket
+    that needs no upscaling, else to the smallest.
+    """
 
-    @property
-    def num_draws(self) -> int:
-        """K, the random numbers that decide about a clip; with 0 its bucket is always the same."""
-        ...
+    buckets: tuple[Bucket, ...]
+    places: tuple[str, ...]  # path of each bucket in the configuration
+    num_draws: int = 0  # K, random numbers that decide the bucket of a clip; with 0 it is always the same
 
     def choose(self, clips: ClipSizes, draws: np.ndarray) -> np.ndarray:
         """Return the index of each clip's bucket, or `NOWHERE`: (N,) int64.
@@ -107,39 +99,6 @@ class Buckets(Protocol):
             clips: their sizes.
             draws: (N, K), uniform in [0, 1).
         """
-        ...
-
-    def reachable(self, clips: ClipSizes) -> np.ndarray:
-        """Return whether each clip has a bucket for at least some random numbers: (N,) bool."""
-        ...
-
-    def fitted(self, geometry: Geometry) -> Self:
-        """Return these buckets as far as a network can take them.
-
-        Raises:
-            ConfigError: it cannot take one that the configuration names.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class FixedBuckets:
-    """A list of buckets. A clip goes to the longest that it fills, and among those to the nearest shape.
-
-    Where a clip fills none, the shortest ones are taken. Of shapes that are about equally near, it is the largest that
-    the clip need not be blown up for, or else the smallest.
-
-    Args:
-        buckets: the list.
-        places: for each bucket, the part of the configuration that names it.
-    """
-
-    buckets: tuple[Bucket, ...]
-    places: tuple[str, ...]
-    num_draws: int = 0
-
-    def choose(self, clips: ClipSizes, draws: np.ndarray) -> np.ndarray:
-        """Return the index of each clip's bucket, or `NOWHERE`; see `Buckets`."""
         clips, inverse = clips.distinct()
         lengths = np.array(sorted({bucket.frames for bucket in self.buckets}))
         filled = lengths[(np.searchsorted(lengths, clips.frames, side="right") - 1).clip(0)]
@@ -147,7 +106,7 @@ class FixedBuckets:
         for bucket in self.buckets:
             distance = np.where(filled == bucket.frames, _distance(clips, bucket.height, bucket.width), np.inf)
             nearest = np.minimum(nearest, distance)
-        # From the smallest to the largest: what remains is the largest that is small enough, or the smallest.
+        # By ascending area: the last one taken is the largest without upscaling, or the smallest.
         chosen = np.full(len(clips), NOWHERE)
         for index in sorted(range(len(self.buckets)), key=lambda i: self.buckets[i].height * self.buckets[i].width):
             bucket = self.buckets[index]
@@ -158,18 +117,22 @@ class FixedBuckets:
         return chosen[inverse]
 
     def reachable(self, clips: ClipSizes) -> np.ndarray:
-        """Return whether each clip can be used at all."""
+        """Return whether each clip has a bucket for some random numbers: (N,) bool."""
         return clips.frames > 0
 
-    def fitted(self, geometry: Geometry) -> Self:
-        """Return these buckets; see `Buckets`."""
+    def supported_by(self, geometry: Geometry) -> Self:
+        """Return the buckets that a network supports: all of them.
+
+        Raises:
+            ConfigError: it does not support one that the configuration names.
+        """
         problems = []
         for bucket, place in zip(self.buckets, self.places, strict=True):
-            problems += frame_problems(bucket.frames, geometry, place)
+            problems += _frame_problems(bucket.frames, geometry, place)
             if not geometry.size_is_legal(bucket.height, bucket.width):
                 height, width = geometry.nearest_size(bucket.height, bucket.width)
                 found = f"{bucket}: {bucket.height}x{bucket.width} is no size that the network can take"
-                problems.append(Problem(place, "", found, f"nearest legal: {height}x{width}; {size_rule(geometry)}"))
+                problems.append(Problem(place, "", found, f"nearest legal: {height}x{width}; {_size_rule(geometry)}"))
         if problems:
             raise ConfigError(problems)
         return self
@@ -177,72 +140,51 @@ class FixedBuckets:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a class does with clips that have at least so many frames.
+    """How a class treats clips that have at least `frames` frames."""
 
-    Attributes:
-        frames: F; 1 is for pictures alone.
-        keep: probability that a clip is taken, rather than handed to the next smaller class.
-        keep_frames: probability that this number of frames is considered, rather than the next smaller one.
-        batch_size: samples of a rank at a time.
-    """
-
-    frames: int
-    keep: float
-    keep_frames: float
-    batch_size: int
+    frames: int  # F; 1 is for pictures only
+    keep: float  # probability that a clip is kept, instead of passed to the next smaller class
+    keep_frames: float  # probability that this frame count is considered, instead of the next smaller one
+    batch_size: int  # of one rank
 
 
 @dataclass(frozen=True)
 class SizeClass:
-    """A class of resolutions.
+    """A resolution class."""
 
-    Attributes:
-        name: of `sgm.data.buckets.aspect`.
-        area: nominal pixels.
-        sizes: (H, W) of each shape.
-        rules: one for each frame count, the largest first.
-    """
-
-    name: str
-    area: int
-    sizes: tuple[tuple[int, int], ...]
-    rules: tuple[Rule, ...]
+    name: str  # in `sgm.data.buckets.resolutions`
+    area: int  # nominal pixels
+    sizes: tuple[tuple[int, int], ...]  # (H, W) of each aspect ratio
+    rules: tuple[Rule, ...]  # one per frame count, the largest first
 
 
 @dataclass(frozen=True)
 class ClassBuckets:
-    """Classes of resolutions, with the probability that a clip is kept in each; the rule is that of Open-Sora.
+    """Resolution classes that keep clips with a probability; the rule of Open-Sora.
 
-    Classes are tried from the largest area down. A clip must have `MIN_AREA` of it, and the class a frame count that
-    the clip fills; the largest such count is taken, after each was given its chance to be passed over. Then the clip is
-    kept with the probability that stands there, or goes to the next class. In a class, the nearest shape decides.
-
-    Args:
-        classes: in any order.
+    Classes are tried from the largest area down. A clip needs `MIN_AREA` of the area, and a frame count of the class
+    that it fills: the largest one that is considered. It is kept with the probability of that count, or passed to the
+    next class. Within a class, the nearest aspect ratio decides. The methods are those of `FixedBuckets`.
     """
 
-    classes: tuple[SizeClass, ...]
+    classes: tuple[SizeClass, ...]  # from the largest area down
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(sorted(self.classes, key=lambda entry: (-entry.area, entry.name))))
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """All of them, a class and a frame count after the other."""
-        return tuple(
-            Bucket(rule.frames, *size, rule.batch_size) for entry, rule in self._rules() for size in entry.sizes
-        )
+        """All buckets, by class and frame count."""
+        rules = ((entry, rule) for entry in self.classes for rule in entry.rules)
+        return tuple(Bucket(rule.frames, *size, rule.batch_size) for entry, rule in rules for size in entry.sizes)
 
     @property
     def num_draws(self) -> int:
-        """Two for each frame count of each class."""
-        return 2 * sum(1 for _ in self._rules())
-
-    def _rules(self) -> Iterator[tuple[SizeClass, Rule]]:
-        return ((entry, rule) for entry in self.classes for rule in entry.rules)
+        """Two random numbers for each frame count of each class."""
+        return 2 * sum(len(entry.rules) for entry in self.classes)
 
     def choose(self, clips: ClipSizes, draws: np.ndarray) -> np.ndarray:
-        """Return the index of each clip's bucket, or `NOWHERE`; see `Buckets`."""
+        """Return the index of each clip's bucket, or `NOWHERE`."""
         chosen, column, first = np.full(len(clips), NOWHERE), 0, 0
         distinct, inverse = clips.distinct()
         for entry in self.classes:
@@ -257,7 +199,7 @@ class ClassBuckets:
         return chosen
 
     def reachable(self, clips: ClipSizes) -> np.ndarray:
-        """Return whether each clip has a bucket for at least some random numbers."""
+        """Return whether each clip has a bucket for some random numbers."""
         found = np.zeros(len(clips), bool)
         for entry in self.classes:
             waiting = _large_enough(clips, entry)
@@ -267,26 +209,29 @@ class ClassBuckets:
                 waiting &= ~(considered & (rule.keep_frames >= 1))
         return found
 
-    def fitted(self, geometry: Geometry) -> Self:
-        """Return the classes with those of their sizes that the network can take; see `Buckets`."""
+    def supported_by(self, geometry: Geometry) -> Self:
+        """Return the classes with the sizes that a network supports."""
         problems, classes = [], []
         for entry in self.classes:
             place = f"{PATH}.{entry.name}"
             for rule in entry.rules:
-                problems += frame_problems(rule.frames, geometry, f"{place}.{rule.frames}")
+                problems += _frame_problems(rule.frames, geometry, f"{place}.{rule.frames}")
             sizes = tuple(size for size in entry.sizes if geometry.size_is_legal(*size))
             classes.append(dataclasses.replace(entry, sizes=sizes))
             if not sizes:
                 listed = ", ".join(f"{height}x{width}" for height, width in entry.sizes)
                 found = f"has no size that the network can take; its sizes are {listed}"
-                problems.append(Problem(place, "", found, f"take a class with smaller ones; {size_rule(geometry)}"))
+                problems.append(Problem(place, "", found, f"take a class with smaller ones; {_size_rule(geometry)}"))
         if problems:
             raise ConfigError(problems)
         return dataclasses.replace(self, classes=tuple(classes))
 
 
-def frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem]:
-    """Say what is wrong with a number of frames for a network, with the nearest that is right."""
+Buckets = FixedBuckets | ClassBuckets
+
+
+def _frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem]:
+    """Return a problem with the nearest legal count where a network does not support a number of frames."""
     legal = geometry.legal_frames()
     if frames in legal:
         return []
@@ -296,27 +241,21 @@ def frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem]
     return [Problem(place, "", f"{frames} frames are no length that the network can take", cure)]
 
 
-def size_rule(geometry: Geometry) -> str:
-    """Say which sizes a network can take."""
-    (height, width), most = geometry.size_steps, geometry.max_size
+def _size_rule(geometry: Geometry) -> str:
+    (height, width), largest = geometry.size_steps, geometry.max_size
     if geometry.fixed_size:
-        return f"the {geometry.positions} positions of this network fit {most[0]}x{most[1]} only"
-    return f"height: multiples of {height} up to {most[0]}, width: multiples of {width} up to {most[1]}"
+        return f"the {geometry.positions} positions of this network fit {largest[0]}x{largest[1]} only"
+    return f"height: multiples of {height} up to {largest[0]}, width: multiples of {width} up to {largest[1]}"
 
 
 def _distance(clips: ClipSizes, height: int, width: int) -> np.ndarray:
-    """Return how far each clip's shape is from that of a bucket: the same for twice as wide and twice as tall."""
+    """Return |log| of the ratio of each clip's aspect ratio to height / width."""
     return np.abs(np.log(clips.heights.clip(1) / clips.widths.clip(1)) - np.log(height / width))
 
 
 def _nearest(clips: ClipSizes, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the index of the size that is nearest in shape to each clip; of equally near ones the first."""
-    nearest, chosen = np.full(len(clips), np.inf), np.zeros(len(clips), np.int64)
-    for index, size in enumerate(sizes):
-        distance = _distance(clips, *size)
-        chosen[distance < nearest] = index
-        nearest = np.minimum(nearest, distance)
-    return chosen
+    """Return the index of the size nearest in aspect ratio to each clip; the first among equals."""
+    return np.argmin([_distance(clips, *size) for size in sizes], axis=0)
 
 
 def _large_enough(clips: ClipSizes, entry: SizeClass) -> np.ndarray:

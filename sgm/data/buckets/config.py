@@ -1,4 +1,4 @@
-"""Buckets as the configuration gives them: a list, a cross product, or classes of resolutions."""
+"""Parse the buckets of the configuration: a list, a cross product, or resolution classes."""
 
 import itertools
 import re
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgm.config.yaml_files import ConfigError, Problem
-from sgm.data.buckets.aspect import area_of, class_sizes
 from sgm.data.buckets.assign import PATH, Bucket, Buckets, ClassBuckets, FixedBuckets, Rule, SizeClass
+from sgm.data.buckets.resolutions import AREAS, class_sizes
 from sgm.data.clips.frames import TIME_COMPRESSION
 from sgm.util import InputError, nearest
 
@@ -44,7 +44,7 @@ def parse_buckets(value: Any) -> Buckets:
 
 
 class _Parser:
-    """Reads each of the forms, collecting problems; what it returns is of use only where there are none."""
+    """Parses each form and collects problems; results are only valid without problems."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -94,20 +94,19 @@ class _Parser:
         for key, rules in section.items():
             name, place = str(key), f"{PATH}.{key}"
             try:
-                area = area_of(name)
+                sizes = class_sizes(name)
             except InputError as error:
                 self._add(place, str(error), "name one of them")
                 continue
             if name in found:
                 self._add(place, "is given twice", "put its frame counts together")
             if not isinstance(rules, Mapping) or not rules:
-                self._add(
-                    place, f"is {rules!r}", "give frame counts, each with [probability, batch size]: {49: [1, 1]}"
-                )
+                cure = "give frame counts, each with [probability, batch size]: {49: [1, 1]}"
+                self._add(place, f"is {rules!r}", cure)
                 continue
             parsed = [rule for frames, entry in rules.items() if (rule := self._rule(frames, entry, place))]
             parsed.sort(key=lambda rule: -rule.frames)
-            found[name] = SizeClass(name, area, class_sizes(name), tuple(parsed))
+            found[name] = SizeClass(name, AREAS[name], sizes, tuple(parsed))
         if found and not any(rule.keep > 0 and rule.keep_frames > 0 for c in found.values() for rule in c.rules):
             self._add(PATH, "keeps no clip: every probability is 0", "raise one of them")
         return ClassBuckets(tuple(found.values()))

@@ -1,8 +1,8 @@
-"""Which samples of which shape every rank takes at a time: a pure function of seed, clips, buckets and ranks.
+"""Micro-batches of one shape for every rank: a pure function of seed, clips, buckets and ranks.
 
-Samples have the numbers of `sgm.data.order.TrainingOrder`, so that clip, noise and timestep of a sample are those that
-it has without buckets. An epoch's samples are divided among the buckets, each bucket's into micro-batches of all ranks
-together, and the micro-batches are shuffled. Each is of one shape, so that no rank waits for a larger one.
+Samples keep the numbers of `sgm.data.order.TrainingOrder`, and with them the clip, noise and timestep that they have
+without buckets. The samples of each bucket are split into micro-batches across all ranks, which are then shuffled. All
+ranks have the same shape at a time, so none waits for a larger one.
 
 Legend: N clips, F frames, H W pixels.
 """
@@ -19,72 +19,60 @@ from sgm.data.buckets.assign import NOWHERE, PATH, Buckets, ClipSizes
 from sgm.data.order import TrainingOrder, derive_seed
 from sgm.util import InputError, default
 
-_MAX_EMPTY_EPOCHS = 1000  # in a row: probabilities so small that nothing would ever be trained
+_MAX_EMPTY_EPOCHS = 1000  # in a row, before too small probabilities are an error
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank takes at a time.
+    """A micro-batch of one rank.
 
-    Attributes:
-        numbers: of the samples.
-        weights: factor of each sample's loss, 0 where a sample only fills up. With them, the mean over a rank's
-            samples, ranks and micro-batches of a step is the mean over the samples of the step, each counted once.
-        shape: (F, H, W) of all of them; None leaves it to the data set.
+    The weighted mean over a rank's samples, ranks and micro-batches of a step is the mean over its distinct samples.
     """
 
-    numbers: tuple[int, ...]
-    weights: tuple[float, ...]
-    shape: tuple[int, int, int] | None
+    numbers: tuple[int, ...]  # sample numbers
+    weights: tuple[float, ...]  # factor of each sample's loss, 0 for padding
+    shape: tuple[int, int, int] | None  # (F, H, W) of all samples; None is that of the data set
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The micro-batches of an epoch in their order: where each begins in `numbers`, its samples, and its bucket."""
+    """The micro-batches of an epoch, in order."""
 
-    numbers: np.ndarray
-    starts: np.ndarray
+    numbers: np.ndarray  # sample numbers
+    starts: np.ndarray  # of each micro-batch in `numbers`
     sizes: np.ndarray
     buckets: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How the samples of buckets are divided into micro-batches; known before any clip is.
+    """How samples are divided into micro-batches; independent of the clips."""
 
-    Attributes:
-        buckets: fitted to the network.
-        ranks: processes with different samples.
-        micro_batch: samples of a rank at a time in buckets that do not say.
-        accumulation: micro-batches of a step.
-        drop_partial: leave out the samples that do not fill a micro-batch of all ranks, rather than take fewer.
-    """
-
-    buckets: Buckets
-    ranks: int
-    micro_batch: int
-    accumulation: int = 1
-    drop_partial: bool = False
+    buckets: Buckets  # supported by the network
+    ranks: int  # data parallel size
+    micro_batch: int  # batch size of a rank for buckets without one
+    accumulation: int = 1  # micro-batches per step
+    drop_partial: bool = False  # leave out samples that do not fill a micro-batch of all ranks
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Samples of a rank at a time, of each bucket."""
+        """Batch size of a rank for each bucket."""
         return [default(bucket.batch_size, self.micro_batch) for bucket in self.buckets.buckets]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides, beside the clips and the seed, which samples a micro-batch has."""
+        """SHA-256 of what determines the micro-batches, apart from clips and seed."""
         parts = (self.buckets, self.batch_sizes, self.ranks, self.drop_partial)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 class BucketPlan:
-    """The micro-batches of a run, numbered from 0 over all of its epochs.
+    """The micro-batches of a run, numbered from 0 over all epochs.
 
     Args:
         order: of the samples.
-        division: of the samples of each bucket.
-        clips: sizes of all clips, one data set of `order` after the other.
+        division: of the samples into micro-batches.
+        clips: sizes of all clips, data set by data set in the sequence of `order`.
 
     Raises:
         InputError: no clip fits any bucket.
@@ -102,14 +90,14 @@ class BucketPlan:
                 "cannot be read; tools/check_dataset.py shows their sizes"
             )
         self._offsets = torch.tensor([0, *order.sizes]).cumsum(0)
-        # Micro-batches and samples before each epoch, as far as they are known.
+        # Micro-batches and samples before each epoch; filled on demand.
         self._batches_before, self._samples_before = [0], [0]
         self._epochs: dict[int, _Epoch] = {}  # the latest two: the loader is ahead of training
-        self._clips: tuple[int, torch.Tensor] | None = None
+        self._clips: tuple[int, torch.Tensor] | None = None  # buckets of the clips in one epoch
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides, beside `Division`, which samples a micro-batch has: order and sizes."""
+        """SHA-256 of what determines the micro-batches, apart from `Division`: order and sizes."""
         sides = (self.clips.frames, self.clips.heights, self.clips.widths)
         found = hashlib.sha256(self.order.digest.encode())
         for side in sides:
@@ -118,18 +106,18 @@ class BucketPlan:
 
     def bucket_of_clips(self, epoch: int) -> np.ndarray:
         """Return the index of each clip's bucket in an epoch, or `NOWHERE`: (N,) int64."""
-        # A row of numbers for each clip: what it draws depends on no other clip.
+        # One row per clip, so that its draws do not depend on the number of clips.
         generator = torch.Generator().manual_seed(derive_seed(self.order.seed, "buckets", epoch))
         draws = torch.rand((len(self.clips), self._scheme.num_draws), generator=generator, dtype=torch.float64)
         return self._scheme.choose(self.clips, draws.numpy())
 
     def bucket_of_samples(self, epoch: int) -> np.ndarray:
-        """Return the same for each sample of an epoch, in the order of their numbers."""
+        """Return the index of each sample's bucket in an epoch, or `NOWHERE`, by sample number."""
         datasets, clips = self.order.epoch(epoch)
         return self.bucket_of_clips(epoch)[(self._offsets[datasets] + clips).numpy()]
 
-    def alike(self, number: int) -> torch.Tensor:
-        """Return which clips of its data set share the bucket of a sample in its epoch: (clips,) bool."""
+    def same_bucket(self, number: int) -> torch.Tensor:
+        """Return which clips of the sample's data set share its bucket in its epoch: (clips,) bool."""
         epoch = number // self.order.epoch_length
         if self._clips is None or self._clips[0] != epoch:
             self._clips = epoch, torch.from_numpy(self.bucket_of_clips(epoch))
@@ -138,27 +126,27 @@ class BucketPlan:
         return buckets == buckets[clip]
 
     def counts(self, epoch: int) -> list[int]:
-        """Return the samples of each bucket in an epoch."""
+        """Return the number of samples of each bucket in an epoch."""
         return self._count(self.bucket_of_samples(epoch))
 
     def divided(self, count: int, bucket: int) -> list[int]:
-        """Return the sizes of the micro-batches, of all ranks together, that so many samples of a bucket make."""
+        """Return the sizes, over all ranks, of the micro-batches of `count` samples of a bucket."""
         whole, rest = divmod(count, self._batch_sizes[bucket] * self.division.ranks)
         sizes = [self._batch_sizes[bucket] * self.division.ranks] * whole
         return sizes if self.division.drop_partial or not rest else [*sizes, rest]
 
     def steps(self, epochs: int) -> int:
-        """Return the steps that take all micro-batches of so many epochs."""
+        """Return the number of steps in the first epochs."""
         self._count_epochs(epochs)
         return -(-self._batches_before[epochs] // self.division.accumulation)
 
     def samples_before(self, position: int) -> int:
-        """Return the samples, each counted once, in the micro-batches before number `position`."""
+        """Return the number of samples, without padding, in the micro-batches before number `position`."""
         epoch, index = self._locate(position)
         return self._samples_before[epoch] + (int(self._load(epoch).sizes[:index].sum()) if index else 0)
 
     def rank_batches(self, rank: int, *, first: int, stop: int) -> Iterator[RankBatch]:
-        """Yield what a rank takes, from micro-batch `first` to the one before `stop`, whole steps."""
+        """Yield the micro-batches `first` to `stop` - 1 of a rank; both are at the start of a step."""
         ranks, accumulation = self.division.ranks, self.division.accumulation
         for start in range(first, stop, accumulation):
             groups = [self._samples(position) for position in range(start, start + accumulation)]
@@ -166,7 +154,7 @@ class BucketPlan:
             for bucket, numbers in groups:
                 rows = -(-len(numbers) // ranks)
                 places = np.arange(rank, rows * ranks, ranks)
-                # DeepSpeed takes the mean over ranks and micro-batches, and the step the mean over a rank's rows.
+                # DeepSpeed averages over ranks and micro-batches, the training step over a rank's samples.
                 weight = accumulation * ranks * rows / total
                 yield RankBatch(
                     tuple(numbers[places % len(numbers)].tolist()),
@@ -175,8 +163,8 @@ class BucketPlan:
                 )
 
     def table(self) -> str:
-        """Describe the first epoch: what each bucket gets, and what becomes of the other clips."""
-        counts, rows = self.counts(0), [("bucket", "samples", "a rank at a time", "micro-batches")]
+        """Return a table of the first epoch: samples and micro-batches of each bucket, and clips without one."""
+        counts, rows = self.counts(0), [("bucket", "samples", "batch size of a rank", "micro-batches")]
         for index, count in enumerate(counts):
             if count:
                 batches = len(self.divided(count, index))
@@ -193,14 +181,14 @@ class BucketPlan:
         return np.bincount(chosen[chosen != NOWHERE], minlength=len(self._all)).tolist()
 
     def _samples(self, position: int) -> tuple[int, np.ndarray]:
-        """Return bucket and sample numbers of a micro-batch of all ranks."""
+        """Return the bucket and the sample numbers, over all ranks, of a micro-batch."""
         epoch, index = self._locate(position)
         plan = self._load(epoch)
         start = plan.starts[index]
         return int(plan.buckets[index]), plan.numbers[start : start + plan.sizes[index]]
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Return the epoch of a micro-batch, and its place there."""
+        """Return the epoch of a micro-batch, and its index in it."""
         while self._batches_before[-1] <= position:
             self._count_epochs(len(self._batches_before))
         epoch = bisect_right(self._batches_before, position) - 1
@@ -208,20 +196,18 @@ class BucketPlan:
 
     def _count_epochs(self, epochs: int) -> None:
         """Count micro-batches and samples of the first epochs."""
-        alike = self._scheme.num_draws == 0 and self.order.alike
+        epochs_equal = self._scheme.num_draws == 0 and self.order.every_clip_once
         while len(self._batches_before) <= epochs:
             epoch = len(self._batches_before) - 1
-            if alike and epoch > 0:
+            if epochs_equal and epoch > 0:
                 batches, samples = self._batches_before[1], self._samples_before[1]
             else:
                 sizes = [size for i, count in enumerate(self.counts(epoch)) for size in self.divided(count, i)]
                 batches, samples = len(sizes), sum(sizes)
             self._batches_before.append(self._batches_before[-1] + batches)
             self._samples_before.append(self._samples_before[-1] + samples)
-            if (
-                epoch >= _MAX_EMPTY_EPOCHS
-                and self._batches_before[epoch - _MAX_EMPTY_EPOCHS] == self._batches_before[-1]
-            ):
+            window = self._batches_before[-_MAX_EMPTY_EPOCHS - 2 :]
+            if epoch >= _MAX_EMPTY_EPOCHS and window[0] == window[-1]:
                 raise InputError(
                     f"{PATH} leaves nothing to train on in {_MAX_EMPTY_EPOCHS} epochs; raise its probabilities, or set "
                     "data.params.drop_partial=false"
@@ -234,7 +220,7 @@ class BucketPlan:
 
     def _plan(self, epoch: int) -> _Epoch:
         chosen = self.bucket_of_samples(epoch)
-        by_bucket = np.argsort(chosen, kind="stable")  # in a bucket, samples keep their order, which is shuffled
+        by_bucket = np.argsort(chosen, kind="stable")  # within a bucket, samples keep their shuffled order
         starts, sizes, buckets = [], [], []
         begin = int((chosen == NOWHERE).sum())
         for bucket, count in enumerate(self._count(chosen)):

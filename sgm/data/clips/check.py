@@ -1,4 +1,4 @@
-"""Clips held against what training needs of them, before it starts: every row, and all that is wrong with it."""
+"""Check clips before training, and report the results."""
 
 import json
 import math
@@ -13,46 +13,36 @@ import numpy as np
 from tqdm import tqdm
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
+from sgm.data.clips.decode import ClipError, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
-from sgm.data.clips.video import ClipError, decode_all, probe, scan
 from sgm.data.rows import Row, VideoInfo
 from sgm.io import atomic_file
 from sgm.log import is_rank_zero
 
-_BARS, _WIDTH = 10, 40  # of a histogram: bars, and characters of the longest
-_SAME_FPS = 0.01  # share by which a stated rate may differ: 30 stands for 29.97
+_BARS, _WIDTH = 10, 40  # number of bars of a histogram, and characters of the longest
+_SAME_FPS = 0.01  # relative tolerance of stated frame rates: 30 for 29.97
 
 
 @dataclass(frozen=True)
 class RowReport:
-    """What was found out about one clip.
-
-    Attributes:
-        path: the clip.
-        caption: its caption.
-        info: what its container says; None where it cannot be read.
-        num_frames: frames that training takes of it, before the last one is repeated; 0 where it takes none.
-        effective_fps: different frames per second among those; 0 where it takes none.
-        problems: why it cannot be used; empty for a good clip.
-        notes: what to know of it otherwise.
-    """
+    """The result of checking one clip."""
 
     path: str
     caption: str
-    info: VideoInfo | None = None
-    num_frames: int = 0
-    effective_fps: float = 0.0
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    info: VideoInfo | None = None  # None if it cannot be read
+    num_frames: int = 0  # frames that training selects, without padding; 0 if none
+    effective_fps: float = 0.0  # distinct frames per second among those
+    problems: tuple[str, ...] = ()  # why it cannot be used; empty for a good clip
+    notes: tuple[str, ...] = ()  # about a usable clip
 
     @property
     def uncaptioned(self) -> bool:
-        """Whether the clip could be used, had it a caption."""
+        """Whether a missing caption is the only problem."""
         return len(self.problems) == 1 and self.problems[0].startswith(("its caption", "caption "))
 
 
 def row_reports(rows: Sequence[Row]) -> list[RowReport]:
-    """Report what the data set itself says of its clips, opening none."""
+    """Report the problems and metadata in the rows of a data set; open no clip."""
     return [
         RowReport(str(row.path), row.caption, row.info, problems=(row.problem,) if row.problem else ()) for row in rows
     ]
@@ -69,31 +59,31 @@ def check_rows(
     decode: bool = False,
     num_threads: int = 8,
 ) -> list[RowReport]:
-    """Check clips side by side, with a progress bar.
+    """Check clips in parallel, with a progress bar.
 
     Args:
-        rows: the clips and captions.
-        video_size: (H, W) that they are trained at.
-        fps: frames per second that they are trained at.
-        max_num_frames: frames that they are trained with.
-        skip: source frames left out at the start and at the end.
-        buckets: that clips are divided among; each is then held against its own, or the likeliest, instead.
-        decode: decode every frame, too, instead of packets and the first frame; finds damage inside, takes long.
+        rows: clips and captions.
+        video_size: (H, W) of training.
+        fps: frame rate of training.
+        max_num_frames: F of training.
+        skip: source frames skipped at the start and at the end.
+        buckets: check each clip against its bucket, or the likeliest, instead of one size and length.
+        decode: decode every frame, not only the first one; slow, but finds damage inside.
         num_threads: clips checked at a time.
 
     Returns:
-        A report for each row, in their order.
+        A report for each row, in order.
     """
 
     def check(row: Row) -> RowReport:
         problems = [row.problem] if row.problem else []
         info, selection, shape = None, None, (max_num_frames, *video_size)
-        stated: list[str] = []
+        wrong_columns: list[str] = []
         try:
             info, times = scan(row.path)
-            stated = _stated(row, info)
+            wrong_columns = _wrong_columns(row, info)
             if buckets is not None:
-                shape = _bucket(info, buckets, fps, skip)
+                shape = _bucket_shape(info, buckets, fps, skip)
             selection = select_frames(times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip)
             if decode:
                 decode_all(row.path, info.num_frames)
@@ -103,14 +93,14 @@ def check_rows(
             problems.append(error.reason if error.path == str(row.path) else f"its image {error.path} {error.reason}")
         except ValueError as error:
             problems.append(str(error))
-        if buckets is not None:  # which the stated sizes decide about
-            problems += stated
-            stated = []
+        if buckets is not None:  # buckets are assigned by the columns
+            problems += wrong_columns
+            wrong_columns = []
         if info is None or selection is None:
             return RowReport(str(row.path), row.caption, info, problems=tuple(problems))
         if shape is None:
             return RowReport(str(row.path), row.caption, info, 0, 0.0, tuple(problems), ("fits no bucket: left out",))
-        notes = (*stated, *_notes(info, selection, fps, shape[1:]))
+        notes = (*wrong_columns, *_notes(info, selection, fps, shape[1:]))
         taken = selection.num_frames, selection.effective_fps
         return RowReport(str(row.path), row.caption, info, *taken, tuple(problems), notes)
 
@@ -120,13 +110,13 @@ def check_rows(
         return list(bar)
 
 
-def _bucket(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int, int]) -> tuple[int, int, int] | None:
+def _bucket_shape(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int, int]) -> tuple[int, int, int] | None:
     index = buckets.choose(clip_sizes([info], fps=fps, skip=skip), np.zeros((1, buckets.num_draws)))[0]
     return None if index == NOWHERE else buckets.buckets[index].shape
 
 
-def _stated(row: Row, info: VideoInfo) -> list[str]:
-    """Return what is wrong with the length, rate and size that the data set itself states: one line, or none."""
+def _wrong_columns(row: Row, info: VideoInfo) -> list[str]:
+    """Return a line if length, rate or size in the columns of the data set differ from the clip."""
     if row.info is None:
         return []
     wrong = [name for name in ("num_frames", "height", "width") if getattr(row.info, name) != getattr(info, name)]
@@ -154,7 +144,7 @@ def bad_share(reports: Sequence[RowReport]) -> float:
 
 
 def summarize(reports: Sequence[RowReport]) -> dict[str, Any]:
-    """Count what was found: clips, bad and noted ones, and the ranges of durations, frame rates and sizes."""
+    """Count clips, bad and noted ones, and return the ranges of durations, frame rates and sizes."""
     good = [report for report in reports if not report.problems]
     infos = [report.info for report in good if report.info is not None]
     taken = [report for report in good if report.num_frames]
@@ -166,7 +156,7 @@ def summarize(reports: Sequence[RowReport]) -> dict[str, Any]:
         "fps": _range([info.fps for info in infos]),
         "effective_fps": _range([report.effective_fps for report in taken]),
         "frames_taken": _range([report.num_frames for report in taken]),
-        "sizes": dict(Counter(f"{info.height}x{info.width}" for info in infos).most_common()),
+        "sizes": _sizes(infos),
     }
 
 
@@ -174,8 +164,12 @@ def _range(values: Sequence[float]) -> list[float]:
     return [round(min(values), 3), round(max(values), 3)] if values else []
 
 
+def _sizes(infos: Sequence[VideoInfo]) -> dict[str, int]:
+    return dict(Counter(f"{info.height}x{info.width}" for info in infos).most_common())
+
+
 def summary_text(reports: Sequence[RowReport]) -> str:
-    """Return the summary on a few lines, for people."""
+    """Return the summary as a few lines of text."""
     found = summarize(reports)
     sizes = [f"{size} ({count})" for size, count in found["sizes"].items()]
     lines = [f"{found['clips']} clips: {found['clips'] - found['bad']} good, {found['bad']} bad"]
@@ -183,10 +177,8 @@ def summary_text(reports: Sequence[RowReport]) -> str:
         lines.append(f"duration {_span(found['seconds'])} s, {_span(found['fps'])} fps")
         lines.append(f"sizes (height x width): {', '.join(sizes[:6])}{', ...' if len(sizes) > 6 else ''}")
     if found["frames_taken"]:
-        lines[1] += (
-            f", of which training takes {_span(found['frames_taken'])} frames at an effective "
-            f"{_span(found['effective_fps'])} fps"
-        )
+        taken, fps = _span(found["frames_taken"]), _span(found["effective_fps"])
+        lines[1] += f", of which training takes {taken} frames at an effective {fps} fps"
     elif found["clips"] > found["bad"]:
         lines[0] += "; no clip was opened"
     return "\n".join(lines)
@@ -198,51 +190,40 @@ def _span(pair: Sequence[float]) -> str:
 
 
 def table(reports: Sequence[RowReport]) -> str:
-    """Return the reports as a table, a line each: what the clip is, what training takes of it, what is wrong."""
-    header = ("frames", "fps", "seconds", "size", "taken", "clip", "")
-    lines = [header, *(_cells(report) for report in reports)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+    """Return the reports as a table, a line per clip: metadata, selected frames, path, problems and notes."""
+    lines = [("frames", "fps", "seconds", "size", "taken", "clip", ""), *map(_cells, reports)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = len(widths) - 2  # the first column that is aligned to the left
     return "\n".join(
-        "  ".join([*(cell.rjust(width) for cell, width in zip(line[:5], widths, strict=False)), *_last(line, widths)])
+        "  ".join(
+            cell.rjust(width) if column < left else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )
 
 
-def _last(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [line[5].ljust(widths[5]), line[6]] if line[6] else [line[5]]
-
-
 def _cells(report: RowReport) -> tuple[str, ...]:
-    said = "; ".join([*(f"BAD: {problem}" for problem in report.problems), *report.notes])
-    if report.info is None:
-        return ("-", "-", "-", "-", "0", report.path, said)
+    remarks = "; ".join([*(f"BAD: {problem}" for problem in report.problems), *report.notes])
     info = report.info
-    size = f"{info.height}x{info.width}"
-    return (
-        str(info.num_frames),
-        f"{info.fps:.4g}",
-        f"{info.duration:.2f}",
-        size,
-        str(report.num_frames),
-        report.path,
-        said,
-    )
+    if info is None:
+        return ("-", "-", "-", "-", "0", report.path, remarks)
+    measured = (str(info.num_frames), f"{info.fps:.4g}", f"{info.duration:.2f}", f"{info.height}x{info.width}")
+    return (*measured, str(report.num_frames), report.path, remarks)
 
 
 def histograms(reports: Sequence[RowReport]) -> str:
-    """Return how sizes, durations and frame rates of the good clips are spread, as bars of text."""
+    """Return the distributions of sizes, durations and frame rates of good clips, as bars of text."""
     infos = [report.info for report in reports if report.info is not None and not report.problems]
-    sizes = Counter(f"{info.height}x{info.width}" for info in infos).most_common()
-    rates = Counter(f"{info.fps:.4g}" for info in infos)
+    sizes, rates = [*_sizes(infos).items()], Counter(f"{info.fps:.4g}" for info in infos)
     shown = dict(sizes[:_BARS])
     if len(sizes) > _BARS:
         shown["others"] = sum(count for _, count in sizes[_BARS:])
+    few_rates = {rate: rates[rate] for rate in sorted(rates, key=float)}
     parts = {
         "size (height x width)": shown,
         "seconds": _binned([info.duration for info in infos]),
-        "fps": {rate: rates[rate] for rate in sorted(rates, key=float)}
-        if len(rates) <= _BARS
-        else _binned([info.fps for info in infos]),
+        "fps": few_rates if len(rates) <= _BARS else _binned([info.fps for info in infos]),
     }
     return "\n\n".join(_bars(title, counts) for title, counts in parts.items() if counts)
 
@@ -260,25 +241,21 @@ def _binned(values: Sequence[float]) -> dict[str, int]:
 
 
 def _bars(title: str, counts: Mapping[str, int]) -> str:
-    names, most = max(map(len, counts)), max(counts.values())
-    digits = len(str(most))
-    rows = [f"  {name:>{names}}  {n:>{digits}}  {'#' * -(-_WIDTH * n // most)}".rstrip() for name, n in counts.items()]
-    return "\n".join([title, *rows])
+    names, largest = max(map(len, counts)), max(counts.values())
+    digits = len(str(largest))
+    rows = (f"  {name:>{names}}  {n:>{digits}}  {'#' * -(-_WIDTH * n // largest)}" for name, n in counts.items())
+    return "\n".join([title, *(row.rstrip() for row in rows)])
 
 
 def write_report(path: str | Path, reports: Sequence[RowReport]) -> None:
-    """Write summary and rows as JSON, a line for each row, atomically.
+    """Write summary and rows as JSON, one line per row, atomically.
 
     Raises:
         RunError: the file cannot be written.
     """
-    rows = (json.dumps(_plain(report), ensure_ascii=False) for report in reports)
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        summary = json.dumps(summarize(reports), indent=2, ensure_ascii=False)
-        file.write(f'{{"summary": {summary},\n"rows": [\n')
-        file.write(",\n".join(rows))
-        file.write("\n]}\n")
-
-
-def _plain(report: RowReport) -> dict[str, Any]:
-    return vars(report) | {"info": None if report.info is None else vars(report.info)}
+    rows = [
+        json.dumps(vars(report) | {"info": report.info and vars(report.info)}, ensure_ascii=False) for report in reports
+    ]
+    summary = json.dumps(summarize(reports), indent=2, ensure_ascii=False)
+    with atomic_file(path) as temporary:
+        temporary.write_text(f'{{"summary": {summary},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")

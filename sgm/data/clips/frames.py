@@ -1,6 +1,6 @@
-"""Which frames of a clip are trained on: chosen by their times, so that the frame rate is the configured one.
+"""Select the frames of a clip by their timestamps, so that they have the configured frame rate.
 
-Pure arithmetic on timestamps; nothing is opened or decoded here.
+Pure arithmetic; no file is opened.
 """
 
 from collections.abc import Sequence
@@ -11,31 +11,25 @@ import numpy as np
 from sgm.util import InputError
 
 TIME_COMPRESSION = 4  # of the VAE: F = 4k + 1 frames become k + 1 latent frames
-# Slow motion is filmed at 240; what is outside comes from a damaged header. The margins are for rounded timestamps.
+# Slow motion has 240 fps; other rates come from damaged headers. The margins allow for rounded timestamps.
 MIN_FPS, MAX_FPS = 0.99, 245.0
 _TOLERANCE = 1e-6  # of times, in seconds: they are rounded to the time base of the file
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The frames taken from a clip.
+    """The frames selected from a clip."""
 
-    Attributes:
-        indices: source frames in order of display; the last one is repeated where the clip is too short.
-        num_frames: how many of them the clip gave, before the last one was repeated.
-        effective_fps: different frames per second among those; less than asked where the source is slower.
-    """
-
-    indices: tuple[int, ...]
-    num_frames: int
-    effective_fps: float
+    indices: tuple[int, ...]  # source frames in display order, padded with the last one
+    num_frames: int  # length without padding
+    effective_fps: float  # distinct frames per second among those; lower than asked for a slower source
 
 
 def num_frames_4k1(value: int) -> int:
-    """Return `value`, a number of frames that the VAE can turn into latents: 1, 5, 9, ...
+    """Return `value` if the VAE can encode that number of frames: 1, 5, 9, ...
 
     Raises:
-        InputError: it is no such number; the message names the nearest ones.
+        InputError: it cannot; the message names the nearest numbers.
     """
     if value >= 1 and value % TIME_COMPRESSION == 1:
         return value
@@ -49,19 +43,19 @@ def num_frames_4k1(value: int) -> int:
 def select_frames(
     times: Sequence[float] | np.ndarray, *, fps: float, max_num_frames: int, skip: tuple[int, int] = (0, 0)
 ) -> Selection:
-    """Choose the frames nearest to equally spaced times, beginning with the first that is not skipped.
+    """Select the frames nearest to equally spaced times, from the first frame that is not skipped.
 
-    Every chosen frame is within half a source frame of the time that it stands for; of two equally near the earlier
-    one is taken. Times, not counts, decide, so clips of any and of varying frame rate play at their true speed.
+    Every frame is within half a source frame of its time; of two equally near frames the earlier one is selected. So
+    clips of any constant or variable frame rate keep their speed.
 
     Args:
-        times: when each frame is shown, in seconds, ascending.
-        fps: frames per second to take.
+        times: presentation time of each frame in seconds, ascending.
+        fps: frames per second to select.
         max_num_frames: length of the result.
-        skip: source frames left out at the start and at the end; a picture, a single frame, is taken all the same.
+        skip: source frames skipped at the start and at the end; a single frame, a picture, is never skipped.
 
     Raises:
-        ValueError: skipping leaves no frame, or the frame rate of the clip cannot be true.
+        ValueError: skipping leaves no frame, or the frame rate of the clip is implausible.
     """
     if len(times) == 1:
         skip = (0, 0)

@@ -1,21 +1,22 @@
-"""Length, rate and size of every clip of a data set, found once and kept.
+"""Metadata of every clip of a data set, read once and cached in an index.
 
-They come from the columns of a manifest, or from the index: a JSON file that knows each clip by path, size and time of
-its last change. It lies in the data folder, or, where nothing may be written there, in the user's cache.
+The index is a JSON file: path, file size and modification time of each clip → metadata. It lies in the data folder, or
+in the user's cache if that folder is read-only. Columns of a manifest replace it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sgm.data.clips.video import ClipError, probe
+from sgm.data.clips.decode import ClipError, probe
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file
 from sgm.log import get_logger, is_rank_zero
@@ -24,29 +25,27 @@ from sgm.util import RunError
 logger = get_logger(__name__)
 
 NAME = ".clip_index.json"
-KEPT_FROM = 200  # clips; fewer are read again sooner than a file in the data folder is explained
-_SAVE_EVERY = 5000  # clips, so that a long scan that is interrupted goes on where it was
+KEPT_FROM = 200  # clips; reading fewer again is quick, and leaves no file in the data folder
+_SAVE_EVERY = 5000  # clips, so that an interrupted scan can continue
 
 
 def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8) -> list[VideoInfo | str]:
-    """Return what is known of each clip, reading only those of which neither manifest nor index knows.
+    """Return the metadata of each clip from manifest, index, or the clip itself.
 
-    For one process at a time: of several ranks, let one call it and the others have its result.
+    Call it from one process at a time, and broadcast the result to other ranks.
 
     Args:
         rows: of a data set.
-        folder: of the data set, where the index lies.
+        folder: of the data set, with the index.
         num_threads: clips read at a time.
 
     Returns:
-        For each row what is known of it, or why it cannot be used.
+        For each row the metadata, or why the clip cannot be used.
     """
-    folder, stamps = Path(folder), _Stamps()
-    known = _read(folder)
-    keys = [_key(row.path, folder) for row in rows]
+    folder, stamp_of = Path(folder), _stamps()
+    known = _read_index(folder)
     found: list[VideoInfo | str | None] = [
-        row.problem or row.info or _known(known.get(key), stamps.of(row.path))
-        for row, key in zip(rows, keys, strict=True)
+        row.problem or row.info or _from_index(known.get(_key(row.path, folder)), stamp_of(row.path)) for row in rows
     ]
     missing = [place for place, info in enumerate(found) if info is None]
     bar = tqdm(total=len(missing), desc="read clips", leave=False, disable=None if is_rank_zero() else True)
@@ -61,10 +60,10 @@ def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8)
 
 
 def remember(infos: Mapping[ClipFile, VideoInfo], folder: str | Path) -> None:
-    """Add clips to the index of a data folder of at least `KEPT_FROM`; where it cannot be written, say so and go on."""
-    folder, stamps = Path(folder), _Stamps()
-    fresh = {_key(file, folder): [*stamp, *astuple(info)] for file, info in infos.items() if (stamp := stamps.of(file))}
-    known = _read(folder) | fresh
+    """Add clips to the index if it has at least `KEPT_FROM`; log a warning if it cannot be written."""
+    folder, stamp_of = Path(folder), _stamps()
+    fresh = {_key(file, folder): [*stamp, *astuple(info)] for file, info in infos.items() if (stamp := stamp_of(file))}
+    known = _read_index(folder) | fresh
     if not fresh or len(known) < KEPT_FROM:
         return
     path = index_path(folder)
@@ -76,16 +75,16 @@ def remember(infos: Mapping[ClipFile, VideoInfo], folder: str | Path) -> None:
 
 
 def index_path(folder: str | Path) -> Path:
-    """Return where the index of a data folder is written."""
+    """Return the path to which the index of a data folder is written."""
     folder = Path(folder).absolute()
     if os.access(folder, os.W_OK | os.X_OK):
         return folder / NAME
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "cogvideox-sat" / f"clips-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return user_cache / "cogvideox-sat" / f"clips-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
 
 
-def _read(folder: Path) -> dict[str, list[Any]]:
-    """Return the index: one that lies in a folder that is read-only now, and what was added in the cache since."""
+def _read_index(folder: Path) -> dict[str, list[Any]]:
+    """Return the index: that of the folder, updated by that of the cache if the folder is read-only now."""
     known: dict[str, list[Any]] = {}
     for path in dict.fromkeys((folder.absolute() / NAME, index_path(folder))):
         try:
@@ -93,38 +92,36 @@ def _read(folder: Path) -> dict[str, list[Any]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s cannot be read and is written anew: %s", path, error)
+            logger.warning("%s cannot be read and is rewritten: %s", path, error)
     return known
 
 
-def _known(entry: list[Any] | None, stamp: tuple[int, int] | None) -> VideoInfo | None:
+def _from_index(entry: list[Any] | None, stamp: tuple[int, int] | None) -> VideoInfo | None:
     return VideoInfo(*entry[2:]) if entry and len(entry) == 7 and stamp == tuple(entry[:2]) else None
 
 
 def _key(file: ClipFile, folder: Path) -> str:
-    """Return the name of a clip, relative to the folder where it can be, so that the folder may move."""
+    """Return the path of a clip, relative if it is below the folder, so that the folder may move."""
     return str(file).removeprefix(f"{folder}{os.sep}")
 
 
-class _Stamps:
-    """Size and time of change of what clips lie in, each asked for once: a file, or the files of a folder together."""
+def _stamps() -> Callable[[ClipFile], tuple[int, int] | None]:
+    """Return `_stamp` of the file or container of a clip, computed once per path."""
+    known = cache(_stamp)
+    return lambda clip: known(clip if isinstance(clip, Path) else clip.container)
 
-    def __init__(self) -> None:
-        self._of: dict[Path, tuple[int, int] | None] = {}
 
-    def of(self, file: ClipFile) -> tuple[int, int] | None:
-        path = file if isinstance(file, Path) else file.container
-        if path not in self._of:
-            try:
-                found = [part.stat() for part in ([path] if isinstance(file, Path) else _parts(path))]
-                self._of[path] = sum(part.st_size for part in found), max(part.st_mtime_ns for part in found)
-            except (OSError, ValueError):
-                self._of[path] = None
-        return self._of[path]
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return size and modification time of a file, or of the files of a container; None if it cannot be read."""
+    try:
+        found = [part.stat() for part in _parts(path)]
+        return sum(part.st_size for part in found), max(part.st_mtime_ns for part in found)
+    except (OSError, ValueError):
+        return None
 
 
 def _parts(container: Path) -> list[Path]:
-    """Return the files of a container, not the index in it: writing that changes the folder, and no clip."""
+    """Return the files of a container without the index, which is hidden and changes no clip."""
     if not container.is_dir():
         return [container]
     return [path for path in container.iterdir() if path.is_file() and not path.name.startswith(".")]

@@ -1,6 +1,6 @@
-"""From pictures of any size to those that the model takes.
+"""Resize and crop frames.
 
-Legend: T pictures, H W pixels.
+Legend: T frames, H W pixels.
 """
 
 import torch
@@ -8,15 +8,15 @@ from kornia.geometry.transform import resize
 
 
 def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float, float] | None = None) -> torch.Tensor:
-    """Scale pictures until they cover `size` and cut out a part of that size.
+    """Scale frames to cover `size`, and crop them to it.
 
     Args:
         pictures: (T, 3, H, W) float in [-1, 1].
         size: (H, W) of the result, in pixels.
-        place: where the part lies, down and across, in [0, 1); None takes the middle.
+        place: position of the crop, down and across, in [0, 1); None is the centre.
 
     Returns:
-        (T, 3, *size) in [-1, 1], of the same dtype: bicubic interpolation, blurred beforehand where it reduces.
+        (T, 3, *size) in [-1, 1] of the same dtype: bicubic, with antialiasing where it downscales.
     """
     (target_h, target_w), (h, w) = size, pictures.shape[-2:]
     scale = max(target_h / h, target_w / w)
@@ -31,8 +31,9 @@ def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float
 
 
 def stretch(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale pictures to `size`, whatever that does to their proportions; see `cover_crop`."""
+    """Scale frames to `size` without keeping the aspect ratio; see `cover_crop`."""
     if tuple(pictures.shape[-2:]) == size:
         return pictures
+    # Pixels are pinned to kornia's antialiasing; torch's interpolate gives others.
     sized = resize(pictures, size, interpolation="bicubic", align_corners=False, antialias=True)
     return sized.clamp(-1, 1)  # bicubic interpolation overshoots at edges

@@ -10,16 +10,16 @@ VIDEOS, LABELS = "videos", "labels"
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
-    """Find all clips below a folder, links followed, hidden files left out, ordered by path. No clip is opened.
+    """List all clips below a folder by path, following links, without hidden files; open no clip.
 
-    A picture with a caption is a clip of one frame, unless it lies beside a clip of the same name, as covers do.
+    A picture with a caption is a clip of one frame, unless a clip of the same name lies beside it (a cover).
 
     Args:
-        data_dir: the folder that holds ``videos`` and ``labels``, at any depth, or clips with captions beside them.
-        allow_missing_captions: take a missing or empty caption as an empty one.
+        data_dir: folder with ``videos`` and ``labels``, at any depth, or with captions beside the clips.
+        allow_missing_captions: accept a missing or empty caption as an empty one.
 
     Raises:
-        InputError: there is no such folder, it holds no clips, or it is the ``videos`` folder itself.
+        InputError: the folder does not exist, has no clips, or is the ``videos`` folder itself.
     """
     root = Path(data_dir).expanduser()
     if not root.is_dir():
@@ -37,7 +37,7 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
 
 
 def caption_path(clip: Path, root: Path) -> Path:
-    """Return where the caption of a clip is: the last folder ``videos`` below `root` becomes ``labels``."""
+    """Return the path of a clip's caption: the last folder ``videos`` below `root` becomes ``labels``."""
     parts = list(clip.relative_to(root).parts)
     folders = parts[:-1]
     if VIDEOS in folders:
@@ -50,7 +50,7 @@ def _clips(root: Path) -> list[Path]:
     for folder, inner, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
-        if real not in seen:  # a link may lead back up
+        if real not in seen:  # links can form a cycle
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)
     clips = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]

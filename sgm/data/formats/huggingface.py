@@ -1,4 +1,4 @@
-"""Data sets that ``datasets`` saved to disk; clips lie in their files, or beside them."""
+"""Data sets saved by ``datasets``, with clips as bytes in the table or as paths."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,19 +16,12 @@ _BATCH = 4096
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A clip whose bytes lie in the table.
+    """A clip as bytes in the table."""
 
-    Attributes:
-        container: folder of the data set.
-        column: where the bytes are.
-        index: of the row.
-        suffix: of the file that they were, as ``.mp4``.
-    """
-
-    container: Path
+    container: Path  # folder of the data set
     column: str
-    index: int
-    suffix: str
+    index: int  # of the row
+    suffix: str  # of the original file, such as .mp4
 
     def __str__(self) -> str:
         """Return a name for messages."""
@@ -40,10 +33,10 @@ class Cell:
 
 
 def read_dataset(folder: Path) -> Table:
-    """Read a folder that ``Dataset.save_to_disk`` wrote. Bytes of clips are not read.
+    """Read a folder written by ``Dataset.save_to_disk``, without the bytes of clips.
 
     Raises:
-        InputError: ``datasets`` is not installed, the folder is none of its own, or holds several splits.
+        InputError: ``datasets`` is not installed, the folder is not its own, or has several splits.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
@@ -81,7 +74,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 @lru_cache(maxsize=8)
 def _table(folder: Path) -> Any:
-    """Open the table of a data set in this process, mapped into memory."""
+    """Open the table of a data set, memory-mapped, once per process."""
     try:
         import datasets
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""Data sets described by a list: lines, CSV, JSON, JSONL, Parquet. Paths are relative to the folder of the list.
+"""Data sets described by a manifest: lines, CSV, JSON, JSONL, Parquet, with paths relative to its folder.
 
-A reader turns a file into a `Table`; `table_rows` checks it and makes the rows of the data set. No clip is opened.
+A reader returns a `Table`; `table_rows` checks it and returns the rows of the data set. No clip is opened.
 """
 
 import csv
@@ -29,40 +29,26 @@ _BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set hold what; None finds them by their usual names.
-
-    Attributes:
-        caption: captions.
-        video: clips: videos, or pictures as videos of one frame.
-        image: pictures that image-to-video starts from.
-    """
+    """Names of columns; None selects the first of the usual names."""
 
     caption: str | None = None
-    video: str | None = None
-    image: str | None = None
+    video: str | None = None  # clips: videos, or pictures as videos of one frame
+    image: str | None = None  # first images for image-to-video
 
 
 @dataclass(frozen=True)
 class Table:
-    """A list of clips, read but not checked.
+    """A manifest, not yet checked."""
 
-    Attributes:
-        path: the file or folder that is to be named in messages.
-        root: what paths are relative to.
-        columns: names of the columns.
-        records: number of the line, and the values by column.
-        where: number of a line, and a column → how messages name its place.
-    """
-
-    path: Path
-    root: Path
+    path: Path  # file or folder, for messages
+    root: Path  # folder of relative paths
     columns: Sequence[str]
-    records: Iterator[tuple[int, Mapping[str, Any]]]
-    where: Callable[[int, str], str]
+    records: Iterator[tuple[int, Mapping[str, Any]]]  # line number, and column → value
+    where: Callable[[int, str], str]  # (line number, column) → location for messages
 
 
 class _CellError(Exception):
-    """What is wrong with the value of a column."""
+    """A fault in the value of a column."""
 
     def __init__(self, column: str, fault: str) -> None:
         super().__init__(fault)
@@ -73,9 +59,9 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
     """Return the rows of a table.
 
     Raises:
-        InputError: a column is missing, a path leads elsewhere, a clip comes twice, or none of the clips exists.
+        InputError: a column is missing, a path is outside of the folder, a clip is duplicate, or no clip exists.
     """
-    chosen = _choose(table, columns)
+    chosen = _existing_columns(table, columns)
     faults, files, rows = Faults(table.path), Files(table.root), []
     seen: dict[str, dict[str | int, int]] = {"clip": {}, "id": {}}
     for number, record in table.records:
@@ -101,11 +87,11 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
     return rows
 
 
-def _choose(table: Table, columns: Columns) -> Columns:
+def _existing_columns(table: Table, columns: Columns) -> Columns:
     """Return the columns to read.
 
     Raises:
-        InputError: one is missing; the message names those there are.
+        InputError: one is missing; the message lists the existing ones.
     """
     there = f"its columns are {', '.join(table.columns)}"
     for key, name in (("caption", columns.caption), ("video", columns.video), ("image", columns.image)):
@@ -113,12 +99,12 @@ def _choose(table: Table, columns: Columns) -> Columns:
             hint = nearest(name, list(table.columns))
             raise InputError(f"'{table.path}' has no column '{name}' (data.params.{key}_column); {there}{hint}")
 
-    def find(names: Sequence[str]) -> str | None:
+    def first(names: Sequence[str]) -> str | None:
         return next((name for name in names if name in table.columns), None)
 
-    caption = columns.caption or find(CAPTION_NAMES + CAPTION_FILES)
-    image = columns.image or find(IMAGE_NAMES + IMAGE_FILES)
-    video = columns.video or find(VIDEO_NAMES + VIDEO_FILES) or image
+    caption = columns.caption or first(CAPTION_NAMES + CAPTION_FILES)
+    image = columns.image or first(IMAGE_NAMES + IMAGE_FILES)
+    video = columns.video or first(VIDEO_NAMES + VIDEO_FILES) or image
     for key, name, names in (("caption", caption, CAPTION_NAMES), ("video", video, VIDEO_NAMES)):
         if name is None:
             cure = f"set data.params.{key}_column to the one that holds the {key}s"
@@ -133,7 +119,7 @@ def _row(
     where: Callable[[str], str],
     allow_missing_captions: bool,
 ) -> Row:
-    assert columns.caption is not None and columns.video is not None, "they were chosen"
+    assert columns.caption is not None and columns.video is not None
     clip = _file(record, columns.video, files)
     caption = record.get(columns.caption)
     if not isinstance(caption, str | None):
@@ -167,7 +153,7 @@ def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
 
 
 def _id(record: Mapping[str, Any]) -> str | int | None:
-    """Return the ``id`` of a row, None where it has none."""
+    """Return the ``id`` of a row, or None."""
     value = record.get("id")
     if value is None or value == "" or hasattr(value, "container"):  # the last: a file *.id in an archive
         return None
@@ -177,7 +163,7 @@ def _id(record: Mapping[str, Any]) -> str | int | None:
 
 
 def _info(record: Mapping[str, Any]) -> VideoInfo | None:
-    """Return what the columns of frames, rate and size say, None where one of them says nothing."""
+    """Return the metadata in the columns of a row; None if one of the four is empty."""
     given = [record.get(name) for name in _INFO]
     if any(value is None or value == "" for value in given):
         return None
@@ -192,21 +178,22 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
     return VideoInfo(int(frames), fps, frames / fps if fps else 0.0, int(height), int(width))
 
 
-# Readers
-
-
 def read_lines(root: Path, columns: Columns) -> Table:
-    """Read text files in which line n belongs to clip n: captions, paths of clips, and perhaps of images.
+    """Read text files in which line n belongs to clip n: captions, paths of clips, and optionally of images.
 
-    An empty line is an empty caption, or no image; those after the last clip are left out.
+    An empty line is an empty caption or no image; empty lines after the last clip are ignored.
 
     Raises:
         InputError: a file is missing, or they differ in length.
     """
+
+    def first(names: Sequence[str]) -> str | None:
+        return next((name for name in names if (root / name).is_file()), None)
+
     names = {
-        "caption": columns.caption or _first_file(root, CAPTION_FILES),
-        "video": columns.video or _first_file(root, VIDEO_FILES) or _first_file(root, IMAGE_FILES),
-        "image": columns.image or _first_file(root, IMAGE_FILES),
+        "caption": columns.caption or first(CAPTION_FILES),
+        "video": columns.video or first(VIDEO_FILES) or first(IMAGE_FILES),
+        "image": columns.image or first(IMAGE_FILES),
     }
     for kind, names_of in (("caption", CAPTION_FILES), ("video", VIDEO_FILES)):
         if names[kind] is None:
@@ -216,7 +203,7 @@ def read_lines(root: Path, columns: Columns) -> Table:
     lists = {kind: _text(root / name).split("\n") for kind, name in names.items() if name is not None}
     for lines in lists.values():
         if not lines[-1]:
-            lines.pop()  # what follows the end of the last line
+            lines.pop()  # the text after the last line break
     clips = lists["video"]
     while clips and not clips[-1].strip():
         clips.pop()
@@ -237,20 +224,16 @@ def read_lines(root: Path, columns: Columns) -> Table:
     return Table(root, root, list(files.values()), records, lambda number, file: f"{root / file}:{number}")
 
 
-def _first_file(root: Path, names: Sequence[str]) -> str | None:
-    return next((name for name in names if (root / name).is_file()), None)
-
-
 def read_csv(path: Path) -> Table:
     """Read a CSV file with a header.
 
     Raises:
-        InputError: it is no CSV, or a row has not the fields of the header.
+        InputError: the CSV is malformed, or a row has more or fewer fields than the header.
     """
     faults, records = Faults(path), []
     reader = csv.reader(io.StringIO(_text(path)), strict=True)
     header: list[str] = []
-    line = 1  # on which the record begins: one whose quotes do not end goes on to the end of the file
+    line = 1  # first line of the record; without a closing quote, a record extends to the end of the file
     try:
         header = [name.strip() for name in next(reader, [])]
         for name in {name for name in header if header.count(name) > 1}:
@@ -274,7 +257,7 @@ def read_json(path: Path) -> Table:
     """Read a JSON file: a list of objects, or such a list under ``data``.
 
     Raises:
-        InputError: it is no JSON, or something else.
+        InputError: it is no JSON, or no such list.
     """
     text = _text(path)
     try:
@@ -290,7 +273,7 @@ def read_json(path: Path) -> Table:
 
 
 def _start_of_data(text: str) -> int:
-    """Return where the value of ``data`` begins in a JSON object; of several such keys the last counts, as in json."""
+    """Return the position of the value of ``data`` in a JSON object; the last of duplicate keys, as in `json`."""
     decoder, start = json.JSONDecoder(), 0
     position = _skip(text, text.index("{") + 1)
     while text[position] != "}":
@@ -302,7 +285,7 @@ def _start_of_data(text: str) -> int:
 
 
 def _lines_of_entries(text: str, start: int, count: int) -> Iterator[int]:
-    """Yield the line on which each entry of a JSON list begins; `start` is where the list does."""
+    """Yield the first line of each entry of the JSON list at position `start`."""
     decoder, line, counted, position = json.JSONDecoder(), 1, 0, text.index("[", start) + 1
     for _ in range(count):
         position = _skip(text, position)
@@ -312,9 +295,9 @@ def _lines_of_entries(text: str, start: int, count: int) -> Iterator[int]:
 
 
 def _skip(text: str, position: int) -> int:
-    """Return where the next value of a JSON text begins, or its list or object ends."""
+    """Return the position of the next JSON value, or of the closing bracket."""
     match = _BETWEEN_VALUES.match(text, position)
-    assert match is not None, "it matches nothing, too"
+    assert match is not None, "the pattern matches an empty text"
     return match.end()
 
 
@@ -348,7 +331,7 @@ def read_parquet(path: Path) -> Table:
     """Read a Parquet file.
 
     Raises:
-        InputError: it is none, or pyarrow is not installed.
+        InputError: it is damaged, or pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -363,11 +346,10 @@ def read_parquet(path: Path) -> Table:
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         try:
-            for batch in content.iter_batches(4096):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-        except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last: text that is not UTF-8
+            batches = (batch.to_pylist() for batch in content.iter_batches(4096))
+            for number, record in enumerate(itertools.chain.from_iterable(batches), 1):
+                yield number, record
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
             said = f"is damaged after row {number}: {one_line(str(error))}; copy or write it again"
             raise InputError(f"'{path}' {said}") from error
 

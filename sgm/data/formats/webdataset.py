@@ -1,6 +1,6 @@
 """WebDataset archives: tar files in which the files of a sample share a name up to its first dot.
 
-Nothing is unpacked: members are read at their offset, in the process that decodes them.
+Archives are not unpacked: the process that decodes a member reads it at its offset.
 """
 
 import json
@@ -17,19 +17,12 @@ from sgm.util import InputError
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive.
+    """A file inside an archive."""
 
-    Attributes:
-        container: the archive.
-        name: of the file in it.
-        offset: where its bytes begin.
-        size: how many they are.
-    """
-
-    container: Path
+    container: Path  # the archive
     name: str
-    offset: int
-    size: int
+    offset: int  # of its first byte
+    size: int  # in bytes
 
     def __str__(self) -> str:
         """Return archive and name."""
@@ -45,18 +38,18 @@ class Member:
             return self.read_from(archive)
 
     def read_from(self, archive: BinaryIO) -> bytes:
-        """Return its bytes from the archive that is open already."""
+        """Return its bytes from the open archive."""
         archive.seek(self.offset)
         return archive.read(self.size)
 
 
 def read_archives(path: Path, columns: Columns) -> Table:
-    """Read the tar files of a folder, or one, as a table whose columns are the suffixes of the files.
+    """Read one tar file, or those of a folder, as a table; columns are file suffixes and keys of JSON files.
 
-    A caption is a text file, or the value of a key in a JSON file; the other keys are columns, too.
+    A caption is a text file, or the value of a key.
 
     Raises:
-        InputError: there is no archive, one is damaged or compressed, or a file comes twice in it.
+        InputError: there is no archive, or one is damaged, compressed, or has duplicate files.
     """
     archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not archives:
@@ -77,7 +70,7 @@ def read_archives(path: Path, columns: Columns) -> Table:
 
 
 def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield where each sample is and its files by suffix."""
+    """Yield the name of each sample in messages, and suffix → file."""
     found: dict[str, dict[str, Member]] = {}
     names = Files(archive)
     try:
@@ -105,7 +98,7 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
 def _record(
     where: str, files: Mapping[str, Member], columns: Columns, archive: BinaryIO, faults: Faults
 ) -> dict[str, Any]:
-    """Return the columns of a sample."""
+    """Return column → value of a sample."""
     record: dict[str, Any] = dict(files)
     if "json" in files:
         try:

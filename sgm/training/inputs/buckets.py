@@ -9,8 +9,9 @@ import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.data.buckets.assign import NOWHERE, PATH, ClipSizes, clip_sizes
 from sgm.data.buckets.plan import BucketPlan, Division
-from sgm.data.cache import TOOL, listed
+from sgm.data.cache import TOOL
 from sgm.data.order import TrainingOrder
+from sgm.data.rows import listed
 from sgm.training.inputs.clips import Data
 from sgm.training.state import ResumePoint
 from sgm.util import InputError

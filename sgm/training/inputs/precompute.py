@@ -23,7 +23,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError
 from sgm.config.precision import resolve_training_precision
 from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, read_shard, write_shard
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.io import remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry

@@ -1,6 +1,6 @@
-"""Start a training on a data set of many rows, up to its first batch, then check the rows; print what that takes.
+"""Start training on a data set of many rows, up to the first batch, then check the rows; print time and memory.
 
-Not a test: a test starts it, as the most memory that was ever used is that of a process of its own.
+Not a test: a test runs it in its own process, to measure the peak memory.
 """
 
 import json
@@ -23,7 +23,7 @@ from sgm.training.inputs.clips import open_data  # noqa: E402
 
 
 def memory(kind: str) -> int:
-    """Return VmRSS, now, or VmHWM, the most so far, in bytes; what getrusage tells begins with that of the parent."""
+    """Return VmRSS, the present memory, or VmHWM, the peak, in bytes; getrusage includes that of the parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
@@ -36,7 +36,7 @@ def timed(found: dict[str, float], name: str) -> Iterator[None]:
 
 
 def main(root: str, runs: Path) -> None:
-    """Do it, with the settings of the toy models."""
+    """Run with the settings of the toy models."""
     bases = [ROOT / "configs" / f"{name}.yaml" for name in ("toy", "toy_sft")]
     config, found = load_config(bases, [f"args.train_data=[{root}]"], mode="train"), {}
     before = memory("VmRSS")

@@ -32,12 +32,12 @@ def tensor(key: str) -> torch.Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(ord(key)))
 
 
-def test_shards_hold_what_fits_in_order():
+def test_results_are_divided_into_shards_in_order():
     assert divide("abcde", [4, 4, 4, 20, 1], 8) == (("a", "b"), ("c",), ("d",), ("e",))
     assert divide([], [], 8) == ()
 
 
-def test_results_come_back_as_they_were(tmp_path):
+def test_results_survive_a_round_trip(tmp_path):
     cache = CachedTensors(write(tmp_path, description()), "latents")
     assert list(cache) == KEYS and len(cache) == 3 and "d" not in cache
     assert all(torch.equal(cache[key], tensor(key)) for key in KEYS)
@@ -46,14 +46,14 @@ def test_results_come_back_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_they_are_stored_in_one_precision_and_come_in_that_of_the_encoder(tmp_path, dtype):
+def test_results_are_stored_in_one_dtype_and_read_in_that_of_the_encoder(tmp_path, dtype):
     cache = CachedTensors(write(tmp_path, description(dtype=dtype)), "latents")
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert cache["a"].dtype == torch.float32
     assert torch.equal(cache["a"], tensor("a").to(narrow).float()) and not torch.equal(cache["a"], tensor("a"))
 
 
-def test_what_could_not_be_encoded_is_told(tmp_path):
+def test_failures_are_recorded(tmp_path):
     cache = CachedTensors(write(tmp_path, description(), b="is damaged"), "latents")
     assert cache.failures == {"b": "is damaged"} and list(cache) == ["a", "c"]
     cache.require(KEYS, SOURCE)
@@ -61,7 +61,7 @@ def test_what_could_not_be_encoded_is_told(tmp_path):
     assert CachedTensors(tmp_path, "latents").failures == {}, "a shard that is written again has its own failures"
 
 
-def test_a_shard_that_lacks_results_is_unfinished_and_written_again_without_a_moment_of_half(tmp_path, monkeypatch):
+def test_a_shard_with_failures_is_unfinished_and_rewritten_atomically(tmp_path, monkeypatch):
     given = description()
     write(tmp_path, given, b="is damaged")
     assert given.unfinished(tmp_path) == [0] and given.missing(tmp_path) == []
@@ -81,7 +81,7 @@ def test_a_shard_that_lacks_results_is_unfinished_and_written_again_without_a_mo
     assert given.unfinished(tmp_path) == [] and read_shard(tmp_path, given, 0).keys() == {"a", "b"}
 
 
-def test_an_unfinished_cache_is_refused_with_what_to_do(tmp_path):
+def test_an_unfinished_cache_is_refused_with_a_cure(tmp_path):
     write(tmp_path, description(), skip=1)
     with pytest.raises(InputError, match=r"1 of 2 shards.*latents-00001.*the same command of tools/prepare_dataset.py"):
         CachedTensors(tmp_path, "latents")
@@ -91,7 +91,7 @@ def test_an_unfinished_cache_is_refused_with_what_to_do(tmp_path):
         CachedTensors(tmp_path / "none", "latents")
 
 
-def test_damage_is_told(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     write(tmp_path, description())
     os.truncate(tmp_path / "latents-00000.safetensors", 100)
     with pytest.raises(RunError, match=r"latents-00000\.safetensors is damaged.*remove it, and run"):
@@ -138,7 +138,7 @@ def test_differences_name_key_cache_and_now():
     ]
 
 
-def test_keys_that_a_cache_lacks_are_named_with_what_it_has(tmp_path):
+def test_missing_keys_are_listed_with_similar_cached_ones(tmp_path):
     keys = ("x/a.mp4, 5 bytes", "x/b.mp4, 6 bytes")
     cache = CachedTensors(
         write(tmp_path / "full", Description("latents", "fp32", SOURCE, (), left_out=keys)), "latents"

@@ -1,4 +1,4 @@
-"""Samples by number: the same for every division into ranks and batches, after a resume, and around broken clips."""
+"""Samples by number: independent of ranks, batches and resuming; replacement of broken clips; workers."""
 
 import multiprocessing
 import os
@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 
-from sgm.data.clips.video import ClipError
-from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _death, make_loader
+from sgm.data.clips.decode import ClipError
+from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _worker_death, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.util import RunError
 
 
 class Numbered:
-    """A data set whose clips hold their own number, some of them broken, and which counts what it decodes."""
+    """A data set whose clips hold their own number, some of them broken, and which counts decoded clips."""
 
     def __init__(self, size=30, broken=(), name="set"):
         self.size, self.broken, self.name = size, set(broken), name
@@ -100,7 +100,7 @@ def test_loading_leaves_the_random_numbers_of_training_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_more_than_the_prefetch_waits_in_memory():
+def test_memory_holds_no_more_than_the_prefetched_batches():
     dataset = Numbered(60)
     batches = iter(loader(stream_of(dataset), stop=60, micro_batch=2, num_workers=2, prefetch_factor=3))
     for _ in range(8):
@@ -109,7 +109,7 @@ def test_no_more_than_the_prefetch_waits_in_memory():
     assert 8 * 2 <= dataset.decoded.value <= (8 + 2 * 3) * 2
 
 
-def test_without_workers_nothing_is_fetched_ahead():
+def test_without_workers_nothing_is_prefetched():
     dataset = Numbered()
     batches = iter(loader(stream_of(dataset), micro_batch=2))
     next(batches)
@@ -158,20 +158,20 @@ def test_attempts_are_bounded():
     assert len(set(dataset.tried)) == len(dataset.tried) == MAX_ATTEMPTS
 
 
-def test_an_order_of_other_sizes_is_refused():
+def test_an_order_with_other_sizes_is_refused():
     with pytest.raises(ValueError, match="the data sets have"):
         SampleStream([Numbered(3)], TrainingOrder([4], seed=0))
 
 
 def started(num_clips, num_workers):
-    """Return batches of which the first is consumed, and the process numbers of the workers."""
+    """Return batches after the first one, and the process ids of the workers."""
     others = {child.pid for child in multiprocessing.active_children()}
     batches = iter(loader(stream_of(Numbered(num_clips)), stop=num_clips, num_workers=num_workers))
     next(batches)
     return batches, {child.pid for child in multiprocessing.active_children()} - others
 
 
-def test_workers_survive_signals_that_are_meant_for_their_parent():
+def test_workers_survive_signals_meant_for_their_parent():
     batches, workers = started(60, num_workers=2)
     assert len(workers) == 2
     for pid in workers:
@@ -188,14 +188,14 @@ def test_a_dead_worker_is_reported_with_a_hint():
 
 
 @pytest.mark.parametrize("seconds", [0.05, None])
-def test_a_broken_connection_waits_for_what_broke_it(seconds):
+def test_a_broken_connection_waits_for_the_report_of_the_death(seconds):
     def handler(number, frame):
         raise RuntimeError("worker is killed")
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds or 0)
-        found = _death(ConnectionResetError("connection reset"))
+        found = _worker_death(ConnectionResetError("connection reset"))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -222,16 +222,21 @@ sys.modules["kept"] = batches  # alive until the interpreter is gone, as in a tr
 """
 
 
-@pytest.mark.parametrize("end", ["exit", "wait"])
-def test_a_parent_that_exits_or_is_terminated_leaves_nothing_hanging(end):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
+def test_a_parent_that_exits_or_is_terminated_leaves_nothing_hanging():
+    processes = {
+        end: subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
+        for end in ("exit", "wait")
+    }
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        if end == "wait":
-            process.send_signal(signal.SIGTERM)
-        # Workers hold the pipe as well: it only closes when they are gone, too.
-        process.communicate(timeout=20)
-        assert process.returncode == (-signal.SIGTERM if end == "wait" else 0)
+        for end, process in processes.items():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if end == "wait":
+                process.send_signal(signal.SIGTERM)
+        for end, process in processes.items():
+            # Workers hold the pipe as well: it only closes when they are gone, too.
+            process.communicate(timeout=20)
+            assert process.returncode == (-signal.SIGTERM if end == "wait" else 0)
     finally:
-        process.kill()
+        for process in processes.values():
+            process.kill()

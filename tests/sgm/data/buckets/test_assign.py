@@ -1,4 +1,4 @@
-"""Which bucket a clip goes to, and how buckets are given."""
+"""Assignment of clips to buckets, and parsing of buckets."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sgm.config.yaml_files import ConfigError
-from sgm.data.buckets.aspect import AREAS
 from sgm.data.buckets.assign import NOWHERE, Bucket, ClipSizes, clip_sizes
 from sgm.data.buckets.config import parse_buckets
+from sgm.data.buckets.resolutions import AREAS
 from sgm.data.clips.frames import select_frames
 from sgm.data.rows import VideoInfo
 from sgm.modules.geometry import Geometry
@@ -41,7 +41,7 @@ def chosen(value, *clips: tuple[int, int, int], draws=None) -> list[str | None]:
 
 def problems(value, geometry=None) -> str:
     with pytest.raises(ConfigError) as error:
-        parse_buckets(value).fitted(geometry)
+        parse_buckets(value).supported_by(geometry)
     return str(error.value)
 
 
@@ -50,7 +50,7 @@ def problems(value, geometry=None) -> str:
 
 @pytest.mark.parametrize("rate", [4.0, 7.5, 8.0, 23.976, 25.0, 30.0, 60.0])
 @pytest.mark.parametrize("skip", [(0, 0), (3, 3), (0, 11)])
-def test_the_length_of_a_clip_is_what_training_takes_of_it(rate, skip):
+def test_lengths_equal_the_number_of_selected_frames(rate, skip):
     counts = range(1, 200)
     infos = [VideoInfo(count, 0.0 if count == 1 else rate, count / rate, 480, 720) for count in counts]
     found = clip_sizes(infos, fps=8, skip=skip)
@@ -104,7 +104,7 @@ def test_the_nearest_shape(clip, bucket):
     ("clip", "bucket"),
     [((1080, 1920), "9x720x1280"), ((719, 1280), "9x368x640"), ((360, 640), "9x192x336"), ((90, 160), "9x192x336")],
 )
-def test_of_equal_shapes_the_largest_that_a_clip_is_not_blown_up_for(clip, bucket):
+def test_of_equal_shapes_the_largest_without_upscaling(clip, bucket):
     ladder = ["9x368x640", "9x720x1280", "9x192x336"]  # height / width 0.575, 0.5625, 0.571
     assert chosen(ladder, (9, *clip)) == chosen(ladder[::-1], (9, *clip)) == [bucket]
 
@@ -155,11 +155,11 @@ def test_a_clip_needs_four_fifths_of_the_area():
     assert chosen({"480p": {9: [1.0, 1]}}, *clips) == [None, "9x448x912"]
 
 
-def test_a_class_that_hands_all_videos_down():
+def test_a_class_that_passes_all_videos_on():
     assert chosen({"720p": {49: [0.0, 0]}, "480p": {49: [1.0, 1]}}, (49, 720, 1280)) == ["49x480x848"]
 
 
-def test_which_clips_have_a_bucket_at_all():
+def test_reachable_clips():
     scheme = parse_buckets({"720p": {49: [0.0, 0], 33: [1, 1]}, "480p": {33: [[0.5, 0.5], 1], 17: [0.1, 1]}})
     clips = sizes((49, 720, 1280), (40, 720, 1280), (17, 720, 1280), (16, 720, 1280), (49, 200, 200), (0, 720, 1280))
     assert scheme.reachable(clips).tolist() == [True, True, True, False, False, False]
@@ -172,10 +172,10 @@ def test_which_clips_have_a_bucket_at_all():
 # Networks
 
 
-def test_classes_keep_the_sizes_that_a_network_can_take():
-    scheme = parse_buckets({"480p": {49: [1.0, 1]}}).fitted(ROTARY)
+def test_classes_keep_supported_sizes():
+    scheme = parse_buckets({"480p": {49: [1.0, 1]}}).supported_by(ROTARY)
     assert [str(bucket) for bucket in scheme.buckets] == ["49x480x720"]
-    assert len(parse_buckets({"480p": {49: [1.0, 1]}}).fitted(PATCHED).buckets) == 21
+    assert len(parse_buckets({"480p": {49: [1.0, 1]}}).supported_by(PATCHED).buckets) == 21
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_classes_keep_the_sizes_that_a_network_can_take():
         ({"frames": [5], "heights": [8], "widths": [720]}, ROTARY, ["buckets: 5x8x720", "multiples of 16"]),
     ],
 )
-def test_what_a_network_cannot_take(value, geometry, expected):
+def test_unsupported_shapes_are_refused(value, geometry, expected):
     message = problems(value, geometry)
     assert all(text in message for text in expected), message
 

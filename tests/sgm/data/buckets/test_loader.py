@@ -1,4 +1,4 @@
-"""Batches of one shape from a plan of buckets, and what replaces broken clips."""
+"""Batches of one shape from a bucket plan, and replacements of broken clips."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from sgm.data.buckets.assign import ClipSizes
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.buckets.plan import BucketPlan, Division
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import SampleStream, make_bucket_loader
 from sgm.data.order import TrainingOrder
 
@@ -15,7 +15,7 @@ NUM = 30
 
 
 class Shaped:
-    """Clips that hold their own index, in the shape that is asked for."""
+    """Clips that hold their own index, in the given shape."""
 
     def __init__(self, broken=()):
         self.broken = broken

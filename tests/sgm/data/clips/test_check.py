@@ -29,23 +29,24 @@ def check(*rows, **more):
     return check_rows(rows, **settings)
 
 
-@pytest.fixture
-def rows(tmp_path):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
     """A good clip, a slow, a short, a small one, one of an absurd rate, one without a caption, and no clip at all."""
+    folder = tmp_path_factory.mktemp("clips")
     made = [
-        Row(clip(tmp_path / "good.mp4"), "a caption"),
-        Row(clip(tmp_path / "slow.mp4", fps=5), "a caption"),
-        Row(clip(tmp_path / "short.mp4", num_frames=9), "a caption"),
-        Row(clip(tmp_path / "small.mp4", size=(32, 32)), "a caption"),
-        Row(clip(tmp_path / "absurd.mp4", num_frames=100, fps=1000), "a caption"),
-        Row(clip(tmp_path / "unnamed.mp4"), "", "its caption is missing"),
-        Row(tmp_path / "text.mp4", "a caption"),
+        Row(clip(folder / "good.mp4"), "a caption"),
+        Row(clip(folder / "slow.mp4", fps=5), "a caption"),
+        Row(clip(folder / "short.mp4", num_frames=9), "a caption"),
+        Row(clip(folder / "small.mp4", size=(32, 32)), "a caption"),
+        Row(clip(folder / "absurd.mp4", num_frames=100, fps=1000), "a caption"),
+        Row(clip(folder / "unnamed.mp4"), "", "its caption is missing"),
+        Row(folder / "text.mp4", "a caption"),
     ]
     made[-1].path.write_text("no video")
     return made
 
 
-def test_every_row_says_what_is_wrong_and_what_to_know(rows):
+def test_reports_hold_problems_and_notes(rows):
     good, slow, short, small, absurd, unnamed, text = check(*rows)
     assert (good.problems, good.notes, good.num_frames, good.effective_fps) == ((), (), 17, 8)
     assert good.info is not None and (good.info.height, good.info.width, good.info.num_frames) == (64, 96, 17)
@@ -58,7 +59,7 @@ def test_every_row_says_what_is_wrong_and_what_to_know(rows):
     assert bad_share([good, slow, absurd, text]) == 0.5
 
 
-def test_with_buckets_each_clip_is_held_against_its_own(rows):
+def test_with_buckets_each_clip_is_checked_against_its_own(rows):
     buckets = parse_buckets(["17x64x96", "9x64x64", "5x32x32"])
     good, slow, short, small, absurd, _, text = check(*rows, buckets=buckets)
     assert good.notes == short.notes == () and short.num_frames == 9
@@ -68,7 +69,7 @@ def test_with_buckets_each_clip_is_held_against_its_own(rows):
     assert found[0].notes == ("fits no bucket: left out",) and found[0].num_frames == 0
 
 
-def test_what_a_manifest_states_is_held_against_the_clip(tmp_path):
+def test_columns_of_a_manifest_are_checked_against_the_clip(tmp_path):
     path, picture = clip(tmp_path / "a.mp4"), tmp_path / "a.png"
     Image.new("RGB", (96, 64)).save(picture)
 
@@ -109,7 +110,7 @@ def test_summary_counts_good_clips_only(rows):
     assert bad_share([]) == 0
 
 
-def test_how_sizes_durations_and_rates_are_spread():
+def test_histograms_of_sizes_durations_and_rates():
     def report(seconds, fps, height):
         return RowReport("a", "", VideoInfo(int(seconds * fps), fps, seconds, height, 64))
 

@@ -55,7 +55,7 @@ def test_as_many_frames_as_the_clip_has_at_its_own_rate():
     assert (chosen.num_frames, chosen.effective_fps) == (17, 8.0)
 
 
-def test_a_slower_source_repeats_frames_and_says_so():
+def test_a_slower_source_repeats_frames_and_lowers_the_effective_rate():
     chosen = select(np.arange(60) / 5, frames=17, skip=0)
     assert chosen.num_frames == 17
     assert chosen.effective_fps == pytest.approx(5, rel=0.2)

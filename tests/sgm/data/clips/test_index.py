@@ -1,4 +1,4 @@
-"""sgm.data.clips.index: clips are read once, and known afterwards for as long as they stay as they are."""
+"""sgm.data.clips.index: clips are read once, and again when they change."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from sgm.data.clips import index
 from sgm.data.clips.index import clip_infos, index_path
-from sgm.data.formats.detect import list_rows
+from sgm.data.formats.registry import list_rows
 from sgm.data.rows import Row, VideoInfo
 
 TOY = Path(__file__).parents[4] / "assets" / "toy" / "videos"
@@ -48,13 +48,13 @@ def test_clips_are_read_once(folder, reading):
     assert clip_infos(rows(moved), moved) == [INFO] * 3 and reading == ["b.mp4"]
 
 
-def test_what_is_known_otherwise_is_not_read(folder, reading):
+def test_clips_with_columns_or_problems_are_not_read(folder, reading):
     said = VideoInfo(5, 8.0, 0.625, 32, 32)
     mixed = [Row(folder / "a.mp4", "", info=said), Row(folder / "b.mp4", "", "is bad"), *rows(folder)[2:]]
     assert clip_infos(mixed, folder) == [said, "is bad", INFO] and reading == ["c.mp4"]
 
 
-def test_bad_clips_are_told_each_time(folder, reading):
+def test_bad_clips_are_read_again_each_time(folder, reading):
     (folder / "b.mp4").write_text("no video")
     for _ in range(2):
         first, second, third = clip_infos(rows(folder), folder)
@@ -75,7 +75,7 @@ def test_a_folder_that_is_read_only_has_its_index_in_the_cache(folder, reading, 
     assert clip_infos(rows(folder), folder) == [INFO] * 3, "then nothing is kept"
 
 
-def test_clips_in_a_table_are_known_as_long_as_its_files_are(tmp_path, reading):
+def test_clips_in_a_table_are_cached_until_its_files_change(tmp_path, reading):
     from datasets import Dataset, Features, Value, Video, disable_progress_bars
 
     disable_progress_bars()
@@ -95,14 +95,14 @@ def test_clips_in_a_table_are_known_as_long_as_its_files_are(tmp_path, reading):
 
 
 @pytest.mark.parametrize("content", ["no JSON", json.dumps({"a.mp4": [1]}), "[1]"])
-def test_a_damaged_index_is_made_anew(folder, reading, content):
+def test_a_damaged_index_is_rewritten(folder, reading, content):
     (folder / index.NAME).write_text(content)
     assert clip_infos(rows(folder), folder) == [INFO] * 3
     reading.clear()
     assert clip_infos(rows(folder), folder) == [INFO] * 3 and reading == []
 
 
-def test_small_sets_leave_no_file_behind(folder, monkeypatch):
+def test_small_data_sets_write_no_index(folder, monkeypatch):
     monkeypatch.setattr(index, "KEPT_FROM", 4)
     clip_infos(rows(folder), folder)
     assert not (folder / index.NAME).exists()

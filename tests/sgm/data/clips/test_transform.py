@@ -5,7 +5,7 @@ from sgm.data.clips.transform import cover_crop
 
 
 @pytest.mark.parametrize("shape", [(60, 100), (100, 60), (32, 32), (33, 31), (8, 200)])
-def test_the_middle_is_cut_out_of_a_picture_that_covers(shape):
+def test_frames_cover_the_size_and_are_cropped_to_the_centre(shape):
     h, w = shape
     ramp_h = torch.linspace(-1, 1, h)[:, None].expand(h, w)
     ramp_w = torch.linspace(-1, 1, w)[None].expand(h, w)

@@ -41,7 +41,7 @@ def test_clips_are_found_at_any_depth_and_ordered_by_path(tmp_path):
     assert {(row.caption, row.problem) for row in rows} == {("a caption", None)}
 
 
-def test_links_are_followed_and_may_run_in_circles(tmp_path):
+def test_links_are_followed_and_may_form_cycles(tmp_path):
     put(tmp_path / "elsewhere", "a.mp4", "a.txt")
     root = tmp_path / "set"
     root.mkdir()

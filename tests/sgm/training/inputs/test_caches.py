@@ -247,7 +247,7 @@ def test_changed_and_added_clips_and_weights_are_noticed(training_yaml, clips, t
     message = refusal()
     assert "data/videos/000.mp4" in message and "which has data/videos/000.mp4" in message
     assert "data/videos/new.mp4" in message and "another one: not in the cache" in message
-    with pytest.raises(InputError, match="was begun for something else"):
+    with pytest.raises(InputError, match="belongs to a cache with other settings or data"):
         precompute(bases, cache, *words)
     content = torch.load(vae, weights_only=True)
     name = next(iter(content["state_dict"]))

@@ -1,4 +1,4 @@
-"""sgm.data.clips.video: what containers say, and the pictures that two decoders give."""
+"""sgm.data.clips.decode: metadata of containers, and the frames of both decoders."""
 
 import subprocess
 import sys
@@ -8,13 +8,13 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from sgm.data.clips import video
-from sgm.data.clips.video import ClipError, decode_all, probe, read_frames, scan
+from sgm.data.clips import decode
+from sgm.data.clips.decode import ClipError, decode_all, probe, read_frames, scan
 from sgm.inference.video import write_video
 
 
 def picture_frames(num_frames=30, height=64, width=96):
-    """A coloured corner, so that turning shows, over a grey that tells the index of the frame."""
+    """A coloured corner, which shows rotation, over a grey level that encodes the frame index."""
     frames = np.empty((num_frames, height, width, 3), np.uint8)
     frames[:] = 8 * np.arange(num_frames, dtype=np.uint8)[:, None, None, None]
     frames[:, :20, :30] = (200, 30, 60)
@@ -43,7 +43,7 @@ def variant(clip, tmp_path):
     return make
 
 
-def test_what_a_container_says(clip):
+def test_metadata_of_a_container(clip):
     info, times = scan(clip)
     assert (info.num_frames, info.height, info.width) == (30, 64, 96)
     assert info.fps == pytest.approx(30)
@@ -57,9 +57,9 @@ def test_decoders_agree_on_upright_pictures(variant, rotation, size):
     turned = variant("-c", "copy", before=("-display_rotation", str(rotation)))
     info = probe(turned)
     assert (info.height, info.width) == size
-    first = video._read_av(turned, [0, 7, 29])
+    first = decode._read_av(turned, [0, 7, 29])
     assert first.shape == (3, *size, 3)
-    assert np.array_equal(first, video._read_decord(turned, [0, 7, 29], 30))
+    assert np.array_equal(first, decode._read_decord(turned, [0, 7, 29], 30))
     expected = np.rot90(picture_frames()[[0, 7, 29]], rotation // 90, axes=(1, 2))
     assert np.abs(first[:, 2:-2, 2:-2].astype(int) - expected[:, 2:-2, 2:-2]).mean() < 5, "turned the wrong way"
 
@@ -78,8 +78,8 @@ def test_decoders_agree_on_upright_pictures(variant, rotation, size):
 def test_decoders_agree_on_containers_and_colours(variant, name, options):
     path = variant(*options, name=name)
     indices = [0, 3, 11, 12, 28, 29]
-    frames = video._read_av(path, indices)
-    assert np.abs(frames.astype(int) - video._read_decord(path, indices, 30)).max() <= 1
+    frames = decode._read_av(path, indices)
+    assert np.abs(frames.astype(int) - decode._read_decord(path, indices, 30)).max() <= 1
     levels = frames[:, 40:, 50:].mean((1, 2, 3)) / 8
     assert levels.round().astype(int).tolist() == indices
 
@@ -104,7 +104,7 @@ def test_pyav_steps_in_where_decord_is_missing_or_fails(clip, monkeypatch):
     assert np.array_equal(read_frames(clip, [1, 5], 30), expected)
     monkeypatch.undo()
     calls = []
-    monkeypatch.setattr(video, "_read_av", lambda *args: calls.append(args) or expected)
+    monkeypatch.setattr(decode, "_read_av", lambda *args: calls.append(args) or expected)
     read_frames(clip, [1, 5], 30)
     assert calls == [], "decord comes first"
     read_frames(clip, [1, 5], 31)  # it counts otherwise

@@ -1,14 +1,16 @@
-"""Clips: what their containers say, and the pictures of chosen frames. A picture file is a clip of one frame.
+"""Read metadata and decode frames of clips. A picture file is a clip of one frame.
 
-Times and counts always come from PyAV, which reads the packets without decoding them; pictures come from decord, and
-from PyAV where decord is missing, fails or counts otherwise. Both turn pictures upright and give equal pixels.
+Times and counts come from PyAV, which reads packets without decoding them. Frames come from decord, or from PyAV if
+decord is missing, fails or counts other frames. Both apply the rotation and give equal pixels.
 
-Legend: T frames, H W pixels of an upright picture.
+Legend: T frames, H W pixels of an upright frame.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import av
+import av.container
 import av.error
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,12 +21,11 @@ from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-# Share of the duration that a container states and its packets must fill; trimming and rounding take a little.
-_COMPLETE = 0.9
+_COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
 
 
 class ClipError(RunError):
-    """A clip cannot be used. Training replaces it by another one and goes on.
+    """A clip cannot be used; training replaces it by another one.
 
     Attributes:
         path: the clip.
@@ -36,41 +37,41 @@ class ClipError(RunError):
         super().__init__(f"clip {path}: {reason}")
 
     def __reduce__(self) -> tuple[type["ClipError"], tuple[str, str]]:
-        """Pickle by what the constructor takes; the default would give it the message alone."""
+        """Pickle with the constructor's arguments; the default passes the message alone."""
         return ClipError, (self.path, self.reason)
 
 
 def probe(path: str | ClipFile) -> VideoInfo:
-    """Return what is known of a clip; see `scan`."""
+    """Return the metadata of a clip; see `scan`."""
     return scan(path)[0]
 
 
 def scan(path: str | ClipFile) -> tuple[VideoInfo, np.ndarray]:
-    """Read a clip's packets, and decode its first frame, which tells the size and that there is a decoder.
+    """Read the packets of a clip, and decode its first frame for the size and to see that there is a decoder.
 
     Returns:
-        What is known of the clip, and when each of its frames is shown, in seconds, ascending (float64).
+        Metadata, and the presentation time of each frame in seconds, ascending (float64).
 
     Raises:
-        ClipError: it cannot be read, holds no frames, or ends before the end that its header states.
+        ClipError: it cannot be read, holds no frames, or is shorter than its header states.
     """
     if is_picture(path):
         height, width = read_picture(path).shape[:2]
         return VideoInfo(1, 0.0, 0.0, height, width), np.zeros(1)
     packets: list[tuple[int, int]] = []
     first = None
-    with _Reading(path) as reading:
-        for packet in reading.container.demux(reading.stream):
+    with open_video(path) as (container, stream):
+        for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise ClipError(path, f"is cut off or damaged after {len(packets)} frames; copy or encode it again")
             if first is None:
                 first = next(iter(packet.decode()), None)
-            if packet.size and not packet.is_discard:  # discarded: cut away without encoding again
+            if packet.size and not packet.is_discard:  # discarded: trimmed without encoding again
                 time = packet.pts if packet.pts is not None else packet.dts
                 packets.append((time or 0, packet.duration or 0))
         if first is None or not packets:
             raise ClipError(path, "holds no frames")
-        base, stated = float(reading.stream.time_base or 1), _stated_duration(reading)
+        base, stated = float(stream.time_base or 1), _stated_duration(container, stream)
     times = np.sort(np.array([time for time, _ in packets], dtype=np.float64)) * base
     fps = (len(times) - 1) / span if (span := float(times[-1] - times[0])) > 0 else 0.0
     end = max(max(time + length for time, length in packets) * base, times[-1] + (1 / fps if fps else 0.0))
@@ -83,12 +84,12 @@ def scan(path: str | ClipFile) -> tuple[VideoInfo, np.ndarray]:
 
 
 def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
-    """Decode frames of a clip, and no more than they need.
+    """Decode some frames of a clip.
 
     Args:
         path: the clip.
-        indices: which frames, in order of display, ascending, each once.
-        num_frames: how many the clip has, by `scan`.
+        indices: of the frames in display order, ascending and distinct.
+        num_frames: of the clip, by `scan`.
 
     Returns:
         (T, H, W, 3) uint8, RGB.
@@ -100,7 +101,7 @@ def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -
         return read_picture(path)[None]
     try:
         return _read_decord(path, indices, num_frames)
-    except Exception as error:  # decord raises what it likes; the second decoder says what is wrong
+    except Exception as error:  # decord raises errors of any type; PyAV reports the cause
         logger.debug("decord cannot read %s (%s); trying PyAV", path, str(error).splitlines()[:1])
     return _read_av(path, indices)
 
@@ -122,7 +123,7 @@ def read_picture(path: str | ClipFile) -> np.ndarray:
 
 
 def decode_all(path: str | ClipFile, num_frames: int) -> None:
-    """Decode a whole clip, keeping nothing, to see that it can be decoded.
+    """Decode a whole clip to find damage; keep nothing.
 
     Raises:
         ClipError: a frame is missing or damaged.
@@ -131,8 +132,8 @@ def decode_all(path: str | ClipFile, num_frames: int) -> None:
         read_picture(path)
         return
     count = 0
-    with _Reading(path) as reading:
-        for frame in reading.frames():
+    with open_video(path) as (container, stream):
+        for frame in container.decode(stream):
             if frame.is_corrupt:
                 raise ClipError(path, f"frame {count} of {num_frames} is damaged; copy or encode it again")
             count += 1
@@ -140,32 +141,28 @@ def decode_all(path: str | ClipFile, num_frames: int) -> None:
         raise ClipError(path, f"only {count} of its {num_frames} frames can be decoded; encode it again")
 
 
-class _Reading:
-    """A clip that is open in PyAV, as a context; every failure inside becomes a ClipError."""
+@contextmanager
+def open_video(
+    path: str | ClipFile, *, thread_type: str | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a clip in PyAV; errors of FFmpeg inside the block become a ClipError.
 
-    def __init__(self, path: str | ClipFile) -> None:
-        self.path = path
-
-    def __enter__(self) -> "_Reading":
-        try:
-            self.container = av.open(opened(self.path), mode="r")
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise ClipError(self.path, _reason(error)) from error
-        if not self.container.streams.video:
-            self.container.close()
-            raise ClipError(self.path, "holds no video")
-        self.stream = self.container.streams.video[0]
-        self.stream.codec_context.thread_count = 1  # clips are decoded side by side
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.container.close()
-        if isinstance(error, (av.error.FFmpegError, OSError, ValueError)):
-            raise ClipError(self.path, _reason(error)) from error
-
-    def frames(self) -> Iterator[av.VideoFrame]:
-        """Decode all frames in order of display."""
-        yield from self.container.decode(self.stream)
+    Args:
+        path: the clip.
+        thread_type: ``AUTO`` decodes on all cores; None on one, as for clips that are decoded in parallel.
+    """
+    try:
+        with av.open(opened(path), mode="r") as container:
+            if not container.streams.video:
+                raise ClipError(path, "holds no video")
+            stream = container.streams.video[0]
+            if thread_type is None:
+                stream.codec_context.thread_count = 1
+            else:
+                stream.thread_type = thread_type
+            yield container, stream
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ClipError(path, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -174,18 +171,17 @@ def _reason(error: Exception) -> str:
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _stated_duration(reading: _Reading) -> float:
-    """Return the seconds of video that the header promises, or 0 where it does not say."""
-    stream, container = reading.stream, reading.container
+def _stated_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Return the seconds of video that the header states, or 0."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    if container.duration is not None and len(container.streams) == 1:  # else it may be that of the sound
+    if container.duration is not None and len(container.streams) == 1:  # else it may be that of the audio
         return container.duration / av.time_base
     return 0.0
 
 
 def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
-    # Imported and opened here, in the process that decodes: a reader that was open before a fork never answers.
+    # Imported and opened in the process that decodes: a reader that was open before a fork hangs.
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -196,12 +192,12 @@ def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) 
 
 
 def _read_av(path: str | ClipFile, indices: Sequence[int]) -> np.ndarray:
-    """Decode from the start, as chosen frames begin there, until all are found."""
+    """Decode from the start until all frames are found."""
     wanted, pictures = set(indices), []
-    with _Reading(path) as reading:
-        for index, frame in enumerate(reading.frames()):
+    with open_video(path) as (container, stream):
+        for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
-                # PyAV turns nothing by itself; rotation is in degrees against the clock.
+                # PyAV does not apply the rotation, which is counterclockwise in degrees.
                 pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
             if len(pictures) == len(wanted):
                 return np.stack(pictures)

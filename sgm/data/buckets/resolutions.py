@@ -1,4 +1,4 @@
-"""The sizes of a resolution class: one for each shape of picture, all of about the same area."""
+"""Resolution classes: sizes of about the same area, one for each aspect ratio."""
 
 import math
 from fractions import Fraction
@@ -7,7 +7,7 @@ from sgm.util import InputError, nearest
 
 STEP = 16  # pixels: the VAE shrinks by 8, and the network takes patches of 2x2
 
-# Pixels of a picture. Up to 1080p and from 4k they are named after the short side of 16:9, the others after a square.
+# Pixels of each class. Names with p, 2k and 4k are of 16:9 video; a plain number is the side of a square.
 AREAS = {
     "144p": 36_864,
     "240p": 102_240,
@@ -23,24 +23,11 @@ AREAS = {
     "2880": 8_294_400,
     "4k": 8_294_400,
 }
-# Height / width of the wide ones; the tall ones are these turned.
+# Height / width of landscape sizes; portrait sizes are these swapped.
 ASPECTS = tuple(Fraction(*pair) for pair in [(1, 4), (1, 3), (3, 8), (3, 7), (1, 2), (9, 16), (5, 8), (2, 3), (3, 4)])
 ASPECTS += (Fraction(4, 5), Fraction(1))
-# What the area does not give: the size that CogVideoX-2B and 5B were released for.
+# Not the computed size, but that of the released CogVideoX-2B and 5B.
 _RELEASED = {("480p", Fraction(2, 3)): (480, 720)}
-
-
-def area_of(name: str) -> int:
-    """Return the pixels of a resolution class.
-
-    Raises:
-        InputError: there is no such class.
-    """
-    if name not in AREAS:
-        raise InputError(
-            f"'{name}' is no class of resolutions; there are {', '.join(AREAS)}{nearest(name, list(AREAS))}"
-        )
-    return AREAS[name]
 
 
 def class_sizes(name: str) -> tuple[tuple[int, int], ...]:
@@ -49,8 +36,10 @@ def class_sizes(name: str) -> tuple[tuple[int, int], ...]:
     Raises:
         InputError: there is no such class.
     """
-    area = area_of(name)
-    wide = [_RELEASED.get((name, aspect)) or _size(area, float(aspect)) for aspect in ASPECTS]
+    if name not in AREAS:
+        hint = nearest(name, list(AREAS))
+        raise InputError(f"'{name}' is no class of resolutions; there are {', '.join(AREAS)}{hint}")
+    wide = [_RELEASED.get((name, aspect)) or _size(AREAS[name], float(aspect)) for aspect in ASPECTS]
     tall = [(width, height) for height, width in reversed(wide)]
     return tuple(dict.fromkeys(wide + tall))
 

@@ -1,4 +1,4 @@
-"""Every format gives the same clips; what is malformed is told with file and line."""
+"""Every format gives the same clips; malformed data sets are refused with file and line."""
 
 import io
 import json
@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from data_video import SFTDataset
-from sgm.data.clips.video import ClipError
+from sgm.data.clips.decode import ClipError
 from sgm.data.formats import huggingface
-from sgm.data.formats.detect import detect
+from sgm.data.formats.registry import detect
 from sgm.util import InputError
 from tests.processes import run
 
@@ -48,7 +48,7 @@ def test_the_same_clips_in_every_format(name, expected, tmp_path):
 
 
 def put(root: Path, **files: str) -> Path:
-    """Write text files; two underscores in a name stand for a dot. Clips a.mp4 to d.mp4 exist, as far as names go."""
+    """Write text files; two underscores in a name stand for a dot. Clips a.mp4 to d.mp4 exist, but are empty."""
     for name, content in files.items():
         (root / name.replace("__", ".")).write_text(content)
     for name in "abcd":
@@ -133,7 +133,7 @@ def test_faults_in_parquet_have_rows(tmp_path):
     assert "metadata.parquet, row 2: '../b.mp4' leads out of" in refusal(tmp_path)
 
 
-def test_damage_inside_parquet_is_told(tmp_path):
+def test_damage_inside_parquet_is_reported(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -256,7 +256,7 @@ def test_wrong_formats_and_columns(tmp_path, more, said):
     assert re.search(said, refusal(put(tmp_path, metadata__csv=CSV + "one,a.mp4"), **more))
 
 
-def test_formats_are_told_apart(tmp_path):
+def test_formats_are_detected(tmp_path):
     root = put(tmp_path, metadata__csv=CSV + "one,a.mp4", metadata__jsonl="{}")
     assert "metadata.{csv,jsonl}; set data.params.format" in refusal(root)
     assert len(dataset(root, format="csv")) == 1
@@ -345,6 +345,5 @@ def test_a_hundred_thousand_rows(write, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["rows"], found["batch"], found["exit"]) == (100_000, [4, 17, 3, 64, 64], 0)
-    # Of the processor, as what else the machine does would decide about the time on the clock, which is shown.
-    assert found["start_cpu"] < 10 and found["check_cpu"] < 20 and found["bytes"] < 500e6, found
-    print(write.__name__, found)  # for pytest -s
+    assert found["bytes"] < 500e6, found
+    print(write.__name__, found)  # with times, for pytest -s

@@ -1,6 +1,6 @@
 import pytest
 
-from sgm.data.buckets.aspect import AREAS, class_sizes
+from sgm.data.buckets.resolutions import AREAS, class_sizes
 from sgm.util import InputError
 
 

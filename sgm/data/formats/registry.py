@@ -1,4 +1,4 @@
-"""In which format a data set is, and its rows. docs/data.md shows each format."""
+"""The formats of data sets, and the rows of a data set in any of them; docs/data.md shows each format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from sgm.data.formats.webdataset import read_archives
 from sgm.data.rows import Row
 from sgm.util import InputError, nearest
 
-MANIFEST = "metadata"  # name of a manifest that a folder describes itself with
+MANIFEST = "metadata"  # name of the manifest of a folder, without suffix
 _MANIFESTS: dict[str, Callable[[Path], Table]] = {
     "csv": read_csv,
     "json": read_json,
@@ -39,16 +39,16 @@ def list_rows(
     columns: Columns | None = None,
     allow_missing_captions: bool = False,
 ) -> list[Row]:
-    """Return the rows of a data set in any format. No clip is opened.
+    """Return the rows of a data set in any format; open no clip.
 
     Args:
         data_dir: a folder, a manifest, or an archive.
-        format: one of `FORMATS`; ``auto`` finds out.
-        columns: which columns hold what; a folder of clips and captions has none.
-        allow_missing_captions: take a missing or empty caption as an empty one.
+        format: one of `FORMATS`.
+        columns: names of the columns; a folder of clips and captions has none.
+        allow_missing_captions: accept a missing or empty caption as an empty one.
 
     Raises:
-        InputError: the data set is malformed; the message names file and line of what is wrong.
+        InputError: the data set is malformed; the message names file and line.
     """
     if format not in FORMATS:
         hint = nearest(format, list(FORMATS))
@@ -67,10 +67,10 @@ def list_rows(
 
 
 def detect(path: Path) -> str:
-    """Return the format of a data set.
+    """Detect the format of a data set.
 
     Raises:
-        InputError: it is a file of no known kind, or a folder with several manifests.
+        InputError: the type of the file is unknown, or the folder has several manifests.
     """
     if path.is_file():
         kind = "webdataset" if path.suffix == ".tar" else path.suffix[1:].lower()
