@@ -1,7 +1,7 @@
 """Encoder and decoder of the causal 3D video VAE.
 
-Shapes: ``B C T H W``. Parameter names are those of the released ``3d-vae.pt`` (SAT checkpoint format). Each class
-works on one chunk of a clip; `vae_modules.autoencoder` cuts the clip and owns the `Stream`.
+Shapes: ``B C T H W``. Parameter names are those of the released ``3d-vae.pt`` (SAT checkpoint format). Both run on one
+chunk of a clip; `vae_modules.autoencoder` makes the chunks and owns the `Stream`.
 """
 
 import math
@@ -11,16 +11,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sgm.modules.in_place import silu
 from sgm.util import InputError
-from vae_modules.layers import (
-    CausalConv3d,
-    Downsample3D,
-    ResnetBlock3D,
-    Stream,
-    Upsample3D,
-    make_norm,
-    silu,
-)
+from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, Stream, Upsample3D, make_norm
 
 _UNUSED = {
     "resolution": "the network is fully convolutional",
@@ -57,16 +50,14 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        for name, resample in (("downsample", downsample), ("upsample", upsample)):
-            if resample is not None:
-                self.add_module(name, resample)
+        self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C', T', H', W')."""
         for block in self.block:
             x = block(x, latents, stream)
-        for name, resample in self.named_children():
-            if name != "block":
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
                 x = resample(x, stream)
         return x
 
