@@ -1,7 +1,6 @@
-"""From a batch of the data to what the loss needs: encoded, or taken from a cache, with everything random drawn.
+"""A batch of the data, encoded or from a cache, with all random numbers drawn → the inputs of the loss.
 
-Legend: ``B T C H W`` latents and videos, ``F`` video frames; moments of a cache are those of the autoencoder,
-``B 2C T H W``.
+Legend: ``B T C H W`` latents and videos, ``F`` video frames; ``B 2C T H W`` moments of the autoencoder in a cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,20 +25,20 @@ def training_inputs(
     num_ranks: int = 1,
     idx: Sequence[int] | None = None,
 ) -> TrainingInputs:
-    """Encode a batch of the data and draw what is random about it, sample by sample.
+    """Encode a batch of the data and draw its random numbers, sample by sample.
 
-    A sample depends on its own generator only, not on its batch. From the generator come, in this order: whether
-    the text is dropped, the level and the noise of the first frame, whether the image is dropped, the posterior
-    noise, the timestep, the diffusion noise.
+    A sample depends on its own generator only, not on its batch. The order of draws: whether the text is dropped, the
+    level and the noise of the first frame, whether the image is dropped, the posterior noise, the timestep, the
+    diffusion noise.
 
     Args:
         engine: the model.
         batch: `input_key`: videos (B, F, 3, H, W) in −1..1, or with `latent_input` unscaled latents
-            (B, T, C, H, W); or ``moments``: B of (2C, T, H, W), and perhaps ``image_moments``: B of (2C, 1, H, W),
-            which get no noise; the conditioner's texts; perhaps ``image``: B of (3, H, W), None for the first frame.
+            (B, T, C, H, W); or ``moments``: B of (2C, T, H, W), with optional ``image_moments``: B of (2C, 1, H, W),
+            which get no noise; the conditioner's texts; optionally ``image``: B of (3, H, W), None for the first frame.
         generators: one CPU generator per sample.
         rank: this data-parallel rank, for a loss with ``uniform_sampling``.
-        num_ranks: how many there are.
+        num_ranks: data-parallel ranks.
         idx: timesteps instead of drawn ones.
     """
     loss_fn, conditioner, device = engine.require_loss(), engine.require_conditioner(), engine.device
@@ -81,7 +80,7 @@ def _clean_latents(
 def _image_condition(
     engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], i: int, clip: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Condition of clip `i` from its image, with noise on it unless it is encoded already, or dropped."""
+    """Condition of clip `i`: the latents of its image, with noise unless from a cache; zeros if dropped."""
     if engine.latent_input:
         raise InputError("model.latent_input has no first frame to condition on; set noised_image_input: false")
     num_latents = clip.shape[2] if "moments" in batch else (clip.shape[1] - 1) // 4 + 1
