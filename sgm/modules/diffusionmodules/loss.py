@@ -92,7 +92,6 @@ class VideoDiffusionLoss(DiffusionLoss):
         type: ``l2`` or ``l1``.
         offset_noise_level: see `DiffusionLoss`.
         min_snr_value: largest weight. The weight is SNR + 1, so this bounds it as Min-SNR (Hang et al. 2023) does.
-        fixed_frames: frames kept from the condition; only 0 is supported.
     """
 
     def __init__(
@@ -102,11 +101,8 @@ class VideoDiffusionLoss(DiffusionLoss):
         type: str = "l2",
         offset_noise_level: float = 0.0,
         min_snr_value: float | None = None,
-        fixed_frames: int = 0,
     ) -> None:
         super().__init__(sigma_sampler_config=sigma_sampler_config, type=type, offset_noise_level=offset_noise_level)
-        if fixed_frames != 0:
-            raise InputError(f"VideoDiffusionLoss got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
         if not isinstance(self.sigma_sampler, DiscreteSampling):
             raise InputError(
                 f"VideoDiffusionLoss got the sigma sampler {self.sigma_sampler.__class__.__name__}, which draws no "

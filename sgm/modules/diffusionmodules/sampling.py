@@ -63,7 +63,6 @@ class VideoSampler(ABC):
             steps has one of its own.
         guider_config: see `guiders`; no guidance if None.
         verbose: show the progress that the caller of a run provides.
-        fixed_frames: frames kept from the condition; only 0 is supported.
     """
 
     def __init__(
@@ -73,11 +72,8 @@ class VideoSampler(ABC):
         num_steps: int,
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = True,
-        fixed_frames: int = 0,
     ) -> None:
         name = type(self).__name__
-        if fixed_frames != 0:
-            raise InputError(f"{name} got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
         discretization = instantiate_from_config(discretization_config)
         if not isinstance(discretization, ZeroSNRDDPMDiscretization):
             raise InputError(

@@ -109,7 +109,6 @@ def test_standard_loss_weighs_by_the_denoiser() -> None:
     ("params", "message"),
     [
         ({"type": "lpips"}, "loss type 'lpips'.*l2, l1"),
-        ({"fixed_frames": 2}, "fixed_frames 2"),
         ({"offset_noise_level": -1.0}, "offset_noise_level is -1"),
         ({"sigma_sampler_config": EDM}, "EDMSampling.*DiscreteSampling"),
         (
