@@ -31,7 +31,7 @@ from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, equal_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, without_ineffective
 from sgm.weights.partition import Part
 
 sgm.distributed.prepare_import()
@@ -340,53 +340,37 @@ class FinalLayerMixin(BaseMixin):
 
 @dataclass(frozen=True)
 class TransformerArgs:
-    """The ``transformer_args`` section: what is handed to SAT's transformer.
+    """The ``transformer_args`` section, for SAT's transformer.
 
     Attributes:
         checkpoint_activations: recompute each block's activations in the backward pass.
-        checkpoint_num_layers: must be 1: blocks are recomputed one by one.
         checkpoint_skip_layers: blocks at the end that are not recomputed.
-        max_sequence_length: rows of SAT's own position table, which these models do not use but whose files hold it.
-        layernorm_order: must be "pre".
+        max_sequence_length: rows of SAT's own position table, which is in files of these models but not used.
         layernorm_epsilon: epsilon of the blocks' norms.
-        skip_init: leave the transformer's linear layers uninitialised, for weights that are loaded anyway.
-        model_parallel_size: must be 1: ``args.model_parallel_size`` says how many ranks share the transformer.
-        is_decoder: must be false: there is no cross-attention.
+        skip_init: leave the transformer's linear layers uninitialised, as weights are loaded anyway.
         vocab_size: without effect; latents are embedded, not words.
-        hidden_dropout: without effect unless 0; the block has no dropout.
     """
 
     checkpoint_activations: bool = False
-    checkpoint_num_layers: int = 1
     checkpoint_skip_layers: int = 0
     max_sequence_length: int = 64
-    layernorm_order: str = "pre"
     layernorm_epsilon: float = 1e-5
     skip_init: bool = False
-    model_parallel_size: int = 1
-    is_decoder: bool = False
     vocab_size: int = 1
-    hidden_dropout: float = 0.0
 
     @classmethod
     def parse(cls, section: Mapping[str, Any]) -> "TransformerArgs":
         """Check the section's keys and values.
 
         Raises:
-            InputError: an unknown key, or a value that the block cannot honour.
+            InputError: an unknown key, or a value that the block does not support.
         """
         known = [field.name for field in fields(cls)]
+        section = without_ineffective(cls, section)
         for name in section:
             if name not in known:
                 raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
-        args = cls(**section)
-        supported = {"layernorm_order": "pre", "is_decoder": False, "hidden_dropout": 0}
-        supported |= {"checkpoint_num_layers": 1, "model_parallel_size": 1}
-        for name, only in supported.items():
-            if getattr(args, name) != only:
-                found = f"network_config.params.transformer_args.{name}={getattr(args, name)!r}"
-                raise InputError(f"{found}: only {only!r} is supported")
-        return args
+        return cls(**section)
 
 
 def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
@@ -400,7 +384,6 @@ def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
-        ("qlora", not params.get("qlora"), "false: 4-bit weights are not supported in this version"),
     ):
         if not legal:
             place = f"model.network_config.params.modules.lora_config.params.{name}"

@@ -19,16 +19,9 @@ from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportP
 
 from sgm.config.args import SamplingArgs
 from sgm.config.yaml_files import ConfigError, Problem
-from sgm.log import quiet_dependencies
 from sgm.parallel.heartbeat import Peers
 from sgm.parallel.packing import pack, unpack
-from sgm.util import InputError, RunError, default
-
-
-def prepare_import() -> None:
-    """Call before SAT or DeepSpeed is imported: choose DeepSpeed's device as torch does, and keep both quiet."""
-    quiet_dependencies()
-    os.environ.setdefault("DS_ACCELERATOR", device().type)
+from sgm.util import InputError, RunError, default, prepare_import
 
 
 def prepare_deepspeed() -> None:

@@ -59,8 +59,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             as the models were trained.
 
     Attributes:
-        tiling: a `Tiling` to encode and decode in spatial tiles; None for whole frames.
-        slicing: encode and decode one sample of the batch at a time.
+        tiling: a `Tiling` to encode and decode in spatial tiles, see `enable_tiling`; None for whole frames.
+        slicing: encode and decode one sample of the batch at a time, see `enable_slicing`.
         decodes_everywhere: all ranks that share a video get it; otherwise the first one does, and the others get a
             video of no frames. All of them always get latents.
     """
@@ -95,6 +95,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
+
+    def enable_tiling(self, tiling: Tiling | None = None) -> None:
+        """Encode and decode in spatial tiles from now on; by default those of `Tiling`."""
+        self.tiling = tiling or Tiling()
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of the batch at a time from now on."""
+        self.slicing = True
 
     def encode_moments(self, video: torch.Tensor) -> torch.Tensor:
         """Encode a clip.

@@ -22,16 +22,8 @@ _UNUSED = {
 }
 
 
-def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_compress_times: int) -> int:
-    """Refuse what the released VAE does not have; return the number of levels that resample time."""
-    if list(attn_resolutions):
-        raise InputError(
-            f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set it to []"
-        )
-    if pad_mode != "first":
-        raise InputError(
-            f"{name}: pad_mode='{pad_mode}' is unknown; the causal padding repeats the first frame: 'first'"
-        )
+def _num_time_levels(name: str, temporal_compress_times: int) -> int:
+    """Return the number of levels that resample time."""
     levels = int(math.log2(temporal_compress_times))
     if 2**levels != temporal_compress_times:
         raise InputError(f"{name}: temporal_compress_times={temporal_compress_times} is not a power of 2; use 4")
@@ -79,8 +71,6 @@ class ContextParallelEncoder3D(nn.Module):
         z_channels: channels of the latents.
         double_z: give mean and log-variance (2·z channels) rather than the mean alone.
         dropout: dropout probability inside the residual blocks.
-        attn_resolutions: must be empty; this VAE has no attention.
-        pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the first levels halve the frames, log2 of this times.
     """
 
@@ -96,12 +86,10 @@ class ContextParallelEncoder3D(nn.Module):
         z_channels: int = 16,
         double_z: bool = True,
         dropout: float = 0.0,
-        attn_resolutions: Sequence[int] = (),
-        pad_mode: str = "first",
         temporal_compress_times: int = 4,
     ) -> None:
         super().__init__()
-        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
         self.conv_in = CausalConv3d(in_channels, ch, 3)
         self.down = nn.ModuleList()
         channels = ch
@@ -136,8 +124,6 @@ class ContextParallelDecoder3D(nn.Module):
         out_ch: channels of the video.
         z_channels: channels of the latents.
         dropout: dropout probability inside the residual blocks.
-        attn_resolutions: must be empty; this VAE has no attention.
-        pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the last levels double the frames, log2 of this times.
     """
 
@@ -156,12 +142,10 @@ class ContextParallelDecoder3D(nn.Module):
         out_ch: int = 3,
         z_channels: int = 16,
         dropout: float = 0.0,
-        attn_resolutions: Sequence[int] = (),
-        pad_mode: str = "first",
         temporal_compress_times: int = 4,
     ) -> None:
         super().__init__()
-        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
         self.mid = _middle(channels, dropout, z_channels)

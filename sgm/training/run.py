@@ -17,7 +17,6 @@ import torch
 import sgm.distributed
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
-from sgm.inference.record import peak_memory
 from sgm.log import get_logger
 from sgm.training.bad_clips import BadClips
 from sgm.training.build import Parts, build
@@ -29,7 +28,7 @@ from sgm.training.save import Saver
 from sgm.training.state import catch_up
 from sgm.training.step import counted, gradient_norm, plain_gradient_norm, weighted_mean
 from sgm.training.watch import StepFlags, StopSignals
-from sgm.util import InputError, RunError, default
+from sgm.util import InputError, RunError, default, peak_memory
 
 logger = get_logger(__name__)
 

@@ -272,8 +272,8 @@ def test_wrong_options_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("attn_resolutions", [16], "has no attention"),
-        ("pad_mode", "replicate", "pad_mode='replicate' is unknown"),
+        ("attn_resolutions", [16], "attn_resolutions is .16., but this VAE has no attention"),
+        ("pad_mode", "replicate", "pad_mode is 'replicate', but the causal padding repeats the first frame"),
         ("temporal_compress_times", 3, "temporal_compress_times=3 is not a power of 2"),
     ],
 )

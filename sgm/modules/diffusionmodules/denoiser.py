@@ -24,7 +24,6 @@ class DiscreteDenoiser:
         weighting_config: the weight of a noise level, see `denoiser_weighting`.
         quantize_c_noise: pass the level's position in the table to the network where the scaling gives a real number.
             `VideoScaling` gives the timestep, an integer.
-        do_append_zero: must be false: zero is pure noise, not the clean end.
         flip: the cleanest level has position 0.
     """
 
@@ -36,10 +35,9 @@ class DiscreteDenoiser:
         scaling_config: Mapping[str, Any],
         weighting_config: Mapping[str, Any],
         quantize_c_noise: bool = True,
-        do_append_zero: bool = False,
         flip: bool = True,
     ) -> None:
-        self.table = LevelTable.from_config(discretization_config, num_idx, do_append_zero=do_append_zero, flip=flip)
+        self.table = LevelTable.from_config(discretization_config, num_idx, flip=flip)
         self.scaling = instantiate_from_config(scaling_config)
         self.weighting = instantiate_from_config(weighting_config)
         self.quantize_c_noise = quantize_c_noise

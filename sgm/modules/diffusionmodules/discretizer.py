@@ -125,16 +125,8 @@ class LevelTable:
         self._on_device = {levels.device: levels}
 
     @classmethod
-    def from_config(
-        cls, discretization_config: Mapping[str, Any], num_idx: int, *, do_append_zero: bool, flip: bool
-    ) -> Self:
-        """Make the table of a discretization section.
-
-        Raises:
-            InputError: the levels are not √ᾱ, or `do_append_zero` is set.
-        """
-        if do_append_zero:
-            raise InputError("do_append_zero is for noise levels in sigma; set it to false with √ᾱ, or remove it")
+    def from_config(cls, discretization_config: Mapping[str, Any], num_idx: int, *, flip: bool) -> Self:
+        """Make the table of a discretization section."""
         return cls(discretization_from_config(discretization_config, num_idx)(num_idx, flip=flip))
 
     def on(self, device: torch.device) -> torch.Tensor:

@@ -26,7 +26,6 @@ class VideoDiffusionLoss:
         offset_noise_level: strength of one extra normal number per sample, added to all of its noise, which teaches
             the model to change the mean of a video.
         min_snr_value: largest weight. The weight is SNR + 1, so this bounds it as Min-SNR (Hang et al. 2023) does.
-        fixed_frames: frames kept from the condition; only 0 is supported.
     """
 
     def __init__(
@@ -36,10 +35,7 @@ class VideoDiffusionLoss:
         type: str = "l2",
         offset_noise_level: float = 0.0,
         min_snr_value: float | None = None,
-        fixed_frames: int = 0,
     ) -> None:
-        if fixed_frames != 0:
-            raise InputError(f"VideoDiffusionLoss got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
         if type not in LOSS_TYPES:
             raise InputError(f"loss type '{type}' is unknown; expected one of {', '.join(LOSS_TYPES)}")
         if offset_noise_level < 0:

@@ -14,7 +14,7 @@ import torch
 from sgm.modules.diffusionmodules.discretizer import discretization_from_config
 from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
 from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
-from sgm.util import InputError, default, instantiate_from_config
+from sgm.util import default, instantiate_from_config
 
 DenoiseFn = Callable[..., torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -63,7 +63,6 @@ class VideoSampler(ABC):
             steps of its own.
         guider_config: see `guiders`; no guidance if None.
         verbose: show the progress that the caller of a run provides.
-        fixed_frames: frames kept from the condition; only 0 is supported.
     """
 
     def __init__(
@@ -73,11 +72,7 @@ class VideoSampler(ABC):
         num_steps: int,
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = True,
-        fixed_frames: int = 0,
     ) -> None:
-        if fixed_frames != 0:
-            name = type(self).__name__
-            raise InputError(f"{name} got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
         self.discretization = discretization_from_config(discretization_config, num_steps)
         self.num_steps = num_steps
         self.guider: Guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()

@@ -18,7 +18,6 @@ class DiscreteSampling:
     Args:
         discretization_config: the rule of the table, see `discretizer`.
         num_idx: timesteps.
-        do_append_zero: must be false: zero is pure noise, not the clean end.
         flip: the cleanest level has timestep 0.
         uniform_sampling: spread the ranks over the schedule.
         group_num: groups with `uniform_sampling`; 0 for one per rank. Never more than ranks.
@@ -29,7 +28,6 @@ class DiscreteSampling:
         *,
         discretization_config: Mapping[str, Any],
         num_idx: int,
-        do_append_zero: bool = False,
         flip: bool = True,
         uniform_sampling: bool = False,
         group_num: int = 0,
@@ -37,7 +35,7 @@ class DiscreteSampling:
         if group_num < 0:
             raise InputError(f"group_num is {group_num}; expected 0 (one group per rank) or a number of groups")
         self.num_idx = num_idx
-        self.table = LevelTable.from_config(discretization_config, num_idx, do_append_zero=do_append_zero, flip=flip)
+        self.table = LevelTable.from_config(discretization_config, num_idx, flip=flip)
         self.uniform_sampling = uniform_sampling
         self.group_num = group_num
 

@@ -202,7 +202,6 @@ class FrozenT5Embedder(nn.Module):
             in fp32 on a CPU. Independent of the network's precision and of autocast.
         offload: after use, ``none`` leaves the weights where they ran, ``cpu`` moves them to the CPU, ``release``
             frees them; the next use reads them again. See `keep_loaded`.
-        freeze: only true is supported.
 
     Raises:
         InputError: a parameter has an unsupported value. Files are checked by `check` and before the weights are read.
@@ -220,11 +219,8 @@ class FrozenT5Embedder(nn.Module):
         device: str | None = None,
         dtype: str | None = None,
         offload: str = "none",
-        freeze: bool = True,
     ):
         super().__init__()
-        if not freeze:
-            raise InputError("FrozenT5Embedder: freeze: false is not supported; T5 is not trained here, use true")
         if dtype is not None and dtype not in PRECISIONS:
             raise InputError(f"FrozenT5Embedder: dtype: {dtype!r} is not one of {[*PRECISIONS]} or null")
         if offload not in OFFLOADS:
@@ -361,8 +357,6 @@ def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
     for key in config:
         if key not in ENTRY_KEYS:
             raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), ENTRY_KEYS)} (known: {ENTRY_KEYS})")
-    if config.get("is_trainable", False):
-        raise InputError(f"{where}: is_trainable: true is not supported; text encoders are frozen here, use false")
     if ("input_key" in config) == ("input_keys" in config):
         raise InputError(f"{where}: give either input_key or input_keys, the names of batch entries (e.g. txt)")
     keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"])

@@ -96,7 +96,6 @@ def test_l1_takes_the_absolute_error() -> None:
     ("params", "message"),
     [
         ({"type": "lpips"}, "loss type 'lpips'.*l2, l1"),
-        ({"fixed_frames": 2}, "fixed_frames 2"),
         ({"offset_noise_level": -1.0}, "offset_noise_level is -1"),
         ({"sigma_sampler_config": {"target": f"{__name__}.Sigmas"}}, "Sigmas, which draws no timesteps"),
     ],

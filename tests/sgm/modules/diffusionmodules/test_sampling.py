@@ -195,7 +195,6 @@ def test_result_has_the_dtype_of_the_noise_while_the_steps_are_float32() -> None
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"fixed_frames": 1}, "fixed_frames 1"),
         ({"num_steps": 2000}, "num_steps is 2000"),
         ({"discretization_config": {"target": f"{__name__}.Sigmas"}}, "from 0 to 1, but √ᾱ is at least 0 and below 1"),
     ],

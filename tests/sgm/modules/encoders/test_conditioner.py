@@ -227,7 +227,6 @@ def test_foreign_encoders_with_keep_loaded_offload_themselves():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"is_trainable": True}, "is_trainable: true is not supported"),
         ({"ucg_rate": 1.5}, "ucg_rate: 1.5 is not a probability"),
         ({"ucg_rates": 0.1}, "unknown key 'ucg_rates'; did you mean 'ucg_rate'"),
         ({"input_keys": ["txt"]}, "either input_key or input_keys"),
