@@ -11,12 +11,10 @@ released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
     adaln_layer   the block: modulation, attention   AdaLNMixin
     final_layer   tokens → latents                   FinalLayerMixin
     lora          adapters on qkv and dense          sat.model.finetune.lora2.LoraMixin
-
-The whole network stands in this one file, longer than others, because YAML files name its classes here and because it
-is read from top to bottom.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -28,19 +26,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
-from sgm.modules.embeddings import (
-    PatchSize,
-    normalize_patch_size,
-    patchify,
-    rope_table_3d,
-    rotate,
-    sincos_positions_3d,
-    timestep_embedding,
-    unpatchify,
-)
+from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
+from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
+from sgm.modules.in_place import gelu, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, without_ineffective
 from sgm.weights.partition import Shard
 
 sgm.distributed.prepare_import()
@@ -49,13 +40,12 @@ from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402
 from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
 
-Grid = tuple[int, int, int]
-
-INTERPOLATION = ("height_interpolation", "width_interpolation", "time_interpolation")
+MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
+INTERPOLATION = ("time_interpolation", "height_interpolation", "width_interpolation")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens: TokenShards, **_: Any) -> torch.Tensor:
-    """Full attention over all tokens, those of other ranks too: q, k, v (B, S, heads, head_dim) → the same shape."""
+    """Full attention over the tokens of all ranks: q, k, v (B, S, heads, head_dim) → the same shape."""
     return tokens.attend(q, k, v, _attend)
 
 
@@ -64,18 +54,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by its tanh approximation, of a tensor that nobody else reads: in place where no gradient is recorded."""
-    # The MLP's inner activation is the largest tensor of a block; F.gelu would hold it twice.
-    in_place = not torch.is_grad_enabled()
-    return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
-
-
 class ImagePatchEmbeddingMixin(BaseMixin):
     """Latents and text embeddings → one sequence of tokens, text first.
 
-    The projection is held as a matrix over patches in the order c, pt, ph, pw. Files of the first generation hold the
-    same numbers in the shape of a Conv2d weight; `sgm.weights.checkpoint` reads and writes both.
+    The projection is a matrix over patches in the order c, pt, ph, pw. Files of the first generation hold it in the
+    shape of a Conv2d weight; `sgm.weights.checkpoint` reads and writes both.
 
     Args:
         in_channels: C of the latents, image latents included.
@@ -90,20 +73,20 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(in_channels * patch_size[0] * patch_size[1] * patch_size[2], hidden_size, bias=bias)
+        self.proj = nn.Linear(in_channels * math.prod(patch_size), hidden_size, bias=bias)
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
     def word_embedding_forward(
         self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
-        # Divided before the first weight: see the gradients in sgm.parallel.sequence.
+        # Split before the first weight: see the gradients in sgm.parallel.sequence.
         patches = tokens.shard(patchify(x, self.patch_size))
         return torch.cat((self.text_proj(tokens.shard(context)), self.proj(patches)), dim=1)
 
 
 class _PositionTable(BaseMixin):
-    """A table of positions (1, L + N, D) that is added to the tokens, laid out for the full grid."""
+    """A table of positions (1, L + N, D) of the full grid, added to the tokens; subclasses may leave it out."""
 
     pos_embedding: nn.Parameter
 
@@ -113,7 +96,7 @@ class _PositionTable(BaseMixin):
         self.text_length = text_length
 
     def rows(self, grid: Grid, tokens: TokenShards) -> torch.Tensor:
-        """Return the rows (1, S, D) of a sample; it may be shorter than the table, but not of another size."""
+        """Return the rows (1, S, D) of a sample, which may have fewer frames than the table but no other size."""
         num_text = tokens.num_text
         if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
             raise InputError(
@@ -123,6 +106,10 @@ class _PositionTable(BaseMixin):
                 "of the model YAML"
             )
         return tokens.shard_table(self.pos_embedding[:, : num_text + tokens.num_patches], 1)
+
+    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor | None:
+        """Return the rows (1, S, D) to add to the tokens, or None without a table."""
+        return self.rows(grid, tokens) if hasattr(self, "pos_embedding") else None
 
 
 class Basic3DPositionEmbeddingMixin(_PositionTable):
@@ -137,7 +124,7 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         time_interpolation: divides frame numbers.
     """
 
-    transformer: Any  # set by SAT when the mixin is added
+    transformer: Any  # set by SAT
 
     def __init__(
         self,
@@ -150,24 +137,15 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         time_interpolation: float = 1.0,
     ) -> None:
         super().__init__(grid=grid, text_length=text_length)
-        table = sincos_positions_3d(
-            grid,
-            hidden_size,
-            time_interpolation=time_interpolation,
-            height_interpolation=height_interpolation,
-            width_interpolation=width_interpolation,
-        )
+        interpolation = (time_interpolation, height_interpolation, width_interpolation)
+        table = sincos_positions_3d(grid, hidden_size, interpolation)
         table = torch.cat((table.new_zeros(text_length, hidden_size), table))
         # A parameter, since released files hold it; never trained.
         self.pos_embedding = nn.Parameter(table[None], requires_grad=False)
 
     def reinit(self, parent_model: Any = None) -> None:
-        """Drop SAT's own position table, which files of these models do not hold."""
+        """Delete SAT's own position table, which is not in files of the 2B model."""
         del self.transformer.position_embeddings
-
-    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor:
-        """Return what is added to the tokens: (1, S, D)."""
-        return self.rows(grid, tokens)
 
 
 class Rotary3DPositionEmbeddingMixin(_PositionTable):
@@ -199,22 +177,17 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         super().__init__(grid=grid, text_length=text_length)
         self.head_dim = hidden_size_head
         self.theta = theta
-        self.learnable_pos_embed = learnable_pos_embed
         if learnable_pos_embed:
-            self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + grid[0] * grid[1] * grid[2], hidden_size))
+            self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + math.prod(grid), hidden_size))
         self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tables(self, grid: Grid, tokens: TokenShards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (S, head_dim), float32; the last one asked for is kept, as a run asks for it every step."""
+        """Cosines and sines (S, head_dim), float32; those of the last call are cached, for the steps of a run."""
         key = (grid, tokens, device)
         if key not in self._tables:
             cos, sin = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
             self._tables = {key: (tokens.shard_table(cos, 0), tokens.shard_table(sin, 0))}
         return self._tables[key]
-
-    def position_embedding_forward(self, _: Any, *, grid: Grid, tokens: TokenShards, **__: Any) -> torch.Tensor | None:
-        """Return what is added to the tokens: (1, S, D), or None without a learned table."""
-        return self.rows(grid, tokens) if self.learnable_pos_embed else None
 
     def attention_fn(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, tokens: TokenShards, **_: Any
@@ -224,39 +197,16 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         return attend(rotate(q, cos, sin), rotate(k, cos, sin), v, tokens=tokens)
 
 
-def _multiply_add(
-    fresh: torch.Tensor, factors: Sequence[torch.Tensor], addends: Sequence[torch.Tensor], num_text: int
-) -> torch.Tensor:
-    """fresh·factor + addend, where factor and addend come as two: for the text and for the patches.
-
-    Args:
-        fresh: (B, S, D) that nobody else reads; overwritten where no gradient is recorded, which saves a copy.
-        factors: two of (B, 1, D).
-        addends: (B, 1, D) or (B, L, D), and (B, 1, D) or (B, N, D).
-        num_text: L.
-
-    Returns:
-        (B, S, D).
-    """
-    parts = _text_and_patches(fresh, num_text)
-    if torch.is_grad_enabled():
-        return torch.cat([torch.addcmul(c, a, b) for a, b, c in zip(parts, factors, addends, strict=True)], dim=1)
-    for a, b, c in zip(parts, factors, addends, strict=True):
-        torch.addcmul(c, a, b, out=a)
-    return fresh
-
-
-def _text_and_patches(tokens: torch.Tensor, num_text: int) -> tuple[torch.Tensor, ...]:
-    # Not two slices: the backward pass of a split writes the gradient once, that of a slice fills it with zeros first.
-    return tokens.split((num_text, tokens.shape[1] - num_text), dim=1)
-
-
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that starts at zero, so that a fresh block hands its input on unchanged."""
+    """A linear layer that starts at zero, so that an untrained block is the identity."""
     linear = nn.Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _embedding_mlp(in_features: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class AdaLNMixin(BaseMixin):
@@ -269,10 +219,10 @@ class AdaLNMixin(BaseMixin):
         hidden_size_head: channels of a head.
         qk_ln: normalise queries and keys per head.
         elementwise_affine: give these norms weight and bias.
-        recomputed_layers: blocks, counted from the first, whose activations the backward pass computes anew.
+        recomputed_layers: the first blocks, whose activations the backward pass recomputes.
     """
 
-    transformer: Any  # set by SAT when the mixin is added
+    transformer: Any  # set by SAT
 
     def __init__(
         self,
@@ -312,8 +262,8 @@ class AdaLNMixin(BaseMixin):
         )
         if index >= self.recomputed_layers or not torch.is_grad_enabled():
             return block(x)
-        # Not SAT's own checkpointing, which is reentrant: that one needs an input with a gradient, and hides the
-        # block from hooks and compilers. Shapes are not compared: ZeRO-3 frees parameters between the two passes.
+        # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
+        # compilers. No determinism check, as ZeRO-3 frees parameters between the two passes.
         return checkpoint(block, x, use_reentrant=False, determinism_check="none")
 
 
@@ -329,26 +279,26 @@ def transformer_block(
     num_text: int,
     **hook_args: Any,
 ) -> torch.Tensor:
-    """One block; a function of its modules, so that compiling it once serves all layers. Shapes as `layer_forward`."""
+    """One block as a function of its modules, compiled once for all layers. Shapes as in `layer_forward`."""
     # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
     factors = modulation(emb)[:, None].chunk(12, dim=-1)
     shift1, scale1, gate1, shift2, scale2, gate2 = zip(factors[6:], factors[:6], strict=True)
 
-    h = _multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
+    h = multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
     attention = layer.attention
     q, k, v = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
     if norms is not None:
         q, k = norms[0](q), norms[1](k)
     h = attention.dense(attention_fn(q, k, v, num_text=num_text, **hook_args).flatten(2))
-    x = _multiply_add(h, gate1, _text_and_patches(x, num_text), num_text)
-    if not keeps_text:  # nothing reads the text after the last attention
-        x, num_text = _text_and_patches(x, num_text)[1], 0
-    h = _multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
-    return _multiply_add(_feed_forward(layer.mlp, h), gate2, _text_and_patches(x, num_text), num_text)
+    x = multiply_add(h, gate1, text_and_patches(x, num_text), num_text)
+    if not keeps_text:  # the last block: text is not read after attention
+        x, num_text = text_and_patches(x, num_text)[1], 0
+    h = multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
+    return multiply_add(_feed_forward(layer.mlp, h), gate2, text_and_patches(x, num_text), num_text)
 
 
 def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """What SAT's module computes, without its lookup by layer number."""
+    """SAT's MLP, without its lookup by layer number."""
     inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
     return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
 
@@ -376,7 +326,7 @@ class FinalLayerMixin(BaseMixin):
         super().__init__()
         self.patch_size = patch_size
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=elementwise_affine, eps=1e-6)
-        self.linear = _zero_linear(hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels)
+        self.linear = _zero_linear(hidden_size, math.prod(patch_size) * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(
@@ -390,57 +340,41 @@ class FinalLayerMixin(BaseMixin):
 
 @dataclass(frozen=True)
 class TransformerArgs:
-    """The ``transformer_args`` section: what is handed to SAT's transformer.
+    """The ``transformer_args`` section, for SAT's transformer.
 
     Attributes:
         checkpoint_activations: recompute each block's activations in the backward pass.
-        checkpoint_num_layers: must be 1: blocks are recomputed one by one.
         checkpoint_skip_layers: blocks at the end that are not recomputed.
-        max_sequence_length: rows of SAT's own position table, which these models do not use but whose files hold it.
-        layernorm_order: must be "pre".
+        max_sequence_length: rows of SAT's own position table, which is in files of these models but not used.
         layernorm_epsilon: epsilon of the blocks' norms.
-        skip_init: leave the transformer's linear layers uninitialised, for weights that are loaded anyway.
-        model_parallel_size: must be 1: ``args.model_parallel_size`` says how many ranks share the transformer.
-        is_decoder: must be false: there is no cross-attention.
+        skip_init: leave the transformer's linear layers uninitialised, as weights are loaded anyway.
         vocab_size: without effect; latents are embedded, not words.
-        hidden_dropout: without effect unless 0; the block has no dropout.
     """
 
     checkpoint_activations: bool = False
-    checkpoint_num_layers: int = 1
     checkpoint_skip_layers: int = 0
     max_sequence_length: int = 64
-    layernorm_order: str = "pre"
     layernorm_epsilon: float = 1e-5
     skip_init: bool = False
-    model_parallel_size: int = 1
-    is_decoder: bool = False
     vocab_size: int = 1
-    hidden_dropout: float = 0.0
 
     @classmethod
     def parse(cls, section: Mapping[str, Any]) -> "TransformerArgs":
         """Check the section's keys and values.
 
         Raises:
-            InputError: an unknown key, or a value that the block cannot honour.
+            InputError: an unknown key, or a value that the block does not support.
         """
         known = [field.name for field in fields(cls)]
+        section = without_ineffective(cls, section)
         for name in section:
             if name not in known:
                 raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
-        args = cls(**section)
-        supported = {"layernorm_order": "pre", "is_decoder": False, "hidden_dropout": 0}
-        supported |= {"checkpoint_num_layers": 1, "model_parallel_size": 1}
-        for name, only in supported.items():
-            if getattr(args, name) != only:
-                found = f"network_config.params.transformer_args.{name}={getattr(args, name)!r}"
-                raise InputError(f"{found}: only {only!r} is supported")
-        return args
+        return cls(**section)
 
 
 def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
-    """Refuse parameters of ``lora_config`` that SAT's mixin divides by, indexes with or cannot build."""
+    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later."""
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
@@ -450,7 +384,6 @@ def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
-        ("qlora", not params.get("qlora"), "false: 4-bit weights are not supported in this version"),
     ):
         if not legal:
             place = f"model.network_config.params.modules.lora_config.params.{name}"
@@ -462,21 +395,20 @@ class DiffusionTransformer(BaseModel):
 
     Args:
         num_frames: frames of the longest video.
-        time_compressed_rate: video frames a latent frame (after the first).
+        time_compressed_rate: video frames per latent frame after the first.
         latent_width: W of the largest latents.
         latent_height: H of the largest latents.
-        patch_size: patch, as one integer (a frame's height and width) or [time, height, width].
+        patch_size: one integer (height and width within a frame) or [time, height, width].
         in_channels: C of the input, image latents included.
         out_channels: C of the output.
         hidden_size: D.
         num_layers: blocks.
         num_attention_heads: heads.
         time_embed_dim: E.
-        modules: sections ``pos_embed_config, patch_embed_config, adaln_layer_config, final_layer_config`` and,
-            optionally, ``lora_config``.
+        modules: sections of the mixins; ``lora_config`` is optional.
         transformer_args: see `TransformerArgs`.
         elementwise_affine: give all norms weight and bias.
-        height_interpolation: for the position mixin, unless it says otherwise itself.
+        height_interpolation: default for the position mixin.
         width_interpolation: likewise.
         time_interpolation: likewise.
         ofs_embed_dim: size of the embedding of ``ofs`` (1.5 I2V), equal to `time_embed_dim`; None without it.
@@ -485,8 +417,7 @@ class DiffusionTransformer(BaseModel):
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
-        "adm_in_channels": "there is no class or vector condition",
-        "num_classes": "there is no class or vector condition",
+        **dict.fromkeys(("adm_in_channels", "num_classes"), "there is no class or vector condition"),
         "input_time": "the time embedding always enters through adaLN",
         "parallel_output": "the output is whole on every rank",
     }
@@ -543,81 +474,80 @@ class DiffusionTransformer(BaseModel):
             row_parallel_linear_final_bias=tensor_shard.size > 1,  # one rank adds the bias within the multiplication
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
+        transformer.position_embeddings.requires_grad_(False)
         super().__init__(None, transformer=transformer)
-        self.tensor_shard = tensor_shard  # what this rank has of the layers, see sgm.parallel.tensor
-        self.ring_attention: bool | None = None  # how ranks that share a sample attend, see TokenShards
+        self.tensor_shard = tensor_shard  # this rank's shard of the layers, see sgm.parallel.tensor
+        self.ring_attention: bool | None = None  # see TokenShards
         self.patch_size = normalize_patch_size(patch_size)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.hidden_size = hidden_size
-        self.time_embed = nn.Sequential(
-            nn.Linear(hidden_size, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim)
-        )
+        self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
+        self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
         self.ofs_embed_dim = ofs_embed_dim
         if ofs_embed_dim is not None:
-            self.ofs_embed = nn.Sequential(
-                nn.Linear(ofs_embed_dim, ofs_embed_dim), nn.SiLU(), nn.Linear(ofs_embed_dim, ofs_embed_dim)
-            )
+            self.ofs_embed = _embedding_mlp(ofs_embed_dim, ofs_embed_dim)
         latent_frames = (num_frames - 1) // time_compressed_rate + 1
         self.grid: Grid = (
             -(-latent_frames // self.patch_size[0]),  # an odd count is padded at the front
             latent_height // self.patch_size[1],
             latent_width // self.patch_size[2],
         )
+        interpolation = (time_interpolation, height_interpolation, width_interpolation)
         self._add_mixins(
             modules,
-            shared={
+            defaults={
                 "hidden_size": hidden_size,
                 "time_embed_dim": time_embed_dim,
                 "elementwise_affine": elementwise_affine,
                 "hidden_size_head": hidden_size // num_attention_heads,
                 "num_layers": num_layers,
-                "layer_num": num_layers,  # the adapter mixin's name for it
                 "patch_size": self.patch_size,
                 "in_channels": in_channels,
                 "out_channels": out_channels,
                 "grid": self.grid,
-                "height_interpolation": height_interpolation,
-                "width_interpolation": width_interpolation,
-                "time_interpolation": time_interpolation,
+                **dict(zip(INTERPOLATION, interpolation, strict=True)),
+                "layer_num": num_layers,  # as SAT's LoraMixin names it
                 "recomputed_layers": max(num_layers - args.checkpoint_skip_layers, 0) * args.checkpoint_activations,
             },
         )
 
-    def _add_mixins(self, modules: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        """Build the mixins; each takes from `shared` what its constructor names and the YAML leaves out."""
-        required = {"pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config"}
-        known = [*sorted(required), "lora_config"]
+    def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Build the mixins; a parameter that the YAML leaves out comes from `defaults`."""
+        known = [f"{name}_config" for name in MIXINS]
         for name in modules:
             if name not in known:
                 raise InputError(f"network_config.params.modules.{name} is unknown{nearest(name, known)}")
-        if missing := required - set(modules):
-            raise InputError(f"network_config.params.modules lacks {', '.join(sorted(missing))}")
-        self.transformer.position_embeddings.requires_grad_(False)
-        for name in ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora"):
+        if missing := sorted(set(known) - set(modules) - {"lora_config"}):
+            raise InputError(f"network_config.params.modules lacks {', '.join(missing)}")
+        for name in MIXINS:
             section = modules.get(f"{name}_config")
             if section is None:
                 continue
             own = section.get("params") or {}
-            if name == "lora":
-                _check_lora(own, shared["num_layers"])
             accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
-            extra = {k: v for k, v in shared.items() if k in accepted and k not in own and v is not None}
-            shared_lora = name == "lora" and self.tensor_shard.size > 1
-            with torch.random.fork_rng(devices=[], enabled=shared_lora):  # what SAT draws for a part is drawn anew
+            extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
+            if name == "lora":
+                _check_lora(own, defaults["num_layers"])
+                self._add_lora(section, extra)
+            else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
-            if shared_lora:
-                shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
         mark_tensor_parallel(self.named_parameters())
 
+    def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        is_sharded = self.tensor_shard.size > 1
+        # SAT draws initial values per shard; `shard_adapters` draws whole matrices, the same for any number of ranks.
+        with torch.random.fork_rng(devices=[], enabled=is_sharded):
+            self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
+        if is_sharded:
+            shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the block, once for all layers; SAT's loop around it cannot be compiled. Arguments: torch.compile."""
+        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block = torch.compile(transformer_block, *args, **kwargs)
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, ofs: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict, in one pass, what the denoiser's scaling asks for (v for the released models).
+        """Predict v (for the released models; otherwise as the denoiser's scaling expects).
 
         Args:
             x: (B, T, C_in, H, W) noisy latents, image latents already concatenated on C.
@@ -629,27 +559,28 @@ class DiffusionTransformer(BaseModel):
             (B, T, C_out, H, W).
 
         Raises:
-            InputError: a shape that the model cannot take, or `ofs` given or left out wrongly.
+            InputError: another shape, or `ofs` given to or missing for this model.
         """
         grid = self._check_input(x, ofs)
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
-        num_patches = grid[0] * grid[1] * grid[2]
-        tokens = TokenShards(context.shape[1], num_patches, sgm.distributed.sequence_group(), self.ring_attention)
+        group = sgm.distributed.sequence_group()
+        tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention)
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
         return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
-        """Return the grid of patches of `x`, or say what is wrong with it."""
+        """Check shapes; return the grid of patches of `x`."""
         if x.ndim != 5 or x.shape[2] != self.in_channels:
             raise InputError(
                 f"the network takes (B, T, {self.in_channels}, H, W), got {tuple(x.shape)}; image-to-video models take "
                 "the noisy latents and the image latents concatenated on the channel axis"
             )
         size = (x.shape[1], x.shape[3], x.shape[4])
-        if any(length % patch for length, patch in zip(size, self.patch_size, strict=True)):
+        (t, rest_t), (h, rest_h), (w, rest_w) = map(divmod, size, self.patch_size)
+        if rest_t or rest_h or rest_w:
             raise InputError(
                 f"latents of {size} (T, H, W) cannot be cut into patches of {self.patch_size}; pad or resize them"
             )
@@ -657,5 +588,4 @@ class DiffusionTransformer(BaseModel):
             raise InputError(
                 "this model needs ofs (2.0)" if ofs is None else "ofs is given, but this model has no ofs_embed_dim"
             )
-        t, h, w = (length // patch for length, patch in zip(size, self.patch_size, strict=True))
         return t, h, w

@@ -3,9 +3,8 @@
     python -m benchmarks.bench                         CPU sizes, or released sizes where there is an accelerator
     python -m benchmarks.bench --sizes cpu --json bench.json
 
-The two implementations take turns, so that whatever else the machine does meets both. Reported are the medians, the
-median of the ratios of neighbouring turns (below 1: ours is faster) and the largest difference of the outputs. More
-in docs/benchmarks.md.
+The two alternate, so that other load on the machine affects both. Reported are the medians, the median of the ratios
+of neighbouring calls (below 1: ours is faster) and the largest difference of the outputs; see docs/benchmarks.md.
 """
 
 import argparse
@@ -35,7 +34,7 @@ class NetworkCase:
 
     Attributes:
         model: name of the released configuration.
-        size: what it is shrunk to; None for its own size.
+        size: to shrink it to; None for its own size.
         latents: (T, H, W) of the input of the forward pass.
         train_latents: (T, H, W) of the input of forward and backward pass.
     """
@@ -79,10 +78,10 @@ class Result:
         what: model, size and pass.
         ours: median of our times, in seconds.
         diffusers: median of theirs.
-        ratio: median of ours/theirs over the turns.
+        ratio: median of ours/theirs over neighbouring calls.
         max_difference: largest absolute difference of the outputs.
-        max_output: largest absolute value of the outputs, to judge the difference by.
-        repeats: turns.
+        max_output: largest absolute value of the outputs, for scale.
+        repeats: timed calls of each side.
     """
 
     what: str
@@ -101,9 +100,8 @@ class Setup:
     Attributes:
         device: where both sides run.
         dtype: of weights and inputs.
-        repeats: turns.
-        cpu_time: count the processor time of this process instead of the time on the wall, for a CPU that is busy with
-            other work too.
+        repeats: timed calls of each side.
+        cpu_time: measure processor time instead of wall time, on a busy CPU.
     """
 
     device: torch.device
@@ -112,7 +110,7 @@ class Setup:
     cpu_time: bool = False
 
     def compare(self, what: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor]) -> Result:
-        """Time two functions in turns; the results of their first calls are compared and not timed."""
+        """Time two functions alternately; their first calls are not timed, and their outputs are compared."""
         first, second = ours().detach(), theirs().detach()
         difference, largest = (first - second).abs().max().item(), second.abs().max().item()
         del first, second
@@ -125,9 +123,9 @@ class Setup:
                     seconds[name].append(self._seconds(function))
         finally:
             gc.enable()
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
-        return Result(what, medians["ours"], medians["theirs"], ratio, difference, largest, self.repeats)
+        medians = [statistics.median(values) for values in seconds.values()]
+        ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+        return Result(what, *medians, ratio, difference, largest, self.repeats)
 
     def _seconds(self, function: Callable[[], torch.Tensor]) -> float:
         clock = time.process_time if self.cpu_time else time.perf_counter
@@ -148,7 +146,7 @@ def network_results(case: NetworkCase, setup: Setup) -> Iterator[Result]:
     section = network_section(case.model, case.size)
     network = build_network(section, device=device, dtype=dtype)
     peer = network_peer(network, spatial_interpolation=spatial_interpolation(section), device=device)
-    peer.train()  # neither has dropout; ours is in the same state
+    peer.train()  # no dropout on either side
     network.train()
     text_length = network.get_mixin("pos_embed").text_length
     text_size = network.get_mixin("patch_embed").text_proj.in_features
@@ -214,7 +212,7 @@ def _shape(lengths: tuple[int, ...]) -> str:
 
 
 def environment(setup: Setup) -> dict[str, str | int]:
-    """Return what the figures depend on."""
+    """Return hardware, versions and settings."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -264,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", choices=sorted(NETWORKS), help="default: released with an accelerator, cpu without")
     parser.add_argument("--only", choices=["dit", "vae"], help="time one of the two")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each side")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time, on a CPU that is busy otherwise")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time, on a busy CPU")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
 

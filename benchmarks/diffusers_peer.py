@@ -1,7 +1,4 @@
-"""The diffusers twin of a network or a VAE of ours: the same architecture with the same weights.
-
-Used by the benchmark and by the tests that hold our outputs against diffusers.
-"""
+"""The diffusers twin of a network or VAE of ours, with the same weights, for the benchmark and for tests."""
 
 from typing import Any, TypeVar
 
@@ -22,9 +19,9 @@ def network_peer(
     """Build the twin of a network.
 
     Args:
-        network: one without LoRA, SwiGLU and RMSNorm, with square patches.
-        spatial_interpolation: what height_interpolation and width_interpolation of a sine-cosine table are.
-        device: where the twin goes; it takes the network's dtype.
+        network: without LoRA, SwiGLU and RMSNorm, with square patches.
+        spatial_interpolation: height_interpolation and width_interpolation of a sine-cosine table.
+        device: of the twin; its dtype is the network's.
     """
     pt, patch, _ = network.patch_size
     position: Any = network.get_mixin("pos_embed")
@@ -68,7 +65,7 @@ def run_network_peer(
     ofs: torch.Tensor | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Call the twin as our network is called; `rope` is what `sgm.conversion.diffusers.verify.peer_rope` gives."""
+    """Call the twin with the arguments of our network, and `rope` from `sgm.conversion.diffusers.verify.peer_rope`."""
     return peer(
         hidden_states=x,
         encoder_hidden_states=context,

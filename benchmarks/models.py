@@ -18,13 +18,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """What to change of a released network; everything else stays.
+    """The sizes of a shrunk network.
 
     Attributes:
         hidden_size: D.
         num_attention_heads: heads.
         num_layers: blocks.
-        time_embed_dim: size of the time embedding, and of that of ``ofs`` where there is one.
+        time_embed_dim: size of the embeddings of time and ``ofs``.
         latents: (T, H, W) of the largest latents; T even for a temporal patch of 2.
         text_length: text tokens.
         text_hidden_size: size of a text embedding.
@@ -72,19 +72,17 @@ def vae_section(model: str, *, ch: int | None = None, num_res_blocks: int | None
 
 
 def spatial_interpolation(section: dict[str, Any]) -> float:
-    """Return what a network section's sine-cosine table divides row and column numbers by."""
+    """Return the divisor of row and column numbers in a network section's sine-cosine table."""
     return (section["params"]["modules"]["pos_embed_config"].get("params") or {}).get("height_interpolation", 1.0)
 
 
 def build_network(section: dict[str, Any], *, device: torch.device | None = None, dtype=torch.float32, seed: int = 0):
-    """Build a `DiffusionTransformer` whose every part matters: no weight is left at zero."""
+    """Build a `DiffusionTransformer` with random weights, none of them zero, so that every part has an effect."""
     network: DiffusionTransformer = _build(section, device, dtype, seed)
     position = network.get_mixin("pos_embed")
     if isinstance(position, Basic3DPositionEmbeddingMixin):
         factor = spatial_interpolation(section)
-        table = sincos_positions_3d(
-            network.grid, network.hidden_size, height_interpolation=factor, width_interpolation=factor
-        )
+        table = sincos_positions_3d(network.grid, network.hidden_size, (1.0, factor, factor))
         with torch.no_grad():
             position.pos_embedding[:, : position.text_length] = 0
             position.pos_embedding[:, position.text_length :] = table

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 -m benchmarks.shared_decode
 
-Ranks take turns alone and together in the same processes, so that both see the same machine; the fastest turn of each
-counts. Prints seconds, their ratio and the largest difference of the videos.
+One rank and all ranks decode alternately in the same processes; the fastest of each counts. Prints seconds, their ratio
+and the largest difference of the videos.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the command lines of sampling and training share: words, messages, exit codes."""
+"""Parsing, error messages and exit codes of the command lines."""
 
 import argparse
 import os
@@ -26,9 +26,9 @@ def parse(
     """Parse a command line; ``section.key=value`` may stand anywhere.
 
     Args:
-        argv: the words, those of the process if None.
+        argv: arguments; None takes those of the process.
         prog: name of the script.
-        description: what it does.
+        description: of the script.
         examples: commands to show.
         check: help of ``--check``.
         more: adds further options.
@@ -74,13 +74,13 @@ def run_command(
     interrupted: str = "interrupted; nothing was written",
     memory_hint: str = "this needs no accelerator",
 ) -> int:
-    """Do the work of a command; return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """Run `work(options)`; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
     Args:
-        work: gets `options`.
+        work: of the command.
         options: from `parse`.
-        interrupted: message for a person who interrupted it.
-        memory_hint: what to do where an accelerator's memory is too small.
+        interrupted: message after an interrupt.
+        memory_hint: cure for an accelerator out of memory.
     """
     try:
         configure_logging(debug=options.debug)
@@ -88,7 +88,7 @@ def run_command(
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         return 130
-    except Exception as error:  # whatever it is, a person reads one message
+    except Exception as error:  # any error becomes one message
         return _report(error, debug=options.debug, memory_hint=memory_hint)
     finally:
         if "sgm.distributed" in sys.modules:
@@ -96,8 +96,8 @@ def run_command(
     return 0
 
 
-def _speaks(error: Exception) -> bool:
-    """Whether this process says what went wrong; of wrong input, which all read alike, one a machine does at first."""
+def _reports(error: Exception) -> bool:
+    """Whether this process reports `error`: before the ranks start, one per machine reports wrong input."""
     from sgm.util import InputError
 
     distributed: Any = sys.modules.get("sgm.distributed")
@@ -106,13 +106,13 @@ def _speaks(error: Exception) -> bool:
 
 
 def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
-    """Say what went wrong; return the exit code."""
+    """Write the error's message; return the exit code."""
     from sgm.util import InputError, RunError  # after parsing, so that --help answers at once
 
     if debug:
         traceback.print_exception(error)
     if isinstance(error, InputError | RunError):
-        if _speaks(error):
+        if _reports(error):
             sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""

@@ -19,18 +19,9 @@ from torch.utils import _pytree as pytree
 
 from sgm.config.args import SamplingArgs
 from sgm.config.yaml_files import ConfigError, Problem
-from sgm.log import quiet_dependencies
 from sgm.parallel.heartbeat import Peers
 from sgm.parallel.mesh import Mesh
-from sgm.util import InputError, RunError, default, defer_package_init
-
-
-def prepare_import() -> None:
-    """Call before SAT or DeepSpeed is imported: choose DeepSpeed's device as torch does, and keep both quiet."""
-    quiet_dependencies()
-    os.environ.setdefault("DS_ACCELERATOR", device().type)
-    for package in ("sat", "sat.model"):
-        defer_package_init(package)
+from sgm.util import InputError, RunError, default, prepare_import
 
 
 def prepare_deepspeed() -> None:

@@ -1,4 +1,4 @@
-"""Files: written atomically, JSON, sizes that people can read, and what killed writers leave behind."""
+"""Atomic file writes, JSON, readable sizes, and the temporary files of killed writers."""
 
 import contextlib
 import json
@@ -14,20 +14,20 @@ from safetensors import SafetensorError
 
 from sgm.util import InputError, RunError
 
-# The names that `atomic_file` gives: hidden, with process number and random digits.
+# The temporary names of `atomic_file`: hidden, with process number and random digits.
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+(\.\w+)?")
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block, the file is flushed to disk and takes the name `path`.
+    """Yield a temporary path beside `path`; after the block, flush the file to disk and rename it to `path`.
 
-    Whatever happens inside, `path` is either what it was or complete, and the temporary file is gone. The temporary
-    name is hidden and keeps the suffix, from which many writers take the format. Missing folders are made.
+    If the block fails, `path` is unchanged and the temporary file is removed. The temporary name is hidden and keeps
+    the suffix, which selects the format in many writers. Missing folders are made.
 
     Args:
         path: the file to write or replace.
-        need_bytes: the size that it will have, if known, for the message when the disk is full.
+        need_bytes: its size, if known, for the message of a full disk.
 
     Raises:
         RunError: the folder cannot be written to, or the disk is full.
@@ -37,7 +37,7 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        # Some writers keep what they write to themselves (safetensors: 0600); others are to read it as any file.
+        # Some writers make private files (safetensors: 0600).
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -54,22 +54,22 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
 
 
 def require_writable(folder: str | Path) -> None:
-    """Check that files can be written into `folder`, or that it can be made.
+    """Check that `folder`, or its nearest existing parent, is a writable folder.
 
     Raises:
-        InputError: it, or the nearest folder above it that exists, is none, or none that we may write to.
+        InputError: it is not.
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or none that you may write to")
+        raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON.
 
     Raises:
-        RunError: the file could not be written; nothing half-written is left.
+        RunError: the file could not be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False)
     with atomic_file(path) as temporary:
@@ -77,14 +77,14 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `atomic_file` that a killed process left in `folder`; nobody may write there."""
+    """Remove temporary files of `atomic_file` left by a killed process; nothing may be writing to `folder`."""
     for path in folder.glob(".*"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems open folders
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -95,7 +95,7 @@ def _sync(path: Path) -> None:
 
 
 def _write_failure(path: Path, error: Exception, need_bytes: int | None) -> str:
-    """Return the message for a file that could not be written: what is needed and what is free."""
+    """Return the message for a failed write, with the bytes needed and free."""
     existing = next((p for p in path.parents if p.is_dir()), Path("."))
     needs = f"it needs {readable_size(need_bytes)}, " if need_bytes else ""
     return (
@@ -105,7 +105,7 @@ def _write_failure(path: Path, error: Exception, need_bytes: int | None) -> str:
 
 
 def readable_size(num_bytes: int) -> str:
-    """Return a size that people can read, e.g. ``"11.2 GB"``."""
+    """Return a size such as ``"11.2 GB"``."""
     value, unit = float(num_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

@@ -17,7 +17,7 @@ def is_rank_zero() -> bool:
 
 
 def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
-    """Log warnings that all ranks find alike, from rank zero."""
+    """Log warnings that every rank has, from rank zero only."""
     if is_rank_zero():
         for warning in warnings:
             logger.warning("%s", warning)
@@ -26,8 +26,7 @@ def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
 def configure_logging(*, debug: bool = False) -> None:
     """Send the package's messages to standard error, from rank zero only, warnings from every rank.
 
-    The dependencies that announce themselves at import (SwissArmyTransformer, DeepSpeed, kernels that they
-    do not find) are reduced to errors: none of what they say there concerns the user.
+    Dependencies that log at import (SwissArmyTransformer, DeepSpeed, missing kernels) log errors only.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if debug else "%(message)s"))
@@ -40,7 +39,7 @@ def configure_logging(*, debug: bool = False) -> None:
 
 
 def quiet_dependencies() -> None:
-    """Keep SwissArmyTransformer, DeepSpeed and transformers from logging anything below an error."""
+    """Let SwissArmyTransformer, DeepSpeed and transformers log errors only."""
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

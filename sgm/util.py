@@ -1,16 +1,22 @@
-"""Instantiation from YAML, small tensor helpers, and the error classes a user can meet."""
+"""Instantiation from YAML, what the process runs on, small tensor helpers, and the error classes a user can meet."""
 
 import importlib
 import importlib.util
 import inspect
+import os
+import resource
 import sys
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from sgm.config.refused import refused_by
+from sgm.log import quiet_dependencies
 
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
 
@@ -21,9 +27,9 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a YAML key, a file, a prompt. Commands end with exit code 2.
+    """The user's input is wrong: a YAML key, a file, a prompt. Commands end with exit code 2.
 
-    The message says what was found, where, what was expected, and what to do.
+    The message says what was found, where, what was expected, and the cure.
     """
 
     exit_code = 2
@@ -96,14 +102,11 @@ def defer_package_init(name: str) -> None:
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
-    """Build what a ``{target: ..., params: {...}}`` section describes.
+    """Build the object of a ``{target: ..., params: {...}}`` section.
 
     Args:
         config: a section with ``target`` (dotted path of a class) and, optionally, ``params``.
-        **extra: further keyword arguments that the caller, not the YAML, knows.
-
-    Parameters that the class lists in ``IGNORED_PARAMS`` (accepted from released YAML, without effect) are dropped;
-    reading the configuration warns about them.
+        **extra: further keyword arguments, from the caller.
 
     Raises:
         InputError: the section has no target, or the target does not accept a parameter.
@@ -111,8 +114,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"expected a section with 'target:' (and 'params:'), got {config!r}")
     cls = get_obj_from_str(config["target"])
-    ignored = getattr(cls, "IGNORED_PARAMS", {})
-    params = {name: value for name, value in (config.get("params") or {}).items() if name not in ignored} | extra
+    params = without_ineffective(cls, config.get("params") or {}) | extra
     try:
         inspect.signature(cls).bind(**params)
     except TypeError as error:
@@ -120,10 +122,45 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     return cls(**params)
 
 
-class without_allocating(TorchFunctionMode):  # noqa: N801 (reads as the context manager that it is)
+def without_ineffective(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `params` without those that ask for nothing: ``IGNORED_PARAMS``, and those in `sgm.config.refused`.
+
+    Raises:
+        InputError: a parameter asks for what the class cannot do.
+    """
+    ignored, refused = getattr(cls, "IGNORED_PARAMS", {}), refused_by(cls)
+    for name, value in params.items():
+        if name in refused and (problem := refused[name].misfit(value)):
+            raise InputError(f"{cls.__name__}: {name} {problem[0]}; {problem[1]}")
+    return {name: value for name, value in params.items() if name not in ignored and name not in refused}
+
+
+def prepare_import() -> None:
+    """Call before SAT or DeepSpeed is imported: choose DeepSpeed's device as torch does, and keep both quiet."""
+    quiet_dependencies()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if accelerator is None else accelerator.type)
+    for package in ("sat", "sat.model"):
+        defer_package_init(package)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: allocated on an accelerator, or resident in this process on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    try:
+        # Not getrusage: a process starts there with the peak of the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # another system than Linux
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class without_allocating(TorchFunctionMode):  # noqa: N801 (used as a context manager)
     """Context in which modules are built on the meta device: shapes and dtypes, no memory, no initialisation.
 
-    ``torch.device("meta")`` as a context does not do: it yields to an explicit device, and SAT's layers name the CPU.
+    ``torch.device("meta")`` as a context yields to an explicit device, and SAT's layers name the CPU.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,7 +182,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
-    """Append trailing axes of length 1 to `x` until it has `ndim` axes."""
+    """Append axes of length 1 to `x` until it has `ndim` axes."""
     if x.ndim > ndim:
         raise ValueError(f"cannot view a tensor of {x.ndim} axes as one of {ndim}")
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))

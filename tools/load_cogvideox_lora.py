@@ -6,8 +6,8 @@
         --lora_path my-lora --lora_scale 0.8 --enable_model_cpu_offload --vae_tiling --output_path outputs/video.mp4
 
 The model is a pipeline folder of diffusers, such as tools/convert_weight_sat2hf.py writes; the LoRA is what
-tools/export_sat_lora_weight.py writes, or any other that diffusers loads. Its own scale is in its file: --lora_scale 1
-is the LoRA as it was trained. Nothing is downloaded. Beside each video, a JSON file says how it was made.
+tools/export_sat_lora_weight.py writes, or any other that diffusers loads. --lora_scale 1 is the LoRA as trained; its
+file holds its own scale. Nothing is downloaded. Each video gets a JSON file with its settings.
 """
 
 import argparse
@@ -30,11 +30,11 @@ SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made.
+    """The checked values of a command line.
 
     Attributes:
-        cls: the pipeline's class.
-        outputs: the videos by their seeds.
+        cls: name of the pipeline's class.
+        outputs: seed → video.
         size: (height, width) in pixels.
         num_frames: of a video.
         fps: frames per second.
@@ -55,6 +55,12 @@ class Plan:
     lora_scale: float
 
 
+def _wrong(message: str) -> Exception:
+    from sgm.util import InputError  # after parsing, so that --help answers at once
+
+    return InputError(message)
+
+
 def plan_of(options: argparse.Namespace) -> Plan:
     """Check the command line against the files, before any weights are read.
 
@@ -62,17 +68,19 @@ def plan_of(options: argparse.Namespace) -> Plan:
         InputError: something is wrong with it.
     """
     from sgm.conversion.lora_import import find_lora
-    from sgm.util import InputError, default
+    from sgm.util import default
 
-    _require_extra()
+    for name in ("diffusers", "peft", "accelerate"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise _wrong(f"{name} cannot be imported ({error}); install it: pip install -e .[diffusers]") from error
     folder = Path(options.model_path)
     cls = _json(folder / "model_index.json").get("_class_name")
     if cls not in PIPELINES:
-        raise InputError(f"{folder} holds a {cls}; expected one of {', '.join(PIPELINES)}")
+        raise _wrong(f"{folder} holds a {cls}; expected one of {', '.join(PIPELINES)}")
     transformer, vae = _json(folder / "transformer" / "config.json"), _json(folder / "vae" / "config.json")
     _check_options(options)
-    if options.lora_scale is not None and options.lora_path is None:
-        raise InputError(f"--lora_scale {options.lora_scale} has no effect without --lora_path; add it")
     size, num_frames = _video_shape(options, transformer, vae)
     return Plan(
         cls=cls,
@@ -87,74 +95,61 @@ def plan_of(options: argparse.Namespace) -> Plan:
     )
 
 
-def _require_extra() -> None:
-    from sgm.util import InputError
-
-    for name in ("diffusers", "peft", "accelerate"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise InputError(f"{name} cannot be imported ({error}); install it: pip install -e .[diffusers]") from error
-
-
 def _json(path: Path) -> dict[str, Any]:
-    from sgm.util import InputError
-
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give --model_path a pipeline folder of diffusers"
-        ) from error
+        raise _wrong(f"{path} cannot be read ({error}); give --model_path a pipeline folder of diffusers") from error
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Refuse numbers out of range, and options that contradict each other or would do nothing."""
+    """Refuse numbers out of range, and options that contradict each other or have no effect."""
     import sgm.distributed
-    from sgm.util import InputError
 
     for name in ("num_inference_steps", "num_videos", "fps"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise InputError(f"--{name} is {value}; give a number above 0")
+            raise _wrong(f"--{name} is {value}; give a number above 0")
     for name in ("guidance_scale", "lora_scale"):
         if not math.isfinite(getattr(options, name) or 0):
-            raise InputError(f"--{name} is {getattr(options, name)}; give a number")
+            raise _wrong(f"--{name} is {getattr(options, name)}; give a number")
     if options.guidance_scale <= 1 and (options.negative_prompt or options.use_dynamic_cfg):
-        raise InputError(
+        raise _wrong(
             f"--negative_prompt and --use_dynamic_cfg have no effect with --guidance_scale {options.guidance_scale:g}; "
             "raise it above 1, or remove them"
         )
+    if options.lora_scale is not None and options.lora_path is None:
+        raise _wrong(f"--lora_scale {options.lora_scale} has no effect without --lora_path; add it")
     on_cpu = sgm.distributed.device().type == "cpu"
     offload = [name for name in ("model", "sequential") if getattr(options, f"enable_{name}_cpu_offload")]
     if len(offload) > 1:
-        raise InputError("--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; keep one")
+        raise _wrong("--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; keep one")
     if offload and on_cpu:
-        raise InputError(f"--enable_{offload[0]}_cpu_offload needs an accelerator, and there is none; remove it")
+        raise _wrong(f"--enable_{offload[0]}_cpu_offload needs an accelerator, and there is none; remove it")
     if options.dtype == "fp16" and on_cpu:
-        raise InputError("--dtype is fp16, which a CPU cannot do, and there is no accelerator; give bf16 or fp32")
+        raise _wrong("--dtype is fp16, which a CPU cannot do, and there is no accelerator; give bf16 or fp32")
 
 
 def _video_shape(
     options: argparse.Namespace, transformer: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> tuple[tuple[int, int], int]:
-    """Return (height, width) and the number of frames; what is not given is what the model was made for."""
-    from sgm.util import InputError, default
+    """Return (height, width) and the number of frames; those of the model by default."""
+    from sgm.util import default
 
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     own = (transformer["sample_height"] * scale, transformer["sample_width"] * scale)
     size = (default(options.height, own[0]), default(options.width, own[1]))
     step = scale * transformer["patch_size"]
     if any(length <= 0 or length % step for length in size):
-        raise InputError(f"--height {size[0]} --width {size[1]}: give multiples of {step}")
+        raise _wrong(f"--height {size[0]} --width {size[1]}: give multiples of {step}")
     num_frames = default(options.num_frames, transformer["sample_frames"])
     compression = vae.get("temporal_compression_ratio", 4)
     if num_frames <= 0 or (num_frames - 1) % compression:
         nearest = max(round((num_frames - 1) / compression), 0) * compression + 1
-        raise InputError(f"--num_frames {num_frames}: give 1 more than a multiple of {compression}, e.g. {nearest}")
+        raise _wrong(f"--num_frames {num_frames}: give 1 more than a multiple of {compression}, e.g. {nearest}")
     learned = transformer.get("use_learned_positional_embeddings")
     if learned and (*size, num_frames) != (*own, transformer["sample_frames"]):
-        raise InputError(
+        raise _wrong(
             f"{num_frames} frames of {size[0]}x{size[1]}: the learned positions of this model fit "
             f"{transformer['sample_frames']} frames of {own[0]}x{own[1]} only; remove --height, --width, --num_frames"
         )
@@ -162,32 +157,29 @@ def _video_shape(
 
 
 def _outputs(options: argparse.Namespace) -> dict[int, Path]:
-    """Return the videos by their seeds; a name is numbered where there are several."""
+    """Return seed → video; several videos get numbered names."""
     from sgm.io import require_writable
-    from sgm.util import InputError
 
     path = Path(options.output_path)
     if path.suffix != ".mp4":
-        raise InputError(f"--output_path is {path}; give a name that ends with .mp4")
+        raise _wrong(f"--output_path is {path}; give a name that ends with .mp4")
     require_writable(path.parent)
     names = [path.stem] if options.num_videos == 1 else [f"{path.stem}_{k}" for k in range(options.num_videos)]
     outputs = {options.seed + k: path.with_name(f"{name}.mp4") for k, name in enumerate(names)}
-    for file in outputs.values():
-        for each in (file, file.with_suffix(".json")):
-            if each.exists():
-                raise InputError(f"{each} exists already; nothing is overwritten: remove it, or name another output")
+    for file in [each for video in outputs.values() for each in (video, video.with_suffix(".json"))]:
+        if file.exists():
+            raise _wrong(f"{file} exists already; nothing is overwritten: remove it, or name another output")
     return outputs
 
 
 def _image(path: str | None, size: tuple[int, int], cls: str) -> Any:
-    """Read the first frame as sample_video.py does: scaled to cover the size, the middle cut out."""
+    """Read the first frame as sample_video.py does: scaled to cover the size, cropped to its centre."""
     from sgm.inference.prompts import load_image
-    from sgm.util import InputError
 
     if PIPELINES[cls] and path is None:
-        raise InputError(f"{cls} makes videos from an image; give it with --image_path")
+        raise _wrong(f"{cls} makes videos from an image; give it with --image_path")
     if not PIPELINES[cls] and path is not None:
-        raise InputError(f"{cls} takes no image; remove --image_path, or give an image-to-video model")
+        raise _wrong(f"{cls} takes no image; remove --image_path, or give an image-to-video model")
     return None if path is None else (load_image(path, size)[None] + 1) / 2
 
 
@@ -200,15 +192,15 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
     import diffusers
 
     import sgm.distributed
-    from sgm.util import PRECISIONS, InputError
+    from sgm.util import PRECISIONS
 
     cls = getattr(diffusers, plan.cls)
     try:
         pipe = cls.from_pretrained(options.model_path, dtype=PRECISIONS[options.dtype], local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"diffusers cannot load {options.model_path}: {error}") from error
+        raise _wrong(f"diffusers cannot load {options.model_path}: {error}") from error
     if options.scheduler:
-        # "trailing" begins at the last timestep, as the sampler of this project does.
+        # "trailing" starts from the last timestep, as the sampler of this project.
         scheduler = getattr(diffusers, SCHEDULERS[options.scheduler])
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     if plan.lora is not None:
@@ -228,18 +220,17 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
 
 
 def _load_lora(pipe: Any, file: Path, scale: float) -> None:
-    from sgm.util import InputError
     from sgm.weights.files import read_tensors
 
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora", local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"the LoRA {file} does not fit this model: {error}") from error
-    # diffusers only warns where the model lacks a layer of the file, or none of the names is the transformer's.
+        raise _wrong(f"the LoRA {file} does not fit this model: {error}") from error
+    # diffusers only warns if the model lacks layers of the file, or no name belongs to the transformer.
     held = sum(re.search(r"lora(_A|_down|\.down)\.", name) is not None for name in read_tensors(file))
     taken = sum(".lora_A." in name for name, _ in pipe.transformer.named_parameters())
     if taken != held:
-        raise InputError(
+        raise _wrong(
             f"the LoRA {file} does not fit this model: {taken} of its {held} adapters are for modules that there are; "
             "their names begin with 'transformer.', and the depth must be the same"
         )
@@ -247,7 +238,7 @@ def _load_lora(pipe: Any, file: Path, scale: float) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Sample as the command line says."""
+    """Check, load, sample and write."""
     from sgm.inference.video import to_uint8, write_video
     from sgm.io import write_json
 
@@ -283,7 +274,7 @@ def _generate(pipe: Any, options: argparse.Namespace, plan: Plan, seed: int) -> 
 
 
 def _record(pipe: Any, options: argparse.Namespace, plan: Plan) -> Iterator[tuple[str, Any]]:
-    """Yield what the JSON file beside a video says."""
+    """Yield the entries of the JSON file beside a video."""
     import diffusers
 
     names = ("prompt", "negative_prompt", "image_path", "model_path", "dtype")
@@ -308,14 +299,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative_prompt", help="what the video should not show")
     parser.add_argument("--image_path", metavar="FILE", help="first frame, for image to video")
-    parser.add_argument("--num_frames", type=int, help="1 more than a multiple of 4 (that of the model)")
-    parser.add_argument("--height", type=int, help="pixels (that of the model)")
-    parser.add_argument("--width", type=int, help="pixels (that of the model)")
+    parser.add_argument("--num_frames", type=int, help="1 more than a multiple of 4 (the model's)")
+    parser.add_argument("--height", type=int, help="pixels (the model's)")
+    parser.add_argument("--width", type=int, help="pixels (the model's)")
     parser.add_argument("--fps", type=float, help="frames per second (16 for 1.5 models, otherwise 8)")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="(50)")
     parser.add_argument("--guidance_scale", type=float, default=6.0, help="(6)")
     parser.add_argument("--use_dynamic_cfg", action="store_true", help="let guidance grow along the steps")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="with trailing timesteps (that of the model, as it is)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="with trailing timesteps (the model's own, unchanged)")
     parser.add_argument("--seed", type=int, default=42, help="of the first video; the next ones count up (42)")
     parser.add_argument("--num_videos", type=int, default=1, help="several get numbered names (1)")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="bf16", help="(bf16); 2B is made for fp16")

@@ -1,11 +1,10 @@
-"""The video autoencoder: cuts clips into chunks and tiles, and runs encoder and decoder over them.
+"""The video autoencoder: encoder and decoder over the chunks and tiles of a clip.
 
 Shapes: ``B C T H W``; F video frames, L latent frames, F = 4(L−1)+1.
 
-Chunks (along time) give the memory bound. Decoding takes 2 latents at a time, and one more at the start where L is
-odd (13 = 3+2+2+2+2+2); what the convolutions must remember stays on the device. Group-norm statistics are taken per
-chunk: that is how the released weights were trained to be decoded. Tiles (in space) bound the memory further and
-change the result a little, since each tile is normalised by itself.
+Chunks (along time) bound the memory. Decoding takes 2 latents at a time, and 3 at the start if L is odd
+(13 = 3+2+2+2+2+2). Group-norm statistics are taken per chunk, as the released weights expect. Tiles (in space) bound
+the memory further and change the result a little, since each tile is normalised by itself.
 """
 
 import itertools
@@ -32,7 +31,7 @@ class Tiling:
 
     Attributes:
         size: (height, width) of a tile; multiples of 8.
-        overlap: pixels that neighbours share and that are blended linearly; a multiple of 8.
+        overlap: pixels that neighbours share, blended linearly; a multiple of 8.
     """
 
     size: tuple[int, int] = (256, 384)
@@ -55,22 +54,20 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         regularizer_config: section for `vae_modules.regularizers.DiagonalGaussianRegularizer`.
         cp_size: ranks that share one video along time; 0 and 1 mean one.
         ckpt_path: the weights' file. `sgm.weights.checkpoint.load_autoencoder` reads it.
-        ignore_keys: prefixes in that file that belong to no part of the autoencoder.
-        encode_chunk: video frames encoded at a time (a multiple of 8: 8 is what diffusers does), or None for the
-            whole clip, which is what the models were trained on.
+        ignore_keys: prefixes of tensors in that file that are not read.
+        encode_chunk: video frames encoded at a time (a multiple of 8; diffusers takes 8), or None for the whole clip,
+            as the models were trained.
 
     Attributes:
-        tiling: a `Tiling` to encode and decode in spatial tiles; None for whole frames.
-        slicing: encode and decode one sample of the batch at a time.
-        decodes_everywhere: whether all of the ranks that share a video get it; otherwise the first one does, and the
-            others get a video of no frames. Latents are always given to all of them.
+        tiling: a `Tiling` to encode and decode in spatial tiles, see `enable_tiling`; None for whole frames.
+        slicing: encode and decode one sample of the batch at a time, see `enable_slicing`.
+        decodes_everywhere: all ranks that share a video get it; otherwise the first one does, and the others get a
+            video of no frames. All of them always get latents.
     """
 
-    IGNORED_PARAMS: ClassVar[dict[str, str]] = {
-        "loss_config": "the autoencoder is not trained here",
-        "monitor": "the autoencoder is not trained here",
-        "input_key": "the autoencoder is not trained here",
-    }
+    IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("loss_config", "monitor", "input_key"), "the autoencoder is not trained here"
+    )
 
     def __init__(
         self,
@@ -99,6 +96,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
 
+    def enable_tiling(self, tiling: Tiling | None = None) -> None:
+        """Encode and decode in spatial tiles from now on; by default those of `Tiling`."""
+        self.tiling = tiling or Tiling()
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of the batch at a time from now on."""
+        self.slicing = True
+
     def encode_moments(self, video: torch.Tensor) -> torch.Tensor:
         """Encode a clip.
 
@@ -109,7 +114,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             Mean and log-variance (B, 2z, (F−1)/4+1, H/8, W/8).
 
         Raises:
-            InputError: the shape is not one that the VAE can encode.
+            InputError: another shape.
         """
         frames, height, width = video.shape[2:]
         if (frames - 1) % 4:
@@ -139,13 +144,13 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     def _sliced(
         self, x: torch.Tensor, run: Callable[..., torch.Tensor], *, in_scale: int, out_scale: int
     ) -> torch.Tensor:
-        """Apply `run` per sample and per tile, as configured."""
+        """Apply `run` per sample with `slicing`, and per tile with `tiling`."""
         if self.slicing and x.shape[0] > 1:
             return torch.cat([self._tiled(one, run, in_scale, out_scale) for one in x.split(1)])
         return self._tiled(x, run, in_scale, out_scale)
 
     def _tiled(self, x: torch.Tensor, run: Callable[..., torch.Tensor], in_scale: int, out_scale: int) -> torch.Tensor:
-        """Apply `run` to overlapping tiles and blend them; `*_scale` are pixels of x and of the result per latent."""
+        """Apply `run` to overlapping tiles and blend them; `*_scale`: pixels of x and of the result per latent."""
         if self.tiling is None:
             return run(x)
         size = [side // 8 for side in self.tiling.size]
@@ -185,7 +190,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return self._stream(latents, self.decoder, DECODE_CHUNK, scales=(4, 8))
 
     def _stream(self, x: torch.Tensor, network: nn.Module, chunk: int, *, scales: tuple[float, float]) -> torch.Tensor:
-        """Run `network` over chunks of `chunk` frames; the first one also takes the frames left over."""
+        """Run `network` over chunks of `chunk` frames; the first one also takes the remainder."""
         frames = x.shape[2]
         bounds = [0, *range(min(frames, chunk + frames % chunk), frames + 1, chunk)]
         if self._num_ranks() > 1:
@@ -199,7 +204,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def _num_ranks(self) -> int:
-        """Return how many ranks share a clip."""
+        """Return the number of ranks that share a clip."""
         size = sgm.distributed.context_parallel_size()
         if self.cp_size > 1 and size != self.cp_size:
             raise InputError(
@@ -217,14 +222,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         scales: tuple[float, float],
         shares_norms: bool,
     ) -> torch.Tensor:
-        """Run `network` over pieces of a clip that the ranks take in turn; see `vae_modules.cp_ops`.
+        """Run `network` over pieces of a clip, dealt out to the ranks in turn; see `vae_modules.cp_ops`.
 
         Args:
             x: the whole clip, the same on all ranks.
             network: encoder or decoder.
             lengths: frames of the pieces.
-            scales: size of the output by that of the input, in time and in space.
-            shares_norms: whether norms cover all pieces; there is one a rank then.
+            scales: output size by input size, in time and in space.
+            shares_norms: norms cover all pieces; each rank then has one.
         """
         everyone = sgm.distributed.context_group()
         active = sgm.distributed.context_group(min(self.cp_size, len(lengths)))
@@ -247,14 +252,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
 
 def _tile_starts(length: int, size: int, overlap: int) -> list[int]:
-    """Starts of tiles of `size` that cover `length` with at least `overlap` in common; the last one ends flush."""
+    """Starts of tiles of `size` that cover `length` and overlap by at least `overlap`; the last one ends flush."""
     if length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
 
 
 def _blend_weights(length: int, ramp: int, fade_in: bool, fade_out: bool, device: torch.device) -> torch.Tensor:
-    """Weights (length,) that rise over `ramp` pixels at a side with a neighbour and are 1 elsewhere."""
+    """Weights (length,): 1, but rising over `ramp` pixels at a side with a neighbour."""
     weights = torch.ones(length, device=device)
     slope = (torch.arange(ramp, device=device) + 0.5) / ramp
     if fade_in:

@@ -1,7 +1,7 @@
 """Encoder and decoder of the causal 3D video VAE.
 
-Shapes: ``B C T H W``. Parameter names are those of the released ``3d-vae.pt`` (SAT checkpoint format). Each class
-works on one chunk of a clip; `vae_modules.autoencoder` cuts the clip and owns the `Stream`.
+Shapes: ``B C T H W``. Parameter names are those of the released ``3d-vae.pt`` (SAT checkpoint format). Both run on one
+chunk of a clip; `vae_modules.autoencoder` makes the chunks and owns the `Stream`.
 """
 
 import math
@@ -11,16 +11,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sgm.modules.in_place import silu
 from sgm.util import InputError
-from vae_modules.layers import (
-    CausalConv3d,
-    Downsample3D,
-    ResnetBlock3D,
-    Stream,
-    Upsample3D,
-    make_norm,
-    silu,
-)
+from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, Stream, Upsample3D, make_norm
 
 _UNUSED = {
     "resolution": "the network is fully convolutional",
@@ -29,16 +22,8 @@ _UNUSED = {
 }
 
 
-def _check(name: str, attn_resolutions: Sequence[int], pad_mode: str, temporal_compress_times: int) -> int:
-    """Refuse what the released VAE does not have; return the number of levels that resample time."""
-    if list(attn_resolutions):
-        raise InputError(
-            f"{name}: attn_resolutions={list(attn_resolutions)}, but this VAE has no attention; set it to []"
-        )
-    if pad_mode != "first":
-        raise InputError(
-            f"{name}: pad_mode='{pad_mode}' is unknown; the causal padding repeats the first frame: 'first'"
-        )
+def _num_time_levels(name: str, temporal_compress_times: int) -> int:
+    """Return the number of levels that resample time."""
     levels = int(math.log2(temporal_compress_times))
     if 2**levels != temporal_compress_times:
         raise InputError(f"{name}: temporal_compress_times={temporal_compress_times} is not a power of 2; use 4")
@@ -57,16 +42,14 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        for name, resample in (("downsample", downsample), ("upsample", upsample)):
-            if resample is not None:
-                self.add_module(name, resample)
+        self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C', T', H', W')."""
         for block in self.block:
             x = block(x, latents, stream)
-        for name, resample in self.named_children():
-            if name != "block":
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
                 x = resample(x, stream)
         return x
 
@@ -88,8 +71,6 @@ class ContextParallelEncoder3D(nn.Module):
         z_channels: channels of the latents.
         double_z: give mean and log-variance (2·z channels) rather than the mean alone.
         dropout: dropout probability inside the residual blocks.
-        attn_resolutions: must be empty; this VAE has no attention.
-        pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the first levels halve the frames, log2 of this times.
     """
 
@@ -105,12 +86,10 @@ class ContextParallelEncoder3D(nn.Module):
         z_channels: int = 16,
         double_z: bool = True,
         dropout: float = 0.0,
-        attn_resolutions: Sequence[int] = (),
-        pad_mode: str = "first",
         temporal_compress_times: int = 4,
     ) -> None:
         super().__init__()
-        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
         self.conv_in = CausalConv3d(in_channels, ch, 3)
         self.down = nn.ModuleList()
         channels = ch
@@ -145,8 +124,6 @@ class ContextParallelDecoder3D(nn.Module):
         out_ch: channels of the video.
         z_channels: channels of the latents.
         dropout: dropout probability inside the residual blocks.
-        attn_resolutions: must be empty; this VAE has no attention.
-        pad_mode: must be "first": before the clip, the first frame repeats.
         temporal_compress_times: 4: the last levels double the frames, log2 of this times.
     """
 
@@ -165,12 +142,10 @@ class ContextParallelDecoder3D(nn.Module):
         out_ch: int = 3,
         z_channels: int = 16,
         dropout: float = 0.0,
-        attn_resolutions: Sequence[int] = (),
-        pad_mode: str = "first",
         temporal_compress_times: int = 4,
     ) -> None:
         super().__init__()
-        time_levels = _check(type(self).__name__, attn_resolutions, pad_mode, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
         self.mid = _middle(channels, dropout, z_channels)

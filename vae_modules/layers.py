@@ -1,18 +1,18 @@
 """Layers of the causal 3D video VAE.
 
-Shapes: ``B C T H W`` everywhere; a video is seen as one first frame and groups of following frames, because the
-temporal resampling leaves the first frame alone (4(L-1)+1 frames for L latents).
+Shapes: ``B C T H W`` everywhere. Temporal resampling leaves the first frame of a clip alone (4(L-1)+1 frames for L
+latents).
 
-A clip can be processed in chunks along T. What one chunk must know of the one before it, the last frames in front
-of every temporal convolution, lives in a `Stream` that the caller passes through all layers.
+A clip can be processed in chunks along T. The `Stream` that the caller passes through all layers keeps the last frames
+of a chunk for the temporal convolutions of the next one.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-NARROW = 64  # channels; the released models begin at 128
-SMALL = 2**21  # elements of an input; of larger ones, a copy of all that is seen takes longer than it saves
+from sgm.modules.in_place import silu
+
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
@@ -21,8 +21,8 @@ class Stream:
     """State of one pass over a clip in chunks.
 
     Attributes:
-        is_first: the chunk being processed starts the clip.
-        is_last: no chunk follows, so nothing has to be remembered.
+        is_first: the current chunk starts the clip.
+        is_last: no chunk follows, so no frames are kept.
     """
 
     def __init__(self) -> None:
@@ -31,19 +31,19 @@ class Stream:
         self._tails: dict[nn.Module, torch.Tensor] = {}
 
     def begin_chunk(self, *, is_first: bool, is_last: bool) -> None:
-        """Announce the position of the chunk that is processed next."""
+        """Set the position of the next chunk."""
         self.is_first, self.is_last = is_first, is_last
 
     def frame_groups(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cut (B, C, T, H, W) where the resampling of time changes: the first frame of a clip is on its own."""
+        """Split (B, C, T, H, W) into the first frame of a clip, which is not resampled in time, and the others."""
         return (x[:, :, :1], x[:, :, 1:]) if self.is_first and x.shape[2] > 1 else (x,)
 
     def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Return `x` with the `num_frames` frames before it in front; the first frame repeats before the clip."""
+        """Prepend the `num_frames` frames before `x`; before the clip, its first frame repeats."""
         head = x[:, :, :1].expand(-1, -1, num_frames, -1, -1) if self.is_first else self._tails.pop(layer)
         x = torch.cat((head, x), dim=2)
         if not self.is_last:
-            # A copy: a view would keep the whole chunk's activation alive until the next chunk.
+            # A view would keep the whole chunk's activation alive.
             self._tails[layer] = x[:, :, -num_frames:].clone()
         return x
 
@@ -52,15 +52,10 @@ class Stream:
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU of a tensor that nobody else reads: in place where no gradient is recorded."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
 class CausalConv3d(nn.Module):
-    """3D convolution that sees the present and the past, never the future.
+    """3D convolution, causal in time.
 
-    Space is padded with zeros; before the clip, time is padded by repeating the first frame.
+    Space is padded with zeros, time by repeating the first frame before the clip.
 
     Args:
         in_channels: channels of the input.
@@ -76,22 +71,7 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C', T, H, W)."""
-        if not self.history:
-            return self.conv(x)
-        x = stream.extend(self, x, self.history)
-        narrow = max(self.conv.in_channels, self.conv.out_channels) <= NARROW and x.numel() <= SMALL
-        return self._by_frames(x) if narrow else self.conv(x)
-
-    def _by_frames(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as one 2D convolution, in which the frames that a frame sees are channels.
-
-        For small inputs of few channels, such as those of the toy, CPUs compute that up to five times as fast as
-        `torch.nn.Conv3d`.
-        """
-        weight, num = self.conv.weight, x.shape[2] - self.history
-        seen = torch.cat([x[:, :, i : i + num] for i in range(self.history + 1)], dim=1).transpose(1, 2).flatten(0, 1)
-        y = F.conv2d(seen, weight.transpose(1, 2).flatten(1, 2), self.conv.bias, padding=self.conv.padding[1:])
-        return y.unflatten(0, (len(x), num)).transpose(1, 2).contiguous()
+        return self.conv(stream.extend(self, x, self.history) if self.history else x)
 
 
 class Normalize(nn.GroupNorm):
@@ -101,7 +81,7 @@ class Normalize(nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, input: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:  # noqa: A002
-        """Normalise (B, C, T, H, W); the latents that the decoder's norm takes do not matter here."""
+        """Normalise (B, C, T, H, W); `latents` are for the decoder's norm and have no effect."""
         return stream.group_norm(self, input)
 
 
@@ -109,8 +89,8 @@ class SpatialNorm3D(nn.Module):
     """Group normalisation of the decoder, scaled and shifted per position by the latents.
 
     ``norm(x) · conv_y(z) + conv_b(z)``, z enlarged to the size of x (MoVQ, Zheng et al. 2022, eq. 4). The 1×1
-    convolutions run at the resolution of the latents: for nearest-neighbour enlargement both orders are equal. Only
-    the width is enlarged in memory; over height and time, scale and shift are broadcast.
+    convolutions run before the nearest-neighbour enlargement, which gives the same. Only the width is enlarged in
+    memory; over height and time, scale and shift are broadcast.
 
     Args:
         channels: channels of the activation.
@@ -148,7 +128,7 @@ class SpatialNorm3D(nn.Module):
 
 
 def make_norm(channels: int, z_channels: int | None) -> nn.Module:
-    """Return the encoder's norm, or the decoder's where `z_channels` is given."""
+    """Return the encoder's norm, or with `z_channels` the decoder's."""
     return Normalize(channels) if z_channels is None else SpatialNorm3D(channels, z_channels)
 
 
@@ -157,9 +137,9 @@ class ResnetBlock3D(nn.Module):
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of the output; where they differ, the shortcut is a 1×1×1 convolution.
+        out_channels: channels of the output; if they differ, the shortcut is a 1×1×1 convolution.
         dropout: dropout probability before the second convolution.
-        z_channels: channels of the latents that steer the norms (decoder), or None (encoder).
+        z_channels: channels of the latents for the decoder's norms; None for the encoder.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, z_channels: int | None = None) -> None:
@@ -175,12 +155,12 @@ class ResnetBlock3D(nn.Module):
         """(B, C, T, H, W) → (B, C', T, H, W)."""
         h = self.conv1(silu(self.norm1(x, latents, stream)), stream)
         h = self.conv2(self.dropout(silu(self.norm2(h, latents, stream))), stream)
-        h += self.nin_shortcut(x)  # h is read by nobody else, not even by the backward pass
+        h += self.nin_shortcut(x)  # in place: the backward pass does not need h
         return h
 
 
 def _as_frames(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, H, W) → (B·T, C, H, W): 2D convolutions are faster on every device than 3D ones of depth 1."""
+    """(B, C, T, H, W) → (B·T, C, H, W): a 2D convolution is faster than a 3D one of depth 1."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -208,7 +188,7 @@ class Downsample3D(nn.Module):
 class Upsample3D(nn.Module):
     """Double height and width, smooth each frame, and double the frames after the first one if `compress_time`.
 
-    A frame and its copy are smoothed alike, so the copy is made last.
+    Smoothing comes before the doubling of frames: half the work, same result.
     """
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:

@@ -1,4 +1,4 @@
-"""What stands between encoder and decoder: the diagonal Gaussian of a KL autoencoder."""
+"""The regularizer: the diagonal Gaussian of a KL autoencoder."""
 
 from dataclasses import dataclass
 

@@ -151,7 +151,7 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
         phases["the text encoder"] = {"text encoder": text}
     video = 0.0
     if vae is not None and not args.only_save_latents:
-        a_time = 1 if args.vae_slicing else args.batch_size
+        a_time = args.batch_size if args.vae_slicing is False else 1
         phases["the VAE"] = {**weights, "activations": vae.decode_bytes(plan.latents, a_time)}
         video = vae.decode_traffic(plan.latents, args.batch_size)
     return Estimate(phases, network.traffic(together, trains=False), video=video)

@@ -280,8 +280,10 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
     if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
         match_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
-    elif part == "first_stage_config" and Path(str(built.ckpt_path)).is_file():
-        match_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
+    elif part == "first_stage_config":
+        _check_memory_savers(config, built)
+        if Path(str(built.ckpt_path)).is_file():
+            match_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
     elif part == "sampler_config":
         built.timesteps(args.num_steps)
         if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
@@ -289,6 +291,14 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
                 f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
                 "guider_config"
             )
+
+
+def _check_memory_savers(config: Config, vae: Any) -> None:
+    """Refuse tiling and slicing for a VAE that has no ``enable_tiling`` or ``enable_slicing``."""
+    for name in ("tiling", "slicing"):
+        if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
+            found = f"is true, but {type(vae).__name__} has no method enable_{name}"
+            raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
 
 
 def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:

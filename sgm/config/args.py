@@ -1,98 +1,73 @@
 """The ``args`` section of a run, typed: `SamplingArgs`, and `TrainingArgs`, which adds the keys of training.
 
 A training run also samples, to show its progress, so that its section holds the keys of sampling too. `sgm.config.load`
-reads the sections into these classes; the bounds stand in the fields' metadata.
+reads the section into these classes; their annotations are the types and bounds that values are checked against.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from sgm.config.refused import REFUSED
 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
-
-def _between(minimum: float, default: Any, maximum: float | None = None) -> Any:
-    return field(default=default, metadata={"min": minimum, "max": maximum})
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArgs:
-    """The ``args`` section of a sampling run. Null means: what the model says.
+    """The ``args`` section of a sampling run; docs/configuration.md explains every key. Null: as the model says."""
 
-    Attributes:
-        mode: ``inference``; the training modes are accepted from a training file.
-        load: checkpoint folder of the network; holds ``latest``.
-        base: checkpoint folder of the network that the adapters in `load` belong to; null takes the path that the
-            folder records.
-        input_type: ``txt`` reads prompts from `input_file`, ``cli`` asks for them on the terminal.
-        input_file: one prompt a line; image-to-video lines are ``prompt@@image``.
-        image2video: whether each prompt starts from an image.
-        negative_prompt: what to steer away from; empty is the unconditional branch of training.
-        sampling_image_size: height and width in pixels.
-        sampling_num_frames: latent frames; 13 are 4·12+1 = 49 video frames. Models with a temporal patch of 2 take
-            the even number with the padding frame (22) as the odd one without it (21).
-        sampling_fps: frames per second of the written file.
-        latent_channels: channels of the latents; must be the network's.
-        num_steps: sampling steps; null takes those of ``model.sampler_config``.
-        guidance_scale: strength of the prompt; null takes that of ``model.sampler_config``.
-        seed: of the first sample of each prompt, whatever the other prompts are; the next samples count on from it.
-        batch_size: samples per prompt, made together.
-        only_save_latents: write the latents, do not decode them.
-        output_dir: where the results go.
-        skip_existing: leave prompts alone whose results are there.
-        contact_sheet: write one picture with frames of all samples.
-        force_inference: with a ``lora_config``, sample the base model where the checkpoint holds no adapters.
-        fp16: run the network in float16.
-        bf16: run the network in bfloat16.
-        text_encoder_offload: where the text encoder goes after encoding: stays (``none``), to the ``cpu``, or out of
-            memory (``release``).
-        vae_tiling: decode in overlapping tiles: less memory, a little slower, slightly different at the seams.
-        vae_slicing: decode the samples of a batch one by one: less memory, same result.
-        device: where to run, e.g. ``cpu``; null takes the accelerator, or the CPU where there is none.
-        model_parallel_size: ranks that share the layers of one network: each has a part of the heads and of the MLP.
-        sequence_parallel_size: ranks that share one sample, in training too: each has a part of its tokens, and all
-            weights. An iteration of training then has so many times fewer samples.
-        sequence_attention: how they attend to each other's tokens: ``ulysses`` divides the heads, ``ring`` passes keys
-            and values around; ``auto`` takes the former where there are enough heads.
-        cfg_parallel_size: 2 lets one half of the ranks that share a sample compute the conditional, the other the
-            unconditional branch of guidance; 1 computes both on each.
-        distributed_timeout: seconds that a rank waits for others, in a collective as at the start; a rank that has lost
-            another ends within it.
-    """
-
+    # Weights
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
     load: str | None = None
     base: str | None = None
+    force_inference: bool = False
+    # Prompts
     input_type: Literal["txt", "cli"] = "cli"
     input_file: str | None = None
     image2video: bool | None = None
     negative_prompt: str | None = None
-    sampling_image_size: tuple[int, int] | None = _between(1, None)
-    sampling_num_frames: int | None = _between(1, None)
-    sampling_fps: int = _between(1, 8)
-    latent_channels: int | None = _between(1, None)
-    num_steps: int | None = _between(1, None)
-    guidance_scale: float | None = _between(0, None)
-    seed: int = _between(0, 42)
-    batch_size: int = _between(1, 1)
+    # Size: pixels (height, width), latent frames, frames per second of the file
+    sampling_image_size: tuple[AtLeast1, AtLeast1] | None = None
+    sampling_num_frames: AtLeast1 | None = None
+    sampling_fps: AtLeast1 = 8
+    latent_channels: AtLeast1 | None = None
+    # Sampling
+    num_steps: AtLeast1 | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    seed: AtLeast0 = 42
+    batch_size: AtLeast1 = 1
+    # Results
     only_save_latents: bool = False
     output_dir: str = "outputs"
     skip_existing: bool = True
     contact_sheet: bool = False
-    force_inference: bool = False
+    # How it is computed
     fp16: bool | None = None
     bf16: bool | None = None
     text_encoder_offload: Literal["none", "cpu", "release"] = "release"
     vae_tiling: bool = False
-    vae_slicing: bool = True
+    vae_slicing: bool | None = None
     device: str | None = None
-    model_parallel_size: int = _between(1, 1)
-    sequence_parallel_size: int = _between(1, 1)
+    # Ranks that share a sample; the timeout is in seconds
+    model_parallel_size: AtLeast1 = 1
+    sequence_parallel_size: AtLeast1 = 1
     sequence_attention: Literal["auto", "ulysses", "ring"] = "auto"
-    cfg_parallel_size: int = _between(1, 1, 2)
-    distributed_timeout: int = _between(10, 1800)
+    cfg_parallel_size: Annotated[int, Field(ge=1, le=2)] = 1
+    distributed_timeout: Annotated[int, Field(ge=10)] = 1800
+
+    @property
+    def ring_attention(self) -> bool | None:
+        """What `sequence_attention` says to the network: whether the ring is used; None lets it choose."""
+        return {"auto": None, "ulysses": False, "ring": True}[self.sequence_attention]
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot be: the key, what was found, and the cure."""
@@ -111,62 +86,10 @@ class SamplingArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArgs(SamplingArgs):
-    """The ``args`` section of a training run.
+    """The ``args`` section of a training run; docs/configuration.md explains every key.
 
-    The keys of `SamplingArgs` hold for the samples that it makes on the way, but `mode`, `load`, `base`, `fp16`,
-    `bf16` and `device` for training itself, and `seed` for every random draw of it. An iteration is one step of the
-    optimizer, accumulation included.
-
-    Attributes:
-        mode: ``finetune`` starts from the weights in `load`, ``pretrain`` may start from random ones.
-        train_data: data sets: folders of clips and captions, manifests or archives, each of a format of its own.
-        valid_data: the same for evaluation; null takes the share of `train_data` that `split` sets aside.
-        train_data_weights: how often each folder of `train_data` is drawn from, relative to the others; null draws
-            every clip equally often.
-        split: shares of `train_data` for training, validation and test, as ``"98,2,0"``; without effect where
-            `valid_data` is given.
-        num_workers: processes per rank that decode clips; 0 decodes in the training process.
-        prefetch_factor: batches that each worker keeps ready.
-        max_bad_share: share of the clips that may turn out unreadable before the run stops.
-        check_clips: whether clips are opened before training: ``all``, ``none``, or ``auto``: all of up to 2,000.
-            Those that are not opened, and turn out bad, are replaced when their turn comes.
-        latent_cache: folder that tools/prepare_dataset.py wrote: training clips come from it, and are neither decoded
-            nor encoded.
-        text_cache: the same for captions.
-        only_log_video_latents: leave validation samples in latents, decode nothing.
-        train_iters: iterations of the whole run; either this or `epochs`.
-        epochs: passes over the training clips.
-        lr_decay_style: how the learning rate falls after the warm-up.
-        lr_decay_iters: iterations after which it has fallen; null takes all of the run.
-        lr_decay_ratio: share of the learning rate that is left at the end.
-        warmup: share of `lr_decay_iters` in which the learning rate rises from 0.
-        auto_warmup_iters: first iterations, which run at 5 % of the learning rate; null takes 100 in ``finetune``
-            and 0 in ``pretrain``.
-        checkpoint_activations: recompute activations in the backward pass: less memory, slower. Null leaves it to
-            ``transformer_args``.
-        compile: compile the network's blocks: faster after a slow first iteration.
-        ema_decay: decay of a moving average of the weights, saved under ``{iteration}-ema``; null keeps none.
-        max_skipped_steps: iterations in a row that may be skipped for overflow before the run stops.
-        eval_interval: iterations between evaluations; null evaluates never.
-        eval_iters: batches per evaluation on every rank.
-        eval_batch_size: clips per batch of evaluation; null takes the micro batch of training.
-        strict_eval: evaluate on every validation clip once, whatever `eval_iters` says.
-        valid_prompts: prompts to sample at each evaluation: a list, or a file such as `input_file`; null takes
-            captions of the data.
-        experiment_name: first part of the name of the run's folder.
-        save: folder of the runs.
-        save_interval: iterations between checkpoints.
-        keep_last: checkpoints whose weights are kept; null keeps all.
-        save_full: with a ``lora_config``, save the base weights beside the adapters.
-        resume: ``none`` starts a run, ``auto`` continues the newest of `experiment_name` under `save` if there is
-            one, a path continues that run.
-        no_load_rng: resume without the states of the random generators.
-        no_save_rng: save no states of random generators.
-        force_train: give tensors that the checkpoint lacks their initial values, instead of refusing it.
-        log_interval: iterations between lines of metrics.
-        exit_interval: stop, with a checkpoint, after this many iterations of this process.
-        wandb: log to Weights & Biases as well, where it is installed.
-        wandb_project_name: the project there; null takes `experiment_name`.
+    The keys of `SamplingArgs` hold for the samples that it makes on the way, except `mode`, `load`, `base`, `fp16`,
+    `bf16` and `device`, which are for training itself, and `seed`, which is for every random draw.
     """
 
     # Keys that files for SAT carry, and why they change nothing here.
@@ -178,59 +101,51 @@ class TrainingArgs(SamplingArgs):
         "resume_dataloader": "resuming always restores the position in the data",
         "test_data": "no test is run after training; evaluate on valid_data",
     }
-    # Keys that SAT takes here and that would contradict another section, and what to write instead.
-    MISPLACED_PARAMS: ClassVar[dict[str, str]] = {
-        "clip_grad": "deepspeed.gradient_clipping",
-        "gradient_accumulation_steps": "deepspeed.gradient_accumulation_steps",
-        "lr": "deepspeed.optimizer.params.lr",
-        "weight_decay": "deepspeed.optimizer.params.weight_decay",
-        "zero_stage": "deepspeed.zero_optimization.stage",
-    }
 
     mode: Literal["finetune", "pretrain"] = "finetune"
     # Data
-    train_data: tuple[str, ...]
+    train_data: tuple[str, ...] = ()
     valid_data: tuple[str, ...] | None = None
-    train_data_weights: tuple[float, ...] | None = _between(0, None)
+    train_data_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     split: str = "1,0,0"
-    num_workers: int = _between(0, 2)
-    prefetch_factor: int = _between(1, 2)
-    max_bad_share: float = _between(0, 0.1, 1)
+    num_workers: AtLeast0 = 2
+    prefetch_factor: AtLeast1 = 2
+    max_bad_share: Share = 0.1
     check_clips: Literal["auto", "all", "none"] = "auto"
     latent_cache: str | None = None
     text_cache: str | None = None
     only_log_video_latents: bool = False
     # Length and learning rate
-    train_iters: int | None = _between(1, None)
-    epochs: int | None = _between(1, None)
+    train_iters: AtLeast1 | None = None
+    epochs: AtLeast1 | None = None
     lr_decay_style: Literal["linear", "cosine", "constant", "exponential"] = "linear"
-    lr_decay_iters: int | None = _between(1, None)
-    lr_decay_ratio: float = _between(0, 0.1, 1)
-    warmup: float = _between(0, 0.01, 1)
-    auto_warmup_iters: int | None = _between(0, None)
+    lr_decay_iters: AtLeast1 | None = None
+    lr_decay_ratio: Share = 0.1
+    warmup: Share = 0.01
+    auto_warmup_iters: AtLeast0 | None = None
     # How it is computed
     checkpoint_activations: bool | None = None
     compile: bool = False
-    ema_decay: float | None = _between(0, None, 1)
-    max_skipped_steps: int = _between(1, 5)
+    ema_decay: Share | None = None
+    max_skipped_steps: AtLeast1 = 5
     # Evaluation
-    eval_interval: int | None = _between(1, None)
-    eval_iters: int = _between(1, 1)
-    eval_batch_size: int | None = _between(1, None)
+    eval_interval: AtLeast1 | None = None
+    eval_iters: AtLeast1 = 1
+    eval_batch_size: AtLeast1 | None = None
     strict_eval: bool = False
     valid_prompts: str | tuple[str, ...] | None = None
     # Results
     experiment_name: str = "finetune"
     save: str = "ckpts"
-    save_interval: int = _between(1, 500)
-    keep_last: int | None = _between(1, None)
+    save_interval: AtLeast1 = 500
+    keep_last: AtLeast1 | None = None
     save_full: bool = False
     resume: str = "none"
     no_load_rng: bool = False
     no_save_rng: bool = False
     force_train: bool = False
-    log_interval: int = _between(1, 20)
-    exit_interval: int | None = _between(1, None)
+    log_interval: AtLeast1 = 20
+    exit_interval: AtLeast1 | None = None
     wandb: bool = False
     wandb_project_name: str | None = None
 
@@ -303,8 +218,7 @@ def names_of(cls: type[SamplingArgs]) -> list[str]:
     return [entry.name for entry in dataclasses.fields(cls)]
 
 
-# What only training reads, or knows and refuses. Sampling accepts and ignores it, so that one file can serve both.
-TRAINING_ARGS = frozenset(
-    {*names_of(TrainingArgs), *TrainingArgs.IGNORED_PARAMS, *TrainingArgs.MISPLACED_PARAMS, "checkpoint_num_layers"}
-    - {*names_of(SamplingArgs)}
+# What only training reads, or refuses. Sampling accepts and ignores it, so that one file can serve both.
+TRAINING_ARGS = frozenset({*names_of(TrainingArgs), *TrainingArgs.IGNORED_PARAMS, *REFUSED["args"]}) - frozenset(
+    names_of(SamplingArgs)
 )

@@ -1,8 +1,8 @@
-"""The configuration of a run: YAML files merged, held against what the code takes, and typed.
+"""The configuration of a run: YAML files merged, checked against signatures, and typed.
 
 Sections: ``args`` (this run), ``model`` (the engine and everything in it), ``data`` and ``deepspeed`` (training).
-`load_config` reports everything that is wrong in one `ConfigError`; nothing is built and no weights are read. What
-must be looked up on the disk or on the machine (files, shapes, precision) is the part of `sgm.checks.sampling`.
+`load_config` reports all problems in one `ConfigError`; nothing is built and no weights are read. `sgm.checks` looks at
+files, shapes, precision and device.
 """
 
 import copy
@@ -19,11 +19,13 @@ from typing import Any, Literal
 import yaml
 
 from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
-from sgm.config.deepspeed_section import check_deepspeed, check_loss_scale, complete_deepspeed
-from sgm.config.targets import ENGINE_TARGET, check_params, check_sections, fits, in_words, misfit
+from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
+from sgm.config.refused import LOSS_SCALER, REFUSED
+from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
+from sgm.config.values import misfit
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import get_logger, warn_once
-from sgm.util import InputError, get_obj_from_str, nearest
+from sgm.util import get_obj_from_str, nearest
 
 __all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
 
@@ -35,7 +37,6 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # braces are legal there
-_DATA_FOLDER = "data_dir"  # what a data set is told by the loop over args.train_data, not by YAML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Config:
     """A checked configuration.
 
     Attributes:
-        mode: what it was checked for.
+        mode: the kind of run that it was checked for.
         bases: the YAML files, in the order of merging.
         overrides: the ``section.key=value`` arguments.
         args: the typed ``args`` section: `TrainingArgs` in mode ``train``.
@@ -51,7 +52,7 @@ class Config:
         data: the ``data`` section.
         deepspeed: the ``deepspeed`` section; in mode ``train`` complete, see `sgm.config.deepspeed_section`.
         merged: all sections as merged, plain values.
-        warnings: what was accepted without effect.
+        warnings: about keys without effect.
         origins: the file and line, or the override, that set each dotted key path.
     """
 
@@ -68,16 +69,16 @@ class Config:
 
     @property
     def engine(self) -> dict[str, Any]:
-        """The ``{target, params}`` section that `instantiate_from_config` builds the engine from."""
+        """The engine's ``{target, params}`` section for `instantiate_from_config`."""
         return {"target": ENGINE_TARGET, "params": copy.deepcopy(self.model)}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the merged values; the order of keys and the spelling of the files do not matter."""
+        """SHA-256 of the merged values, independent of the order of keys and the layout of the files."""
         return digest_of(self.merged)
 
     def located(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Return the problems, each with the place where its value, or the nearest parent of it, was set."""
+        """Return the problems with the origin of each value, or of its nearest parent."""
         located = []
         for problem in problems:
             path = problem.path
@@ -92,7 +93,7 @@ class Config:
 
 
 def digest_of(values: Any) -> str:
-    """SHA-256 of a tree of plain values, whatever the order of its keys; numbers may be keys, as frame counts are."""
+    """Return the SHA-256 of a tree of plain values, independent of the order of keys; numbers may be keys."""
     return hashlib.sha256(json.dumps(_with_text_keys(values), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -112,10 +113,10 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
         mode: ``inference`` or ``train``: which keys have an effect.
 
     Returns:
-        The checked configuration. What it accepts without using is logged as a warning.
+        The checked configuration. Keys without effect are logged as warnings.
 
     Raises:
-        ConfigError: everything that is wrong with it.
+        ConfigError: every problem.
     """
     if not bases:
         raise ConfigError([Problem("", "", "no configuration file was given", "add --base configs/<model>.yaml ...")])
@@ -123,13 +124,14 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
     sections = _take_sections(merged)
-    args, warnings = _check_args(sections["args"], merged, mode)
-    warnings += _check_model(sections["model"], merged)
-    warnings += _check_training_sections(sections, merged, mode)
+    args = _check_args(sections["args"], merged, mode)
+    if sections["model"]:
+        check_params(get_obj_from_str(ENGINE_TARGET), sections["model"], ("model",), merged)
+    _check_training_sections(sections, merged, mode)
     _check_placeholders(sections, merged, mode)
     if merged.problems:
         raise ConfigError(merged.problems)
-    warn_once(logger, warnings)
+    warn_once(logger, merged.warnings)
     if mode == "train":
         sections["deepspeed"] = complete_deepspeed(sections["deepspeed"], sections["model"])
     return Config(
@@ -138,7 +140,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
         overrides=tuple(overrides),
         args=args,
         merged=merged.values,
-        warnings=tuple(warnings),
+        warnings=tuple(merged.warnings),
         origins={dotted(path): origin for path, origin in merged.origins.items()},
         **{name: sections[name] for name in ("model", "data", "deepspeed")},
     )
@@ -162,109 +164,50 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> tuple[SamplingArgs, list[str]]:
-    """Type the ``args`` section; return it, with defaults in place of what is wrong, and warnings."""
+def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> SamplingArgs:
+    """Check and type the ``args`` section; defaults replace wrong values."""
     cls = TrainingArgs if mode == "train" else SamplingArgs
-    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {"train_data": ()} if mode == "train" else {}
-    wrong: set[str] = set()
-    for name, value in section.items():
-        if name not in fields:
-            _check_foreign_arg(name, value, merged, mode)
-            continue
-        hint, bounds = hints[name], fields[name].metadata
-        if isinstance(value, str) and not fits(value, hint) and fits([value], hint):
-            value = [value]
-        if not fits(value, hint):
-            found, cure = misfit(value, hint)
-        elif bounds and not _within(value, bounds["min"], bounds["max"]):
-            limit = (
-                f"at least {bounds['min']:g}" if bounds["max"] is None else f"{bounds['min']:g} to {bounds['max']:g}"
-            )
-            found, cure = f"is {value!r}", f"give {in_words(hint)}, {limit}"
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-            continue
-        merged.add(("args", name), found, cure)
-        wrong.add(name)
-    args = cls(**values)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    unused = [name for name in section if name in TRAINING_ARGS] if mode == "inference" else []
+    own = {name: _listed(value, hints.get(name, Any)) for name, value in section.items() if name not in unused}
+    check_params(cls, own, ("args",), merged)
+    wrong = {problem.path for problem in merged.problems}
+    values = {name: value for name, value in own.items() if name in hints and f"args.{name}" not in wrong}
+    args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     for name, found, cure in args.problems():
-        if name not in wrong:  # what follows from a wrong value would only mislead
+        if f"args.{name}" not in wrong:  # the default in its place would mislead
             merged.add(("args", name), found, cure)
-    return args, _args_warnings(section, args)
-
-
-def _check_foreign_arg(name: str, value: Any, merged: Merged, mode: Mode) -> None:
-    """Judge a key that the class of this run does not have: training's, another section's, SAT's, or nobody's."""
-    if name in TrainingArgs.IGNORED_PARAMS or (mode == "inference" and name in TRAINING_ARGS):
-        return
-    if name in TrainingArgs.MISPLACED_PARAMS:
-        found, cure = "belongs elsewhere", f"remove it, and set {TrainingArgs.MISPLACED_PARAMS[name]}"
-    elif name == "checkpoint_num_layers":
-        if value == 1:
-            return
-        found = f"is {value!r}, but every block is recomputed by itself"
-        cure = "remove it; args.checkpoint_activations switches recomputation on and off"
-    else:
-        found = f"unknown key{nearest(str(name), names_of(SamplingArgs) + sorted(TRAINING_ARGS))}"
-        cure = "correct or remove it; docs/configuration.md lists the keys of args"
-    merged.add(("args", name), found, cure)
-
-
-def _args_warnings(section: Mapping[str, Any], args: SamplingArgs) -> list[str]:
     if isinstance(args, TrainingArgs):
-        ignored = TrainingArgs.IGNORED_PARAMS
-        warnings = [f"args.{name} has no effect: {ignored[name]}" for name in section if name in ignored]
-        if args.unused:
-            unused = ", ".join(f"args.{name}" for name in args.unused)
-            warnings.append(f"no effect without args.eval_interval: {unused}")
-        return warnings
-    unused = [f"args.{name}" for name in section if name in TRAINING_ARGS]
-    unused += ["args.mode"] if args.mode != "inference" else []
-    return [f"no effect on sampling: {', '.join(unused)}"] if unused else []
+        unused, purpose = args.unused, "without args.eval_interval"
+    else:
+        unused, purpose = unused + ["mode"] * (args.mode != "inference"), "on sampling"
+    if unused:
+        merged.warnings.append(f"no effect {purpose}: {', '.join(f'args.{name}' for name in unused)}")
+    return args
 
 
-def _within(value: Any, least: float, most: float | None) -> bool:
-    entries = value if isinstance(value, list) else [] if value is None else [value]
-    return all(entry >= least and (most is None or entry <= most) for entry in entries)
+def _listed(value: Any, hint: Any) -> Any:
+    """Return text as a list of one where only a list of texts is asked for."""
+    wants_list = isinstance(value, str) and misfit(value, hint) and not misfit([value], hint)
+    return [value] if wants_list else value
 
 
-def _check_model(section: Mapping[str, Any], merged: Merged) -> list[str]:
-    if not section:
-        return []
-    try:
-        engine = get_obj_from_str(ENGINE_TARGET)
-    except InputError as error:  # pragma: no cover -- a broken installation
-        merged.add(("model",), str(error), "reinstall this package")
-        return []
-    return check_params(engine, section, ("model",), merged)
-
-
-def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> list[str]:
-    """Check what only training reads: ``data`` and ``deepspeed``."""
+def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
+    """Check ``data`` and ``deepspeed``, which only training reads."""
     if mode == "inference":
-        check_loss_scale(sections["deepspeed"], merged)
-        unused = [name for name in ("data", "deepspeed") if sections[name]]
-        return [f"no effect on sampling: the sections {', '.join(unused)}"] if unused else []
-    warnings = check_deepspeed(sections["deepspeed"], merged)
-    data = sections["data"]
-    if not data:
-        if not merged.values.get("data"):
-            cure = "give a training file as well, e.g. configs/sft.yaml"
-            merged.add(("data",), "there is no data section", cure)
-        return warnings
-    params = data.get("params")
-    if isinstance(params, Mapping) and _DATA_FOLDER in params:
-        cure = "remove it, and set args.train_data (and args.valid_data)"
-        merged.add(("data", "params", _DATA_FOLDER), "is given for every folder in turn", cure)
-    return warnings + check_sections(
-        data, ("data",), merged, partial=False, expected=True, supplied=frozenset({_DATA_FOLDER})
-    )
+        for name in {*LOSS_SCALER} & sections["deepspeed"].keys():
+            merged.add(("deepspeed", name), REFUSED["deepspeed"][name].why, REFUSED["deepspeed"][name].cure)
+        if unused := [name for name in ("data", "deepspeed") if sections[name]]:
+            merged.warnings.append(f"no effect on sampling: the sections {', '.join(unused)}")
+        return
+    check_deepspeed(sections["deepspeed"], merged)
+    if not merged.values.get("data"):
+        merged.add(("data",), "there is no data section", "give a training file as well, e.g. configs/sft.yaml")
+    check_sections(sections["data"], ("data",), merged, expected=bool(sections["data"]))
 
 
 def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
-    """Report values such as ``{your path}`` that were never filled in, where they have an effect."""
+    """Report placeholders such as ``{your path}`` in the values that have an effect."""
     for section in ("args", "model") if mode == "inference" else SECTIONS:
         for path, text in _strings(sections[section], (section,)):
             unused = mode == "inference" and section == "args" and path[1] in TRAINING_ARGS

@@ -1,4 +1,4 @@
-"""In which precision a run computes."""
+"""The precision that a run computes in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ Precision = Literal["fp16", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class _Flag:
-    """Whether one half precision is asked for (None: not said), and the key that says so."""
+    """Whether a half precision is asked for (None: not stated), and the key that states it."""
 
     path: str
     value: bool | None
 
 
 def resolve_precision(args: SamplingArgs, model_precision: Precision | None, device_type: str) -> torch.dtype:
-    """Decide in which precision the network runs.
+    """Return the precision that the network runs in.
 
-    The model's precision holds unless a flag says otherwise. ``fp16: true`` and ``bf16: true`` must agree with it; a
-    model released in fp32 may also run in bf16, which has the range of fp32. A false flag for the model's own
-    precision asks for fp32, which every model can do. Without any statement it is fp32.
+    It is the model's unless a flag differs. ``fp16: true`` and ``bf16: true`` must agree with the model; a model
+    released in fp32 may also run in bf16, which has the same range. A false flag for the model's own precision means
+    fp32, which works for every model. Without flags and ``model.precision`` it is fp32.
 
     Args:
         args: with the flags.
@@ -41,14 +41,9 @@ def resolve_precision(args: SamplingArgs, model_precision: Precision | None, dev
 
 
 def resolve_training_precision(config: Config, device_type: str) -> torch.dtype:
-    """Decide in which precision the network trains.
+    """Return the precision that the network trains in, as `resolve_precision` does.
 
-    As in `resolve_precision`; ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` say the same as ``args.fp16``
-    and ``args.bf16``, and must not contradict them.
-
-    Args:
-        config: of a training run.
-        device_type: such as ``torch.device.type``.
+    ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` mean the same as ``args.fp16`` and ``args.bf16``.
 
     Raises:
         ConfigError: the flags contradict each other or the model, or the device cannot do it.
@@ -97,10 +92,10 @@ def _resolve(flags: Mapping[str, _Flag], model_precision: Precision | None, devi
 
 
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return in which precision the autoencoder runs beside a network of `dtype`: it overflows in float16."""
+    """Return the autoencoder's precision beside a network of `dtype`: it overflows in float16."""
     return torch.bfloat16 if dtype is torch.float16 else dtype
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """Return the name that YAML files have for `dtype`."""
+    """Return the name of `dtype` in YAML files."""
     return next(name for name, value in PRECISIONS.items() if value is dtype)

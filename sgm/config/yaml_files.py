@@ -1,7 +1,6 @@
-"""Reading YAML files with the place of every value: merge, ``section.key=value`` overrides, interpolation.
+"""Read and merge YAML files, with the file and line of every value; ``section.key=value`` overrides, interpolation.
 
-This module knows nothing about the meaning of keys; `sgm.config.load` does. Every problem is collected with the file
-and line it came from, so that a user sees all of them at once.
+Problems are collected, to be reported together. `sgm.config.load` gives the keys their meaning.
 """
 
 import re
@@ -32,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the configuration: where, what was found, and what to do about it."""
+    """One problem of the configuration: key path, file and line, what was found, and the cure."""
 
     path: str
     source: str
@@ -45,7 +44,7 @@ class Problem:
 
 
 class ConfigError(InputError):
-    """The configuration cannot be used. Lists every problem that was found, each with its place and its cure."""
+    """The configuration cannot be used. Lists every problem with its place and its cure."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -54,7 +53,7 @@ class ConfigError(InputError):
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a key path as a user writes it: ``model.conditioner_config.params.emb_models.0``."""
+    """Join a key path with dots: ``model.conditioner_config.params.emb_models.0``."""
     return ".".join(str(key) for key in path)
 
 
@@ -65,17 +64,19 @@ class Merged:
     Attributes:
         values: the merged tree, plain Python values.
         origins: the file and line, or the override, that last set each key path.
-        problems: what is wrong so far.
-        syntax_failed: whether a file could not be read at all, so that judging the merged values would mislead.
+        problems: found so far.
+        warnings: about accepted keys without effect.
+        syntax_failed: a file could not be read, so the values must not be judged.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     syntax_failed: bool = False
 
     def origin(self, path: KeyPath) -> str:
-        """Return where `path`, or the nearest parent of it that a file names, was set."""
+        """Return where `path`, or its nearest parent with an origin, was set."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, "")
@@ -230,7 +231,7 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
 
 
 def _child(container: Any, key: str | int) -> Any:
-    """Return the entry of a mapping or list, or None where there is none."""
+    """Return the entry of a mapping or list, or None."""
     if isinstance(container, dict):
         return container.get(key)
     if isinstance(container, list) and isinstance(key, int) and key < len(container):

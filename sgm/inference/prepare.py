@@ -1,4 +1,4 @@
-"""What a sampling run checks before weights are read."""
+"""The checks of a sampling run before weights are read."""
 
 import tempfile
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Prepared:
     """A run that can start.
 
     Attributes:
-        config: its configuration, with the ``lora_config`` that the weights ask for.
-        report: the dry run's.
+        config: its configuration, with a ``lora_config`` if the weights are adapters.
+        report: of the dry run.
         mesh: which ranks share a sample.
-        prompts: what to sample; None where prompts are typed in during the run.
+        prompts: None if they are typed in during the run.
     """
 
     config: Config
@@ -37,10 +37,10 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Check all that can be checked before weights are read; write nothing.
+    """Check everything that does not need weights; write nothing.
 
     Raises:
-        ConfigError: everything that is wrong with configuration, checkpoint files, prompts, images, output folder.
+        ConfigError: every problem of the configuration, checkpoint files, prompts, images and output folder.
     """
     report, prompts, problems = "", None, []
     try:
@@ -73,7 +73,7 @@ def _mesh_problems(config: Config) -> list[Problem]:
 
 
 def _read_prompts(config: Config) -> list[Prompt] | None:
-    """Read the prompt file and decode its images; None where prompts are typed."""
+    """Read the prompt file and decode its images; None if prompts are typed."""
     args = config.args
     if args.input_type == "cli":
         if sgm.distributed.is_launched():
@@ -87,7 +87,7 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and see that files can be written there, which permissions alone do not tell."""
+    """Make the output folder and write a file there: permissions alone do not show that it works."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks share the folder

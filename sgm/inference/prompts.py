@@ -1,4 +1,4 @@
-"""What to sample: prompts from a file or the command line, and the images that go with them.
+"""Prompts from a file or the terminal, and the images that go with them.
 
 Legend: H, W pixels.
 """
@@ -21,7 +21,7 @@ from sgm.util import InputError
 log = get_logger(__name__)
 
 IMAGE_SEPARATOR = "@@"
-# 255 bytes is the limit of a name on common file systems; the rest is for the index and a temporary suffix.
+# Common file systems allow 255 bytes; the rest is for the index and a temporary suffix.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
 _NOT_UTF8 = "the line holds bytes that are not UTF-8 text; type it in UTF-8"
 _ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap height and width
@@ -29,12 +29,12 @@ _ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap height and width
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to sample.
+    """One prompt.
 
     Attributes:
-        index: position among the prompts, from 0; it names the output folder.
+        index: position among the prompts, from 0; part of the output folder's name.
         text: the prompt itself.
-        image: the image to start from (image to video), else None.
+        image: the first frame, for image to video.
     """
 
     index: int
@@ -43,20 +43,14 @@ class Prompt:
 
 
 def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
-    """Read a prompt file: UTF-8, one prompt a line, blank lines skipped.
-
-    Args:
-        input_file: the file.
-        image2video: whether lines are ``prompt@@image``. A relative image path is looked up from the working
-            directory, then from the folder of the prompt file.
+    """Read a prompt file in UTF-8; see `parse_prompts`. Relative image paths may start from the file's folder.
 
     Raises:
-        InputError: the file is missing, no UTF-8 text or without prompts, or lines have the wrong form, all of them
-            in one message. Images are not opened; see `check_images`.
+        InputError: the file cannot be read or holds no prompts, or lines have the wrong form.
     """
     file = Path(input_file).expanduser()
     try:
-        # Reading makes every line end \n; splitlines would also cut at characters that a prompt may hold, as U+2028.
+        # Not splitlines, which also cuts at characters that a prompt may hold, such as U+2028.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
@@ -72,16 +66,16 @@ def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
 
 
 def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folder: Path | None = None) -> list[Prompt]:
-    """Read prompts from lines, blank ones skipped.
+    """Parse prompts, one a line; skip blank lines. Images are not opened; see `check_images`.
 
     Args:
         lines: one prompt each.
         image2video: whether lines are ``prompt@@image``.
-        source: what the lines were read from, for messages.
+        source: origin of the lines, for messages.
         folder: where relative image paths are looked up after the working directory.
 
     Raises:
-        InputError: lines have the wrong form, all of them in one message.
+        InputError: every line that has the wrong form.
     """
     prompts: list[Prompt] = []
     problems = []
@@ -102,7 +96,7 @@ def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = Non
 
     Args:
         image2video: whether to ask for ``prompt@@image``.
-        input: shows a question and returns a line, as Python's own ``input`` does (the default).
+        input: shows a question and returns a line; Python's own ``input`` by default.
     """
     ask = input or builtins.input
     form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
@@ -128,7 +122,7 @@ def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = Non
 
 
 def check_images(prompts: Sequence[Prompt]) -> None:
-    """Decode the images of all prompts, each file once, so that a bad one is known before the models are loaded.
+    """Decode the images of all prompts, each file once, to find bad ones before the models are loaded.
 
     Raises:
         InputError: every image that is missing or cannot be decoded.
@@ -145,7 +139,7 @@ def check_images(prompts: Sequence[Prompt]) -> None:
 
 
 def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
-    """Read an image, scale it to cover `size` and cut out the middle.
+    """Read an image, scale it to cover `size` and crop the centre.
 
     Args:
         path: any format that Pillow reads; its EXIF orientation is applied, transparency is discarded.
@@ -164,9 +158,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (H, W) of an image as it is displayed, in pixels.
-
-    The header is read, not the pixels; except those of a PNG file without EXIF data in front, which may follow them.
+    """Return the displayed (H, W) of an image in pixels, from its header (Pillow may decode a PNG file for its EXIF).
 
     Raises:
         InputError: the image is missing or its header cannot be read.
@@ -178,11 +170,11 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
     """Return the prompts that a data-parallel rank samples: every `world_size`-th, from the `rank`-th on."""
-    return [prompt for i, prompt in enumerate(prompts) if i % world_size == rank]
+    return list(prompts[rank::world_size])
 
 
 def output_folder_name(index: int, text: str) -> str:
-    """Return ``{index}_{prompt}``, with the prompt cut and rid of what some file system cannot have in a name."""
+    """Return ``{index}_{prompt}``, the prompt cut, without characters that some file system refuses."""
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r'[<>:"/\\|?*]', "", text)
     text = "".join("_" if c.isspace() else c for c in text if c.isspace() or c.isprintable())
@@ -211,7 +203,7 @@ def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> 
 
 
 def _find_image(text: str, folder: Path | None) -> Path:
-    """Return the path that `text` names, in `folder` if it is there only; it may be missing, but can be a path."""
+    """Return the path that `text` names, in `folder` if it exists only there; it need not exist."""
     try:
         image = Path(text).expanduser()
         if not _exists(image) and folder is not None and _exists(folder / image):
@@ -225,7 +217,7 @@ def _find_image(text: str, folder: Path | None) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something at `path`; unlike Path.exists, the same in all versions of Python."""
+    """Whether `path` exists; raises for an impossible path, unlike Path.exists in some versions of Python."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -235,7 +227,7 @@ def _exists(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image; what fails then or in the block is an InputError."""
+    """Open an image; turn errors, also those in the block, into InputError."""
     try:
         with Image.open(path) as image:
             yield image
@@ -255,11 +247,11 @@ def _open_image(path: Path) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which Pillow's own conversion would cut off; leave everything else."""
+    """Scale 16-bit grey to 8 bits (Pillow's own conversion clips it); leave other modes."""
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
         return image
     grey = np.asarray(image)
-    # Some formats hold 16 bits in the 32 of mode I. Where white is in any other number, nothing tells.
+    # Some formats keep 16 bits in the 32 of mode I. Other ranges do not say which value is white.
     if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"its pixels are grey values of 32 bits (mode {image.mode}), not of 8 or 16")
     return Image.fromarray(np.round(grey / 257).astype(np.uint8))

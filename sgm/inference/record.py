@@ -1,19 +1,15 @@
-"""What a sampling run tells about itself: timings, memory, a digest of what its samples depend on, a summary."""
+"""Records of a sampling run: timings, the digest of everything that its samples depend on, a summary."""
 
 import hashlib
 import json
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
 
-# What a sample depends on; the other arguments say where, how many and how much at a time.
+# The arguments that change a sample; the others say where, how many and how much at a time.
 RESULT_ARGS = (
     "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
 ).split()
@@ -31,15 +27,15 @@ class Timings:
 
 @dataclass
 class Summary:
-    """What a run did.
+    """The results of a run.
 
     Attributes:
         written: videos (or latents) written.
-        skipped: results that were there already.
-        sheet: contact sheet, if one was asked for and there was something to show.
-        scope: whose work this is, where several ranks share the prompts.
+        skipped: results that existed already.
+        sheet: contact sheet, if there is one.
+        scope: the rank, if several share the prompts.
         seconds: wall time of the whole run.
-        peak_bytes: most memory in use: of the accelerator, or of the process on a CPU.
+        peak_bytes: see `sgm.util.peak_memory`.
     """
 
     written: list[Path] = field(default_factory=list)
@@ -68,21 +64,8 @@ def result_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on an accelerator, or resident in this process on a CPU."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    try:
-        # Not getrusage: a process starts there with the peak of the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # another system than Linux
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """Return what is recorded beside a result; None where there is nothing readable."""
+    """Return the record beside a result; None if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -7,7 +7,8 @@ then each prompt is sampled, decoded and written before the next one starts.
 import math
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +31,25 @@ from sgm.inference.prompts import (
     output_folder_name,
     read_prompts_cli,
 )
-from sgm.inference.record import Summary, Timings, peak_memory, read_sidecar, result_digest
+from sgm.inference.record import Summary, Timings, read_sidecar, result_digest
 from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
 from sgm.io import write_json
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
-from sgm.util import RunError, default, instantiate_from_config
-from vae_modules.autoencoder import Tiling
+from sgm.util import RunError, default, instantiate_from_config, peak_memory
 
 logger = get_logger(__name__)
 
-RING = {"auto": None, "ulysses": False, "ring": True}  # what args.sequence_attention is to the network
 Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def sample(config: Config) -> Summary:
-    """Run the whole job that `config` describes.
+    """Check, load, sample and write everything that `config` asks for.
 
     Raises:
-        InputError: something given is wrong; found before weights are read wherever possible.
-        RunError: sampling or writing failed. What was finished before stays.
+        InputError: something given is wrong; nearly all of it is found before weights are read.
+        RunError: sampling or writing failed; finished results stay.
     """
     start = time.perf_counter()
     sgm.distributed.set_timeout(config.args.distributed_timeout)
@@ -67,14 +66,13 @@ def sample(config: Config) -> Summary:
 
 
 class SamplingRun:
-    """The model of one run, and what it has written.
+    """The model of one run and the results that it has written.
 
     Args:
-        config: checked by `prepare`, or that of the training to which `engine` belongs.
-        engine: a model in memory, to sample with as it is: nothing of it is loaded, moved, released or set, so that
-            training goes on afterwards where it was. The caller puts its network into eval mode. Without it, the
-            model that `config` describes is built, and loaded when it is first needed.
-        digest: stands in the sidecars for what the samples depend on; needed where ``args.load`` is null.
+        config: checked by `prepare`, or that of the training that `engine` belongs to.
+        engine: a model in memory. Nothing in it is loaded, moved, released or set, so that its training can continue;
+            the caller puts its network into eval mode. None builds the model of `config` and loads it when needed.
+        digest: identifies in the sidecars what the samples depend on; None computes it from the files in ``args.load``.
     """
 
     def __init__(
@@ -97,25 +95,25 @@ class SamplingRun:
         self._uncond: dict[str, torch.Tensor] | None = None
 
     def _build(self) -> SATVideoDiffusionEngine:
-        """Build the model without memory; only the text encoder gets its place."""
+        """Build the model on the meta device; the text encoder is assigned to the real one."""
         engine = instantiate_from_config(self.config.engine, allocate=False)
         engine.conditioner.to(self.device)
         offload = self.args.text_encoder_offload
         if self.args.input_type == "cli" and offload == "release":
-            # Typed prompts arrive one by one; reading the encoder anew for each would take longer than sampling.
+            # Typed prompts arrive one by one; reloading the encoder for each would take longer than sampling.
             offload = "cpu"
         for embedder in engine.conditioner.embedders:
             embedder.offload = offload
         return engine
 
     def sample_list(self, prompts: list[Prompt], *, in_step: bool = False) -> None:
-        """Sample this rank's share of `prompts`, without waiting for other ranks.
+        """Sample every prompt of this data-parallel rank.
 
         Args:
             prompts: those of all ranks, in the same order on each.
-            in_step: sample as often as every other rank does, as parameters that are spread over the ranks ask for: all
-                ranks gather them together. Every prompt is then sampled, finished or not; a rank that has no prompt
-                left repeats one and writes nothing; and a failure is raised after the last pass.
+            in_step: run the network as often as every other rank, for parameters sharded over the ranks, which all
+                ranks gather together. Finished prompts are sampled again; a rank without a prompt left repeats one
+                and writes nothing; a failure is raised after the last pass.
         """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         mine = assign_to_rank(prompts, rank, size)
@@ -125,23 +123,21 @@ class SamplingRun:
                 passes.append((prompts[-1], []))
         else:
             passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
-            passes = sgm.distributed.broadcast_in_sample_group(
-                passes
-            )  # one of them may see what another has just finished
+            # Ranks may differ in which results they already see on disk.
+            passes = sgm.distributed.broadcast_in_sample_group(passes)
         self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
         if size > 1:
             self.summary.scope = f"rank {rank} of {size}: "
 
     def _sample_all(self, passes: list[tuple[Prompt, list[int]]], *, in_step: bool) -> None:
-        """Make each pass: sample those numbers of a prompt; without numbers, sample one and write nothing."""
+        """Sample the numbers of each (prompt, sample numbers); without numbers, sample once and write nothing."""
         if not passes:
             return
         encoded, seconds = self._encode([prompt for prompt, _ in passes])
         self._load()
         failure = None
-        bar = tqdm(passes, desc="prompts", disable=None if is_rank_zero() else True)
-        for (prompt, samples), conds in zip(bar, encoded, strict=True):
+        for (prompt, samples), conds in zip(_progress(passes, "prompts", leave=True), encoded, strict=True):
             timings = Timings(text=seconds / len(passes))
             try:
                 self._sample_prompt(prompt, samples, conds, timings)
@@ -180,11 +176,18 @@ class SamplingRun:
         warn_once(logger, report.warnings)
         if self.plan.image2video or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
-            self.engine.first_stage_model.slicing = args.vae_slicing
-            self.engine.first_stage_model.decodes_everywhere = False
-            self.engine.first_stage_model.tiling = Tiling() if args.vae_tiling else None
-        self.engine.network.ring_attention = RING[args.sequence_attention]
+            self._configure_vae(self.engine.first_stage_model)
+        self.engine.network.ring_attention = args.ring_attention
         self._is_loaded = True
+
+    def _configure_vae(self, vae: Any) -> None:
+        """Switch on what `vae` can do of what the run asks for; `sgm.checks.sampling` refuses the rest."""
+        if self.args.vae_tiling:
+            vae.enable_tiling()
+        if self.args.vae_slicing or (self.args.vae_slicing is None and hasattr(vae, "enable_slicing")):
+            vae.enable_slicing()
+        if hasattr(vae, "decodes_everywhere"):
+            vae.decodes_everywhere = False
 
     def _result(self, prompt: Prompt, k: int) -> Path:
         suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
@@ -192,7 +195,7 @@ class SamplingRun:
         return folder / str(k) / f"000000{suffix}"
 
     def _missing(self, prompt: Prompt) -> list[int]:
-        """Sample numbers of `prompt` that have no finished result; the sidecar is written last."""
+        """Return the sample numbers of `prompt` without a finished result; a sidecar marks a finished one."""
         missing = []
         for k in range(self.args.batch_size):
             path = self._result(prompt, k)
@@ -201,32 +204,30 @@ class SamplingRun:
                 missing.append(k)
             elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
                 # Folder names hold the beginning of a prompt only.
-                logger.warning("%s was made from another prompt or image, and is made anew", path)
+                logger.warning("%s was made from another prompt or image; it is replaced", path)
                 missing.append(k)
             else:
                 self.summary.skipped.append(path)
                 if made.get("config_digest") != self.digest:
                     logger.warning(
-                        "%s was made with another configuration and is left alone; args.skip_existing=false makes it "
-                        "anew",
-                        path,
+                        "%s was made with another configuration and is kept; args.skip_existing=false replaces it", path
                     )
         return missing
 
     def _origin(self, prompt: Prompt, k: int) -> dict[str, Any]:
-        """Return what tells the result of one prompt from that of another."""
+        """Return the values that must match for a result on disk to be this sample."""
         image = None if prompt.image is None else str(prompt.image)
         return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k}
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
-        """Encode prompts; the embeddings wait on the CPU. That of the negative prompt serves all of them."""
+        """Return the embeddings of each prompt, on the CPU, and the seconds taken; all share the unconditional one."""
         start = time.perf_counter()
         conditioner = self.engine.conditioner
         negative = default(self.args.negative_prompt, "")
         keys = [key for entry in conditioner.entries for key in entry.input_keys]
         encoded = []
         with conditioner.keep_loaded():
-            for prompt in tqdm(prompts, desc="text encoder", leave=False, disable=None if is_rank_zero() else True):
+            for prompt in _progress(prompts, "text encoder"):
                 batch = {key: [prompt.text] for key in keys}
                 if self._uncond is None:
                     both = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
@@ -237,7 +238,7 @@ class SamplingRun:
         return encoded, time.perf_counter() - start
 
     def _sample_prompt(self, prompt: Prompt, samples: list[int], conds: Conds, timings: Timings) -> None:
-        """Sample the numbers `samples` of one prompt together, decode and write them; without numbers, sample only."""
+        """Sample, decode and write the numbers `samples` of one prompt; without numbers, sample only."""
         drawn = samples or [0]
         cond, uncond = ({name: _repeat(value, drawn, self.device) for name, value in part.items()} for part in conds)
         size, concat = self._image_condition(prompt, len(drawn), timings)
@@ -252,7 +253,7 @@ class SamplingRun:
         latents = sgm.distributed.broadcast_in_sample_group(latents)
         writes = sgm.distributed.sample_rank() == 0
         if not writes and sgm.distributed.context_parallel_size() == 1:
-            return  # the first one decodes alone
+            return  # the first rank decodes alone
         if self.args.only_save_latents:
             for k, one in zip(samples if writes else [], latents, strict=writes):
                 write_latents(self._result(prompt, k), one)
@@ -291,10 +292,6 @@ class SamplingRun:
         timings: Timings,
     ) -> torch.Tensor:
         start = time.perf_counter()
-
-        def show(steps: Iterable[int]) -> Iterator[int]:
-            yield from tqdm(steps, desc="steps", leave=False, disable=None if is_rank_zero() else True)
-
         latents = self.engine.sample(
             cond,
             uncond,
@@ -303,7 +300,7 @@ class SamplingRun:
             concat=concat,
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
-            progress=show,
+            progress=partial(_progress, description="steps"),
         )
         timings.sample = time.perf_counter() - start
         return latents
@@ -338,7 +335,7 @@ class SamplingRun:
         logger.info("wrote %s", path)
 
     def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
-        """Draw all finished videos of `prompts`, those of earlier runs too."""
+        """Draw all finished videos of `prompts`, including those of earlier runs."""
         if sgm.distributed.sample_rank() > 0:
             return
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
@@ -348,6 +345,11 @@ class SamplingRun:
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)
+
+
+def _progress(items: Iterable[Any], description: str, *, leave: bool = False) -> Any:
+    """Show a progress bar on rank zero, on a terminal."""
+    return tqdm(items, desc=description, leave=leave, disable=None if is_rank_zero() else True)
 
 
 def _on_cpu(cond: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

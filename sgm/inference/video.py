@@ -1,4 +1,4 @@
-"""Results on disk: mp4 videos, latents, JSON and contact sheets, each written atomically.
+"""Write mp4 videos, latents and contact sheets, each atomically.
 
 Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
 """
@@ -19,13 +19,13 @@ from sgm.util import RunError
 
 Frames = np.ndarray | torch.Tensor
 
-# Frames on a contact sheet are enlarged until the shorter side has MIN_SIDE pixels, and reduced to MAX_WIDTH.
+# On a contact sheet, small frames are enlarged to a shorter side of MIN_SIDE pixels, wide ones reduced to MAX_WIDTH.
 MIN_SIDE, MAX_WIDTH = 192, 384
 MARGIN, FONT_SIZE = 6, 15
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """Turn decoded video (T, 3, H, W) in [-1, 1] into pictures (T, H, W, 3), uint8 on the CPU; values are rounded.
+    """Round decoded video (T, 3, H, W) in [-1, 1] to pictures (T, H, W, 3), uint8 on the CPU.
 
     Raises:
         RunError: the video holds NaN or infinity.
@@ -33,8 +33,8 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     video = video.detach().float()
     if not torch.isfinite(video).all():
         raise RunError(
-            "the decoded video is not finite (NaN or infinity), which too narrow a precision causes: the 2B model runs "
-            "in fp16, bf16 or fp32, the 5B models in bf16 or fp32; correct args.fp16 and args.bf16"
+            "the decoded video is not finite (NaN or infinity): the precision is too narrow. The 2B model runs in "
+            "fp16, bf16 or fp32, the 5B models in bf16 or fp32; correct args.fp16 and args.bf16"
         )
     return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
@@ -46,11 +46,11 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
         path: the file, ending with ``.mp4``.
         frames: (T, H, W, 3) uint8, H and W even, as yuv420p stores one colour for 2×2 pixels.
         fps: frames per second.
-        crf: constant rate factor of x264, 0 (lossless) to 51; 17 cannot be told from the original by eye.
+        crf: constant rate factor of x264, 0 (lossless) to 51; 17 looks like the original.
 
     Raises:
-        ValueError: `frames` are not of that shape and type.
-        RunError: ffmpeg failed or the disk is full; nothing half-written is left.
+        ValueError: `frames` have another shape or type.
+        RunError: ffmpeg failed or the disk is full.
     """
     pictures = _as_array(frames)
     num_frames, height, width, _ = pictures.shape
@@ -58,7 +58,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
         raise ValueError(f"expected at least one frame of even height and width, got {num_frames} of {height}x{width}")
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     encoder = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-    # ffmpeg converts RGB with the BT.601 matrix. Said in the file, so that no player assumes another one.
+    # ffmpeg converts RGB with the BT.601 matrix; the file states it, or some players assume another.
     colours = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     with atomic_file(path) as temporary:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, str(temporary)]
@@ -67,7 +67,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
             said = done.stderr.decode(errors="replace").strip().splitlines()[:6]
             raise RunError(
                 f"could not write {path}: ffmpeg ended with {done.returncode}: {' / '.join(said) or 'no message'}; "
-                "see that the disk has room and that the ffmpeg of imageio-ffmpeg has libx264"
+                "check that the disk has room and that the ffmpeg of imageio-ffmpeg has libx264"
             )
 
 
@@ -75,7 +75,7 @@ def write_latents(path: str | Path, latents: torch.Tensor) -> None:
     """Write latents (T, C, H, W) under the name ``latents``: safetensors, or ``torch.save`` if `path` ends with .pt.
 
     Raises:
-        RunError: the file could not be written; nothing half-written is left.
+        RunError: the file could not be written.
     """
     tensors = {"latents": latents.detach().cpu().contiguous().clone()}
     with atomic_file(path, need_bytes=tensors["latents"].nbytes) as temporary:
@@ -86,16 +86,16 @@ def write_latents(path: str | Path, latents: torch.Tensor) -> None:
 
 
 def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:
-    """Draw videos as one PNG: a row each, with the caption above frames evenly spaced from the first to the last.
+    """Draw videos as one PNG: a row each, a caption above evenly spaced frames.
 
     Args:
         entries: caption and frames (T, H, W, 3) uint8 of each video; sizes may differ.
         path: the file, ending with ``.png``.
-        columns: frames shown of a video, all of them if it has fewer.
+        columns: most frames shown of a video.
 
     Raises:
-        ValueError: there is no entry, or frames are not of that shape and type.
-        RunError: the file could not be written; nothing half-written is left.
+        ValueError: there is no entry, or frames have another shape or type.
+        RunError: the file could not be written.
     """
     if not entries or columns < 1:
         raise ValueError(f"expected videos and columns, got {len(entries)} videos and {columns} columns")
@@ -116,7 +116,7 @@ def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:
     enlarge = -(-MIN_SIDE // min(height, width))
     scale = min(MAX_WIDTH / width, 1.0) if enlarge == 1 else enlarge
     size = (round(width * scale), round(height * scale))
-    # Whole pixels when enlarged, so that the picture shows what the model made and not the interpolation.
+    # Nearest when enlarged: shows the model's pixels, not an interpolation.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     row_width = MARGIN + len(indices) * (size[0] + MARGIN)
     font = ImageFont.load_default(FONT_SIZE)

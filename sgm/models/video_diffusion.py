@@ -1,7 +1,7 @@
-"""The engine that joins network, denoiser, conditioner, autoencoder, sampler and loss.
+"""The engine: network, denoiser, conditioner, autoencoder, sampler and loss of one model.
 
-Legend: ``B T C H W`` latents and videos here; the autoencoder works on ``B C T H W``, and this file is the boundary.
-``T`` counts latent frames unless a name says pixels.
+Legend: ``B T C H W`` latents and videos; the autoencoder takes ``B C T H W``, converted here and nowhere else. ``T``
+counts latent frames, ``F`` video frames.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +24,10 @@ Progress = Callable[[Sequence[int]], Any]
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What the loss needs of B samples; encoded, and with everything random drawn.
+    """The inputs of the loss for B samples: encoded, with all random numbers drawn.
 
     Attributes:
-        latents: clean latents (B, T, C, H, W), float32, padded to whole temporal patches.
+        latents: clean latents (B, T, C, H, W), float32, padded to full temporal patches.
         cond: ``crossattn`` (B, L, D_text) and, for image-to-video, ``concat`` (B, T, C, H, W).
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
@@ -43,7 +43,7 @@ register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_g
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """A whole model, as the ``model:`` section of a YAML file describes it.
+    """A model, from the ``model:`` section of a YAML file.
 
     Args:
         network_config: section of the network.
@@ -53,24 +53,24 @@ class SATVideoDiffusionEngine(nn.Module):
         first_stage_config: section of the autoencoder.
         loss_fn_config: section of the loss; needed to train.
         scale_factor: factor from the autoencoder's latents to those of the diffusion (about 1/σ).
-        latent_input: the data are latents already; the autoencoder is not asked to encode.
+        latent_input: the data are latents, not videos.
         noised_image_input: the network takes image latents beside the noisy ones (image-to-video).
-        noised_image_all_concat: the image latents stand beside every frame, instead of zeros after the first.
+        noised_image_all_concat: repeat the image latents for every frame, instead of zeros after the first.
         noised_image_dropout: share of training samples whose image latents are zeroed.
-        scale_image_latents: whether image latents are multiplied by `scale_factor` like those of the video; None
-            stands for what the released models do: yes with a temporal patch of 1, no (raw latents) with 2.
-        not_trainable_prefixes: parameters that training leaves alone; ``all`` is all but the adapters.
-        input_key: where a batch of the data holds the video.
-        en_and_decode_n_samples_a_time: samples that pass the autoencoder together; None for the whole batch.
-        precision: ``fp16``, ``bf16`` or ``fp32``: what the released weights were trained in.
+        scale_image_latents: multiply image latents by `scale_factor`, like those of the video; None for the released
+            models' choice: yes with a temporal patch of 1, no (raw latents) with 2.
+        not_trainable_prefixes: frozen parameters; ``all`` is all but the adapters.
+        input_key: key of the video in a batch of the data.
+        en_and_decode_n_samples_a_time: samples that the autoencoder takes at once; None for the whole batch.
+        precision: ``fp16``, ``bf16`` or ``fp32``, in which the released weights were trained.
         lora_train: only adapters are trained and saved.
         ofs: value of the ``ofs`` input of the 1.5 image-to-video network.
         compile_model: compile the network with ``torch.compile``.
-        allocate: give network and autoencoder memory. False builds them on the meta device, for `load_weights`.
+        allocate: False builds network and autoencoder on the meta device, for `load_weights`.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
-        "disable_first_stage_autocast": "the autoencoder has a precision of its own and never runs under autocast",
+        "disable_first_stage_autocast": "the autoencoder never runs under autocast",
         "log_keys": "logs show the prompt",
         "network_wrapper": "there is one wrapper, OpenAIWrapper",
         "use_pd": "progressive distillation is not part of this project",
@@ -130,7 +130,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.precision = precision
         self.lora_train = lora_train
         self.ofs = ofs
-        self.run_device: torch.device | None = None  # to be set where parameters leave it between forward passes
+        self.run_device: torch.device | None = None  # to be set if parameters are offloaded between forward passes
 
     @property
     def network(self) -> Any:
@@ -139,7 +139,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: `run_device`, or where the network's parameters are."""
+        """The device of inputs: `run_device`, or that of the network's parameters."""
         return next(self.network.parameters()).device if self.run_device is None else self.run_device
 
     @property
@@ -148,7 +148,11 @@ class SATVideoDiffusionEngine(nn.Module):
         return [key for entry in self.require_conditioner().entries for key in entry.input_keys]
 
     def require_conditioner(self) -> Any:
-        """Return the conditioner, or say that the configuration has none."""
+        """Return the conditioner.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.conditioner is None:
             raise InputError("the model section has no conditioner_config; add one to train or to sample")
         return self.conditioner
@@ -183,7 +187,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
         Args:
             dtype: of the network; see `sgm.config.precision.autoencoder_dtype`.
-            device: where it goes.
+            device: of the autoencoder.
 
         Raises:
             InputError: there is no autoencoder, or its file is missing or does not fit.
@@ -246,10 +250,10 @@ class SATVideoDiffusionEngine(nn.Module):
         return rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
 
     def image_latents(self, image: torch.Tensor, num_latents: int) -> torch.Tensor:
-        """Condition of image-to-video: the first frame's latents, then nothing.
+        """Condition of image-to-video: the first frame's latents, then zeros.
 
-        The mean of the posterior is taken, so that the condition does not depend on the seed. With a temporal patch
-        of 2 and an odd `num_latents`, the padding frame in front repeats the first one, as in training.
+        They are the mean of the posterior, so that the condition does not depend on the seed. With a temporal patch of
+        2 and an odd `num_latents`, the padding frame in front repeats the first one, as in training.
 
         Args:
             image: (B, 3, H, W) in −1..1.
@@ -262,7 +266,7 @@ class SATVideoDiffusionEngine(nn.Module):
         return self.image_condition(first, num_latents)
 
     def image_condition(self, first: torch.Tensor, num_latents: int) -> torch.Tensor:
-        """Return the condition that `image_latents` gives, from the first frame's latents (B, 1, C, h, w)."""
+        """Return the condition of `image_latents` for the first frame's latents (B, 1, C, h, w)."""
         padding = self.front_padding(num_latents)
         if self.noised_image_all_concat:
             return first.expand(-1, num_latents + padding, -1, -1, -1).contiguous()
@@ -270,11 +274,11 @@ class SATVideoDiffusionEngine(nn.Module):
         return torch.cat((first.expand(-1, 1 + padding, -1, -1, -1), rest), dim=1)
 
     def front_padding(self, num_latents: int) -> int:
-        """Latent frames in front of `num_latents` that fill up the network's temporal patches."""
+        """Latent frames to pad in front of `num_latents`, for full temporal patches."""
         return -num_latents % self.network.patch_size[0]
 
     def network_kwargs(self, num: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the further inputs of the network for `num` samples: ``ofs`` where it has that embedding."""
+        """Return further inputs of the network for `num` samples: ``ofs`` for a network with that embedding."""
         return {} if self.network.ofs_embed_dim is None else {"ofs": torch.full((num,), self.ofs, device=device)}
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
@@ -290,7 +294,11 @@ class SATVideoDiffusionEngine(nn.Module):
         )
 
     def require_loss(self) -> Any:
-        """Return the loss, or say that the configuration has none that training can use."""
+        """Return the loss.
+
+        Raises:
+            InputError: there is none over timesteps.
+        """
         if not hasattr(getattr(self.loss_fn, "sigma_sampler", None), "draw_idx"):
             raise InputError(
                 "training needs model.loss_fn_config with a loss over timesteps; take "
@@ -317,15 +325,15 @@ class SATVideoDiffusionEngine(nn.Module):
             cond: conditions, each (B, ...).
             uncond: conditions of the unconditional branch.
             shape: (T, C, H, W) of one sample, without padding.
-            generators: one CPU generator per sample, B of them: the initial noise comes from it, then that of the
-                steps, so that a sample depends on its own seed only.
+            generators: one CPU generator per sample, for its initial noise and then that of the steps, so that a
+                sample depends on its own seed only.
             concat: image latents from `image_latents`, of the padded length.
             num_steps: replaces the configured number of steps.
             scale: replaces the configured guidance scale.
             progress: wraps the sequence of steps, as tqdm does.
 
         Returns:
-            (B, T, C, H, W) float32, scaled as the network sees them.
+            (B, T, C, H, W) float32, in the network's scale.
         """
         if self.sampler is None:
             raise InputError("the model section has no sampler_config; add one to sample")

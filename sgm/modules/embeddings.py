@@ -4,14 +4,11 @@ Legend: ``B T C H W`` video latents, ``t h w`` the grid of patches, ``N = t·h·
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 
-from sgm.util import InputError
-
-PatchSize = tuple[int, int, int]
+from sgm.modules.geometry import Grid, PatchSize
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, *, max_period: float = 10000.0) -> torch.Tensor:
@@ -39,24 +36,17 @@ def _sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def sincos_positions_3d(
-    grid: tuple[int, int, int],
-    dim: int,
-    *,
-    time_interpolation: float = 1.0,
-    height_interpolation: float = 1.0,
-    width_interpolation: float = 1.0,
+    grid: Grid, dim: int, interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> torch.Tensor:
     """Fixed sine-cosine table of the 2B model.
 
     The first quarter of the channels encodes the frame; of the rest, the first half encodes the column and the second
-    half the row (SAT checkpoint format). An interpolation of k squeezes k positions into one.
+    half the row (SAT checkpoint format).
 
     Args:
         grid: (t, h, w) patches.
         dim: D, a multiple of 16.
-        time_interpolation: divides frame numbers.
-        height_interpolation: divides row numbers.
-        width_interpolation: divides column numbers.
+        interpolation: divisors of frame, row and column numbers: k squeezes k positions into one.
 
     Returns:
         (N, D) float32, in the order t, h, w.
@@ -64,22 +54,26 @@ def sincos_positions_3d(
     if dim % 16:
         raise ValueError(f"the 3D sine-cosine table needs a hidden size that is a multiple of 16, got {dim}")
     t, h, w = grid
-    frames = _sincos_1d(torch.arange(t, dtype=torch.float64) / time_interpolation, dim // 4)
-    rows = _sincos_1d(torch.arange(h, dtype=torch.float64) / height_interpolation, dim // 8 * 3)
-    columns = _sincos_1d(torch.arange(w, dtype=torch.float64) / width_interpolation, dim // 8 * 3)
-    table = torch.cat(
-        (
-            frames[:, None, None].expand(t, h, w, -1),
-            columns[None, None, :].expand(t, h, w, -1),
-            rows[None, :, None].expand(t, h, w, -1),
-        ),
-        dim=-1,
+    dims = (dim // 4, dim // 8 * 3, dim // 8 * 3)
+    frames, rows, columns = (
+        _sincos_1d(torch.arange(length, dtype=torch.float64) / by, part)
+        for length, by, part in zip(grid, interpolation, dims, strict=True)
     )
-    return table.reshape(t * h * w, dim).float()
+    return _over_grid(grid, (0, frames), (2, columns), (1, rows)).float()
+
+
+def _over_grid(grid: Grid, *tables: tuple[int, torch.Tensor]) -> torch.Tensor:
+    """Expand tables (length of an axis, d) over the grid and join their channels: (N, sum of d)."""
+    parts = []
+    for axis, table in tables:
+        shape = [1, 1, 1, table.shape[1]]
+        shape[axis] = grid[axis]
+        parts.append(table.reshape(shape).expand(*grid, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
 def rope_table_3d(
-    grid: tuple[int, int, int],
+    grid: Grid,
     head_dim: int,
     *,
     num_text: int = 0,
@@ -105,18 +99,10 @@ def rope_table_3d(
     if head_dim % 16:
         raise ValueError(f"3D rotary positions need a head size that is a multiple of 16, got {head_dim}")
     axes = []
-    for length, dim in zip(grid, (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3), strict=True):
+    for axis, dim in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-        axes.append(torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies))
-    t, h, w = grid
-    angles = torch.cat(
-        (
-            axes[0][:, None, None].expand(t, h, w, -1),
-            axes[1][None, :, None].expand(t, h, w, -1),
-            axes[2][None, None, :].expand(t, h, w, -1),
-        ),
-        dim=-1,
-    ).reshape(t * h * w, head_dim // 2)
+        axes.append((axis, torch.outer(torch.arange(grid[axis], dtype=torch.float32, device=device), frequencies)))
+    angles = _over_grid(grid, *axes)
     angles = torch.cat((angles.new_zeros(num_text, head_dim // 2), angles))
     return angles.cos().repeat_interleave(2, dim=-1), torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
 
@@ -132,8 +118,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         As `x`, in its dtype.
     """
-    # A complex product takes one pass over memory instead of three, which a CPU feels. Compilers fuse the real form,
-    # and not every accelerator multiplies complex numbers.
+    # A complex product takes one pass over memory instead of three, which is faster on a CPU. Compilers fuse the real
+    # form, and not every accelerator multiplies complex numbers.
     return _rotate_complex(x, cos, sin) if x.is_cpu else _rotate_real(x, cos, sin)
 
 
@@ -148,27 +134,13 @@ def _rotate_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
-def normalize_patch_size(patch_size: int | Sequence[int]) -> PatchSize:
-    """``2`` means 2×2 patches within a frame: (1, 2, 2); a list gives (time, height, width).
-
-    Raises:
-        InputError: neither a positive integer nor three of them.
-    """
-    sizes = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise InputError(
-            f"patch_size={patch_size!r}: expected one integer, or three for time, height and width: [2, 2, 2]"
-        )
-    return sizes  # type: ignore[return-value]
-
-
 def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:
     """(B, T, C, H, W) → (B, N, C·pt·ph·pw), each patch in the order c, pt, ph, pw."""
     pt, ph, pw = patch_size
     return rearrange(x, "b (t pt) c (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
-def unpatchify(x: torch.Tensor, grid: tuple[int, int, int], patch_size: PatchSize) -> torch.Tensor:
+def unpatchify(x: torch.Tensor, grid: Grid, patch_size: PatchSize) -> torch.Tensor:
     """(B, N, C·pt·ph·pw) → (B, T, C, H, W); the inverse of `patchify`."""
     (t, h, w), (pt, ph, pw) = grid, patch_size
     return rearrange(x, "b (t h w) (c pt ph pw) -> b (t pt) c (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)

@@ -1,8 +1,8 @@
-"""Which videos a model can make: frame counts and sizes that follow from the network's parameters.
+"""The frame counts and sizes that a model can make, from the parameters of its network.
 
-Three units meet here. A video has F frames of H×W pixels; the VAE turns it into L = (F−1)/4 + 1 latent frames of
-H/8 × W/8; the network cuts those into patches of (time, height, width). With a temporal patch of 2 the network needs
-an even number of latent frames: they are padded at the front by one, and the padding is dropped after sampling.
+A video has F frames of H×W pixels; the VAE turns it into L = (F−1)/4 + 1 latent frames of H/8 × W/8; the network cuts
+those into patches of (time, height, width). With a temporal patch of 2 the network needs an even number of latent
+frames: one is padded at the front, and dropped after sampling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,10 @@ from typing import Any, Self
 from sgm.util import InputError
 
 SPATIAL_COMPRESSION = 8
-FREE_SIZE = (768, 1360)  # what CogVideoX1.5, whose maximum is much larger, was released for
+FREE_SIZE = (768, 1360)  # default of CogVideoX1.5, whose maximum is much larger
 
-_FIXED_SIZE_POSITIONS = "Basic3DPositionEmbeddingMixin"
+PatchSize = tuple[int, int, int]  # (time, height, width)
+Grid = tuple[int, int, int]  # patches in (time, height, width)
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,17 @@ class Geometry:
     """The legal shapes of one network.
 
     Attributes:
-        patch_size: (time, height, width) of a patch, in latent frames and latent pixels.
+        patch_size: of a patch, in latent frames and latent pixels.
         time_compression: video frames per latent frame after the first.
         max_latents: latent frames of the longest video, without padding.
         max_latent_size: largest (height, width) of the latents; with `fixed_size` the only one.
-        fixed_size: whether positions are tables (sincos or learned) that fit one size only.
+        fixed_size: positions are tables (sincos or learned) for one size only.
         in_channels: channels of the network's input.
-        out_channels: channels of its output, which are those of the latents.
-        positions: ``sincos``, ``learned`` or ``rotary``: how the network knows where a patch is.
+        out_channels: channels of its output and of the latents.
+        positions: ``sincos``, ``learned`` or ``rotary``.
     """
 
-    patch_size: tuple[int, int, int]
+    patch_size: PatchSize
     time_compression: int
     max_latents: int
     max_latent_size: tuple[int, int]
@@ -48,22 +49,13 @@ class Geometry:
         Raises:
             InputError: a parameter is missing, or is no whole number above 0.
         """
-        patch = params.get("patch_size", 2)
-        if isinstance(patch, int):
-            patch = (1, patch, patch)
-        patch_ok = isinstance(patch, Sequence) and len(patch) == 3 and all(_is_count(side) for side in patch)
-        if not patch_ok:
-            raise InputError(
-                f"model.network_config.params.patch_size is {patch!r}; give one number for height and width, or "
-                "[time, height, width], e.g. [2, 2, 2]"
-            )
         rate = _count(params, "time_compressed_rate", 4)
         modules = params.get("modules") or {}
         position_config = modules.get("pos_embed_config") or {}
-        sincos = str(position_config.get("target", "")).endswith(_FIXED_SIZE_POSITIONS)
+        sincos = str(position_config.get("target", "")).endswith("Basic3DPositionEmbeddingMixin")
         learned = bool((position_config.get("params") or {}).get("learnable_pos_embed", False))
         return cls(
-            patch_size=(patch[0], patch[1], patch[2]),
+            patch_size=normalize_patch_size(params.get("patch_size", 2)),
             time_compression=rate,
             max_latents=(_count(params, "num_frames") - 1) // rate + 1,
             max_latent_size=(_count(params, "latent_height"), _count(params, "latent_width")),
@@ -86,7 +78,7 @@ class Geometry:
 
     @property
     def size_steps(self) -> tuple[int, int]:
-        """What height and width must be multiples of, in pixels."""
+        """The divisors of height and width, in pixels."""
         return self.patch_size[1] * SPATIAL_COMPRESSION, self.patch_size[2] * SPATIAL_COMPRESSION
 
     def video_frames(self, latents: int) -> int:
@@ -94,16 +86,16 @@ class Geometry:
         return self.time_compression * (latents - 1) + 1
 
     def padded_latents(self, latents: int) -> int:
-        """Latent frames that the network sees for `latents` kept ones: padded to a multiple of the temporal patch."""
+        """`latents` kept latent frames, padded to a multiple of the temporal patch."""
         return -(-latents // self.patch_size[0]) * self.patch_size[0]
 
     def num_patches(self, latents: int, size: tuple[int, int]) -> int:
-        """Patches that the network sees of a video of `latents` kept latent frames and (height, width) in pixels."""
+        """Patches of a video of `latents` kept latent frames and `size` (height, width) in pixels."""
         height, width = (side // step for side, step in zip(size, self.size_steps, strict=True))
         return self.padded_latents(latents) // self.patch_size[0] * height * width
 
     def kept_latents(self, sampling_num_frames: int) -> int:
-        """Latent frames kept for what a user writes as ``args.sampling_num_frames``.
+        """Latent frames kept for a value of ``args.sampling_num_frames``.
 
         With a temporal patch of 2, a count that fills whole patches includes the padding frame, as in the reference
         release (22 stands for 21 kept latents, 81 frames).
@@ -126,8 +118,8 @@ class Geometry:
         if self.fixed_size:
             return (height, width) == self.max_size
         return all(
-            0 < side <= most and side % step == 0
-            for side, most, step in zip((height, width), self.max_size, self.size_steps, strict=True)
+            0 < side <= largest and side % step == 0
+            for side, largest, step in zip((height, width), self.max_size, self.size_steps, strict=True)
         )
 
     def nearest_size(self, height: float, width: float) -> tuple[int, int]:
@@ -135,26 +127,41 @@ class Geometry:
         if self.fixed_size:
             return self.max_size
         sides = []
-        for side, most, step in zip((height, width), self.max_size, self.size_steps, strict=True):
-            sides.append(min(max(round(side / step), 1), most // step) * step)
+        for side, largest, step in zip((height, width), self.max_size, self.size_steps, strict=True):
+            sides.append(min(max(round(side / step), 1), largest // step) * step)
         return sides[0], sides[1]
 
     def size_for_image(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of the video that starts with an image of `height` × `width`, where the user names none.
+        """Return the default size of a video that starts with an image of `height` × `width` pixels.
 
-        Models with temporal patches (CogVideoX1.5) keep the image's shape, its short side at 768 pixels where the
-        maximum allows; the others make videos of the size that they were trained on.
+        Models with temporal patches (CogVideoX1.5) keep the image's shape, with a short side of 768 pixels if the
+        maximum allows; the others make videos of their training size.
         """
         if self.patch_size[0] == 1 or self.fixed_size:
             return self.max_size
         scale = FREE_SIZE[0] / min(height, width)
-        for side, most in zip((height, width), self.max_size, strict=True):
-            scale = min(scale, most / side)
+        for side, largest in zip((height, width), self.max_size, strict=True):
+            scale = min(scale, largest / side)
         return self.nearest_size(height * scale, width * scale)
 
     def default_size(self) -> tuple[int, int]:
-        """Return (height, width) of a text-to-video sample where the user names none."""
+        """Return the default (height, width) of a text-to-video sample."""
         return self.max_size if self.patch_size[0] == 1 or self.fixed_size else self.nearest_size(*FREE_SIZE)
+
+
+def normalize_patch_size(patch_size: Any) -> PatchSize:
+    """Return (time, height, width); ``2`` means 2×2 patches within a frame: (1, 2, 2).
+
+    Raises:
+        InputError: neither a positive integer nor three of them.
+    """
+    sides = (1, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if not isinstance(sides, Sequence) or len(sides) != 3 or not all(map(_is_count, sides)):
+        raise InputError(
+            f"model.network_config.params.patch_size is {patch_size!r}; give one number for height and width, or "
+            "[time, height, width], e.g. [2, 2, 2]"
+        )
+    return sides[0], sides[1], sides[2]
 
 
 def _is_count(value: Any) -> bool:

@@ -17,7 +17,6 @@ from sgm.config.precision import precision_name
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.inference.run import RING
 from sgm.io import atomic_file, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
@@ -273,7 +272,7 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         logger.info("%s", report)
         warn_once(logger, report.warnings)
     engine.run_device = device
-    engine.network.ring_attention = RING[args.sequence_attention]
+    engine.network.ring_attention = args.ring_attention
     if plan.caches.vae:
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))
     elif engine.first_stage_model is not None:

@@ -16,7 +16,6 @@ import torch
 import sgm.distributed
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
-from sgm.inference.record import peak_memory
 from sgm.log import get_logger
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
@@ -33,7 +32,7 @@ from sgm.training.step import (
     nonzero_index,
     weighted_mean,
 )
-from sgm.util import InputError, RunError, default
+from sgm.util import InputError, RunError, default, peak_memory
 
 logger = get_logger(__name__)
 

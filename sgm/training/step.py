@@ -13,7 +13,6 @@ from torch import nn
 import sgm.distributed
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-from sgm.weights.files import PREFIX
 
 logger = get_logger(__name__)
 

@@ -55,23 +55,6 @@ def test_convolution_in_chunks_equals_the_whole():
         torch.testing.assert_close(streamed(conv, x, lengths), whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("channels", "by_frames"), [((3, 32), True), ((64, 48), True), ((65, 32), False)])
-def test_a_narrow_convolution_computes_by_frames_what_a_wide_one_does(channels, by_frames, monkeypatch):
-    conv, x = CausalConv3d(*channels, 3), random(2, channels[0], 4, 6, 5).requires_grad_()
-    found, padded = conv(x, Stream()), torch.cat([x[:, :, :1], x[:, :, :1], x], dim=2)
-    expected = F.conv3d(padded, conv.conv.weight, conv.conv.bias, padding=(0, 1, 1))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    grads = [torch.autograd.grad(y.square().sum(), (x, *conv.parameters())) for y in (found, expected)]
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr(conv.conv, "forward", None)
-    if by_frames:
-        conv(x, Stream())
-    else:
-        with pytest.raises(TypeError):
-            conv(x, Stream())
-
-
 def test_convolution_never_sees_the_future_and_repeats_the_first_frame():
     conv = CausalConv3d(4, 6, 3)
     x = random(1, 4, 6, 5, 6)
@@ -205,15 +188,15 @@ def test_slicing_changes_nothing(vae):
 
 @torch.no_grad()
 def test_tiles_cover_everything_and_small_clips_are_not_cut(vae):
-    latents = random(1, 16, 1, 6, 9)
+    latents = random(1, 16, 1, 6, 6)
     plain = vae.decode(latents)
-    vae.tiling = Tiling(size=(48, 72), overlap=16)
+    vae.tiling = Tiling(size=(48, 48), overlap=16)
     assert torch.equal(vae.decode(latents), plain)
     vae.tiling = Tiling(size=(32, 32), overlap=16)
     tiled = vae.decode(latents)
     assert tiled.shape == plain.shape and tiled.isfinite().all()
     assert not torch.equal(tiled, plain)
-    assert vae.encode_moments(random(1, 3, 5, 48, 72)).shape == (1, 32, 2, 6, 9)
+    assert vae.encode_moments(random(1, 3, 5, 48, 40)).shape == (1, 32, 2, 6, 5)
 
 
 def test_blending_tiles_of_a_local_function_gives_it_back(vae):
@@ -289,8 +272,8 @@ def test_wrong_options_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("attn_resolutions", [16], "has no attention"),
-        ("pad_mode", "replicate", "pad_mode='replicate' is unknown"),
+        ("attn_resolutions", [16], "attn_resolutions is .16., but this VAE has no attention"),
+        ("pad_mode", "replicate", "pad_mode is 'replicate', but the causal padding repeats the first frame"),
         ("temporal_compress_times", 3, "temporal_compress_times=3 is not a power of 2"),
     ],
 )

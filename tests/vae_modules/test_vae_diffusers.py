@@ -17,7 +17,8 @@ def pair():
 @torch.no_grad()
 def test_decoded_video_is_that_of_diffusers(pair, num_latents):
     vae, peer = pair
-    latents = torch.randn(1, 16, num_latents, 2, 3, generator=torch.Generator().manual_seed(num_latents))
+    size = (2, 3) if num_latents < 9 else (1, 2)
+    latents = torch.randn(1, 16, num_latents, *size, generator=torch.Generator().manual_seed(num_latents))
     torch.testing.assert_close(vae.decode(latents), peer.decode(latents).sample, rtol=0, atol=2e-5)
 
 

@@ -206,13 +206,8 @@ def position_table(params: Mapping[str, Any]) -> torch.Tensor:
         network: Any = instantiate_from_config({"target": "dit_video_concat.DiffusionTransformer", "params": params})
     description = transformer_config(params)
     spatial = description["spatial_interpolation_scale"]
-    positions = sincos_positions_3d(
-        network.grid,
-        network.hidden_size,
-        time_interpolation=description["temporal_interpolation_scale"],
-        height_interpolation=spatial,
-        width_interpolation=spatial,
-    )
+    interpolation = (description["temporal_interpolation_scale"], spatial, spatial)
+    positions = sincos_positions_3d(network.grid, network.hidden_size, interpolation)
     return torch.cat((positions.new_zeros(description["max_text_seq_length"], positions.shape[1]), positions))[None]
 
 

@@ -1,121 +1,29 @@
-"""Discretizations: which noise levels a model is trained on, and which of them a sampler visits.
+"""Discretization: the noise levels that a model is trained on, and those that a sampler visits.
 
-A noise level is √ᾱ (`alphas_cumprod_sqrt`, 0 is pure noise, 1 is clean) for variance-preserving video models, and
-σ (0 is clean) for the EDM and the legacy DDPM discretizations. All are float32 tensors of shape (n,), computed in
-float64.
+A noise level is √ᾱ (`alphas_cumprod_sqrt`): 0 is pure noise, 1 is clean.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from sgm.util import InputError
+from sgm.util import InputError, instantiate_from_config
 
 
-class Discretization(ABC):
-    """A rule that picks `n` noise levels."""
-
-    @abstractmethod
-    def levels(self, n: int) -> np.ndarray:
-        """Return `n` noise levels as float64, the noisiest first."""
-
-    def __call__(self, n: int, *, do_append_zero: bool = False, flip: bool = False) -> torch.Tensor:
-        """Return `n` noise levels as a float32 tensor on the CPU.
-
-        Args:
-            n: how many levels.
-            do_append_zero: add σ = 0 behind the cleanest level, which makes n + 1.
-            flip: the cleanest level first, so that the position is the timestep; otherwise the noisiest first.
-        """
-        levels = self.levels(n)
-        if do_append_zero:
-            levels = np.append(levels, 0.0)
-        return torch.from_numpy((levels[::-1] if flip else levels).astype(np.float32))
-
-
-class EDMDiscretization(Discretization):
-    """σ_i = (σ_max^(1/ρ) + i/(n−1) · (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ; Karras et al. 2022, equation 5.
-
-    Args:
-        sigma_min: the cleanest level.
-        sigma_max: the noisiest level.
-        rho: how strongly the levels crowd towards `sigma_min`.
-    """
-
-    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
-        if not 0 < sigma_min < sigma_max:
-            raise InputError(
-                f"EDMDiscretization got sigma_min {sigma_min} and sigma_max {sigma_max}; expected 0 < min < max"
-            )
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
-        self.rho = rho
-
-    def levels(self, n: int) -> np.ndarray:
-        """Return σ, the noisiest first."""
-        if n < 1:
-            raise InputError(f"EDMDiscretization was asked for {n} levels; ask for at least 1")
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (high + np.linspace(0, 1, n) * (low - high)) ** self.rho
-
-
-class DDPMDiscretization(Discretization):
-    """What the DDPM schedules share: √β linear in the timestep, ᾱ the product of 1 − β (Ho et al. 2020, section 2).
-
-    Args:
-        linear_start: β of timestep 0.
-        linear_end: β of the last timestep.
-        num_timesteps: how many timesteps the model is trained on.
-    """
-
-    def __init__(self, *, linear_start: float = 0.00085, linear_end: float = 0.012, num_timesteps: int = 1000) -> None:
-        if not 0 < linear_start <= linear_end < 1 or num_timesteps < 1:
-            raise InputError(
-                f"{type(self).__name__} got linear_start {linear_start}, linear_end {linear_end} and num_timesteps "
-                f"{num_timesteps}; expected 0 < linear_start <= linear_end < 1 and at least one timestep"
-            )
-        self.num_timesteps = num_timesteps
-        betas = np.linspace(linear_start**0.5, linear_end**0.5, num_timesteps) ** 2
-        self.alphas_cumprod = np.cumprod(1 - betas)
-
-    def timesteps(self, n: int) -> torch.Tensor:
-        """Return the `n` timesteps visited, ascending, as int64: from the last one down in (almost) equal strides.
-
-        Raises:
-            InputError: `n` is not between 1 and `num_timesteps`.
-        """
-        if not 1 <= n <= self.num_timesteps:
-            raise InputError(
-                f"num_steps is {n}, but the schedule has {self.num_timesteps} timesteps; "
-                f"choose 1 to {self.num_timesteps}"
-            )
-        descending = np.linspace(self.num_timesteps - 1, 0, n, endpoint=False).astype(np.int64)
-        if n == self.num_timesteps:
-            descending = np.arange(n)[::-1]
-        return torch.from_numpy(descending[::-1].copy())
-
-
-class LegacyDDPMDiscretization(DDPMDiscretization):
-    """σ = √((1 − ᾱ) / ᾱ) of the DDPM timesteps: the levels of image models trained to predict ε."""
-
-    def levels(self, n: int) -> np.ndarray:
-        """Return σ, the noisiest first."""
-        alphas_cumprod = self.alphas_cumprod[self.timesteps(n).numpy()][::-1]
-        return ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
-
-
-class ZeroSNRDDPMDiscretization(DDPMDiscretization):
+class ZeroSNRDDPMDiscretization:
     """√ᾱ of the DDPM timesteps with the signal-to-noise ratio shifted, and zero at the last timestep.
 
-    The shift ᾱ ← ᾱ / (s + (1 − s)·ᾱ) divides ᾱ/(1 − ᾱ) by s. The rescaling √ᾱ ← (√ᾱ − √ᾱ_T)·√ᾱ_0 / (√ᾱ_0 − √ᾱ_T)
+    √β is linear in the timestep, ᾱ the product of 1 − β (Ho et al. 2020, section 2). The shift
+    ᾱ ← ᾱ / (s + (1 − s)·ᾱ) divides ᾱ/(1 − ᾱ) by s. The rescaling √ᾱ ← (√ᾱ − √ᾱ_T)·√ᾱ_0 / (√ᾱ_0 − √ᾱ_T)
     (Lin et al. 2024, algorithm 1) applies to the timesteps that were chosen, so that every sampler starts from pure
-    noise, however few its steps.
+    noise, however few its steps. Computed in float64.
 
     Args:
         linear_start: β of timestep 0.
         linear_end: β of the last timestep.
-        num_timesteps: how many timesteps the model is trained on.
+        num_timesteps: timesteps of training.
         shift_scale: s above; more than 1 makes every timestep noisier, which large frames need.
         keep_start: choose β of timestep 0 so that the shift brings it to `linear_start`, instead of shifting it too.
         post_shift: shift after the rescaling instead of before the choice of timesteps.
@@ -135,20 +43,42 @@ class ZeroSNRDDPMDiscretization(DDPMDiscretization):
             raise InputError(f"shift_scale is {shift_scale}; expected a positive number, 1.0 for no shift")
         if keep_start and post_shift:
             raise InputError("keep_start and post_shift exclude each other; set one of them to false")
+        if not 0 < linear_start <= linear_end < 1 or num_timesteps < 1:
+            raise InputError(
+                f"ZeroSNRDDPMDiscretization got linear_start {linear_start}, linear_end {linear_end} and num_timesteps "
+                f"{num_timesteps}; expected 0 < linear_start <= linear_end < 1 and at least one timestep"
+            )
         if keep_start:
             # 1 − shifted(1 − β) = s·β / (1 − (1 − s)·β), solved for the β that gives `linear_start`.
             linear_start = linear_start / (shift_scale + (1 - shift_scale) * linear_start)
-        super().__init__(linear_start=linear_start, linear_end=linear_end, num_timesteps=num_timesteps)
+        self.num_timesteps = num_timesteps
         self.shift_scale = shift_scale
         self.post_shift = post_shift
+        betas = np.linspace(linear_start**0.5, linear_end**0.5, num_timesteps) ** 2
+        self.alphas_cumprod = np.cumprod(1 - betas)
         if not post_shift:
             self.alphas_cumprod = self._shift(self.alphas_cumprod)
 
     def _shift(self, alphas_cumprod: np.ndarray) -> np.ndarray:
         return alphas_cumprod / (self.shift_scale + (1 - self.shift_scale) * alphas_cumprod)
 
+    def timesteps(self, n: int) -> torch.Tensor:
+        """Return the `n` timesteps visited, ascending, as int64: from the last one down in (almost) equal strides.
+
+        Raises:
+            InputError: `n` is not between 1 and `num_timesteps`.
+        """
+        if not 1 <= n <= self.num_timesteps:
+            raise InputError(
+                f"num_steps is {n}, but the schedule has {self.num_timesteps} timesteps; "
+                f"choose 1 to {self.num_timesteps}"
+            )
+        descending = np.linspace(self.num_timesteps - 1, 0, n, endpoint=False).astype(np.int64)
+        ascending = np.arange(n) if n == self.num_timesteps else descending[::-1].copy()
+        return torch.from_numpy(ascending)
+
     def levels(self, n: int) -> np.ndarray:
-        """Return √ᾱ, the noisiest (exactly 0) first."""
+        """Return √ᾱ of `n` timesteps as float64, the noisiest (exactly 0) first."""
         roots = self.alphas_cumprod[self.timesteps(n).numpy()] ** 0.5
         first, last = roots[0], roots[-1]
         # One step alone is both ends of the schedule; it has to be pure noise.
@@ -157,34 +87,47 @@ class ZeroSNRDDPMDiscretization(DDPMDiscretization):
             roots = self._shift(roots**2) ** 0.5
         return roots[::-1]
 
-    def __call__(self, n: int, *, do_append_zero: bool = False, flip: bool = False) -> torch.Tensor:
-        """Return `n` values of √ᾱ as float32; see the base class for the order.
+    def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
+        """Return `levels` as float32 on the CPU; with `flip` the cleanest first, so that positions are timesteps."""
+        levels = self.levels(n)
+        return torch.from_numpy((levels[::-1] if flip else levels).astype(np.float32))
 
-        Raises:
-            InputError: `do_append_zero` is set: zero is pure noise here, not the clean end.
-        """
-        if do_append_zero:
-            raise InputError("do_append_zero is for discretizations of sigma; set it to false with √ᾱ")
-        return super().__call__(n, flip=flip)
+
+def discretization_from_config(config: Mapping[str, Any], n: int) -> Any:
+    """Build a discretization, and check that it can give `n` noise levels √ᾱ.
+
+    One of your own is called as `ZeroSNRDDPMDiscretization` is; samplers also call its `timesteps`.
+
+    Raises:
+        InputError: its levels are something else, for example σ, or there are not that many.
+    """
+    discretization = instantiate_from_config(config)
+    levels = discretization(n)
+    if not 0 <= levels.min() <= levels.max() < 1:
+        raise InputError(
+            f"{config['target']} gives noise levels from {levels.min():g} to {levels.max():g}, but √ᾱ is at least 0 "
+            "and below 1; use sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"
+        )
+    return discretization
 
 
 class LevelTable:
-    """The noise levels of a trained model, for looking up by timestep and by value, on any device.
+    """The noise levels of a trained model, looked up by timestep and by value, on any device.
 
-    It is not a buffer, so that a model turned to half precision keeps its noise levels in float32.
+    Not a buffer: a model cast to half precision keeps its noise levels in float32.
 
     Args:
-        levels: float32 (num_idx,).
+        levels: √ᾱ, float32 (num_idx,).
     """
 
     def __init__(self, levels: torch.Tensor) -> None:
-        self._on_device = {levels.device: levels}
         self._levels = levels
+        self._on_device = {levels.device: levels}
 
-    @property
-    def max(self) -> float:
-        """The largest level."""
-        return self._levels.max().item()
+    @classmethod
+    def from_config(cls, discretization_config: Mapping[str, Any], num_idx: int, *, flip: bool) -> Self:
+        """Make the table of a discretization section."""
+        return cls(discretization_from_config(discretization_config, num_idx)(num_idx, flip=flip))
 
     def on(self, device: torch.device) -> torch.Tensor:
         """Return the levels on `device`; the copy is kept."""

@@ -15,11 +15,11 @@ Cond = Mapping[str, torch.Tensor]
 
 
 class Guider(ABC):
-    """What is fed to the denoiser for guidance, and what is made of its answer."""
+    """Guidance: the denoiser's inputs, and the guided result of its outputs."""
 
     @abstractmethod
     def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
-        """Return the latents and conditions to denoise, for `x` (B, ...), conditions and unconditional ones."""
+        """Return latents and conditions to denoise, for `x` (B, ...), its conditions and the unconditional ones."""
 
     @abstractmethod
     def combine(
@@ -28,10 +28,10 @@ class Guider(ABC):
         """Return the guided result (B, ...).
 
         Args:
-            denoised: the denoiser's answer to `prepare_inputs`.
-            timestep: the timestep of the schedule, 0 is the cleanest.
-            num_steps: how many steps the sampler takes in this run; None: as configured.
-            scale: guidance scale for this run; the configured one if None.
+            denoised: the denoised outputs of `prepare_inputs`.
+            timestep: of the trained schedule, 0 is the cleanest.
+            num_steps: steps of this run; None: as configured.
+            scale: guidance scale of this run; None: as configured.
         """
 
 
@@ -45,11 +45,7 @@ class IdentityGuider(Guider):
     def combine(
         self, denoised: torch.Tensor, *, timestep: int, num_steps: int | None = None, scale: float | None = None
     ) -> torch.Tensor:
-        """Return `denoised` (B, ...) unchanged.
-
-        Raises:
-            InputError: a scale was asked for.
-        """
+        """Return `denoised` (B, ...) unchanged; a `scale` is an error, as it would have no effect."""
         if scale is not None:
             raise InputError(f"a guidance scale of {scale} has no effect with IdentityGuider; configure VanillaCFG")
         return denoised
@@ -97,15 +93,13 @@ class VanillaCFG(Guider):
 class DynamicCFG(VanillaCFG):
     """Guidance whose scale varies: 1 + scale · (1 − cos(π · ((num_steps − t)/num_steps)^exp)) / 2 at timestep t.
 
-    t is the timestep of the trained schedule (0 to 999), not the number of the step, so that the scale swings
-    between 1 and 1 + `scale` many times. This is what the released models are sampled with; changing it
-    would change their results.
+    t is the timestep of the trained schedule (0 to 999), not the number of the step, so the scale swings between 1 and
+    1 + `scale` many times. The released models are sampled this way.
 
     Args:
-        scale: how much the scale rises above 1.
+        scale: largest rise of the scale above 1.
         exp: a whole number, as the base is negative where t exceeds num_steps.
-        num_steps: the steps that the scale is laid out for, as a rule the sampler's; a run that asks for a number of
-            its own replaces both.
+        num_steps: steps of the sampler. A run with another number of steps replaces both.
     """
 
     def __init__(self, *, scale: float, exp: float, num_steps: int) -> None:

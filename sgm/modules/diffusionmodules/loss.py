@@ -1,4 +1,4 @@
-"""Losses: the squared (or absolute) error of the denoised latents, one number per sample.
+"""The training loss: the error of the denoised latents, one number per sample.
 
 Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,), losses float32 (B,).
 """
@@ -8,33 +8,47 @@ from typing import Any
 
 import torch
 
-from sgm.modules.diffusionmodules.denoiser import Denoiser
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
+from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.util import InputError, append_dims, default, instantiate_from_config
 
 LOSS_TYPES = ("l2", "l1")
 
 
-class DiffusionLoss:
-    """What the losses share: drawing noise, and reducing the error.
+class VideoDiffusionLoss:
+    """The loss on √ᾱ·x + √(1−ᾱ)·ε with the error of x0 weighted by 1/(1−ᾱ).
+
+    For v-prediction the weight makes it the squared error of v: x0 − D = −√(1−ᾱ)·(v − F); Salimans & Ho 2022,
+    section 4.
 
     Args:
-        sigma_sampler_config: which noise levels are drawn, see `sigma_sampling`.
+        sigma_sampler_config: the noise levels drawn, see `sigma_sampling.DiscreteSampling`.
         type: ``l2`` or ``l1``.
-        offset_noise_level: strength of an extra normal number that a whole sample's noise shares, which teaches
+        offset_noise_level: strength of one extra normal number per sample, added to all of its noise, which teaches
             the model to change the mean of a video.
+        min_snr_value: largest weight. The weight is SNR + 1, so this bounds it as Min-SNR (Hang et al. 2023) does.
     """
 
     def __init__(
-        self, *, sigma_sampler_config: Mapping[str, Any], type: str = "l2", offset_noise_level: float = 0.0
+        self,
+        *,
+        sigma_sampler_config: Mapping[str, Any],
+        type: str = "l2",
+        offset_noise_level: float = 0.0,
+        min_snr_value: float | None = None,
     ) -> None:
         if type not in LOSS_TYPES:
             raise InputError(f"loss type '{type}' is unknown; expected one of {', '.join(LOSS_TYPES)}")
         if offset_noise_level < 0:
             raise InputError(f"offset_noise_level is {offset_noise_level}; expected 0 or more")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
+        if not hasattr(self.sigma_sampler, "draw_idx"):
+            raise InputError(
+                f"VideoDiffusionLoss got the sigma sampler {sigma_sampler_config['target']}, which draws no timesteps; "
+                "use sgm.modules.diffusionmodules.sigma_sampling.DiscreteSampling"
+            )
         self.type = type
         self.offset_noise_level = offset_noise_level
+        self.min_snr_value = min_snr_value
 
     def draw_noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Return normal noise for `x` (B, ...), float32 on its device, drawn on the generator's, offset included."""
@@ -45,84 +59,10 @@ class DiffusionLoss:
             noise = noise + self.offset_noise_level * append_dims(offset, x.ndim)
         return noise.to(x.device)
 
-    def reduce(self, denoised: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the mean error of each sample (B,) times its `weight` (B,)."""
-        error = denoised.float() - target.float()
-        error = error**2 if self.type == "l2" else error.abs()
-        return weight * error.flatten(1).mean(dim=1)
-
-
-class StandardDiffusionLoss(DiffusionLoss):
-    """The sgm loss on x + σ·ε, weighted by the denoiser's weighting; Karras et al. 2022, equation 2."""
-
     def __call__(
         self,
         network: Callable[..., torch.Tensor],
-        denoiser: Denoiser,
-        x: torch.Tensor,
-        cond: Mapping[str, torch.Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        """Return the loss of each sample.
-
-        Args:
-            network: see `Denoiser`.
-            denoiser: a denoiser whose levels are σ.
-            x: clean latents (B, T, C, H, W).
-            cond: conditions for the network.
-            generator: source of the levels, then of the noise; torch's global one if None.
-            **model_kwargs: further inputs of the network.
-        """
-        sigmas = denoiser.quantize_levels(self.sigma_sampler(len(x), generator=generator).to(x.device))
-        noised = x.float() + append_dims(sigmas, x.ndim) * self.draw_noise(x, generator)
-        denoised = denoiser(network, noised, sigmas, cond, **model_kwargs)
-        return self.reduce(denoised, x, denoiser.w(sigmas))
-
-
-class VideoDiffusionLoss(DiffusionLoss):
-    """The loss on √ᾱ·x + √(1−ᾱ)·ε with the error of x0 weighted by 1/(1−ᾱ).
-
-    For v-prediction the weight makes it the squared error of v: x0 − D = −√(1−ᾱ)·(v − F); Salimans & Ho 2022,
-    section 4.
-
-    Args:
-        sigma_sampler_config: a `sigma_sampling.DiscreteSampling` of √ᾱ.
-        type: ``l2`` or ``l1``.
-        offset_noise_level: see `DiffusionLoss`.
-        min_snr_value: largest weight. The weight is SNR + 1, so this bounds it as Min-SNR (Hang et al. 2023) does.
-        fixed_frames: frames kept from the condition; only 0 is supported.
-    """
-
-    def __init__(
-        self,
-        *,
-        sigma_sampler_config: Mapping[str, Any],
-        type: str = "l2",
-        offset_noise_level: float = 0.0,
-        min_snr_value: float | None = None,
-        fixed_frames: int = 0,
-    ) -> None:
-        super().__init__(sigma_sampler_config=sigma_sampler_config, type=type, offset_noise_level=offset_noise_level)
-        if fixed_frames != 0:
-            raise InputError(f"VideoDiffusionLoss got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
-        if not isinstance(self.sigma_sampler, DiscreteSampling):
-            raise InputError(
-                f"VideoDiffusionLoss got the sigma sampler {self.sigma_sampler.__class__.__name__}, which draws no "
-                "timesteps; use sgm.modules.diffusionmodules.sigma_sampling.DiscreteSampling"
-            )
-        if not self.sigma_sampler.table.max < 1:
-            raise InputError(
-                f"VideoDiffusionLoss got noise levels up to {self.sigma_sampler.table.max:g}, but √ᾱ stays below 1; "
-                "use ZeroSNRDDPMDiscretization in its sigma sampler"
-            )
-        self.min_snr_value = min_snr_value
-
-    def __call__(
-        self,
-        network: Callable[..., torch.Tensor],
-        denoiser: Denoiser,
+        denoiser: DiscreteDenoiser,
         x: torch.Tensor,
         cond: Mapping[str, torch.Tensor],
         *,
@@ -134,8 +74,8 @@ class VideoDiffusionLoss(DiffusionLoss):
         """Return the loss of each sample.
 
         Args:
-            network: see `Denoiser`.
-            denoiser: a denoiser whose levels are √ᾱ.
+            network: see `DiscreteDenoiser`.
+            denoiser: turns the network's output into denoised latents.
             x: clean latents (B, T, C, H, W).
             cond: conditions for the network.
             generator: source of the timesteps, then of the noise; torch's global one if None.
@@ -149,6 +89,7 @@ class VideoDiffusionLoss(DiffusionLoss):
         levels = self.sigma_sampler.levels(idx)
         a = append_dims(levels, x.ndim)
         noised = a * x.float() + (1 - a**2) ** 0.5 * noise.float()
-        denoised = denoiser(network, noised, levels, cond, idx=idx, **model_kwargs)
-        weight = 1 / (1 - levels**2)
-        return self.reduce(denoised, x, weight.clamp(max=default(self.min_snr_value, float("inf"))))
+        error = denoiser(network, noised, levels, cond, idx=idx, **model_kwargs).float() - x.float()
+        error = error**2 if self.type == "l2" else error.abs()
+        weight = (1 / (1 - levels**2)).clamp(max=default(self.min_snr_value, float("inf")))
+        return weight * error.flatten(1).mean(dim=1)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.modules.diffusionmodules.discretizer import discretization_from_config
 from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
 from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
-from sgm.util import InputError, default, instantiate_from_config
+from sgm.util import default, instantiate_from_config
 
 DenoiseFn = Callable[..., torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -22,7 +22,7 @@ Progress = Callable[[Sequence[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class SamplingSchedule:
-    """What a run visits, the noisiest first.
+    """The steps of a run, the noisiest first.
 
     Attributes:
         timesteps: one per step, descending.
@@ -35,15 +35,15 @@ class SamplingSchedule:
 
 @dataclass(frozen=True)
 class StepState:
-    """What one update is made from.
+    """The inputs of one update.
 
     Attributes:
         x: the sample, float32 (B, T, C, H, W).
-        denoised: what the guided denoiser makes of it.
+        denoised: the guided denoiser's result for `x`.
         previous_denoised: the same of the step before, None at the first step.
         a_previous: √ᾱ of the step before, None at the first step.
         a: √ᾱ of `x`.
-        a_next: √ᾱ to go to.
+        a_next: √ᾱ after the update.
     """
 
     x: torch.Tensor
@@ -55,15 +55,14 @@ class StepState:
 
 
 class VideoSampler(ABC):
-    """The loop that the samplers share: denoise with guidance, then update.
+    """The loop of all samplers: denoise with guidance, then update.
 
     Args:
-        discretization_config: a discretization in √ᾱ, see `discretizer.ZeroSNRDDPMDiscretization`.
-        num_steps: network evaluations (each a doubled batch under guidance). A guider that asks for a number of
-            steps has one of its own.
+        discretization_config: the noise levels visited, see `discretizer.ZeroSNRDDPMDiscretization`.
+        num_steps: network evaluations (each a doubled batch under guidance); `guiders.DynamicCFG` has a number of
+            steps of its own.
         guider_config: see `guiders`; no guidance if None.
         verbose: show the progress that the caller of a run provides.
-        fixed_frames: frames kept from the condition; only 0 is supported.
     """
 
     def __init__(
@@ -73,19 +72,8 @@ class VideoSampler(ABC):
         num_steps: int,
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = True,
-        fixed_frames: int = 0,
     ) -> None:
-        name = type(self).__name__
-        if fixed_frames != 0:
-            raise InputError(f"{name} got fixed_frames {fixed_frames}; only 0 is supported, remove the key")
-        discretization = instantiate_from_config(discretization_config)
-        if not isinstance(discretization, ZeroSNRDDPMDiscretization):
-            raise InputError(
-                f"{name} got the discretization {type(discretization).__name__}, whose levels are sigma; "
-                "use ZeroSNRDDPMDiscretization"
-            )
-        self.discretization = discretization
-        self.discretization.timesteps(num_steps)  # reports a number of steps that the schedule does not have
+        self.discretization = discretization_from_config(discretization_config, num_steps)
         self.num_steps = num_steps
         self.guider: Guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
         self.verbose = verbose
@@ -140,8 +128,7 @@ class VideoSampler(ABC):
             ValueError: `cond` and `uc`, or the generators, do not fit.
         """
         schedule = self.schedule(num_steps)
-        levels = schedule.alphas_cumprod_sqrt
-        steps = range(len(schedule.timesteps))
+        levels, steps = schedule.alphas_cumprod_sqrt, range(len(schedule.timesteps))
         sample, previous = x.float(), None
         for i in progress(steps) if progress is not None and self.verbose else steps:
             inputs, both = self.guider.prepare_inputs(sample, cond, uc)
@@ -168,9 +155,9 @@ class VideoSampler(ABC):
 class VPSDEDPMPP2MSampler(VideoSampler):
     """SDE-DPM-Solver++(2M) for variance-preserving models; Lu et al. 2022, see `dpmpp_2m_sde_weights`.
 
-    The random numbers of a run, after its initial noise: every step draws once for its first-order result, and
-    every step but the first once more for its second-order result, which is the one used from there on. Seeds
-    of the reference implementation therefore give the same video.
+    After the initial noise, every step draws once for its first-order result, and every step but the first once more
+    for its second-order result, which is the one used from there on. So a seed gives the video that it gives in the
+    reference implementation.
     """
 
     def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:

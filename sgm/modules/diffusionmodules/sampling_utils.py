@@ -84,7 +84,7 @@ def draw_noise(x: torch.Tensor, generators: Sequence[torch.Generator] | None = N
     """Draw standard normal noise of the shape, dtype and device of `x` (B, ...).
 
     Args:
-        x: what the noise is for; its values do not matter.
+        x: gives shape, dtype and device.
         generators: one per sample; each draws its sample's noise in float32 on its own device, so that a sample does
             not depend on the others in the batch. None draws for the batch at once from torch's global generator.
 

@@ -1,4 +1,4 @@
-"""Sigma samplers: which noise levels a training step draws."""
+"""Sigma sampling: the noise levels that a training step draws."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,40 +6,21 @@ from typing import Any
 import torch
 
 from sgm.modules.diffusionmodules.discretizer import LevelTable
-from sgm.util import InputError, instantiate_from_config
-
-
-class EDMSampling:
-    """log σ ~ N(p_mean, p_std²); Karras et al. 2022, table 1.
-
-    Args:
-        p_mean: mean of log σ.
-        p_std: standard deviation of log σ.
-    """
-
-    def __init__(self, *, p_mean: float = -1.2, p_std: float = 1.2) -> None:
-        self.p_mean = p_mean
-        self.p_std = p_std
-
-    def __call__(self, num_samples: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Return σ, float32 (num_samples,), on the generator's device (the CPU without one)."""
-        device = generator.device if generator is not None else "cpu"
-        return (self.p_mean + self.p_std * torch.randn(num_samples, generator=generator, device=device)).exp()
+from sgm.util import InputError
 
 
 class DiscreteSampling:
     """Timesteps drawn evenly, and the noise levels that a table gives them.
 
     With `uniform_sampling`, data-parallel ranks draw from different parts of the schedule, so that each optimizer
-    step sees all of it: the ranks are cut into groups, and group g of G draws from [g, g + 1) · num_idx / G.
+    step sees all of it: the ranks form groups, and group g of G draws from [g, g + 1) · num_idx / G.
 
     Args:
         discretization_config: the rule of the table, see `discretizer`.
-        num_idx: how many timesteps there are.
-        do_append_zero: the table begins (with `flip`) with σ = 0.
+        num_idx: timesteps.
         flip: the cleanest level has timestep 0.
         uniform_sampling: spread the ranks over the schedule.
-        group_num: the number of groups with `uniform_sampling`; 0 for one per rank. Never more than ranks.
+        group_num: groups with `uniform_sampling`; 0 for one per rank. Never more than ranks.
     """
 
     def __init__(
@@ -47,7 +28,6 @@ class DiscreteSampling:
         *,
         discretization_config: Mapping[str, Any],
         num_idx: int,
-        do_append_zero: bool = False,
         flip: bool = True,
         uniform_sampling: bool = False,
         group_num: int = 0,
@@ -55,8 +35,7 @@ class DiscreteSampling:
         if group_num < 0:
             raise InputError(f"group_num is {group_num}; expected 0 (one group per rank) or a number of groups")
         self.num_idx = num_idx
-        discretization = instantiate_from_config(discretization_config)
-        self.table = LevelTable(discretization(num_idx, do_append_zero=do_append_zero, flip=flip))
+        self.table = LevelTable.from_config(discretization_config, num_idx, flip=flip)
         self.uniform_sampling = uniform_sampling
         self.group_num = group_num
 
@@ -86,7 +65,7 @@ class DiscreteSampling:
             num_samples: how many.
             generator: source of randomness; torch's global one if None.
             rank: this data-parallel rank.
-            num_ranks: how many there are; both matter to `uniform_sampling` only.
+            num_ranks: data-parallel ranks; both matter to `uniform_sampling` only.
         """
         low, high = self.bounds(rank, num_ranks)
         device = generator.device if generator is not None else "cpu"
@@ -95,7 +74,3 @@ class DiscreteSampling:
     def levels(self, idx: torch.Tensor) -> torch.Tensor:
         """Return the noise levels, float32 (B,), of the timesteps `idx` int64 (B,)."""
         return self.table.at(idx)
-
-    def __call__(self, num_samples: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Return noise levels, float32 (num_samples,), of timesteps drawn by `draw_idx`."""
-        return self.levels(self.draw_idx(num_samples, generator=generator))

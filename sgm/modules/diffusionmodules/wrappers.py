@@ -1,4 +1,4 @@
-"""The adapter between the denoiser and the network."""
+"""Between denoiser and network."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,24 +12,17 @@ from sgm.parallel.sequence import gather_sequence, split_sequence
 
 
 class OpenAIWrapper(nn.Module):
-    """Hand the conditions to the network by its own argument names, in its own precision.
+    """Pass the conditions to the network by its own argument names, in the dtype of its parameters.
 
     The name, and `diffusion_model`, are part of the SAT checkpoint format (``model.diffusion_model.*``).
 
     Args:
         network: called as ``network(x, timesteps, context, ofs=...)``.
-        dtype: precision of the network's inputs; by default that of its first floating-point parameter.
     """
 
-    def __init__(self, network: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.diffusion_model = network
-        self.dtype = dtype
-
-    def _input_dtype(self, fallback: torch.dtype) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        return next((p.dtype for p in self.diffusion_model.parameters() if p.is_floating_point()), fallback)
 
     def forward(
         self,
@@ -51,10 +44,10 @@ class OpenAIWrapper(nn.Module):
         Returns:
             The network's output (B, T, C_out, H, W).
         """
-        dtype = self._input_dtype(x.dtype)
+        dtype = next((p.dtype for p in self.diffusion_model.parameters() if p.is_floating_point()), x.dtype)
         parts = [x, cond["concat"]] if "concat" in cond else [x]
         latents = torch.cat([part.to(dtype) for part in parts], dim=2)
-        # In sampling, ranks may share the batch, of which each half is one branch of guidance.
+        # In sampling, two ranks may take one branch of guidance each, half of the batch.
         group = sgm.distributed.cfg_group()
         own = partial(split_sequence, group=group, dim=0)
         optional: dict[str, Any] = {} if ofs is None else {"ofs": own(ofs)}

@@ -1,12 +1,12 @@
-"""Text conditioning: the conditioner that YAML describes, and the frozen T5 encoder it holds.
+"""Text conditioning: the conditioner, and the frozen T5 encoder.
 
 Legend: B samples, L text tokens, D hidden size of the text encoder.
 
-Importing this file imports torch only; transformers and sentencepiece are imported when T5 is first used.
+transformers and sentencepiece are imported when T5 is first used.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ class _Entry:
 
 
 class GeneralConditioner(nn.Module):
-    """Turns a batch of raw conditions into the tensors that the network reads, as the YAML's ``emb_models`` say.
+    """Encode a batch of raw conditions with the embedders of ``emb_models``, and join the embeddings along D.
 
     Args:
         emb_models: a list, possibly empty, of sections with
@@ -42,10 +42,12 @@ class GeneralConditioner(nn.Module):
             * ``target`` and ``params``: an ``nn.Module`` whose forward takes the batch entries named by ``input_key``
               (or, in order, ``input_keys``), each a list of B strings, and returns (B, L, D);
             * ``ucg_rate`` (0): the probability with which training drops a sample's embedding;
-            * ``legacy_ucg_value`` (null): what a dropped sample is encoded from. Null zeroes the embedding instead;
+            * ``legacy_ucg_value`` (null): the text that a dropped sample gets. Null zeroes the embedding instead;
             * ``is_trainable`` (false): only false is supported.
 
-    Embeddings of several embedders are concatenated along D.
+    An embedder may also have ``check()``, which raises InputError if files are missing; ``release()``, which frees its
+    weights and is called after use where its attribute ``offload`` is ``release``; and a context manager
+    ``keep_loaded()``, within which it keeps its weights. With ``keep_loaded`` it offloads by itself.
 
     Example:
         ``conditioner({"txt": ["a red ball"]})["crossattn"]`` is (1, L, D).
@@ -54,6 +56,7 @@ class GeneralConditioner(nn.Module):
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]):
         super().__init__()
         self.entries = [_read_entry(i, config) for i, config in enumerate(emb_models)]
+        self._num_holds = 0
         self.embedders = nn.ModuleList(
             instantiate_from_config({key: config[key] for key in ("target", "params") if key in config})
             for config in emb_models
@@ -99,14 +102,14 @@ class GeneralConditioner(nn.Module):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Encode a batch for both branches of classifier-free guidance.
 
-        The unconditional branch is what training shows for a dropped sample: zeros, or the encoded
-        ``legacy_ucg_value``. Where `batch_uc` holds a non-empty text (a negative prompt), that text is encoded instead.
+        The unconditional branch is that of a dropped sample in training: zeros, or the encoded ``legacy_ucg_value``.
+        A non-empty text in `batch_uc` (a negative prompt) is encoded instead.
 
         Args:
             batch: for every input key a list of B strings.
             batch_uc: negative prompts under the same keys, a list of B strings each; missing keys and empty strings
                 mean none.
-            force_uc_zero_embeddings: input keys whose unconditional embedding is zero whatever `batch_uc` says.
+            force_uc_zero_embeddings: input keys whose unconditional embedding is zero, negative prompt or not.
 
         Returns:
             (cond, uncond), each as forward returns it.
@@ -134,12 +137,20 @@ class GeneralConditioner(nn.Module):
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
-        """Hold back offloading until the block ends, so that many prompts cost one load of the weights."""
-        with contextlib.ExitStack() as stack:
-            for embedder in self.embedders:
-                if isinstance(embedder, FrozenT5Embedder):
-                    stack.enter_context(embedder.keep_loaded())
-            yield
+        """Offload embedders only when the outermost such block ends, so that many prompts cost one load of weights."""
+        self._num_holds += 1
+        try:
+            with contextlib.ExitStack() as stack:
+                for keep in self._hooks("keep_loaded").values():
+                    stack.enter_context(keep())
+                yield
+        finally:
+            self._num_holds -= 1
+            if self._num_holds == 0:
+                keeping = self._hooks("keep_loaded")
+                for embedder, release in self._hooks("release").items():
+                    if embedder not in keeping and getattr(embedder, "offload", None) == "release":
+                        release()
 
     def check(self) -> None:
         """Check the files of every embedder without reading weights.
@@ -148,20 +159,22 @@ class GeneralConditioner(nn.Module):
             InputError: something is missing or unreadable; the message lists all of it.
         """
         problems = []
-        for embedder in self.embedders:
+        for check in self._hooks("check").values():
             try:
-                if isinstance(embedder, FrozenT5Embedder):
-                    embedder.check()
+                check()
             except InputError as error:
                 problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
 
     def release(self) -> None:
-        """Drop the weights of the text encoders; the next use reads them again."""
-        for embedder in self.embedders:
-            if isinstance(embedder, FrozenT5Embedder):
-                embedder.release()
+        """Free the weights of the embedders; the next use reads them again."""
+        for release in self._hooks("release").values():
+            release()
+
+    def _hooks(self, name: str) -> dict[nn.Module, Callable[[], Any]]:
+        """Return the method `name` of every embedder that has one."""
+        return {embedder: getattr(embedder, name) for embedder in self.embedders if hasattr(embedder, name)}
 
     def _known_keys(self, keys: Iterable[str]) -> set[str]:
         keys = {keys} if isinstance(keys, str) else set(keys)
@@ -175,22 +188,20 @@ class FrozenT5Embedder(nn.Module):
     """The T5 encoder of a local folder, frozen: B strings → (B, L = max_length, D).
 
     Texts are padded to `max_length` with the pad token and encoded without an attention mask, as CogVideoX was
-    trained. Every distinct text is encoded by itself, so an embedding does not depend on the batch it came in.
+    trained. Every distinct text is encoded alone, so an embedding does not depend on its batch.
 
-    The weights are read on first use. They are no part of this module's parameters or state: nothing saves, casts or
-    optimizes them. `.to(device)` on this module, or on one that holds it, decides where T5 runs.
+    The weights are read on first use. They are no parameters of this module: nothing saves, casts or optimizes them.
+    `.to(device)` on this module, or on one that holds it, sets where T5 runs.
 
     Args:
         model_dir: a folder in the released layout: ``config.json``, ``spiece.model`` and safetensors weights, one
-            file or shards with their index. Nothing is ever downloaded.
-        max_length: tokens per text, the end token included. A longer text is cut, with a warning that shows what was
-            dropped.
+            file or shards with their index. Nothing is downloaded.
+        max_length: tokens per text, the end token included. A longer text is cut, with a warning that shows the rest.
         device: where T5 runs; null follows the module.
         dtype: ``fp32``, ``fp16`` or ``bf16``; null takes the dtype of the stored weights, except that fp16 weights run
             in fp32 on a CPU. Independent of the network's precision and of autocast.
         offload: after use, ``none`` leaves the weights where they ran, ``cpu`` moves them to the CPU, ``release``
-            drops them and reads them again next time. See `keep_loaded` for encoding much in a row.
-        freeze: only true is supported.
+            frees them; the next use reads them again. See `keep_loaded`.
 
     Raises:
         InputError: a parameter has an unsupported value. Files are checked by `check` and before the weights are read.
@@ -208,11 +219,8 @@ class FrozenT5Embedder(nn.Module):
         device: str | None = None,
         dtype: str | None = None,
         offload: str = "none",
-        freeze: bool = True,
     ):
         super().__init__()
-        if not freeze:
-            raise InputError("FrozenT5Embedder: freeze: false is not supported; T5 is not trained here, use true")
         if dtype is not None and dtype not in PRECISIONS:
             raise InputError(f"FrozenT5Embedder: dtype: {dtype!r} is not one of {[*PRECISIONS]} or null")
         if offload not in OFFLOADS:
@@ -246,12 +254,12 @@ class FrozenT5Embedder(nn.Module):
         self.folder.check()
 
     def release(self) -> None:
-        """Drop the weights; the next use reads them again."""
+        """Free the weights; the next use reads them again."""
         self._loaded.clear()
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
-        """Hold back offloading until the outermost such block ends, however it ends."""
+        """Offload only when the outermost such block ends, by an error too."""
         self._num_holds += 1
         try:
             yield
@@ -296,9 +304,9 @@ class FrozenT5Embedder(nn.Module):
         return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the token ids of B texts, cut or padded to L: (B, L) int64 on the CPU. The end token is always there.
+        """Return the token ids of B texts, cut or padded to L: (B, L) int64 on the CPU.
 
-        Source: T5's sentencepiece model as it stands, followed by the end token (Raffel et al. 2020).
+        Source: the pieces of T5's sentencepiece model, then the end token, always (Raffel et al. 2020).
         """
         tokenizer = self.folder.tokenizer
         rows = []
@@ -312,7 +320,7 @@ class FrozenT5Embedder(nn.Module):
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def _warn_truncated(self, text: str, *, num: int, dropped: str) -> None:
-        # Training meets a caption in every epoch; one warning for each is enough.
+        # Training meets a caption in every epoch; warn once.
         if hash(text) in self._warned:
             return
         self._warned.add(hash(text))
@@ -334,12 +342,12 @@ class FrozenT5Embedder(nn.Module):
         return self._loaded[0].to(device), device
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """Return the precision in which T5 runs on `device`: `dtype`, or that of the files, which are read for it."""
+        """Return the precision of T5 on `device`: `dtype`, or else that of its files."""
         dtype = default(self._dtype, self.folder.stored_dtype)
         return torch.float32 if device.type == "cpu" and dtype is torch.float16 else dtype
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
-        # nn.Module's hook behind .to() and its like: there is no tensor here to move, but the device counts.
+        # nn.Module calls this for .to(), .cuda() and the like: no tensor to move here, but a device to remember.
         self._module_device = fn(torch.empty(0, device=self._module_device)).device
         return super()._apply(fn, recurse)
 
@@ -349,8 +357,6 @@ def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
     for key in config:
         if key not in ENTRY_KEYS:
             raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), ENTRY_KEYS)} (known: {ENTRY_KEYS})")
-    if config.get("is_trainable", False):
-        raise InputError(f"{where}: is_trainable: true is not supported; text encoders are frozen here, use false")
     if ("input_key" in config) == ("input_keys" in config):
         raise InputError(f"{where}: give either input_key or input_keys, the names of batch entries (e.g. txt)")
     keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"])

@@ -1,6 +1,6 @@
-"""A T5 encoder and its tokenizer as files on disk: what must be there, and reading it.
+"""A T5 encoder and its tokenizer on disk: checked and read.
 
-Importing this file imports torch only; transformers, safetensors and sentencepiece are imported when they are needed.
+transformers, safetensors and sentencepiece are imported when they are needed.
 """
 
 import json
@@ -64,7 +64,7 @@ class T5Folder:
 
     @cached_property
     def shards(self) -> list[Path]:
-        """The weight files, without their existence being checked when an index lists them."""
+        """The weight files; those that an index lists may be missing."""
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
             try:
@@ -90,10 +90,10 @@ class T5Folder:
         return STORED_DTYPES.get(counts.most_common(1)[0][0], torch.float32)
 
     def check(self) -> None:
-        """Check that everything is there and intact as far as names, sizes and headers tell; no weights are read.
+        """Check names, sizes and headers of all files, without reading weights.
 
         Raises:
-            InputError: what is wrong with the folder, all of it in one message.
+            InputError: all problems of the folder, in one message.
         """
         if not self.path.is_dir():
             raise InputError(
@@ -171,7 +171,7 @@ class T5Folder:
 
 
 def _lfs_hint(file: Path) -> str:
-    """Return a hint where `file` is the placeholder that a git clone without LFS leaves."""
+    """Return a hint if `file` is the placeholder of a git clone without LFS."""
     with file.open("rb") as stream:
         is_pointer = stream.read(48).startswith(b"version https://git-lfs")
     return ": it is a Git LFS pointer, run 'git lfs pull' where it was cloned" if is_pointer else ""

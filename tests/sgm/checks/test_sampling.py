@@ -232,8 +232,8 @@ def test_a_text_encoder_of_another_size(load):
 
 
 def test_what_only_building_finds(load):
-    text = dry_run_refusal(load("model.network_config.params.transformer_args.layernorm_order=post"))
-    assert "layernorm_order" in text and "'pre'" in text
+    text = dry_run_refusal(load("model.first_stage_config.params.decoder_config.params.temporal_compress_times=3"))
+    assert "model.first_stage_config" in text and "temporal_compress_times=3 is not a power of 2" in text
 
 
 def test_the_dry_run_takes_names_and_shapes_from_files_and_no_weights(load, golden, monkeypatch):

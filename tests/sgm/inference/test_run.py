@@ -179,6 +179,48 @@ def test_tiling_and_slicing_are_reached_by_their_switches(tiny_model, tmp_path):
     assert np.array_equal(whole, tiled), "a video smaller than a tile is decoded as one"
 
 
+FOREIGN_VAE = """
+from torch import nn
+from sgm.util import instantiate_from_config
+from vae_modules.layers import Stream
+
+
+class ForeignVAE(nn.Module):
+    def __init__(self, *, encoder_config, decoder_config, regularizer_config, ckpt_path, ignore_keys=(), **_):
+        super().__init__()
+        self.ckpt_path, self.ignore_keys = ckpt_path, ignore_keys
+        self.encoder, self.decoder, self.regularization = map(
+            instantiate_from_config, (encoder_config, decoder_config, regularizer_config)
+        )
+        self.given = None
+        self.given = {*vars(self)}
+
+    def decode(self, latents):
+        assert {*vars(self)} == self.given, "nothing is set that this class does not read"
+        stream = Stream()
+        stream.begin_chunk(is_first=True, is_last=True)
+        return self.decoder(latents, stream)
+"""
+
+
+def test_another_vae_is_asked_for_what_it_can_do_only(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "foreign_vae.py").write_text(FOREIGN_VAE)
+    monkeypatch.syspath_prepend(tmp_path)
+    base, prompts = tiny_model("dit_t2v_2b"), write_prompts(tmp_path / "p.txt", PROMPTS[:1])
+    foreign = "model.first_stage_config.target=foreign_vae.ForeignVAE"
+    sample(base, tmp_path / "own", prompts, "args.sampling_num_frames=1")
+    sample(base, tmp_path / "foreign", prompts, "args.sampling_num_frames=1", foreign)
+    own, other = (iio.imread(tmp_path / n / "0_a_red_circle/0/000000.mp4") for n in ("own", "foreign"))
+    assert np.array_equal(own, other)
+    for name in ("tiling", "slicing"):
+        words = ["--base", str(base), f"args.input_file={prompts}", foreign, f"args.vae_{name}=true", "--check"]
+        assert main(words) == 2
+        assert (
+            f"args.vae_{name} (command line: args.vae_{name}=true): is true, but ForeignVAE has no method enable_"
+            in (capsys.readouterr().err)
+        )
+
+
 def test_typed_prompts(tiny_model, tmp_path, monkeypatch):
     answers = iter(["a red circle", "a blue square", ""])
     monkeypatch.setattr("builtins.input", lambda question: next(answers))

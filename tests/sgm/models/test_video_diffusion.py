@@ -10,15 +10,23 @@ from sgm.util import InputError
 
 @pytest.fixture(scope="module")
 def make_engine(tiny_model, golden):
-    """Return a function: golden name and changes of the model section → engine with weights."""
+    """Return a function: golden name and changes of the model section → engine with weights.
 
-    def make(name: str, **changes) -> SATVideoDiffusionEngine:
+    An engine without changes is built once; a test that changes one asks for a `fresh` one.
+    """
+    built: dict[str, SATVideoDiffusionEngine] = {}
+
+    def make(name: str, *, fresh: bool = False, **changes) -> SATVideoDiffusionEngine:
+        if name in built and not changes and not fresh:
+            return built[name]
         model = yaml.safe_load(tiny_model(name).read_text())["model"] | changes
         for ignored in SATVideoDiffusionEngine.IGNORED_PARAMS:
             model.pop(ignored, None)
         engine = SATVideoDiffusionEngine(**model, allocate=False)
         engine.load_weights(str(golden / name / "transformer"), dtype=torch.float32, device=torch.device("cpu"))
         engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))
+        if not changes and not fresh:
+            built[name] = engine
         return engine
 
     return make
@@ -103,7 +111,7 @@ def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(
 
 
 def test_sampling_starts_from_the_noise_of_each_generator(make_engine):
-    engine = make_engine("dit_t2v_2b")
+    engine = make_engine("dit_t2v_2b", fresh=True)
     starts = []
     engine.sampler = lambda denoise, noise, *args, **kwargs: starts.append(noise) or noise
     cond = {"crossattn": torch.zeros(2, 6, 24)}
@@ -123,7 +131,7 @@ def test_unknown_precision():
 
 
 def test_the_autoencoder_runs_in_bf16_where_the_network_runs_in_fp16(make_engine):
-    engine = make_engine("dit_t2v_2b")
+    engine = make_engine("dit_t2v_2b", fresh=True)
     engine.load_first_stage(dtype=torch.float16, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in engine.first_stage_model.parameters()} == {torch.bfloat16}
 

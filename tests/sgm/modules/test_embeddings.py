@@ -6,7 +6,6 @@ import torch
 from sgm.modules.embeddings import (
     _rotate_complex,
     _rotate_real,
-    normalize_patch_size,
     patchify,
     rope_table_3d,
     rotate,
@@ -14,7 +13,6 @@ from sgm.modules.embeddings import (
     timestep_embedding,
     unpatchify,
 )
-from sgm.util import InputError
 
 GRID = (3, 4, 5)
 HEAD_DIM = 32
@@ -55,7 +53,7 @@ def test_timestep_embedding_is_cosines_then_sines_of_geometric_frequencies():
 
 
 def test_sincos_table_splits_channels_into_frame_column_row():
-    table = sincos_positions_3d(GRID, 32, height_interpolation=2.0).reshape(*GRID, 32)
+    table = sincos_positions_3d(GRID, 32, (1.0, 2.0, 1.0)).reshape(*GRID, 32)
     frame, column, row = table.split((8, 12, 12), dim=-1)
     assert torch.equal(frame, frame[:, :1, :1].expand_as(frame))
     assert torch.equal(column, column[:1, :1].expand_as(column))
@@ -124,14 +122,3 @@ def test_odd_sizes_are_refused():
         rope_table_3d(GRID, 24)
     with pytest.raises(ValueError, match="multiple of 16, got 40"):
         sincos_positions_3d(GRID, 40)
-
-
-@pytest.mark.parametrize(("given", "expected"), [(2, (1, 2, 2)), ([2, 4, 4], (2, 4, 4)), ((1, 2, 2), (1, 2, 2))])
-def test_patch_sizes_are_normalised(given, expected):
-    assert normalize_patch_size(given) == expected
-
-
-@pytest.mark.parametrize("given", [0, [2, 2], [1, 2, 0], [1, 2, 2.0]])
-def test_wrong_patch_sizes_are_refused(given):
-    with pytest.raises(InputError, match=r"patch_size=.* three for time, height and width"):
-        normalize_patch_size(given)

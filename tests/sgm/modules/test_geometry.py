@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgm.modules.geometry import Geometry
+from sgm.modules.geometry import Geometry, normalize_patch_size
 from sgm.util import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -96,3 +96,14 @@ def test_unusable_parameters_are_named(change):
     model = yaml.safe_load((CONFIGS / "toy.yaml").read_text())["model"]
     with pytest.raises(InputError, match=f"network_config.params.{next(iter(change))} is .*give"):
         Geometry.from_network(model["network_config"]["params"] | change)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(2, (1, 2, 2)), ([2, 4, 4], (2, 4, 4)), ((1, 2, 2), (1, 2, 2))])
+def test_patch_sizes_are_normalised(given, expected):
+    assert normalize_patch_size(given) == expected
+
+
+@pytest.mark.parametrize("given", [0, True, "2", None, [2, 2], [1, 2, 0], [1, 2, 2.0]])
+def test_wrong_patch_sizes_are_refused(given):
+    with pytest.raises(InputError, match=r"patch_size is .*; give .* \[time, height, width\]"):
+        normalize_patch_size(given)

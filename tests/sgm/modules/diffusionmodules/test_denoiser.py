@@ -1,24 +1,38 @@
 import pytest
 import torch
 
-from sgm.modules.diffusionmodules.denoiser import Denoiser, DiscreteDenoiser
-from sgm.util import InputError, without_allocating
+from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
+from sgm.modules.diffusionmodules.denoiser_scaling import Preconditioning
+from sgm.util import InputError, instantiate_from_config, without_allocating
 
 PREFIX = "sgm.modules.diffusionmodules"
 
 
-def section(name: str, **params: float) -> dict:
+def section(name: str, **params: object) -> dict:
     return {"target": f"{PREFIX}.{name}", "params": params}
 
 
-def discrete(scaling: str, discretization: str, **params: bool) -> DiscreteDenoiser:
-    return DiscreteDenoiser(
-        num_idx=1000,
-        scaling_config=section(f"denoiser_scaling.{scaling}"),
-        weighting_config=section("denoiser_weighting.EpsWeighting"),
-        discretization_config=section(f"discretizer.{discretization}"),
-        **params,
-    )
+ZERO_SNR = section("discretizer.ZeroSNRDDPMDiscretization")
+
+
+def discrete(scaling: str = f"{PREFIX}.denoiser_scaling.VideoScaling", **params: bool) -> DiscreteDenoiser:
+    defaults = {"num_idx": 1000, "discretization_config": ZERO_SNR, "scaling_config": {"target": scaling}}
+    weighting = section("denoiser_weighting.EpsWeighting")
+    return DiscreteDenoiser(**{**defaults, "weighting_config": weighting, **params})
+
+
+class OwnScaling:
+    """A scaling that gives the noise level itself, a real number, to the network."""
+
+    def __call__(self, levels: torch.Tensor, *, idx: torch.Tensor | None = None) -> Preconditioning:
+        return Preconditioning(c_skip=levels, c_out=levels, c_in=2 * levels, c_noise=levels)
+
+
+class Sigmas:
+    """A discretization in σ, as image models have it."""
+
+    def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
+        return torch.linspace(14.6, 0.03, n)
 
 
 class Recorder:
@@ -30,7 +44,7 @@ class Recorder:
 
 
 def test_levels_are_snapped_to_the_table_and_the_timestep_is_passed_on() -> None:
-    denoiser, network = discrete("VideoScaling", "ZeroSNRDDPMDiscretization"), Recorder()
+    denoiser, network = discrete(), Recorder()
     x = torch.randn(2, 1, 1, 2, 2)
     level = denoiser.table.at(torch.tensor([300, 700]))
     denoised = denoiser(network, x, level + 1e-4, {"crossattn": x}, idx=torch.tensor([3, 7]), ofs="ofs")
@@ -40,44 +54,44 @@ def test_levels_are_snapped_to_the_table_and_the_timestep_is_passed_on() -> None
     assert network.kwargs == {"ofs": "ofs"}
 
 
-@pytest.mark.parametrize(("quantize", "expected"), [(True, 500), (False, None)])
-def test_sigma_is_told_as_its_position_when_quantized(quantize: bool, expected: int | None) -> None:
-    denoiser, network = discrete("EpsScaling", "LegacyDDPMDiscretization", quantize_c_noise=quantize), Recorder()
-    sigma = denoiser.table.at(torch.tensor([500]))
-    denoiser(network, torch.randn(1, 1, 1, 2, 2), sigma, {})
-    assert network.timesteps.item() == pytest.approx(expected if expected is not None else sigma.item())
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_real_c_noise_becomes_its_position_in_the_table_when_quantized(quantize: bool) -> None:
+    denoiser, network = discrete(f"{__name__}.OwnScaling", quantize_c_noise=quantize), Recorder()
+    x, level = torch.randn(1, 1, 1, 2, 2), denoiser.table.at(torch.tensor([500]))
+    denoised = denoiser(network, x, level, {})
+    torch.testing.assert_close(network.x, 2 * level * x)
+    torch.testing.assert_close(denoised, level * (x + 2.0))
+    assert network.timesteps.item() == (500 if quantize else level.item())
 
 
 def test_half_precision_latents_are_denoised_in_float32() -> None:
-    denoiser = discrete("VideoScaling", "ZeroSNRDDPMDiscretization")
+    denoiser = discrete()
     x = torch.randn(1, 1, 1, 2, 2, dtype=torch.bfloat16)
     assert denoiser(Recorder(), x, torch.tensor([0.5]), {}, idx=torch.tensor([1])).dtype == torch.float32
 
 
-def test_continuous_denoiser_takes_any_sigma() -> None:
-    denoiser = Denoiser(
-        scaling_config=section("denoiser_scaling.EDMScaling", sigma_data=1.0),
-        weighting_config=section("denoiser_weighting.EDMWeighting", sigma_data=1.0),
-    )
-    x, sigma = torch.randn(1, 1, 1, 2, 2), torch.tensor([3.0])
-    network = Recorder()
-    torch.testing.assert_close(denoiser(network, x, sigma, {}), x / 10 + 3 / 10**0.5 * 2.0)
-    torch.testing.assert_close(network.x, x / 10**0.5)
-    assert denoiser.w(sigma).item() == pytest.approx(10 / 9)
+def test_weights_are_those_of_the_nearest_level() -> None:
+    denoiser = discrete()
+    level = denoiser.table.at(torch.tensor([500]))
+    torch.testing.assert_close(denoiser.w(level + 1e-4), level**-2)
 
 
-def test_weights_are_those_of_the_snapped_level() -> None:
-    denoiser = discrete("EpsScaling", "LegacyDDPMDiscretization")
-    sigma = denoiser.table.at(torch.tensor([900]))
-    torch.testing.assert_close(denoiser.w(sigma + 1e-4), sigma**-2)
-
-
-def test_sigma_levels_under_video_scaling_are_refused() -> None:
-    with pytest.raises(InputError, match="ZeroSNRDDPMDiscretization"):
-        discrete("VideoScaling", "LegacyDDPMDiscretization")
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"discretization_config": {"target": f"{__name__}.Sigmas"}}, r"Sigmas gives .* from 0.03 to 14.6, but √ᾱ"),
+        ({"do_append_zero": True}, "do_append_zero is True, but the levels are √ᾱ"),
+    ],
+)
+def test_levels_that_are_no_alphas_are_refused(params: dict, message: str) -> None:
+    config = section("denoiser.DiscreteDenoiser", num_idx=1000, discretization_config=ZERO_SNR)
+    config["params"] |= {"scaling_config": section("denoiser_scaling.VideoScaling")}
+    config["params"] |= {"weighting_config": section("denoiser_weighting.EpsWeighting"), **params}
+    with pytest.raises(InputError, match=message):
+        instantiate_from_config(config)
 
 
 def test_the_table_has_its_values_even_when_networks_are_built_without_memory() -> None:
     with without_allocating():
-        denoiser = discrete("VideoScaling", "ZeroSNRDDPMDiscretization")
+        denoiser = discrete()
     assert denoiser.table.at(torch.tensor([999])).tolist() == [0.0]

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.modules.diffusionmodules.discretizer import (
-    EDMDiscretization,
-    LegacyDDPMDiscretization,
-    LevelTable,
-    ZeroSNRDDPMDiscretization,
-)
+from sgm.modules.diffusionmodules.discretizer import LevelTable, ZeroSNRDDPMDiscretization
 from sgm.util import InputError
 
 GOLDEN = load_file(Path(__file__).parents[3] / "data/golden/schedule/io.safetensors")
@@ -80,32 +74,15 @@ def test_keep_start_and_post_shift_exclude_each_other() -> None:
         ZeroSNRDDPMDiscretization(shift_scale=3.0, keep_start=True, post_shift=True)
 
 
-def test_zero_cannot_be_appended_to_alphas() -> None:
-    with pytest.raises(InputError, match="do_append_zero"):
-        ZeroSNRDDPMDiscretization()(10, do_append_zero=True)
-
-
-def test_legacy_ddpm_levels_follow_the_formula() -> None:
+def test_unshifted_levels_follow_the_formula() -> None:
     betas = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]
-    product, sigmas = 1.0, []
-    for beta in betas:
-        product *= 1 - beta
-        sigmas.append(math.sqrt((1 - product) / product))
-    levels = LegacyDDPMDiscretization()(1000, flip=True)
-    np.testing.assert_allclose(levels.numpy(), sigmas, rtol=1e-6)
-    assert levels[-1].item() == pytest.approx(14.6146, abs=1e-3)
-    assert LegacyDDPMDiscretization()(5)[0] == levels[999]
+    np.testing.assert_allclose(ZeroSNRDDPMDiscretization().alphas_cumprod, np.cumprod(1 - np.array(betas)), rtol=1e-9)
 
 
-def test_edm_levels_follow_the_formula() -> None:
-    levels = EDMDiscretization(sigma_min=0.01, sigma_max=50.0, rho=3.0)(4)
-    expected = [(50 ** (1 / 3) + i / 3 * (0.01 ** (1 / 3) - 50 ** (1 / 3))) ** 3 for i in range(4)]
-    np.testing.assert_allclose(levels.numpy(), expected, rtol=1e-6)
-
-
-def test_zero_is_appended_at_the_clean_end() -> None:
-    assert EDMDiscretization()(3, do_append_zero=True)[-1] == 0
-    assert EDMDiscretization()(3, do_append_zero=True, flip=True)[0] == 0
+@pytest.mark.parametrize("params", [{"linear_start": 0.0}, {"linear_end": 1.0}, {"linear_start": 0.5}])
+def test_impossible_betas_are_refused(params: dict) -> None:
+    with pytest.raises(InputError, match="expected 0 < linear_start <= linear_end < 1"):
+        ZeroSNRDDPMDiscretization(**params)
 
 
 def test_table_finds_the_nearest_level() -> None:

@@ -4,13 +4,36 @@ import pytest
 import torch
 
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler, VideoSampler, VPSDEDPMPP2MSampler
-from sgm.util import InputError
+from sgm.util import InputError, instantiate_from_config
 
 PREFIX = "sgm.modules.diffusionmodules"
 DISCRETIZATION = {"target": f"{PREFIX}.discretizer.ZeroSNRDDPMDiscretization"}
 VANILLA = {"target": f"{PREFIX}.guiders.VanillaCFG", "params": {"scale": 3.0}}
 SHAPE = (2, 3, 2, 2, 2)
 SAMPLERS = [VPSDEDPMPP2MSampler, VideoDDIMSampler]
+
+
+class Sigmas:
+    """A discretization in σ."""
+
+    def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
+        return torch.linspace(1, 0, n)
+
+
+class Thirds:
+    """A foreign discretization: levels √ᾱ and timesteps."""
+
+    def timesteps(self, n: int) -> torch.Tensor:
+        return torch.tensor([0, 500, 999])
+
+    def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
+        return torch.tensor([0.0, 0.5, 0.9])
+
+
+def test_a_foreign_discretization_works() -> None:
+    schedule = build(VideoDDIMSampler, discretization_config={"target": f"{__name__}.Thirds"}).schedule()
+    assert schedule.timesteps == [999, 500, 0]
+    assert schedule.alphas_cumprod_sqrt == pytest.approx([0.0, 0.5, 0.9, 1.0])
 
 
 def build(cls: type[VideoSampler], **params: object) -> VideoSampler:
@@ -172,11 +195,15 @@ def test_result_has_the_dtype_of_the_noise_while_the_steps_are_float32() -> None
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"fixed_frames": 1}, "fixed_frames 1"),
         ({"num_steps": 2000}, "num_steps is 2000"),
-        ({"discretization_config": {"target": f"{PREFIX}.discretizer.EDMDiscretization"}}, "whose levels are sigma"),
+        ({"discretization_config": {"target": f"{__name__}.Sigmas"}}, "from 0 to 1, but √ᾱ is at least 0 and below 1"),
     ],
 )
 def test_impossible_configuration_is_refused(params: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build(VPSDEDPMPP2MSampler, **params)
+        instantiate_from_config(
+            {
+                "target": f"{PREFIX}.sampling.VPSDEDPMPP2MSampler",
+                "params": {"discretization_config": DISCRETIZATION, "num_steps": 8, **params},
+            }
+        )

@@ -42,11 +42,5 @@ def test_inputs_take_the_precision_of_the_network_but_timesteps_do_not() -> None
     assert (x.dtype, timesteps.dtype, context.dtype) == (torch.bfloat16, torch.int64, torch.bfloat16)
 
 
-def test_precision_can_be_chosen() -> None:
-    wrapper = OpenAIWrapper(Network(), dtype=torch.float16)
-    wrapper(torch.randn(1, 2, 3, 4, 4), torch.tensor([999]), {"crossattn": torch.randn(1, 6, 7)})
-    assert wrapper.diffusion_model.given[0].dtype == torch.float16
-
-
 def test_parameter_names_are_those_of_the_checkpoint() -> None:
     assert list(OpenAIWrapper(Network()).state_dict()) == ["diffusion_model.weight"]

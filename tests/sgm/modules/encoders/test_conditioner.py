@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,34 @@ class Ramp(nn.Module):
     def forward(self, texts):
         self.seen.append(list(texts))
         return torch.tensor([len(text) + 1.0 for text in texts])[:, None, None].expand(-1, 4, self.dim).clone()
+
+
+class Foreign(Ramp):
+    """An encoder of a user's own, with the optional hooks and a log of their calls."""
+
+    def __init__(self, folder: str = "somewhere"):
+        super().__init__()
+        self.folder, self.calls = folder, []
+
+    def forward(self, texts):
+        self.calls.append("encode")
+        return super().forward(texts)
+
+    def check(self):
+        raise InputError(f"the folder {self.folder} is empty")
+
+    def release(self):
+        self.calls.append("release")
+
+
+class KeepingForeign(Foreign):
+    """One that offloads by itself."""
+
+    @contextlib.contextmanager
+    def keep_loaded(self):
+        self.calls.append("keep")
+        yield
+        self.calls.append("let go")
 
 
 class Flat(nn.Module):
@@ -163,10 +193,40 @@ def test_check_reports_every_embedder(tmp_path):
         model.check()
 
 
+def test_foreign_encoders_are_checked():
+    own = {"input_key": "txt", "target": f"{__name__}.Foreign"}
+    model = GeneralConditioner([own | {"params": {"folder": name}} for name in ("one", "two")])
+    with pytest.raises(InputError, match=r"(?s)folder one is empty.*folder two is empty"):
+        model.check()
+
+
+@pytest.mark.parametrize(("offload", "released"), [("release", ["release"]), ("cpu", []), (None, [])])
+def test_foreign_encoders_are_released_after_the_outermost_block(offload, released):
+    model = conditioner(target=f"{__name__}.Foreign")
+    embedder = model.embedders[0]
+    if offload:
+        embedder.offload = offload
+    with model.keep_loaded():
+        model({"txt": ["a"]})
+        model.get_unconditional_conditioning({"txt": ["a"]})
+        assert embedder.calls == ["encode"] * 2
+    assert embedder.calls == ["encode"] * 2 + released
+    model({"txt": ["a"]})
+    assert embedder.calls[2 + len(released) :] == ["encode", *released]
+    model.release()
+    assert embedder.calls[-1] == "release"
+
+
+def test_foreign_encoders_with_keep_loaded_offload_themselves():
+    model = conditioner(target=f"{__name__}.KeepingForeign")
+    model.embedders[0].offload = "release"
+    model({"txt": ["a"]})
+    assert model.embedders[0].calls == ["keep", "encode", "let go"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"is_trainable": True}, "is_trainable: true is not supported"),
         ({"ucg_rate": 1.5}, "ucg_rate: 1.5 is not a probability"),
         ({"ucg_rates": 0.1}, "unknown key 'ucg_rates'; did you mean 'ucg_rate'"),
         ({"input_keys": ["txt"]}, "either input_key or input_keys"),

@@ -1,0 +1,65 @@
+"""Whether a value of YAML fits a type annotation, and what to write instead. Types are those of pydantic."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+_WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
+
+
+def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
+    """Return what was found and the cure for a `value` that does not fit `hint`; None if it fits.
+
+    The rules are those of JSON, which has the types of YAML: lists fit tuples and sequences, a whole number fits where
+    a number is asked for, true and false are no numbers, text is never read as something else. An annotation that YAML
+    cannot spell, such as a class or a callable, fits anything.
+    """
+    try:
+        adapter = TypeAdapter(hint)
+        schema = adapter.json_schema()
+    except PydanticUserError:
+        return None
+    try:
+        adapter.validate_json(_as_json(value), strict=True)
+    except ValidationError:
+        if isinstance(value, dict) and list(value.values()) == [None]:  # YAML reads {your path} without quotes so
+            return f"still holds a placeholder: {{{next(iter(value))}}}", "put the real value there"
+        words = _in_words(schema, schema.get("$defs", {}))
+        quoting = "; text that YAML reads as something else needs quotes" if "text" in words.split(" or ") else ""
+        return f"is {value!r}", f"give {words}{quoting}"
+    return None
+
+
+def _as_json(value: Any) -> str:
+    # A date, which JSON does not have, must not pass for text.
+    return json.dumps(value, skipkeys=True, default=lambda other: {str(other): None})
+
+
+def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """Say what a JSON schema accepts, for an error message."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_in_words(option, definitions) for option in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return "one of " + ", ".join(map(str, dict.fromkeys(schema.get("enum", [schema.get("const")]))))
+    kind = schema.get("type")
+    if kind == "object":
+        return "a mapping (indented keys)"
+    if "prefixItems" in schema:
+        entries = schema["prefixItems"]
+        return f"a list of {len(entries)}, each {_in_words(entries[0], definitions)}"
+    if kind == "array":
+        return f"a list, each entry {_in_words(schema['items'], definitions)}" if schema.get("items") else "a list"
+    if schema.get("format") == "path":
+        return "a path"
+    return _WORDS.get(str(kind), str(kind)) + _bounds(schema)
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    least, above, most = map(schema.get, ("minimum", "exclusiveMinimum", "maximum"))
+    if least is not None:
+        return f" of at least {least:g}" if most is None else f" from {least:g} to {most:g}"
+    return "" if above is None else f" above {above:g}"
