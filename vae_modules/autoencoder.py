@@ -99,6 +99,10 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
 
+    def enable_tiling(self) -> None:
+        """Encode and decode in spatial tiles from now on."""
+        self.tiling = Tiling()
+
     def encode_moments(self, video: torch.Tensor) -> torch.Tensor:
         """Encode a clip.
 
