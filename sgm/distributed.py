@@ -153,6 +153,44 @@ def _make_groups(mesh: Mesh) -> None:
                     _axes[axis] = group
 
 
+@contextmanager
+def simulate(mesh: Mesh, make_group: Callable[[str, int], dist.ProcessGroup]) -> Iterator[None]:
+    """Context in which this process acts as the first rank of a sample; the other ranks do not exist.
+
+    For estimates: what is built and run inside has the shapes of a rank of `mesh`.
+
+    Args:
+        mesh: how many ranks share the sample.
+        make_group: (axis of the mesh, number of ranks) → a process group of which this process is rank zero.
+    """
+    global _mesh, _axes, _sample_groups
+    initialize()
+    import sat.mpu.initialize as layers
+
+    before = _mesh, _axes, _sample_groups, layers._MODEL_PARALLEL_GROUP
+    world, made = dist.distributed_c10d._world, []
+
+    def group(axis: str, size: int) -> dist.ProcessGroup:
+        group = make_group(axis, size)
+        made.append(group)
+        world.pg_map[group], world.pg_names[group] = ("fake", dist.HashStore()), f"simulated {len(made)}"  # pyright: ignore
+        world.pg_group_ranks[group] = {dist.get_rank() + i: i for i in range(size)}
+        return group
+
+    try:
+        _mesh = mesh
+        _axes = {axis: group(axis, size) for axis in ("sequence", "cfg") if (size := getattr(mesh, axis)) > 1}
+        _sample_groups = {num: group("context", num) for num in range(1, mesh.ranks + 1) if mesh.ranks > 1}
+        if mesh.tensor > 1:
+            layers._MODEL_PARALLEL_GROUP = group("tensor", mesh.tensor)
+        yield
+    finally:
+        _mesh, _axes, _sample_groups, layers._MODEL_PARALLEL_GROUP = before
+        for group_ in made:
+            for known in (world.pg_map, world.pg_names, world.pg_group_ranks):
+                del known[group_]
+
+
 def context_parallel_size() -> int:
     """Number of ranks that share a video in the VAE."""
     return _current().context

@@ -1,10 +1,10 @@
-"""Print the table of docs/parallelism.md: which combination for which model and number of devices, and its estimates.
+"""Print the tables of docs/parallelism.md: memory and traffic by model, number of devices and configuration files.
 
 Run from the project's folder:
     python tools/parallel_table.py
 
-Memory and traffic are estimated by `sgm.checks.estimate_run`, for the shipped model files, with clips and videos of
-full length; the text encoder waits in the machine's memory.
+Memory and traffic are estimated by `sgm.checks.estimate`, for the shipped model files, with clips and videos of
+full length, and the text encoder offloaded to the machine's memory.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import sgm.distributed
-from sgm.checks.estimate_run import Estimate, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.config.load import Config, Mode, load_config
 from sgm.util import PRECISIONS, instantiate_from_config, without_allocating
 
@@ -24,7 +24,7 @@ MODELS = {
     "5B, LoRA": "cogvideox_5b_lora",
 }
 PHASES = ("the network", "the VAE")
-# What is done → (model, number of devices, files behind the model's and the task's own).
+# Mode → (model, number of devices, files after those of the model and the task).
 ROWS: dict[Mode, list[tuple[str, int, tuple[str, ...]]]] = {
     "inference": [
         (model, devices, (f"parallel/sample_{devices}",) if devices > 1 else ())
@@ -50,7 +50,7 @@ ROWS: dict[Mode, list[tuple[str, int, tuple[str, ...]]]] = {
 
 
 def config_of(model: str, files: tuple[str, ...], mode: Mode) -> Config:
-    """Read a model's file, the task's and those of a row."""
+    """Read the configuration of a row: the files of the model, of the task, and its own."""
     own = "inference" if mode == "inference" else "sft"
     bases = [CONFIGS / f"{name}.yaml" for name in (MODELS[model], own, *files)]
     return load_config(bases, ["args.text_encoder_offload=cpu"] if mode == "train" else [], mode=mode)
@@ -58,7 +58,7 @@ def config_of(model: str, files: tuple[str, ...], mode: Mode) -> Config:
 
 def estimate(model: str, devices: int, files: tuple[str, ...], mode: Mode) -> Estimate:
     """Estimate a row: what one of `devices` processes needs."""
-    os.environ["WORLD_SIZE"] = str(devices)  # what a launcher would say
+    os.environ["WORLD_SIZE"] = str(devices)  # as a launcher sets it
     config = config_of(model, files, mode)
     dtype = PRECISIONS[config.model["precision"]]
     if mode == "inference":

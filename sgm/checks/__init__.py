@@ -1,1 +1,1 @@
-"""What is checked and estimated before a run reads any weights."""
+"""Checks and estimates before a run reads any weights."""

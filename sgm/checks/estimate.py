@@ -1,23 +1,215 @@
-"""What a run takes of a rank, estimated before weights are read: memory, and what the rank sends.
+"""What a run needs of a rank, estimated before weights are read: memory, and the bytes that the rank sends.
 
-The formulas count tensors, as the code makes them; tests hold them against tensors that were counted. Not in them: the
-workspace of the device's kernels, buffers of NCCL, and what an allocator keeps without use.
-
-Legend: ``b`` samples of a forward pass, ``s`` tokens of this rank, ``D`` hidden size, ``t`` ranks that share layers,
-``W`` ranks that share tokens. A *unit* is one tensor (b, s, D) in the dtype of the network.
+Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run, with the code of
+the run: nothing here knows how they are built. Weights, optimizer state, DeepSpeed's buffers and its traffic are
+formulas: DeepSpeed makes those tensors, and only for a real engine.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+import sgm.distributed
+from sgm.checks.fake_run import Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.mesh import mesh_of
+from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
+from sgm.checks.training import with_largest_bucket
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config
 from sgm.distributed import Mesh
-from sgm.parallel.sequence import shard_sizes
-from vae_modules.autoencoder import DECODE_CHUNK
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
+from sgm.util import InputError, default, instantiate_from_config
+
+PATIENCE = 5000  # operators without a new peak after which a VAE in tiles counts as measured: the tiles repeat
 
 
-def bytes_per_rank(total, trained, ranks, stage, *, ema=False, offload=False, width=2):
-    """Return the most that weights, gradients and optimizer take: on the device, and in the machine's memory."""
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank needs, in bytes.
+
+    Attributes:
+        phases: phase of the run → what is on the device in it.
+        traffic: axis → what the rank sends in a step of the sampler or the optimizer.
+        host: in the machine's memory, for this rank.
+        video: sent in the VAE for the videos of a prompt.
+    """
+
+    phases: Mapping[str, Mapping[str, float]]
+    traffic: Mapping[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    video: float = 0.0
+
+    def rows(self) -> dict[str, str]:
+        """Return the rows of the dry run."""
+        sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
+        largest = max(sums, key=lambda name: sums[name])
+        parts = ", ".join(f"{name} {_memory(size)}" for name, size in self.phases[largest].items() if size)
+        rows = {"memory": f"estimated {_memory(sums[largest])} a rank, in {largest}: {parts}"}
+        if others := ", ".join(f"in {name} {_memory(size)}" for name, size in sums.items() if name != largest):
+            rows["memory"] += f" ({others})"
+        if self.host:
+            rows["memory"] += f"; {_memory(self.host)} a rank in the machine's memory"
+        sent = [f"{axis} {_traffic(size)}" for axis, size in self.traffic.items() if size]
+        traffic = [f"estimated for a rank and step: {', '.join(sent)}"] if sent else []
+        traffic += [f"VAE {_traffic(self.video)} per video"] if self.video else []
+        return rows | ({"traffic": "; ".join(traffic)} if traffic else {})
+
+
+def _memory(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
+
+
+def _traffic(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e8 else f"{size / 1e6:.1f} MB" if size >= 5e5 else f"{size / 1e3:.1f} kB"
+
+
+def rank_row(mesh: Mesh) -> str:
+    """Return how the processes are divided, in words."""
+    world = sgm.distributed.world_size()
+    if world == 1:
+        return "1 process"
+    names = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance"}
+    axes = [f"{words} by {getattr(mesh, axis)}" for axis, words in names.items() if getattr(mesh, axis) > 1]
+    axes += [f"VAE by {mesh.context}"] if mesh.context > 1 else []
+    groups = world // mesh.ranks
+    shared = f", each shared by {mesh.ranks} ({', '.join(axes)})" if axes else ""
+    return f"{world} processes, {groups} sample{'s' * (groups > 1)} at a time{shared}"
+
+
+def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
+    """Return the rows about ranks, memory and traffic of a sampling run that has been checked."""
+    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype))
+
+
+def training_rows(
+    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
+) -> dict[str, str]:
+    """Return the rows about ranks, memory and traffic of a training run that has been checked.
+
+    With buckets, those of the bucket with the most patches.
+
+    Args:
+        config: of the run.
+        dtype: of the network.
+        trained: names of the parameters that are trained.
+        vae: whether the VAE is loaded.
+        text_encoder: whether the text encoder is.
+    """
+    rows = {"ranks": rank_row(mesh_of(config))}
+    config, largest = with_largest_bucket(config, Geometry.from_network(params_of(config.model["network_config"])))
+    rows |= {"largest bucket": largest} if largest else {}
+    if _clip(config) is None:
+        return rows | {"memory": "not estimated: data.params do not say how large clips are"}
+    return rows | _rows_of(lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder))
+
+
+def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
+    try:
+        return estimate().rows()
+    except Exception as error:  # classes that the YAML replaces may do anything; the run does not depend on this
+        reason = (str(error).splitlines() or [""])[0]
+        return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}
+
+
+def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
+    """Return what a rank needs in sampling: text encoder, then network, then VAE.
+
+    Args:
+        config: of a run, checked.
+        dtype: of the network.
+    """
+    args = config.args
+    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    plan: SamplingPlan = check_sampling(args, geometry)
+    size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
+    guider = params_of(config.model.get("sampler_config")).get("guider_config") or {}
+    branches = 1 if not guider or guider["target"].endswith("IdentityGuider") else 2
+    network = network_usage(config, (plan.latents, *size), args.batch_size * branches, dtype)
+    text = text_encoder_bytes(config)
+    stays = {"text encoder": text if args.text_encoder_offload == "none" else 0.0}
+    weights = {"weights": network.weights * dtype.itemsize, **stays}
+    phases, video = {}, 0.0
+    if plan.image2video or not args.only_save_latents:
+        decoded = _decode_usage(config, (args.batch_size, plan.latents, *size), dtype)
+        weights["VAE"] = decoded.weights * vae_dtype(dtype).itemsize
+        if not args.only_save_latents:
+            phases["the VAE"] = {**weights, "activations": decoded.peak}
+            video = decoded.sent.get("VAE", 0.0)
+    phases = {"the network": {**weights, "activations": network.peak}, **phases}
+    if text:
+        phases["the text encoder"] = {"text encoder": text}
+    return Estimate(phases, network.sent, video=video)
+
+
+def training_estimate(
+    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
+) -> Estimate:
+    """Return what a rank needs in training.
+
+    Args:
+        config: of a run, checked; its data say how large clips are.
+        dtype: of the network.
+        trained: names of the parameters that are trained.
+        vae: whether the VAE is loaded; it is not where the caches hold all latents.
+        text_encoder: whether the text encoder is.
+    """
+    args, mesh, section = config.args, mesh_of(config), config.deepspeed
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    clip = _clip(config)
+    assert clip is not None, "the caller has looked"
+    frames, size = clip
+    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    latents = (frames - 1) // geometry.time_compression + 1
+    batch = section["train_micro_batch_size_per_gpu"]
+    network = network_usage(config, (latents, *size), batch, dtype, trained=frozenset(trained))
+    total, learned, width = network.weights, network.trained, dtype.itemsize
+    zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
+    offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
+    ema = args.ema_decay is not None
+    device, host = bytes_per_rank(total, learned, ranks, zero["stage"], ema=ema, offload=offloads[0], width=width)
+    if offloads == [True, False] and zero["stage"] == 3:  # the formula has both on the CPU
+        device = width * total / ranks
+        host -= device
+    text = text_encoder_bytes(config) if text_encoder else 0.0
+    # Without a cache, captions come with every batch, and the encoder is not read anew for each.
+    leaves = args.text_encoder_offload == "cpu" or (args.text_encoder_offload == "release" and args.text_cache)
+    stays = 0.0 if leaves else text
+    resident = {
+        "weights, gradients, optimizer": device,
+        "text encoder": stays,
+        "buffers": _buffers(zero, learned, width),
+    }
+    phases: dict[str, dict[str, float]] = {}
+    if vae and config.model.get("first_stage_config") is not None:
+        encoded = _encode_usage(config, (frames, *size), dtype)
+        resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
+        if not config.model.get("latent_input"):
+            phases["the VAE"] = {**resident, "activations": encoded.peak}
+    live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
+    phases = {"the network": {**resident, "weights in use": live, "activations": network.peak}, **phases}
+    if text and not stays:
+        phases["the text encoder"] = {**resident, "text encoder": text}
+    traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
+    block = total / params_of(config.model["network_config"]).get("num_layers", 1)
+    traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
+    return Estimate(phases, traffic, host=host)
+
+
+def bytes_per_rank(
+    total: float,
+    trained: float,
+    ranks: int,
+    stage: int,
+    *,
+    ema: bool = False,
+    offload: bool = False,
+    width: int = 2,
+) -> tuple[float, float]:
+    """Return peak (device, host) bytes of weights, gradients and optimizer state."""
     share = trained / ranks
     weights = width * total / (ranks if stage == 3 else 1)
     copy = 4 if stage or width == 2 else 0
@@ -31,229 +223,10 @@ def bytes_per_rank(total, trained, ranks, stage, *, ema=False, offload=False, wi
     return weights + (width * trained if stage == 1 else 0), state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """What the estimates know of a DiT and of the samples that pass through it.
-
-    Attributes:
-        text: L, text tokens of a sample.
-        patches: N, patches of a sample.
-        hidden: D.
-        layers: blocks.
-        recomputed: blocks whose activations the backward pass computes anew.
-        rotary: whether queries and keys are rotated.
-        adapter_rank: of LoRA, 0 without; the rest is frozen then.
-        outputs: numbers that the network makes of a patch.
-        text_size: numbers in the embedding of a text token.
-        width: bytes of a number.
-        ring: whether ranks that share tokens pass keys and values around.
-        mesh: which ranks share a sample.
-    """
-
-    text: int
-    patches: int
-    hidden: int
-    layers: int
-    recomputed: int
-    rotary: bool
-    adapter_rank: int
-    outputs: int
-    text_size: int
-    width: int
-    ring: bool
-    mesh: Mesh
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the rank that has most: s."""
-        return self._share(self.text) + self._share(self.patches)
-
-    def _share(self, length: int) -> int:
-        return shard_sizes(length, self.mesh.sequence)[0]
-
-    def forward_bytes(self, samples: int) -> float:
-        """Return the most that the tensors of a forward pass take where nothing is kept for a backward pass.
-
-        Within a block lie three units (what entered the network, the stream of tokens, and the input of a layer);
-        queries, keys and values (3/t), and queries and keys again, normed (2/t). With those, one of these is largest:
-        the MLP's inner and outer activation; the rotation, which computes in float32; or the exchange with other ranks.
-
-        Args:
-            samples: that pass together, both branches of guidance counted.
-        """
-        wide = 4 / self.width  # float32, in units
-        mlp = 1 + (self.mesh.tensor > 1) + 4 / self.mesh.tensor
-        rotation = (2 + 2 * wide + (self.width < 4)) if self.rotary else 0
-        exchange = 0.0
-        if self.mesh.sequence > 1:
-            exchange = 2 * self.rotary + (5 + 3 * wide if self.ring else 12)
-        units = 3 + 5 / self.mesh.tensor + max(mlp, max(rotation, exchange) / self.mesh.tensor)
-        return units * self._unit(samples)
-
-    def saved_bytes(self, samples: int) -> float:
-        """Return what a forward pass keeps for the backward pass, with the block that is being computed anew.
-
-        In units, of a block: its input, the inputs of the modulations (2) and of the linear layers behind them (2),
-        what the gates multiply (2) and the stream between attention and MLP; divided by t, queries, keys and values,
-        queries and keys again, the output of attention (6), and the MLP's inner activation before and after GELU (8).
-        Ulysses attention keeps queries, keys and values as they came from the projection, too, and its output twice.
-        Frozen weights need no inputs: with LoRA five units stay away, and the MLP's activation after GELU.
-
-        Args:
-            samples: that pass together.
-        """
-        t, lora = self.mesh.tensor, self.adapter_rank > 0
-        before = (2 if lora else 4) + (8 if self.mesh.sequence > 1 and not self.ring else 6) / t
-        before += (3 / t + 1) * self.adapter_rank / self.hidden
-        behind = (1 if lora else 4) + (4 if lora else 8) / t
-        block = before + behind
-        num = self.layers - self.recomputed + min(self.recomputed, 1)  # blocks whose activations exist at a time
-        text = self._share(self.text) / self.tokens
-        # The last block drops the text after attention; two norms, a modulation and a projection follow.
-        ends = (2 if lora else 4) * (1 - text) - (behind - 1) * text * (self.recomputed < self.layers)
-        inputs = 0.0 if lora else self._share(self.text) * self.text_size * self.width * samples
-        return (num * block + self.recomputed + ends) * self._unit(samples) + inputs
-
-    def backward_bytes(self, samples: int) -> float:
-        """Return the most that the tensors of a forward and a backward pass take, gradients of weights apart.
-
-        Beside what is saved: gradients of the stream behind and in front of a block, and of the MLP's inner activation,
-        which without LoRA takes the place of what is not needed any more.
-        """
-        inner = 4 / self.mesh.tensor if self.adapter_rank else 0
-        return self.saved_bytes(samples) + (2 + inner) * self._unit(samples)
-
-    def _unit(self, samples: int) -> float:
-        return samples * self.tokens * self.hidden * self.width
-
-    def traffic(self, samples: int, *, trains: bool) -> dict[str, float]:
-        """Return the bytes that a rank sends along each axis in a forward pass, in training with its backward pass.
-
-        Args:
-            samples: that pass together, in sampling those of this rank's branches.
-            trains: whether a backward pass follows.
-        """
-        mesh, sent = self.mesh, {}
-        unit = self._unit(samples)
-        again = self.layers + self.recomputed if trains else self.layers  # forward passes of blocks
-        back = self.layers if trains else 0
-        if mesh.tensor > 1:
-            # A sum for all ranks (b, s, D) behind attention and MLP; backward, in front of them and of the final
-            # layer. The last block's MLP, and what follows, has no text.
-            text = self._share(self.text) / self.tokens
-            short = 1 + trains + (trains and self.recomputed == self.layers)
-            sums = 2 * (again + back) + trains - (short + trains) * text
-            sent["layers"] = sums * 2 * (mesh.tensor - 1) / mesh.tensor * unit
-        if mesh.sequence > 1:
-            others, own_unit = mesh.sequence - 1, unit / mesh.tensor
-            if self.ring:
-                # Keys and values; backward again, and their gradients in float32, which go all the way home.
-                sent["tokens"] = (2 * others * (again + back) + 2 * mesh.sequence * 4 / self.width * back) * own_unit
-            else:
-                sent["tokens"] = 4 * (again + back) * others / mesh.sequence * own_unit
-            sent["tokens"] += others * samples * self._share(self.patches) * self.outputs * self.width
-        if mesh.cfg > 1:
-            sent["guidance"] = samples * self.patches * self.outputs * self.width
-        return sent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Autoencoder:
-    """What the estimates know of the VAE.
-
-    Attributes:
-        channels: of its levels, from full resolution down.
-        blocks: residual blocks of a level of the encoder; the decoder has one more.
-        latent_channels: of the latents.
-        parameters: numbers in its weights.
-        width: bytes of a number; in float16 it would overflow, and it runs in bfloat16.
-        size: (height, width) in pixels of what passes at a time: of a tile, or of the whole.
-        ranks: that share a clip.
-        encode_chunk: frames encoded at a time; None for all.
-    """
-
-    channels: tuple[int, ...]
-    blocks: int
-    latent_channels: int
-    parameters: int
-    width: int
-    size: tuple[int, int]
-    ranks: int
-    encode_chunk: int | None
-
-    def decode_bytes(self, latents: int, samples: int = 1) -> float:
-        """Return the most that the tensors of a decoder take.
-
-        Largest is a residual block at full resolution: what enters the level and the block, the norm of it, with the
-        frames before the chunk in front, and what the convolution makes of it. To this come the frames that all
-        convolutions remember for the next chunk, and the pictures.
-
-        Args:
-            latents: latent frames of a sample.
-            samples: that are decoded together.
-        """
-        first = min(latents, DECODE_CHUNK + latents % DECODE_CHUNK)
-        later = 4 * DECODE_CHUNK if latents > first else 0
-        numbers = self._chunks(4 * (first - 1) + 1, later, decoder=True)
-        pictures = 3 * (4 * (latents - 1) + 1) * self.size[0] * self.size[1]
-        return samples * (numbers + pictures) * self.width
-
-    def encode_bytes(self, frames: int) -> float:
-        """Return the most that the tensors of the encoder take of one clip of so many frames; see `decode_bytes`."""
-        later, chunk = 0, self.encode_chunk
-        if chunk is not None and frames > chunk:
-            frames, later = chunk + frames % chunk, chunk
-        elif chunk is None and self.ranks > 1:
-            frames = max(4 * num - 3 * (i == 0) for i, num in enumerate(shard_sizes((frames - 1) // 4 + 1, self.ranks)))
-        return self._chunks(frames, later, decoder=False) * self.width
-
-    def _chunks(self, first: int, later: int, *, decoder: bool) -> float:
-        """Numbers in the tensors of a chunk of `first` frames, or one of `later` frames and what it must know."""
-        entering = self.channels[min(1, len(self.channels) - 1) if decoder else 0]
-        alone = self._block(first, entering)
-        return max(alone, self._block(later, entering) + self.remembered(decoder=decoder)) if later else alone
-
-    def _block(self, frames: int, entering: int) -> float:
-        """Numbers in the tensors of the first residual blocks at full resolution."""
-        own = self.channels[0]
-        first = frames * (3 * entering + own) + 2 * entering
-        second = frames * (entering + 5 * own) + 2 * own
-        return max(first, second) * self.size[0] * self.size[1]
-
-    def remembered(self, *, decoder: bool) -> float:
-        """Return the numbers in two frames in front of every causal convolution: what a chunk tells the next one."""
-        down = list(enumerate(self.channels))
-        levels = [*reversed(down)] if decoder else down
-        channels = levels[0][1]
-        lowest = down[-1]
-        total = self.latent_channels / 4 ** lowest[0] if decoder else 3.0
-        for level, own in levels:
-            num = self.blocks + decoder
-            total += (channels + (2 * num - 1) * own) / 4**level
-            channels = own
-        total += (4 * lowest[1]) / 4 ** lowest[0]  # the two blocks in the middle
-        total += channels / 4 ** (0 if decoder else lowest[0])  # the last convolution
-        return 2 * total * self.size[0] * self.size[1]
-
-    def decode_traffic(self, latents: int, samples: int) -> float:
-        """Return the bytes that a rank sends in decoding: what convolutions remember, and pictures to the first rank.
-
-        Args:
-            latents: latent frames of a sample.
-            samples: of a run of the sampler.
-        """
-        chunks = max(latents // DECODE_CHUNK, 1)
-        ranks = min(self.ranks, chunks)
-        if ranks == 1:
-            return 0.0
-        pictures = 3 * 4 * DECODE_CHUNK * self.size[0] * self.size[1]
-        return samples * (-(-(chunks - 1) // ranks) * self.remembered(decoder=True) + pictures) * self.width
-
-
 def zero_traffic(
     total: float, trained: float, ranks: int, section: Mapping[str, Any], *, block: float, width: int
 ) -> float:
-    """Return the bytes that a rank sends in an iteration to sum gradients and to hand out weights.
+    """Return the bytes that a rank sends in an iteration to reduce gradients and to gather weights.
 
     Args:
         total: parameters of this rank's network.
@@ -273,3 +246,140 @@ def zero_traffic(
         3: batches * (fetches * total + trained),
     }[zero["stage"]]
     return numbers * width * (ranks - 1) / ranks
+
+
+def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:
+    """Bytes of the buffers in which DeepSpeed collects gradients: one, or two in turn; see its ZeRO stages."""
+    stage, bucket = zero["stage"], zero.get("reduce_bucket_size", 5e8)
+    if stage == 0 or not zero.get("contiguous_gradients", True):
+        return min(bucket, learned) * width
+    return bucket * width * (2 if zero.get("overlap_comm") and stage < 3 else 1)
+
+
+def _clip(config: Config) -> tuple[int, tuple[int, int]] | None:
+    """Return frames and size of the clips; None where the data do not say."""
+    params = config.data.get("params") or {}
+    frames, size = params.get("max_num_frames"), params.get("video_size")
+    return None if frames is None or size is None else (frames, (size[0], size[1]))
+
+
+def text_encoder_bytes(config: Config) -> float:
+    """Return the bytes of the text encoders' weights, by the sizes of their files; 0 without files."""
+    section = config.model.get("conditioner_config")
+    embedders = instantiate_from_config(section).embedders if section is not None else ()
+    folders = [embedder.folder for embedder in embedders if hasattr(embedder, "folder")]
+    return float(sum(file.stat().st_size for folder in folders if Path(folder.path).is_dir() for file in folder.shards))
+
+
+def network_usage(
+    config: Config,
+    video: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    trained: frozenset[str] | None = None,
+) -> Usage:
+    """Measure a forward pass of the network, with `trained` also the backward pass.
+
+    A deep network is measured with few layers, and its numbers are continued in a straight line.
+
+    Args:
+        config: of a run, checked.
+        video: latent frames, without padding, and (height, width) in pixels.
+        batch: samples of all ranks together, both branches of guidance counted.
+        dtype: of the network.
+        trained: names of the parameters that are trained.
+    """
+    section, mesh = dict(config.model["network_config"]), mesh_of(config)
+    params = section["params"] = dict(params_of(section))
+    recomputes = getattr(config.args, "checkpoint_activations", None)
+    if recomputes is not None:
+        params["transformer_args"] = {**(params.get("transformer_args") or {}), "checkpoint_activations": recomputes}
+    modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
+    frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
+    text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
+    text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
+
+    def run(network: Any) -> torch.Tensor:
+        if hasattr(network, "ring_attention"):
+            network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
+        x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
+        context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
+        ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
+        return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
+
+    def measured(depth: int | None) -> Usage:
+        params_here = params if depth is None else {**params, "num_layers": depth}
+        with simulated_ranks(mesh):
+            network = build({**section, "params": params_here})
+        return usage(network, run, dtype, mesh, trained=trained)
+
+    depth = params.get("num_layers")
+    few = 2 + (params.get("transformer_args") or {}).get("checkpoint_skip_layers", 0)
+    if isinstance(depth, int) and depth > few + 2:
+        with simulated_ranks(mesh):
+            whole = num_parameters(build(section), trained or frozenset())
+        try:
+            found = _continued(measured(few), measured(few + 1), depth - few)
+        except InputError:  # a setting names a layer that the small network does not have
+            return measured(None)
+        if (found.weights, found.trained) == whole:
+            return found
+    return measured(None)
+
+
+def _continued(first: Usage, second: Usage, steps: int) -> Usage:
+    """Continue two measurements in a straight line: what a network needs that is `steps` layers deeper than `first`."""
+
+    def line(a: float, b: float) -> float:
+        return a + steps * (b - a)
+
+    return Usage(
+        weights=line(first.weights, second.weights),
+        trained=line(first.trained, second.trained),
+        peak=line(first.peak, second.peak),
+        sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
+    )
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the VAE, which overflows in float16, by that of the network."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torch.dtype) -> Usage:
+    """Measure decoding (B, T, H, W), H and W in pixels of the video, as the engine does it."""
+    args, dtype = config.args, vae_dtype(dtype)
+    channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
+    batch, frames, height, width = latents
+    together = config.model.get("en_and_decode_n_samples_a_time") or (1 if args.vae_slicing else batch)
+
+    def run(vae: Any) -> torch.Tensor:
+        if hasattr(vae, "decodes_everywhere"):
+            vae.decodes_everywhere = False
+        if args.vae_tiling and hasattr(vae, "enable_tiling"):
+            vae.enable_tiling()
+        shape = (min(together, batch), channels, frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+        return torch.cat([vae.decode(torch.empty(shape, dtype=dtype))]).float()
+
+    found = _vae_usage(config, run, dtype, tiles=args.vae_tiling)
+    others = (-(-batch // together) - 1) * found.result  # a piece in 16 bits, and its share of the whole in float32
+    return replace(found, peak=found.peak + others)
+
+
+def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
+    """Measure encoding one clip: frames, height, width."""
+    dtype = vae_dtype(dtype)
+
+    def run(vae: Any) -> torch.Tensor:
+        clip = torch.empty(1, video[0], 3, *video[1:])
+        return vae.encode_moments(clip.transpose(1, 2).to(dtype))
+
+    return _vae_usage(config, run, dtype)
+
+
+def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, tiles: bool = False) -> Usage:
+    mesh = mesh_of(config)
+    with simulated_ranks(mesh):
+        vae = build(config.model["first_stage_config"])
+    return usage(vae, run, dtype, mesh, patience=PATIENCE if tiles and mesh.context == 1 else None)

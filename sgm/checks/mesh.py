@@ -1,4 +1,4 @@
-"""Which ranks share a sample, by a run's configuration; and whether the model can be shared so."""
+"""The mesh of ranks that share a sample, and whether model and number of processes allow it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from sgm.util import instantiate_from_config
 
 
 def mesh_of(config: Config) -> Mesh:
-    """Return how many ranks share a sample, and along what."""
+    """Return how many ranks share a sample along each axis."""
     args = config.args
     return Mesh(
         context=params_of(config.model.get("first_stage_config")).get("cp_size") or 1,
@@ -22,14 +22,14 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Problem]:
-    """Hold the sizes against the number of processes and against what they share.
+    """Check the sizes of the mesh against the number of processes, heads, tokens and branches.
 
     Args:
         config: of a run.
-        num_patches: patches of the smallest sample; None where they are not known.
+        num_patches: patches of the smallest sample; None if unknown.
 
     Returns:
-        What cannot be, with the legal sizes.
+        The illegal sizes, with the legal ones.
     """
     mesh, world = mesh_of(config), sgm.distributed.world_size()
     problems = problems_of("args", "correct the sizes, or the number of processes", lambda: mesh.check(world))

@@ -1,7 +1,6 @@
-"""What must be looked up before a run: files, shapes, precision, device. And the dry run that reports on them.
+"""Check files, shapes, precision and device before a run, and report on them: the dry run.
 
-Nothing here reads weights. Every finding is a `Problem` with the YAML path of its cause, so that all of them can be
-shown together.
+Nothing here reads weights. Every finding is a `Problem` with the YAML path of its cause; all are shown together.
 """
 
 import contextlib
@@ -50,12 +49,16 @@ class SamplingPlan:
 
 
 def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
-    """Fit what the user asks for to what the network can make.
+    """Check frames, size and input of a sampling run against the network, and fill in defaults.
 
     Raises:
-        ConfigError: a frame count, size, or kind of input that the network cannot do; names the nearest legal ones.
+        ConfigError: a frame count, size or kind of input is not supported by the network; names the nearest legal ones.
     """
-    problems = [*_frame_problems(args, geometry), *_size_problems(args, geometry), *_input_problems(args, geometry)]
+    problems = [
+        *_frame_problems(args, geometry),
+        *size_problems("args.sampling_image_size", args.sampling_image_size, geometry),
+        *_input_problems(args, geometry),
+    ]
     if problems:
         raise ConfigError(problems)
     wanted = args.sampling_num_frames
@@ -93,19 +96,18 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
     yield Problem("args.sampling_num_frames", "", found, cure)
 
 
-def _size_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
-    size = args.sampling_image_size
+def size_problems(path: str, size: Any, geometry: Geometry) -> list[Problem]:
+    """Return the problem with (height, width) in pixels given at `path`, if any, with the nearest legal size."""
     if size is None or geometry.size_is_legal(*size):
-        return
-    best = geometry.nearest_size(*size)
-    cure = f"nearest legal: args.sampling_image_size=[{best[0]},{best[1]}]"
-    if geometry.fixed_size:
-        cure += f"; the {geometry.positions} positions of this network fit that size only"
-    else:
-        steps, most = geometry.size_steps, geometry.max_size
-        cure += f"; height: multiples of {steps[0]} up to {most[0]}, width: multiples of {steps[1]} up to {most[1]}"
-    found = f"{size[0]}x{size[1]} (height x width) is no size that the network can make"
-    yield Problem("args.sampling_image_size", "", found, cure)
+        return []
+    best, steps, most = geometry.nearest_size(*size), geometry.size_steps, geometry.max_size
+    legal = (
+        f"the {geometry.positions} positions of this network fit that size only"
+        if geometry.fixed_size
+        else f"height: multiples of {steps[0]} up to {most[0]}, width: multiples of {steps[1]} up to {most[1]}"
+    )
+    found = f"{size[0]}x{size[1]} (height x width) is no size that the network can take"
+    return [Problem(path, "", found, f"nearest legal: {path}=[{best[0]},{best[1]}]; {legal}")]
 
 
 def _input_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
@@ -130,7 +132,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def check_files(config: Config) -> list[Problem]:
-    """Look for every file and folder that sampling will read or write; return what is missing or unusable."""
+    """Return the files and folders of a run that are missing or unusable."""
     args, problems = config.args, []
     if args.load is None and config.mode == "inference":  # training from nothing needs none
         cure = "add args.load=<folder that holds 'latest'>; the README says how checkpoints must look"
@@ -175,7 +177,7 @@ def params_of(section: Any) -> Mapping[str, Any]:
 
 
 def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
-    """Run `check`; return its complaint, if any, as the problem at `path`."""
+    """Run `check` and return the errors that it raises, as problems at `path`."""
     try:
         check()
     except ConfigError as error:
@@ -186,7 +188,7 @@ def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]
 
 
 def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
-    """Hold the parts of the model against each other: text encoder, network, VAE; return what does not fit."""
+    """Return the shapes in which text encoder, network and VAE disagree."""
     modules = params_of(config.model.get("network_config")).get("modules") or {}
     positions = "modules.pos_embed_config.params.text_length"
     text_length = params_of(modules.get("pos_embed_config")).get("text_length")
@@ -212,8 +214,8 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def _inspect(config: Config) -> tuple[dict[str, Any], list[Problem]]:
-    """Return what could be found out (geometry, plan, device, dtype), and every problem."""
+def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
+    """Return geometry, plan, device and dtype, as far as they are legal, and every problem."""
     args, problems, facts = config.args, check_files(config), {}
 
     def collect(name: str, path: str, work: Callable[[], Any]) -> None:
@@ -232,17 +234,17 @@ def _inspect(config: Config) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def dry_run(config: Config) -> str:
-    """Check everything that can be checked without reading weights, and describe the run.
+    """Check a sampling run without reading weights, and describe it.
 
-    Builds network and VAE without memory; this imports every class that the YAML names and runs its own checks.
+    Network and VAE are built without memory, which imports every class that the YAML names and runs its own checks.
 
     Returns:
         A table: parameters, precision, what will be sampled, and the legal frame counts and sizes.
 
     Raises:
-        ConfigError: everything that is wrong.
+        ConfigError: all problems.
     """
-    facts, problems = _inspect(config)
+    facts, problems = _check_settings(config)
     problems += _missing_sections(config)
     counts: dict[str, int] = {}
     for part, section in config.model.items():
@@ -256,7 +258,7 @@ def dry_run(config: Config) -> str:
 
 
 def _missing_sections(config: Config) -> Iterator[Problem]:
-    """Find the parts of the model that sampling needs and that the YAML leaves out."""
+    """Yield the sections that sampling needs and the YAML lacks."""
     needed = {"sampler_config": "to sample", "conditioner_config": "to read prompts"}
     if not config.args.only_save_latents or config.model.get("noised_image_input"):
         needed["first_stage_config"] = "to turn latents into video, or images into latents"
@@ -271,7 +273,7 @@ def _missing_sections(config: Config) -> Iterator[Problem]:
 
 
 def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
-    """Build a part of the model, modules without memory; note its parameters, and hold its weights' names to it."""
+    """Build a part of the model (modules without memory), count its parameters, and check the names in its weights."""
     args = config.args
     large = part in ("network_config", "first_stage_config")
     with without_allocating() if large else contextlib.nullcontext():
@@ -333,5 +335,5 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
 
 
 def as_table(rows: Mapping[str, str]) -> str:
-    """Return the rows of a report, name and text, in the columns that all reports have."""
+    """Return the rows of a report, name and text, in two columns."""
     return "\n".join(f"{name:<13}  {text}" for name, text in rows.items())

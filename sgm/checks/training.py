@@ -1,9 +1,9 @@
-"""What must hold between the data that a training run asks for and the network that it trains."""
+"""Check the clips of a training run (frames, size, buckets) against the network."""
 
 import dataclasses
 import inspect
-from typing import Any
 
+from sgm.checks.sampling import size_problems
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets
 from sgm.data.buckets.config import parse_buckets
@@ -14,22 +14,22 @@ _DATA = "data.params"
 
 
 def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
-    """Hold frame count, size and buckets of the clips against what the network can take.
+    """Check frame count, size and buckets of the clips against the network.
 
-    A data set of one's own may lack these parameters; then they are not judged.
+    A data set of another class may lack these parameters; then they are not checked.
 
     Args:
         config: of a training run.
         geometry: of its network.
 
     Returns:
-        What does not fit, with the nearest legal values.
+        The illegal values, with the nearest legal ones.
     """
     signature = inspect.signature(get_obj_from_str(config.data["target"]))
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
-    problems += _size_problems(params.get("video_size"), geometry)
+    problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
@@ -38,19 +38,19 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
-    """Return the buckets of the training clips, as far as the network can take them; None without.
+    """Return the buckets of the training clips that the network supports; None without buckets.
 
     Raises:
-        ConfigError: they are malformed, or the network cannot take one that is named.
+        ConfigError: they are malformed, or the network does not support one that is named.
     """
     given = (config.data.get("params") or {}).get("buckets")
     return None if given is None else parse_buckets(given).supported_by(geometry)
 
 
 def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:
-    """Return the configuration of a run on the bucket with the most patches at a time, and what it is in words.
+    """Return the configuration with nothing but the bucket of the most patches, and that bucket in words.
 
-    Without buckets, the configuration as it is, and no words. For estimates.
+    Without buckets, return the same configuration and "". For estimates.
 
     Args:
         config: of a training run, checked.
@@ -88,17 +88,3 @@ def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
         cure += f"; rotary positions have no end, so model.network_config.params.num_frames={frames} allows it"
     return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network cannot take", cure)]
-
-
-def _size_problems(size: Any, geometry: Geometry) -> list[Problem]:
-    if size is None or geometry.size_is_legal(*size):
-        return []
-    best, steps, most = geometry.nearest_size(*size), geometry.size_steps, geometry.max_size
-    legal = (
-        f"the {geometry.positions} positions of this network fit that size only"
-        if geometry.fixed_size
-        else f"height: multiples of {steps[0]} up to {most[0]}, width: multiples of {steps[1]} up to {most[1]}"
-    )
-    found = f"{size[0]}x{size[1]} (height x width) is no size that the network can take"
-    cure = f"nearest legal: {_DATA}.video_size=[{best[0]},{best[1]}]; {legal}"
-    return [Problem(f"{_DATA}.video_size", "", found, cure)]

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import sgm.distributed
-from sgm.checks.estimate_run import sampling_rows
+from sgm.checks.estimate import sampling_rows
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem

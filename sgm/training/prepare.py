@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate_run import training_rows
+from sgm.checks.estimate import training_rows
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.sampling import SamplingPlan, check_files, check_sampling, check_shapes, params_of, problems_of
 from sgm.checks.training import check_training_data, fitted_buckets

@@ -2,7 +2,7 @@
 
 Run: torchrun --standalone --nproc_per_node=2 tests/sgm/checks/estimate_ranks.py
 
-Rank zero writes {case: {"sent": bytes, "saved": bytes, "forward": bytes}}.
+Rank zero writes {case: {"sent": bytes, "forward": peak bytes, "sent in training": bytes, "training": peak bytes}}.
 """
 
 import json
@@ -16,10 +16,13 @@ import torch._dynamo  # checkpoint does it; once there are groups, that would ke
 import torch.distributed as dist
 
 import sgm.distributed
+from sgm.checks.fake_run import LiveBytes
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from tests.sgm.checks.live_bytes import BATCH, LiveBytes, inputs, make_network, make_vae, saved_bytes
+from sgm.util import instantiate_from_config
+from tests.sgm.checks.live_bytes import BATCH, inputs, make_network, vae_section
 
+LAYERS = 5
 sent = 0
 
 
@@ -78,15 +81,13 @@ def counted(work: Callable[[], Any]) -> int:
 
 
 def measure(network: Any) -> dict[str, float]:
-    """One pass without gradients, one with; recomputed."""
-    x, timesteps, context = inputs()
-    network.get_mixin("adaln_layer").recomputed_layers = 0
-    with torch.no_grad(), LiveBytes() as live:
-        forward = counted(lambda: network(x, timesteps, context))
-    saved = saved_bytes(network, x, timesteps, context)
-    network.get_mixin("adaln_layer").recomputed_layers = 2
-    training = counted(lambda: network(x, timesteps, context).sum().backward())
-    return {"sent": forward, "sent in training": training, "saved": saved, "forward": live.peak}
+    """One pass without gradients, one with, recomputed."""
+    with torch.no_grad(), LiveBytes() as forward:
+        sent = counted(lambda: network(*inputs()))
+    network.get_mixin("adaln_layer").recomputed_layers = LAYERS
+    with LiveBytes() as training:
+        in_training = counted(lambda: network(*inputs()).float().square().mean().backward())
+    return {"sent": sent, "forward": forward.peak, "sent in training": in_training, "training": training.peak}
 
 
 def main() -> None:
@@ -95,12 +96,13 @@ def main() -> None:
 
     sgm.distributed.initialize(mesh=Mesh(sequence=2, context=2))
     count_traffic()
-    network, found = make_network(), {}
+    found = {}
     for name, ring in (("Ulysses", False), ("ring", True)):
+        network = make_network(layers=LAYERS)
         network.ring_attention = ring
         found[name] = measure(network)
     group = sgm.distributed.sequence_group()
-    vae = make_vae(cp_size=2)
+    vae = instantiate_from_config(vae_section(cp_size=2))
     vae.decodes_everywhere = False
     with torch.no_grad():
         found["VAE"] = {"sent": counted(lambda: vae.decode(torch.randn(1, 16, 6, 4, 4)))}
@@ -117,7 +119,7 @@ def main() -> None:
     sgm.distributed._mesh, sgm.distributed._axes = Mesh(tensor=2), {}
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(2)
-    found["layers"] = measure(make_network())
+    found["layers"] = measure(make_network(layers=LAYERS))
     if dist.get_rank() == 0:
         sys.stdout.write(json.dumps(found) + "\n")
     sgm.distributed.shutdown()

@@ -1,66 +1,14 @@
-"""Count the bytes of tensors that exist at a time, and networks of any width to count them in."""
+"""Networks and VAEs of any width, to count the bytes of their tensors."""
 
-import weakref
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from sgm.util import instantiate_from_config, without_allocating
 from tests.processes import ROOT
 
 BATCH, LATENTS, TEXT = 2, (5, 8, 16, 16), 30  # T, C, H, W: 320 patches
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follow the memory of the tensors that operations make.
-
-    Attributes:
-        live: bytes now.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for x in tree_iter(made):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in before and key not in self._known:
-                    self._known.add(key)
-                    self.live += size
-                    weakref.finalize(storage, self._forget, key, size)
-        self.peak = max(self.peak, self.live)
-        return made
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def saved_bytes(module: torch.nn.Module, *arguments: Any) -> int:
-    """Bytes that the backward pass keeps alive, without the weights."""
-    storages = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
-        return tensor.detach()  # an output itself would hold the graph that holds it
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = module(*arguments)
-    assert out.grad_fn is not None
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def network_section(*, hidden: int = 384, layers: int = 2, model: str = "cogvideox_5b") -> Any:
@@ -80,7 +28,7 @@ def network_section(*, hidden: int = 384, layers: int = 2, model: str = "cogvide
 
 
 def make_network(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    """A network of zeros: what is in its tensors does not matter. With LoRA, only the adapters are trained."""
+    """A network of zeros. With LoRA, only the adapters are trained. Gradients of weights are dropped as they come."""
     with without_allocating():
         network = instantiate_from_config(network_section(**kwargs))
     network = network.to(dtype).to_empty(device="cpu")
@@ -88,6 +36,8 @@ def make_network(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
     for name, parameter in network.named_parameters():
         parameter.data.zero_()
         parameter.requires_grad_(parameter.requires_grad and (".matrix_" in name or not adapters))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return network
 
 
@@ -96,11 +46,16 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return torch.zeros(BATCH, *LATENTS, dtype=dtype), torch.zeros(BATCH), torch.zeros(BATCH, TEXT, 256, dtype=dtype)
 
 
-def make_vae(*, channels: int = 32, **params: Any) -> Any:
-    """The released VAE with `channels` at full resolution, where that one has 128, in float32."""
+def trained_names(network: torch.nn.Module) -> frozenset[str]:
+    """Names of the parameters that are trained."""
+    return frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
+def vae_section(*, channels: int = 32, **params: Any) -> Any:
+    """The section of the released VAE with `channels` at full resolution, where that one has 128."""
     section: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "cogvideox_5b.yaml").model)
     section = section["first_stage_config"]
     for part in ("encoder_config", "decoder_config"):
         section["params"][part]["params"] = section["params"][part]["params"] | {"ch": channels}
     section["params"] |= params
-    return instantiate_from_config(section)
+    return section

@@ -1,40 +1,50 @@
-"""The formulas of memory and traffic against tensors that are counted, and what is said by --check."""
+"""Estimates against tensors that are counted in real runs, and what --check prints."""
 
 import inspect
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from sgm.checks.estimate import Autoencoder, Network, bytes_per_rank
-from sgm.checks.estimate_run import mesh_row, parameters, sampling_rows, training_estimate, training_rows
+from sgm.checks.estimate import (
+    _decode_usage,
+    _encode_usage,
+    bytes_per_rank,
+    network_usage,
+    rank_row,
+    sampling_rows,
+    training_estimate,
+    training_rows,
+)
+from sgm.checks.fake_run import LiveBytes, build, usage
 from sgm.checks.sampling import as_table
 from sgm.config.load import load_config
 from sgm.distributed import Mesh
-from sgm.util import without_allocating
-from sgm.weights.partition import Shard, take_shard
 from tests.processes import ROOT, run
-from tests.sgm.checks.live_bytes import BATCH, LATENTS, TEXT, LiveBytes, inputs, make_network, make_vae, saved_bytes
+from tests.sgm.checks.live_bytes import (
+    BATCH,
+    LATENTS,
+    inputs,
+    make_network,
+    network_section,
+    trained_names,
+    vae_section,
+)
 from tools import parallel_table
 
 DOCUMENT = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
-KNOWN = Network(
-    text=TEXT,
-    patches=LATENTS[0] * LATENTS[2] * LATENTS[3] // 4,
-    hidden=384,
-    layers=2,
-    recomputed=0,
-    rotary=True,
-    adapter_rank=0,
-    outputs=4 * LATENTS[1],
-    text_size=256,
-    width=4,
-    ring=False,
-    mesh=Mesh(),
-)
-LORA = {"model": "cogvideox_5b_lora"}
+VIDEO = (LATENTS[0], 8 * LATENTS[2], 8 * LATENTS[3])
+TOY = ["configs/toy.yaml", "configs/toy_inference.yaml"]
+TOY_TRAINING = ["configs/toy.yaml", "configs/toy_sft.yaml"]
+
+
+def with_model(*overrides, mode="inference", **sections):
+    """The toy's configuration with other sections of the model."""
+    config = load_config(TOY if mode == "inference" else TOY_TRAINING, overrides, mode=mode)
+    config.model.update(sections)
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -53,72 +63,105 @@ def test_weights_and_optimizer_in_float32(stage, expected):
     assert bytes_per_rank(1, 0.5, 3, stage, ema=True, width=4)[0] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kwargs", [{"hidden": 384}, {"hidden": 512, "layers": 3}, LORA, {"model": "cogvideox_2b"}])
-def test_what_is_saved_for_the_backward_pass(kwargs):
-    lora = "lora" in kwargs.get("model", "")
-    sizes = {name: kwargs.get(name, getattr(KNOWN, name)) for name in ("hidden", "layers")}
-    known = replace(KNOWN, **sizes, adapter_rank=16 * lora, rotary=kwargs.get("model") != "cogvideox_2b")
-    assert known.saved_bytes(BATCH) == pytest.approx(saved_bytes(make_network(**kwargs), *inputs()), rel=0.05)
-
-
-@pytest.mark.slow
-def test_what_a_network_as_wide_as_the_5b_saves():
-    """Two of its blocks, 350 tokens of two samples."""
-    found = saved_bytes(make_network(hidden=3072), *inputs())
-    assert replace(KNOWN, hidden=3072).saved_bytes(BATCH) == pytest.approx(found, rel=0.05)
-
-
-@pytest.mark.parametrize("recomputed", [0, 4])
-@pytest.mark.parametrize("model", ["cogvideox_5b", "cogvideox_5b_lora"])
-def test_the_most_of_a_forward_and_backward_pass(model, recomputed):
-    """Gradients of weights are dropped as they come: they are counted with the weights."""
-    network = make_network(model=model, layers=4)
-    network.get_mixin("adaln_layer").recomputed_layers = recomputed
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+def test_live_bytes_are_those_of_storages():
     with LiveBytes() as live:
-        network(*inputs()).sum().backward()
-    known = replace(KNOWN, layers=4, recomputed=recomputed, adapter_rank=16 * ("lora" in model))
-    assert 0.9 <= live.peak / known.backward_bytes(BATCH) <= 1.1
+        first = torch.zeros(100)
+        view = first[10:].view(3, 30)
+        (view.double() + 1).sum()
+        del view
+        second = first.half()
+    assert live.live == first.nbytes + second.nbytes
+    assert live.peak == 400 + 2 * 90 * 8
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", ["cogvideox_5b", "cogvideox_5b_lora", "cogvideox_2b"])
+def test_the_peak_of_training(model, dtype, recomputed):
+    """Six layers in real memory; the estimate measures two and three."""
+    network = make_network(model=model, layers=6, dtype=dtype)
+    network.get_mixin("adaln_layer").recomputed_layers = 6 * recomputed
+    with LiveBytes() as live:
+        network(*inputs(dtype)).float().square().mean().backward()
+    section = network_section(model=model, layers=6)
+    config = with_model(f"args.checkpoint_activations={recomputed}", mode="train", network_config=section)
+    found = network_usage(config, VIDEO, BATCH, dtype, trained=trained_names(network))
+    assert found.peak == pytest.approx(live.peak, rel=0.05)
+    assert found.weights == sum(p.numel() for p in network.parameters())
+    assert found.trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", ["cogvideox_2b", "cogvideox_5b"])
-def test_the_most_of_a_forward_pass_alone(model, dtype):
-    network = make_network(model=model, dtype=dtype)
+def test_the_peak_of_a_forward_pass(model, dtype):
+    network = make_network(model=model, layers=5, dtype=dtype)
     with torch.no_grad(), LiveBytes() as live:
         network(*inputs(dtype))
-    known = replace(KNOWN, rotary=model == "cogvideox_5b", width=dtype.itemsize)
-    assert 0.9 <= live.peak / known.forward_bytes(BATCH) <= 1.1
+    config = with_model(network_config=network_section(model=model, layers=5))
+    assert network_usage(config, VIDEO, BATCH, dtype).peak == pytest.approx(live.peak, rel=0.05)
+
+
+def test_layers_that_differ_are_measured_one_by_one():
+    """Adapters on the last two of six layers: a shorter network has none."""
+    section = network_section(model="cogvideox_5b_lora", layers=6)
+    section["params"]["modules"]["lora_config"]["params"]["layer_range"] = [4, 5]
+    names = frozenset(name for name, _ in build(section).named_parameters() if ".matrix_" in name)
+    found = network_usage(with_model(network_config=section), VIDEO, BATCH, torch.float32, trained=names)
+    assert found.trained == 2 * 2 * 4 * 16 * 384
+
+
+class Widening(nn.Linear):
+    """A module that computes in float32, and copies what is transposed."""
+
+    def forward(self, x):
+        return super().forward(x.float().mT.contiguous().mT.to(x.dtype))
+
+
+def test_copies_of_another_dtype_and_of_another_layout_are_counted():
+    x = torch.empty(64, 1000, dtype=torch.bfloat16)
+    found = usage(Widening(1000, 1), lambda module: module(torch.empty_like(x)), torch.bfloat16, Mesh())
+    assert found.peak == x.nbytes + 2 * 2 * x.nbytes
 
 
 # The VAE, of the released channels and on the meta device, which holds no numbers
 
 
-def released_vae(**kwargs) -> Autoencoder:
-    given = {"channels": (128, 256, 256, 512), "blocks": 3, "latent_channels": 16, "parameters": 0, "width": 4}
-    return Autoencoder(**given | {"size": (96, 160), "ranks": 1, "encode_chunk": None} | kwargs)
-
-
-def live_of_vae(method: str, *shape: int, **params) -> int:
-    with without_allocating():
-        vae = make_vae(channels=128, **params)
+def live_of_vae(method: str, *shape: int, section, **attributes) -> int:
+    vae = build(section)
+    for name, value in attributes.items():
+        setattr(vae, name, value)
     with torch.no_grad(), LiveBytes() as live:
         getattr(vae, method)(torch.empty(shape, device="meta"))
     return live.peak
 
 
-@pytest.mark.parametrize("latents", [1, 2, 3, 8])
-def test_the_most_of_decoding(latents):
-    found = live_of_vae("decode", 1, 16, latents, 12, 20)
-    assert released_vae().decode_bytes(latents) == pytest.approx(found, rel=0.05)
+@pytest.mark.parametrize("latents", [1, 8])
+def test_the_peak_of_decoding(latents):
+    section = vae_section(channels=128)
+    found = live_of_vae("decode", 1, 16, latents, 12, 20, section=section)
+    config = with_model(first_stage_config=section)
+    config.model["network_config"]["params"]["out_channels"] = 16
+    assert _decode_usage(config, (1, latents, 96, 160), torch.float32).peak == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize(("frames", "chunk"), [(1, None), (17, None), (17, 8)])
-def test_the_most_of_encoding(frames, chunk):
-    found = live_of_vae("encode", 1, 3, frames, 96, 160, encode_chunk=chunk)
-    assert released_vae(encode_chunk=chunk).encode_bytes(frames) == pytest.approx(found, rel=0.05)
+def test_the_peak_of_decoding_in_tiles():
+    """It is measured until the tiles repeat."""
+    section = vae_section(channels=32)
+    config = with_model("args.vae_tiling=true", first_stage_config=section)
+    config.model["network_config"]["params"]["out_channels"] = 16
+    vae = build(section)
+    vae.enable_tiling()
+    with torch.no_grad(), LiveBytes() as live:
+        vae.decode(torch.empty(1, 16, 3, 96, 90, device="meta"))
+    assert _decode_usage(config, (1, 3, 768, 720), torch.float32).peak == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("frames", "chunk"), [(17, None), (17, 8)])
+def test_the_peak_of_encoding(frames, chunk):
+    section = vae_section(channels=128, encode_chunk=chunk)
+    found = live_of_vae("encode_moments", 1, 3, frames, 96, 160, section=section)
+    config = with_model(first_stage_config=section)
+    assert _encode_usage(config, (frames, 96, 160), torch.float32).peak == pytest.approx(found, rel=0.05)
 
 
 # What two ranks that share a sample send, and hold
@@ -132,58 +175,47 @@ def counted():
 
 
 SHARED = {
-    "Ulysses": replace(KNOWN, mesh=Mesh(sequence=2)),
-    "ring": replace(KNOWN, mesh=Mesh(sequence=2), ring=True),
-    "layers": replace(KNOWN, mesh=Mesh(tensor=2)),
+    "Ulysses": ["args.sequence_parallel_size=2", "args.sequence_attention=ulysses"],
+    "ring": ["args.sequence_parallel_size=2", "args.sequence_attention=ring"],
+    "layers": ["args.model_parallel_size=2"],
 }
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_what_ranks_of_a_sample_send(counted, case):
-    """Gradients of the norms of queries and keys are summed as well, a few numbers."""
-    forward = SHARED[case].traffic(BATCH, trains=False)
-    training = replace(SHARED[case], recomputed=2).traffic(BATCH, trains=True)
-    assert sum(forward.values()) == pytest.approx(counted[case]["sent"], rel=0.01)
-    assert sum(training.values()) == pytest.approx(counted[case]["sent in training"], rel=0.01)
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_what_ranks_of_a_sample_hold(counted, case):
-    assert SHARED[case].saved_bytes(BATCH) == pytest.approx(counted[case]["saved"], rel=0.05)
-    assert 0.85 <= counted[case]["forward"] / SHARED[case].forward_bytes(BATCH) <= 1.1
+def test_what_ranks_of_a_sample_send_and_hold(counted, case):
+    section = network_section(layers=5)
+    names = trained_names(make_network(layers=5))
+    forward = network_usage(with_model(*SHARED[case], network_config=section), VIDEO, BATCH, torch.float32)
+    config = with_model(*SHARED[case], "args.checkpoint_activations=true", mode="train", network_config=section)
+    training = network_usage(config, VIDEO, BATCH, torch.float32, trained=names)
+    assert sum(forward.sent.values()) == pytest.approx(counted[case]["sent"], rel=0.01)
+    assert sum(training.sent.values()) == pytest.approx(counted[case]["sent in training"], rel=0.01)
+    assert forward.peak == pytest.approx(counted[case]["forward"], rel=0.05)
+    assert training.peak == pytest.approx(counted[case]["training"], rel=0.05)
 
 
 def test_what_the_branches_of_guidance_send(counted):
-    sent = replace(KNOWN, mesh=Mesh(cfg=2)).traffic(BATCH, trains=False)
-    assert sent == {"guidance": counted["guidance"]["sent"]}
+    config = with_model("args.cfg_parallel_size=2", network_config=network_section())
+    assert network_usage(config, VIDEO, 2 * BATCH, torch.float32).sent == {"guidance": counted["guidance"]["sent"]}
 
 
 def test_what_ranks_of_a_video_send(counted):
     """Rank zero of two, three chunks: it sends two times to its neighbour; pictures go to it."""
-    vae = released_vae(channels=(32, 64, 64, 128), size=(32, 32), ranks=2)
-    assert 0.9 <= counted["VAE"]["sent"] / vae.decode_traffic(6, 1) <= 1
-
-
-@pytest.mark.parametrize("model", ["cogvideox_5b", "cogvideox_5b_lora"])
-def test_the_parameters_of_a_rank(model):
-    network = make_network(model=model)
-    own = {name: take_shard(name, p, Shard(1, 2)).numel() for name, p in network.named_parameters()}
-    trained = [name for name, p in network.named_parameters() if p.requires_grad]
-    assert parameters(network, 2, trained) == (sum(own.values()), sum(own[name] for name in trained))
+    config = with_model(first_stage_config=vae_section(cp_size=2))
+    config.model["network_config"]["params"]["out_channels"] = 16
+    assert _decode_usage(config, (1, 6, 32, 32), torch.float32).sent == {"VAE": counted["VAE"]["sent"]}
 
 
 # What --check prints
 
-TOY = ["configs/toy.yaml", "configs/toy_inference.yaml"]
-
 
 def test_without_a_launcher_the_number_of_processes_may_be_given(monkeypatch):
-    assert mesh_row(Mesh()) == "1 process"
+    assert rank_row(Mesh()) == "1 process"
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert mesh_row(Mesh()) == "8 processes, 8 samples at a time"
+    assert rank_row(Mesh()) == "8 processes, 8 samples at a time"
     mesh = Mesh(sequence=2, cfg=2, context=4)
     shared = "8 processes, 2 samples at a time, each shared by 4 (tokens by 2, guidance by 2, VAE by 4)"
-    assert mesh_row(mesh) == shared
+    assert rank_row(mesh) == shared
 
 
 def test_the_rows_of_sampling(monkeypatch):
@@ -198,10 +230,31 @@ def test_the_rows_of_sampling(monkeypatch):
     assert all(row["memory"].startswith("estimated ") and "text encoder" in row["memory"] for row in (one, four))
 
 
-def test_a_class_of_ones_own_is_not_estimated():
+class OwnVAE(nn.Conv3d):
+    """A VAE of another class: nothing but `decode`."""
+
+    def __init__(self, **_):
+        super().__init__(4, 3, 1)
+
+    def decode(self, latents):
+        return self(latents).repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+
+class WithoutFakes(OwnVAE):
+    """It reads a number of a tensor, which a fake one does not have."""
+
+    def decode(self, latents):
+        return super().decode(latents * latents.max().item())
+
+
+def test_another_class_is_estimated_if_it_runs_on_fake_tensors():
     config = load_config(TOY, mode="inference")
-    config.model["network_config"]["target"] = "mine.Network"
-    assert sampling_rows(config, torch.float32)["memory"].startswith("not estimated: model.network_config.target")
+    channels = config.model["network_config"]["params"]["out_channels"]
+    config.model["first_stage_config"] = {"target": f"{__name__}.OwnVAE"}
+    OwnVAE.__init__ = lambda self, **_: nn.Conv3d.__init__(self, channels, 3, 1)
+    assert sampling_rows(config, torch.float32)["memory"].startswith("estimated ")
+    config.model["first_stage_config"] = {"target": f"{__name__}.WithoutFakes"}
+    assert sampling_rows(config, torch.float32)["memory"].startswith("not estimated: DataDependentOutputException")
 
 
 def training(*overrides: str, bases=("toy", "toy_sft")):
@@ -248,9 +301,9 @@ def test_offloading_moves_memory_to_the_machine(monkeypatch):
         for more in ([], [optimizer], both)
     ]
     on_device = [estimate.phases["the network"][state] for estimate in found]
-    assert found[0].machine == 0 < found[1].machine < found[2].machine
+    assert found[0].host == 0 < found[1].host < found[2].host
     assert on_device[0] > on_device[1] > on_device[2] == 0
-    assert found[1].machine + on_device[1] == found[2].machine
+    assert found[1].host + on_device[1] == found[2].host
 
 
 # The tables of the document

@@ -1,0 +1,206 @@
+"""Run a module on fake tensors: count the bytes that are alive, and the bytes that a rank sends.
+
+Fake tensors (`torch._subclasses.fake_tensor`) have shapes and dtypes, and no numbers: the code of a run executes as it
+does on real ones, at the size and in the dtype of the run, in no memory. Every copy that an operator makes is counted.
+Not counted: the workspace of kernels, buffers of NCCL, and what an allocator holds without use. The operators are those
+of a CPU; of a device's, only the kernel of attention differs.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FakeWork  # a transfer that is complete
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import sgm.distributed
+from sgm.distributed import Mesh
+from sgm.util import instantiate_from_config, without_allocating
+
+AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # as reports call them
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a module needs of one rank.
+
+    Attributes:
+        weights: parameters.
+        trained: parameters that are trained.
+        peak: bytes of all other tensors that are alive at once, gradients of weights apart.
+        sent: axis, as in `AXES` → bytes sent.
+        result: bytes of what the module returned.
+    """
+
+    weights: float
+    trained: float = 0
+    peak: float = 0
+    sent: Mapping[str, float] = field(default_factory=dict)
+    result: float = 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the storages that operators make, as long as they are alive.
+
+    Args:
+        patience: stop with `Settled` after this many operators without a new peak; None runs to the end.
+
+    Attributes:
+        live: bytes now.
+        peak: the largest value of `live` so far.
+    """
+
+    class Settled(Exception):  # noqa: N818 (no error)
+        """The peak does not grow any more."""
+
+    def __init__(self, patience: int | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._patience, self._calm = patience, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in tree_iter(made):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in before and key not in self._known:
+                    self._known.add(key)
+                    self.live += size
+                    weakref.finalize(storage, self._forget, key, size)
+        self._calm = 0 if self.live > self.peak else self._calm + 1
+        self.peak = max(self.peak, self.live)
+        if self._patience is not None and self._calm > self._patience:
+            raise self.Settled
+        return made
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class CountingGroup(dist.ProcessGroup):
+    """A process group whose other ranks do not exist: it counts what rank zero sends, and nothing arrives.
+
+    Args:
+        size: ranks.
+        add: called with the bytes of each transfer.
+    """
+
+    def __init__(self, size: int, add: Callable[[float], None]) -> None:
+        super().__init__(0, size)
+        self._num, self._add = size, add
+
+    def allreduce(self, tensors: Any, *_: Any) -> Any:  # noqa: D102 (ProcessGroup's interface, as all that follow)
+        self._add(2 * (self._num - 1) / self._num * sum(x.nbytes for x in tensors))  # around a ring
+        return FakeWork()
+
+    def allgather(self, _: Any, tensors: Any, *__: Any) -> Any:  # noqa: D102
+        self._add((self._num - 1) * sum(x.nbytes for x in tensors))
+        return FakeWork()
+
+    def alltoall_base(self, _: Any, tensor: Any, __: Any, sizes: Any, *___: Any) -> Any:  # noqa: D102
+        own = sizes[0] / sum(sizes) if sizes else 1 / self._num
+        self._add((1 - own) * tensor.nbytes)
+        return FakeWork()
+
+    all_to_all_single = alltoall_base  # its name from torch 2.13 on
+
+    def broadcast(self, tensors: Any, options: Any) -> Any:  # noqa: D102
+        self._add((options.rootRank == 0) * sum(x.nbytes for x in tensors))
+        return FakeWork()
+
+    def send(self, tensors: Any, *_: Any) -> Any:  # noqa: D102
+        self._add(sum(x.nbytes for x in tensors))
+        return FakeWork()
+
+    def recv(self, *_: Any) -> Any:  # noqa: D102
+        return FakeWork()
+
+
+@contextmanager
+def simulated_ranks(mesh: Mesh) -> Iterator[Counter]:
+    """Context in which this process is the first rank of `mesh`; yields the bytes that it sends, by axis."""
+    sent: Counter = Counter()
+
+    def make_group(axis: str, size: int) -> dist.ProcessGroup:
+        return CountingGroup(size, lambda num: sent.update({AXES[axis]: num}))
+
+    with sgm.distributed.simulate(mesh, make_group):
+        yield sent
+
+
+def build(section: Mapping[str, Any]) -> Any:
+    """Build what a section describes, without memory."""
+    with without_allocating():
+        return instantiate_from_config(section)
+
+
+def usage(
+    module: Any,
+    work: Callable[[Any], torch.Tensor],
+    dtype: torch.dtype,
+    mesh: Mesh,
+    *,
+    trained: frozenset[str] | None = None,
+    patience: int | None = None,
+) -> Usage:
+    """Run `work` with a module on fake tensors and count.
+
+    Args:
+        module: built within `simulated_ranks(mesh)`, see `build`; gets fake weights.
+        work: makes the inputs, runs the module, and returns its result; with `trained`, a backward pass follows.
+        dtype: of the weights.
+        mesh: how many ranks share a sample.
+        trained: names of the parameters that are trained; None for a run without gradients.
+        patience: see `LiveBytes`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # not before it is needed: it imports sympy
+
+    learned = trained or frozenset()
+    with simulated_ranks(mesh) as sent, FakeTensorMode(allow_non_fake_inputs=True):
+        _make_fake(module, dtype, learned)
+        module.train(trained is not None)
+        live, result = LiveBytes(patience), 0
+        try:
+            with live, torch.set_grad_enabled(trained is not None):
+                out = work(module)
+                result = out.nbytes
+                if out.requires_grad:
+                    out.float().square().mean().backward()
+        except LiveBytes.Settled:
+            pass
+    weights, num_trained = num_parameters(module, learned)
+    return Usage(weights, num_trained, live.peak, dict(sent), result)
+
+
+def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:
+    """Return how many parameters a module has, and how many of those are trained."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in trained)
+
+
+def _make_fake(module: nn.Module, dtype: torch.dtype, trained: frozenset[str]) -> None:
+    """Replace weights and buffers by fake ones; call it within a FakeTensorMode."""
+    for prefix, part in module.named_modules():
+        for name, weight in part._parameters.items():
+            if weight is None:
+                continue
+            learns = f"{prefix}.{name}".lstrip(".") in trained
+            fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=learns)
+            if learns:  # gradients are counted with the optimizer's state
+                fake.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            part._parameters[name] = fake
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                part._buffers[name] = torch.empty(buffer.shape, dtype=kind)
