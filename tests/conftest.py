@@ -1,8 +1,11 @@
 """Fixtures: complete tiny models in the released layout, made from the golden weights."""
 
 import contextlib
+import gc
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and tiny tensors gain nothing from threads
@@ -13,11 +16,51 @@ import yaml
 from transformers import T5Config, T5EncoderModel
 
 import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be that of one test
+from tests.processes import ENV
 
+os.fsync = lambda _: None  # no test cuts the power, and a training waits for the disk dozens of times
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
+
+# Session fixtures that take long and that several files use: one worker runs all of their users.
+SHARED = ("demo",)
+# Files that take longest start first, so that both workers end at about the same time.
+LONGEST = (
+    "sgm/training/test_run.py",
+    "test_launchers.py",
+    "sgm/training/test_optimizer.py",
+    "sgm/training/test_resume.py",
+    "sgm/training/test_failures.py",
+    "test_shared.py",
+    "sgm/training/test_presets.py",
+    "sgm/training/test_shared_samples.py",
+    "sgm/training/test_caches.py",
+    "sgm/training/test_evaluate.py",
+    "sgm/conversion/test_consolidate.py",
+    "tools/toy/test_make_assets.py",
+)
+
+
+def _group(item: pytest.Item) -> str:
+    """Return the name of the tests that run on one worker: the users of a shared fixture, or those of a file."""
+    shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+    return shared[0] if shared else item.path.relative_to(ROOT / "tests").as_posix()
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate((*SHARED, *LONGEST))}
+    items.sort(key=lambda item: order.get(_group(item), len(order)))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # garbage collections, which DeepSpeed asks for often, skip all that is imported
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +85,23 @@ def small_disk():
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """Return a tree like that of the project in which ``bash inference.sh`` has run, in processes of their own.
+
+    `outputs/toy` and `outputs/toy_i2v` hold its videos, `messages.txt` what it has written to standard error.
+    """
+    tree = tmp_path_factory.mktemp("demo")
+    for path in ROOT.iterdir():
+        if path.name not in ("outputs", ".git"):
+            (tree / path.name).symlink_to(path)
+    env = {name: value for name, value in ENV.items() if name != "NPROC_PER_NODE"} | {"PYTHON": sys.executable}
+    with (tree / "messages.txt").open("w") as messages:
+        done = subprocess.run(["bash", "inference.sh"], cwd=tree, env=env, stderr=messages, check=False)
+    assert done.returncode == 0, (tree / "messages.txt").read_text()
+    return tree
 
 
 @pytest.fixture(scope="session")

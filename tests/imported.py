@@ -1,4 +1,4 @@
-"""What the processes of `tests.processes.run` find imported: all that takes a while, and starts nothing."""
+"""Import all that takes long and starts no thread; see `tests.fork_server`."""
 
 import importlib
 
@@ -19,6 +19,7 @@ for _name in (
     "sgm.training.main",
     "sgm.training.run",
     "torch._dynamo",
+    "torch.distributed.launcher.api",
     "transformers.models.t5.modeling_t5",
     "vae_modules.autoencoder",
 ):

@@ -1,59 +1,95 @@
-"""Start scripts in processes of their own, alone or as ranks, and end them the hard way; for tests."""
+"""Start scripts in processes of their own, alone or as ranks, and kill them; for tests."""
 
 import atexit
+import functools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import runpy
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.fork_server import PIDS
+
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.imported"])
 
 
-def command(script: str, arguments: Sequence[str], world: int = 1) -> list[str]:
+@functools.cache
+def forked_python() -> str:
+    """Return the path of a ``python`` whose processes are forked from one that has imported everything.
+
+    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most of what tests do.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(folder / "socket")],
+        cwd=ROOT,
+        env=ENV,
+        stdin=subprocess.PIPE,  # which ends with this process, and so does the server
+        start_new_session=True,
+    )
+    wait_until((folder / "socket").exists, server)
+    python = folder / "python"
+    words = [sys.executable, "-IS", str(ROOT / "tests" / "fork_client.py"), str(folder / "socket")]
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def forked_env() -> dict[str, str]:
+    """Return the environment in which launchers and torchrun start forked processes."""
+    path = os.pathsep.join([str(Path(forked_python()).parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return ENV | {"PYTHON": forked_python(), "PYTHON_EXEC": forked_python(), "PATH": path}
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until something holds, while a process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < end, "the process is too slow"
+        time.sleep(0.005)
+
+
+def command(script: str, arguments: Sequence[str], world: int = 1, python: str = sys.executable) -> list[str]:
     """Return the command line that runs a script of the project on `world` ranks."""
-    launcher = [sys.executable]
+    launcher = [python]
     if world > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     return [*launcher, str(ROOT / script), *arguments]
 
 
 def run(script: str, arguments: Sequence[str], world: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project on `world` ranks to its end, with more environment variables.
+    """Run a script of the project on `world` ranks to its end, with more environment variables, in forked processes.
 
-    The processes are forked from one that has imported everything, see `tests.imported`: starting Python and importing
-    torch, DeepSpeed and SAT takes longer than most of what tests do. Like torchrun, this ends the other ranks when one
-    fails, with exit code 1.
+    Like torchrun, this ends the other ranks when one fails, with exit code 1.
     """
     ranks = rank_environments(world) if world > 1 else [{}]
+    words = command(script, arguments, python=forked_python())
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder, name) for name in ("stdout", "stderr")]
-        for path in written:
-            path.touch()
-        processes = [_FORKS.Process(target=_work, args=(script, arguments, written, env | own)) for own in ranks]
-        for process in processes:
-            process.start()
+        stdout, stderr = (path.open("a") for path in written)
+        with stdout, stderr:
+            processes = [
+                subprocess.Popen(words, cwd=ROOT, env=ENV | env | own, stdout=stdout, stderr=stderr) for own in ranks
+            ]
         try:
             code = _wait(processes, seconds=300)
         finally:
             for process in processes:
                 process.kill()
-                process.join()
+                process.wait()
         texts = [path.read_text(encoding="utf-8") for path in written]
     return subprocess.CompletedProcess([script, *arguments], code, *texts)
 
@@ -67,32 +103,14 @@ def rank_environments(world: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def _work(script: str, arguments: Sequence[str], written: Sequence[Path], env: dict[str, str]) -> None:
-    """Be the process of a script."""
-    for number, path in enumerate(written, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    multiprocessing.set_start_method(None, force=True)  # as in a process that was started, not forked from the server
-    os.environ.update(env)
-    os.chdir(ROOT)
-    path = str(ROOT / script)
-    sys.argv = [path, *arguments]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
-
-
-def _wait(processes: Sequence[BaseProcess], seconds: float) -> int:
+def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> int:
     """Wait until all have ended, or one has failed; return the exit code of a launcher."""
     end = time.monotonic() + seconds
-    running = list(processes)
-    while running:
-        ended = multiprocessing.connection.wait([process.sentinel for process in running], end - time.monotonic())
-        assert ended, f"still running after {seconds} s"
-        if failed := [process.exitcode for process in running if process.exitcode]:
-            return failed[0] if len(processes) == 1 else 1
-        running = [process for process in running if process.exitcode is None]
-    return 0
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        assert time.monotonic() < end, f"still running after {seconds} s"
+        time.sleep(0.01)
+    failed = [code for code in codes if code]
+    return failed[0] if len(processes) == 1 and failed else int(bool(failed))
 
 
 def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1) -> None:
@@ -124,6 +142,7 @@ class Training:
         overrides: dotted ``key=value`` pairs.
         world: ranks; more than one run under torchrun.
         script: another one to run than that of training.
+        forked: whether all processes are forks, see `forked_python`; `process` is then the client of the first.
         env: more environment variables.
     """
 
@@ -134,14 +153,17 @@ class Training:
         world: int = 1,
         *,
         script: str = "train_video.py",
+        forked: bool = False,
         **env: str,
     ) -> None:
-        # A file, not a pipe: a process that writes much would wait for somebody to read it.
+        # A file, not a pipe: a process that writes much would wait for a reader.
         self._messages = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._pids = tempfile.TemporaryDirectory()
+        python = forked_python() if forked else sys.executable
         self.process = subprocess.Popen(
-            command(script, ["--base", *bases, *overrides], world),
+            command(script, ["--base", *bases, *overrides], world, python),
             cwd=ROOT,
-            env=ENV | env,
+            env=(forked_env() if forked else ENV) | {PIDS: self._pids.name} | env,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
             start_new_session=True,
@@ -151,6 +173,10 @@ class Training:
         """Return what it has written to standard error so far."""
         self._messages.seek(0)
         return self._messages.read()
+
+    def forks(self) -> list[int]:
+        """Return the ids of its forked processes, those that have ended too."""
+        return [int(path.name) for path in Path(self._pids.name).iterdir()]
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -174,10 +200,13 @@ class Training:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """Kill everything at once: torchrun starts its workers in sessions of their own."""
-        parent = psutil.Process(self.process.pid)
-        family = [parent, *parent.children(recursive=True)]
+        """Kill all processes at once: torchrun starts its workers in sessions of their own."""
+        roots = [psutil.Process(pid) for pid in [self.process.pid, *self.forks()] if psutil.pid_exists(pid)]
+        family = {member for root in roots for member in [root, *root.children(recursive=True)]}
         for member in family:
-            member.kill()
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                pass  # with one that was killed before it
         psutil.wait_procs(family)
         self.process.wait()

@@ -165,7 +165,7 @@ def test_imports_run_downward():
     assert upward == []
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_no_imports_are_circular():
     graphlib.TopologicalSorter({module: own_imports(module) for module in sources()}).prepare()
 
 
@@ -179,11 +179,11 @@ def test_peers_never_import_each_other():
     assert across == []
 
 
-def test_scripts_are_imported_by_nobody_but_each_other():
+def test_only_scripts_import_scripts():
     assert [m for m in library() for other in own_imports(m) if other.partition(".")[0] in SCRIPTS] == []
 
 
-def test_sat_stays_behind_its_four_users():
+def test_only_its_users_import_sat():
     users = {m for m in sources() for name in imports(m) if name.partition(".")[0] == "sat"}
     assert {"dit_video_concat", "sgm.distributed"} <= users
     assert [m for m in users if not m.startswith(SAT_USERS)] == []
@@ -214,12 +214,12 @@ def targets_in(value) -> Iterator[str]:
         yield from targets_in(entry)
 
 
-def test_modules_fit_in_a_head():
+def test_modules_have_at_most_600_lines():
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in sources().items()}
     assert {m: n for m, n in lengths.items() if n > MAX_LINES} == {}
 
 
-def test_functions_fit_on_a_page():
+def test_functions_have_at_most_60_lines():
     """Docstrings and the list of parameters do not count: they grow with what is explained."""
     long = []
     for module in sources():
@@ -232,7 +232,7 @@ def test_functions_fit_on_a_page():
     assert long == []
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_a_docstring():
     silent = [m for m, path in sources().items() if path.stat().st_size and ast.get_docstring(tree(m)) is None]
     assert silent == []
 
@@ -295,7 +295,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
                 continue
 
 
-def test_no_file_knows_a_machine():
+def test_no_file_names_an_absolute_path():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
         for path, text in text_files()

@@ -1,21 +1,17 @@
-"""The documentation, held against what it describes: commands, links, paths, keys, tables and trees."""
+"""Test that the documentation is right: commands, links, paths, keys, tables and trees."""
 
 import ast
 import importlib
 import inspect
 import logging
-import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,32 +22,32 @@ from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import TRAINING_ARGS, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision, resolve_training_precision
 from sgm.inference.main import main, parse
-from sgm.inference.video import write_video
-from sgm.io import write_json
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training import main as training
 from sgm.weights.files import find_weights
-from tests.processes import run
+from tests.processes import forked_env
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RELEASED = sorted(path.stem for path in (ROOT / "configs").glob("cogvideox*.yaml"))
 
-# Commands that are not run here, with the reason. Each is checked as far as it can be, see below.
+# Commands that are not run here, with the reason; tests below check their arguments.
 NOT_RUN = {
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
     r"\.venv/bin/python -m pytest ": "runs tests, which would run twice",
     r"python -m benchmarks\.bench": "takes minutes",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
-    r"python tools/make_toy_assets\.py": "takes hours",
+    r"python tools/toy/make_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
-    r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs weights of one's own, or released ones",
-    # test_the_toy_goes_there_and_back and test_prepare_dataset.py run them in order.
+    r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs released weights or a user's own",
+    r"python tools/contact_sheet\.py outputs/toy outputs/toy_i2v ": "works on what the demo leaves",
+    r"bash inference\.sh$": "the fixture `demo` has run it",
+    # test_the_example_of_conversion_runs and test_prepare_dataset.py run them in order.
     r".*\boutputs/example\b": "one command builds on another",
     r"tensorboard ": "serves until it is interrupted",
 }
@@ -91,6 +87,7 @@ def commands() -> Iterator[Command]:
 
 ALL = list(dict.fromkeys(commands()))
 RUN = list(dict.fromkeys(command.text for command in ALL if command.reason_not_to_run is None))
+ON_THE_DEMO = [command.text for command in ALL if command.reason_not_to_run == "works on what the demo leaves"]
 NEED_WEIGHTS = [command for command in ALL if command.reason_not_to_run == "needs released weights"]
 TRAIN = [command for command in NEED_WEIGHTS if re.search(r"train_video\.py|finetune_", command.text)]
 SAMPLE = [command for command in NEED_WEIGHTS if re.search(r"sample_video\.py|inference\.sh", command.text)]
@@ -105,11 +102,12 @@ def labelled(value) -> str:
 
 def test_the_commands_are_found():
     assert {"README.md", "docs/configuration.md"} <= {command.document for command in ALL}
-    assert "bash inference.sh" in RUN and len(RUN) >= 6 and len(SAMPLE) >= 10 and len(TRAIN) >= 5
+    assert "bash inference.sh" in [command.text for command in ALL] and ON_THE_DEMO
+    assert len(RUN) >= 6 and len(SAMPLE) >= 10 and len(TRAIN) >= 5
     assert any(re.match(pattern, command.text) for command in ALL for pattern in NOT_RUN)
 
 
-def test_code_is_marked_as_what_it_is():
+def test_code_blocks_name_their_language():
     for path in DOCUMENTS:
         fences = re.findall(r"^```(\w*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert len(fences) % 2 == 0, f"{path.name}: a fence is left open"
@@ -124,7 +122,7 @@ def test_code_is_marked_as_what_it_is():
 
 @pytest.fixture
 def as_a_command(monkeypatch):
-    """Call a command line in this process, and leave logging and the working directory as they were."""
+    """Return the main functions of the scripts; logging and the working directory are restored after the test."""
     logger = logging.getLogger("sgm")
     before = (logger.handlers[:], logger.propagate, logger.level)
     monkeypatch.chdir(ROOT)
@@ -133,70 +131,51 @@ def as_a_command(monkeypatch):
     logger.setLevel(before[2])
 
 
-def shell(text: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def execute(text: str) -> subprocess.CompletedProcess:
-    """Run a command line; one of Python alone in a process that need not import everything anew."""
-    words = shlex.split(text)
-    if words[0] != "python" or not words[1].endswith(".py") or re.search(r"[|&;<>$`]", text):
-        return shell(text)
-    return run(words[1], [found for word in words[2:] for found in sorted(glob(word)) or [word]])
-
-
-def finished_runs(folder: Path) -> None:
-    """What the toy commands leave behind, for the commands that work on it."""
-    for name in ("toy", "toy_i2v"):
-        video = folder / name / "0_a_red_circle" / "0" / "000000.mp4"
-        write_video(video, np.zeros((5, 16, 16, 3), dtype=np.uint8), 8)
-        write_json(video.with_suffix(".json"), {"prompt": "a red circle", "image": None, "seed": 1})
+def shell(text: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a command line; `python` is a fork, see `tests.processes`."""
+    words = ["bash", "-c", text]
+    return subprocess.run(words, cwd=folder, env=forked_env(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
     "text", [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(RANKS) else []) for c in RUN], ids=labelled
 )
 def test_a_command_runs(text, tmp_path, as_a_command):
-    """In two steps instead of thirty, on two prompts at most, into a temporary folder; training is only checked."""
-    samples, checks = "sample_video.py" in text or "inference.sh" in text, "--check" in text
+    """Into a temporary folder, sampling in two steps.
+
+    Python commands that sample or train are only checked: they differ from each other in arguments alone.
+    """
     given = text.replace("outputs/", f"{tmp_path}/")
-    if samples and not checks:
-        given += " args.num_steps=2"
-        given += "" if "args.output_dir" in text else f" args.output_dir={tmp_path}/toy"
-        if "configs/toy.yaml" in text and "input_type=cli" not in text:
-            lines = (ROOT / "assets" / "toy" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-            (tmp_path / "prompts.txt").write_text("\n".join(lines[:2]), encoding="utf-8")
-            given += f" args.input_file={tmp_path}/prompts.txt"
-    if "contact_sheet.py" in text:
-        finished_runs(tmp_path)
     script = text.split()[1]
     if script in as_a_command:
-        if checks:
-            given += f" args.output_dir={tmp_path} args.save={tmp_path}"
-        assert as_a_command[script](shlex.split(given)[2:]) == 0
-        assert checks or script != "train_video.py", "list commands that train in NOT_RUN, or give them --check"
-    else:
-        done = execute(given)
-        assert done.returncode == 0, done.stderr
-    videos = [path for path in tmp_path.rglob("000000.mp4") if path.with_suffix(".json").is_file()]
-    if samples:
-        assert bool(videos) is not checks
-    if text == "bash inference.sh":
-        assert len(videos) >= 2, "the toy samples from text and from images"
-    if "--out" in text:
-        assert Path(shlex.split(given)[shlex.split(given).index("--out") + 1]).is_file()
+        given += f" args.output_dir={tmp_path} args.save={tmp_path}" if "outputs/" not in text else ""
+        assert as_a_command[script](shlex.split(given)[2:] + ["--check"]) == 0
+        assert "--check" in text or script != "train_video.py", "give commands that train --check, or list them above"
+        assert not [*tmp_path.rglob("*.mp4")]
+        return
+    samples = re.search(r"sample_video\.py|inference\.sh", text) and "--check" not in text
+    done = shell(given + (" args.num_steps=2" if samples else ""))
+    assert done.returncode == 0, done.stderr
+    assert bool([path for path in tmp_path.rglob("000000.mp4") if path.with_suffix(".json").is_file()]) is bool(samples)
+    for option in ("--out", "--json", "--contact_sheet"):
+        assert option not in text or Path(shlex.split(given)[shlex.split(given).index(option) + 1]).is_file()
 
 
-def test_the_toy_goes_there_and_back(tmp_path):
+@pytest.mark.parametrize("text", ON_THE_DEMO, ids=labelled)
+def test_a_command_runs_on_what_the_demo_leaves(text, demo):
+    done = shell(text, demo)
+    assert done.returncode == 0, done.stderr
+    assert (demo / text.split("--out ")[1]).is_file()
+
+
+def test_the_example_of_conversion_runs(tmp_path):
     """The example of docs/conversion.md as a whole, trained for two steps and sampled in three."""
     block = next(b for b in blocks(ROOT / "docs" / "conversion.md", "bash") if "outputs/example" in b)
     assert len(block.splitlines()) >= 9
     text = block.replace("outputs/", f"{tmp_path}/").replace("train_iters=20", "train_iters=2")
     printed = ""
     for line in text.replace("--num_inference_steps 30", "--num_inference_steps 3").replace("\\\n", " ").splitlines():
-        done = execute(line)
+        done = shell(line)
         assert done.returncode == 0, done.stderr[-3000:]
         printed += done.stdout
     assert "transformer: largest difference" in printed
@@ -208,7 +187,7 @@ def test_the_toy_goes_there_and_back(tmp_path):
 
 
 def arguments(command: Command) -> list[str]:
-    """What the script is given, as a launcher would put it."""
+    """Return the arguments of the script, in the order of the launchers."""
     words = command.words
     script = next(word for word in words if re.search(r"_video\.py$|\.sh$", word))
     rest = words[words.index(script) + 1 :]
@@ -219,7 +198,7 @@ def arguments(command: Command) -> list[str]:
 
 @pytest.mark.parametrize("command", TRAIN, ids=labelled)
 def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
-    """Everything but the files of weights and clips."""
+    """All but the files of weights and clips is checked."""
     monkeypatch.chdir(ROOT)
     options = training.parse(arguments(command))
     config = load_config(options.base, options.overrides, mode="train")
@@ -236,7 +215,7 @@ def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
 
 @pytest.mark.parametrize("command", SAMPLE, ids=labelled)
 def test_a_command_for_released_weights_is_right(command, monkeypatch):
-    """Everything but the files: they are looked for where the README has them, see below."""
+    """All but the files is checked; a test below compares their places with the README."""
     monkeypatch.chdir(ROOT)
     options = parse(arguments(command))
     config = load_config(options.base, options.overrides, mode="inference")
@@ -254,14 +233,14 @@ def test_a_command_for_released_weights_is_right(command, monkeypatch):
 
 @pytest.mark.parametrize("command", CONVERT, ids=labelled)
 def test_a_command_that_converts_is_right(command, monkeypatch, capsys):
-    """Everything but the files: the first one that it looks for is missing."""
+    """The arguments are accepted, and the first file is missing."""
     monkeypatch.chdir(ROOT)
     assert tool(Path(command.words[1]).stem).main(command.words[2:]) == 2
     assert re.search("there is no|there is nothing|cannot be read|cannot read|does not exist", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if "pip install" in c.text], ids=labelled)
-def test_what_pip_is_given_exists(command):
+def test_arguments_of_pip_exist(command):
     for extra in re.findall(r"[\w]+", "".join(re.findall(r"\[(.*?)\]", command.text))):
         assert re.search(rf'"{extra}": \[', (ROOT / "setup.py").read_text())
     if "-c" in command.words:
@@ -270,7 +249,7 @@ def test_what_pip_is_given_exists(command):
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if re.match(r"\S*python|make", c.text)], ids=labelled)
-def test_what_a_command_names_exists(command):
+def test_paths_in_a_command_exist(command):
     words = command.words
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
@@ -320,7 +299,7 @@ def test_the_readme_has_weights_where_the_configurations_look(tmp_path, monkeypa
     assert used == named, "the README shows files that no configuration reads"
 
 
-def test_the_house_is_complete():
+def test_the_tree_of_files_is_complete():
     tree = next(block for block in blocks(ROOT / "docs" / "architecture.md", "text") if "sample_video.py" in block)
     shown = {path for path in paths_in(tree) if path.endswith(".py")}
     there = {path for path in ROOT.glob("*.py") if path.name != "setup.py"}
@@ -329,7 +308,7 @@ def test_the_house_is_complete():
     assert shown == {path.relative_to(ROOT).as_posix() for path in there}
 
 
-def test_results_are_called_what_the_readme_says():
+def test_results_have_the_names_in_the_readme():
     tree = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("outputs/"))
     names = {Path(path).name for path in paths_in(tree)}
     source = (ROOT / "sgm" / "inference" / "run.py").read_text()
@@ -403,7 +382,7 @@ def test_a_setting_is_accepted(setting, monkeypatch):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
+def test_links_are_not_broken(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

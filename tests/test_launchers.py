@@ -1,7 +1,10 @@
-"""The launchers and the contact sheet tool, run as a user runs them."""
+"""The launchers and the contact sheet tool, run as a user runs them.
+
+Each launcher starts real processes once: inference.sh in the fixture `demo`, the others in
+`test_finetuning_the_toy_as_documented`. Everywhere else the processes are forks, or stubs that print their arguments.
+"""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +15,25 @@ import pytest
 
 from sgm.inference.video import write_video
 from sgm.io import write_json
+from tests.processes import forked_env, forked_python
 
 ROOT = Path(__file__).parents[1]
+UNSET = {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    unset = {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    env = {name: value for name, value in os.environ.items() if name not in unset}
-    env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    """Run a command in the project's folder; Python is forked unless `environment` names another."""
+    env = {name: value for name, value in forked_env().items() if name not in UNSET} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture
+def recorder(tmp_path) -> str:
+    """Return the path of a ``python`` that prints its arguments, except where it is told to check."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\n[[ "$*" == *--check* ]] || echo "$@"\n')
+    python.chmod(0o755)
+    return str(python)
 
 
 @pytest.fixture
@@ -40,7 +53,7 @@ def test_inference_sh_merges_yaml_files_and_passes_the_rest(tiny_model, prompts,
     assert len(list((tmp_path / "out").glob("*/0/000000.mp4"))) == 2
 
     sheet = tmp_path / "sheet.png"
-    done = run(sys.executable, "tools/contact_sheet.py", str(tmp_path / "out"), "--out", str(sheet))
+    done = run("python", "tools/contact_sheet.py", str(tmp_path / "out"), "--out", str(sheet))
     assert done.stdout.splitlines()[-1] == f"contact sheet: {sheet}"
     assert iio.imread(sheet).shape[0] > 2 * 192  # a row each
 
@@ -60,15 +73,21 @@ def test_inference_sh_hands_on_the_exit_code(processes):
     assert "Traceback" not in done.stderr
 
 
-def test_inference_sh_with_words_alone_samples_the_toy_once(tmp_path):
-    done = run("bash", "inference.sh", f"args.output_dir={tmp_path}", "args.num_steps=1", "args.only_save_latents=true")
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("*/0/000000.safetensors"))) == 6
+def test_inference_sh_samples_the_toy_unless_a_file_is_named(recorder):
+    """Without arguments from text and from images (see `demo`), with arguments from text."""
+    toy = "sample_video.py --base configs/toy.yaml configs/toy_inference.yaml"
+    assert (
+        run("bash", "inference.sh", "args.seed=7", "--debug", PYTHON=recorder).stdout == f"{toy} args.seed=7 --debug\n"
+    )
+    both = f"{toy}\n{toy.replace('toy.yaml', 'toy_i2v.yaml')} args.output_dir=outputs/toy_i2v\n"
+    assert run("bash", "inference.sh", PYTHON=recorder).stdout == both
+    words = ["a.yaml", "args.x='b c'", "d.yml"]
+    assert run("bash", "inference.sh", *words, PYTHON=recorder).stdout == f"{toy[:22]} a.yaml d.yml args.x='b c'\n"
     assert run("bash", "inference.sh", "--help").stdout.count("usage:") == 1
 
 
 def test_contact_sheet_of_nothing(tmp_path):
-    done = run(sys.executable, "tools/contact_sheet.py", str(tmp_path), "--out", str(tmp_path / "sheet.png"))
+    done = run("python", "tools/contact_sheet.py", str(tmp_path), "--out", str(tmp_path / "sheet.png"))
     assert done.returncode == 2 and str(tmp_path) in done.stderr and not (tmp_path / "sheet.png").exists()
 
 
@@ -85,9 +104,9 @@ def test_contact_sheet_of_runs_beside_each_other(tmp_path):
     first, second = (finished(tmp_path / n, ["a", "b"], value=v) for n, v in (("before", 40), ("after", 200)))
     out = tmp_path / "sheet.png"
     words = ["tools/contact_sheet.py", str(first), str(second), "--columns", "2", "--out", str(out)]
-    assert run(sys.executable, *words).returncode == 0
+    assert run("python", *words).returncode == 0
     below = iio.imread(out)
-    done = run(sys.executable, *words, "--beside")
+    done = run("python", *words, "--beside")
     assert done.returncode == 0, done.stderr
     sheet = iio.imread(out).astype(int)
     assert sheet.shape[0] == below.shape[0] // 2 and sheet.shape[1] > 2 * below.shape[1]
@@ -99,7 +118,7 @@ def test_contact_sheet_of_runs_beside_each_other(tmp_path):
 def test_contact_sheet_puts_no_different_prompts_beside_each_other(tmp_path):
     first, second = finished(tmp_path / "x", ["a"], value=40), finished(tmp_path / "y", ["b"], value=40)
     words = [str(first), str(second), "--beside", "--out", str(tmp_path / "sheet.png")]
-    done = run(sys.executable, "tools/contact_sheet.py", *words)
+    done = run("python", "tools/contact_sheet.py", *words)
     assert done.returncode == 2 and "prompts, seeds or sizes differ" in done.stderr
 
 
@@ -111,8 +130,11 @@ SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1", "args.log_interval=1"]
 
 @pytest.mark.parametrize(("script", "ranks"), [("finetune_single_gpu.sh", 1), ("finetune_multi_gpus.sh", 2)])
 def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
-    """Without a file: the toy's LoRA; several processes without a number: two, where there is no accelerator."""
-    done = run("bash", script, *SHORT, f"args.save={tmp_path}")
+    """Without a file: the toy's LoRA; several processes without a number: two, where there is no accelerator.
+
+    A real Python, and a real torchrun; the ranks that it starts are forks.
+    """
+    done = run("bash", script, *SHORT, f"args.save={tmp_path}", PYTHON=sys.executable, PYTHON_EXEC=forked_python())
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     assert (folder / "latest").read_text() == "2\n" and (folder / "2" / "mp_rank_00_model_states.pt").is_file()
@@ -143,12 +165,8 @@ def test_finetuning_can_be_checked_alone(script, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_machines_are_named(tmp_path):
-    """What torchrun is given, without running it: a python that prints its words."""
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\n[[ "$*" == *--check* ]] || echo "$@"\n')
-    python.chmod(0o755)
-    given = {"PYTHON": str(python), "NPROC_PER_NODE": "4"}
+def test_several_machines_are_named(recorder):
+    given = {"PYTHON": recorder, "NPROC_PER_NODE": "4"}
     one = run("bash", "finetune_multi_gpus.sh", "a.yaml", "args.seed=1", **given)
     launcher = "-m torch.distributed.run --nproc_per_node 4 --max_restarts 0"
     assert one.stdout == f"{launcher} --standalone train_video.py --base a.yaml args.seed=1\n"

@@ -1,34 +1,34 @@
-"""The toy model as a newcomer runs it: within a laptop's memory, and with a checked configuration."""
+"""The toy models as a newcomer runs them: ``bash inference.sh``, within a laptop's memory."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run
+
 ROOT = Path(__file__).parents[1]
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "sample_video.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
-@pytest.mark.parametrize("model", ["toy", pytest.param("toy_i2v", marks=pytest.mark.slow)])
-def test_peak_memory(model, tmp_path):
-    done = run("--base", f"configs/{model}.yaml", "configs/toy_inference.yaml", f"args.output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    sidecars = [json.loads(path.read_text()) for path in tmp_path.rglob("000000.json")]
-    prompts = (ROOT / "assets/toy" / ("prompts.txt" if model == "toy" else "prompts_i2v.txt")).read_text().splitlines()
-    assert len(sidecars) == len(prompts)
+@pytest.mark.parametrize(("model", "file"), [("toy", "prompts.txt"), ("toy_i2v", "prompts_i2v.txt")])
+def test_each_prompt_is_sampled_within_a_laptops_memory(demo, model, file):
+    sidecars = [json.loads(path.read_text()) for path in (demo / "outputs" / model).glob("*/0/000000.json")]
+    lines = (ROOT / "assets" / "toy" / file).read_text(encoding="utf-8").splitlines()
+    assert sorted(sidecar["prompt"] for sidecar in sidecars) == sorted(line.partition("@@")[0] for line in lines)
+    assert all(bool(sidecar["image"]) is ("@@" in lines[0]) for sidecar in sidecars)
     assert max(sidecar["peak_memory_bytes"] for sidecar in sidecars) <= 1.5e9
-    assert f"contact sheet: {tmp_path / 'contact_sheet.png'}" in done.stderr.splitlines()[-1]
+
+
+def test_the_contact_sheets_are_named_last(demo):
+    ends = [line for line in (demo / "messages.txt").read_text().splitlines() if "contact sheet: " in line]
+    paths = [line.rpartition("contact sheet: ")[2] for line in ends]
+    assert paths == [f"outputs/{model}/contact_sheet.png" for model in ("toy", "toy_i2v")]
+    assert all((demo / path).is_file() for path in paths)
 
 
 def test_check_reads_no_weights_and_reports_the_run(tmp_path):
-    done = run("--base", "configs/toy.yaml", "configs/toy_inference.yaml", "--check", f"args.output_dir={tmp_path}")
+    words = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml", "--check", f"args.output_dir={tmp_path}"]
+    done = run("sample_video.py", words)
     assert done.returncode == 0, done.stderr
     for part in ("parameters", "17 frames", "64x64", "legal frames", "legal sizes", "float32 on", "prompts: 6"):
         assert part in done.stdout.replace("fp32 on", "float32 on"), done.stdout

@@ -1,10 +1,10 @@
-"""A concept that the toy models do not know, for ``make demo`` to teach: green land under the moving shapes.
+"""Make and measure a concept that the toy models do not know: ``make demo`` teaches green land under the shapes.
 
     python tools/toy/concept.py make outputs/land/clips
     python tools/toy/concept.py measure outputs/land/before outputs/land/after
 
-``make`` writes eight clips with captions, and prompts for what the clips do not show. ``measure`` tells how much land
-the samples show that were made before and after training on them, and fails (exit code 1) where it was not learned.
+``make`` writes eight clips with captions, and prompts for combinations that the clips do not show. ``measure`` prints
+the share of land in samples from before and after training; exit code 1 if it was not learned.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LEARNED, UNKNOWN = 0.5, 0.1  # share of the ground that is land: at least after 
 
 
 def render(combination: tuple[str, str, str], rng: np.random.Generator) -> np.ndarray:
-    """Render a shape of the toy world that moves above, or partly behind, land: (T, H, W, C) float32 in [0, 1]."""
+    """Render a shape that moves above land, or partly behind it: (T, H, W, C) float32 in [0, 1]."""
     video = scene.render(scene.random_clip(combination, rng))
     video[:, -HEIGHT:] = LAND
     return video
@@ -54,7 +54,7 @@ def land_share(video: np.ndarray) -> float:
 
 
 def make(folder: Path) -> None:
-    """Write ``videos/``, ``labels/`` and ``prompts.txt`` into `folder`; the same ones each time."""
+    """Write ``videos/``, ``labels/`` and ``prompts.txt`` into `folder`, the same each time."""
     rng = np.random.default_rng(0)
     for number, combination in enumerate(CLIPS):
         frames = (render(combination, rng) * 255).round().astype(np.uint8)

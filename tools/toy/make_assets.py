@@ -6,8 +6,8 @@ Run from the root of the repository; under an hour on two CPU cores::
     python tools/toy/make_assets.py --stage quality    measure what is there
     python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
 
-The architecture is that of configs/toy.yaml and configs/toy_i2v.yaml. Every stage draws from the seed alone and reads
-the results of the stages before it from the output folder, so a stage can be repeated by itself.
+configs/toy.yaml and configs/toy_i2v.yaml give the architecture. A stage depends on the seed and on the files that
+earlier stages have written into the output folder, so it can be repeated alone.
 """
 
 import argparse
@@ -36,7 +36,7 @@ logger = get_logger("toy")
 
 T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
 STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality")
-# Prompts of the demo: four combinations that training never sees, each also with an image, and two that it does.
+# Prompts of the demo: four held-out combinations, each also with an image, and two that training sees.
 UNSEEN = (
     ("red", "square", "up"),
     ("green", "triangle", "down"),
@@ -44,7 +44,7 @@ UNSEEN = (
     ("cyan", "circle", "left"),
 )
 SEEN = (("blue", "square", "down"), ("magenta", "circle", "up"))
-NUM_THREADS = 1  # in each of the workers of training; part of the recipe, as other sums round differently
+NUM_THREADS = 1  # of torch, in each worker of training; part of the recipe: with another number, sums round differently
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Recipe:
     Attributes:
         clips_per_combination: committed clips of each training combination.
         vae: training of the autoencoder.
-        encoded_clips: clips that are encoded for the transformers.
+        encoded_clips: clips encoded to train the transformers on.
         t2v: training of the text-to-video transformer.
-        i2v: training of the image-to-video transformer, which starts from the weights of the other one.
-        reconstructions: clips that the autoencoder is measured on.
-        samples: samples that each transformer is measured on.
-        num_steps: sampling steps when measuring; None for those of the YAML.
+        i2v: training of the image-to-video transformer, from the weights of the other one.
+        reconstructions: clips to measure the autoencoder on.
+        samples: samples to measure each transformer on.
+        num_steps: sampling steps of those samples; None for the number in the YAML.
     """
 
     clips_per_combination: int = 1
@@ -72,7 +72,7 @@ class Recipe:
     num_steps: int | None = None
 
     def shortened(self) -> "Recipe":
-        """Return a recipe that touches everything and takes seconds."""
+        """Return a recipe that runs all code in seconds."""
         return replace(
             self,
             vae=replace(self.vae, crop_steps=2, full_steps=1, crop_batch=1, full_batch=1),
@@ -134,13 +134,7 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
     """Train the transformers that `stages` names on the same encoded clips, and save them in float16."""
     engine = quality.load_engine(T2V, overrides(out)[T2V], with_network=False)
     clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
-    logger.info(
-        "encoded %d clips; standard deviation of their latents %.3f, within a channel %.3f; model.scale_factor %.3f",
-        len(clips.captions),
-        clips.std,
-        clips.std_in_channel,
-        engine.scale_factor,
-    )
+    logger.info("standard deviation of the latents %.3f; model.scale_factor %.3f", clips.std, engine.scale_factor)
     for name, config, network_recipe in (("t2v", T2V, recipe.t2v), ("i2v", I2V, recipe.i2v)):
         if name not in stages:
             continue
@@ -148,12 +142,10 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
         loaded = load_config([config], overrides(out)[config], mode="inference")
         engine = instantiate_from_config(loaded.engine)
         if name == "i2v":
-            training.start_from(engine.network, overrides(out)[T2V][0].partition("=")[2])
+            training.start_from(engine.network, f"{out}/transformer")
         average = training.train_network(engine, clips, network_recipe, seed=seed, log=logger.info)
-        folder = Path(str(loaded.args.load))
-        patch_size = engine.network.patch_size
         weights = {key: value.half() for key, value in average.items()}
-        save_network(folder, network_recipe.num_steps, weights, patch_size=patch_size)
+        save_network(str(loaded.args.load), network_recipe.num_steps, weights, patch_size=engine.network.patch_size)
 
 
 def measure_quality(out: Path, recipe: Recipe) -> None:
@@ -172,14 +164,10 @@ def measure_quality(out: Path, recipe: Recipe) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that the arguments name."""
     parser = argparse.ArgumentParser(description="Make the toy model of assets/toy from nothing.")
-    parser.add_argument(
-        "--stage", nargs="+", choices=("all", *STAGES), default=["all"], help="what to make (default: all)"
-    )
+    parser.add_argument("--stage", nargs="+", choices=("all", *STAGES), default=["all"], help="what to make")
     parser.add_argument("--out", type=Path, default=Path("assets/toy"), help="output folder (default: assets/toy)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
-    parser.add_argument(
-        "--fast", action="store_true", help="a few steps of everything: runs in seconds, learns nothing"
-    )
+    parser.add_argument("--fast", action="store_true", help="a few steps of everything, in seconds; learns nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(NUM_THREADS)
     recipe = Recipe().shortened() if args.fast else Recipe()

@@ -1,11 +1,11 @@
-"""How good the toy model is, measured through the same engine that sampling uses.
+"""Measure the toy model through the engine that sampling uses.
 
-Held-out combinations are sampled and judged by `scene.measure`; the autoencoder is judged by its reconstruction.
-Videos are ``B T C H W`` in -1..1 inside the engine and float arrays (T, H, W, C) in [0, 1] outside.
+Samples of held-out combinations are judged by `scene.measure`, the autoencoder by its reconstruction. Videos are
+``B T C H W`` in -1..1 in the engine, float arrays (T, H, W, C) in [0, 1] elsewhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,14 @@ LATENT_SHAPE = (5, 16, 8, 8)
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of a number of samples came out right."""
-
-    right: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share of right ones, 0 to 1."""
-        return self.right / self.total
-
-
-@dataclass(frozen=True)
 class SampleQuality:
-    """What the measured samples of one model show; `first_frame_psnr` in dB, the mean over the samples."""
+    """Shares (0 to 1) of the `samples` with the right colour, shape and direction; mean PSNR of their first frames."""
 
-    colour: Share
-    shape: Share
-    direction: Share
-    first_frame_psnr: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON, with the shares as numbers."""
-        values = {name: round(getattr(self, name).value, 4) for name in ("colour", "shape", "direction")}
-        values["samples"] = self.colour.total
-        if self.first_frame_psnr is not None:
-            values["first_frame_psnr_db"] = round(self.first_frame_psnr, 2)
-        return values
+    colour: float
+    shape: float
+    direction: float
+    samples: int
+    first_frame_psnr_db: float | None = None
 
 
 def load_engine(config: str | Path, overrides: Sequence[str] = (), *, with_network: bool = True) -> Any:
@@ -63,14 +43,14 @@ def load_engine(config: str | Path, overrides: Sequence[str] = (), *, with_netwo
 
 
 def held_out_clips(num_clips: int, *, seed: int = 1000) -> list[scene.Clip]:
-    """Return clips of the held-out combinations, every combination equally often."""
+    """Return clips of the held-out combinations, each combination equally often."""
     clips = scene.random_clips(scene.combinations(held_out=True), np.random.default_rng([seed, 3]))
     return [next(clips) for _ in range(num_clips)]
 
 
 def _to_engine(video: np.ndarray) -> torch.Tensor:
     """(T, H, W, C) in [0, 1] -> (T, C, H, W) in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2) * 2.0 - 1.0
+    return torch.from_numpy(video).permute(0, 3, 1, 2) * 2.0 - 1.0
 
 
 def _to_arrays(videos: torch.Tensor) -> list[np.ndarray]:
@@ -94,12 +74,10 @@ def sample(
     engine: Any,
     clips: Sequence[scene.Clip],
     *,
-    seed: int = 0,
     with_image: bool = False,
     num_steps: int | None = None,
-    scale: float | None = None,
 ) -> list[np.ndarray]:
-    """Sample a video for each clip's caption (and, `with_image`, its first frame); number i has seed ``seed + i``."""
+    """Sample a video for each clip's caption (and, `with_image`, its first frame); number i has seed i."""
     cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
     concat = None
     if with_image:
@@ -109,23 +87,19 @@ def sample(
         cond,
         uncond,
         shape=LATENT_SHAPE,
-        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(clips))],
+        generators=[torch.Generator().manual_seed(i) for i in range(len(clips))],
         concat=concat,
         num_steps=num_steps,
-        scale=scale,
     )
     return _to_arrays(engine.decode_first_stage(latents))
 
 
 def judge(videos: Sequence[np.ndarray], clips: Sequence[scene.Clip], *, with_image: bool = False) -> SampleQuality:
-    """Hold sampled videos against the clips whose captions (and first frames) they were sampled from."""
+    """Compare sampled videos with the clips that their captions (and first frames) are from."""
     measured = [scene.measure(video) for video in videos]
     shares = {
-        name: Share(sum(asdict(m)[name] == getattr(c, name) for m, c in zip(measured, clips, strict=True)), len(clips))
+        name: float(np.mean([getattr(m, name) == getattr(c, name) for m, c in zip(measured, clips, strict=True)]))
         for name in ("colour", "shape", "direction")
     }
-    psnr = None
-    if with_image:
-        firsts = [scene.psnr(v[0], scene.render(c)[0]) for v, c in zip(videos, clips, strict=True)]
-        psnr = float(np.mean(firsts))
-    return SampleQuality(first_frame_psnr=psnr, **shares)
+    psnr = [scene.psnr(v[0], scene.render(c)[0]) for v, c in zip(videos, clips, strict=True)]
+    return SampleQuality(**shares, samples=len(clips), first_frame_psnr_db=float(np.mean(psnr)) if with_image else None)

@@ -1,7 +1,6 @@
-"""The toy world: clips of "a {colour} {shape} moves {direction}", and what can be measured in such a clip.
+"""Render clips of "a {colour} {shape} moves {direction}", and measure what a clip shows.
 
-Numpy only, so that a clip can be rendered and judged anywhere in milliseconds. Videos here are float32 arrays
-(T, H, W, C) in [0, 1]; positions and sizes are in pixels, x to the right and y down.
+Numpy only. Videos are float32 arrays (T, H, W, C) in [0, 1]; positions and sizes are in pixels, x right and y down.
 """
 
 import math
@@ -28,7 +27,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 
 @dataclass(frozen=True)
 class Clip:
-    """One moving shape: what its caption says, and what the caption leaves open."""
+    """One moving shape: colour, shape and direction as in its caption, size, place and speed."""
 
     colour: str
     shape: str
@@ -45,7 +44,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a clip shows; None where nothing can be made out."""
+    """What a clip shows; None where it cannot be recognised."""
 
     colour: str | None
     shape: str | None
@@ -59,10 +58,10 @@ def caption(colour: str, shape: str, direction: str) -> str:
 
 
 def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
-    """Return the (colour, shape, direction) combinations that training sees, or those that it never sees.
+    """Return the (colour, shape, direction) combinations of the training set, or those held out of it.
 
-    Two of the twelve combinations of every colour are held out. Every pair of (colour, shape), (colour, direction)
-    and (shape, direction) stays in the training set, so that a held-out caption asks for nothing but composition.
+    Two of the twelve combinations of each colour are held out. Each pair of (colour, shape), (colour, direction) and
+    (shape, direction) stays in the training set, so a held-out caption asks for composition only.
     """
     names = [(colour, shape, direction) for colour in COLOURS for shape in SHAPES for direction in DIRECTIONS]
     hidden = set()
@@ -73,7 +72,7 @@ def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
 
 
 def random_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> Clip:
-    """Draw size, place and speed for a combination, such that the shape stays inside the frame."""
+    """Draw size, place and speed for a combination; the shape stays inside the frame."""
     colour, shape, direction = combination
     radius = float(rng.uniform(8.0, 12.0))
     travel = float(rng.uniform(20.0, 30.0))
@@ -84,7 +83,7 @@ def random_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> 
 
 
 def random_clips(combos: list[tuple[str, str, str]], rng: np.random.Generator) -> Iterator[Clip]:
-    """Yield clips without end: all combinations once in random order, then again."""
+    """Yield clips endlessly: all combinations in random order, then again."""
     while True:
         for i in rng.permutation(len(combos)):
             yield random_clip(combos[i], rng)
@@ -97,7 +96,7 @@ def render(clip: Clip) -> np.ndarray:
     grid = np.arange(SIZE) + 0.5
     dx = (grid[None, None, :] - (clip.start[0] + step[0] * moved)[:, None, None]).astype(np.float32)
     dy = (grid[None, :, None] - (clip.start[1] + step[1] * moved)[:, None, None]).astype(np.float32)
-    # The signed distance to the outline, in pixels, gives the covered part of a pixel to good accuracy.
+    # The signed distance to the outline approximates the covered part of a pixel.
     covered = np.clip(0.5 - _signed_distance(clip.shape, dx, dy, clip.radius), 0.0, 1.0)[..., None]
     colour = np.asarray(COLOURS[clip.colour], dtype=np.float32)
     return (covered * colour + (1.0 - covered) * BACKGROUND).astype(np.float32)
@@ -120,7 +119,7 @@ def psnr(video: np.ndarray, reference: np.ndarray) -> float:
 
 
 def measure(video: np.ndarray) -> Measurement:
-    """Tell colour, shape and direction of the one moving shape in `video` (T, H, W, C) in [0, 1]."""
+    """Measure colour, shape and direction of the one moving shape in `video` (T, H, W, C) in [0, 1]."""
     difference = np.abs(video - BACKGROUND).max(axis=-1)
     mask = difference > 0.3
     visible = mask.sum(axis=(1, 2)) >= 40
@@ -159,7 +158,7 @@ def _measure_shape(mask: np.ndarray) -> str | None:
         box = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         fills.append(box.mean())
         tops.append(box[: max(1, len(box) // 4)].mean())
-    # A square fills its bounding box, a circle pi/4 of it, a triangle half, and the least at its top.
+    # A square fills its bounding box, a circle pi/4 of it, a triangle half of it and least at its top.
     fill, top = float(np.median(fills)), float(np.median(tops))
     if fill > 0.89:
         return "square"

@@ -1,7 +1,6 @@
-"""The toy text encoder: a sentencepiece tokenizer and a small T5 with random, frozen weights, in the released layout.
+"""Make the toy text encoder in the released layout: a sentencepiece tokenizer and a small T5 with random weights.
 
-A random T5 is enough: its outputs differ from token to token and from caption to caption, and the diffusion
-transformer learns what they stand for.
+A random T5 is enough: its outputs differ between tokens and captions, and the transformer learns their meaning.
 """
 
 import io
@@ -19,7 +18,7 @@ from sgm.io import atomic_file
 VOCAB_SIZE = 512
 D_MODEL = 64
 
-# Plain English beside the captions, so that other prompts fall into few pieces; bytes cover whatever is left.
+# English text beside the captions, so that other prompts become few pieces; bytes cover the rest.
 ENGLISH = """
 The quick brown fox jumps over the lazy dog while the children watch from the garden.
 A small wooden boat drifts slowly across a quiet lake in the early morning light.
@@ -44,8 +43,7 @@ What is it that you want to see? Something new, something different, nothing at 
 
 def captions() -> list[str]:
     """Return the caption of every combination, held out or not."""
-    names = itertools.product(scene.COLOURS, scene.SHAPES, scene.DIRECTIONS)
-    return [scene.caption(*name) for name in names]
+    return [scene.caption(*names) for names in itertools.product(scene.COLOURS, scene.SHAPES, scene.DIRECTIONS)]
 
 
 def make_text_encoder(folder: Path, *, seed: int) -> None:
@@ -79,13 +77,8 @@ def make_text_encoder(folder: Path, *, seed: int) -> None:
         dropout_rate=0.0,
         tie_word_embeddings=False,
     )
-    encoder = T5EncoderModel(config).eval()
-    encoder.save_pretrained(folder, max_shard_size="250KB")
-    _write_tokenizer_config(folder)
-
-
-def _write_tokenizer_config(folder: Path) -> None:
-    """Say what transformers needs to know to read the folder's tokenizer as that of a T5."""
+    T5EncoderModel(config).eval().save_pretrained(folder, max_shard_size="250KB")
+    # With this transformers reads the tokenizer as that of a T5.
     content = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",

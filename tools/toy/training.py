@@ -1,9 +1,8 @@
-"""Training of the toy autoencoder and of the toy diffusion transformers, on clips rendered as they are needed.
+"""Train the toy autoencoder and the toy diffusion transformers on clips that are rendered when they are needed.
 
-Shapes: the autoencoder sees ``B C T H W`` in -1..1, the transformers ``B T C H W``.
-
-The autoencoder's passes run in bfloat16 autocast, whose convolutions are several times faster on CPUs that have it;
-its weights, optimizer and losses are float32, and so are the transformers throughout.
+Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. The autoencoder runs in bfloat16
+autocast, several times faster on CPUs that have it; its weights, optimizer and losses are float32, as are the
+transformers.
 """
 
 import math
@@ -22,7 +21,7 @@ from sgm.weights.files import find_weights, read_file
 
 Log = Callable[[str], None]
 
-NUM_WORKERS = 2  # threads that share a batch; part of the recipe, since sums in other parts round differently
+NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another number, sums round differently
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ def to_tensor(video: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2) * 2.0 - 1.0
 
 
-def to_numpy(video: torch.Tensor) -> np.ndarray:
-    """(C, T, H, W) in -1..1 -> (T, H, W, C) in [0, 1]."""
-    return ((video.float().clamp(-1.0, 1.0) + 1.0) / 2.0).permute(1, 2, 3, 0).numpy()
-
-
 def cosine_lr(step: int, num_steps: int, peak: float, *, warmup: int = 50, floor: float = 0.01) -> float:
     """Linear warm-up to `peak`, then half a cosine down to ``floor * peak``."""
     if step < warmup:
@@ -76,10 +70,9 @@ Gradients = tuple[list[torch.Tensor], list[float]]
 
 
 def _sum_halves(work: Callable[[Any], Gradients], halves: Sequence[Any], pool: ThreadPoolExecutor) -> Gradients:
-    """Run `work` on every part of a batch, each in a thread of its own, and add up gradients and figures in order.
+    """Run `work` on each part of a batch in its own thread; add up gradients and figures in order.
 
-    One torch thread for each half is faster than two torch threads for the whole: they meet once a step instead of
-    in every operation, which matters most where other programs share the machine.
+    Faster than two torch threads for the whole batch: the threads synchronise once a step, not in each operation.
     """
     results = list(pool.map(work, halves))
     gradients = [torch.stack(parts).sum(dim=0) for parts in zip(*(r[0] for r in results), strict=True)]
@@ -159,12 +152,12 @@ class NetworkRecipe:
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """Training clips as the transformers see them.
+    """Training clips of the transformers, unscaled.
 
     Attributes:
-        mean: means of the posteriors of the clips (N, T, C, H, W), unscaled.
+        mean: means of the posteriors (N, T, C, H, W).
         noise_std: standard deviations of the posteriors, of the same shape.
-        first: latents of the first frame encoded by itself (N, 1, C, H, W), unscaled: the image condition.
+        first: latents of the first frame alone (N, 1, C, H, W): the image condition.
         captions: N captions.
     """
 
@@ -175,17 +168,12 @@ class EncodedClips:
 
     @property
     def std(self) -> float:
-        """Standard deviation of a draw from the posteriors."""
-        return math.sqrt(self.mean.var().item() + self.noise_std.square().mean().item())
-
-    @property
-    def std_in_channel(self) -> float:
-        """Standard deviation around the mean of each channel: without the constant part, which tells nothing."""
+        """Standard deviation of a draw from the posteriors around the mean of its channel."""
         return math.sqrt(self.mean.var(dim=(0, 1, 3, 4)).mean().item() + self.noise_std.square().mean().item())
 
 
 def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int = 4) -> EncodedClips:
-    """Render and encode `num_clips` clips of the training combinations, every combination equally often."""
+    """Render and encode `num_clips` clips of the training combinations, each combination equally often."""
     endless = scene.random_clips(scene.combinations(held_out=False), np.random.default_rng([seed, 2]))
     clips = [next(endless) for _ in range(num_clips)]
 
@@ -206,10 +194,9 @@ def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int =
 def train_network(
     engine: nn.Module, clips: EncodedClips, recipe: NetworkRecipe, *, seed: int, log: Log
 ) -> dict[str, torch.Tensor]:
-    """Train the engine's network on encoded clips; return the moving average of its weights.
+    """Train the engine's network on encoded clips with the loss of its YAML; return the moving average of its weights.
 
-    Loss, denoiser and conditioner are those of the engine's YAML. For image-to-video, the clip's first frame goes in
-    as it does when sampling, and `noised_image_dropout` of the samples go without it.
+    For image-to-video the first frame is an input as in sampling; a share of `noised_image_dropout` goes without it.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     network = engine.network.train()
@@ -230,7 +217,8 @@ def train_network(
 
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         for step, chosen in enumerate(_batches(len(clips.captions), recipe, generator)):
-            latents, cond = _training_batch(engine, clips, chosen, table[caption_ids[chosen]], recipe, generator)
+            context = table[caption_ids[chosen]]
+            latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
             parts = [{key: value.chunk(NUM_WORKERS)[i] for key, value in cond.items()} for i in range(NUM_WORKERS)]
             seeds = torch.randint(2**31, (NUM_WORKERS,), generator=generator).tolist()
             jobs = list(zip(latents.chunk(NUM_WORKERS), parts, seeds, strict=True))
@@ -264,13 +252,13 @@ def _training_batch(
     clips: EncodedClips,
     chosen: torch.Tensor,
     context: torch.Tensor,
-    recipe: NetworkRecipe,
+    text_dropout: float,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Draw latents from the posteriors and drop conditions: latents (B, T, C, H, W) and the network's conditions."""
     mean = clips.mean[chosen]
     latents = (mean + clips.noise_std[chosen] * torch.randn(mean.shape, generator=generator)) * engine.scale_factor
-    dropped = torch.rand(len(chosen), generator=generator) < recipe.text_dropout
+    dropped = torch.rand(len(chosen), generator=generator) < text_dropout
     cond = {"crossattn": context.masked_fill(dropped[:, None, None], 0.0)}
     if engine.noised_image_input:
         image = torch.zeros_like(latents)
@@ -287,7 +275,7 @@ def start_from(network: nn.Module, load: str) -> None:
     for name, parameter in network.state_dict().items():
         value = stored[f"model.diffusion_model.{name}"].to(parameter.dtype)
         if name == "mixins.patch_embed.proj.weight":
-            # (D, C, p, p) of the noisy latents; the network also has the C channels of the image behind them.
+            # (D, C, p, p) of the noisy latents; the C channels of the image follow them in the network.
             value = value.flatten(1)
             parameter.zero_()
             parameter[:, : value.shape[1]] = value

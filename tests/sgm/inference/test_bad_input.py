@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -209,18 +208,6 @@ def test_words_may_stand_in_any_order():
     options = parse(["args.a=1", "--base", "x.yaml", "args.b=2", "--seed", "3", "args.c=4", "--base", "y.yaml"])
     assert options.base == ["x.yaml", "y.yaml"]
     assert set(options.overrides) == {"args.a=1", "args.b=2", "args.c=4", "args.seed=3"}
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--base", "configs/cogvideox_5b.yaml", "--check"]])
-def test_help_and_check_answer_within_ten_seconds(words):
-    command = [sys.executable, "sample_video.py", *words]
-    before = os.times()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    spent = os.times()
-    # Of the processor, so that other work on the machine does not count.
-    assert spent.children_user + spent.children_system - before.children_user - before.children_system < 10
-    assert done.returncode == (0 if words == ["--help"] else 2)  # the released weights are not here
-    assert "Traceback" not in done.stderr
 
 
 def test_lora_that_the_file_lacks_is_refused_unless_forced(tiny_model, tmp_path, capsys, golden):

@@ -1,5 +1,7 @@
 """Tiny training runs: golden networks on clips of coloured noise."""
 
+import contextlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import yaml
 from sgm.config.load import load_config
 from sgm.inference.video import write_video
 from sgm.training.run import train
+from tests.train_jobs import no_pictures
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
 FIXED_SIZE = ("dit_t2v_2b", "dit_i2v_5b")  # position tables
@@ -79,7 +82,35 @@ def training_yaml(tiny_model, clips, tmp_path_factory):
 def job(training_yaml, tmp_path):
     """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
 
-    def start(name="dit_t2v_5b_lora", *overrides, save="runs"):
-        return train(load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train"))
+    def start(name="dit_t2v_5b_lora", *overrides, save="runs", pictures=False):
+        config = load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train")
+        with contextlib.nullcontext() if pictures else no_pictures():
+            return train(config)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def kept_run(training_yaml, tmp_path_factory):
+    """Return a function: train a tiny network once for each set of options; give the run folder, which stays as is."""
+    runs = {}
+
+    def folder(name, *overrides) -> Path:
+        if (name, overrides) not in runs:
+            save = tmp_path_factory.mktemp("kept")
+            config = load_config(training_yaml(name), [f"args.save={save}", *overrides], mode="train")
+            with no_pictures():
+                runs[name, overrides] = train(config).folder
+        return runs[name, overrides]
+
+    return folder
+
+
+@pytest.fixture
+def begun(kept_run, tmp_path):
+    """Return a function: like `kept_run`, but gives a copy in the folder that `job` trains into."""
+    return lambda name, *overrides: _copy(kept_run(name, *overrides), tmp_path / "runs")
+
+
+def _copy(run: Path, folder: Path) -> Path:
+    return shutil.copytree(run, folder / run.name)

@@ -1,4 +1,4 @@
-"""A state that a run could go on from."""
+"""A resume point for tests."""
 
 from pathlib import Path
 

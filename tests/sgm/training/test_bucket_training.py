@@ -1,4 +1,4 @@
-"""Training on buckets: any number of ranks alike, resumed in the middle of an epoch, clips of several shapes."""
+"""Training on buckets: clips of several shapes, one and two ranks, resume in the middle of an epoch."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_a_run_resumed_in_mid_epoch_equals_an_uninterrupted_one(runs, world):
     assert state["micro_batches"] == ITERS and len(state["buckets"]) == len(state["plan"]) == 64
 
 
-def test_other_buckets_or_ranks_are_not_gone_on_with(runs, training_yaml, settings):
+def test_a_resume_with_other_buckets_or_ranks_is_refused(runs, training_yaml, settings):
     save = f"args.save={runs(1, 'straight').parent}"
     more = [save, f"args.resume={runs(1, 'straight')}", "args.train_iters=20"]
     for changed in ("deepspeed.train_micro_batch_size_per_gpu=3", "data.params.buckets=null"):
@@ -119,7 +119,7 @@ def test_other_buckets_or_ranks_are_not_gone_on_with(runs, training_yaml, settin
         train(config)
 
 
-def test_epochs_are_counted_in_what_the_buckets_give(job, settings):
+def test_epochs_are_counted_in_batches_of_the_buckets(job, settings):
     more = ["args.train_iters=null", "args.epochs=1", "data.params.drop_partial=true"]
     pairs = ["deepspeed.train_micro_batch_size_per_gpu=2", "deepspeed.gradient_accumulation_steps=2"]
     summary = job(LORA, *settings, *more, *pairs)
@@ -159,7 +159,7 @@ def test_the_check_prints_the_table(training_yaml, settings, capsys):
         (LORA, "[{shape: 5x32x48, batchsize: 2}]", "did you mean 'batch_size'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_read(training_yaml, name, buckets, text):
+def test_impossible_buckets_are_refused_before_clips_are_read(training_yaml, name, buckets, text):
     config = load_config(training_yaml(name), [f"data.params.buckets={buckets}"], mode="train")
     with pytest.raises(ConfigError, match=text) as error:
         train(config)

@@ -34,6 +34,25 @@ SMALL = NetworkSize(
 )
 
 
+# Of two steps, recorded on a CPU: float32, seed and clips of the tests, the networks of the golden data or, for
+# released models, random ones of the size `SMALL`. Other versions of the video codec decode slightly other clips.
+TOLERANCE = 1e-3
+LOSSES = {
+    "dit_t2v_2b": [1.519668, 1.409706],
+    "dit_i2v_5b": [0.649991, 0.642679],
+    "dit_t2v_1.5": [0.568085, 0.683569],
+    "dit_t2v_5b_lora": [0.779353, 0.791347],
+    "cogvideox1.5_5b": [0.548414, 0.643127],
+    "cogvideox1.5_5b_i2v": [0.852082, 0.555450],
+    "cogvideox_2b": [1.488011, 1.415313],
+    "cogvideox_2b_lora": [1.738233, 1.666492],
+    "cogvideox_5b": [0.554453, 0.617548],
+    "cogvideox_5b_i2v": [0.845363, 0.553941],
+    "cogvideox_5b_i2v_lora": [1.115993, 0.816799],
+    "cogvideox_5b_lora": [0.814823, 0.866696],
+}
+
+
 def golden_engine(tiny_model, golden, name, *, checkpoint_activations=False):
     """Return the whole model around a golden network, with its weights, and the golden tensors."""
     config = load_config([tiny_model(name)], ["args.input_file=none.txt"], mode="inference")
@@ -126,12 +145,14 @@ def test_every_family_takes_two_steps(training_yaml, tmp_path, name):
     assert summary.iteration == summary.total == 2
     lines = read_metrics(summary.folder / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2]
-    assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
+    assert [line["loss"] for line in lines] == pytest.approx(LOSSES[name], rel=TOLERANCE)
+    assert all(line["grad_norm"] > 0 for line in lines)
 
 
 @pytest.fixture(scope="session")
 def small_vae(tmp_path_factory) -> tuple[dict, Path]:
     """The section and the weights file of a released VAE of small width."""
+    torch.manual_seed(0)
     section = vae_section("cogvideox_5b", ch=32, num_res_blocks=1)
     path = tmp_path_factory.mktemp("vae") / "3d-vae.pt"
     return section, save_autoencoder(path, build_vae(section))
@@ -145,6 +166,7 @@ def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t
     lora = network["params"]["modules"].get("lora_config")
     if lora is not None:  # adapters need a network under them
         lora["params"]["r"] = 4
+        torch.manual_seed(0)
         plain = network_section(name.removesuffix("_lora"), SMALL)
         save_network(tmp_path / "base", 1, build_network(plain), patch_size=plain["params"]["patch_size"])
     vae["params"]["ckpt_path"] = str(vae_file)
@@ -174,4 +196,4 @@ def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t
     )
     summary = train(config)
     losses = [line["loss"] for line in read_metrics(summary.folder / "metrics.jsonl")]
-    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    assert losses == pytest.approx(LOSSES[name], rel=TOLERANCE)

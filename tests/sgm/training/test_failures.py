@@ -1,4 +1,4 @@
-"""What ends a run: numbers out of range, clips that cannot be read, ranks that die, a full disk. And what it leaves."""
+"""Failures that end a run: losses that are not finite, unreadable clips, dead ranks, a full disk; and what is left."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Numbers out of range
+# Losses that are not finite
 
 
 @pytest.fixture
 def breaks_at(monkeypatch):
-    """Return a function: let the loss of the given forward pass, counted from 1, be multiplied by a number."""
+    """Return a function: multiply the loss of the given forward pass, counted from 1, by a number."""
     original = SATVideoDiffusionEngine.training_losses
 
     def make(number: int, factor: float) -> None:
@@ -128,7 +128,7 @@ def test_the_command_line_ends_with_one_message(training_yaml, tmp_path, breaks_
 
 
 def test_steps_skipped_in_a_row_end_the_run(job, monkeypatch, tmp_path):
-    """What DeepSpeed counts is moved by hand: a CPU does not train in fp16."""
+    """DeepSpeed's counter is increased by the test: a CPU does not train in fp16."""
     original = sgm.training.run.TrainingRun._step
 
     def step(run, batches, taken):
@@ -171,10 +171,10 @@ def test_a_full_disk_leaves_the_former_checkpoint(job, small_disk, tmp_path, mon
 
 
 @pytest.mark.parametrize("number", [1, 3, 5, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 6))])
-def test_a_crash_at_any_moment_of_a_save_is_survived(job, monkeypatch, tmp_path, number):
-    """The n-th file of the second save is written, and does not get its name."""
-    straight = job(LORA, "args.train_iters=2", "args.ema_decay=0.5", save="straight").folder
-    first = job(LORA, "args.train_iters=2", "args.exit_interval=1", "args.ema_decay=0.5", "args.keep_last=1").folder
+def test_a_crash_at_any_moment_of_a_save_is_survived(job, kept_run, begun, monkeypatch, number):
+    """The n-th file of the second save is written, and not renamed."""
+    straight = kept_run(LORA, "args.train_iters=2", "args.ema_decay=0.5")
+    first = begun(LORA, "args.train_iters=2", "args.exit_interval=1", "args.ema_decay=0.5", "args.keep_last=1")
     calls, replace = [], Path.replace
 
     class Crash(BaseException):
@@ -212,7 +212,7 @@ def clip(path: Path, seed: int, *, fps: int = 8, frames: int = 9) -> Path:
 
 @pytest.fixture
 def twenty_clips(tmp_path) -> tuple[Path, dict[str, str]]:
-    """Twenty clips, of which five are broken; with what is wrong with those."""
+    """Twenty clips, five of them broken; the paths of those by kind of damage."""
     folder = tmp_path / "data"
     (folder / "labels").mkdir(parents=True)
     for number in range(20):
@@ -234,7 +234,7 @@ BROKEN = {"truncated": 2, "empty": 5, "text": 8, "no frames": 11, "odd rate": 17
 
 
 def _set_rate(path: Path) -> None:
-    """Let the header of a clip say that it runs at 9,000 frames per second: times are in units 1000 times smaller."""
+    """Write a rate of 8,000 frames per second into the header of a clip: time units 1000 times smaller."""
     data = bytearray(path.read_bytes())
     at = data.index(b"mdhd") + 4
     scale = int.from_bytes(data[at + 12 : at + 16], "big")
@@ -295,7 +295,7 @@ def test_a_missing_caption_is_an_error_that_lists_the_clips(training_yaml, tmp_p
 
 
 def damage(path: Path) -> None:
-    """Overwrite the pictures of a clip; container, packets and what the first picture needs stay as they are."""
+    """Overwrite the frames of a clip but the first; container and packets stay."""
     import av
 
     with av.open(str(path)) as container:
@@ -308,7 +308,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def breaks_when_decoded(tmp_path) -> tuple[Path, str]:
-    """Ten clips, one of which looks well and cannot be decoded."""
+    """Ten clips; one passes the check and cannot be decoded."""
     folder = tmp_path / "data"
     (folder / "labels").mkdir(parents=True)
     for number in range(10):
@@ -332,7 +332,7 @@ def test_a_clip_that_breaks_when_it_is_decoded_is_replaced_and_named(job, breaks
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["quarantined_clips"] == 1
 
 
-def test_clips_that_break_later_count_against_the_allowed_share(job, breaks_when_decoded):
+def test_clips_that_cannot_be_decoded_count_against_the_allowed_share(job, breaks_when_decoded):
     folder, bad = breaks_when_decoded
     for number in (2, 7):
         damage(folder / "videos" / f"{number}.mp4")
@@ -383,7 +383,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(training_yaml, job, tmp
     env = {"PYTHONPATH": f"{tmp_path / 'dying'}:{ROOT}", "H_MARKER": str(tmp_path / "marker")}
     command = [*overrides, "deepspeed.train_micro_batch_size_per_gpu=1", f"args.save={tmp_path / 'runs'}"]
     bases = training_yaml(LORA)
-    messages = Training(bases, command, 2, **env).finish(code=1)
+    messages = Training(bases, command, 2, forked=True, **env).finish(code=1)
     assert (tmp_path / "marker").exists()
     assert "iteration 3 failed" in messages, messages[-3000:]
     assert "start again with args.resume=auto" in messages and ".mp4" in messages

@@ -1,4 +1,4 @@
-"""What a run makes of its configuration: files, length, precision, accumulation, resume. Tiny networks, in process."""
+"""Train tiny networks in this process: files, length, precision, accumulation, resume."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from scene import BACKGROUND, Clip, render
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sgm.training.save
@@ -17,15 +18,16 @@ from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.training.metrics import read_metrics
+from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
 from sgm.util import InputError
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_entry, read_tensors
-from tools.toy.scene import BACKGROUND, Clip, render
 
 ROOT = Path(__file__).parents[3]
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
+SLOW = pytest.mark.slow
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout"
 
 
@@ -60,7 +62,7 @@ def log(caplog):
 
 
 def test_a_run_folder_holds_everything(job):
-    folder = job(LORA, "args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine").folder
+    folder = job(LORA, "args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine", pictures=True).folder
     assert folder.name.startswith("mine-")
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [2, 3]
@@ -86,12 +88,12 @@ def test_a_run_folder_holds_everything(job):
     assert (folder / "latest").read_text().strip() == "3"
 
 
-def test_the_written_configuration_trains_the_same(job, tmp_path):
-    first = job(LORA, "args.train_iters=2")
-    config = load_config([first.folder / "config.yaml"], [f"args.save={tmp_path / 'again'}"], mode="train")
+def test_the_written_configuration_trains_the_same(kept_run, tmp_path):
+    first = kept_run(LORA, "args.train_iters=2")
+    config = load_config([first / "config.yaml"], [f"args.save={tmp_path / 'again'}"], mode="train")
     again = train(config)
-    assert losses(again.folder) == losses(first.folder)
-    assert largest_difference(weights(again.folder), weights(first.folder)) == 0
+    assert losses(again.folder) == losses(first)
+    assert largest_difference(weights(again.folder), weights(first)) == 0
 
 
 def test_a_logged_loss_is_the_mean_since_the_last_line(job):
@@ -114,8 +116,8 @@ def test_the_average_is_saved_beside_the_weights(job):
     assert find_weights(folder) == find_weights(folder / "2"), "latest names the weights, not the average"
 
 
-def test_a_lora_run_saves_adapters_alone_or_with_their_base(job, golden):
-    alone = job(LORA, "args.train_iters=1").folder
+def test_a_lora_run_saves_adapters_alone_or_with_their_base(job, kept_run, golden):
+    alone = kept_run(LORA, "args.train_iters=1")
     whole = job(LORA, "args.train_iters=1", "args.save_full=true").folder
     base = read_tensors(find_weights(golden / LORA / "transformer"))
     adapters = weights(alone)
@@ -224,8 +226,9 @@ def test_recomputing_activations_changes_nothing(job, name):
     assert largest_difference(*map(weights, runs)) <= 1e-6
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("name", [LORA, FULL])
+@pytest.mark.parametrize(
+    ("name", "stage"), [(LORA, 2), (FULL, 0), *(pytest.param(*key, marks=SLOW) for key in ((LORA, 0), (FULL, 2)))]
+)
 def test_bf16_trains_and_resumes_bit_for_bit(job, name, stage):
     overrides = [
         "args.train_iters=4",
@@ -306,11 +309,17 @@ def sampled(training_yaml, load: Path, folder: Path, name: str) -> dict[str, tor
     return load_file(summary.written[0])
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("name", [LORA, FULL, "dit_t2v_2b"])
-def test_a_zero_learning_rate_leaves_the_samples_as_they_are(job, golden, training_yaml, tmp_path, name, stage):
-    """The base that a checkpoint with LoRA and B = 0 gives is that of the checkpoint without."""
-    base = fresh_base(golden, tmp_path) if name == LORA else golden / name / "transformer"
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        (LORA, 0),
+        (FULL, 2),
+        *(pytest.param(*key, marks=SLOW) for key in ((LORA, 2), (FULL, 0), ("dit_t2v_2b", 0), ("dit_t2v_2b", 2))),
+    ],
+)
+def test_a_zero_learning_rate_leaves_the_samples_as_they_are(job, base, golden, training_yaml, tmp_path, name, stage):
+    """With LoRA: adapters with B = 0 sample as the base without adapters."""
+    base = base if name == LORA else golden / name / "transformer"
     overrides = ["args.train_iters=5", "deepspeed.optimizer.params.lr=0.0", f"args.load={base}"]
     folder = job(name, *overrides, f"deepspeed.zero_optimization.stage={stage}", "args.ema_decay=0.9").folder
     before = sampled(training_yaml, base, tmp_path / "before", name) if name != LORA else None
@@ -321,16 +330,18 @@ def test_a_zero_learning_rate_leaves_the_samples_as_they_are(job, golden, traini
         assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def fresh_base(golden, tmp_path) -> Path:
-    """Save the base of the golden LoRA network without its adapters."""
+@pytest.fixture(scope="module")
+def base(golden, tmp_path_factory) -> Path:
+    """The golden LoRA network without its adapters."""
+    folder = tmp_path_factory.mktemp("base")
     tensors = read_tensors(find_weights(golden / LORA / "transformer"))
-    base = {
+    plain = {
         name.removeprefix("model.diffusion_model.").replace(".original.", "."): tensor
         for name, tensor in tensors.items()
         if ".matrix_" not in name
     }
-    save_network(tmp_path / "base", 1, base, patch_size=2)
-    return tmp_path / "base"
+    save_network(folder, 1, plain, patch_size=2)
+    return folder
 
 
 def sampled_without_adapters(training_yaml, base: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
@@ -342,8 +353,7 @@ def sampled_without_adapters(training_yaml, base: Path, tmp_path: Path) -> dict[
     return sampled(lambda _: [str(plain)], base, tmp_path / "before", LORA)
 
 
-def test_a_trained_adapter_changes_the_samples(job, golden, training_yaml, tmp_path, log):
-    base = fresh_base(golden, tmp_path)
+def test_a_trained_adapter_changes_the_samples(job, base, training_yaml, tmp_path, log):
     folder = job(LORA, "args.train_iters=2", f"args.load={base}", "deepspeed.optimizer.params.lr=0.01").folder
     assert "without effect" not in messages(log)
     before = sampled_without_adapters(training_yaml, base, tmp_path)
@@ -351,14 +361,13 @@ def test_a_trained_adapter_changes_the_samples(job, golden, training_yaml, tmp_p
     assert any(not torch.equal(after[key], before[key]) for key in before)
 
 
-def test_adapters_without_effect_are_reported(job, golden, tmp_path, log):
-    job(LORA, "args.train_iters=1", "deepspeed.optimizer.params.lr=0.0", f"args.load={fresh_base(golden, tmp_path)}")
+def test_adapters_without_effect_are_reported(job, base, log):
+    job(LORA, "args.train_iters=1", "deepspeed.optimizer.params.lr=0.0", f"args.load={base}")
     assert "every B matrix is zero" in messages(log)
 
 
-def test_adapters_are_trained_further_in_a_new_run(job, golden, tmp_path):
-    base = fresh_base(golden, tmp_path)
-    first = job(LORA, "args.train_iters=2", f"args.load={base}").folder
+def test_adapters_are_trained_further_in_a_new_run(job, kept_run, base):
+    first = kept_run(LORA, "args.train_iters=2", f"args.load={base}")
     second = job(LORA, "args.train_iters=1", f"args.load={first}", "deepspeed.optimizer.params.lr=0.0", save="2").folder
     assert largest_difference(weights(second), weights(first)) == 0
     assert read_entry(find_weights(second), "lora")["base"] == str(base)
@@ -376,10 +385,9 @@ def test_adapters_are_trained_further_in_a_new_run(job, golden, tmp_path):
         ("args.load=2b", "args.load"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused(job, golden, tmp_path, change, key):
-    base = fresh_base(golden, tmp_path)
+def test_a_state_that_does_not_fit_is_refused(job, begun, base, tmp_path, change, key):
     load = f"args.load={base}"
-    job(LORA, "args.train_iters=3", "args.exit_interval=1", load)
+    begun(LORA, "args.train_iters=3", "args.exit_interval=1", load)
     if change == "args.load=2b":
         changed = {n.removeprefix("model.diffusion_model."): t + 1 for n, t in weights(base).items()}
         save_network(tmp_path / "changed", 1, changed, patch_size=2)
@@ -389,8 +397,8 @@ def test_a_state_that_does_not_fit_is_refused(job, golden, tmp_path, change, key
         job(LORA, "args.train_iters=3", "args.resume=auto", load, change, *optimizer)
 
 
-def test_going_on_warns_of_what_differs_only(job, log):
-    job(LORA, "args.train_iters=3", "args.exit_interval=1")
+def test_going_on_warns_of_what_differs_only(job, begun, log):
+    begun(LORA, "args.train_iters=3", "args.exit_interval=1")
     log.clear()
     job(LORA, "args.train_iters=3", "args.exit_interval=1", "args.resume=auto")
     assert "the configuration differs" not in messages(log)
@@ -412,9 +420,8 @@ def test_latest_names_the_newest_weights_after_a_crash_in_the_last_save(job, mon
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rng_00.pt", "resume.json"])
-def test_a_damaged_state_is_told(job, file, damage):
-    first = job(LORA, "args.train_iters=2", "args.exit_interval=1")
-    path = first.folder / "resume" / "1" / file
+def test_a_damaged_state_is_told(job, begun, file, damage):
+    path = begun(LORA, "args.train_iters=2", "args.exit_interval=1") / "resume" / "1" / file
     if damage == "missing":
         path.unlink()
     else:
@@ -469,7 +476,10 @@ def test_a_step_reads_no_more_than_its_flags_from_the_device(job, monkeypatch):
 
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory):
-    """Return a function: train a toy model on one clip of an unseen look; give its last validation loss."""
+    """Return a function: train a toy model on one clip of an unseen look; give its last validation loss.
+
+    The clip is encoded once, into a cache.
+    """
     folder = tmp_path_factory.mktemp("one_clip")
     shape = render(Clip("blue", "square", "down", 10.0, (20.0, 20.0), 25.0))
     grey = np.where(np.abs(shape - BACKGROUND).max(-1, keepdims=True) > 0.05, shape, 0.5)
@@ -496,7 +506,10 @@ def overfit(tmp_path_factory):
             f"deepspeed.optimizer.params.lr={lr}",
         ]
         bases = [ROOT / "configs" / f"{stem}.yaml" for stem in (name, "toy_sft")]
-        summary = train(load_config(bases, overrides, mode="train"))
+        cache = folder / "cache"
+        if not cache.exists():
+            run_jobs(plan_jobs(load_config(bases, overrides, mode="train"), ("latents",)), cache)
+        summary = train(load_config(bases, [*overrides, f"args.latent_cache={cache}"], mode="train"))
         return read_metrics(summary.folder / "metrics.jsonl")[-1]["validation_loss"]
 
     return run

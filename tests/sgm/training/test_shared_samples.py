@@ -1,4 +1,4 @@
-"""Training in which ranks share samples is training on one rank: losses, gradients, weights, evaluation, resume."""
+"""Sequence and tensor parallel training equals training on one rank: losses, gradients, weights, evaluation, resume."""
 
 import itertools
 import shutil
@@ -166,7 +166,7 @@ def by_layers(training_yaml, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_two_ranks_that_share_layers_train_as_one(by_layers, alone, name):
+def test_two_tensor_parallel_ranks_train_as_one(by_layers, alone, name):
     found, reference = by_layers[name], alone[LAYERS[name][0]]
     same(found, reference)
     assert len([*(found / str(ITERS)).glob("mp_rank_*")]) == len([*(found / f"{ITERS}-ema").glob("mp_rank_*")]) == 2
@@ -174,7 +174,7 @@ def test_two_ranks_that_share_layers_train_as_one(by_layers, alone, name):
     assert difference(samples(found), samples(reference)) <= 1e-3
 
 
-def test_a_resumed_run_that_shares_layers_equals_an_uninterrupted_one(by_layers):
+def test_a_resumed_tensor_parallel_run_equals_an_uninterrupted_one(by_layers):
     straight, resumed = by_layers["straight"], by_layers["resumed"]
     assert values(resumed, "loss") == values(straight, "loss")
     for name in (str(ITERS), f"{ITERS}-ema"):
@@ -188,7 +188,7 @@ def test_two_ranks_train_as_one(on_two, alone, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
-def test_two_groups_that_share_the_autoencoder_too_train_as_one_rank(on_four, alone, name):
+def test_two_groups_with_context_parallel_autoencoder_train_as_one_rank(on_four, alone, name):
     same(on_four[name], alone[FOUR[name][0]])
     assert sorted(path.name for path in (on_four[name] / "resume" / str(ITERS)).glob("rng_*")) == [
         f"rng_{rank:02d}.pt" for rank in range(4)
@@ -275,7 +275,7 @@ def test_the_batch_counts_each_sample_once(plan):
         (["args.sequence_parallel_size=2", "model.first_stage_config.params.cp_size=4"], "args", "differ"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_before_weights_are_read(plan, overrides, path, message):
+def test_impossible_sizes_are_refused_before_weights_are_read(plan, overrides, path, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plan(LORA, *overrides)
     assert any(path in problem.path for problem in caught.value.problems)
@@ -312,7 +312,7 @@ def test_every_stage_and_attention_trains_as_one_rank(training_yaml, alone, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_that_share_layers_and_tokens_train_as_one(training_yaml, alone, tmp_path, model, size):
+def test_tensor_and_sequence_parallel_ranks_train_as_one(training_yaml, alone, tmp_path, model, size):
     runs = Runs(tmp_path, training_yaml, size)
     vae = f"model.first_stage_config.params.cp_size={size}"
     for stage in range(4):

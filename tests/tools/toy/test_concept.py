@@ -1,19 +1,16 @@
-import sys
 from pathlib import Path
 
+import concept
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import scene
 import sentencepiece
 
+from data_video import SFTDataset
+from sgm.inference.video import write_video
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools" / "toy"))
-
-import concept  # noqa: E402
-import scene  # noqa: E402
-
-from data_video import SFTDataset  # noqa: E402
-from sgm.inference.video import write_video  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
+import make_assets
 import numpy as np
 import pytest
+import scene
 import torch
+import training
 
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools" / "toy"))
-
-import make_assets  # noqa: E402
-import scene  # noqa: E402
-import training  # noqa: E402
 
 
 @pytest.fixture(scope="module")

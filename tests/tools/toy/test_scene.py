@@ -1,12 +1,6 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "toy"))
-
-import scene  # noqa: E402
+import scene
 
 ALL = scene.combinations(held_out=False) + scene.combinations(held_out=True)
 

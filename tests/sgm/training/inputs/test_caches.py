@@ -1,4 +1,4 @@
-"""Training from caches: the same as without them, refused where it would not be, and nothing loaded in vain."""
+"""Training from caches equals training without them, or is refused; encoders that it does not need are not loaded."""
 
 import itertools
 import json
@@ -60,7 +60,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def nothing_loaded(monkeypatch):
-    """Let clips, text encoder and autoencoder be opened by nobody."""
+    """Fail if clips, text encoder or autoencoder are opened."""
 
     def refuse(*_args, **_options):
         raise AssertionError("opened in vain")
@@ -165,7 +165,7 @@ def cache(training_yaml, tmp_path_factory) -> Path:
         ("data.params.reshape_mode=random", "set it to center"),
     ],
 )
-def test_what_a_cache_was_not_made_for_is_refused(training_yaml, cache, tmp_path, change, message):
+def test_a_cache_of_other_settings_is_refused(training_yaml, cache, tmp_path, change, message):
     config = load_config(
         training_yaml("dit_t2v_5b_lora"), [f"args.save={tmp_path}", *caches(cache), change], mode="train"
     )
@@ -184,7 +184,7 @@ def test_buckets_that_change_from_epoch_to_epoch_are_refused(training_yaml, monk
     require_repeatable(config, [])
 
 
-def test_the_rules_by_which_clips_go_to_buckets_are_part_of_what_a_cache_was_made_for(training_yaml, monkeypatch):
+def test_the_assignment_of_clips_to_buckets_is_part_of_the_source_of_a_cache(training_yaml, monkeypatch):
     config = load_config(training_yaml("dit_t2v_5b_lora"), [], mode="train")
     dataset = SimpleNamespace(video_size=(32, 48), max_num_frames=5, fps=8.0, skip=(0, 0), reshape_mode="center")
 
@@ -272,7 +272,7 @@ def test_clips_that_cannot_be_told_apart_are_refused(training_yaml, clips, tmp_p
         precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", f"args.train_data=[{folders[0]},{folders[1]}]")
 
 
-def test_what_was_interrupted_goes_on_to_the_same_bytes(training_yaml, cache, tmp_path, monkeypatch):
+def test_an_interrupted_cache_is_continued_to_the_same_bytes(training_yaml, cache, tmp_path, monkeypatch):
     bases, other = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache"
     written = []
 
@@ -299,7 +299,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(training_yaml, cache, tm
     assert {path: path.stat().st_mtime_ns for path in other.glob("[!.]*")} == stamps, "nothing is done twice"
 
 
-def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
+def test_ranks_write_disjoint_shards(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, made = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("text", "latents"), shard_bytes=SMALL)
     missing = [[*range(len(job.description.shards))] for job in jobs]
@@ -327,7 +327,7 @@ def test_ranks_divide_the_shards(training_yaml, cache, tmp_path, monkeypatch):
     assert all(after - before <= 1 for shards in exchanges for before, after in itertools.pairwise(shards))
 
 
-def test_what_could_not_be_encoded_is_tried_again_alone(training_yaml, cache, tmp_path, monkeypatch):
+def test_only_failed_clips_are_encoded_again(training_yaml, cache, tmp_path, monkeypatch):
     bases, other, decoded = training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", []
     jobs = plan_jobs(load_config(bases, [], mode="train"), ("latents",), shard_bytes=SMALL)
     pixels = sgm.training.inputs.precompute._Clip.pixels

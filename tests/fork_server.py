@@ -1,0 +1,124 @@
+"""Run Python command lines in forks of a process that has imported everything: ``python tests/fork_server.py SOCKET``.
+
+Not a test. A client (`tests.fork_client`) sends its arguments, environment, working directory and standard streams; a
+fork of this process runs the command line with them. When the client is killed, its fork is killed too. The server ends
+with its standard input, that is with the process that started it.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PIDS = "FORK_SERVER_PIDS"  # environment variable: a folder in which each fork leaves an empty file named by its id
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    importlib.import_module("tests.imported")
+    gc.freeze()  # no collection in a fork copies the memory of what is imported
+    os.fsync = lambda _: None  # as in tests/conftest.py
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap without waiting
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(sys.argv[1])
+        listener.listen()
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                return supervise(connection)
+            connection.close()
+
+
+def supervise(connection: socket.socket) -> None:
+    """Start what the client asks for, and report its id and exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    request = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        os._exit(exit_code(become, streams, **request))
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(pid.to_bytes(8, "big", signed=True))
+    threading.Thread(target=kill_without_client, args=(connection, pid), daemon=True).start()
+    _, status = os.waitpid(pid, 0)
+    try:
+        connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
+    except BrokenPipeError:
+        pass  # the client was killed
+    os._exit(0)
+
+
+def kill_without_client(connection: socket.socket, pid: int) -> None:
+    """Kill a process and its children when the client at the other end of `connection` is gone."""
+    if not connection.recv(1) and psutil.pid_exists(pid):
+        process = psutil.Process(pid)
+        for member in [*process.children(recursive=True), process]:
+            member.kill()
+
+
+def exit_code(work: Callable[..., None], *args: Any, **kwargs: Any) -> int:
+    """Call `work` and what is registered for the exit; return the exit code of Python, without its slow clean-up."""
+    code = 0
+    try:
+        work(*args, **kwargs)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            sys.stderr.write(error.code + "\n")
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def become(streams: list[int], words: list[str], folder: str, env: dict[str, str]) -> None:
+    """Run a Python command line in this process."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    if PIDS in env:
+        Path(env[PIDS], str(os.getpid())).touch()
+    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.modules.pop("sitecustomize", None)
+    try:
+        importlib.import_module("sitecustomize")
+    except ModuleNotFoundError:
+        pass
+    words = words[words[0] == "-u" :]  # which torchrun gives
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
