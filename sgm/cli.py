@@ -42,7 +42,7 @@ def parse(
     parser.add_argument(
         "--base", nargs="+", action="extend", metavar="YAML", default=[], help="files to merge; a later one wins"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over all files")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override all files")
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
     parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")

@@ -168,7 +168,7 @@ def test_learning_rates_follow_what_trains(name, lr):
     assert load_training(name).deepspeed["optimizer"]["params"]["lr"] == lr
 
 
-def test_a_size_that_only_the_image_decides_must_be_given():
+def test_training_an_image_shaped_model_needs_a_size():
     with pytest.raises(ConfigError, match="data.params.video_size"):
         load_config([CONFIGS / "cogvideox1.5_5b_i2v.yaml", CONFIGS / "sft.yaml"], mode="train")
 

@@ -1,10 +1,10 @@
-"""Put the videos of finished sampling runs on one picture, a row each.
+"""Draw the videos of finished sampling runs on one picture, a row each.
 
     python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
     python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --out outputs/demo_lora.png
 
-Use it for runs without ``args.contact_sheet``, for runs on several ranks, and to compare runs. Videos come in the
-order of the folders, then of their prompts; with ``--beside``, runs of the same prompts share a row for each prompt.
+Use it for runs without ``args.contact_sheet`` or on several ranks, and to compare runs. Videos are sorted by folder and
+prompt; with ``--beside``, runs of the same prompts share a row for each prompt.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sgm.util import InputError, RunError
 
 
 def results(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """Return caption and frames (T, H, W, 3) of every finished video below the folder of a run."""
+    """Return caption and frames (T, H, W, 3) of every finished video in the folder of a run."""
     found = []
     for sidecar in sorted(folder.glob("*/*/000000.json"), key=_order):
         video = sidecar.with_suffix(".mp4")
@@ -30,12 +30,12 @@ def results(folder: Path) -> list[tuple[str, np.ndarray]]:
             start = " (from an image)" if content["image"] else ""
             found.append((f"{content['prompt']}{start}, seed {content['seed']}", iio.imread(video)))
     if not found:
-        raise InputError(f"there is no finished video below {folder}; give the args.output_dir of a sampling run")
+        raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
     return found
 
 
 def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]]:
-    """Return a row for each prompt that all runs sampled: `columns` frames of each, in the order of `folders`."""
+    """Return a row for each prompt of all runs: `columns` frames from every run, in the order of `folders`."""
     runs = [results(folder) for folder in folders]
     rows = []
     for samples in zip(*runs, strict=False):

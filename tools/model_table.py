@@ -1,4 +1,4 @@
-"""Print the README's table of models, made from the model files; ``--write`` puts it into a document.
+"""Print the README's table of models from the model files; ``--write`` puts it into a document.
 
     python tools/model_table.py --write README.md
 
@@ -29,7 +29,7 @@ def model_files() -> list[Path]:
 
 
 def model_table() -> str:
-    """Return the table as Markdown, a row for every shipped model configuration."""
+    """Return the table in Markdown, a row for every shipped model configuration."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
     for path in model_files():
         config = load_config([path], ["args.input_type=cli"], mode="inference")
@@ -58,7 +58,7 @@ def _row(path: Path, config: Config) -> list[str]:
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """Count the parameters of a network and of its adapters, without the tables that no training changes."""
+    """Count the trainable parameters of a network and of its adapters."""
     with without_allocating():
         network = instantiate_from_config(config.model["network_config"])
     adapters = sum(p.numel() for name, p in network.named_parameters() if ".matrix_" in name)
@@ -77,7 +77,7 @@ def put_into(document: str, table: str) -> str:
     """Return `document` with `table` between the two markers.
 
     Raises:
-        InputError: the markers are not there, each once.
+        InputError: a marker is missing or repeated.
     """
     if document.count(START) != 1 or document.count(END) != 1:
         raise InputError(f"the document must hold the lines '{START}' and '{END}', each once")

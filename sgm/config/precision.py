@@ -55,40 +55,37 @@ def resolve_training_precision(config: Config, device_type: str) -> torch.dtype:
         given = [flag for flag in stated if flag.value is not None]
         if len({flag.value for flag in given}) > 1:
             first, second = (f"{flag.path} is {str(flag.value).lower()}" for flag in given)
-            cure = f"remove {given[1].path}, or make them equal"
-            raise ConfigError([Problem(given[0].path, "", f"{first}, but {second}", cure)])
+            raise _refusal(given[0].path, f"{first}, but {second}", f"remove {given[1].path}, or make them equal")
         flags[name] = (given or stated)[0]
     return _resolve(flags, config.model.get("precision"), device_type)
 
 
 def _resolve(flags: Mapping[str, _Flag], model_precision: Precision | None, device_type: str) -> torch.dtype:
     if model_precision not in (None, *PRECISIONS):
-        cure = f"give one of {', '.join(PRECISIONS)}, or null"
-        raise ConfigError([Problem("model.precision", "", f"is {model_precision!r}", cure)])
+        raise _refusal("model.precision", f"is {model_precision!r}", f"give one of {', '.join(PRECISIONS)}, or null")
     chosen = [name for name, flag in flags.items() if flag.value]
     if len(chosen) > 1:
         keep = flags.get(model_precision or "", flags["bf16"])
-        raise ConfigError(
-            [Problem(flags["fp16"].path, "", "fp16 and bf16 are both true", f"keep {keep.path}=true only")]
-        )
+        raise _refusal(flags["fp16"].path, "fp16 and bf16 are both true", f"keep {keep.path}=true only")
     precision = chosen[0] if chosen else model_precision or "fp32"
     if not chosen and precision in flags and flags[precision].value is False:
         precision = "fp32"
-    if model_precision is not None and precision not in (model_precision, "fp32"):
-        if (model_precision, precision) != ("fp32", "bf16"):
-            why = (
-                "values beyond fp16's range turn into black video"
-                if precision == "fp16"
-                else "bf16's coarser mantissa is visible in its videos"
-            )
-            path = flags[precision].path
-            found = f"asks for {precision}, but the model was released in {model_precision}: {why}"
-            raise ConfigError([Problem(path, "", found, f"remove {path} (null follows the model)")])
+    if (
+        model_precision not in (None, precision)
+        and precision != "fp32"
+        and (model_precision, precision) != ("fp32", "bf16")
+    ):
+        why = {"fp16": "values beyond fp16's range give black video", "bf16": "bf16's coarser mantissa is visible"}
+        found = f"asks for {precision}, but the model was released in {model_precision}: {why[precision]}"
+        raise _refusal(flags[precision].path, found, f"remove {flags[precision].path} (null follows the model)")
     if precision == "fp16" and device_type == "cpu":
-        path = flags["fp16"].path
-        found = "the network would run in fp16, which a CPU cannot do"
-        raise ConfigError([Problem(path, "", found, f"set {path}=false to run in fp32, or use an accelerator")])
+        path, found = flags["fp16"].path, "the network would run in fp16, which a CPU cannot do"
+        raise _refusal(path, found, f"set {path}=false to run in fp32, or use an accelerator")
     return PRECISIONS[precision]
+
+
+def _refusal(path: str, found: str, cure: str) -> ConfigError:
+    return ConfigError([Problem(path, "", found, cure)])
 
 
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
     try:
         adapter = TypeAdapter(hint)
         schema = adapter.json_schema()
-    except PydanticUserError:
+    except (PydanticUserError, TypeError, ValueError):
         return None
     try:
         adapter.validate_json(_as_json(value), strict=True)
@@ -44,7 +44,8 @@ def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_in_words(option, definitions) for option in schema["anyOf"]))
     if "enum" in schema or "const" in schema:
-        return "one of " + ", ".join(map(str, dict.fromkeys(schema.get("enum", [schema.get("const")]))))
+        options = dict.fromkeys(schema.get("enum", [schema.get("const")]))
+        return "one of " + ", ".join(option if isinstance(option, str) else json.dumps(option) for option in options)
     kind = schema.get("type")
     if kind == "object":
         return "a mapping (indented keys)"

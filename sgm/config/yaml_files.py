@@ -113,66 +113,52 @@ def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> M
 
 
 def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
-    problem_count = len(merged.problems)
+    """Return the sections of a file; None after adding its problems."""
+    num_problems, place = len(merged.problems), str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = _parse(path.read_text(encoding="utf-8"), path, merged)
+        if tree is not None and len(merged.problems) == num_problems:
+            return tree
+        found, cure = "holds no sections", "write sections such as 'args:' or 'model:', each with indented keys"
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or (f"; {path.parent} holds {', '.join(siblings)}" if siblings else "")
-        merged.add((), "the file does not exist", f"correct the path given to --base{hint}", source=str(path))
+        found, cure = "the file does not exist", f"correct the path given to --base{hint}"
     except IsADirectoryError:
-        merged.add((), "is a folder, not a YAML file", "name the file inside it", source=str(path))
+        found, cure = "is a folder, not a YAML file", "name the file inside it"
     except (OSError, UnicodeDecodeError) as error:
-        merged.add((), f"cannot be read: {error}", "give a readable YAML file in UTF-8", source=str(path))
-    else:
-        tree = _parse(text, path, merged)
-        if len(merged.problems) == problem_count:
-            return tree
+        found, cure = f"cannot be read: {error}", "give a readable YAML file in UTF-8"
+    except yaml.MarkedYAMLError as error:
+        mark, start = error.problem_mark or error.context_mark, error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        began = f" ({error.context}, which begins in line {start.line + 1})" if start and error.context else ""
+        place = f"{path}:{line}:{column}"
+        found = f"YAML syntax, line {line}, column {column}: {error.problem or error.context}{began}"
+        cure = "correct that line; indent with spaces, write 'key: value', and close every quote and bracket"
+    except yaml.YAMLError as error:
+        found, cure = f"YAML syntax: {error}", "remove the characters that YAML does not allow"
+    if len(merged.problems) == num_problems:
+        merged.add((), found, cure, source=place)
     merged.syntax_failed = True
     return None
 
 
 def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
-    loader = None
+    """Return the mapping in a YAML text, None for anything else; note origins, report keys written twice."""
+    loader = _Loader(text)
     try:
-        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            merged.add(
-                (),
-                f"holds {'nothing' if node is None else 'no sections'}",
-                "write sections such as 'args:' or 'model:', each with indented keys",
-                source=str(path),
-            )
             return None
         for key_path, line, duplicate_of in _walk(node, (), ()):
             if duplicate_of is not None:
-                merged.add(
-                    key_path,
-                    f"written twice in {path}, in line {duplicate_of} and in line {line}",
-                    "remove one; YAML would silently keep the second",
-                    source=f"{path}:{line}",
-                )
+                found = f"written twice in {path}, in line {duplicate_of} and in line {line}"
+                cure = "remove one; YAML would silently keep the second"
+                merged.add(key_path, found, cure, source=f"{path}:{line}")
             merged.origins[key_path] = f"{path}:{line}"
         return loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        start = error.context_mark
-        began = f" ({error.context}, which begins in line {start.line + 1})" if start and error.context else ""
-        merged.add(
-            (),
-            f"YAML syntax{where}: {error.problem or error.context}{began}",
-            "correct that line; indent with spaces, write 'key: value', and close every quote and bracket",
-            source=place,
-        )
-    except yaml.YAMLError as error:
-        merged.add((), f"YAML syntax: {error}", "remove the characters that YAML does not allow", source=str(path))
     finally:
-        if loader is not None:
-            loader.dispose()
-    return None
+        loader.dispose()
 
 
 def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterator[tuple[KeyPath, int, int | None]]:

@@ -22,14 +22,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return cli.parse(
         argv,
         prog="sample_video.py",
-        description="Sample videos from a SAT checkpoint, as YAML files say.",
+        description="Sample videos from a SAT checkpoint, configured by YAML files.",
         examples=EXAMPLES,
         check="check everything, read no weights, sample nothing",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Sample, or only check."""
     from sgm.config.load import load_config  # after parsing, so that --help answers at once
 
     config = load_config(options.base, options.overrides, mode="inference")
@@ -50,6 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         run,
         parse(argv),
-        interrupted="interrupted; finished results stay, and the same command goes on from there",
+        interrupted="interrupted; finished results stay, and the same command continues from there",
         memory_hint="lower args.batch_size or the size, or set args.vae_tiling=true",
     )

@@ -11,7 +11,7 @@ from sgm.util import InputError, RunError
     ("rank", "local_rank", "began", "speaks"),
     [("0", "0", False, True), ("1", "1", False, False), ("8", "0", False, True), ("1", "1", True, True)],
 )
-def test_wrong_input_is_told_once_a_machine_and_by_every_rank_once_the_work_began(
+def test_wrong_input_is_reported_once_per_machine_and_by_every_rank_after_the_start(
     monkeypatch, capsys, rank, local_rank, began, speaks
 ):
     monkeypatch.setenv("RANK", rank)

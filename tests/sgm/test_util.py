@@ -54,7 +54,7 @@ def test_targets_that_do_not_exist(target, message):
         get_obj_from_str(target)
 
 
-def test_a_module_that_fails_for_a_reason_of_its_own_says_that_reason(tmp_path, monkeypatch):
+def test_import_errors_inside_a_module_are_raised(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):

@@ -64,23 +64,23 @@ def test_a_complete_section_has_no_problems():
         ({"seed": 2**63}, "seed", "from 0 to"),
     ],
 )
-def test_what_cannot_be(args, name, cure):
+def test_contradicting_args_are_refused(args, name, cure):
     found = problems(**args)
     assert [*found] == [name]
     assert cure in found[name]
 
 
-def test_there_is_something_to_evaluate_on():
+def test_evaluation_takes_valid_data_or_a_share_of_the_training_data():
     assert problems(eval_interval=5, valid_data=("y",)) == {}
     assert problems(eval_interval=5, split="9,1,0") == {}
 
 
-def test_shares_add_up():
+def test_split_shares_add_up_to_one():
     assert TrainingArgs(train_data=("x",), split=" 98, 1,1").split_shares == pytest.approx((0.98, 0.01, 0.01))
     assert TrainingArgs(train_data=("x",)).split_shares == (1, 0, 0)
 
 
-def test_keys_of_an_evaluation_that_is_off():
+def test_args_unused_without_evaluation():
     args = TrainingArgs(train_data=("x",), valid_prompts=("a",), strict_eval=True)
     assert args.unused == ["valid_prompts", "strict_eval"]
     assert dataclasses.replace(args, eval_interval=5).unused == []

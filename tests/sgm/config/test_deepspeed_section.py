@@ -59,7 +59,7 @@ def complete(section=None, model=FULL):
 @pytest.mark.parametrize(
     "section", [REFERENCE, {}, {"zero_optimization": None}, {"zero_optimization": {"stage3_max_live_parameters": 1e9}}]
 )
-def test_sections_that_are_fine(section):
+def test_valid_sections_have_no_problems(section):
     assert check(section) == {}
 
 
@@ -145,7 +145,7 @@ def test_sections_that_are_fine(section):
         ),
     ],
 )
-def test_what_is_wrong_is_named_with_its_cure(section, path, text):
+def test_problems_have_a_path_and_a_cure(section, path, text):
     found = check(section)
     assert [*found] == [f"deepspeed.{path}"]
     assert text in found[f"deepspeed.{path}"]
@@ -165,7 +165,7 @@ def test_monitors_of_deepspeed_warn():
 # Completing
 
 
-def test_nothing_given():
+def test_defaults_of_an_empty_section():
     section = complete()
     assert DEFAULTS.items() <= section.items()
     assert section["zero_optimization"] == {"stage": 2}
@@ -173,7 +173,7 @@ def test_nothing_given():
     assert section["optimizer"]["params"] == {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}
 
 
-def test_what_is_given_wins_and_stays_as_it_is():
+def test_given_values_win_and_are_not_modified():
     given = {"gradient_clipping": 0, "zero_optimization": {"stage": 0}, "optimizer": {"params": {"lr": 0, "eps": 1}}}
     section = complete(given)
     assert section["gradient_clipping"] == 0 and section["zero_optimization"] == {"stage": 0}
@@ -187,13 +187,13 @@ def test_other_optimizers_keep_their_own_defaults():
     assert complete({"optimizer": {"type": "AdamW"}})["optimizer"] == {"type": "AdamW", "params": {"lr": 1e-5}}
 
 
-def test_the_learning_rate_follows_what_trains():
+def test_default_learning_rate_of_adapters_and_of_all_weights():
     assert default_lr(LORA) == 5e-4 and default_lr(FULL) == 1e-5
     assert complete(model=LORA)["optimizer"]["params"]["lr"] == 5e-4
     assert default_lr({"network_config": {"params": {"modules": {"lora_config": None}}}}) == 1e-5
 
 
-def test_old_names_of_offloading():
+def test_old_offload_keys_are_renamed():
     zero = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True, "cpu_offload_use_pin_memory": False}
     offload = {"device": "cpu", "pin_memory": False}
     expected = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
@@ -201,13 +201,13 @@ def test_old_names_of_offloading():
     assert complete({"zero_optimization": {"cpu_offload": False}})["zero_optimization"] == {"stage": 2}
 
 
-def test_counts_with_an_exponent_become_whole():
+def test_counts_with_an_exponent_become_integers():
     buckets = complete({"zero_optimization": {"reduce_bucket_size": 5e8}})["zero_optimization"]
     assert repr(buckets["reduce_bucket_size"]) == "500000000"
     assert complete({"gradient_clipping": 0.1})["gradient_clipping"] == 0.1
 
 
-def test_what_the_network_decides_is_left_out():
+def test_ineffective_keys_are_dropped():
     assert "activation_checkpointing" not in complete(REFERENCE)
     assert "tensorboard" not in complete({"tensorboard": {"enabled": True}})
 
@@ -249,7 +249,7 @@ def test_the_keys_follow_the_installed_deepspeed():
 
 
 @pytest.mark.parametrize("section", [REFERENCE, {}, {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}])
-def test_deepspeed_takes_the_result(section):
+def test_deepspeed_accepts_the_engine_config(section):
     sgm.distributed.prepare_import()
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -305,7 +305,7 @@ def test_an_unknown_section():
     assert "arg (command line: arg.seed=1): unknown section; did you mean 'args'" in text
 
 
-def test_a_key_outside_its_section_is_sent_home(write):
+def test_a_key_outside_its_section_names_the_section(write):
     text = complaint([TOY, write("seed: 1\nsave: x\n")])
     assert text.count("indent it under 'args:'") == 2
 
@@ -525,7 +525,7 @@ def test_everything_wrong_with_a_training_run_is_reported_at_once(write):
     assert "6 problems" in text
 
 
-def test_a_wrong_value_has_no_consequences():
+def test_a_wrong_value_causes_no_further_problems():
     assert "1 problem " in training_complaint("args.train_iters=many")
     assert "1 problem " in training_complaint("args.train_data={}")
 
@@ -573,7 +573,7 @@ class _Data:
     def __init__(self, *, data_dir: str, size: int) -> None: ...
 
 
-def test_parameters_that_the_code_gives_are_not_missing_and_not_taken_from_yaml():
+def test_parameters_from_the_code_are_neither_required_nor_allowed_in_yaml():
     for params, wrong in [
         ({"size": 1}, []),
         ({}, ["data.params.size"]),

@@ -32,7 +32,7 @@ def resolve(precision, device="accelerator", *, args=None, **deepspeed):
         ("fp16", {"args": {"fp16": False}}, torch.float32),
     ],
 )
-def test_who_decides(precision, flags, expected):
+def test_training_precision(precision, flags, expected):
     assert resolve(precision, **flags) is expected
 
 
@@ -46,7 +46,7 @@ def test_who_decides(precision, flags, expected):
         (None, {"args": {"bf16": True}, "fp16": True}, "deepspeed.fp16.enabled", "keep args.bf16=true only"),
     ],
 )
-def test_contradictions(precision, flags, path, text):
+def test_contradicting_precisions_are_refused(precision, flags, path, text):
     with pytest.raises(ConfigError) as caught:
         resolve(precision, **flags)
     assert [problem.path for problem in caught.value.problems] == [path]

@@ -24,7 +24,7 @@ def refusal(*overrides: str, mode="inference") -> str:
 
 
 @pytest.mark.parametrize("target", OF_CLASSES)
-def test_what_a_class_does_not_do_is_no_parameter_of_it(target):
+def test_refused_keys_are_no_constructor_parameters(target):
     cls = get_obj_from_str(target)
     assert refused_by(cls) == REFUSED[target]
     if not target.startswith("sat."):
@@ -32,7 +32,7 @@ def test_what_a_class_does_not_do_is_no_parameter_of_it(target):
 
 
 @pytest.mark.parametrize("target", [*OF_CLASSES, SAMPLER])
-def test_classes_get_neither_the_accepted_value_nor_another(target):
+def test_accepted_values_are_dropped_and_others_refused(target):
     cls = get_obj_from_str(target)
     for name, entry in refused_by(cls).items():
         assert without_ineffective(cls, {name: entry.only, "other": 1}) == {"other": 1}
@@ -72,7 +72,7 @@ def test_every_key_of_a_section_is_refused_with_its_cure(place):
         assert f"  - {place}.{name} (" in text and entry.cure in text
 
 
-def test_numbers_are_no_booleans():
+def test_zero_is_not_false():
     entry = Refused("why", "cure", only=False)
     assert entry.misfit(False) is None and entry.misfit(None) is None
     assert entry.misfit(0) == ("is 0, but why", "cure")

@@ -31,11 +31,16 @@ DATE = datetime.date(2026, 1, 31)
         (DATE, Any),
     ],
 )
-def test_what_fits(value, hint):
+def test_fitting_values(value, hint):
     assert misfit(value, hint) is None
 
 
-@pytest.mark.parametrize("hint", [torch.dtype, torch.nn.Module | None, Callable[[int], int], object, "NoSuchName"])
+WITHOUT_SCHEMA = Annotated[int, Field(json_schema_extra={"of": print})]
+
+
+@pytest.mark.parametrize(
+    "hint", [torch.dtype, torch.nn.Module | None, Callable[[int], int], object, "NoSuchName", WITHOUT_SCHEMA]
+)
 def test_what_yaml_cannot_spell_fits_anything(hint):
     assert misfit("relu", hint) is None
 
@@ -58,13 +63,14 @@ def test_what_yaml_cannot_spell_fits_anything(hint):
         ("a", dict[str, int], "a mapping (indented keys)"),
         ("c", Literal["a", "b"], "one of a, b"),
         ("c", Literal["a"] | None, "one of a or null"),
+        ("c", Literal["a", True, None], "one of a, true, null"),
         (0, Annotated[int, Field(ge=1)] | None, "a whole number of at least 1 or null"),
         (2, Annotated[float, Field(ge=0, le=1)], "a number from 0 to 1"),
         (0, Annotated[float, Field(gt=0)], "a number above 0"),
         ([0, 8], tuple[Annotated[int, Field(ge=1)], ...], "a list, each entry a whole number of at least 1"),
     ],
 )
-def test_what_does_not_fit_is_told_in_words(value, hint, words):
+def test_misfits_are_described_in_words(value, hint, words):
     assert misfit(value, hint) == (f"is {value!r}", f"give {words}")
 
 

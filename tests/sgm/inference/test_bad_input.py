@@ -182,12 +182,12 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_interrupt_is_no_traceback(run, monkeypatch):
+def test_an_interrupt_prints_no_traceback(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sgm.models.video_diffusion.load_network", interrupt)
-    expect(run(), 130, "interrupted", "goes on from there")
+    expect(run(), 130, "interrupted", "continues from there")
 
 
 def test_problems_of_prompts_and_folder_come_with_the_others(run, tmp_path):
@@ -204,13 +204,34 @@ def test_the_check_writes_nothing(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_words_may_stand_in_any_order():
+def test_arguments_in_any_order():
     options = parse(["args.a=1", "--base", "x.yaml", "args.b=2", "--seed", "3", "args.c=4", "--base", "y.yaml"])
     assert options.base == ["x.yaml", "y.yaml"]
     assert set(options.overrides) == {"args.a=1", "args.b=2", "args.c=4", "args.seed=3"}
 
 
-def test_lora_that_the_file_lacks_is_refused_unless_forced(tiny_model, tmp_path, capsys, golden):
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+from sgm.inference.main import main
+try:
+    main(["--help"])
+except SystemExit:
+    heavy = {"torch", "pydantic", "omegaconf", "deepspeed", "sat"} & sys.modules.keys()
+    sys.exit(" ".join(heavy) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--check" in done.stdout
+
+
+def test_checking_a_released_model_without_its_weights_is_wrong_input():
+    command = [sys.executable, "sample_video.py", "--base", "configs/cogvideox_5b.yaml", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_missing_lora_is_refused_unless_forced(tiny_model, tmp_path, capsys, golden):
     """A base checkpoint under a LoRA configuration: an error, or the base model where force_inference says so."""
     config = yaml.safe_load(tiny_model("dit_t2v_2b").read_text())
     config["model"]["network_config"]["params"]["modules"]["lora_config"] = {

@@ -182,7 +182,7 @@ def test_image_of_the_right_size_is_kept_exactly(tmp_path):
     torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
 
 
-def test_image_is_scaled_to_cover_and_cut_in_the_middle(tmp_path):
+def test_image_is_scaled_to_cover_and_centre_cropped(tmp_path):
     # Thirds along the width: red, green, blue. A square of the middle third is green only.
     pixels = np.zeros((30, 90, 3))
     for i in range(3):
@@ -232,7 +232,7 @@ def test_grey_of_16_bits_is_scaled(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("pixels", [ramp(np.float32), ramp(np.int32) * 2, ramp(np.int32) - 1])
-def test_grey_whose_white_is_unknown_is_refused(tmp_path, pixels):
+def test_grey_of_unknown_range_is_refused(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match="a.tif' cannot be decoded: its pixels are grey values of 32 bits"):
         check_images([Prompt(0, "a", tmp_path / "a.tif")])

@@ -117,7 +117,7 @@ def test_finished_results_are_skipped_and_missing_ones_made(tiny_model, tmp_path
     assert first.stat().st_mtime_ns != stamps[0]
 
 
-def test_results_of_another_prompt_or_image_are_not_taken_for_this_ones(tiny_model, tmp_path, image):
+def test_results_of_another_prompt_or_image_are_replaced(tiny_model, tmp_path, image):
     base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
     long = "a red circle " * 12  # folder names hold 120 characters
     for ending in ("moves left", "moves right"):
@@ -203,7 +203,7 @@ class ForeignVAE(nn.Module):
 """
 
 
-def test_another_vae_is_asked_for_what_it_can_do_only(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_foreign_vae_gets_no_attributes_and_refuses_missing_abilities(tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "foreign_vae.py").write_text(FOREIGN_VAE)
     monkeypatch.syspath_prepend(tmp_path)
     base, prompts = tiny_model("dit_t2v_2b"), write_prompts(tmp_path / "p.txt", PROMPTS[:1])

@@ -62,7 +62,7 @@ def test_a_model_in_memory_gives_the_samples_of_its_file(config, engine, tmp_pat
     assert sidecar["config_digest"] == "of the training" and sidecar["precision"] == "float32"
 
 
-def test_a_model_in_memory_is_left_as_it_is(config, engine, monkeypatch):
+def test_a_model_in_memory_is_not_modified(config, engine, monkeypatch):
     for owner, name in (
         (engine, "load_weights"),
         (engine, "load_first_stage"),

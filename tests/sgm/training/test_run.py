@@ -17,8 +17,8 @@ import sgm.training.save
 from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
-from sgm.training.metrics import read_metrics
 from sgm.training.inputs.precompute import plan_jobs, run_jobs
+from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
 from sgm.util import InputError
