@@ -70,13 +70,13 @@ class _LazyPackage(types.ModuleType):
     """A package whose ``__init__`` runs when something is asked for that is none of its submodules."""
 
     def __getattr__(self, name: str) -> Any:
-        loader = vars(self).get("__spec__").loader
+        spec: Any = self.__spec__
         if name.startswith("__") or type(self) is not _LazyPackage:
             raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
         if importlib.util.find_spec(f"{self.__name__}.{name}") is not None:
             return importlib.import_module(f"{self.__name__}.{name}")
-        self.__class__ = types.ModuleType
-        loader.exec_module(self)
+        object.__setattr__(self, "__class__", types.ModuleType)
+        spec.loader.exec_module(self)
         return getattr(self, name)
 
 

@@ -97,7 +97,7 @@ class CountingGroup(dist.ProcessGroup):
     """
 
     def __init__(self, size: int, add: Callable[[float], None]) -> None:
-        super().__init__(0, size)
+        super().__init__(0, size)  # pyright: ignore[reportCallIssue] (torch's stub)
         self._num, self._add = size, add
 
     def allreduce(self, tensors: Any, *_: Any) -> Any:  # noqa: D102 (ProcessGroup's interface, as all that follow)
@@ -113,7 +113,7 @@ class CountingGroup(dist.ProcessGroup):
         self._add((1 - own) * tensor.nbytes)
         return FakeWork()
 
-    all_to_all_single = alltoall_base  # its name from torch 2.13 on
+    all_to_all_single: Any = alltoall_base  # its name from torch 2.13 on
 
     def broadcast(self, tensors: Any, options: Any) -> Any:  # noqa: D102
         self._add((options.rootRank == 0) * sum(x.nbytes for x in tensors))

@@ -75,7 +75,7 @@ def _parts() -> dict[str, type[BaseModel]]:
         fields: dict[str, Any] = {n: (Any if v is None else type(v), v) for n, v in defaults.items()}
         return create_model(name, **fields)
 
-    enabled = (bool | None, None)  # null: as model.precision says
+    enabled: Any = (bool | None, None)  # null: as model.precision says
     return {
         "zero_optimization": DeepSpeedZeroConfig,
         "fp16": create_model("fp16", __base__=DeepSpeedFP16Config, enabled=enabled),
@@ -131,7 +131,7 @@ def _offload_problems(zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
 def _model_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the values that DeepSpeed's models do not take together."""
     zero = _complete_zero(section.get("zero_optimization") or {})
-    for name, values in (section | {"zero_optimization": zero}).items():
+    for name, values in {**section, "zero_optimization": zero}.items():
         if name not in ("zero_optimization", "fp16", "bf16"):
             continue
         try:

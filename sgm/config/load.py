@@ -173,7 +173,8 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     check_params(cls, own, ("args",), merged)
     wrong = {problem.path for problem in merged.problems}
     values = {name: value for name, value in own.items() if name in hints and f"args.{name}" not in wrong}
-    args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    args = cls(**typed)
     for name, found, cure in args.problems():
         if f"args.{name}" not in wrong:  # the default in its place would mislead
             merged.add(("args", name), found, cure)

@@ -214,8 +214,8 @@ def read_lines(root: Path, columns: Columns) -> Table:
     if len({*lengths.values()}) > 1:
         said = ", ".join(f"{names[kind]} has {count:,} lines" for kind, count in lengths.items())
         longest = max(lengths, key=lambda kind: lengths[kind])
-        first = f"{root / str(names[longest])}:{min(lengths.values()) + 1}"
-        raise InputError(f"'{root}': {said}; line n of each belongs to clip n, and {first} has no partner")
+        unpaired = f"{root / str(names[longest])}:{min(lengths.values()) + 1}"
+        raise InputError(f"'{root}': {said}; line n of each belongs to clip n, and {unpaired} has no partner")
     files = {kind: str(names[kind]) for kind in lists}
     records = (
         (number, dict(zip(files.values(), (value.strip() for value in values), strict=True)))
