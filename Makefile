@@ -35,8 +35,9 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(VENV)/installed-dev  ## time network and VAE against diffusers
+bench: $(VENV)/installed-dev  ## time network and VAE against diffusers, and the start of commands
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.start_time
 
 clean:
 	rm -rf $(VENV) outputs *.egg-info
