@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and tiny tensors gain nothing from threads
 
@@ -14,6 +15,7 @@ import pytest  # noqa: E402
 import sentencepiece
 import yaml
 from transformers import T5Config, T5EncoderModel
+from xdist.scheduler import LoadFileScheduling
 
 import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be that of one test
 from tests.processes import ENV
@@ -24,38 +26,43 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
 
-# Session fixtures that take long and that several files use: one worker runs all of their users.
-SHARED = ("demo",)
+# Files whose tests share the session fixture `demo`: one worker runs all of them.
+DEMO = ("test_docs.py", "test_toy_run.py", "tools/toy/test_quality.py")
 # Files that take longest start first, so that both workers end at about the same time.
 LONGEST = (
-    "sgm/training/test_run.py",
-    "test_launchers.py",
-    "sgm/training/test_optimizer.py",
+    *DEMO,
     "sgm/training/test_resume.py",
-    "sgm/training/test_failures.py",
-    "test_shared.py",
-    "sgm/training/test_presets.py",
     "sgm/training/test_shared_samples.py",
-    "sgm/training/test_caches.py",
-    "sgm/training/test_evaluate.py",
-    "sgm/conversion/test_consolidate.py",
+    "test_launchers.py",
+    "sgm/training/test_presets.py",
+    "test_shared.py",
+    "sgm/training/test_failures.py",
+    "sgm/training/test_run.py",
+    "sgm/training/test_zero3.py",
+    "sgm/conversion/trainers/test_consolidate.py",
+    "sgm/training/test_bucket_training.py",
     "tools/toy/test_make_assets.py",
+    "sgm/training/test_evaluate.py",
+    "sgm/parallel/test_heartbeat.py",
 )
 
 
-def _group(item: pytest.Item) -> str:
-    """Return the name of the tests that run on one worker: the users of a shared fixture, or those of a file."""
-    shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-    return shared[0] if shared else item.path.relative_to(ROOT / "tests").as_posix()
+class ByFile(LoadFileScheduling):
+    """Give each worker whole files, since their fixtures take longest, and the files of `DEMO` to the same worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].removeprefix("tests/")
+        return "demo" if file in DEMO else file
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    order = {name: number for number, name in enumerate((*SHARED, *LONGEST))}
-    items.sort(key=lambda item: order.get(_group(item), len(order)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(ROOT / "tests").as_posix(), len(order)))
 
 
 def pytest_collection_finish() -> None:
