@@ -57,7 +57,7 @@ PEERS = {
     "sgm.modules.encoders": "encoders",
     "sgm.modules": "encoders",
 }
-SAT_USERS = ("dit_video_concat", "sgm.distributed", "sgm.models", "tools", "benchmarks")
+SAT_USERS = ("dit_video_concat", "sgm.distributed")
 
 MAX_LINES, MAX_FUNCTION = 600, 60
 

@@ -1,7 +1,7 @@
 """The engine: network, denoiser, conditioner, autoencoder, sampler and loss of one model.
 
-Legend: ``B T C H W`` latents and videos; the autoencoder takes ``B C T H W``, converted here and nowhere else. ``T``
-counts latent frames, ``F`` video frames.
+Legend: ``B T C H W`` latents and videos, converted here to ``B C T H W`` for the autoencoder. ``T`` counts latent
+frames, ``F`` video frames.
 """
 
 from collections.abc import Callable, Mapping, Sequence
