@@ -1,4 +1,4 @@
-"""The mesh of ranks that share a sample, and whether model and number of processes allow it."""
+"""Check the mesh (tensor, sequence, guidance and context parallel sizes) against model and number of processes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from sgm.util import instantiate_from_config
 
 
 def mesh_of(config: Config) -> Mesh:
-    """Return how many ranks share a sample along each axis."""
+    """Return the size of each parallel axis."""
     args = config.args
     return Mesh(
         context=params_of(config.model.get("first_stage_config")).get("cp_size") or 1,
@@ -22,14 +22,14 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Problem]:
-    """Check the sizes of the mesh against the number of processes, heads, tokens and branches.
+    """Check the sizes of the mesh against the number of processes, heads, tokens and guidance branches.
 
     Args:
         config: of a run.
         num_patches: patches of the smallest sample; None if unknown.
 
     Returns:
-        The illegal sizes, with the legal ones.
+        Illegal sizes, with the legal ones.
     """
     mesh, world = mesh_of(config), sgm.distributed.world_size()
     problems = problems_of("args", "correct the sizes, or the number of processes", lambda: mesh.check(world))
