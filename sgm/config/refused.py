@@ -1,8 +1,8 @@
-"""Keys that files carry and that nothing here can honour: one table, from their place to the reason and the cure.
+"""Table of refused keys: known from other files, but unsupported here, with the reason and the fix.
 
-A place is a section of the configuration, or a class that a ``target:`` names (its subclasses count). Some keys have
-one value that has no effect: it is accepted, and not passed to the constructor. A key of a class's constructor that is
-listed for its section comes from the code, not from YAML.
+The table is indexed by section of the configuration, or by class named in ``target:`` (including subclasses). Some keys
+have one value without effect, which is accepted and not passed to the constructor. A parameter of a class that is
+listed for its section is set by the code, not in YAML.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ class Refused:
     """A key that is refused.
 
     Attributes:
-        why: what was found, or why no other value than `only` is accepted.
-        cure: what to do.
-        only: the one value that is accepted, beside null.
+        why: what was found, or why only the value `only` is accepted.
+        cure: how to fix it.
+        only: the accepted value, beside null.
     """
 
     why: str
@@ -27,7 +27,7 @@ class Refused:
     only: Any = _NO_VALUE
 
     def misfit(self, value: Any) -> tuple[str, str] | None:
-        """Return what was found and the cure; None where `value` is accepted."""
+        """Return what was found and the fix; None if `value` is accepted."""
         if self.only is _NO_VALUE:
             return self.why, self.cure
         if value is None or (value == self.only and isinstance(value, bool) is isinstance(self.only, bool)):
@@ -124,6 +124,6 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
 
 
 def refused_by(cls: Any) -> Mapping[str, Refused]:
-    """Return what the table says about a class and its bases."""
+    """Return the refused parameters of a class and its bases."""
     places = [f"{base.__module__}.{base.__qualname__}" for base in getattr(cls, "__mro__", ())]
     return {name: entry for place in reversed(places) for name, entry in REFUSED.get(place, {}).items()}
