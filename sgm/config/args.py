@@ -96,7 +96,7 @@ class TrainingArgs(SamplingArgs):
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
         "batch_from_same_dataset": "every clip is drawn on its own",
         "block_size": "a run draws clips one by one, not in blocks",
-        "distributed_backend": "the backend follows from the device",
+        "distributed_backend": "the device decides the backend",
         "iterable_dataset": "the class under data.target decides how clips are read",
         "resume_dataloader": "resuming always restores the position in the data",
         "test_data": "no test is run after training; evaluate on valid_data",

@@ -50,6 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         run,
         parse(argv),
-        interrupted="interrupted; finished results are kept, and the same command continues",
+        interrupted="interrupted; finished results are kept, and the same command continues from there",
         memory_hint="lower args.batch_size or the size, or set args.vae_tiling=true",
     )

@@ -69,8 +69,8 @@ def require_same_plan(point: ResumePoint, buckets: BucketPlan, unreadable: Mappi
     raise InputError(
         f"args.resume: {point.run} counts micro-batches, and now they have other samples: clips were added, removed, "
         "replaced, or cannot be read, or num_frames, fps, height or width in a manifest, args.seed or "
-        "args.train_data_weights changed; restore it, or start a new run with args.resume=none (args.load may name the "
-        "run folder)" + (f"\nclips that cannot be read now:\n{listed(lines)}" if lines else "")
+        "args.train_data_weights changed; restore what changed, or use args.resume=none (args.load may name the run "
+        "folder)" + (f"\nclips that cannot be read now:\n{listed(lines)}" if lines else "")
     )
 
 
