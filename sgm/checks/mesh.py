@@ -58,7 +58,7 @@ def _network_problems(config: Config, mesh: Mesh, fewest: int) -> Iterator[Probl
         found = f"is {mesh.sequence}, and the smallest sample has {fewest} tokens of text or patches to share"
         yield Problem("args.sequence_parallel_size", "", found, _give(n for n in legal if n <= fewest))
     elif config.args.sequence_attention == "ulysses" and own_heads < mesh.sequence:
-        found = f"is {mesh.sequence}, and Ulysses attention needs a head per rank, of {own_heads}"
+        found = f"is {mesh.sequence}, but Ulysses attention needs a head per rank, and there are {own_heads}"
         cure = f"{_give(n for n in legal if n <= own_heads)}, or set args.sequence_attention=ring"
         yield Problem("args.sequence_parallel_size", "", found, cure)
 
@@ -72,7 +72,7 @@ def _guidance_problems(config: Config, mesh: Mesh) -> Iterator[Problem]:
         return
     section: Any = params_of(config.model.get("sampler_config")).get("guider_config")
     if section is None or not hasattr(instantiate_from_config(section), "scale"):
-        found = f"is {mesh.cfg}, and the sampler has no guidance, so that there is one branch"
+        found = f"is {mesh.cfg}, but the sampler has no guidance"
         yield Problem("args.cfg_parallel_size", "", found, "set it to 1, or add a guider_config")
 
 

@@ -91,8 +91,8 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
         latents = (wanted - 1) // geometry.time_compression + 1
         cure += f"; if you mean {wanted} video frames, write {latents}"
     elif not geometry.fixed_size and kept > legal[-1]:
-        cure += f"; rotary positions have no end, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
-    found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network is made for"
+        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
+    found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network supports"
     yield Problem("args.sampling_num_frames", "", found, cure)
 
 
@@ -135,10 +135,10 @@ def check_files(config: Config) -> list[Problem]:
     """Return the files and folders of a run that are missing or unusable."""
     args, problems = config.args, []
     if args.load is None and config.mode == "inference":  # pretraining needs none
-        cure = "add args.load=<folder that holds 'latest'>; the README says how checkpoints must look"
+        cure = "add args.load=<folder that holds 'latest'>; the README shows the layout of checkpoints"
         problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
     elif args.load is not None:
-        cure = "set args.load; the README says how checkpoints must look"
+        cure = "set args.load; the README shows the layout of checkpoints"
         problems += problems_of("args.load", cure, partial(find_weights, args.load))
     if args.input_type == "txt" and args.input_file is not None:
         cure = "correct args.input_file: a text file with a prompt a line"
@@ -208,7 +208,7 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     ]
     wants_image = bool(config.model.get("noised_image_input", False))
     if wants_image != geometry.image_conditioned:
-        found = f"is {str(wants_image).lower()}, but in_channels {geometry.in_channels} says otherwise"
+        found = f"is {str(wants_image).lower()}, which contradicts in_channels {geometry.in_channels}"
         cure = f"set it to {str(geometry.image_conditioned).lower()}, or correct {_NETWORK}.in_channels"
         problems.append(Problem("model.noised_image_input", "", found, cure))
     return problems
@@ -269,7 +269,7 @@ def _missing_sections(config: Config) -> Iterator[Problem]:
     conditioner = config.model.get("conditioner_config")
     if conditioner is not None and not params_of(conditioner).get("emb_models"):
         path = "model.conditioner_config.params.emb_models"
-        yield Problem(path, "", "is empty, so that no prompt can be read", "take it from a shipped model configuration")
+        yield Problem(path, "", "is empty, so prompts cannot be encoded", "take it from a shipped model configuration")
 
 
 def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:

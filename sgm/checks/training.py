@@ -86,5 +86,5 @@ def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
     step = geometry.time_compression * geometry.patch_size[0]
     cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
-        cure += f"; rotary positions have no end, so model.network_config.params.num_frames={frames} allows it"
-    return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network cannot take", cure)]
+        cure += f"; rotary positions have no limit, so model.network_config.params.num_frames={frames} allows it"
+    return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network does not support", cure)]

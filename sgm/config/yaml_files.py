@@ -211,7 +211,7 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
         both = isinstance(old, dict) and isinstance(value, dict)
         container[keys[-1]] = OmegaConf.to_container(OmegaConf.merge(old, value)) if both else value
     else:
-        merged.add(tuple(keys), "there is no such place in the configuration", cure, source=source)
+        merged.add(tuple(keys), "does not exist in the configuration", cure, source=source)
         return
     merged.origins[tuple(keys)] = source
 

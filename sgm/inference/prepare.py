@@ -77,7 +77,7 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
     args = config.args
     if args.input_type == "cli":
         if sgm.distributed.is_launched():
-            raise InputError("args.input_type=cli asks on one terminal; start one process, or use input_type=txt")
+            raise InputError("args.input_type=cli needs a single process; start one, or use input_type=txt")
         return None
     assert args.input_file is not None, "the configuration is refused without it"
     geometry = Geometry.from_network(config.model["network_config"]["params"])

@@ -196,7 +196,7 @@ def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> 
         return Prompt(index, parts[0])
     if len(parts) != 2 or not all(parts):
         raise InputError(
-            f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video asks for; write "
+            f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video needs; write "
             f"the prompt, one '{IMAGE_SEPARATOR}' and the path of an image, or set image2video: false"
         )
     return Prompt(index, parts[0], _find_image(parts[1], folder))

@@ -204,7 +204,7 @@ class SamplingRun:
                 missing.append(k)
             elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
                 # Folder names hold the beginning of a prompt only.
-                logger.warning("%s was made from another prompt or image; it is replaced", path)
+                logger.warning("%s is from another prompt or image and will be replaced", path)
                 missing.append(k)
             else:
                 self.summary.skipped.append(path)

@@ -106,7 +106,7 @@ def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) 
     empty = [name for name, dataset in zip(args.train_data, checked.train, strict=True) if not len(dataset)]
     if empty or (data.valid and not checked.valid):
         where = ", ".join(empty) or "the validation data"
-        raise InputError(f"no clip of {where} can be used; {folder / REPORT} says why")
+        raise InputError(f"no clip of {where} can be used; {folder / REPORT} gives the reasons")
     paths = {path for dataset in data.train for path in getattr(dataset, "paths", ())}
     known = {path: reason for path, reason in at_start.items() if path in paths} | in_training
     return checked, BadClips(folder, data.num_train, args.max_bad_share, at_start=at_start, known=known)

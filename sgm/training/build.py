@@ -114,7 +114,7 @@ def build(config: Config, plan: Plan) -> Parts:
     torch.manual_seed(derive_seed(args.seed, "dropout", group))
     if plan.resume is not None:
         load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
-        logger.info("going on with %s after iteration %d", folder, point.iteration)
+        logger.info("resuming %s after iteration %d", folder, point.iteration)
     return Parts(
         plan=plan,
         engine=engine,

@@ -89,7 +89,7 @@ def train(config: Config) -> Summary:
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         if sgm.distributed.rank() == 0:
             repair_latest(plan.resume)
-        logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
+        logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
         run = TrainingRun(config, build(config, plan), signals)

@@ -38,8 +38,8 @@ class Saver:
         """
         if not self.save_if_finite(iteration):
             raise RunError(
-                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; resume "
-                "from it with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
+                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; "
+                "continue from it with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
             )
 
     def save_if_finite(self, iteration: int) -> bool:

@@ -35,8 +35,8 @@ ZERO = "deepspeed.zero_optimization"
 # Small enough for the networks of the tests: all parameters are sharded, and buffers are filled several times.
 SMALL = [f"{ZERO}.stage3_param_persistence_threshold=0", f"{ZERO}.reduce_bucket_size=20000"]
 ITERS = 4
-# By default each stage trains the full network, one preset with offloading trains adapters, and another one begins a
-# run that goes on without; the rest takes as long again.
+# By default each stage trains the full network, one preset with offloading trains adapters, and another one starts a
+# run resumed without; the other cases take as long again.
 QUICK = [("full", "zero1"), ("full", "zero2"), ("full", "zero3"), ("lora", "zero3_offload")]
 BOTH = [
     pytest.param(model, name, marks=[] if (model, name) in QUICK else pytest.mark.slow)

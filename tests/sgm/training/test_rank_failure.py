@@ -61,7 +61,7 @@ def test_a_killed_rank_is_named_and_the_restart_goes_on_exactly(training_yaml, t
     other.wait(TIMEOUT)
     messages = training.finish()
     assert f"rank 1 (process {victim.pid} on " in messages and "is gone: no heartbeat for" in messages
-    assert "going on with" in messages and "is in use by" not in messages
+    assert "resuming" in messages and "is in use by" not in messages
     runs = [only_run(straight), only_run(killed)]
     assert same_weights(runs)
     losses = [{line["iteration"]: line["loss"] for line in lines_of(folder)} for folder in (straight, killed)]

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
     training.kill()
     assert lines_of(tmp_path) < ITERS, "it was killed before its end"
     goes_on = run("train_video.py", ["--base", *bases, *overrides], world)
-    assert goes_on.returncode == 0 and "going on with" in goes_on.stderr, goes_on.stderr[-3000:]
+    assert goes_on.returncode == 0 and "resuming" in goes_on.stderr, goes_on.stderr[-3000:]
     straight, resumed = runs("lora", world, 2, "straight"), only_run(tmp_path)
     assert losses(resumed) == losses(straight)
     assert difference(weights(resumed), weights(straight)) == 0

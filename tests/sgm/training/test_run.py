@@ -169,7 +169,7 @@ def test_exit_interval_stops_with_a_checkpoint_that_goes_on(job, log):
     assert losses(last.folder) == losses(straight.folder)
     assert largest_difference(weights(last.folder), weights(straight.folder)) == 0
     job(LORA, "args.train_iters=5", "args.exit_interval=2", "args.resume=auto")
-    assert "has all 5 iterations; args.resume=none starts anew" in messages(log)
+    assert "has all 5 iterations; args.resume=none starts a new run" in messages(log)
 
 
 # Data
