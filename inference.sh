@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Sample videos.
-#   bash inference.sh                                        the toy models, text then image to video, on any machine
+#   bash inference.sh                                        the toy models, text and image to video, on any machine
 #   bash inference.sh args.seed=7                            the toy for text to video
 #   bash inference.sh configs/cogvideox_5b.yaml configs/inference.yaml args.load=FOLDER
-# Words that end with .yaml are merged, later ones win; everything else goes to sample_video.py as it is.
-# Paths are relative to this folder. Several processes share the prompts: NPROC_PER_NODE=4 bash inference.sh ...
+# Arguments that end with .yaml are merged, later ones win; all others are passed to sample_video.py.
+# Paths are relative to this folder. To divide the prompts among processes: NPROC_PER_NODE=4 bash inference.sh ...
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -28,11 +28,11 @@ if [[ ${#base[@]} -eq 0 ]]; then
         rest=(args.output_dir=outputs/toy_i2v)
     fi
 fi
-# Old versions of bash take an empty list for an unset one.
+# Old versions of bash treat an empty array as unset.
 words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 
 if [[ "${NPROC_PER_NODE:-1}" != 1 ]]; then
-    # Wrong input ends here, with one message instead of one a process.
+    # One process checks the input first: one message instead of one per process.
     WORLD_SIZE=$NPROC_PER_NODE "${sample[@]}" "${words[@]}" --check >/dev/null
     sample=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" sample_video.py)
 fi

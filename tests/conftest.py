@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and tiny tensors gain nothing from threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run concurrently; tiny tensors need no threads
 
 import pytest  # noqa: E402
 import sentencepiece
@@ -17,10 +17,10 @@ import yaml
 from transformers import T5Config, T5EncoderModel
 from xdist.scheduler import LoadFileScheduling
 
-import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be that of one test
+import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be one test's
 from tests.processes import ENV
 
-os.fsync = lambda _: None  # no test cuts the power, and a training waits for the disk dozens of times
+os.fsync = lambda _: None  # no test needs durability, and a training syncs dozens of times
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -67,14 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # garbage collections, which DeepSpeed asks for often, skip all that is imported
+    gc.freeze()  # exclude imported objects from garbage collections, which DeepSpeed triggers often
 
 
 @pytest.fixture(scope="session")
 def small_disk():
-    """Return a context manager in which no file of this process and its children grows beyond `num_bytes`.
+    """Return a context manager that limits files written by this process and its children to `num_bytes`.
 
-    Not a limit for the whole test: pytest itself writes between the steps of a test, perhaps to a longer file.
+    Not a limit for the whole test, since pytest itself may write to a larger file between the steps.
     """
 
     @contextlib.contextmanager
@@ -96,9 +96,9 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """Return a tree like that of the project in which ``bash inference.sh`` has run, in processes of their own.
+    """Return a copy of the project tree after ``bash inference.sh``, run in separate processes.
 
-    `outputs/toy` and `outputs/toy_i2v` hold its videos, `messages.txt` what it has written to standard error.
+    `outputs/toy` and `outputs/toy_i2v` hold its videos, `messages.txt` its standard error.
     """
     tree = tmp_path_factory.mktemp("demo")
     for path in ROOT.iterdir():
@@ -113,7 +113,7 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
-    """A T5 encoder of size 24 with random weights and a tokenizer of its own."""
+    """A T5 encoder of size 24 with random weights and its own tokenizer."""
     folder = tmp_path_factory.mktemp("t5")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS * 20),
@@ -138,7 +138,7 @@ def t5_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, t5_folder):
-    """Return a function: name of a golden network → YAML file of a whole model around it."""
+    """Return a function: name of a golden network → YAML file of a model with it."""
     folder = tmp_path_factory.mktemp("models")
 
     def make(name: str) -> Path:

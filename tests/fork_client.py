@@ -1,7 +1,7 @@
-"""Be a `python` whose imports are done: ``python -IS tests/fork_client.py SOCKET WORDS...``; see `tests.fork_server`.
+"""A `python` with imports done, forked by a server: ``python -IS tests/fork_client.py SOCKET WORDS...``.
 
-Not a test. Only the standard library is imported, so that this starts in a few milliseconds. Signals that ask for an
-end are passed on to the whole process group of the fork.
+Not a test; see `tests.fork_server`. Imports only the standard library, to start in a few milliseconds. Terminating
+signals are forwarded to the process group of the fork.
 """
 
 import json
@@ -14,7 +14,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main() -> None:
-    """Have the command line run by the server, and end as it ends."""
+    """Run the command line on the server, and exit like it."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     words = {"words": sys.argv[2:], "folder": os.getcwd(), "env": dict(os.environ)}

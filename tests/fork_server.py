@@ -1,8 +1,8 @@
-"""Run Python command lines in forks of a process that has imported everything: ``python tests/fork_server.py SOCKET``.
+"""Run Python command lines in forks of a process with all imports done: ``python tests/fork_server.py SOCKET``.
 
 Not a test. A client (`tests.fork_client`) sends its arguments, environment, working directory and standard streams; a
-fork of this process runs the command line with them. When the client is killed, its fork is killed too. The server ends
-with its standard input, that is with the process that started it.
+fork of this process runs the command line with them. When the client is killed, its fork is killed too. The server
+exits at the end of its standard input, when the process that started it exits.
 """
 
 import atexit
@@ -23,13 +23,13 @@ from typing import Any
 
 import psutil
 
-PIDS = "FORK_SERVER_PIDS"  # environment variable: a folder in which each fork leaves an empty file named by its id
+PIDS = "FORK_SERVER_PIDS"  # environment variable: folder in which each fork creates a file named after its process id
 
 
 def main() -> None:
     """Serve until standard input ends."""
     importlib.import_module("tests.imported")
-    gc.freeze()  # no collection in a fork copies the memory of what is imported
+    gc.freeze()  # garbage collection in a fork would copy the memory of imports
     os.fsync = lambda _: None  # as in tests/conftest.py
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap without waiting
     with socket.socket(socket.AF_UNIX) as listener:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def supervise(connection: socket.socket) -> None:
-    """Start what the client asks for, and report its id and exit code."""
+    """Fork for the client's command line, and report process id and exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     request = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
@@ -73,7 +73,7 @@ def kill_without_client(connection: socket.socket, pid: int) -> None:
 
 
 def exit_code(work: Callable[..., None], *args: Any, **kwargs: Any) -> int:
-    """Call `work` and what is registered for the exit; return the exit code of Python, without its slow clean-up."""
+    """Call `work` and the atexit handlers; return Python's exit code, without its slow clean-up."""
     code = 0
     try:
         work(*args, **kwargs)
@@ -107,7 +107,7 @@ def become(streams: list[int], words: list[str], folder: str, env: dict[str, str
         importlib.import_module("sitecustomize")
     except ModuleNotFoundError:
         pass
-    words = words[words[0] == "-u" :]  # which torchrun gives
+    words = words[words[0] == "-u" :]  # passed by torchrun
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Import all that takes long and starts no thread; see `tests.fork_server`."""
+"""Import slow modules that start no thread; see `tests.fork_server`."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Start scripts in processes of their own, alone or as ranks, and kill them; for tests."""
+"""Start scripts in separate processes, alone or as ranks, and kill them; for tests."""
 
 import atexit
 import functools
@@ -26,9 +26,9 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 @functools.cache
 def forked_python() -> str:
-    """Return the path of a ``python`` whose processes are forked from one that has imported everything.
+    """Return the path of a ``python`` whose processes are forked from one with all imports done.
 
-    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most of what tests do.
+    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests.
     """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -36,7 +36,7 @@ def forked_python() -> str:
         [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(folder / "socket")],
         cwd=ROOT,
         env=ENV,
-        stdin=subprocess.PIPE,  # which ends with this process, and so does the server
+        stdin=subprocess.PIPE,  # closed when this process exits, which ends the server
         start_new_session=True,
     )
     wait_until((folder / "socket").exists, server)
@@ -54,7 +54,7 @@ def forked_env() -> dict[str, str]:
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
-    """Wait until something holds, while a process runs."""
+    """Wait until a condition holds, while a process runs."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the process has ended"
@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen, secon
 
 
 def command(script: str, arguments: Sequence[str], world: int = 1, python: str = sys.executable) -> list[str]:
-    """Return the command line that runs a script of the project on `world` ranks."""
+    """Return the command line for a script of the project on `world` ranks."""
     launcher = [python]
     if world > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
@@ -71,7 +71,7 @@ def command(script: str, arguments: Sequence[str], world: int = 1, python: str =
 
 
 def run(script: str, arguments: Sequence[str], world: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project on `world` ranks to its end, with more environment variables, in forked processes.
+    """Run a script of the project on `world` ranks to its end, with environment variables `env`, in forked processes.
 
     Like torchrun, this ends the other ranks when one fails, with exit code 1.
     """
@@ -95,7 +95,7 @@ def run(script: str, arguments: Sequence[str], world: int = 1, **env: str) -> su
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:
-    """Return the variables by which a launcher tells ranks who they are; they meet at a free port of this machine."""
+    """Return the environment variables that a launcher sets for each rank, with a free port as rendezvous."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -104,7 +104,7 @@ def rank_environments(world: int) -> list[dict[str, str]]:
 
 
 def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> int:
-    """Wait until all have ended, or one has failed; return the exit code of a launcher."""
+    """Wait until all have ended or one has failed; return the exit code of a launcher."""
     end = time.monotonic() + seconds
     while None in (codes := [process.poll() for process in processes]) and not any(codes):
         assert time.monotonic() < end, f"still running after {seconds} s"
@@ -114,7 +114,7 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> int:
 
 
 def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1) -> None:
-    """Train several jobs, each with `bases` and `overrides`, one after the other in the same processes."""
+    """Train several jobs, each with `bases` and `overrides`, sequentially in the same processes."""
     path = folder / f"jobs{world}.json"
     path.write_text(json.dumps(jobs))
     done = run("tests/train_jobs.py", [str(path)], world)
@@ -122,28 +122,28 @@ def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1
 
 
 def asked(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
-    """Return what the selected tests that use the asking fixture have for these parameters: nothing else is needed."""
+    """Return the values of these parameters in the selected tests that use the requesting fixture."""
     tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
     given = [item.callspec.params for item in tests if hasattr(item, "callspec")]
     return list(dict.fromkeys(tuple(params[name] for name in names) for params in given if {*names} <= {*params}))
 
 
 def only_run(folder: Path) -> Path:
-    """Return the one run folder in a folder."""
+    """Return the only run folder in a folder."""
     (found,) = folder.iterdir()
     return found
 
 
 class Training:
-    """A training in the background, in a session of its own.
+    """A training in the background, in its own session.
 
     Args:
         bases: YAML files.
         overrides: dotted ``key=value`` pairs.
         world: ranks; more than one run under torchrun.
-        script: another one to run than that of training.
+        script: run this script instead of training.
         forked: whether all processes are forks, see `forked_python`; `process` is then the client of the first.
-        env: more environment variables.
+        env: additional environment variables.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Training:
         forked: bool = False,
         **env: str,
     ) -> None:
-        # A file, not a pipe: a process that writes much would wait for a reader.
+        # A file, not a pipe, which blocks when full.
         self._messages = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._pids = tempfile.TemporaryDirectory()
         python = forked_python() if forked else sys.executable
@@ -170,19 +170,19 @@ class Training:
         )
 
     def messages(self) -> str:
-        """Return what it has written to standard error so far."""
+        """Return its standard error so far."""
         self._messages.seek(0)
         return self._messages.read()
 
     def forks(self) -> list[int]:
-        """Return the ids of its forked processes, those that have ended too."""
+        """Return the ids of its forked processes, including ended ones."""
         return [int(path.name) for path in Path(self._pids.name).iterdir()]
 
     def ended(self) -> bool:
         return self.process.poll() is not None
 
     def finish(self, seconds: float = 300, *, code: int = 0) -> str:
-        """Wait for the end, with this exit code; return the messages."""
+        """Wait for the end, check the exit code, and return the messages."""
         try:
             ended = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -192,7 +192,7 @@ class Training:
         return self.messages()
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
-        """Wait until something holds, while the training runs."""
+        """Wait until a condition holds, while the training runs."""
         end = time.monotonic() + seconds
         while not condition():
             assert not self.ended(), self.messages()[-3000:]
@@ -200,13 +200,13 @@ class Training:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """Kill all processes at once: torchrun starts its workers in sessions of their own."""
+        """Kill all processes together; torchrun starts its workers in separate sessions."""
         roots = [psutil.Process(pid) for pid in [self.process.pid, *self.forks()] if psutil.pid_exists(pid)]
         family = {member for root in roots for member in [root, *root.children(recursive=True)]}
         for member in family:
             try:
                 member.kill()
             except psutil.NoSuchProcess:
-                pass  # with one that was killed before it
+                pass  # ended together with one killed before
         psutil.wait_procs(family)
         self.process.wait()

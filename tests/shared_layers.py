@@ -17,12 +17,12 @@ from sgm.weights.partition import Shard, join_shards, partition_of, take_shard, 
 from tests.test_dit_golden import FAMILIES, GOLDEN, load, network_config
 
 STEPS, RATE = 3, 1e-4
-FOUR_HEADS = "four heads"  # the golden networks have two, too few for Ulysses on 2×2 ranks
+FOUR_HEADS = "four heads"  # the golden networks have two heads, too few for Ulysses on 2×2 ranks
 FAMILY, LORA = FAMILIES[1], FAMILIES[-1]
 
 
 def train(network, inputs) -> dict[str, dict[str, torch.Tensor]]:
-    """Return outputs and gradients of a forward and backward pass, and the weights after a few plain steps."""
+    """Return outputs and gradients of a forward and backward pass, and the weights after a few SGD steps."""
     named = dict(network.named_parameters())
     found = {}
     for _ in range(STEPS):
@@ -41,7 +41,7 @@ def train(network, inputs) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def summed(gradient: torch.Tensor) -> torch.Tensor:
-    """Sum a gradient over the sequence parallel ranks, as DeepSpeed does."""
+    """All-reduce a gradient over the sequence parallel ranks, as DeepSpeed does."""
     gradient = gradient.clone()
     if sgm.distributed.sequence_group() is not None:
         dist.all_reduce(gradient, group=sgm.distributed.sequence_group())
@@ -61,14 +61,14 @@ def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def built(family: str) -> dict[str, torch.Tensor]:
-    """Return the initial parameters of a network, and the next random numbers."""
+    """Return the initial parameters of a network, and random numbers drawn after them."""
     torch.manual_seed(7)
     network = instantiate_from_config(network_config(GOLDEN / family))
     return {name: p.detach() for name, p in network.named_parameters()} | {"next draw": torch.rand(3)}
 
 
 def with_four_heads() -> torch.nn.Module:
-    """Return a network of random weights, or this rank's shard of it."""
+    """Return a network with random weights, or this rank's shard of it."""
     config = network_config(GOLDEN / FAMILY)
     config.params.num_attention_heads = 4
     for section in config.params.modules.values():
@@ -83,7 +83,7 @@ def with_four_heads() -> torch.nn.Module:
 
 
 def alone() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Return the results of one rank, by case, each computed by one of the ranks; called before there is a mesh."""
+    """Return the single-rank results by case, divided among the ranks; called before the mesh is initialized."""
     found = {}
     for case in (*FAMILIES, FOUR_HEADS)[dist.get_rank() :: dist.get_world_size()]:
         if case == FOUR_HEADS:
@@ -95,7 +95,7 @@ def alone() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
 
 
 def largest(own: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest relative difference; of tensors that are nearly zero, relative to the largest tensor."""
+    """Return the largest relative difference; for tensors that are nearly zero, relative to the largest tensor."""
     assert own.keys() == expected.keys()
     floor = 1e-3 * max(float(tensor.norm()) for tensor in expected.values())
     return max(
@@ -134,7 +134,7 @@ def check(mesh: Mesh, expected) -> dict[str, dict[str, float]]:
 
 
 def check_files(mesh: Mesh, family: str) -> None:
-    """Save shards and load them again; LoRA that a file lacks starts as on one rank."""
+    """Save shards and load them again; LoRA missing from a file is initialized as on one rank."""
     network, _, _ = load(GOLDEN / family)
     assert network.tensor_shard == Shard(dist.get_rank() % mesh.tensor, mesh.tensor)
     for name, parameter in network.named_parameters():

@@ -1,4 +1,4 @@
-"""A script for several ranks that share samples in the network and the VAE; prints differences from one rank."""
+"""Script for several ranks: parallel network and VAE; prints differences from one rank."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def shared_sample(size: int) -> dict[str, dict[str, float]]:
 
 
 def check_broadcast() -> None:
-    """Nested values arrive with their tensors, of any dtype and layout."""
+    """Nested values are broadcast with their tensors, of any dtype and layout."""
     inputs = TrainingInputs(torch.ones(2, 3).T, {"crossattn": torch.ones(0).half()}, torch.arange(2), torch.ones(()))
     received = sgm.distributed.broadcast_in_sample_group(
         {"path": ["a.mp4", None], "inputs": (inputs, 1)} if sgm.distributed.sample_rank() == 0 else None
@@ -35,7 +35,7 @@ def check_broadcast() -> None:
 
 def shared_network(size: int) -> dict[str, dict[str, float]]:
     """Tensor parallel over two ranks, sequence parallel over the rest."""
-    # A process keeps its mesh, except here: new processes would take longer than the test.
+    # A process normally keeps its mesh; replaced here, since new processes would take longer than the test.
     sgm.distributed._mesh = None
     sgm.distributed._sample_groups.clear()
     sgm.distributed._axes.clear()

@@ -25,16 +25,16 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run_alone(network, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `run` does on one rank."""
+    """Return the results of `run` on one rank."""
     sequence_group = sgm.distributed.sequence_group
     sgm.distributed.sequence_group = lambda: None
-    alone = run(network.train(), inputs)  # no dropout in these networks
+    alone = run(network.train(), inputs)  # these networks have no dropout
     sgm.distributed.sequence_group = sequence_group
     return alone
 
 
 def compare(network, inputs, ring: bool, alone, expected: torch.Tensor | None) -> dict[str, float]:
-    """Return the differences from one rank; of the output from `expected` if it is given."""
+    """Return the differences from one rank, and of the output from `expected` if given."""
     network.ring_attention = ring
     network.get_mixin("adaln_layer").recomputed_layers = 0
     network.train()

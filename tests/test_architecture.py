@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md, held against the source: layers, lengths, and what library code must not do."""
+"""Check the source against the rules of docs/architecture.md: layers, lengths, constructs illegal in library code."""
 
 import ast
 import graphlib
@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-# What tools, users and package managers put into the folder, and data that is no text.
+# Files of tools, users and package managers, and binary data.
 NOT_OURS = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__", "outputs", "checkpoints", "build", "assets"}
 TEST_DATA = ROOT / "tests" / "data"
 SCRIPTS = ("tools", "benchmarks", "sample_video", "train_video", "setup")
 
-# Longest prefix first decides. A module may import from its own layer and from those below.
+# The longest prefix decides. A module may import from its own layer and from lower ones.
 LAYERS = {
     "sgm": 0,
     "sgm.util": 0,
@@ -28,7 +28,7 @@ LAYERS = {
     "sgm.parallel": 1,
     "sgm.weights": 1,
     "sgm.data": 1,
-    # Pure math of the modules, which data, weights and parallel use as well.
+    # Pure math of the modules, also used by data, weights and parallel.
     "sgm.modules.embeddings": 1,
     "sgm.modules.geometry": 1,
     "sgm.modules.in_place": 1,
@@ -47,8 +47,8 @@ LAYERS = {
     "tools": 5,
     "benchmarks": 5,
 }
-MAX_ROOT_MODULES = 8  # of sgm/ itself: everything else is in a package of what it is about
-# The parts of layer 2. YAML joins them; sgm.modules itself only re-exports a name of the encoders.
+MAX_ROOT_MODULES = 8  # of sgm/ itself; everything else is in a package
+# The parts of layer 2, combined by YAML; sgm.modules itself only re-exports a name of the encoders.
 PEERS = {
     "dit_video_concat": "network",
     "data_video": "data",
@@ -71,7 +71,7 @@ def named(path: Path) -> str:
 
 
 def project_files() -> Iterator[Path]:
-    """What belongs to the project, without asking git: a downloaded archive has no history."""
+    """Return the files of the project, without git, since a downloaded archive has no repository."""
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
         foreign = any(part in NOT_OURS or part.endswith(".egg-info") for part in parts) or TEST_DATA in path.parents
@@ -105,7 +105,7 @@ def lookup(table: dict, module: str):
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Everything that a module imports, inside functions too; of this project the exact modules."""
+    """Return all imports of a module, including those in functions; for this project the exact modules."""
     found = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -115,7 +115,7 @@ def imports(module: str) -> frozenset[str]:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 found.add(submodule if submodule in sources() else str(node.module))
-    # Scripts in one folder of tools/ see each other without its name.
+    # Scripts in one folder of tools/ import each other without its name.
     folder = module.rpartition(".")[0]
     siblings = {f"{folder}.{name}" for name in found if folder.startswith("tools") and f"{folder}.{name}" in sources()}
     return frozenset(found | siblings)
@@ -126,7 +126,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def findings(check) -> list[str]:
-    """Run `check(module, node)` over all syntax nodes of the library; return `file:line` of what it finds."""
+    """Run `check(module, node)` over all syntax nodes of the library; return `file:line` of its findings."""
     return [
         f"{sources()[module].relative_to(ROOT)}:{node.lineno}"
         for module in library()
@@ -190,10 +190,10 @@ def test_only_its_users_import_sat():
 
 
 def test_every_module_is_reachable():
-    """From a script, from the name of a class in a shipped YAML file, or as part of a package that is."""
+    """Reached from a script, from a class name in a shipped YAML file, or as part of a reached package."""
     configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs").glob("*.yaml")]
     targets = {target.rpartition(".")[0] for config in configs for target in targets_in(config)}
-    targets.add("sgm.models.video_diffusion")  # what a model section is built from, see sgm.config.targets
+    targets.add("sgm.models.video_diffusion")  # the class of the model section, see sgm.config.targets
     todo = [m for m in sources() if m.partition(".")[0] in SCRIPTS or m in targets]
     reached = set()
     while todo:
@@ -220,7 +220,7 @@ def test_modules_have_at_most_600_lines():
 
 
 def test_functions_have_at_most_60_lines():
-    """Docstrings and the list of parameters do not count: they grow with what is explained."""
+    """Docstrings and parameter lists do not count."""
     long = []
     for module in sources():
         for node in ast.walk(tree(module)):
@@ -256,7 +256,7 @@ def test_the_library_names_no_accelerator():
 
 def test_the_library_stays_off_the_network():
     users = {(m, name.partition(".")[0]) for m in library() for name in imports(m)}
-    # One function of it, which divides names into files.
+    # One function of it, which assigns names to files.
     allowed = {("sgm.conversion.writing", "huggingface_hub")}
     assert [user for user in sorted(users - allowed) if user[1] in NETWORK_MODULES] == []
 
@@ -279,10 +279,10 @@ HOSTS = re.compile(
 )
 ALLOWED_HOSTS = re.compile(
     r"http://www\.apache\.org/licenses/.*|apache\.org"  # the licence
-    r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, which is recognised
+    r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, for its detection
     r"|yaml\.org"  # in the name of a YAML tag
     r"|file://.*|127\.0\.0\.1.*"
-    r"|env://"  # torch's word for a rendezvous by environment variables
+    r"|env://"  # torch's URL for a rendezvous by environment variables
 )
 
 

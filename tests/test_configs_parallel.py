@@ -1,4 +1,4 @@
-"""The files of configs/parallel: they load with every model, and fit for the number of processes that they name."""
+"""The files of configs/parallel: they load with every model, and are legal for the number of processes they state."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ TRAINING = [name for name in PRESETS if name.startswith("train_")]
 def load(model: str, preset: str):
     mode = "inference" if preset in SAMPLING else "train"
     own = f"{'toy_' if model.startswith('toy') else ''}{'inference' if preset in SAMPLING else 'sft'}"
-    # The one model whose size follows each image leaves the size of the clips to the user.
+    # The model without a fixed size needs a clip size.
     size = ["data.params.video_size=[768,1360]"] if (model, own) == ("cogvideox1.5_5b_i2v", "sft") else []
     files = [ROOT / "configs" / f"{name}.yaml" for name in (model, own, f"parallel/{preset}")]
     return load_config(files, size, mode=mode)

@@ -1,4 +1,4 @@
-"""Every shipped YAML file against the classes that it names, and against the published facts of the models."""
+"""Check every shipped YAML file against its target classes, and against the published facts of the models."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def load(name: str, *more: str, overrides=()):
 
 
 def load_training(name: str):
-    # The one model whose size follows each image leaves the size of the clips to the user.
+    # The model without a fixed size needs a clip size.
     overrides = ["data.params.video_size=[768,1360]"] if name == "cogvideox1.5_5b_i2v" else []
     bases = [CONFIGS / f"{stem}.yaml" for stem in (name, "toy_sft" if name.startswith("toy") else "sft")]
     return load_config(bases, overrides, mode="train")
@@ -84,8 +84,8 @@ def test_all_parts_but_the_text_encoder_can_be_built(name):
 def test_parameter_counts_of_the_released_networks(name, count):
     with without_allocating():
         network = instantiate_from_config(load(name).model["network_config"])
-    # What the SAT layout holds beside the published parameters: the 2B's sincos table (226 text tokens and
-    # 13x30x45 patches), and SAT's own position table in the others, which nothing reads.
+    # Tensors in the SAT layout beside the published parameters: the 2B's sine-cosine table (226 text tokens and
+    # 13x30x45 patches), and SAT's unused position table in the others.
     tables = {"cogvideox_2b": (226 + 13 * 30 * 45) * 1920, "cogvideox_5b": 64 * 3072}
     assert parameters(network) - tables[name] == count
     names = [key for key, _ in network.named_parameters() if "position" in key or "pos_embed" in key]

@@ -1,4 +1,4 @@
-"""SFTDataset: frames by time, named broken clips, random augmentation, lazy decoding, caches."""
+"""SFTDataset: frames by timestamp, broken clips, random augmentation, lazy decoding, caches."""
 
 import subprocess
 from functools import cache
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def encoded(num_frames, fps, size):
-    """The bytes of a clip whose frame i is of the grey 5 * i; encoded once."""
+    """The bytes of a clip whose frame i has the grey value 5 * i; encoded once."""
     levels = 5 * np.arange(num_frames, dtype=np.uint8)
     with TemporaryDirectory() as folder:
         path = Path(folder, "clip.mp4")
@@ -34,7 +34,7 @@ def encoded(num_frames, fps, size):
 
 
 def clip(path, num_frames=40, fps=8, size=(64, 64)):
-    """A clip whose frame i is of the grey 5 * i, with a caption."""
+    """A clip whose frame i has the grey value 5 * i, with a caption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded(num_frames, fps, size))
     caption = Path(str(path).replace("/videos/", "/labels/")).with_suffix(".txt")
@@ -48,7 +48,7 @@ def dataset(folder, **more):
 
 
 def frames_of(sample):
-    """Which source frames a sample shows."""
+    """Return the indices of the source frames in a sample."""
     return ((sample["mp4"].mean((1, 2, 3)) + 1) * 127.5 / 5).round().int().tolist()
 
 
@@ -74,7 +74,7 @@ def test_frames_of_any_source_come_at_the_configured_rate(tmp_path, source):
     shown = np.array(frames_of(dataset(tmp_path, fps=8, skip_frms_num=3)[0]))
     assert shown[0] == 3
     wanted = 3 / source + np.arange(9) / 8
-    real = wanted <= 46 / source  # the last of the frames that are not skipped
+    real = wanted <= 46 / source  # the last frame not skipped
     assert real.sum() >= 8 if source != 12 else real.all()
     assert np.abs(shown[real] / source - wanted[real]).max() <= 0.5 / source + 1e-6
 
@@ -87,7 +87,7 @@ def test_a_short_clip_repeats_its_last_frame(tmp_path):
 
 
 def broken_set(root):
-    """Write 20 clips of which five are odd; return the paths of the four that cannot be used."""
+    """Write 20 clips, five of them unusual; return the paths of the four unusable ones."""
     for index in range(20):
         clip(root / f"videos/{index:02}.mp4", num_frames=12, fps=23.976 if index == 11 else 8)
     videos = root / "videos"
@@ -135,7 +135,7 @@ def test_checking_finds_the_same_clips_before_training(tmp_path):
 
 
 def corner(path):
-    """A clip whose left half is dark, in a frame twice as wide as high; brightness rises with time and height."""
+    """A clip with aspect ratio 2:1 and a dark left half; brightness rises with time and height."""
     frames = np.zeros((9, 64, 128, 3), np.uint8)
     frames += (5 * np.arange(9, dtype=np.uint8))[:, None, None, None]
     frames[:, :, 64:] += 150
@@ -280,7 +280,7 @@ def test_unusable_parameters_are_refused(params, words):
 
 
 def from_cache(clips, folder, **failed):
-    """The clips from a cache; `failed` maps names of clips to the reason of their failure."""
+    """Return the data set with clips from a cache; `failed` maps names of clips to reasons of failures."""
     keys = clips.cache_keys()
     made = Description("latents", "fp32", {"precision": "fp32"}, (tuple(keys.values()),))
     begin(folder, made)
@@ -289,7 +289,7 @@ def from_cache(clips, folder, **failed):
 
 
 def test_failed_clips_of_a_cache_are_treated_as_without_a_cache(tmp_path, monkeypatch):
-    """Damage that the check does not find is replaced when the clip is due, so that sample numbers do not change."""
+    """A damaged clip missed by the check is replaced when it is read, so sample numbers do not change."""
     for name in "abcd":
         clip(tmp_path / f"videos/{name}.mp4", num_frames=9)
     (tmp_path / "videos/c.mp4").write_text("no video")

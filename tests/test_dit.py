@@ -40,8 +40,8 @@ def test_released_networks_have_the_parameters_of_diffusers_and_one_table(model)
     with without_allocating():
         network = instantiate_from_config(network_section(model))
     count = sum(parameter.numel() for parameter in network.parameters())
-    # Beside the parameters: the 2B's sine-cosine table, and in the others a table of SAT's that nothing reads. The
-    # learned table of 5B-I2V is a buffer in diffusers.
+    # Beside the parameters: the 2B's sine-cosine table, and SAT's unused position table in the others. The learned
+    # table of 5B-I2V is a buffer in diffusers.
     if model == "cogvideox_2b":
         extra = {"mixins.pos_embed.pos_embedding": (226 + 13 * 30 * 45) * 1920}
     else:
@@ -218,7 +218,7 @@ def test_swiglu_and_rms_norm():
 def test_the_mixin_s_interpolation_wins_over_the_network_s():
     config = section("cogvideox_2b", height_interpolation=3.0, width_interpolation=3.0, time_interpolation=2.0)
     table = instantiate_from_config(config).get_mixin("pos_embed").pos_embedding[0, 3:].reshape(4, 2, 3, 32)
-    angle = table[0, 1, 0, 20].asin().item()  # slot 20 is the first sine of the row
+    angle = table[0, 1, 0, 20].asin().item()  # channel 20 is the first sine of the row
     assert angle == pytest.approx(1 / 1.875, abs=1e-4)
     assert table[1, 0, 0, 0].asin().item() == pytest.approx(1 / 2, abs=1e-4)
 
@@ -320,6 +320,6 @@ def test_compiling_serves_all_layers_with_two_graphs():
     network.compile(backend="eager")
     torch.testing.assert_close(network(*inputs(network)), plain, rtol=0, atol=1e-6)
     counters = torch._dynamo.utils.counters
-    # The last block drops the text. More than that would soon reach the limit at which torch gives up compiling.
+    # The last block drops the text, which recompiles once. More would soon reach torch's recompilation limit.
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

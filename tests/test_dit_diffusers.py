@@ -1,4 +1,4 @@
-"""The network against diffusers, on the same weights: every released architecture, shrunk."""
+"""The network against diffusers with the same weights: every released architecture at reduced size."""
 
 import pytest
 import torch

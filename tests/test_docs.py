@@ -1,4 +1,4 @@
-"""Test that the documentation is right: commands, links, paths, keys, tables and trees."""
+"""Test the documentation: commands, links, paths, keys, tables and trees."""
 
 import ast
 import importlib
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RELEASED = sorted(path.stem for path in (ROOT / "configs").glob("cogvideox*.yaml"))
 
-# Commands that are not run here, with the reason; tests below check their arguments.
+# Commands not run here, with the reason; tests below check their arguments.
 NOT_RUN = {
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
@@ -52,7 +52,7 @@ NOT_RUN = {
     r"tensorboard ": "serves until it is interrupted",
 }
 
-RANKS = "NPROC_PER_NODE="  # of commands that run: test_launchers.py has a shorter one
+RANKS = "NPROC_PER_NODE="  # of commands with several ranks: test_launchers.py runs a shorter one
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """Without the variables in front."""
+        """The words without leading variables."""
         words = shlex.split(self.text)
         while re.match(r"[A-Z_]+=", words[0]):
             words.pop(0)
@@ -141,9 +141,9 @@ def shell(text: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     "text", [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(RANKS) else []) for c in RUN], ids=labelled
 )
 def test_a_command_runs(text, tmp_path, as_a_command):
-    """Into a temporary folder, sampling in two steps.
+    """Write to a temporary folder, and sample in two steps.
 
-    Python commands that sample or train are only checked: they differ from each other in arguments alone.
+    Python commands that sample or train are only checked, since they differ only in arguments.
     """
     given = text.replace("outputs/", f"{tmp_path}/")
     script = text.split()[1]
@@ -169,7 +169,7 @@ def test_a_command_runs_on_what_the_demo_leaves(text, demo):
 
 
 def test_the_example_of_conversion_runs(tmp_path):
-    """The example of docs/conversion.md as a whole, trained for two steps and sampled in three."""
+    """Run the example of docs/conversion.md, with two training and three sampling steps."""
     block = next(b for b in blocks(ROOT / "docs" / "conversion.md", "bash") if "outputs/example" in b)
     assert len(block.splitlines()) >= 9
     text = block.replace("outputs/", f"{tmp_path}/").replace("train_iters=20", "train_iters=2")
@@ -198,7 +198,7 @@ def arguments(command: Command) -> list[str]:
 
 @pytest.mark.parametrize("command", TRAIN, ids=labelled)
 def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
-    """All but the files of weights and clips is checked."""
+    """Checks everything but the files of weights and clips."""
     monkeypatch.chdir(ROOT)
     options = training.parse(arguments(command))
     config = load_config(options.base, options.overrides, mode="train")
@@ -215,7 +215,7 @@ def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
 
 @pytest.mark.parametrize("command", SAMPLE, ids=labelled)
 def test_a_command_for_released_weights_is_right(command, monkeypatch):
-    """All but the files is checked; a test below compares their places with the README."""
+    """Checks everything but the files; a test below compares their paths with the README."""
     monkeypatch.chdir(ROOT)
     options = parse(arguments(command))
     config = load_config(options.base, options.overrides, mode="inference")
@@ -270,7 +270,7 @@ def test_paths_in_a_command_exist(command):
 
 
 def paths_in(tree: str) -> Iterator[str]:
-    """Yield the files of an indented listing: four spaces a level, folders end with a slash, remarks follow."""
+    """Yield the files of an indented listing: four spaces per level, folders end with a slash, comments after names."""
     folders: list[str] = []
     for line in tree.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
@@ -358,7 +358,7 @@ def test_keys_exist(path):
     known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS}
     assert set(re.findall(r"\bargs\.(?!py\b)([a-z]\w*)", code)) - known == set()
     parts = inspect.signature(SATVideoDiffusionEngine).parameters
-    files = {"diffusion_model", "safetensors", "yaml"}  # beginnings of names in checkpoints, names of files
+    files = {"diffusion_model", "safetensors", "yaml"}  # prefixes of names in checkpoints, names of files
     assert set(re.findall(r"(?<![\w.])model\.([a-z]\w*)", code)) - {*parts, *files} == set()
 
 
@@ -408,7 +408,7 @@ def test_named_files_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_dotted_names_exist(path):
-    """`sgm.module.name` in the text, imported and looked up."""
+    """Import and look up every `sgm.module.name` in the text."""
     missing = []
     for code in code_in(path):
         for name in re.findall(r"(?<![\w.])(?:sgm|vae_modules|dit_video_concat)(?:\.(?!py\b)\w+)+", code):

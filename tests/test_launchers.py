@@ -1,4 +1,4 @@
-"""The launchers and the contact sheet tool, run as a user runs them.
+"""The launchers and the contact sheet tool, run like by a user.
 
 Each launcher starts real processes once: inference.sh in the fixture `demo`, the others in
 `test_finetuning_the_toy_as_documented`. Everywhere else the processes are forks, or stubs that print their arguments.
@@ -29,7 +29,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def recorder(tmp_path) -> str:
-    """Return the path of a ``python`` that prints its arguments, except where it is told to check."""
+    """Return the path of a ``python`` that prints its arguments, except with ``--check``."""
     python = tmp_path / "python"
     python.write_text('#!/usr/bin/env bash\n[[ "$*" == *--check* ]] || echo "$@"\n')
     python.chmod(0o755)
@@ -60,7 +60,7 @@ def test_inference_sh_merges_yaml_files_and_passes_the_rest(tiny_model, prompts,
 
 def test_inference_sh_starts_several_processes(tiny_model, prompts, tmp_path):
     words = [f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'out'}", "args.only_save_latents=true"]
-    words += ["args.cfg_parallel_size=2"]  # which one process refuses, so the check must know of both
+    words += ["args.cfg_parallel_size=2"]  # illegal on one process, so the check must use both
     done = run("bash", "inference.sh", str(tiny_model("dit_t2v_2b")), *words, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*/0/000000.safetensors"))) == 2
@@ -74,7 +74,7 @@ def test_inference_sh_hands_on_the_exit_code(processes):
 
 
 def test_inference_sh_samples_the_toy_unless_a_file_is_named(recorder):
-    """Without arguments from text and from images (see `demo`), with arguments from text."""
+    """Without arguments from text and from images (see `demo`), with arguments only from text."""
     toy = "sample_video.py --base configs/toy.yaml configs/toy_inference.yaml"
     assert (
         run("bash", "inference.sh", "args.seed=7", "--debug", PYTHON=recorder).stdout == f"{toy} args.seed=7 --debug\n"
@@ -92,7 +92,7 @@ def test_contact_sheet_of_nothing(tmp_path):
 
 
 def finished(folder: Path, prompts: list[str], *, value: int) -> Path:
-    """Write what a sampling run leaves: grey clips of a brightness of their own."""
+    """Write results of a sampling run: grey clips of different brightness."""
     for number, prompt in enumerate(prompts):
         video = folder / f"{number}_x" / "0" / "000000.mp4"
         write_video(video, np.full((9, 64, 64, 3), value, dtype=np.uint8), 8)
@@ -110,7 +110,7 @@ def test_contact_sheet_of_runs_beside_each_other(tmp_path):
     assert done.returncode == 0, done.stderr
     sheet = iio.imread(out).astype(int)
     assert sheet.shape[0] == below.shape[0] // 2 and sheet.shape[1] > 2 * below.shape[1]
-    row = sheet[sheet.shape[0] // 4, :, 0]  # through the middle of the first row's pictures
+    row = sheet[sheet.shape[0] // 4, :, 0]  # the middle of the first row's pictures
     dark, light = np.flatnonzero(abs(row - 40) < 8), np.flatnonzero(abs(row - 200) < 8)
     assert len(dark) == len(light) == 2 * 192 and dark.max() + 192 < light.min()
 
@@ -130,9 +130,9 @@ SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1", "args.log_interval=1"]
 
 @pytest.mark.parametrize(("script", "ranks"), [("finetune_single_gpu.sh", 1), ("finetune_multi_gpus.sh", 2)])
 def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
-    """Without a file: the toy's LoRA; several processes without a number: two, where there is no accelerator.
+    """Defaults: the toy's LoRA without a file, two processes without a number and an accelerator.
 
-    A real Python, and a real torchrun; the ranks that it starts are forks.
+    Uses a real Python and a real torchrun; its ranks are forks.
     """
     done = run("bash", script, *SHORT, f"args.save={tmp_path}", PYTHON=sys.executable, PYTHON_EXEC=forked_python())
     assert done.returncode == 0, done.stderr

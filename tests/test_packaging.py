@@ -22,7 +22,7 @@ LINUX = {"platform_system": "Linux", "platform_machine": "x86_64", "sys_platform
 
 @pytest.fixture(scope="module")
 def definition():
-    """What setup.py hands to setuptools; nothing is built."""
+    """The arguments of setup.py for setuptools; nothing is built."""
     given = {}
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
@@ -73,7 +73,7 @@ def test_markers(definition):
     needed = requirements(definition)
     decord, triton = needed["decord"].marker, needed["triton"].marker
     assert decord.evaluate(LINUX) and triton.evaluate(LINUX)
-    assert not decord.evaluate(LINUX | {"platform_machine": "aarch64"})  # there is no wheel; PyAV reads videos there
+    assert not decord.evaluate(LINUX | {"platform_machine": "aarch64"})  # no wheel there; PyAV reads videos
     assert not triton.evaluate(LINUX | {"platform_system": "Darwin"})
     assert needed["torch"].marker is None and needed["av"].marker is None
 
@@ -86,8 +86,8 @@ def test_every_requirement_is_a_range(definition):
 
 
 def test_every_import_is_declared(definition):
-    """A package that another one happens to bring along today may be gone tomorrow."""
-    declared = requirements(definition).keys() | {"wandb"}  # imported where args.wandb asks for it
+    """Imported packages must be declared, not rely on dependencies of others."""
+    declared = requirements(definition).keys() | {"wandb"}  # imported only for args.wandb
     distributions = packages_distributions()
     undeclared = {}
     for path in [*(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")), ROOT / "dit_video_concat.py"]:

@@ -1,4 +1,4 @@
-"""The forked Python of `tests.processes` ends, prints and dies as a started one does."""
+"""The forked Python of `tests.processes` exits, prints and is killed like a started one."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Several ranks that share a sample, in the network and in the VAE, against one rank. Real processes."""
+"""Parallel network and VAE on several ranks against one rank. Real processes."""
 
 import json
 
@@ -17,6 +17,6 @@ def test_ranks_that_share_a_sample_equal_one_rank(size):
     assert sum(case.startswith("DiT") and "Ulysses" in case for case in found) == 4 * (5 if size == 2 else 1)
     layers = {case for case in found if case.startswith("layers")}
     assert len(layers) == (5 * 4 if size % 2 == 0 else 0)
-    # Outputs of the networks are held against the reference's, whose tolerance this is.
+    # Outputs of the networks are compared with the reference, with its tolerance.
     above = {case: v for case, v in found.items() if v > (2e-5 if "VAE" not in case and "output" in case else 1e-5)}
     assert above == {}

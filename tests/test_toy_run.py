@@ -1,4 +1,4 @@
-"""The toy models as a newcomer runs them: ``bash inference.sh``, within a laptop's memory."""
+"""The toy models with ``bash inference.sh``, within a laptop's memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run several trainings one after the other, on one rank or several: a JSON file lists their configurations.
+"""Run several trainings sequentially, on one rank or several: a JSON file lists their configurations.
 
 Not a test: tests start it, since starting Python and importing torch takes longer than a tiny training.
 """
@@ -18,7 +18,7 @@ from sgm.training.run import train
 
 @contextlib.contextmanager
 def no_pictures() -> Iterator[None]:
-    """Draw no picture of the losses, which takes as long as several steps of a tiny training."""
+    """Replace the plot of the losses, which takes as long as several steps of a tiny training."""
     savefig = Figure.savefig
     Figure.savefig = lambda _figure, path, **_options: Path(path).touch()
     try:
@@ -28,7 +28,7 @@ def no_pictures() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the jobs of the file that the command line names."""
+    """Run the jobs of the file given on the command line."""
     configure_logging()
     with no_pictures():
         for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -1,8 +1,7 @@
-"""What a run needs of a rank, estimated before weights are read: memory, and the bytes that the rank sends.
+"""Estimate memory and traffic per rank before weights are read.
 
-Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run, with the code of
-the run: nothing here knows how they are built. Weights, optimizer state, DeepSpeed's buffers and its traffic are
-formulas: DeepSpeed makes those tensors, and only for a real engine.
+Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run. Weights, optimizer
+state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,18 +23,18 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
 from sgm.util import InputError, default, instantiate_from_config
 
-PATIENCE = 5000  # operators without a new peak after which a VAE in tiles counts as measured: the tiles repeat
+PATIENCE = 5000  # operators without a new peak after which measuring a tiled VAE stops, since tiles repeat
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank needs, in bytes.
+    """Memory and traffic of one rank, in bytes.
 
     Attributes:
-        phases: phase of the run → what is on the device in it.
-        traffic: axis → what the rank sends in a step of the sampler or the optimizer.
-        host: in the machine's memory, for this rank.
-        video: sent in the VAE for the videos of a prompt.
+        phases: phase of the run → part → device memory.
+        traffic: axis → bytes sent per step of the sampler or the optimizer.
+        host: host memory of this rank.
+        video: bytes sent in the VAE for the videos of a prompt.
     """
 
     phases: Mapping[str, Mapping[str, float]]
@@ -44,7 +43,7 @@ class Estimate:
     video: float = 0.0
 
     def rows(self) -> dict[str, str]:
-        """Return the rows of the dry run."""
+        """Return the rows of the report."""
         sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
         largest = max(sums, key=lambda name: sums[name])
         parts = ", ".join(f"{name} {_memory(size)}" for name, size in self.phases[largest].items() if size)
@@ -68,7 +67,7 @@ def _traffic(size: float) -> str:
 
 
 def rank_row(mesh: Mesh) -> str:
-    """Return how the processes are divided, in words."""
+    """Return the text of the report about the groups of ranks."""
     world = sgm.distributed.world_size()
     if world == 1:
         return "1 process"
@@ -81,23 +80,23 @@ def rank_row(mesh: Mesh) -> str:
 
 
 def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
-    """Return the rows about ranks, memory and traffic of a sampling run that has been checked."""
+    """Return the rows about ranks, memory and traffic of a checked sampling run."""
     return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype))
 
 
 def training_rows(
     config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
 ) -> dict[str, str]:
-    """Return the rows about ranks, memory and traffic of a training run that has been checked.
+    """Return the rows about ranks, memory and traffic of a checked training run.
 
-    With buckets, those of the bucket with the most patches.
+    With buckets, for the bucket with the most patches.
 
     Args:
         config: of the run.
         dtype: of the network.
-        trained: names of the parameters that are trained.
+        trained: names of the trained parameters.
         vae: whether the VAE is loaded.
-        text_encoder: whether the text encoder is.
+        text_encoder: whether the text encoder is loaded.
     """
     rows = {"ranks": rank_row(mesh_of(config))}
     config, largest = with_largest_bucket(config, Geometry.from_network(params_of(config.model["network_config"])))
@@ -110,16 +109,16 @@ def training_rows(
 def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
     try:
         return estimate().rows()
-    except Exception as error:  # classes that the YAML replaces may do anything; the run does not depend on this
+    except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
         reason = (str(error).splitlines() or [""])[0]
         return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}
 
 
 def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
-    """Return what a rank needs in sampling: text encoder, then network, then VAE.
+    """Estimate a rank of a sampling run: text encoder, then network, then VAE.
 
     Args:
-        config: of a run, checked.
+        config: of a checked run.
         dtype: of the network.
     """
     args = config.args
@@ -148,19 +147,19 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
 def training_estimate(
     config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
 ) -> Estimate:
-    """Return what a rank needs in training.
+    """Estimate a rank of a training run.
 
     Args:
-        config: of a run, checked; its data say how large clips are.
+        config: of a checked run, with the size of clips in its data section.
         dtype: of the network.
-        trained: names of the parameters that are trained.
-        vae: whether the VAE is loaded; it is not where the caches hold all latents.
-        text_encoder: whether the text encoder is.
+        trained: names of the trained parameters.
+        vae: whether the VAE is loaded; not if caches hold all latents.
+        text_encoder: whether the text encoder is loaded.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
     clip = _clip(config)
-    assert clip is not None, "the caller has looked"
+    assert clip is not None, "checked by the caller"
     frames, size = clip
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     latents = (frames - 1) // geometry.time_compression + 1
@@ -171,11 +170,11 @@ def training_estimate(
     offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
     ema = args.ema_decay is not None
     device, host = bytes_per_rank(total, learned, ranks, zero["stage"], ema=ema, offload=offloads[0], width=width)
-    if offloads == [True, False] and zero["stage"] == 3:  # the formula has both on the CPU
+    if offloads == [True, False] and zero["stage"] == 3:  # the formula assumes both on the CPU
         device = width * total / ranks
         host -= device
     text = text_encoder_bytes(config) if text_encoder else 0.0
-    # Without a cache, captions come with every batch, and the encoder is not read anew for each.
+    # Without a cache, every batch has captions, and the encoder is never released.
     leaves = args.text_encoder_offload == "cpu" or (args.text_encoder_offload == "release" and args.text_cache)
     stays = 0.0 if leaves else text
     resident = {
@@ -226,12 +225,12 @@ def bytes_per_rank(
 def zero_traffic(
     total: float, trained: float, ranks: int, section: Mapping[str, Any], *, block: float, width: int
 ) -> float:
-    """Return the bytes that a rank sends in an iteration to reduce gradients and to gather weights.
+    """Return the bytes sent by a rank per iteration to reduce gradients and gather weights.
 
     Args:
         total: parameters of this rank's network.
-        trained: those of them that are trained.
-        ranks: that share them.
+        trained: trained parameters among them.
+        ranks: ranks that ZeRO shards over.
         section: ``Config.deepspeed`` of a training run.
         block: parameters of a block.
         width: bytes of a parameter.
@@ -249,7 +248,7 @@ def zero_traffic(
 
 
 def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:
-    """Bytes of the buffers in which DeepSpeed collects gradients: one, or two in turn; see its ZeRO stages."""
+    """Return the bytes of DeepSpeed's gradient buckets: one, or two with overlapping; see its ZeRO stages."""
     stage, bucket = zero["stage"], zero.get("reduce_bucket_size", 5e8)
     if stage == 0 or not zero.get("contiguous_gradients", True):
         return min(bucket, learned) * width
@@ -257,7 +256,7 @@ def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:
 
 
 def _clip(config: Config) -> tuple[int, tuple[int, int]] | None:
-    """Return frames and size of the clips; None where the data do not say."""
+    """Return frames and (height, width) of the clips; None if the data section does not state them."""
     params = config.data.get("params") or {}
     frames, size = params.get("max_num_frames"), params.get("video_size")
     return None if frames is None or size is None else (frames, (size[0], size[1]))
@@ -281,14 +280,14 @@ def network_usage(
 ) -> Usage:
     """Measure a forward pass of the network, with `trained` also the backward pass.
 
-    A deep network is measured with few layers, and its numbers are continued in a straight line.
+    A deep network is measured at two small depths and extrapolated linearly.
 
     Args:
-        config: of a run, checked.
-        video: latent frames, without padding, and (height, width) in pixels.
-        batch: samples of all ranks together, both branches of guidance counted.
+        config: of a checked run.
+        video: latent frames without padding, height and width in pixels.
+        batch: samples of a group of ranks, counting both branches of guidance.
         dtype: of the network.
-        trained: names of the parameters that are trained.
+        trained: names of the trained parameters; None for a run without gradients.
     """
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
     params = section["params"] = dict(params_of(section))
@@ -321,7 +320,7 @@ def network_usage(
             whole = num_parameters(build(section), trained or frozenset())
         try:
             found = _continued(measured(few), measured(few + 1), depth - few)
-        except InputError:  # a setting names a layer that the small network does not have
+        except InputError:  # a setting names a layer missing from the small network
             return measured(None)
         if (found.weights, found.trained) == whole:
             return found
@@ -329,7 +328,7 @@ def network_usage(
 
 
 def _continued(first: Usage, second: Usage, steps: int) -> Usage:
-    """Continue two measurements in a straight line: what a network needs that is `steps` layers deeper than `first`."""
+    """Extrapolate two measurements, one layer apart, to a network `steps` layers deeper than `first`."""
 
     def line(a: float, b: float) -> float:
         return a + steps * (b - a)
@@ -343,12 +342,12 @@ def _continued(first: Usage, second: Usage, steps: int) -> Usage:
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the VAE, which overflows in float16, by that of the network."""
+    """Return the dtype of the VAE, which overflows in float16, for a network of `dtype`."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torch.dtype) -> Usage:
-    """Measure decoding (B, T, H, W), H and W in pixels of the video, as the engine does it."""
+    """Measure decoding of latents (B, T, H, W), H and W in pixels of the video, as in the engine."""
     args, dtype = config.args, vae_dtype(dtype)
     channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
     batch, frames, height, width = latents
@@ -363,7 +362,7 @@ def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: tor
         return torch.cat([vae.decode(torch.empty(shape, dtype=dtype))]).float()
 
     found = _vae_usage(config, run, dtype, tiles=args.vae_tiling)
-    others = (-(-batch // together) - 1) * found.result  # a piece in 16 bits, and its share of the whole in float32
+    others = (-(-batch // together) - 1) * found.result  # per slice: 16-bit result, part of the float32 output
     return replace(found, peak=found.peak + others)
 
 

@@ -1,9 +1,8 @@
-"""Run a module on fake tensors: count the bytes that are alive, and the bytes that a rank sends.
+"""Run a module on fake tensors: count live bytes, and the bytes sent by a rank.
 
-Fake tensors (`torch._subclasses.fake_tensor`) have shapes and dtypes, and no numbers: the code of a run executes as it
-does on real ones, at the size and in the dtype of the run, in no memory. Every copy that an operator makes is counted.
-Not counted: the workspace of kernels, buffers of NCCL, and what an allocator holds without use. The operators are those
-of a CPU; of a device's, only the kernel of attention differs.
+Fake tensors (`torch._subclasses.fake_tensor`) have shapes and dtypes but no data, so the real code runs at full size
+without memory. Every copy made by an operator is counted. Not counted: workspaces of kernels, buffers of NCCL, unused
+memory of the allocator. Operators run as on a CPU; on an accelerator only the attention kernel differs.
 """
 
 import weakref
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import FakeWork  # a transfer that is complete
+from torch._C._distributed_c10d import FakeWork  # a completed transfer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -24,19 +23,19 @@ import sgm.distributed
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating
 
-AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # as reports call them
+AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a module needs of one rank.
+    """Memory and traffic of a module on one rank.
 
     Attributes:
-        weights: parameters.
-        trained: parameters that are trained.
-        peak: bytes of all other tensors that are alive at once, gradients of weights apart.
-        sent: axis, as in `AXES` → bytes sent.
-        result: bytes of what the module returned.
+        weights: number of parameters.
+        trained: number of trained parameters.
+        peak: peak of the live bytes of other tensors, without gradients of weights.
+        sent: name in `AXES` → bytes sent.
+        result: bytes of the module's result.
     """
 
     weights: float
@@ -47,18 +46,18 @@ class Usage:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the storages that operators make, as long as they are alive.
+    """Count the live bytes of storages that operators allocate.
 
     Args:
         patience: stop with `Settled` after this many operators without a new peak; None runs to the end.
 
     Attributes:
-        live: bytes now.
-        peak: the largest value of `live` so far.
+        live: current bytes.
+        peak: largest `live` so far.
     """
 
     class Settled(Exception):  # noqa: N818 (no error)
-        """The peak does not grow any more."""
+        """The peak has stopped growing."""
 
     def __init__(self, patience: int | None = None) -> None:
         super().__init__()
@@ -89,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class CountingGroup(dist.ProcessGroup):
-    """A process group whose other ranks do not exist: it counts what rank zero sends, and nothing arrives.
+    """Mock process group without other ranks: counts the bytes sent by rank zero and receives nothing.
 
     Args:
         size: ranks.
@@ -100,8 +99,8 @@ class CountingGroup(dist.ProcessGroup):
         super().__init__(0, size)  # pyright: ignore[reportCallIssue] (torch's stub)
         self._num, self._add = size, add
 
-    def allreduce(self, tensors: Any, *_: Any) -> Any:  # noqa: D102 (ProcessGroup's interface, as all that follow)
-        self._add(2 * (self._num - 1) / self._num * sum(x.nbytes for x in tensors))  # around a ring
+    def allreduce(self, tensors: Any, *_: Any) -> Any:  # noqa: D102 (ProcessGroup's interface, like all below)
+        self._add(2 * (self._num - 1) / self._num * sum(x.nbytes for x in tensors))  # ring all-reduce
         return FakeWork()
 
     def allgather(self, _: Any, tensors: Any, *__: Any) -> Any:  # noqa: D102
@@ -113,7 +112,7 @@ class CountingGroup(dist.ProcessGroup):
         self._add((1 - own) * tensor.nbytes)
         return FakeWork()
 
-    all_to_all_single: Any = alltoall_base  # its name from torch 2.13 on
+    all_to_all_single: Any = alltoall_base  # the name since torch 2.13
 
     def broadcast(self, tensors: Any, options: Any) -> Any:  # noqa: D102
         self._add((options.rootRank == 0) * sum(x.nbytes for x in tensors))
@@ -129,7 +128,7 @@ class CountingGroup(dist.ProcessGroup):
 
 @contextmanager
 def simulated_ranks(mesh: Mesh) -> Iterator[Counter]:
-    """Context in which this process is the first rank of `mesh`; yields the bytes that it sends, by axis."""
+    """Context in which this process acts as the first rank of `mesh`; yields its sent bytes by axis."""
     sent: Counter = Counter()
 
     def make_group(axis: str, size: int) -> dist.ProcessGroup:
@@ -140,7 +139,7 @@ def simulated_ranks(mesh: Mesh) -> Iterator[Counter]:
 
 
 def build(section: Mapping[str, Any]) -> Any:
-    """Build what a section describes, without memory."""
+    """Build the object of a ``{target, params}`` section on the meta device."""
     with without_allocating():
         return instantiate_from_config(section)
 
@@ -154,17 +153,17 @@ def usage(
     trained: frozenset[str] | None = None,
     patience: int | None = None,
 ) -> Usage:
-    """Run `work` with a module on fake tensors and count.
+    """Run `work` with a module on fake tensors and count memory and traffic.
 
     Args:
         module: built within `simulated_ranks(mesh)`, see `build`; gets fake weights.
         work: makes the inputs, runs the module, and returns its result; with `trained`, a backward pass follows.
         dtype: of the weights.
-        mesh: how many ranks share a sample.
-        trained: names of the parameters that are trained; None for a run without gradients.
+        mesh: sizes of the groups of ranks.
+        trained: names of the trained parameters; None for a run without gradients.
         patience: see `LiveBytes`.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # not before it is needed: it imports sympy
+    from torch._subclasses.fake_tensor import FakeTensorMode  # lazy: it imports sympy
 
     learned = trained or frozenset()
     with simulated_ranks(mesh) as sent, FakeTensorMode(allow_non_fake_inputs=True):
@@ -184,20 +183,20 @@ def usage(
 
 
 def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:
-    """Return how many parameters a module has, and how many of those are trained."""
+    """Return the numbers of all parameters and of trained parameters."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name in trained)
 
 
 def _make_fake(module: nn.Module, dtype: torch.dtype, trained: frozenset[str]) -> None:
-    """Replace weights and buffers by fake ones; call it within a FakeTensorMode."""
+    """Replace weights and buffers by fake tensors, within a FakeTensorMode."""
     for prefix, part in module.named_modules():
         for name, weight in part._parameters.items():
             if weight is None:
                 continue
             learns = f"{prefix}.{name}".lstrip(".") in trained
             fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=learns)
-            if learns:  # gradients are counted with the optimizer's state
+            if learns:  # gradients are counted with the optimizer state
                 fake.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             part._parameters[name] = fake
         for name, buffer in part._buffers.items():

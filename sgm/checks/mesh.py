@@ -1,4 +1,4 @@
-"""The mesh of ranks that share a sample, and whether model and number of processes allow it."""
+"""Check the mesh (tensor, sequence, guidance and context parallel sizes) against model and number of processes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from sgm.util import instantiate_from_config
 
 
 def mesh_of(config: Config) -> Mesh:
-    """Return how many ranks share a sample along each axis."""
+    """Return the size of each parallel axis."""
     args = config.args
     return Mesh(
         context=params_of(config.model.get("first_stage_config")).get("cp_size") or 1,
@@ -22,14 +22,14 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Problem]:
-    """Check the sizes of the mesh against the number of processes, heads, tokens and branches.
+    """Check the sizes of the mesh against the number of processes, heads, tokens and guidance branches.
 
     Args:
         config: of a run.
         num_patches: patches of the smallest sample; None if unknown.
 
     Returns:
-        The illegal sizes, with the legal ones.
+        Illegal sizes, with the legal ones.
     """
     mesh, world = mesh_of(config), sgm.distributed.world_size()
     problems = problems_of("args", "correct the sizes, or the number of processes", lambda: mesh.check(world))
@@ -58,7 +58,7 @@ def _network_problems(config: Config, mesh: Mesh, fewest: int) -> Iterator[Probl
         found = f"is {mesh.sequence}, and the smallest sample has {fewest} tokens of text or patches to share"
         yield Problem("args.sequence_parallel_size", "", found, _give(n for n in legal if n <= fewest))
     elif config.args.sequence_attention == "ulysses" and own_heads < mesh.sequence:
-        found = f"is {mesh.sequence}, and Ulysses attention needs a head per rank, of {own_heads}"
+        found = f"is {mesh.sequence}, but Ulysses attention needs a head per rank, and there are {own_heads}"
         cure = f"{_give(n for n in legal if n <= own_heads)}, or set args.sequence_attention=ring"
         yield Problem("args.sequence_parallel_size", "", found, cure)
 
@@ -72,7 +72,7 @@ def _guidance_problems(config: Config, mesh: Mesh) -> Iterator[Problem]:
         return
     section: Any = params_of(config.model.get("sampler_config")).get("guider_config")
     if section is None or not hasattr(instantiate_from_config(section), "scale"):
-        found = f"is {mesh.cfg}, and the sampler has no guidance, so that there is one branch"
+        found = f"is {mesh.cfg}, but the sampler has no guidance"
         yield Problem("args.cfg_parallel_size", "", found, "set it to 1, or add a guider_config")
 
 

@@ -1,6 +1,6 @@
-"""Check files, shapes, precision and device before a run, and report on them: the dry run.
+"""Check files, shapes, precision and device before a run, without reading weights.
 
-Nothing here reads weights. Every finding is a `Problem` with the YAML path of its cause; all are shown together.
+Every finding is a `Problem` with the YAML path of its cause; all are reported together.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ _NETWORK = "model.network_config.params"
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What a sampling run makes.
+    """Frames and size of a sampling run.
 
     Attributes:
         latents: latent frames of the result.
-        padded_latents: latent frames that the network sees; the first ``padded_latents - latents`` are dropped.
+        padded_latents: latent frames for the network; the first ``padded_latents - latents`` are dropped.
         video_frames: frames of the result.
-        size: (height, width) in pixels; None where each image decides (see `Geometry.size_for_image`).
+        size: (height, width) in pixels; None if it depends on each image (see `Geometry.size_for_image`).
         fps: frames per second.
         image2video: whether each sample starts from an image.
     """
@@ -44,7 +44,7 @@ class SamplingPlan:
 
     @property
     def seconds(self) -> float:
-        """Length of the result."""
+        """Duration of the result."""
         return self.video_frames / self.fps
 
 
@@ -91,13 +91,13 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
         latents = (wanted - 1) // geometry.time_compression + 1
         cure += f"; if you mean {wanted} video frames, write {latents}"
     elif not geometry.fixed_size and kept > legal[-1]:
-        cure += f"; rotary positions have no end, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
-    found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network is made for"
+        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
+    found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network supports"
     yield Problem("args.sampling_num_frames", "", found, cure)
 
 
 def size_problems(path: str, size: Any, geometry: Geometry) -> list[Problem]:
-    """Return the problem with (height, width) in pixels given at `path`, if any, with the nearest legal size."""
+    """Return a problem if the (height, width) in pixels at `path` is illegal, with the nearest legal size."""
     if size is None or geometry.size_is_legal(*size):
         return []
     best, steps, most = geometry.nearest_size(*size), geometry.size_steps, geometry.max_size
@@ -134,11 +134,11 @@ def _listed(numbers: list[int]) -> str:
 def check_files(config: Config) -> list[Problem]:
     """Return the files and folders of a run that are missing or unusable."""
     args, problems = config.args, []
-    if args.load is None and config.mode == "inference":  # training from nothing needs none
-        cure = "add args.load=<folder that holds 'latest'>; the README says how checkpoints must look"
+    if args.load is None and config.mode == "inference":  # pretraining needs none
+        cure = "add args.load=<folder that holds 'latest'>; the README shows the layout of checkpoints"
         problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
     elif args.load is not None:
-        cure = "set args.load; the README says how checkpoints must look"
+        cure = "set args.load; the README shows the layout of checkpoints"
         problems += problems_of("args.load", cure, partial(find_weights, args.load))
     if args.input_type == "txt" and args.input_file is not None:
         cure = "correct args.input_file: a text file with a prompt a line"
@@ -172,12 +172,12 @@ def _check_text_encoder(config: Config) -> None:
 
 
 def params_of(section: Any) -> Mapping[str, Any]:
-    """Return the parameters of a ``{target, params}`` section that may be missing."""
+    """Return the parameters of a ``{target, params}`` section; empty if it is missing."""
     return (section or {}).get("params") or {}
 
 
 def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:
-    """Run `check` and return the errors that it raises, as problems at `path`."""
+    """Run `check` and return its errors as problems at `path`."""
     try:
         check()
     except ConfigError as error:
@@ -188,7 +188,7 @@ def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]
 
 
 def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
-    """Return the shapes in which text encoder, network and VAE disagree."""
+    """Return mismatched shapes between text encoder, network and VAE."""
     modules = params_of(config.model.get("network_config")).get("modules") or {}
     positions = "modules.pos_embed_config.params.text_length"
     text_length = params_of(modules.get("pos_embed_config")).get("text_length")
@@ -208,14 +208,14 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     ]
     wants_image = bool(config.model.get("noised_image_input", False))
     if wants_image != geometry.image_conditioned:
-        found = f"is {str(wants_image).lower()}, but in_channels {geometry.in_channels} says otherwise"
+        found = f"is {str(wants_image).lower()}, which contradicts in_channels {geometry.in_channels}"
         cure = f"set it to {str(geometry.image_conditioned).lower()}, or correct {_NETWORK}.in_channels"
         problems.append(Problem("model.noised_image_input", "", found, cure))
     return problems
 
 
 def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
-    """Return geometry, plan, device and dtype, as far as they are legal, and every problem."""
+    """Return the legal ones of geometry, plan, device and dtype, and all problems."""
     args, problems, facts = config.args, check_files(config), {}
 
     def collect(name: str, path: str, work: Callable[[], Any]) -> None:
@@ -236,10 +236,10 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
 def dry_run(config: Config) -> str:
     """Check a sampling run without reading weights, and describe it.
 
-    Network and VAE are built without memory, which imports every class that the YAML names and runs its own checks.
+    Builds network and VAE on the meta device, which imports every class named in the YAML and runs its own checks.
 
     Returns:
-        A table: parameters, precision, what will be sampled, and the legal frame counts and sizes.
+        A table: parameters, precision, frames and size of samples, and the legal frame counts and sizes.
 
     Raises:
         ConfigError: all problems.
@@ -258,7 +258,7 @@ def dry_run(config: Config) -> str:
 
 
 def _missing_sections(config: Config) -> Iterator[Problem]:
-    """Yield the sections that sampling needs and the YAML lacks."""
+    """Yield missing sections that sampling needs."""
     needed = {"sampler_config": "to sample", "conditioner_config": "to read prompts"}
     if not config.args.only_save_latents or config.model.get("noised_image_input"):
         needed["first_stage_config"] = "to turn latents into video, or images into latents"
@@ -269,11 +269,11 @@ def _missing_sections(config: Config) -> Iterator[Problem]:
     conditioner = config.model.get("conditioner_config")
     if conditioner is not None and not params_of(conditioner).get("emb_models"):
         path = "model.conditioner_config.params.emb_models"
-        yield Problem(path, "", "is empty, so that no prompt can be read", "take it from a shipped model configuration")
+        yield Problem(path, "", "is empty, so prompts cannot be encoded", "take it from a shipped model configuration")
 
 
 def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[str, Any]) -> None:
-    """Build a part of the model (modules without memory), count its parameters, and check the names in its weights."""
+    """Build a part of the model (modules on the meta device), count parameters, and check names in its weights."""
     args = config.args
     large = part in ("network_config", "first_stage_config")
     with without_allocating() if large else contextlib.nullcontext():
@@ -335,5 +335,5 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
 
 
 def as_table(rows: Mapping[str, str]) -> str:
-    """Return the rows of a report, name and text, in two columns."""
+    """Format the rows of a report, name → text, in two columns."""
     return "\n".join(f"{name:<13}  {text}" for name, text in rows.items())

@@ -16,14 +16,14 @@ _DATA = "data.params"
 def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     """Check frame count, size and buckets of the clips against the network.
 
-    A data set of another class may lack these parameters; then they are not checked.
+    Parameters that another class of data set lacks are not checked.
 
     Args:
         config: of a training run.
         geometry: of its network.
 
     Returns:
-        The illegal values, with the nearest legal ones.
+        Illegal values, with the nearest legal ones.
     """
     signature = inspect.signature(get_obj_from_str(config.data["target"]))
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
@@ -41,19 +41,19 @@ def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
     """Return the buckets of the training clips that the network supports; None without buckets.
 
     Raises:
-        ConfigError: they are malformed, or the network does not support one that is named.
+        ConfigError: they are malformed, or the network does not support one of them.
     """
     given = (config.data.get("params") or {}).get("buckets")
     return None if given is None else parse_buckets(given).supported_by(geometry)
 
 
 def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:
-    """Return the configuration with nothing but the bucket of the most patches, and that bucket in words.
+    """Return the configuration restricted to the bucket with the most patches, and a description; for estimates.
 
-    Without buckets, return the same configuration and "". For estimates.
+    Without buckets, return the same configuration and "".
 
     Args:
-        config: of a training run, checked.
+        config: of a checked training run.
         geometry: of its network.
     """
     buckets = fitted_buckets(config, geometry)
@@ -86,5 +86,5 @@ def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
     step = geometry.time_compression * geometry.patch_size[0]
     cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
-        cure += f"; rotary positions have no end, so model.network_config.params.num_frames={frames} allows it"
-    return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network cannot take", cure)]
+        cure += f"; rotary positions have no limit, so model.network_config.params.num_frames={frames} allows it"
+    return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network does not support", cure)]

@@ -1,7 +1,7 @@
-"""The ``args`` section of a run, typed: `SamplingArgs`, and `TrainingArgs`, which adds the keys of training.
+"""The typed ``args`` section of a run: `SamplingArgs`, and `TrainingArgs`, which adds the keys of training.
 
-A training run also samples, to show its progress, so that its section holds the keys of sampling too. `sgm.config.load`
-reads the section into these classes; their annotations are the types and bounds that values are checked against.
+Training includes the keys of sampling, since it samples at evaluation. `sgm.config.load` reads the section into these
+classes and checks values against their annotations.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArgs:
-    """The ``args`` section of a sampling run; docs/configuration.md explains every key. Null: as the model says."""
+    """The ``args`` section of a sampling run; docs/configuration.md explains every key. Null: the model's value."""
 
     # Weights
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
@@ -66,11 +66,11 @@ class SamplingArgs:
 
     @property
     def ring_attention(self) -> bool | None:
-        """What `sequence_attention` says to the network: whether the ring is used; None lets it choose."""
+        """Whether `sequence_attention` selects ring attention; None if the network chooses."""
         return {"auto": None, "ulysses": False, "ring": True}[self.sequence_attention]
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield what cannot be: the key, what was found, and the cure."""
+        """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
         if self.input_type == "txt" and self.input_file is None:
             cure = "give args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
@@ -88,15 +88,15 @@ class SamplingArgs:
 class TrainingArgs(SamplingArgs):
     """The ``args`` section of a training run; docs/configuration.md explains every key.
 
-    The keys of `SamplingArgs` hold for the samples that it makes on the way, except `mode`, `load`, `base`, `fp16`,
-    `bf16` and `device`, which are for training itself, and `seed`, which is for every random draw.
+    The keys of `SamplingArgs` apply to samples at evaluation, except `mode`, `load`, `base`, `fp16`, `bf16` and
+    `device`, which configure training itself, and `seed`, which applies to every random draw.
     """
 
-    # Keys that files for SAT carry, and why they change nothing here.
+    # Keys in files for SAT without effect here, with the reason.
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
         "batch_from_same_dataset": "every clip is drawn on its own",
         "block_size": "a run draws clips one by one, not in blocks",
-        "distributed_backend": "the device decides how ranks talk to each other",
+        "distributed_backend": "the device decides the backend",
         "iterable_dataset": "the class under data.target decides how clips are read",
         "resume_dataloader": "resuming always restores the position in the data",
         "test_data": "no test is run after training; evaluate on valid_data",
@@ -151,10 +151,10 @@ class TrainingArgs(SamplingArgs):
 
     @property
     def split_shares(self) -> tuple[float, float, float]:
-        """The shares of `train_data` for training, validation and test; they add up to 1.
+        """The shares of `train_data` for training, validation and test, normalised to a sum of 1.
 
         Raises:
-            ValueError: `split` is not three numbers, the first above 0 and none below.
+            ValueError: `split` is not three nonnegative numbers, the first above 0.
         """
         train, valid, test = (float(share) for share in self.split.split(","))
         total = train + valid + test
@@ -163,7 +163,7 @@ class TrainingArgs(SamplingArgs):
         return train / total, valid / total, test / total
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield what cannot be: the key, what was found, and the cure."""
+        """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
         yield from self._length_problems()
         yield from self._data_problems()
@@ -208,7 +208,7 @@ class TrainingArgs(SamplingArgs):
 
     @property
     def unused(self) -> list[str]:
-        """Keys that are set and have no effect because `eval_interval` is null."""
+        """Keys that are set without effect, since `eval_interval` is null."""
         names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
 
@@ -218,7 +218,7 @@ def names_of(cls: type[SamplingArgs]) -> list[str]:
     return [entry.name for entry in dataclasses.fields(cls)]
 
 
-# What only training reads, or refuses. Sampling accepts and ignores it, so that one file can serve both.
+# Keys that only training reads or refuses. Sampling accepts and ignores them, so that one file works for both.
 TRAINING_ARGS = frozenset({*names_of(TrainingArgs), *TrainingArgs.IGNORED_PARAMS, *REFUSED["args"]}) - frozenset(
     names_of(SamplingArgs)
 )

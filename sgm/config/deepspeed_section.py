@@ -1,8 +1,7 @@
-"""The ``deepspeed`` section of a training run: checked key by key, completed, and made ready for the engine.
+"""Check and complete the ``deepspeed`` section of a training run, and convert it for the engine.
 
-The keys and their types are those of DeepSpeed's own models, which are imported when the section of a training run is
-checked. DeepSpeed itself ignores unknown keys at the top level without a word. Its defaults hold for what a file
-leaves out, except for those in `DEFAULTS`.
+Keys and types are those of DeepSpeed's pydantic models, imported only when a training section is checked. DeepSpeed
+itself silently ignores unknown keys at the top level. Missing keys get DeepSpeed's defaults, or those of `DEFAULTS`.
 """
 
 import copy
@@ -40,7 +39,7 @@ _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
 class _TopLevel(BaseModel):
-    """The single values of the section, for which DeepSpeed has no model."""
+    """The scalar keys of the section, for which DeepSpeed has no model."""
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(_MONITORS, _OWN_METRICS)
 
@@ -63,7 +62,7 @@ class _TopLevel(BaseModel):
 
 @cache
 def _parts() -> dict[str, type[BaseModel]]:
-    """Return a model for each mapping in the section: DeepSpeed's own, or one made from its defaults."""
+    """Return a pydantic model for each mapping in the section: DeepSpeed's, or one made from its defaults."""
     prepare_import()
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
@@ -75,7 +74,7 @@ def _parts() -> dict[str, type[BaseModel]]:
         fields: dict[str, Any] = {n: (Any if v is None else type(v), v) for n, v in defaults.items()}
         return create_model(name, **fields)
 
-    enabled: Any = (bool | None, None)  # null: as model.precision says
+    enabled: Any = (bool | None, None)  # null: follow model.precision
     return {
         "zero_optimization": DeepSpeedZeroConfig,
         "fp16": create_model("fp16", __base__=DeepSpeedFP16Config, enabled=enabled),
@@ -97,7 +96,7 @@ def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
     check_params(schema, section, ("deepspeed",), merged)
     for problems_of in (_value_problems, _model_problems):
         if len(merged.problems) > num_problems:
-            break  # further checks assume right types and values
+            break  # further checks assume valid types and values
         for path, found, cure in problems_of(section):
             merged.add(("deepspeed", *path.split(".")), found, cure)
 
@@ -129,7 +128,7 @@ def _offload_problems(zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
 
 
 def _model_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the values that DeepSpeed's models do not take together."""
+    """Yield combinations of values that DeepSpeed's models refuse."""
     zero = _complete_zero(section.get("zero_optimization") or {})
     for name, values in {**section, "zero_optimization": zero}.items():
         if name not in ("zero_optimization", "fp16", "bf16"):
@@ -143,13 +142,13 @@ def _model_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]
 
 
 def default_lr(model: Mapping[str, Any]) -> float:
-    """Return the default learning rate: adapters train with a much larger one than all weights."""
+    """Return the default learning rate, larger for adapters than for all weights."""
     modules = ((model.get("network_config") or {}).get("params") or {}).get("modules") or {}
     return LORA_LR if modules.get("lora_config") is not None else FULL_LR
 
 
 def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checked section with defaults for missing keys, and present names for old ones.
+    """Return a checked section with defaults for missing keys, and current names for old ones.
 
     Args:
         section: of the merged files, without problems.
@@ -170,7 +169,7 @@ def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
 
 def _complete_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``zero_optimization`` with its stage, and with present names for old ones."""
+    """Return ``zero_optimization`` with its stage, and with current names for old ones."""
     pin_memory = zero.get("cpu_offload_use_pin_memory")
     offload = {"device": "cpu"} | ({} if pin_memory is None else {"pin_memory": pin_memory})
     kept = {name: value for name, value in zero.items() if name not in (*_OLD_NAMES, "cpu_offload_use_pin_memory")}
@@ -178,7 +177,7 @@ def _complete_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole_counts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn floats such as 5e8 into the integers that DeepSpeed takes, at any depth."""
+    """Convert whole floats such as 5e8 to integers, as DeepSpeed needs, at any depth."""
     whole = {name: int(value) for name, value in section.items() if isinstance(value, float) and value.is_integer()}
     inner = {name: _whole_counts(value) for name, value in section.items() if isinstance(value, Mapping)}
     return {**section, **whole, **inner}
@@ -187,11 +186,11 @@ def _whole_counts(section: Mapping[str, Any]) -> dict[str, Any]:
 def engine_config(section: Mapping[str, Any], *, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the configuration for ``deepspeed.initialize``, without the optimizer.
 
-    ``train_batch_size`` is left out: the user's counts samples, DeepSpeed's counts one per rank that shares it.
+    ``train_batch_size`` is left out: the user's counts samples, DeepSpeed's counts a sample once per rank of its group.
 
     Args:
         section: ``Config.deepspeed`` of a training run.
-        world_size: groups of ranks with samples of their own.
+        world_size: data parallel size: number of groups of ranks.
         dtype: of the network, see `sgm.config.precision.resolve_training_precision`.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The configuration of a run: YAML files merged, checked against signatures, and typed.
+"""Load the configuration of a run: merge YAML files, check them against signatures, and type them.
 
 Sections: ``args`` (this run), ``model`` (the engine and everything in it), ``data`` and ``deepspeed`` (training).
-`load_config` reports all problems in one `ConfigError`; nothing is built and no weights are read. `sgm.checks` looks at
-files, shapes, precision and device.
+`load_config` reports all problems in one `ConfigError`, without building anything or reading weights. `sgm.checks`
+checks files, shapes, precision and device.
 """
 
 import copy
@@ -36,7 +36,7 @@ Mode = Literal["inference", "train"]
 SECTIONS = ("args", "model", "data", "deepspeed")
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
-_FREE_TEXT = ("negative_prompt", "valid_prompts")  # braces are legal there
+_FREE_TEXT = ("negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Config:
     """A checked configuration.
 
     Attributes:
-        mode: the kind of run that it was checked for.
+        mode: the kind of run it was checked for.
         bases: the YAML files, in the order of merging.
         overrides: the ``section.key=value`` arguments.
         args: the typed ``args`` section: `TrainingArgs` in mode ``train``.
@@ -53,7 +53,7 @@ class Config:
         deepspeed: the ``deepspeed`` section; in mode ``train`` complete, see `sgm.config.deepspeed_section`.
         merged: all sections as merged, plain values.
         warnings: about keys without effect.
-        origins: the file and line, or the override, that set each dotted key path.
+        origins: dotted key path → the file and line, or the override, that set it.
     """
 
     mode: Mode
@@ -78,7 +78,7 @@ class Config:
         return digest_of(self.merged)
 
     def located(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Return the problems with the origin of each value, or of its nearest parent."""
+        """Return the problems with the origin of each value or of its nearest parent."""
         located = []
         for problem in problems:
             path = problem.path
@@ -88,12 +88,12 @@ class Config:
         return located
 
     def to_yaml(self) -> str:
-        """Return the merged configuration as one YAML file, which `load_config` reads back to the same digest."""
+        """Return the merged configuration as one YAML file; loading it gives the same digest."""
         return yaml.safe_dump(self.merged, sort_keys=False, allow_unicode=True)
 
 
 def digest_of(values: Any) -> str:
-    """Return the SHA-256 of a tree of plain values, independent of the order of keys; numbers may be keys."""
+    """Return the SHA-256 of a tree of plain values, independent of the order of keys; keys may be numbers."""
     return hashlib.sha256(json.dumps(_with_text_keys(values), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -107,7 +107,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     """Read, merge and check YAML files.
 
     Args:
-        bases: files; a later one wins key by key. Lists are replaced as a whole.
+        bases: files; later ones override earlier ones key by key. Lists are replaced as a whole.
         overrides: ``section.key=value``, applied last; values are YAML (``args.seed=7``, ``args.load=null``,
             ``args.sampling_image_size=[480,720]``), list entries are numbered from 0.
         mode: ``inference`` or ``train``: which keys have an effect.
@@ -165,7 +165,7 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
 
 
 def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> SamplingArgs:
-    """Check and type the ``args`` section; defaults replace wrong values."""
+    """Check and type the ``args`` section, with defaults in place of wrong values."""
     cls = TrainingArgs if mode == "train" else SamplingArgs
     hints = typing.get_type_hints(cls, include_extras=True)
     unused = [name for name in section if name in TRAINING_ARGS] if mode == "inference" else []
@@ -176,7 +176,7 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     args = cls(**typed)
     for name, found, cure in args.problems():
-        if f"args.{name}" not in wrong:  # the default in its place would mislead
+        if f"args.{name}" not in wrong:  # otherwise the problem would be about the default
             merged.add(("args", name), found, cure)
     if isinstance(args, TrainingArgs):
         unused, purpose = args.unused, "without args.eval_interval"
@@ -188,13 +188,13 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
 
 
 def _listed(value: Any, hint: Any) -> Any:
-    """Return text as a list of one where only a list of texts is asked for."""
+    """Wrap a text into a list if the annotation accepts only lists of texts."""
     wants_list = isinstance(value, str) and misfit(value, hint) and not misfit([value], hint)
     return [value] if wants_list else value
 
 
 def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
-    """Check ``data`` and ``deepspeed``, which only training reads."""
+    """Check the sections of training, ``data`` and ``deepspeed``."""
     if mode == "inference":
         for name in {*LOSS_SCALER} & sections["deepspeed"].keys():
             merged.add(("deepspeed", name), REFUSED["deepspeed"][name].why, REFUSED["deepspeed"][name].cure)
@@ -208,7 +208,7 @@ def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: 
 
 
 def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
-    """Report placeholders such as ``{your path}`` in the values that have an effect."""
+    """Report placeholders such as ``{your path}`` in values that have an effect."""
     for section in ("args", "model") if mode == "inference" else SECTIONS:
         for path, text in _strings(sections[section], (section,)):
             unused = mode == "inference" and section == "args" and path[1] in TRAINING_ARGS

@@ -1,4 +1,4 @@
-"""The precision that a run computes in."""
+"""Resolve the precision of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ Precision = Literal["fp16", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class _Flag:
-    """Whether a half precision is asked for (None: not stated), and the key that states it."""
+    """Value of a precision flag (None: not set), and its key."""
 
     path: str
     value: bool | None
 
 
 def resolve_precision(args: SamplingArgs, model_precision: Precision | None, device_type: str) -> torch.dtype:
-    """Return the precision that the network runs in.
+    """Return the dtype of the network.
 
     It is the model's unless a flag differs. ``fp16: true`` and ``bf16: true`` must agree with the model; a model
-    released in fp32 may also run in bf16, which has the same range. A false flag for the model's own precision means
+    released in fp32 may also run in bf16, which has the same range. A false flag for the model's precision selects
     fp32, which works for every model. Without flags and ``model.precision`` it is fp32.
 
     Args:
@@ -34,19 +34,19 @@ def resolve_precision(args: SamplingArgs, model_precision: Precision | None, dev
         device_type: such as ``torch.device.type``.
 
     Raises:
-        ConfigError: the flags contradict each other or the model, or the device cannot do it.
+        ConfigError: the flags contradict each other or the model, or the device does not support it.
     """
     flags = {name: _Flag(f"args.{name}", getattr(args, name)) for name in ("fp16", "bf16")}
     return _resolve(flags, model_precision, device_type)
 
 
 def resolve_training_precision(config: Config, device_type: str) -> torch.dtype:
-    """Return the precision that the network trains in, as `resolve_precision` does.
+    """Return the dtype of the network in training, with the rules of `resolve_precision`.
 
-    ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` mean the same as ``args.fp16`` and ``args.bf16``.
+    ``deepspeed.fp16.enabled`` and ``deepspeed.bf16.enabled`` are equivalent to ``args.fp16`` and ``args.bf16``.
 
     Raises:
-        ConfigError: the flags contradict each other or the model, or the device cannot do it.
+        ConfigError: the flags contradict each other or the model, or the device does not support it.
     """
     flags = {}
     for name in ("fp16", "bf16"):
@@ -89,7 +89,7 @@ def _refusal(path: str, found: str, cure: str) -> ConfigError:
 
 
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the autoencoder's precision beside a network of `dtype`: it overflows in float16."""
+    """Return the dtype of the autoencoder for a network of `dtype`; the autoencoder overflows in float16."""
     return torch.bfloat16 if dtype is torch.float16 else dtype
 
 

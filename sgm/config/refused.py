@@ -1,8 +1,8 @@
-"""Keys that files carry and that nothing here can honour: one table, from their place to the reason and the cure.
+"""Table of refused keys: known from other files, but unsupported here, with the reason and the fix.
 
-A place is a section of the configuration, or a class that a ``target:`` names (its subclasses count). Some keys have
-one value that has no effect: it is accepted, and not passed to the constructor. A key of a class's constructor that is
-listed for its section comes from the code, not from YAML.
+The table is indexed by section of the configuration, or by class named in ``target:`` (including subclasses). Some keys
+have one value without effect, which is accepted and not passed to the constructor. A parameter of a class that is
+listed for its section is set by the code, not in YAML.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ class Refused:
     """A key that is refused.
 
     Attributes:
-        why: what was found, or why no other value than `only` is accepted.
-        cure: what to do.
-        only: the one value that is accepted, beside null.
+        why: what was found, or why only the value `only` is accepted.
+        cure: how to fix it.
+        only: the accepted value, beside null.
     """
 
     why: str
@@ -27,7 +27,7 @@ class Refused:
     only: Any = _NO_VALUE
 
     def misfit(self, value: Any) -> tuple[str, str] | None:
-        """Return what was found and the cure; None where `value` is accepted."""
+        """Return what was found and the fix; None if `value` is accepted."""
         if self.only is _NO_VALUE:
             return self.why, self.cure
         if value is None or (value == self.only and isinstance(value, bool) is isinstance(self.only, bool)):
@@ -51,16 +51,16 @@ _UNUSED = (
     "gradient_allreduce_op hybrid_engine managed_gradient_accumulation nebula pipeline progressive_layer_drop "
     "quantize_training sparse_attention sparse_gradients weight_quantization"
 ).split()
-_PRECISION = "remove it; model.precision decides in what the network computes"
+_PRECISION = "remove it; set model.precision"
 _DEEPSPEED = {
     "scheduler": "remove it; the learning rate follows args.lr_decay_style, args.warmup and args.lr_decay_ratio",
     "amp": _PRECISION,
     "torch_autocast": _PRECISION,
-    "bfloat16": "write bf16, the present name",
+    "bfloat16": "write bf16, the current name",
     "compile": "remove it; set args.compile=true",
-    "checkpoint": "remove it; args.save, args.save_interval and args.resume decide about checkpoints",
-    "tensor_parallel": "remove it; args.model_parallel_size decides which ranks share layers",
-    "sequence_parallel_size": "remove it; args.sequence_parallel_size decides which ranks share a sample",
+    "checkpoint": "remove it; set args.save, args.save_interval and args.resume",
+    "tensor_parallel": "remove it; set args.model_parallel_size",
+    "sequence_parallel_size": "remove it; set args.sequence_parallel_size",
     **dict.fromkeys(_UNUSED, "remove it; this training does not use it"),
 }
 _ARGS = {
@@ -77,7 +77,7 @@ _ACTIVATIONS = (
 ).split()
 _CHECKPOINTING = "remove it; args.checkpoint_activations switches recomputation of the blocks on and off"
 _NO_FIXED_FRAMES = {"fixed_frames": _only(0, "no frames are kept from a condition")}
-_NO_ZERO = {"do_append_zero": _only(False, "the levels are √ᾱ, of which zero is pure noise")}
+_NO_ZERO = {"do_append_zero": _only(False, "the noise levels are √ᾱ, where zero is pure noise")}
 _VAE = {
     "attn_resolutions": _only([], "this VAE has no attention"),
     "pad_mode": _only("first", "the causal padding repeats the first frame"),
@@ -89,17 +89,17 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
         **_each("belongs elsewhere", _ARGS),
     },
     "data.params": {
-        "data_dir": Refused("is given for every folder in turn", "remove it; set args.train_data and args.valid_data"),
+        "data_dir": Refused("is set for each folder", "remove it; set args.train_data and args.valid_data"),
     },
     "deepspeed": {
-        **_each("is not for DeepSpeed to decide here", _DEEPSPEED),
+        **_each("is not supported in the deepspeed section", _DEEPSPEED),
         **_each(
-            "stands outside 'fp16:', where DeepSpeed never reads it",
+            "is outside 'fp16:', where DeepSpeed ignores it",
             {name: f"move it to deepspeed.fp16.{name}, or remove it" for name in LOSS_SCALER},
         ),
     },
     "deepspeed.zero_optimization": _each(
-        "is not for DeepSpeed to decide here", dict.fromkeys(_ZERO, "remove it; this training does not use it")
+        "is not supported", dict.fromkeys(_ZERO, "remove it; this training does not use it")
     ),
     "deepspeed.activation_checkpointing": dict.fromkeys(
         _ACTIVATIONS, Refused("DeepSpeed's checkpointing is not used", _CHECKPOINTING, only=False)
@@ -114,8 +114,8 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
     "vae_modules.cp_enc_dec.ContextParallelDecoder3D": _VAE,
     "dit_video_concat.TransformerArgs": {
         "checkpoint_num_layers": _only(1, "every block is recomputed by itself"),
-        "model_parallel_size": _only(1, "args.model_parallel_size decides which ranks share layers"),
-        "layernorm_order": _only("pre", "the blocks norm their input"),
+        "model_parallel_size": _only(1, "args.model_parallel_size sets the tensor parallel size"),
+        "layernorm_order": _only("pre", "the blocks normalise their input"),
         "is_decoder": _only(False, "there is no cross-attention"),
         "hidden_dropout": _only(0, "the block has no dropout"),
     },
@@ -124,6 +124,6 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
 
 
 def refused_by(cls: Any) -> Mapping[str, Refused]:
-    """Return what the table says about a class and its bases."""
+    """Return the refused parameters of a class and its bases."""
     places = [f"{base.__module__}.{base.__qualname__}" for base in getattr(cls, "__mro__", ())]
     return {name: entry for place in reversed(places) for name, entry in REFUSED.get(place, {}).items()}

@@ -1,13 +1,13 @@
-"""Check YAML sections against the signatures of the classes that they name, without building anything.
+"""Check YAML sections against the signatures of their target classes, without building anything.
 
-A section is ``{target: dotted.Class, params: {...}}``; parameters may hold further sections, at any depth. The target
-must exist, its constructor must take every parameter, in the type that it states, and no required parameter may be
-missing. `sgm.config.refused` lists parameters with a cure of their own. What a class may declare:
+A section is ``{target: dotted.Class, params: {...}}``; sections nest in parameters at any depth. The target must exist,
+its constructor must accept every parameter and type, and no required parameter may be missing. `sgm.config.refused`
+lists parameters refused with a specific fix. A class may declare:
 
 - ``IGNORED_PARAMS: {parameter: reason}``: accepted with a warning.
-- ``SECTION_TYPES: {parameter: class}``: a mapping that it parses itself. A pydantic model as annotation does the same.
-- ``PARAMS_FOR_MODULES``: parameters for the sections under ``modules``; a warning says where no section takes one.
-- ``ENTRY_KEYS`` (also of its module): the keys of the sections in its lists, if there are more than target and params.
+- ``SECTION_TYPES: {parameter: class}``: a mapping parsed by the class. Annotating with a pydantic model is equivalent.
+- ``PARAMS_FOR_MODULES``: parameters for the sections under ``modules``; warns about those that no section accepts.
+- ``ENTRY_KEYS`` (also of its module): the keys of sections in its lists, if more than target and params.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from sgm.util import InputError, get_obj_from_str, nearest
 ENGINE_TARGET = "sgm.models.video_diffusion.SATVideoDiffusionEngine"
 
 _SECTION_KEYS = ("target", "params")
-# The network adds parameters (layer count, sizes) to the sections under this key: none is missing in YAML.
+# The network adds parameters (layer count, sizes) to the sections under this key, so none is required in YAML.
 _COMPLETED_BY_PARENT = "modules"
 _PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 
@@ -34,7 +34,7 @@ _PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 def check_params(
     cls: Callable[..., Any], params: Mapping[str, Any], path: KeyPath, merged: Merged, *, partial: bool = False
 ) -> None:
-    """Check `params` against the constructor of `cls`, and every section inside them.
+    """Check `params`, and every section in them, against the constructor of `cls`.
 
     Args:
         cls: the class, or a pydantic model.
@@ -145,7 +145,7 @@ def _check_value(cls: Callable[..., Any], name: str, value: Any, hint: Any, plac
 
 
 def _warn_untaken(cls: Callable[..., Any], params: Mapping[str, Any], path: KeyPath, merged: Merged) -> None:
-    """Warn about ``PARAMS_FOR_MODULES`` that no section under ``modules`` takes."""
+    """Warn about ``PARAMS_FOR_MODULES`` that no section under ``modules`` accepts."""
     given = [name for name in getattr(cls, "PARAMS_FOR_MODULES", ()) if params.get(name) is not None]
     modules = params.get(_COMPLETED_BY_PARENT)
     if not given or not isinstance(modules, Mapping):
@@ -165,7 +165,7 @@ def _warn_untaken(cls: Callable[..., Any], params: Mapping[str, Any], path: KeyP
 
 @dataclass(frozen=True)
 class _Accepted:
-    """The parameters of a class: their types, the required ones, and whether it takes any others (``**kwargs``)."""
+    """The parameters of a class: types, required ones, and whether it accepts any others (``**kwargs``)."""
 
     hints: Mapping[str, Any]
     required: Collection[str]
@@ -173,7 +173,7 @@ class _Accepted:
 
 
 def _accepted_by(cls: Callable[..., Any]) -> _Accepted | None:
-    """Return the parameters of a class or pydantic model; None for a class in C, which has no signature."""
+    """Return the parameters of a class or pydantic model; None for a C class without signature."""
     if _is_model(cls):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         hints = {n: Annotated[(f.annotation, *f.metadata)] if f.metadata else f.annotation for n, f in fields.items()}
@@ -202,5 +202,5 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
         return {}
     if (cls.__module__ or "").partition(".")[0] in _PROJECT:
         return hints
-    # In other projects `int` often only repeats the type of a default, such as SAT's lora_alpha = 1.
+    # In other projects `int` is often only the type of the default, such as SAT's lora_alpha = 1.
     return {name: float if hint is int else hint for name, hint in hints.items()}

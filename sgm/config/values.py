@@ -1,4 +1,4 @@
-"""Whether a value of YAML fits a type annotation, and what to write instead. Types are those of pydantic."""
+"""Check YAML values against type annotations, with pydantic, and describe the accepted values."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,10 @@ _WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a 
 
 
 def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
-    """Return what was found and the cure for a `value` that does not fit `hint`; None if it fits.
+    """Return what was found and the fix for a `value` that does not match `hint`; None if it matches.
 
-    The rules are those of JSON, which has the types of YAML: lists fit tuples and sequences, a whole number fits where
-    a number is asked for, true and false are no numbers, text is never read as something else. An annotation that YAML
-    cannot spell, such as a class or a callable, fits anything.
+    The rules are pydantic's strict rules for JSON: lists match tuples and sequences, integers match floats, booleans
+    are not numbers, and text is not converted. An annotation without JSON schema, such as a class, matches anything.
     """
     try:
         adapter = TypeAdapter(hint)
@@ -24,7 +23,7 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
     try:
         adapter.validate_json(_as_json(value), strict=True)
     except ValidationError:
-        if isinstance(value, dict) and list(value.values()) == [None]:  # YAML reads {your path} without quotes so
+        if isinstance(value, dict) and list(value.values()) == [None]:  # how YAML parses unquoted {your path}
             return f"still holds a placeholder: {{{next(iter(value))}}}", "put the real value there"
         words = _in_words(schema, schema.get("$defs", {}))
         quoting = "; text that YAML reads as something else needs quotes" if "text" in words.split(" or ") else ""
@@ -33,12 +32,12 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
 
 
 def _as_json(value: Any) -> str:
-    # A date, which JSON does not have, must not pass for text.
+    # A date, which JSON lacks, must not match text.
     return json.dumps(value, skipkeys=True, default=lambda other: {str(other): None})
 
 
 def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """Say what a JSON schema accepts, for an error message."""
+    """Describe the values accepted by a JSON schema, for an error message."""
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rpartition("/")[2]]
     if "anyOf" in schema:

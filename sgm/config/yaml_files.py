@@ -1,6 +1,6 @@
-"""Read and merge YAML files, with the file and line of every value; ``section.key=value`` overrides, interpolation.
+"""Read and merge YAML files: overrides (``section.key=value``), interpolation, and the file and line of every value.
 
-Problems are collected, to be reported together. `sgm.config.load` gives the keys their meaning.
+Problems are collected, to be reported together. `sgm.config.load` checks the keys.
 """
 
 import re
@@ -19,7 +19,7 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but with ``1e-5`` as a number, as YAML 1.2 and OmegaConf read it."""
+    """PyYAML's loader for YAML 1.1, but with ``1e-5`` as a number, as in YAML 1.2 and OmegaConf."""
 
 
 _Loader.add_implicit_resolver(
@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of the configuration: key path, file and line, what was found, and the cure."""
+    """One problem of the configuration: key path, file and line, what was found, and the fix."""
 
     path: str
     source: str
@@ -44,7 +44,7 @@ class Problem:
 
 
 class ConfigError(InputError):
-    """The configuration cannot be used. Lists every problem with its place and its cure."""
+    """The configuration is invalid. Lists every problem with its path, origin and fix."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -63,10 +63,10 @@ class Merged:
 
     Attributes:
         values: the merged tree, plain Python values.
-        origins: the file and line, or the override, that last set each key path.
+        origins: key path → the file and line, or the override, that last set it.
         problems: found so far.
         warnings: about accepted keys without effect.
-        syntax_failed: a file could not be read, so the values must not be judged.
+        syntax_failed: a file could not be read, so values are not checked.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Merged:
     syntax_failed: bool = False
 
     def origin(self, path: KeyPath) -> str:
-        """Return where `path`, or its nearest parent with an origin, was set."""
+        """Return the origin of `path` or of its nearest parent that has one."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, "")
@@ -87,9 +87,9 @@ class Merged:
 
 
 def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> Merged:
-    """Read `bases` in order, a later file over an earlier one, then apply `overrides`.
+    """Merge `bases` in order, later files overriding earlier ones, then apply `overrides`.
 
-    Mappings merge key by key; lists and single values are replaced. ``${section.key}`` refers to another value.
+    Mappings merge key by key; lists and scalars are replaced. ``${section.key}`` refers to another value.
     """
     merged = Merged()
     trees = [tree for base in bases if (tree := _read_file(Path(base), merged)) is not None]
@@ -144,7 +144,7 @@ def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
 
 
 def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
-    """Return the mapping in a YAML text, None for anything else; note origins, report keys written twice."""
+    """Return the mapping in a YAML text, None for anything else; record origins, report duplicate keys."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -162,7 +162,7 @@ def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
 
 
 def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterator[tuple[KeyPath, int, int | None]]:
-    """Yield (key path, line, line of an earlier twin or None) for every key and list entry under `node`."""
+    """Yield (key path, line, line of an earlier duplicate or None) for every key and list entry under `node`."""
     if id(node) in ancestors:
         mark = node.start_mark
         raise yaml.constructor.ConstructorError(None, None, "an alias refers to the value that contains it", mark)
@@ -211,7 +211,7 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
         both = isinstance(old, dict) and isinstance(value, dict)
         container[keys[-1]] = OmegaConf.to_container(OmegaConf.merge(old, value)) if both else value
     else:
-        merged.add(tuple(keys), "there is no such place in the configuration", cure, source=source)
+        merged.add(tuple(keys), "does not exist in the configuration", cure, source=source)
         return
     merged.origins[tuple(keys)] = source
 

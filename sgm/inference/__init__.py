@@ -1,1 +1,1 @@
-"""Sampling: prompts in, videos out."""
+"""Sampling: videos from prompts."""

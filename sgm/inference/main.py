@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; ``section.key=value`` may stand anywhere."""
+    """Parse the command line; ``section.key=value`` is accepted at any position."""
     return cli.parse(
         argv,
         prog="sample_video.py",
@@ -29,8 +29,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Sample, or only check."""
-    from sgm.config.load import load_config  # after parsing, so that --help answers at once
+    """Sample, or only check with ``--check``."""
+    from sgm.config.load import load_config  # after parsing, so that --help is fast
 
     config = load_config(options.base, options.overrides, mode="inference")
     if options.check:
@@ -50,6 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         run,
         parse(argv),
-        interrupted="interrupted; finished results stay, and the same command continues from there",
+        interrupted="interrupted; finished results are kept, and the same command continues from there",
         memory_hint="lower args.batch_size or the size, or set args.vae_tiling=true",
     )

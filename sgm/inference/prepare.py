@@ -1,4 +1,4 @@
-"""The checks of a sampling run before weights are read."""
+"""Check a sampling run before weights are read."""
 
 import tempfile
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from sgm.weights.adapters import with_adapters
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start.
+    """A checked run.
 
     Attributes:
         config: its configuration, with a ``lora_config`` if the weights are adapters.
-        report: of the dry run.
-        mesh: which ranks share a sample.
-        prompts: None if they are typed in during the run.
+        report: summary of the checks.
+        mesh: the groups of ranks.
+        prompts: None for input from the terminal.
     """
 
     config: Config
@@ -37,7 +37,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Check everything that does not need weights; write nothing.
+    """Run all checks that need no weights, without writing files.
 
     Raises:
         ConfigError: every problem of the configuration, checkpoint files, prompts, images and output folder.
@@ -73,11 +73,11 @@ def _mesh_problems(config: Config) -> list[Problem]:
 
 
 def _read_prompts(config: Config) -> list[Prompt] | None:
-    """Read the prompt file and decode its images; None if prompts are typed."""
+    """Read the prompt file and decode its images; None for input from the terminal."""
     args = config.args
     if args.input_type == "cli":
         if sgm.distributed.is_launched():
-            raise InputError("args.input_type=cli asks on one terminal; start one process, or use input_type=txt")
+            raise InputError("args.input_type=cli needs a single process; start one, or use input_type=txt")
         return None
     assert args.input_file is not None, "the configuration is refused without it"
     geometry = Geometry.from_network(config.model["network_config"]["params"])
@@ -87,10 +87,10 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and write a file there: permissions alone do not show that it works."""
+    """Make the output folder and check by a temporary file that it is writable; permissions do not prove it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks share the folder
+        with tempfile.TemporaryFile(dir=folder):  # a unique name, since ranks share the folder
             pass
     except OSError as error:
         raise InputError(f"args.output_dir '{folder}' cannot be written to ({error}); name another folder") from error

@@ -1,4 +1,4 @@
-"""Prompts from a file or the terminal, and the images that go with them.
+"""Prompts and their images, from a file or the terminal.
 
 Legend: H, W pixels.
 """
@@ -32,8 +32,8 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        index: position among the prompts, from 0; part of the output folder's name.
-        text: the prompt itself.
+        index: number of the prompt, from 0; part of the output folder's name.
+        text: the text.
         image: the first frame, for image to video.
     """
 
@@ -43,14 +43,14 @@ class Prompt:
 
 
 def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
-    """Read a prompt file in UTF-8; see `parse_prompts`. Relative image paths may start from the file's folder.
+    """Read a prompt file in UTF-8; see `parse_prompts`. Image paths may be relative to the file's folder.
 
     Raises:
-        InputError: the file cannot be read or holds no prompts, or lines have the wrong form.
+        InputError: the file is unreadable or has no prompts, or lines are malformed.
     """
     file = Path(input_file).expanduser()
     try:
-        # Not splitlines, which also cuts at characters that a prompt may hold, such as U+2028.
+        # Not splitlines, which also splits at characters that are legal in a prompt, such as U+2028.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
@@ -72,10 +72,10 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
         lines: one prompt each.
         image2video: whether lines are ``prompt@@image``.
         source: origin of the lines, for messages.
-        folder: where relative image paths are looked up after the working directory.
+        folder: searched for relative image paths after the working directory.
 
     Raises:
-        InputError: every line that has the wrong form.
+        InputError: all malformed lines.
     """
     prompts: list[Prompt] = []
     problems = []
@@ -92,11 +92,11 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
 
 
 def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = None) -> Iterator[Prompt]:
-    """Ask for prompts until an empty line, ``exit`` or the end of input; a bad line is reported and asked again.
+    """Read prompts from the terminal until an empty line, ``exit`` or the end of input; ask again after a bad line.
 
     Args:
         image2video: whether to ask for ``prompt@@image``.
-        input: shows a question and returns a line; Python's own ``input`` by default.
+        input: shows a question and returns a line; the built-in ``input`` by default.
     """
     ask = input or builtins.input
     form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
@@ -125,7 +125,7 @@ def check_images(prompts: Sequence[Prompt]) -> None:
     """Decode the images of all prompts, each file once, to find bad ones before the models are loaded.
 
     Raises:
-        InputError: every image that is missing or cannot be decoded.
+        InputError: all images that are missing or cannot be decoded.
     """
     problems = []
     for image in dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None):
@@ -151,7 +151,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     Raises:
         InputError: the image is missing or cannot be decoded.
     """
-    from sgm.data.clips.transform import cover_crop  # takes a while to import, and text to video needs none of it
+    from sgm.data.clips.transform import cover_crop  # lazy: slow to import, and unused by text to video
 
     pixels = torch.from_numpy(np.array(_open_image(Path(path))))
     return cover_crop(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
@@ -169,12 +169,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
-    """Return the prompts that a data-parallel rank samples: every `world_size`-th, from the `rank`-th on."""
+    """Return the prompts of a data-parallel rank: every `world_size`-th, starting at `rank`."""
     return list(prompts[rank::world_size])
 
 
 def output_folder_name(index: int, text: str) -> str:
-    """Return ``{index}_{prompt}``, the prompt cut, without characters that some file system refuses."""
+    """Return ``{index}_{prompt}``, with the prompt truncated and without characters illegal in some file systems."""
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r'[<>:"/\\|?*]', "", text)
     text = "".join("_" if c.isspace() else c for c in text if c.isspace() or c.isprintable())
@@ -184,26 +184,26 @@ def output_folder_name(index: int, text: str) -> str:
 
 
 def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> Prompt:
-    if any("\ud800" <= c <= "\udfff" for c in line):  # how Python keeps typed bytes that are not UTF-8
+    if any("\ud800" <= c <= "\udfff" for c in line):  # surrogates: Python's encoding of non-UTF-8 input
         raise InputError(_NOT_UTF8)
     parts = [part.strip() for part in line.split(IMAGE_SEPARATOR)]
     if not image2video:
         if len(parts) > 1:
             raise InputError(
                 f"'{line.strip()}' names an image ({IMAGE_SEPARATOR}), but this is text to video; set "
-                f"image2video: true and use an image-to-video model, or remove '{IMAGE_SEPARATOR}' and what follows"
+                f"image2video: true and use an image-to-video model, or remove '{IMAGE_SEPARATOR}' and the path"
             )
         return Prompt(index, parts[0])
     if len(parts) != 2 or not all(parts):
         raise InputError(
-            f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video asks for; write "
+            f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video needs; write "
             f"the prompt, one '{IMAGE_SEPARATOR}' and the path of an image, or set image2video: false"
         )
     return Prompt(index, parts[0], _find_image(parts[1], folder))
 
 
 def _find_image(text: str, folder: Path | None) -> Path:
-    """Return the path that `text` names, in `folder` if it exists only there; it need not exist."""
+    """Return the path named by `text`, in `folder` if it exists only there; does not check that it exists."""
     try:
         image = Path(text).expanduser()
         if not _exists(image) and folder is not None and _exists(folder / image):
@@ -217,7 +217,7 @@ def _find_image(text: str, folder: Path | None) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether `path` exists; raises for an impossible path, unlike Path.exists in some versions of Python."""
+    """Whether `path` exists; raises for an invalid path, unlike Path.exists in some versions of Python."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -227,7 +227,7 @@ def _exists(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image; turn errors, also those in the block, into InputError."""
+    """Open an image; raise InputError for errors, also for those in the block."""
     try:
         with Image.open(path) as image:
             yield image
@@ -241,17 +241,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _open_image(path: Path) -> Image.Image:
-    """Decode an image to RGB, upright."""
+    """Decode an image to RGB and apply its EXIF orientation."""
     with _opened(path) as image:
         return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits (Pillow's own conversion clips it); leave other modes."""
+    """Scale 16-bit grey to 8 bits (Pillow's conversion clips it); leave other modes unchanged."""
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
         return image
     grey = np.asarray(image)
-    # Some formats keep 16 bits in the 32 of mode I. Other ranges do not say which value is white.
+    # Some formats store 16 bits in mode I (32 bits). For other ranges, the value of white is unknown.
     if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"its pixels are grey values of 32 bits (mode {image.mode}), not of 8 or 16")
     return Image.fromarray(np.round(grey / 257).astype(np.uint8))

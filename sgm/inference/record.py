@@ -1,4 +1,4 @@
-"""Records of a sampling run: timings, the digest of everything that its samples depend on, a summary."""
+"""Records of a sampling run: timings, digest of the settings that change samples, summary."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
 
-# The arguments that change a sample; the others say where, how many and how much at a time.
+# The arguments that change a sample.
 RESULT_ARGS = (
     "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
 ).split()
@@ -17,7 +17,7 @@ RESULT_ARGS = (
 
 @dataclass
 class Timings:
-    """Seconds of wall time that each part of one prompt took."""
+    """Wall time in seconds of each part of one prompt."""
 
     text: float = 0.0
     image: float = 0.0
@@ -31,9 +31,9 @@ class Summary:
 
     Attributes:
         written: videos (or latents) written.
-        skipped: results that existed already.
-        sheet: contact sheet, if there is one.
-        scope: the rank, if several share the prompts.
+        skipped: existing results.
+        sheet: contact sheet, if any.
+        scope: the rank, if the prompts are divided among several.
         seconds: wall time of the whole run.
         peak_bytes: see `sgm.util.peak_memory`.
     """
@@ -46,7 +46,7 @@ class Summary:
     peak_bytes: int = 0
 
     def __str__(self) -> str:
-        """Return the table that ends a run."""
+        """Return the final message of a run."""
         lines = [f"  {path}" for path in self.written]
         lines += [f"  {path} (was there already)" for path in self.skipped]
         counts = f"{len(self.written)} written, {len(self.skipped)} skipped"
@@ -60,12 +60,12 @@ def result_digest(config: Config) -> str:
     """SHA-256 of everything in `config` that changes a sample."""
     args = {name: getattr(config.args, name) for name in RESULT_ARGS}
     assert config.args.load is not None, "the dry run refuses a run without weights"
-    args["load"] = str(find_weights(config.args.load))  # 'latest' may move on
+    args["load"] = str(find_weights(config.args.load))  # 'latest' may change
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """Return the record beside a result; None if it cannot be read."""
+    """Return the record beside a result; None if it is unreadable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

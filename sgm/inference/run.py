@@ -1,7 +1,7 @@
-"""A sampling run: prompts in, videos out.
+"""Sampling: videos from prompts.
 
-The order bounds the memory: all prompts are encoded first and the text encoder leaves, then the network is read,
-then each prompt is sampled, decoded and written before the next one starts.
+The order limits memory: all prompts are encoded first and the text encoder is released, then the network is loaded,
+then each prompt is sampled, decoded and written before the next one.
 """
 
 import math
@@ -45,11 +45,11 @@ Conds = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def sample(config: Config) -> Summary:
-    """Check, load, sample and write everything that `config` asks for.
+    """Check `config`, load the model, sample all prompts and write the results.
 
     Raises:
-        InputError: something given is wrong; nearly all of it is found before weights are read.
-        RunError: sampling or writing failed; finished results stay.
+        InputError: wrong input; nearly always found before weights are read.
+        RunError: sampling or writing failed; finished results are kept.
     """
     start = time.perf_counter()
     sgm.distributed.set_timeout(config.args.distributed_timeout)
@@ -66,13 +66,13 @@ def sample(config: Config) -> Summary:
 
 
 class SamplingRun:
-    """The model of one run and the results that it has written.
+    """The model of one run and the results written so far.
 
     Args:
-        config: checked by `prepare`, or that of the training that `engine` belongs to.
-        engine: a model in memory. Nothing in it is loaded, moved, released or set, so that its training can continue;
-            the caller puts its network into eval mode. None builds the model of `config` and loads it when needed.
-        digest: identifies in the sidecars what the samples depend on; None computes it from the files in ``args.load``.
+        config: checked by `prepare`, or the configuration of the training of `engine`.
+        engine: a model in training. It is not loaded, moved, released or configured; the caller sets eval mode. None
+            builds the model of `config` and loads it lazily.
+        digest: recorded in the sidecars to identify the settings; None computes it from the files in ``args.load``.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class SamplingRun:
         engine.conditioner.to(self.device)
         offload = self.args.text_encoder_offload
         if self.args.input_type == "cli" and offload == "release":
-            # Typed prompts arrive one by one; reloading the encoder for each would take longer than sampling.
+            # Reloading the encoder for each prompt from the terminal would take longer than sampling.
             offload = "cpu"
         for embedder in engine.conditioner.embedders:
             embedder.offload = offload
@@ -110,10 +110,10 @@ class SamplingRun:
         """Sample every prompt of this data-parallel rank.
 
         Args:
-            prompts: those of all ranks, in the same order on each.
-            in_step: run the network as often as every other rank, for parameters sharded over the ranks, which all
-                ranks gather together. Finished prompts are sampled again; a rank without a prompt left repeats one
-                and writes nothing; a failure is raised after the last pass.
+            prompts: of all ranks, in the same order on each.
+            in_step: run the same number of forward passes on all ranks, for parameters sharded over them (ZeRO-3).
+                Finished prompts are sampled again; a rank without a prompt repeats one and writes nothing; a failure is
+                raised after the last pass.
         """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         mine = assign_to_rank(prompts, rank, size)
@@ -123,7 +123,7 @@ class SamplingRun:
                 passes.append((prompts[-1], []))
         else:
             passes = [(prompt, missing) for prompt in mine if (missing := self._missing(prompt))]
-            # Ranks may differ in which results they already see on disk.
+            # Ranks may see different results on disk.
             passes = sgm.distributed.broadcast_in_sample_group(passes)
         self._sample_all(passes, in_step=in_step)
         self._write_sheet(mine, rank, size)
@@ -131,7 +131,7 @@ class SamplingRun:
             self.summary.scope = f"rank {rank} of {size}: "
 
     def _sample_all(self, passes: list[tuple[Prompt, list[int]]], *, in_step: bool) -> None:
-        """Sample the numbers of each (prompt, sample numbers); without numbers, sample once and write nothing."""
+        """Sample each (prompt, sample numbers); without numbers, sample once and write nothing."""
         if not passes:
             return
         encoded, seconds = self._encode([prompt for prompt, _ in passes])
@@ -149,7 +149,7 @@ class SamplingRun:
             raise failure
 
     def sample_typed(self) -> None:
-        """Ask for prompts on the terminal and sample each at once."""
+        """Sample prompts from the terminal, one by one."""
         done = []
         for prompt in read_prompts_cli(image2video=self.plan.image2video):
             done.append(prompt)
@@ -181,7 +181,7 @@ class SamplingRun:
         self._is_loaded = True
 
     def _configure_vae(self, vae: Any) -> None:
-        """Switch on what `vae` can do of what the run asks for; `sgm.checks.sampling` refuses the rest."""
+        """Enable tiling and slicing as configured; `sgm.checks.sampling` has refused unsupported settings."""
         if self.args.vae_tiling:
             vae.enable_tiling()
         if self.args.vae_slicing or (self.args.vae_slicing is None and hasattr(vae, "enable_slicing")):
@@ -195,7 +195,7 @@ class SamplingRun:
         return folder / str(k) / f"000000{suffix}"
 
     def _missing(self, prompt: Prompt) -> list[int]:
-        """Return the sample numbers of `prompt` without a finished result; a sidecar marks a finished one."""
+        """Return the sample numbers of `prompt` without a finished result (with a sidecar)."""
         missing = []
         for k in range(self.args.batch_size):
             path = self._result(prompt, k)
@@ -204,7 +204,7 @@ class SamplingRun:
                 missing.append(k)
             elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
                 # Folder names hold the beginning of a prompt only.
-                logger.warning("%s was made from another prompt or image; it is replaced", path)
+                logger.warning("%s is from another prompt or image and will be replaced", path)
                 missing.append(k)
             else:
                 self.summary.skipped.append(path)
@@ -215,12 +215,12 @@ class SamplingRun:
         return missing
 
     def _origin(self, prompt: Prompt, k: int) -> dict[str, Any]:
-        """Return the values that must match for a result on disk to be this sample."""
+        """Return the values in a sidecar that identify this sample."""
         image = None if prompt.image is None else str(prompt.image)
         return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k}
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
-        """Return the embeddings of each prompt, on the CPU, and the seconds taken; all share the unconditional one."""
+        """Return (cond, uncond) embeddings of each prompt, on the CPU, and the seconds taken; uncond is shared."""
         start = time.perf_counter()
         conditioner = self.engine.conditioner
         negative = default(self.args.negative_prompt, "")
@@ -335,7 +335,7 @@ class SamplingRun:
         logger.info("wrote %s", path)
 
     def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
-        """Draw all finished videos of `prompts`, including those of earlier runs."""
+        """Write a contact sheet of all finished videos of `prompts`, including those of earlier runs."""
         if sgm.distributed.sample_rank() > 0:
             return
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:

@@ -58,7 +58,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
         raise ValueError(f"expected at least one frame of even height and width, got {num_frames} of {height}x{width}")
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     encoder = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-    # ffmpeg converts RGB with the BT.601 matrix; the file states it, or some players assume another.
+    # ffmpeg converts RGB with the BT.601 matrix; tag the file with it, since some players assume another one.
     colours = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     with atomic_file(path) as temporary:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, str(temporary)]
@@ -91,10 +91,10 @@ def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, co
     Args:
         entries: caption and frames (T, H, W, 3) uint8 of each video; sizes may differ.
         path: the file, ending with ``.png``.
-        columns: most frames shown of a video.
+        columns: maximum number of frames per video.
 
     Raises:
-        ValueError: there is no entry, or frames have another shape or type.
+        ValueError: `entries` is empty, or frames have another shape or type.
         RunError: the file could not be written.
     """
     if not entries or columns < 1:
@@ -116,7 +116,7 @@ def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:
     enlarge = -(-MIN_SIDE // min(height, width))
     scale = min(MAX_WIDTH / width, 1.0) if enlarge == 1 else enlarge
     size = (round(width * scale), round(height * scale))
-    # Nearest when enlarged: shows the model's pixels, not an interpolation.
+    # Nearest neighbour when enlarging, to show the model's pixels without interpolation.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     row_width = MARGIN + len(indices) * (size[0] + MARGIN)
     font = ImageFont.load_default(FONT_SIZE)
@@ -131,7 +131,7 @@ def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:
 
 
 def _wrap(text: str, font: Any, width: int, *, max_lines: int = 3) -> list[str]:
-    """Break a caption into at most `max_lines` lines of `width` pixels; a longer one ends with an ellipsis."""
+    """Wrap a caption into at most `max_lines` lines of `width` pixels; a longer one ends with an ellipsis."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Clips that cannot be used, found by the check before training or by a step, in one file of the run folder."""
+"""Unusable clips, found by the check before training or during it, recorded in one file of the run folder."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,22 +18,22 @@ from sgm.util import InputError, RunError
 logger = get_logger(__name__)
 
 FILE, REPORT = "bad_clips.json", "data_check.json"
-FORMER_AT_START, FORMER_ALL = "excluded_clips.json", "quarantine.json"  # of runs that were started before FILE existed
+FORMER_AT_START, FORMER_ALL = "excluded_clips.json", "quarantine.json"  # files of older runs, before FILE existed
 AUTO_CHECK = 2000  # clips that ``args.check_clips=auto`` opens before training
 
 
 class BadClips:
     """Collect the bad clips of a run and write them to ``bad_clips.json``.
 
-    The file has two keys, each with path → reason. ``at_start``: clips left out of the data sets before the first
-    step; a resumed run leaves out the same ones, since its samples must be the same. ``in_training``: clips that failed
-    later; they keep their place in the order, and another clip is trained on instead.
+    The file has two keys, each with path → reason. ``at_start``: clips excluded from the data sets before the first
+    step; a resumed run excludes the same clips, so that its samples are the same. ``in_training``: clips that failed
+    later; they keep their index, and are replaced by other clips.
 
     Args:
         folder: of the run.
-        num_clips: training clips in all.
+        num_clips: number of training clips.
         max_share: share of them that may be bad.
-        at_start: path → reason of training and validation clips left out at the start.
+        at_start: path → reason of training and validation clips excluded at the start.
         known: path → reason of all bad training clips so far.
     """
 
@@ -51,16 +51,16 @@ class BadClips:
         self._fresh: dict[str, str] = {}
 
     def add(self, failures: Iterable[tuple[str, str]]) -> None:
-        """Note failures of this rank: (path, reason)."""
+        """Record failures of this rank: (path, reason)."""
         for path, reason in failures:
             if path not in self.reasons:
                 logger.warning("bad clip %s: %s; another clip takes its place", path, reason)
                 self.reasons[path] = self._fresh[path] = reason
 
     def all_gather_and_write(self) -> int:
-        """Gather the new bad clips of all ranks, write the file on rank zero, return the number of bad clips.
+        """All-gather new bad clips, write the file on rank zero, return the number of bad clips.
 
-        All ranks call it together.
+        Collective: all ranks call it.
 
         Raises:
             RunError: more clips than allowed are bad.
@@ -81,16 +81,16 @@ class BadClips:
 
 
 def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) -> tuple[Data, BadClips]:
-    """Check the clips on rank zero and leave out the bad ones; all ranks call together.
+    """Check the clips on rank zero and exclude bad ones. Collective: all ranks call it.
 
-    ``args.check_clips`` says whether clips are opened; otherwise only what the data set knows of them is checked.
+    ``args.check_clips`` decides whether clips are opened; otherwise only the rows of the data set are checked.
 
     Args:
-        data: from `open_data`. A data set without ``check`` (or ``row_reports``, where clips stay closed) and
+        data: from `open_data`. A data set without ``check`` (or ``row_reports`` if clips are not opened) and
             ``without`` is not checked.
         args: with ``max_bad_share`` and ``check_clips``.
         folder: of the run; gets the report of all clips (``data_check.json``) and ``bad_clips.json``.
-        resumed: leave out what the run left out at its start instead of checking.
+        resumed: exclude the same clips as at the start of the run, instead of checking.
 
     Raises:
         InputError: captions are missing, too many clips are bad, or the file of a resumed run cannot be read.
@@ -106,7 +106,7 @@ def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) 
     empty = [name for name, dataset in zip(args.train_data, checked.train, strict=True) if not len(dataset)]
     if empty or (data.valid and not checked.valid):
         where = ", ".join(empty) or "the validation data"
-        raise InputError(f"no clip of {where} can be used; {folder / REPORT} says why")
+        raise InputError(f"no clip of {where} can be used; {folder / REPORT} gives the reasons")
     paths = {path for dataset in data.train for path in getattr(dataset, "paths", ())}
     known = {path: reason for path, reason in at_start.items() if path in paths} | in_training
     return checked, BadClips(folder, data.num_train, args.max_bad_share, at_start=at_start, known=known)
@@ -117,13 +117,13 @@ def _without(dataset: Any, paths: Mapping[str, str]) -> Any:
 
 
 def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
-    """Write the report and the bad clips; return path → reason of these."""
+    """Write the report and the bad clips; return path → reason of bad clips."""
     datasets = (*data.train, *data.valid)
     num_clips = sum(map(len, datasets))
     opening = args.check_clips == "all" or (args.check_clips == "auto" and num_clips <= AUTO_CHECK)
     if not opening:
         unopened = f"{num_clips:,} clips are not opened before training (args.check_clips={args.check_clips})"
-        logger.info("%s; bad ones are replaced when their turn comes", unopened)
+        logger.info("%s; bad clips are replaced during training", unopened)
     method = "check" if opening else "row_reports"
     checked = [dataset for dataset in datasets if hasattr(dataset, method)]
     rows = [*{report.path: report for dataset in checked for report in getattr(dataset, method)()}.values()]
@@ -158,7 +158,7 @@ def _write(folder: Path, at_start: Mapping[str, str], known: Mapping[str, str]) 
 
 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Return ``at_start`` and ``in_training`` of a run; empty where its data sets have no check."""
+    """Return ``at_start`` and ``in_training`` of a run; empty if its data sets have no check."""
     try:
         if (content := _read_json(folder / FILE)) is not None:
             return content["at_start"], content["in_training"]

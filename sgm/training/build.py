@@ -1,4 +1,4 @@
-"""The parts of a training run, built in an order that bounds memory and finds errors early."""
+"""Build the parts of a training run, in an order that limits memory and finds errors early."""
 
 import re
 import time
@@ -47,12 +47,12 @@ class Parts:
         engine: the model.
         deepspeed: the DeepSpeed engine, which trains the model's network.
         adapters: description of the trained LoRA; None for other runs.
-        loader: batches of this rank that are not yet trained on; empty unless it is the first of its sample's group.
+        loader: remaining batches of this rank; empty unless it is the first of its sample's group.
         valid_data: validation clips or None.
         bad_clips: clips left out or replaced.
         folder: of the run.
-        lock: on rank zero, keeps other processes out of the folder while it is open.
-        point: where the run starts or is resumed.
+        lock: on rank zero, locks the folder while it is open.
+        point: start or resume state of the run.
         total_iters: optimizer steps of the whole run.
         buckets: samples and shapes of the micro-batches; None without buckets.
     """
@@ -71,7 +71,7 @@ class Parts:
     buckets: BucketPlan | None = None
 
     def micro_batches_before(self, iteration: int) -> int:
-        """Return the number of micro-batches, of all ranks together, before the end of `iteration`."""
+        """Return the number of micro-batches, counted once for all ranks, up to the end of `iteration`."""
         steps = iteration - self.point.iteration
         return self.point.micro_batches + steps * self.deepspeed.gradient_accumulation_steps()
 
@@ -83,7 +83,7 @@ class Parts:
 
 
 def build(config: Config, plan: Plan) -> Parts:
-    """Build the parts of a run, and load the state that `plan` resumes from.
+    """Build the parts of a run, and load the resume state of `plan`.
 
     Raises:
         InputError: data, weights or resume state cannot be used.
@@ -96,7 +96,7 @@ def build(config: Config, plan: Plan) -> Parts:
         point = plan.resume
     folder, lock = _run_folder(config, plan.resume)
     data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
-    total = total_iterations(args, data.num_train, plan.global_batch)  # an epoch has the clips that are left
+    total = total_iterations(args, data.num_train, plan.global_batch)  # excluded clips shorten an epoch
     buckets = None
     if plan.division is not None:
         buckets, unreadable = plan_buckets(data, plan.division, args)
@@ -109,12 +109,12 @@ def build(config: Config, plan: Plan) -> Parts:
     engine = _load_engine(config, plan)
     logger.info("training %s", choose_trainable(engine.network, config.model))
     deepspeed = _start(config, plan, engine, total)
-    # The ranks of a tensor-parallel group have the same tokens and need the same dropout.
+    # Tensor parallel ranks have the same tokens and need the same dropout masks.
     group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
     torch.manual_seed(derive_seed(args.seed, "dropout", group))
     if plan.resume is not None:
         load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
-        logger.info("going on with %s after iteration %d", folder, point.iteration)
+        logger.info("resuming %s after iteration %d", folder, point.iteration)
     return Parts(
         plan=plan,
         engine=engine,
@@ -153,7 +153,7 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
 def _loader(
     plan: Plan, data: Data, point: ResumePoint, total: int, buckets: BucketPlan | None
 ) -> Iterable[dict[str, Any]]:
-    """Return the batches of this rank from `point` to the end of the run; none if another rank reads them."""
+    """Return the batches of this rank from `point` to the end; empty unless it is the first rank of its group."""
     if sgm.distributed.sample_rank() > 0:
         return ()
     args, rank = plan.args, sgm.distributed.data_parallel_rank()
@@ -245,9 +245,9 @@ def _make_folder(save: Path, experiment: str) -> Path:
 
 
 def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
-    """Build the model and read its weights; those of the text encoder are read for the first caption."""
+    """Build the model and load its weights; the text encoder loads lazily, at the first caption."""
     args, device = plan.args, sgm.distributed.device()
-    # With ZeRO-3 the device never holds the whole network.
+    # With ZeRO-3 the device only holds shards of the network.
     network_device = torch.device("cpu") if plan.deepspeed["zero_optimization"]["stage"] == 3 else device
     section = config.engine
     transformer = section["params"]["network_config"]["params"].setdefault("transformer_args", {})

@@ -26,9 +26,9 @@ from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-# Not args.seed, so that validation losses of runs with different seeds are comparable.
+# Independent of args.seed, so that validation losses of runs with different seeds are comparable.
 VALIDATION_SEED = 20240806
-# Multiples of the golden ratio, modulo 1, cover the timesteps evenly whatever the number of samples.
+# Multiples of the golden ratio modulo 1 cover the timesteps evenly for any number of samples.
 _GOLDEN = 0.6180339887498949
 
 
@@ -38,7 +38,7 @@ def validation_timestep(number: int, num_idx: int) -> int:
 
 
 def validation_prompts(config: Config) -> list[Prompt] | None:
-    """Return the prompts of ``args.valid_prompts``; None if captions of the data are to be used.
+    """Return the prompts of ``args.valid_prompts``; None to use captions of the data.
 
     Raises:
         InputError: prompts or their images cannot be read.
@@ -58,7 +58,7 @@ def validation_prompts(config: Config) -> list[Prompt] | None:
 
 @contextmanager
 def evaluation_mode(network: torch.nn.Module):
-    """Switch dropout off inside the block."""
+    """Context with dropout disabled."""
     was_training = network.training
     network.eval()
     try:
@@ -76,7 +76,7 @@ class Evaluation:
         dataset: validation clips: ``dataset[i]`` gives a sample, see `data_video.SFTDataset`.
         folder: of the run; samples go to ``samples/<iteration>``.
         micro_batch: batch size unless ``args.eval_batch_size`` is set.
-        in_step: whether all ranks must make the same number of forward passes, as with ZeRO-3.
+        in_step: whether all ranks must run the same number of forward passes, as with ZeRO-3.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class Evaluation:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Return the mean validation loss and that of each quarter of the timesteps, on every rank.
+        """Return the mean validation loss, in total and per quarter of the timesteps, all-reduced.
 
-        Clip, timestep and noise of sample j depend on j alone, in every run.
+        Clip, timestep and noise of sample j depend only on j, in every run.
         """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
         quarters = LossByQuarter(sgm.distributed.device(), num_idx=num_idx)
         mine = range(rank, self.num_samples, size)
-        # In step, a rank with fewer samples computes one more that does not count.
+        # With in_step, ranks with fewer samples compute a dummy sample that is not counted.
         rounds = -(-self.num_samples // size)
         with evaluation_mode(self.engine.network):
             for start in range(0, rounds, self.batch_size):
@@ -143,7 +143,7 @@ class Evaluation:
         return batch
 
     def _clip(self, number: int) -> Mapping[str, Any]:
-        """Return validation clip `number`, or the next one that can be read."""
+        """Return validation clip `number`, or the next readable one."""
         failures = []
         for offset in range(min(MAX_ATTEMPTS, len(self.dataset))):
             try:
@@ -177,7 +177,7 @@ class Evaluation:
         return run.summary.written
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:
-        """Return the captions of the first clips, a batch of them, with their images or first frames."""
+        """Return the captions of the first batch of clips, with their images or first frames."""
         image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
         prompts = []
         for i in range(min(self.batch_size, len(self.dataset))):

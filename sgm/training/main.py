@@ -22,15 +22,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return cli.parse(
         argv,
         prog="train_video.py",
-        description="Fine-tune, or pretrain, a model as YAML files say.",
+        description="Fine-tune or pretrain a model configured by YAML files.",
         examples=EXAMPLES,
         check="check everything, read no weights, train nothing",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check or train, as the options ask."""
-    from sgm.config.load import load_config  # after parsing, so that --help answers at once
+    """Train, or only check with ``--check``."""
+    from sgm.config.load import load_config  # after parsing, so that --help is fast
 
     config = load_config(options.base, options.overrides, mode="train")
     if options.check:
@@ -55,6 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         run,
         parse(argv),
-        interrupted="interrupted; what was saved stays, and args.resume=auto goes on from there",
+        interrupted="interrupted; checkpoints are kept, and args.resume=auto resumes from the newest",
         memory_hint="set args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
     )

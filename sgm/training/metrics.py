@@ -1,4 +1,4 @@
-"""The numbers that a run reports, the loss by timestep, and a plot of both."""
+"""Metrics of a run: log files, the loss by quarter of the timesteps, and a plot."""
 
 import json
 import math
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 FILE = "metrics.jsonl"
 
-# Values on the progress bar: name, name there, format.
+# Values on the progress bar: name, label, format.
 _BAR = (
     ("loss", "loss", "{:.4f}"),
     ("lr", "lr", "{:.2e}"),
@@ -31,7 +31,7 @@ _BAR = (
 
 
 class Metrics:
-    """Write numbers to ``metrics.jsonl``, TensorBoard, the progress bar and optionally wandb; on rank zero only.
+    """Write metrics to ``metrics.jsonl``, TensorBoard, the progress bar and optionally wandb; on rank zero only.
 
     Args:
         folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
@@ -40,11 +40,11 @@ class Metrics:
         experiment: name of the run in wandb.
         resume_from: iteration of a resumed run; later lines are removed, since these iterations are repeated.
         wandb: log to Weights & Biases too.
-        wandb_project: the project there; None takes `experiment`.
+        wandb_project: wandb project; None for `experiment`.
 
     Raises:
-        InputError: wandb is asked for, and missing or refuses.
-        RunError: the folder cannot be written to.
+        InputError: wandb is requested, but missing or fails to start.
+        RunError: the folder is not writable.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Metrics:
         self._shown: dict[str, str] = {}
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write numbers by name; the file has null for those that are not finite.
+        """Write values by name; values that are not finite become null in the file.
 
         Raises:
-            RunError: the file cannot be written to.
+            RunError: the file is not writable.
         """
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -101,7 +101,7 @@ def _to_line(values: Mapping[str, float | None]) -> str:
 
 
 def import_wandb() -> Any:
-    """Return the package.
+    """Return the wandb package.
 
     Raises:
         InputError: it is not installed.
@@ -132,15 +132,15 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], experiment: str, proje
             f"args.wandb is true, but wandb does not start: {error}; run: wandb login, set WANDB_MODE=offline in the "
             "environment, or set args.wandb: false"
         ) from error
-    # wandb drops values whose step does not rise, such as the iterations that a resumed run repeats.
+    # wandb drops values whose step does not increase, such as iterations repeated by a resumed run.
     run.define_metric("*", step_metric="iteration")
     return run
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``, each with at least ``iteration``; none without a file.
+    """Return the lines of a ``metrics.jsonl``, each with at least ``iteration``; empty without a file.
 
-    Lines that a crash left incomplete are skipped.
+    Lines left incomplete by a crash are skipped.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,7 +158,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class LossByQuarter:
-    """Mean loss over all of `num_idx` timesteps and over each quarter of them, summed on `device` without a sync."""
+    """Mean loss over all `num_idx` timesteps and over each quarter, summed on `device` without synchronizing."""
 
     def __init__(self, device: torch.device, *, num_idx: int = 1000) -> None:
         self._num_idx = num_idx
@@ -169,21 +169,21 @@ class LossByQuarter:
     def add(self, idx: torch.Tensor, losses: torch.Tensor) -> None:
         """Add samples: timesteps (B,) from 0 to ``num_idx − 1``, and losses (B,)."""
         hits = idx[:, None] * 4 // self._num_idx == self._quarters  # (B, 4)
-        # Not a product: a loss of infinity would become NaN in the other quarters.
+        # Not a product: an infinite loss would give NaN in the other quarters.
         self._sums += torch.where(hits, losses.detach().float()[:, None], 0).sum(0)
         self._counts += hits.sum(0)
 
     def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
-        """Apply `reduction` in place, e.g. an all-reduce, to sums and counts.
+        """Apply `reduction` (e.g. an in-place all-reduce) to sums and counts.
 
-        Every rank of a sample's group counts the sample. All groups have the same size, so means are unaffected.
+        Every rank of a group counts the group's samples. All groups have the same size, so means are unaffected.
         """
         totals = torch.stack([self._sums, self._counts])
         reduction(totals)
         self._sums, self._counts = totals.unbind()
 
     def values(self) -> dict[str, float]:
-        """Return ``loss`` and e.g. ``loss_250_499`` of those quarters that have samples; synchronizes the device."""
+        """Return ``loss`` and, for quarters with samples, e.g. ``loss_250_499``; synchronizes the device."""
         sums, counts = self._sums.tolist(), self._counts.tolist()
         if not sum(counts):
             return {}
@@ -201,7 +201,7 @@ class LossByQuarter:
 
 
 def smooth(values: list[float], span: float) -> list[float]:
-    """Return the exponential moving mean over about `span` values (at least 1), with normalised weights."""
+    """Return the exponential moving average over about `span` values (at least 1), with normalised weights."""
     keep = 1 - 1 / max(span, 1.0)
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
@@ -236,6 +236,6 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return iterations and finite values of one name."""
+    """Return iterations and finite values of one metric."""
     found = [(line["iteration"], float(line[name])) for line in lines if line.get(name) is not None]
     return [iteration for iteration, _ in found], [value for _, value in found]

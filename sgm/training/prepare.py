@@ -1,4 +1,4 @@
-"""The checks of a training run before weights are read."""
+"""Check a training run before weights are read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -49,13 +49,13 @@ class Plan:
         data: the clips.
         deepspeed: configuration of the DeepSpeed engine.
         mesh: the groups of ranks.
-        division: of clips among buckets; None without.
+        division: of clips among buckets; None without buckets.
         caches: of encoded clips and captions.
-        total_iters: optimizer steps of the whole run; None for epochs of buckets, whose samples are not counted yet.
+        total_iters: optimizer steps of the whole run; None for epochs with buckets, whose samples are counted later.
         global_batch: samples of an optimizer step, without buckets.
         trainable: the trained parameters.
         resume: state to resume from; None for a new run.
-        report: all of this as text.
+        report: summary of the plan as text.
     """
 
     config: Config
@@ -74,7 +74,7 @@ class Plan:
 
 
 def prepare(config: Config) -> Plan:
-    """Check everything that can be checked without reading weights or writing files.
+    """Run all checks that need no weights and write no files.
 
     Raises:
         ConfigError: all problems of configuration, checkpoint files, data and run folder.
@@ -96,7 +96,7 @@ def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int) -> i
 
 
 class _Checks:
-    """Collect facts about a run, and all of its problems."""
+    """Collect the checked settings of a run, and all problems."""
 
     def __init__(self, config: Config) -> None:
         assert isinstance(config.args, TrainingArgs), "the configuration was loaded for training"
@@ -189,7 +189,7 @@ class _Checks:
         self.problems += problems
 
     def _check_network(self) -> Trainable:
-        """Build the network on the meta device, check its weights' names, and find the trained parameters."""
+        """Build the network on the meta device, check the names in its weights, and find the trained parameters."""
         args = self.args
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
@@ -211,7 +211,7 @@ class _Checks:
             match_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
 
     def _open_caches(self) -> None:
-        """Open the caches, and take training clips from them."""
+        """Open the caches, and read training clips from them."""
         config, record, facts = self.config, self.record, self.facts
         record("latents", "args.latent_cache", lambda: open_latents(config, facts["data"], facts["dtype"]))
         record("text", "args.text_cache", lambda: open_text(config, facts["data"]))
@@ -233,7 +233,7 @@ class _Checks:
         )
 
     def plan(self) -> Plan:
-        """Return the plan of a run without problems."""
+        """Return the plan, after checks without problems."""
         args, facts, section = self.args, self.facts, self.config.deepspeed
         micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
         batch = micro * accumulation * self.data_ranks

@@ -1,8 +1,8 @@
 """The training loop.
 
-Training sample n (0, 1, 2, ... over the whole run) is a function of the seed and n alone: its clip, its noise, its
-timestep. Step s with global batch G trains on the samples s·G to (s+1)·G − 1, whatever the number of ranks, of micro
-batches, and of ranks in a sample's group. A run is resumed by the number of its next sample.
+Clip, noise and timestep of training sample n (0, 1, 2, ... over the whole run) depend only on the seed and n. Step s
+with global batch G trains on the samples s·G to (s+1)·G − 1, for any number of ranks and micro batches and any group
+size. A run is resumed by the number of its next sample.
 """
 
 import time
@@ -38,7 +38,7 @@ logger = get_logger(__name__)
 
 
 def sample_generator(seed: int, number: int) -> torch.Generator:
-    """Return the generator of everything random about training sample `number`."""
+    """Return the random generator of training sample `number`."""
     return torch.Generator().manual_seed(derive_seed(seed, "sample", number))
 
 
@@ -48,10 +48,10 @@ class Summary:
 
     Attributes:
         folder: of the run.
-        iteration: optimizer steps done, earlier processes included.
+        iteration: optimizer steps done, including those before a resume.
         total: optimizer steps of the whole run.
         loss: mean training loss in the last line of metrics; None without a step.
-        stopped: why it ended early; empty otherwise.
+        stopped: reason of an early end; empty otherwise.
         seconds: wall time.
         samples: videos that this rank sampled at evaluations.
     """
@@ -65,21 +65,21 @@ class Summary:
     samples: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Return the lines that end a run."""
+        """Return the final message of a run."""
         state = f"stopped by {self.stopped}, saved" if self.stopped else "done"
         lines = [f"iteration {self.iteration} of {self.total}: {state} ({self.seconds:.1f} s)"]
         lines.append(f"sample from it with args.load={self.folder}")
         if self.stopped:
-            lines.append("the same command goes on from there with args.resume=auto")
+            lines.append("the same command resumes it with args.resume=auto")
         return "\n".join(lines)
 
 
 def train(config: Config) -> Summary:
-    """Start or resume the run that `config` describes, and train to its end.
+    """Start or resume the run described by `config`, and train to its end.
 
     Raises:
-        InputError: configuration, data or weights are wrong; found before weights are read wherever possible.
-        RunError: the work failed. Checkpoints saved before stay loadable.
+        InputError: configuration, data or weights are wrong; found before weights are read if possible.
+        RunError: training failed. Earlier checkpoints stay loadable.
     """
     start = time.perf_counter()
     sgm.distributed.set_timeout(config.args.distributed_timeout)
@@ -89,7 +89,7 @@ def train(config: Config) -> Summary:
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         if sgm.distributed.rank() == 0:
             repair_latest(plan.resume)
-        logger.info("%s has all %d iterations; args.resume=none starts anew", plan.resume.run, plan.total_iters)
+        logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     with StopSignals() as signals:
         run = TrainingRun(config, build(config, plan), signals)
@@ -102,7 +102,7 @@ def train(config: Config) -> Summary:
 
 
 class TrainingRun:
-    """The training loop of one process, over the parts of a run whose `config` was checked."""
+    """The training loop of one process, over the parts of a run with a checked `config`."""
 
     def __init__(self, config: Config, parts: Parts, signals: StopSignals) -> None:
         self.args, self.parts, self.signals = parts.plan.args, parts, signals
@@ -147,7 +147,7 @@ class TrainingRun:
             self.metrics.close()
 
     def fit(self) -> None:
-        """Train until the last iteration, or until something asks for an end."""
+        """Train to the last iteration, or until stopped by a signal or ``args.exit_interval``."""
         first, batches = self.iteration, iter(self.parts.loader)
         self.parts.deepspeed.train()
         eval_interval = default(self.args.eval_interval, self.parts.total_iters)
@@ -171,7 +171,7 @@ class TrainingRun:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
-        """Make one step; report a failure with the step and its clips."""
+        """Run one step; report a failure with its iteration and clips."""
         taken: list[Mapping[str, Any]] = []
         try:
             return self._step(batches, taken)
@@ -183,7 +183,7 @@ class TrainingRun:
             raise RunError(self._failure(reason, taken, saved)) from error
 
     def _step(self, batches: Iterator[Any], taken: list[Mapping[str, Any]]) -> bool:
-        """Make one optimizer step and append its batches to `taken`; return whether a rank is asked to stop."""
+        """Run one optimizer step and append its batches to `taken`; return whether any rank was asked to stop."""
         deepspeed, engine = self.parts.deepspeed, self.parts.engine
         skipped_before = deepspeed.skipped_steps
         stop = False
@@ -221,13 +221,13 @@ class TrainingRun:
         return stop
 
     def _logs_next(self) -> bool:
-        """Return whether the current step ends with a line of metrics."""
+        """Return whether metrics are logged after the current step."""
         following = self.iteration + 1
         ends = (self.parts.total_iters, self.parts.point.iteration + (self.args.exit_interval or 0))
         return following % self.args.log_interval == 0 or following in ends
 
     def _failure(self, reason: str, taken: list[Mapping[str, Any]], saved: bool | None) -> str:
-        """Return the message about a failed step: where, on which clips, what is saved, what to do."""
+        """Return the message about a failed step: iteration, clips, newest checkpoint, advice."""
         clips = sorted({path for batch in taken for path in batch["path"]})
         shown = ", ".join(clips[:8]) + (f" and {len(clips) - 8} more" if len(clips) > 8 else "")
         lines = [
@@ -239,7 +239,7 @@ class TrainingRun:
         return "\n".join([*lines, self.saver.describe(), _hint(reason)])
 
     def _log(self) -> None:
-        """All-reduce the numbers since the last line of metrics and write a new line."""
+        """All-reduce the metrics since the last line and write a new line."""
         self.quarters.reduce(sgm.distributed.all_reduce_)
         values = self.quarters.values()
         self.quarters.reset()
@@ -277,7 +277,7 @@ class _NotFiniteError(RunError):
 
 
 def _hint(reason: str) -> str:
-    """Return advice for a failure, from the words of its message."""
+    """Return advice for a failure, chosen by keywords in its message."""
     text = reason.lower()
     if "not finite" in text or "overflow" in text:
         return (

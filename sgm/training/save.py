@@ -1,4 +1,4 @@
-"""Saving a run: weights, their moving average, and the state to resume from."""
+"""Save a run: weights, their moving average, and the resume state."""
 
 import dataclasses
 import shutil
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class Saver:
-    """Save a run as ``keep_last``, ``save_full`` and ``no_save_rng`` ask; see `sgm.training.state` for the folders."""
+    """Save checkpoints (``keep_last``, ``save_full``, ``no_save_rng``); see `sgm.training.state` for the folders."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.args = parts, parts.plan.args
@@ -31,19 +31,19 @@ class Saver:
             self.names = tuple(network.state_dict().keys())
 
     def save(self, iteration: int) -> None:
-        """Write a checkpoint; all ranks call together.
+        """Write a checkpoint. Collective: all ranks call it.
 
         Raises:
-            RunError: the disk is full, or weights are not finite; former checkpoints stay.
+            RunError: the disk is full, or weights are not finite; earlier checkpoints are kept.
         """
         if not self.save_if_finite(iteration):
             raise RunError(
-                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; go on "
-                "from there with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
+                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; "
+                "continue from it with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
             )
 
     def save_if_finite(self, iteration: int) -> bool:
-        """Write a checkpoint unless a weight is NaN or infinite; return whether it is written."""
+        """Write a checkpoint unless a weight is NaN or infinite; return whether it was written."""
         if self.saved == iteration:
             return True
         parts = self.parts
@@ -77,7 +77,7 @@ class Saver:
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
     ) -> None:
-        """Write weights and averages of this rank's tensor-parallel part."""
+        """Write weights and averages of this rank's tensor parallel shard."""
         parts, network = self.parts, self.parts.engine.network
         written: dict[str, Any] = {"patch_size": network.patch_size, "shard": network.tensor_shard, "latest": False}
         if averages is not None:
@@ -88,7 +88,7 @@ class Saver:
             logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
 
     def _remove_old(self) -> None:
-        """Remove all but the newest ``keep_last`` weights."""
+        """Remove all checkpoints but the newest ``keep_last``."""
         if self.args.keep_last is None:
             return
         folder = self.parts.folder
@@ -98,9 +98,9 @@ class Saver:
                 shutil.rmtree(folder / name, ignore_errors=True)
 
     def describe(self) -> str:
-        """Return a sentence about the newest checkpoint."""
+        """Return the part of a message about the newest checkpoint."""
         if self.saved is None:
-            return f"nothing was saved yet; args.load ({self.args.load}) is as it was"
+            return f"nothing was saved yet; args.load ({self.args.load}) is unchanged"
         return f"the newest checkpoint is {self.parts.folder / str(self.saved)}"
 
 
@@ -110,10 +110,10 @@ def is_writing_rank() -> bool:
 
 
 def gather_parameters(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Gather parameters by the network's names, on the CPU of ranks that write; other ranks get none.
+    """Gather parameters by their names in the network, on the CPU of writing ranks; other ranks get none.
 
-    All ranks call it together, since ZeRO-3 shards every parameter. With tensor parallelism, each rank that writes gets
-    its own part of the layers.
+    Collective, since ZeRO-3 shards every parameter. With tensor parallelism, each writing rank gets its shard of the
+    layers.
     """
     import deepspeed
 

@@ -1,9 +1,9 @@
-"""The state that a resumed run continues from, with the same results as an uninterrupted one.
+"""Save and load the resume state; a resumed run has the same results as an uninterrupted one.
 
-Beside the weights, a run folder holds the state of the newest save::
+Beside the weights, a run folder holds the state of the newest checkpoint::
 
     RUN/latest, RUN/1000/mp_rank_00_model_states.pt      weights in the SAT layout
-    RUN/resume/latest                                    iteration of the state; moves last
+    RUN/resume/latest                                    iteration of the state; updated last
     RUN/resume/1000/resume.json                          a `ResumePoint`
     RUN/resume/1000/*_states.pt                          trained parameters, optimizer, schedule, loss scaler
     RUN/resume/1000/rng_00.pt                            random generators, one file per rank
@@ -34,44 +34,44 @@ from sgm.weights.checkpoint import write_latest
 
 try:
     import fcntl
-except ImportError:  # another system than POSIX
+except ImportError:  # not POSIX
     fcntl = None
 
 logger = get_logger(__name__)
 
 FOLDER, LATEST = "resume", "latest"
-# Arguments without effect on the numbers, which may differ when a run is resumed.
+# Arguments without effect on the results, which may change when a run is resumed.
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
     "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout".split()
 )
-# Settings that decide in which order a ZeRO stage stores its state. DeepSpeed loads another order unnoticed, or fails.
+# Settings that determine the order in which a ZeRO stage stores its state. DeepSpeed does not check the order on load.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
-_CURE = "restore it, or start anew with args.resume=none (args.load may name the run folder)"
+_CURE = "restore it, or start a new run with args.resume=none (args.load may name the run folder)"
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The place where a run starts or is resumed, and the settings that the state depends on.
+    """The start or resume position of a run, and the settings that its state depends on.
 
     Attributes:
         run: the run folder.
         iteration: optimizer steps done.
-        samples: training samples seen; without buckets, the number of the next one.
+        samples: training samples seen; without buckets, the number of the next sample.
         world_size: number of ranks.
         zero_stage: ZeRO stage.
         precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
         optimizer: type in the YAML.
-        trained: number of trained elements.
+        trained: number of trained parameters.
         ema: whether the state holds a moving average.
-        base_digest: digest of the weights that the run started from; None for random ones.
+        base_digest: digest of the initial weights; None for random ones.
         config_digest: see `numbers_digest`.
         clips: digest of the training clips' paths.
         order: see `state_order`; None if unknown.
         files: names of the files in its folder, without ``resume.json``.
-        micro_batches: with buckets, micro-batches trained on by all ranks together; the number of the next one.
+        micro_batches: with buckets, micro-batches done, counted once for all ranks; the number of the next one.
         buckets: digest of the division of clips among buckets and ranks; None without buckets.
         plan: digest of the clips' sizes and order; None without buckets.
         tensor: ranks of a tensor-parallel group.
@@ -102,12 +102,12 @@ class ResumePoint:
         return self.run / FOLDER / str(self.iteration)
 
     def check(self, now: "ResumePoint") -> None:
-        """Check that the state fits the start of a run, `now`; warn if the run will compute other numbers.
+        """Check that the state matches the settings of a run, `now`; warn if the results will differ.
 
         Raises:
-            ConfigError: what differs, and what to do.
+            ConfigError: settings differ; says which, and how to fix it.
         """
-        cure = "go on with the former, or start anew with args.resume=none (args.load may name the run folder)"
+        cure = "restore the former, or start a new run with args.resume=none (args.load may name the run folder)"
         fixed = {
             "zero_stage": "deepspeed.zero_optimization.stage",
             "precision": "model.precision",
@@ -137,7 +137,7 @@ class ResumePoint:
         if problems:
             raise ConfigError(problems)
         if self.clips != now.clips:
-            logger.warning("the training clips are not those that %s began with: other samples follow", self.run)
+            logger.warning("the training clips differ from those at the start of %s: its samples change", self.run)
         if self.config_digest != now.config_digest:
             logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
 
@@ -155,9 +155,9 @@ def numbers_digest(config: Config) -> str:
 
 
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
-    """Return the newest state of the run that ``args.resume`` asks for; None for a new run.
+    """Return the newest state of the run selected by ``args.resume``; None for a new run.
 
-    ``auto`` takes the run of this experiment that saved last; a path names a run folder.
+    ``auto`` selects the run of this experiment that saved last; a path names a run folder.
 
     Raises:
         InputError: the folder holds no state, or its files are damaged.
@@ -178,7 +178,7 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
 
 
 def repair_latest(point: ResumePoint) -> None:
-    """Let ``latest`` name the weights of the state, in case a process was killed between the two writes."""
+    """Set ``latest`` to the weights of the state, in case a process was killed between the two writes."""
     if (point.run / str(point.iteration)).is_dir():
         write_latest(point.run, point.iteration)
 
@@ -186,7 +186,7 @@ def repair_latest(point: ResumePoint) -> None:
 def lock_folder(run: Path) -> IO[str] | None:
     """Lock `run` against other processes until the returned file is closed or this process ends.
 
-    A killed launcher may leave its workers running. Without locks in the file system, there is only a warning.
+    A killed launcher may leave its workers running. If the file system has no locks, only warn.
 
     Raises:
         InputError: another process holds the lock.
@@ -194,7 +194,7 @@ def lock_folder(run: Path) -> IO[str] | None:
     if fcntl is None:
         return None
     file = (run / ".lock").open("a+", encoding="utf-8")
-    # A forked worker must not keep the lock longer than this process. A weak reference, so that dropping it closes it.
+    # Close the file in forked workers, which would keep the lock. Weakly referenced, so that dropping it closes it.
     held = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
     try:
@@ -224,15 +224,15 @@ def _read_point(run: Path) -> ResumePoint:
         return ResumePoint(run=run, **{**content, "files": tuple(content["files"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"the resume state cannot be read: {path}: {error}; restore the file, or start anew with args.resume=none"
+            f"the resume state cannot be read: {path}: {error}; restore the file, or use args.resume=none"
         ) from error
 
 
 def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
-    """Write the state of all ranks, then let ``latest`` name it, then remove older states; all ranks call together.
+    """Write the state of all ranks, update ``latest``, remove older states. Collective: all ranks call it.
 
     Raises:
-        RunError: the files cannot be written; the former state stays.
+        RunError: the files cannot be written; the previous state is kept.
     """
     folder, rank = point.folder, sgm.distributed.rank()
     engine.checkpoint_engine = checkpoint_engine()
@@ -253,14 +253,14 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
 
 
 def remove_other_states(run: Path, iteration: int) -> None:
-    """Remove the states of `run` other than that of `iteration`, incomplete ones included."""
+    """Remove all states of `run` except that of `iteration`, incomplete ones included."""
     for other in (run / FOLDER).iterdir():
         if other.is_dir() and other.name != str(iteration):
             shutil.rmtree(other)
 
 
 def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
-    """Load the state into a new DeepSpeed engine; all ranks call together.
+    """Load the state into a new DeepSpeed engine. Collective: all ranks call it.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -270,7 +270,7 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         raise InputError(f"{point.folder} lacks {', '.join(missing)}; {_CURE}")
     engine.checkpoint_engine = checkpoint_engine()
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
-    # Loading the optimizer set the learning rates of the former configuration.
+    # Loading the optimizer restored the learning rates of the earlier configuration; set the current ones.
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     rank = sgm.distributed.rank()
     if with_rng and rank < point.world_size:  # additional ranks keep their fresh generators
@@ -278,7 +278,7 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
 
 
 def _load(path: Path, map_location: Any) -> Any:
-    """Read a file of the state with ``weights_only``."""
+    """Load a file of the state with ``weights_only``."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

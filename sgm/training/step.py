@@ -1,4 +1,4 @@
-"""One optimizer step: the engine that makes it, gradient norms, and what stops a run after it."""
+"""One optimizer step: the DeepSpeed engine, gradient norms, and flags and signals that stop a run."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 class TrainingModule(nn.Module):
-    """The network of an engine with its loss; text encoder and autoencoder are neither sharded nor saved with it.
+    """The network of an engine with its loss, without text encoder and VAE, which are neither sharded nor saved.
 
     Its parameters have the names of the SAT checkpoint format (``model.diffusion_model.*``).
     """
@@ -34,12 +34,12 @@ class TrainingModule(nn.Module):
 
 
 def nonzero_index(weights: Sequence[float]) -> list[int] | slice:
-    """Return the index of samples with a weight; the others only fill a batch, see `sgm.data.buckets.plan`."""
+    """Return the index of samples with nonzero weight; the others are padding, see `sgm.data.buckets.plan`."""
     return [i for i, weight in enumerate(weights) if weight] if 0 in weights else slice(None)
 
 
 def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Return the mean over B of losses (B,) times weights."""
+    """Return the mean over B of losses (B,) multiplied by weights (B,)."""
     if any(weight != 1 for weight in weights):
         losses = losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)
     return losses.mean()
@@ -48,9 +48,9 @@ def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 def start_deepspeed(
     module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, section: Mapping[str, Any]
 ) -> Any:
-    """Return the DeepSpeed engine that trains `module`, which has its final precision.
+    """Return the DeepSpeed engine that trains `module`, which is already in the precision of the run.
 
-    The module is on the device of this rank, or with ZeRO-3 on the CPU. `section` is from `engine_config`.
+    The module is on this rank's device, or on the CPU with ZeRO-3. `section` is from `engine_config`.
     """
     sgm.distributed.prepare_deepspeed()
     import deepspeed
@@ -67,7 +67,7 @@ def start_deepspeed(
 
 
 def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:
-    """Return the norm of all gradients; None with ZeRO, fp16 or bf16, where DeepSpeed computes it in the step."""
+    """Return the norm of all gradients; None with ZeRO, fp16 or bf16, since DeepSpeed computes it in its step."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     with_gradient = [p for p in engine.module.parameters() if p.grad is not None]
@@ -91,10 +91,10 @@ def gradient_norm_after_step(engine: Any, before: torch.Tensor | None) -> float:
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT ask the run to stop after the step; a second SIGINT interrupts at once.
+    """Context in which SIGTERM and SIGINT stop the run after the current step; a second SIGINT interrupts it.
 
     Attributes:
-        received: name of the signal; empty before one came.
+        received: name of the received signal; empty before.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class StopSignals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._former[number] = signal.signal(number, self._handle)
         return self
@@ -119,9 +119,9 @@ class StopSignals:
 
 
 class StepFlags:
-    """Flags of all ranks, known before the optimizer steps: a loss is not finite; a rank is asked to stop.
+    """Flags of all ranks, known before the optimizer step: a loss is not finite; a rank was asked to stop.
 
-    They are reduced and copied to the host during the backward pass, so that reading them does not stall the device.
+    They are all-reduced and copied to the host during the backward pass, so reading them does not stall the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -136,7 +136,7 @@ class StepFlags:
         self._flags[0] = torch.maximum(self._flags[0], bad)
 
     def start_all_reduce(self, *, stop: bool) -> None:
-        """Start to all-reduce the flags; all ranks call it before the last backward pass of a step."""
+        """Start the all-reduce of the flags; all ranks call it before the last backward pass of a step."""
         self._flags[1] = float(stop)
         sgm.distributed.all_reduce_(self._flags, largest=True)
         self._host.copy_(self._flags, non_blocking=True)
@@ -144,7 +144,7 @@ class StepFlags:
             self._event.record()
 
     def read(self) -> tuple[bool, bool]:
-        """Return and reset the flags: a loss is not finite, a rank is asked to stop."""
+        """Return and reset the flags: a loss is not finite, a rank was asked to stop."""
         if self._event is not None:
             self._event.synchronize()
         bad, stop = self._host.bool().tolist()

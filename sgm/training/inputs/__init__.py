@@ -1,1 +1,1 @@
-"""What a training step reads: clips, buckets, caches, and batches that ranks share."""
+"""Inputs of a training step: clips, buckets, caches, and batches broadcast within a group."""

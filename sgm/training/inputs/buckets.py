@@ -1,4 +1,4 @@
-"""The division of clips among buckets: sizes read on rank zero, the same plan on all ranks."""
+"""Assign clips to buckets: sizes are read on rank zero, and all ranks compute the same plan."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,12 +20,12 @@ _NEEDED = ("clip_infos", "fps", "skip", "sample", "paths")
 
 
 def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[BucketPlan, dict[str, str]]:
-    """Return the samples of every micro-batch, and path → reason of clips that cannot be read.
+    """Return the samples of every micro-batch, and path → reason of unreadable clips.
 
-    All ranks call together; rank zero opens clips whose sizes are unknown.
+    Collective: all ranks call it; rank zero opens clips of unknown size.
 
     Raises:
-        InputError: a data set lacks the interface of buckets, no clip fits one, or a cache has clips at other shapes.
+        InputError: a data set lacks the interface for buckets, no clip fits one, or a cache has clips at other shapes.
     """
     for dataset in data.train:
         missing = [name for name in _NEEDED if not hasattr(dataset, name)]
@@ -42,7 +42,7 @@ def plan_buckets(data: Data, division: Division, args: TrainingArgs) -> tuple[Bu
 
 
 def _require_cached(datasets: Sequence[Any], buckets: BucketPlan) -> None:
-    """Check that caches have each clip at the shape of its bucket."""
+    """Check that caches hold each clip at the shape of its bucket."""
     names = [*map(str, buckets.division.buckets.buckets)]
     shapes = [None if index == NOWHERE else names[index] for index in buckets.bucket_of_clips(0).tolist()]
     found, start = [], 0
@@ -58,10 +58,10 @@ def _require_cached(datasets: Sequence[Any], buckets: BucketPlan) -> None:
 
 
 def require_same_plan(point: ResumePoint, buckets: BucketPlan, unreadable: Mapping[str, str]) -> None:
-    """Check that a resume state counts the micro-batches of the present plan.
+    """Check that a resume state was saved with the current plan of micro-batches.
 
     Raises:
-        InputError: it does not; lists the `unreadable` clips (path → reason), a possible cause.
+        InputError: it was not; lists the `unreadable` clips (path → reason), a possible cause.
     """
     if point.plan == buckets.digest:
         return
@@ -69,13 +69,13 @@ def require_same_plan(point: ResumePoint, buckets: BucketPlan, unreadable: Mappi
     raise InputError(
         f"args.resume: {point.run} counts micro-batches, and now they have other samples: clips were added, removed, "
         "replaced, or cannot be read, or num_frames, fps, height or width in a manifest, args.seed or "
-        "args.train_data_weights is another; restore what changed, or start anew with args.resume=none (args.load may "
-        "name the run folder)" + (f"\nclips that cannot be read now:\n{listed(lines)}" if lines else "")
+        "args.train_data_weights changed; restore what changed, or use args.resume=none (args.load may name the run "
+        "folder)" + (f"\nclips that cannot be read now:\n{listed(lines)}" if lines else "")
     )
 
 
 def _sizes(datasets: tuple[Any, ...]) -> tuple[ClipSizes, dict[str, str]]:
-    """Return the sizes of all clips, and path → reason of those that cannot be read."""
+    """Return the sizes of all clips, and path → reason of unreadable ones."""
     parts, unreadable = [], {}
     for dataset in datasets:
         infos = dataset.clip_infos()
@@ -105,7 +105,7 @@ def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
 
 
 def bucket_report(buckets: BucketPlan, args: TrainingArgs) -> str:
-    """Return the table of the buckets, and the lengths of an epoch and of the run."""
+    """Return the table of buckets, and the lengths of an epoch and of the run."""
     total = total_steps(buckets, args)
     samples = buckets.samples_before(total * buckets.division.accumulation)
     return f"{buckets.table()}\n{buckets.steps(1):,} iterations an epoch; {total:,} in all, on {samples:,} samples"

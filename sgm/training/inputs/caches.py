@@ -1,4 +1,4 @@
-"""Caches of encoded clips and captions: what their content depends on, and how training opens them."""
+"""Caches of encoded clips and captions: their sources, and opening them for training."""
 
 import hashlib
 import json
@@ -31,14 +31,14 @@ _NEEDED = ("cached", "cache_keys", "random_flip", "reshape_mode")  # attributes 
 
 @dataclass(frozen=True)
 class Caches:
-    """The caches of a run, each None if it has none.
+    """The caches of a run; None for each one not used.
 
     Attributes:
         latents: moments of the training clips.
         images: moments of the first frames for image-to-video.
         text: embeddings of the training captions.
-        vae: why the autoencoder is loaded; empty if it is not.
-        text_encoder: why the text encoder is loaded; empty if it is not.
+        vae: reason to load the autoencoder; empty if it is not loaded.
+        text_encoder: reason to load the text encoder; empty if it is not loaded.
     """
 
     latents: CachedTensors | None
@@ -48,7 +48,7 @@ class Caches:
     text_encoder: str
 
     def report(self) -> dict[str, str]:
-        """Return rows for the report of a run: name → text."""
+        """Return rows of the report: name → text."""
         rows = {}
         if self.latents is not None:
             rows["latents"] = _line(self.latents, "clips", "VAE", self.vae)
@@ -70,10 +70,10 @@ def open_latents(
     """Open ``args.latent_cache`` and check it against the configuration.
 
     Returns:
-        The data with training clips from the cache, the cache of clips, and that of first frames (None without).
+        The data with training clips from the cache, the cache of clips, and the cache of first frames or None.
 
     Raises:
-        InputError: the cache is missing, unfinished, or of another configuration; or clips vary between epochs.
+        InputError: the cache is missing, unfinished, or for another configuration; or clips vary between epochs.
     """
     assert isinstance(config.args, TrainingArgs)
     if config.args.latent_cache is None:
@@ -104,7 +104,7 @@ def open_text(config: Config, data: Data) -> CachedTensors | None:
     """Open ``args.text_cache`` and check it against the configuration and the captions of `data`.
 
     Raises:
-        InputError: the cache is missing, unfinished, or of another configuration.
+        InputError: the cache is missing, unfinished, or for another configuration.
     """
     assert isinstance(config.args, TrainingArgs)
     if config.args.text_cache is None:
@@ -116,10 +116,10 @@ def open_text(config: Config, data: Data) -> CachedTensors | None:
 
 
 def require_repeatable(config: Config, datasets: Sequence[Any]) -> None:
-    """Check that data sets give the same tensor for a clip in every epoch, and have the interface of caches.
+    """Check that data sets return the same tensor for a clip in every epoch, and have the interface for caches.
 
     Raises:
-        InputError: they do not; says what to change.
+        InputError: they do not; says how to fix it.
     """
     for dataset in datasets:
         if missing := [name for name in _NEEDED if not hasattr(dataset, name)]:
@@ -151,9 +151,9 @@ def _buckets(config: Config) -> Buckets | None:
 
 
 def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | str | None]:
-    """Return path → shape (F, H, W) of each clip; None if it fits no bucket, or the reason why it cannot be read.
+    """Return path → shape (F, H, W) of each clip; None if it fits no bucket, a reason (str) if it is unreadable.
 
-    With buckets, clips whose sizes are not in the index are opened.
+    With buckets, clips missing from the index are opened.
     """
     buckets, keys = _buckets(config), dataset.cache_keys()
     if buckets is None:
@@ -170,9 +170,9 @@ def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | 
 
 
 def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
-    """Return everything that the moments of clips or first frames depend on, beside the clips.
+    """Return everything that the moments of clips or first frames depend on, except the clips.
 
-    Any data set of the run will do as `dataset`: all have the same parameters. `dtype` is that of the network.
+    `dataset` is any data set of the run, since all have the same parameters; `dtype` is that of the network.
     """
     section = config.model["first_stage_config"]
     params = params_of(section)
@@ -191,7 +191,7 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
 
 
 def _rules(buckets: Buckets) -> Any:
-    """Return what the bucket of a clip depends on, for JSON."""
+    """Return the rules that assign clips to buckets, for JSON."""
     if not isinstance(buckets, ClassBuckets):
         return [str(bucket) for bucket in buckets.buckets]
     return {
@@ -204,10 +204,10 @@ def _rules(buckets: Buckets) -> Any:
 
 
 def text_encoder_of(conditioner: Any) -> FrozenT5Embedder:
-    """Return the one text encoder of a conditioner.
+    """Return the only text encoder of a conditioner.
 
     Raises:
-        InputError: it has several, or another kind.
+        InputError: it has several, or one of another class.
     """
     embedders = list(conditioner.embedders)
     if len(embedders) != 1 or not isinstance(embedders[0], FrozenT5Embedder):
@@ -217,7 +217,7 @@ def text_encoder_of(conditioner: Any) -> FrozenT5Embedder:
 
 
 def text_source(conditioner: Any) -> dict[str, Any]:
-    """Return everything that embeddings of captions depend on."""
+    """Return everything that the embeddings depend on, except the captions."""
     encoder = text_encoder_of(conditioner)
     digests = [weights_digest(shard) for shard in encoder.folder.shards]
     return {
@@ -231,7 +231,7 @@ def text_source(conditioner: Any) -> dict[str, Any]:
 
 
 def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
-    """Return the texts that training encodes: the captions, the empty one, and that of dropped captions.
+    """Return the texts that training encodes: captions, the empty caption, and the value for dropped captions.
 
     Raises:
         InputError: a data set has no captions.
@@ -244,7 +244,7 @@ def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
 
 
 def reasons_to_load(config: Config, latents: Any, images: Any, text: Any) -> tuple[str, str]:
-    """Return why autoencoder and text encoder are loaded, given these caches; empty if they are not."""
+    """Return the reasons to load autoencoder and text encoder despite these caches; empty if not loaded."""
     assert isinstance(config.args, TrainingArgs)
     if config.args.eval_interval is not None:
         return "evaluation samples videos", "evaluation samples videos"

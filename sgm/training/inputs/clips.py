@@ -1,4 +1,4 @@
-"""The data sets of a training run: opened, and divided into training and validation."""
+"""Open the data sets of a training run, and split them into training and validation."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the training clips' paths, in order; of their number if a data set has no paths."""
+        """SHA-256 of the training clips' paths in order; for a data set without paths, of the number of clips."""
         clips = [getattr(dataset, "paths", len(dataset)) for dataset in self.train]
         return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
@@ -52,7 +52,7 @@ def open_data(config: Config) -> Data:
     """List the clips of a training configuration without opening them.
 
     Raises:
-        InputError: a folder is missing or holds no clips, the split leaves none, or evaluation has none.
+        InputError: a folder is missing or holds no clips, or the split leaves none for training or evaluation.
     """
     args = config.args
     assert isinstance(args, TrainingArgs)

@@ -1,4 +1,4 @@
-"""Encode the clips and captions of a training run ahead of it; ``tools/prepare_dataset.py`` calls this.
+"""Precompute latents and text embeddings of a training run, for ``tools/prepare_dataset.py``.
 
 Legend: F frames, H W pixels, z channels of the latents.
 """
@@ -41,13 +41,13 @@ Encode = Callable[[Sequence[str]], Iterator[torch.Tensor | str]]
 
 @dataclass(frozen=True)
 class Job:
-    """The encoding of one kind of results.
+    """The encoding of one kind of results: latents, first frames or text embeddings.
 
     Attributes:
-        description: of the results.
-        num_bytes: of all of them, about.
-        loaded: context with the encoder in memory; gives a function that encodes keys in order, where a string instead
-            of a result says why there is none.
+        description: of the cache.
+        num_bytes: approximate size of the cache.
+        loaded: context with the encoder in memory; yields a function from keys to an iterator over results, or strings
+            with the reason of a failure.
     """
 
     description: Description
@@ -58,12 +58,12 @@ class Job:
 def plan_jobs(
     config: Config, kinds: Sequence[Kind], *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Job]:
-    """List what is to be encoded. No weights are read, and clips only if buckets need their sizes.
+    """Return the encoding jobs, without reading weights; clips are opened only if buckets need their sizes.
 
     Args:
         config: of the training run.
         kinds: of results.
-        dtype: of the stored results; None for the precision of the encoder.
+        dtype: of the stored results; None for the encoder's.
         shard_bytes: size of a file.
 
     Raises:
@@ -85,15 +85,15 @@ def plan_jobs(
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-    """Encode what is missing in `folder`, with the shards divided among ranks; all ranks call together.
+    """Encode results missing in `folder`, with shards divided among ranks. Collective: all ranks call it.
 
-    Keys that failed before are tried again.
+    Retries keys that failed before.
 
     Returns:
-        Key → reason of what could not be encoded.
+        Key → reason of failed keys.
 
     Raises:
-        InputError: the folder holds another cache, or another process works there.
+        InputError: the folder holds another cache, or is locked by another process.
         RunError: results cannot be written.
     """
     with ExitStack() as stack:
@@ -105,7 +105,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
 
 
 def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int]]:
-    """Prepare the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
+    """Create the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if lock := lock_folder(folder):
@@ -117,7 +117,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int
 
 
 def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
-    """Encode shards; return key → reason of what no rank could encode."""
+    """Encode shards; return key → reason of failed keys, of all ranks."""
     rank, world = sgm.distributed.rank(), sgm.distributed.world_size()
     description, failures, own = job.description, {}, unfinished[rank::world]
     num = sum(len(description.shards[shard]) for shard in own)
@@ -127,7 +127,7 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
-        # Synchronized after each shard: a rank that waited at the end could exceed the timeout of a collective.
+        # Synchronize after each shard: a single wait at the end could exceed the timeout of a collective.
         for start in range(0, len(unfinished), world):
             found: dict[str, str] = {}
             if encode is not None and start + rank < len(unfinished):
@@ -143,7 +143,7 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
 def _results(
     folder: Path, description: Description, shard: int, encode: Encode, bar: tqdm
 ) -> Iterator[torch.Tensor | str]:
-    """Yield the results of a shard in order, from an earlier run or encoded now."""
+    """Yield the results of a shard in order, read from an earlier run or encoded."""
     written = read_shard(folder, description, shard)
     encoded = encode([key for key in description.shards[shard] if key not in written])
     for key in description.shards[shard]:
@@ -178,10 +178,10 @@ class _Clip:
     dataset: Any
     index: int
     path: str
-    shape: Shape | str  # a string says why it cannot be read
+    shape: Shape | str  # a string is the reason why the clip is unreadable
 
     def pixels(self, kind: Kind) -> torch.Tensor | str:
-        """Return the clip or its first frame (F, 3, H, W), or the reason why it cannot be decoded."""
+        """Return the clip or its first frame, (F, 3, H, W); or the reason why decoding fails."""
         if isinstance(self.shape, str):
             return self.shape
         frames, *size = self.shape
@@ -245,8 +245,8 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
             other = clips.setdefault(key, clip)
             if Path(other.path).absolute() != Path(path).absolute():
                 raise InputError(
-                    f"{other.path} and {path} cannot be told apart in a cache: the names of their data folders are "
-                    "alike, theirs too, and their sizes; rename one of the folders"
+                    f"{other.path} and {path} cannot be told apart in a cache: name of the data folder, path below it "
+                    "and file size are the same; rename one of the folders"
                 )
     return clips, [*left_out]
 
@@ -273,13 +273,13 @@ def _load_vae(config: Config, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _moments(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode a clip (F, 3, H, W) in −1..1 into mean and log-variance (2z, (F−1)/4+1, H/8, W/8)."""
+    """Encode a clip (F, 3, H, W) in [−1, 1] into mean and log-variance (2z, (F−1)/4+1, H/8, W/8)."""
     parameter = next(vae.parameters())
     return vae.encode_moments(rearrange(pixels, "f c h w -> 1 c f h w").to(parameter.device, parameter.dtype))[0]
 
 
 def _read_ahead(clips: Sequence[_Clip], kind: Kind, num: int) -> Iterator[torch.Tensor | str]:
-    """Yield the pixels of clips in order, and decode up to `num` clips ahead in threads."""
+    """Yield the pixels of clips in order, prefetching up to `num` clips in threads."""
     waiting: deque[Future[torch.Tensor | str]] = deque()
     with ThreadPoolExecutor(num) as pool:
         for clip in clips:

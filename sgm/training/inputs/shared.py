@@ -1,10 +1,9 @@
-"""The inputs of a forward pass in a sample's group, the ranks that compute one sample together.
+"""Broadcast the inputs of a forward pass within a sample's group, the ranks that compute one sample together.
 
-The first rank of the group reads and encodes the sample, draws its noise and broadcasts the result: latents, embeddings
-and noise are small, and the same on all ranks. With a context-parallel VAE (``cp_size``), all ranks of the group get
-the clip and encode it together.
+The first rank of the group reads and encodes the sample, draws its noise and broadcasts latents, embeddings and noise.
+With a context parallel VAE (``cp_size``), the clip is broadcast and all ranks of the group encode it together.
 
-The ranks compute one loss. Each has the gradient from its own tokens (see `sgm.parallel.sequence`). DeepSpeed averages
+All ranks have the same loss, and each the gradient of its own tokens (see `sgm.parallel.sequence`). DeepSpeed averages
 gradients over all ranks, which `gradient_factor` compensates.
 """
 
@@ -19,7 +18,10 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
 
 
 def shared_batch(engine: SATVideoDiffusionEngine, read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Broadcast the result of `read` from the first rank of the sample's group, without clips unless all encode."""
+    """Broadcast the result of `read` from the first rank of the sample's group.
+
+    Unless the VAE is context parallel, pixels and moments stay on the first rank, which encodes alone.
+    """
     if sgm.distributed.sample_rank() > 0:
         return sgm.distributed.broadcast_in_sample_group(None)
     batch = read()
@@ -45,5 +47,5 @@ def shared_inputs(
 
 
 def gradient_factor() -> int:
-    """Return the factor for a loss before the backward pass, so that averaged gradients are those of whole samples."""
+    """Return the factor on the loss that turns averaged gradients of shards into gradients of whole samples."""
     return sgm.distributed.sequence_parallel_size()

@@ -1,1 +1,1 @@
-"""What a training step changes: trained parameters, their optimizer, its learning rate."""
+"""Trained parameters, optimizer, learning rate."""

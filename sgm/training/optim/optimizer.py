@@ -1,7 +1,7 @@
-"""Optimizers by their names in YAML, weight decay by parameter, and AdamW with a moving average of the weights.
+"""Optimizers by name, parameter groups for weight decay, and AdamW with a moving average of the weights (EMA).
 
-The average (EMA) is part of the optimizer's state, so that DeepSpeed shards, offloads, saves and loads it with the
-moments, at every ZeRO stage.
+The average is part of the optimizer state, so DeepSpeed shards, offloads, saves and loads it with the moments, at every
+ZeRO stage.
 """
 
 import functools
@@ -68,13 +68,13 @@ class EmaAdamW(torch.optim.AdamW):
             super().step()
             return loss
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # Stored after AdamW's own step, which initializes a state only if it is empty.
+        # Stored after AdamW's step, which initializes a state only if it is empty.
         initial = {p: _initial_ema(p) for p in updated if "ema" not in self.state.get(p, ())}
         super().step()
         for p, ema in initial.items():
             self.state[p]["ema"] = ema
         states = [self.state[p] for p in updated]
-        # 1 − d as a tensor: reading the step of a fused kernel would wait for the device.
+        # 1 − d as a tensor: reading the step of a fused kernel would synchronize the device.
         weights = [(9 / (10 + state["step"])).clamp(min=1 - self.ema_decay).to(state["ema"].device) for state in states]
         averages = [state["ema"] for state in states]
         torch._foreach_lerp_(averages, [p.detach() for p in updated], weights)  # pyright: ignore[reportPrivateImportUsage]
@@ -92,12 +92,12 @@ def _initial_ema(parameter: Tensor) -> Tensor:
 
 @functools.cache
 def _has_fused_kernel(device: torch.device) -> bool:
-    """Whether AdamW has a fused kernel for `device`. It is tried: torch keeps its list of devices private."""
+    """Whether AdamW has a fused kernel for `device`, found by trying, since torch's list of devices is private."""
     probe = torch.zeros(1, device=device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
         torch.optim.AdamW([probe], fused=True).step()
-    except RuntimeError:  # also NotImplementedError: a device without the kernel
+    except RuntimeError:  # includes NotImplementedError, raised without the kernel
         return False
     return True
 
@@ -117,7 +117,7 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """Return an optimizer class by its key in `OPTIMIZERS` or its dotted path.
 
     Raises:
-        InputError: the name is unknown, or not that of a torch optimizer.
+        InputError: the name is unknown, or the class is no torch optimizer.
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -145,7 +145,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a ``{type: ..., params: {...}}`` section.
 
-    Frozen parameters are ignored. Those with more than one axis decay; biases and norms do not.
+    Frozen parameters are ignored. Weight decay applies to parameters with more than one axis, not to biases and norms.
 
     Raises:
         InputError: the type is unknown, or refuses a parameter.
@@ -153,7 +153,7 @@ def make_optimizer(
     name, params = section["type"], dict(section.get("params") or {})
     cls = resolve_optimizer(name)
     if "ema_decay" in params:
-        raise InputError("deepspeed.optimizer.params.ema_decay: this is decided elsewhere; set args.ema_decay instead")
+        raise InputError("deepspeed.optimizer.params.ema_decay is not supported; set args.ema_decay instead")
     known = inspect.signature(cls).parameters
     if ema_decay is not None:
         if "ema_decay" not in known:
@@ -176,20 +176,20 @@ def make_optimizer(
 
 
 def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Return the non-empty ones of two parameter groups, with and without weight decay."""
+    """Return the parameter groups with and without weight decay; omit empty ones."""
     decay, no_decay = [], []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a parameter sharded by ZeRO-3 is empty
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves sharded parameters empty
             (decay if len(shape) > 1 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def discard_initial_update(engine: Any) -> None:
-    """Discard the update with zero gradients that ``deepspeed.initialize`` makes in 16 bits without ZeRO.
+    """Undo the update with zero gradients that ``deepspeed.initialize`` makes in 16 bits without ZeRO.
 
-    It decays the weights and counts in the bias correction and the average. Call this before a state is loaded.
+    That update decays the weights and counts in bias correction and average. Call this before loading a state.
     """
     if _has_master_copies(engine.optimizer):
         engine.optimizer.optimizer.state.clear()
@@ -197,9 +197,9 @@ def discard_initial_update(engine: Any) -> None:
 
 
 def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Gather the averages of the trained parameters from an `EmaAdamW` inside a DeepSpeed engine, at any ZeRO stage.
+    """Gather the averages of the trained parameters from an `EmaAdamW` in a DeepSpeed engine, at any ZeRO stage.
 
-    All ranks call it together.
+    Collective: all ranks call it.
 
     Returns:
         Name → average (the parameter itself before its first update), float32 on the CPU, on rank zero and the other
@@ -214,13 +214,13 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
             masters.update(zip(low, high, strict=True))
     started = any("ema" in state for state in base.state.values())
     if hasattr(optimizer, "round_robin_bit16_groups"):
-        # DeepSpeed links parameters to its flat buffers in their order before round_robin_gradients.
+        # DeepSpeed links parameters to its flat buffers in the order before round_robin_gradients; link them again.
         plain, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
         optimizer._link_all_hp_params()
         optimizer.bit16_groups = plain
     if started and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # ZeRO 1 and 2 link parameters to their state only once, in the first group's first step, when the state of
-        # other groups does not exist yet; and not again after loading.
+        # ZeRO 1 and 2 link parameters to their state only once, in the first group's first step, before the states of
+        # other groups exist, and not again after loading.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in named_parameters:
@@ -237,13 +237,13 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
 
 
 def _has_master_copies(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, which holds float32 copies."""
+    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, which holds float32 master copies."""
     return type(optimizer).__name__ == "FP16_UnfusedOptimizer"
 
 
 def _gather_full(parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather a parameter's optimizer state, or without `key` its float32 values, from the shards of all ranks."""
-    utils = importlib.import_module("deepspeed.utils")  # not at import: it chooses its device then
+    """All-gather a parameter's optimizer state `key`, or without `key` its float32 values."""
+    utils = importlib.import_module("deepspeed.utils")  # lazy: DeepSpeed selects its device on import
     if key is None:
         return utils.safe_get_full_fp32_param(parameter)
     return utils.safe_get_full_optimizer_state(parameter, key)

@@ -1,4 +1,4 @@
-"""The learning rate: warmup, then one of four decays."""
+"""Learning rate schedule: linear warmup, then one of four decays."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ def cosine(progress: float, ratio: float) -> float:
 
 
 def exponential(progress: float, ratio: float) -> float:
-    """From 1 to `ratio`, by the same factor in each iteration."""
+    """From 1 to `ratio`, exponentially."""
     return ratio**progress
 
 
@@ -51,9 +51,9 @@ def lr_factor(
 ) -> float:
     """Return the learning rate of one update as a factor of the base rate.
 
-    It rises linearly during the warmup, then follows the decay with the number of updates since the warmup, divided by
-    `decay_iters`, at most 1. That reaches 1 as many iterations after `decay_iters` as the warmup took, so a run ends
-    slightly above the final value, as with the reference implementation.
+    It rises linearly during the warmup. Then the progress of the decay is the number of updates since the warmup
+    divided by `decay_iters`, at most 1. So a run of `decay_iters` updates ends slightly above the final value, as in
+    the reference implementation.
 
     Args:
         iteration: number of the update, from 1.
@@ -62,7 +62,7 @@ def lr_factor(
         decay_iters: iterations of the decay; None for `train_iters`.
         decay_ratio: final factor of the cosine and exponential decays, in (0, 1].
         warmup: length of the warmup as a fraction of `decay_iters`, in [0, 1].
-        auto_warmup_iters: the factor is at most 0.05 in the first so many iterations.
+        auto_warmup_iters: number of first iterations with a factor of at most 0.05.
     """
     decay_iters = train_iters if decay_iters is None else decay_iters
     warmup_iters = warmup * decay_iters
@@ -74,12 +74,12 @@ def lr_factor(
 
 
 class LearningRate(LambdaLR):
-    """Keep the rates of an optimizer at their base rates times a factor; DeepSpeed takes it as its ``lr_scheduler``.
+    """Set the rates of an optimizer to base rate × factor; used as DeepSpeed's ``lr_scheduler``.
 
-    The optimizer always has the rates of the coming update. DeepSpeed does not call `step` where it skips an update.
-    Unlike `LambdaLR`, this restores the number of updates alone, so that a resumed run follows its own configuration.
+    The optimizer always has the rates of the next update. DeepSpeed does not call `step` for a skipped update. Unlike
+    `LambdaLR`, loading a state restores only the number of updates, so a resumed run follows its own configuration.
 
-    `factor` takes the number of the update, from 1: `lr_factor` with its settings bound.
+    `factor` maps the number of the update, from 1, to the factor: `lr_factor` with its settings bound.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
@@ -90,7 +90,7 @@ class LearningRate(LambdaLR):
         return {"iteration": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the rates of the update that follows those of `state_dict`, whatever the optimizer had before."""
+        """Set the number of updates and the rates of the next one, replacing those of the optimizer."""
         self.last_epoch = state_dict["iteration"]
         self._last_lr = [lr * self.lr_lambdas[0](self.last_epoch) for lr in self.base_lrs]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):

@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Select the trained parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sgm.util import nearest
 from sgm.weights.adapters import is_adapter
 from sgm.weights.files import PREFIX
 
-# Prefixes in the reference's YAML files that name nothing in the trained module here.
+# Prefixes in the reference's YAML files for modules that are never trained here.
 OUTSIDE = ("first_stage_model", "conditioner", "denoiser", "loss_fn", "sampler")
 ALL = "all"
 _PATH = "model.not_trainable_prefixes"
@@ -23,8 +23,8 @@ class Trainable:
 
     Attributes:
         names: in the network.
-        num_trained: elements of them.
-        num_total: elements of the whole network.
+        num_trained: number of their elements.
+        num_total: number of elements of the whole network.
         adapters: whether they are LoRA matrices.
         description: e.g. ``"LoRA of rank 4, alpha 1 in 6 layers, 24 matrices"``.
     """
@@ -42,10 +42,10 @@ class Trainable:
 
 
 def choose_trainable(network: nn.Module, model: Mapping[str, Any]) -> Trainable:
-    """Freeze parameters as the ``model`` section says, and return the trained ones.
+    """Freeze parameters according to the ``model`` section, and return the trained ones.
 
     Args:
-        network: the diffusion transformer, also on the meta device. Parameters that are frozen already stay so.
+        network: the diffusion transformer, also on the meta device. Frozen parameters stay frozen.
         model: the section: ``not_trainable_prefixes`` (``all`` is all but the adapters), ``lora_train``.
 
     Raises:

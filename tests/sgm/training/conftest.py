@@ -37,7 +37,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_yaml(tiny_model, clips, tmp_path_factory):
-    """Return a function: name of a golden network → YAML files to train it with, full or LoRA as the network is."""
+    """Return a function: name of a golden network → YAML files for training it, full or LoRA."""
     folder = tmp_path_factory.mktemp("training")
 
     def make(name: str) -> list[str]:
@@ -80,7 +80,7 @@ def training_yaml(tiny_model, clips, tmp_path_factory):
 
 @pytest.fixture
 def job(training_yaml, tmp_path):
-    """Return a function that trains a tiny network into a folder below tmp_path and gives the summary."""
+    """Return a function that trains a tiny network into a folder below tmp_path and returns the summary."""
 
     def start(name="dit_t2v_5b_lora", *overrides, save="runs", pictures=False):
         config = load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train")
@@ -92,7 +92,7 @@ def job(training_yaml, tmp_path):
 
 @pytest.fixture(scope="session")
 def kept_run(training_yaml, tmp_path_factory):
-    """Return a function: train a tiny network once for each set of options; give the run folder, which stays as is."""
+    """Return a function that trains a tiny network, cached per set of options, and returns the read-only run folder."""
     runs = {}
 
     def folder(name, *overrides) -> Path:
@@ -108,7 +108,7 @@ def kept_run(training_yaml, tmp_path_factory):
 
 @pytest.fixture
 def begun(kept_run, tmp_path):
-    """Return a function: like `kept_run`, but gives a copy in the folder that `job` trains into."""
+    """Return a function like `kept_run` that returns a copy in the folder of `job`."""
     return lambda name, *overrides: _copy(kept_run(name, *overrides), tmp_path / "runs")
 
 

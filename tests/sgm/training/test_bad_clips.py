@@ -1,4 +1,4 @@
-"""Bad clips, found before training and while training; and data sets of several formats side by side."""
+"""Bad clips, found before and during training; and data sets of several formats in one run."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_bad_clips_of_other_ranks_are_included(tmp_path, monkeypatch):
 
 
 def toy(root, bad=()):
-    """A manifest of ten toy clips, some of which are no videos."""
+    """A manifest of ten toy clips, some of them not videos."""
     (root / "clips").mkdir(parents=True)
     rows = []
     for number in range(10):
@@ -86,7 +86,7 @@ def toy(root, bad=()):
 
 
 def usable(dataset, folder, *, resumed=False, **args):
-    """Return the clips to train on, and path → reason of those left out."""
+    """Return the training clips, and path → reason of excluded ones."""
     folder.mkdir(exist_ok=True)
     typed = TrainingArgs(train_data=("data",), load="weights", train_iters=1, **({"max_bad_share": 0.2} | args))
     found, bad = usable_data(Data((dataset,), ()), typed, folder, resumed=resumed)
@@ -139,7 +139,7 @@ def test_a_resumed_run_leaves_out_what_it_left_out_at_its_start(tmp_path):
     bad = BadClips(run, 10, 0.5, at_start=left_out, known=left_out)
     bad.add([(dataset.paths[5], "is damaged")])
     bad.all_gather_and_write()
-    shutil.copy(dataset.paths[0], dataset.paths[3])  # repaired; the samples of the run stay what they are
+    shutil.copy(dataset.paths[0], dataset.paths[3])  # repaired; the samples of the run must not change
     resumed, known = usable(dataset, run, resumed=True)
     assert resumed.train[0].paths == found.train[0].paths and len(found.train[0]) == 9
     assert known == left_out | {dataset.paths[5]: "is damaged"}

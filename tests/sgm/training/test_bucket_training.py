@@ -58,7 +58,7 @@ def difference(one, other):
 
 @pytest.fixture(scope="module")
 def runs(training_yaml, settings, tmp_path_factory):
-    """Return a function: (ranks, part) → run folder; four clips of a bucket at a time, straight or resumed."""
+    """Return a function: (ranks, part) → run folder; global batch 4, uninterrupted or resumed."""
     top = tmp_path_factory.mktemp("buckets")
     for world in (1, 2):
         jobs = []
@@ -85,7 +85,7 @@ def test_two_ranks_train_as_one_does(runs):
     assert per_epoch == [sum(CLIPS.values())], "5 micro-batches are an epoch, each clip in it counted once"
 
 
-@pytest.mark.slow  # another start of two processes
+@pytest.mark.slow  # starts two processes again
 def test_ranks_that_share_samples_share_buckets(runs, training_yaml, settings, tmp_path):
     more = [
         "deepspeed.train_micro_batch_size_per_gpu=4",
@@ -124,7 +124,7 @@ def test_epochs_are_counted_in_batches_of_the_buckets(job, settings):
     more = ["args.train_iters=null", "args.epochs=1", "data.params.drop_partial=true"]
     pairs = ["deepspeed.train_micro_batch_size_per_gpu=2", "deepspeed.gradient_accumulation_steps=2"]
     summary = job(LORA, *settings, *more, *pairs)
-    # 3 + 2 + 1 whole pairs of clips, two pairs a step.
+    # 3 + 2 + 1 complete micro-batches, two per step.
     assert summary.total == summary.iteration == 3
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["samples"] == 12
 

@@ -1,4 +1,4 @@
-"""Every model family through the training module: losses and gradients of the reference, and two steps of a run."""
+"""Every model family in the training module: losses and gradients of the reference, and two steps of a run."""
 
 from pathlib import Path
 
@@ -34,8 +34,8 @@ SMALL = NetworkSize(
 )
 
 
-# Of two steps, recorded on a CPU: float32, seed and clips of the tests, the networks of the golden data or, for
-# released models, random ones of the size `SMALL`. Other versions of the video codec decode slightly other clips.
+# Losses of two steps, recorded on a CPU in float32, with the networks of the golden data or, for released models,
+# random ones of size `SMALL`. Clips differ slightly between versions of the video codec.
 TOLERANCE = 1e-3
 LOSSES = {
     "dit_t2v_2b": [1.519668, 1.409706],
@@ -54,7 +54,7 @@ LOSSES = {
 
 
 def golden_engine(tiny_model, golden, name, *, checkpoint_activations=False):
-    """Return the whole model around a golden network, with its weights, and the golden tensors."""
+    """Return the model of a golden network, with its weights, and the golden tensors."""
     config = load_config([tiny_model(name)], ["args.input_file=none.txt"], mode="inference")
     section = config.engine
     transformer = section["params"]["network_config"]["params"].setdefault("transformer_args", {})
@@ -96,7 +96,7 @@ def test_adapters_get_the_gradient_of_the_reference(tiny_model, golden, recomput
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_optimizer_step_follows_the_gradient_of_the_reference(tiny_model, golden, stage):
-    """Plain gradient descent with rate 1: what the matrix loses is what the optimizer was given."""
+    """SGD with rate 1: the change of the matrix is the gradient given to the optimizer."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     engine, config, tensors = golden_engine(tiny_model, golden, "dit_t2v_5b_lora")
@@ -151,7 +151,7 @@ def test_every_family_takes_two_steps(training_yaml, tmp_path, name):
 
 @pytest.fixture(scope="session")
 def small_vae(tmp_path_factory) -> tuple[dict, Path]:
-    """The section and the weights file of a released VAE of small width."""
+    """The section and the weights file of a released VAE at small width."""
     torch.manual_seed(0)
     section = vae_section("cogvideox_5b", ch=32, num_res_blocks=1)
     path = tmp_path_factory.mktemp("vae") / "3d-vae.pt"
@@ -164,7 +164,7 @@ def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t
     network = network_section(name, SMALL)
     num_frames = network["params"]["num_frames"]
     lora = network["params"]["modules"].get("lora_config")
-    if lora is not None:  # adapters need a network under them
+    if lora is not None:  # adapters need a base
         lora["params"]["r"] = 4
         torch.manual_seed(0)
         plain = network_section(name.removesuffix("_lora"), SMALL)

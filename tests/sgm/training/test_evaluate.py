@@ -1,4 +1,4 @@
-"""Validation losses that can be compared across runs and ranks, and samples on the way."""
+"""Validation losses, comparable between runs and numbers of ranks, and samples at evaluation."""
 
 import json
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_first_frames_of_the_data_are_the_images_of_image_to_video(job, three_cl
 
 @pytest.fixture(scope="module")
 def two_ranks(training_yaml, three_clips, tmp_path_factory):
-    """Train several jobs on two ranks; a function: name → run folder."""
+    """Train several jobs on two ranks; return a function: name → run folder."""
     top = tmp_path_factory.mktemp("ranks")
     common = ["args.train_iters=1", "args.eval_interval=1", FROZEN, "deepspeed.train_micro_batch_size_per_gpu=1"]
     strict = ["args.strict_eval=true", f"args.valid_data=[{three_clips}]"]

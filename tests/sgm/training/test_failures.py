@@ -1,4 +1,4 @@
-"""Failures that end a run: losses that are not finite, unreadable clips, dead ranks, a full disk; and what is left."""
+"""Failures that end a run (losses that are not finite, unreadable clips, dead ranks, a full disk), and checkpoints."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def breaks_at(monkeypatch):
-    """Return a function: multiply the loss of the given forward pass, counted from 1, by a number."""
+    """Return a function that multiplies the loss of one forward pass, counted from 1, by a number."""
     original = SATVideoDiffusionEngine.training_losses
 
     def make(number: int, factor: float) -> None:
@@ -83,7 +83,7 @@ def test_a_bad_micro_batch_of_several_is_found(job, breaks_at):
 
 @pytest.fixture
 def infinite_gradient(monkeypatch):
-    """Give the third forward pass a finite loss whose gradient is not finite."""
+    """Make the third forward pass return a finite loss whose gradient is not finite."""
     original, calls = SATVideoDiffusionEngine.training_losses, []
 
     def losses(engine, inputs):
@@ -128,7 +128,7 @@ def test_the_command_line_ends_with_one_message(training_yaml, tmp_path, breaks_
 
 
 def test_steps_skipped_in_a_row_end_the_run(job, monkeypatch, tmp_path):
-    """DeepSpeed's counter is increased by the test: a CPU does not train in fp16."""
+    """The test increments DeepSpeed's counter, since a CPU does not train in fp16."""
     original = sgm.training.run.TrainingRun._step
 
     def step(run, batches, taken):
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(job, small_disk, tmp_path, mon
 
 @pytest.mark.parametrize("number", [1, 3, 5, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 6))])
 def test_a_crash_at_any_moment_of_a_save_is_survived(job, kept_run, begun, monkeypatch, number):
-    """The n-th file of the second save is written, and not renamed."""
+    """Crash after writing the n-th file of the second save, before renaming it."""
     straight = kept_run(LORA, "args.train_iters=2", "args.ema_decay=0.5")
     first = begun(LORA, "args.train_iters=2", "args.exit_interval=1", "args.ema_decay=0.5", "args.keep_last=1")
     calls, replace = [], Path.replace
@@ -212,7 +212,7 @@ def clip(path: Path, seed: int, *, fps: int = 8, frames: int = 9) -> Path:
 
 @pytest.fixture
 def twenty_clips(tmp_path) -> tuple[Path, dict[str, str]]:
-    """Twenty clips, five of them broken; the paths of those by kind of damage."""
+    """Twenty clips, five of them broken; return the paths of broken clips by kind of damage."""
     folder = tmp_path / "data"
     (folder / "labels").mkdir(parents=True)
     for number in range(20):
@@ -295,7 +295,7 @@ def test_a_missing_caption_is_an_error_that_lists_the_clips(training_yaml, tmp_p
 
 
 def damage(path: Path) -> None:
-    """Overwrite the frames of a clip but the first; container and packets stay."""
+    """Overwrite all frames of a clip but the first, keeping container and packets."""
     import av
 
     with av.open(str(path)) as container:
@@ -308,7 +308,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def breaks_when_decoded(tmp_path) -> tuple[Path, str]:
-    """Ten clips; one passes the check and cannot be decoded."""
+    """Ten clips; one passes the check but cannot be decoded."""
     folder = tmp_path / "data"
     (folder / "labels").mkdir(parents=True)
     for number in range(10):

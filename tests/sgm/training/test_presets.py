@@ -1,4 +1,4 @@
-"""The DeepSpeed presets, and docs/parallelism.md about them: memory, traffic, several machines, Slurm."""
+"""The DeepSpeed presets, and the claims of docs/parallelism.md: memory, traffic, several machines, Slurm."""
 
 import json
 import os
@@ -32,11 +32,11 @@ PRESETS = sorted(path.stem for path in (CONFIGS / "deepspeed").glob("*.yaml"))
 DOCUMENT = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
 MODELS = {"full": "dit_t2v_1.5", "lora": "dit_t2v_5b_lora"}
 ZERO = "deepspeed.zero_optimization"
-# For networks as small as those of the tests: small parameters too are shared, and buffers are filled several times.
+# Small enough for the networks of the tests: all parameters are sharded, and buffers are filled several times.
 SMALL = [f"{ZERO}.stage3_param_persistence_threshold=0", f"{ZERO}.reduce_bucket_size=20000"]
 ITERS = 4
-# By default each stage trains the full network, one preset with offloading trains adapters, and another one begins a
-# run that goes on without; the rest takes as long again.
+# By default each stage trains the full network, one preset with offloading trains adapters, and another one starts a
+# run resumed without; the other cases take as long again.
 QUICK = [("full", "zero1"), ("full", "zero2"), ("full", "zero3"), ("lora", "zero3_offload")]
 BOTH = [
     pytest.param(model, name, marks=[] if (model, name) in QUICK else pytest.mark.slow)
@@ -47,7 +47,7 @@ OTHERS = [name for name in PRESETS if name != "zero2_offload"]
 
 
 def read(path: Path) -> Any:
-    """As the project does, for which 2e8 is a number."""
+    """Load with the project's loader, which parses 2e8 as a number."""
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
@@ -56,7 +56,7 @@ def preset(name: str) -> dict:
 
 
 def load(model: str, *presets: str, overrides=()):
-    """The one model whose size follows each image leaves the size of the clips to the user."""
+    """Override the clip size for the model without a fixed size."""
     size = ["data.params.video_size=[768,1360]"] if model == "cogvideox1.5_5b_i2v" else []
     names = (model, "sft", *(f"deepspeed/{name}" for name in presets))
     return load_config([CONFIGS / f"{name}.yaml" for name in names], [*size, *overrides], mode="train")
@@ -137,7 +137,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def difference(a: Path, b: Path) -> float:
-    """The largest between the weights of two checkpoints."""
+    """Return the largest difference between the weights of two checkpoints."""
     first, second = read_tensors(find_weights(a)), read_tensors(find_weights(b))
     assert first.keys() == second.keys() and first
     return max(float((first[name] - second[name]).abs().max()) for name in first)
@@ -147,8 +147,8 @@ def difference(a: Path, b: Path) -> float:
 def runs(request, training_yaml, tmp_path_factory):
     """Two ranks. Return a function: (model, name) → run folder.
 
-    Names: ``stage0`` is the reference; a preset as it is runs for two iterations; ``zero1>zero1_offload`` begins with
-    the one and goes on with the other, in small buffers and with two batches an iteration.
+    Names: ``stage0`` is the reference; an unchanged preset runs for two iterations; ``zero1>zero1_offload`` starts with
+    one preset and resumes with the other, with small buffers and two batches an iteration.
     """
     top = tmp_path_factory.mktemp("presets")
     sft = top / "sft.yaml"
@@ -193,18 +193,18 @@ def test_a_run_resumes_with_the_other_preset_of_its_stage(runs, begun_with):
     assert difference(found / f"{ITERS}-ema", reference / f"{ITERS}-ema") <= 1e-5
 
 
-# What it costs
+# Memory and traffic
 
 RANKS, BATCHES = 3, 2
 TO_THE_OWNER = f"{ZERO}.use_multi_rank_bucket_allreduce=false"
 CASES = {"stage 0": [f"{ZERO}.stage=0"], **{name: [] for name in PRESETS}, "to the owner": [TO_THE_OWNER]}
-# As multiples of the network's parameters; half of them are trained, see zero_costs.py.
+# In multiples of the network's parameters; half of them are trained, see zero_costs.py.
 TRAINED = 0.5
 EMA = 0.9
 
 
 def bytes_per_rank(*args, **kwargs) -> tuple[float, float]:
-    """The function of the document."""
+    """Return the function in the document."""
     (block,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     scope: dict = {}
     exec(compile(block, "docs/parallelism.md", "exec"), scope)
@@ -213,7 +213,7 @@ def bytes_per_rank(*args, **kwargs) -> tuple[float, float]:
 
 @pytest.fixture(scope="session")
 def costs(tmp_path_factory):
-    """Name of a case → what was measured on three ranks, in bfloat16."""
+    """Return name of a case → measurements on three ranks in bfloat16."""
     live = [f"{ZERO}.{key}=140000" for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")]
     cases = []
     for name, overrides in CASES.items():
@@ -232,7 +232,7 @@ def costs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["stage 0", *PRESETS])
 def test_the_formula_for_memory_holds(costs, name):
-    """On a CPU, device and machine are one. Buffers take up to 0.2 of what 16-bit weights take 2 of."""
+    """On a CPU, device and host memory are the same. Buffers take up to 0.2 bytes per parameter, 16-bit weights 2."""
     stage = stage_of(name) if name in PRESETS else 0
     expected = sum(bytes_per_rank(1, TRAINED, RANKS, stage, ema=True, offload="offload" in name))
     assert expected - 0.05 <= costs[name]["memory"] <= expected + 0.2
@@ -240,7 +240,7 @@ def test_the_formula_for_memory_holds(costs, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_table_of_traffic_holds(costs, name):
-    """A sum for all ranks counts twice: a ring sends the parts around once to add them up and once to hand them out."""
+    """An all-reduce counts twice: a ring all-reduce is a reduce-scatter and an all-gather."""
     sent = costs[name]["traffic"]
     total = 2 * sent["all_reduce"] + sent["reduce"] + sent["all_gather_into_tensor"] + sent["reduce_scatter_tensor"]
     stage = 2 if name == "to the owner" else stage_of(name) if name in PRESETS else 0
@@ -248,12 +248,12 @@ def test_the_table_of_traffic_holds(costs, name):
     values = {0: 2 * TRAINED, 1: 3 * TRAINED, 2: (2 * BATCHES + 1) * TRAINED, 3: BATCHES * (2 + TRAINED)}
     expected = (BATCHES + 1) * TRAINED if name == "to the owner" else values[stage]
     assert f"| {stage} | {formulas[stage]} |" in DOCUMENT
-    # Stage 3 keeps the last weights of the forward pass for the backward pass: up to 7 % here.
+    # Stage 3 reuses the last weights of the forward pass in the backward pass: up to 7 % less here.
     assert expected * (0.93 if stage == 3 else 0.995) <= total <= expected * 1.005
 
 
 def parameters(model: str) -> tuple[int, int]:
-    """All, and those that train; without the tables that no training changes."""
+    """Return the numbers of all and of trained parameters, without fixed tables."""
     with without_allocating():
         network = instantiate_from_config(load(model).model["network_config"])
     sizes = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
@@ -331,12 +331,12 @@ for task in "${tasks[@]}"; do wait "$task" || code=$?; done
 exit "${code:-0}"
 """,
 }
-JOB = 10000 * 7 + os.getpid() % 10000  # so that test runs beside each other meet at different ports
+JOB = 10000 * 7 + os.getpid() % 10000  # so that concurrent test runs use different ports
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The script of the document, for two machines with a process each, and an environment that plays Slurm."""
+    """The script of the document, for two machines with one process each, and an environment with a mock Slurm."""
     (text,) = re.findall(r"^```text\n(#!.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     script = tmp_path / "finetune_slurm.sh"
     script.write_text(text.replace("NPROC_PER_NODE=8", "NPROC_PER_NODE=1"))
@@ -351,7 +351,7 @@ def slurm(tmp_path):
 
 @pytest.fixture
 def submit(slurm):
-    """Return a function that starts the script with these words; what it leaves running is ended after the test."""
+    """Return a function that starts the script with arguments; processes left running are killed after the test."""
     script, environment = slurm
     jobs: list[psutil.Popen] = []
 
@@ -367,9 +367,9 @@ def submit(slurm):
             job.wait()
 
 
-@pytest.mark.slow  # half a minute: two machines, a kill, a second start
+@pytest.mark.slow  # 30 s: two machines, a kill, a restart
 def test_the_script_for_slurm_goes_on_after_its_time(submit, training_yaml, tmp_path):
-    """Its time is up after some iterations, Slurm starts it again, and the losses are those of one run."""
+    """The time limit ends the job after some iterations, Slurm requeues it, and the losses equal those of one run."""
     bases = [*training_yaml(MODELS["lora"]), str(CONFIGS / "deepspeed" / "zero2.yaml")]
     overrides = ["args.train_iters=1000", "args.resume=auto", *SMALL]
     save, reference = tmp_path / "runs", tmp_path / "reference"

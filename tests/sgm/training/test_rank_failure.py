@@ -1,6 +1,6 @@
-"""Ranks or launchers are lost under torchrun: the others name them, and restarted ranks go on exactly. Real processes.
+"""Lost ranks or launchers under torchrun: the others name the lost rank, and restarts resume exactly. Real processes.
 
-tests/sgm/parallel/test_heartbeat.py has the same without a launcher.
+tests/sgm/parallel/test_heartbeat.py tests this without a launcher.
 """
 
 import json
@@ -17,8 +17,8 @@ from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, only_run
 
 LORA = "dit_t2v_5b_lora"
-TIMEOUT = 60  # seconds; the ranks start torch and SAT, and do not end that together on a busy machine
-RESTART = "PET_MAX_RESTARTS"  # how torchrun reads --max-restarts from the environment
+TIMEOUT = 60  # seconds; on a busy machine, ranks finish importing torch and SAT at different times
+RESTART = "PET_MAX_RESTARTS"  # torchrun's environment variable for --max-restarts
 
 
 def rank_process(training: Training, rank: int) -> psutil.Process:
@@ -61,7 +61,7 @@ def test_a_killed_rank_is_named_and_the_restart_goes_on_exactly(training_yaml, t
     other.wait(TIMEOUT)
     messages = training.finish()
     assert f"rank 1 (process {victim.pid} on " in messages and "is gone: no heartbeat for" in messages
-    assert "going on with" in messages and "is in use by" not in messages
+    assert "resuming" in messages and "is in use by" not in messages
     runs = [only_run(straight), only_run(killed)]
     assert same_weights(runs)
     losses = [{line["iteration"]: line["loss"] for line in lines_of(folder)} for folder in (straight, killed)]
@@ -73,7 +73,7 @@ def test_a_polite_end_of_all_ranks_saves(training_yaml, tmp_path):
     training = Training(training_yaml(LORA), overrides(tmp_path, "args.train_iters=1000"), 2)
     training.wait_for(lambda: len(lines_of(tmp_path)) >= 3)
     training.process.terminate()
-    messages = training.finish(code=1)  # torchrun's own
+    messages = training.finish(code=1)  # exit code of torchrun
     run = only_run(tmp_path)
     assert "stopped by SIGTERM, saved" in messages and "is gone" not in messages
     assert (run / "resume" / "latest").read_text().strip() == str(max(line["iteration"] for line in lines_of(tmp_path)))

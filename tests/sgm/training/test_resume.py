@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[3]
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
 STAGES, WORLDS, ITERS = (0, 1, 2, 3), (1, 2), 6
 REFERENCES = [(kind, 1, 0) for kind in MODELS]
-KILLED = [("lora", world, 2) for world in WORLDS]  # straight runs that killed ones are compared with
-# All of them take minutes: by default stages 1 and 3 run once on two ranks, and stage 2 in the test with kills.
+KILLED = [("lora", world, 2) for world in WORLDS]  # uninterrupted runs, as references for killed ones
+# All combinations take minutes: by default stages 1 and 3 run once on two ranks, and stage 2 in the test with kills.
 QUICK = [*REFERENCES, ("full", 2, 3), ("lora", 2, 1)]
 COMBINATIONS = [
     key if key in QUICK else pytest.param(*key, marks=pytest.mark.slow)
     for key in itertools.product(MODELS, WORLDS, STAGES)
 ]
-# Small parameters too are sharded, and the buckets are smaller than the network.
+# Small parameters are sharded too, and buckets are smaller than the network.
 SHARDED = [
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
     "deepspeed.zero_optimization.reduce_bucket_size=20000",
@@ -48,7 +48,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.fixture(scope="session")
 def runs(request, training_yaml, tmp_path_factory):
-    """Return a function: (kind, world, stage, part) → run folder; global batch 4; part is straight or resumed."""
+    """Return a function: (kind, world, stage, part) → run folder; global batch 4; part is uninterrupted or resumed."""
     top = tmp_path_factory.mktemp("resume")
 
     def folder(kind, world, stage, part):
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
     training.kill()
     assert lines_of(tmp_path) < ITERS, "it was killed before its end"
     goes_on = run("train_video.py", ["--base", *bases, *overrides], world)
-    assert goes_on.returncode == 0 and "going on with" in goes_on.stderr, goes_on.stderr[-3000:]
+    assert goes_on.returncode == 0 and "resuming" in goes_on.stderr, goes_on.stderr[-3000:]
     straight, resumed = runs("lora", world, 2, "straight"), only_run(tmp_path)
     assert losses(resumed) == losses(straight)
     assert difference(weights(resumed), weights(straight)) == 0
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
     assert sorted(path.name for path in resumed.iterdir() if path.name[0].isdigit()) == ["6", "6-ema"], "keep_last=1"
 
 
-@pytest.mark.slow  # the evidence for every combination takes a quarter of an hour
+@pytest.mark.slow  # all combinations take 15 minutes
 @pytest.mark.parametrize(("kind", "world", "stage"), COMBINATIONS)
 def test_ten_steps_a_kill_and_ten_more_are_twenty(training_yaml, tmp_path, kind, world, stage):
     bases = training_yaml(MODELS[kind])

@@ -50,7 +50,7 @@ def messages(caplog) -> str:
 
 @pytest.fixture
 def log(caplog):
-    """Capture the project's log: its logger passes nothing on once a command line has set it up."""
+    """Capture the project's log: its logger does not propagate once a command line has configured it."""
     logger = logging.getLogger("sgm")
     propagates, logger.propagate = logger.propagate, True
     caplog.set_level(logging.INFO, "sgm")
@@ -125,7 +125,7 @@ def test_a_lora_run_saves_adapters_alone_or_with_their_base(job, kept_run, golde
     entry = read_entry(find_weights(alone), "lora")
     assert entry["base"] == str(golden / LORA / "transformer") and entry["rank"] == 4
     saved = weights(whole)
-    tables = {name for name in base if ".pos_embed.freqs_" in name}  # constants, which the network computes
+    tables = {name for name in base if ".pos_embed.freqs_" in name}  # constants computed by the network
     assert saved.keys() == base.keys() - tables
     assert all(torch.equal(saved[name], adapters[name]) for name in adapters)
     assert all(torch.equal(saved[name], base[name]) for name in saved.keys() - adapters.keys())
@@ -169,7 +169,7 @@ def test_exit_interval_stops_with_a_checkpoint_that_goes_on(job, log):
     assert losses(last.folder) == losses(straight.folder)
     assert largest_difference(weights(last.folder), weights(straight.folder)) == 0
     job(LORA, "args.train_iters=5", "args.exit_interval=2", "args.resume=auto")
-    assert "has all 5 iterations; args.resume=none starts anew" in messages(log)
+    assert "has all 5 iterations; args.resume=none starts a new run" in messages(log)
 
 
 # Data
@@ -295,7 +295,7 @@ def test_a_tensor_that_the_checkpoint_lacks_keeps_its_value_when_forced(job, gol
 
 
 def sampled(training_yaml, load: Path, folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Sample one prompt from a checkpoint with the plain model file; return the latents."""
+    """Sample one prompt from a checkpoint with the base model's file; return the latents."""
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a red circle moves left\n")
     overrides = [
@@ -318,7 +318,7 @@ def sampled(training_yaml, load: Path, folder: Path, name: str) -> dict[str, tor
     ],
 )
 def test_a_zero_learning_rate_leaves_the_samples_as_they_are(job, base, golden, training_yaml, tmp_path, name, stage):
-    """With LoRA: adapters with B = 0 sample as the base without adapters."""
+    """With LoRA: adapters with B = 0 give the samples of the base."""
     base = base if name == LORA else golden / name / "transformer"
     overrides = ["args.train_iters=5", "deepspeed.optimizer.params.lr=0.0", f"args.load={base}"]
     folder = job(name, *overrides, f"deepspeed.zero_optimization.stage={stage}", "args.ema_decay=0.9").folder
@@ -373,7 +373,7 @@ def test_adapters_are_trained_further_in_a_new_run(job, kept_run, base):
     assert read_entry(find_weights(second), "lora")["base"] == str(base)
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize(
@@ -436,11 +436,11 @@ def test_a_folder_without_a_state_is_refused(job, tmp_path):
         job(LORA, "args.train_iters=1", f"args.resume={tmp_path / 'none'}")
 
 
-# Waiting for the device
+# Synchronization with the device
 
 
 def test_a_step_reads_no_more_than_its_flags_from_the_device(job, monkeypatch):
-    """On an accelerator each of these waits until it has caught up."""
+    """Count calls that synchronize an accelerator."""
     counts: dict[int, int] = {}
     running = []
     step = TrainingRun._step
@@ -457,7 +457,7 @@ def test_a_step_reads_no_more_than_its_flags_from_the_device(job, monkeypatch):
             frame = sys._getframe(1)
             caller = frame.f_globals.get("__name__", "")
             inside = caller.startswith(("sgm.training.", "sgm.models."))
-            # `StepFlags.read` looks at its copy on the host.
+            # `StepFlags.read` reads its copy on the host.
             if running and inside and (caller, frame.f_code.co_name) != ("sgm.training.step", "read"):
                 counts[running[0]] = counts.get(running[0], 0) + 1
             return function(tensor, *args, **kwargs)
@@ -471,12 +471,12 @@ def test_a_step_reads_no_more_than_its_flags_from_the_device(job, monkeypatch):
     assert counts == {}
 
 
-# Learning one clip
+# Overfitting one clip
 
 
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory):
-    """Return a function: train a toy model on one clip of an unseen look; give its last validation loss.
+    """Return a function that trains a toy model on one clip of unseen appearance and returns the last validation loss.
 
     The clip is encoded once, into a cache.
     """
@@ -516,7 +516,7 @@ def overfit(tmp_path_factory):
 
 
 def test_one_clip_is_learned_by_adapters_and_by_all_weights(overfit, monkeypatch):
-    monkeypatch.chdir(ROOT)  # the toy files name their weights from there
+    monkeypatch.chdir(ROOT)  # the toy files have relative paths
     before = overfit("toy_lora", 1, 0.0)
     assert overfit("toy", 1, 0.0) == pytest.approx(before, abs=1e-4), "fresh adapters change nothing"
     assert overfit("toy_lora", 32, 4e-3) < before / 2

@@ -1,4 +1,4 @@
-"""Checkpoints of runs that are killed at random moments."""
+"""Checkpoints of runs killed at random moments."""
 
 import json
 import random
@@ -25,9 +25,9 @@ class Harvest:
     """Observations of many kills.
 
     Attributes:
-        inside: kills that hit a save: files that were being written, or a state without a name, were left.
+        inside: kills during a save, which left temporary files or an incomplete state.
         iterations: the newest resume point after each kill.
-        lost: iterations that were logged after it.
+        lost: iterations logged after it.
     """
 
     inside: int = 0
@@ -36,7 +36,7 @@ class Harvest:
 
 
 def changed(folder: Path) -> float:
-    """Return when a line of metrics was last written; 0 before."""
+    """Return the time of the last line of metrics; 0 without one."""
     return max((path.stat().st_mtime for path in folder.glob("*/metrics.jsonl") if path.stat().st_size), default=0.0)
 
 
@@ -80,7 +80,7 @@ def inspect(folder: Path, harvest: Harvest) -> None:
     harvest.lost.append(logged - point.iteration)
 
 
-@pytest.mark.slow  # minutes: every kill costs a start of Python, and of torchrun
+@pytest.mark.slow  # minutes: every kill restarts Python and torchrun
 @pytest.mark.parametrize(("world", "kills"), [(1, 30), (2, 10)])
 def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml, tmp_path, world, kills, capsys):
     overrides = [

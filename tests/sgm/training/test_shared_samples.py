@@ -23,7 +23,7 @@ FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
 LORA, I2V, FULL = FAMILIES[1], FAMILIES[2], FAMILIES[3]
 ITERS = 5
 BATCH = 4
-# Clipping is active; small parameters too are divided by ZeRO, and its buffers are filled several times.
+# Clipping is active, ZeRO shards small parameters too, and its buffers are filled several times.
 COMMON = [
     f"args.train_iters={ITERS}",
     "args.ema_decay=0.9",
@@ -42,7 +42,7 @@ RECOMPUTE = "args.checkpoint_activations=true"
 
 
 def split(world: int, size: int, accumulation: int = 1, *, layers: int = 1) -> list[str]:
-    """Options that divide the batch among groups of `size` ranks, of which `layers` share layers."""
+    """Return options for groups of `size` ranks, with tensor parallel size `layers`, that keep the batch."""
     return [
         f"args.sequence_parallel_size={size // layers}",
         f"args.model_parallel_size={layers}",
@@ -60,14 +60,14 @@ def ring(attention: str) -> str:
     return f"args.sequence_attention={attention}"
 
 
-# Name of a run → (model, options). Runs of one start share one mesh. They cover both kinds of attention and every ZeRO
-# stage; all combinations are tested below, which takes longer.
+# Name of a run → (model, options). Runs of one launch have the same mesh. They cover both kinds of attention and every
+# ZeRO stage; a slow test below covers all combinations.
 TWO = {f"{name} on two": (name, [ring("ring"), zero(stage)]) for stage, name in enumerate(FAMILIES)}
 FOUR = {f"{name} on four": (name, [ring("ulysses"), RECOMPUTE, zero(3 - stage)]) for stage, name in enumerate(FAMILIES)}
 LAYERS = {f"{LORA} by layers": (LORA, [zero(3), RECOMPUTE])}
 
 
-# By default two of the families.
+# Two families by default.
 SOME_OF_TWO = [name if TWO[name][0] in (LORA, FULL) else pytest.param(name, marks=pytest.mark.slow) for name in TWO]
 
 
@@ -85,7 +85,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def samples(run: Path) -> dict[str, torch.Tensor]:
-    """Return the latents of a run's evaluations, by place."""
+    """Return the latents of a run's evaluations, by path."""
     found = sorted((run / "samples").rglob("*.safetensors"))
     return {path.relative_to(run / "samples").as_posix(): load_file(path)["latents"] for path in found}
 
@@ -93,7 +93,7 @@ def samples(run: Path) -> dict[str, torch.Tensor]:
 def same(found: Path, reference: Path) -> None:
     assert values(found, "loss") == pytest.approx(values(reference, "loss"), abs=1e-5)
     assert values(found, "samples") == values(reference, "samples") == [BATCH * (i + 1) for i in range(ITERS)]
-    # Adam hides a wrong factor of the gradients; their norm does not.
+    # Adam is invariant to a wrong factor on the gradients; their norm is not.
     assert values(found, "grad_norm") == pytest.approx(values(reference, "grad_norm"), rel=1e-4)
     assert min(values(reference, "grad_norm")) > 0.0005, "gradients are clipped"
     for name in (str(ITERS), f"{ITERS}-ema"):
@@ -102,7 +102,7 @@ def same(found: Path, reference: Path) -> None:
 
 
 class Runs:
-    """Run folders by name, of trainings that are started together."""
+    """Return the run folders, by name, of trainings in one launch."""
 
     def __init__(self, top: Path, training_yaml, world: int) -> None:
         self.top, self.world, self.jobs, self._yaml = top / str(world), world, [], training_yaml
@@ -217,7 +217,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(on_two):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """Play the second of two ranks that share a sample; what the first one passed is `received`."""
+    """Act as the second rank of a group of two; `received` is the broadcast from the first."""
     received: list = []
     monkeypatch.setattr(sgm.distributed, "sample_rank", lambda: 1)
     monkeypatch.setattr(sgm.distributed, "broadcast_in_sample_group", lambda value: received.pop(0))
@@ -225,7 +225,7 @@ def second_of_two(monkeypatch):
 
 
 def test_only_the_first_rank_of_a_sample_reads_and_encodes(second_of_two):
-    class Engine:  # without what encodes
+    class Engine:  # without encoders
         input_key = "mp4"
 
     def read():
@@ -287,7 +287,7 @@ def test_a_clip_of_too_few_patches_is_refused(plan, monkeypatch):
         plan(LORA, "args.sequence_parallel_size=16")
 
 
-# Four ranks share one sample, which takes longer
+# Groups of four ranks (slow)
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_tensor_and_sequence_parallel_ranks_train_as_one(training_yaml, alone, t
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_groups_of_as_many_ranks(training_yaml, alone, tmp_path):
-    """The state is divided among processes, whatever they share; the batch is kept by the micro batch."""
+    """ZeRO shards the state over all processes, for any group size; the micro batch keeps the batch."""
     for size, more in ((2, ["args.exit_interval=2"]), (4, ["args.resume=auto"])):
         runs = Runs(tmp_path / str(size), training_yaml, 4)
         runs.top = tmp_path / "runs"

@@ -27,7 +27,7 @@ def arguments(**values) -> TrainingArgs:
 
 
 def saved(run: Path, iteration: int, *, at: int) -> Path:
-    """Make a run folder that saved at a time, in seconds."""
+    """Make a run folder with a state saved at a time, in seconds."""
     folder = run / "resume" / str(iteration)
     folder.mkdir(parents=True)
     content = {name: value for name, value in dataclasses.asdict(POINT).items() if name != "run"}
@@ -102,7 +102,7 @@ def test_other_clips_give_a_warning(caplog):
         POINT.check(POINT)
         assert not caplog.messages
         POINT.check(dataclasses.replace(POINT, clips="other"))
-    assert "the training clips are not those" in caplog.text
+    assert "the training clips differ" in caplog.text
 
 
 def test_the_number_of_ranks_matters_only_for_sharded_state():
@@ -152,7 +152,7 @@ def test_incomplete_files_of_a_killed_run_are_removed(training_yaml, tmp_path):
 
 
 def test_weights_newer_than_the_state_are_replaced(training_yaml, tmp_path):
-    """A kill between the two; what is there is replaced, and counts for args.keep_last."""
+    """A kill between writing weights and state: the weights are replaced, and count for args.keep_last."""
     run = start(training_yaml, tmp_path, "args.train_iters=3", "args.exit_interval=1").folder
     (run / "2").mkdir()
     torch.save({"module": {"model.diffusion_model.x": torch.zeros(1)}}, run / "2" / "mp_rank_00_model_states.pt")

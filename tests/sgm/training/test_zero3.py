@@ -1,4 +1,4 @@
-"""ZeRO stage 3 with a trained position table, which no module's own forward pass reads."""
+"""ZeRO stage 3 with a trained position table, which no submodule's forward pass reads."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MODEL, TABLE = "dit_i2v_5b", "model.diffusion_model.mixins.pos_embed.pos_embeddi
 ITERS, BATCH = 3, 4
 ZERO = "deepspeed.zero_optimization"
 SHARD_ALL = f"{ZERO}.stage3_param_persistence_threshold=0"
-# Name of a run → its options. By default parameters as small as all those of the test stay whole on every rank.
+# Name of a run → its options. By default, ZeRO-3 does not shard parameters as small as those of the test.
 RUNS = {
     "all sharded": [SHARD_ALL],
     "all sharded, recomputed": [SHARD_ALL, "args.checkpoint_activations=true"],

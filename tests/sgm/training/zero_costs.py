@@ -1,7 +1,7 @@
-"""Measure what DeepSpeed keeps in memory and sends in a step, for ZeRO sections that a JSON file lists; a line each.
+"""Measure memory and traffic of DeepSpeed for the ZeRO sections in a JSON file; print a line for each.
 
-Not a test: tests start it on several ranks. Every line is a JSON object: the most bytes that the tensors of rank zero
-took, and the numbers that went through each collective in an iteration, both as multiples of the network's parameters.
+Not a test: tests start it on several ranks. Every line is a JSON object: peak bytes of the tensors of rank zero, and
+numbers sent by each collective in an iteration, both in multiples of the network's parameters.
 """
 
 import gc
@@ -20,11 +20,11 @@ from sgm.training.optim.optimizer import EmaAdamW
 
 BLOCKS, DIM = 16, 128
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
-KEPT = []  # of earlier sections: what is in memory at the beginning of a measurement must not go away during it
+KEPT = []  # of earlier sections: tensors alive at the start of a measurement must not be freed during it
 
 
 class Network(nn.Module):
-    """Blocks of two matrices. The later half is frozen, so that the backward pass goes through it."""
+    """Blocks of two matrices. The second half is frozen, so the backward pass goes through it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def count_traffic(sent: Counter) -> None:
 
 
 def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> dict[str, Any]:
-    """Train for two iterations, of which the second counts."""
+    """Train for two iterations and measure the second."""
     import deepspeed
 
     before, peaks = bytes_in_memory(), []
@@ -95,12 +95,12 @@ def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> 
 
 
 def main() -> None:
-    """Measure the sections of the file that the command line names."""
+    """Measure the sections of the file given on the command line."""
     sgm.distributed.initialize()
     sgm.distributed.prepare_deepspeed()
     sent = Counter()
     count_traffic(sent)
-    gc.freeze()  # what imports have made is not looked through again and again
+    gc.freeze()  # exclude imported objects from garbage collections
     for case in json.loads(Path(sys.argv[1]).read_text()):
         result = measure(case["section"], case["ema_decay"], sent)
         if dist.get_rank() == 0:
