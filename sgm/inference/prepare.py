@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import sgm.distributed
 from sgm.checks.estimate import sampling_rows
 from sgm.checks.mesh import check_mesh, mesh_of
@@ -25,15 +27,25 @@ class Prepared:
 
     Attributes:
         config: its configuration, with a ``lora_config`` if the weights are adapters.
-        report: summary of the checks.
+        findings: summary of the checks.
+        dtype: of the network.
         mesh: the groups of ranks.
         prompts: None for input from the terminal.
     """
 
     config: Config
-    report: str
+    findings: str
+    dtype: torch.dtype
     mesh: Mesh
     prompts: list[Prompt] | None
+
+    @property
+    def report(self) -> str:
+        """Summary of the checks with estimates of memory and traffic, which take seconds."""
+        report = f"{self.findings}\n{as_table(sampling_rows(self.config, self.dtype))}"
+        if self.prompts is None:
+            return report
+        return f"{report}\nprompts: {len(self.prompts)} from {self.config.args.input_file}"
 
 
 def prepare(config: Config) -> Prepared:
@@ -42,10 +54,10 @@ def prepare(config: Config) -> Prepared:
     Raises:
         ConfigError: every problem of the configuration, checkpoint files, prompts, images and output folder.
     """
-    report, prompts, problems = "", None, []
+    findings, prompts, problems = "", None, []
     try:
         config = with_adapters(config)
-        report = dry_run(config)
+        findings = dry_run(config)
         problems += _mesh_problems(config)
     except ConfigError as error:
         problems += error.problems
@@ -59,10 +71,7 @@ def prepare(config: Config) -> Prepared:
     if problems:
         raise ConfigError(config.located(problems))
     dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
-    report += f"\n{as_table(sampling_rows(config, dtype))}"
-    if prompts is not None:
-        report += f"\nprompts: {len(prompts)} from {config.args.input_file}"
-    return Prepared(config, report, mesh_of(config), prompts)
+    return Prepared(config, findings, dtype, mesh_of(config), prompts)
 
 
 def _mesh_problems(config: Config) -> list[Problem]:

@@ -55,7 +55,7 @@ class Plan:
         global_batch: samples of an optimizer step, without buckets.
         trainable: the trained parameters.
         resume: state to resume from; None for a new run.
-        report: summary of the plan as text.
+        rows: summary of the plan: name → text.
     """
 
     config: Config
@@ -70,7 +70,15 @@ class Plan:
     global_batch: int
     trainable: Trainable
     resume: ResumePoint | None
-    report: str
+    rows: Mapping[str, str]
+
+    @property
+    def report(self) -> str:
+        """Summary of the plan with estimates of memory and traffic, which take seconds."""
+        loaded = {"vae": bool(self.caches.vae), "text_encoder": bool(self.caches.text_encoder)}
+        rows = {**self.rows, **training_rows(self.config, self.dtype, self.trainable.names, **loaded)}
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
 def prepare(config: Config) -> Plan:
@@ -262,10 +270,6 @@ class _Checks:
             f"({args.lr_decay_style}), ZeRO stage {section['zero_optimization']['stage']}",
             "results": args.save if resume is None else f"{resume.run}, from iteration {resume.iteration}",
         }
-        caches: Caches = facts["caches"]
-        loaded = {"vae": bool(caches.vae), "text_encoder": bool(caches.text_encoder)}
-        rows |= training_rows(self.config, facts["dtype"], facts["trainable"].names, **loaded)
-        width = max(map(len, rows))
         return Plan(
             config=self.config,
             args=args,
@@ -279,5 +283,5 @@ class _Checks:
             global_batch=batch,
             trainable=facts["trainable"],
             resume=resume,
-            report="\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()),
+            rows=rows,
         )
