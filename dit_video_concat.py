@@ -57,8 +57,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class ImagePatchEmbeddingMixin(BaseMixin):
     """Latents and text embeddings → one sequence of tokens, text first.
 
-    The projection is a matrix over patches in the order c, pt, ph, pw. Files of the first generation hold it in the
-    shape of a Conv2d weight; `sgm.weights.checkpoint` reads and writes both.
+    The projection is a matrix over patches in the order c, pt, ph, pw. First-generation files store a Conv2d weight;
+    `sgm.weights.checkpoint` reads and writes both.
 
     Args:
         in_channels: C of the latents, image latents included.
@@ -86,7 +86,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
 
 
 class _PositionTable(BaseMixin):
-    """A table of positions (1, L + N, D) of the full grid, added to the tokens; subclasses may leave it out."""
+    """Position table (1, L + N, D) of the full grid, added to the tokens; optional in subclasses."""
 
     pos_embedding: nn.Parameter
 
@@ -96,7 +96,7 @@ class _PositionTable(BaseMixin):
         self.text_length = text_length
 
     def rows(self, grid: Grid, tokens: TokenShards) -> torch.Tensor:
-        """Return the rows (1, S, D) of a sample, which may have fewer frames than the table but no other size."""
+        """Return the rows (1, S, D) of a sample; fewer frames than the table are fine, another size is not."""
         num_text = tokens.num_text
         if num_text != self.text_length or grid[1:] != self.grid[1:] or grid[0] > self.grid[0]:
             raise InputError(
@@ -119,9 +119,9 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         grid: (t, h, w) patches of the largest sample.
         hidden_size: D.
         text_length: L.
-        height_interpolation: divides row numbers.
-        width_interpolation: divides column numbers.
-        time_interpolation: divides frame numbers.
+        height_interpolation: divisor of row indices.
+        width_interpolation: divisor of column indices.
+        time_interpolation: divisor of frame indices.
     """
 
     transformer: Any  # set by SAT
@@ -140,18 +140,18 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         interpolation = (time_interpolation, height_interpolation, width_interpolation)
         table = sincos_positions_3d(grid, hidden_size, interpolation)
         table = torch.cat((table.new_zeros(text_length, hidden_size), table))
-        # A parameter, since released files hold it; never trained.
+        # A parameter because released checkpoints contain it; never trained.
         self.pos_embedding = nn.Parameter(table[None], requires_grad=False)
 
     def reinit(self, parent_model: Any = None) -> None:
-        """Delete SAT's own position table, which is not in files of the 2B model."""
+        """Delete SAT's own position table; 2B checkpoints do not contain it."""
         del self.transformer.position_embeddings
 
 
 class Rotary3DPositionEmbeddingMixin(_PositionTable):
     """3D rotary positions of the 5B models, applied to queries and keys; with a learned table for 5B-I2V.
 
-    The rotation follows the grid of the sample, whatever its size. The learned table does not.
+    The rotation adapts to the sample's grid; the learned table has a fixed size.
 
     Args:
         grid: (t, h, w) patches of the largest sample.
@@ -159,7 +159,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         hidden_size_head: channels of a head.
         text_length: L.
         theta: base of the rotary wavelengths.
-        learnable_pos_embed: add a learned table as well.
+        learnable_pos_embed: also add a learned table.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(INTERPOLATION, "rotary positions are not interpolated")
@@ -182,7 +182,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tables(self, grid: Grid, tokens: TokenShards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (S, head_dim), float32; those of the last call are cached, for the steps of a run."""
+        """Cosines and sines (S, head_dim), float32; the last call is cached across sampling steps."""
         key = (grid, tokens, device)
         if key not in self._tables:
             cos, sin = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
@@ -198,7 +198,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that starts at zero, so that an untrained block is the identity."""
+    """Zero-initialised linear layer: an untrained block is the identity."""
     linear = nn.Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -210,7 +210,7 @@ def _embedding_mlp(in_features: int, dim: int) -> nn.Sequential:
 
 
 class AdaLNMixin(BaseMixin):
-    """The transformer block: adaLN-Zero (Peebles & Xie 2023) with a modulation of its own for text and for video.
+    """The transformer block: adaLN-Zero (Peebles & Xie 2023) with separate modulation for text and video.
 
     Args:
         num_layers: blocks.
@@ -219,7 +219,7 @@ class AdaLNMixin(BaseMixin):
         hidden_size_head: channels of a head.
         qk_ln: normalise queries and keys per head.
         elementwise_affine: give these norms weight and bias.
-        recomputed_layers: the first blocks, whose activations the backward pass recomputes.
+        recomputed_layers: number of leading blocks with activation checkpointing.
     """
 
     transformer: Any  # set by SAT
@@ -345,10 +345,10 @@ class TransformerArgs:
     Attributes:
         checkpoint_activations: recompute each block's activations in the backward pass.
         checkpoint_skip_layers: blocks at the end that are not recomputed.
-        max_sequence_length: rows of SAT's own position table, which is in files of these models but not used.
+        max_sequence_length: rows of SAT's own position table; stored in these checkpoints, unused.
         layernorm_epsilon: epsilon of the blocks' norms.
-        skip_init: leave the transformer's linear layers uninitialised, as weights are loaded anyway.
-        vocab_size: without effect; latents are embedded, not words.
+        skip_init: do not initialise the transformer's linear layers; weights are loaded later.
+        vocab_size: no effect; there is no word embedding.
     """
 
     checkpoint_activations: bool = False
@@ -471,7 +471,7 @@ class DiffusionTransformer(BaseModel):
             is_gated_mlp=use_SwiGLU,
             activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
-            row_parallel_linear_final_bias=tensor_shard.size > 1,  # one rank adds the bias within the multiplication
+            row_parallel_linear_final_bias=tensor_shard.size > 1,  # one rank adds the bias, inside the matmul
         )
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         transformer.position_embeddings.requires_grad_(False)
@@ -510,7 +510,7 @@ class DiffusionTransformer(BaseModel):
         )
 
     def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        """Build the mixins; a parameter that the YAML leaves out comes from `defaults`."""
+        """Build the mixins; parameters missing in the YAML come from `defaults`."""
         known = [f"{name}_config" for name in MIXINS]
         for name in modules:
             if name not in known:
@@ -533,7 +533,7 @@ class DiffusionTransformer(BaseModel):
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         is_sharded = self.tensor_shard.size > 1
-        # SAT draws initial values per shard; `shard_adapters` draws whole matrices, the same for any number of ranks.
+        # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
         with torch.random.fork_rng(devices=[], enabled=is_sharded):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
         if is_sharded:
@@ -547,19 +547,19 @@ class DiffusionTransformer(BaseModel):
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, ofs: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict v (for the released models; otherwise as the denoiser's scaling expects).
+        """Predict v (released models), or the target of the denoiser's scaling.
 
         Args:
             x: (B, T, C_in, H, W) noisy latents, image latents already concatenated on C.
             timesteps: (B,) in 0..999.
             context: (B, L, D_text) text embeddings.
-            ofs: (B,) for models with `ofs_embed_dim`, which need it; 2.0 in all released use.
+            ofs: (B,), required by models with `ofs_embed_dim`; always 2.0 in released models.
 
         Returns:
             (B, T, C_out, H, W).
 
         Raises:
-            InputError: another shape, or `ofs` given to or missing for this model.
+            InputError: wrong shape, or `ofs` missing or not supported by this model.
         """
         grid = self._check_input(x, ofs)
         dtype = next(self.time_embed.parameters()).dtype

@@ -23,7 +23,7 @@ def parse(
     check: str,
     more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """Parse a command line; ``section.key=value`` may stand anywhere.
+    """Parse a command line; ``section.key=value`` may appear anywhere.
 
     Args:
         argv: arguments; None takes those of the process.
@@ -77,7 +77,7 @@ def run_command(
     """Run `work(options)`; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
     Args:
-        work: of the command.
+        work: the command.
         options: from `parse`.
         interrupted: message after an interrupt.
         memory_hint: cure for an accelerator out of memory.
@@ -88,7 +88,7 @@ def run_command(
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         return 130
-    except Exception as error:  # any error becomes one message
+    except Exception as error:  # every error becomes one message
         return _report(error, debug=options.debug, memory_hint=memory_hint)
     finally:
         if "sgm.distributed" in sys.modules:
@@ -107,7 +107,7 @@ def _reports(error: Exception) -> bool:
 
 def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
     """Write the error's message; return the exit code."""
-    from sgm.util import InputError, RunError  # after parsing, so that --help answers at once
+    from sgm.util import InputError, RunError  # after parsing, so that --help is fast
 
     if debug:
         traceback.print_exception(error)

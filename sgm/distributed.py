@@ -1,7 +1,7 @@
-"""The one owner of process groups and of the choice of device.
+"""Process groups and device choice; the only owner of both.
 
-A single process needs no launcher and opens no port; under ``torchrun`` the groups follow its environment. Nothing
-else in this project creates or stores a group.
+A single process needs no launcher and opens no port; under ``torchrun`` the groups follow its environment. No other
+module creates or stores a group.
 """
 
 import os
@@ -25,11 +25,11 @@ from sgm.util import InputError, RunError, default, prepare_import
 
 
 def prepare_deepspeed() -> None:
-    """Call before DeepSpeed makes an engine: on a CPU it would first compile a C++ extension, which gloo replaces."""
+    """Call before DeepSpeed creates an engine: on a CPU, use gloo instead of compiling its C++ extension."""
     prepare_import()
     import deepspeed.ops
 
-    # DeepSpeed's ZeRO calls collectives by names that torch has renamed: a line for each call, hundreds a minute.
+    # DeepSpeed's ZeRO calls collectives by deprecated names: torch warns on each call, hundreds a minute.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -45,8 +45,8 @@ def world_size() -> int:
 
 
 _mesh: Mesh | None = None
-# Number n → the group of the first n ranks of this rank's sample, None if this rank is not in it: a short video has
-# fewer chunks than ranks.
+# n → group of the first n ranks of this sample group, None if this rank is not in it: a short video has fewer chunks
+# than ranks.
 _sample_groups: dict[int, Any] = {}
 # "sequence" and "cfg" → this rank's group along that axis of the mesh, if its size is above 1.
 _axes: dict[str, Any] = {}
@@ -55,14 +55,14 @@ _peers: Peers | None = None
 
 
 def set_timeout(seconds: float) -> None:
-    """Set how long ranks wait for each other, ``args.distributed_timeout``; call it before `initialize`."""
+    """Set the timeout of collectives, ``args.distributed_timeout``; call before `initialize`."""
     global _timeout
     _timeout = timedelta(seconds=seconds)
 
 
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Context of a command's work: an error that follows from the loss of another rank becomes a RunError naming it."""
+    """Context: turn errors caused by a lost rank into a RunError naming that rank."""
     try:
         yield
     except BaseException as error:
@@ -72,14 +72,14 @@ def explain_lost_ranks() -> Iterator[None]:
 
 
 def _start_launched() -> None:
-    """Join the other processes of the launcher, and start to exchange heartbeats."""
+    """Connect to the other processes of the launcher and start heartbeats."""
     global _peers
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that SAT and DeepSpeed make
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # for groups created by SAT and DeepSpeed
         setattr(dist.distributed_c10d, name, _timeout)
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        # torchrun keeps its store over restarts, and in it the addresses of the former processes.
+        # torchrun keeps its store across restarts, with the addresses of the old processes.
         store, rank, size = next(rendezvous("env://", timeout=_timeout))
         store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(device())
@@ -91,13 +91,13 @@ def _start_launched() -> None:
 
 
 def initialize(*, mesh: Mesh | None = None) -> None:
-    """Create the process groups once; later calls check that they ask for the same mesh.
+    """Create the process groups once; later calls must pass the same mesh.
 
     Args:
-        mesh: which ranks share samples; None keeps the present mesh, at first one rank a sample.
+        mesh: parallel sizes; None keeps the current mesh, initially one rank per sample.
 
     Raises:
-        InputError: sizes do not divide the number of processes, or differ from those of an earlier call.
+        InputError: sizes do not divide the number of processes, or differ from an earlier call.
         RunError: other processes do not join within the timeout.
     """
     global _mesh
@@ -119,9 +119,9 @@ def initialize(*, mesh: Mesh | None = None) -> None:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     tensor = mesh.tensor if mesh is not None else _current().tensor
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != tensor:
-        mpu.destroy_model_parallel()  # a network was built to be looked at, before the sizes were known
+        mpu.destroy_model_parallel()  # a network was built for inspection before the sizes were known
     if not mpu.model_parallel_is_initialized():
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # SAT guesses, loudly, without it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # without it SAT guesses and warns
         mpu.initialize_model_parallel(tensor)
     if mesh is not None and _mesh is None:
         _mesh = mesh
@@ -129,7 +129,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
 
 
 def has_mesh() -> bool:
-    """Whether `initialize` has got a mesh: the configuration was checked, and the work begins."""
+    """Whether `initialize` got a mesh, i.e. the configuration has been checked."""
     return _mesh is not None
 
 
@@ -138,7 +138,7 @@ def _current() -> Mesh:
 
 
 def _make_groups(mesh: Mesh) -> None:
-    """Make the groups of all ranks: every process has to take part in making each."""
+    """Create the groups of all ranks; every process must take part in creating each."""
     for start in range(0, dist.get_world_size() if mesh.ranks > 1 else 0, mesh.ranks):
         for num in range(1 if mesh.context > 1 else mesh.ranks, mesh.ranks + 1):
             ranks = list(range(start, start + num))
@@ -155,13 +155,13 @@ def _make_groups(mesh: Mesh) -> None:
 
 @contextmanager
 def simulate(mesh: Mesh, make_group: Callable[[str, int], dist.ProcessGroup]) -> Iterator[None]:
-    """Context in which this process acts as the first rank of a sample; the other ranks do not exist.
+    """Context: act as the first rank of a sample group whose other ranks do not exist.
 
-    For estimates: what is built and run inside has the shapes of a rank of `mesh`.
+    For estimates: modules built and run inside have the shapes of one rank of `mesh`.
 
     Args:
-        mesh: how many ranks share the sample.
-        make_group: (axis of the mesh, number of ranks) → a process group of which this process is rank zero.
+        mesh: parallel sizes to simulate.
+        make_group: (axis of the mesh, number of ranks) → a process group with this process as rank zero.
     """
     global _mesh, _axes, _sample_groups
     initialize()
@@ -192,21 +192,21 @@ def simulate(mesh: Mesh, make_group: Callable[[str, int], dist.ProcessGroup]) ->
 
 
 def context_parallel_size() -> int:
-    """Number of ranks that share a video in the VAE."""
+    """Context parallel size of the VAE."""
     return _current().context
 
 
 def context_group(num: int | None = None) -> Any:
-    """Return the group of the first `num` ranks that share a video with this one, all of them if None.
+    """Return the group of the first `num` ranks of this context parallel group; all if None.
 
-    None if this rank is not in it, or shares no video.
+    None if this rank is not in it, or without context parallelism.
     """
     context = context_parallel_size()
     return _sample_groups.get(default(num, context)) if context > 1 else None
 
 
 def tensor_parallel_size() -> int:
-    """Number of ranks that share the layers of the DiT."""
+    """Tensor parallel size of the DiT."""
     return _current().tensor
 
 
@@ -216,36 +216,36 @@ def tensor_parallel_rank() -> int:
 
 
 def tensor_group() -> Any:
-    """Return the group of this rank's tensor parallel ranks; None if there is one rank."""
+    """Return this rank's tensor parallel group; None if the size is 1."""
     from sat import mpu
 
     return mpu.get_model_parallel_group() if tensor_parallel_size() > 1 else None
 
 
 def layer_groups() -> Any:
-    """Return SAT's module of the tensor parallel groups, and of collectives over them; None if there is one rank."""
+    """Return SAT's module with the tensor parallel groups and their collectives; None if the size is 1."""
     from sat import mpu
 
     return mpu if tensor_parallel_size() > 1 else None
 
 
 def sequence_group() -> Any:
-    """Return the group of this rank's sequence parallel ranks; None if there is one rank."""
+    """Return this rank's sequence parallel group; None if the size is 1."""
     return _axes.get("sequence")
 
 
 def sequence_parallel_size() -> int:
-    """Number of ranks that share the tokens of a sample."""
+    """Sequence parallel size."""
     return _current().sequence
 
 
 def cfg_group() -> Any:
-    """Return the group of this rank's guidance parallel ranks; None if there is one rank."""
+    """Return this rank's guidance parallel group; None if the size is 1."""
     return _axes.get("cfg")
 
 
 def sample_rank() -> int:
-    """Index of this process among the ranks of its sample; the first one writes the sample."""
+    """Index of this process in its sample group; rank 0 of the group writes the sample."""
     return dist.get_rank() % _current().ranks if dist.is_initialized() else 0
 
 
@@ -264,7 +264,7 @@ def broadcast_in_sample_group(value: Any) -> Any:
         return value
     source = dist.get_process_group_ranks(group)[0]
     is_source = dist.get_rank() == source
-    # Tensors on the meta device carry shape and dtype, and no numbers.
+    # Tensors on the meta device carry shape and dtype without values.
     box = [pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), value) if is_source else None]
     dist.broadcast_object_list(box, src=source, group=group)
 
@@ -280,7 +280,7 @@ def broadcast_in_sample_group(value: Any) -> Any:
 
 
 def shutdown() -> None:
-    """Destroy the process groups, so that a rank that ends does not leave its peers waiting."""
+    """Destroy the process groups, so that peers do not wait for this rank."""
     global _mesh, _peers
     _mesh = None
     _sample_groups.clear()
@@ -295,23 +295,23 @@ def shutdown() -> None:
             mpu.destroy_model_parallel()
         deepspeed_comm = sys.modules.get("deepspeed.comm")
         if deepspeed_comm is not None and deepspeed_comm.is_initialized():
-            deepspeed_comm.destroy_process_group()  # ends torch's groups, and forgets its own handles on them
+            deepspeed_comm.destroy_process_group()  # destroys torch's groups and drops its own handles
         else:
             dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Index of this process among all; the first one writes files that exist once."""
+    """Global rank; rank zero writes files shared by all."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def data_parallel_rank() -> int:
-    """Index of this process's sample group among all sample groups."""
+    """Index of this rank's sample group among all sample groups."""
     return dist.get_rank() // _current().ranks if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
-    """Number of sample groups, each of which works on other samples."""
+    """Number of sample groups; each works on different samples."""
     return dist.get_world_size() // _current().ranks if dist.is_initialized() else 1
 
 
@@ -341,7 +341,7 @@ def broadcast_from_rank_zero(value: Any) -> Any:
 
 
 def run_on_rank_zero(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns on rank zero, a small object, on every rank; an InputError of it is raised on all."""
+    """Run `work` on rank zero and broadcast its result (a small object); an InputError is raised on all ranks."""
     value: Any = None
     if rank() == 0:
         try:
@@ -355,7 +355,7 @@ def run_on_rank_zero(work: Callable[[], Any]) -> Any:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return the small objects of all ranks, in their order, on every rank."""
+    """All-gather small objects, in rank order."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if _is_shared():
         dist.all_gather_object(values, value)
@@ -364,7 +364,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def device() -> torch.device:
     """Return the device of this process: its accelerator if one is available, otherwise the CPU."""
-    # A build with accelerator support names its device type even if no device is present.
+    # A build with accelerator support reports its device type even without a device.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")

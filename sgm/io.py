@@ -23,11 +23,11 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
     """Yield a temporary path beside `path`; after the block, flush the file to disk and rename it to `path`.
 
     If the block fails, `path` is unchanged and the temporary file is removed. The temporary name is hidden and keeps
-    the suffix, which selects the format in many writers. Missing folders are made.
+    the suffix, which selects the format in many writers. Missing folders are created.
 
     Args:
         path: the file to write or replace.
-        need_bytes: its size, if known, for the message of a full disk.
+        need_bytes: its size, if known, for the disk-full message.
 
     Raises:
         RunError: the folder cannot be written to, or the disk is full.
@@ -37,7 +37,7 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        # Some writers make private files (safetensors: 0600).
+        # Some writers create private files (safetensors: 0600).
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)

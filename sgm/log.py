@@ -1,4 +1,4 @@
-"""Logging of this package: one logger, on rank zero, and quiet dependencies."""
+"""Logging: one logger, on rank zero; dependencies log errors only."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ def is_rank_zero() -> bool:
 
 
 def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
-    """Log warnings that every rank has, from rank zero only."""
+    """Log warnings common to all ranks, from rank zero only."""
     if is_rank_zero():
         for warning in warnings:
             logger.warning("%s", warning)
@@ -39,7 +39,7 @@ def configure_logging(*, debug: bool = False) -> None:
 
 
 def quiet_dependencies() -> None:
-    """Let SwissArmyTransformer, DeepSpeed and transformers log errors only."""
+    """Limit logs of SwissArmyTransformer, DeepSpeed and transformers to errors."""
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

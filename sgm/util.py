@@ -1,4 +1,4 @@
-"""Instantiation from YAML, what the process runs on, small tensor helpers, and the error classes a user can meet."""
+"""Instantiation from YAML, import and memory helpers, small tensor helpers, and the user-facing error classes."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, to
 
 _FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 
-# The names that YAML files have for dtypes.
+# Names of dtypes in YAML files.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -67,7 +67,7 @@ def get_obj_from_str(target: str) -> Any:
 
 
 class _LazyPackage(types.ModuleType):
-    """A package whose ``__init__`` runs when something is asked for that is none of its submodules."""
+    """A package whose ``__init__`` runs on first access to an attribute that is not a submodule."""
 
     def __getattr__(self, name: str) -> Any:
         spec: Any = self.__spec__
@@ -81,17 +81,17 @@ class _LazyPackage(types.ModuleType):
 
 
 def defer_package_init(name: str) -> None:
-    """Let submodules of a package be imported without running its ``__init__``, which runs when it is needed.
+    """Defer the ``__init__`` of a package until it is needed; submodules can be imported before.
 
-    SAT's imports every model that it has, and with them transformers, datasets and wandb: seconds, for nothing.
+    SAT's imports all its models, and transformers, datasets and wandb: several seconds.
 
     Args:
-        name: of a package; nothing happens where it has been imported.
+        name: package name; no effect if already imported.
     """
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)
-    if spec is None:  # importing it says so
+    if spec is None:  # the import reports it
         return
     module = importlib.util.module_from_spec(spec)
     module.__class__ = _LazyPackage
@@ -123,10 +123,10 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def without_ineffective(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `params` without those that ask for nothing: ``IGNORED_PARAMS``, and those in `sgm.config.refused`.
+    """Return `params` without those that have no effect: ``IGNORED_PARAMS`` and `sgm.config.refused`.
 
     Raises:
-        InputError: a parameter asks for what the class cannot do.
+        InputError: a parameter requests an unsupported feature.
     """
     ignored, refused = getattr(cls, "IGNORED_PARAMS", {}), refused_by(cls)
     for name, value in params.items():
@@ -145,14 +145,14 @@ def prepare_import() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: allocated on an accelerator, or resident in this process on a CPU."""
+    """Return the peak memory in bytes: allocated on an accelerator, or resident in this process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     try:
-        # Not getrusage: a process starts there with the peak of the one that started it.
+        # Not getrusage: there a process inherits the peak of its parent.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # another system than Linux
+    except (OSError, IndexError, ValueError):  # not Linux
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -160,14 +160,14 @@ def peak_memory(device: torch.device) -> int:
 class without_allocating(TorchFunctionMode):  # noqa: N801 (used as a context manager)
     """Context in which modules are built on the meta device: shapes and dtypes, no memory, no initialisation.
 
-    ``torch.device("meta")`` as a context yields to an explicit device, and SAT's layers name the CPU.
+    ``torch.device("meta")`` as a context is overridden by an explicit device, and SAT's layers name the CPU.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _FACTORIES:
             kwargs["device"] = "meta"
-        if func in _FILLS:  # torch would import its compiler, for seconds, to fill nothing
+        if func in _FILLS:  # torch would import its compiler (seconds) to fill a meta tensor
             filled = args[0] if args else kwargs["tensor"]
             return filled if filled.is_meta else func(*args, **kwargs)
         return func(*args, **kwargs)

@@ -4,7 +4,7 @@ Shapes: ``B C T H W``; F video frames, L latent frames, F = 4(L−1)+1.
 
 Chunks (along time) bound the memory. Decoding takes 2 latents at a time, and 3 at the start if L is odd
 (13 = 3+2+2+2+2+2). Group-norm statistics are taken per chunk, as the released weights expect. Tiles (in space) bound
-the memory further and change the result a little, since each tile is normalised by itself.
+the memory further and change the result slightly, since each tile has its own norm statistics.
 """
 
 import itertools
@@ -52,17 +52,17 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         encoder_config: section for `vae_modules.cp_enc_dec.ContextParallelEncoder3D`.
         decoder_config: section for `vae_modules.cp_enc_dec.ContextParallelDecoder3D`.
         regularizer_config: section for `vae_modules.regularizers.DiagonalGaussianRegularizer`.
-        cp_size: ranks that share one video along time; 0 and 1 mean one.
-        ckpt_path: the weights' file. `sgm.weights.checkpoint.load_autoencoder` reads it.
-        ignore_keys: prefixes of tensors in that file that are not read.
+        cp_size: context parallel ranks, along time; 0 and 1 disable it.
+        ckpt_path: the weights file. `sgm.weights.checkpoint.load_autoencoder` reads it.
+        ignore_keys: prefixes of tensors in that file to skip.
         encode_chunk: video frames encoded at a time (a multiple of 8; diffusers takes 8), or None for the whole clip,
             as the models were trained.
 
     Attributes:
         tiling: a `Tiling` to encode and decode in spatial tiles, see `enable_tiling`; None for whole frames.
         slicing: encode and decode one sample of the batch at a time, see `enable_slicing`.
-        decodes_everywhere: all ranks that share a video get it; otherwise the first one does, and the others get a
-            video of no frames. All of them always get latents.
+        decodes_everywhere: all ranks of the context parallel group get the decoded video; otherwise only the first
+            one, and the others get 0 frames. Latents always go to all ranks.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -204,7 +204,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def _num_ranks(self) -> int:
-        """Return the number of ranks that share a clip."""
+        """Return the context parallel size."""
         size = sgm.distributed.context_parallel_size()
         if self.cp_size > 1 and size != self.cp_size:
             raise InputError(
@@ -222,18 +222,18 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         scales: tuple[float, float],
         shares_norms: bool,
     ) -> torch.Tensor:
-        """Run `network` over pieces of a clip, dealt out to the ranks in turn; see `vae_modules.cp_ops`.
+        """Run `network` over pieces of a clip, assigned to the ranks round-robin; see `vae_modules.cp_ops`.
 
         Args:
             x: the whole clip, the same on all ranks.
             network: encoder or decoder.
             lengths: frames of the pieces.
-            scales: output size by input size, in time and in space.
-            shares_norms: norms cover all pieces; each rank then has one.
+            scales: output size / input size, in time and in space.
+            shares_norms: norm statistics cover all pieces; requires one piece per rank.
         """
         everyone = sgm.distributed.context_group()
         active = sgm.distributed.context_group(min(self.cp_size, len(lengths)))
-        x = sum_gradients(x, everyone)  # each rank uses its pieces of x
+        x = sum_gradients(x, everyone)  # each rank reads only its own pieces of x
         starts = [0, *itertools.accumulate(lengths)]
         everywhere = network is self.encoder or self.decodes_everywhere
         own = []
@@ -252,14 +252,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
 
 def _tile_starts(length: int, size: int, overlap: int) -> list[int]:
-    """Starts of tiles of `size` that cover `length` and overlap by at least `overlap`; the last one ends flush."""
+    """Starts of tiles of `size` that cover `length`, overlap by at least `overlap`, and end at `length`."""
     if length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
 
 
 def _blend_weights(length: int, ramp: int, fade_in: bool, fade_out: bool, device: torch.device) -> torch.Tensor:
-    """Weights (length,): 1, but rising over `ramp` pixels at a side with a neighbour."""
+    """Weights (length,): 1, with a linear ramp of `ramp` pixels at sides with a neighbour."""
     weights = torch.ones(length, device=device)
     slope = (torch.arange(ramp, device=device) + 0.5) / ramp
     if fade_in:

@@ -66,12 +66,12 @@ class ContextParallelEncoder3D(nn.Module):
     Args:
         ch: channels at full resolution.
         ch_mult: channel multiplier of every resolution level; each level but the last halves height and width.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         in_channels: channels of the video.
         z_channels: channels of the latents.
-        double_z: give mean and log-variance (2·z channels) rather than the mean alone.
+        double_z: output mean and log-variance (2·z channels) instead of only the mean.
         dropout: dropout probability inside the residual blocks.
-        temporal_compress_times: 4: the first levels halve the frames, log2 of this times.
+        temporal_compress_times: the first log2(n) levels halve the frame count; 4 in released models.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {**_UNUSED, "out_ch": "the encoder's output has z_channels"}
@@ -120,11 +120,11 @@ class ContextParallelDecoder3D(nn.Module):
     Args:
         ch: channels at full resolution.
         ch_mult: channel multiplier of every resolution level, from full resolution to that of the latents.
-        num_res_blocks: residual blocks a level, less one.
+        num_res_blocks: residual blocks per level, minus one.
         out_ch: channels of the video.
         z_channels: channels of the latents.
         dropout: dropout probability inside the residual blocks.
-        temporal_compress_times: 4: the last levels double the frames, log2 of this times.
+        temporal_compress_times: the last log2(n) levels double the frame count; 4 in released models.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {

@@ -1,17 +1,18 @@
-"""Context parallelism of the VAE: a clip is divided along time over the ranks of a group.
+"""Context parallelism of the VAE: a clip is sharded along time over the ranks of a group.
 
-Shapes: ``B C T H W``. W ranks share a clip in consecutive pieces; piece i belongs to rank i mod W, so the first frame
-is on rank 0, and all ranks work on neighbouring pieces at the same time, layer by layer. There are two ways to cut:
+Shapes: ``B C T H W``. A clip is split into consecutive pieces; piece i is on rank i mod W of W ranks. So
+the first frame is on rank 0, and all ranks work on neighbouring pieces at the same time, layer by layer. Two ways to
+split:
 
-- a piece per chunk (decoding; encoding in chunks): W chunks at a time, round by round, with the memory per rank of one
-  rank alone. Norms see one chunk, so only the frames before a chunk are exchanged.
-- a piece per rank (encoding a whole clip, whose norms see all frames): means and variances are all-gathered, too.
+- one piece per chunk (decoding; encoding in chunks): W chunks at a time, in rounds; memory per rank as without context
+  parallelism. Norm statistics are per chunk, so only the frames before a chunk are exchanged.
+- one piece per rank (encoding a whole clip): norm statistics cover all frames, so means and variances are all-gathered.
 
-Every causal convolution needs the ``kernel − 1`` frames before its piece: the last frames of the same convolution's
-input on the rank before. All ranks send and receive at the same layer in the same order, reversed in the backward pass.
+Every causal convolution needs the ``kernel − 1`` frames before its piece: the last frames of its input on the previous
+rank. All ranks send and receive at the same layer in the same order, reversed in the backward pass.
 
-Gradients: every rank computes the same loss from the whole result. Then the gradient of the input is complete on every
-rank; gradients of weights are to be summed over the group.
+Gradients: every rank computes the same loss from the whole result. The gradient of the input is then complete on every
+rank; gradients of weights must be summed over the group.
 
 Why not `torch.distributed._functional_collectives`: it has no differentiable send and receive between neighbours, and
 gathers pieces of one size only.
@@ -29,10 +30,10 @@ from vae_modules.layers import Stream
 
 
 class Neighbours:
-    """The ranks before and after this one in a group, as a ring.
+    """The previous and next rank in the ring of a group.
 
     Args:
-        group: those that share a clip.
+        group: the context parallel group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -55,13 +56,13 @@ class Neighbours:
 
 
 class _Extend(torch.autograd.Function):
-    """Prepend the frames before a piece, and send its last frames to the next rank; see `SharedStream.extend`."""
+    """Prepend the frames before a piece; send its last frames to the next rank. See `SharedStream.extend`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor | None, piece: "Piece", num: int):
         peers = piece.neighbours
         ctx.piece, ctx.num, ctx.has_kept = piece, num, kept is not None
-        ctx.early = x.shape[2] >= num  # the frames to send do not depend on the received ones
+        ctx.early = x.shape[2] >= num  # the frames to send do not include received ones
         buffer = x.new_empty((*x.shape[:2], num, *x.shape[3:])) if piece.receives else None
         tail = x[:, :, -num:] if ctx.early and piece.sends else None
         received = peers.exchange(send=tail, to=peers.after, receive=buffer, source=peers.before)
@@ -106,7 +107,7 @@ class Piece:
 
     Args:
         neighbours: the ring of ranks.
-        index: of the piece.
+        index: index of the piece.
         num: number of pieces.
     """
 
@@ -119,11 +120,11 @@ class Piece:
 
 
 class SharedStream(Stream):
-    """State of one pass over a clip that several ranks share.
+    """State of one pass over a context parallel clip.
 
     Args:
         group: the ranks with a piece.
-        shares_norms: whether norms cover the pieces of all ranks.
+        shares_norms: whether norm statistics cover the pieces of all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, shares_norms: bool) -> None:
@@ -186,7 +187,7 @@ def gather_pieces(
     anchor: torch.Tensor,
     everywhere: bool,
 ) -> torch.Tensor:
-    """Join the pieces of all ranks along time.
+    """Gather the pieces of all ranks and concatenate them along time.
 
     Args:
         own: the pieces of this rank, in order.
@@ -194,7 +195,7 @@ def gather_pieces(
         group: the ranks.
         like: (B, C, 0, H, W) in the dtype and on the device of the pieces.
         anchor: an input of the pieces; lets ranks without a piece take part in the backward pass.
-        everywhere: whether all ranks get the whole clip; otherwise rank 0 gets it, and the others no frame.
+        everywhere: whether all ranks get the whole clip; otherwise only rank 0, and the others get 0 frames.
     """
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
     mine, joined = iter(own), [like + anchor[:, :, :0].sum().to(like.dtype)]

@@ -1,10 +1,9 @@
 """Layers of the causal 3D video VAE.
 
-Shapes: ``B C T H W`` everywhere. Temporal resampling leaves the first frame of a clip alone (4(L-1)+1 frames for L
-latents).
+Shapes: ``B C T H W`` everywhere. Temporal resampling skips the first frame of a clip (4(L-1)+1 frames for L latents).
 
-A clip can be processed in chunks along T. The `Stream` that the caller passes through all layers keeps the last frames
-of a chunk for the temporal convolutions of the next one.
+A clip can be processed in chunks along T. The caller passes a `Stream` through all layers; it caches the last frames
+of a chunk for the temporal convolutions of the next chunk.
 """
 
 import torch
@@ -22,7 +21,7 @@ class Stream:
 
     Attributes:
         is_first: the current chunk starts the clip.
-        is_last: no chunk follows, so no frames are kept.
+        is_last: no chunk follows; no frames are cached.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         self.history = kernel_size - 1
-        # Space is padded inside the convolution: a separate pad would copy the whole activation.
+        # Pad space inside the convolution: a separate pad would copy the activation.
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=(0, kernel_size // 2, kernel_size // 2))
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -81,16 +80,16 @@ class Normalize(nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, input: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:  # noqa: A002
-        """Normalise (B, C, T, H, W); `latents` are for the decoder's norm and have no effect."""
+        """Normalise (B, C, T, H, W); `latents` is unused (the decoder's norm needs it)."""
         return stream.group_norm(self, input)
 
 
 class SpatialNorm3D(nn.Module):
     """Group normalisation of the decoder, scaled and shifted per position by the latents.
 
-    ``norm(x) · conv_y(z) + conv_b(z)``, z enlarged to the size of x (MoVQ, Zheng et al. 2022, eq. 4). The 1×1
-    convolutions run before the nearest-neighbour enlargement, which gives the same. Only the width is enlarged in
-    memory; over height and time, scale and shift are broadcast.
+    ``norm(x) · conv_y(z) + conv_b(z)``, z upsampled to the size of x (MoVQ, Zheng et al. 2022, eq. 4). The 1×1
+    convolutions run before the nearest-neighbour upsampling, with the same result. Only the width is upsampled in
+    memory; scale and shift are broadcast over height and time.
 
     Args:
         channels: channels of the activation.
@@ -188,7 +187,7 @@ class Downsample3D(nn.Module):
 class Upsample3D(nn.Module):
     """Double height and width, smooth each frame, and double the frames after the first one if `compress_time`.
 
-    Smoothing comes before the doubling of frames: half the work, same result.
+    Frames are smoothed before they are doubled: half the work, same result.
     """
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:

@@ -1,4 +1,4 @@
-"""From a batch of the data to the inputs of the loss: latents encoded or from a cache, conditions, timesteps, noise.
+"""Data batch → inputs of the loss: encoded or cached latents, conditions, timesteps, noise.
 
 Legend: ``B T C H W`` latents, ``B F 3 H W`` videos, ``B 2C T H W`` moments of the autoencoder.
 """
@@ -25,9 +25,9 @@ def training_inputs(
     num_ranks: int = 1,
     idx: Sequence[int] | None = None,
 ) -> TrainingInputs:
-    """Encode a batch and draw everything random, sample by sample.
+    """Encode a batch and draw all random numbers, per sample.
 
-    A sample does not depend on its batch. Its generator gives, in this order: whether the text is dropped, level and
+    Samples are independent of their batch. Each generator draws, in this order: whether the text is dropped, level and
     noise of the first frame, whether the image is dropped, posterior noise, timestep, diffusion noise.
 
     Args:
@@ -38,7 +38,7 @@ def training_inputs(
         generators: one CPU generator per sample.
         rank: data-parallel rank, for a loss with ``uniform_sampling``.
         num_ranks: number of data-parallel ranks.
-        idx: timesteps instead of drawn ones.
+        idx: fixed timesteps instead of drawn ones.
     """
     loss_fn, conditioner, device = engine.require_loss(), engine.require_conditioner(), engine.device
     samples = []
@@ -60,7 +60,7 @@ def training_inputs(
 def _clean_latents(
     engine: SATVideoDiffusionEngine, clip: torch.Tensor, generator: torch.Generator, *, encoded: bool
 ) -> torch.Tensor:
-    """Return the latents of a clip (1, F, 3, H, W) or of its moments, padded in front with copies of the first."""
+    """Return the latents of a clip (1, F, 3, H, W) or of its moments, front-padded with copies of the first frame."""
     if encoded:
         latents = engine.latents_of(clip, generator=generator)
     elif engine.latent_input:

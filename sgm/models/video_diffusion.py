@@ -1,4 +1,4 @@
-"""The engine: network, denoiser, conditioner, autoencoder, sampler and loss of one model.
+"""The engine: network, denoiser, conditioner, autoencoder, sampler and loss.
 
 Legend: ``B T C H W`` latents and videos, converted here to ``B C T H W`` for the autoencoder. ``T`` counts latent
 frames, ``F`` video frames.
@@ -52,18 +52,18 @@ class SATVideoDiffusionEngine(nn.Module):
         conditioner_config: section of the conditioner.
         first_stage_config: section of the autoencoder.
         loss_fn_config: section of the loss; needed to train.
-        scale_factor: factor from the autoencoder's latents to those of the diffusion (about 1/σ).
+        scale_factor: multiplier from autoencoder latents to diffusion latents (about 1/σ).
         latent_input: the data are latents, not videos.
-        noised_image_input: the network takes image latents beside the noisy ones (image-to-video).
+        noised_image_input: the network takes image latents besides the noisy ones (image-to-video).
         noised_image_all_concat: repeat the image latents for every frame, instead of zeros after the first.
-        noised_image_dropout: share of training samples whose image latents are zeroed.
-        scale_image_latents: multiply image latents by `scale_factor`, like those of the video; None for the released
-            models' choice: yes with a temporal patch of 1, no (raw latents) with 2.
-        not_trainable_prefixes: frozen parameters; ``all`` is all but the adapters.
+        noised_image_dropout: fraction of training samples with zeroed image latents.
+        scale_image_latents: multiply image latents by `scale_factor`, like video latents; None follows the released
+            models: yes with a temporal patch of 1, no (raw latents) with 2.
+        not_trainable_prefixes: prefixes of frozen parameters; ``all`` freezes everything but the adapters.
         input_key: key of the video in a batch of the data.
-        en_and_decode_n_samples_a_time: samples that the autoencoder takes at once; None for the whole batch.
-        precision: ``fp16``, ``bf16`` or ``fp32``, in which the released weights were trained.
-        lora_train: only adapters are trained and saved.
+        en_and_decode_n_samples_a_time: batch size of the autoencoder; None for the whole batch.
+        precision: ``fp16``, ``bf16`` or ``fp32``: training precision of the released weights.
+        lora_train: train and save only the adapters.
         ofs: value of the ``ofs`` input of the 1.5 image-to-video network.
         compile_model: compile the network with ``torch.compile``.
         allocate: False builds network and autoencoder on the meta device, for `load_weights`.
@@ -130,7 +130,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.precision = precision
         self.lora_train = lora_train
         self.ofs = ofs
-        self.run_device: torch.device | None = None  # to be set if parameters are offloaded between forward passes
+        self.run_device: torch.device | None = None  # set if parameters are offloaded between forward passes
 
     @property
     def network(self) -> Any:
@@ -139,7 +139,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs: `run_device`, or that of the network's parameters."""
+        """Device of the inputs: `run_device`, or that of the network's parameters."""
         return next(self.network.parameters()).device if self.run_device is None else self.run_device
 
     @property
@@ -252,8 +252,8 @@ class SATVideoDiffusionEngine(nn.Module):
     def image_latents(self, image: torch.Tensor, num_latents: int) -> torch.Tensor:
         """Condition of image-to-video: the first frame's latents, then zeros.
 
-        They are the mean of the posterior, so that the condition does not depend on the seed. With a temporal patch of
-        2 and an odd `num_latents`, the padding frame in front repeats the first one, as in training.
+        The posterior mean is used, so that the condition does not depend on the seed. With a temporal patch of 2 and an
+        odd `num_latents`, the front padding repeats the first frame, as in training.
 
         Args:
             image: (B, 3, H, W) in −1..1.
@@ -274,7 +274,7 @@ class SATVideoDiffusionEngine(nn.Module):
         return torch.cat((first.expand(-1, 1 + padding, -1, -1, -1), rest), dim=1)
 
     def front_padding(self, num_latents: int) -> int:
-        """Latent frames to pad in front of `num_latents`, for full temporal patches."""
+        """Front padding of `num_latents` latent frames to full temporal patches."""
         return -num_latents % self.network.patch_size[0]
 
     def network_kwargs(self, num: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -325,11 +325,11 @@ class SATVideoDiffusionEngine(nn.Module):
             cond: conditions, each (B, ...).
             uncond: conditions of the unconditional branch.
             shape: (T, C, H, W) of one sample, without padding.
-            generators: one CPU generator per sample, for its initial noise and then that of the steps, so that a
-                sample depends on its own seed only.
+            generators: one CPU generator per sample, for its initial noise and then the noise of the steps; a sample
+                depends only on its own seed.
             concat: image latents from `image_latents`, of the padded length.
-            num_steps: replaces the configured number of steps.
-            scale: replaces the configured guidance scale.
+            num_steps: overrides the configured number of steps.
+            scale: overrides the configured guidance scale.
             progress: wraps the sequence of steps, as tqdm does.
 
         Returns:

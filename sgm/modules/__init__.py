@@ -1,4 +1,4 @@
-"""Building blocks that YAML names; ``sgm.modules.GeneralConditioner`` is one of the pinned targets."""
+"""Building blocks named in YAML; ``sgm.modules.GeneralConditioner`` is a pinned target."""
 
 from sgm.modules.encoders.modules import GeneralConditioner
 

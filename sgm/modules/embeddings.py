@@ -46,7 +46,7 @@ def sincos_positions_3d(
     Args:
         grid: (t, h, w) patches.
         dim: D, a multiple of 16.
-        interpolation: divisors of frame, row and column numbers: k squeezes k positions into one.
+        interpolation: divisors of frame, row and column numbers: k maps k positions to one.
 
     Returns:
         (N, D) float32, in the order t, h, w.
@@ -63,7 +63,7 @@ def sincos_positions_3d(
 
 
 def _over_grid(grid: Grid, *tables: tuple[int, torch.Tensor]) -> torch.Tensor:
-    """Expand tables (length of an axis, d) over the grid and join their channels: (N, sum of d)."""
+    """Expand tables (length of an axis, d) over the grid and concatenate their channels: (N, sum of d)."""
     parts = []
     for axis, table in tables:
         shape = [1, 1, 1, table.shape[1]]
@@ -90,7 +90,7 @@ def rope_table_3d(
         head_dim: channels of a head, a multiple of 16.
         num_text: text tokens in front of the patches.
         theta: base of the wavelengths.
-        device: where the tables go.
+        device: device of the tables.
 
     Returns:
         Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle; the sine is negative for
@@ -111,15 +111,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate pairs of neighbouring channels: (a, b) → (a·cos − b·sin, b·cos + a·sin).
 
     Args:
-        x: (B, S, heads, head_dim). Computed in float32, because bf16 angles lose the far positions.
+        x: (B, S, heads, head_dim). Computed in float32: bf16 angles are too coarse for large positions.
         cos: (S, head_dim) float32.
         sin: (S, head_dim) float32, negative for the first channel of a pair.
 
     Returns:
         As `x`, in its dtype.
     """
-    # A complex product takes one pass over memory instead of three, which is faster on a CPU. Compilers fuse the real
-    # form, and not every accelerator multiplies complex numbers.
+    # A complex product takes one pass over memory instead of three: faster on a CPU. Elsewhere use the real form:
+    # compilers fuse it, and not every accelerator supports complex numbers.
     return _rotate_complex(x, cos, sin) if x.is_cpu else _rotate_real(x, cos, sin)
 
 

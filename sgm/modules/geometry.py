@@ -1,8 +1,8 @@
-"""The frame counts and sizes that a model can make, from the parameters of its network.
+"""Legal frame counts and sizes of a model, from its network parameters.
 
-A video has F frames of H×W pixels; the VAE turns it into L = (F−1)/4 + 1 latent frames of H/8 × W/8; the network cuts
-those into patches of (time, height, width). With a temporal patch of 2 the network needs an even number of latent
-frames: one is padded at the front, and dropped after sampling.
+A video has F frames of H×W pixels; the VAE encodes it to L = (F−1)/4 + 1 latent frames of H/8 × W/8; the network splits
+them into patches of (time, height, width). With a temporal patch of 2 the network needs an even number of latent
+frames: an odd count is padded at the front, and the padding dropped after sampling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any, Self
 from sgm.util import InputError
 
 SPATIAL_COMPRESSION = 8
-FREE_SIZE = (768, 1360)  # default of CogVideoX1.5, whose maximum is much larger
+FREE_SIZE = (768, 1360)  # default of CogVideoX1.5; its maximum is much larger
 
 PatchSize = tuple[int, int, int]  # (time, height, width)
 Grid = tuple[int, int, int]  # patches in (time, height, width)
@@ -47,7 +47,7 @@ class Geometry:
         """Read the geometry from ``model.network_config.params``.
 
         Raises:
-            InputError: a parameter is missing, or is no whole number above 0.
+            InputError: a parameter is missing or not a positive integer.
         """
         rate = _count(params, "time_compressed_rate", 4)
         modules = params.get("modules") or {}
@@ -67,7 +67,7 @@ class Geometry:
 
     @property
     def image_conditioned(self) -> bool:
-        """Whether the network takes image latents beside the noisy ones (image-to-video)."""
+        """Whether the network takes image latents besides the noisy ones (image-to-video)."""
         return self.in_channels == 2 * self.out_channels
 
     @property
@@ -78,7 +78,7 @@ class Geometry:
 
     @property
     def size_steps(self) -> tuple[int, int]:
-        """The divisors of height and width, in pixels."""
+        """Required divisors of height and width, in pixels."""
         return self.patch_size[1] * SPATIAL_COMPRESSION, self.patch_size[2] * SPATIAL_COMPRESSION
 
     def video_frames(self, latents: int) -> int:
@@ -86,7 +86,7 @@ class Geometry:
         return self.time_compression * (latents - 1) + 1
 
     def padded_latents(self, latents: int) -> int:
-        """`latents` kept latent frames, padded to a multiple of the temporal patch."""
+        """Round `latents` kept latent frames up to a multiple of the temporal patch."""
         return -(-latents // self.patch_size[0]) * self.patch_size[0]
 
     def num_patches(self, latents: int, size: tuple[int, int]) -> int:
@@ -97,8 +97,8 @@ class Geometry:
     def kept_latents(self, sampling_num_frames: int) -> int:
         """Latent frames kept for a value of ``args.sampling_num_frames``.
 
-        With a temporal patch of 2, a count that fills whole patches includes the padding frame, as in the reference
-        release (22 stands for 21 kept latents, 81 frames).
+        With a temporal patch of 2, an even count includes the padding frame, as in the reference release (22 means 21
+        kept latents, 81 frames).
         """
         temporal = self.patch_size[0]
         if temporal > 1 and sampling_num_frames % temporal == 0:
@@ -106,15 +106,15 @@ class Geometry:
         return sampling_num_frames
 
     def legal_latents(self) -> list[int]:
-        """Every number of latent frames that can be kept, ascending."""
+        """Legal numbers of kept latent frames, ascending."""
         return list(range(1, self.max_latents + 1, self.patch_size[0]))
 
     def legal_frames(self) -> list[int]:
-        """Every number of video frames that can be made, ascending."""
+        """Legal numbers of video frames, ascending."""
         return [self.video_frames(latents) for latents in self.legal_latents()]
 
     def size_is_legal(self, height: int, width: int) -> bool:
-        """Whether videos of `height` × `width` pixels can be made."""
+        """Whether `height` × `width` pixels is a legal size."""
         if self.fixed_size:
             return (height, width) == self.max_size
         return all(
@@ -134,8 +134,8 @@ class Geometry:
     def size_for_image(self, height: int, width: int) -> tuple[int, int]:
         """Return the default size of a video that starts with an image of `height` × `width` pixels.
 
-        Models with temporal patches (CogVideoX1.5) keep the image's shape, with a short side of 768 pixels if the
-        maximum allows; the others make videos of their training size.
+        Models with temporal patches (CogVideoX1.5) keep the image's aspect ratio, with a short side of 768 pixels if
+        the maximum allows; the others use their training size.
         """
         if self.patch_size[0] == 1 or self.fixed_size:
             return self.max_size
@@ -153,7 +153,7 @@ def normalize_patch_size(patch_size: Any) -> PatchSize:
     """Return (time, height, width); ``2`` means 2×2 patches within a frame: (1, 2, 2).
 
     Raises:
-        InputError: neither a positive integer nor three of them.
+        InputError: neither one nor three positive integers.
     """
     sides = (1, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if not isinstance(sides, Sequence) or len(sides) != 3 or not all(map(_is_count, sides)):

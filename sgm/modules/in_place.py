@@ -1,4 +1,4 @@
-"""Functions of the largest tensors of network and VAE: they overwrite their input under `no_grad`, which saves a copy.
+"""In-place functions for the largest tensors of network and VAE: under `no_grad` they overwrite their input.
 
 Legend: ``S = L + N`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size.
 """
@@ -41,5 +41,5 @@ def multiply_add(
 
 def text_and_patches(tokens: torch.Tensor, num_text: int) -> tuple[torch.Tensor, ...]:
     """Split (B, S, D) into views of text and patches."""
-    # Not two slices: their backward pass would fill the gradient with zeros first.
+    # Not two slices: their backward pass would allocate zero-filled gradients.
     return tokens.split((num_text, tokens.shape[1] - num_text), dim=1)

@@ -1,1 +1,1 @@
-"""One sample on several ranks."""
+"""Parallelism within a sample: tensor, sequence and guidance parallel."""

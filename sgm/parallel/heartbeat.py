@@ -1,12 +1,12 @@
-"""Heartbeats: a rank that waits for a lost one names it, and ends.
+"""Heartbeats: when a rank is lost, the others report it and exit.
 
-Every rank writes heartbeats into the store of the job, which the launcher or rank zero holds, and reads those of the
-others, whatever its main thread does. The first rank that fails, or finds another one lost, records the reason in the
-store; the others report it and end with exit code 1.
+A background thread of every rank writes heartbeats into the job's store (held by the launcher or rank zero) and reads
+those of the others. The first rank that fails, or finds another one lost, records the reason in the store; the others
+report it and exit with code 1.
 
-Why not torchrun and the timeout of collectives alone: nothing would end a rank that waits outside of a collective after
-its launcher was killed, or without one; that a machine is gone would be noticed after the whole timeout; and the errors
-of gloo and NCCL name no rank.
+Why not torchrun and the timeout of collectives alone: a rank that waits outside a collective would never end if its
+launcher was killed or does not exist; a lost machine would be noticed only after the full timeout; and errors of gloo
+and NCCL do not name the rank.
 """
 
 import atexit
@@ -24,23 +24,24 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from sgm.util import RunError
 
-_WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; it waits where a collective failed
-_SUSPECT_TICKS = 5  # missed heartbeats that are enough after a collective failed
+_WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; waits: a collective failed
+_SUSPECT_TICKS = 5  # allowed missed heartbeats after a failed collective
 _CURE = "start the same command again (training goes on with args.resume=auto)"
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM received."""
 
 
 class Peers:
-    """The heartbeats of this rank and of the others.
+    """Send heartbeats of this rank and check those of the others.
 
     Args:
         rank: of this process.
         size: number of ranks.
-        timeout: of collectives. Heartbeats may be missing for min(timeout / 2, 120 s), and for min(timeout / 4, 10 s)
-            after a collective failed or SIGTERM came; then the main thread has min(timeout / 4, 5 s) to end.
+        timeout: of collectives. A rank is lost after min(timeout / 2, 120 s) without heartbeats, or
+            min(timeout / 4, 10 s) after a failed collective or SIGTERM; then the main thread has
+            min(timeout / 4, 5 s) to exit.
 
     Raises:
         DistError: a rank sends no heartbeat within `timeout`.
@@ -53,8 +54,8 @@ class Peers:
         self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._tick, self._grace = min(seconds / 4, 10) / _SUSPECT_TICKS, min(seconds / 4, 5)
         self._max_missed = round(min(seconds / 2, 120) / self._tick)
-        # A connection of its own: that of the groups is locked while it waits for a key. A prefix of its own: torchrun
-        # keeps the heartbeats of former processes when it restarts the ranks.
+        # A separate connection: that of the groups is locked while it waits for a key. A separate prefix: torchrun
+        # keeps old heartbeats when it restarts the ranks.
         store = TCPStore(host, port, wait_for_workers=False, timeout=timeout)
         self._store = PrefixStore(f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._state, self._count, self._reason, self._lost = _WORKS, 0, "", ""
@@ -64,7 +65,7 @@ class Peers:
         self._changed, self._found, self._closed = threading.Event(), threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
         self._handles_sigterm = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        if self._handles_sigterm:  # launchers send it when a rank is lost: do not end without naming that rank
+        if self._handles_sigterm:  # launchers send it when a rank is lost: name that rank before exiting
             signal.signal(signal.SIGTERM, self._terminate)
         self._exchanging = threading.Thread(target=self._exchange, daemon=True)
         self._exchanging.start()
@@ -89,7 +90,7 @@ class Peers:
         return [rank for rank, beat in enumerate(self._beats) if rank != self._rank and beat[0] in states]
 
     def _exchange(self) -> None:
-        """Send and receive heartbeats until this rank is done, or a reason to end is recorded; runs in a thread."""
+        """Thread: exchange heartbeats until this rank is done or a reason to exit is recorded."""
         try:
             while True:
                 is_last = self._state == _DONE and not (self._holds_store and self._others(_WORKS, _WAITS))
@@ -110,9 +111,9 @@ class Peers:
             self._store_failed = True
 
     def _watch(self) -> None:
-        """Count missed heartbeats; end the process if its main thread does not. Runs in a thread."""
+        """Thread: count missed heartbeats; end the process if its main thread hangs."""
         missed, missed_answers, beats, num_received = [0] * len(self._keys), 0, self._beats, 0
-        # Ticks, not times: a process that was stopped for a while must not take all others for lost.
+        # Ticks, not wall time: a process that was suspended must not consider all others lost.
         while not self._lost:
             if self._closed.wait(self._tick) or self._reason:
                 return
@@ -133,7 +134,7 @@ class Peers:
         os._exit(1)
 
     def _find_lost(self, missed: list[int], missed_answers: int) -> str:
-        """Return which rank, or the launcher, is lost; empty if none is."""
+        """Return a message naming the lost rank or launcher; empty if none is lost."""
         for rank in self._others(_WORKS, _WAITS):
             if missed[rank] >= self._max_missed:
                 seconds = f"{missed[rank] * self._tick:.0f} s"
@@ -145,7 +146,7 @@ class Peers:
         return ""
 
     def explain(self, error: BaseException) -> NoReturn:
-        """Raise `error`, or a RunError that names the lost rank from which it follows; the others learn the reason."""
+        """Raise `error`, or a RunError naming the lost rank that caused it; record the reason for the others."""
         self._is_ending = True
         lost = ""
         if (cause := _collective_error(error)) is not None:
@@ -163,7 +164,7 @@ class Peers:
         raise error
 
     def close(self) -> None:
-        """Send the last heartbeat, and stop; the rank that holds the store waits until the others are done."""
+        """Send the last heartbeat and stop; the rank that hosts the store waits until the others are done."""
         if self._closed.is_set():
             return
         atexit.unregister(self.close)
@@ -176,7 +177,7 @@ class Peers:
 
 
 def _collective_error(error: BaseException | None) -> BaseException | None:
-    """Return what a collective raised, or SIGTERM, among the causes of `error`."""
+    """Return the collective's error, or SIGTERM, from the causes of `error`."""
     while error is not None and type(error) is not RuntimeError and not isinstance(error, dist.DistError | _Terminated):
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""How many ranks work on one sample together, and which of them form a group."""
+"""Parallel sizes and the rank groups of each axis."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from sgm.util import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How many neighbouring ranks work on one sample together; the ranks after them work on other samples.
+    """Parallel sizes; consecutive ranks form the group of one sample.
 
-    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next. The axis with most traffic is the
-    innermost: neighbours are tensor parallel, then sequence parallel, then guidance parallel.
+    With 2 of 4 ranks, ranks 0 and 1 share one sample, ranks 2 and 3 the next. The axis with most traffic is
+    innermost: tensor parallel, then sequence parallel, then guidance parallel.
 
     Attributes:
-        context: ranks that share a video in the VAE (``cp_size``).
-        tensor: ranks that share the layers of the DiT (``model_parallel_size``).
-        sequence: ranks that share the tokens of a sample in the DiT (``sequence_parallel_size``).
-        cfg: ranks that share the conditional and the unconditional branch in sampling (``cfg_parallel_size``).
+        context: context parallel size of the VAE (``cp_size``).
+        tensor: tensor parallel size of the DiT (``model_parallel_size``).
+        sequence: sequence parallel size of the DiT (``sequence_parallel_size``).
+        cfg: guidance parallel size in sampling: one branch of CFG per rank (``cfg_parallel_size``).
     """
 
     context: int = 1
@@ -26,12 +26,12 @@ class Mesh:
 
     @property
     def network(self) -> int:
-        """Ranks that share one sample in the DiT."""
+        """Ranks per sample in the DiT."""
         return self.tensor * self.sequence * self.cfg
 
     @property
     def ranks(self) -> int:
-        """Ranks that work on one sample."""
+        """Ranks per sample."""
         return max(self.context, self.network)
 
     def groups(self, axis: str) -> list[list[int]]:
@@ -42,10 +42,10 @@ class Mesh:
         return [[first + stride * i for i in range(size)] for first in firsts]
 
     def check(self, num_processes: int) -> None:
-        """Compare the sizes with the number of processes, before anything is started.
+        """Check the sizes against the number of processes, before anything is started.
 
         Raises:
-            InputError: they do not divide it, or contradict each other; names the legal sizes.
+            InputError: they do not divide it, or contradict each other; the message lists the legal sizes.
         """
         network = {
             "args.model_parallel_size": self.tensor,

@@ -1,15 +1,15 @@
-"""Ring attention: exact attention over the tokens of several ranks, for any number of heads (Liu et al. 2023).
+"""Ring attention: exact sequence parallel attention, for any number of heads (Liu et al. 2023).
 
 Legend: ``B`` samples, ``s`` tokens of this rank, ``t`` tokens of a block, ``H`` heads, ``d`` channels of a head.
 
-Every rank keeps its queries. Blocks of keys and values, one per rank, travel around the ring; the next block is
-prefetched during attention over the present one. Attention over a block gives an output and the log-sum-exp of its
-scores, with which the outputs of several blocks are joined to the softmax over all of them:
+Every rank keeps its queries. Blocks of keys and values, one per rank, are passed around the ring; the next block is
+prefetched during attention over the current one. Attention over a block returns an output and the log-sum-exp of its
+scores, used to combine the blocks to the softmax over all of them:
 
     lse = log(e^lse₁ + e^lse₂),    out = e^(lse₁ - lse)·out₁ + e^(lse₂ - lse)·out₂
 
-The backward pass sends the blocks around once more. With the final ``lse``, each block's gradients can be computed
-alone; gradients of keys and values travel with their block, and are complete when it is home. Sums are in float32.
+The backward pass sends the blocks around the ring again. With the final ``lse``, the gradients of a block need no other
+block; gradients of keys and values travel with their block and are complete after a full round. Sums are in float32.
 
 Why `torch.ops.aten`: of the public functions that return a log-sum-exp, `flex_attention` has no backward pass on a CPU
 and holds all scores unless it is compiled, and `varlen_attn` has no kernel for a CPU. Why not
@@ -31,7 +31,7 @@ from sgm.util import InputError
 
 aten = torch.ops.aten
 
-# Maximum number of scores that attention without a fused kernel computes at a time: 256 MB in float32.
+# Maximum number of scores per chunk of unfused attention: 256 MB in float32.
 PLAIN_SCORES = 2**26
 
 
@@ -44,7 +44,7 @@ def ring_attention(
         q: (B, s, H, d), the tokens of this rank, with positions applied.
         k: the same shape.
         v: the same shape.
-        group: the ranks that share the sample, see `sgm.parallel.sequence`.
+        group: the sequence parallel group, see `sgm.parallel.sequence`.
         lengths: s of every rank.
 
     Returns:
@@ -103,7 +103,7 @@ class _Ring(torch.autograd.Function):
             if incoming is not None:
                 grad_block += incoming.wait()
             incoming = _Transfer(grad_block, ctx.group, ctx.lengths[(rank - step) % size])
-        assert incoming is not None  # a group has two ranks at least
+        assert incoming is not None  # a group has at least two ranks
         grad_k, grad_v = incoming.wait()
         return *(grad.transpose(1, 2).to(q.dtype) for grad in (grad_q, grad_k, grad_v)), None, None
 
@@ -124,7 +124,7 @@ def _blocks(block: torch.Tensor, group: dist.ProcessGroup, lengths: Sequence[int
 
 
 class _Transfer:
-    """Send a tensor to the next rank and receive one from the rank before, in the background.
+    """Asynchronously send a tensor to the next rank and receive one from the previous rank.
 
     Args:
         tensor: (..., t, d).
@@ -134,7 +134,7 @@ class _Transfer:
 
     def __init__(self, tensor: torch.Tensor, group: dist.ProcessGroup, length: int) -> None:
         rank, size = dist.get_rank(group), group_size(group)
-        self.sent = tensor  # kept alive until it has been sent
+        self.sent = tensor  # kept alive until sent
         self.received = tensor.new_empty((*tensor.shape[:-2], length, tensor.shape[-1]))
         self.requests = dist.batch_isend_irecv(
             [
@@ -153,7 +153,7 @@ class _Transfer:
 def _join(
     out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join attention over two sets of keys, (B, H, s, d) and (B, H, s) each; in float32."""
+    """Combine attention over two sets of keys, (B, H, s, d) and (B, H, s) each; in float32."""
     total = torch.logaddexp(lse, block_lse)
     out = out * (lse - total).exp()[..., None] + block_out.float() * (block_lse - total).exp()[..., None]
     return out, total
@@ -238,7 +238,7 @@ def _plain_backward(
 
 
 def _query_chunk(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Return the number of queries whose scores are computed at a time."""
+    """Return the number of queries per chunk."""
     return max(1, PLAIN_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
 
 

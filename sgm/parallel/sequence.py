@@ -1,25 +1,24 @@
-"""Sequence parallelism: the tokens of one sample are sharded over ranks, every one of which has all weights.
+"""Sequence parallelism: the tokens of a sample are sharded over ranks; weights are replicated.
 
 Legend: ``B`` samples, ``S`` tokens of a sample (text and patches), ``s`` tokens of this rank, ``H`` heads, ``h`` heads
 of this rank, ``d`` channels of a head.
 
-`split_sequence` keeps a rank's shard and `gather_sequence` all-gathers the shards; in between only attention needs the
-other ranks. `ulysses_attention` (Jacobs et al. 2023, DeepSpeed-Ulysses) exchanges tokens of all heads for all tokens of
-some heads, so it needs at least a head per rank; `sgm.parallel.ring_attention` has no such limit.
+`split_sequence` keeps a rank's shard, `gather_sequence` all-gathers the shards, and in between only attention
+communicates. `ulysses_attention` (Jacobs et al. 2023, DeepSpeed-Ulysses) exchanges tokens of all heads for all tokens
+of some heads, so it needs at least one head per rank; `sgm.parallel.ring_attention` has no such limit.
 
-All functions take the process group; with None, or a group of one rank, they communicate nothing. Every rank of the
+All functions take the process group; with None, or a group of one rank, they do not communicate. Every rank of the
 group must call them in the same order, and compute the same loss from the gathered tensor.
 
 Gradients. Between `split_sequence` and `gather_sequence`, the gradient of a shard is that slice of the one-rank
 gradient, and a weight gets the contribution of this rank's tokens: the SUM over the group is the one-rank gradient.
-Before the first and after the second, every rank computes the same: gradients are complete and equal on all ranks, and
-a sum would count them once per rank. A tensor that enters in between without `split_sequence`, and is the same on all
-ranks (the time embedding, a slice of a position table), counts as in between, with the weights that it comes from. A
-network can thus sum the gradients of all its weights if it splits its inputs before the first weight, and gathers after
-the last.
+Outside of this region every rank computes the same: gradients are complete and equal on all ranks, and must not be
+summed. Replicated tensors that enter the region without `split_sequence` (the time embedding, a slice of a position
+table) belong to it, with the weights that produce them. So a network can sum the gradients of all its weights if it
+splits its inputs before the first weight and gathers after the last.
 
 Why not `torch.distributed._functional_collectives`: gathering there sums gradients where a slice is right, takes shards
-of one size only, and its differentiable functions are private and renamed from release to release (those of
+of one size only, and its differentiable functions are private and renamed between releases (those of
 `torch.distributed.nn.functional` are deprecated). Why not DTensor: it shards 5 tokens over 4 ranks as 2, 2, 1, 0, and
 ring attention needs a token on every rank. Why not `deepspeed.sequence.layer.DistributedAttention`: it takes uneven
 heads, but only even shards of tokens; padding would need masks, which the fast attention kernels refuse.
@@ -40,7 +39,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def shard_sizes(length: int, size: int) -> list[int]:
-    """Divide `length` items over `size` ranks as evenly as possible; the first ranks take the remainder."""
+    """Shard `length` items over `size` ranks as evenly as possible; the first ranks get the remainder."""
     each, left_over = divmod(length, size)
     return [each + (rank < left_over) for rank in range(size)]
 
@@ -54,7 +53,7 @@ def sum_gradients(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Return `x`, whose gradient is all-reduced (summed) over the group in the backward pass.
 
     Args:
-        x: any shape; needs a gradient on all ranks of the group, or on none.
+        x: any shape; requires a gradient on all ranks of the group or on none.
         group: the ranks.
     """
     if not x.requires_grad or group_size(group) == 1:
@@ -65,17 +64,17 @@ def sum_gradients(x: torch.Tensor, group: Group) -> torch.Tensor:
         dist.all_reduce(total, group=group)
         return total
 
-    x = x.view_as(x)  # the hook sees this use of x alone
+    x = x.view_as(x)  # the hook applies only to this use of x
     x.register_hook(all_reduced)
     return x
 
 
 def split_sequence(x: torch.Tensor, group: Group, dim: int = 1) -> torch.Tensor:
-    """Return this rank's shard of a tensor that all ranks hold.
+    """Return this rank's shard of a replicated tensor.
 
     Args:
         x: any shape; the same on every rank.
-        group: the ranks that share the sample.
+        group: the sequence parallel group.
         dim: the sharded dimension, see `shard_sizes`.
 
     Returns:
@@ -92,21 +91,21 @@ def gather_sequence(x: torch.Tensor, group: Group, dim: int, length: int) -> tor
 
     Args:
         x: the shard of this rank, as `split_sequence` returns it.
-        group: the ranks that share the sample.
+        group: the sequence parallel group.
         dim: the sharded dimension.
-        length: its unsharded size.
+        length: its full size.
 
     Returns:
         The unsharded tensor, on every rank. The gradient of the shard is a slice of this rank's gradient of it.
 
     Raises:
-        ValueError: `x` has another size than this rank's shard of `length`.
+        ValueError: `x` does not have the size of this rank's shard of `length`.
     """
     if group_size(group) == 1:
         return x
     sizes = shard_sizes(length, group_size(group))
     check_shard(x, group, sizes, dim)
-    # Not every backend gathers shards of different sizes. They differ by one at most.
+    # Not every backend all-gathers uneven shards. Sizes differ by at most one.
     shape = list(x.shape)
     shape[dim] = max(sizes)
     padded = x.new_zeros(shape)
@@ -121,13 +120,13 @@ def gather_sequence(x: torch.Tensor, group: Group, dim: int, length: int) -> tor
 def ulysses_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group, lengths: Sequence[int], attention: Attention
 ) -> torch.Tensor:
-    """Attention over the tokens of all ranks, where each rank attends with some of the heads.
+    """Attention over the tokens of all ranks; each rank computes some of the heads.
 
     Args:
-        q: (B, s, H, d), the tokens of this rank, with positions applied: tokens are joined rank by rank.
+        q: (B, s, H, d), the tokens of this rank, with positions applied; tokens are concatenated in rank order.
         k: the same shape.
         v: the same shape.
-        group: the ranks that share the sample.
+        group: the sequence parallel group.
         lengths: s of every rank.
         attention: q, k, v (B, S, h, d) → (B, S, h, d) over all tokens, in any order of the tokens.
 
@@ -147,16 +146,16 @@ def ulysses_attention(
         )
     check_shard(q, group, lengths)
     tokens, heads = _Sharding(-3, lengths), _Sharding(-2, shard_sizes(num_heads, size))
-    packed = torch.stack((q, k.to(q.dtype), v.to(q.dtype)))  # one collective for the three
+    packed = torch.stack((q, k.to(q.dtype), v.to(q.dtype)))  # one collective instead of three
     q, k, v = _AllToAll.apply(packed, group, heads, tokens).unbind()
     return _AllToAll.apply(attention(q, k, v), group, tokens, heads)
 
 
 def check_shard(x: torch.Tensor, group: Group, lengths: Sequence[int], dim: int = 1) -> None:
-    """Compare this rank's shard with the sizes of all shards: a wrong size would let the other ranks wait forever.
+    """Check this rank's shard against the sizes of all shards: a wrong size would block the other ranks forever.
 
     Raises:
-        ValueError: the number of sizes is not that of ranks, or this rank's size is another.
+        ValueError: not one size per rank, or this rank's shard has another size.
     """
     rank, size = dist.get_rank(group), group_size(group)
     if len(lengths) != size or x.shape[dim] != lengths[rank]:
@@ -174,7 +173,7 @@ class _Sharding(NamedTuple):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Shard one dimension, unshard another; the backward pass is the reverse."""
+    """Shard one dimension, unshard another; reversed in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, shard: _Sharding, join: _Sharding) -> torch.Tensor:
@@ -188,7 +187,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup, shard: _Sharding, join: _Sharding) -> torch.Tensor:
-    """Send a shard along one dimension to every rank; join the received ones along another."""
+    """All-to-all: shard along one dimension, concatenate along another."""
     outgoing = x.split(list(shard.sizes), shard.dim)
     shapes = []
     for length in join.sizes:

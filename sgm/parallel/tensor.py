@@ -1,9 +1,9 @@
-"""Tensor parallelism: the sharded layers of the network on several ranks, and the gradients of the replicated rest.
+"""Tensor parallelism: sharded layers of the network, and gradients of its replicated parameters.
 
-`sgm.weights.partition` says which parameter is sharded along which dimension. A rank has its own heads and inner
-channels; a row layer ends with an all-reduce. Outside of them all ranks see the same tokens, so gradients of replicated
+`sgm.weights.partition` says which parameter is sharded along which dimension. Heads and inner channels are
+sharded; a row-parallel layer ends with an all-reduce. All other activations are replicated, so gradients of replicated
 parameters are complete and equal on all ranks, except those of the norms of queries and keys: `HeadNorm` sums them.
-Sums over sequence parallel ranks come on top, see `sgm.parallel.sequence`.
+Sums over sequence parallel ranks are separate, see `sgm.parallel.sequence`.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ from sgm.weights.partition import Shard, partition_of
 
 
 class HeadNorm(nn.LayerNorm):
-    """A layer norm for the heads of all ranks: the gradients of its parameters are summed over the ranks."""
+    """Layer norm over sharded heads: its parameter gradients are summed over the ranks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        # In the forward pass, not as hooks on the parameters: those may be replaced, and ZeRO-3 gathers them. Clones: a
-        # view would keep the memory of a parameter alive that ZeRO-3 frees after the layer.
+        # Not as parameter hooks: parameters may be replaced, and ZeRO-3 gathers them. Clones: a view
+        # would keep memory alive that ZeRO-3 frees after the layer.
         sum_gradient = sgm.distributed.layer_groups().copy_to_model_parallel_region
         weight, bias = (
             None if parameter is None else sum_gradient(parameter.clone()) for parameter in (self.weight, self.bias)
@@ -35,8 +35,8 @@ class HeadNorm(nn.LayerNorm):
 def average_gradients(x: torch.Tensor) -> torch.Tensor:
     """Return `x`, the input of the last layer, with its gradient divided by the number of tensor parallel ranks.
 
-    SAT sums this gradient over the ranks, as it expects a sharded last layer. Ours is replicated, and so its gradient
-    is complete and equal on every rank.
+    SAT sums this gradient over the ranks because it expects a sharded last layer. Ours is replicated: its gradient is
+    already complete and equal on every rank.
     """
     size = sgm.distributed.tensor_parallel_size()
     if size > 1 and x.requires_grad:
@@ -46,15 +46,15 @@ def average_gradients(x: torch.Tensor) -> torch.Tensor:
 
 
 def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
-    """Make SAT's LoRA adapters compute, and start, as those of one rank.
+    """Make SAT's sharded LoRA adapters initialise and compute as on one rank.
 
     Args:
-        layers: SAT's, of this rank.
-        layer_range: numbers of the layers with adapters, in the order in which SAT has made them.
+        layers: SAT's layers on this rank.
+        layer_range: indices of the layers with adapters, in SAT's creation order.
         shard: this rank's shard of the network.
     """
     for attention in (layers[index].attention for index in layer_range):
-        # SAT multiplies B by A times this rank's inputs, which is one term of a sum over the ranks.
+        # SAT computes B·A·x with this rank's inputs: one term of a sum over the ranks.
         attention.dense.forward = MethodType(_row_adapter_forward, attention.dense)
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
@@ -73,6 +73,6 @@ def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def mark_tensor_parallel(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Mark parameters for DeepSpeed, which sums the norms of sharded ones over the ranks, and counts others once."""
+    """Mark parameters for DeepSpeed's norms: it sums sharded ones over the ranks and counts replicated ones once."""
     for name, parameter in parameters:
         vars(parameter)["model_parallel"] = partition_of(name) is not None

@@ -1,7 +1,7 @@
-"""The tokens of one sample, sharded over the ranks that share it; used by the network's mixins.
+"""The tokens of a sample, sharded over the sequence parallel group; used by the network's mixins.
 
-Every rank has a shard of the text followed by a shard of the patches, and all weights. With one rank, nothing is
-sharded or sent. For gradients see `sgm.parallel.sequence`.
+Every rank has a shard of the text followed by a shard of the patches; weights are replicated. With one rank, nothing
+is sharded or sent. For gradients see `sgm.parallel.sequence`.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from sgm.util import InputError
 
 @dataclass(frozen=True)
 class TokenShards:
-    """The tokens of one sample, text first, and the ranks that share them.
+    """Token counts of a sample, text first, and its sequence parallel group.
 
     Attributes:
         num_text: L, text tokens of the sample.
         num_patches: N, patches of the sample.
         group: the ranks; None for one.
-        ring: use ring attention; with False Ulysses, with None Ulysses if there are enough heads.
+        ring: True for ring attention, False for Ulysses, None for Ulysses if there are enough heads.
     """
 
     num_text: int
@@ -47,7 +47,7 @@ class TokenShards:
 
     @property
     def size(self) -> int:
-        """Ranks that share the sample."""
+        """Sequence parallel size."""
         return group_size(self.group)
 
     @property
@@ -56,7 +56,7 @@ class TokenShards:
         return self.num_text if self.group is None else shard_sizes(self.num_text, self.size)[dist.get_rank(self.group)]
 
     def shard(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's shard of (B, L, ...) or (B, N, ...), which all ranks hold."""
+        """Return this rank's shard of the replicated tensor (B, L, ...) or (B, N, ...)."""
         return split_sequence(x, self.group, 1)
 
     def gather(self, patches: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The denoiser: from a network and noised latents to the denoised latents.
+"""The denoiser: network + noised latents → denoised latents.
 
 Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,).
 """
@@ -15,16 +15,16 @@ from sgm.util import append_dims, instantiate_from_config
 class DiscreteDenoiser:
     """D(x) = c_skip · x + c_out · F(c_in · x, c_noise); Karras et al. 2022, equation 7.
 
-    The network was trained on the levels of a table: every level is replaced by the nearest of these.
+    The network was trained on a table of levels; every level is rounded to the nearest entry.
 
     Args:
         num_idx: levels in the table.
-        discretization_config: the rule of the table, see `discretizer`.
+        discretization_config: how the table is computed, see `discretizer`.
         scaling_config: the four coefficients, see `denoiser_scaling`.
         weighting_config: the weight of a noise level, see `denoiser_weighting`.
-        quantize_c_noise: pass the level's position in the table to the network where the scaling gives a real number.
-            `VideoScaling` gives the timestep, an integer.
-        flip: the cleanest level has position 0.
+        quantize_c_noise: pass the level's table index to the network if the scaling returns a real number
+            (`VideoScaling` returns the timestep, an integer).
+        flip: index 0 is the cleanest level.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DiscreteDenoiser:
             **model_kwargs: further inputs of the network, such as ``ofs``.
 
         Returns:
-            The denoised latents (B, T, C, H, W), in float32 because at low noise they are a small correction of `x`.
+            The denoised latents (B, T, C, H, W), float32: at low noise they are a small correction of `x`.
         """
         position = self.table.nearest_idx(levels)
         scale = self.scaling(self.table.at(position), idx=idx)

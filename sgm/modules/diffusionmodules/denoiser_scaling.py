@@ -1,7 +1,7 @@
 """Scaling: the coefficients that turn network input and output into the denoised latents.
 
 D(x) = c_skip · x + c_out · F(c_in · x, c_noise); Karras et al. 2022, equation 7. The tensors here are (B,), float32.
-A scaling of your own is called as ``scaling(levels, idx=idx)`` and returns a `Preconditioning`.
+A custom scaling is called as ``scaling(levels, idx=idx)`` and returns a `Preconditioning`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Preconditioning:
         c_skip: weight of the noised input in the result.
         c_out: weight of the network's output in the result.
         c_in: scale of the network's input.
-        c_noise: the noise level as the network gets it; an integer tensor where it is a timestep.
+        c_noise: noise input of the network; an integer tensor if it is a timestep.
     """
 
     c_skip: torch.Tensor

@@ -1,12 +1,12 @@
-"""Weighting: the weight of a noise level in a loss that asks the denoiser for it, see `DiscreteDenoiser.w`."""
+"""Loss weights by noise level, for losses that call `DiscreteDenoiser.w`."""
 
 import torch
 
 
 class EpsWeighting:
-    """1/σ², an even loss for ε-prediction; Ho et al. 2020, equation 14 in terms of x0.
+    """1/σ²: uniform weight for ε-prediction; Ho et al. 2020, equation 14 in terms of x0.
 
-    Every released YAML names it. `loss.VideoDiffusionLoss` has a weight of its own and does not ask.
+    Every released YAML names it; `loss.VideoDiffusionLoss` uses its own weight instead.
     """
 
     def __call__(self, sigmas: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Discretization: the noise levels that a model is trained on, and those that a sampler visits.
+"""Discretization: noise levels for training and for sampling.
 
 A noise level is √ᾱ (`alphas_cumprod_sqrt`): 0 is pure noise, 1 is clean.
 """
@@ -17,14 +17,14 @@ class ZeroSNRDDPMDiscretization:
 
     √β is linear in the timestep, ᾱ the product of 1 − β (Ho et al. 2020, section 2). The shift
     ᾱ ← ᾱ / (s + (1 − s)·ᾱ) divides ᾱ/(1 − ᾱ) by s. The rescaling √ᾱ ← (√ᾱ − √ᾱ_T)·√ᾱ_0 / (√ᾱ_0 − √ᾱ_T)
-    (Lin et al. 2024, algorithm 1) applies to the timesteps that were chosen, so that every sampler starts from pure
-    noise, however few its steps. Computed in float64.
+    (Lin et al. 2024, algorithm 1) applies to the chosen timesteps, so that every sampler starts from pure noise,
+    with any number of steps. Computed in float64.
 
     Args:
         linear_start: β of timestep 0.
         linear_end: β of the last timestep.
         num_timesteps: timesteps of training.
-        shift_scale: s above; more than 1 makes every timestep noisier, which large frames need.
+        shift_scale: s above; s > 1 makes every timestep noisier, as large frames need.
         keep_start: choose β of timestep 0 so that the shift brings it to `linear_start`, instead of shifting it too.
         post_shift: shift after the rescaling instead of before the choice of timesteps.
     """
@@ -81,25 +81,25 @@ class ZeroSNRDDPMDiscretization:
         """Return √ᾱ of `n` timesteps as float64, the noisiest (exactly 0) first."""
         roots = self.alphas_cumprod[self.timesteps(n).numpy()] ** 0.5
         first, last = roots[0], roots[-1]
-        # One step alone is both ends of the schedule; it has to be pure noise.
+        # A single step is both ends of the schedule; it must be pure noise.
         roots = (roots - last) * (first / (first - last)) if n > 1 else np.zeros(1)
         if self.post_shift:
             roots = self._shift(roots**2) ** 0.5
         return roots[::-1]
 
     def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
-        """Return `levels` as float32 on the CPU; with `flip` the cleanest first, so that positions are timesteps."""
+        """Return `levels` as float32 on the CPU; with `flip` the cleanest first, so that indices are timesteps."""
         levels = self.levels(n)
         return torch.from_numpy((levels[::-1] if flip else levels).astype(np.float32))
 
 
 def discretization_from_config(config: Mapping[str, Any], n: int) -> Any:
-    """Build a discretization, and check that it can give `n` noise levels √ᾱ.
+    """Build a discretization and check that it returns `n` noise levels √ᾱ.
 
-    One of your own is called as `ZeroSNRDDPMDiscretization` is; samplers also call its `timesteps`.
+    A custom one needs the call signature of `ZeroSNRDDPMDiscretization`; samplers also call `timesteps`.
 
     Raises:
-        InputError: its levels are something else, for example σ, or there are not that many.
+        InputError: its levels are not √ᾱ (for example σ), or are fewer than `n`.
     """
     discretization = instantiate_from_config(config)
     levels = discretization(n)
@@ -126,19 +126,19 @@ class LevelTable:
 
     @classmethod
     def from_config(cls, discretization_config: Mapping[str, Any], num_idx: int, *, flip: bool) -> Self:
-        """Make the table of a discretization section."""
+        """Build the table of a discretization section."""
         return cls(discretization_from_config(discretization_config, num_idx)(num_idx, flip=flip))
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """Return the levels on `device`; the copy is kept."""
+        """Return the levels on `device`; the copy is cached."""
         if device not in self._on_device:
             self._on_device[device] = self._levels.to(device)
         return self._on_device[device]
 
     def at(self, idx: torch.Tensor) -> torch.Tensor:
-        """Return the levels float32 (B,) of the positions `idx` int64 (B,)."""
+        """Return the levels float32 (B,) at the indices `idx` int64 (B,)."""
         return self.on(idx.device)[idx]
 
     def nearest_idx(self, levels: torch.Tensor) -> torch.Tensor:
-        """Return the positions int64 (B,) of the entries nearest to `levels` (B,)."""
+        """Return the indices int64 (B,) of the entries nearest to `levels` (B,)."""
         return (levels.float()[:, None] - self.on(levels.device)[None, :]).abs().argmin(dim=1)

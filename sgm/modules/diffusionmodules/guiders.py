@@ -15,7 +15,7 @@ Cond = Mapping[str, torch.Tensor]
 
 
 class Guider(ABC):
-    """Guidance: the denoiser's inputs, and the guided result of its outputs."""
+    """Prepare the denoiser's inputs and combine its outputs."""
 
     @abstractmethod
     def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
@@ -36,7 +36,7 @@ class Guider(ABC):
 
 
 class IdentityGuider(Guider):
-    """No guidance: the conditional result alone, at half the cost."""
+    """No guidance: only the conditional branch, at half the cost."""
 
     def prepare_inputs(self, x: torch.Tensor, cond: Cond, uc: Cond | None) -> tuple[torch.Tensor, Cond]:
         """Return `x` and `cond` unchanged."""
@@ -45,7 +45,7 @@ class IdentityGuider(Guider):
     def combine(
         self, denoised: torch.Tensor, *, timestep: int, num_steps: int | None = None, scale: float | None = None
     ) -> torch.Tensor:
-        """Return `denoised` (B, ...) unchanged; a `scale` is an error, as it would have no effect."""
+        """Return `denoised` (B, ...) unchanged; passing a `scale` is an error."""
         if scale is not None:
             raise InputError(f"a guidance scale of {scale} has no effect with IdentityGuider; configure VanillaCFG")
         return denoised
@@ -55,7 +55,7 @@ class VanillaCFG(Guider):
     """Guidance with one scale for the whole schedule.
 
     Args:
-        scale: 1 follows the condition, more than 1 exaggerates it.
+        scale: 1 is no guidance; above 1 strengthens the condition.
     """
 
     def __init__(self, *, scale: float) -> None:
@@ -69,7 +69,7 @@ class VanillaCFG(Guider):
         """Return `x` twice (2B, ...), and every condition with its unconditional counterpart in front.
 
         Raises:
-            ValueError: a condition has no counterpart, or one of another shape.
+            ValueError: a condition has no counterpart, or their shapes differ.
         """
         uc = uc if uc is not None else {}
         if cond.keys() != uc.keys():
@@ -98,8 +98,8 @@ class DynamicCFG(VanillaCFG):
 
     Args:
         scale: largest rise of the scale above 1.
-        exp: a whole number, as the base is negative where t exceeds num_steps.
-        num_steps: steps of the sampler. A run with another number of steps replaces both.
+        exp: an integer, because the base is negative for t > num_steps.
+        num_steps: steps of the sampler; a run with another number of steps overrides both.
     """
 
     def __init__(self, *, scale: float, exp: float, num_steps: int) -> None:

@@ -23,9 +23,9 @@ class VideoDiffusionLoss:
     Args:
         sigma_sampler_config: the noise levels drawn, see `sigma_sampling.DiscreteSampling`.
         type: ``l2`` or ``l1``.
-        offset_noise_level: strength of one extra normal number per sample, added to all of its noise, which teaches
-            the model to change the mean of a video.
-        min_snr_value: largest weight. The weight is SNR + 1, so this bounds it as Min-SNR (Hang et al. 2023) does.
+        offset_noise_level: scale of one extra normal number per sample, added to all of its noise, so that the model
+            learns to change the mean of a video.
+        min_snr_value: maximum weight. The weight is SNR + 1, so this clamps it as in Min-SNR (Hang et al. 2023).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class VideoDiffusionLoss:
             x: clean latents (B, T, C, H, W).
             cond: conditions for the network.
             generator: source of the timesteps, then of the noise; torch's global one if None.
-            idx: timesteps (B,) instead of drawn ones, for example those that a data-parallel rank drew.
+            idx: timesteps (B,) instead of drawn ones, for example those of a data-parallel rank.
             noise: noise of the shape of `x`, instead of drawn noise.
             **model_kwargs: further inputs of the network.
         """

@@ -1,7 +1,7 @@
 """Samplers: from noise to latents, in the alphas_cumprod_sqrt parametrisation x = √ᾱ·x0 + √(1−ᾱ)·ε.
 
-Shapes: latents are (B, T, C, H, W). The arithmetic between network calls is float32 whatever the network's precision,
-because its small corrections add up over the steps.
+Shapes: latents are (B, T, C, H, W). The arithmetic between network calls is always float32, because small
+corrections accumulate over the steps.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ class SamplingSchedule:
 
     Attributes:
         timesteps: one per step, descending.
-        alphas_cumprod_sqrt: √ᾱ of these, ascending from 0, and then the clean end, 1: one more than steps.
+        alphas_cumprod_sqrt: √ᾱ at these timesteps, ascending from 0, then 1 (clean): num_steps + 1 values.
     """
 
     timesteps: list[int]
@@ -39,9 +39,9 @@ class StepState:
 
     Attributes:
         x: the sample, float32 (B, T, C, H, W).
-        denoised: the guided denoiser's result for `x`.
-        previous_denoised: the same of the step before, None at the first step.
-        a_previous: √ᾱ of the step before, None at the first step.
+        denoised: guided denoiser output for `x`.
+        previous_denoised: the same at the previous step, None at the first step.
+        a_previous: √ᾱ of the previous step, None at the first step.
         a: √ᾱ of `x`.
         a_next: √ᾱ after the update.
     """
@@ -59,10 +59,10 @@ class VideoSampler(ABC):
 
     Args:
         discretization_config: the noise levels visited, see `discretizer.ZeroSNRDDPMDiscretization`.
-        num_steps: network evaluations (each a doubled batch under guidance); `guiders.DynamicCFG` has a number of
-            steps of its own.
+        num_steps: network evaluations (each a doubled batch under guidance); `guiders.DynamicCFG` has its own
+            ``num_steps``.
         guider_config: see `guiders`; no guidance if None.
-        verbose: show the progress that the caller of a run provides.
+        verbose: use the `progress` that the caller passes.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class VideoSampler(ABC):
             x: initial noise (B, T, C, H, W).
             cond: conditions, each (B, ...).
             uc: unconditional conditions of the same names and shapes.
-            num_steps: replaces the configured number of steps, in the guidance too.
-            scale: replaces the configured guidance scale.
+            num_steps: overrides the configured number of steps, also in the guider.
+            scale: overrides the configured guidance scale.
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
             progress: wraps the sequence of step numbers, as tqdm does.
             **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
@@ -155,9 +155,8 @@ class VideoSampler(ABC):
 class VPSDEDPMPP2MSampler(VideoSampler):
     """SDE-DPM-Solver++(2M) for variance-preserving models; Lu et al. 2022, see `dpmpp_2m_sde_weights`.
 
-    After the initial noise, every step draws once for its first-order result, and every step but the first once more
-    for its second-order result, which is the one used from there on. So a seed gives the video that it gives in the
-    reference implementation.
+    Every step draws noise for its first-order result; every step but the first draws again for its second-order result,
+    which replaces the first. The order of draws matches the reference implementation, so seeds give the same video.
     """
 
     def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:

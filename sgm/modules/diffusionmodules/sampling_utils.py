@@ -1,4 +1,4 @@
-"""The arithmetic of the samplers: weights of one update, and noise that is drawn sample by sample.
+"""Arithmetic of the samplers: weights of one update, and noise drawn per sample.
 
 The weights are Python floats (float64) of the noise levels a = √ᾱ, s = √(1 − ᾱ), and finite at both ends of the
 schedule, pure noise (a = 0) and clean (s = 0).
@@ -30,11 +30,11 @@ def dpmpp_2m_sde_weights(a_previous: float | None, a: float, a_next: float) -> S
     """Return the weights of one step of SDE-DPM-Solver++(2M); Lu et al. 2022 (DPM-Solver++).
 
     x ← (s_next/s)·e^(−h)·x + a_next·(1 − e^(−2h))·D + s_next·√(1 − e^(−2h))·ε, where D is extrapolated from the
-    step before by k = h / (2·h_last). The extrapolation vanishes in the limit of a step from pure noise (h_last
-    infinite); a step to the clean end (h infinite) is of first order, as there is nothing to extrapolate to.
+    previous step by k = h / (2·h_last). The extrapolation vanishes in the limit of a step from pure noise (h_last
+    infinite); a step to the clean end (h infinite) is first-order.
 
     Args:
-        a_previous: √ᾱ of the step before, None at the first step.
+        a_previous: √ᾱ of the previous step, None at the first step.
         a: √ᾱ now, at least 0 and less than 1.
         a_next: √ᾱ to go to, more than `a`, at most 1.
     """
@@ -69,7 +69,7 @@ def apply_step(
     previous_denoised: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sample (B, T, C, H, W) after one update; terms of weight 0 are left out, not multiplied by 0."""
+    """Return the sample (B, T, C, H, W) after one update; terms of weight 0 are skipped."""
     if weights.extrapolation:
         assert previous_denoised is not None
         denoised = denoised + weights.extrapolation * (denoised - previous_denoised)
@@ -85,8 +85,8 @@ def draw_noise(x: torch.Tensor, generators: Sequence[torch.Generator] | None = N
 
     Args:
         x: gives shape, dtype and device.
-        generators: one per sample; each draws its sample's noise in float32 on its own device, so that a sample does
-            not depend on the others in the batch. None draws for the batch at once from torch's global generator.
+        generators: one per sample; each draws its sample's noise in float32 on its own device, so that a sample is
+            independent of the rest of the batch. None draws the whole batch from torch's global generator.
 
     Raises:
         ValueError: the number of generators is not B.

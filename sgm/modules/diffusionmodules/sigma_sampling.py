@@ -1,4 +1,4 @@
-"""Sigma sampling: the noise levels that a training step draws."""
+"""Sigma sampling: draw the noise levels of a training step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from sgm.util import InputError
 
 
 class DiscreteSampling:
-    """Timesteps drawn evenly, and the noise levels that a table gives them.
+    """Uniformly drawn timesteps, mapped to noise levels by a table.
 
     With `uniform_sampling`, data-parallel ranks draw from different parts of the schedule, so that each optimizer
     step sees all of it: the ranks form groups, and group g of G draws from [g, g + 1) · num_idx / G.
 
     Args:
-        discretization_config: the rule of the table, see `discretizer`.
+        discretization_config: how the table is computed, see `discretizer`.
         num_idx: timesteps.
-        flip: the cleanest level has timestep 0.
+        flip: timestep 0 is the cleanest level.
         uniform_sampling: spread the ranks over the schedule.
         group_num: groups with `uniform_sampling`; 0 for one per rank. Never more than ranks.
     """
@@ -40,7 +40,7 @@ class DiscreteSampling:
         self.group_num = group_num
 
     def bounds(self, rank: int, num_ranks: int) -> tuple[int, int]:
-        """Return the first timestep and the one after the last that `rank` of `num_ranks` draws from.
+        """Return the half-open timestep range [first, end) that `rank` of `num_ranks` draws from.
 
         Raises:
             InputError: the groups do not divide the ranks.
@@ -62,10 +62,10 @@ class DiscreteSampling:
         """Return timesteps, int64 (num_samples,), on the generator's device (the CPU without one).
 
         Args:
-            num_samples: how many.
+            num_samples: number of timesteps.
             generator: source of randomness; torch's global one if None.
             rank: this data-parallel rank.
-            num_ranks: data-parallel ranks; both matter to `uniform_sampling` only.
+            num_ranks: data-parallel ranks; both are used by `uniform_sampling` only.
         """
         low, high = self.bounds(rank, num_ranks)
         device = generator.device if generator is not None else "cpu"

@@ -1,4 +1,4 @@
-"""Between denoiser and network."""
+"""Wrapper between denoiser and network."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -38,8 +38,8 @@ class OpenAIWrapper(nn.Module):
             x: scaled noised latents (B, T, C, H, W).
             timesteps: (B,).
             cond: ``crossattn``, the text (B, L, D_text), and optionally ``concat``, image latents (B, T, C', H, W)
-                to put behind the channels of `x`.
-            ofs: (B,), for networks that have this embedding.
+                concatenated after the channels of `x`.
+            ofs: (B,), for networks with this embedding.
 
         Returns:
             The network's output (B, T, C_out, H, W).
@@ -47,7 +47,7 @@ class OpenAIWrapper(nn.Module):
         dtype = next((p.dtype for p in self.diffusion_model.parameters() if p.is_floating_point()), x.dtype)
         parts = [x, cond["concat"]] if "concat" in cond else [x]
         latents = torch.cat([part.to(dtype) for part in parts], dim=2)
-        # In sampling, two ranks may take one branch of guidance each, half of the batch.
+        # With guidance parallelism, each of two ranks computes one branch: half of the batch.
         group = sgm.distributed.cfg_group()
         own = partial(split_sequence, group=group, dim=0)
         optional: dict[str, Any] = {} if ofs is None else {"ofs": own(ofs)}

@@ -34,7 +34,7 @@ class _Entry:
 
 
 class GeneralConditioner(nn.Module):
-    """Encode a batch of raw conditions with the embedders of ``emb_models``, and join the embeddings along D.
+    """Encode a batch of raw conditions with the embedders of ``emb_models``; concatenate the embeddings along D.
 
     Args:
         emb_models: a list, possibly empty, of sections with
@@ -42,12 +42,12 @@ class GeneralConditioner(nn.Module):
             * ``target`` and ``params``: an ``nn.Module`` whose forward takes the batch entries named by ``input_key``
               (or, in order, ``input_keys``), each a list of B strings, and returns (B, L, D);
             * ``ucg_rate`` (0): the probability with which training drops a sample's embedding;
-            * ``legacy_ucg_value`` (null): the text that a dropped sample gets. Null zeroes the embedding instead;
+            * ``legacy_ucg_value`` (null): text of a dropped sample; null zeroes its embedding instead;
             * ``is_trainable`` (false): only false is supported.
 
     An embedder may also have ``check()``, which raises InputError if files are missing; ``release()``, which frees its
-    weights and is called after use where its attribute ``offload`` is ``release``; and a context manager
-    ``keep_loaded()``, within which it keeps its weights. With ``keep_loaded`` it offloads by itself.
+    weights and is called after use if its attribute ``offload`` is ``release``; and a context manager
+    ``keep_loaded()``, which defers offloading. With ``keep_loaded`` the embedder offloads itself.
 
     Example:
         ``conditioner({"txt": ["a red ball"]})["crossattn"]`` is (1, L, D).
@@ -73,8 +73,8 @@ class GeneralConditioner(nn.Module):
 
         Args:
             batch: for every input key a list of B strings.
-            generator: training passes one, and each sample is then dropped with its embedder's ``ucg_rate``,
-                independently of the others. Without it nothing is dropped.
+            generator: if given (training), drop each sample independently with the embedder's ``ucg_rate``; None
+                drops nothing.
             force_zero: input keys whose embeddings are zeroed for the whole batch.
 
         Returns:
@@ -137,7 +137,7 @@ class GeneralConditioner(nn.Module):
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
-        """Offload embedders only when the outermost such block ends, so that many prompts cost one load of weights."""
+        """Defer offloading to the end of the outermost block, so that many prompts load the weights once."""
         self._num_holds += 1
         try:
             with contextlib.ExitStack() as stack:
@@ -156,7 +156,7 @@ class GeneralConditioner(nn.Module):
         """Check the files of every embedder without reading weights.
 
         Raises:
-            InputError: something is missing or unreadable; the message lists all of it.
+            InputError: files are missing or unreadable; the message lists all of them.
         """
         problems = []
         for check in self._hooks("check").values():
@@ -190,17 +190,17 @@ class FrozenT5Embedder(nn.Module):
     Texts are padded to `max_length` with the pad token and encoded without an attention mask, as CogVideoX was
     trained. Every distinct text is encoded alone, so an embedding does not depend on its batch.
 
-    The weights are read on first use. They are no parameters of this module: nothing saves, casts or optimizes them.
-    `.to(device)` on this module, or on one that holds it, sets where T5 runs.
+    The weights are read on first use. They are not parameters of this module: never saved, cast or optimized.
+    `.to(device)` on this module or a parent sets the device of T5.
 
     Args:
         model_dir: a folder in the released layout: ``config.json``, ``spiece.model`` and safetensors weights, one
             file or shards with their index. Nothing is downloaded.
-        max_length: tokens per text, the end token included. A longer text is cut, with a warning that shows the rest.
-        device: where T5 runs; null follows the module.
+        max_length: tokens per text, the end token included. Longer texts are truncated, with a warning.
+        device: device of T5; null follows the module.
         dtype: ``fp32``, ``fp16`` or ``bf16``; null takes the dtype of the stored weights, except that fp16 weights run
             in fp32 on a CPU. Independent of the network's precision and of autocast.
-        offload: after use, ``none`` leaves the weights where they ran, ``cpu`` moves them to the CPU, ``release``
+        offload: after use, ``none`` keeps the weights on the device, ``cpu`` moves them to the CPU, ``release``
             frees them; the next use reads them again. See `keep_loaded`.
 
     Raises:
@@ -229,12 +229,12 @@ class FrozenT5Embedder(nn.Module):
             raise InputError(f"FrozenT5Embedder: max_length: {max_length} leaves no room for text; use at least 2")
         self.max_length = max_length
         self.offload = offload
-        self.known: Mapping[str, torch.Tensor] = {}  # embeddings (L, D) of texts that need not be encoded
+        self.known: Mapping[str, torch.Tensor] = {}  # embeddings (L, D) of cached texts
         self.folder = T5Folder(Path(model_dir).expanduser())
         self._dtype = PRECISIONS[dtype] if dtype else None
         self._run_device = torch.device(device) if device else None
         self._module_device = torch.device("cpu")
-        # In a list, which nn.Module does not look into: T5 must not appear among the parameters.
+        # In a list, which nn.Module does not register: T5 must not appear among the parameters.
         self._loaded: list[nn.Module] = []
         self._num_holds = 0
         self._warned: set[int] = set()
@@ -259,7 +259,7 @@ class FrozenT5Embedder(nn.Module):
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
-        """Offload only when the outermost such block ends, by an error too."""
+        """Defer offloading to the end of the outermost block, also on errors."""
         self._num_holds += 1
         try:
             yield
@@ -298,7 +298,7 @@ class FrozenT5Embedder(nn.Module):
         """Run T5 on different texts; return the embedding (1, L, D) of each."""
         with self.keep_loaded():
             model, device = self._model_on_device()
-            # T5 keeps its own precision even where the network runs under autocast.
+            # T5 keeps its own precision under the network's autocast.
             with torch.autocast(device.type, enabled=False):
                 hidden = {text: model(input_ids=self.tokenize([text]).to(device)).last_hidden_state for text in texts}
         return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
@@ -306,7 +306,7 @@ class FrozenT5Embedder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the token ids of B texts, cut or padded to L: (B, L) int64 on the CPU.
 
-        Source: the pieces of T5's sentencepiece model, then the end token, always (Raffel et al. 2020).
+        Source: pieces of T5's sentencepiece model, then always the end token (Raffel et al. 2020).
         """
         tokenizer = self.folder.tokenizer
         rows = []
@@ -320,7 +320,7 @@ class FrozenT5Embedder(nn.Module):
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def _warn_truncated(self, text: str, *, num: int, dropped: str) -> None:
-        # Training meets a caption in every epoch; warn once.
+        # Captions repeat every epoch; warn once.
         if hash(text) in self._warned:
             return
         self._warned.add(hash(text))
@@ -347,7 +347,7 @@ class FrozenT5Embedder(nn.Module):
         return torch.float32 if device.type == "cpu" and dtype is torch.float16 else dtype
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
-        # nn.Module calls this for .to(), .cuda() and the like: no tensor to move here, but a device to remember.
+        # nn.Module calls this for .to(), .cuda() etc.: there are no tensors to move, only the device to record.
         self._module_device = fn(torch.empty(0, device=self._module_device)).device
         return super()._apply(fn, recurse)
 
@@ -380,7 +380,7 @@ def _inputs(batch: Mapping[str, Any], entry: _Entry) -> list[list[str]]:
 
 
 def _draw_dropped(num: int, rate: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw which of `num` samples lose their condition: (B,) bool on the CPU."""
+    """Draw which of `num` samples drop their condition: (B,) bool on the CPU."""
     if generator is None or rate == 0:
         return torch.zeros(num, dtype=torch.bool)
     return (torch.rand(num, generator=generator, device=generator.device) < rate).cpu()

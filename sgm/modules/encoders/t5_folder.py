@@ -1,4 +1,4 @@
-"""A T5 encoder and its tokenizer on disk: checked and read.
+"""Check and read a T5 encoder and its tokenizer on disk.
 
 transformers, safetensors and sentencepiece are imported when they are needed.
 """
@@ -64,7 +64,7 @@ class T5Folder:
 
     @cached_property
     def shards(self) -> list[Path]:
-        """The weight files; those that an index lists may be missing."""
+        """The weight files; files listed in an index may be missing."""
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
             try:
@@ -80,7 +80,7 @@ class T5Folder:
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of most stored tensors, from the files' headers."""
+        """The most common dtype of the stored tensors, from the file headers."""
         from safetensors import safe_open
 
         counts: Counter[str] = Counter()
@@ -121,7 +121,7 @@ class T5Folder:
             loaded: Any = T5EncoderModel.from_pretrained(
                 str(self.path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except RuntimeError as error:  # how transformers reports shapes that do not fit
+        except RuntimeError as error:  # transformers reports mismatched shapes this way
             raise InputError(f"the weights in {self.path} do not fit its config.json: {error}") from error
         finally:
             if shows_progress:
