@@ -8,7 +8,7 @@ from sgm.config.load import load_config
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.weights.files import find_weights, read_tensors
-from tests.processes import only_run, train_all
+from tests.processes import asked, only_run, train_all
 
 MODEL, TABLE = "dit_i2v_5b", "model.diffusion_model.mixins.pos_embed.pos_embedding"
 ITERS, BATCH = 3, 4
@@ -39,10 +39,10 @@ def stage0(training_yaml, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(training_yaml, tmp_path_factory):
+def two_ranks(request, training_yaml, tmp_path_factory):
     """Return a function: name of a run → its folder."""
     top = tmp_path_factory.mktemp("two")
-    jobs = [options(top / name, 3, *more, world=2) for name, more in RUNS.items()]
+    jobs = [options(top / name, 3, *RUNS[name], world=2) for (name,) in asked(request, "name")]
     train_all([{"bases": training_yaml(MODEL), "overrides": job} for job in jobs], top, world=2)
     return lambda name: only_run(top / name)
 
@@ -67,12 +67,17 @@ def test_the_table_is_trained(stage0):
     assert float(change.abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("name", RUNS)
+def by_default(chosen: str) -> list:
+    """Return the names of all runs; but for `chosen`, they are slow."""
+    return [name if name == chosen else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", by_default("all sharded, recomputed"))
 def test_one_rank_trains_as_without_zero(stage0, training_yaml, tmp_path, name):
     overrides = options(tmp_path, 3, *RUNS[name])
     assert_same(train(load_config(training_yaml(MODEL), overrides, mode="train")).folder, stage0)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", by_default("all sharded"))
 def test_two_ranks_train_as_without_zero(stage0, two_ranks, name):
     assert_same(two_ranks(name), stage0)
