@@ -66,7 +66,7 @@ def model(tmp_path_factory):
     )
     torch.manual_seed(0)
     network = transformers.LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # large enough that what it says follows what it sees
+    with torch.no_grad():  # large enough that the output depends on the image
         for parameter in network.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)
     network.save_pretrained(folder)
@@ -75,7 +75,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Five clips, two of them in a folder of their own; lengths differ, one is shorter than --frames."""
+    """Five clips, two in a subfolder; lengths differ, one is shorter than --frames."""
     folder = tmp_path_factory.mktemp("data") / "videos"
     for k, name in enumerate(("a", "b", "c", "more/d", "more/e")):
         pictures = np.random.default_rng(k).integers(0, 255, (2 + 3 * k, 1, 1, 3), dtype=np.uint8)

@@ -112,7 +112,7 @@ def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_
 
     def killed(path, frames, fps):
         if len(written) == 1:
-            (path.parent / ".film_0001.1-0a.mp4").write_bytes(b"half")  # what atomic_file was writing
+            (path.parent / ".film_0001.1-0a.mp4").write_bytes(b"half")  # temporary file of atomic_file
             raise KeyboardInterrupt
         written.append(path)
         write_video(path, frames, fps)
@@ -124,7 +124,7 @@ def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_
     assert [path.name for path in (out / "videos").glob("[!.]*")] == ["film_0000.mp4"]
     assert len((out / "clips.jsonl").read_text().splitlines()) == 1
     before = (out / "videos/film_0000.mp4").stat()
-    monkeypatch.setattr(split_video, "find_scenes", None)  # what was found before is not looked for again
+    monkeypatch.setattr(split_video, "find_scenes", None)  # finished scenes are not detected again
     capsys.readouterr()
     assert run(film, out) == 0
     assert "3 clips, 2 of them new" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def parse_buckets(value: Any) -> Buckets:
             batch_size]}}``.
 
     Raises:
-        ConfigError: everything that is wrong with it.
+        ConfigError: lists all problems.
     """
     parser = _Parser()
     if isinstance(value, list):

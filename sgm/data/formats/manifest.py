@@ -179,7 +179,7 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
 
 
 def read_lines(root: Path, columns: Columns) -> Table:
-    """Read text files in which line n belongs to clip n: captions, paths of clips, and optionally of images.
+    """Read text files, line n for clip n: captions, paths of clips, and optionally of images.
 
     An empty line is an empty caption or no image; empty lines after the last clip are ignored.
 
@@ -257,7 +257,7 @@ def read_json(path: Path) -> Table:
     """Read a JSON file: a list of objects, or such a list under ``data``.
 
     Raises:
-        InputError: it is no JSON, or no such list.
+        InputError: not JSON, or no such list.
     """
     text = _text(path)
     try:
@@ -305,7 +305,7 @@ def read_jsonl(path: Path) -> Table:
     """Read a file with a JSON object on each line.
 
     Raises:
-        InputError: a line is no JSON object.
+        InputError: a line is not a JSON object.
     """
     faults, found = Faults(path), []
     for number, line in enumerate(_text(path).split("\n"), 1):

@@ -1,6 +1,6 @@
 """WebDataset archives: tar files in which the files of a sample share a name up to its first dot.
 
-Archives are not unpacked: the process that decodes a member reads it at its offset.
+Archives are not unpacked: decoding processes read members at their offset.
 """
 
 import json

@@ -18,7 +18,7 @@ INFO = VideoInfo(17, 8.0, 2.125, 64, 64)
 
 @pytest.fixture(autouse=True)
 def reading(monkeypatch, tmp_path):
-    """Keep small indices too, and note which clips are read."""
+    """Write small indices too, and record which clips are read."""
     read, probe = [], index.probe
     monkeypatch.setattr(index, "KEPT_FROM", 1)
     monkeypatch.setattr(index, "probe", lambda file: read.append(Path(str(file)).name) or probe(file))

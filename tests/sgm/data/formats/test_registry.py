@@ -311,7 +311,7 @@ def test_pictures_of_folders(tmp_path):
 
 
 def many_rows_csv(root: Path, count: int) -> None:
-    """A manifest, all clips of which are links to one."""
+    """A manifest whose clips are links to one file."""
     (root / "clips").mkdir()
     shutil.copy(format_files.CLIPS[0], root / "one.mp4")
     for number in range(count):
@@ -321,7 +321,7 @@ def many_rows_csv(root: Path, count: int) -> None:
 
 
 def many_rows_webdataset(root: Path, count: int, shard: int = 10_000) -> None:
-    """Archives of pictures, which are clips of one frame."""
+    """Archives of pictures (clips of one frame)."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(picture, "png")
     for first in range(0, count, shard):
