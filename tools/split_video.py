@@ -134,7 +134,7 @@ def make_plan(path: Path, settings: Settings) -> Plan:
     """
     info, times = scan(path)
     if info.num_frames < 2:
-        raise ClipError(path, "holds a single frame, which is no video")
+        raise ClipError(path, "holds a single frame, which is not a video")
     scenes = find_scenes(path, info, times, settings.threshold)
     clips, dropped = divide(scenes, settings)
     fps = info.fps if settings.fps is None else min(settings.fps, info.fps)
@@ -220,7 +220,7 @@ def _read_plan(file: Path) -> Plan:
         return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         cure = "remove it, and the clips and captions of its source, to cut that again"
-        raise InputError(f"{file} is no plan of this command ({error}); {cure}") from error
+        raise InputError(f"{file} is not a plan of this command ({error}); {cure}") from error
 
 
 def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> None:

@@ -143,7 +143,7 @@ def test_failed_clips_are_named_and_the_others_described(data, model, monkeypatc
     (data / "labels/a.txt").write_bytes(b"\xff\xfe\xff")
     assert run(data, model, "--batch_size", 2) == 1
     said = capfd.readouterr()
-    assert "broken.mp4: is no video" in said.err and "labels/a.txt is not UTF-8" in said.err
+    assert "broken.mp4: is not a video" in said.err and "labels/a.txt is not UTF-8" in said.err
     assert "6 clips: 4 described, 0 had captions, 2 failed" in said.out
     assert (data / "labels/a.txt").read_bytes() == b"\xff\xfe\xff" and not (data / "labels/broken.txt").exists()
     monkeypatch.setattr(caption_videos.Captioner, "describe", lambda _, clips, *__: [("", False)] * len(clips))

@@ -204,7 +204,7 @@ def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
     assert "come from another video of this name" in refused(other)
     assert "were cut with --fps None; give the same" in refused(film, "--fps", "8")
     (out / "cuts/film.json").write_text("{}")
-    assert "is no plan of this command" in refused(film)
+    assert "is not a plan of this command" in refused(film)
 
 
 @pytest.mark.parametrize("there", ["videos/film_0000.mp4", "videos/film_12345.mp4", "labels/film_0001.txt"])

@@ -90,7 +90,7 @@ def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool
     folder = find_state(path)
     if folder is None:
         if ema:
-            raise InputError(f"{path} is no ZeRO state; the averages of a run are the weights in RUN/<iteration>-ema")
+            raise InputError(f"{path} is not a ZeRO state; the averages of a run are in RUN/<iteration>-ema")
         return _from_files(path, dtype)
     state = read_zero_state(folder)
     what = "moving averages" if ema else "float32 weights"

@@ -119,7 +119,7 @@ def read_picture(path: str | ClipFile) -> np.ndarray:
     except FileNotFoundError as error:
         raise ClipError(path, "does not exist") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError(path, f"is no picture, or a damaged one: {error}") from error
+        raise ClipError(path, f"is not a picture, or a damaged one: {error}") from error
 
 
 def decode_all(path: str | ClipFile, num_frames: int) -> None:
@@ -167,7 +167,7 @@ def open_video(
 
 def _reason(error: Exception) -> str:
     if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
-        return "is no video, or a damaged one; copy or encode it again"
+        return "is not a video, or a damaged one; copy or encode it again"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 

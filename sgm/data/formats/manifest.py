@@ -248,7 +248,7 @@ def read_csv(path: Path) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         cure = "end each quoted field with a quote, and write one inside it twice"
-        faults.add(f"{path}:{line}", f"is no CSV: {error}, in the record that begins there; {cure}")
+        faults.add(f"{path}:{line}", f"is not CSV: {error}, in the record that begins there; {cure}")
     faults.refuse()
     return _text_table(path, header, records)
 
@@ -263,12 +263,12 @@ def read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: is no JSON: {error.msg} (column {error.colno})") from error
+        raise InputError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from error
     start = 0
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content, start = content["data"], _start_of_data(text)
     if not isinstance(content, list):
-        raise InputError(f"{path}:1: is no list; give a list of objects, or one under the key 'data'")
+        raise InputError(f"{path}:1: is not a list; give a list of objects, or one under the key 'data'")
     return _objects(path, zip(_lines_of_entries(text, start, len(content)), content, strict=True), Faults(path))
 
 
@@ -312,7 +312,7 @@ def read_jsonl(path: Path) -> Table:
         try:
             found += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
-            faults.add(f"{path}:{number}", f"is no JSON: {error.msg} (column {error.colno})")
+            faults.add(f"{path}:{number}", f"is not JSON: {error.msg} (column {error.colno})")
     return _objects(path, iter(found), faults)
 
 
@@ -341,7 +341,7 @@ def read_parquet(path: Path) -> Table:
     try:
         content = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"'{path}' is no Parquet file, or a damaged one: {error}") from error
+        raise InputError(f"'{path}' is not a Parquet file, or a damaged one: {error}") from error
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0

@@ -285,7 +285,7 @@ def test_what_is_no_whole_network_is_refused(family, tmp_path):
     [
         (["--to", "sat", "--max_shard_size", "1GB"], "--max_shard_size has no effect"),
         (["--to", "diffusers", "--file_format", "pt"], "--file_format is for the SAT layout"),
-        (["--to", "sat", "--ema"], "is no ZeRO state"),
+        (["--to", "sat", "--ema"], "is not a ZeRO state"),
         (["--to", "sat", "--checkpoint_path", "nowhere"], "cannot read nowhere"),
     ],
 )

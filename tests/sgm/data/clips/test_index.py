@@ -58,7 +58,7 @@ def test_bad_clips_are_read_again_each_time(folder, reading):
     (folder / "b.mp4").write_text("no video")
     for _ in range(2):
         first, second, third = clip_infos(rows(folder), folder)
-        assert (first, third) == (INFO, INFO) and "no video" in str(second)
+        assert (first, third) == (INFO, INFO) and "not a video" in str(second)
     assert reading.count("b.mp4") == 2 and len(reading) == 4
 
 
