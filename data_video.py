@@ -1,4 +1,4 @@
-"""The data sets that YAML names.
+"""Data sets named in YAML.
 
 Legend: F frames, H W pixels.
 """
@@ -24,7 +24,7 @@ from sgm.data.formats.registry import list_rows
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.util import InputError, RunError, default
 
-_CHUNK = 8  # frames resized at a time; all frames of a large clip as floats would fill gigabytes
+_CHUNK = 8  # frames resized at a time; a large clip as floats needs gigabytes
 RESHAPE_MODES = ("center", "random", "none")
 
 
@@ -39,7 +39,7 @@ class SFTDataset:
         data_dir: folder, manifest or archive; training passes each of ``args.train_data`` and ``args.valid_data``.
         video_size: (H, W) in pixels.
         fps: frames selected per second of the clip.
-        max_num_frames: F, one of 1, 5, 9, ...; a shorter clip repeats its last frame.
+        max_num_frames: F, one of 1, 5, 9, ...; shorter clips repeat the last frame.
         skip_frms_num: source frames skipped at both ends.
         skip_frames_start: source frames skipped at the start; None is `skip_frms_num`.
         skip_frames_end: source frames skipped at the end; None is `skip_frms_num`.
@@ -52,14 +52,14 @@ class SFTDataset:
         format: ``folder``, ``lines``, ``csv``, ``json``, ``jsonl``, ``parquet``, ``webdataset``, ``huggingface``, or
             ``auto``.
         caption_column: column, or file of lines, of captions; None selects it by its usual names.
-        video_column: the same for clips.
-        image_column: the same for first images.
+        video_column: likewise for clips.
+        image_column: likewise for first images.
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
 
     Raises:
-        InputError: a parameter is not usable, or the data set is malformed.
+        InputError: a parameter is invalid, or the data set is malformed.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class SFTDataset:
             index: of the clip.
             generator: on the CPU; four numbers are always drawn, for caption dropout, mirroring and the position of the
                 crop. None keeps the caption and the centre.
-            shape: (F, H, W) of a bucket; None is that of the configuration.
+            shape: (F, H, W) of a bucket; None uses the configured one.
 
         Raises:
             ClipError: the clip, its caption or its image cannot be used.
@@ -205,7 +205,7 @@ class SFTDataset:
     ) -> Self:
         """Return a copy whose samples have ``moments`` (2z, T, h, w) instead of ``mp4``.
 
-        It has the same clips; one that could not be encoded raises a ClipError, as without a cache.
+        It has the same clips; a clip that failed to encode raises a ClipError, as without a cache.
 
         Args:
             latents: moments of the clips.
@@ -221,10 +221,10 @@ class SFTDataset:
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
         """Open and check all clips; with `decode`, decode every frame.
 
-        Clips in a cache have been decoded, and are only opened if buckets depend on columns of a manifest.
+        Cached clips were decoded before, and are only opened if buckets depend on manifest columns.
         """
         cache, reports = self._cache, self.row_reports()
-        by_columns = self.buckets is not None  # columns decide about buckets, and can be wrong
+        by_columns = self.buckets is not None  # buckets depend on columns, which can be wrong
         opened = [
             i for i, row in enumerate(self.rows) if cache is None or cache.lacks(row.path) or (by_columns and row.info)
         ]
@@ -247,7 +247,7 @@ class SFTDataset:
         return reports
 
     def row_reports(self) -> list[RowReport]:
-        """Report the problems and metadata in the rows; open no clip."""
+        """Report problems and metadata from the rows, without opening clips."""
         return row_reports(self.rows)
 
     def clip_infos(self, *, num_threads: int = 8) -> list[VideoInfo | str]:
@@ -255,7 +255,7 @@ class SFTDataset:
         return clip_infos(self.rows, self.folder, num_threads=num_threads)
 
     def not_cached(self, shapes: Sequence[str | None]) -> list[str]:
-        """Return a line for each clip that the cache does not have at its shape; none without a cache.
+        """Return a line for each clip not cached at its shape; none without a cache.
 
         Args:
             shapes: FxHxW of each clip's bucket, or None.
@@ -303,7 +303,7 @@ class _Cache:
         return str(clip) in self.keys and any(key not in cache for cache, key in self._entries(clip))
 
     def wrong_shapes(self, clip: ClipFile, shape: str) -> list[str]:
-        """Return a line for each cache with another shape of a clip than FxHxW, or without the clip."""
+        """Return a line for each cache that lacks a clip at shape FxHxW."""
         lines = []
         for cache, key in self._entries(clip):
             there = cache.shapes.get(key, "left out, as it fitted no bucket")

@@ -3,7 +3,7 @@
     python -m benchmarks.bench                         CPU sizes, or released sizes where there is an accelerator
     python -m benchmarks.bench --sizes cpu --json bench.json
 
-The two alternate, so that other load on the machine affects both. Reported are the medians, the median of the ratios
+Calls alternate, so that other load affects both equally. Reported are the medians, the median of the ratios
 of neighbouring calls (below 1: ours is faster) and the largest difference of the outputs; see docs/benchmarks.md.
 """
 
@@ -34,7 +34,7 @@ class NetworkCase:
 
     Attributes:
         model: name of the released configuration.
-        size: to shrink it to; None for its own size.
+        size: reduced size; None keeps the released size.
         latents: (T, H, W) of the input of the forward pass.
         train_latents: (T, H, W) of the input of forward and backward pass.
     """
@@ -95,10 +95,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure.
+    """Measurement settings.
 
     Attributes:
-        device: where both sides run.
+        device: device of both sides.
         dtype: of weights and inputs.
         repeats: timed calls of each side.
         cpu_time: measure processor time instead of wall time, on a busy CPU.

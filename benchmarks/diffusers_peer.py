@@ -1,4 +1,4 @@
-"""The diffusers twin of a network or VAE of ours, with the same weights, for the benchmark and for tests."""
+"""diffusers twins of our networks and VAEs, with the same weights, for benchmarks and tests."""
 
 from typing import Any, TypeVar
 

@@ -77,7 +77,7 @@ def spatial_interpolation(section: dict[str, Any]) -> float:
 
 
 def build_network(section: dict[str, Any], *, device: torch.device | None = None, dtype=torch.float32, seed: int = 0):
-    """Build a `DiffusionTransformer` with random weights, none of them zero, so that every part has an effect."""
+    """Build a `DiffusionTransformer` with random nonzero weights, so that every layer has an effect."""
     network: DiffusionTransformer = _build(section, device, dtype, seed)
     position = network.get_mixin("pos_embed")
     if isinstance(position, Basic3DPositionEmbeddingMixin):

@@ -1,4 +1,4 @@
-"""Time the decoding of one video by several ranks, one thread each, against one rank with one thread.
+"""Time context parallel decoding, one thread per rank, against one rank with one thread.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 -m benchmarks.shared_decode
 

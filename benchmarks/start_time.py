@@ -1,4 +1,4 @@
-"""Print how long the scripts take to answer ``--help``, and ``--check`` of the toy.
+"""Print the run time of ``--help`` of the scripts, and of ``--check`` of the toy.
 
     python -m benchmarks.start_time
     python -m benchmarks.start_time --runs 3
@@ -23,7 +23,7 @@ COMMANDS = (
 
 
 def seconds(command: str) -> float:
-    """Return how long a new Python process takes for `command`, words separated by spaces.
+    """Return the run time of `command` (space-separated words) in a new Python process.
 
     Raises:
         SystemExit: the command fails; with its messages.

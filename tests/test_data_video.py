@@ -294,7 +294,7 @@ def test_failed_clips_of_a_cache_are_treated_as_without_a_cache(tmp_path, monkey
         clip(tmp_path / f"videos/{name}.mp4", num_frames=9)
     (tmp_path / "videos/c.mp4").write_text("no video")
     plain = dataset(tmp_path)
-    cached = from_cache(plain, tmp_path / "cache", b="frame 7 is damaged", c="is no video")
+    cached = from_cache(plain, tmp_path / "cache", b="frame 7 is damaged", c="is not a video")
     assert len(cached) == len(plain) and cached.paths == plain.paths
     assert [report.problems for report in cached.check()] == [report.problems for report in plain.check()]
     assert [report.problems for report in cached.row_reports()] == [()] * 4

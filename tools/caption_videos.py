@@ -43,8 +43,8 @@ PROMPT = (
 )
 _FETCH = "fetch a vision-language model tuned to instructions first, with: hf download NAME --local-dir FOLDER"
 MAX_READERS = 8  # threads that decode
-# Batches between all-gathers of the reports: few enough that no rank waits at the end until the timeout of the process
-# group, and enough that none often waits for a long caption of another.
+# Batches between all-gathers of the reports: few enough to stay below the timeout of the process group, enough that
+# ranks rarely wait for each other's long captions.
 BATCHES_BETWEEN_REPORTS = 8
 
 
@@ -62,11 +62,11 @@ class Captioner:
 
     Args:
         folder: of transformers: ``config.json``, safetensors, tokenizer, image processor and chat template.
-        dtype: to compute in; None takes that of the files.
+        dtype: compute dtype; None uses that of the files.
         device: to compute on.
 
     Raises:
-        InputError: the folder holds no such model; the message says what is wrong with it.
+        InputError: the folder is not such a model; the message gives the reason.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> None:
@@ -203,7 +203,7 @@ def work(options: argparse.Namespace) -> None:
     options.folder = options.folder.expanduser()
     if distributed.is_launched():
         distributed.initialize()
-    # One list for all ranks: a rank that lists later would see captions of the others.
+    # Broadcast one list: a rank that lists later would see captions of the others.
     found = distributed.broadcast_from_rank_zero(_list_clips(options) if is_rank_zero() else None)
     if isinstance(found, InputError):
         raise found
@@ -235,7 +235,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def _list_clips(options: argparse.Namespace) -> tuple[list[Path], list[str], int] | InputError:
-    """Return `clips_to_describe`, or the error, since the other ranks wait for the broadcast."""
+    """Return `clips_to_describe`, or the error, to broadcast it to the other ranks."""
     try:
         require_writable(options.folder)
         return clips_to_describe(options.folder, overwrite=options.overwrite)

@@ -4,7 +4,7 @@
     python tools/inspect_checkpoint.py ckpts/sft-06-30-12-00 --json
     python tools/inspect_checkpoint.py my-lora/pytorch_lora_weights.safetensors --tensors
 
-Only headers are read, so large files take no longer than small ones.
+Only headers are read, so the time does not depend on the file size.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from typing import Any
 
 from sgm.cli import EXIT_CODES, run_command
 
-PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # whether they take an image
+PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # pipeline → takes an image
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def _wrong(message: str) -> Exception:
-    from sgm.util import InputError  # after parsing, so that --help answers at once
+    from sgm.util import InputError  # after parsing, so that --help is fast
 
     return InputError(message)
 
@@ -200,7 +200,7 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
     except (OSError, ValueError) as error:
         raise _wrong(f"diffusers cannot load {options.model_path}: {error}") from error
     if options.scheduler:
-        # "trailing" starts from the last timestep, as the sampler of this project.
+        # "trailing" starts from the last timestep, like this project's sampler.
         scheduler = getattr(diffusers, SCHEDULERS[options.scheduler])
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     if plan.lora is not None:

@@ -57,7 +57,7 @@ def config_of(model: str, files: tuple[str, ...], mode: Mode) -> Config:
 
 
 def estimate(model: str, devices: int, files: tuple[str, ...], mode: Mode) -> Estimate:
-    """Estimate a row: what one of `devices` processes needs."""
+    """Estimate a row: memory and traffic of one of `devices` processes."""
     os.environ["WORLD_SIZE"] = str(devices)  # as a launcher sets it
     config = config_of(model, files, mode)
     dtype = PRECISIONS[config.model["precision"]]

@@ -23,7 +23,7 @@ EXAMPLES = (
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; ``section.key=value`` may stand anywhere."""
+    """Parse the command line; ``section.key=value`` may appear anywhere."""
 
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the cache")
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Encode, or check; the number of failures is written to ``options.num_failed``."""
-    import sgm.distributed  # after parsing, so that --help answers at once
+    import sgm.distributed  # after parsing, so that --help is fast
     from sgm.config.load import load_config
     from sgm.data.cache import Kind
     from sgm.data.rows import listed

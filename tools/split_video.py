@@ -36,20 +36,20 @@ from sgm.util import InputError
 logger = get_logger("split_video")
 
 PLANS, MANIFEST = "cuts", "clips.jsonl"
-DETECTION_WIDTH = 256  # pixels of the frames that are compared; small frames show cuts, but no grain
+DETECTION_WIDTH = 256  # width of compared frames in pixels; small frames show cuts without grain
 FLASH_SECONDS = 0.5  # two changes within this time are a flash or a dissolve
 _TOLERANCE = 1e-6  # of times, in seconds: they are rounded to the time base of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How sources are cut; the same for all clips of a folder."""
+    """Settings of the cut, common to all clips of a folder."""
 
-    fps: float | None  # frame rate of clips; None is that of the source
-    size: Sequence[int] | None  # [height, width] of clips; None is that of the source
+    fps: float | None  # frame rate of clips; None keeps the source's
+    size: Sequence[int] | None  # [height, width] of clips; None keeps the source's
     min_seconds: float  # shorter scenes and pieces are dropped
-    max_seconds: float  # longer scenes are divided
-    threshold: float  # change between consecutive frames that is a cut, on the scale of PySceneDetect's ContentDetector
+    max_seconds: float  # longer scenes are split
+    threshold: float  # frame difference that counts as a cut, on the scale of PySceneDetect's ContentDetector
 
     def check(self) -> None:
         """Raise an InputError for an illegal value."""
@@ -70,7 +70,7 @@ class Plan:
     """The clips of one source."""
 
     source: str
-    num_bytes: int  # file size, to notice another video of the same name
+    num_bytes: int  # file size, to detect another video of the same name
     settings: dict  # `Settings` as JSON
     fps: float  # frame rate of the clips
     clips: list[tuple[float, float]]  # start and end of each in seconds of the source's timestamps
@@ -83,9 +83,9 @@ class Plan:
 
 
 def divide(scenes: Sequence[tuple[float, float]], settings: Settings) -> tuple[list[tuple[float, float]], float]:
-    """Divide scenes, (start, end) in seconds, into clips; return them, and the dropped seconds.
+    """Split scenes, (start, end) in seconds, into clips; return them, and the dropped seconds.
 
-    A long scene is divided into the smallest number of equal clips of at most the maximum length. If these are shorter
+    A long scene is split into the smallest number of equal clips of at most the maximum length. If these are shorter
     than the minimum, clips of the maximum length are taken from its start, and the rest is dropped.
     """
     clips = []
@@ -127,14 +127,14 @@ def find_scenes(path: Path, info: VideoInfo, times: np.ndarray, threshold: float
 
 
 def make_plan(path: Path, settings: Settings) -> Plan:
-    """Detect the scenes of a video and divide them into clips.
+    """Detect the scenes of a video and split them into clips.
 
     Raises:
         ClipError: the video cannot be read.
     """
     info, times = scan(path)
     if info.num_frames < 2:
-        raise ClipError(path, "holds a single frame, which is no video")
+        raise ClipError(path, "holds a single frame, which is not a video")
     scenes = find_scenes(path, info, times, settings.threshold)
     clips, dropped = divide(scenes, settings)
     fps = info.fps if settings.fps is None else min(settings.fps, info.fps)
@@ -170,7 +170,7 @@ def _select_frames(clips: Sequence[tuple[float, float]], times: np.ndarray, plan
     """Return the source frames of each clip in display order; sparse frames are repeated."""
     selected = []
     for begin, end in clips:
-        low = max(int(np.searchsorted(times, begin + _TOLERANCE)) - 1, 0)  # the frame that is shown at that time
+        low = max(int(np.searchsorted(times, begin + _TOLERANCE)) - 1, 0)  # the frame displayed at that time
         high = max(int(np.searchsorted(times, end - _TOLERANCE)), low + 1)
         num = max(round((end - begin) * plan.fps), 1)
         try:
@@ -220,7 +220,7 @@ def _read_plan(file: Path) -> Plan:
         return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         cure = "remove it, and the clips and captions of its source, to cut that again"
-        raise InputError(f"{file} is no plan of this command ({error}); {cure}") from error
+        raise InputError(f"{file} is not a plan of this command ({error}); {cure}") from error
 
 
 def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> None:

@@ -42,7 +42,7 @@ class LoraFacts:
         rank: of the matrices; the largest if they differ.
         alpha: numerator of the scale; None if unknown.
         layers: layers with adapters, ascending.
-        base: the checkpoint that they were trained on, as the file records it.
+        base: checkpoint they were trained on, as recorded in the file.
     """
 
     rank: int
@@ -59,7 +59,7 @@ class StateFacts:
         zero_stage: 0 to 3.
         ranks: number of ranks that wrote it.
         iteration: optimizer steps done.
-        ema: whether it holds moving averages; None if the names do not tell.
+        ema: whether it holds EMA weights; None if unknown.
     """
 
     zero_stage: int
@@ -70,12 +70,12 @@ class StateFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Description of a file or folder. Sizes of a pipeline are those of all its parts, sizes of a run of its weights.
+    """Description of a file or folder. Sizes are of all parts for a pipeline, of the weights for a run.
 
     Attributes:
         path: the file or folder.
         kind: e.g. ``SAT network``, ``diffusers pipeline``, ``ZeRO state``.
-        candidates: all shipped models that it may be, or be adapters for.
+        candidates: shipped models that match, for weights or adapters.
         generation: ``1.0`` or ``1.5``, of a transformer.
         num_tensors: number of tensors.
         num_parameters: number of their elements.
@@ -106,7 +106,7 @@ class Inspection:
 
     @property
     def model(self) -> str | None:
-        """The shipped model with these shapes; None for others, and if several have them."""
+        """The only shipped model with these shapes, otherwise None."""
         return self.candidates[0] if len(self.candidates) == 1 else None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _weights(path: Path) -> Inspection:
     return dataclasses.replace(_described(path, tensors, adapters=adapters), iterations=iterations)
 
 
-# In this order: a run folder contains a state and weights, and a state looks like weights in the SAT layout.
+# Order matters: a run folder contains a state and weights, and a state looks like SAT weights.
 DETECTORS: Sequence[Callable[[Path], Inspection | None]] = (_run_folder, _state, _pipeline, _weights)
 
 
@@ -295,7 +295,7 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
 
 
 def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None = None) -> tuple[str, ...]:
-    """Return the shipped models of a hidden size that have these layers; with `found`, those of exactly this shape."""
+    """Return the shipped models with this hidden size and these layers; with `found`, those with exactly this shape."""
     exact = found and (found.hidden_size, found.num_layers, found.in_channels, found.temporal_patch)
     keys = [key for key in CONFIGS if key[0] == hidden_size and max(layers, default=0) < key[1]]
     return tuple(_MODELS[CONFIGS[key]] for key in keys if exact in (None, key))

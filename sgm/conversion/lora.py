@@ -1,7 +1,7 @@
 """Export LoRA adapters of SAT checkpoints to diffusers, or merge them into the weights.
 
-The method and the names in SAT are described in sgm.weights.adapters. SAT adapts one matrix of query, key and value by
-three pairs; diffusers adapts four modules by a pair each, so every pair has one counterpart, with equal numbers::
+The method and the names in SAT are described in sgm.weights.adapters. SAT adapts the fused query-key-value matrix by
+three pairs; diffusers adapts four modules by one pair each. Pairs map one to one, with equal values::
 
     transformer.layers.<i>.attention.query_key_value.matrix_{A,B}.<0, 1, 2>     A [r, D], B [D, r]
     transformer_blocks.<i>.attn1.{to_q, to_k, to_v}.lora_{A,B}.weight
@@ -37,11 +37,11 @@ from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
 
 logger = get_logger(__name__)
 
-FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers searches a folder for
+FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
-KEY_PREFIX = "transformer."  # of the names that pipelines of diffusers take
+KEY_PREFIX = "transformer."  # prefix of names in diffusers pipelines
 
-# Adapted projections of a SAT layer, and the modules of a diffusers block that their pairs become, in order.
+# Adapted projections of a SAT layer → modules of a diffusers block, one per pair, in order.
 TARGETS = {"attention.query_key_value": QKV_PARTS, "attention.dense": (OUTPUT,)}
 
 
@@ -53,7 +53,7 @@ class Lora:
         path: their file.
         rank: r.
         alpha: numerator of the scale.
-        tensors: the matrices, and the network under them if it was asked for; not yet read.
+        tensors: the matrices, and the base network if requested; lazy.
     """
 
     path: Path
@@ -65,17 +65,17 @@ class Lora:
 def read_lora(
     path: str | Path, *, base: str | Path | None = None, alpha: float | None = None, network: bool = True
 ) -> Lora:
-    """Find the adapters in a checkpoint of adapters alone, or of a whole network with LoRA.
+    """Find the adapters in an adapters-only checkpoint or a whole network with LoRA.
 
     Args:
-        path: what :func:`sgm.weights.files.find_weights` understands.
-        base: the same, for the network under adapters that come alone; else the path that their file records.
-        alpha: for files without it, which reference code wrote.
+        path: as for :func:`sgm.weights.files.find_weights`.
+        base: likewise, for the base of an adapters-only file; None uses the recorded path.
+        alpha: for files without it (written by reference code).
         network: whether to return the network too.
 
     Raises:
-        InputError: the file holds no LoRA or an incomplete one, alpha is unknown or contradicts the file, or the base
-            is not found or another one.
+        InputError: LoRA is missing or incomplete, alpha is unknown or contradicts the file, or the base is missing or
+            has another digest.
     """
     file = find_weights(path)
     tensors = _network_of(file)
@@ -88,7 +88,7 @@ def read_lora(
         logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", file)
     if network:
         base_file = find_base(file, base, option="--base_ckpt ")
-        if base_file is not None:  # adapters in the base are replaced: those of the file continue their training
+        if base_file is not None:  # adapters in the base are replaced by those of the file
             tensors = {name: t for name, t in _network_of(base_file).items() if not is_adapter(name)} | matrices
     return Lora(path=file, rank=rank, alpha=alpha, tensors=tensors if network else matrices)
 
@@ -98,10 +98,10 @@ def adapters_to_diffusers(
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Translate LoRA adapters to the names and header that ``load_lora_weights`` of diffusers reads.
 
-    Pairs of zeros are left out: `sgm.conversion.lora_import` fills them in for modules without adapters.
+    All-zero pairs are skipped: `sgm.conversion.lora_import` adds them for modules without adapters.
 
     Args:
-        tensors: with the matrices among them.
+        tensors: including the LoRA matrices.
         alpha: numerator of the scale.
         key_prefix: of the names, also in the header.
 
@@ -109,7 +109,7 @@ def adapters_to_diffusers(
         The tensors, and the metadata for the header of their safetensors file.
 
     Raises:
-        InputError: matrices that lack a partner, of several ranks, or all zero.
+        InputError: matrices without a partner, with several LoRA ranks, or all zero.
     """
     pairs = adapter_pairs(tensors, "the checkpoint")
     rank = _rank(pairs, "the checkpoint")
@@ -120,7 +120,7 @@ def adapters_to_diffusers(
         for part, pair in zip(TARGETS[target], own, strict=True):
             if not any(_any(matrix) for matrix in pair):
                 continue
-            # Full names: short ones could match modules of other layers, which are not known here.
+            # Full names: short ones could match modules of other layers.
             modules.append(f"transformer_blocks.{layer}.{part}")
             for kind, matrix in zip("AB", pair, strict=True):
                 result[f"{key_prefix}{modules[-1]}.lora_{kind}.weight"] = LazyTensor((matrix,))
@@ -134,7 +134,7 @@ def adapters_to_diffusers(
 def export_lora(
     path: str | Path, folder: str | Path, *, key_prefix: str = KEY_PREFIX, alpha: float | None = None
 ) -> Path:
-    """Write the adapters of a checkpoint as the file that diffusers loads.
+    """Write the adapters of a checkpoint as a diffusers LoRA file.
 
     Args:
         path: see `read_lora`.
@@ -213,7 +213,7 @@ def _network_of(file: Path) -> Tensors:
 
 
 def _alpha(file: Path, rank: int, matrices: Tensors, given: float | None) -> float:
-    """Return the alpha of the adapters in a file; that of the user for a file without it."""
+    """Return the alpha recorded in a file, or the user's."""
     if given is not None and not (math.isfinite(given) and given > 0):
         raise InputError(f"--alpha is {given}; give the lora_alpha of the training YAML, a number above 0")
     info = read_adapter_info(file)
@@ -239,5 +239,5 @@ def _rank(pairs: Mapping[str, list[Pair]], source: str) -> int:
 
 
 def _any(tensor: AnyTensor) -> bool:
-    """Whether any element is not zero."""
+    """Whether any element is nonzero."""
     return bool(compute(tensor).any())

@@ -6,7 +6,7 @@ All of them adapt the modules of a CogVideoXTransformer3DModel, with similar nam
     [base_model.model.][transformer.]transformer_blocks.<i>.<module>.{lora.down, lora.up, lora_down, lora_up}.weight
     [base_model.model.][transformer.]transformer_blocks.<i>.<module>.alpha
 
-The rank follows from the shapes; alpha is where the training tool wrote it, see `_alpha`. For the other direction and
+The rank is inferred from the shapes; for alpha see `_alpha`. For the other direction and
 the layout in SAT see `sgm.conversion.lora`.
 """
 
@@ -53,7 +53,7 @@ _SIDES = {
     None: "alpha",
 }
 _PARTS = tuple(part for parts in TARGETS.values() for part in parts)
-# Initialisations that also change the base: the adapters do not fit the released one.
+# Initialisations that also change the base: the adapters do not match the released one.
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 Module = tuple[int, str]  # layer and module within the block, e.g. (0, "attn1.to_q")
@@ -103,7 +103,7 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None) -> Diff
     """Describe adapters of another training tool; the matrices are memory-mapped.
 
     Args:
-        path: what `find_lora` understands.
+        path: as for `find_lora`.
         alpha: of the training, for files without it.
 
     Raises:
@@ -130,22 +130,22 @@ def import_lora(
     base: str | Path | None = None,
     alpha: float | None = None,
 ) -> Path:
-    """Write adapters of another training tool as a SAT checkpoint of adapters alone.
+    """Write adapters of another training tool as an adapters-only SAT checkpoint.
 
-    Modules of an adapted layer without adapters get matrices of zeros, which have no effect.
+    Modules without adapters in an adapted layer get zero matrices, which have no effect.
 
     Args:
         config: of the base model; a ``lora_config`` in it is ignored.
-        path: what `find_lora` understands.
+        path: as for `find_lora`.
         folder: to create.
-        base: the base checkpoint; ``args.load`` of `config` without it.
+        base: the base checkpoint; None uses ``args.load`` of `config`.
         alpha: of the training, for files without it.
 
     Returns:
         The weights file.
 
     Raises:
-        InputError: the SAT layout cannot express the adapters, they do not fit the base, the base does not fit the
+        InputError: the SAT layout cannot express the adapters, they do not match the base, the base does not match the
             configuration, or the folder exists or cannot be written to.
     """
     check_new_folder(folder)
@@ -228,7 +228,7 @@ def _alpha(
     stored: Mapping[Module, float],
     given: float | None,
 ) -> float:
-    """Return alpha, so that ΔW = (alpha / r)·B·A, from wherever the training tool wrote it.
+    """Find alpha, with ΔW = (alpha / r)·B·A, in any place used by training tools.
 
     Args:
         file: may record it in its header, or in the configuration of PEFT beside it.
@@ -238,7 +238,7 @@ def _alpha(
         given: by the user.
 
     Raises:
-        InputError: sources differ, or modules do.
+        InputError: sources or modules contradict each other.
     """
     found: dict[str, float] = {}
     rslora: dict[str, bool] = {}
@@ -272,7 +272,7 @@ def _alpha(
 
 
 def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
-    """Return the one alpha of all modules; without a tensor of its own, a module has the rank, for a scale of 1."""
+    """Return the common alpha of all modules; a module without one has alpha = rank (scale 1)."""
     names: dict[float, list[str]] = {}
     for module, value in values.items():
         names.setdefault(value, []).append(_name(module))
@@ -283,7 +283,7 @@ def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
 
 
 def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield configurations of the training in a file and beside it, each with its source."""
+    """Yield training configurations in a file and adjacent to it, each with its source."""
     for key in (HEADER_KEY, _FINETRAINERS_KEY):
         entry = read_entry(file, key)
         if isinstance(entry, Mapping):
@@ -297,7 +297,7 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
-    """Refuse methods that the matrices do not show, and values that contradict them."""
+    """Refuse methods not visible in the matrices, and contradicting values."""
     if config.get("use_dora"):
         raise InputError(f"{file} is DoRA according to {source}, which has no counterpart in SAT; train plain LoRA")
     start = config.get("init_lora_weights")
@@ -334,7 +334,7 @@ def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
 
 
 def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return the matrices by SAT's names; those of modules without adapters are zero."""
+    """Return the matrices by SAT's names; zero for modules without adapters."""
     dtype = next(iter(lora.pairs.values()))[0].dtype
     tensors, zeros = {}, []
     for layer in lora.layers:

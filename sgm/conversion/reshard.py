@@ -1,4 +1,4 @@
-"""Divide the weights of a network into another number of shards, one for each tensor parallel rank."""
+"""Reshard the weights of a network for another number of tensor parallel ranks."""
 
 import math
 import zipfile
@@ -36,19 +36,19 @@ _HEAD_NORM = ".query_layernorm_list."
 def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> list[Path]:
     """Write a network or its adapters in `size` shards, with one shard in memory at a time.
 
-    Names, values and entries beside the tensors stay the same.
+    Names, values and extra entries are unchanged.
 
     Args:
-        path: what :func:`sgm.weights.files.find_weights` understands, in any number of shards.
-        folder: to create; gets ``<iteration>/mp_rank_XX_model_states.*`` and ``latest``.
+        path: as for :func:`sgm.weights.files.find_weights`, in any number of shards.
+        folder: to create; output ``<iteration>/mp_rank_XX_model_states.*`` and ``latest``.
         size: number of shards.
 
     Returns:
         The files.
 
     Raises:
-        InputError: the weights cannot be read or divided, their shards contradict each other, or the folder exists or
-            cannot be written to.
+        InputError: the weights cannot be read or sharded evenly, their shards contradict each other, or the folder
+            exists or cannot be written to.
     """
     check_new_folder(folder)
     file = find_weights(path)
@@ -68,7 +68,7 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
 
 
 def _require_divisible(file: Path, whole: Tensors, size: int) -> None:
-    """Refuse a number of shards that does not divide the tensors."""
+    """Refuse a number of shards that does not divide the tensors evenly."""
     divided = {name: how for name in whole if (how := partition_of(name)) is not None}
     if not divided:
         raise InputError(f"{file} holds no layers of a transformer in the SAT layout; give its weights")
@@ -98,7 +98,7 @@ def _require_equal(file: Path, shards: Sequence[Mapping[str, torch.Tensor]]) -> 
 
 
 def _extras(file: Path) -> dict[str, Any]:
-    """Return what the first file holds beside its tensors: entries, or the metadata of the header."""
+    """Return the extra entries of the first file, or its header metadata."""
     read_entry(file, ENTRY)  # raises if the shards describe their adapters differently
     if file.suffix == ".safetensors":
         return dict(read_metadata(file))

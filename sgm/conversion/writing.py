@@ -1,7 +1,7 @@
-"""Write the output of a conversion: safetensors one tensor at a time, and folders that appear only when complete.
+"""Write the output of a conversion: safetensors one tensor at a time, folders atomically.
 
-The safetensors library needs all tensors of a file in memory. The format is a JSON header with offsets, then the
-numbers, so that this module writes it one tensor at a time.
+The safetensors library needs all tensors of a file in memory. This module writes the format (a JSON header with
+offsets, then the data) one tensor at a time.
 """
 
 import contextlib
@@ -63,10 +63,10 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     except (RunError, OSError) as error:
         if isinstance(error, RunError) and error.__cause__ is None:
             raise  # not about files
-        raise InputError(f"{folder} could not be written: {error}") from error  # others filled the disk meanwhile
+        raise InputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: it worked
+        with contextlib.suppress(OSError):  # not empty: success
             for path in parents:
                 path.rmdir()
 
@@ -124,14 +124,14 @@ def write_network(
     patch_size: int | Sequence[int] | None = None,
     adapters: AdapterInfo | None = None,
 ) -> None:
-    """Write a network in the SAT layout, or adapters alone, with ``latest``.
+    """Write a network, or only adapters, in the SAT layout with ``latest``.
 
     Args:
         folder: gets the files.
         iteration: name of the iteration folder.
         tensors: by the network's own names.
         file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
-        patch_size: gives the patch projection its released shape; None keeps the shape that it has.
+        patch_size: reshapes the patch projection to its released shape; None keeps its shape.
         adapters: see :func:`sgm.weights.checkpoint.save_network`.
     """
     if patch_size is not None and PATCH_WEIGHT in tensors:
@@ -154,7 +154,7 @@ def write_shards(
     max_shard_size: str | int,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors as ``<stem>.safetensors``, or in several files of at most `max_shard_size` with their index.
+    """Write tensors as ``<stem>.safetensors``, or as shards of at most `max_shard_size` with an index.
 
     Args:
         folder: gets the files.
@@ -167,7 +167,7 @@ def write_shards(
         RunError: the disk is full or the folder cannot be written to.
     """
     pattern = stem + "{suffix}.safetensors"
-    metas = {name: tensors[name].meta() for name in sorted(tensors)}  # the same files, whatever the order
+    metas = {name: tensors[name].meta() for name in sorted(tensors)}  # independent of the input order
     split = split_torch_state_dict_into_shards(metas, filename_pattern=pattern, max_shard_size=max_shard_size)
     for name, names in tqdm(split.filename_to_tensors.items(), desc=folder.name, leave=False, disable=None):
         write_safetensors(folder / name, {each: tensors[each] for each in names}, metadata=metadata)
@@ -177,5 +177,5 @@ def write_shards(
 
 
 def total_bytes(*parts: Mapping[str, LazyTensor]) -> int:
-    """Return the size of `parts` on the disk, with headers and small files."""
+    """Return the size of `parts` on disk, including headers and small files."""
     return sum(num_bytes(part) for part in parts) + (1 << 20)

@@ -1,1 +1,1 @@
-"""Training data: clips found, checked, decoded and put in an order that only depends on a seed."""
+"""Training data: find, check, decode and order clips, reproducibly from a seed."""

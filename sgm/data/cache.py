@@ -1,10 +1,10 @@
 """Cache of encoder outputs on disk; docs/precomputing.md describes the files.
 
-A folder holds up to three kinds of results: ``latents``, mean and log-variance of clips; ``images``, the same of the
+A folder has up to three kinds of results: ``latents``, mean and log-variance of clips; ``images``, likewise of the
 first images of image-to-video; ``text``, embeddings of captions. Each kind has a description, ``latents.json``, and
-shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. A shard is
-written atomically: a kind is complete when no shard is missing, and the bytes depend neither on kills nor on the number
-of processes.
+shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. Shards are
+written atomically: a kind is complete when no shard is missing, and its bytes are independent of interruptions and of
+the number of processes.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"write the cache again with {TOOL}"
-_FORMAT = 2  # to be raised when the files or the decoded frames change
+_FORMAT = 2  # increment when the files or the decoded frames change
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 
 
@@ -41,7 +41,7 @@ class Description:
 
     kind: Kind
     dtype: str  # of the stored tensors: fp16, bf16 or fp32
-    source: Mapping[str, Any]  # everything that determines the results; "precision" in it is that of the encoder
+    source: Mapping[str, Any]  # all inputs of the results; "precision" is the encoder's
     shards: tuple[tuple[str, ...], ...]  # keys of the results of each shard, in order: captions, or from `ClipKeys`
     shapes: tuple[str | None, ...] = ()  # FxHxW of each clip in the order of the keys, None if unreadable; () for text
     left_out: tuple[str, ...] = ()  # keys of clips that fit no bucket
@@ -90,7 +90,7 @@ class Description:
 
 
 def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
-    """Divide results of `sizes` bytes into shards of up to `shard_bytes`, in order; a larger one has its own shard."""
+    """Group results of `sizes` bytes into shards of up to `shard_bytes`, in order; a larger one gets its own shard."""
     shards: list[list[str]] = []
     filled = shard_bytes + 1
     for key, size in zip(keys, sizes, strict=True):
@@ -103,10 +103,10 @@ def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple
 
 
 def begin(folder: Path, description: Description) -> None:
-    """Write the description of a cache, or check that the folder has the same one.
+    """Write the description of a cache, or check it against the existing one.
 
     Raises:
-        InputError: the folder has another cache; the message lists the differences.
+        InputError: the folder has a different cache; the message lists the differences.
         RunError: the folder cannot be written to.
     """
     path = folder / f"{description.kind}.json"
@@ -149,7 +149,7 @@ def write_shard(
             tensors[f"{place:06d}"] = result.detach().to(PRECISIONS[description.dtype]).cpu().contiguous()
     path, failed = folder / description.shard(number), folder / description.failed(number)
     path.unlink(missing_ok=True)
-    if failures:  # before the shard, whose presence means that all is written
+    if failures:  # before the shard, whose existence marks completion
         write_json(failed, failures)
     else:
         failed.unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def read_description(folder: Path, kind: Kind) -> Description:
     """Read the description of one kind.
 
     Raises:
-        InputError: there is none, or it is damaged or of another version.
+        InputError: it is missing, damaged or of another version.
     """
     path = folder / f"{kind}.json"
     try:
@@ -206,7 +206,7 @@ def read_description(folder: Path, kind: Kind) -> Description:
 class CachedTensors(Mapping[str, torch.Tensor]):
     """Key → result of one kind, in the precision of the encoder.
 
-    Each process maps a shard into memory when it first uses it.
+    Each process memory-maps a shard on first use.
 
     Args:
         folder: of the cache.
@@ -217,7 +217,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         shapes: key → FxHxW of the clips.
 
     Raises:
-        InputError: there is no such cache, or it is incomplete.
+        InputError: the cache is missing or incomplete.
     """
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
@@ -273,14 +273,14 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         return {**self.__dict__, "_open": OrderedDict()}
 
     def require(self, keys: Iterable[str], source: Mapping[str, Any]) -> None:
-        """Check that this cache was made for the present run.
+        """Check that this cache matches the current run.
 
         Args:
-            keys: of all results that training needs.
-            source: everything that determines the results in this run.
+            keys: keys of all results that training needs.
+            source: all inputs of the results in this run.
 
         Raises:
-            InputError: it was not; the message lists the differences.
+            InputError: it does not; the message lists the differences.
         """
         found = differences(self.description.source, source)
         if not found:
@@ -300,7 +300,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
 
 
 def differences(cached: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a line for each value that differs: its name, the value in the cache, and the present one."""
+    """Return a line for each value that differs: its name, the cached and the current value."""
     lines = []
     for name in dict.fromkeys((*cached, *now)):
         before, after = cached.get(name), now.get(name)
@@ -319,7 +319,7 @@ def _shown(value: Any) -> str:
 class ClipKeys:
     """Keys of clips in a cache: path from the data folder, and file size.
 
-    So the data folder may move, but a replaced clip is noticed.
+    The data folder may move; a replaced clip is detected.
 
     Args:
         folder: of the data set.
@@ -351,7 +351,7 @@ class ClipKeys:
             return file.stat().st_size
         if (size := getattr(file, "size", None)) is not None:
             return size
-        container = file.container  # a table, which has no sizes of cells
+        container = file.container  # a table has no cell sizes
         if container not in self._sizes:
             parts = [path for path in container.rglob("*") if path.is_file() and not path.name.startswith(".")]
             self._sizes[container] = sum(path.stat().st_size for path in parts)

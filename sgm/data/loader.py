@@ -1,4 +1,4 @@
-"""Training samples by number, and the batches of one rank, loaded by worker processes.
+"""Training samples by number, and batches of one rank, prefetched by worker processes.
 
 Legend: B clips of a batch, F frames, H W pixels.
 """
@@ -30,8 +30,8 @@ class ClipDataset(Protocol):
     """Protocol of the data sets in YAML.
 
     ``dataset[i]`` returns ``{"mp4": (F, 3, H, W) float32 in [-1, 1], "txt": str, "num_frames": int, "fps": float,
-    "path": str}``, and perhaps more, or raises a ClipError. ``moments`` of a cache may replace ``mp4``. A data set with
-    random augmentation also has ``sample(i, generator)``, called instead with a generator seeded per training sample;
+    "path": str}`` and optionally more, or raises a ClipError. ``moments`` of a cache may replace ``mp4``. A data set
+    with random augmentation also has ``sample(i, generator)``, called instead with a generator seeded per sample;
     for buckets it needs ``sample(i, generator, (F, H, W))``.
     """
 
@@ -48,8 +48,8 @@ class SampleStream(Dataset):
     """The samples of a training run by number, counted from 0 over all ranks and steps.
 
     ``stream[number]`` is the data set's sample, with ``number`` and ``failures``: path and reason of unusable clips
-    that it replaces. A replacement comes from the same data set, chosen by seed and number alone, so that a resumed run
-    shows the same.
+    that it replaces. A replacement comes from the same data set, chosen only by seed and number, so that a resumed run
+    picks the same one.
 
     Args:
         datasets: of the clips.
@@ -75,10 +75,10 @@ class SampleStream(Dataset):
 
         Args:
             number: of the sample.
-            shape: (F, H, W) of the result; None is that of the data set.
+            shape: (F, H, W) of the result; None uses the data set's shape.
 
         Raises:
-            RunError: none of the clips tried for it can be used; the message names them.
+            RunError: no candidate clip is usable; the message lists them.
         """
         dataset, first = self.order[number]
         failures: list[tuple[str, str]] = []
@@ -154,8 +154,8 @@ class SampleLoader:
 def _worker_death(error: Exception) -> Exception:
     """Return DataLoader's report of a dead worker.
 
-    Its SIGCHLD handler raises the report. The connection to the worker can break before that signal arrives: then wait
-    for it here, so that it does not interrupt the error handling.
+    Its SIGCHLD handler raises the report. If the connection to the worker breaks before that signal arrives, wait for
+    it here, so that it does not interrupt the error handling.
     """
     if not isinstance(error, RuntimeError):
         try:
@@ -179,18 +179,18 @@ def make_loader(
     """Return the batches of one rank.
 
     Batch k of a rank holds the numbers from ``first + (k * world + rank) * micro_batch`` on; with gradient
-    accumulation, a step is several consecutive batches. So each step has the same samples for every division into
-    ranks, micro-batches and accumulation.
+    accumulation, a step is several consecutive batches. So the samples of a step do not depend on the number of ranks,
+    the micro-batch size and accumulation.
 
     Args:
         stream: the samples.
-        first: the first sample number: the samples that earlier steps consumed.
-        stop: the sample number to end before; the last batches are short, or missing on some ranks.
+        first: first sample number (= samples consumed by earlier steps).
+        stop: end sample number, exclusive; the last batches are short, or missing on some ranks.
         rank: data parallel rank.
         world: data parallel size.
         micro_batch: batch size.
-        num_workers: processes that decode; 0 decodes in this process, on demand.
-        prefetch_factor: batches that each worker prefetches, at most.
+        num_workers: decoding processes; 0 decodes in this process, on demand.
+        prefetch_factor: maximum number of batches prefetched per worker.
 
     Returns:
         Batches ``{"mp4": (B, F, 3, H, W) float32, "txt", "num_frames", "fps", "path", "number": lists of B,
@@ -214,7 +214,7 @@ def make_bucket_loader(
     Args:
         stream: the samples, with a bucket plan.
         first: the first micro-batch, at the start of a step.
-        stop: the micro-batch to end before, at the end of a step.
+        stop: end micro-batch, exclusive, at the end of a step.
         rank: data parallel rank.
         num_workers: see `make_loader`.
         prefetch_factor: see `make_loader`.
@@ -226,7 +226,7 @@ def make_bucket_loader(
 
 
 def _loader(stream: SampleStream, batches: Sampler[RankBatch], num_workers: int, prefetch_factor: int) -> SampleLoader:
-    # One pass over it is the whole run, so persistent_workers would have nothing to keep.
+    # One pass is the whole run, so persistent_workers has no use.
     loader = DataLoader(
         _Collated(stream),
         batch_size=None,
@@ -255,7 +255,7 @@ class _Batches(Sampler[RankBatch]):
 
 
 class _Collated(Dataset):
-    """Collated batches. Returns a RunError, since DataLoader would wrap a raised one in the text of its traceback."""
+    """Collated batches. Returns a RunError, since DataLoader would wrap a raised one in a traceback text."""
 
     def __init__(self, stream: SampleStream) -> None:
         self.stream = stream
@@ -278,7 +278,7 @@ def _unchanged(batch: Any) -> Any:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block signals while workers start, so that none kills a worker before `_start_worker`; they inherit the mask."""
+    """Block signals while workers start (they inherit the mask), so that none dies before `_start_worker`."""
     if not _CAN_WAIT_FOR_SIGNALS:
         yield
         return
@@ -293,7 +293,7 @@ def _start_worker(_worker: int) -> None:
     """Ignore signals to the process group, since the parent needs batches to finish its step.
 
     These are SIGINT from a terminal, and SIGTERM from torchrun and cluster schedulers. SIGTERM from the parent still
-    ends the worker: that is how Python ends workers at exit, before it waits for them.
+    ends the worker: Python ends workers this way at exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _CAN_WAIT_FOR_SIGNALS:

@@ -12,7 +12,7 @@ from sgm.util import InputError
 def derive_seed(*parts: int | str) -> int:
     """Return a seed below 2**63 for one purpose, from the seed of the run and the name of the purpose.
 
-    Unlike sums of seeds, similar parts give unrelated seeds.
+    Unlike sums of seeds, similar inputs give unrelated seeds.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -21,9 +21,9 @@ def derive_seed(*parts: int | str) -> int:
 class TrainingOrder:
     """The clip of every training sample: ``order[number]``.
 
-    An epoch has as many samples as there are clips. Each data set has the same share of every epoch: its size, or its
-    weight. A data set is permuted anew whenever all of its clips have been shown; without weights, an epoch shows every
-    clip once.
+    An epoch has as many samples as there are clips. The share of each data set is the same in every epoch,
+    proportional to its size or weight. A data set is reshuffled when all its clips have been drawn; without weights, an
+    epoch has every clip once.
 
     Args:
         sizes: number of clips of each data set.
@@ -57,7 +57,7 @@ class TrainingOrder:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what determines the order."""
+        """SHA-256 of all inputs of the order."""
         parts = (self.sizes, self._counts, self.seed, self.shuffle)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -93,7 +93,7 @@ class TrainingOrder:
 
 
 def _samples_per_epoch(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Divide the samples of an epoch by weights, at least 1 for a weight above 0."""
+    """Distribute the samples of an epoch by weights, at least 1 for a weight above 0."""
     usable = len(weights) == len(sizes) and all(math.isfinite(weight) and weight >= 0 for weight in weights)
     if not usable or sum(weights) == 0:
         raise InputError(
@@ -115,12 +115,12 @@ def split_indices(num_clips: int, split: str, *, seed: int) -> tuple[list[int], 
     """Split clips at random into training and validation clips; both ascending and disjoint.
 
     Args:
-        num_clips: how many there are.
+        num_clips: number of clips.
         split: shares of training, validation and the rest, e.g. ``"0.9,0.1,0"`` or ``"9,1"``.
         seed: of the run.
 
     Raises:
-        InputError: `split` has another form, or leaves nothing to train on.
+        InputError: `split` is malformed, or leaves nothing to train on.
     """
     try:
         shares = [float(share) for share in split.split(",")]

@@ -1,4 +1,4 @@
-"""The rows of a data set: clips with captions, and the file names and faults in their description."""
+"""Rows of a data set (clips with captions), and helpers for file names and faults."""
 
 import io
 import ntpath
@@ -20,7 +20,7 @@ class Embedded(Protocol):
 
     @property
     def container(self) -> Path:
-        """The file or folder that holds it."""
+        """The file or folder that contains it."""
         ...
 
     def read(self) -> bytes:
@@ -64,7 +64,7 @@ def is_picture(file: str | ClipFile) -> bool:
 
 
 def opened(file: str | ClipFile) -> str | io.BytesIO:
-    """Return what decoders open: a path, or the bytes of an embedded clip.
+    """Return the input of decoders: a path, or the bytes of an embedded clip.
 
     Raises:
         OSError: the bytes cannot be read.
@@ -78,7 +78,7 @@ def one_line(text: str) -> str:
 
 
 class Faults:
-    """Faults in the description of a data set, collected to be reported together."""
+    """Collects faults of a data set, to report them together."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -95,7 +95,7 @@ class Faults:
 
 
 def listed(lines: Sequence[str], shown: int = 10) -> str:
-    """Return indented lines for a message: the first ones, and how many more there are."""
+    """Return indented lines for a message: the first ones, and the number of the rest."""
     more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
     return "\n".join([*(f"  {line}" for line in lines[:shown]), *more])
 
@@ -111,7 +111,7 @@ class Files:
         """Return the path of a relative name.
 
         Raises:
-            ValueError: the name is empty, absolute, or leads out of the folder.
+            ValueError: the name is empty, absolute, or outside of the folder.
         """
         return self.root / self.inside(name)
 

@@ -1,1 +1,1 @@
-"""Files of weights: read, matched to a network, written."""
+"""Weights files: read, match to a network, write."""

@@ -1,8 +1,8 @@
-"""LoRA adapters: their names, description, initial values, base, configuration and merging.
+"""LoRA adapters: names, description, initialisation, base, configuration, merging.
 
 ΔW = (alpha / r)·B·A is added to a weight W [D_out, D_in] (Hu et al. 2021, LoRA). A [r, D_in] starts uniform, B
-[D_out, r] zero, so that new adapters have no effect. SAT adapts the one matrix of query, key and value by three pairs,
-one for each third of its rows, and the projection after the attention by one::
+[D_out, r] zero, so that new adapters have no effect. SAT adapts the fused query-key-value matrix by three pairs, one
+for each third of its rows, and the projection after the attention by one::
 
     transformer.layers.<i>.attention.query_key_value.matrix_{A,B}.<0, 1, 2>
     transformer.layers.<i>.attention.dense.matrix_{A,B}.0
@@ -43,9 +43,9 @@ logger = get_logger(__name__)
 
 ENTRY = "lora"
 LORA_TARGET = "sat.model.finetune.lora2.LoraMixin"
-# Adapted projections of a layer, and the number of their pairs.
+# Adapted projections of a layer → number of pairs.
 TARGETS = {"attention.query_key_value": 3, "attention.dense": 1}
-# Names of the weights under adapters, which SAT wraps.
+# Names of adapted weights, which SAT wraps.
 WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
 _ADAPTER = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.matrix_[AB]\.\d+$")
@@ -64,7 +64,7 @@ class AdapterInfo:
         rank: r, rows of every A.
         alpha: numerator of the scale.
         layers: all layers that have adapters, ascending.
-        base: the checkpoint that they were trained on, as ``args.load`` named it.
+        base: checkpoint they were trained on, as given in ``args.load``.
         base_digest: its :func:`sgm.weights.files.weights_digest`.
         targets: the projections of each layer's attention that have adapters.
     """
@@ -87,7 +87,7 @@ class AdapterInfo:
         """Read the entry of the file `path`.
 
         Raises:
-            InputError: it was not made by `to_entry`.
+            InputError: it was not written by `to_entry`.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(entry, dict) or entry.keys() != names:
@@ -97,7 +97,7 @@ class AdapterInfo:
         return cls(**values)
 
     def lora_params(self, num_layers: int) -> dict[str, Any]:
-        """Return the parameters of the ``lora_config`` that builds these adapters in a network of `num_layers`."""
+        """Return the ``lora_config`` parameters for these adapters in a network of `num_layers`."""
         params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha}
         if self.layers != tuple(range(num_layers)):
             params["layer_range"] = list(self.layers)
@@ -139,8 +139,8 @@ def initial_matrix(
     Args:
         name: of the matrix.
         shape: of this rank's shard.
-        shard: the shard to return. Every rank draws the whole matrix, so that it does not depend on their number.
-        generator: CPU generator; torch's default one without it.
+        shard: the shard to return. Every rank draws the full matrix, so values do not depend on the number of ranks.
+        generator: CPU generator; None uses torch's global one.
     """
     whole = torch.zeros(unsharded_shape(name, shape, shard.size))
     if ".matrix_A." in name:
@@ -155,11 +155,11 @@ def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
     """Return the pairs (A, B) of each adapted projection, by its name, layers ascending; names are without prefix.
 
     Args:
-        tensors: with the matrices among them.
+        tensors: including the LoRA matrices.
         source: for messages.
 
     Raises:
-        InputError: a projection that is none of `TARGETS`, or not the number of matrices that it has.
+        InputError: a projection not in `TARGETS`, or a wrong number of matrices.
     """
     found: dict[str, dict[tuple[str, int], AnyTensor]] = {}
     for name, tensor in tensors.items():
@@ -198,7 +198,7 @@ def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> 
         The network without ``.original`` in its names; tensors without adapters are unchanged.
 
     Raises:
-        InputError: matrices that lack a partner or a weight, or that do not fit it.
+        InputError: matrices without a partner or a weight, or with mismatched shapes.
     """
     pairs = adapter_pairs(tensors, "the checkpoint")
     result = {}
@@ -233,7 +233,7 @@ def _require_fitting(projection: str, weight: AnyTensor, pairs: list[Pair]) -> N
 
 
 def _add_products(scale: float) -> Callable[..., torch.Tensor]:
-    """Return the function that adds scale·B·A of every pair to its rows of a weight."""
+    """Return a function that adds scale·B·A of each pair to its rows of a weight."""
 
     def add(weight: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
         products = [b.float() @ a.float() for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
@@ -242,11 +242,11 @@ def _add_products(scale: float) -> Callable[..., torch.Tensor]:
     return add
 
 
-# --- The file of adapters, and the base under it.
+# --- Adapter files and their base.
 
 
 def read_adapter_info(load: str | Path) -> AdapterInfo | None:
-    """Return the description of the adapters in the weights file that `load` names; None if it has none.
+    """Return the description of the adapters in the weights file at `load`; None without adapters.
 
     Raises:
         InputError: there is no such file, or it is damaged.
@@ -257,21 +257,21 @@ def read_adapter_info(load: str | Path) -> AdapterInfo | None:
 
 
 def adapters_alone(names: Iterable[str]) -> bool:
-    """Whether the tensors of a checkpoint are LoRA matrices and nothing else."""
+    """Whether all tensors of a checkpoint are LoRA matrices."""
     return all(map(is_adapter, names))
 
 
 def find_base(path: Path, base: str | Path | None = None, *, option: str = "args.base=") -> Path | None:
-    """Return the weights file under the adapters in `path`; None if `path` holds a whole network.
+    """Return the base weights file of the adapters in `path`; None if `path` holds a whole network.
 
     Args:
         path: a weights file.
-        base: what :func:`sgm.weights.files.find_weights` understands. Without it, the path that the file records is
-            looked up from the current folder, then from the folders above the file.
+        base: as for :func:`sgm.weights.files.find_weights`. None resolves the path recorded in the file, from the
+            current folder, then from the parents of the file.
         option: the command-line option that sets `base`, for messages.
 
     Raises:
-        InputError: there is no base, it is not the one that the adapters were trained on, or none is needed.
+        InputError: the base is missing, is not the recorded one, or is not needed.
     """
     if not adapters_alone(read_tensors(path)):
         if base is not None:
@@ -313,10 +313,10 @@ def _recorded_base(path: Path, info: AdapterInfo | None, option: str) -> Path:
 def describe_adapters(config: Config) -> AdapterInfo | None:
     """Return the description of the adapters that `config` trains; None without a ``lora_config``.
 
-    If ``args.load`` names adapters alone, their base is the base of the new ones too.
+    If ``args.load`` is an adapters-only file, its base is also the base of the new adapters.
 
     Raises:
-        InputError: the checkpoint that training starts from cannot be found or read.
+        InputError: the initial checkpoint cannot be found or read.
     """
     section = _modules(config.model).get("lora_config")
     if section is None:
@@ -341,7 +341,7 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
 def with_adapters(config: Config) -> Config:
     """Return `config` with a ``lora_config`` for the adapters in ``args.load``, if it has none.
 
-    Files without a description of adapters change nothing, nor do unreadable ones, which loading reports.
+    Files without a description of adapters have no effect, nor do unreadable ones (loading reports them).
 
     Raises:
         ConfigError: the configuration has a ``lora_config`` that contradicts the file.
@@ -366,7 +366,7 @@ def with_adapters(config: Config) -> Config:
 
 
 def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
-    """Yield where the ``lora_config`` of a configuration contradicts the description in its file."""
+    """Yield contradictions between the ``lora_config`` and the description in its file."""
     params = _modules(config.model)["lora_config"].get("params") or {}
     pairs = {
         "r": (params.get("r"), info.rank),

@@ -1,4 +1,4 @@
-"""What the shapes of a network's tensors tell: the model family, and the shipped configuration that fits it."""
+"""Infer the model family and the matching shipped configuration from tensor shapes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ CONFIGS = {
     (3072, 42, 16, 2): "cogvideox1.5_5b",
     (3072, 42, 32, 2): "cogvideox1.5_5b_i2v",
 }
-# Those that have a file ending in _lora as well.
+# Models that also have a _lora configuration.
 _WITH_LORA = ("toy", "cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a network's tensors tell about it; None where they do not."""
+    """Architecture inferred from tensor shapes; None for unknown values."""
 
     hidden_size: int
     num_layers: int
@@ -43,7 +43,7 @@ class Architecture:
         return ", ".join(parts)
 
     def config_hint(self) -> str:
-        """Return which shipped model configuration has this shape, as an advice."""
+        """Return advice naming the shipped model configuration with this shape."""
         key = (self.hidden_size, self.num_layers, self.in_channels, self.temporal_patch)
         name = next((name for shipped, name in CONFIGS.items() if shipped == key), None)
         if name is None:
@@ -60,7 +60,7 @@ def describe_architecture(shapes: Mapping[str, Sequence[int]]) -> Architecture |
     patch = shapes.get(PATCH_WEIGHT)
     if patch is None or len(patch) not in (2, 4):
         return None
-    # A linear weight [D, C·pt·p·p] does not tell C from pt. The output projection has out_channels·pt·p·p rows; all
+    # A linear weight [D, C·pt·p·p] gives only C·pt. The output projection has out_channels·pt·p·p rows; all
     # released models have 16 output channels and 2×2 patches, so there are 64 rows or, for a temporal patch of 2, 128.
     volume = {64: 4, 128: 8}.get(shapes.get("mixins.final_layer.linear.weight", (0,))[0])
     if len(patch) == 4:

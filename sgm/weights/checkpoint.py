@@ -6,8 +6,8 @@ The SAT checkpoint format of a network (more in docs/checkpoints.md)::
     DIR/1000/mp_rank_00_model_states.pt         {"module": {"model.diffusion_model.<name>": tensor}}
     DIR/1000/mp_rank_01_model_states.pt         the second of several shards, after tensor parallel training
 
-and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may take the
-place of either file. LoRA training saves adapters alone, with their description in another entry, "lora".
+and of an autoencoder: ``{"state_dict": {<name>: tensor}}``. A ``.safetensors`` file with the same names may
+replace either file. LoRA training saves only the adapters, with their description in the entry "lora".
 """
 
 import json
@@ -32,16 +32,16 @@ from sgm.weights.partition import UNSHARDED, Shard, take_shard
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded.
+    """Summary of a load.
 
     Attributes:
         path: the file.
         num_tensors: tensors taken from the file and its base.
         file_dtype: their dtypes there, e.g. ``"bfloat16"``.
         dropped: names in the file that the module does not have, by reason.
-        new_adapters: LoRA matrices that the file lacks, which were initialised.
-        missing: other tensors that the file lacks, which kept their values.
-        base: the file under adapters that came alone.
+        new_adapters: LoRA matrices missing in the file, initialised.
+        missing: other tensors missing in the file, unchanged.
+        base: base checkpoint of an adapters-only file.
         warnings: for the caller to log.
     """
 
@@ -77,28 +77,28 @@ def load_network(
 ) -> LoadReport:
     """Load the weights of a file into a diffusion transformer, replacing its parameters one by one.
 
-    The network may have been built under :func:`sgm.util.without_allocating`. It is not changed unless everything
-    fits. Optimizers keep the replaced parameters: load before making them.
+    The network may have been built under :func:`sgm.util.without_allocating`. It is not changed unless
+    everything matches. Parameters are replaced: create optimizers after loading.
 
     A tensor parallel network takes its shard of each tensor, from files with any number of shards.
 
     The patch projection may have the shape [D, C, p, p] or [D, C·p·p] on either side. A file without LoRA loads into
-    a network with LoRA: the adapters are then initialised (:func:`sgm.weights.adapters.initial_matrix`). With a file of
-    adapters alone, everything else comes from their base, whose digest must be the recorded one.
+    a network with LoRA: the adapters are then initialised (:func:`sgm.weights.adapters.initial_matrix`). With an
+    adapters-only file, all other tensors are read from its base, whose digest must match the recorded one.
 
     Args:
         network: has the parameter names of the SAT checkpoint format.
-        path: what :func:`sgm.weights.files.find_weights` understands.
-        base: the same, for the base of adapters; without it, the path that their file records.
+        path: as for :func:`sgm.weights.files.find_weights`.
+        base: likewise, for the base of adapters; None uses the path recorded in their file.
         dtype: of floating-point tensors; None keeps that of each parameter.
         device: of the parameters; None keeps that of each.
         allow_missing_adapters: accept a file without LoRA for a network with LoRA.
-        allow_missing: keep the values of tensors that the file lacks. The network must then be in memory.
-        generator: CPU generator for new adapters; torch's default one without it.
+        allow_missing: keep the values of tensors missing in the file. The network must then be in memory.
+        generator: CPU generator for new adapters; None uses torch's global one.
 
     Raises:
-        InputError: a tensor is missing, unexpected, or of another shape, or the base is not found or another one.
-        ValueError: a tensor should keep its value and has none, since the network was built without memory.
+        InputError: a tensor is missing, unexpected, or has another shape; or the base is missing or has another digest.
+        ValueError: a missing tensor has no value to keep, since the network was built without memory.
     """
     match = match_network(
         network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing
@@ -133,7 +133,7 @@ def load_autoencoder(
     Args:
         vae: has the parameter names of the released autoencoder; may be built without memory.
         path: the file.
-        ignore_keys: prefixes of names in the file to leave out, besides ``loss.``.
+        ignore_keys: prefixes of names in the file to skip, besides ``loss.``.
         dtype: of floating-point tensors; None keeps that of each parameter.
         device: of the parameters; None keeps that of each.
 
@@ -162,7 +162,7 @@ def _replace(
     if device is None:
         device = torch.device("cpu") if old.is_meta else old.device
     target_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
-    # Always a copy: a parameter must not change, or fault, when another program rewrites the mapped file in place.
+    # Always a copy: rewriting the mapped file in place must not change or invalidate a parameter.
     value = value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
     if leaf in owner._parameters:
         parameter = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -236,19 +236,19 @@ def save_network(
     latest: bool = True,
     shard: Shard = UNSHARDED,
 ) -> Path:
-    """Save a network in the SAT layout, then make ``latest`` name it.
+    """Save a network in the SAT layout, then update ``latest``.
 
-    Tensor parallel ranks each save their shard; once all have, one of them calls :func:`write_latest`.
+    Each tensor parallel rank saves its shard; after all have finished, one of them calls :func:`write_latest`.
 
     Args:
-        folder: gets ``<iteration>/mp_rank_00_model_states.pt`` and ``latest``.
+        folder: output; ``<iteration>/mp_rank_00_model_states.pt`` and ``latest``.
         iteration: name of the iteration folder.
-        network: the network, or tensors by the network's own names: all of them, or its adapters alone.
+        network: the network, or tensors by the network's own names: all of them, or only its adapters.
         patch_size: see :func:`released_layout`.
         file_format: ``"pt"`` or ``"safetensors"``.
-        adapters: description of the adapters among the tensors, saved with them; required for adapters alone.
+        adapters: description of the adapters among the tensors, saved with them; required for adapters-only files.
         latest: update ``latest``; :func:`write_latest` can do so later.
-        shard: the shard of the network that the tensors are: ``network.tensor_shard``.
+        shard: which shard of the network the tensors are: ``network.tensor_shard``.
 
     Returns:
         The weights file.
@@ -279,7 +279,7 @@ def _remove_replaced(path: Path, shard: Shard) -> None:
         if match is None or other == path:
             continue
         index = int(match[1])
-        # Every rank removes its own shard, and the first one those beyond the number of ranks.
+        # Every rank removes its own shard; the first one also those beyond the number of ranks.
         if index == shard.index or (shard.index == 0 and index >= shard.size):
             other.unlink(missing_ok=True)
 
@@ -294,7 +294,7 @@ def _require_described(tensors: Mapping[str, torch.Tensor], adapters: AdapterInf
 
 
 def write_latest(folder: str | Path, iteration: int | str) -> None:
-    """Make ``latest`` name an iteration.
+    """Point ``latest`` to an iteration.
 
     Raises:
         RunError: the folder cannot be written to; ``latest`` is then unchanged.
@@ -315,7 +315,7 @@ def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tenso
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`."""
-    # torch.save writes the whole storage of a view, and safetensors refuses tensors that share one.
+    # torch.save writes the full storage of a view, and safetensors refuses shared storage.
     alone = {name: owned(tensor) for name, tensor in tensors.items()}
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
         if path.suffix == ".safetensors":
@@ -326,6 +326,6 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], ent
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU, contiguous and alone in its storage, for writing it to a file."""
+    """Return a contiguous CPU tensor with its own storage, for writing."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

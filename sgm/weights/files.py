@@ -1,4 +1,4 @@
-"""Find and read weights files, without running code that is in them.
+"""Find and read weights files without executing code in them.
 
 The SAT layout is described in docs/checkpoints.md.
 """
@@ -20,24 +20,24 @@ from sgm.util import InputError
 from sgm.weights.lazy import Tensors, compute
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 
-PREFIX = "model.diffusion_model."  # of the names of the network
+PREFIX = "model.diffusion_model."  # prefix of network tensor names
 WEIGHTS = "mp_rank_00_model_states"
 SHARD_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
 _CURE = "copy or download it again and compare its size with the source"
 _DIGEST_ELEMENTS = 1024
-CONTAINERS = ("module", "state_dict")  # of tensors, in files of torch.save
+CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
 
 
 def find_weights(load: str | Path) -> Path:
-    """Return the weights file that `load` means.
+    """Resolve `load` to a weights file.
 
     Args:
-        load: a file, a folder with ``latest``, or the folder of one iteration. For a sharded network, the file of the
-            first shard is returned and stands for all.
+        load: a file, a folder with ``latest``, or the folder of one iteration. For a sharded network, the file of
+            the first shard is returned and represents all.
 
     Raises:
-        InputError: there is none; the message lists what is there and what to do.
+        InputError: there is none; the message lists existing files and advice.
     """
     load = Path(load)
     if load.is_file():
@@ -84,7 +84,7 @@ def _require_shards(path: Path, found: Collection[int], size: int) -> None:
 
 
 def _latest_weights(folder: Path) -> Path:
-    """Follow ``latest``."""
+    """Resolve ``latest``."""
     names = {file.parent.name for file in folder.glob(f"*/{WEIGHTS}.*") if not file.parent.name.startswith(".")}
     iterations = sorted(names, key=lambda name: (name.isdigit(), len(name), name))  # 1000-ema, then 500, then 1000
     present = f"; iterations here: {', '.join(iterations)}" if iterations else "; there is no iteration folder"
@@ -107,10 +107,10 @@ def _latest_weights(folder: Path) -> Path:
 
 
 def read_tensors(path: str | Path) -> Tensors:
-    """Read the tensors of a network, which may be sharded: `path` is its file, or the file of the first shard.
+    """Read the tensors of a network; `path` is its file, or the first shard.
 
-    Divided tensors are returned as :class:`~sgm.weights.lazy.LazyTensor`, which joins their shards each time it is
-    computed; all others are tensors, see :func:`read_file`.
+    Sharded tensors are returned as :class:`~sgm.weights.lazy.LazyTensor`, which concatenates the shards each time it
+    is computed; all others are tensors, see :func:`read_file`.
 
     Raises:
         InputError: a file is missing, damaged, or holds more than tensors; or shards are missing or do not belong
@@ -132,7 +132,7 @@ def read_tensors(path: str | Path) -> Tensors:
 
 
 def read_shards(path: str | Path) -> list[dict[str, torch.Tensor]]:
-    """Read the tensors of each shard of a network as they are in its files."""
+    """Read the tensors of each shard of a network, not concatenated."""
     return [read_file(file) for file in shard_files(Path(path))]
 
 
@@ -154,7 +154,7 @@ def _require_same_shapes(
 def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the tensors of one ``.pt`` or ``.safetensors`` file, by name, on the CPU.
 
-    The tensors are memory-mapped, except in the format that torch.save wrote before version 1.6. Of
+    The tensors are memory-mapped, except in the torch.save format before version 1.6. For
     ``{"module": {...}}`` and ``{"state_dict": {...}}`` the inner mapping is returned. Only tensors are unpickled.
 
     Raises:
@@ -169,10 +169,10 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_entry(path: str | Path, key: str) -> Any:
-    """Return the entry `key` beside the tensors of a weights file; None if there is none.
+    """Return the extra entry `key` of a weights file; None if missing.
 
-    In a ``.pt`` file that is an entry of the outermost mapping, of plain values; in a ``.safetensors`` file it is JSON
-    in the metadata of the header.
+    In a ``.pt`` file it is an entry of the outermost mapping with plain values; in a ``.safetensors`` file, JSON in the
+    header metadata.
 
     Raises:
         InputError: there is no such file, it is damaged, or it holds more than tensors and plain values; or shards
@@ -215,9 +215,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def weights_digest(path: str | Path) -> str:
     """Return a SHA-256 in hexadecimal of names, dtypes, shapes and up to 1,024 evenly spaced elements of each tensor.
 
-    It does not depend on order, file format or sharding. It differs for another model, another precision and another
-    stage of a training, which changes nearly every element, and reads only a small part of the file. Changes between
-    the sampled elements go unnoticed: it replaces neither a comparison of whole files nor a signature.
+    It is independent of order, file format and sharding, differs between models, precisions and training steps, and
+    reads only a small part of the file. Changes between the sampled elements are not detected: it replaces neither a
+    comparison of whole files nor a signature.
 
     Raises:
         InputError: the file cannot be read, see :func:`read_tensors`.
@@ -234,7 +234,7 @@ def weights_digest(path: str | Path) -> str:
 
 
 def _read_head(path: Path) -> tuple[int, bytes]:
-    """Return the size and the first bytes of a file that may hold weights."""
+    """Return the size and the first bytes of a weights file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Tensors computed on demand, so that loading and converting never hold a whole model in memory."""
+"""Lazy tensors: load and convert without holding a whole model in memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class LazyTensor:
     Attributes:
         sources: the arguments of `make`; lazy ones are computed first.
         make: the function. It must run on the meta device too.
-        to_dtype: dtype of the result; that of `make` if None. Only floating-point results are cast.
+        to_dtype: dtype of the result; None keeps that of `make`. Only floating-point results are cast.
     """
 
     sources: tuple["torch.Tensor | LazyTensor", ...]
@@ -41,7 +41,7 @@ class LazyTensor:
         return self._cast(self.make(*metas))
 
     def compute(self) -> torch.Tensor:
-        """Return the result on the CPU, contiguous; the source itself if there is nothing to do."""
+        """Return the result on the CPU, contiguous; the source itself if nothing changes."""
         return self._cast(self.make(*map(compute, self.sources))).contiguous()
 
     def cast(self, dtype: torch.dtype | None) -> Self:
@@ -62,10 +62,10 @@ def compute(tensor: AnyTensor) -> torch.Tensor:
 
 
 def meta(tensor: AnyTensor) -> torch.Tensor:
-    """Return a tensor from which shape, dtype and sizes can be read without computing it."""
+    """Return a tensor with the same shape and dtype, without computing it."""
     return tensor.meta() if isinstance(tensor, LazyTensor) else tensor
 
 
 def num_bytes(tensors: Tensors) -> int:
-    """Return the size of all tensors together."""
+    """Return the total size of all tensors in bytes."""
     return sum(meta(tensor).nbytes for tensor in tensors.values())

@@ -20,7 +20,7 @@ from sgm.weights.files import PREFIX, find_weights, read_file, read_tensors
 from sgm.weights.lazy import Tensors
 from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
 
-# Tables that SAT's transformer creates and this network never uses: a file may hold them or not.
+# Unused tables of SAT's transformer; optional in a file.
 UNUSED_TABLES = ("transformer.word_embeddings.weight", "transformer.position_embeddings.weight")
 
 _RECOMPUTED = re.compile(r"^mixins\.pos_embed\.freqs_(sin|cos)$")
@@ -28,18 +28,18 @@ _RECOMPUTED = re.compile(r"^mixins\.pos_embed\.freqs_(sin|cos)$")
 
 @dataclass(frozen=True)
 class Match:
-    """The tensors of a module and those of the files that replace them.
+    """Tensors of a module, matched to tensors of the files.
 
     Attributes:
         path: the weights file.
         targets: parameters and persistent buffers of the module, by name.
-        tensors: whole tensors from the files, under the names and in the layout of the module.
+        tensors: unsharded tensors from the files, under the names and in the layout of the module.
         dropped: names in the files that the module does not have, by reason.
         new_adapters: LoRA matrices to initialise.
         zeroed: unused tables that the file lacks, to be filled with zeros.
         missing: other tensors that the files lack, which keep their values.
-        base: the file under adapters that come alone.
-        shard: the shard of `tensors` that the module has.
+        base: base checkpoint of an adapters-only file.
+        shard: the module's shard of `tensors`.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def match_network(
 ) -> Match:
     """Match a file to a network; see :func:`sgm.weights.checkpoint.load_network` for the arguments.
 
-    Only names, shapes and digests are read, so that this alone serves as a check.
+    Only names, shapes and digests are read, so it also serves as a check.
 
     Raises:
         InputError: something does not fit.
@@ -76,7 +76,7 @@ def match_network(
     tensors, dropped = _read_network(path, base, shapes)
     source = str(path) if base is None else f"{path} on the base {base}"
     adapters = {name for name in shapes if is_adapter(name)}
-    # Adapters are all there or all new; some of them come from another layer_range, and the rest is missing.
+    # Adapters must be all present or all new; only some present means another layer_range.
     new_adapters = set() if adapters & tensors.keys() else adapters
     if new_adapters and not allow_missing_adapters:
         raise InputError(
@@ -119,7 +119,7 @@ Dropped = dict[str, tuple[str, ...]]
 
 
 def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Tensors, Dropped]:
-    """Read a file and the base under it for a network of unsharded `shapes`; also return the dropped names."""
+    """Read a file and its base for a network of unsharded `shapes`; also return the dropped names."""
     tensors, dropped = _read_one(path, shapes)
     if base is None:
         return tensors, dropped
@@ -130,7 +130,7 @@ def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Tensor
             params = f"{{r: {info.rank}, lora_alpha: {info.alpha:g}, layer_range: {list(info.layers)}}}"
         raise InputError(f"{path} holds LoRA adapters alone, and the network has no lora_config; add one with {params}")
     base_tensors, dropped = _read_one(base, shapes)
-    # Adapters in the base are replaced: those of the file continue their training.
+    # Adapters in the base are replaced by those of the file, which continue their training.
     return {name: tensor for name, tensor in base_tensors.items() if not is_adapter(name)} | tensors, dropped
 
 
@@ -156,7 +156,7 @@ def _read_one(path: Path, shapes: Shapes) -> tuple[dict, Dropped]:
 
 
 def _cure(names: Mapping[str, object]) -> str:
-    """Return what to do with a file that is not a network in the SAT layout."""
+    """Return advice for a file that is not a network in the SAT layout."""
     if any(name.startswith("transformer_blocks.") for name in names):
         return "it is a transformer in the diffusers layout; convert it to the SAT layout first"
     if any(name.startswith(("encoder.", "decoder.")) for name in names):
@@ -165,13 +165,13 @@ def _cure(names: Mapping[str, object]) -> str:
 
 
 def _reshape_patch(patch: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Reshape a patch projection between [D, C, p, p] and [D, C·p·p], which have the same order."""
+    """Reshape a patch projection between [D, C, p, p] and [D, C·p·p] (same element order)."""
     is_other_layout = {len(shape), patch.ndim} == {2, 4} and patch.shape[0] == shape[0]
     return patch.reshape(shape) if is_other_layout and patch.numel() == math.prod(shape) else patch
 
 
 def _require_equal(source: str, expected: Shapes, tensors: Tensors) -> None:
-    """Raise InputError unless a file holds the expected names in the expected shapes, and nothing else."""
+    """Raise InputError unless names and shapes in a file match exactly."""
     file_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     built, found = describe_architecture(expected), describe_architecture(file_shapes)
     lora = [name for name in tensors if is_adapter(name)]

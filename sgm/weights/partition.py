@@ -1,8 +1,8 @@
-"""How the tensors of a network are sharded for tensor parallelism, by their names; no process group is needed.
+"""Sharding of tensors for tensor parallelism, by name; needs no process group.
 
-Column-parallel layers (queries, keys, values, the first MLP layer) are divided along their outputs, row-parallel layers
+Column-parallel layers (queries, keys, values, the first MLP layer) are sharded along their outputs, row-parallel layers
 (the output of attention, the last MLP layer) along their inputs (Shoeybi et al. 2019, Megatron-LM; SAT's layers).
-Everything else is replicated. Checkpoints are divided in the same way: ``mp_rank_00_model_states``,
+Everything else is replicated. Checkpoints are sharded in the same way: ``mp_rank_00_model_states``,
 ``mp_rank_01_...`` (docs/checkpoints.md).
 """
 
@@ -28,7 +28,7 @@ UNSHARDED = Shard()
 
 
 class Partition(NamedTuple):
-    """How a tensor is divided: along `dim`, which holds `stride` blocks of equal length.
+    """How a tensor is sharded: along `dim`, which holds `stride` blocks of equal length.
 
     Every shard has a slice of each block: of the queries, the keys and the values.
     """
@@ -43,7 +43,7 @@ _ROW = ("dense", "dense_4h_to_h")
 
 
 def partition_of(name: str) -> Partition | None:
-    """Return how a tensor of the network is divided, by its name with or without prefix; None if it is replicated."""
+    """Return the partition of a tensor, by its name with or without prefix; None if it is replicated."""
     match = _LAYER.search(name)
     if match is None:
         return None
@@ -58,18 +58,18 @@ def partition_of(name: str) -> Partition | None:
 
 
 def unsharded_shape(name: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
-    """Return the shape of the whole tensor from the `shape` of one of its `size` shards."""
+    """Return the full shape from the `shape` of one of `size` shards."""
     how = partition_of(name)
     return tuple(n * size if how is not None and dim == how.dim else n for dim, n in enumerate(shape))
 
 
 def take_shard(name: str, tensor: AnyTensor, shard: Shard) -> torch.Tensor:
-    """Return a shard of a whole tensor: a view, or a copy if it has several blocks. Replicated tensors are returned.
+    """Return a shard of a tensor: a view, or a copy if it has several blocks. Replicated tensors are unchanged.
 
-    Of a tensor that `join_lazily` made, only the shards that are needed are read.
+    For tensors of `join_lazily`, only the needed stored shards are read.
 
     Raises:
-        InputError: the tensor cannot be divided evenly.
+        InputError: the tensor cannot be sharded evenly.
     """
     how = partition_of(name)
     if isinstance(tensor, LazyTensor):
@@ -85,7 +85,7 @@ def take_shard(name: str, tensor: AnyTensor, shard: Shard) -> torch.Tensor:
 
 
 def join_shards(name: str, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the whole tensor from all its shards, in order; the first of them if the tensor is replicated."""
+    """Concatenate all shards, in order, to the full tensor; return the first one if it is replicated."""
     how = partition_of(name)
     if how is None or len(shards) == 1:
         return shards[0]
@@ -102,12 +102,12 @@ class _Join:
 
 
 def join_lazily(name: str, shards: Iterable[AnyTensor]) -> LazyTensor:
-    """Return the whole tensor from all its shards, in order; they are read and joined whenever it is computed."""
+    """Return the full tensor of all shards, in order, as a lazy tensor: shards are read when it is computed."""
     return LazyTensor(tuple(shards), _Join(name))
 
 
 def _join_needed(name: str, shards: Sequence[AnyTensor], shard: Shard) -> tuple[AnyTensor, Shard]:
-    """Join the stored `shards` that the wanted `shard` covers; return the result and the shard to take of it."""
+    """Concatenate the stored `shards` that overlap `shard`; return the result and the shard to take of it."""
     if len(shards) % shard.size == 0:
         num = len(shards) // shard.size
         return join_lazily(name, shards[num * shard.index : num * (shard.index + 1)]), UNSHARDED
@@ -118,9 +118,9 @@ def _join_needed(name: str, shards: Sequence[AnyTensor], shard: Shard) -> tuple[
 
 
 def num_shards(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Return the number of shards of a network from the shapes in one of them; None if they do not tell.
+    """Infer the number of shards of a network from the shapes in one of them; None if unknown.
 
-    Attention is as wide as the hidden size, which is undivided on the other side of each matrix.
+    Attention is as wide as the hidden size, which is unsharded in the other dimension of each matrix.
     """
     found = set()
     for name, shape in shapes.items():

@@ -66,7 +66,7 @@ def model(tmp_path_factory):
     )
     torch.manual_seed(0)
     network = transformers.LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # large enough that what it says follows what it sees
+    with torch.no_grad():  # large enough that the output depends on the image
         for parameter in network.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)
     network.save_pretrained(folder)
@@ -75,7 +75,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Five clips, two of them in a folder of their own; lengths differ, one is shorter than --frames."""
+    """Five clips, two in a subfolder; lengths differ, one is shorter than --frames."""
     folder = tmp_path_factory.mktemp("data") / "videos"
     for k, name in enumerate(("a", "b", "c", "more/d", "more/e")):
         pictures = np.random.default_rng(k).integers(0, 255, (2 + 3 * k, 1, 1, 3), dtype=np.uint8)
@@ -143,7 +143,7 @@ def test_failed_clips_are_named_and_the_others_described(data, model, monkeypatc
     (data / "labels/a.txt").write_bytes(b"\xff\xfe\xff")
     assert run(data, model, "--batch_size", 2) == 1
     said = capfd.readouterr()
-    assert "broken.mp4: is no video" in said.err and "labels/a.txt is not UTF-8" in said.err
+    assert "broken.mp4: is not a video" in said.err and "labels/a.txt is not UTF-8" in said.err
     assert "6 clips: 4 described, 0 had captions, 2 failed" in said.out
     assert (data / "labels/a.txt").read_bytes() == b"\xff\xfe\xff" and not (data / "labels/broken.txt").exists()
     monkeypatch.setattr(caption_videos.Captioner, "describe", lambda _, clips, *__: [("", False)] * len(clips))

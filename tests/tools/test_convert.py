@@ -1,4 +1,4 @@
-"""The commands that convert whole models: what they print, and how they fail."""
+"""Conversion commands: output and failures."""
 
 import os
 import shutil

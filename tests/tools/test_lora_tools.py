@@ -63,7 +63,7 @@ def pipeline(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def sample(pipeline, tmp_path, capsys):
-    """Return a function: options → exit code, the video's file, and what was said."""
+    """Return a function: options → exit code, the video's file, and the output."""
     count = iter(range(100))
 
     def sample(*options, model="dit_t2v_2b", folder=None):

@@ -1,4 +1,4 @@
-"""The command that divides weights into shards and joins them."""
+"""The command that reshards weights."""
 
 import sys
 from pathlib import Path

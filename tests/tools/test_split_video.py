@@ -112,7 +112,7 @@ def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_
 
     def killed(path, frames, fps):
         if len(written) == 1:
-            (path.parent / ".film_0001.1-0a.mp4").write_bytes(b"half")  # what atomic_file was writing
+            (path.parent / ".film_0001.1-0a.mp4").write_bytes(b"half")  # temporary file of atomic_file
             raise KeyboardInterrupt
         written.append(path)
         write_video(path, frames, fps)
@@ -124,7 +124,7 @@ def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_
     assert [path.name for path in (out / "videos").glob("[!.]*")] == ["film_0000.mp4"]
     assert len((out / "clips.jsonl").read_text().splitlines()) == 1
     before = (out / "videos/film_0000.mp4").stat()
-    monkeypatch.setattr(split_video, "find_scenes", None)  # what was found before is not looked for again
+    monkeypatch.setattr(split_video, "find_scenes", None)  # finished scenes are not detected again
     capsys.readouterr()
     assert run(film, out) == 0
     assert "3 clips, 2 of them new" in capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
     assert "come from another video of this name" in refused(other)
     assert "were cut with --fps None; give the same" in refused(film, "--fps", "8")
     (out / "cuts/film.json").write_text("{}")
-    assert "is no plan of this command" in refused(film)
+    assert "is not a plan of this command" in refused(film)
 
 
 @pytest.mark.parametrize("there", ["videos/film_0000.mp4", "videos/film_12345.mp4", "labels/film_0001.txt"])

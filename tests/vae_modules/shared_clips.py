@@ -20,12 +20,12 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def run(vae, x: torch.Tensor, how: str, size: int):
-    """Return output, gradient of the input and of the weights, summed over the ranks that share."""
+    """Return output, gradient of the input and of the weights, summed over the group."""
     vae.cp_size = size
     x = x.clone().requires_grad_()
     vae.zero_grad()
     output = vae.decode(x) if how == "decode" else vae.encode_moments(x)
-    weights = torch.linspace(-1, 1, output.shape[2] or 1)[:, None, None]  # every frame matters differently
+    weights = torch.linspace(-1, 1, output.shape[2] or 1)[:, None, None]  # a different weight per frame
     (output.sin() * weights[: output.shape[2]]).sum().backward()
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in vae.parameters() if p.requires_grad]
     gradient = torch.cat([part.flatten() for part in parts])

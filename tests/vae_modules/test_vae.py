@@ -33,7 +33,7 @@ def shared() -> VideoAutoencoderInferenceWrapper:
 
 @pytest.fixture
 def vae(shared):
-    """The shared autoencoder with options of its own."""
+    """The shared autoencoder with other options."""
     return copy.copy(shared)
 
 

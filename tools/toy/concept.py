@@ -38,7 +38,7 @@ PROMPTS = (
     ("magenta", "square", "right"),
     ("cyan", "triangle", "down"),
 )
-LEARNED, UNKNOWN = 0.5, 0.1  # share of the ground that is land: at least after training, at most before
+LEARNED, UNKNOWN = 0.5, 0.1  # fraction of land on the ground: minimum after training, maximum before
 
 
 def render(combination: tuple[str, str, str], rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +54,7 @@ def land_share(video: np.ndarray) -> float:
 
 
 def make(folder: Path) -> None:
-    """Write ``videos/``, ``labels/`` and ``prompts.txt`` into `folder`, the same each time."""
+    """Write ``videos/``, ``labels/`` and ``prompts.txt`` into `folder`, deterministically."""
     rng = np.random.default_rng(0)
     for number, combination in enumerate(CLIPS):
         frames = (render(combination, rng) * 255).round().astype(np.uint8)

@@ -86,7 +86,7 @@ class Recipe:
 
 
 def overrides(out: Path) -> dict[str, list[str]]:
-    """Return, by YAML file, the overrides that make it read its weights from `out`."""
+    """Return, by YAML file, the overrides that load its weights from `out`."""
     shared = [
         f"model.first_stage_config.params.ckpt_path={out}/vae/3d-vae.pt",
         f"model.conditioner_config.params.emb_models.0.params.model_dir={out}/t5",

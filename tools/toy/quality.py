@@ -1,4 +1,4 @@
-"""Measure the toy model through the engine that sampling uses.
+"""Measure the toy model through the sampling engine.
 
 Samples of held-out combinations are judged by `scene.measure`, the autoencoder by its reconstruction. Videos are
 ``B T C H W`` in -1..1 in the engine, float arrays (T, H, W, C) in [0, 1] elsewhere.

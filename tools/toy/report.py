@@ -1,4 +1,4 @@
-"""Write quality.json and README.md of assets/toy: what the toy model is, how it was made, and how good it is."""
+"""Write quality.json and README.md of assets/toy: description, recipe and quality of the toy model."""
 
 import json
 from dataclasses import asdict

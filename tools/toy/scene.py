@@ -44,7 +44,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a clip shows; None where it cannot be recognised."""
+    """Recognised content of a clip; None if not recognised."""
 
     colour: str | None
     shape: str | None

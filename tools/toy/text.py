@@ -18,7 +18,7 @@ from sgm.io import atomic_file
 VOCAB_SIZE = 512
 D_MODEL = 64
 
-# English text beside the captions, so that other prompts become few pieces; bytes cover the rest.
+# English text in addition to the captions, so that other prompts give few pieces; bytes cover the rest.
 ENGLISH = """
 The quick brown fox jumps over the lazy dog while the children watch from the garden.
 A small wooden boat drifts slowly across a quiet lake in the early morning light.
@@ -78,7 +78,7 @@ def make_text_encoder(folder: Path, *, seed: int) -> None:
         tie_word_embeddings=False,
     )
     T5EncoderModel(config).eval().save_pretrained(folder, max_shard_size="250KB")
-    # With this transformers reads the tokenizer as that of a T5.
+    # Makes transformers load it as a T5 tokenizer.
     content = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",

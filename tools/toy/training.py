@@ -1,4 +1,4 @@
-"""Train the toy autoencoder and the toy diffusion transformers on clips that are rendered when they are needed.
+"""Train the toy autoencoder and the toy diffusion transformers on clips rendered on demand.
 
 Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. The autoencoder runs in bfloat16
 autocast, several times faster on CPUs that have it; its weights, optimizer and losses are float32, as are the
@@ -26,13 +26,13 @@ NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another 
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """How the autoencoder is trained: first on small crops, which are cheap, then on whole frames.
+    """Training of the autoencoder: first on small, cheap crops, then on whole frames.
 
     Attributes:
         crop_steps: steps on 32x32 crops around the moving shape.
         full_steps: steps on whole frames.
-        crop_batch: crops a step.
-        full_batch: whole clips a step.
+        crop_batch: crops per step.
+        full_batch: whole clips per step.
         lr: peak learning rate of Adam; cosine decay to a hundredth.
         kl_weight: weight of the KL divergence per latent component, in nats.
     """
@@ -70,7 +70,7 @@ Gradients = tuple[list[torch.Tensor], list[float]]
 
 
 def _sum_halves(work: Callable[[Any], Gradients], halves: Sequence[Any], pool: ThreadPoolExecutor) -> Gradients:
-    """Run `work` on each part of a batch in its own thread; add up gradients and figures in order.
+    """Run `work` on each half of a batch in its own thread; sum gradients and metrics in order.
 
     Faster than two torch threads for the whole batch: the threads synchronise once a step, not in each operation.
     """
@@ -131,15 +131,15 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, *, seed: int, log: Log) -> None
 
 @dataclass(frozen=True)
 class NetworkRecipe:
-    """How a diffusion transformer is trained.
+    """Training of a diffusion transformer.
 
     Attributes:
         num_steps: optimizer steps.
-        batch_size: clips a step.
+        batch_size: clips per step.
         lr: peak learning rate of AdamW; cosine decay to a hundredth.
         weight_decay: of AdamW.
-        ema_decay: of the moving average of the weights, which is what is saved.
-        text_dropout: share of samples whose text embedding is zeroed, for classifier-free guidance.
+        ema_decay: decay of the EMA weights, which are saved.
+        text_dropout: fraction of samples with zeroed text embedding, for classifier-free guidance.
     """
 
     num_steps: int = 4400
@@ -157,7 +157,7 @@ class EncodedClips:
     Attributes:
         mean: means of the posteriors (N, T, C, H, W).
         noise_std: standard deviations of the posteriors, of the same shape.
-        first: latents of the first frame alone (N, 1, C, H, W): the image condition.
+        first: latents of the first frame (N, 1, C, H, W), encoded separately: the image condition.
         captions: N captions.
     """
 
@@ -196,7 +196,7 @@ def train_network(
 ) -> dict[str, torch.Tensor]:
     """Train the engine's network on encoded clips with the loss of its YAML; return the moving average of its weights.
 
-    For image-to-video the first frame is an input as in sampling; a share of `noised_image_dropout` goes without it.
+    For image-to-video the first frame is an input as in sampling, dropped with probability `noised_image_dropout`.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     network = engine.network.train()

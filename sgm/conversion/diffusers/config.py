@@ -1,4 +1,4 @@
-"""Translate sections of a model YAML to configurations of diffusers, and back; what one side lacks is refused.
+"""Translate sections of a model YAML to diffusers configurations and back; refuse what has no equivalent.
 
 The configurations are ``config.json`` of CogVideoXTransformer3DModel and AutoencoderKLCogVideoX, and
 ``scheduler_config.json`` of CogVideoXDDIMScheduler, whose keys CogVideoXDPMScheduler shares.
@@ -19,7 +19,7 @@ SINCOS, ROTARY = f"{DIT}.Basic3DPositionEmbeddingMixin", f"{DIT}.Rotary3DPositio
 _PARAMS = "model.network_config.params"
 _BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000, "shift_scale": 1.0}
 _TEMPLATE = Path(__file__).parents[3] / "configs" / "cogvideox_5b.yaml"
-# Values of diffusers that this project has no other choice for.
+# diffusers values that are fixed in this project.
 _FIXED_TRANSFORMER = {
     "activation_fn": "gelu-approximate",
     "timestep_activation_fn": "silu",
@@ -137,7 +137,7 @@ def network_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``model.network_config.params`` for a transformer of diffusers: the inverse of `transformer_config`.
 
     Raises:
-        InputError: it is no CogVideoX transformer, or has something that this network does not have.
+        InputError: not a CogVideoX transformer, or no equivalent here.
     """
     _require_class(config, "CogVideoXTransformer3DModel")
     _require(config, _FIXED_TRANSFORMER, "the transformer")
@@ -194,7 +194,7 @@ def vae_config(
         section: ``model.first_stage_config``.
         scale_factor: of the model.
         scale_image_latents: whether the model scales image latents; if not, diffusers divides them by `scale_factor`.
-        size: (height, width) in pixels, from which diffusers takes the size of tiles.
+        size: (height, width) in pixels; sets the tile size of diffusers.
 
     Raises:
         InputError: encoder and decoder differ.
@@ -235,7 +235,7 @@ def vae_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of encoder and decoder in ``model.first_stage_config`` for an autoencoder of diffusers.
 
     Raises:
-        InputError: it is no CogVideoX autoencoder, or has something that this one does not have.
+        InputError: not a CogVideoX autoencoder, or no equivalent here.
     """
     _require_class(config, "AutoencoderKLCogVideoX")
     _require(config, _FIXED_VAE, "the autoencoder")
@@ -296,13 +296,13 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_yaml(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the content of a model YAML: that of 5B, changed to what the configurations of diffusers say.
+    """Return a model YAML: the 5B one, updated from diffusers configurations.
 
     Args:
-        configs: JSON of ``transformer``, ``vae`` and ``scheduler``, as far as they are there.
+        configs: JSON of ``transformer``, ``vae`` and ``scheduler``; each optional.
 
     Raises:
-        InputError: a part is no CogVideoX, or has something that this project does not have.
+        InputError: a component is not CogVideoX, or has no equivalent here.
     """
     content: dict[str, Any] = yaml.safe_load(_TEMPLATE.read_text(encoding="utf-8"))
     content = copy.deepcopy(content)  # the anchors of the file are one object

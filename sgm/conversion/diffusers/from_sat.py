@@ -1,6 +1,6 @@
 """Convert a model YAML and its weights to a pipeline folder of diffusers, for any number of layers.
 
-Every component is described first, from names and shapes alone; then tensors are computed and written one at a time.
+Components are first planned from names and shapes; then tensors are computed and written one at a time.
 """
 
 import shutil
@@ -82,7 +82,7 @@ class Pipeline:
     Attributes:
         cls: its class in diffusers.
         parts: its components; `write` removes them one by one, to unmap their files.
-        lora: tensors and header of adapters in a file of their own; None without adapters, or if they are merged.
+        lora: tensors and header of a separate adapter file; None without adapters, or if they are merged.
     """
 
     cls: str
@@ -92,7 +92,7 @@ class Pipeline:
     def write(
         self, folder: str | Path, *, max_shard_size: str = "5GB", check: Callable[[Path], None] | None = None
     ) -> None:
-        """Write the folder; it appears only when it is complete.
+        """Write the folder atomically.
 
         Args:
             folder: to create.
@@ -126,10 +126,10 @@ def pipeline_of(
     """Describe the pipeline of a model YAML; weights are found and checked, not read.
 
     Args:
-        config: with ``args.load``, ``ckpt_path`` of the autoencoder and ``model_dir`` of T5, unless they are left out.
-        without: components to leave out, of ``transformer, vae, text_encoder, tokenizer, scheduler``.
+        config: with ``args.load``, ``ckpt_path`` of the autoencoder and ``model_dir`` of T5, unless excluded.
+        without: components to exclude, of ``transformer, vae, text_encoder, tokenizer, scheduler``.
         dtype: of transformer and text encoder; None keeps that of their files. The autoencoder is float32.
-        adapters: merge LoRA adapters into the transformer, or keep them in a file of their own.
+        adapters: merge LoRA adapters into the transformer, or write them to a separate file.
         fold_image_scale: see `_fold`.
 
     Raises:
@@ -166,7 +166,7 @@ def _scales_image_latents(config: Config) -> bool:
 def _transformer(
     config: Config, *, dtype: torch.dtype | None, adapters: str, fold_image_scale: bool
 ) -> tuple[Part, tuple[Mapping[str, LazyTensor], Mapping[str, str]] | None]:
-    """Describe the transformer, and the adapters if they get their own file."""
+    """Describe the transformer, and the adapters if written separately."""
     params, geometry = config.model["network_config"]["params"], _geometry(config)
     description = transformer_config(params)
     if params.get("ofs_embed_dim") and config.model.get("ofs", 2.0) != 2.0:
@@ -184,7 +184,7 @@ def _transformer(
         alpha = lora_params.get("lora_alpha", 1)
         if adapters == "keep":
             kept = lora.adapters_to_diffusers(own, alpha=alpha)
-        if dtype is not None:  # round once, to `dtype`, and not to the dtype of the file first
+        if dtype is not None:  # round once, directly to `dtype`
             own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
         own = merge_adapters(own, alpha=alpha, strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
@@ -197,7 +197,7 @@ def _transformer(
 
 
 def position_table(params: Mapping[str, Any]) -> torch.Tensor:
-    """Return the sine-cosine table (1, L + N, D) that a network computes, float32.
+    """Return the sine-cosine table (1, L + N, D) of a network, float32.
 
     Args:
         params: ``model.network_config.params`` of a network with such a table.
@@ -212,7 +212,7 @@ def position_table(params: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _require_computed(table: torch.Tensor, params: Mapping[str, Any]) -> None:
-    """Refuse a position table other than the one that diffusers computes."""
+    """Refuse a position table that differs from the one diffusers computes."""
     difference = (table.float() - position_table(params)).abs().max().item()
     if not difference <= 1e-2:  # bfloat16 rounds by up to 4e-3
         raise InputError(
@@ -251,7 +251,7 @@ def with_image_channels(
         weight: [D, C, p, p] or [D, C·pt·p·p].
         in_channels: C; the first `out_channels` are those of the noisy latents.
         out_channels: channels of the latents.
-        change: function of the weights of the others.
+        change: function applied to the weights of the other channels.
     """
 
     def make(weight: torch.Tensor) -> torch.Tensor:

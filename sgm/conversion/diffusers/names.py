@@ -1,9 +1,9 @@
-"""Translate tensor names between the SAT checkpoint format and diffusers, both ways; values do not change.
+"""Translate tensor names between the SAT checkpoint format and diffusers, both ways; values are unchanged.
 
 Names of the network are without the prefix ``model.diffusion_model.``; names of diffusers are those of
 CogVideoXTransformer3DModel and AutoencoderKLCogVideoX. docs/conversion.md shows the tables.
 
-Three layouts differ, too. SAT holds query, key and value in one matrix. The twelve chunks of a block's modulation
+Three layouts also differ. SAT fuses query, key and value in one matrix. The twelve chunks of a block's modulation
 (shift, scale, gate of attention and of MLP for video, then the same for text) are ordered by norm in diffusers. The
 patch projection is a matrix in SAT, and a convolution in diffusers if the temporal patch is 1.
 """
@@ -24,7 +24,7 @@ QKV_PARTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 OUTPUT = "attn1.to_out.0"
 QKV, MODULATION = "transformer.layers.{}.attention.query_key_value", "mixins.adaln_layer.adaLN_modulations.{}.1"
 _BLOCK = "transformer_blocks.{}."
-# Modules of SAT, and those of diffusers that they are split into; {} is the layer.
+# SAT modules → diffusers modules; {} is the layer.
 MODULES = {
     "time_embed.0": ("time_embedding.linear_1",),
     "time_embed.2": ("time_embedding.linear_2",),
@@ -47,7 +47,7 @@ MODULES = {
     MODULATION: (_BLOCK + "norm1.linear", _BLOCK + "norm2.linear"),
 }
 DIFFUSERS_PATCH, _DIFFUSERS_POSITIONS = "patch_embed.proj.weight", "patch_embed.pos_embedding"
-# Of the twelve chunks of a block's modulation: those of its first and of its second norm.
+# Indices of the twelve modulation chunks of a block, for its first and second norm.
 _NORMS = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10, 11))
 _LAYER = re.compile(r"(transformer\.layers|mixins\.adaln_layer\.\w+|transformer_blocks)\.(\d+)\b")
 
@@ -85,10 +85,10 @@ def network_to_diffusers(
     Args:
         tensors: by SAT's names, of any layers.
         patch_size: (pt, ph, pw).
-        learned_positions: whether the position table is trained; diffusers computes the other kind.
+        learned_positions: whether the position table is trained; diffusers computes untrained ones.
 
     Returns:
-        The tensors of a CogVideoXTransformer3DModel, without tables that SAT never uses.
+        The tensors of a CogVideoXTransformer3DModel, without SAT's unused tables.
 
     Raises:
         InputError: tensors that have no counterpart.
@@ -115,7 +115,7 @@ def network_to_diffusers(
 def network_from_diffusers(tensors: Tensors) -> dict[str, LazyTensor]:
     """Translate the tensors of a CogVideoXTransformer3DModel without LoRA; see `network_to_diffusers`.
 
-    The patch projection keeps its shape, which is that of the released SAT files.
+    The patch projection keeps its shape (as in released SAT files).
 
     Raises:
         InputError: tensors that have no counterpart, or a query, key, value or norm without its partners.
@@ -150,7 +150,7 @@ def _refuse(unknown: list[str], layout: str) -> None:
         )
 
 
-# Names of ours and of diffusers, and the offset of their numbers; None counts levels from the other end.
+# Our names, diffusers names, index offset; None counts levels from the other end.
 _VAE = (
     ("decoder.up.{}.", "decoder.up_blocks.{}.", None),
     ("encoder.down.{}.", "encoder.down_blocks.{}.", 0),

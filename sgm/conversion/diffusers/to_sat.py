@@ -57,7 +57,7 @@ def read_stored(path: str | Path) -> Stored:
     """Find configuration and weights of a component: a folder with ``config.json`` and weight files, or one file.
 
     Raises:
-        InputError: there is nothing, more than one set of weights, or a damaged file.
+        InputError: weights are missing, ambiguous or damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -74,7 +74,7 @@ def read_stored(path: str | Path) -> Stored:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of the one set of weights in a folder, those of an index or a single one.
+    """Return the weights files of a folder: those of an index, or a single one.
 
     Raises:
         InputError: there are none, several sets, or shards are missing.
@@ -126,7 +126,7 @@ class SatModel:
     text_encoder: tuple[Path, ...] | None = None
 
     def write(self, folder: str | Path, *, file_format: Literal["pt", "safetensors"] = "pt") -> None:
-        """Write the folder; it appears only when it is complete.
+        """Write the folder atomically.
 
         Args:
             folder: to create.
@@ -172,12 +172,12 @@ def sat_model_of(
     """Describe the SAT model for components of diffusers; weights are found and checked, not read.
 
     Args:
-        parts: folder or file by component: `PARTS`, ``tokenizer`` and ``scheduler``, as far as they are there.
-        base: content of a model YAML, for files without a ``config.json``; None makes it from those.
+        parts: folder or file by component: `PARTS`, ``tokenizer`` and ``scheduler``; each optional.
+        base: content of a model YAML, for files without ``config.json``; None builds it from them.
         dtype: of the transformer; None keeps that of its files.
 
     Raises:
-        InputError: a component is incomplete, damaged, or no CogVideoX.
+        InputError: a component is incomplete, damaged, or not CogVideoX.
     """
     stored = {name: read_stored(parts[name]) for name in ("transformer", "vae") if name in parts}
     configs = {name: part.config for name, part in stored.items() if part.config is not None}
@@ -213,7 +213,7 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
 def complete_network(
     path: Path, section: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """Return the tensors of a network with its position table, which diffusers computes if it is sine-cosine.
+    """Add the position table to the tensors of a network; diffusers does not store sine-cosine tables.
 
     Args:
         path: of the weights, for messages.
@@ -221,7 +221,7 @@ def complete_network(
         tensors: by SAT's names without prefix.
 
     Raises:
-        InputError: they have other names or shapes than the network.
+        InputError: names or shapes do not match the network.
     """
     result = dict(tensors)
     if POSITION_TABLE not in result and Geometry.from_network(section["params"]).positions == "sincos":
@@ -260,7 +260,7 @@ def _require_equal_shapes(path: Path, expected: Tensors, made: Tensors) -> None:
 
 
 def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
-    """Return the files of a T5 folder: text encoder and tokenizer, which diffusers keeps apart."""
+    """Return the files of a T5 folder: text encoder and tokenizer (separate folders in diffusers)."""
     t5 = T5Folder(folder)
     if not folder.is_dir():
         t5.check()

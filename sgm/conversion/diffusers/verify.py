@@ -1,4 +1,4 @@
-"""Verify a converted pipeline: run the components of diffusers and of the original model, and compare their outputs.
+"""Verify a converted pipeline: compare outputs of the diffusers components and of the original model.
 
 All comparisons are in float32, on small random inputs from fixed seeds. The networks have their full size: the
 transformer is loaded twice, one after the other.
@@ -81,7 +81,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     assert config.args.load is not None
     load_network(network, config.args.load, base=config.args.base, dtype=stored, device=torch.device("cpu"))
     network.float().eval()
-    if geometry.positions == "sincos":  # not the rounded one of a 16-bit file: diffusers computes it
+    if geometry.positions == "sincos":  # diffusers computes it; do not use the rounded table of a 16-bit file
         network.get_mixin("pos_embed").pos_embedding.copy_(position_table(section["params"]))
     ours = network(x, timesteps, context, ofs=ofs)
     is_merged = any(".matrix_A." in name for name in network.state_dict())
@@ -92,7 +92,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     if kept_apart:
         peer.load_lora_adapter(str(folder.parent), weight_name=FILE, prefix="transformer")
     if geometry.positions == "learned":
-        # diffusers would compute sines for fewer frames than the table was made for; SAT takes the table's beginning.
+        # With fewer frames diffusers would compute a new table; SAT takes the first rows.
         rows = context.shape[1] + x.shape[3] * x.shape[4] // peer.config.patch_size**2
         peer.patch_embed.pos_embedding = peer.patch_embed.pos_embedding[:, :rows]
         peer.patch_embed.sample_frames = 1
@@ -177,7 +177,7 @@ def _tokenizer(config: Config, folder: Path) -> tuple[float, float]:
     """Return the fraction of different tokens in a short text."""
     from transformers import AutoTokenizer
 
-    text = "a red circle moves left"  # known to small vocabularies: transformers has no byte fallback for T5
+    text = "a red circle moves left"  # in small vocabularies too: transformers has no byte fallback for T5
     embedder = next(iter(config.model["conditioner_config"]["params"]["emb_models"]))
     length = embedder["params"].get("max_length", 226)
     ours = instantiate_from_config(embedder).tokenize([text])[0].tolist()

@@ -1,1 +1,1 @@
-"""Transformers from the checkpoints of trainers: ZeRO states, sharded files."""
+"""Read transformers from trainers' checkpoints: ZeRO states, sharded files."""

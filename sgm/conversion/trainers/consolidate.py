@@ -47,8 +47,8 @@ def convert(
         dtype: see `read_source`.
         file_format: of the SAT layout. ``safetensors`` is written with one tensor in memory at a time, ``pt`` with all.
         max_shard_size: of a file of diffusers.
-        base: model YAML files of the network, which the weights must fit. Without them, ``config.json`` is written only
-            if there is one beside the weights.
+        base: model YAML files that the weights must match. Without them, ``config.json`` is written only if the input
+            has one.
         ema: see `read_source`.
 
     Returns:
@@ -81,7 +81,7 @@ def convert(
 
 
 def _check_adapters(source: Source, to: str, base: Sequence[str]) -> None:
-    """Refuse adapters that cannot be converted or could not be loaded again."""
+    """Refuse adapters that cannot be converted or reloaded."""
     if to == "diffusers":
         raise InputError(
             f"{source.path} holds LoRA adapters alone, which are no transformer; {_EXPORT} writes them for diffusers"
@@ -112,7 +112,7 @@ def _section(source: Source, base: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _complete(source: Source, section: Mapping[str, Any] | None) -> Source:
-    """Add the position table if the network has one; refuse an incomplete network, or one that does not fit."""
+    """Add the position table if the network has one; refuse an incomplete or mismatched network."""
     tensors = source.tensors
     if section is None:
         num_layers = 1 + max((int(n.split(".")[2]) for n in tensors if n.startswith("transformer.layers.")), default=0)
@@ -159,7 +159,7 @@ def _write_diffusers(
 ) -> None:
     if section is not None:
         learned = Geometry.from_network(section["params"]).positions == "learned"
-    else:  # the rows of text are zero in the table that diffusers computes itself
+    else:  # diffusers computes the table itself, with zero rows for text
         table = source.tensors.get(POSITION_TABLE)
         learned = table is not None and bool(table.compute()[:, 0].any())
     tensors = network_to_diffusers(source.tensors, patch_size=patch_size, learned_positions=learned)

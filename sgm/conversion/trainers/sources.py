@@ -1,6 +1,6 @@
 """Find the transformer in a trainer's checkpoint: a ZeRO state, sharded files or one file, with SAT or diffusers names.
 
-Tensors are returned under SAT's names without prefix and computed when they are written.
+Tensors are lazy, under SAT's names without prefix.
 """
 
 import re
@@ -24,7 +24,7 @@ from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 logger = get_logger(__name__)
 
-# Names that occur in one layout only; what precedes them is the prefix of all names of the network.
+# Names unique to one layout; the text before them is the prefix of all network names.
 _SAT_NAME = re.compile(r"(.*?)(?:mixins\.|transformer\.layers\.\d)")
 _DIFFUSERS_NAME = re.compile(r"(.*?)transformer_blocks\.\d")
 _RECOMPUTED = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
@@ -39,8 +39,8 @@ class Source:
         tensors: by SAT's names without prefix.
         iteration: of its training; 1 if unknown.
         adapters: description of adapters among the tensors.
-        config: the ``config.json`` of diffusers beside it.
-        of_diffusers: whether it had the names of diffusers.
+        config: the adjacent ``config.json`` of diffusers.
+        of_diffusers: whether it had diffusers names.
     """
 
     path: Path
@@ -75,22 +75,22 @@ def find_state(path: Path) -> Path | None:
 
 
 def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False) -> Source:
-    """Find a transformer and describe it without reading values.
+    """Find a transformer and its metadata without reading values.
 
     Args:
         path: a run folder, a checkpoint folder of DeepSpeed or one tag of it, a folder of sharded model files or its
             index, or a weights file.
         dtype: of the tensors; None keeps that of training or of the files. ZeRO's master weights are float32.
-        ema: take the moving averages of a ZeRO state.
+        ema: use the EMA weights of a ZeRO state.
 
     Raises:
-        InputError: there is nothing, files are missing or damaged, or they hold no CogVideoX transformer.
+        InputError: files are missing or damaged, or hold no CogVideoX transformer.
     """
     path = Path(path)
     folder = find_state(path)
     if folder is None:
         if ema:
-            raise InputError(f"{path} is no ZeRO state; the averages of a run are the weights in RUN/<iteration>-ema")
+            raise InputError(f"{path} is not a ZeRO state; the averages of a run are in RUN/<iteration>-ema")
         return _from_files(path, dtype)
     state = read_zero_state(folder)
     what = "moving averages" if ema else "float32 weights"
@@ -183,7 +183,7 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
 
 
 def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
-    """Add what the state of a train_video.py run lacks: tensors that were not trained, the adapters' description."""
+    """Complete the state of a train_video.py run: add frozen tensors and the adapters' description."""
     folder = source.path if source.path.is_dir() else source.path.parent
     if folder.parent.name != "resume" or not (folder / "resume.json").is_file():
         return source

@@ -1,4 +1,4 @@
-"""Read DeepSpeed's ZeRO states: find the files that belong together, and join the partitions in them to tensors.
+"""Read DeepSpeed's ZeRO states: find the files of a state and assemble their partitions to tensors.
 
 ::
 
@@ -6,10 +6,10 @@
     TAG/zero_pp_rank_<r>_mp_rank_00_model_states.pt          stage 3: shapes; partitions of frozen parameters
     TAG/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   rank r's partition of float32 weights, optimizer state
 
-The weights are partitioned over W ranks. In stages 1 and 2 every group of parameters is one vector, parameter after
-parameter, cut into W partitions; its end is padded to a multiple of 2·W, and the file may omit the padding. In stage 3
-every parameter is cut into W partitions of ceil(numel / W), the last padded; rank r has the r-th partition of every
-parameter, one after the other. No process group is started, and no class of DeepSpeed is loaded.
+The weights are partitioned over W ranks. In stages 1 and 2 every parameter group is flattened to one vector,
+split into W partitions; its end is padded to a multiple of 2·W, and the file may omit the padding. In stage 3 every
+parameter is split into W partitions of ceil(numel / W), the last padded; rank r has the r-th partition of every
+parameter, concatenated. No process group is started, and no DeepSpeed class is loaded.
 """
 
 import math
@@ -53,10 +53,10 @@ _OBJECTS = [
 
 @dataclass(frozen=True)
 class ZeroState:
-    """A state of ZeRO stage 1, 2 or 3; its tensors are mapped, not read.
+    """A state of ZeRO stage 1, 2 or 3; its tensors are memory-mapped.
 
     Attributes:
-        folder: where its files are.
+        folder: folder of its files.
         stage: ZeRO stage.
         world_size: ranks that wrote it.
         iteration: optimizer steps done.
@@ -64,7 +64,7 @@ class ZeroState:
         paddings: unused elements after each parameter in the vectors, group by group.
         dtypes: of the module's tensors in training, by name.
         rest: frozen parameters and buffers, if they were saved.
-        shared: tied parameters: names to the names under which they are saved.
+        shared: tied parameters: name → name under which it is saved.
         weights: partitions of the float32 weights.
         averages: partitions of the moving averages of `sgm.training.optim.optimizer.EmaAdamW`; None without averages.
     """
@@ -82,10 +82,10 @@ class ZeroState:
     averages: Partitions | None
 
     def tensors(self, *, dtype: torch.dtype | None = None, ema: bool = False) -> dict[str, LazyTensor]:
-        """Return all tensors by the names of the module, joined when they are computed.
+        """Return all tensors by the module's names, as lazy tensors.
 
         Args:
-            dtype: of floating-point tensors; None gives each its dtype in training.
+            dtype: of floating-point tensors; None uses each tensor's training dtype.
             ema: moving averages instead of the trained weights.
 
         Raises:
@@ -121,7 +121,7 @@ class ZeroState:
 
 
 def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
-    """Return the function that takes `count` elements from `start` of a partitioned vector."""
+    """Return a function that takes `count` elements from `start` of a partitioned vector."""
 
     def cut(*parts: torch.Tensor) -> torch.Tensor:
         pieces, begin = [], 0
@@ -134,7 +134,7 @@ def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
 
 
 def _shaped(shape: torch.Size) -> Callable[..., torch.Tensor]:
-    """Return the function that joins partitions, drops their padding, and reshapes the result."""
+    """Return a function that concatenates partitions, drops their padding, and reshapes the result."""
     return lambda *parts: (parts[0] if len(parts) == 1 else torch.cat(parts))[: shape.numel()].view(shape)
 
 
@@ -143,12 +143,12 @@ def _joined(groups: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]
 
 
 def deepspeed_objects() -> Any:
-    """Return a context in which files may hold objects of DeepSpeed beside tensors, which are skipped."""
+    """Return a context in which DeepSpeed objects in files are skipped."""
     return torch.serialization.safe_globals(_OBJECTS)
 
 
 def read_state_entries(path: Path, *keys: str) -> list[Any]:
-    """Read entries of a file of DeepSpeed's; None for missing ones.
+    """Read entries of a DeepSpeed file; None for missing ones.
 
     Raises:
         InputError: it cannot be read, or holds objects that could run code.
@@ -170,10 +170,10 @@ def is_zero_state(folder: Path) -> bool:
 
 
 def read_zero_state(folder: Path) -> ZeroState:
-    """Read names and shapes of a state; its tensors stay memory-mapped.
+    """Read names and shapes of a state; tensors stay memory-mapped.
 
     Raises:
-        InputError: files are missing, damaged, or do not belong together.
+        InputError: files are missing, damaged, or from different states.
     """
     optim, model = _files(folder, "optim"), _files(folder, "model")
     if not optim:
@@ -245,7 +245,7 @@ def _stage_and_ranks(
     for rank, state in states.items():
         count = state["partition_count"]
         counts = set(count) if isinstance(count, list) else {count}
-        # The bfloat16 optimizer of older DeepSpeed records no stage; its files are those of stage 1.
+        # The bfloat16 optimizer of older DeepSpeed records no stage; its files have the stage-1 layout.
         stage = state.get("zero_stage", 1)
         if len(counts) != 1 or not isinstance(state.get(_PARTITIONS.get(stage, "")), list):
             raise InputError(
@@ -297,7 +297,7 @@ def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) 
 
 
 def _check_sizes(state: ZeroState, parts: Partitions) -> None:
-    """Refuse vectors whose lengths do not fit the parameters in them."""
+    """Refuse vectors whose lengths do not match their parameters."""
     world, expected, found = state.world_size, [], []
     if state.stage == 3:
         share = sum(math.ceil(shape.numel() / world) for shape in _joined(state.shapes).values())

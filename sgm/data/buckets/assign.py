@@ -1,6 +1,6 @@
 """Assign clips to buckets, the shapes (F, H, W) of training; see docs/buckets.md.
 
-Everything here is arithmetic on arrays; no file is opened, and no random number is drawn.
+Pure array arithmetic: no file access, no random numbers drawn.
 
 Legend: N clips, K random numbers per clip, F frames, H W pixels.
 """
@@ -19,7 +19,7 @@ from sgm.modules.geometry import Geometry
 
 PATH = "data.params.buckets"  # in YAML
 NOWHERE = -1  # the bucket index of a clip without a bucket
-MIN_AREA = 0.8  # share of a class's area that a clip must have, so that it is hardly upscaled
+MIN_AREA = 0.8  # minimum clip area as a fraction of the class's area, to limit upscaling
 # Buckets whose aspect ratio is this close to the nearest, in |log(height / width)|, count as equally near.
 _SAME_ASPECT = 0.05
 
@@ -54,7 +54,7 @@ class ClipSizes:
         return len(self.frames)
 
     def distinct(self) -> tuple["ClipSizes", np.ndarray]:
-        """Return the distinct sizes, of which data sets have few, and the index of each clip's size among them."""
+        """Return the distinct sizes (few in most data sets), and the index of each clip's size among them."""
         sides = np.stack([self.frames, self.heights, self.widths]).astype(np.int64)
         keys = (sides[0] << 42) + (sides[1] << 21) + sides[2]
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -72,7 +72,7 @@ def clip_sizes(infos: Sequence[VideoInfo | str], *, fps: float, skip: tuple[int,
     rows = [(0, 0.0, 1, 1) if isinstance(i, str) else (i.num_frames, i.fps, i.height, i.width) for i in infos]
     counts, rates, heights, widths = np.array(rows, np.float64).reshape(-1, 4).T
     usable = counts - sum(skip)
-    # The count of `sgm.data.clips.frames.select_frames`, from the mean rate instead of the time of every frame.
+    # As `sgm.data.clips.frames.select_frames`, but from the mean rate instead of all timestamps.
     seconds = (usable - 0.5) / np.maximum(rates, MIN_FPS)
     frames = np.where(usable == 1, 1, np.floor((seconds + 1e-6) * fps) + 1)
     frames = np.where((usable >= 1) & (rates >= MIN_FPS) & (rates <= MAX_FPS), frames, 0)
@@ -82,15 +82,15 @@ def clip_sizes(infos: Sequence[VideoInfo | str], *, fps: float, skip: tuple[int,
 
 @dataclass(frozen=True)
 class FixedBuckets:
-    """A list of buckets. A clip goes to the longest that it fills, and among those to the nearest aspect ratio.
+    """A list of buckets. A clip gets the longest bucket that it fills, with the nearest aspect ratio.
 
-    A clip that fills none goes to the shortest. Among about equally near aspect ratios it goes to the largest bucket
-    that needs no upscaling, else to the smallest.
+    A clip that fills none gets the shortest. Among about equally near aspect ratios it gets the largest bucket without
+    upscaling, else the smallest.
     """
 
     buckets: tuple[Bucket, ...]
     places: tuple[str, ...]  # path of each bucket in the configuration
-    num_draws: int = 0  # K, random numbers that decide the bucket of a clip; with 0 it is always the same
+    num_draws: int = 0  # K, random numbers that select the bucket of a clip; 0: deterministic
 
     def choose(self, clips: ClipSizes, draws: np.ndarray) -> np.ndarray:
         """Return the index of each clip's bucket, or `NOWHERE`: (N,) int64.
@@ -124,7 +124,7 @@ class FixedBuckets:
         """Return the buckets that a network supports: all of them.
 
         Raises:
-            ConfigError: it does not support one that the configuration names.
+            ConfigError: it does not support a configured bucket.
         """
         problems = []
         for bucket, place in zip(self.buckets, self.places, strict=True):
@@ -160,11 +160,11 @@ class SizeClass:
 
 @dataclass(frozen=True)
 class ClassBuckets:
-    """Resolution classes that keep clips with a probability; the rule of Open-Sora.
+    """Resolution classes that keep clips with a probability (Open-Sora's rule).
 
-    Classes are tried from the largest area down. A clip needs `MIN_AREA` of the area, and a frame count of the class
-    that it fills: the largest one that is considered. It is kept with the probability of that count, or passed to the
-    next class. Within a class, the nearest aspect ratio decides. The methods are those of `FixedBuckets`.
+    Classes are tried from the largest area down. A clip needs `MIN_AREA` of the area, and must fill a frame count of
+    the class; the largest considered one is used. It is kept with the probability of that count, or passed to the next
+    class. Within a class, the nearest aspect ratio decides. The methods are those of `FixedBuckets`.
     """
 
     classes: tuple[SizeClass, ...]  # from the largest area down
@@ -231,7 +231,7 @@ Buckets = FixedBuckets | ClassBuckets
 
 
 def _frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem]:
-    """Return a problem with the nearest legal count where a network does not support a number of frames."""
+    """Return a problem with the nearest legal count if a network does not support a frame count."""
     legal = geometry.legal_frames()
     if frames in legal:
         return []

@@ -26,7 +26,7 @@ def parse_buckets(value: Any) -> Buckets:
             batch_size]}}``.
 
     Raises:
-        ConfigError: everything that is wrong with it.
+        ConfigError: lists all problems.
     """
     parser = _Parser()
     if isinstance(value, list):
@@ -114,7 +114,7 @@ class _Parser:
     def _rule(self, frames: Any, entry: Any, place: str) -> Rule | None:
         place = f"{place}.{frames}"
         if not _is_count(frames):
-            self._add(place, "is no number of frames", "give 1 (pictures), 5, 9, ..., 49, ...")
+            self._add(place, "is not a number of frames", "give 1 (pictures), 5, 9, ..., 49, ...")
             return None
         self._check_frames(frames, place)
         if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:

@@ -1,8 +1,8 @@
 """Micro-batches of one shape for every rank: a pure function of seed, clips, buckets and ranks.
 
-Samples keep the numbers of `sgm.data.order.TrainingOrder`, and with them the clip, noise and timestep that they have
-without buckets. The samples of each bucket are split into micro-batches across all ranks, which are then shuffled. All
-ranks have the same shape at a time, so none waits for a larger one.
+Samples keep the numbers of `sgm.data.order.TrainingOrder`, and so the clip, noise and timestep of a run without
+buckets. The samples of each bucket are split into micro-batches across all ranks, which are then shuffled. All
+ranks have the same shape at each step, so none waits for a larger one.
 
 Legend: N clips, F frames, H W pixels.
 """
@@ -30,7 +30,7 @@ class RankBatch:
     """
 
     numbers: tuple[int, ...]  # sample numbers
-    weights: tuple[float, ...]  # factor of each sample's loss, 0 for padding
+    weights: tuple[float, ...]  # weight of each sample's loss, 0 for padding
     shape: tuple[int, int, int] | None  # (F, H, W) of all samples; None is that of the data set
 
 
@@ -46,13 +46,13 @@ class _Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How samples are divided into micro-batches; independent of the clips."""
+    """How samples are split into micro-batches; independent of the clips."""
 
     buckets: Buckets  # supported by the network
     ranks: int  # data parallel size
     micro_batch: int  # batch size of a rank for buckets without one
     accumulation: int = 1  # micro-batches per step
-    drop_partial: bool = False  # leave out samples that do not fill a micro-batch of all ranks
+    drop_partial: bool = False  # drop samples that do not fill a micro-batch on all ranks
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -61,7 +61,7 @@ class Division:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what determines the micro-batches, apart from clips and seed."""
+        """SHA-256 of all inputs of the micro-batches except clips and seed."""
         parts = (self.buckets, self.batch_sizes, self.ranks, self.drop_partial)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -72,7 +72,7 @@ class BucketPlan:
     Args:
         order: of the samples.
         division: of the samples into micro-batches.
-        clips: sizes of all clips, data set by data set in the sequence of `order`.
+        clips: sizes of all clips, by data set in the order of `order`.
 
     Raises:
         InputError: no clip fits any bucket.
@@ -92,12 +92,12 @@ class BucketPlan:
         self._offsets = torch.tensor([0, *order.sizes]).cumsum(0)
         # Micro-batches and samples before each epoch; filled on demand.
         self._batches_before, self._samples_before = [0], [0]
-        self._epochs: dict[int, _Epoch] = {}  # the latest two: the loader is ahead of training
+        self._epochs: dict[int, _Epoch] = {}  # the latest two: the loader prefetches
         self._clips: tuple[int, torch.Tensor] | None = None  # buckets of the clips in one epoch
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what determines the micro-batches, apart from `Division`: order and sizes."""
+        """SHA-256 of the inputs of the micro-batches outside `Division`: order and sizes."""
         sides = (self.clips.frames, self.clips.heights, self.clips.widths)
         found = hashlib.sha256(self.order.digest.encode())
         for side in sides:

@@ -26,7 +26,7 @@ AREAS = {
 # Height / width of landscape sizes; portrait sizes are these swapped.
 ASPECTS = tuple(Fraction(*pair) for pair in [(1, 4), (1, 3), (3, 8), (3, 7), (1, 2), (9, 16), (5, 8), (2, 3), (3, 4)])
 ASPECTS += (Fraction(4, 5), Fraction(1))
-# Not the computed size, but that of the released CogVideoX-2B and 5B.
+# Override: the size of the released CogVideoX-2B and 5B.
 _RELEASED = {("480p", Fraction(2, 3)): (480, 720)}
 
 
@@ -34,7 +34,7 @@ def class_sizes(name: str) -> tuple[tuple[int, int], ...]:
     """Return the sizes (H, W) of a class, from the widest to the tallest; all sides are multiples of 16.
 
     Raises:
-        InputError: there is no such class.
+        InputError: unknown class.
     """
     if name not in AREAS:
         hint = nearest(name, list(AREAS))

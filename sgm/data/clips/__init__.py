@@ -1,1 +1,1 @@
-"""Clips: opened, decoded, checked."""
+"""Clips: open, decode, check."""

@@ -29,7 +29,7 @@ class RowReport:
 
     path: str
     caption: str
-    info: VideoInfo | None = None  # None if it cannot be read
+    info: VideoInfo | None = None  # None if unreadable
     num_frames: int = 0  # frames that training selects, without padding; 0 if none
     effective_fps: float = 0.0  # distinct frames per second among those
     problems: tuple[str, ...] = ()  # why it cannot be used; empty for a good clip
@@ -42,7 +42,7 @@ class RowReport:
 
 
 def row_reports(rows: Sequence[Row]) -> list[RowReport]:
-    """Report the problems and metadata in the rows of a data set; open no clip."""
+    """Report problems and metadata from the rows of a data set, without opening clips."""
     return [
         RowReport(str(row.path), row.caption, row.info, problems=(row.problem,) if row.problem else ()) for row in rows
     ]
@@ -67,7 +67,7 @@ def check_rows(
         fps: frame rate of training.
         max_num_frames: F of training.
         skip: source frames skipped at the start and at the end.
-        buckets: check each clip against its bucket, or the likeliest, instead of one size and length.
+        buckets: check each clip against its (most likely) bucket instead of one size and length.
         decode: decode every frame, not only the first one; slow, but finds damage inside.
         num_threads: clips checked at a time.
 
@@ -93,7 +93,7 @@ def check_rows(
             problems.append(error.reason if error.path == str(row.path) else f"its image {error.path} {error.reason}")
         except ValueError as error:
             problems.append(str(error))
-        if buckets is not None:  # buckets are assigned by the columns
+        if buckets is not None:  # buckets are assigned from the columns
             problems += wrong_columns
             wrong_columns = []
         if info is None or selection is None:
@@ -116,7 +116,7 @@ def _bucket_shape(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int
 
 
 def _wrong_columns(row: Row, info: VideoInfo) -> list[str]:
-    """Return a line if length, rate or size in the columns of the data set differ from the clip."""
+    """Return a problem if length, rate or size in the columns differ from the clip."""
     if row.info is None:
         return []
     wrong = [name for name in ("num_frames", "height", "width") if getattr(row.info, name) != getattr(info, name)]
@@ -139,7 +139,7 @@ def _notes(info: VideoInfo, selection: Selection, fps: float, video_size: tuple[
 
 
 def bad_share(reports: Sequence[RowReport]) -> float:
-    """Return the share of clips that cannot be used, 0 to 1."""
+    """Return the fraction of unusable clips."""
     return sum(bool(report.problems) for report in reports) / max(len(reports), 1)
 
 

@@ -1,7 +1,7 @@
 """Read metadata and decode frames of clips. A picture file is a clip of one frame.
 
 Times and counts come from PyAV, which reads packets without decoding them. Frames come from decord, or from PyAV if
-decord is missing, fails or counts other frames. Both apply the rotation and give equal pixels.
+decord is missing, fails or has another frame count. Both apply the rotation and give equal pixels.
 
 Legend: T frames, H W pixels of an upright frame.
 """
@@ -25,7 +25,7 @@ _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trim
 
 
 class ClipError(RunError):
-    """A clip cannot be used; training replaces it by another one.
+    """A clip is unusable; training replaces it by another one.
 
     Attributes:
         path: the clip.
@@ -37,7 +37,7 @@ class ClipError(RunError):
         super().__init__(f"clip {path}: {reason}")
 
     def __reduce__(self) -> tuple[type["ClipError"], tuple[str, str]]:
-        """Pickle with the constructor's arguments; the default passes the message alone."""
+        """Pickle with the constructor's arguments; the default passes only the message."""
         return ClipError, (self.path, self.reason)
 
 
@@ -47,7 +47,7 @@ def probe(path: str | ClipFile) -> VideoInfo:
 
 
 def scan(path: str | ClipFile) -> tuple[VideoInfo, np.ndarray]:
-    """Read the packets of a clip, and decode its first frame for the size and to see that there is a decoder.
+    """Read the packets of a clip; decode the first frame for the size and to check for a decoder.
 
     Returns:
         Metadata, and the presentation time of each frame in seconds, ascending (float64).
@@ -95,7 +95,7 @@ def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -
         (T, H, W, 3) uint8, RGB.
 
     Raises:
-        ClipError: neither decoder gives these frames.
+        ClipError: neither decoder can decode these frames.
     """
     if is_picture(path):
         return read_picture(path)[None]
@@ -119,11 +119,11 @@ def read_picture(path: str | ClipFile) -> np.ndarray:
     except FileNotFoundError as error:
         raise ClipError(path, "does not exist") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError(path, f"is no picture, or a damaged one: {error}") from error
+        raise ClipError(path, f"is not a picture, or a damaged one: {error}") from error
 
 
 def decode_all(path: str | ClipFile, num_frames: int) -> None:
-    """Decode a whole clip to find damage; keep nothing.
+    """Decode a whole clip to find damage; discard the frames.
 
     Raises:
         ClipError: a frame is missing or damaged.
@@ -167,7 +167,7 @@ def open_video(
 
 def _reason(error: Exception) -> str:
     if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
-        return "is no video, or a damaged one; copy or encode it again"
+        return "is not a video, or a damaged one; copy or encode it again"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
@@ -181,7 +181,7 @@ def _stated_duration(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
-    # Imported and opened in the process that decodes: a reader that was open before a fork hangs.
+    # Import and open in the decoding process: a reader opened before a fork hangs.
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)

@@ -22,14 +22,14 @@ class Selection:
 
     indices: tuple[int, ...]  # source frames in display order, padded with the last one
     num_frames: int  # length without padding
-    effective_fps: float  # distinct frames per second among those; lower than asked for a slower source
+    effective_fps: float  # distinct frames per second among those; lower than requested for a slower source
 
 
 def num_frames_4k1(value: int) -> int:
     """Return `value` if the VAE can encode that number of frames: 1, 5, 9, ...
 
     Raises:
-        InputError: it cannot; the message names the nearest numbers.
+        InputError: it cannot; the message lists the nearest numbers.
     """
     if value >= 1 and value % TIME_COMPRESSION == 1:
         return value

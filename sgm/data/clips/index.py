@@ -1,7 +1,7 @@
 """Metadata of every clip of a data set, read once and cached in an index.
 
-The index is a JSON file: path, file size and modification time of each clip → metadata. It lies in the data folder, or
-in the user's cache if that folder is read-only. Columns of a manifest replace it.
+The index is a JSON file: path, file size and modification time of each clip → metadata. It is in the data folder, or
+in the user's cache if that folder is read-only. Manifest columns replace it.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from sgm.util import RunError
 logger = get_logger(__name__)
 
 NAME = ".clip_index.json"
-KEPT_FROM = 200  # clips; reading fewer again is quick, and leaves no file in the data folder
+KEPT_FROM = 200  # clips; smaller data sets are read again instead of writing an index
 _SAVE_EVERY = 5000  # clips, so that an interrupted scan can continue
 
 
 def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8) -> list[VideoInfo | str]:
     """Return the metadata of each clip from manifest, index, or the clip itself.
 
-    Call it from one process at a time, and broadcast the result to other ranks.
+    Call from one process at a time and broadcast the result to other ranks.
 
     Args:
         rows: of a data set.
@@ -84,7 +84,7 @@ def index_path(folder: str | Path) -> Path:
 
 
 def _read_index(folder: Path) -> dict[str, list[Any]]:
-    """Return the index: that of the folder, updated by that of the cache if the folder is read-only now."""
+    """Return the folder's index, updated from the user's cache if the folder is read-only."""
     known: dict[str, list[Any]] = {}
     for path in dict.fromkeys((folder.absolute() / NAME, index_path(folder))):
         try:
@@ -121,7 +121,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _parts(container: Path) -> list[Path]:
-    """Return the files of a container without the index, which is hidden and changes no clip."""
+    """Return the files of a container, without the hidden index."""
     if not container.is_dir():
         return [container]
     return [path for path in container.iterdir() if path.is_file() and not path.name.startswith(".")]

@@ -13,7 +13,7 @@ def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float
     Args:
         pictures: (T, 3, H, W) float in [-1, 1].
         size: (H, W) of the result, in pixels.
-        place: position of the crop, down and across, in [0, 1); None is the centre.
+        place: relative (vertical, horizontal) crop position in [0, 1); None is the centre.
 
     Returns:
         (T, 3, *size) in [-1, 1] of the same dtype: bicubic, with antialiasing where it downscales.
@@ -34,6 +34,6 @@ def stretch(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale frames to `size` without keeping the aspect ratio; see `cover_crop`."""
     if tuple(pictures.shape[-2:]) == size:
         return pictures
-    # Pixels are pinned to kornia's antialiasing; torch's interpolate gives others.
+    # Tests pin kornia's antialiasing; torch's interpolate differs.
     sized = resize(pictures, size, interpolation="bicubic", align_corners=False, antialias=True)
     return sized.clamp(-1, 1)  # bicubic interpolation overshoots at edges

@@ -10,9 +10,9 @@ VIDEOS, LABELS = "videos", "labels"
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
-    """List all clips below a folder by path, following links, without hidden files; open no clip.
+    """List all clips below a folder by path, following links, without hidden files, without opening clips.
 
-    A picture with a caption is a clip of one frame, unless a clip of the same name lies beside it (a cover).
+    A picture with a caption is a clip of one frame, unless there is a video of the same name (then it is a cover).
 
     Args:
         data_dir: folder with ``videos`` and ``labels``, at any depth, or with captions beside the clips.

@@ -36,7 +36,7 @@ def read_dataset(folder: Path) -> Table:
     """Read a folder written by ``Dataset.save_to_disk``, without the bytes of clips.
 
     Raises:
-        InputError: ``datasets`` is not installed, the folder is not its own, or has several splits.
+        InputError: ``datasets`` is not installed, did not write the folder, or the folder has several splits.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))

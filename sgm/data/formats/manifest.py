@@ -179,7 +179,7 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
 
 
 def read_lines(root: Path, columns: Columns) -> Table:
-    """Read text files in which line n belongs to clip n: captions, paths of clips, and optionally of images.
+    """Read text files, line n for clip n: captions, paths of clips, and optionally of images.
 
     An empty line is an empty caption or no image; empty lines after the last clip are ignored.
 
@@ -248,7 +248,7 @@ def read_csv(path: Path) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         cure = "end each quoted field with a quote, and write one inside it twice"
-        faults.add(f"{path}:{line}", f"is no CSV: {error}, in the record that begins there; {cure}")
+        faults.add(f"{path}:{line}", f"is not CSV: {error}, in the record that begins there; {cure}")
     faults.refuse()
     return _text_table(path, header, records)
 
@@ -257,18 +257,18 @@ def read_json(path: Path) -> Table:
     """Read a JSON file: a list of objects, or such a list under ``data``.
 
     Raises:
-        InputError: it is no JSON, or no such list.
+        InputError: not JSON, or no such list.
     """
     text = _text(path)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: is no JSON: {error.msg} (column {error.colno})") from error
+        raise InputError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from error
     start = 0
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content, start = content["data"], _start_of_data(text)
     if not isinstance(content, list):
-        raise InputError(f"{path}:1: is no list; give a list of objects, or one under the key 'data'")
+        raise InputError(f"{path}:1: is not a list; give a list of objects, or one under the key 'data'")
     return _objects(path, zip(_lines_of_entries(text, start, len(content)), content, strict=True), Faults(path))
 
 
@@ -305,14 +305,14 @@ def read_jsonl(path: Path) -> Table:
     """Read a file with a JSON object on each line.
 
     Raises:
-        InputError: a line is no JSON object.
+        InputError: a line is not a JSON object.
     """
     faults, found = Faults(path), []
     for number, line in enumerate(_text(path).split("\n"), 1):
         try:
             found += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
-            faults.add(f"{path}:{number}", f"is no JSON: {error.msg} (column {error.colno})")
+            faults.add(f"{path}:{number}", f"is not JSON: {error.msg} (column {error.colno})")
     return _objects(path, iter(found), faults)
 
 
@@ -341,7 +341,7 @@ def read_parquet(path: Path) -> Table:
     try:
         content = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"'{path}' is no Parquet file, or a damaged one: {error}") from error
+        raise InputError(f"'{path}' is not a Parquet file, or a damaged one: {error}") from error
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0

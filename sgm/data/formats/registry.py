@@ -39,7 +39,7 @@ def list_rows(
     columns: Columns | None = None,
     allow_missing_captions: bool = False,
 ) -> list[Row]:
-    """Return the rows of a data set in any format; open no clip.
+    """Return the rows of a data set in any format, without opening clips.
 
     Args:
         data_dir: a folder, a manifest, or an archive.

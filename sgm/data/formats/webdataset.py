@@ -1,6 +1,6 @@
 """WebDataset archives: tar files in which the files of a sample share a name up to its first dot.
 
-Archives are not unpacked: the process that decodes a member reads it at its offset.
+Archives are not unpacked: decoding processes read members at their offset.
 """
 
 import json
@@ -91,7 +91,7 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
                 files[ending] = Member(archive, entry.name, entry.offset_data, entry.size)
     except (tarfile.TarError, OSError) as error:
         cure = "copy it again; it must not be compressed, as its files are read by offset"
-        faults.add(str(archive), f"is no tar file, or a damaged one ({error}); {cure}")
+        faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
     yield from ((f"{archive}, {key}", files) for key, files in found.items())
 
 
@@ -105,7 +105,7 @@ def _record(
             content = json.loads(record.pop("json").read_from(archive))
             record |= content
         except (ValueError, TypeError) as error:
-            faults.add(f"{files['json']}", f"is no JSON object: {error}")
+            faults.add(f"{files['json']}", f"is not a JSON object: {error}")
     if columns.video is None:
         clips = _of_kind(files, VIDEO_SUFFIXES) or _of_kind(files, PICTURE_SUFFIXES)
         if len(clips) != 1:

@@ -70,7 +70,7 @@ class T5Folder:
             try:
                 return [self.path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is no index of weights{_lfs_hint(index)}; copy it again") from error
+                raise InputError(f"{index} is not an index of weights{_lfs_hint(index)}; copy it again") from error
         if single.is_file():
             return [single]
         raise InputError(

@@ -1,4 +1,4 @@
-"""Count what two ranks that share a sample send, and the memory that it takes; for test_estimate.py.
+"""Count traffic and memory of two ranks per sample; for test_estimate.py.
 
 Run: torchrun --standalone --nproc_per_node=2 tests/sgm/checks/estimate_ranks.py
 
@@ -27,7 +27,7 @@ sent = 0
 
 
 def count_traffic() -> None:
-    """Wrap the collectives, so that each call adds what this rank sends, around a ring where all get the result."""
+    """Wrap the collectives to count the bytes this rank sends (ring all-gather and all-reduce)."""
 
     def add(numbers: float, tensor: torch.Tensor) -> None:
         global sent

@@ -28,7 +28,7 @@ def network_section(*, hidden: int = 384, layers: int = 2, model: str = "cogvide
 
 
 def make_network(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    """A network of zeros. With LoRA, only the adapters are trained. Gradients of weights are dropped as they come."""
+    """A network of zeros. With LoRA, only the adapters are trained. Weight gradients are freed immediately."""
     with without_allocating():
         network = instantiate_from_config(network_section(**kwargs))
     network = network.to(dtype).to_empty(device="cpu")
@@ -52,7 +52,7 @@ def trained_names(network: torch.nn.Module) -> frozenset[str]:
 
 
 def vae_section(*, channels: int = 32, **params: Any) -> Any:
-    """The section of the released VAE with `channels` at full resolution, where that one has 128."""
+    """The section of the released VAE with `channels` at full resolution, instead of 128."""
     section: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "cogvideox_5b.yaml").model)
     section = section["first_stage_config"]
     for part in ("encoder_config", "decoder_config"):

@@ -1,4 +1,4 @@
-"""Buckets held against the network before anything is read, and the one that takes most of it."""
+"""Buckets checked against the network before anything is read, and the most expensive one."""
 
 from pathlib import Path
 

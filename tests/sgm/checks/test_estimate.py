@@ -1,4 +1,4 @@
-"""Estimates against tensors that are counted in real runs, and what --check prints."""
+"""Estimates against tensors counted in real runs, and the output of --check."""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ TOY_TRAINING = ["configs/toy.yaml", "configs/toy_sft.yaml"]
 
 
 def with_model(*overrides, mode="inference", **sections):
-    """The toy's configuration with other sections of the model."""
+    """The toy's configuration with other model sections."""
     config = load_config(TOY if mode == "inference" else TOY_TRAINING, overrides, mode=mode)
     config.model.update(sections)
     return config
@@ -49,7 +49,7 @@ def with_model(*overrides, mode="inference", **sections):
 
 @pytest.fixture(autouse=True)
 def torchs_own_linear(monkeypatch):
-    """DeepSpeed's ZeRO 3 puts a function in its place, for all networks of the process, that keeps other tensors."""
+    """DeepSpeed's ZeRO 3 patches it process-wide with a function that saves other tensors."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
@@ -59,7 +59,7 @@ def test_the_formula_stands_in_the_document():
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 12), (1, 26 / 3), (2, 22 / 3), (3, 16 / 3)])
 def test_weights_and_optimizer_in_float32(stage, expected):
-    """What tests/sgm/training/zero_costs.py counts on three ranks with a network in float32, half of it trained."""
+    """Counts of tests/sgm/training/zero_costs.py on three ranks, for a half-trained float32 network."""
     assert bytes_per_rank(1, 0.5, 3, stage, ema=True, width=4)[0] == pytest.approx(expected)
 
 
@@ -111,7 +111,7 @@ def test_layers_that_differ_are_measured_one_by_one():
 
 
 class Widening(nn.Linear):
-    """A module that computes in float32, and copies what is transposed."""
+    """A module that computes in float32 and copies transposed tensors."""
 
     def forward(self, x):
         return super().forward(x.float().mT.contiguous().mT.to(x.dtype))
@@ -123,7 +123,7 @@ def test_copies_of_another_dtype_and_of_another_layout_are_counted():
     assert found.peak == x.nbytes + 2 * 2 * x.nbytes
 
 
-# The VAE, of the released channels and on the meta device, which holds no numbers
+# The VAE with the released channels, on the meta device
 
 
 def live_of_vae(method: str, *shape: int, section, **attributes) -> int:
@@ -164,7 +164,7 @@ def test_the_peak_of_encoding(frames, chunk):
     assert _encode_usage(config, (frames, 96, 160), torch.float32).peak == pytest.approx(found, rel=0.05)
 
 
-# What two ranks that share a sample send, and hold
+# Traffic and memory of two ranks per sample
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +206,7 @@ def test_what_ranks_of_a_video_send(counted):
     assert _decode_usage(config, (1, 6, 32, 32), torch.float32).sent == {"VAE": counted["VAE"]["sent"]}
 
 
-# What --check prints
+# Output of --check
 
 
 def test_without_a_launcher_the_number_of_processes_may_be_given(monkeypatch):
@@ -241,7 +241,7 @@ class OwnVAE(nn.Conv3d):
 
 
 class WithoutFakes(OwnVAE):
-    """It reads a number of a tensor, which a fake one does not have."""
+    """Reads a tensor value, which fake tensors do not have."""
 
     def decode(self, latents):
         return super().decode(latents * latents.max().item())

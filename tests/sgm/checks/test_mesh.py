@@ -1,4 +1,4 @@
-"""Sizes that the model, its sampler or the number of processes do not allow, found before anything is read."""
+"""Parallel sizes that model, sampler or number of processes do not allow are refused before anything is read."""
 
 import pytest
 

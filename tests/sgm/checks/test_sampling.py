@@ -273,7 +273,7 @@ def test_latents_alone_need_no_vae(load):
 
 
 def save_shapes(path: Path, key: str, section: dict, prefix: str = "") -> None:
-    """Write a file with the names and shapes of a module and next to no numbers."""
+    """Write a file with the names and shapes of a module, almost without data."""
     with without_allocating():
         module = instantiate_from_config(section)
     tensors = {prefix + name: torch.zeros(()).expand(value.shape) for name, value in module.state_dict().items()}

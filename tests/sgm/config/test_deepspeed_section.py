@@ -43,7 +43,7 @@ REFERENCE = {
 
 
 def check(section) -> dict[str, str]:
-    """Return what is wrong with a section, by path."""
+    """Return the problems of a section, by path."""
     merged = Merged()
     check_deepspeed(section, merged)
     return {problem.path: f"{problem.found} -> {problem.cure}" for problem in merged.problems}

@@ -42,7 +42,7 @@ def family(tmp_path_factory, t5_folder):
         content["args"] |= {"load": str(folder / "transformer"), "sampling_num_frames": 4}
         content["args"]["sampling_image_size"] = [64, 96]
         dtype = torch.float16 if name == "cogvideox_2b" else torch.bfloat16
-        model["precision"] = "fp32"  # what tests compute in
+        model["precision"] = "fp32"  # precision of the tests
         network = build_network(model["network_config"], seed=3)
         save_network(folder / "transformer", 1, network.to(dtype), patch_size=network.patch_size)
         save_autoencoder(folder / "vae" / "3d-vae.pt", build_vae(model["first_stage_config"], seed=4).half())

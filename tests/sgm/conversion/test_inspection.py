@@ -1,4 +1,4 @@
-"""What files and folders of all kinds are said to be."""
+"""Descriptions of files and folders of all kinds."""
 
 import json
 import math
@@ -33,7 +33,7 @@ INFO = AdapterInfo(rank=4, alpha=2.0, layers=(0, 1), base="somewhere", base_dige
 
 
 def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Write a bfloat16 safetensors file of any size that takes no room on the disk: its numbers are a hole."""
+    """Write a sparse bfloat16 safetensors file of any size."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)

@@ -1,4 +1,4 @@
-"""LoRA out of the SAT layout: for diffusers, and folded into the weights. Networks are whole and tiny."""
+"""Export LoRA from the SAT layout to diffusers, and merge it. Tiny complete networks."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def section(num_layers=2, *, alpha=ALPHA, layers=None, lora=True, model="cogvide
 
 
 def plain(network, **options):
-    """Return the network under the adapters, with the same weights."""
+    """Return the base network, with the same weights."""
     result = build_network(section(lora=False, **options))
     result.load_state_dict(
         {name.replace(".original.", "."): t for name, t in network.state_dict().items() if not is_adapter(name)}
@@ -53,7 +53,7 @@ def plain(network, **options):
 
 @torch.no_grad()
 def output(network):
-    """Return what a network, or its twin in diffusers, makes of the same input."""
+    """Return the output of a network, or of its diffusers twin, for a fixed input."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 2, 16, 4, 6, generator=generator)
     context = torch.randn(1, 3, 8, generator=generator)
@@ -64,7 +64,7 @@ def output(network):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Return a function that saves a network as training does: its base, and its adapters alone in `run`."""
+    """Return a function that saves a network as training does: its base, and only the adapters in `run`."""
 
     def save(network, *, alpha=ALPHA, layers=(0, 1), full=False, entry=True, file_format="pt"):
         state = network.state_dict()
@@ -86,7 +86,7 @@ def saved(tmp_path):
 
 
 def load_into_diffusers(network, folder):
-    """Return the twin of a plain network with the LoRA of a folder, loaded with no further word and no complaint."""
+    """Return the diffusers twin of a base network with the LoRA of a folder, loaded without options or warnings."""
     peer = network_peer(network)
     pipe = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=peer, scheduler=None)
     with warnings.catch_warnings():
@@ -243,7 +243,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(write, saved, t
     before = sorted(tmp_path.iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    for path in (run, tmp_path / "nowhere"):  # known before anything is read
+    for path in (run, tmp_path / "nowhere"):  # checked before anything is read
         with pytest.raises(InputError, match="full exists already; nothing is overwritten"):
             write(path, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
@@ -316,7 +316,7 @@ def test_16_bit_weights_are_added_in_float32_and_rounded_once():
     exact = weight + ALPHA / RANK * b @ a
     assert merged.dtype == torch.bfloat16
     wrong = merged != exact.to(torch.bfloat16)
-    assert wrong.sum() <= 1  # but where float32 rounds across the middle between two values
+    assert wrong.sum() <= 1  # except where float32 rounding crosses a midpoint
 
 
 def test_everything_else_is_untouched(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""LoRA that other tools trained, into the SAT layout and back out. Networks are whole and tiny."""
+"""Import LoRA of other tools to the SAT layout, and export it. Tiny complete networks."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def model(tiny_model, tmp_path):
 
 
 def sat(config):
-    """Return the network that sampling builds for what ``args.load`` of `config` names."""
+    """Return the network that sampling builds for ``args.load`` of `config`."""
     config = with_adapters(config)
     with without_allocating():
         network = instantiate_from_config(config.model["network_config"])
@@ -111,7 +111,7 @@ def written(path, tensors, *, header=None, prefix="transformer."):
     return path
 
 
-# --- There and back.
+# --- Round trips.
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(model, tmp_path
     file = written(tmp_path / "x.safetensors", pairs())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    for path in (file, tmp_path / "nowhere"):  # known before anything is read
+    for path in (file, tmp_path / "nowhere"):  # checked before anything is read
         with pytest.raises(InputError, match="full exists already; nothing is overwritten"):
             import_lora(config, path, tmp_path / "full")
     before = sorted(tmp_path.iterdir())

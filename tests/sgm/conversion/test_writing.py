@@ -1,4 +1,4 @@
-"""Files written tensor by tensor, and folders that appear whole or not at all."""
+"""Files written tensor by tensor, and folders written atomically."""
 
 import json
 

@@ -41,7 +41,7 @@ def test_results_survive_a_round_trip(tmp_path):
     cache = CachedTensors(write(tmp_path, description()), "latents")
     assert list(cache) == KEYS and len(cache) == 3 and "d" not in cache
     assert all(torch.equal(cache[key], tensor(key)) for key in KEYS)
-    copied = copy.copy(cache)  # as for a worker that is spawned
+    copied = copy.copy(cache)  # as for a spawned worker
     assert cache._open and not copied._open and torch.equal(copied["b"], tensor("b"))
 
 

@@ -17,7 +17,7 @@ from sgm.util import RunError
 
 
 class Numbered:
-    """A data set whose clips hold their own number, some of them broken, and which counts decoded clips."""
+    """A data set of clips that contain their index, some broken; counts decoded clips."""
 
     def __init__(self, size=30, broken=(), name="set"):
         self.size, self.broken, self.name = size, set(broken), name
@@ -105,7 +105,7 @@ def test_memory_holds_no_more_than_the_prefetched_batches():
     batches = iter(loader(stream_of(dataset), stop=60, micro_batch=2, num_workers=2, prefetch_factor=3))
     for _ in range(8):
         next(batches)
-    time.sleep(0.5)  # long enough to fetch everything, were nothing to hold it back
+    time.sleep(0.5)  # long enough to fetch everything if prefetching were unlimited
     assert 8 * 2 <= dataset.decoded.value <= (8 + 2 * 3) * 2
 
 
@@ -175,7 +175,7 @@ def test_workers_survive_signals_meant_for_their_parent():
     batches, workers = started(60, num_workers=2)
     assert len(workers) == 2
     for pid in workers:
-        for name in ("INT", "TERM"):  # as a terminal or a scheduler sends them: not by the parent itself
+        for name in ("INT", "TERM"):  # as sent by a terminal or scheduler, not by the parent
             subprocess.run(["sh", "-c", f"kill -{name} {pid}"], check=True)
     assert [batch["number"] for batch in batches] == [[number] for number in range(1, 60)]
 

@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong ends with one clear message, the right exit code and nothing half-written."""
+"""Wrong input gives one clear message, the right exit code and no partial output."""
 
 import json
 import os
@@ -233,7 +233,7 @@ def test_checking_a_released_model_without_its_weights_is_wrong_input():
 
 
 def test_missing_lora_is_refused_unless_forced(tiny_model, tmp_path, capsys, golden):
-    """A base checkpoint under a LoRA configuration: an error, or the base model where force_inference says so."""
+    """A base checkpoint under a LoRA configuration: an error, or the base model with force_inference."""
     config = yaml.safe_load(tiny_model("dit_t2v_2b").read_text())
     config["model"]["network_config"]["params"]["modules"]["lora_config"] = {
         "target": "sat.model.finetune.lora2.LoraMixin",

@@ -1,4 +1,4 @@
-"""Sampling with a model that training holds in memory: nothing about it changes, and ranks keep in step."""
+"""Sampling with the training model in memory: the model is unchanged, and ranks stay synchronised."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Sampling with what LoRA training saves, by naming its folder and nothing else."""
+"""Sampling from a LoRA training folder, without further options."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def sample(tiny_model, tmp_path, capsys):
 
 @pytest.fixture
 def lora_yaml(tiny_model, tmp_path) -> Path:
-    """The tiny model with a lora_config of its own."""
+    """The tiny model with its own lora_config."""
     config = yaml.safe_load(tiny_model("dit_t2v_2b").read_text())
     config["model"]["network_config"]["params"]["modules"]["lora_config"] = LORA
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))

@@ -36,7 +36,7 @@ def sample(tmp_path):
 
 def test_ranks_that_share_a_video_write_it_once(tiny_model, tmp_path, sample):
     base, more = tiny_model("dit_t2v_1.5"), ["args.sampling_num_frames=4", "args.contact_sheet=true"]
-    # Both in processes of their own, which compute alike to the last bit: of one, the codec makes much in such noise.
+    # Both in separate processes, for bitwise equal results: the codec amplifies single-bit differences in noise.
     one, shared = sample(base, "one", *more, world=1), sample(base, "shared", *more, SHARED, world=2)
     assert one.keys() == shared.keys() and len(one) == 3
     for name, path in one.items():
@@ -53,7 +53,7 @@ def latents_differ(one, shared):
 
 
 def test_ranks_that_share_branches_and_tokens_sample_the_same(tiny_model, tmp_path, sample):
-    """All four ranks on one sample; latents, since the codec makes grey levels of a millionth in videos of noise."""
+    """All four ranks on one sample; compares latents, since the codec amplifies 1e-6 to grey levels in noise."""
     base, keep = tiny_model("dit_i2v_5b"), "args.only_save_latents=true"
     iio.imwrite(tmp_path / "image.png", np.full((64, 96, 3), 90, np.uint8))
     prompts = tmp_path / "prompts.txt"
@@ -86,7 +86,7 @@ def test_four_ranks_write_the_toy_videos_of_one(tmp_path):
     assert len(videos) == 6
     for name in videos:
         one, four = (iio.imread(tmp_path / folder / name).astype(int) for folder in ("one", "four"))
-        # One pixel that rounds otherwise makes the codec decide otherwise, so single pixels may differ by more.
+        # One differently rounded pixel can change codec decisions, so single pixels may differ by more.
         assert one.shape == four.shape and np.abs(one - four).mean() <= 1, name
 
 
@@ -104,7 +104,7 @@ def test_four_ranks_write_the_toy_videos_of_one(tmp_path):
     ],
 )
 def test_whole_runs_of_the_toy_give_the_same_video(tmp_path, world, sizes):
-    """Frames as they go to the codec; of one level in one pixel, the codec itself may make more."""
+    """Frames before encoding; the codec may amplify a difference of one level in one pixel."""
     bases = ["configs/toy.yaml", "configs/toy_inference.yaml"]
     path = tmp_path / "prompts.txt"
     path.write_text("a red square moves up\na green triangle moves down\n")

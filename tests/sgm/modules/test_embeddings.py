@@ -106,7 +106,7 @@ def test_both_forms_of_the_rotation_are_equal(dtype):
         outputs[-1].float().square().sum().backward()
         gradients.append(x.grad)
     assert outputs[0].dtype == dtype
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-6  # a last place of the largest values
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-6  # one unit in the last place of the largest values
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=tolerance)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=8 * tolerance)
 

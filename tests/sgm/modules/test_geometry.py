@@ -62,7 +62,7 @@ def test_position_tables_fit_one_size(name):
 def test_rotary_positions_take_smaller_sizes():
     geometry = shipped("cogvideox_5b")
     assert geometry.size_is_legal(256, 384)
-    assert not geometry.size_is_legal(256, 390)  # no multiple of 16
+    assert not geometry.size_is_legal(256, 390)  # not a multiple of 16
     assert not geometry.size_is_legal(496, 720)  # too high
     assert geometry.nearest_size(250, 5000) == (256, 720)
     assert geometry.nearest_size(1, 1) == (16, 16)

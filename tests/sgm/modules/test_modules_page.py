@@ -1,4 +1,4 @@
-"""docs/modules.md against the code: every target builds, has the parameters listed, and none is left out."""
+"""docs/modules.md against the code: every target builds, its parameters are listed, and none is missing."""
 
 import ast
 import inspect
@@ -48,7 +48,7 @@ def named() -> dict[str, list[dict]]:
 
 
 def classes_of(folder: str) -> set[str]:
-    """Public concrete classes of YAML: those with a constructor of keywords, or that say nothing but are called."""
+    """Public concrete classes for YAML: with a keyword constructor, or callable without constructor."""
     return {
         f"{module.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}.{node.name}"
         for module in (ROOT / folder).rglob("*.py")

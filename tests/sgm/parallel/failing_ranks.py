@@ -23,7 +23,7 @@ import sgm.distributed as d
 from tests.processes import rank_environments
 
 TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
-FORKS = multiprocessing.get_context("fork")  # of a process that has imported everything
+FORKS = multiprocessing.get_context("fork")  # fork after all imports
 
 
 def fail_on_rank_one() -> None:
@@ -48,7 +48,7 @@ def never_meet() -> None:
     time.sleep(300)
 
 
-# What both ranks do, and what is sent to them: (seconds after the former, rank, signal).
+# Work of both ranks, and signals sent to them: (seconds after the previous one, rank, signal).
 Signals = list[tuple[float, int, signal.Signals]]
 CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
     "killed": (never_meet, [(0, 1, signal.SIGKILL)]),
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
 
 
 def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
-    """Do the work of a rank, as the commands do theirs; write messages to a file."""
+    """Run the work of a rank as the commands do; write messages to a file."""
     os.environ.update(env)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
     d.set_timeout(TIMEOUT)
@@ -84,7 +84,7 @@ def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
 
 
 class Pair:
-    """Two ranks that find each other through rank zero."""
+    """Two ranks with a rendezvous at rank zero."""
 
     def __init__(self, folder: Path, work: Callable[[], Any], signals: Signals) -> None:
         self.paths, self.signals = [folder / f"{rank}.txt" for rank in range(2)], list(signals)

@@ -3,7 +3,7 @@
 Run: torchrun --standalone --nproc_per_node=4 tests/sgm/parallel/sequence_ranks.py RESULTS.json
 
 Writes {group size: {case: figure}}: the worst difference over all ranks and tensors of a case, how many times fewer
-bytes a rank saves for the backward pass than one rank alone, or an error message.
+bytes a rank saves for the backward pass than a single rank, or an error message.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # as checkpoint does later; imported after groups exist, it would keep them alive to the end
+import torch._dynamo  # checkpoint imports it later; after groups exist, that would keep them alive
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sgm.parallel.ring_attention import ring_attention
 from sgm.parallel.sequence import gather_sequence, group_size, shard_sizes, split_sequence, ulysses_attention
 
-# Ranks that share a sample. The two pairs work at the same time, as with two samples on four ranks.
+# Sequence parallel groups. The two pairs run at the same time, as with two samples on four ranks.
 GROUPS = ([0, 1, 2, 3], [1, 2, 3], [0, 2], [1, 3])
 HEAD_DIM = 8
 # Text tokens and patches: divisible by 2, 3 and 4; by none of them; less text than ranks.
@@ -63,7 +63,7 @@ def gather(tokens: torch.Tensor, num_text: int, num_patches: int, group) -> torc
 
 
 class Toy(nn.Module):
-    """The shape of a transformer block: modulated tokens, attention, a layer after it, patches at the end."""
+    """A minimal transformer block: modulated tokens, attention, a linear layer, patches at the end."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def attention_cases(group) -> Iterator[tuple[str, float]]:
 
 
 def linear_case(group) -> Iterator[tuple[str, float]]:
-    """Gradients of a linear layer: complete on every rank for inputs, to be summed for weights."""
+    """Gradients of a linear layer: complete on every rank for inputs, summed over the group for weights."""
     torch.manual_seed(0)
     layer, x, weight = nn.Linear(3, 2), torch.randn(5, 2, 3, requires_grad=True), torch.randn(5, 2, 2)
     expected = torch.autograd.grad((layer(x) * weight).sum(), (x, *layer.parameters()))
@@ -161,15 +161,15 @@ def memory_cases(group) -> Iterator[tuple[str, float]]:
 
 
 def saved_bytes(module: nn.Module, *arguments: Any) -> int:
-    """Bytes that are saved for the backward pass, without the weights."""
+    """Bytes saved for the backward pass, without the weights."""
     storages = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
-        return tensor.detach()  # an output itself would hold the graph that holds it
+            storages[storage.data_ptr()] = storage  # keep alive: its address must not be reused
+        return tensor.detach()  # an output itself would create a reference cycle with its graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = module(*arguments)
@@ -227,7 +227,7 @@ def main(path: str) -> None:
 
 
 def merged(results: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The worst of all ranks: the largest difference, the smallest saving."""
+    """Worst case over ranks: the largest difference, the smallest saving."""
     worst = {kind: min if kind == "memory" else max for kind in CASES}
     return {kind: {n: worst[kind](r[kind][n] for r in results) for n in results[0][kind]} for kind in CASES}
 

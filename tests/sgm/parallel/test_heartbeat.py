@@ -1,4 +1,4 @@
-"""A rank is lost: the other one names it and ends with 1, without a launcher. Real processes, see failing_ranks.py."""
+"""A lost rank: the other one names it and exits with 1, without a launcher. Real processes, see failing_ranks.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Sequence parallelism against one rank; sequence_ranks.py runs the ranks and writes the figures asserted here."""
+"""Sequence parallelism against one rank; sequence_ranks.py runs the ranks and writes the results asserted here."""
 
 import json
 
@@ -20,7 +20,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(params=(2, 3, 4))
 def figures(results, request):
-    """The figures of a group of this size."""
+    """The results for a group size."""
     return results[str(request.param)]
 
 
@@ -47,11 +47,11 @@ def test_a_block_has_the_gradients_of_one_rank(figures):
 
 def test_half_precision_is_kept_and_exact_to_its_last_bits(figures):
     assert figures["half precision"].keys() == {"ulysses", "ring"}
-    assert max(figures["half precision"].values()) < 8e-3  # outputs up to 1, of 8 bits
+    assert max(figures["half precision"].values()) < 8e-3  # outputs up to 1, 8-bit mantissa
 
 
 def test_a_rank_saves_less_for_the_backward_pass(results):
-    """A little less than in proportion with Ulysses, which saves the outputs of attention by heads and by tokens."""
+    """Slightly less than proportional with Ulysses, which saves attention outputs by heads and by tokens."""
     for size, least in ((2, 1.7), (3, 2.5), (4, 3.3)):
         ratios = results[str(size)]["memory"]
         assert ratios.keys() == {"ulysses", "ring"}

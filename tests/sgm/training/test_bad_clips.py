@@ -148,7 +148,7 @@ def test_a_resumed_run_leaves_out_what_it_left_out_at_its_start(tmp_path):
 def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     dataset, run = toy(tmp_path / "set"), tmp_path / "run"
     run.mkdir()
-    first, later = ({dataset.paths[i]: reason} for i, reason in ((3, "is no video"), (5, "is damaged")))
+    first, later = ({dataset.paths[i]: reason} for i, reason in ((3, "is not a video"), (5, "is damaged")))
     (run / "excluded_clips.json").write_text(json.dumps(first))
     (run / "quarantine.json").write_text(json.dumps(first | later))
     found, known = usable(dataset, run, resumed=True)

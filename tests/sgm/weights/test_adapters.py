@@ -38,7 +38,7 @@ def info(*layers: int, base: str | Path = BASE, rank: int = 4, alpha: float = 2.
 
 
 def saved(folder: Path, *layers: int, file_format="pt", **values) -> Path:
-    """Save adapters with what they say about themselves; return the file."""
+    """Save adapters with their description; return the file."""
     description = info(*layers, **values)
     return save_network(
         folder,

@@ -57,7 +57,7 @@ def run(network, family):
 
 
 def rewritten(tmp_path, family, change):
-    """Save a golden checkpoint anew after `change` of its tensors, as a single file."""
+    """Apply `change` to the tensors of a golden checkpoint and save it as a single file."""
     tensors = dict(read_tensors(find_weights(golden(family))))
     change(tensors)
     torch.save({"module": tensors}, tmp_path / "changed.pt")
@@ -65,7 +65,7 @@ def rewritten(tmp_path, family, change):
 
 
 class Tiny(nn.Module):
-    """The few names of a network that the key policy is about."""
+    """Network tensors relevant to the key policy."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -213,7 +213,7 @@ def test_a_table_that_no_checkpoint_fills_is_reported(tmp_path):
         load_network(tiny, tmp_path)
 
 
-# --- What does not fit.
+# --- Mismatches.
 
 
 def test_a_checkpoint_of_another_architecture_names_tensor_shapes_and_both_architectures():
@@ -347,7 +347,7 @@ def test_a_part_of_the_adapters_is_not_enough(tmp_path):
 
 
 def save_adapters(folder, *, base, rank=4, alpha=2.0, fill=0.1, **options):
-    """Save adapters of `fill` for every B on a base; return the network that holds them."""
+    """Save adapters with every B filled with `fill` on a base; return their network."""
     network = build("dit_i2v_5b", lora_rank=rank)
     load_network(network, base, generator=torch.Generator().manual_seed(0))
     for name, parameter in network.named_parameters():

@@ -35,7 +35,7 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
 
 def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path):
     with atomic_file(tmp_path / "x.safetensors") as temporary:
-        save_file({"x": torch.zeros(1)}, temporary)  # which keeps it to itself
+        save_file({"x": torch.zeros(1)}, temporary)  # private mode, 0600
     (tmp_path / "plain").touch()
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -181,7 +181,7 @@ def test_missing_shards_are_named(tmp_path):
     (tmp_path / "mp_rank_02_model_states.pt").unlink()
     with pytest.raises(InputError, match="in 4 shards and lacks mp_rank_02; copy"):
         read_tensors(path)
-    (tmp_path / "mp_rank_03_model_states.pt").unlink()  # the shapes tell how many there were
+    (tmp_path / "mp_rank_03_model_states.pt").unlink()  # the shapes give the number of shards
     with pytest.raises(InputError, match="in 4 shards and lacks mp_rank_02, mp_rank_03; copy"):
         read_tensors(path)
     with pytest.raises(InputError, match="one of several shards.*give their folder"):
@@ -331,7 +331,7 @@ def test_a_digest_does_not_depend_on_format_and_order(tmp_path):
 def test_a_digest_depends_on_names_dtypes_shapes_and_values(tmp_path):
     values = torch.randn(5000)
     variants = [{"a": values}, {"b": values}, {"a": values.double()}, {"a": values.view(50, 100)}, {"a": values * 1.01}]
-    for index in (0, 4999):  # the ends are among the elements that count
+    for index in (0, 4999):  # first and last elements are sampled
         variants.append({"a": values.clone()})
         variants[-1]["a"][index] += 1
     digests = [digest_of(tmp_path / "x.pt", variant) for variant in variants]

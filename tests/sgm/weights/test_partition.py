@@ -1,4 +1,4 @@
-"""How tensors are divided; ranks that compute with shards are in tests/shared_layers.py."""
+"""Sharding of tensors; tests/shared_layers.py runs ranks with shards."""
 
 import pytest
 import torch

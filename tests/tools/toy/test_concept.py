@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 def samples(folder: Path, *, land: bool) -> Path:
-    """Write what a sampling run leaves."""
+    """Write the output of a sampling run."""
     rng = np.random.default_rng(7)
     for number, names in enumerate(concept.PROMPTS):
         video = concept.render(names, rng) if land else scene.render(scene.random_clip(names, rng))

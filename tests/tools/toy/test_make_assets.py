@@ -25,7 +25,7 @@ def outputs(tmp_path_factory):
 
 
 def content(file: Path):
-    """What a file holds; torch.save writes a random archive name around the same tensors."""
+    """Content of a file; torch.save adds a random archive name."""
     if file.suffix == ".pt":
         (tensors,) = torch.load(file, weights_only=True).values()
         return {name: value.numpy().tobytes() for name, value in tensors.items()}

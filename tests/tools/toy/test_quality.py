@@ -1,4 +1,4 @@
-"""The committed toy model, judged on combinations that its training never saw."""
+"""The committed toy model, judged on held-out combinations."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Whole pipeline folders: SAT → diffusers → SAT → diffusers, and what diffusers computes with them."""
+"""Whole pipeline folders: SAT → diffusers → SAT → diffusers, and outputs of diffusers with them."""
 
 import json
 import math
@@ -36,7 +36,7 @@ from tests.sgm.conversion.conftest import FAMILIES
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
-# What no computation reads, or what both sides compute.
+# Unused tensors, or tensors computed on both sides.
 UNUSED = {"model.diffusion_model.transformer.position_embeddings.weight"}
 
 
@@ -178,7 +178,7 @@ def test_the_pipeline_makes_the_same_video(name, tmp_path):
 
     noise = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(7))[None]
     guider = config.model["sampler_config"]["params"]["guider_config"]["params"]
-    # The means of the image's distribution, not a draw from it, as this project conditions.
+    # The mean of the image posterior, not a sample, as in this project.
     pipe.vae.encode = lambda video, encode=pipe.vae.encode: _Mean(encode(video).latent_dist.mean)
     theirs = pipe(
         **({} if image is None else {"image": image}),

@@ -1,4 +1,4 @@
-"""Real trainings at every ZeRO stage against the weights that they saved, and what other trainers leave."""
+"""Real trainings at every ZeRO stage against their saved weights, and checkpoints of other trainers."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_weight_deepspeed2hf as tool  # noqa: E402
 
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_2b"}
-# Three ranks: hardly any parameter of these networks has a number of elements that 3 divides.
+# Three ranks: few parameters of these networks have a multiple of 3 elements.
 WORLD, ITERS = 3, 2
 PARTS = {2: ["round_robin_gradients=true"], 3: ["stage3_param_persistence_threshold=0", "sub_group_size=3000"]}
 RUNS = {
@@ -41,7 +41,7 @@ RUNS = {
 
 
 def training_yaml(name: str, folder: Path) -> str:
-    """Write what the model file of a golden network needs for a training of two steps on the toy's clips."""
+    """Write the YAML that trains a golden network for two steps on the toy's clips."""
     clips, fixed = [str(ROOT / "assets" / "toy")], name == "dit_t2v_2b"
     content = {
         "args": {
@@ -169,7 +169,7 @@ def test_adapters_are_no_transformer_of_diffusers(runs, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# What other trainers leave.
+# Checkpoints of other trainers.
 
 TABLE, UNUSED = "mixins.pos_embed.pos_embedding", "transformer.position_embeddings.weight"
 
@@ -183,7 +183,7 @@ def network_of(base: Path, load: Path | None = None):
 
 
 def require_same_network(found, wanted):
-    """Compare networks; one that comes from diffusers has a computed table, and none that nobody reads."""
+    """Compare networks; one from diffusers has a computed position table and no unused tables."""
     found, wanted = found.state_dict(), wanted.state_dict()
     if TABLE in wanted:
         torch.testing.assert_close(found.pop(TABLE), wanted.pop(TABLE), rtol=0, atol=5e-4)  # float16 in the file
@@ -242,7 +242,7 @@ def test_sharded_files(family, tmp_path, suffix):
     folder = tmp_path / "shards"
     shard({f"module.{name}": t.bfloat16() for name, t in peer.state_dict().items()}, folder, suffix)
     index = next(folder.glob("*.index.json"))
-    convert(index, tmp_path / "sat", to="sat")  # the learned table says enough: no --base
+    convert(index, tmp_path / "sat", to="sat")  # the learned table identifies the model: no --base
     assert {tensor.dtype for tensor in saved(tmp_path / "sat").values()} == {torch.bfloat16}
     require_same_network(network_of(base, tmp_path / "sat"), network)
     (folder / "config.json").write_text(peer.to_json_string())
@@ -285,7 +285,7 @@ def test_what_is_no_whole_network_is_refused(family, tmp_path):
     [
         (["--to", "sat", "--max_shard_size", "1GB"], "--max_shard_size has no effect"),
         (["--to", "diffusers", "--file_format", "pt"], "--file_format is for the SAT layout"),
-        (["--to", "sat", "--ema"], "is no ZeRO state"),
+        (["--to", "sat", "--ema"], "is not a ZeRO state"),
         (["--to", "sat", "--checkpoint_path", "nowhere"], "cannot read nowhere"),
     ],
 )

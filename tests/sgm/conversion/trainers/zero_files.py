@@ -1,4 +1,4 @@
-"""Files of ZeRO states, written by hand as DeepSpeed lays them out; not a test."""
+"""Write files of ZeRO states in DeepSpeed's layout; not a test."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ def require_equal(found, wanted):
 
 
 def split(tensors: dict[str, torch.Tensor], world: int, stage: int, padding: int = 0) -> list[torch.Tensor]:
-    """Return every rank's part of the float32 weights of a group."""
+    """Return every rank's partition of the float32 weights of a group."""
     flat = {name: tensor.detach().float().flatten() for name, tensor in tensors.items()}
     if stage < 3:
         pieces = [piece for vector in flat.values() for piece in (vector, torch.full((padding,), math.nan))]

@@ -223,7 +223,7 @@ def test_unsupported_shapes_are_refused(value, geometry, expected):
         ({"480": {49: [1.0, 1]}}, ["buckets.480: '480' is no class", "did you mean '480p'"]),
         ({"480p": [1.0, 1]}, ["buckets.480p: is [1.0, 1]"]),
         ({"480p": {50: [1.0, 1]}}, ["buckets.480p.50: 50 frames"]),
-        ({"480p": {"many": [1.0, 1]}}, ["buckets.480p.many: is no number of frames"]),
+        ({"480p": {"many": [1.0, 1]}}, ["buckets.480p.many: is not a number of frames"]),
         ({"480p": {49: 1.0}}, ["buckets.480p.49: is 1.0"]),
         ({"480p": {49: [1.5, 1]}}, ["buckets.480p.49: has the probability 1.5"]),
         ({"480p": {49: [[0.5, -0.1], 1]}}, ["has the probability [0.5, -0.1]"]),

@@ -15,7 +15,7 @@ NUM = 30
 
 
 class Shaped:
-    """Clips that hold their own index, in the given shape."""
+    """Clips that contain their index, in the given shape."""
 
     def __init__(self, broken=()):
         self.broken = broken

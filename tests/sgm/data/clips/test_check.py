@@ -55,7 +55,7 @@ def test_reports_hold_problems_and_notes(rows):
     assert small.notes == ("enlarged",)
     assert "1000 frames per second" in absurd.problems[0] and absurd.info is not None
     assert unnamed.problems == ("its caption is missing",) and unnamed.info is not None
-    assert "no video" in text.problems[0] and text.info is None
+    assert "not a video" in text.problems[0] and text.info is None
     assert bad_share([good, slow, absurd, text]) == 0.5
 
 
@@ -64,7 +64,7 @@ def test_with_buckets_each_clip_is_checked_against_its_own(rows):
     good, slow, short, small, absurd, _, text = check(*rows, buckets=buckets)
     assert good.notes == short.notes == () and short.num_frames == 9
     assert small.notes == ("enlarged",) and "slower" in slow.notes[0]
-    assert "1000 frames per second" in absurd.problems[0] and "no video" in text.problems[0]
+    assert "1000 frames per second" in absurd.problems[0] and "not a video" in text.problems[0]
     found = check(*rows, buckets=parse_buckets({"144p": {9: [0.5, 1]}}))
     assert found[0].notes == ("fits no bucket: left out",) and found[0].num_frames == 0
 

@@ -119,8 +119,8 @@ def cut(path, share):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("empty.mp4", "no video, or a damaged one"),
-        ("text.mp4", "no video, or a damaged one"),
+        ("empty.mp4", "not a video, or a damaged one"),
+        ("text.mp4", "not a video, or a damaged one"),
         ("no_frames.mp4", "holds no video"),
         ("cut.mp4", "cut off or damaged"),
         ("cut.mkv", "ends after 0.* of 1.00 seconds"),

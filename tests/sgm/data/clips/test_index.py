@@ -18,7 +18,7 @@ INFO = VideoInfo(17, 8.0, 2.125, 64, 64)
 
 @pytest.fixture(autouse=True)
 def reading(monkeypatch, tmp_path):
-    """Keep small indices too, and note which clips are read."""
+    """Write small indices too, and record which clips are read."""
     read, probe = [], index.probe
     monkeypatch.setattr(index, "KEPT_FROM", 1)
     monkeypatch.setattr(index, "probe", lambda file: read.append(Path(str(file)).name) or probe(file))
@@ -58,7 +58,7 @@ def test_bad_clips_are_read_again_each_time(folder, reading):
     (folder / "b.mp4").write_text("no video")
     for _ in range(2):
         first, second, third = clip_infos(rows(folder), folder)
-        assert (first, third) == (INFO, INFO) and "no video" in str(second)
+        assert (first, third) == (INFO, INFO) and "not a video" in str(second)
     assert reading.count("b.mp4") == 2 and len(reading) == 4
 
 

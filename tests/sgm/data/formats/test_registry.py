@@ -69,8 +69,8 @@ CSV = "caption,video\n"
     ("name", "content", "said"),
     [
         ("csv", CSV + "one,a.mp4\ntwo, with a comma,b.mp4\n", ["metadata.csv:3: has 3 fields, the header 2", "quotes"]),
-        ("csv", CSV + '"one\n\n",a.mp4\n"two"x,b.mp4\n', ["metadata.csv:5: is no CSV"]),
-        ("csv", CSV + 'one,a.mp4\n"two,b.mp4\nthree,c.mp4\nfour,d.mp4\n', ["metadata.csv:3: is no CSV", "a quote"]),
+        ("csv", CSV + '"one\n\n",a.mp4\n"two"x,b.mp4\n', ["metadata.csv:5: is not CSV"]),
+        ("csv", CSV + 'one,a.mp4\n"two,b.mp4\nthree,c.mp4\nfour,d.mp4\n', ["metadata.csv:3: is not CSV", "a quote"]),
         ("csv", CSV + '"one\n\none",a.mp4,x\n', ["metadata.csv:2: has 3 fields"]),
         ("csv", "caption,caption\none,a.mp4\n", ["metadata.csv:1: names the column 'caption' twice"]),
         ("csv", CSV, ["lists no clips"]),
@@ -89,8 +89,8 @@ CSV = "caption,video\n"
             "caption,video,num_frames,fps,height,width\none,a.mp4,9,0,64,64\n",
             ["csv:2: says num_frames=9, fps=0"],
         ),
-        ("json", '[\n{"caption": "one", "video": "a.mp4"},\n{"caption": "two",, }]', ["metadata.json:3: is no JSON"]),
-        ("json", '{"clips": []}', ["metadata.json:1: is no list"]),
+        ("json", '[\n{"caption": "one", "video": "a.mp4"},\n{"caption": "two",, }]', ["metadata.json:3: is not JSON"]),
+        ("json", '{"clips": []}', ["metadata.json:1: is not a list"]),
         (
             "json",
             '[\n{"caption": "one", "video": "a.mp4"},\n\n"b.mp4"]',
@@ -113,10 +113,10 @@ CSV = "caption,video\n"
         ),
         ("json", '[{"caption": 1, "video": "a.mp4"}]', ["metadata.json:1: caption is 1; give text"]),
         ("json", '[{"id": 1.5, "caption": "one", "video": "a.mp4"}]', ["metadata.json:1: id is 1.5; give text"]),
-        ("jsonl", '{"caption": "one", "video": "a.mp4"}\n\n{"video": \n[1]', ["jsonl:3: is no JSON", "jsonl:4: is"]),
+        ("jsonl", '{"caption": "one", "video": "a.mp4"}\n\n{"video": \n[1]', ["jsonl:3: is not JSON", "jsonl:4: is"]),
         ("jsonl", '{"caption": "one", "video": ["a.mp4"]}\n', ["jsonl:1: video is ['a.mp4']; give the path"]),
         ("jsonl", '\n{"id": [1], "caption": "one", "video": "a.mp4"}', ["jsonl:2: id is [1]; give text or a whole"]),
-        ("parquet", "text", ["metadata.parquet' is no Parquet file"]),
+        ("parquet", "text", ["metadata.parquet' is not a Parquet file"]),
     ],
 )
 def test_malformed_manifests_are_refused_with_file_and_line(name, content, said, tmp_path):
@@ -200,9 +200,9 @@ def test_faults_in_archives(tmp_path):
     root = format_files.archives(tmp_path)
     whole = (root / "001.tar").read_bytes()
     (root / "001.tar").write_bytes(whole[: len(whole) // 2])
-    assert f"{root}/001.tar: is no tar file, or a damaged one (unexpected end of data)" in refusal(root)
+    assert f"{root}/001.tar: is not a tar file, or a damaged one (unexpected end of data)" in refusal(root)
     (root / "001.tar").write_bytes(b"no tar file")
-    assert f"{root}/001.tar: is no tar file, or a damaged one" in refusal(root)
+    assert f"{root}/001.tar: is not a tar file, or a damaged one" in refusal(root)
     (root / "001.tar").unlink()
     with tarfile.open(root / "000.tar", "a") as archive:
         archive.add(format_files.CLIPS[0], "000003.mp4")
@@ -215,7 +215,7 @@ def test_faults_in_archives(tmp_path):
         archive.add(format_files.CLIPS[0], "5.mp4")
         archive.add(put(root, text="no JSON") / "text", "5.json")
     text = refusal(root)
-    assert "000.tar, 5: holds 2 videos" in text and "000.tar/5.json: is no JSON object" in text
+    assert "000.tar, 5: holds 2 videos" in text and "000.tar/5.json: is not a JSON object" in text
 
 
 def test_faults_of_huggingface_folders(tmp_path):
@@ -290,7 +290,7 @@ def test_other_columns_and_pictures(tmp_path):
     assert [report.problems for report in clips.check(decode=True)] == [(), ()]
     (tmp_path / "blue.webp").write_text("no picture")
     assert "its image" in clips.check()[0].problems[0]
-    with pytest.raises(ClipError, match=r"clip.mp4: its image .*blue.webp is no picture"):
+    with pytest.raises(ClipError, match=r"clip.mp4: its image .*blue.webp is not a picture"):
         clips[0]
     (tmp_path / "blue.webp").unlink()
     clips = dataset(tmp_path / "my.csv", caption_column="words", image_column="start")
@@ -311,7 +311,7 @@ def test_pictures_of_folders(tmp_path):
 
 
 def many_rows_csv(root: Path, count: int) -> None:
-    """A manifest, all clips of which are links to one."""
+    """A manifest whose clips are links to one file."""
     (root / "clips").mkdir()
     shutil.copy(format_files.CLIPS[0], root / "one.mp4")
     for number in range(count):
@@ -321,7 +321,7 @@ def many_rows_csv(root: Path, count: int) -> None:
 
 
 def many_rows_webdataset(root: Path, count: int, shard: int = 10_000) -> None:
-    """Archives of pictures, which are clips of one frame."""
+    """Archives of pictures (clips of one frame)."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(picture, "png")
     for first in range(0, count, shard):

@@ -22,21 +22,21 @@ def discrete(scaling: str = f"{PREFIX}.denoiser_scaling.VideoScaling", **params:
 
 
 class OwnScaling:
-    """A scaling that gives the noise level itself, a real number, to the network."""
+    """A scaling that passes the noise level, a real number, to the network."""
 
     def __call__(self, levels: torch.Tensor, *, idx: torch.Tensor | None = None) -> Preconditioning:
         return Preconditioning(c_skip=levels, c_out=levels, c_in=2 * levels, c_noise=levels)
 
 
 class Sigmas:
-    """A discretization in σ, as image models have it."""
+    """A discretization in σ, as in image models."""
 
     def __call__(self, n: int, *, flip: bool = False) -> torch.Tensor:
         return torch.linspace(14.6, 0.03, n)
 
 
 class Recorder:
-    """A network that notes what it is given and answers a constant."""
+    """A network that records its inputs and returns a constant."""
 
     def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, cond: dict, **kwargs: object) -> torch.Tensor:
         self.x, self.timesteps, self.cond, self.kwargs = x, timesteps, cond, kwargs

@@ -1,4 +1,4 @@
-"""Loss and samples of the reference implementation, through the YAML and the checkpoint that a user has."""
+"""Loss and samples of the reference implementation, through YAML and checkpoint, as users run it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,7 +15,7 @@ SHAPE = (2, 3, 2, 4, 4)
 
 
 class Sigmas:
-    """A sampler of noise levels that draws no timesteps."""
+    """A sigma sampler without timesteps."""
 
 
 def video_denoiser() -> DiscreteDenoiser:

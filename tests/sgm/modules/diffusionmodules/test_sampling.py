@@ -21,7 +21,7 @@ class Sigmas:
 
 
 class Thirds:
-    """A foreign discretization: levels √ᾱ and timesteps."""
+    """A custom discretization: levels √ᾱ and timesteps."""
 
     def timesteps(self, n: int) -> torch.Tensor:
         return torch.tensor([0, 500, 999])
@@ -45,7 +45,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def gaussian_denoiser(x: torch.Tensor, a: torch.Tensor, cond: dict, *, idx: torch.Tensor) -> torch.Tensor:
-    """The exact posterior mean for data that is normal with mean 3 and standard deviation 0.5."""
+    """The exact posterior mean for normal data with mean 3 and standard deviation 0.5."""
     a = a.view(-1, 1, 1, 1, 1)
     gain = a * 0.25 / (a**2 * 0.25 + 1 - a**2)
     return 3 + gain * (x - 3 * a)

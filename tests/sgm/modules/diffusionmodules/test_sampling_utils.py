@@ -28,7 +28,7 @@ def test_dpmpp_weights_follow_the_solver() -> None:
 
 
 def test_dpmpp_keeps_the_variance() -> None:
-    # For data of unit variance that is denoised to its posterior mean a·x, nothing may grow or shrink.
+    # Unit-variance data with posterior mean a·x must keep unit variance.
     a, following = 0.4, 0.7
     weights = dpmpp_2m_sde_weights(None, a, following)
     signal = weights.sample * a + weights.denoised

@@ -5,7 +5,7 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 
 class Network(nn.Module):
-    """Notes what it is given."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()

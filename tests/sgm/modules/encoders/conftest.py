@@ -13,7 +13,7 @@ CAPTIONS = [
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Train a sentencepiece model laid out as T5's: pad 0, end 1, unknown 2, no begin."""
+    """Train a sentencepiece model with T5's ids: pad 0, end 1, unknown 2, no begin."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

@@ -23,7 +23,7 @@ class Ramp(nn.Module):
 
 
 class Foreign(Ramp):
-    """An encoder of a user's own, with the optional hooks and a log of their calls."""
+    """A custom encoder with the optional hooks and a log of their calls."""
 
     def __init__(self, folder: str = "somewhere"):
         super().__init__()
@@ -41,7 +41,7 @@ class Foreign(Ramp):
 
 
 class KeepingForeign(Foreign):
-    """One that offloads by itself."""
+    """An encoder that offloads itself."""
 
     @contextlib.contextmanager
     def keep_loaded(self):

@@ -195,7 +195,7 @@ def test_garbage_in_json_files(own_t5_dir):
     with pytest.raises(InputError) as error:
         FrozenT5Embedder(str(own_t5_dir)).check()
     assert "config.json is not readable JSON" in str(error.value)
-    assert "index.json is no index" in str(error.value)
+    assert "index.json is not an index" in str(error.value)
 
 
 def test_weights_of_another_size(own_t5_dir):
