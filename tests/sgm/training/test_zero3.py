@@ -39,7 +39,7 @@ def stage0(training_yaml, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(request, training_yaml, tmp_path_factory):
+def sharded_on_two_ranks(request, training_yaml, tmp_path_factory):
     """Return a function: name of a run → its folder."""
     top = tmp_path_factory.mktemp("two")
     jobs = [options(top / name, 3, *RUNS[name], world=2) for (name,) in asked(request, "name")]
@@ -79,5 +79,5 @@ def test_one_rank_trains_as_without_zero(stage0, training_yaml, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", by_default("all sharded"))
-def test_two_ranks_train_as_without_zero(stage0, two_ranks, name):
-    assert_same(two_ranks(name), stage0)
+def test_two_ranks_train_as_without_zero(stage0, sharded_on_two_ranks, name):
+    assert_same(sharded_on_two_ranks(name), stage0)
