@@ -31,10 +31,10 @@ from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, without_ineffective
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_ineffective
 from sgm.weights.partition import Shard
 
-sgm.distributed.prepare_import()
+prepare_import()
 
 from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402

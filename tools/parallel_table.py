@@ -11,10 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import sgm.distributed
 from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.config.load import Config, Mode, load_config
-from sgm.util import PRECISIONS, instantiate_from_config, without_allocating
+from sgm.util import PRECISIONS, instantiate_from_config, prepare_import, without_allocating
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {
@@ -87,7 +86,7 @@ def table(mode: Mode) -> str:
 
 def main() -> None:
     """Print both tables."""
-    sgm.distributed.prepare_import()
+    prepare_import()
     sys.stdout.write("\n".join(map(table, ROWS)))
 
 

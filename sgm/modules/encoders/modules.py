@@ -347,7 +347,7 @@ class FrozenT5Embedder(nn.Module):
         return torch.float32 if device.type == "cpu" and dtype is torch.float16 else dtype
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
-        # nn.Module calls this for .to(), .cuda() etc.: there are no tensors to move, only the device to record.
+        # nn.Module calls this to move or cast itself: there are no tensors to move, only the device to record.
         self._module_device = fn(torch.empty(0, device=self._module_device)).device
         return super()._apply(fn, recurse)
 

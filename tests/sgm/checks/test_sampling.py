@@ -12,25 +12,14 @@ from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
 from sgm.modules.geometry import Geometry
 from sgm.util import instantiate_from_config, without_allocating
+from tests.geometries import PATCHED, ROTARY, SINCOS
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
-GEOMETRY = Geometry(
-    patch_size=(1, 2, 2),
-    time_compression=4,
-    max_latents=13,
-    max_latent_size=(60, 90),
-    fixed_size=False,
-    in_channels=16,
-    out_channels=16,
-    positions="rotary",
-)
-FIXED = replace(GEOMETRY, fixed_size=True, positions="sincos")
-IMAGE = replace(GEOMETRY, in_channels=32)
-PATCHED = replace(GEOMETRY, patch_size=(2, 2, 2), max_latents=21, max_latent_size=(300, 300))
+IMAGE = replace(ROTARY, in_channels=32)
 
 
-def refusal(geometry=GEOMETRY, **args) -> str:
+def refusal(geometry=ROTARY, **args) -> str:
     with pytest.raises(ConfigError) as caught:
         check_sampling(SamplingArgs(**args), geometry)
     return str(caught.value)
@@ -40,7 +29,7 @@ def refusal(geometry=GEOMETRY, **args) -> str:
 
 
 def test_null_means_what_the_model_makes():
-    plan = check_sampling(SamplingArgs(), GEOMETRY)
+    plan = check_sampling(SamplingArgs(), ROTARY)
     assert (plan.latents, plan.padded_latents, plan.video_frames) == (13, 13, 49)
     assert plan.size == (480, 720) and not plan.image2video
     assert plan.seconds == 49 / 8
@@ -72,14 +61,14 @@ def test_video_frames_given_for_latent_frames():
 
 
 def test_tables_cannot_be_made_longer():
-    assert "allows it" not in refusal(FIXED, sampling_num_frames=14)
+    assert "allows it" not in refusal(SINCOS, sampling_num_frames=14)
 
 
 def test_sizes_name_the_nearest():
     text = refusal(sampling_image_size=(500, 700))
     assert "args.sampling_image_size: 500x700" in text and "args.sampling_image_size=[480,704]" in text
     assert "multiples of 16 up to 480" in text and "multiples of 16 up to 720" in text
-    text = refusal(FIXED, sampling_image_size=(256, 256))
+    text = refusal(SINCOS, sampling_image_size=(256, 256))
     assert "[480,720]" in text and "sincos positions" in text
 
 

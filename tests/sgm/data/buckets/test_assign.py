@@ -1,7 +1,5 @@
 """Assignment of clips to buckets, and parsing of buckets."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -11,20 +9,7 @@ from sgm.data.buckets.config import parse_buckets
 from sgm.data.buckets.resolutions import AREAS
 from sgm.data.clips.frames import select_frames
 from sgm.data.rows import VideoInfo
-from sgm.modules.geometry import Geometry
-
-ROTARY = Geometry(
-    patch_size=(1, 2, 2),
-    time_compression=4,
-    max_latents=13,
-    max_latent_size=(60, 90),
-    fixed_size=False,
-    in_channels=16,
-    out_channels=16,
-    positions="rotary",
-)
-SINCOS = replace(ROTARY, fixed_size=True, positions="sincos")
-PATCHED = replace(ROTARY, patch_size=(2, 2, 2), max_latents=21, max_latent_size=(300, 300))
+from tests.geometries import PATCHED, ROTARY, SINCOS
 
 
 def sizes(*clips: tuple[int, int, int]) -> ClipSizes:
