@@ -5,7 +5,6 @@ import gc
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 from xdist.scheduler import LoadFileScheduling
 
 import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be one test's
-from tests.processes import ENV
+from tests.processes import forked_env
 
 os.fsync = lambda _: None  # no test needs durability, and a training syncs dozens of times
 ROOT = Path(__file__).parent.parent
@@ -96,7 +95,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """Return a copy of the project tree after ``bash inference.sh``, run in separate processes.
+    """Return a copy of the project tree after ``bash inference.sh``, run in forked processes.
 
     `outputs/toy` and `outputs/toy_i2v` hold its videos, `messages.txt` its standard error.
     """
@@ -104,7 +103,7 @@ def demo(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.name not in ("outputs", ".git"):
             (tree / path.name).symlink_to(path)
-    env = {name: value for name, value in ENV.items() if name != "NPROC_PER_NODE"} | {"PYTHON": sys.executable}
+    env = {name: value for name, value in forked_env().items() if name != "NPROC_PER_NODE"}
     with (tree / "messages.txt").open("w") as messages:
         done = subprocess.run(["bash", "inference.sh"], cwd=tree, env=env, stderr=messages, check=False)
     assert done.returncode == 0, (tree / "messages.txt").read_text()

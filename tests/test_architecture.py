@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -72,11 +73,13 @@ def named(path: Path) -> str:
 
 def project_files() -> Iterator[Path]:
     """Return the files of the project, without git, since a downloaded archive has no repository."""
-    for path in sorted(ROOT.rglob("*")):
-        parts = path.relative_to(ROOT).parts
-        foreign = any(part in NOT_OURS or part.endswith(".egg-info") for part in parts) or TEST_DATA in path.parents
-        if path.is_file() and not foreign:
-            yield path
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in NOT_OURS and not name.endswith(".egg-info") and Path(folder, name) != TEST_DATA
+        )
+        yield from (Path(folder, name) for name in sorted(names) if name not in NOT_OURS)
 
 
 @cache

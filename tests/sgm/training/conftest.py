@@ -59,7 +59,7 @@ def training_yaml(tiny_model, clips, tmp_path_factory):
                 "data": {
                     "target": "data_video.SFTDataset",
                     "params": {
-                        "video_size": [64, 96] if name in FIXED_SIZE else [32, 48],
+                        "video_size": [64, 96] if name in FIXED_SIZE else [16, 32],
                         "fps": 8,
                         "max_num_frames": 9 if "1.5" in name else 5,
                         "skip_frms_num": 0,

@@ -16,18 +16,20 @@ ROOT = Path(__file__).parents[3]
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
 STAGES, WORLDS, ITERS = (0, 1, 2, 3), (1, 2), 6
 REFERENCES = [(kind, 1, 0) for kind in MODELS]
-KILLED = [("lora", world, 2) for world in WORLDS]  # uninterrupted runs, as references for killed ones
-# All combinations take minutes: by default stages 1 and 3 run once on two ranks, and stage 2 in the test with kills.
-QUICK = [*REFERENCES, ("full", 2, 3), ("lora", 2, 1)]
-COMBINATIONS = [
-    key if key in QUICK else pytest.param(*key, marks=pytest.mark.slow)
-    for key in itertools.product(MODELS, WORLDS, STAGES)
-]
+# All combinations take minutes: by default stages 1 and 3 run once on two ranks, stage 2 in the test with kills, and
+# test_run.py resumes in one process.
+QUICK = [("full", 2, 3), ("lora", 2, 1)]
+KILLED = [pytest.param(1, marks=pytest.mark.slow), 2]  # ranks
+ALL = [*itertools.product(MODELS, WORLDS, STAGES)]
 # Small parameters are sharded too, and buckets are smaller than the network.
 SHARDED = [
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
     "deepspeed.zero_optimization.reduce_bucket_size=20000",
 ]
+
+
+def marked(keys):
+    return [key if key in QUICK else pytest.param(*key, marks=pytest.mark.slow) for key in keys]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -55,7 +57,8 @@ def runs(request, training_yaml, tmp_path_factory):
         return top / f"{kind}-{world}-{stage}-{part}"
 
     chosen = {*asked(request, "kind", "world", "stage")}
-    combinations = {*chosen, *REFERENCES, *KILLED}
+    killed = {("lora", world, 2) for (world,) in asked(request, "killed_ranks")}
+    combinations = {*chosen, *REFERENCES, *killed}
     for world in WORLDS:
         jobs = []
         for kind, _, stage in sorted(key for key in combinations if key[1] == world):
@@ -78,7 +81,7 @@ def runs(request, training_yaml, tmp_path_factory):
     return lambda *key: only_run(folder(*key))
 
 
-@pytest.mark.parametrize(("kind", "world", "stage"), COMBINATIONS)
+@pytest.mark.parametrize(("kind", "world", "stage"), marked(ALL))
 def test_a_resumed_run_equals_an_uninterrupted_one(runs, kind, world, stage):
     straight, resumed = runs(kind, world, stage, "straight"), runs(kind, world, stage, "resumed")
     assert losses(resumed) == losses(straight)
@@ -89,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs, kind, world, stage):
     assert difference(averages[0], weights(straight)) > 0
 
 
-@pytest.mark.parametrize(("kind", "world", "stage"), [key for key in COMBINATIONS if key not in REFERENCES])
+@pytest.mark.parametrize(("kind", "world", "stage"), marked(key for key in ALL if key not in REFERENCES))
 def test_ranks_and_stages_do_not_matter(runs, kind, world, stage):
     reference, run = runs(kind, 1, 0, "straight"), runs(kind, world, stage, "straight")
     assert losses(run) == pytest.approx(losses(reference), abs=1e-5)
@@ -108,8 +111,9 @@ def lines_of(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, world):
+@pytest.mark.parametrize("killed_ranks", KILLED)
+def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, killed_ranks):
+    world = killed_ranks
     overrides = [
         f"args.train_iters={ITERS}",
         f"deepspeed.train_micro_batch_size_per_gpu={4 // world}",
@@ -138,7 +142,7 @@ def test_a_killed_run_goes_on_from_its_last_save(runs, training_yaml, tmp_path, 
 
 
 @pytest.mark.slow  # all combinations take 15 minutes
-@pytest.mark.parametrize(("kind", "world", "stage"), COMBINATIONS)
+@pytest.mark.parametrize(("kind", "world", "stage"), marked(ALL))
 def test_ten_steps_a_kill_and_ten_more_are_twenty(training_yaml, tmp_path, kind, world, stage):
     bases = training_yaml(MODELS[kind])
     overrides = [

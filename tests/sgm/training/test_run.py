@@ -418,8 +418,17 @@ def test_latest_names_the_newest_weights_after_a_crash_in_the_last_save(job, mon
     assert find_weights(folder) == find_weights(folder / "1")
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
-@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rng_00.pt", "resume.json"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("mp_rank_00_model_states.pt", "cut"),
+        ("mp_rank_00_model_states.pt", "missing"),
+        ("rng_00.pt", "text"),
+        ("rng_00.pt", "empty"),
+        ("resume.json", "cut"),
+        ("resume.json", "missing"),
+    ],
+)
 def test_a_damaged_state_is_told(job, begun, file, damage):
     path = begun(LORA, "args.train_iters=2", "args.exit_interval=1") / "resume" / "1" / file
     if damage == "missing":

@@ -283,7 +283,7 @@ def test_impossible_sizes_are_refused_before_weights_are_read(plan, overrides, p
 
 def test_a_clip_of_too_few_patches_is_refused(plan, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
-    with pytest.raises(ConfigError, match="the smallest sample has 6 tokens of text or patches"):
+    with pytest.raises(ConfigError, match="the smallest sample has 4 tokens of text or patches"):
         plan(LORA, "args.sequence_parallel_size=16")
 
 

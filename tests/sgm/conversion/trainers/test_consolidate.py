@@ -58,7 +58,7 @@ def training_yaml(name: str, folder: Path) -> str:
         "data": {
             "target": "data_video.SFTDataset",
             "params": {
-                "video_size": [64, 96] if fixed else [32, 48],
+                "video_size": [64, 96] if fixed else [16, 32],
                 "fps": 8,
                 "max_num_frames": 5,
                 "skip_frms_num": 0,

@@ -30,7 +30,7 @@ from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, run, train_all
 
-SMALL = 10_000  # bytes in a shard: several shards of each kind
+SMALL = 3_500  # bytes in a shard: several shards of each kind
 
 
 def precompute(bases, folder: Path, *overrides: str, kinds=("text", "latents"), **options) -> Path:
