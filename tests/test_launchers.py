@@ -1,7 +1,7 @@
 """The launchers and the contact sheet tool, run like by a user.
 
-Each launcher starts real processes once: inference.sh in the fixture `demo`, the others in
-`test_finetuning_the_toy_as_documented`. Everywhere else the processes are forks, or stubs that print their arguments.
+`test_finetuning_the_toy_as_documented` starts a real Python. Elsewhere the processes are forks, or stubs that print
+their arguments.
 """
 
 import json
@@ -132,9 +132,10 @@ SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1", "args.log_interval=1"]
 def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
     """Defaults: the toy's LoRA without a file, two processes without a number and an accelerator.
 
-    Uses a real Python and a real torchrun; its ranks are forks.
+    One rank is a real Python; torchrun and its ranks are forks.
     """
-    done = run("bash", script, *SHORT, f"args.save={tmp_path}", PYTHON=sys.executable, PYTHON_EXEC=forked_python())
+    python = sys.executable if ranks == 1 else forked_python()
+    done = run("bash", script, *SHORT, f"args.save={tmp_path}", PYTHON=python)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     assert (folder / "latest").read_text() == "2\n" and (folder / "2" / "mp_rank_00_model_states.pt").is_file()

@@ -17,8 +17,8 @@ from tests.processes import only_run, train_all
 
 LORA = "dit_t2v_5b_lora"
 # frames, height, width → clips: with 4 at a time, each bucket has whole and partial micro-batches.
-CLIPS = {(9, 32, 48): 6, (9, 48, 32): 5, (5, 32, 48): 3}
-BUCKETS = "data.params.buckets=[9x32x48,9x48x32,5x32x32]"
+CLIPS = {(9, 16, 32): 6, (9, 32, 16): 5, (5, 16, 32): 3}
+BUCKETS = "data.params.buckets=[9x16x32,9x32x16,5x16x16]"
 ITERS = 7  # an epoch has 5
 
 
@@ -147,8 +147,8 @@ def test_the_check_prints_the_table(training_yaml, settings, capsys):
     arguments = ["--base", *training_yaml(LORA), *settings, "deepspeed.train_micro_batch_size_per_gpu=4", "--check"]
     run(parse(arguments))
     text = capsys.readouterr().out
-    assert re.search(r"^9x32x48 +6 +4 +2$", text, re.MULTILINE)
-    assert re.search(r"^5x32x32 +3 +4 +1$", text, re.MULTILINE)
+    assert re.search(r"^9x16x32 +6 +4 +2$", text, re.MULTILINE)
+    assert re.search(r"^5x16x16 +3 +4 +1$", text, re.MULTILINE)
     assert "5 iterations an epoch; 7 in all, on " in text
 
 

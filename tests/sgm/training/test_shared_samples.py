@@ -21,7 +21,7 @@ from tests.processes import Training, asked, only_run, train_all
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
 LORA, I2V, FULL = FAMILIES[1], FAMILIES[2], FAMILIES[3]
-ITERS = 5
+ITERS = 3
 BATCH = 4
 # Clipping is active, ZeRO shards small parameters too, and its buffers are filled several times.
 COMMON = [

@@ -11,7 +11,7 @@ from sgm.weights.files import find_weights, read_tensors
 from tests.processes import asked, only_run, train_all
 
 MODEL, TABLE = "dit_i2v_5b", "model.diffusion_model.mixins.pos_embed.pos_embedding"
-ITERS, BATCH = 3, 4
+ITERS, BATCH = 2, 4
 ZERO = "deepspeed.zero_optimization"
 SHARD_ALL = f"{ZERO}.stage3_param_persistence_threshold=0"
 # Name of a run → its options. By default, ZeRO-3 does not shard parameters as small as those of the test.
