@@ -522,7 +522,10 @@ class DiffusionTransformer(BaseModel):
             if section is None:
                 continue
             own = section.get("params") or {}
-            accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
+            cls = get_obj_from_str(section["target"])
+            if not issubclass(cls, BaseMixin):
+                raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
+            accepted = inspect.signature(cls).parameters
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
                 _check_lora(own, defaults["num_layers"])

@@ -1,7 +1,8 @@
 """Check YAML sections against the signatures of their target classes, without building anything.
 
 A section is ``{target: dotted.Class, params: {...}}``; sections nest in parameters at any depth. The target must exist,
-its constructor must accept every parameter and type, and no required parameter may be missing. `sgm.config.refused`
+be a trusted class (`sgm.util.get_obj_from_str`) that fits its place (`sgm.config.parts`), its constructor must accept
+every parameter and type, and no required parameter may be missing. `sgm.config.refused`
 lists parameters refused with a specific fix. A class may declare:
 
 - ``IGNORED_PARAMS: {parameter: reason}``: accepted with a warning.
@@ -18,17 +19,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
+from sgm.config.parts import PARTS
 from sgm.config.refused import REFUSED, Refused, refused_by
 from sgm.config.values import misfit
 from sgm.config.yaml_files import KeyPath, Merged, dotted
-from sgm.util import InputError, get_obj_from_str, nearest
+from sgm.util import PROJECT, InputError, get_obj_from_str, nearest
 
 ENGINE_TARGET = "sgm.models.video_diffusion.SATVideoDiffusionEngine"
 
 _SECTION_KEYS = ("target", "params")
 # The network adds parameters (layer count, sizes) to the sections under this key, so none is required in YAML.
 _COMPLETED_BY_PARENT = "modules"
-_PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 
 
 def check_params(
@@ -117,12 +118,23 @@ def _check_section(
     try:
         cls = get_obj_from_str(section["target"])
     except InputError as error:
-        merged.add((*path, "target"), str(error), "name a class that can be imported; docs/configuration.md lists them")
+        merged.add((*path, "target"), str(error), "name a class that fits; docs/configuration.md lists them")
     except ImportError as error:
         found = f"importing '{section['target']}' failed: {error}"
         merged.add((*path, "target"), found, "install the missing package (pip install .)")
     else:
+        if problem := _misplaced(cls, path):
+            merged.add((*path, "target"), f"'{section['target']}' is not {problem}", "name a class of that kind")
+            return
         check_params(cls, params, (*path, "params"), merged, partial=partial)
+
+
+def _misplaced(cls: type, path: KeyPath) -> str | None:
+    """Return what the section at `path` must build, and why `cls` is no such class; None if it is."""
+    keys = [key for key in path if isinstance(key, str)]
+    part = PARTS.get(keys[-1] if keys else "")
+    problem = part and part.misfit(cls)
+    return f"{part.name}: {problem}" if part and problem else None
 
 
 def _check_refused(entry: Refused, value: Any, place: KeyPath, merged: Merged) -> None:
@@ -200,7 +212,7 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}
-    if (cls.__module__ or "").partition(".")[0] in _PROJECT:
+    if (cls.__module__ or "").partition(".")[0] in PROJECT:
         return hints
     # In other projects `int` is often only the type of the default, such as SAT's lora_alpha = 1.
     return {name: float if hint is int else hint for name, hint in hints.items()}

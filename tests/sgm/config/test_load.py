@@ -9,6 +9,7 @@ import yaml
 from sgm.config.load import ConfigError, TrainingArgs, load_config
 from sgm.config.targets import check_params
 from sgm.config.yaml_files import Merged
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.util import InputError, instantiate_from_config
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +50,10 @@ def write(tmp_path):
         return path
 
     return write
+
+
+class OwnSampler(VideoDDIMSampler):
+    pass
 
 
 # Reading and merging
@@ -407,6 +412,44 @@ def test_unknown_targets_name_the_nearest():
     assert "does not exist" in override_complaint(f"{path}=nowhere.Sampler")
     assert "dotted path" in override_complaint(f"{path}=Sampler")
     assert "dotted path" in override_complaint(f"{path}=5")
+
+
+@pytest.mark.parametrize(
+    ("section", "target", "why"),
+    [
+        ("sampler_config", "torch.nn.Identity", "is not a sampler: it does not take a call(denoise,"),
+        ("sampler_config", "sgm.modules.diffusionmodules.sampling.VideoSampler", "only a base class"),
+        ("sampler_config", "sgm.modules.diffusionmodules.guiders.VanillaCFG", "is not a sampler: it cannot be called"),
+        ("sampler_config", "torch.zeros", "--trust torch"),
+        ("sampler_config.params.guider_config", "torch.nn.Identity", "not a guider: it has no prepare_inputs("),
+        ("network_config", "torch.optim.SGD", "not a network: it is not a torch.nn.Module"),
+        ("network_config", "torch.nn.Identity", "not a network: it does not take a call(x, timesteps, context)"),
+        ("network_config.params.modules.pos_embed_config", "pathlib.Path", "is not trusted"),
+        ("denoiser_config", "torch.nn.Linear", "not a denoiser"),
+        ("denoiser_config.params.scaling_config", "torch.nn.Identity", "not a scaling"),
+        ("first_stage_config", "torch.nn.Identity", "not a VAE: it has no decode(latents)"),
+        ("conditioner_config.params.emb_models.0", "subprocess.Popen", "is not trusted"),
+        ("conditioner_config.params.emb_models.0", "sgm.io.atomic_file", "not a class"),
+        ("loss_fn_config", "torch.nn.MSELoss", "not a loss"),
+    ],
+)
+def test_a_section_takes_a_class_of_its_kind(section, target, why):
+    path = f"model.{section}.target"
+    text = override_complaint(f"{path}={target}")
+    assert "1 problem " in text and f"{path} (" in text and why in text
+
+
+@pytest.mark.parametrize("target", ["os.getcwd", "pathlib.Path", "torch.nn.Identity", "sgm.data.loader.SampleStream"])
+def test_the_data_section_takes_a_data_set(target):
+    text = training_complaint(f"data.target={target}")
+    assert "1 problem " in text and "data.target (" in text
+
+
+def test_a_class_of_ones_own_needs_trust_from_the_command_line(monkeypatch):
+    target = f"model.sampler_config.target={__name__}.OwnSampler"
+    assert toy(target).warnings == ()
+    monkeypatch.setattr("sgm.util._trusted", [])
+    assert "add --trust tests to the command" in override_complaint(target, "args.trust=[tests]")
 
 
 def test_a_section_without_target(write):
