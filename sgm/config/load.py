@@ -20,6 +20,7 @@ import yaml
 
 from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
+from sgm.config.references import escaped
 from sgm.config.refused import LOSS_SCALER, REFUSED
 from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
 from sgm.config.values import misfit
@@ -89,7 +90,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the merged configuration as one YAML file; loading it gives the same digest."""
-        return yaml.safe_dump(self.merged, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(escaped(self.merged), sort_keys=False, allow_unicode=True)
 
 
 def digest_of(values: Any) -> str:

@@ -33,3 +33,9 @@ def test_trust_comes_from_the_command_line_and_ends_with_the_command(command, ca
         assert [is_trusted(name) for name in ("email.message", "json.decoder", "json")] == [bool(trust)] * 2 + [False]
     assert command.main([*words, "--trust", "no_such"]) == 2
     assert "--trust no_such: there is no such package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["args.negative_prompt=" + "blurry " * 60, "args.load=a\0b", "args.x=" + "/y" * 5000])
+def test_overrides_behind_base_may_be_no_names_of_files(word):
+    options = sgm.inference.main.parse(["--base", "configs/toy.yaml", word, "--check"])
+    assert options.base == ["configs/toy.yaml"] and options.overrides == [word]

@@ -1,5 +1,6 @@
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -491,9 +492,111 @@ def test_braces_are_legal_in_prompts():
     assert toy('args.negative_prompt="a {curly} thing"').args.negative_prompt == "a {curly} thing"
 
 
-def test_dangling_references(write):
-    text = complaint([TOY, write("args:\n  load: ${args.nothing}\n")])
-    assert "args.load" in text and "nothing" in text and "correct the ${...} reference" in text
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("${args.nothing}", "names no value: there is no 'nothing'"),
+        ("${args.train_data.7}", "names no value"),
+        ("x${args.load", "begins a reference and does not end it"),
+        ("${args.${args.base}}", "begins a reference and does not end it"),
+        ("${args.load}", "refers to itself: args.load -> args.load"),
+        ("${args.base}", "refers to itself: args.load -> args.base -> args.load"),
+        ("${args}", "refers to itself"),
+        ("a ${model} b", "is a section or a list"),
+        ("${oc.env:HOME}", "calls the resolver 'oc.env'"),
+        ("x ${oc.env:HOME,none} y", "calls the resolver 'oc.env'"),
+        ("${oc.decode:'1'}", "calls the resolver 'oc.decode'"),
+        ("${ oc.env : HOME}", "calls the resolver"),
+        ("${.base}", "names no value"),
+    ],
+)
+def test_references_that_name_no_value(write, value, found):
+    text = complaint([TOY, write(f'args:\n  load: "{value}"\n  base: ${{args.load}}\n')])
+    assert "args.load (" in text or "args.base (" in text
+    assert found in text and "1 problem " in text
+
+
+def test_the_environment_stays_out_of_the_configuration(write, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    for override in ("args.negative_prompt=${oc.env:SECRET}", "args.negative_prompt='${oc.env:SECRET}'"):
+        text = override_complaint(override)
+        assert "write the value itself" in text and "s3cr3t" not in text
+    kept = toy(r"args.negative_prompt=$SECRET %SECRET% \${oc.env:SECRET}")
+    assert kept.args.negative_prompt == "$SECRET %SECRET% ${oc.env:SECRET}"
+    assert load_config([write(kept.to_yaml())], mode="inference").digest == kept.digest
+
+
+def test_references_keep_types_and_follow_each_other(write):
+    extra = write(
+        "args:\n  seed: ${args.batch_size}\n  batch_size: ${data.params.sizes.1}\n"
+        "  negative_prompt: a ${args.seed} ${args.skip_existing} ${args.device}${args.load}\n  skip_existing: false\n"
+        "  device: null\ndata:\n  params: {sizes: [1, 2], same: '${data.params.sizes}'}\n"
+    )
+    config = load_config([TOY, extra], mode="inference")
+    assert config.args.seed == 2
+    assert config.args.negative_prompt == "a 2 false nullassets/toy/transformer"
+    assert config.data["params"]["same"] == [1, 2]
+
+
+def bomb(line: str, first: str) -> str:
+    return "".join([first, *(line.format(new=new, old=old) for old, new in zip("abcdefgh", "bcdefghi", strict=True))])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("{new}: &{new} [" + ",".join(["*{old}"] * 9) + "]\n", "a: &a [x,x,x,x,x,x,x,x,x]\n"),
+        bomb("{new}: &{new} {{<<: [" + ",".join(["*{old}"] * 9) + "]}}\n", "a: &a {x: 1, y: 2}\n"),
+        bomb("{new}: [" + ",".join(["'${{{old}}}'"] * 9) + "]\n", "a: [x,x,x,x,x,x,x,x,x]\n"),
+        bomb("{new}: '" + "${{{old}}}" * 12 + "'\n", "a: xxxxxxxx\n"),
+        "a: &a0 x\n" + "".join(f"b{i}: &a{i + 1} [*a{i}]\n" for i in range(100)),
+        "".join(f"c{i}: ${{c{i + 1}}}\n" for i in range(100)) + "c100: x\n",
+        "args: " + "[" * 3000 + "]" * 3000 + "\n",
+        "args: " + "{a: " * 3000 + "1" + "}" * 3000 + "\n",
+        "- " * 3000 + "x\n",
+        "args:\n  seed: " + "9" * 5000 + "\n",
+        "args:\n  load: !!python/object/apply:os.getcwd []\n",
+        "args:\n  load: !!binary aGVsbG8=\n",
+        "args:\n  ~: 1\n",
+    ],
+)
+def test_small_files_stay_small(write, text):
+    path = write(text)
+    start = time.process_time()
+    message = complaint([path])
+    assert time.process_time() - start < 2 and len(message) < 2000
+    assert str(path) in message and "1 problem " in message
+
+
+def test_a_file_without_an_end():
+    assert "larger than 2 MB" in complaint(["/dev/zero"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("blurry #1 text, low  quality", "blurry #1 text, low  quality"),
+        ("#1 text", "#1 text"),
+        (" two  spaces ", " two  spaces "),
+        ("line\n\n  line", "line\n\n  line"),
+        ("it's 5 o'clock {now}", "it's 5 o'clock {now}"),
+        ("x" * 100_000, "x" * 100_000),
+        ("2024-01-31", "2024-01-31"),
+        ("--- text", "--- text"),
+        ("12 #3", "12 #3"),
+        ("'no'", "no"),
+        ('"a # b"', "a # b"),
+        ("", None),
+        ("null", None),
+    ],
+)
+def test_text_in_overrides_arrives_as_typed(typed, value):
+    assert toy(f"args.negative_prompt={typed}").args.negative_prompt == value
+
+
+def test_what_yaml_would_drop_from_an_override_is_refused():
+    text = override_complaint("args.negative_prompt='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
+    assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text
 
 
 @pytest.mark.parametrize("mode", ["inference", "train"])
