@@ -185,12 +185,15 @@ class TrainingArgs(SamplingArgs):
         if self.train_iters is not None and self.epochs is not None:
             yield "epochs", "is given, and train_iters too", "keep one of them, and set the other to null"
 
-    def _data_problems(self) -> Iterator[tuple[str, str, str]]:
-        weights = self.train_data_weights
-        for name, folders in (("train_data", self.train_data), ("valid_data", self.valid_data)):
-            if folders is not None and not folders:
+    def _folder_problems(self, *names: str) -> Iterator[tuple[str, str, str]]:
+        for name in names:
+            if getattr(self, name) == ():
                 or_null = "" if name == "train_data" else ", or null to use args.split"
                 yield name, "names no folder", f"give args.{name}=[<folder with videos/ and labels/>]{or_null}"
+
+    def _data_problems(self) -> Iterator[tuple[str, str, str]]:
+        weights = self.train_data_weights
+        yield from self._folder_problems("train_data", "valid_data")
         if weights is not None and self.train_data and len(weights) != len(self.train_data):
             found = f"has {len(weights)} entries, and train_data has {len(self.train_data)}"
             yield "train_data_weights", found, "give one number for each folder, or null"
@@ -211,6 +214,15 @@ class TrainingArgs(SamplingArgs):
         """Keys that are set without effect, since `eval_interval` is null."""
         names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingArgs(TrainingArgs):
+    """The ``args`` of a training run whose clips and captions are only encoded: the other keys have no effect."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield invalid combinations: the key, what was found, and the fix."""
+        yield from self._folder_problems("train_data")
 
 
 def names_of(cls: type[SamplingArgs]) -> list[str]:

@@ -44,8 +44,6 @@ def _each(why: str, cures: Mapping[str, str]) -> dict[str, Refused]:
     return {name: Refused(why, cure) for name, cure in cures.items()}
 
 
-LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
-
 _UNUSED = (
     "autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
     "gradient_allreduce_op hybrid_engine managed_gradient_accumulation nebula pipeline progressive_layer_drop "
@@ -91,13 +89,7 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
     "data.params": {
         "data_dir": Refused("is set for each folder", "remove it; set args.train_data and args.valid_data"),
     },
-    "deepspeed": {
-        **_each("is not supported in the deepspeed section", _DEEPSPEED),
-        **_each(
-            "is outside 'fp16:', where DeepSpeed ignores it",
-            {name: f"move it to deepspeed.fp16.{name}, or remove it" for name in LOSS_SCALER},
-        ),
-    },
+    "deepspeed": _each("is not supported in the deepspeed section", _DEEPSPEED),
     "deepspeed.zero_optimization": _each(
         "is not supported", dict.fromkeys(_ZERO, "remove it; this training does not use it")
     ),

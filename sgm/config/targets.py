@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 
 from sgm.config.parts import PARTS
+from sgm.config.places import place_of
 from sgm.config.refused import REFUSED, Refused, refused_by
 from sgm.config.values import misfit
 from sgm.config.yaml_files import KeyPath, Merged, dotted
@@ -59,15 +60,22 @@ def check_params(
         elif name in accepted.hints or accepted.open_ended:
             _check_value(cls, name, value, accepted.hints.get(name, Any), place, merged)
         else:
-            hint = nearest(str(name), [*accepted.hints, *refused])
-            names = ", ".join(accepted.hints)
-            cure = f"remove it, or write one of: {names}" if names else "remove it; there are none"
-            merged.add(place, f"unknown key for {owner}{hint}", "correct or remove it" if hint else cure)
+            merged.add(place, *_unknown(str(name), owner, dotted(place), [*accepted.hints, *refused]))
     for name in () if partial else accepted.required:
         if name not in params and name not in refused:
             source = merged.origin(path)
             merged.add((*path, name), f"missing; {owner} needs it", f"add '{name}:' there", source=source)
     _warn_untaken(cls, params, path, merged)
+
+
+def _unknown(name: str, owner: str, place: str, known: Sequence[str]) -> tuple[str, str]:
+    """Return what was found and the fix for a key that `owner` does not know."""
+    found, home, hint = f"unknown key for {owner}", place_of(name, place), nearest(name, [*known])
+    if home is not None:
+        return f"{found}; this belongs to {home}", f"move it there, or remove it: {home}"
+    if hint:
+        return f"{found}{hint}", "correct or remove it"
+    return found, f"remove it, or write one of: {', '.join(known)}" if known else "remove it; there are none"
 
 
 def check_sections(
@@ -110,7 +118,9 @@ def _check_section(
             _check_refused(refused[name], value, (*path, name), merged)
         elif name not in keys:
             found = f"a section with a target has no such key{nearest(str(name), [*keys])}"
-            merged.add((*path, name), found, f"move it under params:, or write one of: {', '.join(keys)}")
+            home = place_of(str(name), dotted((*path, name))) if path == ("data",) else None
+            place, cure = (f"; this belongs to {home}", home) if home else ("", "under params:")
+            merged.add((*path, name), found + place, f"move it there: {cure}, or write one of: {', '.join(keys)}")
     params = section.get("params") or {}
     if not isinstance(params, Mapping):
         merged.add((*path, "params"), f"is {params!r}", "write the parameters as indented keys")

@@ -125,6 +125,7 @@ class Merged:
         origins: key path → the file and line, or the override, that last set it.
         problems: found so far.
         warnings: about accepted keys without effect.
+        sources: the files, in the order of merging.
         syntax_failed: a file could not be read, so values are not checked.
     """
 
@@ -132,6 +133,7 @@ class Merged:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     syntax_failed: bool = False
 
     def origin(self, path: KeyPath) -> str:
@@ -150,7 +152,7 @@ def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> M
 
     Mappings merge key by key; lists and scalars are replaced. ``${section.key}`` refers to another value.
     """
-    merged = Merged()
+    merged = Merged(sources=[str(base) for base in bases])
     trees = [_read_file(Path(base), merged) for base in bases]
     if merged.syntax_failed:
         return merged

@@ -70,6 +70,7 @@ class SATVideoDiffusionEngine(nn.Module):
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "augmentation_dropout": "the reference reads it nowhere; see noised_image_dropout",
         "disable_first_stage_autocast": "the autoencoder never runs under autocast",
         "log_keys": "logs show the prompt",
         "network_wrapper": "there is one wrapper, OpenAIWrapper",

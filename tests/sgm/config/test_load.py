@@ -177,6 +177,10 @@ deepspeed:
   zero_allow_untested_optimizer: true
   bf16: {enabled: True}
   fp16: {enabled: False}
+  loss_scale: 0
+  loss_scale_window: 400
+  hysteresis: 2
+  min_loss_scale: 1
   optimizer:
     type: sat.ops.FusedEmaAdam
     params: {lr: 0.00001, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 1e-4}
@@ -202,7 +206,7 @@ def test_training_reports_their_placeholders(write):
 def test_a_reference_training_file_loads_once_its_placeholders_are_filled(write):
     text = re.sub(r"\{your .* path\}", "disney", REFERENCE_TRAINING)
     config = load_config([ROOT / "configs" / "cogvideox_5b.yaml", write(text)], mode="train")
-    assert config.warnings == ()
+    assert len(config.warnings) == 1 and "no effect outside deepspeed.fp16" in config.warnings[0]
     assert isinstance(config.args, TrainingArgs)
     assert config.args.train_data == config.args.valid_data == ("disney",)
     assert config.args.split == "1,0,0" and config.args.checkpoint_activations is True
@@ -313,7 +317,7 @@ def test_an_unknown_section():
 
 def test_a_key_outside_its_section_names_the_section(write):
     text = complaint([TOY, write("seed: 1\nsave: x\n")])
-    assert text.count("indent it under 'args:'") == 2
+    assert "this belongs to args.seed" in text and "this belongs to args.save" in text
 
 
 @pytest.mark.parametrize("value", ["5", "[1]", "word"])
@@ -599,11 +603,60 @@ def test_what_yaml_would_drop_from_an_override_is_refused():
     assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text
 
 
-@pytest.mark.parametrize("mode", ["inference", "train"])
-def test_loss_scale_outside_fp16(write, mode):
-    text = complaint([TOY, SFT, write("deepspeed:\n  fp16: {enabled: true}\n  loss_scale: 0\n")], mode=mode)
-    assert "1 problem " in text
-    assert "deepspeed.loss_scale" in text and "deepspeed.fp16.loss_scale" in text
+def test_a_loss_scaler_outside_fp16_has_no_effect_and_is_mentioned_once(write):
+    stray = "  loss_scale: 0\n  loss_scale_window: 400\n  hysteresis: 2\n  min_loss_scale: 1\n"
+    path = write(f"deepspeed:\n  fp16: {{enabled: false, hysteresis: 3}}\n{stray}")
+    config = load_config([TOY, SFT, path], mode="train")
+    (warning,) = config.warnings
+    names = ("loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale")
+    assert "no effect outside deepspeed.fp16" in warning and all(f"deepspeed.{name}" in warning for name in names)
+    assert config.deepspeed["fp16"] == {"enabled": False, "hysteresis": 3}
+    assert not {*names} & config.deepspeed.keys()
+    assert all("loss_scale" not in line for line in load_config([TOY, path], mode="inference").warnings)
+
+
+def test_augmentation_dropout_has_no_effect():
+    assert toy("model.augmentation_dropout=0.05").warnings == (
+        "model.augmentation_dropout has no effect: the reference reads it nowhere; see noised_image_dropout",
+    )
+
+
+def test_of_two_precisions_the_later_file_decides(write):
+    first, second = write("args: {fp16: true}", "1.yaml"), write("args: {bf16: true}", "2.yaml")
+    config = load_config([TOY, first, second], mode="inference")
+    assert (config.args.fp16, config.args.bf16) == (None, True)
+    assert any("args.fp16 has no effect" in warning and "2.yaml" in warning for warning in config.warnings)
+    assert load_config([TOY, second, first], mode="inference").args.fp16
+    assert "keep the one" in complaint([TOY, write("args: {fp16: true, bf16: true}")])
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("args.deepspeed={}", "deepspeed:, a section of its own"),
+        ("args.deepspeed=true", "deepspeed:, a section of its own"),
+        ("model.lora_config={}", "model.network_config.params.modules.lora_config"),
+        ("model.network_config.params.lora_config={}", "model.network_config.params.modules.lora_config"),
+        ("bucket_config.x=1", "data.params.buckets"),
+        ("args.bucket_config=1", "data.params.buckets"),
+        ("args.lr_warmup_steps=100", "args.auto_warmup_iters, or args.warmup"),
+        ("deepspeed.lr_warmup_steps=100", "args.auto_warmup_iters, or args.warmup"),
+        ("deepspeed.lr=1e-4", "deepspeed.optimizer.params.lr"),
+        ("optimizer.params.lr=1e-4", "deepspeed.optimizer"),
+        ("model.seed=1", "args.seed"),
+        ("data.train_data=[x]", "args.train_data"),
+        ("data.params.train_data=[x]", "args.train_data"),
+        ("args.scale_factor=1", "model.scale_factor"),
+        ("args.max_num_frames=49", "data.params.max_num_frames"),
+        ("args.max_grad_norm=1", "deepspeed.gradient_clipping"),
+        ("network_config.target=x", "model.network_config"),
+        ("args.rank=128", "model.network_config.params.modules.lora_config.params.r"),
+        ("args.num_inference_steps=3", "args.num_steps"),
+    ],
+)
+def test_keys_in_the_wrong_place_are_sent_to_the_right_one(override, place):
+    text = training_complaint(override)
+    assert "1 problem " in text and f"this belongs to {place}" in text and "did you mean" not in text
 
 
 def test_everything_is_reported_at_once(write):
