@@ -92,7 +92,8 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
         latents = (wanted - 1) // geometry.time_compression + 1
         cure += f"; if you mean {wanted} video frames, write {latents}"
     elif not geometry.fixed_size and kept > legal[-1]:
-        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
+        longest = kept - (kept % 2 == 0 and geometry.patch_size[0] == 2)  # 42 of the reference: 41 with a padding frame
+        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(longest)} allows it"
     found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network supports"
     yield Problem("args.sampling_num_frames", "", found, cure)
 
