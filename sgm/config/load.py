@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
 from sgm.config.places import place_of
 from sgm.config.references import escaped
 from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import get_logger, warn_once
 from sgm.util import PRECISIONS, get_obj_from_str, nearest
@@ -38,7 +39,8 @@ _ARGS: Mapping[Mode, type[SamplingArgs]] = {"inference": SamplingArgs, "train": 
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
-_PLACEHOLDER = re.compile(r"\{[^}]*\}")
+_PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
@@ -128,6 +130,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
     sections = _take_sections(merged)
+    _check_values(merged.values, (), merged)
     args = _check_args(sections["args"], merged, mode)
     if sections["model"]:
         check_params(get_obj_from_str(ENGINE_TARGET), sections["model"], ("model",), merged)
@@ -161,12 +164,27 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     for name in SECTIONS:
         section = merged.values.get(name)
         if section is not None and not isinstance(section, dict):
-            merged.add((name,), f"is {section!r}", f"write '{name}:' and its keys below it, indented")
+            merged.add((name,), f"is {spelled(section)}", f"write '{name}:' and its keys below it, indented")
             section = None
         sections[name] = section or {}
     if not sections["model"] and not merged.problems:
         merged.add(("model",), "there is no model section", "give a model file as well, e.g. configs/cogvideox_2b.yaml")
     return sections
+
+
+def _check_values(value: Any, path: KeyPath, merged: Merged) -> None:
+    """Report values that are never meant: numbers that are not finite, and characters that no text can hold."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        _check_values(entry, (*path, key), merged)
+    cure = None
+    if isinstance(value, float) and not math.isfinite(value):
+        cure = "give a finite number"
+    elif isinstance(value, str) and _NO_TEXT.search(value):
+        cure = "remove the character that is none: U+0000, or half of a pair"
+    if cure:
+        merged.add(path, f"is {spelled(value)}", cure)
+        merged.unusable.add(path)
 
 
 def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> SamplingArgs:
@@ -237,7 +255,7 @@ def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merge
             if unused or not _PLACEHOLDER.search(text) or any(key in _FREE_TEXT for key in path):
                 continue
             cure = f"put the real value there, in the file or with {dotted(path)}=..."
-            merged.add(path, f"still holds a placeholder: {text!r}", cure)
+            merged.add(path, f"still holds a placeholder: {spelled(text)}", cure)
 
 
 def _strings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sgm.config.values import spelled
+
 _NO_VALUE = object()
 
 
@@ -32,7 +34,7 @@ class Refused:
             return self.why, self.cure
         if value is None or (value == self.only and isinstance(value, bool) is isinstance(self.only, bool)):
             return None
-        return f"is {value!r}, but {self.why}", self.cure
+        return f"is {spelled(value)}, but {self.why}", self.cure
 
 
 def _only(value: Any, why: str) -> Refused:

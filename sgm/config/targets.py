@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from sgm.config.parts import PARTS
 from sgm.config.places import place_of
 from sgm.config.refused import REFUSED, Refused, refused_by
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import KeyPath, Merged, dotted
 from sgm.util import PROJECT, InputError, get_obj_from_str, nearest
 
@@ -123,7 +123,7 @@ def _check_section(
             merged.add((*path, name), found + place, f"move it there: {cure}, or write one of: {', '.join(keys)}")
     params = section.get("params") or {}
     if not isinstance(params, Mapping):
-        merged.add((*path, "params"), f"is {params!r}", "write the parameters as indented keys")
+        merged.add((*path, "params"), f"is {spelled(params)}", "write the parameters as indented keys")
         return
     try:
         cls = get_obj_from_str(section["target"])

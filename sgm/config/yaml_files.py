@@ -126,6 +126,7 @@ class Merged:
         problems: found so far.
         warnings: about accepted keys without effect.
         sources: the files, in the order of merging.
+        unusable: paths of values that mean nothing anywhere; one problem each is enough.
         syntax_failed: a file could not be read, so values are not checked.
     """
 
@@ -134,6 +135,7 @@ class Merged:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    unusable: set[KeyPath] = field(default_factory=set)
     syntax_failed: bool = False
 
     def origin(self, path: KeyPath) -> str:
@@ -143,7 +145,9 @@ class Merged:
         return self.origins.get(path, "")
 
     def add(self, path: KeyPath, found: str, cure: str, *, source: str | None = None) -> None:
-        """Record a problem at `path`."""
+        """Record a problem at `path`, unless its value is known to be unusable."""
+        if path in self.unusable:
+            return
         self.problems.append(Problem(dotted(path), self.origin(path) if source is None else source, found, cure))
 
 

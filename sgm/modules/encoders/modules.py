@@ -9,9 +9,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sgm.log import get_logger
@@ -215,7 +216,7 @@ class FrozenT5Embedder(nn.Module):
         self,
         model_dir: str = "google/t5-v1_1-xxl",
         *,
-        max_length: int = 77,
+        max_length: Annotated[int, Field(ge=2, le=100_000)] = 77,
         device: str | None = None,
         dtype: str | None = None,
         offload: str = "none",
