@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgm.log import configure_logging, is_rank_zero
+from sgm.log import configure_logging, is_rank_zero, printable_output
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong"
 
@@ -67,6 +67,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+@printable_output()
 def run_command(
     work: Callable[[argparse.Namespace], None],
     options: argparse.Namespace,

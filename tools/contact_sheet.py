@@ -16,8 +16,9 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
+from sgm.cli import run_command, tool_parser
 from sgm.inference.video import contact_sheet
-from sgm.util import InputError, RunError
+from sgm.util import InputError
 
 
 def results(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -56,27 +57,26 @@ def _order(sidecar: Path) -> tuple[int, int]:
     return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
 
 
+def work(options: argparse.Namespace) -> None:
+    """Draw the videos of all runs."""
+    columns = options.columns
+    if options.beside:
+        rows = beside(options.folders, columns)
+        columns = len(rows[0][1])
+    else:
+        rows = [row for folder in options.folders for row in results(folder)]
+    contact_sheet(rows, options.out, columns=columns)
+    sys.stdout.write(f"contact sheet: {options.out}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of sampling runs")
     parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
     parser.add_argument("--columns", type=int, default=5, help="frames shown of each video")
     parser.add_argument("--beside", action="store_true", help="put the runs beside each other, not below")
-    options = parser.parse_args(argv)
-    try:
-        columns = options.columns
-        if options.beside:
-            rows = beside(options.folders, columns)
-            columns = len(rows[0][1])
-        else:
-            rows = [row for folder in options.folders for row in results(folder)]
-        contact_sheet(rows, options.out, columns=columns)
-    except (InputError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(f"contact sheet: {options.out}\n")
-    return 0
+    return run_command(work, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
