@@ -8,16 +8,15 @@ prompt; with ``--beside``, runs of the same prompts share a row for each prompt.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
 from sgm.cli import run_command, tool_parser
-from sgm.inference.video import contact_sheet
+from sgm.inference.video import contact_sheet, read_video
+from sgm.io import parse_json
 from sgm.util import InputError
 
 
@@ -27,9 +26,9 @@ def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     for sidecar in sorted(folder.glob("*/*/000000.json"), key=_order):
         video = sidecar.with_suffix(".mp4")
         if video.is_file():
-            content = json.loads(sidecar.read_text(encoding="utf-8"))
+            content = parse_json(sidecar.read_bytes())
             start = " (from an image)" if content["image"] else ""
-            found.append((f"{content['prompt']}{start}, seed {content['seed']}", iio.imread(video)))
+            found.append((f"{content['prompt']}{start}, seed {content['seed']}", read_video(video)))
     if not found:
         raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
     return found

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,7 +31,7 @@ from sgm.inference.prompts import (
     read_prompts_cli,
 )
 from sgm.inference.record import Summary, Timings, read_sidecar, result_digest
-from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
+from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.io import write_json
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
@@ -341,7 +340,7 @@ class SamplingRun:
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return
         samples = [(prompt, self._result(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)]
-        rows = [(f"{prompt.index}. {prompt.text}", iio.imread(path)) for prompt, path in samples]
+        rows = [(f"{prompt.index}. {prompt.text}", read_video(path)) for prompt, path in samples]
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)
