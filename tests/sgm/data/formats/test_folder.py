@@ -68,7 +68,7 @@ NAMES = [
     b"[a]*?{b}",
     b"subfile,,start,0,end,9,,:c",
     b"concat:d|e",
-    b"C:\\clips\\f",
+    b"c:\\clips",
     b"back\\slash",
     b" spaces ",
     b"line\nbreak\r\ttab",
