@@ -272,6 +272,15 @@ class SFTDataset:
         chosen.rows = [self.rows[index] for index in indices]
         return chosen
 
+    def with_problems(self, problems: Mapping[str, str]) -> Self:
+        """Return a copy in which clips with these captions cannot be used: caption → reason."""
+        chosen = copy.copy(self)
+        chosen.rows = [
+            replace(row, problem=problems[row.caption]) if not row.problem and row.caption in problems else row
+            for row in self.rows
+        ]
+        return chosen
+
     def without(self, paths: Collection[str]) -> Self:
         """Return a copy without these clips."""
         left_out = set(paths)

@@ -35,6 +35,7 @@ class SamplingArgs:
     input_file: str | None = None
     image2video: bool | None = None
     negative_prompt: str | None = None
+    allow_unknown_text: bool = False
     # Size: pixels (height, width), latent frames, frames per second of the file
     sampling_image_size: tuple[AtLeast1, AtLeast1] | None = None
     sampling_num_frames: AtLeast1 | None = None

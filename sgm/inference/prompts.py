@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from sgm.data.clips.pictures import PictureError, picture_size, read_picture
 from sgm.log import get_logger
+from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError
 
 log = get_logger(__name__)
@@ -91,12 +93,18 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
     return prompts
 
 
-def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = None) -> Iterator[Prompt]:
+def read_prompts_cli(
+    image2video: bool,
+    input: Callable[[str], str] | None = None,
+    *,
+    check: Callable[[Prompt], None] | None = None,
+) -> Iterator[Prompt]:
     """Read prompts from the terminal until an empty line, ``exit`` or the end of input; ask again after a bad line.
 
     Args:
         image2video: whether to ask for ``prompt@@image``.
         input: shows a question and returns a line; the built-in ``input`` by default.
+        check: raises an InputError for a prompt that cannot be sampled.
     """
     ask = input or builtins.input
     form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
@@ -114,6 +122,8 @@ def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = Non
         try:
             prompt = _parse(line, index, image2video=image2video, folder=None)
             check_images([prompt])
+            if check is not None:
+                check(prompt)
         except InputError as error:
             log.error("%s", error)
             continue
@@ -134,6 +144,22 @@ def check_images(prompts: Sequence[Prompt]) -> None:
         except InputError as error:
             users = [prompt.index for prompt in prompts if prompt.image == image]
             problems.append(f"{error} (prompt {', '.join(map(str, users))})")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def check_words(prompts: Sequence[Prompt], conditioner: Any) -> None:
+    """Refuse prompts of which the text encoder's tokenizer knows no word.
+
+    Args:
+        prompts: to be encoded.
+        conditioner: of the model.
+
+    Raises:
+        InputError: all such prompts.
+    """
+    reasons = texts_without_words(conditioner, [prompt.text for prompt in prompts])
+    problems = [f"prompt {p.index}: {reasons[p.text]}; {WORDS_CURE}" for p in prompts if p.text in reasons]
     if problems:
         raise InputError("\n".join(problems))
 
