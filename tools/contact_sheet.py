@@ -23,7 +23,8 @@ from sgm.util import InputError
 def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     """Return caption and frames (T, H, W, 3) of every finished video in the folder of a run."""
     found = []
-    for sidecar in sorted(folder.glob("*/*/000000.json"), key=_order):
+    sidecars = [*folder.glob("*/*/000000*.json"), *folder.glob("sample-*.json")]
+    for sidecar in sorted(sorted(sidecars), key=_order):
         video = sidecar.with_suffix(".mp4")
         if video.is_file():
             content = parse_json(sidecar.read_bytes())
@@ -52,7 +53,10 @@ def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]
 
 
 def _order(sidecar: Path) -> tuple[int, int]:
+    """Return prompt and number of a sample, see `sgm.inference.results`."""
     prompt, k = sidecar.parent.parent.name.split("_")[0], sidecar.parent.name
+    if sidecar.name.startswith("sample-"):
+        prompt, k = sidecar.name.split("-")[1:3]
     return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
 
 

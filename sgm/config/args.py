@@ -50,6 +50,7 @@ class SamplingArgs:
     only_save_latents: bool = False
     output_dir: str = "outputs"
     skip_existing: bool = True
+    overwrite: bool = False
     contact_sheet: bool = False
     # How it is computed
     fp16: bool | None = None

@@ -163,6 +163,7 @@ class Evaluation:
             output_dir=str(folder),
             only_save_latents=self.args.only_log_video_latents,
             skip_existing=False,
+            overwrite=True,
             contact_sheet=False,
         )
         run = SamplingRun(
