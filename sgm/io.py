@@ -55,11 +55,11 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
             temporary.unlink(missing_ok=True)
 
 
-def require_writable(folder: str | Path) -> None:
-    """Check that `folder`, or its nearest existing parent, is a writable folder.
+def require_writable(folder: str | Path, *names: str) -> None:
+    """Check that `folder`, or its nearest existing parent, is a writable folder, and takes files of these names.
 
     Raises:
-        InputError: it is not, or the file system does not take the names of the folders to be made.
+        InputError: it is not, or the file system does not take the names of files, or of folders to be made.
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -67,11 +67,12 @@ def require_writable(folder: str | Path) -> None:
         raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
     try:
         # Looking up a name that is too long, or illegal, fails in another way than looking up one that is not there.
-        for path in (*(existing / name for name in folder.relative_to(existing).parts), folder):
+        for path in (*(existing / name for name in (*folder.relative_to(existing).parts, *names)), folder):
             _look_up(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"'{folder}' cannot be written to: {reason}; choose another name for the folder") from error
+        what = f"'{names[0]}' in " if names else ""
+        raise InputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -236,6 +236,7 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
         other = by_stem.setdefault(path.stem, path)
         if other is not path:
             raise InputError(f"'{other}' and '{path}' would give clips of the same names; rename one of them")
+        require_writable(out, f"{path.stem}_0000.mp4")
         file = _plan_file(path, out)
         clips = f"{out / VIDEOS / path.stem}_*.mp4"
         if not file.is_file():

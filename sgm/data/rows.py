@@ -138,7 +138,9 @@ class Files:
         if folder not in self._names:
             try:
                 self._names[folder] = frozenset(os.listdir(folder or os.curdir))
-            except (OSError, ValueError):  # ValueError: no file system has such a name
+            except PermissionError:
+                raise
+            except (OSError, ValueError):  # missing, or a name that no file system takes
                 self._names[folder] = frozenset()
         return name in self._names[folder]
 
