@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -93,32 +94,10 @@ class Results:
         Raises:
             RunError: it cannot be written into the output folder; the message says where it is kept, if anywhere.
         """
-        record = {**self.identity(prompt, k), **record}
-        try:
-            with _locked(sample_folder(self.args.output_dir, prompt, k)):
-                path = self.place(prompt, k)  # again: another run may have finished meanwhile
-                save(path)
-                write_json(path.with_suffix(".json"), record)
-                return path
-        except (OSError, RunError) as error:
-            return self._write_elsewhere(prompt, k, save, record, error)
-
-    def _write_elsewhere(
-        self, prompt: Prompt, k: int, save: Callable[[Path], None], record: Mapping[str, Any], error: Exception
-    ) -> Path:
-        """Keep a sample that could not be written to its place, since it cost more than anything that follows."""
-        safe = self._places(prompt, k)[-1]
-        for path in (safe, Path(tempfile.gettempdir()) / safe.name):
-            try:
-                save(path)
-                write_json(path.with_suffix(".json"), record)
-            except (OSError, RunError):
-                continue
-            if path is safe:
-                logger.warning("%s; the sample goes beside, to %s", error, path)
-                return path
-            raise RunError(f"{error}; the finished sample is kept as {path}: move it where you want it") from error
-        raise error if isinstance(error, RunError) else RunError(f"the sample could not be written: {error}") from error
+        with _locked(sample_folder(self.args.output_dir, prompt, k)):
+            path = self.place(prompt, k)  # again: another run may have finished meanwhile
+            safe = self._places(prompt, k)[-1]
+            return write_or_keep(path, save, {**self.identity(prompt, k), **record}, beside=safe)
 
     def _places(self, prompt: Prompt, k: int) -> tuple[Path, Path, Path]:
         """Return the usual path of a sample, the one beside a result of other settings, and the safe one."""
@@ -131,6 +110,41 @@ class Results:
     def _is_own(self, path: Path, prompt: Prompt, k: int) -> bool:
         made = read_record(path) if path.is_file() else None
         return made is not None and all(made.get(name) == value for name, value in self.identity(prompt, k).items())
+
+
+def write_or_keep(
+    path: Path, save: Callable[[Path], None], record: Mapping[str, Any], *, beside: Path | None = None
+) -> Path:
+    """Write a finished sample and its record; where that fails, keep it elsewhere, since it cost minutes.
+
+    Args:
+        path: its place.
+        save: writes it to a path, atomically.
+        record: for the JSON file beside it, which is written last.
+        beside: another path in the output folder, tried next.
+
+    Returns:
+        The path of the two that it was written to.
+
+    Raises:
+        RunError: neither takes it; the message says where it is kept, if anywhere.
+    """
+    failure = None
+    kept = Path(tempfile.gettempdir()) / (beside.name if beside else f"{secrets.token_hex(4)}-{path.name}")
+    for place in filter(None, (path, beside, kept)):
+        try:
+            save(place)
+            write_json(place.with_suffix(".json"), record)
+        except (OSError, RunError) as error:
+            failure = failure or error
+            continue
+        if place == kept:
+            said = f"{failure}; the finished sample is kept as {kept}: move it where you want it"
+            raise RunError(said) from failure
+        if failure is not None:
+            logger.warning("%s; the sample goes beside, to %s", failure, place)
+        return place
+    raise failure if isinstance(failure, RunError) else RunError(f"{path} could not be written: {failure}")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -154,14 +168,12 @@ def _is_taken(path: Path) -> bool:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Context in which no other process writes the samples of a folder; without effect where there are no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        # Network file systems lock no folders; and if the folder cannot be made, writing says so.
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # as on network file systems, which lock no folders
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
