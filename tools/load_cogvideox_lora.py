@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +246,10 @@ def sample(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options, plan)
     for seed, path in plan.outputs.items():
         started = time.perf_counter()
-        frames = _generate(pipe, options, plan, seed)
+        frames = to_uint8(_generate(pipe, options, plan, seed) * 2 - 1)
         made = {"seed": seed, "seconds": round(time.perf_counter() - started, 2)}
-        save = partial(write_video, frames=to_uint8(frames * 2 - 1), fps=plan.fps)
-        write_or_keep(path, save, made | dict(_record(pipe, options, plan)))
+        record = made | dict(_record(pipe, options, plan))
+        write_or_keep(path, lambda place, frames=frames: write_video(place, frames, plan.fps), record)
         sys.stdout.write(f"wrote {path}\n")
 
 

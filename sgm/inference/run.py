@@ -251,12 +251,12 @@ class SamplingRun:
         if not writes and sgm.distributed.context_parallel_size() == 1:
             return  # the first rank decodes alone
         if self.args.only_save_latents:
-            saves = [partial(write_latents, latents=one) for one in latents]
+            saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
             start = time.perf_counter()
             videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
             timings.decode = time.perf_counter() - start
-            saves = [partial(write_video, frames=frames, fps=self.plan.fps) for frames in videos]
+            saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None
         for k, save in zip(samples, saves, strict=True) if writes else ():
             try:
