@@ -7,11 +7,13 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from sgm.config.values import AtLeast1, Share, Width
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.clips.check import RowReport, check_rows, row_reports
@@ -25,6 +27,7 @@ from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.util import InputError, RunError, default
 
 _CHUNK = 8  # frames resized at a time; a large clip as floats needs gigabytes
+Skipped = Annotated[float, Field(ge=0, le=10_000)]  # frames
 RESHAPE_MODES = ("center", "random", "none")
 
 
@@ -66,16 +69,16 @@ class SFTDataset:
         self,
         *,
         data_dir: str | Path,
-        video_size: tuple[int, int],
-        fps: float = 8,
-        max_num_frames: int = 49,
-        skip_frms_num: float = 3,
-        skip_frames_start: int | None = None,
-        skip_frames_end: int | None = None,
+        video_size: tuple[Width, Width],
+        fps: Annotated[float, Field(gt=0, le=1000)] = 8,
+        max_num_frames: AtLeast1 = 49,
+        skip_frms_num: Skipped = 3,
+        skip_frames_start: Skipped | None = None,
+        skip_frames_end: Skipped | None = None,
         reshape_mode: Literal["center", "random", "none"] = "center",
-        random_flip: float = 0.0,
+        random_flip: Share = 0.0,
         id_token: str | None = None,
-        caption_dropout: float = 0.0,
+        caption_dropout: Share = 0.0,
         allow_missing_captions: bool = False,
         format: str = "auto",
         caption_column: str | None = None,
@@ -270,6 +273,15 @@ class SFTDataset:
         """Return a copy with these clips, in this order."""
         chosen = copy.copy(self)
         chosen.rows = [self.rows[index] for index in indices]
+        return chosen
+
+    def with_problems(self, problems: Mapping[str, str]) -> Self:
+        """Return a copy in which clips with these captions cannot be used: caption → reason."""
+        chosen = copy.copy(self)
+        chosen.rows = [
+            replace(row, problem=problems[row.caption]) if not row.problem and row.caption in problems else row
+            for row in self.rows
+        ]
         return chosen
 
     def without(self, paths: Collection[str]) -> Self:

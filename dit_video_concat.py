@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
+from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
@@ -69,7 +70,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     """
 
     def __init__(
-        self, *, in_channels: int, hidden_size: int, patch_size: PatchSize, text_hidden_size: int, bias: bool = True
+        self, *, in_channels: int, hidden_size: int, patch_size: PatchSize, text_hidden_size: Width, bias: bool = True
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -131,10 +132,10 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         *,
         grid: Grid,
         hidden_size: int,
-        text_length: int = 0,
-        height_interpolation: float = 1.0,
-        width_interpolation: float = 1.0,
-        time_interpolation: float = 1.0,
+        text_length: AtLeast0 = 0,
+        height_interpolation: Positive = 1.0,
+        width_interpolation: Positive = 1.0,
+        time_interpolation: Positive = 1.0,
     ) -> None:
         super().__init__(grid=grid, text_length=text_length)
         interpolation = (time_interpolation, height_interpolation, width_interpolation)
@@ -168,10 +169,10 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         self,
         *,
         grid: Grid,
-        hidden_size: int,
-        hidden_size_head: int,
-        text_length: int,
-        theta: float = 10000.0,
+        hidden_size: Width,
+        hidden_size_head: Width,
+        text_length: AtLeast0,
+        theta: Positive = 10000.0,
         learnable_pos_embed: bool = False,
     ) -> None:
         super().__init__(grid=grid, text_length=text_length)
@@ -427,24 +428,24 @@ class DiffusionTransformer(BaseModel):
     def __init__(
         self,
         *,
-        num_frames: int,
-        time_compressed_rate: int,
-        latent_width: int,
-        latent_height: int,
-        patch_size: int | Sequence[int],
-        in_channels: int,
-        out_channels: int,
-        hidden_size: int,
-        num_layers: int,
-        num_attention_heads: int,
-        time_embed_dim: int,
+        num_frames: AtLeast1,
+        time_compressed_rate: AtLeast1,
+        latent_width: Width,
+        latent_height: Width,
+        patch_size: AtLeast1 | Sequence[AtLeast1],
+        in_channels: Width,
+        out_channels: Width,
+        hidden_size: Width,
+        num_layers: Depth,
+        num_attention_heads: Width,
+        time_embed_dim: Width,
         modules: Mapping[str, Any],
         transformer_args: Mapping[str, Any],
         elementwise_affine: bool = True,
-        height_interpolation: float | None = None,
-        width_interpolation: float | None = None,
-        time_interpolation: float | None = None,
-        ofs_embed_dim: int | None = None,
+        height_interpolation: Positive | None = None,
+        width_interpolation: Positive | None = None,
+        time_interpolation: Positive | None = None,
+        ofs_embed_dim: Width | None = None,
         use_SwiGLU: bool = False,  # noqa: N803
         use_RMSNorm: bool = False,  # noqa: N803
     ) -> None:
@@ -522,7 +523,10 @@ class DiffusionTransformer(BaseModel):
             if section is None:
                 continue
             own = section.get("params") or {}
-            accepted = inspect.signature(get_obj_from_str(section["target"])).parameters
+            cls = get_obj_from_str(section["target"])
+            if not issubclass(cls, BaseMixin):
+                raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
+            accepted = inspect.signature(cls).parameters
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
                 _check_lora(own, defaults["num_layers"])

@@ -6,7 +6,8 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
 # NPROC_PER_NODE defaults to the number of accelerators, or 2 on a CPU. MAX_RESTARTS (0) is how often all processes are
 # restarted after one fails; with args.resume=auto they resume from the newest checkpoint.
-# Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py.
+# Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py
+# (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -3,7 +3,8 @@
 #   bash inference.sh                                        the toy models, text and image to video, on any machine
 #   bash inference.sh args.seed=7                            the toy for text to video
 #   bash inference.sh configs/cogvideox_5b.yaml configs/inference.yaml args.load=FOLDER
-# Arguments that end with .yaml are merged, later ones win; all others are passed to sample_video.py.
+# Arguments that end with .yaml are merged, later ones win; all others are passed to sample_video.py
+# (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder. To divide the prompts among processes: NPROC_PER_NODE=4 bash inference.sh ...
 set -euo pipefail
 cd "$(dirname "$0")"

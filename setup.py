@@ -35,7 +35,7 @@ setup(
         "datasets>=4.0,<6",  # folders of Hugging Face; SwissArmyTransformer requires it too
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.1",
         "tqdm>=4.66,<5",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.10,<4",  # the curve at the end of a training run

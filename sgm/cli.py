@@ -6,10 +6,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from sgm.log import configure_logging, is_rank_zero
+from sgm.log import configure_logging, is_rank_zero, printable_output
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong"
 
@@ -44,18 +43,30 @@ def parse(
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override all files")
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
+    add_trust(parser)
     parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
     options = parser.parse_intermixed_args(argv)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    moved = [word for word in options.base if is_override(word) and not Path(word).exists()]
+    moved = [word for word in options.base if is_override(word) and not os.path.exists(word)]
     options.base = [word for word in options.base if word not in moved]
     options.overrides = moved + options.overrides
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, for commands that read YAML."""
+    parser.add_argument(
+        "--trust",
+        action="append",
+        metavar="PACKAGE",
+        default=[],
+        help="let targets in the YAML run code of this package too; may be repeated",
+    )
 
 
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
@@ -67,6 +78,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+@printable_output()
 def run_command(
     work: Callable[[argparse.Namespace], None],
     options: argparse.Namespace,
@@ -84,6 +96,10 @@ def run_command(
     """
     try:
         configure_logging(debug=options.debug)
+        if hasattr(options, "trust"):
+            from sgm.util import set_trusted  # after parsing, so that --help is fast
+
+            set_trusted(options.trust)
         work(options)
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")

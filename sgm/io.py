@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from sgm.util import InputError, RunError
 
 # The temporary names of `atomic_file`: hidden, with process number and random digits.
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+(\.\w+)?")
+_TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.\w+)?")
+_STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
+_JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -33,7 +35,7 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         RunError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -53,16 +55,24 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
             temporary.unlink(missing_ok=True)
 
 
-def require_writable(folder: str | Path) -> None:
-    """Check that `folder`, or its nearest existing parent, is a writable folder.
+def require_writable(folder: str | Path, *names: str) -> None:
+    """Check that `folder`, or its nearest existing parent, is a writable folder, and takes files of these names.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or the file system does not take the names of files, or of folders to be made.
     """
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
+    try:
+        # Looking up a name that is too long, or illegal, fails in another way than looking up one that is not there.
+        for path in (*(existing / name for name in (*folder.relative_to(existing).parts, *names)), folder):
+            _look_up(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        what = f"'{names[0]}' in " if names else ""
+        raise InputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -71,9 +81,61 @@ def write_json(path: str | Path, content: Any) -> None:
     Raises:
         RunError: the file could not be written.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False)
     with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(content, indent=2) + b"\n")
+
+
+def json_bytes(content: Any, *, indent: int | None = None) -> bytes:
+    """Return JSON in UTF-8, readable in any language.
+
+    Bytes of file names that are not UTF-8 are escaped, and read back by `parse_json` as Python spells them in a path.
+    """
+    # A lone surrogate is always inside a string, where its escape by Python is that of JSON.
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+class JSONError(ValueError):
+    """Text is not JSON, or JSON that Python cannot hold.
+
+    Attributes:
+        line: of the fault, from 1.
+        fault: what is wrong.
+    """
+
+    def __init__(self, line: int, fault: str) -> None:
+        super().__init__(f"line {line}: {fault}")
+        self.line, self.fault = line, fault
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of a JSON text.
+
+    Raises:
+        JSONError: it is malformed or not UTF-8, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise JSONError(line, f"is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise JSONError(error.lineno, f"is not JSON: {error.msg} (column {error.colno})") from error
+    except (RecursionError, ValueError) as error:  # ValueError: too many digits
+        assert isinstance(text, str), "it was decoded"
+        raise excessive_json(text, nested=isinstance(error, RecursionError)) from error
+
+
+def excessive_json(text: str, *, nested: bool) -> JSONError:
+    """Return the fault of well-formed JSON that Python refuses: the deepest nesting, or else the longest number."""
+    depth, worst, place = 0, 0, 0
+    for token in _JSON_TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        size = depth if nested else len(token[0]) if token[0].isdigit() else 0
+        if size > worst:
+            worst, place = size, token.start()
+    fault = f"nests lists or objects {worst:,} deep" if nested else f"holds a number of {worst:,} digits"
+    return JSONError(text.count("\n", 0, place) + 1, f"{fault}, which no data of this program needs; correct the file")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -81,6 +143,19 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a hidden name beside `path`; it is legal wherever that of `path` is."""
+    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode("utf-8", "ignore") or "_"
+    suffix = path.suffix if len(path.suffix) <= 16 else ""  # a longer one selects no format
+    return path.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+
+
+def _look_up(path: Path) -> None:
+    """Raise an OSError or ValueError if the file system cannot hold a file of this name."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
 
 
 def _sync(path: Path) -> None:

@@ -1,9 +1,69 @@
-"""Logging: one logger, on rank zero; dependencies log errors only."""
+"""What a terminal shows: one logger, on rank zero, dependencies' errors only, and no control characters of others."""
 
+import contextlib
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+# Control characters, line separators, marks that reverse the direction of text, and bytes of names that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_TO_UPPER_BAR = re.compile(r"(\x1b\[A)+")  # a whole write of tqdm: the cursor goes to the progress bar above
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters escaped, as in Python's literals; tabs and line breaks stay.
+
+    File names, captions, prompts and YAML come from others: on a terminal, an escape sequence in them could move the
+    cursor, hide text, or send input to the shell.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _PrintableStream:
+    """A text stream whose writes pass `printable`, and its encoding; all else is that of the stream."""
+
+    def __init__(self, stream: TextIO, *, has_bars: bool) -> None:
+        self._stream, self._has_bars = stream, has_bars
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text. Of standard error, tqdm's own control characters remain: those that redraw its bars."""
+        start = "\r" if self._has_bars and text.startswith("\r") else ""
+        if not (self._has_bars and _TO_UPPER_BAR.fullmatch(text)):
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            shown = printable(text[len(start) :]).encode(encoding, "backslashreplace").decode(encoding)
+            text = start + shown
+        return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts."""
+        for line in lines:
+            self.write(line)
+
+
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Context in which everything that is printed passes `printable`: messages, errors, tracebacks, warnings."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = _PrintableStream(before[0], has_bars=False)  # type: ignore[assignment]
+    sys.stderr = _PrintableStream(before[1], has_bars=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes messages, those too that start like a redrawn progress bar."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message of a record."""
+        return printable(super().format(record))
 
 
 def get_logger(name: str = "sgm") -> logging.Logger:
@@ -29,7 +89,7 @@ def configure_logging(*, debug: bool = False) -> None:
     Dependencies that log at import (SwissArmyTransformer, DeepSpeed, missing kernels) log errors only.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if debug else "%(message)s"))
+    handler.setFormatter(_PrintableFormatter("%(levelname)s %(message)s" if debug else "%(message)s"))
     logger = logging.getLogger("sgm")
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from sgm.log import quiet_dependencies
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor, torch.rand, torch.randn}
 
 _FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+
+# Where the classes come from that YAML may name. `set_trusted` adds to them; YAML itself cannot.
+PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
+LIBRARIES = ("torch.nn", "torch.optim", "sat", "transformers", "diffusers", "torchao", "bitsandbytes")
+_trusted: list[str] = []
 
 # Names of dtypes in YAML files.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,29 +46,76 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-def get_obj_from_str(target: str) -> Any:
-    """Import the object that a YAML ``target:`` names, for example ``torch.nn.Identity``.
+def set_trusted(packages: Sequence[str]) -> None:
+    """Let targets come from `packages` too, in place of those of an earlier call: ``--trust`` of the command line.
 
     Raises:
-        InputError: the module or the attribute does not exist, with the nearest name if there is one.
+        InputError: there is no package or module of that name.
+    """
+    for package in packages:
+        if not _is_importable(package):
+            raise InputError(f"--trust {package}: there is no such package or module; give a name as 'import' takes it")
+    _trusted[:] = packages
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # no such parent; no name at all
+        return False
+
+
+def is_trusted(module: str) -> bool:
+    """Whether YAML may name classes of this module."""
+    return any(module == root or module.startswith(f"{root}.") for root in (*PROJECT, *LIBRARIES, *_trusted))
+
+
+def get_obj_from_str(target: Any) -> type:
+    """Import the class that a YAML ``target:`` names, for example ``torch.nn.Identity``.
+
+    Importing a module runs it, and a function may do anything. So only a class is returned, and nothing is imported,
+    unless the module is trusted: by this project (`PROJECT`, `LIBRARIES`), or by the user (`set_trusted`).
+
+    Raises:
+        InputError: the target is not trusted or no class, or does not exist, with the nearest name if there is one.
     """
     module_name, _, name = str(target).rpartition(".")
-    if not module_name:
+    if not (module_name and all(part.isidentifier() for part in str(target).split("."))):
         raise InputError(f"target '{target}' is not a dotted path; write it as module.Class, e.g. torch.nn.Identity")
+    absent = (
+        f"target '{target}' names the module '{module_name}', which does not exist; correct the dotted path, or "
+        "install the package that holds it"
+    )
+    if not _is_importable(module_name.partition(".")[0]):  # known without importing anything
+        raise InputError(absent)
+    _require_trusted(target, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise InputError(
-                f"target '{target}' names the module '{module_name}', which does not exist; correct the dotted path, "
-                "or install the package that holds it"
-            ) from error
+            raise InputError(absent) from error
         raise
     try:
-        return getattr(module, name)
+        found = getattr(module, name)
     except AttributeError as error:
         hint = nearest(name, [n for n, value in vars(module).items() if inspect.isclass(value)])
         raise InputError(f"target '{target}': module '{module_name}' has no '{name}'{hint}") from error
+    if not inspect.isclass(found):
+        raise InputError(f"target '{target}' is not a class; YAML names classes only")
+    _require_trusted(target, found.__module__)  # it may be imported there from elsewhere
+    return found
+
+
+def _require_trusted(target: Any, module: str) -> None:
+    if is_trusted(module):
+        return
+    origin = "" if str(target).startswith(f"{module}.") else f" is defined in '{module}', which"
+    root = module.partition(".")[0]
+    cure = f"; if you know this code and let the files run it, add --trust {root} to the command"
+    raise InputError(
+        f"target '{target}'{origin} is not trusted: YAML may name classes of {', '.join((*PROJECT, *LIBRARIES))}"
+        f"{'' if root in sys.stdlib_module_names else cure}"
+    )
 
 
 class _LazyPackage(types.ModuleType):
@@ -109,7 +161,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         **extra: further keyword arguments, from the caller.
 
     Raises:
-        InputError: the section has no target, or the target does not accept a parameter.
+        InputError: the section has no target, its class is not trusted, or it does not accept a parameter.
     """
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"expected a section with 'target:' (and 'params:'), got {config!r}")

@@ -241,9 +241,13 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
             "layernorm_order is 'post'",
         ),
         ({"transformer_args": {"hidden_dropout": 0.1}}, "hidden_dropout is 0.1"),
-        ({"transformer_args": {"is_decoder": True}}, "is_decoder is True"),
+        ({"transformer_args": {"is_decoder": True}}, "is_decoder is true"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size"),
         ({"modules": {}}, "lacks adaln_layer_config, final_layer_config, patch_embed_config, pos_embed_config"),
+        (
+            {"modules": section()["params"]["modules"] | {"final_layer_config": {"target": "torch.nn.Identity"}}},
+            "no mixin",
+        ),
         ({"modules": {"lora_conf": LORA}}, "lora_conf is unknown; did you mean 'lora_config'"),
     ],
 )

@@ -81,8 +81,9 @@ def test_inference_sh_samples_the_toy_unless_a_file_is_named(recorder):
     )
     both = f"{toy}\n{toy.replace('toy.yaml', 'toy_i2v.yaml')} args.output_dir=outputs/toy_i2v\n"
     assert run("bash", "inference.sh", PYTHON=recorder).stdout == both
-    words = ["a.yaml", "args.x='b c'", "d.yml"]
-    assert run("bash", "inference.sh", *words, PYTHON=recorder).stdout == f"{toy[:22]} a.yaml d.yml args.x='b c'\n"
+    words = ["a.yaml", "args.x='b c'", "--trust", "mine", "d.yml"]
+    passed = f"{toy[:22]} a.yaml d.yml args.x='b c' --trust mine\n"
+    assert run("bash", "inference.sh", *words, PYTHON=recorder).stdout == passed
     assert run("bash", "inference.sh", "--help").stdout.count("usage:") == 1
 
 

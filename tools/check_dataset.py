@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sgm.cli import run_command
+from sgm.cli import add_trust, run_command
 from sgm.config.load import ConfigError
-from sgm.config.targets import check_params
+from sgm.config.targets import check_sections
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
 from sgm.inference.video import contact_sheet, to_uint8
-from sgm.util import InputError, RunError, get_obj_from_str, instantiate_from_config
+from sgm.util import InputError, RunError, instantiate_from_config
 
 DATASET = "data_video.SFTDataset"
 NUMBERS = {"fps": float, "max_num_frames": int, "skip_frms_num": int}
@@ -44,7 +44,7 @@ def data_section(bases: list[str], given: dict[str, Any]) -> dict[str, Any]:
     if section["params"].get("video_size") is None:
         raise InputError("the size that clips are trained at is missing; give --video_size HEIGHT WIDTH, or --base")
     found = Merged()
-    check_params(get_obj_from_str(section["target"]), section["params"], ("data", "params"), found, partial=True)
+    check_sections(section, ("data",), found, partial=True)
     if found.problems:
         raise ConfigError(found.problems)
     return section
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="DATA", help="folders, manifests, archives: as args.train_data")
     parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="files with a data section")
+    add_trust(parser)
     params = parser.add_argument_group("parameters of the data section, which override those of --base")
     params.add_argument("--video_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
     params.add_argument("--allow_missing_captions", action="store_true", default=None)

@@ -8,27 +8,28 @@ prompt; with ``--beside``, runs of the same prompts share a row for each prompt.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
-from sgm.inference.video import contact_sheet
-from sgm.util import InputError, RunError
+from sgm.cli import run_command, tool_parser
+from sgm.inference.video import contact_sheet, read_video
+from sgm.io import parse_json
+from sgm.util import InputError
 
 
 def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     """Return caption and frames (T, H, W, 3) of every finished video in the folder of a run."""
     found = []
-    for sidecar in sorted(folder.glob("*/*/000000.json"), key=_order):
+    sidecars = [*folder.glob("*/*/000000*.json"), *folder.glob("sample-*.json")]
+    for sidecar in sorted(sorted(sidecars), key=_order):
         video = sidecar.with_suffix(".mp4")
         if video.is_file():
-            content = json.loads(sidecar.read_text(encoding="utf-8"))
+            content = parse_json(sidecar.read_bytes())
             start = " (from an image)" if content["image"] else ""
-            found.append((f"{content['prompt']}{start}, seed {content['seed']}", iio.imread(video)))
+            found.append((f"{content['prompt']}{start}, seed {content['seed']}", read_video(video)))
     if not found:
         raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
     return found
@@ -52,31 +53,33 @@ def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]
 
 
 def _order(sidecar: Path) -> tuple[int, int]:
+    """Return prompt and number of a sample, see `sgm.inference.results`."""
     prompt, k = sidecar.parent.parent.name.split("_")[0], sidecar.parent.name
+    if sidecar.name.startswith("sample-"):
+        prompt, k = sidecar.name.split("-")[1:3]
     return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
+
+
+def work(options: argparse.Namespace) -> None:
+    """Draw the videos of all runs."""
+    columns = options.columns
+    if options.beside:
+        rows = beside(options.folders, columns)
+        columns = len(rows[0][1])
+    else:
+        rows = [row for folder in options.folders for row in results(folder)]
+    contact_sheet(rows, options.out, columns=columns)
+    sys.stdout.write(f"contact sheet: {options.out}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of sampling runs")
     parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
     parser.add_argument("--columns", type=int, default=5, help="frames shown of each video")
     parser.add_argument("--beside", action="store_true", help="put the runs beside each other, not below")
-    options = parser.parse_args(argv)
-    try:
-        columns = options.columns
-        if options.beside:
-            rows = beside(options.folders, columns)
-            columns = len(rows[0][1])
-        else:
-            rows = [row for folder in options.folders for row in results(folder)]
-        contact_sheet(rows, options.out, columns=columns)
-    except (InputError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(f"contact sheet: {options.out}\n")
-    return 0
+    return run_command(work, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

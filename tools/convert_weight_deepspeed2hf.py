@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgm.cli import run_command, tool_parser
+from sgm.cli import add_trust, run_command, tool_parser
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -44,6 +44,7 @@ def convert(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
+    add_trust(parser)
     parser.add_argument("--checkpoint_path", type=Path, required=True, metavar="PATH", help="folder or file; see above")
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--to", choices=("sat", "diffusers"), required=True, help="the layout to write")

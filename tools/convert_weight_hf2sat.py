@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgm.cli import run_command, tool_parser
+from sgm.cli import add_trust, run_command, tool_parser
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -56,6 +56,7 @@ def convert(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
+    add_trust(parser)
     parser.add_argument("--model_path", type=Path, metavar="DIR", help="a pipeline folder of diffusers")
     parser.add_argument("--transformer_path", type=Path, metavar="PATH", help="folder or file")
     parser.add_argument("--vae_path", type=Path, metavar="PATH", help="folder or file")

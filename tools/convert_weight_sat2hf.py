@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from sgm.cli import run_command, tool_parser
+from sgm.cli import add_trust, run_command, tool_parser
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -62,6 +62,7 @@ def convert(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
+    add_trust(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the YAML")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the model, as for sample_video.py")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="file, run folder or adapters; else args.load")

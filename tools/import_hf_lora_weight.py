@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 
-from sgm.cli import run_command, tool_parser
+from sgm.cli import add_trust, run_command, tool_parser
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -35,6 +35,7 @@ def convert(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
+    add_trust(parser)
     parser.add_argument("--lora", required=True, metavar="PATH", help="file, or folder of the training tool")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the base model")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="its checkpoint; else args.load of the YAML")

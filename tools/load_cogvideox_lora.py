@@ -163,9 +163,9 @@ def _outputs(options: argparse.Namespace) -> dict[int, Path]:
     path = Path(options.output_path)
     if path.suffix != ".mp4":
         raise _wrong(f"--output_path is {path}; give a name that ends with .mp4")
-    require_writable(path.parent)
     names = [path.stem] if options.num_videos == 1 else [f"{path.stem}_{k}" for k in range(options.num_videos)]
     outputs = {options.seed + k: path.with_name(f"{name}.mp4") for k, name in enumerate(names)}
+    require_writable(path.parent, *(video.with_suffix(".json").name for video in outputs.values()))
     for file in [each for video in outputs.values() for each in (video, video.with_suffix(".json"))]:
         if file.exists():
             raise _wrong(f"{file} exists already; nothing is overwritten: remove it, or name another output")
@@ -239,17 +239,17 @@ def _load_lora(pipe: Any, file: Path, scale: float) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Check, load, sample and write."""
+    from sgm.inference.results import write_or_keep
     from sgm.inference.video import to_uint8, write_video
-    from sgm.io import write_json
 
     plan = plan_of(options)
     pipe = load_pipeline(options, plan)
     for seed, path in plan.outputs.items():
         started = time.perf_counter()
-        frames = _generate(pipe, options, plan, seed)
-        write_video(path, to_uint8(frames * 2 - 1), plan.fps)
+        frames = to_uint8(_generate(pipe, options, plan, seed) * 2 - 1)
         made = {"seed": seed, "seconds": round(time.perf_counter() - started, 2)}
-        write_json(path.with_suffix(".json"), made | dict(_record(pipe, options, plan)))
+        record = made | dict(_record(pipe, options, plan))
+        write_or_keep(path, lambda place, frames=frames: write_video(place, frames, plan.fps), record)
         sys.stdout.write(f"wrote {path}\n")
 
 

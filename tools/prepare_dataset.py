@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.shard_mb <= 0:
         raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0")
-    config = load_config(options.base, options.overrides, mode="train")
+    config = load_config(options.base, options.overrides, mode="encode")
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
     sgm.distributed.set_timeout(config.args.distributed_timeout)

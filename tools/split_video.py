@@ -11,7 +11,6 @@ Exit codes: 0 done, 1 some sources could not be read, 2 wrong input.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -29,8 +28,8 @@ from sgm.data.clips.decode import ClipError, VideoInfo, open_video, scan
 from sgm.data.clips.frames import select_frames
 from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.inference.video import write_video
-from sgm.io import atomic_file, remove_leftovers, require_writable, write_json
-from sgm.log import get_logger
+from sgm.io import atomic_file, json_bytes, parse_json, remove_leftovers, require_writable, write_json
+from sgm.log import get_logger, printable
 from sgm.util import InputError
 
 logger = get_logger("split_video")
@@ -216,7 +215,7 @@ def _plan_file(path: Path, out: Path) -> Path:
 
 def _read_plan(file: Path) -> Plan:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         cure = "remove it, and the clips and captions of its source, to cut that again"
@@ -237,6 +236,7 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
         other = by_stem.setdefault(path.stem, path)
         if other is not path:
             raise InputError(f"'{other}' and '{path}' would give clips of the same names; rename one of them")
+        require_writable(out, f"{path.stem}_0000.mp4")
         file = _plan_file(path, out)
         clips = f"{out / VIDEOS / path.stem}_*.mp4"
         if not file.is_file():
@@ -269,8 +269,7 @@ def write_manifest(out: Path) -> int:
                 where = {"video": path.relative_to(out).as_posix(), "source": plan.source}
                 lines.append(where | {"start": round(begin, 6), "end": round(end, 6), "fps": plan.fps})
     with atomic_file(out / MANIFEST) as temporary:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(b"".join(json_bytes(line) + b"\n" for line in lines))
     return len(lines)
 
 
@@ -296,7 +295,7 @@ def split(path: Path, settings: Settings, out: Path) -> str:
 
 
 def _progress(path: Path, what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"{path.name}: {what}", leave=False, disable=None, mininterval=0.5)
+    return tqdm(total=total, desc=f"{printable(path.name)}: {what}", leave=False, disable=None, mininterval=0.5)
 
 
 def _require_detector() -> None:

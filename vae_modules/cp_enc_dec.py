@@ -6,11 +6,13 @@ chunk of a clip; `vae_modules.autoencoder` makes the chunks and owns the `Stream
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from sgm.config.values import AtLeast1, Depth, Share, Width
 from sgm.modules.in_place import silu
 from sgm.util import InputError
 from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, Stream, Upsample3D, make_norm
@@ -20,6 +22,8 @@ _UNUSED = {
     "resamp_with_conv": "resampling always ends in a convolution",
     "gather_norm": "norms cover a whole clip or chunk, however many ranks share it",
 }
+
+Multipliers = Annotated[Sequence[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1, max_length=16)]
 
 
 def _num_time_levels(name: str, temporal_compress_times: int) -> int:
@@ -79,14 +83,14 @@ class ContextParallelEncoder3D(nn.Module):
     def __init__(
         self,
         *,
-        ch: int,
-        ch_mult: Sequence[int] = (1, 2, 2, 4),
-        num_res_blocks: int = 3,
-        in_channels: int = 3,
-        z_channels: int = 16,
+        ch: Width,
+        ch_mult: Multipliers = (1, 2, 2, 4),
+        num_res_blocks: Depth = 3,
+        in_channels: Width = 3,
+        z_channels: Width = 16,
         double_z: bool = True,
-        dropout: float = 0.0,
-        temporal_compress_times: int = 4,
+        dropout: Share = 0.0,
+        temporal_compress_times: AtLeast1 = 4,
     ) -> None:
         super().__init__()
         time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
@@ -136,13 +140,13 @@ class ContextParallelDecoder3D(nn.Module):
     def __init__(
         self,
         *,
-        ch: int,
-        ch_mult: Sequence[int] = (1, 2, 2, 4),
-        num_res_blocks: int = 3,
-        out_ch: int = 3,
-        z_channels: int = 16,
-        dropout: float = 0.0,
-        temporal_compress_times: int = 4,
+        ch: Width,
+        ch_mult: Multipliers = (1, 2, 2, 4),
+        num_res_blocks: Depth = 3,
+        out_ch: Width = 3,
+        z_channels: Width = 16,
+        dropout: Share = 0.0,
+        temporal_compress_times: AtLeast1 = 4,
     ) -> None:
         super().__init__()
         time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)

@@ -4,6 +4,7 @@ Every finding is a `Problem` with the YAML path of its cause; all are reported t
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,8 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
         latents = (wanted - 1) // geometry.time_compression + 1
         cure += f"; if you mean {wanted} video frames, write {latents}"
     elif not geometry.fixed_size and kept > legal[-1]:
-        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(kept)} allows it"
+        longest = kept - (kept % 2 == 0 and geometry.patch_size[0] == 2)  # 42 of the reference: 41 with a padding frame
+        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(longest)} allows it"
     found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network supports"
     yield Problem("args.sampling_num_frames", "", found, cure)
 
@@ -133,17 +135,8 @@ def _listed(numbers: list[int]) -> str:
 
 def check_files(config: Config) -> list[Problem]:
     """Return the files and folders of a run that are missing or unusable."""
-    args, problems = config.args, []
-    if args.load is None and config.mode == "inference":  # pretraining needs none
-        cure = "add args.load=<folder that holds 'latest'>; the README shows the layout of checkpoints"
-        problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
-    elif args.load is not None:
-        cure = "set args.load; the README shows the layout of checkpoints"
-        problems += problems_of("args.load", cure, partial(find_weights, args.load))
-    if args.input_type == "txt" and args.input_file is not None:
-        cure = "correct args.input_file: a text file with a prompt a line"
-        if not Path(args.input_file).is_file():
-            problems.append(Problem("args.input_file", "", f"there is no file '{args.input_file}'", cure))
+    args = config.args
+    problems = [] if config.mode == "encode" else _input_file_problems(config)
     vae = config.model.get("first_stage_config")
     if vae is not None and not (args.only_save_latents and not config.model.get("noised_image_input")):
         path, weights = "model.first_stage_config.params.ckpt_path", params_of(vae).get("ckpt_path")
@@ -155,6 +148,21 @@ def check_files(config: Config) -> list[Problem]:
         path = "model.conditioner_config"
         cure = "set model_dir there to the folder of this model's T5"
         problems += problems_of(path, cure, partial(_check_text_encoder, config))
+    return problems
+
+
+def _input_file_problems(config: Config) -> list[Problem]:
+    """Return problems of the network's weights and the prompts."""
+    args, problems = config.args, []
+    if args.load is None and config.mode == "inference":  # pretraining needs none
+        cure = "add args.load=<folder that holds 'latest'>; the README shows the layout of checkpoints"
+        problems.append(Problem("args.load", "", "no checkpoint folder is given", cure))
+    elif args.load is not None:
+        cure = "set args.load; the README shows the layout of checkpoints"
+        problems += problems_of("args.load", cure, partial(find_weights, args.load))
+    if args.input_type == "txt" and args.input_file is not None and not os.path.isfile(args.input_file):
+        cure = "correct args.input_file: a text file with a prompt a line"
+        problems.append(Problem("args.input_file", "", f"there is no file '{args.input_file}'", cure))
     return problems
 
 

@@ -83,7 +83,7 @@ def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
     if frames is None or frames in legal:
         return []
     closest = min(legal, key=lambda count: abs(count - frames))
-    step = geometry.time_compression * geometry.patch_size[0]
+    step = geometry.time_compression
     cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
         cure += f"; rotary positions have no limit, so model.network_config.params.num_frames={frames} allows it"

@@ -13,12 +13,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from sgm.config.refused import REFUSED
+from sgm.config.values import AtLeast0, AtLeast1, Name, Share, Width, spelled
 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
-AtLeast0 = Annotated[int, Field(ge=0)]
-AtLeast1 = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+_Batch = Annotated[int, Field(ge=1, le=10_000)]
+_Workers = Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,28 +27,30 @@ class SamplingArgs:
 
     # Weights
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
-    load: str | None = None
-    base: str | None = None
+    load: Name | None = None
+    base: Name | None = None
     force_inference: bool = False
     # Prompts
     input_type: Literal["txt", "cli"] = "cli"
-    input_file: str | None = None
+    input_file: Name | None = None
     image2video: bool | None = None
     negative_prompt: str | None = None
+    allow_unknown_text: bool = False
     # Size: pixels (height, width), latent frames, frames per second of the file
-    sampling_image_size: tuple[AtLeast1, AtLeast1] | None = None
+    sampling_image_size: tuple[Width, Width] | None = None
     sampling_num_frames: AtLeast1 | None = None
-    sampling_fps: AtLeast1 = 8
+    sampling_fps: Annotated[int, Field(ge=1, le=1000)] = 8
     latent_channels: AtLeast1 | None = None
     # Sampling
     num_steps: AtLeast1 | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     seed: AtLeast0 = 42
-    batch_size: AtLeast1 = 1
+    batch_size: _Batch = 1
     # Results
     only_save_latents: bool = False
-    output_dir: str = "outputs"
+    output_dir: Name = "outputs"
     skip_existing: bool = True
+    overwrite: bool = False
     contact_sheet: bool = False
     # How it is computed
     fp16: bool | None = None
@@ -56,13 +58,13 @@ class SamplingArgs:
     text_encoder_offload: Literal["none", "cpu", "release"] = "release"
     vae_tiling: bool = False
     vae_slicing: bool | None = None
-    device: str | None = None
+    device: Name | None = None
     # Ranks that share a sample; the timeout is in seconds
     model_parallel_size: AtLeast1 = 1
     sequence_parallel_size: AtLeast1 = 1
     sequence_attention: Literal["auto", "ulysses", "ring"] = "auto"
     cfg_parallel_size: Annotated[int, Field(ge=1, le=2)] = 1
-    distributed_timeout: Annotated[int, Field(ge=10)] = 1800
+    distributed_timeout: Annotated[int, Field(ge=10, le=30 * 86400)] = 1800
 
     @property
     def ring_attention(self) -> bool | None:
@@ -104,16 +106,16 @@ class TrainingArgs(SamplingArgs):
 
     mode: Literal["finetune", "pretrain"] = "finetune"
     # Data
-    train_data: tuple[str, ...] = ()
-    valid_data: tuple[str, ...] | None = None
+    train_data: tuple[Name, ...] = ()
+    valid_data: tuple[Name, ...] | None = None
     train_data_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     split: str = "1,0,0"
-    num_workers: AtLeast0 = 2
-    prefetch_factor: AtLeast1 = 2
+    num_workers: _Workers = 2
+    prefetch_factor: Annotated[int, Field(ge=1, le=1024)] = 2
     max_bad_share: Share = 0.1
     check_clips: Literal["auto", "all", "none"] = "auto"
-    latent_cache: str | None = None
-    text_cache: str | None = None
+    latent_cache: Name | None = None
+    text_cache: Name | None = None
     only_log_video_latents: bool = False
     # Length and learning rate
     train_iters: AtLeast1 | None = None
@@ -131,12 +133,12 @@ class TrainingArgs(SamplingArgs):
     # Evaluation
     eval_interval: AtLeast1 | None = None
     eval_iters: AtLeast1 = 1
-    eval_batch_size: AtLeast1 | None = None
+    eval_batch_size: _Batch | None = None
     strict_eval: bool = False
     valid_prompts: str | tuple[str, ...] | None = None
     # Results
     experiment_name: str = "finetune"
-    save: str = "ckpts"
+    save: Name = "ckpts"
     save_interval: AtLeast1 = 500
     keep_last: AtLeast1 | None = None
     save_full: bool = False
@@ -171,7 +173,11 @@ class TrainingArgs(SamplingArgs):
             cure = "set args.load=<folder that holds 'latest'>, or args.mode=pretrain to start from random weights"
             yield "load", "is missing, and fine-tuning starts from weights", cure
         if not self.experiment_name or {"/", "\\"} & set(self.experiment_name):
-            yield "experiment_name", f"is {self.experiment_name!r}", "give a name without slashes; save is the folder"
+            yield (
+                "experiment_name",
+                f"is {spelled(self.experiment_name)}",
+                "give a name without slashes; save is the folder",
+            )
         if not self.resume:
             yield "resume", "is empty", "give auto, none, or the folder of a run"
         if self.ema_decay == 1:
@@ -185,12 +191,15 @@ class TrainingArgs(SamplingArgs):
         if self.train_iters is not None and self.epochs is not None:
             yield "epochs", "is given, and train_iters too", "keep one of them, and set the other to null"
 
-    def _data_problems(self) -> Iterator[tuple[str, str, str]]:
-        weights = self.train_data_weights
-        for name, folders in (("train_data", self.train_data), ("valid_data", self.valid_data)):
-            if folders is not None and not folders:
+    def _folder_problems(self, *names: str) -> Iterator[tuple[str, str, str]]:
+        for name in names:
+            if getattr(self, name) == ():
                 or_null = "" if name == "train_data" else ", or null to use args.split"
                 yield name, "names no folder", f"give args.{name}=[<folder with videos/ and labels/>]{or_null}"
+
+    def _data_problems(self) -> Iterator[tuple[str, str, str]]:
+        weights = self.train_data_weights
+        yield from self._folder_problems("train_data", "valid_data")
         if weights is not None and self.train_data and len(weights) != len(self.train_data):
             found = f"has {len(weights)} entries, and train_data has {len(self.train_data)}"
             yield "train_data_weights", found, "give one number for each folder, or null"
@@ -211,6 +220,15 @@ class TrainingArgs(SamplingArgs):
         """Keys that are set without effect, since `eval_interval` is null."""
         names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingArgs(TrainingArgs):
+    """The ``args`` of a training run whose clips and captions are only encoded: the other keys have no effect."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield invalid combinations: the key, what was found, and the fix."""
+        yield from self._folder_problems("train_data")
 
 
 def names_of(cls: type[SamplingArgs]) -> list[str]:

@@ -34,6 +34,9 @@ _OWN_KEYS = ("optimizer", "train_batch_size")  # not for DeepSpeed, see `engine_
 _OWN_METRICS = "training writes metrics.jsonl and TensorBoard files itself; args.wandb adds Weights & Biases"
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
+# Of the loss scaler; released files have them outside fp16, where DeepSpeed has never read them.
+_LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
+
 _Count = Annotated[int, Field(ge=1)]
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
@@ -90,7 +93,11 @@ def _parts() -> dict[str, type[BaseModel]]:
 
 def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
     """Check the section of a training run; add its problems and warnings to `merged`."""
-    section, num_problems = _whole_counts(section), len(merged.problems)
+    num_problems = len(merged.problems)
+    if stray := [name for name in _LOSS_SCALER if name in section]:
+        names = ", ".join(f"deepspeed.{name}" for name in stray)
+        merged.warnings.append(f"no effect outside deepspeed.fp16, where DeepSpeed reads them: {names}")
+    section = _whole_counts({name: value for name, value in section.items() if name not in stray})
     fields: dict[str, Any] = {name: (part | None, None) for name, part in _parts().items()}
     schema = create_model("deepspeed", __base__=_TopLevel, **fields)
     check_params(schema, section, ("deepspeed",), merged)
@@ -158,7 +165,7 @@ def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> 
         A new dictionary with at least the keys of `DEFAULTS`, ``zero_optimization.stage``, ``optimizer.type`` and
         ``optimizer.params.lr``.
     """
-    unused = {*_MONITORS, "activation_checkpointing"}
+    unused = {*_MONITORS, *_LOSS_SCALER, "activation_checkpointing"}
     given = {name: value for name, value in section.items() if value is not None and name not in unused}
     zero = _complete_zero(given.get("zero_optimization", {}))
     optimizer = {"type": DEFAULT_OPTIMIZER} | given.get("optimizer", {})

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,24 +19,28 @@ from typing import Any, Literal
 
 import yaml
 
-from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
+from sgm.config.args import TRAINING_ARGS, EncodingArgs, SamplingArgs, TrainingArgs
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
-from sgm.config.refused import LOSS_SCALER, REFUSED
+from sgm.config.places import place_of
+from sgm.config.references import escaped
 from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import get_logger, warn_once
-from sgm.util import get_obj_from_str, nearest
+from sgm.util import PRECISIONS, get_obj_from_str, nearest
 
 __all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
 
 logger = get_logger(__name__)
 
-Mode = Literal["inference", "train"]
+Mode = Literal["inference", "train", "encode"]
+
+_ARGS: Mapping[Mode, type[SamplingArgs]] = {"inference": SamplingArgs, "train": TrainingArgs, "encode": EncodingArgs}
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
-_PLACEHOLDER = re.compile(r"\{[^}]*\}")
+_PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
@@ -47,7 +52,7 @@ class Config:
         mode: the kind of run it was checked for.
         bases: the YAML files, in the order of merging.
         overrides: the ``section.key=value`` arguments.
-        args: the typed ``args`` section: `TrainingArgs` in mode ``train``.
+        args: the typed ``args`` section: `TrainingArgs` in the modes ``train`` and ``encode``.
         model: the ``model`` section: parameters of the engine.
         data: the ``data`` section.
         deepspeed: the ``deepspeed`` section; in mode ``train`` complete, see `sgm.config.deepspeed_section`.
@@ -89,7 +94,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the merged configuration as one YAML file; loading it gives the same digest."""
-        return yaml.safe_dump(self.merged, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(escaped(self.merged), sort_keys=False, allow_unicode=True)
 
 
 def digest_of(values: Any) -> str:
@@ -110,7 +115,8 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
         bases: files; later ones override earlier ones key by key. Lists are replaced as a whole.
         overrides: ``section.key=value``, applied last; values are YAML (``args.seed=7``, ``args.load=null``,
             ``args.sampling_image_size=[480,720]``), list entries are numbered from 0.
-        mode: ``inference`` or ``train``: which keys have an effect.
+        mode: ``inference``, ``train``, or ``encode`` (the clips and captions of a training run): which keys have an
+            effect.
 
     Returns:
         The checked configuration. Keys without effect are logged as warnings.
@@ -124,6 +130,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
     sections = _take_sections(merged)
+    _check_values(merged.values, (), merged)
     args = _check_args(sections["args"], merged, mode)
     if sections["model"]:
         check_params(get_obj_from_str(ENGINE_TARGET), sections["model"], ("model",), merged)
@@ -149,14 +156,15 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
 def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     for name in merged.values:
         if name not in SECTIONS:
-            home = "args" if name in names_of(SamplingArgs) or name in TRAINING_ARGS else None
-            cure = f"indent it under '{home}:'" if home else f"the sections are {', '.join(SECTIONS)}"
-            merged.add((name,), f"unknown section{nearest(str(name), list(SECTIONS))}", cure)
+            home = place_of(str(name), str(name))
+            found = f"unknown section{f'; this belongs to {home}' if home else nearest(str(name), list(SECTIONS))}"
+            cure = f"move it there: {home}" if home else f"the sections are {', '.join(SECTIONS)}"
+            merged.add((name,), found, cure)
     sections = {}
     for name in SECTIONS:
         section = merged.values.get(name)
         if section is not None and not isinstance(section, dict):
-            merged.add((name,), f"is {section!r}", f"write '{name}:' and its keys below it, indented")
+            merged.add((name,), f"is {spelled(section)}", f"write '{name}:' and its keys below it, indented")
             section = None
         sections[name] = section or {}
     if not sections["model"] and not merged.problems:
@@ -164,11 +172,27 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def _check_values(value: Any, path: KeyPath, merged: Merged) -> None:
+    """Report values that are never meant: numbers that are not finite, and characters that no text can hold."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        _check_values(entry, (*path, key), merged)
+    cure = None
+    if isinstance(value, float) and not math.isfinite(value):
+        cure = "give a finite number"
+    elif isinstance(value, str) and _NO_TEXT.search(value):
+        cure = "remove the character that is none: U+0000, or half of a pair"
+    if cure:
+        merged.add(path, f"is {spelled(value)}", cure)
+        merged.unusable.add(path)
+
+
 def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> SamplingArgs:
     """Check and type the ``args`` section, with defaults in place of wrong values."""
-    cls = TrainingArgs if mode == "train" else SamplingArgs
+    cls = _ARGS[mode]
     hints = typing.get_type_hints(cls, include_extras=True)
     unused = [name for name in section if name in TRAINING_ARGS] if mode == "inference" else []
+    section = _one_precision(section, merged)
     own = {name: _listed(value, hints.get(name, Any)) for name, value in section.items() if name not in unused}
     check_params(cls, own, ("args",), merged)
     wrong = {problem.path for problem in merged.problems}
@@ -178,6 +202,8 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     for name, found, cure in args.problems():
         if f"args.{name}" not in wrong:  # otherwise the problem would be about the default
             merged.add(("args", name), found, cure)
+    if mode == "encode":
+        return args
     if isinstance(args, TrainingArgs):
         unused, purpose = args.unused, "without args.eval_interval"
     else:
@@ -185,6 +211,17 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     if unused:
         merged.warnings.append(f"no effect {purpose}: {', '.join(f'args.{name}' for name in unused)}")
     return args
+
+
+def _one_precision(section: Mapping[str, Any], merged: Merged) -> Mapping[str, Any]:
+    """Return the ``args`` with the later one of fp16 and bf16, if two files set both: together they are one choice."""
+    places = {name: merged.origin(("args", name)).rpartition(":")[0] for name in ("fp16", "bf16")}
+    files = [merged.sources.index(place) if place in merged.sources else -1 for place in places.values()]
+    if not (section.get("fp16") is section.get("bf16") is True) or -1 in files or files[0] == files[1]:
+        return section
+    earlier, later = sorted(places, key=lambda name: merged.sources.index(places[name]))
+    merged.warnings.append(f"args.{earlier} has no effect: {places[later]}, a later file, sets args.{later}")
+    return {**section, earlier: None}
 
 
 def _listed(value: Any, hint: Any) -> Any:
@@ -196,12 +233,13 @@ def _listed(value: Any, hint: Any) -> Any:
 def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
     """Check the sections of training, ``data`` and ``deepspeed``."""
     if mode == "inference":
-        for name in {*LOSS_SCALER} & sections["deepspeed"].keys():
-            merged.add(("deepspeed", name), REFUSED["deepspeed"][name].why, REFUSED["deepspeed"][name].cure)
         if unused := [name for name in ("data", "deepspeed") if sections[name]]:
             merged.warnings.append(f"no effect on sampling: the sections {', '.join(unused)}")
         return
-    check_deepspeed(sections["deepspeed"], merged)
+    deepspeed = sections["deepspeed"]
+    if mode == "encode":  # of which only the precision matters
+        deepspeed = {name: value for name, value in deepspeed.items() if name in PRECISIONS}
+    check_deepspeed(deepspeed, merged)
     if not merged.values.get("data"):
         merged.add(("data",), "there is no data section", "give a training file as well, e.g. configs/sft.yaml")
     check_sections(sections["data"], ("data",), merged, expected=bool(sections["data"]))
@@ -209,13 +247,15 @@ def _check_training_sections(sections: Mapping[str, Mapping[str, Any]], merged: 
 
 def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merged, mode: Mode) -> None:
     """Report placeholders such as ``{your path}`` in values that have an effect."""
-    for section in ("args", "model") if mode == "inference" else SECTIONS:
+    used = {"inference": ("args", "model"), "train": SECTIONS, "encode": ("args", "model", "data")}
+    for section in used[mode]:
         for path, text in _strings(sections[section], (section,)):
             unused = mode == "inference" and section == "args" and path[1] in TRAINING_ARGS
+            unused |= mode == "encode" and section == "args" and path[1] != "train_data"
             if unused or not _PLACEHOLDER.search(text) or any(key in _FREE_TEXT for key in path):
                 continue
             cure = f"put the real value there, in the file or with {dotted(path)}=..."
-            merged.add(path, f"still holds a placeholder: {text!r}", cure)
+            merged.add(path, f"still holds a placeholder: {spelled(text)}", cure)
 
 
 def _strings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sgm.config.values import spelled
+
 _NO_VALUE = object()
 
 
@@ -32,7 +34,7 @@ class Refused:
             return self.why, self.cure
         if value is None or (value == self.only and isinstance(value, bool) is isinstance(self.only, bool)):
             return None
-        return f"is {value!r}, but {self.why}", self.cure
+        return f"is {spelled(value)}, but {self.why}", self.cure
 
 
 def _only(value: Any, why: str) -> Refused:
@@ -43,8 +45,6 @@ def _only(value: Any, why: str) -> Refused:
 def _each(why: str, cures: Mapping[str, str]) -> dict[str, Refused]:
     return {name: Refused(why, cure) for name, cure in cures.items()}
 
-
-LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
 
 _UNUSED = (
     "autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
@@ -91,13 +91,7 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
     "data.params": {
         "data_dir": Refused("is set for each folder", "remove it; set args.train_data and args.valid_data"),
     },
-    "deepspeed": {
-        **_each("is not supported in the deepspeed section", _DEEPSPEED),
-        **_each(
-            "is outside 'fp16:', where DeepSpeed ignores it",
-            {name: f"move it to deepspeed.fp16.{name}, or remove it" for name in LOSS_SCALER},
-        ),
-    },
+    "deepspeed": _each("is not supported in the deepspeed section", _DEEPSPEED),
     "deepspeed.zero_optimization": _each(
         "is not supported", dict.fromkeys(_ZERO, "remove it; this training does not use it")
     ),

@@ -1,7 +1,8 @@
 """Check YAML sections against the signatures of their target classes, without building anything.
 
 A section is ``{target: dotted.Class, params: {...}}``; sections nest in parameters at any depth. The target must exist,
-its constructor must accept every parameter and type, and no required parameter may be missing. `sgm.config.refused`
+be a trusted class (`sgm.util.get_obj_from_str`) that fits its place (`sgm.config.parts`), its constructor must accept
+every parameter and type, and no required parameter may be missing. `sgm.config.refused`
 lists parameters refused with a specific fix. A class may declare:
 
 - ``IGNORED_PARAMS: {parameter: reason}``: accepted with a warning.
@@ -18,17 +19,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
+from sgm.config.parts import PARTS
+from sgm.config.places import place_of
 from sgm.config.refused import REFUSED, Refused, refused_by
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import KeyPath, Merged, dotted
-from sgm.util import InputError, get_obj_from_str, nearest
+from sgm.util import PROJECT, InputError, get_obj_from_str, nearest
 
 ENGINE_TARGET = "sgm.models.video_diffusion.SATVideoDiffusionEngine"
 
 _SECTION_KEYS = ("target", "params")
 # The network adds parameters (layer count, sizes) to the sections under this key, so none is required in YAML.
 _COMPLETED_BY_PARENT = "modules"
-_PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 
 
 def check_params(
@@ -58,15 +60,22 @@ def check_params(
         elif name in accepted.hints or accepted.open_ended:
             _check_value(cls, name, value, accepted.hints.get(name, Any), place, merged)
         else:
-            hint = nearest(str(name), [*accepted.hints, *refused])
-            names = ", ".join(accepted.hints)
-            cure = f"remove it, or write one of: {names}" if names else "remove it; there are none"
-            merged.add(place, f"unknown key for {owner}{hint}", "correct or remove it" if hint else cure)
+            merged.add(place, *_unknown(str(name), owner, dotted(place), [*accepted.hints, *refused]))
     for name in () if partial else accepted.required:
         if name not in params and name not in refused:
             source = merged.origin(path)
             merged.add((*path, name), f"missing; {owner} needs it", f"add '{name}:' there", source=source)
     _warn_untaken(cls, params, path, merged)
+
+
+def _unknown(name: str, owner: str, place: str, known: Sequence[str]) -> tuple[str, str]:
+    """Return what was found and the fix for a key that `owner` does not know."""
+    found, home, hint = f"unknown key for {owner}", place_of(name, place), nearest(name, [*known])
+    if home is not None:
+        return f"{found}; this belongs to {home}", f"move it there, or remove it: {home}"
+    if hint:
+        return f"{found}{hint}", "correct or remove it"
+    return found, f"remove it, or write one of: {', '.join(known)}" if known else "remove it; there are none"
 
 
 def check_sections(
@@ -109,20 +118,33 @@ def _check_section(
             _check_refused(refused[name], value, (*path, name), merged)
         elif name not in keys:
             found = f"a section with a target has no such key{nearest(str(name), [*keys])}"
-            merged.add((*path, name), found, f"move it under params:, or write one of: {', '.join(keys)}")
+            home = place_of(str(name), dotted((*path, name))) if path == ("data",) else None
+            place, cure = (f"; this belongs to {home}", home) if home else ("", "under params:")
+            merged.add((*path, name), found + place, f"move it there: {cure}, or write one of: {', '.join(keys)}")
     params = section.get("params") or {}
     if not isinstance(params, Mapping):
-        merged.add((*path, "params"), f"is {params!r}", "write the parameters as indented keys")
+        merged.add((*path, "params"), f"is {spelled(params)}", "write the parameters as indented keys")
         return
     try:
         cls = get_obj_from_str(section["target"])
     except InputError as error:
-        merged.add((*path, "target"), str(error), "name a class that can be imported; docs/configuration.md lists them")
+        merged.add((*path, "target"), str(error), "name a class that fits; docs/configuration.md lists them")
     except ImportError as error:
         found = f"importing '{section['target']}' failed: {error}"
         merged.add((*path, "target"), found, "install the missing package (pip install .)")
     else:
+        if problem := _misplaced(cls, path):
+            merged.add((*path, "target"), f"'{section['target']}' is not {problem}", "name a class of that kind")
+            return
         check_params(cls, params, (*path, "params"), merged, partial=partial)
+
+
+def _misplaced(cls: type, path: KeyPath) -> str | None:
+    """Return what the section at `path` must build, and why `cls` is no such class; None if it is."""
+    keys = [key for key in path if isinstance(key, str)]
+    part = PARTS.get(keys[-1] if keys else "")
+    problem = part and part.misfit(cls)
+    return f"{part.name}: {problem}" if part and problem else None
 
 
 def _check_refused(entry: Refused, value: Any, place: KeyPath, merged: Merged) -> None:
@@ -200,7 +222,7 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}
-    if (cls.__module__ or "").partition(".")[0] in _PROJECT:
+    if (cls.__module__ or "").partition(".")[0] in PROJECT:
         return hints
     # In other projects `int` is often only the type of the default, such as SAT's lora_alpha = 1.
     return {name: float if hint is int else hint for name, hint in hints.items()}

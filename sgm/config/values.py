@@ -2,9 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
+
+# What a parameter takes. Upper bounds are far above what can be meant, and below what would hang.
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or picture
+Depth = Annotated[int, Field(ge=1, le=1000)]  # layers
+Name = Annotated[str, Field(min_length=1)]
 
 _WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
 
@@ -26,9 +36,16 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
         if isinstance(value, dict) and list(value.values()) == [None]:  # how YAML parses unquoted {your path}
             return f"still holds a placeholder: {{{next(iter(value))}}}", "put the real value there"
         words = _in_words(schema, schema.get("$defs", {}))
-        quoting = "; text that YAML reads as something else needs quotes" if "text" in words.split(" or ") else ""
-        return f"is {value!r}", f"give {words}{quoting}"
+        takes_text = any(word.startswith("text") for word in words.split(" or ")) and not isinstance(value, str)
+        quoting = "; text that YAML reads as something else needs quotes" if takes_text else ""
+        return f"is {spelled(value)}", f"give {words}{quoting}"
     return None
+
+
+def spelled(value: Any, most: int = 100) -> str:
+    """Return a value as YAML would spell it, for a message; what is long is shortened in the middle."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _as_json(value: Any) -> str:
@@ -52,14 +69,18 @@ def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         entries = schema["prefixItems"]
         return f"a list of {len(entries)}, each {_in_words(entries[0], definitions)}"
     if kind == "array":
-        return f"a list, each entry {_in_words(schema['items'], definitions)}" if schema.get("items") else "a list"
+        entry = f", each entry {_in_words(schema['items'], definitions)}" if schema.get("items") else ""
+        return f"a list{' that is not empty' if schema.get('minItems') else ''}{entry}"
     if schema.get("format") == "path":
         return "a path"
+    if kind == "string" and schema.get("minLength"):
+        return "text that is not empty"
     return _WORDS.get(str(kind), str(kind)) + _bounds(schema)
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    least, above, most = map(schema.get, ("minimum", "exclusiveMinimum", "maximum"))
-    if least is not None:
-        return f" of at least {least:g}" if most is None else f" from {least:g} to {most:g}"
-    return "" if above is None else f" above {above:g}"
+    least, above, most, below = map(schema.get, ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"))
+    if least is not None and most is not None:
+        return f" from {least:,} to {most:,}"
+    words = {"of at least": least, "above": above, "and at most": most, "and below": below}
+    return "".join(f" {word} {bound:,}" for word, bound in words.items() if bound is not None)

@@ -1,6 +1,7 @@
-"""Read and merge YAML files: overrides (``section.key=value``), interpolation, and the file and line of every value.
+"""Read and merge YAML files: overrides (``section.key=value``), references, and the file and line of every value.
 
-Problems are collected, to be reported together. `sgm.config.load` checks the keys.
+Problems are collected, to be reported together. `sgm.config.load` checks the keys. Size and depth are bounded before
+anything is expanded, so that a small file cannot become a large one.
 """
 
 import re
@@ -10,20 +11,78 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.util import InputError, nearest
 
-KeyPath = tuple[str | int, ...]
+MAX_BYTES = 2_000_000  # of a file
+MAX_DEPTH = 64  # of lists and mappings in each other
+
+_TAG = "tag:yaml.org,2002:"
+_TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's loader for YAML 1.1, but with ``1e-5`` as a number, as in YAML 1.2 and OmegaConf."""
+    """PyYAML's loader for YAML 1.1, with ``1e-5`` as a number and dates as text, as in YAML 1.2; bounded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        # Node → (values, levels) with aliases expanded. An alias comes after its anchor, so its extent is known.
+        self._extents: dict[int, tuple[int, int]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node and what it holds."""
+        if self._depth > MAX_DEPTH:
+            raise self._too_much(self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and id(node) not in self._extents:
+            held = [self._extents.get(id(child), (1, 1)) for child in _children(node)]
+            values, levels = sum(extent[0] for extent in held), max((extent[1] for extent in held), default=0)
+            self._extents[id(node)] = (values + 1, levels + 1)
+            if values > 2 * MAX_VALUES or levels > MAX_DEPTH:  # twice, since keys count here
+                raise self._too_much(node.start_mark)
+            if node.tag not in _TYPES:
+                tag = node.tag.replace(_TAG, "!!")
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"values of type {tag} are not used", node.start_mark
+                )
+        return node
+
+    def _too_much(self, mark: yaml.Mark) -> yaml.YAMLError:
+        return _refusal(
+            f"with its aliases, this has over {MAX_VALUES:,} values or {MAX_DEPTH} levels", mark, "shorten it"
+        )
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError):  # a number of thousands of digits
+            found = f"'{shortened(node.value)}' is no number that can be used"
+            raise _refusal(found, node.start_mark, "correct the number, or put text in quotes") from None
 
 
+def _refusal(found: str, mark: yaml.Mark, cure: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, found, mark, cure)
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _TAG + "float",
     re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
@@ -66,6 +125,8 @@ class Merged:
         origins: key path → the file and line, or the override, that last set it.
         problems: found so far.
         warnings: about accepted keys without effect.
+        sources: the files, in the order of merging.
+        unusable: paths of values that mean nothing anywhere; one problem each is enough.
         syntax_failed: a file could not be read, so values are not checked.
     """
 
@@ -73,6 +134,8 @@ class Merged:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    unusable: set[KeyPath] = field(default_factory=set)
     syntax_failed: bool = False
 
     def origin(self, path: KeyPath) -> str:
@@ -82,7 +145,9 @@ class Merged:
         return self.origins.get(path, "")
 
     def add(self, path: KeyPath, found: str, cure: str, *, source: str | None = None) -> None:
-        """Record a problem at `path`."""
+        """Record a problem at `path`, unless its value is known to be unusable."""
+        if path in self.unusable:
+            return
         self.problems.append(Problem(dotted(path), self.origin(path) if source is None else source, found, cure))
 
 
@@ -91,32 +156,36 @@ def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> M
 
     Mappings merge key by key; lists and scalars are replaced. ``${section.key}`` refers to another value.
     """
-    merged = Merged()
-    trees = [tree for base in bases if (tree := _read_file(Path(base), merged)) is not None]
+    merged = Merged(sources=[str(base) for base in bases])
+    trees = [_read_file(Path(base), merged) for base in bases]
     if merged.syntax_failed:
         return merged
+    tree: dict[str, Any] = {}
+    for each in trees:
+        tree = _merge(tree, each)
+    for override in overrides:
+        _apply_override(tree, override, merged)
     try:
-        tree = OmegaConf.to_container(OmegaConf.merge(*(OmegaConf.create(tree) for tree in trees)), resolve=False)
-        for override in overrides:
-            _apply_override(tree, override, merged)
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
-        merged.values = resolved
-    except OmegaConfBaseException as error:
-        key = tuple(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", error.full_key or ""))
-        merged.add(
-            key,
-            str(error).splitlines()[0],
-            "correct the ${...} reference or give the value; it must name a key that one of the files sets",
-        )
+        merged.values = resolve(tree)
+    except BadReferenceError as error:
+        merged.add(error.path, error.found, error.cure)
         merged.syntax_failed = True
     return merged
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Return `old` with the values of `new`: mappings key by key, everything else replaced by an unshared copy."""
+    if isinstance(new, dict):
+        base = old if isinstance(old, dict) else {}
+        return {**base, **{key: _merge(base.get(key), value) for key, value in new.items()}}
+    return [_merge(None, entry) for entry in new] if isinstance(new, list) else new
 
 
 def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
     """Return the sections of a file; None after adding its problems."""
     num_problems, place = len(merged.problems), str(path)
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), path, merged)
+        tree = _parse(_text_of(path), path, merged)
         if tree is not None and len(merged.problems) == num_problems:
             return tree
         found, cure = "holds no sections", "write sections such as 'args:' or 'model:', each with indented keys"
@@ -134,13 +203,22 @@ def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
         began = f" ({error.context}, which begins in line {start.line + 1})" if start and error.context else ""
         place = f"{path}:{line}:{column}"
         found = f"YAML syntax, line {line}, column {column}: {error.problem or error.context}{began}"
-        cure = "correct that line; indent with spaces, write 'key: value', and close every quote and bracket"
+        usual = "correct that line; indent with spaces, write 'key: value', and close every quote and bracket"
+        cure = getattr(error, "note", None) or usual
     except yaml.YAMLError as error:
         found, cure = f"YAML syntax: {error}", "remove the characters that YAML does not allow"
     if len(merged.problems) == num_problems:
         merged.add((), found, cure, source=place)
     merged.syntax_failed = True
     return None
+
+
+def _text_of(path: Path) -> str:
+    with path.open("rb") as file:  # a device has no size, and no end
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise yaml.YAMLError(f"is larger than {MAX_BYTES / 1e6:g} MB, so it is no configuration")
+    return content.decode("utf-8")
 
 
 def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
@@ -164,16 +242,15 @@ def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
 def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterator[tuple[KeyPath, int, int | None]]:
     """Yield (key path, line, line of an earlier duplicate or None) for every key and list entry under `node`."""
     if id(node) in ancestors:
-        mark = node.start_mark
-        raise yaml.constructor.ConstructorError(None, None, "an alias refers to the value that contains it", mark)
+        raise _refusal("an alias refers to the value that contains it", node.start_mark, "write out the value")
     ancestors += (id(node),)
     if isinstance(node, yaml.MappingNode):
         first_lines: dict[Hashable, int] = {}
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _TAG + "null":
+                raise _refusal("a key must be a word", key_node.start_mark, "write 'key: value', the key in quotes")
+            if key_node.tag == _TAG + "merge":
                 continue
             yield (*path, key), line, first_lines.get(key)
             first_lines.setdefault(key, line)
@@ -187,15 +264,17 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
 def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     name, equals, text = override.partition("=")
     keys = [int(key) if key.isdigit() else key for key in name.strip().split(".")]
-    source = f"command line: {override}"
+    source = f"command line: {shortened(override)}"
     cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"
-    if not equals or len(keys) < 2 or "" in keys:
+    if not equals or not 2 <= len(keys) <= MAX_DEPTH or "" in keys:
         merged.add((), "not an override", cure, source=source)
         return
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
-    except yaml.YAMLError:
-        merged.add(tuple(keys), f"the value {text!r} is not YAML", "put text with : [ ] { } # in quotes", source=source)
+        value = _override_value(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None)
+        found = f"the value {shortened(text)} is not YAML{f': {problem}' if problem else ''}"
+        merged.add(tuple(keys), found, "put text with : [ ] { } # in quotes", source=source)
         return
     container = tree
     for depth, key in enumerate(keys[:-1], start=1):
@@ -207,13 +286,36 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     if isinstance(container, list) and isinstance(keys[-1], int) and keys[-1] < len(container):
         container[keys[-1]] = value
     elif isinstance(container, dict):
-        old = container.get(keys[-1])
-        both = isinstance(old, dict) and isinstance(value, dict)
-        container[keys[-1]] = OmegaConf.to_container(OmegaConf.merge(old, value)) if both else value
+        container[keys[-1]] = _merge(container.get(keys[-1]), value)
     else:
         merged.add(tuple(keys), "does not exist in the configuration", cure, source=source)
         return
     merged.origins[tuple(keys)] = source
+
+
+def _override_value(text: str) -> Any:
+    """Return the value of an override: as YAML, but text exactly as typed, without YAML's comments and folding."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:  # nothing but a comment
+            return text if text.strip() else None
+        is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        rest = text[node.end_mark.index :].strip()
+        if is_plain and (rest or node.tag == _TAG + "str"):
+            return text
+        if rest:
+            raise yaml.MarkedYAMLError(problem=f"'{rest}' would be a comment")
+        for _ in _walk(node, (), ()):
+            pass  # refuses aliases in circles
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """Return `text` for a message, its middle left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _child(container: Any, key: str | int) -> Any:

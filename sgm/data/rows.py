@@ -11,7 +11,7 @@ from typing import Protocol
 from sgm.util import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SHOWN = 5  # faults that a message lists
 
 
@@ -64,12 +64,14 @@ def is_picture(file: str | ClipFile) -> bool:
 
 
 def opened(file: str | ClipFile) -> str | io.BytesIO:
-    """Return the input of decoders: a path, or the bytes of an embedded clip.
+    """Return the input of decoders: an absolute path, or the bytes of an embedded clip.
+
+    FFmpeg would take a relative name with a colon for a URL.
 
     Raises:
         OSError: the bytes cannot be read.
     """
-    return str(file) if isinstance(file, str | Path) else io.BytesIO(file.read())
+    return os.path.abspath(file) if isinstance(file, str | Path) else io.BytesIO(file.read())
 
 
 def one_line(text: str) -> str:
@@ -113,14 +115,18 @@ class Files:
         Raises:
             ValueError: the name is empty, absolute, or outside of the folder.
         """
-        return self.root / self.inside(name)
+        path = self.root / self.inside(name)
+        # A colon or backslash is legal here, and a sign of a list written on Windows.
+        if (name.startswith("\\") or ntpath.splitdrive(name)[0]) and not self.has(path):
+            raise ValueError(_absolute(name, self.root))
+        return path
 
     def inside(self, name: str) -> str:
         """Return a relative name in normal form, or raise as `path` does."""
-        if not name.strip():
+        if not name.strip() or "\0" in name:
             raise ValueError("names no file")
-        if name.startswith(("/", "\\")) or ntpath.splitdrive(name)[0]:
-            raise ValueError(f"'{name}' is an absolute path; give it relative to '{self.root}'")
+        if os.path.isabs(name):
+            raise ValueError(_absolute(name, self.root))
         inside = os.path.normpath(name)
         if inside == os.pardir or inside.startswith(os.pardir + os.sep):
             raise ValueError(f"'{name}' leads out of '{self.root}'; move the file into that folder, or link it there")
@@ -131,7 +137,13 @@ class Files:
         folder, name = os.path.split(path)
         if folder not in self._names:
             try:
-                self._names[folder] = frozenset(os.listdir(folder))
-            except OSError:
+                self._names[folder] = frozenset(os.listdir(folder or os.curdir))
+            except PermissionError:
+                raise
+            except (OSError, ValueError):  # missing, or a name that no file system takes
                 self._names[folder] = frozenset()
         return name in self._names[folder]
+
+
+def _absolute(name: str, root: Path) -> str:
+    return f"'{name}' is an absolute path; give it relative to '{root}'"

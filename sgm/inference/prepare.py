@@ -1,6 +1,7 @@
 """Check a sampling run before weights are read."""
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
-from sgm.inference.prompts import Prompt, check_images, read_prompts
+from sgm.inference.prompts import Prompt, check_images, check_words, read_prompts
+from sgm.inference.results import sample_folder
 from sgm.io import require_writable
+from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
-from sgm.util import InputError
+from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import with_adapters
 
 
@@ -31,6 +34,7 @@ class Prepared:
         dtype: of the network.
         mesh: the groups of ranks.
         prompts: None for input from the terminal.
+        notes: about prompts that the tokenizer knows in part.
     """
 
     config: Config
@@ -38,6 +42,7 @@ class Prepared:
     dtype: torch.dtype
     mesh: Mesh
     prompts: list[Prompt] | None
+    notes: Sequence[str] = ()
 
     @property
     def report(self) -> str:
@@ -45,7 +50,7 @@ class Prepared:
         report = f"{self.findings}\n{as_table(sampling_rows(self.config, self.dtype))}"
         if self.prompts is None:
             return report
-        return f"{report}\nprompts: {len(self.prompts)} from {self.config.args.input_file}"
+        return "\n".join([report, f"prompts: {len(self.prompts)} from {self.config.args.input_file}", *self.notes])
 
 
 def prepare(config: Config) -> Prepared:
@@ -68,10 +73,16 @@ def prepare(config: Config) -> Prepared:
             problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
     writable = partial(require_writable, config.args.output_dir)
     problems += problems_of("args.output_dir", "name another folder", writable)
+    for prompt in prompts or ():
+        folder = sample_folder(config.args.output_dir, prompt, 0)
+        problems += problems_of("args.output_dir", "name another folder", partial(require_writable, folder))
+    notes: list[str] = []
+    if not problems:  # they would be those of the text encoder again
+        problems += problems_of("args.input_file", "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
-        raise ConfigError(config.located(problems))
+        raise ConfigError(config.located(list(dict.fromkeys(problems))))
     dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
-    return Prepared(config, findings, dtype, mesh_of(config), prompts)
+    return Prepared(config, findings, dtype, mesh_of(config), prompts, notes)
 
 
 def _mesh_problems(config: Config) -> list[Problem]:
@@ -93,6 +104,26 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
     prompts = read_prompts(args.input_file, image2video=geometry.image_conditioned)
     check_images(prompts)
     return prompts
+
+
+def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
+    """Refuse prompts of which the tokenizer knows no word; yield a line for each that it knows in part.
+
+    Raises:
+        InputError: a prompt, or the negative prompt, is refused.
+    """
+    conditioner = instantiate_from_config(config.model["conditioner_config"])
+    negative = Prompt(-1, default(config.args.negative_prompt, ""))
+    if not config.args.allow_unknown_text:
+        check_words(prompts or (), conditioner)
+        if reasons := texts_without_words(conditioner, [negative.text]):
+            raise ConfigError([Problem("args.negative_prompt", "", reasons[negative.text], WORDS_CURE)])
+    if not hasattr(conditioner, "unknown_texts"):
+        return
+    for prompt in [*(prompts or ()), negative]:
+        for unknown in conditioner.unknown_texts([prompt.text]).values():
+            name = "negative prompt" if prompt is negative else f"prompt {prompt.index}"
+            yield f"{name}: unknown to the tokenizer, and lost: {unknown}"
 
 
 def make_folder(folder: Path) -> None:

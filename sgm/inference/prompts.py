@@ -4,18 +4,21 @@ Legend: H, W pixels.
 """
 
 import builtins
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from sgm.data.clips.pictures import PictureError, picture_size, read_picture
 from sgm.log import get_logger
+from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError
 
 log = get_logger(__name__)
@@ -24,7 +27,6 @@ IMAGE_SEPARATOR = "@@"
 # Common file systems allow 255 bytes; the rest is for the index and a temporary suffix.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
 _NOT_UTF8 = "the line holds bytes that are not UTF-8 text; type it in UTF-8"
-_ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap height and width
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,18 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
     return prompts
 
 
-def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = None) -> Iterator[Prompt]:
+def read_prompts_cli(
+    image2video: bool,
+    input: Callable[[str], str] | None = None,
+    *,
+    check: Callable[[Prompt], None] | None = None,
+) -> Iterator[Prompt]:
     """Read prompts from the terminal until an empty line, ``exit`` or the end of input; ask again after a bad line.
 
     Args:
         image2video: whether to ask for ``prompt@@image``.
         input: shows a question and returns a line; the built-in ``input`` by default.
+        check: raises an InputError for a prompt that cannot be sampled.
     """
     ask = input or builtins.input
     form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
@@ -114,6 +122,8 @@ def read_prompts_cli(image2video: bool, input: Callable[[str], str] | None = Non
         try:
             prompt = _parse(line, index, image2video=image2video, folder=None)
             check_images([prompt])
+            if check is not None:
+                check(prompt)
         except InputError as error:
             log.error("%s", error)
             continue
@@ -130,10 +140,26 @@ def check_images(prompts: Sequence[Prompt]) -> None:
     problems = []
     for image in dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None):
         try:
-            _open_image(image)
+            _read(image)
         except InputError as error:
             users = [prompt.index for prompt in prompts if prompt.image == image]
             problems.append(f"{error} (prompt {', '.join(map(str, users))})")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def check_words(prompts: Sequence[Prompt], conditioner: Any) -> None:
+    """Refuse prompts of which the text encoder's tokenizer knows no word.
+
+    Args:
+        prompts: to be encoded.
+        conditioner: of the model.
+
+    Raises:
+        InputError: all such prompts.
+    """
+    reasons = texts_without_words(conditioner, [prompt.text for prompt in prompts])
+    problems = [f"prompt {p.index}: {reasons[p.text]}; {WORDS_CURE}" for p in prompts if p.text in reasons]
     if problems:
         raise InputError("\n".join(problems))
 
@@ -142,7 +168,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     """Read an image, scale it to cover `size` and crop the centre.
 
     Args:
-        path: any format that Pillow reads; its EXIF orientation is applied, transparency is discarded.
+        path: a picture, see `sgm.data.clips.pictures`.
         size: (H, W) in pixels.
 
     Returns:
@@ -153,7 +179,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     """
     from sgm.data.clips.transform import cover_crop  # lazy: slow to import, and unused by text to video
 
-    pixels = torch.from_numpy(np.array(_open_image(Path(path))))
+    pixels = torch.from_numpy(_read(Path(path)))
     return cover_crop(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
 
 
@@ -163,9 +189,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises:
         InputError: the image is missing or its header cannot be read.
     """
-    with _opened(Path(path)) as image:
-        turned = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
-        return (image.width, image.height) if turned else (image.height, image.width)
+    with _refusing(Path(path)):
+        return picture_size(os.path.abspath(path))
 
 
 def assign_to_rank(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
@@ -216,6 +241,11 @@ def _find_image(text: str, folder: Path | None) -> Path:
     return image
 
 
+def _read(path: Path) -> np.ndarray:
+    with _refusing(path):
+        return read_picture(os.path.abspath(path))
+
+
 def _exists(path: Path) -> bool:
     """Whether `path` exists; raises for an invalid path, unlike Path.exists in some versions of Python."""
     try:
@@ -226,32 +256,13 @@ def _exists(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image; raise InputError for errors, also for those in the block."""
+def _refusing(path: Path) -> Iterator[None]:
+    """Context: a picture that cannot be used becomes an InputError."""
     try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise InputError(
-            f"image '{path}' does not exist; correct the path (the order is prompt{IMAGE_SEPARATOR}image)"
-        ) from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"image '{path}' cannot be decoded: {reason}; use an intact PNG or JPEG file") from error
-
-
-def _open_image(path: Path) -> Image.Image:
-    """Decode an image to RGB and apply its EXIF orientation."""
-    with _opened(path) as image:
-        return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits (Pillow's conversion clips it); leave other modes unchanged."""
-    if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
-        return image
-    grey = np.asarray(image)
-    # Some formats store 16 bits in mode I (32 bits). For other ranges, the value of white is unknown.
-    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(f"its pixels are grey values of 32 bits (mode {image.mode}), not of 8 or 16")
-    return Image.fromarray(np.round(grey / 257).astype(np.uint8))
+        yield
+    except PictureError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            order = f"correct the path (the order is prompt{IMAGE_SEPARATOR}image)"
+            raise InputError(f"image '{path}' does not exist; {order}") from error
+        cure = "; use an intact PNG or JPEG file" if error.damaged else ""
+        raise InputError(f"image '{path}' cannot be decoded: {error}{cure}") from error

@@ -4,14 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
 
 # The arguments that change a sample.
 RESULT_ARGS = (
-    "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16"
+    "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16 base "
+    "force_inference vae_tiling"
 ).split()
 
 
@@ -62,12 +62,3 @@ def result_digest(config: Config) -> str:
     assert config.args.load is not None, "the dry run refuses a run without weights"
     args["load"] = str(find_weights(config.args.load))  # 'latest' may change
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """Return the record beside a result; None if it is unreadable."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

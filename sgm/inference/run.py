@@ -7,12 +7,11 @@ then each prompt is sampled, decoded and written before the next one.
 import math
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,14 +25,14 @@ from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.prompts import (
     Prompt,
     assign_to_rank,
+    check_words,
     image_size,
     load_image,
-    output_folder_name,
     read_prompts_cli,
 )
-from sgm.inference.record import Summary, Timings, read_sidecar, result_digest
-from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
-from sgm.io import write_json
+from sgm.inference.record import Summary, Timings, result_digest
+from sgm.inference.results import Results
+from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
@@ -90,6 +89,7 @@ class SamplingRun:
         else:
             self.dtype = next(engine.network.parameters()).dtype
             self.engine = engine
+        self.results = Results(self.args, self._settings())
         self.summary = Summary()
         self._is_loaded = engine is not None
         self._uncond: dict[str, torch.Tensor] | None = None
@@ -151,7 +151,8 @@ class SamplingRun:
     def sample_typed(self) -> None:
         """Sample prompts from the terminal, one by one."""
         done = []
-        for prompt in read_prompts_cli(image2video=self.plan.image2video):
+        check = None if self.args.allow_unknown_text else lambda prompt: check_words([prompt], self.engine.conditioner)
+        for prompt in read_prompts_cli(image2video=self.plan.image2video, check=check):
             done.append(prompt)
             if missing := self._missing(prompt):
                 encoded, seconds = self._encode([prompt])
@@ -189,35 +190,30 @@ class SamplingRun:
         if hasattr(vae, "decodes_everywhere"):
             vae.decodes_everywhere = False
 
-    def _result(self, prompt: Prompt, k: int) -> Path:
-        suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
-        folder = Path(self.args.output_dir) / output_folder_name(prompt.index, prompt.text)
-        return folder / str(k) / f"000000{suffix}"
+    def _settings(self) -> dict[str, Any]:
+        """Return what decides every sample of this run, for its record."""
+        args, sampler = self.args, self.engine.sampler
+        return {
+            "negative_prompt": default(args.negative_prompt, ""),
+            "num_frames": self.plan.video_frames,
+            "fps": self.plan.fps,
+            "num_steps": default(args.num_steps, sampler.num_steps),
+            "guidance_scale": default(args.guidance_scale, getattr(sampler.guider, "scale", None)),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "config_digest": self.digest,
+        }
 
     def _missing(self, prompt: Prompt) -> list[int]:
-        """Return the sample numbers of `prompt` without a finished result (with a sidecar)."""
+        """Return the sample numbers of `prompt` without a finished result of these settings."""
         missing = []
         for k in range(self.args.batch_size):
-            path = self._result(prompt, k)
-            made = read_sidecar(path.with_suffix(".json")) if path.is_file() else None
-            if made is None or not self.args.skip_existing:
-                missing.append(k)
-            elif any(made.get(name) != value for name, value in self._origin(prompt, k).items()):
-                # Folder names hold the beginning of a prompt only.
-                logger.warning("%s is from another prompt or image and will be replaced", path)
-                missing.append(k)
-            else:
+            path = self.results.finished(prompt, k) if self.args.skip_existing else None
+            if path is not None:
                 self.summary.skipped.append(path)
-                if made.get("config_digest") != self.digest:
-                    logger.warning(
-                        "%s was made with another configuration and is kept; args.skip_existing=false replaces it", path
-                    )
+            else:
+                self.results.announce(prompt, k)
+                missing.append(k)
         return missing
-
-    def _origin(self, prompt: Prompt, k: int) -> dict[str, Any]:
-        """Return the values in a sidecar that identify this sample."""
-        image = None if prompt.image is None else str(prompt.image)
-        return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k}
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
         """Return (cond, uncond) embeddings of each prompt, on the CPU, and the seconds taken; uncond is shared."""
@@ -255,18 +251,20 @@ class SamplingRun:
         if not writes and sgm.distributed.context_parallel_size() == 1:
             return  # the first rank decodes alone
         if self.args.only_save_latents:
-            for k, one in zip(samples if writes else [], latents, strict=writes):
-                write_latents(self._result(prompt, k), one)
-                self._finish(prompt, k, size, timings)
-            return
-        start = time.perf_counter()
-        videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
-        timings.decode = time.perf_counter() - start
-        if not writes:
-            return
-        for k, frames in zip(samples, videos, strict=True):
-            write_video(self._result(prompt, k), frames, self.plan.fps)
-            self._finish(prompt, k, size, timings)
+            saves = [lambda path, one=one: write_latents(path, one) for one in latents]
+        else:
+            start = time.perf_counter()
+            videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
+            timings.decode = time.perf_counter() - start
+            saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
+        failure = None
+        for k, save in zip(samples, saves, strict=True) if writes else ():
+            try:
+                self._finish(prompt, k, save, size, timings)
+            except RunError as error:
+                failure = default(failure, error)  # the other samples of the batch are kept
+        if failure is not None:
+            raise failure
 
     def _image_condition(
         self, prompt: Prompt, num: int, timings: Timings
@@ -305,32 +303,22 @@ class SamplingRun:
         timings.sample = time.perf_counter() - start
         return latents
 
-    def _finish(self, prompt: Prompt, k: int, size: tuple[int, int], timings: Timings) -> None:
-        """Write the sidecar that marks sample `k` as finished."""
-        args, path = self.args, self._result(prompt, k)
-        sampler = self.engine.sampler
-        write_json(
-            path.with_suffix(".json"),
-            {
-                **self._origin(prompt, k),
-                "negative_prompt": default(args.negative_prompt, ""),
-                "num_frames": self.plan.video_frames,
-                "height": size[0],
-                "width": size[1],
-                "fps": self.plan.fps,
-                "num_steps": default(args.num_steps, sampler.num_steps),
-                "guidance_scale": default(args.guidance_scale, getattr(sampler.guider, "scale", None)),
-                "load": args.load,
-                "configs": list(self.config.bases),
-                "overrides": list(self.config.overrides),
-                "config_digest": self.digest,
-                "precision": str(self.dtype).removeprefix("torch."),
-                "device": self.device.type,
-                "seconds": {name: round(value, 3) for name, value in vars(timings).items()},
-                "peak_memory_bytes": peak_memory(self.device),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            },
-        )
+    def _finish(
+        self, prompt: Prompt, k: int, save: Callable[[Path], None], size: tuple[int, int], timings: Timings
+    ) -> None:
+        """Write sample `k` and its record."""
+        record = {
+            "height": size[0],
+            "width": size[1],
+            "load": self.args.load,
+            "configs": list(self.config.bases),
+            "overrides": list(self.config.overrides),
+            "device": self.device.type,
+            "seconds": {name: round(value, 3) for name, value in vars(timings).items()},
+            "peak_memory_bytes": peak_memory(self.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        path = self.results.write(prompt, k, save, record)
         self.summary.written.append(path)
         logger.info("wrote %s", path)
 
@@ -340,8 +328,10 @@ class SamplingRun:
             return
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return
-        samples = [(prompt, self._result(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)]
-        rows = [(f"{prompt.index}. {prompt.text}", iio.imread(path)) for prompt, path in samples]
+        samples = [
+            (prompt, self.results.finished(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)
+        ]
+        rows = [(f"{prompt.index}. {prompt.text}", read_video(path)) for prompt, path in samples if path is not None]
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)

@@ -3,6 +3,7 @@
 Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
 """
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
     # ffmpeg converts RGB with the BT.601 matrix; tag the file with it, since some players assume another one.
     colours = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     with atomic_file(path) as temporary:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, str(temporary)]
+        output = os.path.abspath(temporary)  # ffmpeg would take a relative name with a colon for a URL
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, output]
         done = subprocess.run(command, input=pictures.data.cast("B"), capture_output=True, check=False)
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines()[:6]
@@ -69,6 +71,21 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
                 f"could not write {path}: ffmpeg ended with {done.returncode}: {' / '.join(said) or 'no message'}; "
                 "check that the disk has room and that the ffmpeg of imageio-ffmpeg has libx264"
             )
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """Return the frames (T, H, W, 3) uint8 of a video of `write_video`.
+
+    Raises:
+        RunError: it cannot be read, or holds no frames.
+    """
+    from sgm.data.clips.decode import open_video  # lazy: slow to import, and needed for contact sheets only
+
+    with open_video(path) as (container, stream):
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    if not frames:
+        raise RunError(f"{path} holds no frames; remove it to sample it again")
+    return np.stack(frames)
 
 
 def write_latents(path: str | Path, latents: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ frames, ``F`` video frames.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import register_dataclass
 
 from sgm.config.precision import autoencoder_dtype
+from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
@@ -70,6 +71,7 @@ class SATVideoDiffusionEngine(nn.Module):
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
+        "augmentation_dropout": "the reference reads it nowhere; see noised_image_dropout",
         "disable_first_stage_autocast": "the autoencoder never runs under autocast",
         "log_keys": "logs show the prompt",
         "network_wrapper": "there is one wrapper, OpenAIWrapper",
@@ -88,16 +90,16 @@ class SATVideoDiffusionEngine(nn.Module):
         conditioner_config: Mapping[str, Any] | None = None,
         first_stage_config: Mapping[str, Any] | None = None,
         loss_fn_config: Mapping[str, Any] | None = None,
-        scale_factor: float = 1.0,
+        scale_factor: Positive = 1.0,
         latent_input: bool = False,
         noised_image_input: bool = False,
         noised_image_all_concat: bool = False,
-        noised_image_dropout: float = 0.0,
+        noised_image_dropout: Share = 0.0,
         scale_image_latents: bool | None = None,
         not_trainable_prefixes: Sequence[str] = (),
-        input_key: str = "mp4",
-        en_and_decode_n_samples_a_time: int | None = None,
-        precision: str | None = None,
+        input_key: Name = "mp4",
+        en_and_decode_n_samples_a_time: AtLeast1 | None = None,
+        precision: Literal["fp16", "bf16", "fp32"] | None = None,
         lora_train: bool = False,
         ofs: float = 2.0,
         compile_model: bool = False,

@@ -2,7 +2,7 @@
 
 A video has F frames of H×W pixels; the VAE encodes it to L = (F−1)/4 + 1 latent frames of H/8 × W/8; the network splits
 them into patches of (time, height, width). With a temporal patch of 2 the network needs an even number of latent
-frames: an odd count is padded at the front, and the padding dropped after sampling.
+frames: an odd count is padded at the front by one, which is dropped after sampling; an even count is not padded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,19 +95,16 @@ class Geometry:
         return self.padded_latents(latents) // self.patch_size[0] * height * width
 
     def kept_latents(self, sampling_num_frames: int) -> int:
-        """Latent frames kept for a value of ``args.sampling_num_frames``.
+        """Latent frames kept for a value of ``args.sampling_num_frames``: as many.
 
-        With a temporal patch of 2, an even count includes the padding frame, as in the reference release (22 means 21
-        kept latents, 81 frames).
+        Files of the reference release count the padding of the longest video as well: 22 means 21 latents, 81 frames.
         """
-        temporal = self.patch_size[0]
-        if temporal > 1 and sampling_num_frames % temporal == 0:
-            return sampling_num_frames - temporal + 1
-        return sampling_num_frames
+        is_longest = sampling_num_frames == self.padded_latents(self.max_latents)
+        return self.max_latents if is_longest else sampling_num_frames
 
     def legal_latents(self) -> list[int]:
         """Legal numbers of kept latent frames, ascending."""
-        return list(range(1, self.max_latents + 1, self.patch_size[0]))
+        return list(range(1, self.max_latents + 1))
 
     def legal_frames(self) -> list[int]:
         """Legal numbers of video frames, ascending."""

@@ -14,7 +14,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
-from sgm.inference.prompts import Prompt, check_images, parse_prompts, read_prompts
+from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.run import SamplingRun
 from sgm.inference.video import to_uint8
 from sgm.log import get_logger
@@ -22,7 +22,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training.inputs.shared import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
-from sgm.util import RunError
+from sgm.util import RunError, instantiate_from_config
 
 logger = get_logger(__name__)
 
@@ -53,6 +53,8 @@ def validation_prompts(config: Config) -> list[Prompt] | None:
     else:
         prompts = parse_prompts(given, image2video=image2video, source="args.valid_prompts")
     check_images(prompts)
+    if not config.args.allow_unknown_text:
+        check_words(prompts, instantiate_from_config(config.model["conditioner_config"]))
     return prompts
 
 
@@ -161,6 +163,7 @@ class Evaluation:
             output_dir=str(folder),
             only_save_latents=self.args.only_log_video_latents,
             skip_existing=False,
+            overwrite=True,
             contact_sheet=False,
         )
         run = SamplingRun(

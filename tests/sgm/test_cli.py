@@ -3,8 +3,10 @@
 import pytest
 
 import sgm.distributed
+import sgm.inference.main
+import sgm.training.main
 from sgm import cli
-from sgm.util import InputError, RunError
+from sgm.util import InputError, RunError, is_trusted
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,19 @@ def test_wrong_input_is_reported_once_per_machine_and_by_every_rank_after_the_st
     assert ("no such file" in capsys.readouterr().err) == speaks
     assert cli._report(RunError("the disk is full"), debug=False, memory_hint="") == 1
     assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [sgm.inference.main, sgm.training.main])
+def test_trust_comes_from_the_command_line_and_ends_with_the_command(command, capsys):
+    words = ["--base", "configs/no_such.yaml", "--check"]
+    for trust in (["--trust", "email", "args.seed=1", "--trust", "json.decoder"], []):
+        assert command.main([*words, *trust]) == 2
+        assert [is_trusted(name) for name in ("email.message", "json.decoder", "json")] == [bool(trust)] * 2 + [False]
+    assert command.main([*words, "--trust", "no_such"]) == 2
+    assert "--trust no_such: there is no such package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["args.negative_prompt=" + "blurry " * 60, "args.load=a\0b", "args.x=" + "/y" * 5000])
+def test_overrides_behind_base_may_be_no_names_of_files(word):
+    options = sgm.inference.main.parse(["--base", "configs/toy.yaml", word, "--check"])
+    assert options.base == ["configs/toy.yaml"] and options.overrides == [word]

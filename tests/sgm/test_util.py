@@ -13,6 +13,7 @@ from sgm.util import (
     get_obj_from_str,
     instantiate_from_config,
     nearest,
+    set_trusted,
     without_allocating,
 )
 
@@ -46,7 +47,8 @@ def test_ignored_parameters_are_dropped(monkeypatch):
         ("Linear", "not a dotted path"),
         ("no_such_module.Linear", "'no_such_module', which does not exist"),
         ("torch.nn.Linaer", "did you mean 'Linear'"),
-        ("torch.no_such.Linear", "'torch.no_such', which does not exist"),
+        ("torch.nn.no_such.Linear", "'torch.nn.no_such', which does not exist"),
+        ("..a", "not a dotted path"),
     ],
 )
 def test_targets_that_do_not_exist(target, message):
@@ -54,9 +56,51 @@ def test_targets_that_do_not_exist(target, message):
         get_obj_from_str(target)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("os.system", "is not trusted"),
+        ("subprocess.Popen", "is not trusted"),
+        ("builtins.exec", "is not trusted"),
+        ("torch.load", "--trust torch"),
+        ("torch.nnn.Linear", "--trust torch"),
+        ("runs_at_import.Thing", "--trust runs_at_import"),
+        ("runs_at_import.deeper.Thing", "--trust runs_at_import"),
+        ("sgm.io.os", "not a class"),
+        ("sgm.io.write_json", "not a class"),
+        ("sgm.io.os.system", "does not exist"),
+        ("sgm.io.Path", "is defined in 'pathlib"),
+        ("torch.nn.modules.module.Tensor", "--trust torch"),
+        ("sgm.util.types.FunctionType", "does not exist"),
+    ],
+)
+def test_foreign_code_neither_runs_nor_is_imported(target, message, tmp_path, monkeypatch):
+    (tmp_path / "runs_at_import.py").write_text("open(__file__ + '.ran', 'w')\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for build in (get_obj_from_str, lambda target: instantiate_from_config({"target": target, "params": {}})):
+        with pytest.raises(InputError, match=message):
+            build(target)
+    assert not (tmp_path / "runs_at_import.py.ran").exists()
+
+
+def test_the_user_trusts_a_package_and_not_its_namesakes(tmp_path, monkeypatch):
+    for name in ("trusted_one", "trusted_one_more"):
+        (tmp_path / f"{name}.py").write_text("class Thing: pass\nfrom pathlib import Path\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    set_trusted(["trusted_one"])
+    assert get_obj_from_str("trusted_one.Thing").__name__ == "Thing"
+    for target in ("trusted_one_more.Thing", "trusted_one.Path"):
+        with pytest.raises(InputError, match="is not trusted"):
+            get_obj_from_str(target)
+    for name in ("no_such_package", "no.such", "", "a b"):
+        with pytest.raises(InputError, match=f"--trust {name}: there is no such package"):
+            set_trusted([name])
+
+
 def test_import_errors_inside_a_module_are_raised(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
+    set_trusted(["needs_more"])
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         get_obj_from_str("needs_more.Thing")
 

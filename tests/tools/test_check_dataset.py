@@ -105,7 +105,15 @@ def test_parameters_are_checked_as_training_checks_them(data, capsys):
     assert "data.params.frames: unknown key" in capsys.readouterr().err
 
 
+class Bare(list):
+    def __init__(self, *, data_dir: str, video_size: int):
+        super().__init__()
+
+
 def test_other_data_sets_must_be_able_to_check(data, capsys):
-    (data / "other.yaml").write_text("data: {target: torch.nn.Identity, params: {video_size: 1}}")
-    assert check_dataset.main([str(data), "--base", str(data / "other.yaml")]) == 2
-    assert "torch.nn.Identity cannot check its clips" in capsys.readouterr().err
+    base = data / "other.yaml"
+    base.write_text(f"data: {{target: {__name__}.Bare, params: {{video_size: 1}}}}")
+    assert check_dataset.main([str(data), "--base", str(base)]) == 2
+    assert "add --trust tests" in capsys.readouterr().err
+    assert check_dataset.main([str(data), "--base", str(base), "--trust", "tests"]) == 2
+    assert f"{__name__}.Bare cannot check its clips" in capsys.readouterr().err

@@ -57,6 +57,13 @@ def test_clips_that_cannot_be_encoded_are_listed_each_time_and_end_with_1(tool, 
         assert "1 could not be encoded; the same command tries them again:\n  few/videos/000001.mp4, 8 bytes: " in shown
 
 
+def test_keys_of_the_training_that_do_not_matter_are_not_held_against_it(tool, words, tmp_path, capsys):
+    base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--out", str(tmp_path / "cache"), "--check"]
+    other = "args.eval_interval=5 args.split=1,0,0 args.train_iters=null args.load=nowhere args.resume=''"
+    assert tool.main([*base, *words, *other.split(), "deepspeed.scheduler={}"]) == 0
+    assert "latents: 3 in 1 shards" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -53,6 +53,24 @@ def bytes_below(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_names_of_sources_are_taken_as_they_are(film, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source, long = Path("10:30 100%d\udcff.mp4"), Path("x" * 250 + ".mp4")
+    for path in (source, long):
+        path.symlink_to(film)
+    assert run(source, "cut:1") == 0
+    written = sorted(path.name for path in Path("cut:1/videos").iterdir())
+    assert written == [f"{source.stem}_{k:04d}.mp4" for k in range(3)]
+    lines = [json.loads(line) for line in Path("cut:1/clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["video"], line["source"]) for line in lines] == [(f"videos/{name}", str(source)) for name in written]
+    capsys.readouterr()
+    assert run(long, "cut:2") == 2 and not Path("cut:2").exists()
+    assert (
+        f"'{long.stem}_0000.mp4' in '{tmp_path}/cut:2' cannot be written to: File name too long"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("length", "least", "most", "pieces", "dropped"),
     [

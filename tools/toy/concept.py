@@ -11,11 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import scene
 
-from sgm.inference.video import write_video
+from sgm.inference.video import read_video, write_video
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 
@@ -70,7 +69,7 @@ def measure(folder: Path) -> float:
     videos = sorted(folder.glob("*/*/000000.mp4"))
     if not videos:
         raise InputError(f"there is no video below {folder}; give the args.output_dir of a sampling run")
-    return float(np.mean([land_share(iio.imread(video) / 255) for video in videos]))
+    return float(np.mean([land_share(read_video(video) / 255) for video in videos]))
 
 
 def main(argv: list[str] | None = None) -> int:

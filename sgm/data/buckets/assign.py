@@ -236,7 +236,7 @@ def _frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem
     if frames in legal:
         return []
     closest = min(legal, key=lambda count: abs(count - frames))
-    step = geometry.time_compression * geometry.patch_size[0]
+    step = geometry.time_compression
     cure = f"nearest legal: {closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     return [Problem(place, "", f"{frames} frames are no length that the network can take", cure)]
 

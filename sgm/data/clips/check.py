@@ -1,6 +1,5 @@
 """Check clips before training, and report the results."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
 from sgm.data.clips.decode import ClipError, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import Row, VideoInfo
-from sgm.io import atomic_file
+from sgm.io import atomic_file, json_bytes
 from sgm.log import is_rank_zero
 
 _BARS, _WIDTH = 10, 40  # number of bars of a histogram, and characters of the longest
@@ -253,9 +252,7 @@ def write_report(path: str | Path, reports: Sequence[RowReport]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    rows = [
-        json.dumps(vars(report) | {"info": report.info and vars(report.info)}, ensure_ascii=False) for report in reports
-    ]
-    summary = json.dumps(summarize(reports), indent=2, ensure_ascii=False)
+    rows = [json_bytes(vars(report) | {"info": report.info and vars(report.info)}) for report in reports]
+    summary = json_bytes(summarize(reports), indent=2)
     with atomic_file(path) as temporary:
-        temporary.write_text(f'{{"summary": {summary},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
+        temporary.write_bytes(b'{"summary": %s,\n"rows": [\n%s\n]}\n' % (summary, b",\n".join(rows)))

@@ -13,8 +13,8 @@ import av
 import av.container
 import av.error
 import numpy as np
-from PIL import Image, ImageOps
 
+from sgm.data.clips import pictures
 from sgm.data.rows import ClipFile, VideoInfo, is_picture, opened
 from sgm.log import get_logger
 from sgm.util import RunError
@@ -107,19 +107,18 @@ def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -
 
 
 def read_picture(path: str | ClipFile) -> np.ndarray:
-    """Decode a picture file: (H, W, 3) uint8, RGB, upright; transparent parts are white.
+    """Decode a picture file: (H, W, 3) uint8, RGB; see `sgm.data.clips.pictures`.
 
     Raises:
         ClipError: it cannot be decoded.
     """
     try:
-        with Image.open(opened(path)) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-            return np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
-    except FileNotFoundError as error:
-        raise ClipError(path, "does not exist") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError(path, f"is not a picture, or a damaged one: {error}") from error
+        return pictures.read_picture(opened(path))
+    except pictures.PictureError as error:
+        kind = "is not a picture, or a damaged one" if error.damaged else "cannot be used"
+        raise ClipError(path, f"{kind}: {error}") from error
+    except OSError as error:  # of an archive
+        raise ClipError(path, f"cannot be read: {error.strerror or error}") from error
 
 
 def decode_all(path: str | ClipFile, num_frames: int) -> None:
@@ -193,12 +192,12 @@ def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) 
 
 def _read_av(path: str | ClipFile, indices: Sequence[int]) -> np.ndarray:
     """Decode from the start until all frames are found."""
-    wanted, pictures = set(indices), []
+    wanted, found = set(indices), []
     with open_video(path) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
                 # PyAV does not apply the rotation, which is counterclockwise in degrees.
-                pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-            if len(pictures) == len(wanted):
-                return np.stack(pictures)
-        raise ClipError(path, f"only {len(pictures)} of {len(wanted)} chosen frames can be decoded; encode it again")
+                found.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+            if len(found) == len(wanted):
+                return np.stack(found)
+        raise ClipError(path, f"only {len(found)} of {len(wanted)} chosen frames can be decoded; encode it again")

@@ -5,7 +5,6 @@ in the user's cache if that folder is read-only. Manifest columns replace it.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from sgm.data.clips.decode import ClipError, probe
 from sgm.data.rows import ClipFile, Row, VideoInfo
-from sgm.io import atomic_file
+from sgm.io import atomic_file, json_bytes, parse_json
 from sgm.log import get_logger, is_rank_zero
 from sgm.util import RunError
 
@@ -69,7 +68,7 @@ def remember(infos: Mapping[ClipFile, VideoInfo], folder: str | Path) -> None:
     path = index_path(folder)
     try:
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
+            temporary.write_bytes(json_bytes(known))
     except RunError as error:
         logger.warning("clips will be read again next time: %s", error)
 
@@ -80,7 +79,7 @@ def index_path(folder: str | Path) -> Path:
     if os.access(folder, os.W_OK | os.X_OK):
         return folder / NAME
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return user_cache / "cogvideox-sat" / f"clips-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+    return user_cache / "cogvideox-sat" / f"clips-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
 
 
 def _read_index(folder: Path) -> dict[str, list[Any]]:
@@ -88,7 +87,7 @@ def _read_index(folder: Path) -> dict[str, list[Any]]:
     known: dict[str, list[Any]] = {}
     for path in dict.fromkeys((folder.absolute() / NAME, index_path(folder))):
         try:
-            known |= json.loads(path.read_text(encoding="utf-8"))
+            known |= parse_json(path.read_bytes())
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError) as error:

@@ -57,7 +57,12 @@ def _clips(root: Path) -> list[Path]:
     taken = {path.with_suffix("") for path in clips}
     there = {*found}
     pictures = (path for path in found if is_picture(path) and path.with_suffix("") not in taken)
-    return clips + [path for path in pictures if caption_path(path, root) in there]
+    return clips + [path for path in pictures if {caption := caption_path(path, root), _upper(caption)} & there]
+
+
+def _upper(caption: Path) -> Path:
+    """Return the name of a caption as cameras and old systems write it: ``IMG_1.TXT``."""
+    return caption.with_suffix(caption.suffix.upper())
 
 
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
@@ -66,6 +71,8 @@ def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
     except UnicodeDecodeError as error:
         return Row(clip, "", f"caption {caption} is not UTF-8 text (byte {error.start}); save it as UTF-8")
     except FileNotFoundError:
+        if _upper(caption).is_file():
+            return _row(clip, _upper(caption), allow_missing)
         problem = f"its caption {caption} is missing; write it"
     except OSError as error:
         return Row(clip, "", f"caption {caption} cannot be read: {error.strerror}")

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.data.rows import ClipFile, Faults, Files, Row, VideoInfo, one_line
+from sgm.io import JSONError, excessive_json, parse_json
 from sgm.util import InputError, nearest
 
 CAPTION_NAMES = ("caption", "prompt", "text", "txt")
@@ -123,8 +125,12 @@ def _row(
     clip = _file(record, columns.video, files)
     caption = record.get(columns.caption)
     if not isinstance(caption, str | None):
-        raise _CellError(columns.caption, f"{columns.caption} is {caption!r}; give text")
+        raise _CellError(columns.caption, f"{columns.caption} is {reprlib.repr(caption)}; give text")
     caption = one_line(caption or "")
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise _CellError(
+            columns.caption, f"{columns.caption} holds half of a character (\\ud800 to \\udfff); correct it"
+        )
     picture = None
     if columns.image is not None and record.get(columns.image) not in (None, ""):
         picture = _file(record, columns.image, files)
@@ -145,7 +151,7 @@ def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
     if hasattr(value, "container"):
         return value
     if not isinstance(value, str):
-        raise _CellError(column, f"{column} is {value!r}; give the path of a file")
+        raise _CellError(column, f"{column} is {reprlib.repr(value)}; give the path of a file")
     try:
         return files.path(value)
     except ValueError as error:
@@ -158,7 +164,7 @@ def _id(record: Mapping[str, Any]) -> str | int | None:
     if value is None or value == "" or hasattr(value, "container"):  # the last: a file *.id in an archive
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _CellError("id", f"id is {value!r}; give text or a whole number")
+        raise _CellError("id", f"id is {reprlib.repr(value)}; give text or a whole number")
     return value
 
 
@@ -169,11 +175,11 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
         return None
     try:
         frames, fps, height, width = (float(value) for value in given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         frames = fps = height = width = float("nan")
     whole = all(value >= 1 and value.is_integer() for value in (frames, height, width))
     if not whole or not 0 <= fps < float("inf") or (fps == 0 and frames > 1):
-        said = ", ".join(f"{name}={value}" for name, value in zip(_INFO, given, strict=True))
+        said = ", ".join(f"{name}={_shown(value, quoted=False)}" for name, value in zip(_INFO, given, strict=True))
         raise _CellError(_INFO[0], f"says {said}; give whole numbers, and frames per second: 0 for a single frame")
     return VideoInfo(int(frames), fps, frames / fps if fps else 0.0, int(height), int(width))
 
@@ -231,7 +237,7 @@ def read_csv(path: Path) -> Table:
         InputError: the CSV is malformed, or a row has more or fewer fields than the header.
     """
     faults, records = Faults(path), []
-    reader = csv.reader(io.StringIO(_text(path)), strict=True)
+    reader = csv.reader(io.StringIO(_text(path, newline=""), newline=""), strict=True)
     header: list[str] = []
     line = 1  # first line of the record; without a closing quote, a record extends to the end of the file
     try:
@@ -261,15 +267,19 @@ def read_json(path: Path) -> Table:
     """
     text = _text(path)
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from error
-    start = 0
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content, start = content["data"], _start_of_data(text)
-    if not isinstance(content, list):
-        raise InputError(f"{path}:1: is not a list; give a list of objects, or one under the key 'data'")
-    return _objects(path, zip(_lines_of_entries(text, start, len(content)), content, strict=True), Faults(path))
+        content = parse_json(text)
+        start = 0
+        if isinstance(content, dict) and isinstance(content.get("data"), list):
+            content, start = content["data"], _start_of_data(text)
+        if not isinstance(content, list):
+            raise JSONError(1, "is not a list; give a list of objects, or one under the key 'data'")
+        lines = list(_lines_of_entries(text, start, len(content)))
+    except JSONError as error:
+        raise InputError(f"{path}:{error.line}: {error.fault}") from error
+    except RecursionError as error:  # a depth that the first pass just managed
+        fault = excessive_json(text, nested=True)
+        raise InputError(f"{path}:{fault.line}: {fault.fault}") from error
+    return _objects(path, zip(lines, content, strict=True), Faults(path))
 
 
 def _start_of_data(text: str) -> int:
@@ -310,9 +320,9 @@ def read_jsonl(path: Path) -> Table:
     faults, found = Faults(path), []
     for number, line in enumerate(_text(path).split("\n"), 1):
         try:
-            found += [(number, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            faults.add(f"{path}:{number}", f"is not JSON: {error.msg} (column {error.colno})")
+            found += [(number, parse_json(line))] if line.strip() else []
+        except JSONError as error:
+            faults.add(f"{path}:{number}", error.fault)
     return _objects(path, iter(found), faults)
 
 
@@ -322,7 +332,7 @@ def _objects(path: Path, entries: Iterator[tuple[int, Any]], faults: Faults) -> 
         if isinstance(entry, dict):
             records.append((number, entry))
         else:
-            faults.add(f"{path}:{number}", f"is {json.dumps(entry)[:60]}; give an object with caption and video")
+            faults.add(f"{path}:{number}", f"is {_shown(entry)}; give an object with caption and video")
     faults.refuse()
     return _text_table(path, list(dict.fromkeys(itertools.chain.from_iterable(entry for _, entry in records))), records)
 
@@ -356,15 +366,24 @@ def read_parquet(path: Path) -> Table:
     return Table(path, path.parent, content.schema_arrow.names, records(), lambda row, _: f"{path}, row {row}")
 
 
+def _shown(value: Any, *, quoted: bool = True) -> str:
+    """Return the beginning of a value, of any size and depth, for a message."""
+    if isinstance(value, str):
+        return (json.dumps(value) if quoted else value)[:60]
+    return reprlib.repr(value)
+
+
 def _text_table(path: Path, columns: Sequence[str], records: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
     if not records:
         raise InputError(f"'{path}' lists no clips")
     return Table(path, path.parent, columns, iter(records), lambda line, _: f"{path}:{line}")
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, *, newline: str | None = None) -> str:
+    """Read a file; `newline` as for `open`: an empty one keeps line ends, which may be part of a quoted name."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error

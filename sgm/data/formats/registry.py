@@ -18,7 +18,7 @@ from sgm.data.formats.manifest import (
     read_parquet,
     table_rows,
 )
-from sgm.data.formats.webdataset import read_archives
+from sgm.data.formats.webdataset import read_archives, tar_files
 from sgm.data.rows import Row
 from sgm.util import InputError, nearest
 
@@ -73,7 +73,7 @@ def detect(path: Path) -> str:
         InputError: the type of the file is unknown, or the folder has several manifests.
     """
     if path.is_file():
-        kind = "webdataset" if path.suffix == ".tar" else path.suffix[1:].lower()
+        kind = "webdataset" if path.suffix.lower() == ".tar" else path.suffix[1:].lower()
         if kind not in FORMATS:
             raise InputError(f"'{path}' is no manifest ({', '.join(_MANIFESTS)}), no archive (tar), and no folder")
         return kind
@@ -89,7 +89,7 @@ def detect(path: Path) -> str:
     lists = VIDEO_FILES + IMAGE_FILES
     if all(any((path / name).is_file() for name in names) for names in (CAPTION_FILES, lists)):
         return "lines"
-    return "webdataset" if any(path.glob("*.tar")) else "folder"
+    return "webdataset" if tar_files(path) else "folder"
 
 
 def _table(path: Path, format: str, columns: Columns) -> Table:

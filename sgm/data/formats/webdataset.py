@@ -1,9 +1,11 @@
 """WebDataset archives: tar files in which the files of a sample share a name up to its first dot.
 
+In names like ``take 1.5x.mp4`` the dot belongs to the name: see `_split_names`. Suffixes are read in lower case.
+
 Archives are not unpacked: decoding processes read members at their offset.
 """
 
-import json
+import reprlib
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, BinaryIO
 
 from sgm.data.formats.manifest import CAPTION_NAMES, Columns, Table
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files
+from sgm.io import JSONError, parse_json
 from sgm.util import InputError
 
 
@@ -51,11 +54,11 @@ def read_archives(path: Path, columns: Columns) -> Table:
     Raises:
         InputError: there is no archive, or one is damaged, compressed, or has duplicate files.
     """
-    archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    archives = tar_files(path) if path.is_dir() else [path]
     if not archives:
         raise InputError(f"'{path}' holds no archives (*.tar)")
     faults = Faults(path)
-    samples = {archive: list(_samples(archive, faults)) for archive in archives}
+    samples = {archive: list(_samples(archive, columns, faults)) for archive in archives}
     faults.refuse()
     places = [where for found in samples.values() for where, _ in found]
     if not places:
@@ -69,7 +72,12 @@ def read_archives(path: Path, columns: Columns) -> Table:
     return Table(path, path, names, iter(enumerate(records)), lambda number, _: places[number])
 
 
-def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Member]]]:
+def tar_files(folder: Path) -> list[Path]:
+    """Return the archives of a folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar" and not path.name.startswith("."))
+
+
+def _samples(archive: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield the name of each sample in messages, and suffix → file."""
     found: dict[str, dict[str, Member]] = {}
     names = Files(archive)
@@ -78,6 +86,8 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
             for entry in file:
                 folder, _, base = entry.name.rpartition("/")
                 stem, _, ending = base.partition(".")
+                inner, dot, last = ending.rpartition(".")
+                ending = inner + dot + last.lower()
                 if not entry.isfile() or not stem or not ending:
                     continue
                 try:
@@ -92,7 +102,29 @@ def _samples(archive: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Mem
     except (tarfile.TarError, OSError) as error:
         cure = "copy it again; it must not be compressed, as its files are read by offset"
         faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
-    yield from ((f"{archive}, {key}", files) for key, files in found.items())
+    has_parts = any("." in name for name in (columns.caption, columns.video, columns.image) if name)
+    for key, files in found.items():
+        named = {key: files} if has_parts or columns.video in files else _split_names(key, files)
+        yield from ((f"{archive}, {name}", own) for name, own in named.items())
+
+
+def _split_names(key: str, files: dict[str, Member]) -> dict[str, dict[str, Member]]:
+    """Return name → suffix → file of the samples among files that share a name up to the first dot.
+
+    The dot belongs to the name (``take 1.5x.mp4``) where each name up to the last dot has a video or picture of its
+    own, and a caption of its own if there are files without a second dot. Otherwise the files are parts of one sample
+    (``1.left.mp4``, ``1.right.mp4``, ``1.txt``), told apart by their whole suffix.
+    """
+    parts: dict[str, dict[str, Member]] = {}
+    for ending, member in files.items():
+        inner, _, last = ending.rpartition(".")
+        parts.setdefault(inner, {})[last] = member
+    plain = parts.pop("", None)
+    captions = {*CAPTION_NAMES, "json"}
+    for own in parts.values():
+        if not _of_kind(own, VIDEO_SUFFIXES + PICTURE_SUFFIXES) or (plain and captions.isdisjoint(own)):
+            return {key: files}
+    return ({key: plain} if plain else {}) | {f"{key}.{inner}": own for inner, own in parts.items()}
 
 
 def _record(
@@ -102,10 +134,16 @@ def _record(
     record: dict[str, Any] = dict(files)
     if "json" in files:
         try:
-            content = json.loads(record.pop("json").read_from(archive))
-            record |= content
-        except (ValueError, TypeError) as error:
+            content = parse_json(record.pop("json").read_from(archive))
+        except JSONError as error:
             faults.add(f"{files['json']}", f"is not a JSON object: {error}")
+        else:
+            if isinstance(content, dict):
+                record |= content
+            else:
+                faults.add(
+                    f"{files['json']}", f"is not a JSON object: {reprlib.repr(content)}; give one with the caption"
+                )
     if columns.video is None:
         clips = _of_kind(files, VIDEO_SUFFIXES) or _of_kind(files, PICTURE_SUFFIXES)
         if len(clips) != 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sgm.modules.diffusionmodules.discretizer import LevelTable
+from sgm.modules.diffusionmodules.discretizer import Levels, LevelTable
 from sgm.util import append_dims, instantiate_from_config
 
 
@@ -30,7 +30,7 @@ class DiscreteDenoiser:
     def __init__(
         self,
         *,
-        num_idx: int,
+        num_idx: Levels,
         discretization_config: Mapping[str, Any],
         scaling_config: Mapping[str, Any],
         weighting_config: Mapping[str, Any],

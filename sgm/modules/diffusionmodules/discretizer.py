@@ -4,12 +4,16 @@ A noise level is √ᾱ (`alphas_cumprod_sqrt`): 0 is pure noise, 1 is clean.
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from sgm.config.values import Positive
 from sgm.util import InputError, instantiate_from_config
+
+Levels = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class ZeroSNRDDPMDiscretization:
@@ -32,10 +36,10 @@ class ZeroSNRDDPMDiscretization:
     def __init__(
         self,
         *,
-        linear_start: float = 0.00085,
-        linear_end: float = 0.012,
-        num_timesteps: int = 1000,
-        shift_scale: float = 1.0,
+        linear_start: Positive = 0.00085,
+        linear_end: Positive = 0.012,
+        num_timesteps: Levels = 1000,
+        shift_scale: Positive = 1.0,
         keep_start: bool = False,
         post_shift: bool = False,
     ) -> None:

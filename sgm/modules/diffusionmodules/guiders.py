@@ -6,11 +6,15 @@ D = D_uncond + scale · (D_cond − D_uncond). Both are computed in one batch, t
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
+from sgm.config.values import AtLeast1, NotNegative
 from sgm.util import InputError, default
 
+Scale = Annotated[float, Field(ge=0, le=1000)]
 Cond = Mapping[str, torch.Tensor]
 
 
@@ -58,7 +62,7 @@ class VanillaCFG(Guider):
         scale: 1 is no guidance; above 1 strengthens the condition.
     """
 
-    def __init__(self, *, scale: float) -> None:
+    def __init__(self, *, scale: Scale) -> None:
         self.scale = scale
 
     def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
@@ -102,7 +106,7 @@ class DynamicCFG(VanillaCFG):
         num_steps: steps of the sampler; a run with another number of steps overrides both.
     """
 
-    def __init__(self, *, scale: float, exp: float, num_steps: int) -> None:
+    def __init__(self, *, scale: Scale, exp: NotNegative, num_steps: AtLeast1) -> None:
         if exp != int(exp) or exp < 0:
             raise InputError(f"DynamicCFG got exp {exp}; expected a whole number, such as 5")
         if num_steps < 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sgm.config.values import NotNegative, Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.util import InputError, append_dims, default, instantiate_from_config
 
@@ -33,8 +34,8 @@ class VideoDiffusionLoss:
         *,
         sigma_sampler_config: Mapping[str, Any],
         type: str = "l2",
-        offset_noise_level: float = 0.0,
-        min_snr_value: float | None = None,
+        offset_noise_level: NotNegative = 0.0,
+        min_snr_value: Positive | None = None,
     ) -> None:
         if type not in LOSS_TYPES:
             raise InputError(f"loss type '{type}' is unknown; expected one of {', '.join(LOSS_TYPES)}")

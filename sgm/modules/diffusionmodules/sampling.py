@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sgm.modules.diffusionmodules.discretizer import discretization_from_config
+from sgm.modules.diffusionmodules.discretizer import Levels, discretization_from_config
 from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
 from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
 from sgm.util import default, instantiate_from_config
@@ -69,7 +69,7 @@ class VideoSampler(ABC):
         self,
         *,
         discretization_config: Mapping[str, Any],
-        num_steps: int,
+        num_steps: Levels,
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from sgm.modules.diffusionmodules.discretizer import LevelTable
+from sgm.config.values import AtLeast0
+from sgm.modules.diffusionmodules.discretizer import Levels, LevelTable
 from sgm.util import InputError
 
 
@@ -27,10 +28,10 @@ class DiscreteSampling:
         self,
         *,
         discretization_config: Mapping[str, Any],
-        num_idx: int,
+        num_idx: Levels,
         flip: bool = True,
         uniform_sampling: bool = False,
-        group_num: int = 0,
+        group_num: AtLeast0 = 0,
     ) -> None:
         if group_num < 0:
             raise InputError(f"group_num is {group_num}; expected 0 (one group per rank) or a number of groups")

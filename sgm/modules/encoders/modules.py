@@ -9,17 +9,19 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sgm.log import get_logger
-from sgm.modules.encoders.t5_folder import T5Folder
+from sgm.modules.encoders.t5_folder import T5Folder, UnknownText
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest
 
 log = get_logger(__name__)
 
+WORDS_CURE = "T5 reads English: translate it, or set args.allow_unknown_text=true"
 OFFLOADS = ("none", "cpu", "release")
 ENTRY_KEYS = ["target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value"]
 
@@ -46,8 +48,8 @@ class GeneralConditioner(nn.Module):
             * ``is_trainable`` (false): only false is supported.
 
     An embedder may also have ``check()``, which raises InputError if files are missing; ``release()``, which frees its
-    weights and is called after use if its attribute ``offload`` is ``release``; and a context manager
-    ``keep_loaded()``, which defers offloading. With ``keep_loaded`` the embedder offloads itself.
+    weights and is called after use if its attribute ``offload`` is ``release``; a context manager ``keep_loaded()``,
+    which defers offloading (with it, the embedder offloads itself); and ``unknown_texts(texts)``, see below.
 
     Example:
         ``conditioner({"txt": ["a red ball"]})["crossattn"]`` is (1, L, D).
@@ -167,12 +169,25 @@ class GeneralConditioner(nn.Module):
         if problems:
             raise InputError("\n".join(problems))
 
+    def unknown_texts(self, texts: Sequence[str]) -> dict[str, UnknownText]:
+        """Return text → what no embedder knows of it, of texts with characters that all embedders lack.
+
+        Raises:
+            InputError: a tokenizer cannot be read.
+        """
+        unknown = [method(texts) for method in self._hooks("unknown_texts").values()]
+        if not unknown or len(unknown) < len(self.embedders):
+            return {}
+        shared = [text for text in unknown[0] if all(text in found for found in unknown)]
+        # The embedder that knows most decides.
+        return {text: min((found[text] for found in unknown), key=lambda one: one.wholly) for text in shared}
+
     def release(self) -> None:
         """Free the weights of the embedders; the next use reads them again."""
         for release in self._hooks("release").values():
             release()
 
-    def _hooks(self, name: str) -> dict[nn.Module, Callable[[], Any]]:
+    def _hooks(self, name: str) -> dict[nn.Module, Callable[..., Any]]:
         """Return the method `name` of every embedder that has one."""
         return {embedder: getattr(embedder, name) for embedder in self.embedders if hasattr(embedder, name)}
 
@@ -215,7 +230,7 @@ class FrozenT5Embedder(nn.Module):
         self,
         model_dir: str = "google/t5-v1_1-xxl",
         *,
-        max_length: int = 77,
+        max_length: Annotated[int, Field(ge=2, le=100_000)] = 77,
         device: str | None = None,
         dtype: str | None = None,
         offload: str = "none",
@@ -237,7 +252,7 @@ class FrozenT5Embedder(nn.Module):
         # In a list, which nn.Module does not register: T5 must not appear among the parameters.
         self._loaded: list[nn.Module] = []
         self._num_holds = 0
-        self._warned: set[int] = set()
+        self._warned: set[tuple[str, int]] = set()
 
     @property
     def embed_dim(self) -> int:
@@ -312,6 +327,8 @@ class FrozenT5Embedder(nn.Module):
         rows = []
         for text in texts:
             pieces = tokenizer.encode(text)
+            if tokenizer.unk_id() in pieces:
+                self._warn_unknown(text)
             kept = pieces[: self.max_length - 1]
             if len(kept) < len(pieces):
                 self._warn_truncated(text, num=len(pieces) + 1, dropped=tokenizer.decode(pieces[len(kept) :]))
@@ -319,17 +336,27 @@ class FrozenT5Embedder(nn.Module):
             rows.append(ids + [tokenizer.pad_id()] * (self.max_length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
+    def unknown_texts(self, texts: Sequence[str]) -> dict[str, UnknownText]:
+        """Return text → what the tokenizer does not know of it; see `T5Folder.unknown_texts`."""
+        return self.folder.unknown_texts(texts)
+
+    def _warn_unknown(self, text: str) -> None:
+        if ("unknown", hash(text)) not in self._warned:  # captions repeat every epoch
+            self._warned.add(("unknown", hash(text)))
+            unknown = self.folder.unknown_texts([text])[text]
+            log.warning("unknown to the tokenizer, and lost: %s (prompt: '%s')", unknown, _beginning(text))
+
     def _warn_truncated(self, text: str, *, num: int, dropped: str) -> None:
         # Captions repeat every epoch; warn once.
-        if hash(text) in self._warned:
+        if ("cut", hash(text)) in self._warned:
             return
-        self._warned.add(hash(text))
+        self._warned.add(("cut", hash(text)))
         log.warning(
             "prompt cut: it has %d tokens and max_length is %d; dropped: '%s' (prompt: '%s')",
             num,
             self.max_length,
             dropped,
-            text if len(text) <= 80 else text[:77] + "...",
+            _beginning(text),
         )
 
     def _model_on_device(self) -> tuple[nn.Module, torch.device]:
@@ -350,6 +377,27 @@ class FrozenT5Embedder(nn.Module):
         # nn.Module calls this to move or cast itself: there are no tensors to move, only the device to record.
         self._module_device = fn(torch.empty(0, device=self._module_device)).device
         return super()._apply(fn, recurse)
+
+
+def texts_without_words(conditioner: Any, texts: Sequence[str]) -> dict[str, str]:
+    """Return text → reason to refuse it, of texts of which the tokenizer of a conditioner knows no word.
+
+    A conditioner without a method ``unknown_texts`` is not asked.
+
+    Raises:
+        InputError: the tokenizer cannot be read.
+    """
+    find = getattr(conditioner, "unknown_texts", None)
+    found = {} if find is None else find(list(dict.fromkeys(texts)))
+    return {
+        text: f"the tokenizer knows no word of '{_beginning(text)}' (unknown: {unknown})"
+        for text, unknown in found.items()
+        if unknown.wholly
+    }
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:

@@ -3,9 +3,8 @@
 transformers, safetensors and sentencepiece are imported when they are needed.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgm.io import parse_json
 from sgm.log import get_logger
 from sgm.util import InputError
 
 log = get_logger(__name__)
 
 MODEL_DIR_KEY = "model.conditioner_config.params.emb_models[*].params.model_dir"
+_SHOWN = 12  # unknown characters that a message lists
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class UnknownText:
+    """What a tokenizer does not know of a text.
+
+    Attributes:
+        characters: the unknown ones, each once, in order.
+        wholly: whether it knows no word of the text.
+    """
+
+    characters: str
+    wholly: bool
+
+    def __str__(self) -> str:
+        """Return the characters for a message."""
+        more = f" and {len(self.characters) - _SHOWN} more" if len(self.characters) > _SHOWN else ""
+        return ", ".join(f"'{character}'" for character in self.characters[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)
@@ -34,7 +53,7 @@ class T5Folder:
         """The contents of ``config.json``."""
         file = self.path / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = parse_json(file.read_bytes())
         except FileNotFoundError as error:
             raise InputError(f"T5 folder {self.path} has no config.json; copy it from text_encoder/") from error
         except (OSError, ValueError) as error:
@@ -62,13 +81,28 @@ class T5Folder:
             raise InputError(f"{file} defines no pad or no end token, so it is not a T5 tokenizer; copy T5's own file")
         return tokenizer
 
+    def unknown_texts(self, texts: Sequence[str]) -> dict[str, UnknownText]:
+        """Return text → what the tokenizer does not know, of texts with unknown characters.
+
+        T5 v1.1 reads English: it sees one and the same unknown token for all characters of other scripts.
+        """
+        tokenizer = self.tokenizer
+        unknown, found = tokenizer.unk_id(), {}
+        for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
+            if unknown in ids:
+                pieces = list(zip(ids, tokenizer.encode(text, out_type=str), strict=True))
+                lost = "".join(piece for number, piece in pieces if number == unknown)
+                knows = any(letter.isalnum() for number, piece in pieces if number != unknown for letter in piece)
+                found[text] = UnknownText("".join(dict.fromkeys(lost)), not knows)
+        return found
+
     @cached_property
     def shards(self) -> list[Path]:
         """The weight files; files listed in an index may be missing."""
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
             try:
-                return [self.path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                return [self.path / name for name in sorted(set(parse_json(index.read_bytes())["weight_map"].values()))]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index} is not an index of weights{_lfs_hint(index)}; copy it again") from error
         if single.is_file():

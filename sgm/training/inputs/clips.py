@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.order import derive_seed, split_indices
+from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError, instantiate_from_config
 
 
@@ -82,7 +83,20 @@ def open_folder(config: Config, folder: str) -> Any:
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
-    return instantiate_from_config(config.data, data_dir=folder)
+    dataset = instantiate_from_config(config.data, data_dir=folder)
+    if config.args.allow_unknown_text or not hasattr(dataset, "with_problems"):
+        return dataset
+    return dataset.with_problems(_unknown_captions(config, dataset.captions))
+
+
+def _unknown_captions(config: Config, captions: Sequence[str]) -> dict[str, str]:
+    """Return caption → problem, of captions of which the text encoder's tokenizer knows no word."""
+    try:
+        conditioner = instantiate_from_config(config.model["conditioner_config"])
+        reasons = texts_without_words(conditioner, captions)
+    except (InputError, KeyError):  # refused by the checks of the model, which name the section or file
+        return {}
+    return {caption: f"{reason}; {WORDS_CURE}" for caption, reason in reasons.items()}
 
 
 def _select(dataset: Any, indices: Sequence[int]) -> Any:

@@ -85,6 +85,10 @@ class LearningRate(LambdaLR):
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
         super().__init__(optimizer, lambda updates: factor(updates + 1))
 
+    def get_last_lr(self) -> list[float]:
+        """Return the rate of each group, as numbers."""
+        return [float(lr) for lr in self._last_lr]
+
     def state_dict(self) -> dict[str, int]:
         """Return the number of updates made."""
         return {"iteration": self.last_epoch}
@@ -94,4 +98,7 @@ class LearningRate(LambdaLR):
         self.last_epoch = state_dict["iteration"]
         self._last_lr = [lr * self.lr_lambdas[0](self.last_epoch) for lr in self.base_lrs]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+            if isinstance(group["lr"], torch.Tensor):  # as in torchao; compiled updates hold on to it
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

@@ -42,6 +42,12 @@ def test_temporal_patches_pad_one_latent(wanted):
     assert plan.size == (768, 1360)
 
 
+def test_even_counts_of_the_1_5_need_no_padding():
+    plan = check_sampling(SamplingArgs(sampling_num_frames=20, sampling_fps=16), PATCHED)
+    assert (plan.latents, plan.padded_latents, plan.video_frames) == (20, 20, 77)
+    assert "num_frames=161 allows it" in refusal(PATCHED, sampling_num_frames=42)
+
+
 def test_the_image_decides_the_size_of_the_1_5():
     assert check_sampling(SamplingArgs(), replace(PATCHED, in_channels=32)).size is None
     sized = SamplingArgs(sampling_image_size=(768, 768))
@@ -161,7 +167,7 @@ def test_the_dry_run_describes_the_run(load, name):
     assert rows["network"].split()[0].replace(",", "").isdigit()
     assert "VAE" in report and "2 steps" in report and "fp32 on cpu" in report
     assert "64x96" in report and ("image to video" if "i2v" in name else "text to video") in report
-    assert ("1, 9, 17, 25" if "1.5" in name else "1, 5, 9, ..., 17") in report
+    assert f"1, 5, 9, ..., {29 if '1.5' in name else 17}" in report
 
 
 def test_missing_files_are_named_together_with_their_place(load, tmp_path):

@@ -36,11 +36,15 @@ def test_the_defaults_of_a_data_set_are_judged_too():
         (ROTARY, 48, "nearest legal: data.params.max_num_frames=49; legal: 1 + multiples of 4, up to 49"),
         (ROTARY, 0, "max_num_frames=1;"),
         (ROTARY, 81, "model.network_config.params.num_frames=81 allows it"),
-        (PATCHED, 77, "nearest legal: data.params.max_num_frames=73; legal: 1 + multiples of 8, up to 81"),
+        (PATCHED, 79, "nearest legal: data.params.max_num_frames=77; legal: 1 + multiples of 4, up to 81"),
     ],
 )
 def test_frame_counts(geometry, frames, text):
     assert text in problems(geometry, max_num_frames=frames)
+
+
+def test_even_counts_of_latents_are_trained_with_a_temporal_patch_of_2():
+    assert problems(PATCHED, max_num_frames=77) == problems(PATCHED, max_num_frames=81) == ""
 
 
 def test_tables_of_positions_end():

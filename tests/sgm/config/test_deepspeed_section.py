@@ -119,7 +119,6 @@ def test_valid_sections_have_no_problems(section):
         ({"optimizer": {"param": {}}}, "optimizer.param", "did you mean 'params'"),
         ({"optimizer": {"params": [1]}}, "optimizer.params", "a mapping"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler", "args.lr_decay_style"),
-        ({"loss_scale": 0}, "loss_scale", "deepspeed.fp16.loss_scale"),
         ({"sparse_attention": {}}, "sparse_attention", "does not use it"),
         ({"compile": {}}, "compile", "args.compile=true"),
         (

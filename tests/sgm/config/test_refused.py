@@ -61,7 +61,7 @@ def test_the_place_in_the_model_is_named(override):
 
 def test_adapters_are_not_quantized():
     path = "model.network_config.params.modules.lora_config.params.qlora"
-    with pytest.raises(ConfigError, match=f"{path} .*: is True, but adapters train beside unquantized weights"):
+    with pytest.raises(ConfigError, match=f"{path} .*: is true, but adapters train beside unquantized weights"):
         load_config([ROOT / "configs" / "toy_lora.yaml"], [f"{path}=true"], mode="inference")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 
 DATE = datetime.date(2026, 1, 31)
 
@@ -71,7 +71,7 @@ def test_what_yaml_cannot_spell_fits_anything(hint):
     ],
 )
 def test_misfits_are_described_in_words(value, hint, words):
-    assert misfit(value, hint) == (f"is {value!r}", f"give {words}")
+    assert misfit(value, hint) == (f"is {spelled(value)}", f"give {words}")
 
 
 def test_braces_without_quotes_are_a_placeholder():

@@ -122,6 +122,16 @@ def test_empty_prompt_file(run, tmp_path):
     expect(run(), 2, "prompts.txt")
 
 
+def test_prompts_without_a_word_that_the_tokenizer_knows(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a {red} circle\n一个红色的圆向左移动\n", encoding="utf-8")
+    expect(
+        run("--check"), 2, "prompt 1: the tokenizer knows no word of '一个红", "'一', '个'", "args.allow_unknown_text"
+    )
+    assert run("--check", "args.allow_unknown_text=true")[0] == 0
+    (tmp_path / "prompts.txt").write_text("a {red} circle\n")
+    expect(run("--check", "args.negative_prompt=模糊"), 2, "args.negative_prompt", "knows no word of '模糊'")
+
+
 def test_frame_count_names_the_nearest_legal_ones(run):
     expect(run("args.sampling_num_frames=49"), 2, "args.sampling_num_frames", "17 video frames")
 
@@ -142,6 +152,12 @@ def test_fp16_on_a_cpu(run):
 def test_output_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     expect(run(f"args.output_dir={tmp_path / 'file' / 'out'}"), 2, "args.output_dir", "cannot be written")
+    expect(run(f"args.output_dir={tmp_path / ('x' * 256)}", "--check"), 2, "args.output_dir", "File name too long")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0_a_red_circle").write_text("in the way")
+    expect(
+        run(f"args.output_dir={tmp_path / 'mine'}", "--check"), 2, "0_a_red_circle/0' cannot be written", "no folder"
+    )
 
 
 def test_more_ranks_for_a_video_than_there_are_processes(run):

@@ -143,6 +143,15 @@ def test_cli_reports_what_cannot_be_a_path(caplog):
     assert len(caplog.messages) == 2 and all("order is prompt@@image" in message for message in caplog.messages)
 
 
+def test_cli_reports_what_the_check_refuses(caplog):
+    def check(prompt):
+        if prompt.text == "bad":
+            raise InputError("no word is known")
+
+    assert list(read_prompts_cli(False, input=answers("bad", "good"), check=check)) == [Prompt(0, "good")]
+    assert caplog.messages == ["no word is known"]
+
+
 def test_cli_asks_through_builtin_input(monkeypatch):
     monkeypatch.setattr("builtins.input", answers("a"))
     assert list(read_prompts_cli(False)) == [Prompt(0, "a")]

@@ -117,19 +117,24 @@ def test_finished_results_are_skipped_and_missing_ones_made(tiny_model, tmp_path
     assert first.stat().st_mtime_ns != stamps[0]
 
 
-def test_results_of_another_prompt_or_image_are_replaced(tiny_model, tmp_path, image):
+def test_results_of_another_prompt_or_setting_stay_unless_overwritten(tiny_model, tmp_path):
     base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
     long = "a red circle " * 12  # folder names hold 120 characters
-    for ending in ("moves left", "moves right"):
-        sample(base, out, write_prompts(tmp_path / "p.txt", [long + ending]))
-        (sidecar,) = out.glob("*/0/000000.json")
-        assert json.loads(sidecar.read_text())["prompt"] == long + ending
-    other = tmp_path / "other.png"
-    Image.new("RGB", (90, 50), "red").save(other)
-    for path in (image, other):
-        sample(tiny_model("dit_i2v_5b"), tmp_path / "i2v", write_prompts(tmp_path / "p.txt", [f"a red circle@@{path}"]))
-        (sidecar,) = (tmp_path / "i2v").glob("*/0/000000.json")
-        assert json.loads(sidecar.read_text())["image"] == str(path)
+    left, right = (write_prompts(tmp_path / f"{name}.txt", [f"{long}moves {name}"]) for name in ("left", "right"))
+    keep = "args.only_save_latents=true"
+    sample(base, out, left, keep, "args.seed=5")
+    (first,) = out.glob("*/0/000000.safetensors")
+    before = first.read_bytes()
+    sample(base, out, left, keep, "args.seed=7")
+    sample(base, out, right, keep, "args.seed=5")
+    found = {path: json.loads(path.with_suffix(".json").read_text()) for path in first.parent.glob("*.safetensors")}
+    assert first.read_bytes() == before and len(found) == 3 and found[first]["seed"] == 5
+    stamps = {path: path.stat().st_mtime_ns for path in found}
+    for prompts, seed in ((left, 5), (left, 7), (right, 5)):
+        sample(base, out, prompts, keep, f"args.seed={seed}")
+    assert {path: path.stat().st_mtime_ns for path in first.parent.glob("*.safetensors")} == stamps, "all are finished"
+    sample(base, out, right, keep, "args.seed=9", "args.overwrite=true")
+    assert json.loads(first.with_suffix(".json").read_text())["seed"] == 9 and len([*first.parent.iterdir()]) == 6
 
 
 def test_the_contact_sheet_shows_earlier_results_too(tiny_model, tmp_path):

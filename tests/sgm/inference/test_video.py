@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sgm.inference.video import contact_sheet, to_uint8, write_latents, write_video
+from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.io import write_json
 from sgm.util import RunError
 
@@ -32,6 +32,14 @@ def read_back(path):
 
 def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+
+
+@pytest.mark.parametrize("name", ["run:1/-i 100%03d\n'\udcff.mp4", "concat:a|b.mp4", "x" * 251 + ".mp4"])
+def test_any_name_of_a_file_is_written_and_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, moving_square(2, 16, 16), 8)
+    assert os.listdir(os.path.dirname(name) or ".") == [os.path.basename(name)]
+    assert read_video(name).shape == (2, 16, 16, 3)
 
 
 def test_to_uint8_rounds_clamps_and_moves_channels_last():

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,21 @@ def test_frames_of_the_2b():
     assert geometry.padded_latents(13) == 13
 
 
-def test_temporal_patch_two_counts_the_padding_frame_in_even_numbers():
+def test_temporal_patch_two_pads_odd_counts_only():
     geometry = shipped("cogvideox1.5_5b")
-    assert geometry.kept_latents(22) == geometry.kept_latents(21) == 21
-    assert geometry.padded_latents(21) == 22
-    assert geometry.video_frames(21) == 81
-    assert geometry.legal_latents() == list(range(1, 22, 2))
-    assert geometry.legal_frames() == list(range(1, 82, 8))
+    assert [geometry.kept_latents(n) for n in (1, 2, 19, 20, 21)] == [1, 2, 19, 20, 21]
+    assert [geometry.padded_latents(n) for n in (19, 20, 21)] == [20, 20, 22]
+    assert [geometry.video_frames(n) for n in (20, 21)] == [77, 81]
+    assert geometry.legal_latents() == list(range(1, 22))
+    assert geometry.legal_frames() == list(range(1, 82, 4))
+    assert geometry.num_patches(20, (768, 1360)) == geometry.num_patches(19, (768, 1360)) == 10 * 48 * 85
+
+
+def test_the_longest_video_may_be_counted_with_its_padding():
+    geometry = shipped("cogvideox1.5_5b")
+    assert geometry.kept_latents(22) == 21 and geometry.kept_latents(23) == 23
+    even = dataclasses.replace(geometry, max_latents=22)
+    assert even.kept_latents(22) == 22 and even.padded_latents(22) == 22
 
 
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b_i2v"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sgm.config.load import ConfigError, load_config
+from sgm.training.inputs.clips import open_data
 from sgm.training.main import main
 from sgm.training.prepare import prepare
 from sgm.training.run import train
@@ -35,6 +36,21 @@ def test_the_report_of_a_plan(plan, tmp_path):
     assert "LoRA of rank 4" in rows["trains"] and rows["precision"].startswith("fp32")
     assert "learning rate 0.001 (linear), ZeRO stage 0" in rows["optimizer"]
     assert not (tmp_path / "runs").exists(), "nothing is written"
+
+
+def test_captions_without_a_known_word_are_bad_clips(training_yaml, tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "b.mp4").touch()
+    (tmp_path / "a.txt").write_text("a red circle", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("一个红色的圆", encoding="utf-8")
+    for allowed in ("false", "true"):
+        words = [f"args.train_data=[{tmp_path}]", f"args.allow_unknown_text={allowed}"]
+        data = open_data(load_config(training_yaml(LORA), words, mode="train"))
+        known, unknown = data.train[0].row_reports()
+        assert known.problems == () and not unknown.uncaptioned
+        said = "".join(unknown.problems)
+        assert said.startswith("the tokenizer knows no word of '一个红色的圆'" if allowed == "false" else "")
+        assert bool(said) == (allowed == "false")
 
 
 def test_epochs_are_rounded_up_to_whole_steps(plan):

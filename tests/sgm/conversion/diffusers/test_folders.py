@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from sgm.checks.sampling import check_sampling
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.to_sat import sat_model_of
@@ -27,6 +28,7 @@ from sgm.conversion.lora_import import import_lora
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.modules.geometry import Geometry
 from sgm.util import InputError, RunError, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, read_adapter_info
 from sgm.weights.checkpoint import save_network
@@ -196,6 +198,42 @@ def test_the_pipeline_makes_the_same_video(name, tmp_path):
     assert ours.std() > 0.05, "there is a picture"
     assert math.isfinite(float(ours.sum())) and tuple(ours.shape) == tuple(theirs.shape)
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(13, 4), (9, 3)])
+@torch.no_grad()
+def test_even_counts_of_1_5_are_sampled_without_padding_as_in_diffusers(converted, frames, latents):
+    path, there, _ = converted("cogvideox1.5_5b")
+    sampler = "model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler"
+    steps = [f"model.sampler_config.params.{key}=2" for key in ("num_steps", "guider_config.params.num_steps")]
+    config = load(path, sampler, *steps, f"args.sampling_num_frames={latents}")
+    plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+    assert (plan.latents, plan.padded_latents, plan.video_frames) == (latents, 4, frames)
+
+    engine = SATVideoDiffusionEngine(**config.model, allocate=False)
+    engine.load_weights(config.args.load, dtype=torch.float32, device=torch.device("cpu"))
+    engine.sampler.discretization = DiffusersSchedule()
+    cond = {"crossattn": torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1))}
+    uncond = {"crossattn": torch.zeros(1, 6, 24)}
+    shape = (plan.latents, 16, 8, 12)
+    ours = engine.sample(cond, uncond, shape=shape, generators=[torch.Generator().manual_seed(7)], scale=3.0)
+
+    pipe = CogVideoXPipeline.from_pretrained(there, local_files_only=True, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt_embeds=cond["crossattn"],
+        negative_prompt_embeds=uncond["crossattn"],
+        latents=torch.randn(4, *shape[1:], generator=torch.Generator().manual_seed(7))[None],
+        num_frames=frames,
+        height=64,
+        width=96,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        use_dynamic_cfg=True,
+        output_type="latent",
+    ).frames
+    assert ours.shape[1] == latents and theirs.shape[1] == 4
+    torch.testing.assert_close(ours, theirs[:, 4 - latents :], rtol=0, atol=2e-5)
 
 
 class _Mean:

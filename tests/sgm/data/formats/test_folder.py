@@ -1,8 +1,16 @@
+import csv
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data_video import SFTDataset
+from sgm.data.clips import index
+from sgm.data.clips.check import write_report
 from sgm.data.formats.folder import caption_path, list_folder
+from sgm.data.formats.registry import list_rows
 from sgm.util import InputError
 
 
@@ -39,6 +47,79 @@ def test_clips_are_found_at_any_depth_and_ordered_by_path(tmp_path):
     rows = list_folder(tmp_path)
     assert [row.path.relative_to(tmp_path).as_posix() for row in rows] == sorted(clips)
     assert {(row.caption, row.problem) for row in rows} == {("a caption", None)}
+
+
+def test_suffixes_in_capitals(tmp_path):
+    put(tmp_path, "IMG_1.MP4", "IMG_1.TXT", "IMG_2.JPG", "IMG_2.TXT", "IMG_3.JPG", "a.mp4", "a.txt", "a.TXT")
+    (tmp_path / "a.TXT").write_text("not this one")
+    rows = list_folder(tmp_path)
+    assert [(row.path.name, row.caption) for row in rows] == [
+        (name, "a caption") for name in ("IMG_1.MP4", "IMG_2.JPG", "a.mp4")
+    ]
+
+
+# Whatever a file system allows in a name: bytes without a slash and a zero.
+NAMES = [
+    b"10:30:00",
+    b"file:a",
+    b"http:b",
+    b"-i",
+    b"100%03d",
+    b"[a]*?{b}",
+    b"subfile,,start,0,end,9,,:c",
+    b"concat:d|e",
+    b"c:\\clips",
+    b"back\\slash",
+    b" spaces ",
+    b"line\nbreak\r\ttab",
+    b"quote'\"`$(g)",
+    b"\xff\xfe not UTF-8",
+    "日本 \U0001f680 e\u0301".encode(),
+    b"\x1b[31mred",
+    b"~",
+    b"#&;|<>",
+    b"x" * 251,
+]
+
+
+def test_names_are_files_and_never_urls(tmp_path, monkeypatch):
+    names = [os.fsdecode(name) for name in NAMES]
+    for folder in ("take:1/videos", "take:1/labels"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in names:
+        shutil.copy("assets/toy/videos/000000.mp4", tmp_path / "take:1/videos" / f"{name}.mp4")
+        (tmp_path / f"take:1/labels/{name}.txt").write_text("a caption")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(index, "KEPT_FROM", 1)
+    clips = SFTDataset(data_dir="take:1", video_size=(16, 16), max_num_frames=1, skip_frms_num=0)
+    reports = clips.check()
+    assert {Path(report.path).stem: report.problems for report in reports} == {name: () for name in names}
+    assert len({sample["mp4"].sum().item() for sample in clips}) == 1
+    assert len({*clips.cache_keys().values()}) == len(names)
+    write_report("run:1/report.json", reports)
+    rows = json.loads(Path("run:1/report.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["path"] for row in rows] == clips.paths, "what is not UTF-8 comes back as it is on disk"
+    read = []
+    monkeypatch.setattr(index, "probe", read.append)
+    assert len(clips.clip_infos()) == len(names) and read == [], "the index knows every name"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_lists_name_any_file(kind, tmp_path, monkeypatch):
+    names = [f"{os.fsdecode(name)}.mp4" for name in NAMES if b"\xff" not in name]
+    for name in names:
+        (tmp_path / name).touch()
+    rows = [{"caption": f"caption {k}", "video": name} for k, name in enumerate(names)]
+    with (tmp_path / f"metadata.{kind}").open("w", newline="", encoding="utf-8") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, ["caption", "video"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.chdir(tmp_path)
+    found = list_rows(".")
+    assert [(row.path.name, row.problem) for row in found] == [(name, None) for name in names]
 
 
 def test_links_are_followed_and_may_form_cycles(tmp_path):

@@ -76,10 +76,41 @@ CSV = "caption,video\n"
         ("csv", CSV, ["lists no clips"]),
         ("csv", CSV + '"one\nline",a.mp4\ntwo,/b.mp4\n', ["metadata.csv:4: '/b.mp4' is an absolute path"]),
         ("csv", CSV + "one,c:b.mp4\n", ["metadata.csv:2: 'c:b.mp4' is an absolute path"]),
+        ("csv", CSV + "one,a\0.mp4\n", ["metadata.csv:2: names no file"]),
         ("csv", CSV + "one,x/../../b.mp4\n", ["metadata.csv:2: 'x/../../b.mp4' leads out of"]),
         ("csv", CSV + "one,\n", ["metadata.csv:2: names no file"]),
         ("csv", CSV + "one,a.mp4\ntwo,./a.mp4\n", ["metadata.csv:3: has the clip", "metadata.csv:2; keep one"]),
         ("csv", "id,caption,video\n7,one,a.mp4\n7,two,b.mp4\n", ["metadata.csv:3: has the id '7' of ", "csv:2"]),
+        ("json", "[\n" + "[" * 100_000 + "]" * 100_000 + "]", ["metadata.json:2: nests lists or objects 100,001 deep"]),
+        (
+            "json",
+            '{"data": [\n{"caption": "' + "[" * 3000 + '", "id": ' + "7" * 5000 + "}]}",
+            ["json:2: holds a number of 5,000"],
+        ),
+        (
+            "jsonl",
+            '{}\n{"a": ' * 2 + '{"b":' * 99_999 + "1" + "}" * 99_999 + "}\n",
+            ["jsonl:3: nests lists or objects 100,000"],
+        ),
+        (
+            "jsonl",
+            '{"caption": "one", "video": "a.mp4", "fps": ' + "7" * 4301 + "}",
+            ["metadata.jsonl:1: holds a number of 4,301"],
+        ),
+        (
+            "jsonl",
+            '{"caption": "one", "video": "a.mp4", "fps": 8, "height": 64, "width": 64, "num_frames": '
+            + "7" * 4000
+            + "}",
+            ["metadata.jsonl:1: says num_frames=77777", "give whole numbers"],
+        ),
+        ("jsonl", '{"caption": "half \\ud83d", "video": "a.mp4"}', ["jsonl:1: caption holds half of a character"]),
+        ("jsonl", '{"caption": "one", "video": "a\\ud83d/b.mp4"}', ["none of the 1 clips"]),
+        (
+            "jsonl",
+            '{"caption": ' + "[" * 400 + "]" * 400 + ', "video": "a.mp4"}',
+            ["jsonl:1: caption is [[[", "give text"],
+        ),
         ("csv", CSV + "one,/a\n" * 9, ["metadata.csv:6: ", "and 4 more"]),
         ("csv", CSV + "one,x.mp4\ntwo,y.mp4\n", ["none of the 2 clips", "x.mp4'; paths are relative to"]),
         ("csv", "text,clip\none,a.mp4\n", ["no column of videos", "its columns are text, clip", "video_column"]),
@@ -216,6 +247,48 @@ def test_faults_in_archives(tmp_path):
         archive.add(put(root, text="no JSON") / "text", "5.json")
     text = refusal(root)
     assert "000.tar, 5: holds 2 videos" in text and "000.tar/5.json: is not a JSON object" in text
+
+
+def archive_of(path: Path, **files: str) -> Path:
+    """Write an archive; two underscores in a name stand for a dot."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name.replace("__", "."))
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content.encode()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "captions"),
+    [
+        (["take 1__5x__mp4", "take 1__5x__txt"], {}, {"take 1.5x.mp4": "take 1__5x__txt"}),
+        (["a__1__mp4", "a__1__txt", "a__2__mkv", "a__2__TXT"], {}, {"a.1.mp4": "a__1__txt", "a.2.mkv": "a__2__TXT"}),
+        (["a__mp4", "a__txt", "a__2__mp4", "a__2__txt"], {}, {"a.mp4": "a__txt", "a.2.mp4": "a__2__txt"}),
+        (["IMG__MP4", "IMG__TXT"], {}, {"IMG.MP4": "IMG__TXT"}),
+        (["d__1/x__v2__1__MOV", "d__1/x__v2__1__Txt"], {}, {"d.1/x.v2.1.MOV": "d__1/x__v2__1__Txt"}),
+        (["C:1__mp4", "C:1__txt"], {}, {"C:1.mp4": "C:1__txt"}),
+        (["1__txt", "1__left__mp4", "1__right__mp4"], {"video_column": "left.mp4"}, {"1.left.mp4": "1__txt"}),
+        (["1__mp4", "1__txt", "1__b__mp4", "1__b__txt"], {"video_column": "mp4"}, {"1.mp4": "1__txt"}),
+        (
+            ["1__small__mp4", "1__long__txt"],
+            {"video_column": "small.mp4", "caption_column": "long.txt"},
+            {"1.small.mp4": "1__long__txt"},
+        ),
+    ],
+)
+def test_names_and_suffixes_in_archives(files, more, captions, tmp_path):
+    path = archive_of(tmp_path / "a.TAR", **{name: name for name in files})
+    rows = dataset(path, **more).rows
+    assert {str(row.path).removeprefix(f"{path}/"): row.caption for row in rows} == captions
+    assert [row.problem for row in rows] == [None] * len(rows) and detect(tmp_path) == "webdataset"
+
+
+def test_a_member_without_its_caption_is_named_whole(tmp_path):
+    (row,) = dataset(archive_of(tmp_path / "a.tar", **{"take 1__5x__mp4": "", "take 1__5x__xml": ""})).rows
+    assert row.problem is not None and "a.tar, take 1.5x, is empty" in row.problem
+    path = archive_of(tmp_path / "a.tar", **{"1__mp4": "", "1__json": "[" * 100_000})
+    assert "1.json: is not a JSON object: line 1: nests lists or objects 100,000 deep" in refusal(path)
 
 
 def test_faults_of_huggingface_folders(tmp_path):

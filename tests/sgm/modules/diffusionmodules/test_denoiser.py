@@ -80,7 +80,7 @@ def test_weights_are_those_of_the_nearest_level() -> None:
     ("params", "message"),
     [
         ({"discretization_config": {"target": f"{__name__}.Sigmas"}}, r"Sigmas gives .* from 0.03 to 14.6, but √ᾱ"),
-        ({"do_append_zero": True}, "do_append_zero is True, but the noise levels are √ᾱ"),
+        ({"do_append_zero": True}, "do_append_zero is true, but the noise levels are √ᾱ"),
     ],
 )
 def test_levels_that_are_no_alphas_are_refused(params: dict, message: str) -> None:

@@ -75,6 +75,33 @@ def test_prompt_of_exactly_max_length_is_not_cut(t5_dir, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("text", "characters", "wholly"),
+    [
+        ("a red ball", "", False),
+        ("", "", False),
+        ("a {red} ball 球", "{}球", False),
+        ("一个红色的球 一个", "一个红色的球", True),
+        ("🚀", "🚀", True),
+        ("?!", "?!", True),
+    ],
+)
+def test_unknown_characters_are_found(t5_dir, text, characters, wholly):
+    found = FrozenT5Embedder(str(t5_dir)).unknown_texts(["a ball", text])
+    assert {key: (value.characters, value.wholly) for key, value in found.items()} == (
+        {text: (characters, wholly)} if characters else {}
+    )
+
+
+def test_unknown_characters_are_named_in_a_warning_once(t5_dir, caplog):
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=20)
+    with caplog.at_level(logging.WARNING, logger="sgm"):
+        for _ in range(2):
+            embedder.tokenize(["a {red} ball", "a ball"])
+    assert caplog.messages == ["unknown to the tokenizer, and lost: '{', '}' (prompt: 'a {red} ball')"]
+    assert str(embedder.unknown_texts(["一二三四五六七八九十甲乙丙丁"]).popitem()[1]).endswith("'甲', '乙' and 2 more")
+
+
 def test_embedding_does_not_depend_on_the_batch(t5_dir):
     embedder = FrozenT5Embedder(str(t5_dir), max_length=20)
     alone = embedder([TEXTS[2]])

@@ -104,3 +104,15 @@ def test_a_resumed_schedule_follows_the_new_base_rate():
     now.load_state_dict(former.state_dict())
     assert former.state_dict() == {"iteration": 1}
     assert now.get_last_lr() == [0.5 * 0.8] == [group["lr"] for group in now.optimizer.param_groups]
+
+
+def test_rates_that_are_tensors_stay_tensors_and_are_reported_as_numbers():
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    schedule = LearningRate(optimizer, lambda update: 1 / update)
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [0.25] and type(schedule.get_last_lr()[0]) is float
+    schedule.load_state_dict({"iteration": 3})
+    assert optimizer.param_groups[0]["lr"] is rate and rate == 0.125
+    assert schedule.get_last_lr() == [0.125]

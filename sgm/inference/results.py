@@ -1,0 +1,179 @@
+"""Where the results of a sampling run go, and which of them are finished.
+
+``OUT/<index>_<prompt>/<k>/000000.mp4`` is sample k of a prompt, with its record ``000000.json`` beside it, which is
+written last. A finished result of other settings is never replaced, unless ``args.overwrite`` is set: the new one goes
+beside it as ``000000-<digest>.mp4``. What cannot be written there goes to ``OUT/sample-<index>-<k>-<digest>.mp4``.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sgm.config.args import SamplingArgs
+from sgm.inference.prompts import Prompt, output_folder_name
+from sgm.io import parse_json, write_json
+from sgm.log import get_logger
+from sgm.util import RunError, default
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
+
+logger = get_logger(__name__)
+
+NAME = "000000"
+SUFFIXES = (".mp4", ".safetensors")
+
+
+def sample_folder(output_dir: str | Path, prompt: Prompt, k: int) -> Path:
+    """Return the folder of sample `k` of a prompt."""
+    return Path(output_dir) / output_folder_name(prompt.index, prompt.text) / str(k)
+
+
+class Results:
+    """The files of one run.
+
+    Args:
+        args: of the run.
+        settings: name → value of what decides a sample, beside its prompt, image and seed; recorded with each result.
+    """
+
+    def __init__(self, args: SamplingArgs, settings: Mapping[str, Any]) -> None:
+        self.args, self.settings = args, settings
+        self.suffix = SUFFIXES[args.only_save_latents]
+
+    def identity(self, prompt: Prompt, k: int) -> dict[str, Any]:
+        """Return name → value of everything that decides a sample, as its record holds it."""
+        image = None if prompt.image is None else str(prompt.image)
+        return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k, **self.settings}
+
+    def finished(self, prompt: Prompt, k: int) -> Path | None:
+        """Return the finished result of a sample with these settings, or None."""
+        return next((path for path in self._places(prompt, k) if self._is_own(path, prompt, k)), None)
+
+    def place(self, prompt: Prompt, k: int) -> Path:
+        """Return the path for a sample; a result there is unfinished, of the same settings, or to be replaced."""
+        first, beside, _ = self._places(prompt, k)
+        if self.args.overwrite:
+            return first
+        return default(self.finished(prompt, k), beside if _is_taken(first) else first)
+
+    def announce(self, prompt: Prompt, k: int) -> None:
+        """Log what becomes of a finished result of other settings in the place of a sample."""
+        first = self._places(prompt, k)[0]
+        if not _is_taken(first) or self._is_own(first, prompt, k):
+            return
+        made = read_record(first) or {}
+        now = self.identity(prompt, k)
+        differ = [name for name in now if name != "config_digest" and made.get(name) != now[name]]
+        shown = [f"{name} {_shown(made.get(name))}, now {_shown(now[name])}" for name in differ]
+        shown = shown or ["another model, other weights, or an argument of the model"]
+        if self.args.overwrite:
+            logger.warning("%s was made with other settings (%s) and will be replaced", first, "; ".join(shown))
+        else:
+            beside = self.place(prompt, k).name
+            text = "%s was made with other settings (%s) and stays; %s goes beside it (args.overwrite=true replaces it)"
+            logger.warning(text, first, "; ".join(shown), beside)
+
+    def write(self, prompt: Prompt, k: int, save: Callable[[Path], None], record: Mapping[str, Any]) -> Path:
+        """Write a finished sample and its record; return its path.
+
+        Args:
+            prompt: of the sample.
+            k: its number.
+            save: writes the sample to a path, atomically.
+            record: more entries of the record.
+
+        Raises:
+            RunError: it cannot be written into the output folder; the message says where it is kept, if anywhere.
+        """
+        with _locked(sample_folder(self.args.output_dir, prompt, k)):
+            path = self.place(prompt, k)  # again: another run may have finished meanwhile
+            safe = self._places(prompt, k)[-1]
+            return write_or_keep(path, save, {**self.identity(prompt, k), **record}, beside=safe)
+
+    def _places(self, prompt: Prompt, k: int) -> tuple[Path, Path, Path]:
+        """Return the usual path of a sample, the one beside a result of other settings, and the safe one."""
+        text = json.dumps(self.identity(prompt, k), sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        folder = sample_folder(self.args.output_dir, prompt, k)
+        safe = Path(self.args.output_dir) / f"sample-{prompt.index}-{k}-{digest}{self.suffix}"
+        return folder / f"{NAME}{self.suffix}", folder / f"{NAME}-{digest}{self.suffix}", safe
+
+    def _is_own(self, path: Path, prompt: Prompt, k: int) -> bool:
+        made = read_record(path) if path.is_file() else None
+        return made is not None and all(made.get(name) == value for name, value in self.identity(prompt, k).items())
+
+
+def write_or_keep(
+    path: Path, save: Callable[[Path], None], record: Mapping[str, Any], *, beside: Path | None = None
+) -> Path:
+    """Write a finished sample and its record; where that fails, keep it elsewhere, since it cost minutes.
+
+    Args:
+        path: its place.
+        save: writes it to a path, atomically.
+        record: for the JSON file beside it, which is written last.
+        beside: another path in the output folder, tried next.
+
+    Returns:
+        The path of the two that it was written to.
+
+    Raises:
+        RunError: neither takes it; the message says where it is kept, if anywhere.
+    """
+    failure = None
+    kept = Path(tempfile.gettempdir()) / (beside.name if beside else f"{secrets.token_hex(4)}-{path.name}")
+    for place in filter(None, (path, beside, kept)):
+        try:
+            save(place)
+            write_json(place.with_suffix(".json"), record)
+        except (OSError, RunError) as error:
+            failure = failure or error
+            continue
+        if place == kept:
+            said = f"{failure}; the finished sample is kept as {kept}: move it where you want it"
+            raise RunError(said) from failure
+        if failure is not None:
+            logger.warning("%s; the sample goes beside, to %s", failure, place)
+        return place
+    raise failure if isinstance(failure, RunError) else RunError(f"{path} could not be written: {failure}")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record beside a result; None if it is missing or unreadable."""
+    try:
+        content = parse_json(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if not isinstance(value, str) or len(value) <= 60 else f"{value[:28]!r}...{value[-28:]!r}"
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether there is a finished result, as video or latents; without a record, it is a killed run's."""
+    return path.with_suffix(".json").is_file() and any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context in which no other process writes the samples of a folder; without effect where there are no locks."""
+    with contextlib.ExitStack() as stack:
+        # Network file systems lock no folders; and if the folder cannot be made, writing says so.
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

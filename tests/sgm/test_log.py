@@ -1,0 +1,58 @@
+"""Text of others on a terminal: file names, captions, prompts."""
+
+import argparse
+import io
+import sys
+
+import pytest
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sgm import cli
+from sgm.log import get_logger, printable, printable_output
+from sgm.util import InputError
+
+HOSTILE = "\x1b]0;title\x07 \x1b[2J \x9b31m \r \u202egpj \udcff.mp4"
+SHOWN = "\\x1b]0;title\\x07 \\x1b[2J \\x9b31m \\r \\u202egpj \\udcff.mp4"
+
+
+def test_control_characters_are_escaped_and_text_stays():
+    assert printable(HOSTILE) == SHOWN
+    for text in ("a red ball\n\tü 日本\u3000語 👩\u200d🚀 n\u0303", ""):
+        assert printable(text) == text
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_command_shows_no_escape_sequences(capsys, debug):
+    def work(_):
+        sys.stdout.write(f"{HOSTILE}\n")
+        get_logger("sgm.clips").warning("%s", HOSTILE)
+        with logging_redirect_tqdm(loggers=[get_logger()]):
+            get_logger().error("\r%s", HOSTILE)
+        raise InputError(f"clip {HOSTILE}") from ValueError(HOSTILE)
+
+    assert cli.run_command(work, argparse.Namespace(debug=debug)) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{SHOWN}\n" and err.count(SHOWN) == (5 if debug else 3)
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & {*out, *err}
+    assert not hasattr(sys.stdout, "_stream"), "the streams are restored"
+
+
+def test_progress_bars_still_redraw_themselves(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with printable_output(), tqdm(total=2, desc=HOSTILE) as upper, tqdm(total=2, desc="steps") as lower:
+        for bar in (upper, lower, upper, lower):
+            bar.update()
+    shown = terminal.getvalue()
+    assert "\r" in shown and "\x1b[A" in shown and SHOWN in shown
+    assert not {"\x07", "\x9b", "\u202e"} & {*shown} and "\x1b[2J" not in shown
+
+
+def test_what_the_encoding_of_a_stream_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with printable_output():
+        sys.stdout.writelines(["ü 日", "\n"])
+        sys.stdout.flush()
+    assert written.getvalue() == b"\\xfc \\u65e5\n"
