@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from sgm.conversion.diffusers.names import OUTPUT, QKV_PARTS
-from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network, write_safetensors
+from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
+from sgm.weights.checksums import write_safetensors
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import (
@@ -32,8 +33,9 @@ from sgm.weights.adapters import (
     merge_adapters,
     read_adapter_info,
 )
-from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors
+from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_weights
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
+from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
 
@@ -200,13 +202,14 @@ def merge_lora(
 
 def _network_of(file: Path) -> Tensors:
     """Return the tensors of the network in a file, by names without prefix."""
-    content = read_tensors(file)
+    content = read_weights(file)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
     if not tensors:
         raise InputError(
             f"{file} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; give a checkpoint in the SAT "
             "layout (docs/checkpoints.md)"
         )
+    require_floating(tensors)
     if len(tensors) < len(content):
         logger.info("left out %d tensors of other parts in %s", len(content) - len(tensors), file)
     return tensors
