@@ -21,7 +21,6 @@ from typing import Literal
 
 from sgm.conversion.diffusers.names import OUTPUT, QKV_PARTS
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
-from sgm.weights.checksums import write_safetensors
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import (
@@ -33,6 +32,7 @@ from sgm.weights.adapters import (
     merge_adapters,
     read_adapter_info,
 )
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_weights
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
 from sgm.weights.stored import require_floating

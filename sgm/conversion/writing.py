@@ -16,8 +16,8 @@ from sgm.io import readable_size, require_writable, write_json
 from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo
 from sgm.weights.architecture import PATCH_WEIGHT
-from sgm.weights.checksums import write_safetensors
 from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import PREFIX, WEIGHTS
 from sgm.weights.lazy import LazyTensor, num_bytes
 from sgm.weights.stored import checked_ahead

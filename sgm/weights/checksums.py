@@ -1,6 +1,6 @@
 """CRC-32 checksums in weights files: read from zip archives, read from and written to safetensors headers.
 
-``torch.save`` writes a zip archive, whose directory has the CRC-32 of every entry; ``torch.load`` does not compare them.
+``torch.save`` writes a zip archive, whose directory has the CRC-32 of every entry; ``torch.load`` does not compare it.
 The safetensors format has none. `write_safetensors` adds them to the metadata of the header, under "crc32": eight
 hexadecimal digits for the header itself (computed with zeros in their place), then eight for each tensor in the order
 of the data. Its header has spaces after separators, which those of the safetensors library do not: a file that another

@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ WEIGHTS = "mp_rank_00_model_states"
 SHARD_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
 _CURE = "copy or download it again and compare its size with the source"
+_OBJECTS_CURE = (
+    "ask for the weights as safetensors, or, if you trust the file, save its tensors alone in a script of your own"
+)
 _DIGEST_ELEMENTS = 1024
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
 
@@ -309,8 +313,29 @@ def _read_torch(path: Path, size: int, head: bytes) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
+def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
+    """Read the content of a file of torch.save, and compare all its bytes with its checksums meanwhile.
+
+    Args:
+        path: the file.
+        map_location: as for torch.load.
+        cure: the end of messages.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+    """
+    path = Path(path)
+    size, head = _read_head(path)
+    with _torch_errors(path, size, cure, cure), ThreadPoolExecutor(1) as pool:
+        check = pool.submit(damaged_entry, path) if head.startswith(b"PK") else None
+        content = torch.load(path, map_location=map_location, weights_only=True)
+        if check is not None and (entry := check.result()):
+            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (CRC-32)")
+    return content
+
+
 @contextlib.contextmanager
-def _torch_errors(path: Path, size: int, cure: str = _CURE) -> Iterator[None]:
+def _torch_errors(path: Path, size: int, cure: str = _CURE, objects_cure: str = _OBJECTS_CURE) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -320,8 +345,7 @@ def _torch_errors(path: Path, size: int, cure: str = _CURE) -> Iterator[None]:
             raise InputError(f"{path} ({size:,} bytes) is damaged and cannot be unpickled; {cure}") from error
         raise InputError(
             f"{path} holds Python objects besides tensors, which could run code, and is refused: "
-            f"{found[1] or found[2]}. Ask for the weights as safetensors; if you trust the file, save its tensors alone "
-            "in a script of your own"
+            f"{found[1] or found[2]}; {objects_cure}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0].split(". ")[0]

@@ -143,7 +143,7 @@ def _changed(tensor: torch.Tensor, checksums: Collection[int]) -> str:
     return "" if crc32(tensor) in checksums else f"is damaged: its bytes changed after it was written (CRC-32); {_CURE}"
 
 
-def kind_problem(tensor: torch.Tensor) -> str:
+def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:
     """Return why a tensor of this kind cannot be weights; empty if it can. Needs no values."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "is quantized" if tensor.is_quantized else "is sparse"
@@ -152,10 +152,10 @@ def kind_problem(tensor: torch.Tensor) -> str:
     else:
         kind = "is complex" if tensor.is_complex() else "is boolean" if tensor.dtype == torch.bool else "holds integers"
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} ({dtype}), and weights are dense floating-point numbers; get them in fp16, bf16 or fp32"
+    return f"{kind} ({dtype}), and weights are dense floating-point numbers; {cure}"
 
 
-def finite_problem(tensor: torch.Tensor) -> str:
+def finite_problem(tensor: torch.Tensor, cure: str = _CURE) -> str:
     """Return which values of a floating-point tensor are not finite; empty if all are."""
     if tensor.numel() == 0:
         return ""
@@ -167,7 +167,7 @@ def finite_problem(tensor: torch.Tensor) -> str:
     first = ", ".join(map(str, wrong[0].tolist()))
     return (
         f"holds {len(wrong):,} values that are not finite, the first is {wide[tuple(wrong[0])].item()} at [{first}]: "
-        f"the training that wrote it failed, or the file is damaged; {_CURE}"
+        f"the training that wrote it failed, or the file is damaged; {cure}"
     )
 
 
@@ -177,6 +177,13 @@ def require_floating(tensors: Tensors) -> None:
         for stored in _sources(tensor):
             if problem := kind_problem(stored.values):
                 raise InputError(f"{stored.path}: {stored.name} {problem}")
+
+
+def require_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, cure: str = _CURE) -> None:
+    """Raise InputError for the first tensor of the file `path`, already read, that cannot be weights."""
+    for name, tensor in tensors:
+        if problem := kind_problem(tensor, cure) or finite_problem(tensor, cure):
+            raise InputError(f"{path}: {name} {problem}")
 
 
 @contextlib.contextmanager

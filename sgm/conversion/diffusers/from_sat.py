@@ -16,7 +16,6 @@ from sgm.conversion import lora
 from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
-from sgm.weights.checksums import write_safetensors
 from sgm.io import write_json
 from sgm.log import get_logger
 from sgm.modules.embeddings import sincos_positions_3d
@@ -25,6 +24,7 @@ from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import is_adapter, merge_adapters, with_adapters
 from sgm.weights.architecture import POSITION_TABLE
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.match import match_autoencoder, match_network

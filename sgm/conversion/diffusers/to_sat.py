@@ -23,12 +23,12 @@ from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.writing import new_folder, total_bytes, write_network
-from sgm.weights.checksums import write_safetensors
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import check_values, read_metadata, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.match import UNUSED_TABLES

@@ -12,7 +12,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import find_resume_point, lock_folder
+from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
@@ -167,3 +167,42 @@ def test_another_order_of_the_state_is_refused(training_yaml, tmp_path):
     with pytest.raises(ConfigError, match=r"round_robin_gradients.*order 0\.0, and now it is 1\.0"):
         more = "deepspeed.zero_optimization.round_robin_gradients=true"
         start(training_yaml, tmp_path, *stage, "args.resume=auto", more)
+
+
+def test_flips_in_a_state_are_found(training_yaml, tmp_path):
+    """In each of its files."""
+    stage = ["deepspeed.zero_optimization.stage=1", "args.train_iters=2"]
+    run = start(training_yaml, tmp_path, *stage, "args.exit_interval=1").folder
+    folder = run / "resume" / "1"
+    assert {path.suffix for path in folder.iterdir()} == {".pt", ".json"}
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        place = good.index(b'"samples": ') + 11 if path.suffix == ".json" else len(good) * 3 // 5
+        flipped[place] ^= 0x01
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=rf"resume state cannot be.*{path.name}.*changed after"):
+            start(training_yaml, tmp_path, *stage, f"args.resume={run}")
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "int"])
+def test_weights_of_a_state_that_are_no_weights_are_named(tmp_path, wrong):
+    good = torch.ones(3)
+    bad = good / 0 if wrong == "nan" else good.long()
+    message = "not finite" if wrong == "nan" else r"integers \(int64\)"
+    for name, content in (
+        ("module-x", {"module": {"module-x": bad}}),
+        (r"fp32_groups\[1\]", {"optimizer_state_dict": {"single_partition_of_fp32_groups": [good, bad]}}),
+        (r"fp32_flat_groups\[0\]", {"optimizer_state_dict": {"fp32_flat_groups": [[good, bad]]}}),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=rf"{name} .*{message}.*args.resume=none"):
+            checkpoint_engine().load(str(tmp_path / "x.pt"))
+
+
+def test_a_pickle_in_a_state_is_refused_without_advice_to_load_it(tmp_path):
+    torch.save({"torch": Path("x")}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"pathlib.*args.resume=none") as caught:
+        checkpoint_engine().load(str(tmp_path / "x.pt"))
+    assert not any(word in str(caught.value) for word in ("weights_only", "safe_globals", "allowlist", "script"))

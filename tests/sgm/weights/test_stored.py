@@ -90,7 +90,7 @@ WRONG = {
     "nan": (torch.tensor([1, float("nan")]), r"holds 1 values that are not finite, the first is nan at \[1\]"),
     "inf": (
         torch.tensor([[1, 2], [float("-inf"), float("inf")]]).bfloat16(),
-        r"holds 2 values .* first is -inf at \[1, 0\]",
+        r"holds 2 values .* -inf at \[1, 0\]",
     ),
     "float8": (torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn), "holds 1 values"),
 }
