@@ -30,7 +30,7 @@ from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.checkpoint import write_latest
-from sgm.weights.files import read_state_file
+from sgm.weights.files import WEIGHTS, read_state_file
 from sgm.weights.stored import require_weights
 
 try:
@@ -180,8 +180,24 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
 
 def repair_latest(point: ResumePoint) -> None:
     """Set ``latest`` to the weights of the state, in case a process was killed between the two writes."""
-    if (point.run / str(point.iteration)).is_dir():
+    if has_weights(point):
         write_latest(point.run, point.iteration)
+
+
+def has_weights(point: ResumePoint) -> bool:
+    """Whether the run folder holds the weights of the state; somebody may have removed them."""
+    return any((point.run / str(point.iteration)).glob(f"{WEIGHTS}.*"))
+
+
+def require_weights_of(point: ResumePoint) -> None:
+    """Raise InputError if the weights of a finished run were removed."""
+    if not has_weights(point):
+        raise InputError(
+            f"{point.run} has the state of iteration {point.iteration}, its last, but its weights were removed: "
+            f"{point.run / str(point.iteration)} is missing or empty. Write them from the state: python "
+            f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {point.folder} --to sat --output_path <folder>; or "
+            "restore them, or start a new run with args.resume=none"
+        )
 
 
 def lock_folder(run: Path) -> IO[str] | None:

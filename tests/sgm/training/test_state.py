@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
+from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder
@@ -206,3 +208,20 @@ def test_a_pickle_in_a_state_is_refused_without_advice_to_load_it(tmp_path):
     with pytest.raises(InputError, match=r"pathlib.*args.resume=none") as caught:
         checkpoint_engine().load(str(tmp_path / "x.pt"))
     assert not any(word in str(caught.value) for word in ("weights_only", "safe_globals", "allowlist", "script"))
+
+
+def test_removed_weights_are_told_and_written_again(training_yaml, tmp_path, caplog):
+    run = start(training_yaml, tmp_path, "args.train_iters=2", "args.exit_interval=1").folder
+    shutil.rmtree(run / "1")
+    with caplog.at_level("WARNING"):
+        start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
+    assert "the weights of iteration 1 were removed" in caplog.text
+    trained = read_tensors(find_weights(run))
+    trained = {name: tensor.clone() for name, tensor in trained.items()}
+    shutil.rmtree(run / "2")
+    with pytest.raises(InputError, match=r"its last, but its weights were removed.*convert_weight_deepspeed2hf") as error:
+        start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
+    folder = str(error.value).partition("--checkpoint_path ")[2].partition(" ")[0]
+    convert(folder, tmp_path / "again", to="sat")
+    again = read_tensors(find_weights(tmp_path / "again"))
+    assert again.keys() == trained.keys() and all(torch.equal(again[name], trained[name]) for name in trained)
