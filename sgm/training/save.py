@@ -27,7 +27,9 @@ class Saver:
         self.saved: int | None = parts.point.iteration or None
         if self.saved is not None and not has_weights(parts.point):
             logger.warning(
-                "the weights of iteration %d were removed from %s; the next save writes its own", self.saved, parts.folder
+                "the weights of iteration %d were removed from %s; the next save writes its own",
+                self.saved,
+                parts.folder,
             )
             self.saved = None
         network = parts.engine.network

@@ -219,7 +219,9 @@ def test_removed_weights_are_told_and_written_again(training_yaml, tmp_path, cap
     trained = read_tensors(find_weights(run))
     trained = {name: tensor.clone() for name, tensor in trained.items()}
     shutil.rmtree(run / "2")
-    with pytest.raises(InputError, match=r"its last, but its weights were removed.*convert_weight_deepspeed2hf") as error:
+    with pytest.raises(
+        InputError, match=r"its last, but its weights were removed.*convert_weight_deepspeed2hf"
+    ) as error:
         start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
     folder = str(error.value).partition("--checkpoint_path ")[2].partition(" ")[0]
     convert(folder, tmp_path / "again", to="sat")
