@@ -195,8 +195,8 @@ def require_weights_of(point: ResumePoint) -> None:
         raise InputError(
             f"{point.run} has the state of iteration {point.iteration}, its last, but its weights were removed: "
             f"{point.run / str(point.iteration)} is missing or empty. Write them from the state: python "
-            f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {point.folder} --to sat --output_path <folder>; or "
-            "restore them, or start a new run with args.resume=none"
+            f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {point.folder} --to sat --output_path <folder>. "
+            "Or restore them, or start a new run with args.resume=none"
         )
 
 

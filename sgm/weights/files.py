@@ -149,6 +149,38 @@ def check_values(*paths: Path) -> None:
             tensor.check()
 
 
+def verify_file(path: Path) -> bool:
+    """Compare all bytes of a file of torch.save or safetensors, of any content, with its checksums.
+
+    Returns:
+        Whether it has checksums.
+
+    Raises:
+        InputError: it is damaged, or holds weights that are not finite; the message names every tensor.
+    """
+    size, head = _read_head(path)
+    problems, has_checksums = [], False
+    if _is_safetensors(path, head):
+        with _safetensors_errors(path, size):
+            has_checksums = safetensors_checksums(path) is not None
+    elif head.startswith(b"PK"):
+        with _torch_errors(path, size):
+            has_checksums = zip_checksums(path) is not None
+            entry = damaged_entry(path)
+        problems += [f"{path}: its entry {entry} is damaged: its bytes changed (CRC-32)"] if entry else []
+    try:
+        tensors = [*_read_stored(path).values()]
+    except InputError:
+        tensors = []  # a training state, of which only the bytes are compared
+    with checked_ahead(tensors):
+        for tensor in tensors:
+            problem = tensor.problem() if tensor.dtype.is_floating_point else tensor.changed()
+            problems += [f"{path}: {tensor.name} {problem}"] if problem else []
+    if problems:
+        raise InputError("\n".join(problems))
+    return has_checksums
+
+
 def _joined(path: Path, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = shards[0]
     size = num_shards({name: tensor.shape for name, tensor in first.items()})

@@ -90,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
         if missing or not files:
             raise InputError(f"{folder} lacks {', '.join(missing) or 'weights'}; download it again")
         return files
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = next(filter(None, (sorted(folder.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
     if len(files) != 1 or indices:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
         raise InputError(f"{folder} should hold one set of weights; found: {found}. Name the file, or tidy the folder")
