@@ -311,12 +311,12 @@ class CachedTensors(Mapping[str, torch.Tensor]):
             self._open.move_to_end(number)
             file, checksums = self._open[number]
             tensor = file.get_tensor(f"{place:06d}")
-            problem = "" if crc32(tensor) == checksums[f"{place:06d}"] else "its bytes changed (CRC-32)"
+            problem = "" if crc32(tensor) == checksums[f"{place:06d}"] else "is damaged: its bytes changed (CRC-32)"
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            problem = str(error) or "it cannot be read"
+            problem = f"cannot be read: {error}"
         if problem := problem or finite_problem(tensor, cure="encode it anew"):
             raise RunError(
-                f"{path}: the cached {self.description.kind} of '{key}' are damaged: {problem}; run {TOOL} --verify "
+                f"{path}: the cached {self.description.kind} of '{key}': this {problem}; run {TOOL} --verify "
                 "with the same configuration, which writes damaged results again"
             )
         return tensor.to(self._dtype)

@@ -164,10 +164,10 @@ def finite_problem(tensor: torch.Tensor, cure: str = _CURE) -> str:
     if torch.isfinite(wide.sum()) or all(map(torch.isfinite, wide.aminmax())):
         return ""
     wrong = (~torch.isfinite(wide)).nonzero()
-    first = ", ".join(map(str, wrong[0].tolist()))
+    first, place = wide[tuple(wrong[0])].item(), ", ".join(map(str, wrong[0].tolist()))
     return (
-        f"holds {len(wrong):,} values that are not finite, the first is {wide[tuple(wrong[0])].item()} at [{first}]: "
-        f"the training that wrote it failed, or the file is damaged; {cure}"
+        f"is not finite: {len(wrong):,} of {wide.numel():,} values are NaN or infinite, the first ({first}) at "
+        f"[{place}]; the training that wrote it failed, or the file is damaged; {cure}"
     )
 
 

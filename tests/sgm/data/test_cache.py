@@ -173,7 +173,7 @@ def test_flipped_values_are_found_when_they_are_read_and_mended_with_verify(tmp_
     flip(path, path.read_bytes().index(tensor("b").numpy().tobytes()) + 10)
     cache = CachedTensors(tmp_path, "latents")
     assert torch.equal(cache["a"], tensor("a"))
-    with pytest.raises(RunError, match=r"latents-00000.*latents of 'b' are damaged.*prepare_dataset.py --verify"):
+    with pytest.raises(RunError, match=r"latents-00000.*latents of 'b': this is damaged.*prepare_dataset.py --verify"):
         cache["b"]
     assert given.unfinished(tmp_path) == [] and given.unfinished(tmp_path, verify=True) == [0]
     assert read_shard(tmp_path, given, 0).keys() == {"a"}, "what is good is not encoded again"
@@ -192,7 +192,7 @@ def test_values_of_a_cache_that_are_not_finite_are_said_to_come_from_it(tmp_path
     begin(tmp_path, given)
     metadata = {"shard": given.identity(0)}
     write_safetensors(tmp_path / given.shard(0), {"000000": torch.full((4, 3), value)}, metadata=metadata)
-    with pytest.raises(RunError, match=r"the cached latents of 'a' are damaged: holds 12 values that are not finite"):
+    with pytest.raises(RunError, match=r"the cached latents of 'a': this is not finite: 12 of 12"):
         CachedTensors(tmp_path, "latents")["a"]
 
 

@@ -87,12 +87,12 @@ WRONG = {
     "booleans": (torch.ones(6).bool(), r"is boolean \(bool\)"),
     "complex": (torch.ones(6).to(torch.complex64), r"is complex \(complex64\)"),
     "sparse": (torch.eye(6).to_sparse(), "is sparse"),
-    "nan": (torch.tensor([1, float("nan")]), r"holds 1 values that are not finite, the first is nan at \[1\]"),
+    "nan": (torch.tensor([1, float("nan")]), r"is not finite: 1 of 2 values .*\(nan\) at \[1\]"),
     "inf": (
         torch.tensor([[1, 2], [float("-inf"), float("inf")]]).bfloat16(),
-        r"holds 2 values .* -inf at \[1, 0\]",
+        r"is not finite: 2 of 4 .*\(-inf\) at \[1, 0\]",
     ),
-    "float8": (torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn), "holds 1 values"),
+    "float8": (torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn), "is not finite: 1 of 2"),
 }
 
 
