@@ -220,8 +220,9 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
 
 
 def _load_lora(pipe: Any, file: Path, scale: float) -> None:
-    from sgm.weights.files import read_tensors
+    from sgm.weights.files import check_values, read_tensors
 
+    check_values(file)
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora", local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
     python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache
 
 With args.latent_cache and args.text_cache, training needs no decoding, VAE or T5. The same command continues after an
-interruption, and tries failed clips again.
+interruption, and tries failed clips again; with --verify it also reads all results, and mends damaged ones.
 
 Exit codes: 0 all clips are encoded, 1 some failed, 2 wrong input.
 """
@@ -30,6 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--vae", action="store_true", help="latents of clips; without a switch: --vae --text")
         parser.add_argument("--text", action="store_true", help="embeddings of captions")
         parser.add_argument("--images", action="store_true", help="latents of the first images of image-to-video")
+        parser.add_argument("--verify", action="store_true", help="read finished results; encode damaged ones again")
         parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="dtype on disk (that of the encoder)")
         parser.add_argument("--shard_mb", type=float, default=256, help="megabytes per file; a kill loses at most one")
 
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     with sgm.distributed.explain_lost_ranks():
         sgm.distributed.initialize()
         jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
-        failures = {} if options.check else run_jobs(jobs, options.out)
+        failures = {} if options.check else run_jobs(jobs, options.out, verify=options.verify)
     options.num_failed = len(failures)
     if sgm.distributed.rank() == 0:
         for job in jobs:

@@ -8,15 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from sgm.conversion.diffusers.names import QKV_PARTS
 from sgm.conversion.diffusers.to_sat import read_json
+from sgm.conversion.lora import FILE as LORA_FILE
 from sgm.conversion.lora import HEADER_KEY
+from sgm.conversion.lora_names import LoraName, parse_lora_name
 from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
-from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
 
 _MODELS = {
@@ -28,10 +33,9 @@ _MODELS = {
     "cogvideox1.5_5b": "CogVideoX1.5-5B",
     "cogvideox1.5_5b_i2v": "CogVideoX1.5-5B-I2V",
 }
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
-_DIFFUSERS_LORA = re.compile(
-    r"(?:.*?transformer_blocks\.(\d+)\.)?.*\.(?:lora_A|lora\.down|lora_down)(?:\.\w+)?\.weight"
-)
+_LORA = re.compile(r".+(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?")  # one of each pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,28 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         raise InputError(f"{path} cannot be read: {error}; correct the path or its permissions") from error
 
 
+def verify_checkpoint(path: str | Path) -> dict[str, int]:
+    """Read all bytes of a file, or of all weights and states in a folder, and compare them with their checksums.
+
+    Returns:
+        The number of files with and without checksums.
+
+    Raises:
+        InputError: tensors or entries are damaged, or weights are not finite; all of them are named.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
+    counts, problems = Counter({"with_checksums": 0, "without": 0}), []
+    for file in tqdm(files, desc="verifying", leave=False, disable=None):
+        try:
+            counts["with_checksums" if verify_file(file) else "without"] += 1
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return dict(counts)
+
+
 def _run_folder(path: Path) -> Inspection | None:
     """Describe a run of train_video.py: its newest weights and its training state."""
     if not (path / "resume" / "latest").is_file():
@@ -206,11 +232,26 @@ def _pipeline(path: Path) -> Inspection | None:
         return None
     index = read_json(path / "model_index.json")
     parts = [_weights(path / name) for name in _PIPELINE_PARTS if name in index]
+    if (path / LORA_FILE).is_file():  # --lora keep
+        parts.append(_weights(path / LORA_FILE))
     if not parts:
         raise InputError(f"{path / 'model_index.json'} names none of {', '.join(_PIPELINE_PARTS)}; copy it again")
+    return _sum(path, f"diffusers pipeline ({index.get('_class_name')})", parts)
+
+
+def _sat_model(path: Path) -> Inspection | None:
+    """Describe the folder of a model in the SAT layout, as tools/convert_weight_hf2sat.py writes it."""
+    if not (path / "model.yaml").is_file():
+        return None
+    parts = [_weights(path / name) for name in ("transformer", "vae", "t5") if (path / name).is_dir()]
+    return _sum(path, "model in the SAT layout", parts) if parts else None
+
+
+def _sum(path: Path, kind: str, parts: Sequence[Inspection]) -> Inspection:
+    """Describe a folder of several components."""
     return Inspection(
         path=str(path),
-        kind=f"diffusers pipeline ({index.get('_class_name')})",
+        kind=kind,
         candidates=parts[0].candidates,
         generation=parts[0].generation,
         num_tensors=sum(part.num_tensors for part in parts),
@@ -230,15 +271,15 @@ def _weights(path: Path) -> Inspection:
     tensors: dict[str, AnyTensor] = {}
     for file in files:
         tensors |= read_tensors(file)
-    if any(map(_DIFFUSERS_LORA.fullmatch, tensors)):
-        return _diffusers_lora(path, files[0], tensors)
+    if any(map(_LORA.fullmatch, tensors)):
+        return _foreign_lora(path, files[0], tensors)
     adapters = read_adapter_info(files[0]) if len(files) == 1 else None
     iterations = _iterations(path) if (path / "latest").is_file() else ()
     return dataclasses.replace(_described(path, tensors, adapters=adapters), iterations=iterations)
 
 
 # Order matters: a run folder contains a state and weights, and a state looks like SAT weights.
-DETECTORS: Sequence[Callable[[Path], Inspection | None]] = (_run_folder, _state, _pipeline, _weights)
+DETECTORS: Sequence[Callable[[Path], Inspection | None]] = (_run_folder, _state, _pipeline, _sat_model, _weights)
 
 
 def _iterations(path: Path) -> tuple[str, ...]:
@@ -309,24 +350,26 @@ def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | Non
     return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base)
 
 
-def _diffusers_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
-    """Describe LoRA matrices in the layout of diffusers or PEFT."""
-    matches = {name: match for name in tensors if (match := _DIFFUSERS_LORA.fullmatch(name))}
+def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
+    """Describe LoRA matrices under the names of diffusers or another tool."""
+    matches = {name: parse_lora_name(name) for name in tensors if _LORA.fullmatch(name)}
+    known = {name: each for name, each in matches.items() if isinstance(each, LoraName)}
     config = file.parent / "adapter_config.json"
     described = [read_json(config)] if config.is_file() else []
     header = read_entry(file, HEADER_KEY)
     described += [{name.rpartition(".")[2]: value for name, value in header.items()}] if header else []
     alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
     alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
-    is_peft = config.is_file() or any(name.startswith("base_model.model.") for name in matches)
+    first = next(iter(matches))
+    kinds = {"base_model.": "LoRA of PEFT", "diffusion_model.": "LoRA for ComfyUI", "lora_": "LoRA of kohya's scripts"}
+    kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "LoRA for diffusers")
+    kind = "LoRA of PEFT" if config.is_file() else kind
     lora = LoraFacts(
         rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
-        layers=tuple(sorted({int(match[1]) for match in matches.values() if match[1]})),
+        layers=tuple(sorted({each.layer for each in known.values()})),
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
     )
-    widths = {tensors[name].shape[1] for name in matches if name.endswith(".weight") and ".to_q." in name}
+    widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
-    return _counted(
-        path, "LoRA of PEFT" if is_peft else "LoRA for diffusers", tensors, lora=lora, candidates=candidates
-    )
+    return _counted(path, kind, tensors, lora=lora, candidates=candidates)

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from sgm.conversion.diffusers.names import OUTPUT, QKV_PARTS
-from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network, write_safetensors
+from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
 from sgm.log import get_logger
-from sgm.util import InputError
+from sgm.util import InputError, default
 from sgm.weights.adapters import (
     Pair,
     adapter_pairs,
@@ -32,14 +34,18 @@ from sgm.weights.adapters import (
     merge_adapters,
     read_adapter_info,
 )
-from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors
+from sgm.weights.checksums import write_safetensors
+from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_weights
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
+from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
 
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
 KEY_PREFIX = "transformer."  # prefix of names in diffusers pipelines
+Style = Literal["diffusers", "comfyui"]
+STYLES: dict[Style, str] = {"diffusers": KEY_PREFIX, "comfyui": "diffusion_model."}  # prefixes of names
 
 # Adapted projections of a SAT layer → modules of a diffusers block, one per pair, in order.
 TARGETS = {"attention.query_key_value": QKV_PARTS, "attention.dense": (OUTPUT,)}
@@ -94,7 +100,7 @@ def read_lora(
 
 
 def adapters_to_diffusers(
-    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX
+    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX, alphas: bool = False
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Translate LoRA adapters to the names and header that ``load_lora_weights`` of diffusers reads.
 
@@ -104,6 +110,7 @@ def adapters_to_diffusers(
         tensors: including the LoRA matrices.
         alpha: numerator of the scale.
         key_prefix: of the names, also in the header.
+        alphas: write a tensor ``<module>.alpha`` for each pair, which ComfyUI reads instead of the header.
 
     Returns:
         The tensors, and the metadata for the header of their safetensors file.
@@ -124,6 +131,8 @@ def adapters_to_diffusers(
             modules.append(f"transformer_blocks.{layer}.{part}")
             for kind, matrix in zip("AB", pair, strict=True):
                 result[f"{key_prefix}{modules[-1]}.lora_{kind}.weight"] = LazyTensor((matrix,))
+            if alphas:
+                result[f"{key_prefix}{modules[-1]}.alpha"] = LazyTensor((torch.tensor(float(alpha)),))
     if not result:
         raise InputError("every LoRA matrix is zero: there is nothing to write; give the adapters of a training")
     alpha = int(alpha) if float(alpha).is_integer() else alpha
@@ -132,14 +141,20 @@ def adapters_to_diffusers(
 
 
 def export_lora(
-    path: str | Path, folder: str | Path, *, key_prefix: str = KEY_PREFIX, alpha: float | None = None
+    path: str | Path,
+    folder: str | Path,
+    *,
+    style: Style = "diffusers",
+    key_prefix: str | None = None,
+    alpha: float | None = None,
 ) -> Path:
     """Write the adapters of a checkpoint as a diffusers LoRA file.
 
     Args:
         path: see `read_lora`.
         folder: to create; gets only the file.
-        key_prefix: of the names.
+        style: whose names and alphas: in the header for diffusers, as tensors for ComfyUI.
+        key_prefix: of the names; None for that of the style.
         alpha: see `read_lora`.
 
     Returns:
@@ -149,15 +164,19 @@ def export_lora(
         InputError: the adapters cannot be read, or the folder exists or cannot be written to.
     """
     check_new_folder(folder)
+    key_prefix = default(key_prefix, STYLES[style])
     if key_prefix and not key_prefix.endswith("."):
         raise InputError(f"--key_prefix is '{key_prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
     lora = read_lora(path, alpha=alpha, network=False)
-    tensors, metadata = adapters_to_diffusers(lora.tensors, alpha=lora.alpha, key_prefix=key_prefix)
+    tensors, metadata = adapters_to_diffusers(
+        lora.tensors, alpha=lora.alpha, key_prefix=key_prefix, alphas=style == "comfyui"
+    )
+    num_pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     with new_folder(folder, need_bytes=total_bytes(tensors)) as temporary:
         write_safetensors(temporary / FILE, tensors, metadata=metadata)
-    if key_prefix != KEY_PREFIX:
+    if style == "diffusers" and key_prefix != KEY_PREFIX:
         logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", key_prefix, KEY_PREFIX)
-    logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, len(tensors) // 2)
+    logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)
     return Path(folder) / FILE
 
 
@@ -200,13 +219,14 @@ def merge_lora(
 
 def _network_of(file: Path) -> Tensors:
     """Return the tensors of the network in a file, by names without prefix."""
-    content = read_tensors(file)
+    content = read_weights(file)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
     if not tensors:
         raise InputError(
             f"{file} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; give a checkpoint in the SAT "
             "layout (docs/checkpoints.md)"
         )
+    require_floating(tensors)
     if len(tensors) < len(content):
         logger.info("left out %d tensors of other parts in %s", len(content) - len(tensors), file)
     return tensors

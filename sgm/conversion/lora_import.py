@@ -1,19 +1,12 @@
-"""Import LoRA adapters from diffusers, finetrainers, cogvideox-factory or PEFT into a SAT checkpoint.
+"""Import LoRA adapters of other training tools into a SAT checkpoint.
 
-All of them adapt the modules of a CogVideoXTransformer3DModel, with similar names::
-
-    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.lora_{A,B}[.<adapter>].weight
-    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.{lora.down, lora.up, lora_down, lora_up}.weight
-    [base_model.model.][transformer.]transformer_blocks.<i>.<module>.alpha
-
-The rank is inferred from the shapes; for alpha see `_alpha`. For the other direction and
-the layout in SAT see `sgm.conversion.lora`.
+Their names are brought to one form by `sgm.conversion.lora_names`. The rank is inferred from the shapes; for alpha see
+`_alpha`. For the other direction and the layout in SAT see `sgm.conversion.lora`.
 """
 
 import copy
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +15,16 @@ from typing import Any
 import torch
 
 from sgm.config.load import Config
-from sgm.conversion.lora import FILE, HEADER_KEY, KEY_PREFIX, TARGETS
+from sgm.conversion.lora import FILE, HEADER_KEY, TARGETS
+from sgm.conversion.lora_names import PARTS, LoraName, parse_lora_name
 from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_file, read_tensors, weights_digest
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_shards, read_tensors, weights_digest
 from sgm.weights.match import match_network
+from sgm.weights.stored import StoredTensor, require_floating
 
 logger = get_logger(__name__)
 
@@ -38,21 +33,6 @@ _FILES = (FILE, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapte
 _PEFT_CONFIG = "adapter_config.json"
 _FINETRAINERS_KEY = "lora_config"
 
-_PREFIX = r"(?:base_model\.model\.)?(?:transformer\.)?"
-_MATRIX = re.compile(
-    _PREFIX + r"transformer_blocks\.(\d+)\.(.+?)\."
-    r"(?:(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(?:\.\w+)?\.weight|alpha)"
-)
-_SIDES = {
-    "lora_A": "A",
-    "lora.down": "A",
-    "lora_down": "A",
-    "lora_B": "B",
-    "lora.up": "B",
-    "lora_up": "B",
-    None: "alpha",
-}
-_PARTS = tuple(part for parts in TARGETS.values() for part in parts)
 # Initialisations that also change the base: the adapters do not match the released one.
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -116,9 +96,9 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None) -> Diff
         missing = [side for side in "AB" if side not in matrices]
         if missing:
             raise InputError(f"{file} lacks lora_{missing[0]} of {_name(module)}; copy or save it again")
-        pairs[module] = (matrices["A"], matrices["B"])
+        pairs[module] = (matrices["A"].compute(), matrices["B"].compute())
     rank = _rank(file, pairs)
-    stored = {module: float(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
+    stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
     return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha), pairs=pairs)
 
 
@@ -176,33 +156,31 @@ def import_lora(
     return Path(folder) / "1" / f"{WEIGHTS}.pt"
 
 
-def _matrices(file: Path) -> dict[Module, dict[str, torch.Tensor]]:
+def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
     """Return the tensors "A", "B" and "alpha" of each adapted module."""
-    content = read_file(file)
-    dora = [name for name in content if "magnitude" in name or "dora_scale" in name]
-    if dora:
-        raise InputError(f"{file} holds DoRA (e.g. {dora[0]}), which has no counterpart in SAT; train plain LoRA")
-    matches = {name: _MATRIX.fullmatch(name) for name in content}
-    unknown = [name for name, match in matches.items() if match is None]
+    (content,) = read_shards(file)
+    parsed = {name: parse_lora_name(name) for name in content}
+    unknown = {name: reason for name, reason in parsed.items() if isinstance(reason, str)}
     if unknown:
-        raise InputError(
-            f"{file} holds tensors that are no LoRA of a CogVideoX transformer: {_listed(unknown)}; expected e.g. "
-            f"{KEY_PREFIX}transformer_blocks.0.attn1.to_q.lora_A.weight"
-        )
-    found: dict[Module, dict[str, torch.Tensor]] = {}
-    for name, match in matches.items():
-        assert match is not None
-        own = found.setdefault((int(match[1]), match[2]), {})
-        side = _SIDES[match[3]]
-        if side in own:
-            raise InputError(f"{file} holds {name} twice, under other names; save one adapter in a file")
-        own[side] = content[name]
-    others = sorted({part for _, part in found} - set(_PARTS))
+        name, reason = next(iter(unknown.items()))
+        more = f"; nor can {len(unknown) - 1} more: {_listed([*unknown][1:])}" if len(unknown) > 1 else ""
+        raise InputError(f"{file}: {name} cannot be taken: {reason}{more}")
+    found: dict[Module, dict[str, StoredTensor]] = {}
+    for name, known in parsed.items():
+        assert isinstance(known, LoraName)
+        own = found.setdefault((known.layer, known.module), {})
+        if known.side in own:
+            other = own[known.side].name
+            raise InputError(f"{file} holds {name} twice, under other names ({other}); save one adapter in a file")
+        own[known.side] = content[name]
+    others = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in PARTS}
     if others:
         raise InputError(
-            f"{file} adapts {_listed(others)}; SAT has adapters on {', '.join(_PARTS)} only, and leaving others out "
-            "would change the result: train with these target modules alone, or merge the LoRA with diffusers"
+            f"{file} adapts {_listed(sorted(others))}; SAT has adapters on {', '.join(PARTS)} only, and leaving others "
+            f"out, e.g. {next(iter(others.values()))}, would change the result: train with these target modules alone, "
+            "or merge the LoRA with diffusers"
         )
+    require_floating({each.name: each for own in found.values() for side, each in own.items() if side != "alpha"})
     return found
 
 
@@ -245,7 +223,11 @@ def _alpha(
     for source, config in _configs(file):
         _require_plain(file, source, config, rank)
         if config.get("lora_alpha") is not None:
-            found[source] = float(config["lora_alpha"])
+            try:
+                found[source] = float(config["lora_alpha"])
+            except (TypeError, ValueError) as error:
+                wrong = f"{file}: lora_alpha is {config['lora_alpha']!r} in {source}; expected a number above 0"
+                raise InputError(wrong) from error
         if "use_rslora" in config:
             rslora[source] = bool(config["use_rslora"])
     if stored:
@@ -271,6 +253,14 @@ def _alpha(
     return alpha * math.sqrt(rank) if any(rslora.values()) else alpha  # rsLoRA scales by alpha / sqrt(r)
 
 
+def _number(alpha: StoredTensor) -> float:
+    """Return the value of an alpha tensor, of any kind."""
+    value = alpha.of_any_kind().compute()
+    if value.numel() != 1 or value.is_complex():
+        raise InputError(f"{alpha.path}: {alpha.name} has the shape {tuple(value.shape)}; expected one number")
+    return float(value)
+
+
 def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
     """Return the common alpha of all modules; a module without one has alpha = rank (scale 1)."""
     names: dict[float, list[str]] = {}
@@ -287,7 +277,7 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key in (HEADER_KEY, _FINETRAINERS_KEY):
         entry = read_entry(file, key)
         if isinstance(entry, Mapping):
-            yield f"its header ({key})", {re.sub(f"^{_PREFIX}", "", name): value for name, value in entry.items()}
+            yield f"its header ({key})", {name.rpartition(".")[2]: value for name, value in entry.items()}
     beside = file.parent / _PEFT_CONFIG
     if beside.is_file():
         try:

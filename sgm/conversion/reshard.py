@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sgm.conversion.writing import check_new_folder, new_folder
-from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import ENTRY
-from sgm.weights.checkpoint import owned, write_latest
+from sgm.weights.checkpoint import write_latest, write_tensors
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import (
     CONTAINERS,
     SHARD_NAME,
@@ -22,11 +21,12 @@ from sgm.weights.files import (
     read_entry,
     read_metadata,
     read_shards,
-    read_tensors,
+    read_weights,
     shard_name,
 )
-from sgm.weights.lazy import Tensors, meta
+from sgm.weights.lazy import LazyTensor, Tensors, compute, meta
 from sgm.weights.partition import Shard, partition_of, take_shard
+from sgm.weights.stored import checked_ahead, require_floating
 
 logger = get_logger(__name__)
 
@@ -52,7 +52,8 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
     """
     check_new_folder(folder)
     file = find_weights(path)
-    whole = read_tensors(file)
+    whole = read_weights(file)
+    require_floating(whole)
     _require_divisible(file, whole, size)
     _require_equal(file, read_shards(file))
     iteration = file.parent.name if SHARD_NAME.fullmatch(file.name) else "1"
@@ -85,12 +86,12 @@ def _require_divisible(file: Path, whole: Tensors, size: int) -> None:
         )
 
 
-def _require_equal(file: Path, shards: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _require_equal(file: Path, shards: Sequence[Mapping[str, LazyTensor]]) -> None:
     """Refuse shards with different replicated tensors: they come from different runs, or from ranks that diverged."""
     for name, first in shards[0].items():
         if partition_of(name) is None:
             for index, other in enumerate(shards[1:], start=1):
-                if other[name].dtype != first.dtype or not torch.equal(other[name], first):
+                if other[name].dtype != first.dtype or not torch.equal(compute(other[name]), compute(first)):
                     raise InputError(
                         f"the shards in {file.parent} do not belong together: {name}, which is replicated, differs "
                         f"between mp_rank_00 and mp_rank_{index:02d}; give the files of one run"
@@ -107,9 +108,9 @@ def _extras(file: Path) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, whole: Tensors, shard: Shard, extras: Mapping[str, Any]) -> None:
-    tensors = {name: owned(take_shard(name, tensor, shard)) for name, tensor in whole.items()}
-    with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata=dict(extras) or None)
-        else:
-            torch.save({"module": tensors, **extras}, temporary)
+    with checked_ahead(whole.values() if shard.size == 1 else ()):
+        tensors = {name: take_shard(name, tensor, shard) for name, tensor in whole.items()}
+    if path.suffix == ".safetensors":
+        write_safetensors(path, tensors, metadata=extras)
+    else:
+        write_tensors(path, "module", tensors, extras)

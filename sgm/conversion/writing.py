@@ -1,8 +1,4 @@
-"""Write the output of a conversion: safetensors one tensor at a time, folders atomically.
-
-The safetensors library needs all tensors of a file in memory. This module writes the format (a JSON header with
-offsets, then the data) one tensor at a time.
-"""
+"""Write the output of a conversion: files of one tensor at a time, folders atomically."""
 
 import contextlib
 import json
@@ -13,30 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from sgm.io import atomic_file, readable_size, require_writable, write_json
+from sgm.io import readable_size, require_writable, write_json
 from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import PREFIX, WEIGHTS
 from sgm.weights.lazy import LazyTensor, num_bytes
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from sgm.weights.stored import checked_ahead
 
 
 @contextlib.contextmanager
@@ -86,35 +70,6 @@ def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
         )
 
 
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, LazyTensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write one ``.safetensors`` file, with one tensor in memory at a time.
-
-    Args:
-        path: the file.
-        tensors: by name.
-        metadata: for the header; ``format: pt``, which readers expect, is added.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written to; no partial file is left.
-    """
-    metas = {name: tensor.meta() for name, tensor in tensors.items()}
-    names = sorted(metas, key=lambda name: (-metas[name].element_size(), name))  # keeps every tensor aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in names:
-        meta, start, end = metas[name], end, end + metas[name].nbytes
-        header[name] = {"dtype": _DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic_file(path, need_bytes=8 + len(head) + end) as temporary, temporary.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
-        for name in names:
-            file.write(tensors[name].compute().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def write_network(
     folder: Path,
     iteration: int,
@@ -139,10 +94,11 @@ def write_network(
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}
     entries = {} if adapters is None else {ENTRY: adapters.to_entry()}
     path = folder / str(iteration) / f"{WEIGHTS}.{file_format}"
-    if file_format == "pt":
-        write_tensors(path, "module", {name: tensor.compute() for name, tensor in named.items()}, entries)
-    else:
-        write_safetensors(path, named, metadata={name: json.dumps(entry) for name, entry in entries.items()})
+    with checked_ahead(named.values()):
+        if file_format == "pt":
+            write_tensors(path, "module", {name: tensor.compute() for name, tensor in named.items()}, entries)
+        else:
+            write_safetensors(path, named, metadata={name: json.dumps(entry) for name, entry in entries.items()})
     write_latest(folder, iteration)
 
 
@@ -170,7 +126,9 @@ def write_shards(
     metas = {name: tensors[name].meta() for name in sorted(tensors)}  # independent of the input order
     split = split_torch_state_dict_into_shards(metas, filename_pattern=pattern, max_shard_size=max_shard_size)
     for name, names in tqdm(split.filename_to_tensors.items(), desc=folder.name, leave=False, disable=None):
-        write_safetensors(folder / name, {each: tensors[each] for each in names}, metadata=metadata)
+        own = {each: tensors[each] for each in names}
+        with checked_ahead(own.values()):
+            write_safetensors(folder / name, own, metadata=metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -5,9 +5,13 @@ first images of image-to-video; ``text``, embeddings of captions. Each kind has 
 shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. Shards are
 written atomically: a kind is complete when no shard is missing, and its bytes are independent of interruptions and of
 the number of processes.
+
+The header of a shard says which one it is, and has the CRC-32 of every result. Sizes and headers of all shards are
+checked when a cache is opened, and results when they are read.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -19,19 +23,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sgm.data.rows import ClipFile, listed
-from sgm.io import atomic_file, write_json
+from sgm.io import write_json
 from sgm.util import PRECISIONS, InputError, RunError
+from sgm.weights.checksums import crc32, read_header, safetensors_checksums, write_safetensors
+from sgm.weights.stored import finite_problem
 
 Kind = Literal["latents", "images", "text"]
 KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"write the cache again with {TOOL}"
-_FORMAT = 2  # increment when the files or the decoded frames change
+_FORMAT = 4  # increment when the files or the decoded frames change
+_MISSING = "it is missing"
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 
 
@@ -62,15 +70,50 @@ class Description:
         """Return the file name of the failures of a shard; most shards have none."""
         return f"{self.kind}-{number:05d}.failed.json"
 
-    def missing(self, folder: Path) -> list[int]:
-        """Return the numbers of shards that `folder` does not have."""
-        there = _names(folder)
-        return [number for number in range(len(self.shards)) if self.shard(number) not in there]
+    def identity(self, number: int) -> str:
+        """Return the digest of all that a shard depends on; it is in its header."""
+        content = [self.kind, number, self.dtype, self.source, self.shards[number]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def unfinished(self, folder: Path) -> list[int]:
-        """Return the numbers of shards that are missing or have failures."""
-        there = _names(folder)
-        return [n for n in range(len(self.shards)) if self.shard(n) not in there or self.failed(n) in there]
+    def problems(self, folder: Path) -> dict[int, str]:
+        """Return number → problem of the shards that `folder` lacks, or whose size or header is wrong."""
+        found = {number: self.problem(folder, number) for number in range(len(self.shards))}
+        return {number: problem for number, problem in found.items() if problem}
+
+    def problem(self, folder: Path, number: int) -> str:
+        """Return why a shard in `folder` cannot be used, by its size and header; empty if it can."""
+        path = folder / self.shard(number)
+        try:
+            raw = read_header(path)
+            checksums = safetensors_checksums(path)
+            header = json.loads(raw)
+            metadata = header.pop("__metadata__", {})
+            size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)
+            if path.stat().st_size != size:
+                return f"it has {path.stat().st_size:,} bytes, and its header says {size:,}"
+            if checksums is None or metadata.get("shard") != self.identity(number):
+                return "it is another shard, or was not written by this tool"
+        except FileNotFoundError:
+            return _MISSING
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    def missing(self, folder: Path) -> list[int]:
+        """Return the numbers of shards that `folder` does not have, or whose size or header is wrong."""
+        return list(self.problems(folder))
+
+    def unfinished(self, folder: Path, *, verify: bool = False) -> list[int]:
+        """Return the numbers of shards that are missing or have failures; with `verify`, or damaged results."""
+        there, missing = _names(folder), self.problems(folder)
+        damaged = [
+            number
+            for number in range(len(self.shards) if verify else 0)
+            if number not in missing and self.failed(number) not in there
+            if len(read_shard(folder, self, number)) < len(self.shards[number])
+        ]
+        failed = [number for number in range(len(self.shards)) if self.failed(number) in there]
+        return sorted({*missing, *failed, *damaged})
 
     def failures(self, folder: Path) -> dict[str, str]:
         """Return key → reason of the failures in `folder`.
@@ -83,10 +126,13 @@ class Description:
         for number in range(len(self.shards)):
             if (name := self.failed(number)) in there:
                 try:
-                    failures |= json.loads((folder / name).read_text(encoding="utf-8"))
+                    failures |= _FAILURES.validate_json((folder / name).read_bytes())
                 except (OSError, ValueError) as error:
-                    raise InputError(f"{folder / name} cannot be read: {error}; {_REWRITE}") from error
+                    raise InputError(f"{folder / name} cannot be read: {_reason(error)}; {_REWRITE}") from error
         return failures
+
+
+_VERSION, _FAILURES, _DESCRIPTION = (TypeAdapter(kind) for kind in (dict[str, Any], dict[str, str], Description))
 
 
 def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
@@ -145,38 +191,36 @@ def write_shard(
     for place, (key, result) in enumerate(zip(description.shards[number], results, strict=True)):
         if isinstance(result, str):
             failures[key] = result
+            continue
+        stored = result.detach().to(PRECISIONS[description.dtype]).cpu()
+        if torch.isfinite(stored).all():
+            tensors[f"{place:06d}"] = stored
         else:
-            tensors[f"{place:06d}"] = result.detach().to(PRECISIONS[description.dtype]).cpu().contiguous()
+            failures[key] = f"its encoding is not finite in {description.dtype}"
     path, failed = folder / description.shard(number), folder / description.failed(number)
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be replaced: {error.strerror}; remove it") from error
     if failures:  # before the shard, whose existence marks completion
         write_json(failed, failures)
     else:
         failed.unlink(missing_ok=True)
-    need = sum(tensor.nbytes for tensor in tensors.values())
-    with atomic_file(path, need_bytes=need) as temporary:
-        save_file(tensors, temporary)
+    write_safetensors(path, tensors, metadata={"shard": description.identity(number)})
     return failures
 
 
 def read_shard(folder: Path, description: Description, number: int) -> dict[str, torch.Tensor]:
-    """Return key → result of a shard in the stored dtype; none if the file is missing.
-
-    Raises:
-        RunError: it is damaged.
-    """
+    """Return key → result of a shard in the stored dtype, without damaged ones; none if the file is missing."""
     path = folder / description.shard(number)
-    if not path.is_file():
+    if description.problem(folder, number):
         return {}
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    return {description.shards[number][int(place)]: tensor for place, tensor in tensors.items()}
-
-
-def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path} is damaged: {error}; remove it, and run {TOOL} again to rewrite it")
+    checksums = safetensors_checksums(path) or {}
+    return {
+        description.shards[number][int(place)]: tensor
+        for place, tensor in load_file(path).items()
+        if crc32(tensor) == checksums.get(place) and not finite_problem(tensor)
+    }
 
 
 def read_description(folder: Path, kind: Kind) -> Description:
@@ -187,20 +231,24 @@ def read_description(folder: Path, kind: Kind) -> Description:
     """
     path = folder / f"{kind}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"it has the format {content['format']}, and this version reads {_FORMAT}")
-        shards = tuple(tuple(shard) for shard in content["shards"])
-        shapes, left_out = tuple(content["shapes"]), tuple(content["left_out"])
-        if shapes and len(shapes) != sum(map(len, shards)):
-            raise ValueError(f"{len(shapes)} shapes of {sum(map(len, shards))} clips")
-        return Description(kind, content["dtype"], content["source"], shards, shapes, left_out)
+        text = path.read_bytes()
+        written = _VERSION.validate_json(text).get("format")
+        if written != _FORMAT:
+            raise ValueError(f"it has the format {written}, and this version reads {_FORMAT}")
+        found = _DESCRIPTION.validate_json(text)
+        if (wrong := found.source.get("precision")) not in PRECISIONS or (wrong := found.dtype) not in PRECISIONS:
+            raise ValueError(f"it has the precision {wrong}, expected one of {', '.join(PRECISIONS)}")
+        if found.kind != kind:
+            raise ValueError(f"it describes {found.kind}, not {kind}")
+        if found.shapes and len(found.shapes) != sum(map(len, found.shards)):
+            raise ValueError(f"{len(found.shapes)} shapes of {sum(map(len, found.shards))} clips")
+        return found
     except FileNotFoundError as error:
         there = [name for name in KINDS if (folder / f"{name}.json").is_file()]
         found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
         raise InputError(f"'{folder}' has no {path.name}: {found}; {TOOL} makes it") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; {_REWRITE}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}; {_REWRITE}") from error
 
 
 class CachedTensors(Mapping[str, torch.Tensor]):
@@ -223,11 +271,17 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     def __init__(self, folder: str | Path, kind: Kind) -> None:
         self.folder = Path(folder).expanduser()
         self.description = read_description(self.folder, kind)
-        missing, num = self.description.missing(self.folder), len(self.description.shards)
+        problems, num = self.description.problems(self.folder), len(self.description.shards)
+        missing = [number for number, problem in problems.items() if problem == _MISSING]
         if missing:
             raise InputError(
                 f"'{self.folder}' is not finished: {len(missing)} of {num} shards of {kind} are missing, first "
                 f"{self.description.shard(missing[0])}; the same command of {TOOL} goes on where it ended"
+            )
+        for number, problem in problems.items():
+            raise InputError(
+                f"{self.folder / self.description.shard(number)} is damaged: {problem}; the same command of {TOOL} "
+                "writes it again"
             )
         self.failures = self.description.failures(self.folder)
         self.shapes = self.description.shape_of()
@@ -245,19 +299,27 @@ class CachedTensors(Mapping[str, torch.Tensor]):
 
         Raises:
             KeyError: unknown or failed.
-            RunError: its shard is damaged.
+            RunError: it is damaged or not finite.
         """
         number, place = self._places[key]
         path = self.folder / self.description.shard(number)
         try:
             if number not in self._open:
-                self._open[number] = safe_open(path, framework="pt")
+                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or {}
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
-            return self._open[number].get_tensor(f"{place:06d}").to(self._dtype)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            file, checksums = self._open[number]
+            tensor = file.get_tensor(f"{place:06d}")
+            problem = "" if crc32(tensor) == checksums[f"{place:06d}"] else "is damaged: its bytes changed (CRC-32)"
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            problem = f"cannot be read: {error}"
+        if problem := problem or finite_problem(tensor, cure="encode it anew"):
+            raise RunError(
+                f"{path}: the cached {self.description.kind} of '{key}': this {problem}; run {TOOL} --verify "
+                "with the same configuration, which writes damaged results again"
+            )
+        return tensor.to(self._dtype)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -297,6 +359,15 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 f"the {kind} in '{self.folder}' were made with other settings or data; run {TOOL} with the present "
                 f"configuration and data, and another --out:\n{listed(found)}"
             )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first fault that pydantic found, or the message of another error."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place}: {fault['msg']}" if place else fault["msg"]
 
 
 def differences(cached: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inp
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.prepare import prepare
 from sgm.training.save import Saver
-from sgm.training.state import repair_latest
+from sgm.training.state import repair_latest, require_weights_of
 from sgm.training.step import (
     StepFlags,
     StopSignals,
@@ -88,6 +88,7 @@ def train(config: Config) -> Summary:
     sgm.distributed.initialize(mesh=plan.mesh)
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         if sgm.distributed.rank() == 0:
+            require_weights_of(plan.resume)
             repair_latest(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)

@@ -11,7 +11,7 @@ import sgm.distributed
 from sgm.log import get_logger
 from sgm.training.build import Parts
 from sgm.training.optim.optimizer import full_ema
-from sgm.training.state import save_state
+from sgm.training.state import has_weights, save_state
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
 from sgm.weights.files import PREFIX
@@ -25,6 +25,13 @@ class Saver:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.args = parts, parts.plan.args
         self.saved: int | None = parts.point.iteration or None
+        if self.saved is not None and not has_weights(parts.point):
+            logger.warning(
+                "the weights of iteration %d were removed from %s; the next save writes its own",
+                self.saved,
+                parts.folder,
+            )
+            self.saved = None
         network = parts.engine.network
         self.names = parts.plan.trainable.names
         if not parts.plan.trainable.adapters or self.args.save_full:

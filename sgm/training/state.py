@@ -12,12 +12,11 @@ Beside the weights, a run folder holds the state of the newest checkpoint::
 import dataclasses
 import json
 import os
-import pickle
 import random
 import re
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +30,8 @@ from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.checkpoint import write_latest
+from sgm.weights.files import WEIGHTS, read_state_file
+from sgm.weights.stored import require_weights
 
 try:
     import fcntl
@@ -179,8 +180,24 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
 
 def repair_latest(point: ResumePoint) -> None:
     """Set ``latest`` to the weights of the state, in case a process was killed between the two writes."""
-    if (point.run / str(point.iteration)).is_dir():
+    if has_weights(point):
         write_latest(point.run, point.iteration)
+
+
+def has_weights(point: ResumePoint) -> bool:
+    """Whether the run folder holds the weights of the state; somebody may have removed them."""
+    return any((point.run / str(point.iteration)).glob(f"{WEIGHTS}.*"))
+
+
+def require_weights_of(point: ResumePoint) -> None:
+    """Raise InputError if the weights of a finished run were removed."""
+    if not has_weights(point):
+        raise InputError(
+            f"{point.run} has the state of iteration {point.iteration}, its last, but its weights were removed: "
+            f"{point.run / str(point.iteration)} is missing or empty. Write them from the state: python "
+            f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {point.folder} --to sat --output_path <folder>. "
+            "Or restore them, or start a new run with args.resume=none"
+        )
 
 
 def lock_folder(run: Path) -> IO[str] | None:
@@ -221,6 +238,8 @@ def _read_point(run: Path) -> ResumePoint:
         iteration = int(path.read_text(encoding="utf-8"))
         path = run / FOLDER / str(iteration) / "resume.json"
         content = json.loads(path.read_text(encoding="utf-8"))
+        if (digest := content.pop("digest", None)) is not None and digest != digest_of(content):
+            raise ValueError("it was changed after it was written (its digest differs)")
         return ResumePoint(run=run, **{**content, "files": tuple(content["files"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
@@ -244,6 +263,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     if rank == 0:
         point = dataclasses.replace(point, files=tuple(sorted(path.name for path in folder.iterdir())))
         content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
+        content["digest"] = digest_of(content)
         with atomic_file(folder / "resume.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         with atomic_file(folder.parent / LATEST) as temporary:
@@ -278,12 +298,23 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
 
 
 def _load(path: Path, map_location: Any) -> Any:
-    """Load a file of the state with ``weights_only``."""
+    """Load a file of the state with ``weights_only``; all its bytes are checked."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise InputError(f"the resume state {path} is missing or damaged: {reason}; {_CURE}") from error
+        content = read_state_file(path, map_location, cure=_CURE)
+        require_weights(path, _weights_of(content), cure=_CURE)
+    except InputError as error:
+        raise InputError(f"the resume state cannot be used: {error}") from error
+    return content
+
+
+def _weights_of(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights in a file of DeepSpeed: those of the module, and the float32 masters."""
+    state = content.get("optimizer_state_dict") or content.get("optimizer") or {}
+    yield from (content.get("module") or {}).items()
+    for key in ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups_flat"):
+        for index, part in enumerate(state.get(key) or ()):
+            parts = part if isinstance(part, list | tuple) else [part]
+            yield from ((f"{key}[{index}]", tensor) for tensor in parts if isinstance(tensor, torch.Tensor))
 
 
 def _rng_state() -> dict[str, Any]:

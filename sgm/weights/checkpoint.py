@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from sgm.io import atomic_file
 from sgm.util import RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
 from sgm.weights.architecture import PATCH_WEIGHT
+from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import compute
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
+from sgm.weights.stored import checked_ahead
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,16 @@ def load_network(
         raise ValueError(
             f"{match.path} lacks {sorted(empty)[:5]}, which have no value yet: build the network in memory"
         )
-    for name, old in match.targets.items():
-        if name in match.new_adapters:
-            value = initial_matrix(name, old.shape, match.shard, generator)
-        elif name in match.zeroed:
-            value = torch.zeros(old.shape)
-        else:
-            value = old if name in match.missing else take_shard(name, match.tensors[name], match.shard)
-        _replace(network, name, value, dtype=dtype, device=device)
+    used = [match.tensors[name] for name in match.targets if name in match.tensors]
+    with checked_ahead(used if match.shard.size == 1 else ()):  # a shard reads only a part of each tensor
+        for name, old in match.targets.items():
+            if name in match.new_adapters:
+                value = initial_matrix(name, old.shape, match.shard, generator)
+            elif name in match.zeroed:
+                value = torch.zeros(old.shape)
+            else:
+                value = old if name in match.missing else take_shard(name, match.tensors[name], match.shard)
+            _replace(network, name, value, dtype=dtype, device=device)
     _require_memory(network)
     return _report(match)
 
@@ -141,8 +144,9 @@ def load_autoencoder(
         InputError: a tensor is missing, unexpected, or of another shape.
     """
     match = match_autoencoder(vae, path, ignore_keys=ignore_keys)
-    for name in match.targets:
-        _replace(vae, name, compute(match.tensors[name]), dtype=dtype, device=device)
+    with checked_ahead([match.tensors[name] for name in match.targets]):
+        for name in match.targets:
+            _replace(vae, name, compute(match.tensors[name]), dtype=dtype, device=device)
     _require_memory(vae)
     return _report(match)
 
@@ -314,15 +318,16 @@ def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tenso
 
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`."""
-    # torch.save writes the full storage of a view, and safetensors refuses shared storage.
-    alone = {name: owned(tensor) for name, tensor in tensors.items()}
+    """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`.
+
+    Both have checksums: torch.save writes those of zip archives.
+    """
+    if path.suffix == ".safetensors":
+        write_safetensors(path, tensors, metadata={name: json.dumps(entry) for name, entry in entries.items()})
+        return
+    alone = {name: owned(tensor) for name, tensor in tensors.items()}  # torch.save writes the full storage of a view
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
-        if path.suffix == ".safetensors":
-            metadata = {name: json.dumps(entry) for name, entry in entries.items()}
-            save_file(alone, temporary, metadata=metadata or None)
-        else:
-            torch.save({key: alone, **entries}, temporary)
+        torch.save({key: alone, **entries}, temporary)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,10 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Collection, Iterator, Mapping
+import struct
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.util import InputError
-from sgm.weights.lazy import Tensors, compute
+from sgm.weights.checksums import damaged_entry, safetensors_checksums, zip_checksums
+from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
+from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
 
 PREFIX = "model.diffusion_model."  # prefix of network tensor names
 WEIGHTS = "mp_rank_00_model_states"
 SHARD_NAME = re.compile(r"mp_rank_(\d{2,})_model_states\.(pt|safetensors)")
 
 _CURE = "copy or download it again and compare its size with the source"
+_OBJECTS_CURE = (
+    "ask for the weights as safetensors, or, if you trust the file, save its tensors alone in a script of your own"
+)
 _DIGEST_ELEMENTS = 1024
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
 
@@ -107,7 +115,7 @@ def _latest_weights(folder: Path) -> Path:
 
 
 def read_tensors(path: str | Path) -> Tensors:
-    """Read the tensors of a network; `path` is its file, or the first shard.
+    """Read the tensors of a network for their names and shapes; `path` is its file, or the first shard.
 
     Sharded tensors are returned as :class:`~sgm.weights.lazy.LazyTensor`, which concatenates the shards each time it
     is computed; all others are tensors, see :func:`read_file`.
@@ -116,29 +124,95 @@ def read_tensors(path: str | Path) -> Tensors:
         InputError: a file is missing, damaged, or holds more than tensors; or shards are missing or do not belong
             together.
     """
-    shards = read_shards(path)
+    return _joined(Path(path), [read_file(file) for file in shard_files(Path(path))])
+
+
+def read_weights(path: str | Path) -> dict[str, LazyTensor]:
+    """Read the tensors of a network to use their values: as `read_tensors`, and checked when they are computed.
+
+    Raises:
+        InputError: as `read_tensors`; computing a tensor raises it for damaged, not finite or other than
+            floating-point values.
+    """
+    return _joined(Path(path), read_shards(path))
+
+
+def check_values(*paths: Path) -> None:
+    """Check all values of weights files that another library reads.
+
+    Raises:
+        InputError: as computing a tensor of `read_weights` does.
+    """
+    tensors = [tensor for path in paths for tensor in _read_stored(path).values()]
+    with checked_ahead(tensors):
+        for tensor in tensors:
+            tensor.check()
+
+
+def verify_file(path: Path) -> bool:
+    """Compare all bytes of a file of torch.save or safetensors, of any content, with its checksums.
+
+    Returns:
+        Whether it has checksums.
+
+    Raises:
+        InputError: it is damaged, or holds weights that are not finite; the message names every tensor.
+    """
+    size, head = _read_head(path)
+    problems, has_checksums = [], False
+    if _is_safetensors(path, head):
+        with _safetensors_errors(path, size):
+            has_checksums = safetensors_checksums(path) is not None
+    elif head.startswith(b"PK"):
+        with _torch_errors(path, size):
+            has_checksums = zip_checksums(path) is not None
+            entry = damaged_entry(path)
+        problems += [f"{path}: its entry {entry} is damaged: its bytes changed (CRC-32)"] if entry else []
+    try:
+        tensors = [*_read_stored(path).values()]
+    except InputError:
+        tensors = []  # a training state, of which only the bytes are compared
+    with checked_ahead(tensors):
+        for tensor in tensors:
+            problem = tensor.problem() if tensor.dtype.is_floating_point else tensor.changed()
+            problems += [f"{path}: {tensor.name} {problem}"] if problem else []
+    if problems:
+        raise InputError("\n".join(problems))
+    return has_checksums
+
+
+def _joined(path: Path, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = shards[0]
     size = num_shards({name: tensor.shape for name, tensor in first.items()})
-    if size is not None and SHARD_NAME.fullmatch(Path(path).name):
-        _require_shards(Path(path), range(len(shards)), size)
+    if size is not None and SHARD_NAME.fullmatch(path.name):
+        _require_shards(path, range(len(shards)), size)
     if len(shards) == 1:
-        return first
+        return dict(first)
     for index, shard in enumerate(shards):
-        _require_same_shapes(Path(path), index, first, shard)
+        _require_same_shapes(path, index, first, shard)
     return {
         name: tensor if partition_of(name) is None else join_lazily(name, [shard[name] for shard in shards])
         for name, tensor in first.items()
     }
 
 
-def read_shards(path: str | Path) -> list[dict[str, torch.Tensor]]:
-    """Read the tensors of each shard of a network, not concatenated."""
-    return [read_file(file) for file in shard_files(Path(path))]
+def read_shards(path: str | Path) -> list[dict[str, StoredTensor]]:
+    """Read the tensors of each shard of a network, not concatenated, to use their values."""
+    return [_read_stored(file) for file in shard_files(Path(path))]
 
 
-def _require_same_shapes(
-    path: Path, index: int, first: Mapping[str, torch.Tensor], shard: Mapping[str, torch.Tensor]
-) -> None:
+def _read_stored(path: Path) -> dict[str, StoredTensor]:
+    """Read the tensors of one file with their checksums, if it has any."""
+    tensors = read_file(path)
+    size, head = _read_head(path)
+    if _is_safetensors(path, head):
+        with _safetensors_errors(path, size):
+            return store_safetensors(path, tensors, safetensors_checksums(path))
+    with _torch_errors(path, size):
+        return store_zip(path, tensors, zip_checksums(path) if head.startswith(b"PK") else None)
+
+
+def _require_same_shapes(path: Path, index: int, first: Mapping[str, Any], shard: Mapping[str, Any]) -> None:
     """Refuse a shard whose names or shapes differ from those of the first one."""
     if shard.keys() != first.keys():
         name = min(shard.keys() ^ first.keys())
@@ -225,7 +299,7 @@ def weights_digest(path: str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(path).items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        flat = compute(tensor).reshape(-1)
+        flat = peek(tensor).reshape(-1)
         num = min(len(flat), _DIGEST_ELEMENTS)
         if num:
             positions = torch.arange(num) * (len(flat) - 1) // max(num - 1, 1)
@@ -265,19 +339,49 @@ def _read_torch(path: Path, size: int, head: bytes) -> object:
     is_zip = head.startswith(b"PK")
     if not is_zip and not head.startswith(b"\x80"):
         raise InputError(f"{path} ({size:,} bytes) is not a file of torch.save or safetensors; {_CURE}")
-    try:
+    with _torch_errors(path, size):
+        if is_zip:
+            zip_checksums(path)  # of names and plain values
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
+    """Read the content of a file of torch.save, and compare all its bytes with its checksums meanwhile.
+
+    Args:
+        path: the file.
+        map_location: as for torch.load.
+        cure: the end of messages.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+    """
+    path = Path(path)
+    size, head = _read_head(path)
+    with _torch_errors(path, size, cure, cure), ThreadPoolExecutor(1) as pool:
+        check = pool.submit(damaged_entry, path) if head.startswith(b"PK") else None
+        content = torch.load(path, map_location=map_location, weights_only=True)
+        if check is not None and (entry := check.result()):
+            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (CRC-32)")
+    return content
+
+
+@contextlib.contextmanager
+def _torch_errors(path: Path, size: int, cure: str = _CURE, objects_cure: str = _OBJECTS_CURE) -> Iterator[None]:
+    try:
+        yield
     except pickle.UnpicklingError as error:
-        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-        if not found:
-            raise InputError(f"{path} ({size:,} bytes) is damaged and cannot be unpickled; {_CURE}") from error
+        # torch's message advises to switch the guard off.
+        found = re.search(r"GLOBAL (\S+)|(Unsupported \w+ \S+)", str(error))
+        if found is None:
+            raise InputError(f"{path} ({size:,} bytes) is damaged and cannot be unpickled; {cure}") from error
         raise InputError(
-            f"{path} holds Python objects besides tensors, which could run code, and is refused: {found} Ask for the "
-            "weights as safetensors; if you trust the file, save its tensors alone in a script of your own"
+            f"{path} holds Python objects besides tensors, which could run code, and is refused: "
+            f"{found[1] or found[2]}; {objects_cure}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0].split(". ")[0]
-        raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {reason}; {_CURE}") from error
+        raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {reason}; {cure}") from error
 
 
 def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:

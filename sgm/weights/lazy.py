@@ -44,6 +44,10 @@ class LazyTensor:
         """Return the result on the CPU, contiguous; the source itself if nothing changes."""
         return self._cast(self.make(*map(compute, self.sources))).contiguous()
 
+    def peek(self) -> torch.Tensor:
+        """Return what `compute` would, without checking values of files."""
+        return self._cast(self.make(*map(peek, self.sources)))
+
     def cast(self, dtype: torch.dtype | None) -> Self:
         """Return the same tensor in another dtype; None keeps it."""
         return self if dtype is None else replace(self, to_dtype=dtype)
@@ -59,6 +63,11 @@ Tensors = Mapping[str, AnyTensor]
 def compute(tensor: AnyTensor) -> torch.Tensor:
     """Return a tensor, computed if it is lazy."""
     return tensor.compute() if isinstance(tensor, LazyTensor) else tensor
+
+
+def peek(tensor: AnyTensor) -> torch.Tensor:
+    """Return a tensor, computed without the checks of `sgm.weights.stored`: for names and fingerprints, not for use."""
+    return tensor.peek() if isinstance(tensor, LazyTensor) else tensor
 
 
 def meta(tensor: AnyTensor) -> torch.Tensor:

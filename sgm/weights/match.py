@@ -16,9 +16,10 @@ from torch import nn
 from sgm.util import InputError
 from sgm.weights.adapters import WRAPPED, find_base, is_adapter, read_adapter_info
 from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
-from sgm.weights.files import PREFIX, find_weights, read_file, read_tensors
-from sgm.weights.lazy import Tensors
+from sgm.weights.files import PREFIX, find_weights, read_weights
+from sgm.weights.lazy import LazyTensor
 from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
+from sgm.weights.stored import StoredTensor, require_floating
 
 # Unused tables of SAT's transformer; optional in a file.
 UNUSED_TABLES = ("transformer.word_embeddings.weight", "transformer.position_embeddings.weight")
@@ -44,7 +45,7 @@ class Match:
 
     path: Path
     targets: Mapping[str, torch.Tensor]
-    tensors: Tensors
+    tensors: Mapping[str, LazyTensor]
     dropped: Mapping[str, tuple[str, ...]]
     new_adapters: frozenset[str] = frozenset()
     zeroed: frozenset[str] = frozenset()
@@ -74,6 +75,7 @@ def match_network(
     shapes = {name: unsharded_shape(name, tensor.shape, shard.size) for name, tensor in targets.items()}
     base = find_base(path, base)
     tensors, dropped = _read_network(path, base, shapes)
+    tensors = _of_kind(tensors, targets)
     source = str(path) if base is None else f"{path} on the base {base}"
     adapters = {name for name in shapes if is_adapter(name)}
     # Adapters must be all present or all new; only some present means another layer_range.
@@ -101,11 +103,12 @@ def match_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; ckpt_path of the autoencoder names its file, e.g. {path / '3d-vae.pt'}")
-    tensors = read_file(path)
+    tensors = read_weights(path)
     targets = _state(vae)
     ignored = tuple(name for name in tensors if name.startswith(("loss.", *ignore_keys)))
     for name in ignored:
         del tensors[name]
+    tensors = _of_kind(tensors, targets)
     _require_equal(str(path), {name: tuple(tensor.shape) for name, tensor in targets.items()}, tensors)
     return Match(path, targets, tensors, {"ignored tensors": ignored} if ignored else {})
 
@@ -115,10 +118,11 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+Stored = dict[str, LazyTensor]
 Dropped = dict[str, tuple[str, ...]]
 
 
-def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Tensors, Dropped]:
+def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Stored, Dropped]:
     """Read a file and its base for a network of unsharded `shapes`; also return the dropped names."""
     tensors, dropped = _read_one(path, shapes)
     if base is None:
@@ -134,9 +138,9 @@ def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Tensor
     return {name: tensor for name, tensor in base_tensors.items() if not is_adapter(name)} | tensors, dropped
 
 
-def _read_one(path: Path, shapes: Shapes) -> tuple[dict, Dropped]:
+def _read_one(path: Path, shapes: Shapes) -> tuple[Stored, Dropped]:
     """Read a file for a network of unsharded `shapes`: tensors under its names and in its layout, dropped names."""
-    content = read_tensors(path)
+    content = read_weights(path)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
     if not tensors:
         raise InputError(f"{path} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; {_cure(content)}")
@@ -149,10 +153,20 @@ def _read_one(path: Path, shapes: Shapes) -> tuple[dict, Dropped]:
         plain = WRAPPED.sub(r".\1", name)
         if name not in tensors and plain in tensors:
             tensors[name] = tensors.pop(plain)
-    if isinstance(patch := tensors.get(PATCH_WEIGHT), torch.Tensor) and PATCH_WEIGHT in shapes:
-        tensors[PATCH_WEIGHT] = _reshape_patch(patch, shapes[PATCH_WEIGHT])
+    if PATCH_WEIGHT in tensors and PATCH_WEIGHT in shapes:
+        tensors[PATCH_WEIGHT] = _reshape_patch(tensors[PATCH_WEIGHT], shapes[PATCH_WEIGHT])
     dropped = {"tensors of other parts": others, "recomputed tables": recomputed, "unused tables": unused}
     return tensors, {reason: names for reason, names in dropped.items() if names}
+
+
+def _of_kind(tensors: Stored, targets: Mapping[str, torch.Tensor]) -> Stored:
+    """Refuse other than floating-point numbers in the place of weights; buffers may be integers."""
+    others = {name for name, target in targets.items() if not target.is_floating_point()}
+    require_floating({name: tensor for name, tensor in tensors.items() if name not in others})
+    return {
+        name: tensor.of_any_kind() if name in others and isinstance(tensor, StoredTensor) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _cure(names: Mapping[str, object]) -> str:
@@ -164,13 +178,15 @@ def _cure(names: Mapping[str, object]) -> str:
     return "give the transformer's weights in the SAT layout (docs/checkpoints.md)"
 
 
-def _reshape_patch(patch: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _reshape_patch(patch: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """Reshape a patch projection between [D, C, p, p] and [D, C·p·p] (same element order)."""
-    is_other_layout = {len(shape), patch.ndim} == {2, 4} and patch.shape[0] == shape[0]
-    return patch.reshape(shape) if is_other_layout and patch.numel() == math.prod(shape) else patch
+    is_other_layout = {len(shape), len(patch.shape)} == {2, 4} and patch.shape[0] == shape[0]
+    if not is_other_layout or math.prod(patch.shape) != math.prod(shape):
+        return patch
+    return LazyTensor((patch,), lambda tensor: tensor.reshape(shape))
 
 
-def _require_equal(source: str, expected: Shapes, tensors: Tensors) -> None:
+def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
     """Raise InputError unless names and shapes in a file match exactly."""
     file_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     built, found = describe_architecture(expected), describe_architecture(file_shapes)

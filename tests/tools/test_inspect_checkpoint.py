@@ -58,3 +58,33 @@ def test_all_paths_are_reported_and_one_failure_ends_with_2(tmp_path, capsys):
     failed, good = json.loads(capsys.readouterr().out)
     assert failed.keys() == {"path", "error"}
     assert good["kind"] == "SAT network"
+
+
+def test_verify_reads_all_bytes_and_names_what_changed(tmp_path, capsys):
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    content = {"module": {"model.diffusion_model.transformer.layers.0.attention.dense.weight": values}}
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": {"exp_avg": values * 2}}, tmp_path / "optim_states.pt")  # of others
+    save_file({"x": values}, tmp_path / "other.safetensors")
+    assert inspect_checkpoint.main([str(tmp_path), "--verify"]) == 0
+    assert "  verified    2 files match their checksums; 1 have none" in capsys.readouterr().out
+    for name, factor, said in (
+        ("mp_rank_00_model_states.pt", 1, "transformer.layers.0.attention.dense.weight is damaged"),
+        ("optim_states.pt", 2, "optim_states/data/0 is damaged"),
+    ):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[data.index((values * factor).numpy().tobytes()) + 7] ^= 4
+        (tmp_path / name).write_bytes(data)
+        assert inspect_checkpoint.main([str(tmp_path)]) == 0, "without --verify only headers are read"
+        assert inspect_checkpoint.main([str(tmp_path), "--verify", "--json"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_folder_of_a_converted_model_is_described(tmp_path, capsys):
+    (tmp_path / "model.yaml").write_text("model: {}\n")
+    for name, target in {"transformer": TOY, "vae": Path(VAE).parent, "t5": ROOT / "assets/toy/t5"}.items():
+        (tmp_path / name).symlink_to(target)
+    assert inspect_checkpoint.main([str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["model"]) == ("model in the SAT layout", "toy")
+    assert [part["kind"] for part in found["parts"]] == ["SAT network", "SAT autoencoder", "T5 encoder"]

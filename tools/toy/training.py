@@ -17,7 +17,7 @@ import scene
 import torch
 from torch import nn
 
-from sgm.weights.files import find_weights, read_file
+from sgm.weights.files import find_weights, read_weights
 
 Log = Callable[[str], None]
 
@@ -271,9 +271,9 @@ def _training_batch(
 @torch.no_grad()
 def start_from(network: nn.Module, load: str) -> None:
     """Start an image-to-video network from a text-to-video checkpoint; the image latents have no effect at first."""
-    stored = read_file(find_weights(load))
+    stored = read_weights(find_weights(load))
     for name, parameter in network.state_dict().items():
-        value = stored[f"model.diffusion_model.{name}"].to(parameter.dtype)
+        value = stored[f"model.diffusion_model.{name}"].compute().to(parameter.dtype)
         if name == "mixins.patch_embed.proj.weight":
             # (D, C, p, p) of the noisy latents; the C channels of the image follow them in the network.
             value = value.flatten(1)

@@ -15,7 +15,7 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
-from sgm.conversion.writing import new_folder, total_bytes, write_safetensors, write_shards
+from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
 from sgm.modules.embeddings import sincos_positions_3d
@@ -24,7 +24,8 @@ from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import is_adapter, merge_adapters, with_adapters
 from sgm.weights.architecture import POSITION_TABLE
-from sgm.weights.files import read_tensors
+from sgm.weights.checksums import write_safetensors
+from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.match import match_autoencoder, match_network
 
@@ -310,7 +311,7 @@ def _text_encoder(config: Config, dtype: torch.dtype | None) -> Part:
     tensors = {
         name: LazyTensor((tensor,), to_dtype=dtype)
         for shard in folder.shards
-        for name, tensor in read_tensors(shard).items()
+        for name, tensor in read_weights(shard).items()
     }
     return Part("text_encoder", ("transformers", "T5EncoderModel"), {"config.json": content}, tensors, stem="model")
 

@@ -22,15 +22,17 @@ from sgm.config.precision import precision_name
 from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
-from sgm.conversion.writing import new_folder, total_bytes, write_network, write_safetensors
+from sgm.conversion.writing import new_folder, total_bytes, write_network
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
-from sgm.weights.files import read_file, read_metadata
+from sgm.weights.checksums import write_safetensors
+from sgm.weights.files import check_values, read_metadata, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.match import UNUSED_TABLES
+from sgm.weights.stored import require_floating
 
 ITERATION = 1
 PARTS = ("transformer", "vae", "text_encoder")
@@ -43,13 +45,13 @@ class Stored:
     Attributes:
         path: folder or file.
         config: its ``config.json``; None for a file without it.
-        tensors: its weights, memory-mapped.
+        tensors: its weights, read when they are computed.
         metadata: of the header of its first file.
     """
 
     path: Path
     config: Mapping[str, Any] | None
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,9 +69,10 @@ def read_stored(path: str | Path) -> Stored:
         files, config = weight_files(path), read_json(path / "config.json")
     else:
         raise InputError(f"there is nothing at {path}; give a folder of diffusers, or a weights file")
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        tensors |= read_file(file)
+        tensors |= read_weights(file)
+    require_floating(tensors)
     return Stored(path, config, tensors, read_metadata(files[0]))
 
 
@@ -87,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
         if missing or not files:
             raise InputError(f"{folder} lacks {', '.join(missing) or 'weights'}; download it again")
         return files
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = next(filter(None, (sorted(folder.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
     if len(files) != 1 or indices:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
         raise InputError(f"{folder} should hold one set of weights; found: {found}. Name the file, or tidy the folder")
@@ -148,6 +151,7 @@ class SatModel:
                     save_autoencoder(path, {name: tensor.compute() for name, tensor in self.autoencoder.items()})
             if self.text_encoder is not None:
                 (temporary / "t5").mkdir()
+                check_values(*(path for path in self.text_encoder if path.suffix == ".safetensors"))
                 for path in self.text_encoder:
                     shutil.copyfile(path, temporary / "t5" / path.name)
             text = yaml.safe_dump(self._with_paths(Path(folder), file_format), sort_keys=False, allow_unicode=True)

@@ -19,8 +19,9 @@ from sgm.conversion.trainers.zero import PART_FILE, deepspeed_objects, is_zero_s
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, describe_adapters, is_adapter, read_adapter_info
-from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_tensors, weights_digest
-from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
+from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_weights, weights_digest
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
 
@@ -109,19 +110,18 @@ def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
     if (path / "model_index.json").is_file():
         raise InputError(f"{path} is a pipeline of diffusers; give its transformer: {path / 'transformer'}")
     files = find_files(path)
-    stored: dict[str, AnyTensor] = {}
+    stored: dict[str, LazyTensor] = {}
     with deepspeed_objects():
         for file in files:
-            stored |= read_tensors(file)
+            stored |= read_weights(file)
     if FOLDED in read_metadata(files[0]):
         raise InputError(f"{path} was written with --fold_image_scale; tools/convert_weight_hf2sat.py undoes that")
     beside = files[0].with_name("config.json")
     number = re.match(r"\d+", files[0].parent.name)  # also of 1000-ema
     with deepspeed_objects():
         adapters = read_adapter_info(files[0]) if len(files) == 1 else None
-    tensors, of_diffusers = network_tensors(
-        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in stored.items()}, path
-    )
+    tensors, of_diffusers = network_tensors({name: tensor.cast(dtype) for name, tensor in stored.items()}, path)
+    require_floating(tensors)
     source = Source(
         path=files[0] if len(files) == 1 else path,
         tensors=tensors,
@@ -201,9 +201,7 @@ def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
             return source
         weights = Path(load)
     file = find_weights(weights)
-    saved, _ = network_tensors(
-        {name: LazyTensor((tensor,)).cast(dtype) for name, tensor in read_tensors(file).items()}, file
-    )
+    saved, _ = network_tensors({name: tensor.cast(dtype) for name, tensor in read_weights(file).items()}, file)
     rest = {name: tensor for name, tensor in saved.items() if name not in source.tensors and not is_adapter(name)}
     if rest:
         logger.info("%d tensors that were not trained come from %s", len(rest), file)

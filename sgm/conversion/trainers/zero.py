@@ -14,6 +14,7 @@ parameter, concatenated. No process group is started, and no DeepSpeed class is 
 
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 
 from sgm.util import InputError
+from sgm.weights.checksums import zip_checksums
 from sgm.weights.files import WEIGHTS, read_entry
 from sgm.weights.lazy import LazyTensor
+from sgm.weights.stored import StoredTensor, require_weights, store_zip
 
 MODEL_FILE = f"{WEIGHTS}.pt"
 PART_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?(model|optim)_states\.pt")
@@ -32,7 +35,7 @@ _CURE = "copy the whole folder again, with the files of all ranks and machines"
 _PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 _OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
 
-Partitions = Sequence[Sequence[torch.Tensor]]  # by rank, then by group
+Partitions = Sequence[Sequence[StoredTensor]]  # by rank, then by group
 
 
 class _Unread:
@@ -107,7 +110,10 @@ class ZeroState:
         for group, shapes in enumerate(self.shapes):
             sources, start = tuple(rank[group] for rank in parts), 0
             for (name, shape), padding in zip(shapes.items(), self.paddings[group], strict=True):
-                yield name, LazyTensor((LazyTensor(sources, _cut(start, shape.numel())),), _shaped(shape))
+                yield (
+                    name,
+                    LazyTensor((LazyTensor(sources, _cut(start, shape.numel())),), _shaped(self.folder, name, shape)),
+                )
                 start += shape.numel() + padding
 
     def _whole(self, parts: Partitions) -> Iterator[tuple[str, LazyTensor]]:
@@ -116,7 +122,7 @@ class ZeroState:
         for name, shape in _joined(self.shapes).items():
             share = math.ceil(shape.numel() / self.world_size)
             own = tuple(LazyTensor(tuple(rank), _cut(start, share)) for rank in parts)
-            yield name, LazyTensor(own, _shaped(shape))
+            yield name, LazyTensor(own, _shaped(self.folder, name, shape))
             start += share
 
 
@@ -133,9 +139,16 @@ def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
     return cut
 
 
-def _shaped(shape: torch.Size) -> Callable[..., torch.Tensor]:
-    """Return a function that concatenates partitions, drops their padding, and reshapes the result."""
-    return lambda *parts: (parts[0] if len(parts) == 1 else torch.cat(parts))[: shape.numel()].view(shape)
+def _shaped(folder: Path, name: str, shape: torch.Size) -> Callable[..., torch.Tensor]:
+    """Return a function that concatenates partitions, drops their padding, and reshapes and checks the result."""
+
+    def shaped(*parts: torch.Tensor) -> torch.Tensor:
+        whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: shape.numel()].view(shape)
+        if not whole.is_meta:
+            require_weights(folder, [(name, whole)])
+        return whole
+
+    return shaped
 
 
 def _joined(groups: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:
@@ -197,7 +210,7 @@ def read_zero_state(folder: Path) -> ZeroState:
     )
     if not isinstance(shapes, list) or not isinstance(module, dict):
         raise InputError(f"{first} does not say which parameters ZeRO trained (param_shapes); {_CURE}")
-    groups = [states[rank][_PARTITIONS[stage]] for rank in range(world_size)]
+    groups = [_stored(optim[rank], "weights", states[rank][_PARTITIONS[stage]]) for rank in range(world_size)]
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
     state = ZeroState(
         folder=folder,
@@ -208,15 +221,31 @@ def read_zero_state(folder: Path) -> ZeroState:
         paddings=tuple(tuple(group) for group in paddings),
         dtypes={name: tensor.dtype for name, tensor in module.items()},
         rest=_frozen(frozen or {}, [model[rank] for rank in range(world_size)] if stage == 3 else [first])
-        | {name: LazyTensor((module[name].detach(),)) for name in buffers or () if name in module},
+        | _buffers(first, {name: module[name].detach() for name in buffers or () if name in module}),
         shared=shared or {},
-        weights=[[part.detach() for part in group] for group in groups],
-        averages=_averages([states[rank] for rank in range(world_size)], stage, len(groups[0])),
+        weights=groups,
+        averages=_averages({optim[rank]: states[rank] for rank in range(world_size)}, stage, len(groups[0])),
     )
     for parts in (state.weights, state.averages):
         if parts is not None:
             _check_sizes(state, parts)
     return state
+
+
+def _stored(path: Path, label: str, parts: Sequence[torch.Tensor]) -> list[StoredTensor]:
+    """Return tensors of a file, whose bytes are checked when they are computed; their padding may hold any values."""
+    named = {f"{label}[{index}]": part.detach() for index, part in enumerate(parts)}
+    return [tensor.of_any_kind() for tensor in store_zip(path, named, _checksums(path)).values()]
+
+
+def _buffers(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    """Return the buffers of a module, which may be integers."""
+    stored = store_zip(path, tensors, _checksums(path))
+    return {name: each if each.dtype.is_floating_point else each.of_any_kind() for name, each in stored.items()}
+
+
+def _checksums(path: Path) -> dict[int, set[int]] | None:
+    return zip_checksums(path) if zipfile.is_zipfile(path) else None
 
 
 def _files(folder: Path, kind: str) -> dict[int, Path]:
@@ -278,21 +307,29 @@ def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str
             raise InputError(
                 f"{files[0].parent}: the partitions of {name} do not fill its shape {tuple(shape)}; {_CURE}"
             )
+    folder = files[0].parent
+    stored = [
+        store_zip(path, {name: fragment[name].detach() for name in shapes}, _checksums(path))
+        for path, fragment in zip(files, fragments, strict=True)
+    ]
     return {
-        name: LazyTensor(tuple(fragment[name].detach().flatten() for fragment in fragments), _shaped(shape))
+        name: LazyTensor(
+            tuple(LazyTensor((own[name].of_any_kind(),), torch.flatten) for own in stored), _shaped(folder, name, shape)
+        )
         for name, shape in shapes.items()
     }
 
 
-def _averages(states: Sequence[Mapping[str, Any]], stage: int, num_groups: int) -> Partitions | None:
+def _averages(states: Mapping[Path, Mapping[str, Any]], stage: int, num_groups: int) -> Partitions | None:
     """Return the partitions of the moving averages; None if one is missing."""
     parts = []
-    for state in states:
+    for path, state in states.items():
         optimizer = state.get(_OPTIMIZER[stage])
         by_group = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
-        parts.append([by_group[group].get("ema") for group in range(num_groups) if group in by_group])
-        if len(parts[-1]) < num_groups or any(part is None for part in parts[-1]):
+        own = [by_group[group].get("ema") for group in range(num_groups) if group in by_group]
+        if len(own) < num_groups or any(part is None for part in own):
             return None
+        parts.append(_stored(path, "averages", own))
     return parts
 
 
@@ -301,11 +338,11 @@ def _check_sizes(state: ZeroState, parts: Partitions) -> None:
     world, expected, found = state.world_size, [], []
     if state.stage == 3:
         share = sum(math.ceil(shape.numel() / world) for shape in _joined(state.shapes).values())
-        found, expected, slack = [sum(map(len, rank)) for rank in parts], [share] * world, 1
+        found, expected, slack = [sum(math.prod(part.shape) for part in rank) for rank in parts], [share] * world, 1
     elif {len(rank) for rank in parts} != {len(state.shapes)}:
         raise InputError(f"{state.folder} has other groups of weights than of names; {_CURE}")
     else:
-        found = [sum(len(rank[group]) for rank in parts) for group in range(len(state.shapes))]
+        found = [sum(math.prod(rank[group].shape) for rank in parts) for group in range(len(state.shapes))]
         for shapes, paddings in zip(state.shapes, state.paddings, strict=True):
             expected.append(sum(shape.numel() for shape in shapes.values()) + sum(paddings))
         slack = 2 * world

@@ -5,6 +5,7 @@ transformers, safetensors and sentencepiece are imported when they are needed.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from sgm.io import parse_json
 from sgm.log import get_logger
 from sgm.util import InputError
+from sgm.weights.files import check_values
 
 log = get_logger(__name__)
 
@@ -143,7 +145,7 @@ class T5Folder:
         """Read the encoder of a checked folder to the CPU (transformers keeps some layers of an fp16 T5 in float32).
 
         Raises:
-            InputError: the weights do not fit the configuration.
+            InputError: the weights do not fit the configuration, are damaged or not finite.
         """
         from transformers import T5EncoderModel
         from transformers.utils import logging as transformers_logging
@@ -152,9 +154,12 @@ class T5Folder:
         shows_progress = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            loaded: Any = T5EncoderModel.from_pretrained(
-                str(self.path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            with ThreadPoolExecutor(1) as pool:
+                check = pool.submit(check_values, *self.shards)  # while transformers copies them
+                loaded: Any = T5EncoderModel.from_pretrained(
+                    str(self.path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
+                check.result()
         except RuntimeError as error:  # transformers reports mismatched shapes this way
             raise InputError(f"the weights in {self.path} do not fit its config.json: {error}") from error
         finally:

@@ -84,10 +84,15 @@ def plan_jobs(
     return jobs
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False) -> dict[str, str]:
     """Encode results missing in `folder`, with shards divided among ranks. Collective: all ranks call it.
 
-    Retries keys that failed before.
+    Retries keys that failed before. Files of a wrong size or with another header count as missing.
+
+    Args:
+        jobs: of one cache.
+        folder: of the cache.
+        verify: read all finished results, and encode damaged ones again.
 
     Returns:
         Key → reason of failed keys.
@@ -97,14 +102,14 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
         RunError: results cannot be written.
     """
     with ExitStack() as stack:
-        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack))
+        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack, verify))
         failures: dict[str, str] = {}
         for job, unfinished in zip(jobs, begun, strict=True):
             failures |= _run(job, folder, unfinished)
         return failures
 
 
-def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int]]:
+def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool) -> list[list[int]]:
     """Create the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +118,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int
     remove_leftovers(folder)
     for job in jobs:
         begin(folder, job.description)
-    return [job.description.unfinished(folder) for job in jobs]
+    return [job.description.unfinished(folder, verify=verify) for job in jobs]
 
 
 def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -109,6 +110,118 @@ def written(path, tensors, *, header=None, prefix="transformer."):
     metadata = None if header is None else {key: json.dumps(value) for key, value in header.items()}
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata=metadata)
     return path
+
+
+# --- Names of other tools.
+
+
+def flat(lead):
+    """Names of kohya's scripts: underscores for dots."""
+
+    def rename(name):
+        module, side = name.rsplit(".lora_", 1)
+        return lead + module.replace(".", "_") + {"A.weight": ".lora_down.weight", "B.weight": ".lora_up.weight"}[side]
+
+    return rename
+
+
+RENAMED = {
+    "kohya": flat("lora_unet_"),
+    "VideoX-Fun": flat("lora_unet__"),
+    "flat-transformer": flat("lora_transformer_"),
+    "flat-twice": flat("lora_unet_transformer_"),
+    "ComfyUI": "diffusion_model.{}".format,
+    "model": "model.diffusion_model.{}".format,
+    "adapter-with-dash": lambda name: "base_model.model." + name.replace(".weight", ".cogvideox-lora.weight"),
+    "adapter.with.dots": lambda name: "transformer." + name.replace(".weight", ".v1.0.weight"),
+    "no-weight": lambda name: "transformer." + name.removesuffix(".weight"),
+    "ddp-and-compiled": "module._orig_mod.{}".format,
+    "compiled-blocks": lambda name: "base_model.model.transformer." + name.replace(".attn1", "._orig_mod.attn1"),
+    "checkpointed": lambda name: "_fsdp_wrapped_module." + name.replace(".attn1", "._checkpoint_wrapped_module.attn1"),
+    "old-diffusers": lambda name: (
+        "transformer."
+        + name.replace("attn1.", "attn1.processor.")
+        .replace(".to_out.0", ".to_out")
+        .replace(".lora_A", "_lora.down")
+        .replace(".lora_B", "_lora.up")
+    ),
+    "linear-layer": lambda name: name.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora.up"),
+}
+
+
+@pytest.mark.parametrize("tool", RENAMED)
+@pytest.mark.parametrize("alpha", [torch.tensor(16), torch.tensor([2.5]).half()])
+def test_names_of_other_tools_are_brought_to_one_form(tmp_path, tool, alpha):
+    plain = pairs(parts=PARTS)
+    renamed = {RENAMED[tool](name): tensor for name, tensor in plain.items()}
+    ends = (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down")
+    stems = {name[: name.index(end)] for name in renamed for end in ends if end in name}
+    assert len(stems) == 8
+    alphas = {f"{stem}.alpha": alpha.clone() for stem in stems}
+    lora = read_diffusers_lora(written(tmp_path / "x.safetensors", renamed | alphas, prefix=""))
+    assert lora.alpha == float(alpha) and lora.rank == 4
+    for (layer, part), pair in lora.pairs.items():
+        for kind, matrix in zip("AB", pair, strict=True):
+            assert torch.equal(matrix, plain[f"transformer_blocks.{layer}.{part}.lora_{kind}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
+        ("transformer_blocks.0.attn1.to_q.hada_w1_a", "LoHa"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_w1", "LoKr"),
+        ("transformer_blocks.0.attn1.to_q.dora_scale", "DoRA"),
+        ("transformer_blocks.0.attn1.to_q.lora_B.bias", "bias"),
+        ("transformer_blocks.0.attn1.to_q.weight", "no matrix or alpha"),
+        ("diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight", "another model"),
+        ("lora_unet__transformer_blocks_0_ff_net_0_proj.lora_down.weight", "adapts ff_net_0_proj"),
+        ("diffusion_model.transformer_blocks.0.attn1.to_q.lora_up.weight", "twice, under other names"),
+        ("transformer.transformer_blocks.0.norm1.linear.lora_A.weight", "adapts norm1.linear"),
+    ],
+)
+def test_a_name_that_cannot_be_taken_is_said_with_the_reason(tmp_path, name, reason):
+    file = written(tmp_path / "x.safetensors", pairs())
+    save_file(load_file(file) | {name: torch.zeros(32, 4)}, file)
+    with pytest.raises(InputError, match=rf"(?s)(?=.*{re.escape(name)}).*{reason}"):
+        read_diffusers_lora(file)
+
+
+def test_alpha_must_be_one_number(tmp_path):
+    alpha = {"transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
+    with pytest.raises(InputError, match=r"to_q.alpha has the shape \(2,\); expected one number"):
+        read_diffusers_lora(written(tmp_path / "x.safetensors", pairs() | alpha))
+    header = {HEADER_KEY: {"transformer.lora_alpha": "much"}}
+    with pytest.raises(InputError, match="lora_alpha is 'much' in its header"):
+        read_diffusers_lora(written(tmp_path / "x.safetensors", pairs(), header=header))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.fill_(float("nan")), "to_q.lora_A.weight is not finite"),
+        (torch.Tensor.int, r"to_q.lora_A.weight holds integers \(int32\)"),
+        (torch.Tensor.bool, r"to_q.lora_A.weight is boolean"),
+    ],
+)
+def test_what_is_no_weight_is_refused_by_name(model, tmp_path, change, message):
+    tensors = pairs()
+    name = "transformer_blocks.0.attn1.to_q.lora_A.weight"
+    file = written(tmp_path / "x.safetensors", tensors | {name: change(tensors[name])})
+    with pytest.raises(InputError, match=message):
+        import_lora(model(), file, tmp_path / "sat")
+    assert not (tmp_path / "sat").exists()
+
+
+def test_the_style_of_comfyui_has_its_names_and_alphas(model, tmp_path):
+    import_lora(model(), written(tmp_path / "x.safetensors", pairs()), tmp_path / "sat", alpha=6)
+    file = export_lora(tmp_path / "sat", tmp_path / "comfy", style="comfyui")
+    tensors = load_file(file)
+    block = "diffusion_model.transformer_blocks.1.attn1.to_out.0"
+    assert {f"{block}.lora_A.weight", f"{block}.lora_B.weight", f"{block}.alpha"} <= tensors.keys()
+    assert len(tensors) == 2 * 4 * 3 and all(n.startswith("diffusion_model.") for n in tensors)
+    save_file(tensors, file)  # without the header, as tools that rewrite it do
+    assert read_diffusers_lora(file).alpha == 6
 
 
 # --- Round trips.
@@ -296,12 +409,16 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
             None,
             "adapts ff.net.0.proj;",
         ),
-        (pairs() | {"proj_out.lora_A.weight": torch.ones(4, 32)}, None, "no LoRA of a CogVideoX .*proj_out"),
+        (
+            pairs() | {"proj_out.lora_A.weight": torch.ones(4, 32)},
+            None,
+            "proj_out.lora_A.weight cannot be taken: .*no transformer_blocks",
+        ),
         (pairs(4, layers=[0]) | pairs(8, layers=[1]), None, r"several ranks, .*: 4: .*blocks.0.*; 8: .*blocks.1"),
         (
             pairs() | {"transformer_blocks.0.attn1.to_q.lora_magnitude_vector": torch.ones(32)},
             None,
-            "holds DoRA .*magnitude",
+            "magnitude.* cannot be taken: it is DoRA",
         ),
         (pairs(), {HEADER_KEY: {"transformer.use_dora": True}}, "is DoRA according to its header"),
         (

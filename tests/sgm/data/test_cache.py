@@ -1,14 +1,18 @@
 import copy
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
 from sgm.data.formats.webdataset import Member
 from sgm.util import InputError, RunError
+from sgm.weights.checksums import write_safetensors
 
 KEYS = ["a", "b", "c"]
 SOURCE = {"vae": {"weights": "0" * 64, "encode_chunk": None}, "precision": "fp32", "data": {"fps": 8.0}}
@@ -68,11 +72,11 @@ def test_a_shard_with_failures_is_unfinished_and_rewritten_atomically(tmp_path, 
     assert given.failures(tmp_path) == {"b": "is damaged"}
     assert read_shard(tmp_path, given, 0).keys() == {"a"} and read_shard(tmp_path, given, 1).keys() == {"c"}
 
-    def die(*_):
+    def die(*_, **__):
         raise RunError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sgm.data.cache.save_file", die)
+        patched.setattr("sgm.data.cache.write_safetensors", die)
         with pytest.raises(RunError, match="killed"):
             write_shard(tmp_path, given, 0, [tensor("a"), tensor("b")])
     assert given.missing(tmp_path) == [0], "a shard without b must not stand there with nothing that says so"
@@ -94,18 +98,134 @@ def test_an_unfinished_cache_is_refused_with_a_cure(tmp_path):
 def test_damaged_files_are_reported(tmp_path):
     write(tmp_path, description())
     os.truncate(tmp_path / "latents-00000.safetensors", 100)
-    with pytest.raises(RunError, match=r"latents-00000\.safetensors is damaged.*remove it, and run"):
-        CachedTensors(tmp_path, "latents")["a"]
+    with pytest.raises(InputError, match=r"latents-00000\.safetensors is damaged.*the same command of .* writes it"):
+        CachedTensors(tmp_path, "latents")
+    assert description().missing(tmp_path) == [0]
     (tmp_path / "latents.json").write_text('{"format": 0}')
-    with pytest.raises(InputError, match="format 0, and this version reads 2"):
+    with pytest.raises(InputError, match="format 0, and this version reads 4"):
         CachedTensors(tmp_path, "latents")
     (tmp_path / "latents.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         CachedTensors(tmp_path, "latents")
     (tmp_path / "latents.json").write_text(
-        '{"format": 2, "dtype": "", "source": {}, "shards": [["a"]], "shapes": ["", ""], "left_out": []}'
+        '{"format": 4, "kind": "latents", "dtype": "fp32", "source": {"precision": "bf16"}, '
+        '"shards": [["a"]], "shapes": ["", ""], "left_out": []}'
     )
     with pytest.raises(InputError, match="2 shapes of 1 clips"):
+        CachedTensors(tmp_path, "latents")
+
+
+def rewritten(change):
+    """Return a function that rewrites the first shard with other tensors, keeping its metadata."""
+
+    def rewrite(folder):
+        path = folder / "latents-00000.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path, metadata=metadata)
+
+    return rewrite
+
+
+def swap(folder):
+    first, second = (folder / f"latents-0000{number}.safetensors" for number in (0, 1))
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
+def as_folder(folder):
+    (folder / "latents-00000.safetensors").unlink()
+    (folder / "latents-00000.safetensors").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: os.truncate(f / "latents-00001.safetensors", 300), "latents-00001.*"),
+        (lambda f: os.truncate(f / "latents-00000.safetensors", 0), "latents-00000.*"),
+        (lambda f: (f / "latents-00000.safetensors").open("ab").write(b"x"), "its header says"),
+        (swap, "latents-00000.* another shard"),
+        (lambda f: save_file({}, f / "latents-00000.safetensors"), "not written by this tool"),
+        (rewritten(lambda t: t.to(torch.int8)), "latents-00000"),
+        (as_folder, "directory"),
+        (lambda f: flip(f / "latents-00000.safetensors", 60), "latents-00000"),
+    ],
+)
+def test_shards_of_a_wrong_size_or_header_are_found_at_the_start(tmp_path, damage, message):
+    write(tmp_path, description(shards=(("a", "b"), ("c", "d"))))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=rf"{message}.*the same command of tools/prepare_dataset.py writes it again"):
+        CachedTensors(tmp_path, "latents")
+    assert description(shards=(("a", "b"), ("c", "d"))).unfinished(tmp_path), "the tool mends it"
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_flipped_values_are_found_when_they_are_read_and_mended_with_verify(tmp_path):
+    given = description()
+    write(tmp_path, given)
+    path = tmp_path / "latents-00000.safetensors"
+    flip(path, path.read_bytes().index(tensor("b").numpy().tobytes()) + 10)
+    cache = CachedTensors(tmp_path, "latents")
+    assert torch.equal(cache["a"], tensor("a"))
+    with pytest.raises(RunError, match=r"latents-00000.*latents of 'b': this is damaged.*prepare_dataset.py --verify"):
+        cache["b"]
+    assert given.unfinished(tmp_path) == [] and given.unfinished(tmp_path, verify=True) == [0]
+    assert read_shard(tmp_path, given, 0).keys() == {"a"}, "what is good is not encoded again"
+
+
+def test_encodings_that_are_not_finite_are_failures(tmp_path):
+    given = description(dtype="fp16")
+    begin(tmp_path, given)
+    failed = write_shard(tmp_path, given, 0, [tensor("a") / 0, tensor("b") * 1e6])
+    assert failed == dict.fromkeys("ab", "its encoding is not finite in fp16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_of_a_cache_that_are_not_finite_are_said_to_come_from_it(tmp_path, value):
+    given = description(shards=(("a",),))
+    begin(tmp_path, given)
+    metadata = {"shard": given.identity(0)}
+    write_safetensors(tmp_path / given.shard(0), {"000000": torch.full((4, 3), value)}, metadata=metadata)
+    with pytest.raises(RunError, match=r"the cached latents of 'a': this is not finite: 12 of 12"):
+        CachedTensors(tmp_path, "latents")["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": {}}, "precision None, expected one of fp16, bf16, fp32"),
+        ({"source": {**SOURCE, "precision": "int3"}}, "precision int3, expected"),
+        ({"source": []}, "source: Input should be an object"),
+        ({"dtype": "fp64"}, "precision fp64, expected"),
+        ({"kind": "text"}, "describes text, not latents"),
+        ({"shards": [["a", 1]]}, "shards.0.1: Input should be a valid string"),
+        ({"shards": None}, "shards: Input should be a valid array"),
+        ({"format": [4]}, r"format \[4\], and this version"),
+        ("[" * 100_000, "recursion limit"),
+        ("[]", "Input should be an object"),
+        ("9" * 6000, "number out of range"),
+    ],
+)
+def test_a_description_of_another_form_is_refused(tmp_path, change, message):
+    write(tmp_path, description())
+    path = tmp_path / "latents.json"
+    text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"latents.json cannot be read: .*{message}.*write the cache again"):
+        CachedTensors(tmp_path, "latents")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 3}', '{"a":'])
+def test_failures_of_another_form_are_refused(tmp_path, text):
+    write(tmp_path, description())
+    (tmp_path / "latents-00000.failed.json").write_text(text)
+    with pytest.raises(InputError, match=r"latents-00000.failed.json cannot be read: .*write the cache again"):
         CachedTensors(tmp_path, "latents")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
+from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import find_resume_point, lock_folder
+from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
@@ -167,3 +169,61 @@ def test_another_order_of_the_state_is_refused(training_yaml, tmp_path):
     with pytest.raises(ConfigError, match=r"round_robin_gradients.*order 0\.0, and now it is 1\.0"):
         more = "deepspeed.zero_optimization.round_robin_gradients=true"
         start(training_yaml, tmp_path, *stage, "args.resume=auto", more)
+
+
+def test_flips_in_a_state_are_found(training_yaml, tmp_path):
+    """In each of its files."""
+    stage = ["deepspeed.zero_optimization.stage=1", "args.train_iters=2"]
+    run = start(training_yaml, tmp_path, *stage, "args.exit_interval=1").folder
+    folder = run / "resume" / "1"
+    assert {path.suffix for path in folder.iterdir()} == {".pt", ".json"}
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        place = good.index(b'"samples": ') + 11 if path.suffix == ".json" else len(good) * 3 // 5
+        flipped[place] ^= 0x01
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=rf"resume state cannot be.*{path.name}.*changed after"):
+            start(training_yaml, tmp_path, *stage, f"args.resume={run}")
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "int"])
+def test_weights_of_a_state_that_are_no_weights_are_named(tmp_path, wrong):
+    good = torch.ones(3)
+    bad = good / 0 if wrong == "nan" else good.long()
+    message = "not finite" if wrong == "nan" else r"integers \(int64\)"
+    for name, content in (
+        ("module-x", {"module": {"module-x": bad}}),
+        (r"fp32_groups\[1\]", {"optimizer_state_dict": {"single_partition_of_fp32_groups": [good, bad]}}),
+        (r"fp32_flat_groups\[0\]", {"optimizer_state_dict": {"fp32_flat_groups": [[good, bad]]}}),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=rf"{name} .*{message}.*args.resume=none"):
+            checkpoint_engine().load(str(tmp_path / "x.pt"))
+
+
+def test_a_pickle_in_a_state_is_refused_without_advice_to_load_it(tmp_path):
+    torch.save({"torch": Path("x")}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"pathlib.*args.resume=none") as caught:
+        checkpoint_engine().load(str(tmp_path / "x.pt"))
+    assert not any(word in str(caught.value) for word in ("weights_only", "safe_globals", "allowlist", "script"))
+
+
+def test_removed_weights_are_told_and_written_again(training_yaml, tmp_path, caplog):
+    run = start(training_yaml, tmp_path, "args.train_iters=2", "args.exit_interval=1").folder
+    shutil.rmtree(run / "1")
+    with caplog.at_level("WARNING"):
+        start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
+    assert "the weights of iteration 1 were removed" in caplog.text
+    trained = read_tensors(find_weights(run))
+    trained = {name: tensor.clone() for name, tensor in trained.items()}
+    shutil.rmtree(run / "2")
+    with pytest.raises(
+        InputError, match=r"its last, but its weights were removed.*convert_weight_deepspeed2hf"
+    ) as error:
+        start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
+    folder = str(error.value).partition("--checkpoint_path ")[2].partition(" ")[0]
+    convert(folder, tmp_path / "again", to="sat")
+    again = read_tensors(find_weights(tmp_path / "again"))
+    assert again.keys() == trained.keys() and all(torch.equal(again[name], trained[name]) for name in trained)

@@ -96,6 +96,23 @@ def test_incomplete_and_mixed_states_are_refused(some, stage, change, said):
         read_zero_state(folder)
 
 
+def test_damaged_and_non_finite_states_are_refused_when_they_are_computed(some):
+    folder = some[0](stage=2)
+    path = folder / OPTIM.format(1)
+    good = path.read_bytes()
+    content = torch.load(path, weights_only=True)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
+    flipped = bytearray(good)
+    flipped[good.index(content.numpy().tobytes())] ^= 1
+    path.write_bytes(flipped)
+    state = read_zero_state(folder)
+    with pytest.raises(InputError, match=rf"{path.name}: weights\[0\] is damaged"):
+        state.tensors()["a"].compute()
+    path.write_bytes(good)
+    spoil(path, lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].fill_(float("inf")))
+    with pytest.raises(InputError, match="not finite"):
+        [tensor.compute() for tensor in read_zero_state(folder).tensors().values()]
+
+
 def test_averages_of_a_state_without_them_are_refused(some):
     with pytest.raises(InputError, match="holds no moving average"):
         read_zero_state(some[0]()).tensors(ema=True)

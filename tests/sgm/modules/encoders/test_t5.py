@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.util import InputError, instantiate_from_config
 
 TEXTS = ["a red ball moves left", "", "a yellow triangle  moves\nup"]
@@ -278,3 +280,13 @@ def test_import_is_light():
         "sys.exit(any(name in sys.modules for name in ('transformers', 'sentencepiece', 'sat', 'deepspeed')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_that_are_not_finite_are_named(own_t5_dir):
+    shard = min(own_t5_dir.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = min(tensors)
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{shard.name}: {name} is not finite: 1 of"):
+        T5Folder(own_t5_dir).load(torch.float32)

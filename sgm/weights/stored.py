@@ -1,0 +1,208 @@
+"""Tensors of weights files, checked when their values are first used.
+
+Names, shapes and dtypes come from headers; reading a value costs a pass over the tensor, in which three things are
+checked. `checked_ahead` does so in threads, while the tensors before are being copied.
+
+| check | finds |
+|---|---|
+| kind | integers, booleans or complex numbers in the place of weights |
+| checksum | bits that changed since the file was written; the CRC-32 in zip archives and in our safetensors headers |
+| finiteness | NaN and infinity |
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sgm.util import InputError
+from sgm.weights.checksums import crc32
+from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
+
+_CURE = "copy or download it again from its source, or take an earlier checkpoint"
+_THREADS = 4  # more than a disk delivers
+
+
+class Once:
+    """A check that the first thread runs; others wait for its result."""
+
+    def __init__(self, check: Callable[[], str]) -> None:
+        self._check, self._lock = check, threading.Lock()
+        self._result: str | None = None
+
+    def __call__(self) -> str:
+        """Return the result: a problem, or an empty string."""
+        with self._lock:
+            if self._result is None:
+                self._result = self._check()
+            return self._result
+
+
+_UNKNOWN = Once(str)  # no checksum was written
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor(LazyTensor):
+    """A memory-mapped tensor of a weights file, whose values are checked before they are returned.
+
+    Attributes:
+        path: the file.
+        name: its name there.
+        changed: returns that its bytes changed since they were written; empty if they did not, or it is unknown.
+        problem: returns what is wrong with its values; empty if nothing is.
+    """
+
+    path: Path
+    name: str
+    changed: Once
+    problem: Once
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The tensor in the file, unchecked."""
+        (tensor,) = self.sources
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the result."""
+        return self.values.dtype if self.to_dtype is None else super().dtype
+
+    def compute(self) -> torch.Tensor:
+        """Return the values.
+
+        Raises:
+            InputError: they are damaged, not finite, or not floating-point numbers.
+        """
+        self.check()
+        return super().compute()
+
+    def of_any_kind(self) -> "StoredTensor":
+        """Return the tensor for a buffer of other than floating-point numbers: only its bytes are checked."""
+        return replace(self, problem=self.changed)
+
+    def check(self) -> None:
+        """Raise the InputError that `compute` would raise."""
+        if problem := self.problem():
+            raise InputError(f"{self.path}: {self.name} {problem}")
+
+
+def store_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, int] | None
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file; `checksums` by name, None if none were written."""
+
+    def changed(name: str) -> Once:
+        return _UNKNOWN if checksums is None else Once(partial(_changed, tensors[name], {checksums[name]}))
+
+    return {name: _stored(path, name, tensor, changed(name)) for name, tensor in tensors.items()}
+
+
+def store_zip(
+    path: Path, tensors: Mapping[str, torch.Tensor], checksums: Mapping[int, Collection[int]] | None
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a file of torch.save.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        checksums: the CRC-32s that storages of a size may have; None if none were written.
+    """
+    checks: dict[int, Once] = {}  # by storage, since several tensors may be views of one
+
+    def changed(tensor: torch.Tensor) -> Once:
+        if checksums is None or tensor.layout != torch.strided or tensor.is_quantized:
+            return _UNKNOWN
+        storage = tensor.untyped_storage()
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        check = Once(partial(_changed, whole, checksums.get(storage.nbytes(), ())))
+        return checks.setdefault(storage.data_ptr(), check)
+
+    return {name: _stored(path, name, tensor, changed(tensor)) for name, tensor in tensors.items()}
+
+
+def _stored(path: Path, name: str, tensor: torch.Tensor, changed: Once) -> StoredTensor:
+    check = Once(lambda: kind_problem(tensor) or changed() or finite_problem(tensor))
+    return StoredTensor((tensor,), path=path, name=name, changed=changed, problem=check)
+
+
+def _changed(tensor: torch.Tensor, checksums: Collection[int]) -> str:
+    """Return that the bytes of a tensor have none of the CRC-32s that they may have; empty if they have one."""
+    return "" if crc32(tensor) in checksums else f"is damaged: its bytes changed after it was written (CRC-32); {_CURE}"
+
+
+def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:
+    """Return why a tensor of this kind cannot be weights; empty if it can. Needs no values."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "is quantized" if tensor.is_quantized else "is sparse"
+    elif tensor.is_floating_point():
+        return ""
+    else:
+        kind = "is complex" if tensor.is_complex() else "is boolean" if tensor.dtype == torch.bool else "holds integers"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} ({dtype}), and weights are dense floating-point numbers; {cure}"
+
+
+def finite_problem(tensor: torch.Tensor, cure: str = _CURE) -> str:
+    """Return which values of a floating-point tensor are not finite; empty if all are."""
+    if tensor.numel() == 0:
+        return ""
+    wide = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor  # float8 has few functions
+    # The sum is fastest; it may overflow.
+    if torch.isfinite(wide.sum()) or all(map(torch.isfinite, wide.aminmax())):
+        return ""
+    wrong = (~torch.isfinite(wide)).nonzero()
+    first, place = wide[tuple(wrong[0])].item(), ", ".join(map(str, wrong[0].tolist()))
+    return (
+        f"is not finite: {len(wrong):,} of {wide.numel():,} values are NaN or infinite, the first ({first}) at "
+        f"[{place}]; the training that wrote it failed, or the file is damaged; {cure}"
+    )
+
+
+def require_floating(tensors: Tensors) -> None:
+    """Raise InputError for the first tensor of a kind that cannot be weights; values are not read."""
+    for tensor in tensors.values():
+        for stored in _sources(tensor):
+            if problem := kind_problem(stored.values):
+                raise InputError(f"{stored.path}: {stored.name} {problem}")
+
+
+def require_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, cure: str = _CURE) -> None:
+    """Raise InputError for the first tensor of the file `path`, already read, that cannot be weights."""
+    for name, tensor in tensors:
+        if problem := kind_problem(tensor, cure) or finite_problem(tensor, cure):
+            raise InputError(f"{path}: {name} {problem}")
+
+
+@contextlib.contextmanager
+def checked_ahead(tensors: Iterable[AnyTensor]) -> Iterator[None]:
+    """Check the values of `tensors` in threads during the block, which computes them in the same order."""
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    try:
+        for tensor in tensors:
+            for stored in _sources(tensor):
+                pool.submit(stored.problem)
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _sources(tensor: AnyTensor) -> Iterator[StoredTensor]:
+    """Yield the tensors of files that a tensor is computed from."""
+    if isinstance(tensor, StoredTensor):
+        yield tensor
+    elif isinstance(tensor, LazyTensor):
+        for source in tensor.sources:
+            yield from _sources(source)

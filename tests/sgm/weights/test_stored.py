@@ -1,0 +1,126 @@
+"""Values of weights files are checked when they are used: kinds, checksums, finiteness."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sgm.util import InputError
+from sgm.weights.checkpoint import load_network, write_tensors
+from sgm.weights.files import check_values, read_file, read_weights
+from sgm.weights.lazy import compute
+from sgm.weights.stored import checked_ahead
+from tests.sgm.weights.test_checkpoint import Tiny
+
+TENSORS = {
+    "a": torch.randn(64, 3, generator=torch.Generator().manual_seed(0)),
+    "b": torch.ones(40).half(),
+    "c": torch.arange(6.0),
+}
+
+
+def write(path: Path, tensors=TENSORS) -> Path:
+    write_tensors(path, "module", tensors, {"lora": {"alpha": 4.0}})
+    return path
+
+
+def flip(path: Path, place: int, bit: int = 0x40) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, name):
+    """In tensors by the name of the tensor; names, shapes and plain values by the file."""
+    path = write(tmp_path / name)
+    good = path.read_bytes()
+    for tensor, value in TENSORS.items():
+        start = good.index(value.numpy().tobytes())
+        flip(path, start + value.nbytes - 1, 0x01)
+        read = read_weights(path)
+        with pytest.raises(InputError, match=f"{name}: {tensor} is damaged"):
+            read[tensor].compute()
+        assert all(torch.equal(compute(read[other]), TENSORS[other]) for other in TENSORS if other != tensor)
+        path.write_bytes(good)
+    places = [good.index(b"alpha"), *range(good.index(b"lora"), good.index(b"lora") + 30, 7)]
+    for place in places:
+        flip(path, place, 0x02)
+        with pytest.raises(InputError, match=name):
+            read_weights(path)
+        path.write_bytes(good)
+
+
+def test_views_of_one_storage_are_checked_with_it(tmp_path):
+    whole = torch.arange(100.0)
+    torch.save({"module": {"a": whole[:10], "b": whole[50:].view(5, 10).t()}}, tmp_path / "x.pt")
+    assert torch.equal(read_weights(tmp_path / "x.pt")["b"].compute(), whole[50:].view(5, 10).t())
+    flip(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes().index(whole.numpy().tobytes()) + 4 * 30)
+    with pytest.raises(InputError, match="a is damaged"):
+        read_weights(tmp_path / "x.pt")["a"].compute()
+
+
+def test_files_without_checksums_load(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"module": TENSORS}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save({"module": TENSORS}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    check_values(*tmp_path.iterdir())
+
+
+def test_a_file_that_another_tool_rewrote_is_not_compared_with_its_old_checksums(tmp_path):
+    path = write(tmp_path / "x.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor.double() for name, tensor in load_file(path).items()}, path, metadata=metadata)
+    assert torch.equal(read_weights(path)["a"].compute(), TENSORS["a"].double())
+
+
+WRONG = {
+    "integers": (torch.arange(6), r"holds integers \(int64\)"),
+    "booleans": (torch.ones(6).bool(), r"is boolean \(bool\)"),
+    "complex": (torch.ones(6).to(torch.complex64), r"is complex \(complex64\)"),
+    "sparse": (torch.eye(6).to_sparse(), "is sparse"),
+    "nan": (torch.tensor([1, float("nan")]), r"is not finite: 1 of 2 values .*\(nan\) at \[1\]"),
+    "inf": (
+        torch.tensor([[1, 2], [float("-inf"), float("inf")]]).bfloat16(),
+        r"is not finite: 2 of 4 .*\(-inf\) at \[1, 0\]",
+    ),
+    "float8": (torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn), "is not finite: 1 of 2"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_cannot_be_weights_is_refused_by_name(tmp_path, kind):
+    tensor, message = WRONG[kind]
+    torch.save({"module": {**TENSORS, "d": tensor}}, tmp_path / "x.pt")
+    read = read_weights(tmp_path / "x.pt")
+    with pytest.raises(InputError, match=rf"x\.pt: d {message}"), checked_ahead(read.values()):
+        read["d"].compute()
+    assert torch.equal(read["a"].compute(), TENSORS["a"])
+    assert read_file(tmp_path / "x.pt").keys() == read.keys(), "names can be listed"
+
+
+@pytest.mark.parametrize("kind", ["integers", "sparse", "nan"])
+def test_a_network_does_not_take_them(tmp_path, kind):
+    names = [f"model.diffusion_model.{name}" for name in Tiny().state_dict()]
+    tensors = dict(zip(names, Tiny().state_dict().values(), strict=True))
+    name = next(name for name in names if tensors[name].is_floating_point())
+    tensor, message = WRONG[kind]
+    torch.save({"module": tensors | {name: tensor}}, tmp_path / "x.pt")
+    if kind == "nan":
+        torch.save({"module": tensors | {name: tensors[name] / 0}}, tmp_path / "x.pt")
+        message = "not finite"
+    with pytest.raises(InputError, match=f"{name} .*{message}"):
+        load_network(Tiny(), tmp_path / "x.pt")
+
+
+def test_an_archive_has_the_checksums_that_torch_wrote(tmp_path):
+    with zipfile.ZipFile(write(tmp_path / "x.pt")) as archive:
+        assert all(info.CRC for info in archive.infolist()) and archive.testzip() is None
