@@ -60,5 +60,5 @@ def result_digest(config: Config) -> str:
     """SHA-256 of everything in `config` that changes a sample."""
     args = {name: getattr(config.args, name) for name in RESULT_ARGS}
     assert config.args.load is not None, "the dry run refuses a run without weights"
-    args["load"] = str(find_weights(config.args.load))  # 'latest' may change
+    args["load"] = str(find_weights(config.args.load).resolve())  # 'latest' may change
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()

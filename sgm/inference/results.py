@@ -28,9 +28,6 @@ except ImportError:  # not POSIX
 
 logger = get_logger(__name__)
 
-NAME = "000000"
-SUFFIXES = (".mp4", ".safetensors")
-
 
 def sample_folder(output_dir: str | Path, prompt: Prompt, k: int) -> Path:
     """Return the folder of sample `k` of a prompt."""
@@ -43,11 +40,11 @@ class Results:
     Args:
         args: of the run.
         settings: name → value of what decides a sample, beside its prompt, image and seed; recorded with each result.
+        name: of the file of a sample.
     """
 
-    def __init__(self, args: SamplingArgs, settings: Mapping[str, Any]) -> None:
-        self.args, self.settings = args, settings
-        self.suffix = SUFFIXES[args.only_save_latents]
+    def __init__(self, args: SamplingArgs, settings: Mapping[str, Any], *, name: str) -> None:
+        self.args, self.settings, self.name = args, settings, name
 
     def identity(self, prompt: Prompt, k: int) -> dict[str, Any]:
         """Return name → value of everything that decides a sample, as its record holds it."""
@@ -97,6 +94,9 @@ class Results:
         with _locked(sample_folder(self.args.output_dir, prompt, k)):
             path = self.place(prompt, k)  # again: another run may have finished meanwhile
             safe = self._places(prompt, k)[-1]
+            if not self._is_own(path, prompt, k):  # a killed run must not leave the record of a video that it replaced
+                with contextlib.suppress(OSError):
+                    path.with_suffix(".json").unlink(missing_ok=True)
             return write_or_keep(path, save, {**self.identity(prompt, k), **record}, beside=safe)
 
     def _places(self, prompt: Prompt, k: int) -> tuple[Path, Path, Path]:
@@ -104,8 +104,9 @@ class Results:
         text = json.dumps(self.identity(prompt, k), sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         folder = sample_folder(self.args.output_dir, prompt, k)
-        safe = Path(self.args.output_dir) / f"sample-{prompt.index}-{k}-{digest}{self.suffix}"
-        return folder / f"{NAME}{self.suffix}", folder / f"{NAME}-{digest}{self.suffix}", safe
+        usual = folder / self.name
+        safe = Path(self.args.output_dir) / f"sample-{prompt.index}-{k}-{digest}{usual.suffix}"
+        return usual, usual.with_stem(f"{usual.stem}-{digest}"), safe
 
     def _is_own(self, path: Path, prompt: Prompt, k: int) -> bool:
         made = read_record(path) if path.is_file() else None
@@ -162,7 +163,8 @@ def _shown(value: Any) -> str:
 
 def _is_taken(path: Path) -> bool:
     """Whether there is a finished result, as video or latents; without a record, it is a killed run's."""
-    return path.with_suffix(".json").is_file() and any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES)
+    record = path.with_suffix(".json")
+    return record.is_file() and any(other != record for other in path.parent.glob(f"{path.stem}.*"))
 
 
 @contextlib.contextmanager

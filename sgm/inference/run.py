@@ -89,7 +89,8 @@ class SamplingRun:
         else:
             self.dtype = next(engine.network.parameters()).dtype
             self.engine = engine
-        self.results = Results(self.args, self._settings())
+        suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
+        self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
         self.summary = Summary()
         self._is_loaded = engine is not None
         self._uncond: dict[str, torch.Tensor] | None = None

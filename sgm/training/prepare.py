@@ -150,7 +150,8 @@ class _Checks:
                 record(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
         record("data", "args.train_data", lambda: open_data(config))
         record("resume", "args.resume", lambda: find_resume_point(args))
-        self.problems += problems_of("args.save", "name another folder", partial(require_writable, args.save))
+        writable = partial(require_writable, args.save, f"{args.experiment_name}-00-00-00-00")
+        self.problems += problems_of("args.save", "name another folder", writable)
         if not self.problems:
             self._open_caches()
 

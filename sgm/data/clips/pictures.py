@@ -8,6 +8,7 @@ Legend: H, W pixels.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def picture_size(source: str | io.BytesIO) -> tuple[int, int]:
 @contextmanager
 def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
     """Open a picture, without decoding it; errors, also those in the block, become a PictureError."""
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise PictureError("it is a folder, pipe or device, not a file")  # opening a pipe waits for ever
     try:
         with Image.open(source, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS

@@ -81,5 +81,5 @@ def _table(folder: Path) -> Any:
         raise InputError(f"'{folder}': reading it needs datasets; pip install 'datasets'") from error
     try:
         return datasets.load_from_disk(str(folder)).data.table  # type: ignore[union-attr]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of odd JSON files
         raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: {error}") from error

@@ -26,6 +26,7 @@ CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_FILES = ("videos.txt", "video.txt")
 IMAGE_FILES = ("images.txt", "image.txt")
 _INFO = ("num_frames", "fps", "height", "width")
+_MOST = 2**31 - 1  # of frames, pixels of a side, and frames per second, in arrays of integers
 _BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 
@@ -177,8 +178,8 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
         frames, fps, height, width = (float(value) for value in given)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         frames = fps = height = width = float("nan")
-    whole = all(value >= 1 and value.is_integer() for value in (frames, height, width))
-    if not whole or not 0 <= fps < float("inf") or (fps == 0 and frames > 1):
+    whole = all(1 <= value <= _MOST and value.is_integer() for value in (frames, height, width))
+    if not whole or not 0 <= fps <= _MOST or (fps == 0 and frames > 1):
         said = ", ".join(f"{name}={_shown(value, quoted=False)}" for name, value in zip(_INFO, given, strict=True))
         raise _CellError(_INFO[0], f"says {said}; give whole numbers, and frames per second: 0 for a single frame")
     return VideoInfo(int(frames), fps, frames / fps if fps else 0.0, int(height), int(width))

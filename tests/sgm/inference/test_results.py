@@ -18,7 +18,8 @@ SETTINGS = {"negative_prompt": "", "num_steps": 50, "config_digest": "1234"}
 
 
 def make(folder: Path, *, settings=None, **args) -> Results:
-    return Results(SamplingArgs(output_dir=str(folder), **args), SETTINGS | (settings or {}))
+    name = "000000.safetensors" if args.get("only_save_latents") else "000000.mp4"
+    return Results(SamplingArgs(output_dir=str(folder), **args), SETTINGS | (settings or {}), name=name)
 
 
 def write(results: Results, content: str = "video", prompt: Prompt = PROMPT, k: int = 0) -> Path:
@@ -57,7 +58,11 @@ def test_what_differs_goes_beside_and_is_found_again(tmp_path, caplog, other, pr
     assert (first.read_text(), second.read_text()) == ("one", "two") and second.parent == first.parent
     assert make(tmp_path).finished(PROMPT, 0) == first and make(tmp_path, **other).finished(prompt, 0) == second
     assert write(make(tmp_path, **other), "two again", prompt) == second, "the same settings replace their own"
-    third = write(make(tmp_path, overwrite=True, **other), "three", prompt)
+    seen = []
+    changed = make(tmp_path, overwrite=True, **other)
+    changed.announce(prompt, 0)
+    third = changed.write(prompt, 0, lambda path: seen.append(path.with_suffix(".json").exists()), {})
+    assert seen == [False], "a kill leaves no record of seed 42 beside another video"
     assert third.stem == "000000" and "will be replaced" in caplog.messages[-1]
 
 

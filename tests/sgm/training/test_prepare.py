@@ -74,6 +74,7 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
         (I2V, ["model.latent_input=true"], "model.latent_input", "first frame"),
         (FULL, ["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer", "did you mean 'AdamW'"),
         (FULL, ["args.save=configs/toy.yaml/runs"], "args.save", "cannot be written to"),
+        (FULL, [f"args.experiment_name={'x' * 250}"], "args.save", "File name too long"),
         (FULL, ["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size", "is 3"),
         (FULL, ["args.resume=nowhere"], "args.resume", "holds no resume/latest"),
         (FULL, ["data.params.max_num_frames=5"], "data.params.max_num_frames", "nearest legal"),

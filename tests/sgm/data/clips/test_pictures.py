@@ -1,6 +1,7 @@
 """Training, sampling and precomputing read a picture file alike."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -112,6 +113,14 @@ def refusals(path) -> tuple[str, str]:
     with pytest.raises(InputError) as sampled:
         check_images([Prompt(0, "a", path)])
     return trained.value.reason, str(sampled.value)
+
+
+def test_what_is_not_a_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name in ("a.png", "b.png"):
+        reason, message = refusals(tmp_path / name)
+        assert "not a file" in reason and "not a file" in message
 
 
 @pytest.mark.parametrize(

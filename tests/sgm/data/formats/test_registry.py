@@ -114,6 +114,7 @@ CSV = "caption,video\n"
         ("csv", CSV + "one,/a\n" * 9, ["metadata.csv:6: ", "and 4 more"]),
         ("csv", CSV + "one,x.mp4\ntwo,y.mp4\n", ["none of the 2 clips", "x.mp4'; paths are relative to"]),
         ("csv", "text,clip\none,a.mp4\n", ["no column of videos", "its columns are text, clip", "video_column"]),
+        ("csv", "caption,video,num_frames,fps,height,width\none,a.mp4,1e300,8,9,9\n", ["csv:2: says num_frames=1e300"]),
         ("csv", "caption,video,num_frames,fps,height,width\none,a.mp4,9,8,x,64\n", ["csv:2: says num_frames=9, fps=8"]),
         (
             "csv",
@@ -300,9 +301,10 @@ def test_faults_of_huggingface_folders(tmp_path):
     assert "one, row 2: '/b.mp4' is an absolute path" in refusal(tmp_path / "one")
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "splits"))
     assert f"the splits test, train; give one: '{tmp_path}/splits/test'" in refusal(tmp_path / "splits")
-    (tmp_path / "one/state.json").write_text("{}")
-    huggingface._table.cache_clear()
-    assert "cannot be read by datasets.load_from_disk" in refusal(tmp_path / "one")
+    for content in ("{}", "[" * 100_000, "[]"):
+        (tmp_path / "one/state.json").write_text(content)
+        huggingface._table.cache_clear()
+        assert "cannot be read by datasets.load_from_disk" in refusal(tmp_path / "one")
 
 
 def test_missing_clips_and_captions_are_problems_of_rows(tmp_path):
