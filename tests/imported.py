@@ -7,7 +7,6 @@ import sgm.distributed
 sgm.distributed.prepare_import()
 for _name in (
     "data_video",
-    "decord",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "dit_video_concat",
     "sat.model.base_model",
