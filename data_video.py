@@ -17,7 +17,7 @@ from sgm.config.values import AtLeast1, Share, Width
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.clips.check import RowReport, check_rows, row_reports
-from sgm.data.clips.decode import ClipError, probe, read_frames, scan
+from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, stretch
@@ -160,13 +160,14 @@ class SFTDataset:
 
     def _frames(self, row: Row, augmentation: "_Augmentation", num_frames: int) -> tuple[torch.Tensor, int]:
         """Decode a clip: (F, 3, H, W), and the number of frames without padding."""
-        info, times = scan(row.path)
+        scanned = scan(row.path)
+        end = scanned.times[0] + scanned.info.duration
         try:
-            selection = select_frames(times, fps=self.fps, max_num_frames=num_frames, skip=self.skip)
+            selection = select_frames(scanned.times, fps=self.fps, max_num_frames=num_frames, skip=self.skip, end=end)
         except ValueError as error:
             raise ClipError(row.path, str(error)) from error
         distinct = sorted(set(selection.indices))
-        frames = augmentation.apply(read_frames(row.path, distinct, info.num_frames))
+        frames = augmentation.apply(read_frames(row.path, distinct, scanned))
         return frames[[distinct.index(frame) for frame in selection.indices]], selection.num_frames
 
     def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
@@ -365,7 +366,7 @@ def _image(row: Row, augmentation: _Augmentation) -> torch.Tensor | None:
     if row.image is None:
         return None
     try:
-        return augmentation.apply(read_frames(row.image, [0], probe(row.image).num_frames))[0]
+        return augmentation.apply(read_frames(row.image, [0], scan(row.image)))[0]
     except ClipError as error:
         raise ClipError(row.path, f"its image {error.path} {error.reason}") from error
 

@@ -7,7 +7,6 @@ import sgm.distributed
 sgm.distributed.prepare_import()
 for _name in (
     "data_video",
-    "decord",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",

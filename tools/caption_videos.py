@@ -163,8 +163,8 @@ def read_ahead(clips: Sequence[Path], batch_size: int, count: int) -> Iterator[l
 
     def read(clip: Path) -> tuple[Path, np.ndarray | str]:
         try:
-            num_frames = scan(clip)[0].num_frames
-            return clip, read_frames(clip, evenly_spaced(num_frames, count), num_frames)
+            scanned = scan(clip)
+            return clip, read_frames(clip, evenly_spaced(scanned.info.num_frames, count), scanned)
         except ClipError as error:
             return clip, str(error)
 

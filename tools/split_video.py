@@ -14,19 +14,19 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm import tqdm
 
 from sgm.cli import run_command
-from sgm.data.clips.decode import ClipError, VideoInfo, open_video, scan
-from sgm.data.clips.frames import select_frames
+from sgm.data.clips.decode import ClipError, Scan, each_frame, scan
+from sgm.data.clips.frames import MAX_FPS, shown_frames, usual_gap
 from sgm.data.formats.folder import LABELS, VIDEOS
+from sgm.data.rows import VideoInfo, listed
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, json_bytes, parse_json, remove_leftovers, require_writable, write_json
 from sgm.log import get_logger, printable
@@ -37,6 +37,7 @@ logger = get_logger("split_video")
 PLANS, MANIFEST = "cuts", "clips.jsonl"
 DETECTION_WIDTH = 256  # width of compared frames in pixels; small frames show cuts without grain
 FLASH_SECONDS = 0.5  # two changes within this time are a flash or a dissolve
+MIN_FPS = 8.0  # of clips; a slide show repeats its frames, as a clip of one frame is not a video
 _TOLERANCE = 1e-6  # of times, in seconds: they are rounded to the time base of the file
 
 
@@ -99,30 +100,34 @@ def divide(scenes: Sequence[tuple[float, float]], settings: Settings) -> tuple[l
     return clips, max(dropped, 0.0)
 
 
-def find_scenes(path: Path, info: VideoInfo, times: np.ndarray, threshold: float) -> list[tuple[float, float]]:
+def find_scenes(path: Path, scanned: Scan, threshold: float) -> list[tuple[float, float]]:
     """Return start and end of each scene in seconds of the source's timestamps.
 
-    Metadata and `times` are those of `scan`; for `threshold` see `Settings`.
+    `scanned` is the result of `scan`; for `threshold` see `Settings`. Frames that cannot be decoded are passed over: a
+    clip that needs one is refused when it is written.
 
     Raises:
-        ClipError: the video cannot be decoded to its end.
+        ClipError: no frame can be decoded.
     """
     from scenedetect import ContentDetector, FrameTimecode
 
+    info, times = scanned.info, scanned.times
+    size = max(round(info.height * DETECTION_WIDTH / info.width), 1), DETECTION_WIDTH
     detector = ContentDetector(threshold=threshold, min_scene_len=FLASH_SECONDS)
-    cuts, count = [], 0
-    opened, progress = open_video(path, thread_type="AUTO"), _progress(path, "scenes", info.num_frames)
-    with opened as (container, stream), progress as bar:
-        for frame in container.decode(stream):
-            height = max(round(frame.height * DETECTION_WIDTH / frame.width), 1)
-            picture = frame.reformat(DETECTION_WIDTH, height, "bgr24", interpolation="AREA").to_ndarray()
-            cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(count, info.fps), picture)]
-            count += 1
+    cuts, errors = [], []
+    with _progress(path, "scenes", info.num_frames) as bar:
+        every = range(info.num_frames)
+        pictures = each_frame(path, every, scanned, size=size, interpolation="AREA", thread_type="AUTO")
+        for index, picture in enumerate(pictures):
             bar.update()
-    if count < info.num_frames:
-        raise ClipError(path, f"only {count} of its {info.num_frames} frames can be decoded; encode it again")
-    bounds = [*(float(times[index]) for index in (0, *cuts)), float(times[0]) + info.duration]
-    return list(pairwise(bounds))
+            if isinstance(picture, ClipError):
+                errors.append(picture)
+                continue
+            bgr = np.ascontiguousarray(picture[..., ::-1])
+            cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(index, info.fps), bgr)]
+    if len(errors) == info.num_frames:
+        raise errors[0]
+    return list(pairwise([*(float(times[index]) for index in (0, *cuts)), float(times[0]) + info.duration]))
 
 
 def make_plan(path: Path, settings: Settings) -> Plan:
@@ -131,82 +136,82 @@ def make_plan(path: Path, settings: Settings) -> Plan:
     Raises:
         ClipError: the video cannot be read.
     """
-    info, times = scan(path)
-    if info.num_frames < 2:
+    scanned = scan(path)
+    if scanned.info.num_frames < 2:
         raise ClipError(path, "holds a single frame, which is not a video")
-    scenes = find_scenes(path, info, times, settings.threshold)
+    fps = clip_rate(scanned.times)
+    if fps > MAX_FPS:
+        raise ClipError(path, f"says that it runs at {fps:.4g} frames per second, which no video does; encode it again")
+    scenes = find_scenes(path, scanned, settings.threshold)
     clips, dropped = divide(scenes, settings)
-    fps = info.fps if settings.fps is None else min(settings.fps, info.fps)
+    fps = fps if settings.fps is None else min(settings.fps, fps)
     return Plan(str(path), path.stat().st_size, asdict(settings), round(fps, 6), clips, dropped)
+
+
+def clip_rate(times: np.ndarray) -> float:
+    """Return the frame rate of clips: that of the moving parts, or a multiple of it for a slide show."""
+    rate = 1 / max(usual_gap(times, default=1.0), 1e-9)
+    return rate * max(math.ceil(MIN_FPS / rate - _TOLERANCE), 1)
 
 
 def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
     """Write the missing clips of a source; return their number.
 
     Raises:
-        ClipError: the source cannot be read.
+        ClipError: the source, or a part of it, cannot be read; the other clips are written.
         RunError: a clip could not be written.
     """
     missing = [(clip, path) for clip, path in zip(plan.clips, plan.paths(out), strict=True) if not path.is_file()]
     if not missing:
         return 0
     source = Path(plan.source)
-    selected = _select_frames([clip for clip, _ in missing], scan(source)[1], plan)
-    pictures = _pictures(source, [index for indices in selected for index in indices], settings.size)
+    scanned = scan(source)
+    selected = [_select_frames(clip, scanned.times, plan.fps) for clip, _ in missing]
+    covering, size = _sizes(scanned.info, settings.size)
+    indices = [index for chosen in selected for index in chosen]
+    pictures = each_frame(source, indices, scanned, size=covering, thread_type="AUTO")
+    failed = []
     with _progress(source, "clips", len(missing)) as bar:
-        for indices, (_, path) in zip(selected, missing, strict=True):
-            first = next(pictures)
-            clip = np.empty((len(indices), *first.shape), dtype=np.uint8)  # filled in place: memory of one clip
-            clip[0] = first
-            for k in range(1, len(indices)):
-                clip[k] = next(pictures)
-            write_video(path, clip, plan.fps)
+        for chosen, ((begin, end), path) in zip(selected, missing, strict=True):
+            clip = np.empty((len(chosen), *size, 3), dtype=np.uint8)  # filled in place: memory of one clip
+            errors = [error for k in range(len(chosen)) if (error := _fill(clip[k], next(pictures)))]
+            if errors:
+                failed.append(f"{path.name}, from {begin:.2f} to {end:.2f} s: {errors[0].reason}")
+            else:
+                write_video(path, clip, plan.fps)
             bar.update()
+    if failed:
+        written = len(missing) - len(failed)
+        raise ClipError(source, f"{written} clips are written, {len(failed)} cannot be cut:\n{listed(failed)}")
     return len(missing)
 
 
-def _select_frames(clips: Sequence[tuple[float, float]], times: np.ndarray, plan: Plan) -> list[list[int]]:
-    """Return the source frames of each clip in display order; sparse frames are repeated."""
-    selected = []
-    for begin, end in clips:
-        low = max(int(np.searchsorted(times, begin + _TOLERANCE)) - 1, 0)  # the frame displayed at that time
-        high = max(int(np.searchsorted(times, end - _TOLERANCE)), low + 1)
-        num = max(round((end - begin) * plan.fps), 1)
-        try:
-            taken = select_frames(times[low:high], fps=plan.fps, max_num_frames=num)
-        except ValueError as error:
-            raise ClipError(plan.source, f"from {begin:.2f} to {end:.2f} s: {error}") from error
-        selected.append([low + index for index in taken.indices[: taken.num_frames]])
-    return selected
+def _select_frames(clip: tuple[float, float], times: np.ndarray, fps: float) -> list[int]:
+    """Return the source frames of a clip in display order; a still stretch repeats the frame that it shows."""
+    begin, end = clip
+    low = max(int(np.searchsorted(times, begin + _TOLERANCE)) - 1, 0)  # the frame displayed at that time
+    high = max(int(np.searchsorted(times, end - _TOLERANCE)), low + 1)
+    targets = begin + np.arange(max(round((end - begin) * fps), 1)) / fps
+    return (low + shown_frames(times[low:high], targets, fps=fps)).tolist()
 
 
-def _pictures(path: Path, indices: Sequence[int], size: Sequence[int] | None) -> Iterator[np.ndarray]:
-    """Yield source frames (H, W, 3) uint8, RGB, upright, by ascending index; decode from the start of the file."""
-    position = 0
-    with open_video(path, thread_type="AUTO") as (container, stream):
-        for index, frame in enumerate(container.decode(stream)):
-            if index == indices[position]:
-                picture = _picture(frame, size)
-                while position < len(indices) and indices[position] == index:
-                    yield picture
-                    position += 1
-                if position == len(indices):
-                    return
-    raise ClipError(path, f"ends before frame {indices[position]}, though its packets go further; encode it again")
+def _sizes(info: VideoInfo, size: Sequence[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (H, W) to which frames are scaled, and of clips: `size`, or that of the source with even sides."""
+    height, width = info.height, info.width
+    if size is None:
+        return (height, width), (max(height - height % 2, 2), max(width - width % 2, 2))
+    scale = max(size[0] / height, size[1] / width)
+    return (max(size[0], round(height * scale)), max(size[1], round(width * scale))), (size[0], size[1])
 
 
-def _picture(frame: av.VideoFrame, size: Sequence[int] | None) -> np.ndarray:
-    """Return a frame upright, scaled to cover `size` and cropped to it; without one, cropped to even sides."""
-    turned = frame.rotation % 180 != 0
-    height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-    target_h, target_w = size or (height - height % 2, width - width % 2)
-    scale = max(target_h / height, target_w / width) if size else 1.0
-    covering = max(target_h, round(height * scale)), max(target_w, round(width * scale))
-    stored_h, stored_w = covering[::-1] if turned else covering
-    scaled = frame.to_ndarray(format="rgb24", width=stored_w, height=stored_h, interpolation="BICUBIC")
-    upright = np.rot90(scaled, frame.rotation // 90)  # counterclockwise in degrees
-    top, left = (covering[0] - target_h) // 2, (covering[1] - target_w) // 2
-    return upright[top : top + target_h, left : left + target_w]
+def _fill(target: np.ndarray, picture: np.ndarray | ClipError) -> ClipError | None:
+    """Copy the centre of a frame into a clip; return the error of a frame that cannot be decoded."""
+    if isinstance(picture, ClipError):
+        return picture
+    height, width = target.shape[:2]
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    target[:] = picture[top : top + height, left : left + width]
+    return None
 
 
 def _plan_file(path: Path, out: Path) -> Path:
@@ -231,7 +236,8 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
     by_stem: dict[str, Path] = {}
     for path in sources:
         if not path.is_file():
-            found = "is a folder; give the videos in it" if path.is_dir() else "does not exist"
+            found = "does not exist" if not path.exists() else "is not a file"
+            found = "is a folder; give the videos in it" if path.is_dir() else found
             raise InputError(f"'{path}' {found}")
         other = by_stem.setdefault(path.stem, path)
         if other is not path:
@@ -285,7 +291,7 @@ def split(path: Path, settings: Settings, out: Path) -> str:
         write_json(file, asdict(make_plan(path, settings)))
     plan = _read_plan(file)
     if settings.fps is not None and plan.fps < settings.fps:
-        said = "%s has %.4g frames per second, below --fps %g; its clips keep them"
+        said = "the clips of %s have %.4g frames per second, below --fps %g, as it is slower"
         logger.warning(said, path, plan.fps, settings.fps)
     try:
         num_new = write_clips(plan, settings, out)

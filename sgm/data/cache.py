@@ -38,7 +38,7 @@ KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"write the cache again with {TOOL}"
-_FORMAT = 4  # increment when the files or the decoded frames change
+_FORMAT = 4  # increment when the files change; how frames are chosen is in the source, `decode.READER`
 _MISSING = "it is missing"
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 

@@ -3,6 +3,7 @@
 import io
 import ntpath
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from sgm.util import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
 _SHOWN = 5  # faults that a message lists
 
 
@@ -72,6 +74,20 @@ def opened(file: str | ClipFile) -> str | io.BytesIO:
         OSError: the bytes cannot be read.
     """
     return os.path.abspath(file) if isinstance(file, str | Path) else io.BytesIO(file.read())
+
+
+def require_file(file: str | ClipFile) -> None:
+    """Check that a clip is a file, without opening it: opening a pipe waits for ever.
+
+    Raises:
+        OSError: it is a pipe, socket, device or folder, or does not exist.
+    """
+    if not isinstance(file, str | Path):
+        return
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        name = next((name for check, name in _NOT_FILES.items() if check(mode)), "device")
+        raise OSError(f"it is a {name}, not a file")
 
 
 def one_line(text: str) -> str:

@@ -1,7 +1,9 @@
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -97,22 +99,23 @@ def test_no_clip_shows_two_scenes_and_the_manifest_says_where_they_come_from(fil
     assert [line["video"] for line in lines] == [f"videos/film_000{k}.mp4" for k in range(3)]
     assert {line["source"] for line in lines} == {str(film)}
     assert [(line["start"], line["end"]) for line in lines] == [(0, 1.5), (1.5, 3.0), (3.0, 4.5)]
-    source = read_frames(film, range(102), 102).astype(int)
+    source = read_frames(film, range(102), scan(film)).astype(int)
     for line, first in zip(lines, (0, 30, 60), strict=True):
-        info, _ = scan(tmp_path / line["video"])
+        scanned = scan(tmp_path / line["video"])
+        info = scanned.info
         assert (info.num_frames, info.fps, line["fps"]) == (30, pytest.approx(RATE), RATE)
-        clip = read_frames(tmp_path / line["video"], range(30), 30).astype(int)
+        clip = read_frames(tmp_path / line["video"], range(30), scanned).astype(int)
         assert np.abs(clip - source[first : first + 30]).mean(axis=(1, 2, 3)).max() < 2
 
 
 def test_frames_are_chosen_by_time_and_pictures_cover_the_size(film, tmp_path):
     assert run(film, tmp_path, "--fps", 8, "--size", 32, 32) == 0
     clip = tmp_path / "videos/film_0001.mp4"
-    info, times = scan(clip)
+    info, times, *_ = scanned = scan(clip)
     assert (info.num_frames, info.height, info.width) == (12, 32, 32)
     assert np.diff(times) == pytest.approx(1 / 8)
     # 48x64 covers 32x32 as 32x43, and the bar of 11 columns keeps the 6 that lie within the middle 32.
-    is_white = read_frames(clip, range(12), 12).mean(axis=3) > 180
+    is_white = read_frames(clip, range(12), scanned).mean(axis=3) > 180
     assert is_white[..., :4].any() and not is_white[..., 8:].any()
     heights = is_white[..., :3].mean(axis=2).round().sum(axis=1) / 32 * 48
     assert heights == pytest.approx([round(k / 8 * RATE) for k in range(12)], abs=2.5)
@@ -162,31 +165,49 @@ def test_a_source_that_cannot_be_read_does_not_stop_the_others(film, tmp_path, c
     assert "film.mp4: 1 clips, 1 of them new; 3.1 s too short" in said.out
 
 
-def test_a_source_whose_packets_cannot_be_decoded_is_reported(film, monkeypatch):
-    info, times = scan(film)
-    with pytest.raises(ClipError, match="only 102 of its 150 frames"):
-        longer = split_video.VideoInfo(150, info.fps, info.duration, info.height, info.width)
-        split_video.find_scenes(film, longer, times, 27.0)
-    with pytest.raises(ClipError, match="ends before frame 102"):
-        list(split_video._pictures(film, [101, 102], None))
+def test_one_bad_piece_costs_no_other(film, tmp_path, monkeypatch, capsys):
+    whole = split_video.each_frame
+
+    def damaged(path, indices, scanned, **more):
+        for index, picture in zip(indices, whole(path, indices, scanned, **more), strict=True):
+            yield ClipError(path, "its frame cannot be decoded") if 35 <= index < 40 else picture
+
+    monkeypatch.setattr(split_video, "each_frame", damaged)
+    assert run(film, tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "2 clips are written, 1 cannot be cut" in said and "film_0001.mp4, from 1.50 to 3.00 s: its frame" in said
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["film_0000.mp4", "film_0002.mp4"]
+    assert len((tmp_path / "clips.jsonl").read_text().splitlines()) == 2
 
 
-def test_sparse_frames_are_shown_longer_and_odd_sizes_become_even(tmp_path):
-    path = tmp_path / "film.mp4"
-    write_video(path, frames_of((1.0,)), RATE)
-    pictures = list(split_video._pictures(path, [3, 3, 7], None))
-    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
+def test_still_stretches_and_slide_shows_give_whole_clips(tmp_path):
+    def cut(frames, times):
+        path = tmp_path / "source.mkv"
+        with av.open(path, "w") as container:
+            stream = container.add_stream("libx264", rate=24, options={"crf": "10"})
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+            for time, picture in zip(times, frames, strict=True):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        out = tmp_path / f"out{len(frames)}"
+        assert run(path, out) == 0
+        clips = sorted((out / "videos").iterdir())
+        return [scan(clip).info.num_frames for clip in clips], read_frames(clips[1], [0, 8], scan(clips[1]))
 
-    class Turned:
-        """A stored frame of 5x7 that is shown turned."""
+    grey = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None, None, None] * 2, (80, 48, 64, 3))
+    counts, _ = cut(grey[:73], [*np.arange(72) / 24, 8.0])  # a screen recording: still from 3 s to 8 s
+    assert counts == [39] * 5, "8.04 s at the rate of its moving part"
+    counts, shown = cut(grey[::10][:4], np.arange(4) * 2.0)  # a slide show
+    assert counts == [16] * 4 and np.abs(shown.astype(int) - 20).max() < 6
 
-        rotation, height, width = 90, 5, 7
 
-        def to_ndarray(self, **asked):
-            return np.zeros((asked["height"], asked["width"], 3), dtype=np.uint8)
-
-    assert split_video._picture(Turned(), None).shape == (6, 4, 3)
-    assert split_video._picture(Turned(), (20, 10)).shape == (20, 10, 3)
+def test_sizes_cover_and_odd_sides_become_even():
+    info = split_video.VideoInfo(1, 1.0, 1.0, 7, 5)
+    assert split_video._sizes(info, None) == ((7, 5), (6, 4))
+    assert split_video._sizes(info, (20, 10)) == ((20, 14), (20, 10))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +235,7 @@ def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
     other = tmp_path / "film.mkv"
     other.write_bytes(b"another")
     assert "'nowhere.mp4' does not exist" in refused("nowhere.mp4")
+    assert "is not a file" in refused("/dev/null")
     assert "is a folder" in refused(tmp_path)
     assert "clips of the same names" in refused(film, other)
     assert not out.exists()

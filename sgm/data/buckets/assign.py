@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from sgm.config.yaml_files import ConfigError, Problem
-from sgm.data.clips.frames import MAX_FPS, MIN_FPS
+from sgm.data.clips.frames import MAX_FPS
 from sgm.data.rows import VideoInfo
 from sgm.modules.geometry import Geometry
 
@@ -69,13 +69,16 @@ def clip_sizes(infos: Sequence[VideoInfo | str], *, fps: float, skip: tuple[int,
         fps: frame rate of training.
         skip: source frames skipped at the start and at the end.
     """
-    rows = [(0, 0.0, 1, 1) if isinstance(i, str) else (i.num_frames, i.fps, i.height, i.width) for i in infos]
-    counts, rates, heights, widths = np.array(rows, np.float64).reshape(-1, 4).T
-    usable = counts - sum(skip)
+    rows = [
+        (0, 0.0, 0.0, 1, 1) if isinstance(i, str) else (i.num_frames, i.fps, i.duration, i.height, i.width)
+        for i in infos
+    ]
+    counts, rates, durations, heights, widths = np.array(rows, np.float64).reshape(-1, 5).T
+    usable, gaps = counts - sum(skip), 1 / np.maximum(rates, 1e-9)
     # As `sgm.data.clips.frames.select_frames`, but from the mean rate instead of all timestamps.
-    seconds = (usable - 0.5) / np.maximum(rates, MIN_FPS)
-    frames = np.where(usable == 1, 1, np.floor((seconds + 1e-6) * fps) + 1)
-    frames = np.where((usable >= 1) & (rates >= MIN_FPS) & (rates <= MAX_FPS), frames, 0)
+    seconds = durations - sum(skip) * gaps - np.minimum(gaps, 1 / fps) / 2
+    frames = np.maximum(np.floor((seconds + 1e-6) * fps) + 1, 1)
+    frames = np.where((usable >= 1) & (rates <= MAX_FPS), frames, 0)
     frames = np.where(counts == 1, 1, frames)
     return ClipSizes(*(side.astype(np.int64) for side in (frames, heights, widths)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
-from sgm.data.clips.decode import ClipError, decode_all, probe, scan
+from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
@@ -76,16 +76,18 @@ def check_rows(
 
     def check(row: Row) -> RowReport:
         problems = [row.problem] if row.problem else []
-        info, selection, shape = None, None, (max_num_frames, *video_size)
+        scanned, info, selection, shape = None, None, None, (max_num_frames, *video_size)
         wrong_columns: list[str] = []
         try:
-            info, times = scan(row.path)
+            scanned = scan(row.path)
+            info, end = scanned.info, scanned.times[0] + scanned.info.duration
             wrong_columns = _wrong_columns(row, info)
             if buckets is not None:
                 shape = _bucket_shape(info, buckets, fps, skip)
-            selection = select_frames(times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip)
+            num_frames = shape[0] if shape else 1
+            selection = select_frames(scanned.times, fps=fps, max_num_frames=num_frames, skip=skip, end=end)
             if decode:
-                decode_all(row.path, info.num_frames)
+                decode_all(row.path, scanned)
             if row.image is not None:
                 probe(row.image)
         except ClipError as error:
@@ -95,11 +97,11 @@ def check_rows(
         if buckets is not None:  # buckets are assigned from the columns
             problems += wrong_columns
             wrong_columns = []
-        if info is None or selection is None:
+        if scanned is None or info is None or selection is None:
             return RowReport(str(row.path), row.caption, info, problems=tuple(problems))
         if shape is None:
             return RowReport(str(row.path), row.caption, info, 0, 0.0, tuple(problems), ("fits no bucket: left out",))
-        notes = (*wrong_columns, *_notes(info, selection, fps, shape[1:]))
+        notes = (*wrong_columns, *_notes(scanned, selection, fps, shape[1:]))
         taken = selection.num_frames, selection.effective_fps
         return RowReport(str(row.path), row.caption, info, *taken, tuple(problems), notes)
 
@@ -126,14 +128,16 @@ def _wrong_columns(row: Row, info: VideoInfo) -> list[str]:
     return [f"its columns say {said}; correct or remove them"] if wrong else []
 
 
-def _notes(info: VideoInfo, selection: Selection, fps: float, video_size: tuple[int, int]) -> tuple[str, ...]:
-    notes = []
+def _notes(scanned: Scan, selection: Selection, fps: float, video_size: tuple[int, int]) -> tuple[str, ...]:
+    info, notes = scanned.info, []
     if selection.effective_fps < fps:
         notes.append(f"slower than {fps:g} fps: frames come twice, {selection.effective_fps:.3g} a second differ")
     if selection.num_frames < len(selection.indices):
         notes.append(f"short: the last of {selection.num_frames} frames is repeated")
     if info.height < video_size[0] or info.width < video_size[1]:
         notes.append("enlarged")
+    if scanned.interlaced:
+        notes.append("interlaced: it is deinterlaced")
     return tuple(notes)
 
 

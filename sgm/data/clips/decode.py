@@ -1,27 +1,41 @@
-"""Read metadata and decode frames of clips. A picture file is a clip of one frame.
+"""Read metadata and decode frames of clips with PyAV. A picture file is a clip of one frame.
 
-Times and counts come from PyAV, which reads packets without decoding them. Frames come from decord, or from PyAV if
-decord is missing, fails or has another frame count. Both apply the rotation and give equal pixels.
+A frame is known by its presentation time: `scan` reads the times of all frames from the packets, and `read_frames`
+decodes from the start and keeps the frames whose times were asked for. Nothing is sought, so that the structure of the
+stream (open GOPs, intra refresh, edit lists) cannot shift a frame. Frames come as players show them: turned upright,
+with square pixels, deinterlaced, transparent parts over white.
 
-Legend: T frames, H W pixels of an upright frame.
+Legend: T frames, N frames of a clip, H W pixels of an upright frame.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import av
 import av.container
 import av.error
 import numpy as np
+from av.filter import Graph
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 from sgm.data.clips import pictures
-from sgm.data.rows import ClipFile, VideoInfo, is_picture, opened
+from sgm.data.rows import ClipFile, VideoInfo, is_picture, opened, require_file
 from sgm.log import get_logger
 from sgm.util import RunError
 
 logger = get_logger(__name__)
 
+READER = 2  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
+MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, above 8K
 _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
+_SAME_SHAPE = 0.02  # of |log(aspect ratio)| of the frames of a clip, whose size may change
+_WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v")  # container formats whose presentation times FFmpeg invents
+_SELECTIVE = ("h264", "hevc")  # decoders that leave out single frames that no other frame refers to
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_STATED = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg's name; refuses larger frames before it allocates them
 
 
 class ClipError(RunError):
@@ -41,69 +55,145 @@ class ClipError(RunError):
         return ClipError, (self.path, self.reason)
 
 
+class Scan(NamedTuple):
+    """The metadata of a clip, and the times of its frames."""
+
+    info: VideoInfo
+    times: np.ndarray  # (N,) float64: presentation times in seconds, ascending
+    ticks: np.ndarray  # (N,) int64: the same in the stream's time base
+    stored: tuple[int, int] = (0, 0)  # (H, W) of the first frame as it is decoded
+    ordered: bool = False  # the container states no presentation times: frame n is the n-th that is decoded
+    interlaced: bool = False
+
+
 def probe(path: str | ClipFile) -> VideoInfo:
     """Return the metadata of a clip; see `scan`."""
-    return scan(path)[0]
+    return scan(path).info
 
 
-def scan(path: str | ClipFile) -> tuple[VideoInfo, np.ndarray]:
+def scan(path: str | ClipFile) -> Scan:
     """Read the packets of a clip; decode the first frame for the size and to check for a decoder.
 
-    Returns:
-        Metadata, and the presentation time of each frame in seconds, ascending (float64).
+    Frames that the container hides (edit lists), or that cannot be decoded because the clip was cut before them
+    without encoding again, are not counted. A clip without presentation times whose frames are reordered (B-frames in
+    avi) is decoded as a whole, to count them.
 
     Raises:
         ClipError: it cannot be read, holds no frames, or is shorter than its header states.
     """
     if is_picture(path):
         height, width = read_picture(path).shape[:2]
-        return VideoInfo(1, 0.0, 0.0, height, width), np.zeros(1)
-    packets: list[tuple[int, int]] = []
-    first = None
+        return Scan(VideoInfo(1, 0.0, 0.0, height, width), np.zeros(1), np.zeros(1, np.int64))
+    return _scan_video(path, ordered=False)
+
+
+def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
+    packets: list[tuple[int | None, int | None, int]] = []
+    first, count = None, 0
     with open_video(path) as (container, stream):
-        for packet in container.demux(stream):
+        ordered |= container.format.name in _WITHOUT_TIMES and stream.codec_context.reorder_depth > 0
+        decoder = _decoder(stream)
+        for packet in _packets(container, stream):
             if packet.is_corrupt:
                 raise ClipError(path, f"is cut off or damaged after {len(packets)} frames; copy or encode it again")
-            if first is None:
-                first = next(iter(packet.decode()), None)
             if packet.size and not packet.is_discard:  # discarded: trimmed without encoding again
-                time = packet.pts if packet.pts is not None else packet.dts
-                packets.append((time or 0, packet.duration or 0))
+                packets.append((packet.pts, packet.dts, packet.duration or 0))
+            if first is None or ordered:
+                frames = [frame for frame in _decode(decoder, packet) or () if not frame.is_corrupt]
+                first, count = first or next(iter(frames), None), count + len(frames)
         if first is None or not packets:
-            raise ClipError(path, "holds no frames")
+            raise ClipError(path, "holds no frames that can be decoded")
         base, stated = float(stream.time_base or 1), _stated_duration(container, stream)
-    times = np.sort(np.array([time for time, _ in packets], dtype=np.float64)) * base
-    fps = (len(times) - 1) / span if (span := float(times[-1] - times[0])) > 0 else 0.0
-    end = max(max(time + length for time, length in packets) * base, times[-1] + (1 / fps if fps else 0.0))
-    duration = float(end - times[0])
-    if duration < _COMPLETE * stated:
+        height, width = _shown_size(path, stream, first)
+    if any(pts is None for pts, _, _ in packets) and (ordered or all(pts is None for pts, _, _ in packets)):
+        if not ordered:
+            return _scan_video(path, ordered=True)
+        packets = [(dts, dts, length) for _, dts, length in packets]
+    if ordered and count != len(packets):
+        raise ClipError(path, f"only {count} of its {len(packets)} frames can be decoded; encode it again as mp4")
+    shown = [(pts, length) for pts, _, length in packets if pts is not None and (ordered or pts >= (first.pts or 0))]
+    ticks = np.array([pts for pts, _ in shown], dtype=np.int64)
+    ticks = np.sort(ticks) if ordered else np.unique(ticks)  # VP8 hides frames under the time of another
+    if len(ticks) == 0 or len(ticks) < len(shown) / 2:
+        said = f"states {len(ticks)} presentation times for its {len(packets)} frames"
+        raise ClipError(path, f"{said}; encode it again, as mp4")
+    times = ticks * base
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    end = max(max(pts + length for pts, length in shown) * base, float(times[-1]) + gap)
+    duration = end - float(times[0])
+    if max(duration, end) < _COMPLETE * stated:  # some containers count from 0, not from the first frame
         raise ClipError(path, f"ends after {duration:.2f} of {stated:.2f} seconds; copy or encode it again")
-    turned = first.rotation % 180 != 0
-    height, width = (first.width, first.height) if turned else (first.height, first.width)
-    return VideoInfo(len(times), fps, duration, height, width), times
+    fps = (len(times) - 1) / span if (span := float(times[-1] - times[0])) > 0 else 0.0
+    info, stored = VideoInfo(len(times), fps, duration, height, width), (first.height, first.width)
+    return Scan(info, times, ticks, stored, ordered, first.interlaced_frame)
 
 
-def read_frames(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
+def read_frames(path: str | ClipFile, indices: Sequence[int], scanned: Scan) -> np.ndarray:
     """Decode some frames of a clip.
 
     Args:
         path: the clip.
-        indices: of the frames in display order, ascending and distinct.
-        num_frames: of the clip, by `scan`.
+        indices: of the frames in display order, ascending.
+        scanned: the result of `scan`.
 
     Returns:
         (T, H, W, 3) uint8, RGB.
 
     Raises:
-        ClipError: neither decoder can decode these frames.
+        ClipError: a frame with one of these presentation times cannot be decoded.
     """
     if is_picture(path):
         return read_picture(path)[None]
-    try:
-        return _read_decord(path, indices, num_frames)
-    except Exception as error:  # decord raises errors of any type; PyAV reports the cause
-        logger.debug("decord cannot read %s (%s); trying PyAV", path, str(error).splitlines()[:1])
-    return _read_av(path, indices)
+    pictures = np.empty((len(indices), scanned.info.height, scanned.info.width, 3), np.uint8)
+    for place, picture in enumerate(each_frame(path, indices, scanned)):
+        if isinstance(picture, ClipError):
+            raise picture
+        pictures[place] = picture
+    return pictures
+
+
+def each_frame(
+    path: str | ClipFile,
+    indices: Sequence[int],
+    scanned: Scan,
+    *,
+    size: tuple[int, int] | None = None,
+    interpolation: str = "BICUBIC",
+    thread_type: str | None = None,
+) -> Iterator[np.ndarray | ClipError]:
+    """Yield frames one by one, or for each that cannot be decoded the reason; see `read_frames` and `open_video`.
+
+    Args:
+        path: the clip.
+        indices: of the frames in display order, ascending; a repeated one is yielded again.
+        scanned: the result of `scan`.
+        size: (H, W) to which frames are scaled; None is that of the clip.
+        interpolation: of scaling, by its name in PyAV.
+        thread_type: see `open_video`.
+    """
+    wanted, position = scanned.ticks[list(indices)].tolist(), 0
+    if not wanted:
+        return
+    upright = _Upright(path, scanned.stored, size or (scanned.info.height, scanned.info.width), interpolation)
+
+    def missing(place: int) -> ClipError:
+        return ClipError(path, f"its frame at {scanned.times[indices[place]]:.3f} s cannot be decoded; encode it again")
+
+    for tick, frame, is_whole in _timed_frames(path, scanned, {*wanted}, thread_type):
+        while wanted[position] < tick:
+            yield missing(position)
+            position += 1
+            if position == len(wanted):
+                return
+        picture = None
+        while wanted[position] == tick:
+            if picture is None:
+                picture = upright(frame) if is_whole else missing(position)
+            yield picture
+            position += 1
+            if position == len(wanted):
+                return
+    yield from (missing(place) for place in range(position, len(wanted)))
 
 
 def read_picture(path: str | ClipFile) -> np.ndarray:
@@ -121,7 +211,7 @@ def read_picture(path: str | ClipFile) -> np.ndarray:
         raise ClipError(path, f"cannot be read: {error.strerror or error}") from error
 
 
-def decode_all(path: str | ClipFile, num_frames: int) -> None:
+def decode_all(path: str | ClipFile, scanned: Scan) -> None:
     """Decode a whole clip to find damage; discard the frames.
 
     Raises:
@@ -130,14 +220,10 @@ def decode_all(path: str | ClipFile, num_frames: int) -> None:
     if is_picture(path):
         read_picture(path)
         return
-    count = 0
-    with open_video(path) as (container, stream):
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise ClipError(path, f"frame {count} of {num_frames} is damaged; copy or encode it again")
-            count += 1
-    if count < num_frames:
-        raise ClipError(path, f"only {count} of its {num_frames} frames can be decoded; encode it again")
+    found = {tick for tick, _, is_whole in _timed_frames(path, scanned, None, None) if is_whole}
+    if lost := [index for index, tick in enumerate(scanned.ticks.tolist()) if tick not in found]:
+        said = f"{len(lost)} of its {len(scanned.ticks)} frames, the first at {scanned.times[lost[0]]:.3f} s,"
+        raise ClipError(path, f"{said} cannot be decoded; copy or encode it again")
 
 
 @contextmanager
@@ -151,10 +237,12 @@ def open_video(
         thread_type: ``AUTO`` decodes on all cores; None on one, as for clips that are decoded in parallel.
     """
     try:
-        with av.open(opened(path), mode="r") as container:
-            if not container.streams.video:
-                raise ClipError(path, "holds no video")
-            stream = container.streams.video[0]
+        require_file(path)
+        with av.open(opened(path), mode="r", options=_STATED) as container:
+            stream = _video_stream(path, container)
+            if stream.width * stream.height > MAX_PIXELS:
+                raise _too_large(path, stream.height, stream.width)
+            stream.codec_context.options = _STATED
             if thread_type is None:
                 stream.codec_context.thread_count = 1
             else:
@@ -162,6 +250,23 @@ def open_video(
             yield container, stream
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ClipError(path, _reason(error)) from error
+
+
+def _video_stream(path: str | ClipFile, container: av.container.InputContainer) -> av.VideoStream:
+    """Return the video that players show, not a cover picture."""
+    videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
+    if not videos:
+        cover = ", only a cover picture" if container.streams.video else ""
+        raise ClipError(path, f"holds no video{cover}")
+    best = container.streams.best("video")
+    stream = next((video for video in videos if best is not None and video.index == best.index), videos[0])
+    if stream.codec_context is None:
+        raise ClipError(path, "holds video of a codec that this build of PyAV cannot decode; encode it as H.264")
+    return stream
+
+
+def _too_large(path: str | ClipFile, height: int, width: int) -> ClipError:
+    return ClipError(path, f"has frames of {height}x{width}, above {MAX_PIXELS:,} pixels; scale it down")
 
 
 def _reason(error: Exception) -> str:
@@ -179,25 +284,149 @@ def _stated_duration(container: av.container.InputContainer, stream: av.VideoStr
     return 0.0
 
 
-def _read_decord(path: str | ClipFile, indices: Sequence[int], num_frames: int) -> np.ndarray:
-    # Import and open in the decoding process: a reader opened before a fork hangs.
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(opened(path), num_threads=1)
-    if len(reader) != num_frames:
-        raise ValueError(f"it counts {len(reader)} frames, not {num_frames}")
-    return reader.get_batch(list(indices)).asnumpy()
+def _shown_size(path: str | ClipFile, stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int]:
+    """Return (H, W) of an upright frame with square pixels; as players, the width follows the ratio of pixels."""
+    height, width = frame.height, max(round(frame.width * (stream.sample_aspect_ratio or 1)), 1)
+    if height * width > MAX_PIXELS:
+        raise _too_large(path, height, width)
+    return (width, height) if frame.rotation % 180 else (height, width)
 
 
-def _read_av(path: str | ClipFile, indices: Sequence[int]) -> np.ndarray:
-    """Decode from the start until all frames are found."""
-    wanted, found = set(indices), []
-    with open_video(path) as (container, stream):
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                # PyAV does not apply the rotation, which is counterclockwise in degrees.
-                found.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-            if len(found) == len(wanted):
-                return np.stack(found)
-        raise ClipError(path, f"only {len(found)} of {len(wanted)} chosen frames can be decoded; encode it again")
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Yield the packets of a stream and the last one, which is empty; an empty one before it would end decoding."""
+    return (packet for packet in container.demux(stream) if packet.size or packet.dts is None)
+
+
+def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
+    """Return the decoder of a stream; for WebM with alpha that of libvpx, since FFmpeg's own one leaves out alpha."""
+    name = _ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return stream.codec_context
+    decoder = av.CodecContext.create(name, "r")
+    assert isinstance(decoder, av.VideoCodecContext)
+    decoder.thread_count, decoder.options = stream.codec_context.thread_count, _STATED
+    return decoder
+
+
+def _decode(decoder: av.VideoCodecContext, packet: av.Packet) -> list[av.VideoFrame] | None:
+    """Return the frames that a packet completes, or None if it is damaged."""
+    try:
+        return decoder.decode(packet)
+    except av.error.InvalidDataError as error:
+        logger.debug("a packet cannot be decoded: %s", error)
+        return None
+
+
+def _timed_frames(
+    path: str | ClipFile, scanned: Scan, wanted: Collection[int] | None, thread_type: str | None
+) -> Iterator[tuple[int, av.VideoFrame, bool]]:
+    """Decode from the start: yield the presentation time of each frame in ticks, the frame, and whether it is whole.
+
+    After a damaged packet, frames are whole again from the next keyframe on. With `wanted` ticks and one thread, frames
+    that no other frame refers to may be left out if their ticks are not among them.
+    """
+    damaged: set[int] = set()
+    with open_video(path, thread_type=thread_type) as (container, stream):
+        selective = thread_type is None and stream.codec_context.name in _SELECTIVE
+        selective &= not (scanned.ordered or scanned.interlaced)
+        frames = _marked_frames(path, container, stream, scanned, wanted if selective else None, damaged)
+        for frame in _deinterlaced(frames, stream):
+            tick = round((frame.pts or 0) * (frame.time_base or 1) / (stream.time_base or 1))
+            yield tick, frame, tick not in damaged
+
+
+def _marked_frames(
+    path: str | ClipFile,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    scanned: Scan,
+    wanted: Collection[int] | None,
+    damaged: set[int],
+) -> Iterator[av.VideoFrame]:
+    """Yield decoded frames whose ``pts`` are their ticks in `scanned`; add those of frames with damage to `damaged`."""
+    is_whole, count, last, ticks = True, 0, -math.inf, scanned.ticks.tolist()
+    decoder = _decoder(stream)
+    for packet in _packets(container, stream):
+        if wanted is not None:
+            needed = packet.size == 0 or packet.pts in wanted
+            decoder.skip_frame = "DEFAULT" if needed else "NONREF"
+        frames = _decode(decoder, packet)
+        is_whole = is_whole and frames is not None
+        for frame in frames or ():
+            if scanned.ordered:
+                frame.pts = ticks[min(count, len(ticks) - 1)]
+                frame.time_base = stream.time_base
+                count += 1
+            if frame.pts is None:  # before the start of the clip
+                continue
+            if frame.pts < last:
+                raise ClipError(path, "its frames are not in the order of their times; encode it again as mp4")
+            last, is_whole = frame.pts, is_whole or frame.key_frame
+            if frame.is_corrupt or not is_whole:
+                damaged.add(frame.pts)
+            yield frame
+
+
+def _deinterlaced(frames: Iterator[av.VideoFrame], stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Yield frames, from the first interlaced one on through FFmpeg's bwdif, which changes interlaced frames alone."""
+    graph = None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if graph is None:
+            graph = Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
+            )
+            last = graph.add("buffersink")
+            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), last).configure()
+        graph.vpush(frame)
+        yield from _pulled(graph)
+    if graph is not None:
+        graph.vpush(None)
+        yield from _pulled(graph)
+
+
+def _pulled(graph: Graph) -> Iterator[av.VideoFrame]:
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
+
+
+class _Upright:
+    """Turns decoded frames into pictures as they are shown.
+
+    Args:
+        path: the clip.
+        stored: (H, W) of its first frame as it is decoded.
+        size: (H, W) of the pictures.
+        interpolation: of scaling, by its name in PyAV.
+    """
+
+    def __init__(
+        self, path: str | ClipFile, stored: tuple[int, int], size: tuple[int, int], interpolation: str
+    ) -> None:
+        self._path, self._stored, self._size, self._interpolation = path, stored, size, interpolation
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray | ClipError:
+        """Return a frame (H, W, 3) uint8, RGB; an error if it has another shape than the first one."""
+        (was_h, was_w), (now_h, now_w) = self._stored, (frame.height, frame.width)
+        if abs(math.log(was_h * now_w / (was_w * now_h))) > _SAME_SHAPE:
+            return ClipError(self._path, f"its frames change from {was_h}x{was_w} to {now_h}x{now_w}; cut it there")
+        height, width = reversed(self._size) if frame.rotation % 180 else self._size
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        picture = self._reformatter.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="rgba" if has_alpha else "rgb24",
+            interpolation="BILINEAR" if (now_h, now_w) == (height, width) else self._interpolation,
+            threads=1,
+        ).to_ndarray()
+        if has_alpha:
+            picture = pictures.over_background(picture)
+        return np.rot90(picture, frame.rotation // 90)  # counterclockwise in degrees

@@ -1,7 +1,7 @@
 """Metadata of every clip of a data set, read once and cached in an index.
 
-The index is a JSON file: path, file size and modification time of each clip → metadata. It is in the data folder, or
-in the user's cache if that folder is read-only. Manifest columns replace it.
+The index is a JSON file: path of each clip → version of the reader, file size, modification time, metadata. It is in
+the data folder, or in the user's cache if that folder is read-only. Manifest columns replace it.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sgm.data.clips.decode import ClipError, probe
+from sgm.data.clips.decode import READER, ClipError, probe
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes, parse_json
 from sgm.log import get_logger, is_rank_zero
@@ -61,7 +61,11 @@ def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8)
 def remember(infos: Mapping[ClipFile, VideoInfo], folder: str | Path) -> None:
     """Add clips to the index if it has at least `KEPT_FROM`; log a warning if it cannot be written."""
     folder, stamp_of = Path(folder), _stamps()
-    fresh = {_key(file, folder): [*stamp, *astuple(info)] for file, info in infos.items() if (stamp := stamp_of(file))}
+    fresh = {
+        _key(file, folder): [READER, *stamp, *astuple(info)]
+        for file, info in infos.items()
+        if (stamp := stamp_of(file))
+    }
     known = _read_index(folder) | fresh
     if not fresh or len(known) < KEPT_FROM:
         return
@@ -96,7 +100,10 @@ def _read_index(folder: Path) -> dict[str, list[Any]]:
 
 
 def _from_index(entry: list[Any] | None, stamp: tuple[int, int] | None) -> VideoInfo | None:
-    return VideoInfo(*entry[2:]) if entry and len(entry) == 7 and stamp == tuple(entry[:2]) else None
+    """Return the metadata of an entry that this reader made of this file."""
+    if entry is None or len(entry) != 8 or stamp is None or entry[:3] != [READER, *stamp]:
+        return None
+    return VideoInfo(*entry[3:])
 
 
 def _key(file: ClipFile, folder: Path) -> str:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line
+from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line, require_file
 from sgm.util import InputError
 
 VIDEOS, LABELS = "videos", "labels"
@@ -67,6 +67,7 @@ def _upper(caption: Path) -> Path:
 
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
     try:
+        require_file(caption)
         text = one_line(caption.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         return Row(clip, "", f"caption {caption} is not UTF-8 text (byte {error.start}); save it as UTF-8")
@@ -75,7 +76,7 @@ def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
             return _row(clip, _upper(caption), allow_missing)
         problem = f"its caption {caption} is missing; write it"
     except OSError as error:
-        return Row(clip, "", f"caption {caption} cannot be read: {error.strerror}")
+        return Row(clip, "", f"caption {caption} cannot be read: {error.strerror or error}")
     else:
         if text:
             return Row(clip, text)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sgm.data.formats.manifest import CAPTION_NAMES, Columns, Table
-from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files
+from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files, require_file
 from sgm.io import JSONError, parse_json
 from sgm.util import InputError
 
@@ -82,6 +82,7 @@ def _samples(archive: Path, columns: Columns, faults: Faults) -> Iterator[tuple[
     found: dict[str, dict[str, Member]] = {}
     names = Files(archive)
     try:
+        require_file(archive)
         with tarfile.open(archive, "r:") as file:
             for entry in file:
                 folder, _, base = entry.name.rpartition("/")

@@ -18,6 +18,7 @@ from sgm.config.load import Config
 from sgm.config.precision import autoencoder_dtype, precision_name
 from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
+from sgm.data.clips.decode import READER
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.geometry import Geometry
 from sgm.training.inputs.clips import Data
@@ -186,7 +187,12 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
     return {
         "vae": {"weights": weights_digest(params["ckpt_path"]), "target": section["target"], **encoder},
         "precision": precision_name(autoencoder_dtype(dtype)),
-        "data": {**shapes, "skip_frames": list(dataset.skip), "reshape_mode": dataset.reshape_mode},
+        "clip_reader": READER,
+        "data": {
+            **shapes,
+            "skip_frames": list(dataset.skip),
+            "reshape_mode": dataset.reshape_mode,
+        },
     }
 
 

@@ -48,8 +48,8 @@ def test_lengths_equal_the_number_of_selected_frames(rate, skip):
 
 
 def test_clips_that_cannot_be_used_have_no_frames():
-    infos = ["is broken", VideoInfo(100, 5000.0, 0.02, 480, 720), VideoInfo(100, 0.1, 1000.0, 480, 720)]
-    assert clip_sizes(infos, fps=8, skip=(0, 0)).frames.tolist() == [0, 0, 0]
+    infos = ["is broken", VideoInfo(100, 5000.0, 0.02, 480, 720), VideoInfo(10, 0.1, 100.0, 480, 720)]
+    assert clip_sizes(infos, fps=8, skip=(0, 0)).frames.tolist() == [0, 0, 800], "a slide show is used"
     assert len(clip_sizes([], fps=8, skip=(0, 0))) == 0
 
 

@@ -1,16 +1,21 @@
-"""sgm.data.clips.decode: metadata of containers, and the frames of both decoders."""
+"""sgm.data.clips.decode: metadata of containers, and frames by their times."""
 
+import os
+import socket
 import subprocess
-import sys
 from multiprocessing.reduction import ForkingPickler
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
 from sgm.data.clips import decode
 from sgm.data.clips.decode import ClipError, decode_all, probe, read_frames, scan
+from sgm.data.formats.folder import list_folder
+from sgm.data.formats.registry import list_rows
 from sgm.inference.video import write_video
+from sgm.util import InputError
 
 
 def picture_frames(num_frames=30, height=64, width=96):
@@ -44,7 +49,7 @@ def variant(clip, tmp_path):
 
 
 def test_metadata_of_a_container(clip):
-    info, times = scan(clip)
+    info, times, *_ = scan(clip)
     assert (info.num_frames, info.height, info.width) == (30, 64, 96)
     assert info.fps == pytest.approx(30)
     assert info.duration == pytest.approx(1)
@@ -53,15 +58,24 @@ def test_metadata_of_a_container(clip):
 
 
 @pytest.mark.parametrize(("rotation", "size"), [(90, (96, 64)), (180, (64, 96)), (270, (96, 64))])
-def test_decoders_agree_on_upright_pictures(variant, rotation, size):
+def test_pictures_are_upright(variant, rotation, size):
     turned = variant("-c", "copy", before=("-display_rotation", str(rotation)))
-    info = probe(turned)
-    assert (info.height, info.width) == size
-    first = decode._read_av(turned, [0, 7, 29])
+    scanned = scan(turned)
+    assert (scanned.info.height, scanned.info.width) == size
+    first = read_frames(turned, [0, 7, 29], scanned)
     assert first.shape == (3, *size, 3)
-    assert np.array_equal(first, decode._read_decord(turned, [0, 7, 29], 30))
     expected = np.rot90(picture_frames()[[0, 7, 29]], rotation // 90, axes=(1, 2))
     assert np.abs(first[:, 2:-2, 2:-2].astype(int) - expected[:, 2:-2, 2:-2]).mean() < 5, "turned the wrong way"
+
+
+def levels(path, indices, scanned=None):
+    """Return the numbers that frames show."""
+    frames = read_frames(path, indices, scanned or scan(path))
+    return (frames[:, frames.shape[1] * 5 // 8 :, 50:].mean((1, 2, 3)) / 8).round().astype(int).tolist()
+
+
+X264 = ("-c:v", "libx264", "-bf", "3", "-g", "12", "-x264-params")
+X265 = ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12")
 
 
 @pytest.mark.parametrize(
@@ -69,46 +83,134 @@ def test_decoders_agree_on_upright_pictures(variant, rotation, size):
     [
         ("bt709.mp4", ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709")),
         ("full_range.mp4", ("-pix_fmt", "yuvj420p")),
-        ("b_frames.mp4", ("-bf", "3", "-g", "12")),
-        ("clip.mkv", ("-c", "copy")),
-        ("clip.avi", ("-c:v", "mpeg4")),
-        ("clip.webm", ("-c:v", "libvpx-vp9")),
+        ("closed.mp4", (*X264, "open-gop=0")),
+        ("open.mp4", (*X264, "open-gop=1")),
+        ("open.mkv", (*X264, "open-gop=1:b-pyramid=strict")),
+        ("refresh.mov", (*X264, "intra-refresh=1")),
+        ("fragments.mp4", (*X264, "open-gop=1", "-movflags", "frag_keyframe+empty_moov")),
+        ("h264.avi", (*X264, "open-gop=0")),
+        ("asp.avi", ("-c:v", "mpeg4", "-bf", "2", "-g", "12")),
+        ("asp.mp4", ("-c:v", "mpeg4", "-bf", "2")),
+        ("10bit.mp4", (*X265, "-pix_fmt", "yuv420p10le")),
+        ("open265.mkv", ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12:open-gop=1")),
+        ("clip.webm", ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime")),
+        ("av1.mp4", ("-c:v", "libaom-av1", "-cpu-used", "8", "-usage", "realtime")),
     ],
 )
-def test_decoders_agree_on_containers_and_colours(variant, name, options):
+def test_chosen_frames_are_read_in_every_container_and_structure(variant, name, options):
     path = variant(*options, name=name)
-    indices = [0, 3, 11, 12, 28, 29]
-    frames = decode._read_av(path, indices)
-    assert np.abs(frames.astype(int) - decode._read_decord(path, indices, 30)).max() <= 1
-    levels = frames[:, 40:, 50:].mean((1, 2, 3)) / 8
-    assert levels.round().astype(int).tolist() == indices
+    indices = [1, 3, 10, 11, 12, 13, 25, 28]
+    assert levels(path, indices) == indices
+    assert levels(path, range(30)) == list(range(30))
+    decode_all(path, scan(path))
 
 
 def test_frames_cut_away_without_encoding_again_are_not_counted(variant):
     path = variant("-c", "copy", before=("-ss", "0.3"))
-    info = probe(path)
-    assert info.num_frames == 21
-    levels = read_frames(path, range(21), 21)[:, 40:, 50:].mean((1, 2, 3)) / 8
-    assert levels.round().astype(int).tolist() == list(range(9, 30))
+    assert probe(path).num_frames == 21
+    assert levels(path, range(21)) == list(range(9, 30))
+
+
+@pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])
+def test_clips_cut_inside_an_open_gop_start_with_what_can_be_decoded(variant, tmp_path, name):
+    whole = variant(*X264, "open-gop=1", name=f"whole{name[-4:]}")
+    ffmpeg("-ss", "0.5", "-i", whole, "-c", "copy", tmp_path / name)
+    scanned = scan(tmp_path / name)
+    shown = levels(tmp_path / name, range(len(scanned.times)), scanned)
+    assert shown == list(range(30))[-len(shown) :] and len(shown) >= 15
+    decode_all(tmp_path / name, scanned)
 
 
 def test_varying_times_are_read_from_the_packets(variant):
     path = variant("-vf", r"select='not(between(n\,10\,19))'", "-fps_mode", "vfr")
-    times = scan(path)[1]
+    times = scan(path).times
     assert np.allclose(times - times[0], np.r_[0:10, 20:30] / 30, atol=1e-3)
 
 
-def test_pyav_steps_in_where_decord_is_missing_or_fails(clip, monkeypatch):
-    expected = read_frames(clip, [1, 5], 30)
-    monkeypatch.setitem(sys.modules, "decord", None)  # as if not installed
-    assert np.array_equal(read_frames(clip, [1, 5], 30), expected)
-    monkeypatch.undo()
-    calls = []
-    monkeypatch.setattr(decode, "_read_av", lambda *args: calls.append(args) or expected)
-    read_frames(clip, [1, 5], 30)
-    assert calls == [], "decord comes first"
-    read_frames(clip, [1, 5], 31)  # it counts otherwise
-    assert len(calls) == 1
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.avi"])
+def test_a_clip_that_starts_late_is_whole(variant, name):
+    info = probe(variant("-c:v", "libx264", "-output_ts_offset", "5", name=name))
+    assert (info.num_frames, info.duration) == (30, pytest.approx(1, abs=0.01))
+
+
+def test_the_stream_is_the_video_not_a_cover(clip, tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "cover.png")
+    inputs = ("-i", tmp_path / "cover.png", "-i", clip, "-map", "0", "-map", "1", "-c", "copy")
+    for name in ("cover.mkv", "cover.mp4"):
+        ffmpeg(*inputs, "-disposition:v:0", "attached_pic", tmp_path / name)
+        info = probe(tmp_path / name)
+        assert (info.num_frames, info.height, info.width) == (30, 64, 96)
+    ffmpeg("-i", tmp_path / "cover.png", "-c", "copy", "-disposition:v:0", "attached_pic", tmp_path / "only.mp4")
+    with pytest.raises(ClipError, match="holds no video, only a cover picture"):
+        scan(tmp_path / "only.mp4")
+
+
+@pytest.mark.parametrize(("name", "ratio", "width"), [("wide.mp4", "2", 192), ("narrow.mkv", "8/9", 85)])
+def test_pixels_become_square(variant, name, ratio, width):
+    path = variant("-vf", f"setsar={ratio}", "-c:v", "libx264", name=name)
+    scanned = scan(path)
+    assert (scanned.info.height, scanned.info.width) == (64, width)
+    assert read_frames(path, [2], scanned).shape == (1, 64, width, 3)
+    turned = path.with_stem("turned")
+    ffmpeg("-display_rotation", "90", "-i", path, "-c", "copy", turned)
+    assert read_frames(turned, [2], scan(turned)).shape == (1, width, 64, 3)
+
+
+def test_interlaced_frames_are_deinterlaced(variant):
+    fields = "geq=lum='255*mod(Y+N,2)':cb=128:cr=128,setfield=tff"  # fields of opposite brightness
+    path = variant("-vf", fields, "-c:v", "libx264", "-flags", "+ildct+ilme", name="fields.mp4")
+    scanned = scan(path)
+    frames = read_frames(path, [4, 20], scanned).astype(int)
+    assert scanned.interlaced and np.abs(np.diff(frames[:, 4:-4], axis=1)).mean() < 20
+    assert len(scanned.times) == 30 and not scan(variant("-c", "copy")).interlaced
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("alpha.mov", ("-c:v", "png")), ("alpha.webm", ("-c:v", "libvpx-vp9", "-cpu-used", "8"))],
+)
+def test_transparent_parts_are_white(variant, name, options):
+    alpha = "format=rgba,geq=r='r(X,Y)':g='g(X,Y)':b='b(X,Y)':a='255*lt(X,48)',format=" + (
+        "rgba" if name.endswith("mov") else "yuva420p"
+    )
+    path = variant("-vf", alpha, *options, name=name)
+    frames = read_frames(path, [3], scan(path))
+    assert frames[0, 30:, 60:].min() >= 250 and frames[0, 30:, :40].max() < 40
+
+
+def test_frames_above_the_limit_are_refused_from_the_header(clip, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 95)
+    monkeypatch.setattr(decode, "_decode", None)  # nothing is decoded
+    with pytest.raises(ClipError, match="has frames of 64x96, above 6,080 pixels"):
+        scan(clip)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.mp4").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.mp4"))
+    for name, kind in (("pipe.mp4", "named pipe"), ("pipe.png", "named pipe"), ("folder.mp4", "folder")):
+        with pytest.raises(ClipError, match=f"it is a {kind}, not a file"):
+            scan(tmp_path / name)
+    with pytest.raises(ClipError, match="it is a socket"):
+        scan(tmp_path / "socket.mp4")
+    os.mkfifo(tmp_path / "pipe.txt")
+    problems = {row.path.name: row.problem for row in list_folder(tmp_path)}
+    assert "it is a named pipe" in problems["pipe.mp4"], "nor is a caption"
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(InputError, match="it is a named pipe"):
+        list_rows(tmp_path, format="webdataset")
+    (tmp_path / "device.mp4").symlink_to("/dev/zero")
+    with pytest.raises(ClipError, match="it is a device"):
+        scan(tmp_path / "device.mp4")
+
+
+def test_frames_of_another_shape_are_refused(clip):
+    scanned = scan(clip)._replace(stored=(96, 64))
+    with pytest.raises(ClipError, match="its frames change from 96x64 to 64x96; cut it there"):
+        read_frames(clip, [0], scanned)
 
 
 def cut(path, share):
@@ -150,12 +252,14 @@ def test_damage_inside_is_found_by_decoding(clip, tmp_path):
     start = len(content) * 3 // 4
     content[start : start + 200] = bytes(value ^ 0x5A for value in content[start : start + 200])
     path.write_bytes(content)
-    assert scan(path)[0].num_frames == 30, "packets and the first frame are whole"
-    with pytest.raises(ClipError):
-        decode_all(path, 30)
-    with pytest.raises(ClipError):
-        read_frames(path, range(30), 30)
-    decode_all(clip, 30)
+    scanned = scan(path)
+    assert scanned.info.num_frames == 30, "packets and the first frame are whole"
+    with pytest.raises(ClipError, match="of its 30 frames, the first at .* s, cannot be decoded"):
+        decode_all(path, scanned)
+    with pytest.raises(ClipError, match="its frame at .* s cannot be decoded"):
+        read_frames(path, range(30), scanned)
+    decode_all(clip, scanned)
+    assert levels(path, [0, 5], scanned) == [0, 5], "what comes before the damage is whole"
 
 
 def test_clip_errors_cross_processes():

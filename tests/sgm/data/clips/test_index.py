@@ -46,6 +46,10 @@ def test_clips_are_read_once(folder, reading):
     assert clip_infos(rows(moved), moved) == [INFO] * 3 and reading == [], "names are relative"
     os.utime(moved / "b.mp4", ns=(1, 1))
     assert clip_infos(rows(moved), moved) == [INFO] * 3 and reading == ["b.mp4"]
+    content = json.loads((moved / index.NAME).read_text())
+    content["c.mp4"][0] -= 1  # of an earlier reader, which measured otherwise
+    (moved / index.NAME).write_text(json.dumps(content))
+    assert clip_infos(rows(moved), moved) == [INFO] * 3 and reading == ["b.mp4", "c.mp4"]
 
 
 def test_clips_with_columns_or_problems_are_not_read(folder, reading):

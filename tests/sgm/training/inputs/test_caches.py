@@ -18,6 +18,7 @@ import sgm.training.inputs.precompute
 from sgm.config.load import ConfigError, load_config
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, differences
+from sgm.data.clips.decode import READER
 from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
@@ -203,6 +204,8 @@ def test_the_assignment_of_clips_to_buckets_is_part_of_the_source_of_a_cache(tra
     sources = [source(**{"480p": rule}) for rule in rules]
     named = [source(**{"480p": {17: [1, 1]}}), source(**{"512": {17: [1, 1]}})]
     assert all(one != other for one, other in itertools.combinations([*sources, *named], 2))
+    before = {key: value for key, value in sources[0].items() if key != "clip_reader"}
+    assert differences(before, sources[0]) == [f"clip_reader: cache null, now {READER}"], "it may hold other frames"
     assert source(**{"480p": {17: [1, 9], 33: [0, 0]}}) == sources[0], "batch sizes do not matter"
     assert differences(sources[0], sources[1])[0].startswith("data.buckets.480p.keep.")
 
