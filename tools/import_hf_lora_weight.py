@@ -1,4 +1,4 @@
-"""Convert a LoRA from diffusers, finetrainers, cogvideox-factory or PEFT to a SAT checkpoint.
+"""Convert a LoRA of diffusers, PEFT, kohya's scripts, VideoX-Fun, ComfyUI and others to a SAT checkpoint.
 
     python tools/import_hf_lora_weight.py --lora my-lora --base configs/cogvideox_5b.yaml --output_path ckpts/my-lora
     python tools/import_hf_lora_weight.py --lora pytorch_lora_weights.safetensors --alpha 64 \

@@ -164,18 +164,18 @@ def export_lora(
         InputError: the adapters cannot be read, or the folder exists or cannot be written to.
     """
     check_new_folder(folder)
-    key_prefix = default(key_prefix, STYLES[style])
-    if key_prefix and not key_prefix.endswith("."):
-        raise InputError(f"--key_prefix is '{key_prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
+    prefix: str = default(key_prefix, STYLES[style])
+    if prefix and not prefix.endswith("."):
+        raise InputError(f"--key_prefix is '{prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
     lora = read_lora(path, alpha=alpha, network=False)
     tensors, metadata = adapters_to_diffusers(
-        lora.tensors, alpha=lora.alpha, key_prefix=key_prefix, alphas=style == "comfyui"
+        lora.tensors, alpha=lora.alpha, key_prefix=prefix, alphas=style == "comfyui"
     )
     num_pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     with new_folder(folder, need_bytes=total_bytes(tensors)) as temporary:
         write_safetensors(temporary / FILE, tensors, metadata=metadata)
-    if style == "diffusers" and key_prefix != KEY_PREFIX:
-        logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", key_prefix, KEY_PREFIX)
+    if style == "diffusers" and prefix != KEY_PREFIX:
+        logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", prefix, KEY_PREFIX)
     logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)
     return Path(folder) / FILE
 

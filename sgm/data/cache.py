@@ -132,7 +132,8 @@ class Description:
         return failures
 
 
-_VERSION, _FAILURES, _DESCRIPTION = (TypeAdapter(kind) for kind in (dict[str, Any], dict[str, str], Description))
+_VERSION, _FAILURES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, str])
+_DESCRIPTION = TypeAdapter(Description)
 
 
 def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:

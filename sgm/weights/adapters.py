@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from sgm.config.load import Config, ConfigError, Problem
@@ -93,8 +94,21 @@ class AdapterInfo:
         if not isinstance(entry, dict) or entry.keys() != names:
             found = f"holds {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
             raise InputError(f"{path}: its entry '{ENTRY}' {found}, expected {sorted(names)}; save the adapters anew")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
-        return cls(**values)
+        try:
+            found = _INFO.validate_python(entry)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            place = ".".join(map(str, fault["loc"]))
+            wrong = (
+                f"{path}: its entry '{ENTRY}' has {place}={fault['input']!r}: {fault['msg']}; save the adapters anew"
+            )
+            raise InputError(wrong) from error
+        if not (math.isfinite(found.alpha) and found.alpha > 0 and found.rank > 0):
+            raise InputError(
+                f"{path}: its entry '{ENTRY}' has rank {found.rank} and alpha {found.alpha}, expected numbers above 0; "
+                "save the adapters anew"
+            )
+        return found
 
     def lora_params(self, num_layers: int) -> dict[str, Any]:
         """Return the ``lora_config`` parameters for these adapters in a network of `num_layers`."""
@@ -112,6 +126,9 @@ class AdapterInfo:
             f"the LoRA is described as rank {self.rank} on the layers {list(self.layers)}, and its matrices have rank "
             f"{', '.join(map(str, sorted(ranks)))} on {list(layers)}"
         )
+
+
+_INFO = TypeAdapter(AdapterInfo)
 
 
 def adapter_layer(name: str) -> int | None:

@@ -134,7 +134,7 @@ def write_safetensors(
     metas = {name: meta(tensor) for name, tensor in tensors.items()}
     names = sorted(metas, key=lambda name: (-metas[name].element_size(), name))  # keeps every tensor aligned
     zeros = "0" * _DIGITS * (1 + len(names))
-    header: dict[str, Any] = {"__metadata__": {KEY: zeros, "format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {"__metadata__": {KEY: zeros, "format": "pt", **(metadata or {})} | {KEY: zeros}}
     end = 0
     for name in names:
         each, start, end = metas[name], end, end + metas[name].nbytes

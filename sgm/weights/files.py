@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.util import InputError
-from sgm.weights.checksums import damaged_entry, safetensors_checksums, zip_checksums
+from sgm.weights.checksums import KEY, damaged_entry, safetensors_checksums, zip_checksums
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
@@ -273,7 +273,7 @@ def _read_entry(path: Path, key: str) -> Any:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the metadata in the header of a ``.safetensors`` file; empty for other files.
+    """Return the metadata in the header of a ``.safetensors`` file without its checksums; empty for other files.
 
     Raises:
         InputError: there is no such file, or it is damaged.
@@ -283,7 +283,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if not _is_safetensors(path, head):
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+        return {name: text for name, text in (file.metadata() or {}).items() if name != KEY}
 
 
 def weights_digest(path: str | Path) -> str:

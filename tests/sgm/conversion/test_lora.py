@@ -427,3 +427,24 @@ def test_logging_says_what_was_written(saved, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="sgm"):
         export_lora(saved(build_network(section())), tmp_path / "out")
     assert "LoRA of rank 4, alpha 3, 8 pairs" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["nan", "int", "bool", "complex", "flip"])
+def test_what_is_no_weight_is_refused_by_name_in_merging_and_export(saved, tmp_path, wrong):
+    run = saved(build_network(section()))
+    path = find_weights(run)
+    content = torch.load(path, weights_only=True)
+    name = next(name for name in content["module"] if name.endswith("dense.matrix_B.0"))
+    value = content["module"][name]
+    changes = {"nan": lambda: value / 0, "int": value.long, "bool": value.bool, "complex": lambda: value + 0j}
+    if wrong == "flip":
+        data = bytearray(path.read_bytes())
+        data[data.index(value.numpy().tobytes())] ^= 1
+        path.write_bytes(data)
+    else:
+        content["module"][name] = changes[wrong]()
+        torch.save(content, path)
+    for convert in (merge_lora, export_lora):
+        with pytest.raises(InputError, match=rf"{name} (is|holds) (not finite|integers|boolean|complex|damaged)"):
+            convert(run, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -221,3 +221,20 @@ def test_training_that_continues_adapters_keeps_their_base(load, tmp_path):
     assert describe_adapters(config) == info(0, 1)
     moved = dataclasses.replace(config, args=dataclasses.replace(config.args, base=str(BASE / "1000")))
     assert describe_adapters(moved) == info(0, 1, base=BASE / "1000")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": "many"}, "has rank='many'"),
+        ({"rank": 0}, "has rank 0 and alpha"),
+        ({"alpha": float("nan")}, "has rank 4 and alpha nan, expected numbers"),
+        ({"layers": [0, "x"]}, r"has layers\.1='x'"),
+        ({"base": 3}, "has base=3"),
+    ],
+)
+def test_a_description_with_other_values_is_refused(change, message):
+    entry = AdapterInfo(rank=4, alpha=2.0, layers=(0, 1), base="b", base_digest="0").to_entry()
+    assert AdapterInfo.from_entry(entry, Path("x")).layers == (0, 1)
+    with pytest.raises(InputError, match=rf"x: its entry 'lora' {message}.*save the adapters anew"):
+        AdapterInfo.from_entry(entry | change, Path("x"))
