@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
-from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width
+from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
@@ -374,21 +374,25 @@ class TransformerArgs:
         return cls(**section)
 
 
-def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
+def _check_lora(params: Mapping[str, Any], num_layers: int, hidden_size: int) -> None:
     """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later."""
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
     for name, legal, expected in (
-        ("r", isinstance(rank, int) and rank > 0, "a whole number of at least 1: the rank that the checkpoint has"),
+        (
+            "r",
+            isinstance(rank, int) and 0 < rank <= hidden_size,
+            f"a whole number from 1 to the hidden size {hidden_size}: the rank that the checkpoint has",
+        ),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
     ):
         if not legal:
             place = f"model.network_config.params.modules.lora_config.params.{name}"
-            raise InputError(f"{place} is {params.get(name)!r}; give {expected}")
+            raise InputError(f"{place} is {spelled(params.get(name))}; give {expected}")
 
 
 class DiffusionTransformer(BaseModel):
@@ -529,7 +533,7 @@ class DiffusionTransformer(BaseModel):
             accepted = inspect.signature(cls).parameters
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
-                _check_lora(own, defaults["num_layers"])
+                _check_lora(own, defaults["num_layers"], defaults["hidden_size"])
                 self._add_lora(section, extra)
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def require_writable(folder: str | Path) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permissions do not prove it: /proc, a full or read-only disk
+            pass
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be written to: {existing}: {error.strerror}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

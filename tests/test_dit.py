@@ -260,9 +260,10 @@ def test_wrong_configurations_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("params", "key", "message"),
     [
-        ({"r": 0}, "r", "is 0; give a whole number of at least 1"),
+        ({"r": 0}, "r", "is 0; give a whole number from 1 to the hidden size 32"),
         ({"r": -4}, "r", "is -4"),
-        ({}, "r", "is None"),
+        ({"r": 33}, "r", "is 33"),
+        ({}, "r", "is null"),
         ({"r": 2.5}, "r", "is 2.5"),
         ({"r": 4, "lora_alpha": -1}, "lora_alpha", "is -1; give a number above 0"),
         ({"r": 4, "lora_dropout": 1.5}, "lora_dropout", "is 1.5"),
