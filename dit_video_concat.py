@@ -42,6 +42,7 @@ from sat.model.transformer import BaseTransformer  # noqa: E402
 from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
+_OF_THE_NETWORK = {"hidden_size", "hidden_size_head", "num_layers", "layer_num", "time_embed_dim"}
 INTERPOLATION = ("time_interpolation", "height_interpolation", "width_interpolation")
 
 
@@ -353,9 +354,9 @@ class TransformerArgs:
     """
 
     checkpoint_activations: bool = False
-    checkpoint_skip_layers: int = 0
-    max_sequence_length: int = 64
-    layernorm_epsilon: float = 1e-5
+    checkpoint_skip_layers: AtLeast0 = 0
+    max_sequence_length: Width = 64
+    layernorm_epsilon: Positive = 1e-5
     skip_init: bool = False
     vocab_size: int = 1
 
@@ -531,6 +532,12 @@ class DiffusionTransformer(BaseModel):
             if not issubclass(cls, BaseMixin):
                 raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
             accepted = inspect.signature(cls).parameters
+            for key in _OF_THE_NETWORK & own.keys():
+                if own[key] != defaults[key]:
+                    place = f"network_config.params.modules.{name}_config.params.{key}"
+                    raise InputError(
+                        f"{place} is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
+                    )
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
                 _check_lora(own, defaults["num_layers"], defaults["hidden_size"])

@@ -61,10 +61,13 @@ def require_writable(folder: str | Path) -> None:
         InputError: it is not.
     """
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
     try:
+        for name in folder.relative_to(existing).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(existing / name)  # fails in another way for a name that is too long
         with tempfile.TemporaryFile(dir=existing):  # permissions do not prove it: /proc, a full or read-only disk
             pass
     except OSError as error:

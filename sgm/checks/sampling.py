@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import precision_name, resolve_precision
@@ -276,26 +276,33 @@ def dry_run(config: Config) -> str:
 
 def schedule_problems(config: Config) -> Iterator[Problem]:
     """Yield the schedules that visit other noise levels than the denoiser's, which are those of the network."""
-    denoiser = params_of(config.model.get("denoiser_config"))
-    num, own = denoiser.get("num_idx"), _levels(denoiser.get("discretization_config"), denoiser.get("num_idx"))
-    loss = params_of(config.model.get("loss_fn_config"))
+    denoiser, loss = params_of(config.model.get("denoiser_config")), params_of(config.model.get("loss_fn_config"))
+    num, own = denoiser.get("num_idx"), _schedule(denoiser.get("discretization_config"))
+    drawn = "loss_fn_config.params.sigma_sampler_config.params"
     places = {
         "sampler_config.params": params_of(config.model.get("sampler_config")),
-        "loss_fn_config.params.sigma_sampler_config.params": params_of(loss.get("sigma_sampler_config")),
+        drawn: params_of(loss.get("sigma_sampler_config")),
     }
+    if own is not None and num != len(own):
+        cure = f"set it to {len(own)}"
+        yield Problem("model.denoiser_config.params.num_idx", "", f"is {num}, and its schedule has {len(own)}", cure)
+    if places[drawn].get("num_idx", num) != num:
+        found = f"is {places[drawn]['num_idx']}, and that of the denoiser {num}"
+        yield Problem(f"model.{drawn}.num_idx", "", found, "make both equal")
     for place, params in places.items():
-        levels = _levels(params.get("discretization_config"), num)
-        if own is not None and levels is not None and (own - levels).abs().max() > 1e-6:
+        levels = _schedule(params.get("discretization_config"))
+        if own is not None and levels is not None and (own.shape != levels.shape or abs(own - levels).max() > 1e-6):
             found = "gives other noise levels than model.denoiser_config.params.discretization_config"
             cure = "make both equal, as in the shipped model files: the network knows one schedule"
             yield Problem(f"model.{place}.discretization_config", "", found, cure)
 
 
-def _levels(section: Any, num: Any) -> torch.Tensor | None:
-    """Return all noise levels of a discretization; None if it cannot give them, which is reported elsewhere."""
+def _schedule(section: Any) -> np.ndarray | None:
+    """Return the noise levels of all timesteps; None for classes that do not say how many, or cannot be built."""
     try:
-        return None if section is None else instantiate_from_config(section)(num)
-    except (InputError, TypeError):
+        built = None if section is None else instantiate_from_config(section)
+        return built(built.num_timesteps).numpy() if hasattr(built, "num_timesteps") else None
+    except InputError:  # reported where the part is built
         return None
 
 

@@ -141,7 +141,8 @@ def test_fp16_on_a_cpu(run):
 
 def test_output_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    expect(run(f"args.output_dir={tmp_path / 'file' / 'out'}"), 2, "args.output_dir", "cannot be written")
+    for folder in (tmp_path / "file" / "out", "/proc/out", tmp_path / ("x" * 300)):
+        expect(run(f"args.output_dir={folder}"), 2, "args.output_dir", "cannot be written")
 
 
 def test_more_ranks_for_a_video_than_there_are_processes(run):
