@@ -375,18 +375,14 @@ class TransformerArgs:
         return cls(**section)
 
 
-def _check_lora(params: Mapping[str, Any], num_layers: int, hidden_size: int) -> None:
-    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later."""
+def _check_lora(params: Mapping[str, Any], num_layers: int, most: int) -> None:
+    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later; `most` is the largest rank."""
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
     for name, legal, expected in (
-        (
-            "r",
-            isinstance(rank, int) and 0 < rank <= hidden_size,
-            f"a whole number from 1 to the hidden size {hidden_size}: the rank that the checkpoint has",
-        ),
+        ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
@@ -532,12 +528,9 @@ class DiffusionTransformer(BaseModel):
             if not issubclass(cls, BaseMixin):
                 raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
             accepted = inspect.signature(cls).parameters
-            for key in _OF_THE_NETWORK & own.keys():
-                if own[key] != defaults[key]:
-                    place = f"network_config.params.modules.{name}_config.params.{key}"
-                    raise InputError(
-                        f"{place} is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
-                    )
+            for key in (key for key in _OF_THE_NETWORK & own.keys() if own[key] != defaults[key]):
+                found = f"is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
+                raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
                 _check_lora(own, defaults["num_layers"], defaults["hidden_size"])
