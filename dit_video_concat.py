@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
-from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width
+from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
@@ -42,6 +42,7 @@ from sat.model.transformer import BaseTransformer  # noqa: E402
 from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
+_OF_THE_NETWORK = {"hidden_size", "hidden_size_head", "num_layers", "layer_num", "time_embed_dim"}
 INTERPOLATION = ("time_interpolation", "height_interpolation", "width_interpolation")
 
 
@@ -353,9 +354,9 @@ class TransformerArgs:
     """
 
     checkpoint_activations: bool = False
-    checkpoint_skip_layers: int = 0
-    max_sequence_length: int = 64
-    layernorm_epsilon: float = 1e-5
+    checkpoint_skip_layers: AtLeast0 = 0
+    max_sequence_length: Width = 64
+    layernorm_epsilon: Positive = 1e-5
     skip_init: bool = False
     vocab_size: int = 1
 
@@ -374,21 +375,21 @@ class TransformerArgs:
         return cls(**section)
 
 
-def _check_lora(params: Mapping[str, Any], num_layers: int) -> None:
-    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later."""
+def _check_lora(params: Mapping[str, Any], num_layers: int, most: int) -> None:
+    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later; `most` is the largest rank."""
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
     for name, legal, expected in (
-        ("r", isinstance(rank, int) and rank > 0, "a whole number of at least 1: the rank that the checkpoint has"),
+        ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
     ):
         if not legal:
             place = f"model.network_config.params.modules.lora_config.params.{name}"
-            raise InputError(f"{place} is {params.get(name)!r}; give {expected}")
+            raise InputError(f"{place} is {spelled(params.get(name))}; give {expected}")
 
 
 class DiffusionTransformer(BaseModel):
@@ -527,9 +528,12 @@ class DiffusionTransformer(BaseModel):
             if not issubclass(cls, BaseMixin):
                 raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
             accepted = inspect.signature(cls).parameters
+            for key in (key for key in _OF_THE_NETWORK & own.keys() if own[key] != defaults[key]):
+                found = f"is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
+                raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
-                _check_lora(own, defaults["num_layers"])
+                _check_lora(own, defaults["num_layers"], defaults["hidden_size"])
                 self._add_lora(section, extra)
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)

@@ -381,7 +381,8 @@ def resolve_device(args: SamplingArgs) -> torch.device:
         return device()
     try:
         found = torch.device(args.device)
-        torch.empty(0, device=found)
+        if torch.empty(0, device=found).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"'{args.device}' cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"
         cure = "remove args.device to use this machine's default, or set args.device=cpu"

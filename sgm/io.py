@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def require_writable(folder: str | Path, *names: str) -> None:
         reason = getattr(error, "strerror", None) or error
         what = f"'{names[0]}' in " if names else ""
         raise InputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permissions do not prove it: /proc, a full or read-only disk
+            pass
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be written to: {existing}: {error.strerror}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -161,7 +161,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         **extra: further keyword arguments, from the caller.
 
     Raises:
-        InputError: the section has no target, its class is not trusted, or it does not accept a parameter.
+        InputError: the section has no target, its class is not trusted, or it does not accept a parameter or its value.
     """
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"expected a section with 'target:' (and 'params:'), got {config!r}")
@@ -171,7 +171,12 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         inspect.signature(cls).bind(**params)
     except TypeError as error:
         raise InputError(f"{config['target']}: {error}; see the parameters of that class") from error
-    return cls(**params)
+    try:
+        return cls(**params)
+    except InputError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:  # not those of the machine
+        raise InputError(f"{config['target']} cannot be built with these parameters: {error}") from error
 
 
 def without_ineffective(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,6 +229,12 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
     assert torch.equal(position.rows((2, 2, 3), TokenShards(3, 2 * 2 * 3)), position.pos_embedding[:, : 3 + 2 * 2 * 3])
 
 
+def _with_head(size: int) -> dict:
+    modules = section()["params"]["modules"]
+    rotary = {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": {"hidden_size_head": size}}
+    return modules | {"pos_embed_config": rotary}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -243,6 +249,7 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
         ({"transformer_args": {"hidden_dropout": 0.1}}, "hidden_dropout is 0.1"),
         ({"transformer_args": {"is_decoder": True}}, "is_decoder is true"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size"),
+        ({"modules": _with_head(7)}, "pos_embed_config.params.hidden_size_head is 7, and that of the network 16"),
         ({"modules": {}}, "lacks adaln_layer_config, final_layer_config, patch_embed_config, pos_embed_config"),
         (
             {"modules": section()["params"]["modules"] | {"final_layer_config": {"target": "torch.nn.Identity"}}},
@@ -260,9 +267,10 @@ def test_wrong_configurations_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("params", "key", "message"),
     [
-        ({"r": 0}, "r", "is 0; give a whole number of at least 1"),
+        ({"r": 0}, "r", "is 0; give a whole number from 1 to the hidden size 32"),
         ({"r": -4}, "r", "is -4"),
-        ({}, "r", "is None"),
+        ({"r": 33}, "r", "is 33"),
+        ({}, "r", "is null"),
         ({"r": 2.5}, "r", "is 2.5"),
         ({"r": 4, "lora_alpha": -1}, "lora_alpha", "is -1; give a number above 0"),
         ({"r": 4, "lora_dropout": 1.5}, "lora_dropout", "is 1.5"),

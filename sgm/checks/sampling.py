@@ -11,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import precision_name, resolve_precision
 from sgm.distributed import resolve_device
+from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
+
+logger = get_logger(__name__)
 
 _NETWORK = "model.network_config.params"
 
@@ -214,6 +219,10 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
         for path, value, other_path, other in pairs
         if value is not None and other is not None and value != other
     ]
+    num_frames = params_of(config.model["network_config"])["num_frames"]
+    if num_frames != geometry.video_frames(geometry.max_latents):
+        used = geometry.video_frames(geometry.max_latents)
+        logger.warning("%s.num_frames is %d, which no video has; the longest has %d", _NETWORK, num_frames, used)
     wants_image = bool(config.model.get("noised_image_input", False))
     if wants_image != geometry.image_conditioned:
         found = f"is {str(wants_image).lower()}, which contradicts in_channels {geometry.in_channels}"
@@ -253,7 +262,7 @@ def dry_run(config: Config) -> str:
         ConfigError: all problems.
     """
     facts, problems = _check_settings(config)
-    problems += _missing_sections(config)
+    problems += [*_missing_sections(config), *schedule_problems(config)]
     counts: dict[str, int] = {}
     for part, section in config.model.items():
         if isinstance(section, Mapping) and "target" in section and part != "conditioner_config":
@@ -263,6 +272,38 @@ def dry_run(config: Config) -> str:
     if problems:
         raise ConfigError(config.located(problems))
     return _report(config, facts, counts)
+
+
+def schedule_problems(config: Config) -> Iterator[Problem]:
+    """Yield the schedules that visit other noise levels than the denoiser's, which are those of the network."""
+    denoiser, loss = params_of(config.model.get("denoiser_config")), params_of(config.model.get("loss_fn_config"))
+    num, own = denoiser.get("num_idx"), _schedule(denoiser.get("discretization_config"))
+    drawn = "loss_fn_config.params.sigma_sampler_config.params"
+    places = {
+        "sampler_config.params": params_of(config.model.get("sampler_config")),
+        drawn: params_of(loss.get("sigma_sampler_config")),
+    }
+    if own is not None and num != len(own):
+        cure = f"set it to {len(own)}"
+        yield Problem("model.denoiser_config.params.num_idx", "", f"is {num}, and its schedule has {len(own)}", cure)
+    if places[drawn].get("num_idx", num) != num:
+        found = f"is {places[drawn]['num_idx']}, and that of the denoiser {num}"
+        yield Problem(f"model.{drawn}.num_idx", "", found, "make both equal")
+    for place, params in places.items():
+        levels = _schedule(params.get("discretization_config"))
+        if own is not None and levels is not None and (own.shape != levels.shape or abs(own - levels).max() > 1e-6):
+            found = "gives other noise levels than model.denoiser_config.params.discretization_config"
+            cure = "make both equal, as in the shipped model files: the network knows one schedule"
+            yield Problem(f"model.{place}.discretization_config", "", found, cure)
+
+
+def _schedule(section: Any) -> np.ndarray | None:
+    """Return the noise levels of all timesteps; None for classes that do not say how many, or cannot be built."""
+    try:
+        built = None if section is None else instantiate_from_config(section)
+        return built(built.num_timesteps).numpy() if hasattr(built, "num_timesteps") else None
+    except InputError:  # reported where the part is built
+        return None
 
 
 def _missing_sections(config: Config) -> Iterator[Problem]:

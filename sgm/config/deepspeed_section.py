@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from sgm.config.targets import check_params
+from sgm.config.values import NotNegative, misfit
 from sgm.config.yaml_files import ConfigError, Merged, Problem
 from sgm.util import PRECISIONS, prepare_import
 
@@ -38,6 +39,8 @@ _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
 
 _Count = Annotated[int, Field(ge=1)]
+_Rate = Annotated[float, Field(ge=0, le=100)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
@@ -49,7 +52,7 @@ class _TopLevel(BaseModel):
     train_batch_size: _Count | None = None
     train_micro_batch_size_per_gpu: _Count = 1
     gradient_accumulation_steps: _Count = 1
-    gradient_clipping: Annotated[float, Field(ge=0)] = 0
+    gradient_clipping: NotNegative = 0
     steps_per_print: int | None = None
     prescale_gradients: bool = False
     gradient_predivide_factor: float = 1
@@ -106,16 +109,40 @@ def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
             break  # further checks assume valid types and values
         for path, found, cure in problems_of(section):
             merged.add(("deepspeed", *path.split(".")), found, cure)
+    if len(merged.problems) == num_problems:
+        merged.warnings += _odd_values(section)
 
 
 def _value_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if all((section.get(name) or {}).get("enabled") for name in ("fp16", "bf16")):
         yield "fp16.enabled", "fp16 and bf16 are both enabled", "keep the one that the model was released in"
-    lr = ((section.get("optimizer") or {}).get("params") or {}).get("lr", 0)
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < float("inf"):
-        cure = f"give a number such as {FULL_LR:g}, or remove it: {LORA_LR:g} for adapters, {FULL_LR:g} for all weights"
-        yield "optimizer.params.lr", f"is {lr!r}", cure
+    yield from _optimizer_problems(section.get("optimizer") or {})
     yield from _offload_problems(section.get("zero_optimization") or {})
+
+
+def _optimizer_problems(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield values that no optimizer takes; others are left to its class."""
+    kind, params = str(optimizer.get("type") or DEFAULT_OPTIMIZER).lower(), optimizer.get("params") or {}
+    hints: dict[str, Any] = {"lr": _Rate, "eps": NotNegative, "weight_decay": Annotated[float, Field(ge=0, le=1)]}
+    hints["betas"] = tuple[_Beta, _Beta] if "adam" in kind else Annotated[list[_Beta], Field(min_length=1)]
+    cures = {
+        "lr": f"give a number such as {FULL_LR:g}, or remove it: {LORA_LR:g} for adapters, {FULL_LR:g} for all weights",
+        "betas": "give two numbers, each from 0 to below 1, such as [0.9, 0.95]" if "adam" in kind else None,
+    }
+    for name, value in params.items():
+        if name in hints and (problem := misfit(value, hints[name])):
+            yield f"optimizer.params.{name}", problem[0], cures.get(name) or problem[1]
+
+
+def _odd_values(section: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is possible, and hardly meant."""
+    params = (section.get("optimizer") or {}).get("params") or {}
+    if params.get("lr") == 0:
+        yield "deepspeed.optimizer.params.lr is 0, so nothing is learnt"
+    elif params.get("lr", 0) > 1:
+        yield f"deepspeed.optimizer.params.lr is {params['lr']:g}; usual are {FULL_LR:g} to {LORA_LR:g}"
+    if params.get("eps") == 0:
+        yield "deepspeed.optimizer.params.eps is 0, so weights without gradients become NaN"
 
 
 def _offload_problems(zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -12,7 +12,15 @@ import torch
 import sgm.distributed
 from sgm.checks.estimate import training_rows
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.sampling import SamplingPlan, check_files, check_sampling, check_shapes, params_of, problems_of
+from sgm.checks.sampling import (
+    SamplingPlan,
+    check_files,
+    check_sampling,
+    check_shapes,
+    params_of,
+    problems_of,
+    schedule_problems,
+)
 from sgm.checks.training import check_training_data, fitted_buckets
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config
@@ -22,6 +30,7 @@ from sgm.data.buckets.assign import PATH as BUCKETS
 from sgm.data.buckets.plan import Division
 from sgm.distributed import Mesh
 from sgm.io import require_writable
+from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
@@ -34,6 +43,8 @@ from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
+
+logger = get_logger(__name__)
 
 _NETWORK = "model.network_config.params"
 
@@ -124,6 +135,7 @@ class _Checks:
         config, args, record = self.config, self.args, self.record
         self.problems += check_files(config)
         self._check_sections()
+        self.problems += schedule_problems(config)
         record("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
         if geometry := self.facts.get("geometry"):
             self.problems += check_shapes(config, geometry)
@@ -253,6 +265,8 @@ class _Checks:
         batches = f"{micro} clips x {accumulation} steps of accumulation x {ranks} = {batch}"
         length = f"{total} iterations = {total * batch / data.num_train:.1f} epochs"
         division = self._division()
+        if division is None and batch > data.num_train:
+            logger.warning("an iteration takes %d clips, and there are %d: each is repeated", batch, data.num_train)
         if division is not None:
             batches = f"{len(division.batch_sizes)} buckets, {accumulation} steps of accumulation, {ranks}"
             total = args.train_iters

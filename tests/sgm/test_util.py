@@ -41,6 +41,12 @@ def test_ignored_parameters_are_dropped(monkeypatch):
         instantiate_from_config({"target": HERE, "params": {"new": 1}})
 
 
+def test_what_a_constructor_cannot_build_is_wrong_input():
+    for params in ({"in_features": 2, "out_features": "x"}, {"in_features": -1, "out_features": [1]}):
+        with pytest.raises(InputError, match="torch.nn.Linear cannot be built with these parameters"):
+            instantiate_from_config({"target": "torch.nn.Linear", "params": params})
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

@@ -8,13 +8,14 @@ Legend: H, W pixels.
 """
 
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from sgm.data.rows import NotAFile, require_file
 
 # Pixel formats that hold one picture. Pillow runs Ghostscript for EPS, and others hold instructions or thumbnails.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
@@ -76,9 +77,8 @@ def picture_size(source: str | io.BytesIO) -> tuple[int, int]:
 @contextmanager
 def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
     """Open a picture, without decoding it; errors, also those in the block, become a PictureError."""
-    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
-        raise PictureError("it is a folder, pipe or device, not a file")  # opening a pipe waits for ever
     try:
+        require_file(source)
         with Image.open(source, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
@@ -93,6 +93,8 @@ def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
         raise PictureError(f"it is too large: {error}; make it smaller") from error
     except Image.UnidentifiedImageError as error:
         raise PictureError("no known image format", damaged=True) from error
+    except NotAFile as error:
+        raise PictureError(str(error)) from error
     except Exception as error:  # Pillow raises errors of many types for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PictureError(reason, damaged=True) from error

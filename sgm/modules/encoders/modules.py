@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.modules.encoders.t5_folder import T5Folder, UnknownText
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest
@@ -407,9 +408,9 @@ def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
             raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), ENTRY_KEYS)} (known: {ENTRY_KEYS})")
     if ("input_key" in config) == ("input_keys" in config):
         raise InputError(f"{where}: give either input_key or input_keys, the names of batch entries (e.g. txt)")
-    keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"])
-    if not keys:
-        raise InputError(f"{where}: input_keys is empty; name at least one batch entry (e.g. txt)")
+    keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"] or ())
+    if not keys or not all(isinstance(key, str) and key for key in keys):
+        raise InputError(f"{where}: input keys: {spelled(keys)}; name at least one batch entry (e.g. txt)")
     rate = config.get("ucg_rate", 0.0)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise InputError(f"{where}: ucg_rate: {rate!r} is not a probability; use a number from 0 to 1")

@@ -1,3 +1,4 @@
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from sgm.checks.sampling import check_files, check_sampling, check_shapes, dry_run
+from sgm.checks.sampling import check_files, check_sampling, check_shapes, dry_run, schedule_problems
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
@@ -206,6 +207,36 @@ def test_training_from_nothing_needs_no_checkpoint(load):
 def test_latents_of_text_models_need_no_vae_file(load):
     config = load("args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=null")
     assert check_files(config) == []
+
+
+@pytest.mark.parametrize(
+    "place", ["sampler_config.params", "loss_fn_config.params.sigma_sampler_config.params", "denoiser_config.params"]
+)
+def test_all_parts_follow_the_schedule_of_the_network(load, place):
+    found = [problem.path for problem in schedule_problems(load())]
+    assert found == []
+    changed = load(f"model.{place}.discretization_config.params.shift_scale=2.5")
+    found = [problem.path for problem in schedule_problems(changed)]
+    others = ["sampler_config.params", "loss_fn_config.params.sigma_sampler_config.params"]
+    expected = others if place.startswith("denoiser") else [place]
+    assert found == [f"model.{each}.discretization_config" for each in expected]
+
+
+def test_all_parts_count_the_same_timesteps(load):
+    drawn = "loss_fn_config.params.sigma_sampler_config.params"
+    for place, more in [("denoiser_config.params", [f"model.{drawn}.num_idx"]), (drawn, [])]:
+        found = [problem.path for problem in schedule_problems(load(f"model.{place}.num_idx=7"))]
+        assert found == [f"model.{place}.num_idx", *more]
+
+
+def test_a_device_without_values(load):
+    assert "'meta' cannot be used" in dry_run_refusal(load("args.device=meta"))
+
+
+def test_a_length_that_no_video_has_warns(load, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sgm"), "propagate", True)
+    dry_run(load("model.network_config.params.num_frames=18"))
+    assert "num_frames is 18, which no video has; the longest has 17" in caplog.text
 
 
 def test_parts_that_do_not_fit_each_other(load):

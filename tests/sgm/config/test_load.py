@@ -598,6 +598,104 @@ def test_text_in_overrides_arrives_as_typed(typed, value):
     assert toy(f"args.negative_prompt={typed}").args.negative_prompt == value
 
 
+NETWORK, VAE = "model.network_config.params", "model.first_stage_config.params"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "args.guidance_scale=.inf",
+        "args.guidance_scale=1e30",
+        "args.guidance_scale=1e999",
+        "args.sampling_fps=100000000",
+        "args.batch_size=100000000",
+        "args.sampling_image_size=[64,100000000]",
+        "args.output_dir=''",
+        'args.output_dir="a\\0b"',
+        'args.negative_prompt="\\ud800"',
+        "args.distributed_timeout=1000000000",
+        "args=5",
+        "model.scale_factor=0",
+        "model.scale_factor=-1",
+        "model.scale_factor=.nan",
+        "model.noised_image_dropout=2",
+        "model.en_and_decode_n_samples_a_time=0",
+        "model.precision=fp8",
+        "model.ofs=-.inf",
+        f"{NETWORK}.num_layers=0",
+        f"{NETWORK}.num_layers=100000",
+        f"{NETWORK}.num_attention_heads=0",
+        f"{NETWORK}.hidden_size=1000000000",
+        f"{NETWORK}.time_compressed_rate=0",
+        f"{NETWORK}.time_embed_dim=-1",
+        f"{NETWORK}.patch_size=[1,0,2]",
+        f"{NETWORK}.height_interpolation=0",
+        f"{NETWORK}.modules.pos_embed_config.params.theta=0",
+        f"{NETWORK}.modules.patch_embed_config.params.text_hidden_size=0",
+        f"{VAE}.decoder_config.params.ch_mult=[]",
+        f"{VAE}.encoder_config.params.ch_mult=[1,0]",
+        f"{VAE}.encoder_config.params.ch=0",
+        f"{VAE}.encoder_config.params.dropout=1.5",
+        f"{VAE}.encoder_config.params.num_res_blocks=0",
+        "model.denoiser_config.params.num_idx=0",
+        "model.denoiser_config.params.discretization_config.params.shift_scale=.nan",
+        "model.denoiser_config.params.discretization_config.params.linear_end=-1",
+        "model.sampler_config.params.num_steps=0",
+        "model.sampler_config.params.guider_config.params.scale=.nan",
+        "model.sampler_config.params.guider_config.params.scale=-1",
+        "model.sampler_config.params.guider_config.params.num_steps=0",
+        "model.loss_fn_config.params.offset_noise_level=.nan",
+        "model.loss_fn_config.params.min_snr_value=0",
+        "model.loss_fn_config.params.sigma_sampler_config.params.group_num=-1",
+        "model.conditioner_config.params.emb_models.0.params.max_length=0",
+    ],
+)
+def test_values_that_cannot_be_meant(override):
+    text = override_complaint(override)
+    assert text.startswith("1 problem in") or override == "args=5"
+    assert override.partition("=")[0].removesuffix(".0") in text
+    for name in ("NoneType", "Error", "Traceback", "None", "True", "False", "object"):
+        assert name not in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "args.train_data_weights=[.inf]",
+        "args.train_data=['']",
+        "args.num_workers=100000",
+        "args.save=''",
+        "data.params.skip_frms_num=100000",
+        "data.params.fps=0",
+        "data.params.random_flip=2",
+        "data.params.video_size=[64,-64]",
+        "deepspeed.gradient_clipping=.nan",
+        "deepspeed.optimizer.params.lr=1e20",
+        "deepspeed.optimizer.params.betas=[0.9]",
+        "deepspeed.optimizer.params.betas=[0.9,1.0]",
+        "deepspeed.optimizer.params.betas=[]",
+        "deepspeed.optimizer.params.eps=-1",
+        "deepspeed.optimizer.params.weight_decay=.nan",
+        "deepspeed.zero_optimization.reduce_bucket_size=.inf",
+    ],
+)
+def test_values_of_a_training_that_cannot_be_meant(override):
+    text = training_complaint(override)
+    assert text.startswith("1 problem in") and override.partition("=")[0] in text
+
+
+def test_a_section_must_not_be_a_list(write):
+    text = complaint([TOY, write("args: [1]")])
+    assert "args (" in text and "is [1]" in text
+
+
+def test_odd_values_of_the_optimizer_warn():
+    for override, found in [("lr=0", "nothing is learnt"), ("lr=5", "usual are"), ("eps=0", "NaN")]:
+        assert found in training(f"deepspeed.optimizer.params.{override}").warnings[0]
+    three = ["deepspeed.optimizer.type=mine.CAME", "deepspeed.optimizer.params={betas: [0.9, 0.99, 0.999]}"]
+    assert training(*three).warnings == ()
+
+
 def test_what_yaml_would_drop_from_an_override_is_refused():
     text = override_complaint("args.negative_prompt='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
     assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text

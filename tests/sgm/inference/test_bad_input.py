@@ -152,6 +152,7 @@ def test_fp16_on_a_cpu(run):
 def test_output_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     expect(run(f"args.output_dir={tmp_path / 'file' / 'out'}"), 2, "args.output_dir", "cannot be written")
+    expect(run("args.output_dir=/proc/out", "--check"), 2, "args.output_dir", "cannot be written")
     expect(run(f"args.output_dir={tmp_path / ('x' * 256)}", "--check"), 2, "args.output_dir", "File name too long")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0_a_red_circle").write_text("in the way")

@@ -1,5 +1,6 @@
 """Checks before weights are read, and the report of ``--check``."""
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_captions_without_a_known_word_are_bad_clips(training_yaml, tmp_path):
         assert bool(said) == (allowed == "false")
 
 
+def test_more_clips_in_an_iteration_than_there_are_warn(plan, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sgm"), "propagate", True)
+    plan(LORA, "deepspeed.train_micro_batch_size_per_gpu=9")
+    assert "an iteration takes 9 clips, and there are 8: each is repeated" in caplog.text
+
+
 def test_epochs_are_rounded_up_to_whole_steps(plan):
     assert (
         plan(LORA, "args.train_iters=null", "args.epochs=1", "deepspeed.train_micro_batch_size_per_gpu=3").total_iters
@@ -77,7 +84,7 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
         (FULL, [f"args.experiment_name={'x' * 250}"], "args.save", "File name too long"),
         (FULL, ["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size", "is 3"),
         (FULL, ["args.resume=nowhere"], "args.resume", "holds no resume/latest"),
-        (FULL, ["data.params.max_num_frames=5"], "data.params.max_num_frames", "nearest legal"),
+        (FULL, ["data.params.max_num_frames=6"], "data.params.max_num_frames", "nearest legal"),
         (FULL, ["deepspeed.fp16.enabled=true", "model.precision=fp16"], "fp16", "a CPU cannot do"),
         (FULL, ["args.eval_interval=1", "args.valid_data=null"], "args.eval_interval", "nothing to evaluate on"),
     ],
