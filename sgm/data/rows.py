@@ -76,7 +76,7 @@ def opened(file: str | ClipFile) -> str | io.BytesIO:
     return os.path.abspath(file) if isinstance(file, str | Path) else io.BytesIO(file.read())
 
 
-class NotAFile(OSError):
+class NotAFileError(OSError):
     """A path names something else than a file."""
 
 
@@ -84,7 +84,7 @@ def require_file(file: str | ClipFile) -> None:
     """Check that a clip is a file, without opening it: opening a pipe waits for ever.
 
     Raises:
-        NotAFile: it is a pipe, socket, device or folder.
+        NotAFileError: it is a pipe, socket, device or folder.
         OSError: it does not exist, or may not be reached.
     """
     if not isinstance(file, str | Path):
@@ -92,7 +92,7 @@ def require_file(file: str | ClipFile) -> None:
     mode = os.stat(file).st_mode
     if not stat.S_ISREG(mode):
         name = next((name for check, name in _NOT_FILES.items() if check(mode)), "device")
-        raise NotAFile(f"it is a {name}, not a file")
+        raise NotAFileError(f"it is a {name}, not a file")
 
 
 def one_line(text: str) -> str:

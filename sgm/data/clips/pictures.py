@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps
 
-from sgm.data.rows import NotAFile, require_file
+from sgm.data.rows import NotAFileError, require_file
 
 # Pixel formats that hold one picture. Pillow runs Ghostscript for EPS, and others hold instructions or thumbnails.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
@@ -93,7 +93,7 @@ def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
         raise PictureError(f"it is too large: {error}; make it smaller") from error
     except Image.UnidentifiedImageError as error:
         raise PictureError("no known image format", damaged=True) from error
-    except NotAFile as error:
+    except NotAFileError as error:
         raise PictureError(str(error)) from error
     except Exception as error:  # Pillow raises errors of many types for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
