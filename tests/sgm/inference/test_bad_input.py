@@ -13,6 +13,7 @@ import yaml
 
 from sgm.inference import video
 from sgm.inference.main import main, parse
+from sgm.models.video_diffusion import SATVideoDiffusionEngine
 
 ROOT = Path(__file__).parents[3]
 
@@ -180,11 +181,10 @@ def test_disk_full_while_writing_the_video(run, monkeypatch, tmp_path):
     expect(run(), 1, "000000.mp4", "No space left on device")
 
 
-def test_latents_that_are_not_finite(run, tiny_model, golden, tmp_path):
-    broken = torch.load(golden / "dit_t2v_2b/transformer/1000/mp_rank_00_model_states.pt", weights_only=True)
-    broken["module"]["model.diffusion_model.time_embed.0.bias"].fill_(float("nan"))
-    torch.save(broken, tmp_path / "nan.pt")
-    expect(run(f"args.load={tmp_path / 'nan.pt'}"), 1, "not finite")
+def test_latents_that_are_not_finite(run, monkeypatch):
+    original = SATVideoDiffusionEngine.sample
+    monkeypatch.setattr(SATVideoDiffusionEngine, "sample", lambda *args, **kwargs: original(*args, **kwargs) / 0)
+    expect(run(), 1, "not finite")
 
 
 def test_unexpected_failure_is_one_line_without_debug(run, monkeypatch):
