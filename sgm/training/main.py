@@ -57,4 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(argv),
         interrupted="interrupted; checkpoints are kept, and args.resume=auto resumes from the newest",
         memory_hint="set args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
+        output="args.save",
     )

@@ -1,9 +1,16 @@
-"""Which process of several says what went wrong."""
+"""Which process of several says what went wrong; signals, full disks and missing rights at the command line."""
+
+import argparse
+import os
+import signal
+import time
 
 import pytest
 
 import sgm.distributed
 from sgm import cli
+from sgm.conversion.writing import new_folder
+from sgm.io import WriteError
 from sgm.util import InputError, RunError
 
 
@@ -21,3 +28,40 @@ def test_wrong_input_is_reported_once_per_machine_and_by_every_rank_after_the_st
     assert ("no such file" in capsys.readouterr().err) == speaks
     assert cli._report(RunError("the disk is full"), debug=False, memory_hint="") == 1
     assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
+    """Message, exit code, nothing left; a second signal does not cut the clean-up short."""
+
+    def work(options):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+            finally:
+                if number != signal.SIGINT:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(number)
+    assert cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
+    assert capsys.readouterr().err == f"interrupted; all is well ({number.name})\n"
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("options", "output", "said"), [({}, "args.save", "args.save"), ({"out": "x"}, "", "--out")])
+def test_a_full_disk_names_the_option_of_the_output(capsys, options, output, said):
+    def work(_):
+        raise WriteError("could not write x: the disk is full")
+
+    assert cli.run_command(work, argparse.Namespace(debug=False, **options), output=output) == 1
+    assert capsys.readouterr().err.endswith(f"the disk is full, or write to another folder: {said}\n")
+
+
+def test_a_missing_right_is_wrong_input(capsys):
+    def work(_):
+        raise PermissionError(13, "Permission denied", "/proc/1/mem")
+
+    assert cli.run_command(work, argparse.Namespace(debug=False)) == 2
+    assert "error: /proc" in (said := capsys.readouterr().err) and "you may not" in said and "Errno" not in said
