@@ -13,6 +13,7 @@ from typing import Any
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import precision_name, resolve_precision
 from sgm.distributed import resolve_device
+from sgm.io import denied_text
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.adapters import read_adapter_info
@@ -184,6 +185,8 @@ def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]
         return list(error.problems)
     except InputError as error:
         return [Problem(path, "", str(error), cure)]
+    except PermissionError as error:
+        return [Problem(path, "", denied_text(error), cure)]
     return []
 
 

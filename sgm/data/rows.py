@@ -132,6 +132,6 @@ class Files:
         if folder not in self._names:
             try:
                 self._names[folder] = frozenset(os.listdir(folder))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._names[folder] = frozenset()
         return name in self._names[folder]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line
+from sgm.io import denied_text
 from sgm.util import InputError
 
 VIDEOS, LABELS = "videos", "labels"
@@ -47,7 +48,7 @@ def caption_path(clip: Path, root: Path) -> Path:
 
 def _clips(root: Path) -> list[Path]:
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
         if real not in seen:  # links can form a cycle
@@ -58,6 +59,13 @@ def _clips(root: Path) -> list[Path]:
     there = {*found}
     pictures = (path for path in found if is_picture(path) and path.with_suffix("") not in taken)
     return clips + [path for path in pictures if caption_path(path, root) in there]
+
+
+def _refuse(error: OSError) -> None:
+    """Refuse a folder that cannot be listed, whose clips would be missing silently."""
+    raise InputError(
+        denied_text(error) if isinstance(error, PermissionError) else f"{error.filename}: {error.strerror}"
+    ) from error
 
 
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:

@@ -108,7 +108,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack) -> list[list[int
     """Create the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if lock := lock_folder(folder):
+    if lock := lock_folder(folder, cure="name another folder with --out"):
         stack.enter_context(lock)
     remove_leftovers(folder)
     for job in jobs:

@@ -12,7 +12,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import find_resume_point, lock_folder
+from sgm.training.state import find_resume_point, lock_folder, next_start_number
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
@@ -26,28 +26,68 @@ def arguments(**values) -> TrainingArgs:
     return TrainingArgs(**({"train_data": ("clips",), "load": "weights", "train_iters": 1} | values))
 
 
-def saved(run: Path, iteration: int, *, at: int) -> Path:
-    """Make a run folder with a state saved at a time, in seconds."""
-    folder = run / "resume" / str(iteration)
+def saved(run: Path, number: int, *, at: int, **values) -> Path:
+    """Make a run folder with a state whose file has a time, in seconds."""
+    folder = run / "resume" / str(number)
     folder.mkdir(parents=True)
     content = {name: value for name, value in dataclasses.asdict(POINT).items() if name != "run"}
-    (folder / "resume.json").write_text(json.dumps(content | {"iteration": iteration}))
+    (folder / "resume.json").write_text(json.dumps(content | {"iteration": number} | values))
     latest = run / "resume" / "latest"
-    latest.write_text(f"{iteration}\n")
+    latest.write_text(f"{number}\n")
     os.utime(latest, (at, at))
     return run
 
 
-def test_auto_takes_the_run_that_saved_last(tmp_path):
+def test_auto_takes_the_run_that_was_started_last_whatever_its_files_times_are(tmp_path):
     args = arguments(save=str(tmp_path), experiment_name="x", resume="auto")
-    assert find_resume_point(args) is None
-    saved(tmp_path / "x-01-01-10-00", 50, at=1000)
-    newest = saved(tmp_path / "x-01-01-09-00", 7, at=2000)
-    saved(tmp_path / "y-01-01-11-00", 9, at=3000)
+    assert find_resume_point(args) is None and next_start_number(args) == 1
+    saved(tmp_path / "x-01-01-10-00", 50, at=3000, start_number=1)
+    newest = saved(tmp_path / "x-01-01-09-00", 7, at=2000, start_number=2)
+    saved(tmp_path / "x-01-01-09-00-1", 6, at=4000, start_number=2)  # a copy of an earlier time
+    saved(tmp_path / "y-01-01-11-00", 9, at=5000, start_number=3)
     point = find_resume_point(args)
     assert point is not None and (point.run, point.iteration) == (newest, 7)
-    assert point.folder == newest / "resume" / "7"
+    assert point.folder == newest / "resume" / "7" and next_start_number(args) == 3
     assert find_resume_point(arguments(save=str(tmp_path), experiment_name="x")) is None
+
+
+def test_a_state_is_found_before_latest_was_first_written(tmp_path):
+    run = saved(tmp_path / "x-01-01-10-00", 5, at=1)
+    saved(run, 40, at=1)
+    (run / "resume" / "latest").unlink()
+    (run / "resume" / "50").mkdir()  # not complete
+    point = find_resume_point(arguments(save=str(tmp_path), experiment_name="x", resume="auto"))
+    assert point is not None and point.iteration == 40
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"samples": -5}, "'samples' is -5; give"),
+        ({"samples": "x"}, "'samples' is 'x'; give a whole number"),
+        ({"samples": 0}, "'samples' is 0 after 4 iterations"),
+        ({"world_size": 0}, "'world_size' is 0"),
+        ({"ema": 1}, "'ema' is 1"),
+        ({"files": "abc"}, "'files' is 'abc'"),
+        ({"files": ["../../other"]}, "'files' names '../../other'"),
+        ({"order": float("nan")}, "it holds NaN"),
+        ({"iteration": 3}, "'iteration' is 3, and the state is that of iteration 4"),
+        ({"surprise": 3}, "'surprise' is unknown"),
+    ],
+)
+def test_a_wrong_value_in_the_state_is_named(tmp_path, values, said):
+    run = saved(tmp_path / "run", 4, at=1, **values)
+    with pytest.raises(InputError, match="the resume state cannot be read") as caught:
+        find_resume_point(arguments(resume=str(run)))
+    assert said in str(caught.value) and str(run / "resume" / "4" / "resume.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"text"', "[" * 100_000, '{"iteration": ' + "9" * 5000 + "}"])
+def test_a_state_that_is_no_mapping_of_values_is_refused(tmp_path, content):
+    run = saved(tmp_path / "run", 4, at=1)
+    (run / "resume" / "4" / "resume.json").write_text(content)
+    with pytest.raises(InputError, match="the resume state cannot be read"):
+        find_resume_point(arguments(resume=str(run)))
 
 
 def test_a_name_may_contain_pattern_characters(tmp_path):
@@ -71,7 +111,7 @@ def test_a_path_selects_any_run(tmp_path):
     assert point is not None and point.run == run
 
 
-@pytest.mark.parametrize("content", ["", "next", "8"])
+@pytest.mark.parametrize("content", ["", "next", "8", "../4", "-4"])
 def test_a_broken_latest_file_is_reported(tmp_path, content):
     run = saved(tmp_path / "run", 4, at=1000)
     (run / "resume" / "latest").write_text(content)
@@ -88,6 +128,8 @@ def test_a_broken_latest_file_is_reported(tmp_path, content):
         ({"trained": 9}, "model.not_trainable_prefixes"),
         ({"ema": True}, "args.ema_decay"),
         ({"base_digest": None}, "args.load"),
+        ({"lora_rank": 8, "trained": 9}, "model.network_config.params.modules.lora_config.params.r"),
+        ({"optimizer_settings": {"amsgrad": True}}, "deepspeed.optimizer.params.amsgrad"),
     ],
 )
 def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
@@ -97,12 +139,31 @@ def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
     assert problem.path == key and "args.resume=none" in str(caught.value)
 
 
-def test_other_clips_give_a_warning(caplog):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clips": "other", "captions": "other"}, "the training clips differ"),
+        ({"captions": "other"}, "captions differ from those at the start of"),
+        ({"clip_files": "other"}, "files of training clips have other sizes or times"),
+        ({"config_digest": "other"}, "the configuration differs"),
+        ({"optimizer_settings": {"amsgrad": False, "eps": 1.0}}, None),
+    ],
+)
+def test_other_clips_and_captions_give_a_warning(caplog, tmp_path, change, said):
+    point = dataclasses.replace(POINT, run=tmp_path)
+    (tmp_path / "3").mkdir()
     with caplog.at_level("WARNING"):
-        POINT.check(POINT)
-        assert not caplog.messages
-        POINT.check(dataclasses.replace(POINT, clips="other"))
-    assert "the training clips differ" in caplog.text
+        point.check(dataclasses.replace(point, **change))
+    assert [said in message for message in caplog.messages] == ([] if said is None else [True])
+
+
+def test_weights_that_are_gone_are_said(caplog, tmp_path):
+    point = dataclasses.replace(POINT, run=tmp_path)
+    with caplog.at_level("WARNING"):
+        point.check(point)
+    assert f"the weights of {tmp_path / '3'} are gone" in caplog.text
+    with pytest.raises(InputError, match="has all 3 iterations, but the folder of its weights, .*3, is gone"):
+        point.require_weights()
 
 
 def test_the_number_of_ranks_matters_only_for_sharded_state():
