@@ -183,8 +183,13 @@ def require_writable(folder: str | Path) -> None:
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
+    if not existing.is_dir():
+        raise InputError(f"'{folder}' cannot be written to: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"'{folder}' cannot be written to: you may not write to {existing} (right 'w'), or its file system is "
+            "read-only"
+        )
 
 
 def write_json(path: str | Path, content: Any) -> None:

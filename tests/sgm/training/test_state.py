@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,50 @@ def test_another_order_of_the_state_is_refused(training_yaml, tmp_path):
     with pytest.raises(ConfigError, match=r"round_robin_gradients.*order 0\.0, and now it is 1\.0"):
         more = "deepspeed.zero_optimization.round_robin_gradients=true"
         start(training_yaml, tmp_path, *stage, "args.resume=auto", more)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_settings_of_the_optimizer_changed_at_a_resume_take_effect(training_yaml, tmp_path, stage):
+    """As in an optimizer that had them from the start, except for what the first iteration did."""
+    common = [f"deepspeed.zero_optimization.stage={stage}", "args.train_iters=2", "args.lr_decay_style=constant"]
+    params = "deepspeed.optimizer.params"
+    run = start(training_yaml, tmp_path, *common, "args.exit_interval=1").folder
+    again = [*common, f"args.resume={run}", "args.exit_interval=null"]
+    changes = [f"{params}.weight_decay=0.5", f"{params}.eps=0.1", f"{params}.betas=[0.5,0.6]"]
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    results = []
+    for more in ([], changes):
+        shutil.rmtree(run)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        results.append(read_tensors(find_weights(start(training_yaml, tmp_path, *again, *more).folder)))
+        saved = json.loads((run / "resume" / "2" / "resume.json").read_text())
+        assert saved["optimizer_settings"]["eps"] == (0.1 if more else 1e-8) and saved["start_number"] == 2
+        assert set(saved["files"]) == {path.name for path in (run / "resume" / "2").iterdir()} - {"resume.json"}
+    assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_run_that_died_before_it_saved_begins_again_in_its_folder(training_yaml, tmp_path):
+    dead = tmp_path / "train-01-01-10-00"
+    dead.mkdir()
+    (dead / ".lock").write_text("1\n")
+    (dead / "metrics.jsonl").write_text("half")
+    done = tmp_path / "train-01-01-09-00"  # its state was deleted to save space
+    (done / "5").mkdir(parents=True)
+    (done / "latest").write_text("5\n")
+    (done / ".lock").touch()
+    summary = start(
+        training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto", "args.experiment_name=train"
+    )
+    assert summary.folder == dead and len(read_metrics(dead / "metrics.jsonl")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [done.name, dead.name] and (done / "5").is_dir()
+
+
+def test_a_finished_run_without_weights_is_not_called_done(training_yaml, tmp_path):
+    run = start(training_yaml, tmp_path, "args.train_iters=1").folder
+    shutil.rmtree(run / "1")
+    with pytest.raises(InputError, match="has all 1 iterations, but the folder of its weights"):
+        start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto")
+    summary = start(training_yaml, tmp_path, "args.train_iters=2", "args.resume=auto")
+    assert summary.iteration == 2 and find_weights(run) == find_weights(run / "2")
