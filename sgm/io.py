@@ -104,7 +104,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    lock = None
+    hidden, lock = path, None
     while lock is None:
         hidden = _temporary(path)
         hidden.mkdir(parents=True)

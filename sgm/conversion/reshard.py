@@ -14,7 +14,7 @@ from sgm.io import atomic_file
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import ENTRY
-from sgm.weights.checkpoint import owned, write_latest
+from sgm.weights.checkpoint import owned, save_torch, write_latest
 from sgm.weights.files import (
     CONTAINERS,
     SHARD_NAME,
@@ -112,4 +112,4 @@ def _write_shard(path: Path, whole: Tensors, shard: Shard, extras: Mapping[str, 
         if path.suffix == ".safetensors":
             save_file(tensors, temporary, metadata=dict(extras) or None)
         else:
-            torch.save({"module": tensors, **extras}, temporary)
+            save_torch({"module": tensors, **extras}, temporary)

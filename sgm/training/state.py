@@ -32,7 +32,7 @@ from sgm.config.values import misfit
 from sgm.io import atomic_file, denied_text, refusing_denied
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.checkpoint import write_latest
+from sgm.weights.checkpoint import save_torch, write_latest
 
 try:
     import fcntl
@@ -139,13 +139,17 @@ class ResumePoint:
         if None not in (self.lora_rank, now.lora_rank) and self.lora_rank != now.lora_rank:
             fixed["lora_rank"] = "model.network_config.params.modules.lora_config.params.r"
             del fixed["trained"]  # differs with the rank
-        changes = [(path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()]
+        changes = [
+            (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
+        ]
         if self.optimizer == now.optimizer:
             then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
             shared = [name for name in STRUCTURE if name in then and name in given]
             changes += [(f"deepspeed.optimizer.params.{name}", name, then[name], given[name]) for name in shared]
         problems = [
-            Problem(path, "", f"the state in {self.folder} was written with {words} {then}, and now it is {given}", cure)
+            Problem(
+                path, "", f"the state in {self.folder} was written with {words} {then}, and now it is {given}", cure
+            )
             for path, words, then, given in changes
             if then != given
         ]
@@ -165,7 +169,11 @@ class ResumePoint:
             logger.warning("the training clips differ from those at the start of %s: its samples change", self.run)
         elif self.captions not in (None, now.captions):
             logger.warning("captions differ from those at the start of %s: its samples change", self.run)
-        if self.clips == now.clips and None not in (self.clip_files, now.clip_files) and self.clip_files != now.clip_files:
+        if (
+            self.clips == now.clips
+            and None not in (self.clip_files, now.clip_files)
+            and self.clip_files != now.clip_files
+        ):
             logger.warning(
                 "files of training clips have other sizes or times than at the start of %s: the samples of a clip that "
                 "was replaced change",
@@ -403,7 +411,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
     if with_rng:
         with atomic_file(folder / f"rng_{rank:02d}.pt") as temporary:
-            torch.save(_rng_state(), temporary)
+            save_torch(_rng_state(), temporary)
         written.append(f"rng_{rank:02d}.pt")
     # From the ranks, not from the folder: on a shared file system another machine may not see a new file yet, and files
     # of an interrupted save may still be there.
@@ -487,7 +495,7 @@ def checkpoint_engine(written: list[str] | None = None) -> Any:
     class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
             with atomic_file(path) as temporary:
-                torch.save(state_dict, temporary)
+                save_torch(state_dict, temporary)
             if written is not None:
                 written.append(Path(path).name)
 

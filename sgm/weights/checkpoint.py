@@ -322,7 +322,13 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], ent
             metadata = {name: json.dumps(entry) for name, entry in entries.items()}
             save_file(alone, temporary, metadata=metadata or None)
         else:
-            torch.save({key: alone, **entries}, temporary)
+            save_torch({key: alone, **entries}, temporary)
+
+
+def save_torch(content: Any, path: Path) -> None:
+    """Call torch.save so that the bytes do not depend on the file's name, which would name the archive's folder."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,9 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
                     os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(number)
-    assert cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
+    assert (
+        cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
+    )
     assert capsys.readouterr().err == f"interrupted; all is well ({number.name})\n"
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
 

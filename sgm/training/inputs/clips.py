@@ -70,7 +70,9 @@ class Data:
         if self.split is None:
             valid = tuple(rest for dataset in self.valid if len(rest := _without(dataset, paths)))
             return replace(self, train=tuple(_without(dataset, paths) for dataset in self.train), valid=valid)
-        pools, cached = (tuple(_without(each, paths) for each in sets) for sets in (self.split.pools, self.split.cached))
+        pools, cached = (
+            tuple(_without(each, paths) for each in sets) for sets in (self.split.pools, self.split.cached)
+        )
         return replace(self.split, pools=pools, cached=cached).data()
 
     @property

@@ -133,7 +133,9 @@ def test_rows_without_a_clip_or_caption_are_found_without_opening(tmp_path):
     found, left_out = usable(dataset, tmp_path / "run", check_clips="none")
     assert found.num_train == 8 and "is empty; write one, or set allow_missing_captions" in left_out[dataset.paths[2]]
     (tmp_path / "set/clips/4.mp4").touch()
-    with pytest.raises(InputError, match="(?s)1 of 10 clips have no usable caption.*set data.params.allow_missing") as caught:
+    with pytest.raises(
+        InputError, match="(?s)1 of 10 clips have no usable caption.*set data.params.allow_missing"
+    ) as caught:
         dataset = SFTDataset(data_dir=tmp_path / "set", **settings)
         usable(dataset, tmp_path / "refused", check_clips="none", max_bad_share=0.0)
     assert "2.mp4: its caption" in str(caught.value)
@@ -141,6 +143,7 @@ def test_rows_without_a_clip_or_caption_are_found_without_opening(tmp_path):
 
 def test_validation_clips_are_drawn_from_usable_ones(tmp_path):
     """A bad clip takes no place of a good one, for validation or training; with a cache too."""
+
     def draw(index, num):
         return list(range(1, num)), [0]
 

@@ -262,9 +262,7 @@ def test_a_run_that_died_before_it_saved_begins_again_in_its_folder(training_yam
     (done / "5").mkdir(parents=True)
     (done / "latest").write_text("5\n")
     (done / ".lock").touch()
-    summary = start(
-        training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto", "args.experiment_name=train"
-    )
+    summary = start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto", "args.experiment_name=train")
     assert summary.folder == dead and len(read_metrics(dead / "metrics.jsonl")) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [done.name, dead.name] and (done / "5").is_dir()
 
