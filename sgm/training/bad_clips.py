@@ -7,6 +7,7 @@ from typing import Any
 
 import sgm.distributed
 from sgm.config.args import TrainingArgs
+from sgm.config.values import misfit
 from sgm.data.cache import listed
 from sgm.data.clips.check import RowReport, summary_text, write_report
 from sgm.io import write_json
@@ -123,7 +124,7 @@ def clips_left_out(data: Data, args: TrainingArgs, run: Path | None) -> dict[str
     Raises:
         InputError: too many are bad, or the file of a resumed run cannot be read.
     """
-    return _bad(_reports(data, args), args) if run is None else _read(run)[0]
+    return unusable(_reports(data, args), args) if run is None else _read(run)[0]
 
 
 def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
@@ -132,7 +133,7 @@ def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
     if not reports:
         return {}
     logger.info("%s", summary_text(reports))
-    bad = _bad(reports, args)
+    bad = unusable(reports, args)
     write_report(folder / REPORT, reports)
     for path, reason in sorted(bad.items()):
         logger.warning("left out %s: %s", path, reason)
@@ -153,7 +154,7 @@ def _reports(data: Data, args: TrainingArgs) -> list[RowReport]:
     return [*{report.path: report for dataset in checked for report in getattr(dataset, method)()}.values()]
 
 
-def _bad(reports: Sequence[RowReport], args: TrainingArgs) -> dict[str, str]:
+def unusable(reports: Sequence[RowReport], args: TrainingArgs) -> dict[str, str]:
     """Return path → reason of unusable clips.
 
     Raises:
@@ -185,9 +186,14 @@ def _write(folder: Path, at_start: Mapping[str, str], known: Mapping[str, str]) 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return ``at_start`` and ``in_training`` of a run; empty if its data sets have no check."""
     try:
-        if (content := _read_json(folder / FILE)) is not None:
-            return content["at_start"], content["in_training"]
-        return _read_json(folder / FORMER_AT_START) or {}, _read_json(folder / FORMER_ALL) or {}
+        content = _read_json(folder / FILE)
+        if content is None:
+            former = _read_json(folder / FORMER_AT_START), _read_json(folder / FORMER_ALL)
+            content = {"at_start": former[0] or {}, "in_training": former[1] or {}}
+        for name in ("at_start", "in_training"):
+            if (found := misfit(content[name], dict[str, str])) is not None:
+                raise ValueError(f"'{name}' {found[0]}; {found[1]}")
+        return content["at_start"], content["in_training"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the bad clips of {folder} cannot be read: {error}; restore {FILE}, or use args.resume=none"

@@ -188,7 +188,7 @@ def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     assert written(run) == {"at_start": first, "in_training": later | {dataset.paths[7]: "is damaged"}}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"at_start": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"at_start": {}}', '{"at_start": [], "in_training": {}}'])
 def test_a_list_that_cannot_be_read_ends_a_resumed_run(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/bad_clips.json").write_text(content)
