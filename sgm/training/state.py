@@ -166,17 +166,17 @@ class ResumePoint:
     def _warn(self, now: "ResumePoint") -> None:
         """Warn if clips or settings differ, so that the results will."""
         if self.clips != now.clips:
-            logger.warning("the training clips differ from those at the start of %s: its samples change", self.run)
+            logger.warning("the training clips differ from those at the start of %s: other samples follow", self.run)
         elif self.captions not in (None, now.captions):
-            logger.warning("captions differ from those at the start of %s: its samples change", self.run)
+            logger.warning("the captions are not those at the start of %s: other samples follow", self.run)
         if (
             self.clips == now.clips
             and None not in (self.clip_files, now.clip_files)
             and self.clip_files != now.clip_files
         ):
             logger.warning(
-                "files of training clips have other sizes or times than at the start of %s: the samples of a clip that "
-                "was replaced change",
+                "the files of the training clips are not those at the start of %s (size or time): a clip that was replaced "
+                "gives other samples",
                 self.run,
             )
         if self.config_digest != now.config_digest:

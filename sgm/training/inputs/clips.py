@@ -87,14 +87,14 @@ class Data:
 
     @property
     def captions_digest(self) -> str:
-        """SHA-256 of the training clips' captions in order, of data sets that have them."""
-        return digest_of([getattr(dataset, "captions", None) for dataset in self.train])
+        """SHA-256 of the captions of `sources` in order, of data sets that have them."""
+        return digest_of([getattr(dataset, "captions", None) for dataset in self.sources])
 
     @property
     def files_digest(self) -> str:
-        """SHA-256 of sizes and times of the training clips' files, which reads no contents; of data sets with rows."""
+        """SHA-256 of sizes and times of the files of `sources`, which reads no contents; of data sets with rows."""
         stamp = stamps()
-        return digest_of([_stamped(getattr(dataset, "rows", ()), stamp) for dataset in self.train])
+        return digest_of([_stamped(getattr(dataset, "rows", ()), stamp) for dataset in self.sources])
 
     @property
     def validation(self) -> Any:

@@ -144,8 +144,8 @@ def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
     ("change", "said"),
     [
         ({"clips": "other", "captions": "other"}, "the training clips differ"),
-        ({"captions": "other"}, "captions differ from those at the start of"),
-        ({"clip_files": "other"}, "files of training clips have other sizes or times"),
+        ({"captions": "other"}, "the captions are not those at the start of"),
+        ({"clip_files": "other"}, "the files of the training clips are not those at the start of"),
         ({"config_digest": "other"}, "the configuration differs"),
         ({"optimizer_settings": {"amsgrad": False, "eps": 1.0}}, None),
     ],
