@@ -133,17 +133,18 @@ def run_command(
     output = output or next((f"--{name}" for name in OUTPUT_OPTIONS if hasattr(options, name)), "")
     with _raised_signals():
         try:
-            configure_logging(debug=options.debug)
-            work(options)
+            try:
+                configure_logging(debug=options.debug)
+                work(options)
+            except Exception as error:  # every error becomes one message
+                return _report(error, debug=options.debug, memory_hint=memory_hint, output=output)
+            finally:
+                if "sgm.distributed" in sys.modules:
+                    sys.modules["sgm.distributed"].shutdown()
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT
             sys.stderr.write(f"{interrupted} ({signal.Signals(number).name})\n")
             return 128 + number
-        except Exception as error:  # every error becomes one message
-            return _report(error, debug=options.debug, memory_hint=memory_hint, output=output)
-        finally:
-            if "sgm.distributed" in sys.modules:
-                sys.modules["sgm.distributed"].shutdown()
     return 0
 
 
@@ -158,7 +159,7 @@ def _reports(error: Exception) -> bool:
 
 def _report(error: Exception, *, debug: bool, memory_hint: str, output: str = "") -> int:
     """Write the error's message; return the exit code."""
-    from sgm.io import WriteError, denied_text  # after parsing, so that --help is fast
+    from sgm.io import OutputError, WriteError, denied_text  # after parsing, so that --help is fast
     from sgm.util import InputError, RunError
 
     if debug:
@@ -166,10 +167,9 @@ def _report(error: Exception, *, debug: bool, memory_hint: str, output: str = ""
     if isinstance(error, PermissionError):
         error = InputError(denied_text(error))
     if isinstance(error, InputError | RunError):
-        causes = (error, error.__cause__)
-        elsewhere = f", or write to another folder: {output}" if output else ""
+        moving_helps = isinstance(error, OutputError | WriteError) and output
         if _reports(error):
-            sys.stderr.write(f"error: {error}{elsewhere if any(isinstance(e, WriteError) for e in causes) else ''}\n")
+            sys.stderr.write(f"error: {error}{f', or write to another folder: {output}' if moving_helps else ''}\n")
         return error.exit_code
     hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""
     sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")

@@ -43,6 +43,10 @@ class WriteError(RunError):
     """A file could not be written; another folder may help. Exit code 2 if permissions are the reason, else 1."""
 
 
+class OutputError(InputError):
+    """An output cannot be where it was asked for; another folder helps."""
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; after the block, flush the file to disk and rename it to `path`.
@@ -184,9 +188,9 @@ def require_writable(folder: str | Path) -> None:
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise InputError(f"'{folder}' cannot be written to: {existing} is a file, not a folder")
+        raise OutputError(f"'{folder}' cannot be written to: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
+        raise OutputError(
             f"'{folder}' cannot be written to: you may not write to {existing} (right 'w'), or its file system is "
             "read-only"
         )

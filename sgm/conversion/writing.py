@@ -16,8 +16,16 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from sgm.io import atomic_file, hidden_folder, readable_size, remove_leftovers, require_writable, write_json
-from sgm.util import InputError, RunError
+from sgm.io import (
+    OutputError,
+    atomic_file,
+    hidden_folder,
+    readable_size,
+    remove_leftovers,
+    require_writable,
+    write_json,
+)
+from sgm.util import RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
@@ -47,7 +55,7 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
         need_bytes: size of the output.
 
     Raises:
-        InputError: `folder` exists, cannot be written to, or the disk is too small.
+        OutputError: `folder` exists, cannot be written to, or the disk is too small.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder, need_bytes=need_bytes)
@@ -61,7 +69,7 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     except (RunError, OSError) as error:
         if isinstance(error, RunError) and error.__cause__ is None:
             raise  # not about files
-        raise InputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
+        raise OutputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
     finally:
         with contextlib.suppress(OSError):  # not empty: success
             for path in parents:
@@ -69,18 +77,17 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
-    """Raise the InputError that `new_folder` would raise; remove what killed conversions left beside `folder`."""
+    """Raise the OutputError that `new_folder` would raise; remove what killed conversions left beside `folder`."""
     folder = Path(folder).absolute()
     remove_leftovers(folder.parent)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; nothing is overwritten: remove it, or name another output")
+        raise OutputError(f"{folder} exists already; nothing is overwritten: remove it")
     require_writable(folder)
     existing = next(path for path in folder.parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if need_bytes > free:
-        raise InputError(
-            f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space, "
-            "or name another output"
+        raise OutputError(
+            f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space"
         )
 
 

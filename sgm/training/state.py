@@ -175,8 +175,8 @@ class ResumePoint:
             and self.clip_files != now.clip_files
         ):
             logger.warning(
-                "the files of the training clips are not those at the start of %s (size or time): a clip that was replaced "
-                "gives other samples",
+                "the files of the training clips are not those at the start of %s (size or time): replaced clips give "
+                "other samples",
                 self.run,
             )
         if self.config_digest != now.config_digest:
@@ -238,7 +238,12 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
                 f"{args.experiment_name}-...), or use args.load={run} to start a new run from its weights"
             )
         return _read_point(run)
-    points = [_read_point(run) for run in own_runs(args) if _has_state(run)]
+    runs = own_runs(args)
+    points = [_read_point(run) for run in runs if _has_state(run)]
+    if not points and (left := [run for run in runs if (run / LATEST).exists()]):
+        logger.info(
+            "%s has weights and no resume state: a new run starts; args.load=%s starts from them", left[-1], left[-1]
+        )
     return max(points, key=lambda point: (point.start_number, point.iteration, str(point.run)), default=None)
 
 

@@ -10,7 +10,7 @@ import pytest
 import sgm.distributed
 from sgm import cli
 from sgm.conversion.writing import new_folder
-from sgm.io import WriteError
+from sgm.io import OutputError, WriteError
 from sgm.util import InputError, RunError
 
 
@@ -53,11 +53,12 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
 
 
 @pytest.mark.parametrize(("options", "output", "said"), [({}, "args.save", "args.save"), ({"out": "x"}, "", "--out")])
-def test_a_full_disk_names_the_option_of_the_output(capsys, options, output, said):
+@pytest.mark.parametrize("error", [WriteError, OutputError])
+def test_a_full_disk_names_the_option_of_the_output(capsys, error, options, output, said):
     def work(_):
-        raise WriteError("could not write x: the disk is full")
+        raise error("could not write x: the disk is full")
 
-    assert cli.run_command(work, argparse.Namespace(debug=False, **options), output=output) == 1
+    assert cli.run_command(work, argparse.Namespace(debug=False, **options), output=output) == error.exit_code
     assert capsys.readouterr().err.endswith(f"the disk is full, or write to another folder: {said}\n")
 
 
