@@ -34,7 +34,7 @@ _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("your disk quota is used up", "free some space"),
-    errno.EFBIG: ("the file is larger than the limit of this process or file system", "raise it (ulimit -f)"),
+    errno.EFBIG: ("the file is larger than the limit of this process or file system", "raise it (ulimit -f), or free some space"),
     errno.EROFS: ("the file system is read-only", "mount it for writing"),
 }
 
