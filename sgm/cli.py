@@ -167,9 +167,11 @@ def _report(error: Exception, *, debug: bool, memory_hint: str, output: str = ""
     if isinstance(error, PermissionError):
         error = InputError(denied_text(error))
     if isinstance(error, InputError | RunError):
-        moving_helps = isinstance(error, OutputError | WriteError) and output
+        message = str(error)
+        if output and isinstance(error, OutputError | WriteError):
+            message += f": {output}" if message.endswith("another folder") else f", or choose another folder: {output}"
         if _reports(error):
-            sys.stderr.write(f"error: {error}{f', or write to another folder: {output}' if moving_helps else ''}\n")
+            sys.stderr.write(f"error: {message}\n")
         return error.exit_code
     hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""
     sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")

@@ -34,7 +34,10 @@ _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("your disk quota is used up", "free some space"),
-    errno.EFBIG: ("the file is larger than the limit of this process or file system", "raise it (ulimit -f), or free some space"),
+    errno.EFBIG: (
+        "the file is larger than the limit of this process or file system",
+        "raise it (ulimit -f), or free some space",
+    ),
     errno.EROFS: ("the file system is read-only", "mount it for writing"),
 }
 
@@ -188,11 +191,11 @@ def require_writable(folder: str | Path) -> None:
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise OutputError(f"'{folder}' cannot be written to: {existing} is a file, not a folder")
+        raise OutputError(f"'{folder}' cannot be written to: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
             f"'{folder}' cannot be written to: you may not write to {existing} (right 'w'), or its file system is "
-            "read-only"
+            "read-only; correct that, or choose another folder"
         )
 
 
@@ -233,17 +236,18 @@ def _failure_of(lock: int) -> int | None:
 def _write_failure(path: Path, error: BaseException, number: int | None, need_bytes: int | None) -> str:
     """Return the message for a failed write, with the bytes needed and free."""
     if isinstance(error, PermissionError):
-        return f"could not write {path}: {denied_text(error)}"
+        return f"could not write {path}: {denied_text(error)}, or choose another folder"
     if isinstance(error, OSError) and error.errno in _REASONS:
         number = error.errno
     existing = next((p for p in path.parents if p.is_dir()), Path("."))
     needs = f"it needs {readable_size(need_bytes)}, " if need_bytes else ""
     free = f"{needs}{readable_size(shutil.disk_usage(existing).free)} are free there"
     if number is None:
-        return f"could not write {path}: {error}; {free}; free some space, or correct the permissions"
+        cure = "free some space, correct the permissions, or choose another folder"
+        return f"could not write {path}: {error}; {free}; {cure}"
     reason, cure = _REASONS.get(number, (os.strerror(number), "correct that"))
     said = "" if reason == os.strerror(number) else f" ({os.strerror(number)})"
-    return f"could not write {path}: {reason}{said}; {free}; {cure}"
+    return f"could not write {path}: {reason}{said}; {free}; {cure}, or choose another folder"
 
 
 @contextlib.contextmanager
@@ -267,7 +271,7 @@ def denied_text(error: PermissionError) -> str:
     if path.exists() and not os.access(path, os.R_OK | (os.X_OK if folder else 0)):
         return f"{path}: you may not read this {kind} (right 'r'); its owner can allow it with chmod"
     target = path if path.exists() and not os.access(path, os.W_OK) else path.parent
-    return f"{target}: you may not write there (right 'w'); its owner can allow it with chmod, or name another place"
+    return f"{target}: you may not write there (right 'w'); its owner can allow it with chmod"
 
 
 def readable_size(num_bytes: int) -> str:

@@ -81,13 +81,14 @@ def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
     folder = Path(folder).absolute()
     remove_leftovers(folder.parent)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(f"{folder} exists already; nothing is overwritten: remove it")
+        raise OutputError(f"{folder} exists already; nothing is overwritten: remove it, or choose another folder")
     require_writable(folder)
     existing = next(path for path in folder.parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if need_bytes > free:
         raise OutputError(
-            f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space"
+            f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space, "
+            "or choose another folder"
         )
 
 
