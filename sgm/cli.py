@@ -1,16 +1,20 @@
 """Parsing, error messages and exit codes of the command lines."""
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sgm.log import configure_logging, is_rank_zero, printable_output
 
-EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong"
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
+OUTPUT_OPTIONS = ("out", "output_path", "lora_save_directory")
 
 
 def parse(
@@ -78,6 +82,47 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal asked this process to end, as Ctrl-C does: what is half done is removed on the way out.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def raise_terminated(number: int, _: object = None) -> None:
+    """Signal handler: raise `Terminated`, unless one is being handled, whose clean-up must not be cut short."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, Terminated):
+            return
+        error = error.__context__
+    raise Terminated(number)
+
+
+@contextlib.contextmanager
+def _raised_signals() -> Iterator[None]:
+    """Context: SIGTERM (of schedulers, ``timeout`` and containers) and SIGHUP (of closed terminals) raise `Terminated`.
+
+    Signals that are ignored (``nohup``) or handled already stay as they are.
+    """
+    numbers = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        numbers = []
+    raised = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in raised:
+        signal.signal(number, raise_terminated)
+    try:
+        yield
+    finally:
+        for number in raised:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @printable_output()
 def run_command(
     work: Callable[[argparse.Namespace], None],
@@ -85,30 +130,36 @@ def run_command(
     *,
     interrupted: str = "interrupted; nothing was written",
     memory_hint: str = "this needs no accelerator",
+    output: str = "",
 ) -> int:
-    """Run `work(options)`; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """Run `work(options)`; return the exit code: 0 done, 1 failed, 2 wrong input, 128 + n after signal n.
 
     Args:
         work: the command.
         options: from `parse`.
-        interrupted: message after an interrupt.
+        interrupted: message after Ctrl-C (signal 2), SIGTERM (15) or SIGHUP (1).
         memory_hint: cure for an accelerator out of memory.
+        output: key that names the output, for messages about files that cannot be written; empty for the option in
+            `OUTPUT_OPTIONS`.
     """
-    try:
-        configure_logging(debug=options.debug)
-        if hasattr(options, "trust"):
-            from sgm.util import set_trusted  # after parsing, so that --help is fast
+    output = output or next((f"--{name}" for name in OUTPUT_OPTIONS if hasattr(options, name)), "")
+    with _raised_signals():
+        try:
+            configure_logging(debug=options.debug)
+            if hasattr(options, "trust"):
+                from sgm.util import set_trusted  # after parsing, so that --help is fast
 
-            set_trusted(options.trust)
-        work(options)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{interrupted}\n")
-        return 130
-    except Exception as error:  # every error becomes one message
-        return _report(error, debug=options.debug, memory_hint=memory_hint)
-    finally:
-        if "sgm.distributed" in sys.modules:
-            sys.modules["sgm.distributed"].shutdown()
+                set_trusted(options.trust)
+            work(options)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Terminated) else signal.SIGINT
+            sys.stderr.write(f"{interrupted} ({signal.Signals(number).name})\n")
+            return 128 + number
+        except Exception as error:  # every error becomes one message
+            return _report(error, debug=options.debug, memory_hint=memory_hint, output=output)
+        finally:
+            if "sgm.distributed" in sys.modules:
+                sys.modules["sgm.distributed"].shutdown()
     return 0
 
 
@@ -121,15 +172,21 @@ def _reports(error: Exception) -> bool:
     return is_first_here or not isinstance(error, InputError) or (distributed is not None and distributed.has_mesh())
 
 
-def _report(error: Exception, *, debug: bool, memory_hint: str) -> int:
+def _report(error: Exception, *, debug: bool, memory_hint: str, output: str = "") -> int:
     """Write the error's message; return the exit code."""
-    from sgm.util import InputError, RunError  # after parsing, so that --help is fast
+    from sgm.io import OutputError, WriteError, denied_text  # after parsing, so that --help is fast
+    from sgm.util import InputError, RunError
 
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, PermissionError):
+        error = InputError(denied_text(error))
     if isinstance(error, InputError | RunError):
+        message = str(error)
+        if output and isinstance(error, OutputError | WriteError):
+            message += f": {output}" if message.endswith("another folder") else f", or choose another folder: {output}"
         if _reports(error):
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {message}\n")
         return error.exit_code
     hint = f"; {memory_hint}" if type(error).__name__ == "OutOfMemoryError" else ""
     sys.stderr.write(f"error: {type(error).__name__}: {error}{hint} (--debug shows where)\n")

@@ -6,6 +6,7 @@ module creates or stores a group.
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ _sample_groups: dict[int, Any] = {}
 _axes: dict[str, Any] = {}
 _timeout = timedelta(minutes=30)
 _peers: Peers | None = None
+_store: Any = None  # of all ranks
+_num_waits = 0  # for rank zero, in `_store`
 
 
 def set_timeout(seconds: float) -> None:
@@ -73,7 +76,7 @@ def explain_lost_ranks() -> Iterator[None]:
 
 def _start_launched() -> None:
     """Connect to the other processes of the launcher and start heartbeats."""
-    global _peers
+    global _peers, _store
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # for groups created by SAT and DeepSpeed
         setattr(dist.distributed_c10d, name, _timeout)
     if torch.accelerator.is_available():
@@ -84,6 +87,7 @@ def _start_launched() -> None:
         store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(device())
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
+        _store = store
         _peers = Peers(rank=rank, size=size, timeout=_timeout)
     except dist.DistError as error:
         found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
@@ -281,8 +285,8 @@ def broadcast_in_sample_group(value: Any) -> Any:
 
 def shutdown() -> None:
     """Destroy the process groups, so that peers do not wait for this rank."""
-    global _mesh, _peers
-    _mesh = None
+    global _mesh, _peers, _store, _num_waits
+    _mesh, _store, _num_waits = None, None, 0
     _sample_groups.clear()
     _axes.clear()
     if _peers is not None:
@@ -341,17 +345,35 @@ def broadcast_from_rank_zero(value: Any) -> Any:
 
 
 def run_on_rank_zero(work: Callable[[], Any]) -> Any:
-    """Run `work` on rank zero and broadcast its result (a small object); an InputError is raised on all ranks."""
+    """Run `work` on rank zero and broadcast its result (a small object); an InputError is raised on all ranks.
+
+    It may take longer than the timeout of collectives, as reading every clip of a large data set does.
+    """
     value: Any = None
     if rank() == 0:
         try:
             value = work()
         except InputError as error:
             value = error
+    _wait_for_rank_zero()
     value = broadcast_from_rank_zero(value)
     if isinstance(value, InputError):
         raise value
     return value
+
+
+def _wait_for_rank_zero() -> None:
+    """Wait in the store, without a timeout, until rank zero comes here; heartbeats end the wait if it is lost."""
+    global _num_waits
+    if _store is None:
+        return
+    _num_waits += 1
+    key, pause = f"rank zero/{_num_waits}", 0.001
+    if rank() == 0:
+        _store.set(key, "")
+    while not _store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def all_gather_objects(value: Any) -> list[Any]:

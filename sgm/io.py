@@ -1,6 +1,11 @@
-"""Atomic file writes, JSON, readable sizes, and the temporary files of killed writers."""
+"""Atomic writes of files and folders, what killed writers left, JSON, readable sizes, and missing permissions.
+
+What is half written has a hidden name beside its output, and is locked by the process that writes it. The kernel drops
+the lock of a dead process, however it died, so the next writer to that folder knows what it may remove.
+"""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -13,12 +18,39 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sgm.log import get_logger
 from sgm.util import InputError, RunError
 
-# The temporary names of `atomic_file`: hidden, with process number and random digits.
-_TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.\w+)?")
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
+
+logger = get_logger(__name__)
+
+# The names of what is half written: hidden, with process number and random digits.
+_TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
+_LOCK = "lock"  # the locked file of a hidden folder
+_cleaned: set[Path] = set()  # folders whose leftovers this process has removed
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("your disk quota is used up", "free some space"),
+    errno.EFBIG: (
+        "the file is larger than the limit of this process or file system",
+        "raise it (ulimit -f), or free some space",
+    ),
+    errno.EROFS: ("the file system is read-only", "mount it for writing"),
+}
+
+
+class WriteError(RunError):
+    """A file could not be written; another folder may help. Exit code 2 if permissions are the reason, else 1."""
+
+
+class OutputError(InputError):
+    """An output cannot be where it was asked for; another folder helps."""
 
 
 @contextlib.contextmanager
@@ -36,9 +68,15 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         RunError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary, lock = path, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (folder := path.parent.absolute()) not in _cleaned:
+            remove_leftovers(folder)
+            _cleaned.add(folder)
+        while lock is None:
+            temporary = _temporary(path)
+            lock = _hold(temporary)
         yield temporary
         # Some writers create private files (safetensors: 0600).
         umask = os.umask(0)
@@ -47,13 +85,107 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    except (InputError, RunError):
+    except InputError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise RunError(_write_failure(path, error, need_bytes)) from error
-    finally:
-        with contextlib.suppress(OSError):
+    # torch.save reports a full disk as a RuntimeError, and a RunError may be that of an encoder whose disk is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = None if lock is None else _failure_of(lock)
+        if isinstance(error, RunError) and number is None:
+            raise
+        if lock is not None:  # before the free space is measured
             temporary.unlink(missing_ok=True)
+        failure = WriteError(_write_failure(path, error, number, need_bytes))
+        if isinstance(error, PermissionError):
+            failure.exit_code = InputError.exit_code
+        raise failure from error
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder of the name of `path`, to be renamed to it, in a locked hidden folder beside it.
+
+    The hidden folder is removed after the block, with what is still in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    hidden, lock = path, None
+    while lock is None:
+        hidden = _temporary(path)
+        hidden.mkdir(parents=True)
+        with contextlib.suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+            lock = _hold(hidden / _LOCK)
+    try:
+        (hidden / path.name).mkdir()
+        yield hidden / path.name
+    finally:
+        _remove(hidden)
+        os.close(lock)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what dead processes left half written in `folder`; what a living process has locked stays.
+
+    Nothing is removed on a file system without locks, nor where this process may not.
+    """
+    with contextlib.suppress(OSError):
+        for path in [Path(entry) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]:
+            _remove_if_dead(path)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a hidden name beside `path`; it is legal wherever that of `path` is."""
+    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode("utf-8", "ignore") or "_"
+    suffix = path.suffix if len(path.suffix) <= 16 else ""  # a longer one selects no format
+    return path.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+
+
+def _hold(path: Path) -> int | None:
+    """Create and lock a file until the returned descriptor is closed; None if it was taken for a leftover meanwhile."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    if fcntl is not None:
+        # Without locks on its file system it is never removed by another process.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    if path.exists():
+        return handle
+    os.close(handle)
+    return None
+
+
+def _remove_if_dead(path: Path) -> None:
+    lock = path / _LOCK if path.is_dir() else path
+    with contextlib.suppress(OSError):  # locked, gone, on a file system without locks, or not this user's
+        if not lock.exists():
+            path.rmdir()  # killed before it was locked; fails if there is something in it
+            return
+        if fcntl is None:
+            return
+        handle = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+            logger.info("removed %s, which a process that has ended left half written", path)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a hidden folder with its lock last, so that a killed removal can be finished."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for inner in path.iterdir():
+        if inner.name != _LOCK:
+            shutil.rmtree(inner, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (path / _LOCK).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def require_writable(folder: str | Path, *names: str) -> None:
@@ -64,8 +196,13 @@ def require_writable(folder: str | Path, *names: str) -> None:
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"'{folder}' cannot be written to: {existing} is no folder, or you may not write to it")
+    if not existing.is_dir():
+        raise OutputError(f"'{folder}' cannot be written to: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"'{folder}' cannot be written to: you may not write to {existing} (right 'w'), or its file system is "
+            "read-only; correct that, or choose another folder"
+        )
     try:
         # Looking up a name that is too long, or illegal, fails in another way than looking up one that is not there.
         for path in (*(existing / name for name in (*folder.relative_to(existing).parts, *names)), folder):
@@ -73,12 +210,14 @@ def require_writable(folder: str | Path, *names: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         what = f"'{names[0]}' in " if names else ""
-        raise InputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
+        raise OutputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=existing):  # permissions do not prove it: /proc, a full or read-only disk
             pass
     except OSError as error:
-        raise InputError(f"'{folder}' cannot be written to: {existing}: {error.strerror}") from error
+        raise OutputError(
+            f"'{folder}' cannot be written to: {existing}: {error.strerror}; choose another folder"
+        ) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -144,20 +283,6 @@ def excessive_json(text: str, *, nested: bool) -> JSONError:
     return JSONError(text.count("\n", 0, place) + 1, f"{fault}, which no data of this program needs; correct the file")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of `atomic_file` left by a killed process; nothing may be writing to `folder`."""
-    for path in folder.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """Return a hidden name beside `path`; it is legal wherever that of `path` is."""
-    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode("utf-8", "ignore") or "_"
-    suffix = path.suffix if len(path.suffix) <= 16 else ""  # a longer one selects no format
-    return path.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
-
-
 def _look_up(path: Path) -> None:
     """Raise an OSError or ValueError if the file system cannot hold a file of this name."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -175,14 +300,57 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_failure(path: Path, error: Exception, need_bytes: int | None) -> str:
+def _failure_of(lock: int) -> int | None:
+    """Return the error number of writing to a file, found by trying, since libraries hide it; None if it works."""
+    try:
+        os.lseek(lock, 0, os.SEEK_END)
+        for _ in range(2):  # the first may write a part
+            os.write(lock, bytes(1 << 16))
+        os.fsync(lock)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _write_failure(path: Path, error: BaseException, number: int | None, need_bytes: int | None) -> str:
     """Return the message for a failed write, with the bytes needed and free."""
+    if isinstance(error, PermissionError):
+        return f"could not write {path}: {denied_text(error)}, or choose another folder"
+    if isinstance(error, OSError) and error.errno in _REASONS:
+        number = error.errno
     existing = next((p for p in path.parents if p.is_dir()), Path("."))
     needs = f"it needs {readable_size(need_bytes)}, " if need_bytes else ""
-    return (
-        f"could not write {path}: {error}; {needs}{readable_size(shutil.disk_usage(existing).free)} are free there; "
-        "free some space, correct the permissions, or choose another folder"
-    )
+    free = f"{needs}{readable_size(shutil.disk_usage(existing).free)} are free there"
+    if number is None:
+        cure = "free some space, correct the permissions, or choose another folder"
+        return f"could not write {path}: {error}; {free}; {cure}"
+    reason, cure = _REASONS.get(number, (os.strerror(number), "correct that"))
+    said = "" if reason == os.strerror(number) else f" ({os.strerror(number)})"
+    return f"could not write {path}: {reason}{said}; {free}; {cure}, or choose another folder"
+
+
+@contextlib.contextmanager
+def refusing_denied() -> Iterator[None]:
+    """Context: turn a PermissionError into an InputError that names the path and the missing right."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(denied_text(error)) from error
+
+
+def denied_text(error: PermissionError) -> str:
+    """Return the path of a PermissionError and the right that is missing, with the cure."""
+    if error.filename is None:
+        return f"{error.strerror or error}; ask the owner of the file for the right"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    for folder in reversed(path.parents):
+        if not os.access(folder, os.X_OK):
+            return f"{path}: you may not enter the folder {folder} (right 'x'); its owner can allow it with chmod"
+    folder, kind = path.is_dir(), "folder" if path.is_dir() else "file"
+    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if folder else 0)):
+        return f"{path}: you may not read this {kind} (right 'r'); its owner can allow it with chmod"
+    target = path if path.exists() and not os.access(path, os.W_OK) else path.parent
+    return f"{target}: you may not write there (right 'w'); its owner can allow it with chmod"
 
 
 def readable_size(num_bytes: int) -> str:

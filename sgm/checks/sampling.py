@@ -16,6 +16,7 @@ import numpy as np
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import precision_name, resolve_precision
 from sgm.distributed import resolve_device
+from sgm.io import denied_text
 from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
@@ -197,6 +198,8 @@ def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]
         return list(error.problems)
     except InputError as error:
         return [Problem(path, "", str(error), cure)]
+    except PermissionError as error:
+        return [Problem(path, "", denied_text(error), cure)]
     return []
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -12,8 +11,8 @@ from typing import Literal
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from sgm.io import readable_size, require_writable, write_json
-from sgm.util import InputError, RunError
+from sgm.io import OutputError, hidden_folder, readable_size, remove_leftovers, require_writable, write_json
+from sgm.util import RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
@@ -25,48 +24,47 @@ from sgm.weights.stored import checked_ahead
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder`, renamed to `folder` after the block; removed if the block fails.
+    """Yield a folder hidden beside `folder`, renamed to `folder` after the block; removed if the block fails.
 
     Args:
         folder: to create; it may exist if it is empty.
         need_bytes: size of the output.
 
     Raises:
-        InputError: `folder` exists, cannot be written to, or the disk is too small.
+        OutputError: `folder` exists, cannot be written to, or the disk is too small.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder, need_bytes=need_bytes)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     parents = [path for path in folder.parents if not path.exists()]
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.rename(folder)
+        with hidden_folder(folder) as temporary:
+            yield temporary
+            if folder.is_dir():
+                folder.rmdir()
+            temporary.rename(folder)
     except (RunError, OSError) as error:
         if isinstance(error, RunError) and error.__cause__ is None:
             raise  # not about files
-        raise InputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
+        raise OutputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: success
             for path in parents:
                 path.rmdir()
 
 
 def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
-    """Raise the InputError that `new_folder` would raise."""
+    """Raise the OutputError that `new_folder` would raise; remove what killed conversions left beside `folder`."""
     folder = Path(folder).absolute()
+    remove_leftovers(folder.parent)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; nothing is overwritten: remove it, or name another output")
+        raise OutputError(f"{folder} exists already; nothing is overwritten: remove it, or choose another folder")
     require_writable(folder)
     existing = next(path for path in folder.parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if need_bytes > free:
-        raise InputError(
+        raise OutputError(
             f"{folder} needs {readable_size(need_bytes)}, and {readable_size(free)} are free there; free some space, "
-            "or name another output"
+            "or choose another folder"
         )
 
 

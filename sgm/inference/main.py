@@ -52,4 +52,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(argv),
         interrupted="interrupted; finished results are kept, and the same command continues from there",
         memory_hint="lower args.batch_size or the size, or set args.vae_tiling=true",
+        output="args.output_dir",
     )

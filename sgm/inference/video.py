@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from sgm.io import atomic_file
 from sgm.util import RunError
+from sgm.weights.checkpoint import save_torch
 
 Frames = np.ndarray | torch.Tensor
 
@@ -99,7 +100,7 @@ def write_latents(path: str | Path, latents: torch.Tensor) -> None:
         if temporary.suffix == ".safetensors":
             save_file(tensors, temporary)
         else:
-            torch.save(tensors, temporary)
+            save_torch(tensors, temporary)
 
 
 def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:

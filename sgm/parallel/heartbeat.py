@@ -22,15 +22,12 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from sgm.cli import Terminated, raise_terminated
 from sgm.util import RunError
 
 _WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; waits: a collective failed
 _SUSPECT_TICKS = 5  # allowed missed heartbeats after a failed collective
 _CURE = "start the same command again (training goes on with args.resume=auto)"
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM received."""
 
 
 class Peers:
@@ -61,20 +58,16 @@ class Peers:
         self._state, self._count, self._reason, self._lost = _WORKS, 0, "", ""
         self._send()
         self._beats, self._num_received = self._receive(), 0
-        self._store_failed, self._is_ending = False, False
+        self._store_failed = False
         self._changed, self._found, self._closed = threading.Event(), threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
         self._handles_sigterm = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         if self._handles_sigterm:  # launchers send it when a rank is lost: name that rank before exiting
-            signal.signal(signal.SIGTERM, self._terminate)
+            signal.signal(signal.SIGTERM, raise_terminated)
         self._exchanging = threading.Thread(target=self._exchange, daemon=True)
         self._exchanging.start()
         threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)
-
-    def _terminate(self, *_: object) -> None:
-        if not self._is_ending:
-            raise _Terminated
 
     def _send(self) -> None:
         self._count += 1
@@ -147,7 +140,8 @@ class Peers:
 
     def explain(self, error: BaseException) -> NoReturn:
         """Raise `error`, or a RunError naming the lost rank that caused it; record the reason for the others."""
-        self._is_ending = True
+        if signal.getsignal(signal.SIGTERM) == raise_terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher, while the reason is looked for
         lost = ""
         if (cause := _collective_error(error)) is not None:
             self._state, self._max_missed = _WAITS, _SUSPECT_TICKS
@@ -178,6 +172,6 @@ class Peers:
 
 def _collective_error(error: BaseException | None) -> BaseException | None:
     """Return the collective's error, or SIGTERM, from the causes of `error`."""
-    while error is not None and type(error) is not RuntimeError and not isinstance(error, dist.DistError | _Terminated):
+    while error is not None and type(error) is not RuntimeError and not isinstance(error, dist.DistError | Terminated):
         error = error.__cause__
     return error

@@ -1,15 +1,15 @@
 """Unusable clips, found by the check before training or during it, recorded in one file of the run folder."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sgm.distributed
 from sgm.config.args import TrainingArgs
+from sgm.config.values import misfit
 from sgm.data.cache import listed
-from sgm.data.clips.check import summary_text, write_report
+from sgm.data.clips.check import RowReport, summary_text, write_report
 from sgm.io import write_json
 from sgm.log import get_logger
 from sgm.training.inputs.clips import Data
@@ -31,7 +31,7 @@ class BadClips:
 
     Args:
         folder: of the run.
-        num_clips: number of training clips.
+        num_clips: number of training clips, and of validation clips drawn from the same data.
         max_share: share of them that may be bad.
         at_start: path → reason of training and validation clips excluded at the start.
         known: path → reason of all bad training clips so far.
@@ -93,32 +93,57 @@ def usable_data(data: Data, args: TrainingArgs, folder: Path, *, resumed: bool) 
         resumed: exclude the same clips as at the start of the run, instead of checking.
 
     Raises:
-        InputError: captions are missing, too many clips are bad, or the file of a resumed run cannot be read.
+        InputError: too many clips are bad, or the file of a resumed run cannot be read.
     """
     at_start, in_training = sgm.distributed.run_on_rank_zero(
         lambda: _read(folder) if resumed else (_check(data, args, folder), {})
     )
-    checked = replace(
-        data,
-        train=tuple(_without(dataset, at_start) for dataset in data.train),
-        valid=tuple(rest for dataset in data.valid if len(rest := _without(dataset, at_start))),
-    )
+    checked = usable(data, args, at_start)
+    paths = {path for dataset in data.sources for path in getattr(dataset, "paths", ())}
+    known = {path: reason for path, reason in at_start.items() if path in paths} | in_training
+    return checked, BadClips(folder, sum(map(len, data.sources)), args.max_bad_share, at_start=at_start, known=known)
+
+
+def usable(data: Data, args: TrainingArgs, bad: Mapping[str, str]) -> Data:
+    """Return the data without bad clips (path → reason).
+
+    Raises:
+        InputError: no clip is left for training, or for validation.
+    """
+    checked = data.without(bad)
     empty = [name for name, dataset in zip(args.train_data, checked.train, strict=True) if not len(dataset)]
     if empty or (data.valid and not checked.valid):
         where = ", ".join(empty) or "the validation data"
-        raise InputError(f"no clip of {where} can be used; {folder / REPORT} gives the reasons")
-    paths = {path for dataset in data.train for path in getattr(dataset, "paths", ())}
-    known = {path: reason for path, reason in at_start.items() if path in paths} | in_training
-    return checked, BadClips(folder, data.num_train, args.max_bad_share, at_start=at_start, known=known)
+        raise InputError(f"no clip of {where} can be used:\n{_listed(bad)}")
+    return checked
 
 
-def _without(dataset: Any, paths: Mapping[str, str]) -> Any:
-    return dataset.without(paths) if paths and hasattr(dataset, "without") else dataset
+def clips_left_out(data: Data, args: TrainingArgs, run: Path | None) -> dict[str, str]:
+    """Return path → reason of the clips that a start would leave out; `run` is resumed. Writes nothing into it.
+
+    Raises:
+        InputError: too many are bad, or the file of a resumed run cannot be read.
+    """
+    return unusable(_reports(data, args), args) if run is None else _read(run)[0]
 
 
 def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
     """Write the report and the bad clips; return path → reason of bad clips."""
-    datasets = (*data.train, *data.valid)
+    reports = _reports(data, args)
+    if not reports:
+        return {}
+    logger.info("%s", summary_text(reports))
+    bad = unusable(reports, args)
+    write_report(folder / REPORT, reports)
+    for path, reason in sorted(bad.items()):
+        logger.warning("left out %s: %s", path, reason)
+    _write(folder, bad, {})
+    return bad
+
+
+def _reports(data: Data, args: TrainingArgs) -> list[RowReport]:
+    """Check all clips, opening them if ``args.check_clips`` says so."""
+    datasets = (*data.train, *data.valid) if data.split is None else data.split.cached
     num_clips = sum(map(len, datasets))
     opening = args.check_clips == "all" or (args.check_clips == "auto" and num_clips <= AUTO_CHECK)
     if not opening:
@@ -126,25 +151,26 @@ def _check(data: Data, args: TrainingArgs, folder: Path) -> dict[str, str]:
         logger.info("%s; bad clips are replaced during training", unopened)
     method = "check" if opening else "row_reports"
     checked = [dataset for dataset in datasets if hasattr(dataset, method)]
-    rows = [*{report.path: report for dataset in checked for report in getattr(dataset, method)()}.values()]
-    if not rows:
-        return {}
-    write_report(folder / REPORT, rows)
-    logger.info("%s", summary_text(rows))
-    if uncaptioned := {row.path: "; ".join(row.problems) for row in rows if row.uncaptioned}:
+    return [*{report.path: report for dataset in checked for report in getattr(dataset, method)()}.values()]
+
+
+def unusable(reports: Sequence[RowReport], args: TrainingArgs) -> dict[str, str]:
+    """Return path → reason of unusable clips.
+
+    Raises:
+        InputError: they are more than allowed.
+    """
+    bad = {report.path: "; ".join(report.problems) for report in reports if report.problems}
+    if len(bad) > args.max_bad_share * len(reports):
+        uncaptioned = all(report.uncaptioned for report in reports if report.problems)
+        found = "have no usable caption" if uncaptioned else "cannot be used"
+        cure = "repair or remove them (tools/check_dataset.py lists all)"
+        if uncaptioned:
+            cure = "write the captions, or set data.params.allow_missing_captions=true to train them on an empty one"
         raise InputError(
-            f"{len(uncaptioned)} of {len(rows)} clips have no usable caption:\n{_listed(uncaptioned)}\nwrite the "
-            "captions, or set data.params.allow_missing_captions=true to train these clips on an empty one"
+            f"{len(bad)} of {len(reports)} clips {found}, more than args.max_bad_share={args.max_bad_share:g} "
+            f"allows:\n{_listed(bad)}\n{cure}, or raise args.max_bad_share"
         )
-    bad = {row.path: "; ".join(row.problems) for row in rows if row.problems}
-    if len(bad) > args.max_bad_share * len(rows):
-        raise InputError(
-            f"{len(bad)} of {len(rows)} clips cannot be used, more than args.max_bad_share={args.max_bad_share:g} "
-            f"allows:\n{_listed(bad)}\nrepair or remove them ({folder / REPORT} lists all), or raise args.max_bad_share"
-        )
-    for path, reason in sorted(bad.items()):
-        logger.warning("left out %s: %s", path, reason)
-    _write(folder, bad, {})
     return bad
 
 
@@ -160,9 +186,14 @@ def _write(folder: Path, at_start: Mapping[str, str], known: Mapping[str, str]) 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return ``at_start`` and ``in_training`` of a run; empty if its data sets have no check."""
     try:
-        if (content := _read_json(folder / FILE)) is not None:
-            return content["at_start"], content["in_training"]
-        return _read_json(folder / FORMER_AT_START) or {}, _read_json(folder / FORMER_ALL) or {}
+        content = _read_json(folder / FILE)
+        if content is None:
+            former = _read_json(folder / FORMER_AT_START), _read_json(folder / FORMER_ALL)
+            content = {"at_start": former[0] or {}, "in_training": former[1] or {}}
+        for name in ("at_start", "in_training"):
+            if (found := misfit(content[name], dict[str, str])) is not None:
+                raise ValueError(f"'{name}' {found[0]}; {found[1]}")
+        return content["at_start"], content["in_training"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the bad clips of {folder} cannot be read: {error}; restore {FILE}, or use args.resume=none"

@@ -1,8 +1,10 @@
 """Build the parts of a training run, in an order that limits memory and finds errors early."""
 
 import re
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from sgm.config.precision import precision_name
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.io import atomic_file, remove_leftovers
+from sgm.io import atomic_file, hidden_folder, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.bad_clips import BadClips, usable_data
@@ -27,7 +29,17 @@ from sgm.training.optim.optimizer import discard_initial_update, make_optimizer
 from sgm.training.optim.schedule import LearningRate, lr_factor
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
-from sgm.training.state import ResumePoint, load_state, lock_folder, numbers_digest, repair_latest, state_order
+from sgm.training.state import (
+    FOLDER,
+    ResumePoint,
+    abandoned_run,
+    load_state,
+    lock_folder,
+    next_start_number,
+    numbers_digest,
+    repair_latest,
+    state_order,
+)
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
@@ -90,31 +102,39 @@ def build(config: Config, plan: Plan) -> Parts:
     """
     args = plan.args
     adapters = describe_adapters(config)
-    point = _new_point(config, plan)
+    point = _new_point(config, plan, adapters)
     if plan.resume is not None:
         plan.resume.check(point)
-        point = plan.resume
-    folder, lock = _run_folder(config, plan.resume)
-    data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
-    total = total_iterations(args, data.num_train, plan.global_batch)  # excluded clips shorten an epoch
-    buckets = None
-    if plan.division is not None:
-        buckets, unreadable = plan_buckets(data, plan.division, args)
-        bad_clips.add(unreadable.items())
+        changed = ("optimizer_settings", "lora_rank", "start_number")
+        point = replace(plan.resume, **{name: getattr(point, name) for name in changed})
+    with ExitStack() as hidden, ExitStack() as unlocking:
+        folder, lock = _open_folder(config, plan.resume, hidden)
+        if lock is not None:
+            unlocking.callback(lock.close)
+        data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
+        total = total_iterations(args, data.num_train, plan.global_batch)  # excluded clips shorten an epoch
+        buckets = None
+        if plan.division is not None:
+            buckets, unreadable = plan_buckets(data, plan.division, args)
+            bad_clips.add(unreadable.items())
+            if plan.resume is not None:
+                require_same_plan(plan.resume, buckets, unreadable)
+            point = replace(point, plan=buckets.digest)
+            total = total_steps(buckets, args)
+            logger.info("%s", bucket_report(buckets, args))
+        engine = _load_engine(config, plan)
+        logger.info("training %s", choose_trainable(engine.network, config.model))
+        deepspeed = _start(config, plan, engine, total)
+        # Tensor parallel ranks have the same tokens and need the same dropout masks.
+        group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
+        torch.manual_seed(derive_seed(args.seed, "dropout", group))
         if plan.resume is not None:
-            require_same_plan(plan.resume, buckets, unreadable)
-        point = replace(point, plan=buckets.digest)
-        total = total_steps(buckets, args)
-        logger.info("%s", bucket_report(buckets, args))
-    engine = _load_engine(config, plan)
-    logger.info("training %s", choose_trainable(engine.network, config.model))
-    deepspeed = _start(config, plan, engine, total)
-    # Tensor parallel ranks have the same tokens and need the same dropout masks.
-    group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
-    torch.manual_seed(derive_seed(args.seed, "dropout", group))
-    if plan.resume is not None:
-        load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
-        logger.info("resuming %s after iteration %d", folder, point.iteration)
+            load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
+            logger.info("resuming %s after iteration %d", folder, point.iteration)
+        else:
+            folder = bad_clips.folder = sgm.distributed.run_on_rank_zero(partial(_publish, folder, args))
+        logger.info("run folder: %s", folder)
+        unlocking.pop_all()  # only a start that fails unlocks the folder here
     return Parts(
         plan=plan,
         engine=engine,
@@ -181,9 +201,9 @@ def _loader(
     )
 
 
-def _new_point(config: Config, plan: Plan) -> ResumePoint:
+def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> ResumePoint:
     """Return the start of a new run."""
-    args = plan.args
+    args, writes = plan.args, sgm.distributed.rank() == 0
     return ResumePoint(
         run=Path(),
         iteration=0,
@@ -200,21 +220,29 @@ def _new_point(config: Config, plan: Plan) -> ResumePoint:
         clips=plan.data.digest,
         order=state_order(plan.deepspeed["zero_optimization"]),
         buckets=None if plan.division is None else plan.division.digest,
+        captions=plan.data.captions_digest,
+        clip_files=plan.data.files_digest if writes else None,  # copies on other machines may have other times
+        optimizer_settings=plan.optimizer_settings,
+        lora_rank=None if adapters is None else adapters.rank,
+        start_number=next_start_number(args) if writes else 0,
     )
 
 
-def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[str] | None]:
-    """Make or reuse the run folder, lock it, and write the configuration into it."""
+def _open_folder(config: Config, resume: ResumePoint | None, hidden: ExitStack) -> tuple[Path, IO[str] | None]:
+    """Return the locked run folder with the configuration in it: the resumed one, or a new one, removed with `hidden`.
+
+    A new one is hidden until `_publish`, so that a start that is refused or killed leaves no run.
+    """
     args = config.args
     assert isinstance(args, TrainingArgs)
     lock = None
 
     def open_folder() -> Path:
         nonlocal lock
-        folder = resume.run if resume is not None else _make_folder(Path(args.save), args.experiment_name)
+        folder = resume.run if resume is not None else hidden.enter_context(_hidden_run(args))
         lock = lock_folder(folder)
         if resume is not None:
-            for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            for path in (folder, folder / FOLDER, *(path for path in folder.glob("*/") if not path.is_symlink())):
                 remove_leftovers(path)
             repair_latest(resume)
         name = "config.yaml" if resume is None else f"config_from_{resume.iteration}.yaml"
@@ -222,25 +250,44 @@ def _run_folder(config: Config, resume: ResumePoint | None) -> tuple[Path, IO[st
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         return folder
 
-    folder = sgm.distributed.run_on_rank_zero(open_folder)
-    logger.info("run folder: %s", folder)
-    return folder, lock
+    return sgm.distributed.run_on_rank_zero(open_folder), lock
 
 
-def _make_folder(save: Path, experiment: str) -> Path:
-    """Make ``{save}/{experiment}-MM-DD-HH-MM``, with a number appended if that exists."""
+@contextmanager
+def _hidden_run(args: TrainingArgs) -> Iterator[Path]:
+    experiment = args.experiment_name
     if not re.fullmatch(r"[^/\\\0]+", experiment) or experiment in (".", ".."):
         raise InputError(f"args.experiment_name '{experiment}' cannot be part of a folder's name; use letters and '-'")
-    stem = f"{experiment}-{time.strftime('%m-%d-%H-%M')}"
-    for number in range(1000):
-        folder = save / (stem if number == 0 else f"{stem}-{number}")
+    remove_leftovers(Path(args.save))
+    with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+            folder = stack.enter_context(hidden_folder(Path(args.save) / experiment))
         except OSError as error:
-            raise InputError(f"args.save: {folder} cannot be made: {error}; name another folder") from error
-        return folder
+            raise InputError(f"args.save: no folder can be made in {args.save}: {error}; name another one") from error
+        yield folder
+
+
+def _publish(hidden: Path, args: TrainingArgs) -> Path:
+    """Give the hidden folder of a new run its name, and return that.
+
+    With ``args.resume=auto`` it takes the place of a run whose process died before its first save; otherwise it is
+    ``{save}/{experiment}-MM-DD-HH-MM``, with a number appended if that exists.
+    """
+    if args.resume == "auto" and (abandoned := abandoned_run(args)) is not None:
+        folder, lock = abandoned
+        logger.info("%s ended before its first save, and starts again", folder)
+        with lock:
+            shutil.rmtree(folder)
+            return hidden.rename(folder)
+    stem = f"{args.experiment_name}-{time.strftime('%m-%d-%H-%M')}"
+    for number in range(1000):
+        folder = Path(args.save) / (stem if number == 0 else f"{stem}-{number}")
+        if not folder.exists():
+            try:
+                return hidden.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
     raise InputError(f"args.save: there are 1000 runs named {stem} already; wait a minute")
 
 

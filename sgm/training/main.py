@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         from sgm.training.inputs.buckets import bucket_report, plan_buckets
         from sgm.training.prepare import prepare
 
-        plan = prepare(config)
+        plan = prepare(config, check_clips=True)
         sys.stdout.write(plan.report + "\n")
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
@@ -57,4 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(argv),
         interrupted="interrupted; checkpoints are kept, and args.resume=auto resumes from the newest",
         memory_hint="set args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
+        output="args.save",
     )

@@ -1,8 +1,9 @@
 """Check a training run before weights are read."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from sgm.checks.sampling import (
 from sgm.checks.training import check_training_data, fitted_buckets
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config
-from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.precision import precision_name, resolve_training_precision
 from sgm.data.buckets.assign import PATH as BUCKETS
 from sgm.data.buckets.plan import Division
+from sgm.data.rows import listed
 from sgm.distributed import Mesh
 from sgm.io import require_writable
 from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
+from sgm.training.bad_clips import clips_left_out, usable
 from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
 from sgm.training.inputs.clips import Data, open_data
@@ -39,7 +42,7 @@ from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.util import instantiate_from_config, without_allocating
+from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
@@ -65,6 +68,7 @@ class Plan:
         total_iters: optimizer steps of the whole run; None for epochs with buckets, whose samples are counted later.
         global_batch: samples of an optimizer step, without buckets.
         trainable: the trained parameters.
+        optimizer_settings: all settings of the optimizer, defaults included.
         resume: state to resume from; None for a new run.
         rows: summary of the plan: name → text.
     """
@@ -80,6 +84,7 @@ class Plan:
     total_iters: int | None
     global_batch: int
     trainable: Trainable
+    optimizer_settings: dict[str, Any]
     resume: ResumePoint | None
     rows: Mapping[str, str]
 
@@ -92,8 +97,12 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def prepare(config: Config) -> Plan:
+def prepare(config: Config, *, check_clips: bool = False) -> Plan:
     """Run all checks that need no weights and write no files.
+
+    Args:
+        config: of the run.
+        check_clips: also check the clips as the start of a run does (``args.check_clips``), and leave out bad ones.
 
     Raises:
         ConfigError: all problems of configuration, checkpoint files, data and run folder.
@@ -101,6 +110,8 @@ def prepare(config: Config) -> Plan:
     config = with_adapters(config)
     checks = _Checks(config)
     checks.run()
+    if check_clips and not checks.problems:
+        checks.leave_out_clips()
     if checks.problems:
         raise ConfigError(config.located(list(dict.fromkeys(checks.problems))))
     return checks.plan()
@@ -112,6 +123,43 @@ def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int) -> i
         return args.train_iters
     assert args.epochs is not None, "the configuration is refused without either"
     return math.ceil(args.epochs * num_clips / global_batch)
+
+
+def agree(plan: Plan) -> Plan:
+    """Compare what every rank found by itself; return the plan with the resume point of rank zero.
+
+    Collective: all ranks call it after `sgm.distributed.initialize`, before they create groups.
+
+    Raises:
+        InputError: a rank has another configuration, resume point, data or mesh than rank zero.
+    """
+    point = plan.resume
+    own = {
+        "the configuration": plan.config.digest[:12],
+        "the resume point": "a new run" if point is None else f"{point.run} after iteration {point.iteration}",
+        "its resume.json": digest_of(None if point is None else vars(point))[:12],
+        "the clips": f"{plan.data} ({plan.data.digest[:12]})",
+        "their captions": plan.data.captions_digest[:12],
+        "the sizes of its parallel groups": str(plan.mesh),
+    }
+    first, *others = sgm.distributed.all_gather_objects(own)
+    differ = [
+        f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
+        for rank, other in enumerate(others, start=1)
+        for name in own
+        if other[name] != first[name]
+    ]
+    if differ:
+        raise InputError(
+            "the ranks do not agree:\n" + "\n".join(differ) + "\nstart all of them with the same command, the same "
+            "files in the same places, and args.save on a file system that they share"
+        )
+    return replace(plan, resume=sgm.distributed.broadcast_from_rank_zero(point))
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value for a setting of an optimizer: a number for a tensor, else text."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else str(value)
 
 
 class _Checks:
@@ -129,6 +177,14 @@ class _Checks:
         """Store the result of `work` in `facts`, or its error as a problem at `path`."""
         cure = "correct it, in the file or on the command line"
         self.problems.extend(problems_of(path, cure, lambda: self.facts.update({name: work()})))
+
+    def leave_out_clips(self) -> None:
+        """Leave out the clips that a start would leave out."""
+        point, data = self.facts["resume"], self.facts["data"]
+        run = None if point is None else point.run
+        self.record("left_out", "args.train_data", lambda: clips_left_out(data, self.args, run))
+        if "left_out" in self.facts:
+            self.record("data", "args.train_data", lambda: usable(data, self.args, self.facts["left_out"]))
 
     def run(self) -> None:
         """Run all checks."""
@@ -218,9 +274,10 @@ class _Checks:
             match_network(network, args.load, base=args.base, allow_missing=args.force_train)
         return choose_trainable(network, self.config.model)
 
-    def _check_optimizer(self) -> None:
+    def _check_optimizer(self) -> dict[str, Any]:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
+        optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
+        return json.loads(json.dumps(optimizer.defaults, default=_plain))
 
     def _check_autoencoder(self) -> None:
         section = self.config.model.get("first_stage_config")
@@ -261,6 +318,7 @@ class _Checks:
         size = self.mesh.ranks
         ranks = f"{self.data_ranks} " + ("ranks" if size == 1 else f"groups of {size} ranks that share clips")
         data: Data = facts["data"]
+        left_out = [f"{path}: {reason}" for path, reason in sorted(facts.get("left_out", {}).items())]
         total = total_iterations(args, data.num_train, batch)
         batches = f"{micro} clips x {accumulation} steps of accumulation x {ranks} = {batch}"
         length = f"{total} iterations = {total * batch / data.num_train:.1f} epochs"
@@ -278,6 +336,7 @@ class _Checks:
             "trains": str(facts["trainable"]),
             "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
             "data": str(data),
+            **({"left out": listed(left_out).strip()} if left_out else {}),
             **facts["caches"].report(),
             "batch": batches,
             "length": length,
@@ -297,6 +356,7 @@ class _Checks:
             total_iters=total,
             global_batch=batch,
             trainable=facts["trainable"],
+            optimizer_settings=facts["optimizer"],
             resume=resume,
             rows=rows,
         )

@@ -21,9 +21,9 @@ from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
-from sgm.training.prepare import prepare
+from sgm.training.prepare import agree, prepare
 from sgm.training.save import Saver
-from sgm.training.state import repair_latest, require_weights_of
+from sgm.training.state import repair_latest
 from sgm.training.step import (
     StepFlags,
     StopSignals,
@@ -85,15 +85,18 @@ def train(config: Config) -> Summary:
     sgm.distributed.set_timeout(config.args.distributed_timeout)
     plan = prepare(config)
     config = plan.config
+    sgm.distributed.initialize()
+    plan = agree(plan)
     sgm.distributed.initialize(mesh=plan.mesh)
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
+        plan.resume.require_weights()
         if sgm.distributed.rank() == 0:
-            require_weights_of(plan.resume)
             repair_latest(plan.resume)
         logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
+    parts = build(config, plan)
     with StopSignals() as signals:
-        run = TrainingRun(config, build(config, plan), signals)
+        run = TrainingRun(config, parts, signals)
         try:
             run.fit()
         finally:

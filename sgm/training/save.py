@@ -1,8 +1,9 @@
 """Save a run: weights, their moving average, and the resume state."""
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import sgm.distributed
 from sgm.log import get_logger
 from sgm.training.build import Parts
 from sgm.training.optim.optimizer import full_ema
-from sgm.training.state import has_weights, save_state
+from sgm.training.state import FOLDER, newest_state, save_state
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
 from sgm.weights.files import PREFIX
@@ -25,13 +26,8 @@ class Saver:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.args = parts, parts.plan.args
         self.saved: int | None = parts.point.iteration or None
-        if self.saved is not None and not has_weights(parts.point):
-            logger.warning(
-                "the weights of iteration %d were removed from %s; the next save writes its own",
-                self.saved,
-                parts.folder,
-            )
-            self.saved = None
+        if self.saved is not None and not parts.point.has_weights():
+            self.saved = None  # they were removed
         network = parts.engine.network
         self.names = parts.plan.trainable.names
         if not parts.plan.trainable.adapters or self.args.save_full:
@@ -64,6 +60,29 @@ class Saver:
                 name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
             }
             averages = full_ema(parts.deepspeed, named.items())
+        with self._removed_if_it_fails(iteration):
+            self._write_all(iteration, weights, averages)
+        self.saved = iteration
+        logger.info("saved %s", parts.folder / str(iteration))
+        return True
+
+    @contextlib.contextmanager
+    def _removed_if_it_fails(self, iteration: int) -> Iterator[None]:
+        """Context: on a full disk, remove what was written of a checkpoint, unless its state is already the newest."""
+        try:
+            yield
+        except RunError:
+            folder = self.parts.folder
+            if sgm.distributed.rank() == 0 and newest_state(folder) != str(iteration):
+                for part in (folder / str(iteration), folder / f"{iteration}-ema", folder / FOLDER / str(iteration)):
+                    shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def _write_all(
+        self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Write weights, averages and state, then remove old checkpoints. Collective: all ranks call it."""
+        parts = self.parts
         if is_writing_rank():
             self._write(iteration, weights, averages)
         point = dataclasses.replace(
@@ -77,9 +96,6 @@ class Saver:
         if sgm.distributed.rank() == 0:
             write_latest(parts.folder, iteration)
             self._remove_old()
-        self.saved = iteration
-        logger.info("saved %s", parts.folder / str(iteration))
-        return True
 
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None

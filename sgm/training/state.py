@@ -4,11 +4,12 @@ Beside the weights, a run folder holds the state of the newest checkpoint::
 
     RUN/latest, RUN/1000/mp_rank_00_model_states.pt      weights in the SAT layout
     RUN/resume/latest                                    iteration of the state; updated last
-    RUN/resume/1000/resume.json                          a `ResumePoint`
+    RUN/resume/1000/resume.json                          a `ResumePoint`; written last, so its folder is complete
     RUN/resume/1000/*_states.pt                          trained parameters, optimizer, schedule, loss scaler
     RUN/resume/1000/rng_00.pt                            random generators, one file per rank
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,17 +20,18 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_type_hints
 
 import torch
 
 import sgm.distributed
-from sgm.config.args import TrainingArgs
+from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
-from sgm.io import atomic_file
+from sgm.config.values import misfit
+from sgm.io import atomic_file, denied_text, refusing_denied
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.checkpoint import write_latest
+from sgm.weights.checkpoint import save_torch, write_latest
 from sgm.weights.files import WEIGHTS, read_state_file
 from sgm.weights.stored import require_weights
 
@@ -40,7 +42,7 @@ except ImportError:  # not POSIX
 
 logger = get_logger(__name__)
 
-FOLDER, LATEST = "resume", "latest"
+FOLDER, LATEST, LOCK = "resume", "latest", ".lock"
 # Arguments without effect on the results, which may change when a run is resumed.
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
@@ -50,6 +52,8 @@ HARMLESS = frozenset(
 # Settings that determine the order in which a ZeRO stage stores its state. DeepSpeed does not check the order on load.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
+# Settings of optimizers that decide which tensors their state holds; all others take effect when a run is resumed.
+STRUCTURE = ("amsgrad", "centered", "momentum")
 _CURE = "restore it, or start a new run with args.resume=none (args.load may name the run folder)"
 
 
@@ -70,32 +74,43 @@ class ResumePoint:
         base_digest: digest of the initial weights; None for random ones.
         config_digest: see `numbers_digest`.
         clips: digest of the training clips' paths.
+        captions: digest of their captions; None if unknown.
+        clip_files: digest of the sizes and times of their files; None if unknown.
         order: see `state_order`; None if unknown.
         files: names of the files in its folder, without ``resume.json``.
         micro_batches: with buckets, micro-batches done, counted once for all ranks; the number of the next one.
         buckets: digest of the division of clips among buckets and ranks; None without buckets.
         plan: digest of the clips' sizes and order; None without buckets.
         tensor: ranks of a tensor-parallel group.
+        optimizer_settings: all settings of the optimizer, defaults included; None if unknown.
+        lora_rank: rank of the adapters; None without or if unknown.
+        start_number: of the start that saved it: above those of all earlier starts of its experiment, so that the run
+            that was started or resumed last is known without file times, which copies and clocks change.
     """
 
     run: Path
-    iteration: int
-    samples: int
-    world_size: int
-    zero_stage: int
+    iteration: AtLeast0
+    samples: AtLeast0
+    world_size: AtLeast1
+    zero_stage: AtLeast0
     precision: str
     optimizer: str
-    trained: int
+    trained: AtLeast0
     ema: bool
     base_digest: str | None
     config_digest: str
     clips: str
     order: float | None = None
     files: tuple[str, ...] = ()
-    micro_batches: int = 0
+    micro_batches: AtLeast0 = 0
     buckets: str | None = None
     plan: str | None = None
-    tensor: int = 1
+    tensor: AtLeast1 = 1
+    captions: str | None = None
+    clip_files: str | None = None
+    optimizer_settings: dict[str, Any] | None = None
+    lora_rank: AtLeast0 | None = None
+    start_number: AtLeast0 = 0
 
     @property
     def folder(self) -> Path:
@@ -122,13 +137,23 @@ class ResumePoint:
             fixed["world_size"] = "torchrun --nproc_per_node"
         if self.zero_stage == now.zero_stage > 0 and self.order is not None:
             fixed["order"] = f"deepspeed.zero_optimization.{ORDER[self.zero_stage]}"
-        problems = []
-        for name, path in fixed.items():
-            then, given = getattr(self, name), getattr(now, name)
-            if then != given:
-                words = name.replace("_", " ")
-                found = f"the state in {self.folder} was written with {words} {then}, and now it is {given}"
-                problems.append(Problem(path, "", found, cure))
+        if None not in (self.lora_rank, now.lora_rank) and self.lora_rank != now.lora_rank:
+            fixed["lora_rank"] = "model.network_config.params.modules.lora_config.params.r"
+            del fixed["trained"]  # differs with the rank
+        changes = [
+            (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
+        ]
+        if self.optimizer == now.optimizer:
+            then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
+            shared = [name for name in STRUCTURE if name in then and name in given]
+            changes += [(f"deepspeed.optimizer.params.{name}", name, then[name], given[name]) for name in shared]
+        problems = [
+            Problem(
+                path, "", f"the state in {self.folder} was written with {words} {then}, and now it is {given}", cure
+            )
+            for path, words, then, given in changes
+            if then != given
+        ]
         if self.buckets != now.buckets:
             found = (
                 f"the state in {self.folder} was written with other buckets, batch sizes or data-parallel ranks, or "
@@ -137,10 +162,52 @@ class ResumePoint:
             problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:
             raise ConfigError(problems)
+        self._warn(now)
+
+    def _warn(self, now: "ResumePoint") -> None:
+        """Warn if clips or settings differ, so that the results will."""
         if self.clips != now.clips:
-            logger.warning("the training clips differ from those at the start of %s: its samples change", self.run)
+            logger.warning("the training clips differ from those at the start of %s: other samples follow", self.run)
+        elif self.captions not in (None, now.captions):
+            logger.warning("the captions are not those at the start of %s: other samples follow", self.run)
+        if (
+            self.clips == now.clips
+            and None not in (self.clip_files, now.clip_files)
+            and self.clip_files != now.clip_files
+        ):
+            logger.warning(
+                "the files of the training clips are not those at the start of %s (size or time): replaced clips give "
+                "other samples",
+                self.run,
+            )
         if self.config_digest != now.config_digest:
             logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
+        if not self.has_weights():
+            logger.warning(
+                "the weights of iteration %d were removed from %s; the run goes on from the resume state, and its next "
+                "save writes weights again",
+                self.iteration,
+                self.run,
+            )
+
+    def has_weights(self) -> bool:
+        """Return whether the weights of the state's iteration are there; somebody may have removed them."""
+        return any((self.run / str(self.iteration)).glob(f"{WEIGHTS}.*"))
+
+    def require_weights(self) -> None:
+        """Check that a run with all its iterations has its weights.
+
+        Raises:
+            InputError: it has none.
+        """
+        if not self.has_weights():
+            raise InputError(
+                f"{self.run} has all {self.iteration} iterations, but its weights were removed: "
+                f"{self.run / str(self.iteration)} is missing or empty. Write them from the state: python "
+                f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {self.folder} --to sat --output_path "
+                "<folder>. Or restore them, raise args.train_iters to go on from the resume state, or start a new run with "
+                "args.resume=none"
+            )
 
 
 def state_order(zero: Mapping[str, Any]) -> float | None:
@@ -158,7 +225,8 @@ def numbers_digest(config: Config) -> str:
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
     """Return the newest state of the run selected by ``args.resume``; None for a new run.
 
-    ``auto`` selects the run of this experiment that saved last; a path names a run folder.
+    ``auto`` selects the run of this experiment that was started or resumed last, by what the runs say; a path names a
+    run folder.
 
     Raises:
         InputError: the folder holds no state, or its files are damaged.
@@ -167,84 +235,181 @@ def find_resume_point(args: TrainingArgs) -> ResumePoint | None:
         return None
     if args.resume != "auto":
         run = Path(args.resume)
-        if not (run / FOLDER / LATEST).is_file():
+        if not _has_state(run):
             raise InputError(
                 f"args.resume: {run} holds no {FOLDER}/{LATEST}; name a run folder ({args.save}/"
                 f"{args.experiment_name}-...), or use args.load={run} to start a new run from its weights"
             )
         return _read_point(run)
+    runs = own_runs(args)
+    points = [_read_point(run) for run in runs if _has_state(run)]
+    if not points and (left := [run for run in runs if (run / LATEST).exists()]):
+        logger.info(
+            "%s has weights and no resume state: a new run starts; args.load=%s starts from them", left[-1], left[-1]
+        )
+    return max(points, key=lambda point: (point.start_number, point.iteration, str(point.run)), default=None)
+
+
+def own_runs(args: TrainingArgs) -> list[Path]:
+    """Return the run folders of the experiment in ``args.save``, by name."""
     own = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(-\d+)?").fullmatch
-    saved = [path for path in Path(args.save).glob(f"*/{FOLDER}/{LATEST}") if own(path.parents[1].name)]
-    return _read_point(max(saved, key=lambda path: (path.stat().st_mtime_ns, str(path))).parents[1]) if saved else None
+    save = Path(args.save)
+    return sorted(path for path in save.iterdir() if own(path.name) and path.is_dir()) if save.is_dir() else []
+
+
+def next_start_number(args: TrainingArgs) -> int:
+    """Return the number of a start now; see `ResumePoint.start_number`."""
+    return 1 + max((_read_point(run).start_number for run in own_runs(args) if _has_state(run)), default=0)
+
+
+def abandoned_run(args: TrainingArgs) -> tuple[Path, IO[str]] | None:
+    """Return the newest run folder of the experiment whose process died before it saved, locked; None without one.
+
+    Every run has a lock file. Where the file system has no locks, no run is abandoned.
+    """
+    for run in reversed(own_runs(args)):
+        if (run / LOCK).is_file() and not _has_state(run) and not (run / LATEST).exists():
+            with contextlib.suppress(OSError):
+                if (file := _try_lock(run)) is not None:
+                    return run, file
+    return None
+
+
+def _has_state(run: Path) -> bool:
+    return newest_state(run) is not None
+
+
+def newest_state(run: Path) -> str | None:
+    """Return the name in ``latest`` of the resume states, or before its first write that of the newest complete state.
+
+    None if there is no state.
+    """
+    latest = run / FOLDER / LATEST
+    if latest.is_file():
+        return latest.read_text(encoding="utf-8", errors="replace").strip()
+    complete = (path.parent.name for path in (run / FOLDER).glob("*/resume.json"))
+    return max(complete, key=lambda name: int(name) if name.isdecimal() else -1, default=None)
 
 
 def repair_latest(point: ResumePoint) -> None:
     """Set ``latest`` to the weights of the state, in case a process was killed between the two writes."""
-    if has_weights(point):
+    if point.has_weights():
         write_latest(point.run, point.iteration)
 
 
-def has_weights(point: ResumePoint) -> bool:
-    """Whether the run folder holds the weights of the state; somebody may have removed them."""
-    return any((point.run / str(point.iteration)).glob(f"{WEIGHTS}.*"))
-
-
-def require_weights_of(point: ResumePoint) -> None:
-    """Raise InputError if the weights of a finished run were removed."""
-    if not has_weights(point):
-        raise InputError(
-            f"{point.run} has the state of iteration {point.iteration}, its last, but its weights were removed: "
-            f"{point.run / str(point.iteration)} is missing or empty. Write them from the state: python "
-            f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {point.folder} --to sat --output_path <folder>. "
-            "Or restore them, or start a new run with args.resume=none"
-        )
-
-
-def lock_folder(run: Path) -> IO[str] | None:
+def lock_folder(run: Path, *, cure: str = "use args.resume=none to start a new run") -> IO[str] | None:
     """Lock `run` against other processes until the returned file is closed or this process ends.
 
     A killed launcher may leave its workers running. If the file system has no locks, only warn.
+
+    Args:
+        run: the folder; gets a file `LOCK`.
+        cure: for the message, what else to do than to end the other process.
 
     Raises:
         InputError: another process holds the lock.
     """
     if fcntl is None:
         return None
-    file = (run / ".lock").open("a+", encoding="utf-8")
-    # Close the file in forked workers, which would keep the lock. Weakly referenced, so that dropping it closes it.
-    held = weakref.ref(file)
-    os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
+        file = _try_lock(run)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise InputError(denied_text(error)) from error
+        logger.warning("%s cannot be locked (%s); see that no other process works there", run, error)
+        return None
+    if file is None:
+        owner = (run / LOCK).read_text(encoding="utf-8").strip() or "unknown"
         raise InputError(
             f"{run} is in use by process {owner} (a launcher that was killed may have left it); end that process, or "
-            "use another folder: args.resume=none starts a new run"
-        ) from error
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s); see that no other process works there", run, error)
+            f"{cure}"
+        )
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
 
 
+def _try_lock(run: Path) -> IO[str] | None:
+    """Return the locked file `LOCK` of a folder; None if another process has locked it.
+
+    Raises:
+        OSError: the file system has no locks, or the file may not be written.
+    """
+    if fcntl is None:
+        return None
+    file = (run / LOCK).open("a+", encoding="utf-8")
+    # Close the file in forked workers, which would keep the lock. Weakly referenced, so that dropping it closes it.
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), (run / LOCK).stat()):
+            return file
+    except BlockingIOError:
+        pass
+    except OSError:
+        file.close()
+        raise
+    file.close()  # locked by another process, or replaced by one
+    return None
+
+
 def _read_point(run: Path) -> ResumePoint:
+    """Read and check the newest state of a run: that of ``latest``, or the newest complete one before its first write.
+
+    Raises:
+        InputError: a file is missing or damaged, or its values contradict each other.
+    """
     path = run / FOLDER / LATEST
     try:
-        iteration = int(path.read_text(encoding="utf-8"))
-        path = run / FOLDER / str(iteration) / "resume.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (digest := content.pop("digest", None)) is not None and digest != digest_of(content):
+        with refusing_denied():
+            name = newest_state(run) or ""
+            if not re.fullmatch(r"[0-9]+", name):
+                raise ValueError(f"it holds '{name[:40]}', and an iteration, a whole number, is expected")
+            path = run / FOLDER / name / "resume.json"
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        digest = content.pop("digest", None) if isinstance(content, dict) else None
+        point = _checked_point(run, int(name), content)
+        if digest not in (None, digest_of(content)):
             raise ValueError("it was changed after it was written (its digest differs)")
-        return ResumePoint(run=run, **{**content, "files": tuple(content["files"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return point
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"the resume state cannot be read: {path}: {error}; restore the file, or use args.resume=none"
+            f"the resume state cannot be read: {path}: {error}; restore the file, or use args.resume=none, or "
+            "args.resume=RUN_FOLDER for another run"
         ) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _checked_point(run: Path, iteration: int, content: Any) -> ResumePoint:
+    """Return the point of a ``resume.json`` in the folder of `iteration`.
+
+    Raises:
+        ValueError: a value is missing, unknown, of a wrong type, or contradicts the folder.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of named values")
+    hints = get_type_hints(ResumePoint, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(ResumePoint) if field.name != "run"}
+    if unknown := content.keys() - fields.keys():
+        raise ValueError(f"'{min(unknown)}' is unknown; it was written by another version, or changed")
+    for name, field in fields.items():
+        if name not in content:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"'{name}' is missing")
+        elif (found := misfit(content[name], hints[name])) is not None:
+            raise ValueError(f"'{name}' {found[0]}; {found[1]}")
+    if content["iteration"] != iteration:
+        raise ValueError(f"'iteration' is {content['iteration']}, and the state is that of iteration {iteration}")
+    if (content["samples"] == 0) != (iteration == 0):
+        raise ValueError(f"'samples' is {content['samples']} after {iteration} iterations")
+    if wrong := [name for name in content.get("files", ()) if Path(name).name != name]:
+        raise ValueError(f"'files' names '{wrong[0]}', which is not in its folder")
+    return ResumePoint(run=run, **{**content, "files": tuple(content.get("files", ()))})
 
 
 def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
@@ -254,14 +419,17 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         RunError: the files cannot be written; the previous state is kept.
     """
     folder, rank = point.folder, sgm.distributed.rank()
-    engine.checkpoint_engine = checkpoint_engine()
+    engine.checkpoint_engine = checkpoint_engine(written := [])
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
     if with_rng:
         with atomic_file(folder / f"rng_{rank:02d}.pt") as temporary:
-            torch.save(_rng_state(), temporary)
-    sgm.distributed.barrier()
+            save_torch(_rng_state(), temporary)
+        written.append(f"rng_{rank:02d}.pt")
+    # From the ranks, not from the folder: on a shared file system another machine may not see a new file yet, and files
+    # of an interrupted save may still be there.
+    files = {name for names in sgm.distributed.all_gather_objects(written) for name in names}
     if rank == 0:
-        point = dataclasses.replace(point, files=tuple(sorted(path.name for path in folder.iterdir())))
+        point = dataclasses.replace(point, files=tuple(sorted(files)))
         content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
         content["digest"] = digest_of(content)
         with atomic_file(folder / "resume.json") as temporary:
@@ -286,11 +454,16 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         InputError: a file is missing or damaged.
     """
     missing = [name for name in point.files if not (point.folder / name).is_file()]
-    if missing:
-        raise InputError(f"{point.folder} lacks {', '.join(missing)}; {_CURE}")
+    for number, lacks in enumerate(sgm.distributed.all_gather_objects(missing)):
+        if lacks:
+            raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {_CURE}")
     engine.checkpoint_engine = checkpoint_engine()
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    settings = [{name: group[name] for name in optimizer.defaults if name in group} for group in optimizer.param_groups]
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
-    # Loading the optimizer restored the learning rates of the earlier configuration; set the current ones.
+    # Loading the optimizer restored the settings of the earlier configuration; set the current ones.
+    for group, current in zip(optimizer.param_groups, settings, strict=True):
+        group.update(current)
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     rank = sgm.distributed.rank()
     if with_rng and rank < point.world_size:  # additional ranks keep their fresh generators
@@ -331,8 +504,11 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
         torch.get_device_module().set_rng_state(state["accelerator"])
 
 
-def checkpoint_engine() -> Any:
-    """Return a DeepSpeed checkpoint engine that writes files atomically and reads them with ``weights_only``."""
+def checkpoint_engine(written: list[str] | None = None) -> Any:
+    """Return a DeepSpeed checkpoint engine that writes files atomically and reads them with ``weights_only``.
+
+    The names of files that this rank writes are appended to `written`.
+    """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -341,7 +517,9 @@ def checkpoint_engine() -> Any:
     class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
             with atomic_file(path) as temporary:
-                torch.save(state_dict, temporary)
+                save_torch(state_dict, temporary)
+            if written is not None:
+                written.append(Path(path).name)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):

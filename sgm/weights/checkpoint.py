@@ -327,7 +327,13 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], ent
         return
     alone = {name: owned(tensor) for name, tensor in tensors.items()}  # torch.save writes the full storage of a view
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
-        torch.save({key: alone, **entries}, temporary)
+        save_torch({key: alone, **entries}, temporary)
+
+
+def save_torch(content: Any, path: Path) -> None:
+    """Call torch.save so that the bytes do not depend on the file's name, which would name the archive's folder."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

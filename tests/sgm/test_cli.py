@@ -1,4 +1,9 @@
-"""Which process of several says what went wrong."""
+"""Which process of several says what went wrong; signals, full disks and missing rights at the command line."""
+
+import argparse
+import os
+import signal
+import time
 
 import pytest
 
@@ -6,6 +11,8 @@ import sgm.distributed
 import sgm.inference.main
 import sgm.training.main
 from sgm import cli
+from sgm.conversion.writing import new_folder
+from sgm.io import OutputError, WriteError
 from sgm.util import InputError, RunError, is_trusted
 
 
@@ -39,3 +46,43 @@ def test_trust_comes_from_the_command_line_and_ends_with_the_command(command, ca
 def test_overrides_behind_base_may_be_no_names_of_files(word):
     options = sgm.inference.main.parse(["--base", "configs/toy.yaml", word, "--check"])
     assert options.base == ["configs/toy.yaml"] and options.overrides == [word]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
+    """Message, exit code, nothing left; a second signal does not cut the clean-up short."""
+
+    def work(options):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+            finally:
+                if number != signal.SIGINT:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(number)
+    assert (
+        cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
+    )
+    assert capsys.readouterr().err == f"interrupted; all is well ({number.name})\n"
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("options", "output", "said"), [({}, "args.save", "args.save"), ({"out": "x"}, "", "--out")])
+@pytest.mark.parametrize(("error", "end"), [(WriteError, ""), (OutputError, ", or choose another folder")])
+def test_a_full_disk_names_the_option_of_the_output(capsys, error, end, options, output, said):
+    def work(_):
+        raise error("could not write x: the disk is full" + end)
+
+    assert cli.run_command(work, argparse.Namespace(debug=False, **options), output=output) == error.exit_code
+    assert capsys.readouterr().err.endswith(f"the disk is full, or choose another folder: {said}\n")
+
+
+def test_a_missing_right_is_wrong_input(capsys):
+    def work(_):
+        raise PermissionError(13, "Permission denied", "/proc/1/mem")
+
+    assert cli.run_command(work, argparse.Namespace(debug=False)) == 2
+    assert "error: /proc" in (said := capsys.readouterr().err) and "you may not" in said and "Errno" not in said

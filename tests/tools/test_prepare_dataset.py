@@ -77,3 +77,13 @@ def test_wrong_input_ends_with_2_and_leaves_nothing(tool, words, tmp_path, capsy
     base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--out", str(tmp_path / "cache")]
     assert tool.main([*base, *words, *more]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_clips_without_a_caption_are_left_out_as_in_training(tool, words, tmp_path, capsys):
+    (tmp_path / "few" / "labels" / "000001.txt").unlink()
+    base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--out", str(tmp_path / "cache"), "--check"]
+    assert tool.main([*base, *words]) == 2
+    assert "1 of 3 clips have no usable caption, more than args.max_bad_share=0.1" in capsys.readouterr().err
+    assert tool.main([*base, *words, "args.max_bad_share=0.5"]) == 0
+    shown = capsys.readouterr()
+    assert "left out" in shown.err and "000001.mp4: its caption" in shown.err and "latents: 2 in 1" in shown.out

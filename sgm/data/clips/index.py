@@ -41,7 +41,7 @@ def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8)
     Returns:
         For each row the metadata, or why the clip cannot be used.
     """
-    folder, stamp_of = Path(folder), _stamps()
+    folder, stamp_of = Path(folder), stamps()
     known = _read_index(folder)
     found: list[VideoInfo | str | None] = [
         row.problem or row.info or _from_index(known.get(_key(row.path, folder)), stamp_of(row.path)) for row in rows
@@ -60,7 +60,7 @@ def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8)
 
 def remember(infos: Mapping[ClipFile, VideoInfo], folder: str | Path) -> None:
     """Add clips to the index if it has at least `KEPT_FROM`; log a warning if it cannot be written."""
-    folder, stamp_of = Path(folder), _stamps()
+    folder, stamp_of = Path(folder), stamps()
     fresh = {
         _key(file, folder): [READER, *stamp, *astuple(info)]
         for file, info in infos.items()
@@ -111,7 +111,7 @@ def _key(file: ClipFile, folder: Path) -> str:
     return str(file).removeprefix(f"{folder}{os.sep}")
 
 
-def _stamps() -> Callable[[ClipFile], tuple[int, int] | None]:
+def stamps() -> Callable[[ClipFile], tuple[int, int] | None]:
     """Return `_stamp` of the file or container of a clip, computed once per path."""
     known = cache(_stamp)
     return lambda clip: known(clip if isinstance(clip, Path) else clip.container)

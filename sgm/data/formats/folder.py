@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line, require_file
+from sgm.io import denied_text
 from sgm.util import InputError
 
 VIDEOS, LABELS = "videos", "labels"
@@ -47,7 +48,7 @@ def caption_path(clip: Path, root: Path) -> Path:
 
 def _clips(root: Path) -> list[Path]:
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
         if real not in seen:  # links can form a cycle
@@ -63,6 +64,13 @@ def _clips(root: Path) -> list[Path]:
 def _upper(caption: Path) -> Path:
     """Return the name of a caption as cameras and old systems write it: ``IMG_1.TXT``."""
     return caption.with_suffix(caption.suffix.upper())
+
+
+def _refuse(error: OSError) -> None:
+    """Refuse a folder that cannot be listed, whose clips would be missing silently."""
+    raise InputError(
+        denied_text(error) if isinstance(error, PermissionError) else f"{error.filename}: {error.strerror}"
+    ) from error
 
 
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +81,20 @@ def open_latents(
         return data, None, None
     if config.model.get("latent_input"):
         raise InputError("the data are latents already (model.latent_input); remove args.latent_cache")
-    require_repeatable(config, data.train)
+    require_repeatable(config, data.sources)
     latents = CachedTensors(config.args.latent_cache, "latents")
-    keys = [dataset.cache_keys() for dataset in data.train]
-    latents.require(_values(keys), clip_source(config, data.train[0], dtype, "latents"))
+    keys = [dataset.cache_keys() for dataset in data.sources]
+    latents.require(_values(keys), clip_source(config, data.sources[0], dtype, "latents"))
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
     if has_image and (latents.folder / "images.json").is_file():
         images = CachedTensors(latents.folder, "images")
-        image_keys = [dataset.cache_keys(images=True) for dataset in data.train]
-        images.require(_values(image_keys), clip_source(config, data.train[0], dtype, "images"))
-    train = tuple(
+        image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
+        images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
+    cached = [
         dataset.cached(latents, of_clips, images=images, image_keys=of_images, first_frames=has_image)
-        for dataset, of_clips, of_images in zip(data.train, keys, image_keys, strict=True)
-    )
-    return replace(data, train=train), latents, images
+        for dataset, of_clips, of_images in zip(data.sources, keys, image_keys, strict=True)
+    ]
+    return data.with_cached(cached), latents, images
 
 
 def _values(keys: Sequence[Mapping[str, str]]) -> list[str]:
@@ -112,7 +112,7 @@ def open_text(config: Config, data: Data) -> CachedTensors | None:
         return None
     text = CachedTensors(config.args.text_cache, "text")
     conditioner = instantiate_from_config(config.model["conditioner_config"])
-    text.require(texts(data.train, conditioner), text_source(conditioner))
+    text.require(texts(data.sources, conditioner), text_source(conditioner))
     return text
 
 

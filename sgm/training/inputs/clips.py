@@ -1,18 +1,42 @@
 """Open the data sets of a training run, and split them into training and validation."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, digest_of
+from sgm.data.clips.index import stamps
 from sgm.data.order import derive_seed, split_indices
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError, instantiate_from_config
+
+
+@dataclass(frozen=True)
+class Split:
+    """How training and validation clips were drawn from the same data sets.
+
+    Attributes:
+        pools: all clips of each of ``args.train_data``.
+        cached: the same clips, with samples from a cache; validation clips are always decoded.
+        draw: (index of the data set, number of its clips) → indices of training and of validation clips.
+    """
+
+    pools: tuple[Any, ...]
+    cached: tuple[Any, ...]
+    draw: Callable[[int, int], tuple[Sequence[int], Sequence[int]]]
+
+    def data(self) -> "Data":
+        """Return the divided data."""
+        train, valid = [], []
+        for index, (pool, cached) in enumerate(zip(self.pools, self.cached, strict=True)):
+            kept, held_out = self.draw(index, len(pool))
+            train.append(_select(cached, kept))
+            valid += [_select(pool, held_out)] if held_out else []
+        return Data(tuple(train), tuple(valid), self)
 
 
 @dataclass(frozen=True)
@@ -22,10 +46,35 @@ class Data:
     Attributes:
         train: one data set for each of ``args.train_data``.
         valid: for validation; may be empty.
+        split: how both were drawn; None if they are data sets of their own.
     """
 
     train: tuple[Any, ...]
     valid: tuple[Any, ...]
+    split: Split | None = field(default=None, repr=False)
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """All clips of each of ``args.train_data``, those for validation included."""
+        return self.train if self.split is None else self.split.pools
+
+    def with_cached(self, cached: Sequence[Any]) -> "Data":
+        """Return the data with training clips from `cached`, which has the clips of `sources`."""
+        if self.split is None:
+            return replace(self, train=tuple(cached))
+        return replace(self.split, cached=tuple(cached)).data()
+
+    def without(self, paths: Collection[str]) -> "Data":
+        """Return the data without these clips; a split is drawn again, from the clips that are left."""
+        if not paths:
+            return self
+        if self.split is None:
+            valid = tuple(rest for dataset in self.valid if len(rest := _without(dataset, paths)))
+            return replace(self, train=tuple(_without(dataset, paths) for dataset in self.train), valid=valid)
+        pools, cached = (
+            tuple(_without(each, paths) for each in sets) for sets in (self.split.pools, self.split.cached)
+        )
+        return replace(self.split, pools=pools, cached=cached).data()
 
     @property
     def num_train(self) -> int:
@@ -35,8 +84,18 @@ class Data:
     @property
     def digest(self) -> str:
         """SHA-256 of the training clips' paths in order; for a data set without paths, of the number of clips."""
-        clips = [getattr(dataset, "paths", len(dataset)) for dataset in self.train]
-        return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
+        return digest_of([getattr(dataset, "paths", len(dataset)) for dataset in self.train])
+
+    @property
+    def captions_digest(self) -> str:
+        """SHA-256 of the captions of `sources` in order, of data sets that have them."""
+        return digest_of([getattr(dataset, "captions", None) for dataset in self.sources])
+
+    @property
+    def files_digest(self) -> str:
+        """SHA-256 of sizes and times of the files of `sources`, which reads no contents; of data sets with rows."""
+        stamp = stamps()
+        return digest_of([_stamped(getattr(dataset, "rows", ()), stamp) for dataset in self.sources])
 
     @property
     def validation(self) -> Any:
@@ -61,12 +120,11 @@ def open_data(config: Config) -> Data:
     if args.valid_data is not None:
         data = Data(tuple(whole), tuple(open_folder(config, folder) for folder in args.valid_data))
     else:
-        train, valid = [], []
-        for index, dataset in enumerate(whole):
-            kept, held_out = split_indices(len(dataset), args.split, seed=derive_seed(args.seed, "split", index))
-            train.append(_select(dataset, kept))
-            valid += [_select(dataset, held_out)] if held_out else []
-        data = Data(tuple(train), tuple(valid))
+
+        def draw(index: int, num: int) -> tuple[Sequence[int], Sequence[int]]:
+            return split_indices(num, args.split, seed=derive_seed(args.seed, "split", index))
+
+        data = Split(tuple(whole), tuple(whole), draw).data()
     if args.eval_interval is not None and not data.valid:
         raise InputError(
             f"args.eval_interval is {args.eval_interval}, but there are no validation clips; give args.valid_data, or "
@@ -103,3 +161,12 @@ def _select(dataset: Any, indices: Sequence[int]) -> Any:
     if len(indices) == len(dataset):
         return dataset
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+
+
+def _without(dataset: Any, paths: Collection[str]) -> Any:
+    return dataset.without(paths) if hasattr(dataset, "without") else dataset
+
+
+def _stamped(rows: Iterable[Any], stamp: Callable[[Any], Any]) -> list[Any]:
+    with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly
+        return list(pool.map(stamp, [file for row in rows for file in (row.path, row.image) if file is not None]))

@@ -27,6 +27,7 @@ from sgm.data.clips.decode import ClipError
 from sgm.io import remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
+from sgm.training.bad_clips import unusable
 from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
 from sgm.training.inputs.clips import open_folder
 from sgm.training.state import lock_folder
@@ -75,6 +76,9 @@ def plan_jobs(
     if problems := [*check_files(config), *check_training_data(config, geometry)]:
         raise ConfigError(config.located(problems))
     datasets = [open_folder(config, folder) for folder in args.train_data]
+    rows = [report for dataset in datasets if hasattr(dataset, "row_reports") for report in dataset.row_reports()]
+    for path, reason in unusable(rows, args).items():
+        logger.warning("left out %s: %s", path, reason)
     jobs = []
     for kind in kinds:
         if kind == "text":
@@ -113,7 +117,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool) ->
     """Create the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if lock := lock_folder(folder):
+    if lock := lock_folder(folder, cure="name another folder with --out"):
         stack.enter_context(lock)
     remove_leftovers(folder)
     for job in jobs:

@@ -158,7 +158,7 @@ def test_output_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0_a_red_circle").write_text("in the way")
     expect(
-        run(f"args.output_dir={tmp_path / 'mine'}", "--check"), 2, "0_a_red_circle/0' cannot be written", "no folder"
+        run(f"args.output_dir={tmp_path / 'mine'}", "--check"), 2, "0_a_red_circle/0' cannot be written", "is a file"
     )
 
 

@@ -5,6 +5,7 @@ Run: python tests/sgm/parallel/failing_ranks.py RESULTS.json
 All pairs run at the same time. Writes {case: {"codes": ..., "pids": ..., "messages": ...}}, a list of two each.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,13 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 import sgm.distributed as d
+from sgm.training.prepare import agree
 from tests.processes import rank_environments
+from tests.sgm.training.points import POINT
 
 TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
 FORKS = multiprocessing.get_context("fork")  # fork after all imports
@@ -48,6 +52,18 @@ def never_meet() -> None:
     time.sleep(300)
 
 
+def outlast_a_collective() -> None:
+    assert d.run_on_rank_zero(lambda: time.sleep(1.5 * TIMEOUT) or d.rank()) == 0
+
+
+def disagree() -> None:
+    """Each rank has found another state to resume from, and other captions."""
+    text = str(d.rank())
+    data = type("Clips", (), {"digest": "a", "captions_digest": text, "__str__": lambda _: "clips"})()
+    point = dataclasses.replace(POINT, run=Path("run"), iteration=d.rank())
+    agree(SimpleNamespace(config=SimpleNamespace(digest="c"), data=data, mesh=d.Mesh(), resume=point))  # pyright: ignore
+
+
 # Work of both ranks, and signals sent to them: (seconds after the previous one, rank, signal).
 Signals = list[tuple[float, int, signal.Signals]]
 CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
@@ -59,6 +75,8 @@ CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
     "stopped without the store": (be_stuck_on_rank_one, [(0.5, 1, signal.SIGSTOP)]),
     "failed": (fail_on_rank_one, []),
     "stuck": (be_stuck_on_rank_one, []),
+    "slow": (outlast_a_collective, []),
+    "different": (disagree, []),
     "paused": (end_apart, [(0, 1, signal.SIGSTOP), (TIMEOUT / 5, 1, signal.SIGCONT)]),
 }
 

@@ -51,3 +51,18 @@ def test_a_stuck_rank_ends_too(results):
 def test_ranks_that_end_apart_or_pause_raise_no_alarm(results):
     assert results["paused"]["codes"] == [0, 0]
     assert results["paused"]["messages"] == ["", ""]
+
+
+def test_rank_zero_may_work_longer_than_the_timeout_of_collectives(results):
+    assert results["slow"]["codes"] == [0, 0]
+    assert results["slow"]["messages"] == ["", ""]
+
+
+def test_ranks_that_found_different_things_end_with_a_message(results):
+    """Each by itself, before training; shown with the resume point and captions."""
+    assert results["different"]["codes"] == [1, 1]
+    for message in results["different"]["messages"]:
+        assert "error: the ranks do not agree" in message
+        assert "rank 1 has the resume point run after iteration 1, and rank 0 has run after iteration 0" in message
+        assert "rank 1 has their captions 1, and rank 0 has 0" in message
+        assert "groups" not in message and "the clips" not in message and "start all of them with the same" in message

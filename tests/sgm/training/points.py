@@ -17,4 +17,8 @@ POINT = ResumePoint(
     base_digest="abc",
     config_digest="def",
     clips="ghi",
+    captions="jkl",
+    clip_files="mno",
+    optimizer_settings={"amsgrad": False, "eps": 1e-8},
+    lora_rank=4,
 )

@@ -1,5 +1,6 @@
 """Bad clips, found before and during training; and data sets of several formats in one run."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from sgm.config.args import TrainingArgs
 from sgm.data.loader import SampleStream
 from sgm.data.order import TrainingOrder
 from sgm.training.bad_clips import BadClips, usable_data
-from sgm.training.inputs.clips import Data
+from sgm.training.inputs.clips import Data, Split
 from sgm.util import InputError, RunError
 
 TOY = Path(__file__).parents[3] / "assets" / "toy"
@@ -128,8 +129,35 @@ def test_rows_without_a_clip_or_caption_are_found_without_opening(tmp_path):
     content = json.loads((tmp_path / "set/metadata.json").read_text())
     content[2]["caption"] = " "
     (tmp_path / "set/metadata.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="1 of 10 clips have no usable caption"):
-        usable(SFTDataset(data_dir=tmp_path / "set", **settings), tmp_path / "run", check_clips="none")
+    dataset = SFTDataset(data_dir=tmp_path / "set", **settings)
+    found, left_out = usable(dataset, tmp_path / "run", check_clips="none")
+    assert found.num_train == 8 and "is empty; write one, or set allow_missing_captions" in left_out[dataset.paths[2]]
+    (tmp_path / "set/clips/4.mp4").touch()
+    with pytest.raises(
+        InputError, match="(?s)1 of 10 clips have no usable caption.*set data.params.allow_missing"
+    ) as caught:
+        dataset = SFTDataset(data_dir=tmp_path / "set", **settings)
+        usable(dataset, tmp_path / "refused", check_clips="none", max_bad_share=0.0)
+    assert "2.mp4: its caption" in str(caught.value)
+
+
+def test_validation_clips_are_drawn_from_usable_ones(tmp_path):
+    """A bad clip takes no place of a good one, for validation or training; with a cache too."""
+
+    def draw(index, num):
+        return list(range(1, num)), [0]
+
+    pool = toy(tmp_path / "set", bad=[0, 3])
+    cached = copy.copy(pool)
+    cached.fps = 7.0  # stands for a data set that reads from a cache
+    data = Split((pool,), (pool,), draw).data().with_cached([cached])
+    args = TrainingArgs(train_data=("data",), load="weights", train_iters=1, max_bad_share=0.2)
+    (tmp_path / "run").mkdir()
+    found, _ = usable_data(data, args, tmp_path / "run", resumed=False)
+    assert found.valid[0].paths == [pool.paths[1]] and found.valid[0].fps == pool.fps
+    assert found.train[0].paths == [pool.paths[i] for i in (2, 4, 5, 6, 7, 8, 9)] and found.train[0].fps == 7.0
+    again, _ = usable_data(data, args, tmp_path / "run", resumed=True)
+    assert again.train[0].paths == found.train[0].paths and again.valid[0].paths == found.valid[0].paths
 
 
 def test_a_resumed_run_leaves_out_what_it_left_out_at_its_start(tmp_path):
@@ -160,7 +188,7 @@ def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     assert written(run) == {"at_start": first, "in_training": later | {dataset.paths[7]: "is damaged"}}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"at_start": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"at_start": {}}', '{"at_start": [], "in_training": {}}'])
 def test_a_list_that_cannot_be_read_ends_a_resumed_run(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/bad_clips.json").write_text(content)

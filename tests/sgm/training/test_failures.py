@@ -278,7 +278,7 @@ def test_too_many_broken_clips_are_listed(job, twenty_clips):
     assert all(path in str(caught.value) for path in broken.values())
 
 
-def test_a_missing_caption_is_an_error_that_lists_the_clips(training_yaml, tmp_path, capsys):
+def test_too_many_missing_captions_are_listed_and_leave_no_run(training_yaml, tmp_path, capsys):
     folder = tmp_path / "data"
     for number in range(4):
         clip(folder / "videos" / f"{number}.mp4", number)
@@ -291,6 +291,11 @@ def test_a_missing_caption_is_an_error_that_lists_the_clips(training_yaml, tmp_p
     message = capsys.readouterr().err
     assert "3 of 4 clips have no usable caption" in message
     assert all(str(folder / "videos" / f"{number}.mp4") in message for number in (1, 2, 3))
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    assert main([*command, "--check", "args.max_bad_share=0.75"]) == 0
+    report = capsys.readouterr().out
+    assert "left out" in report and all(f"{number}.mp4: its caption" in report for number in (1, 2, 3))
+    assert "data           1 training clips" in report.replace("   ", "   ")
     assert main([*command, "data.params.allow_missing_captions=true"]) == 0
 
 

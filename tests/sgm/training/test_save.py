@@ -13,6 +13,7 @@ import torch
 from sgm.config.args import TrainingArgs
 from sgm.training.metrics import read_metrics
 from sgm.training.state import checkpoint_engine, find_resume_point
+from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training
 
@@ -113,3 +114,22 @@ def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml,
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     losses = [[line["loss"] for line in read_metrics(run / "metrics.jsonl")] for run in (killed, straight)]
     assert losses[0] == losses[1] and len(losses[0]) == 6 * kills
+
+
+class Other:
+    """An object that a state does not hold."""
+
+
+def test_a_pickle_in_the_state_is_refused_without_advice_to_read_it_all_the_same(tmp_path):
+    torch.save({"x": Other()}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="other objects than tensors and plain values, which could run code") as caught:
+        checkpoint_engine().load(str(tmp_path / "x.pt"))
+    assert "weights_only" not in str(caught.value) and "trust" not in str(caught.value)
+
+
+def test_what_is_saved_does_not_depend_on_the_temporary_name(tmp_path):
+    written = []
+    engine = checkpoint_engine(written)
+    for name in ("a.pt", "b.pt"):
+        engine.save({"x": torch.arange(5)}, str(tmp_path / name))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes() and written == ["a.pt", "b.pt"]

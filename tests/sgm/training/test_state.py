@@ -14,7 +14,7 @@ from sgm.config.load import ConfigError, load_config
 from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder
+from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder, next_start_number
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
@@ -28,28 +28,68 @@ def arguments(**values) -> TrainingArgs:
     return TrainingArgs(**({"train_data": ("clips",), "load": "weights", "train_iters": 1} | values))
 
 
-def saved(run: Path, iteration: int, *, at: int) -> Path:
-    """Make a run folder with a state saved at a time, in seconds."""
-    folder = run / "resume" / str(iteration)
+def saved(run: Path, number: int, *, at: int, **values) -> Path:
+    """Make a run folder with a state whose file has a time, in seconds."""
+    folder = run / "resume" / str(number)
     folder.mkdir(parents=True)
     content = {name: value for name, value in dataclasses.asdict(POINT).items() if name != "run"}
-    (folder / "resume.json").write_text(json.dumps(content | {"iteration": iteration}))
+    (folder / "resume.json").write_text(json.dumps(content | {"iteration": number} | values))
     latest = run / "resume" / "latest"
-    latest.write_text(f"{iteration}\n")
+    latest.write_text(f"{number}\n")
     os.utime(latest, (at, at))
     return run
 
 
-def test_auto_takes_the_run_that_saved_last(tmp_path):
+def test_auto_takes_the_run_that_was_started_last_whatever_its_files_times_are(tmp_path):
     args = arguments(save=str(tmp_path), experiment_name="x", resume="auto")
-    assert find_resume_point(args) is None
-    saved(tmp_path / "x-01-01-10-00", 50, at=1000)
-    newest = saved(tmp_path / "x-01-01-09-00", 7, at=2000)
-    saved(tmp_path / "y-01-01-11-00", 9, at=3000)
+    assert find_resume_point(args) is None and next_start_number(args) == 1
+    saved(tmp_path / "x-01-01-10-00", 50, at=3000, start_number=1)
+    newest = saved(tmp_path / "x-01-01-09-00", 7, at=2000, start_number=2)
+    saved(tmp_path / "x-01-01-09-00-1", 6, at=4000, start_number=2)  # a copy of an earlier time
+    saved(tmp_path / "y-01-01-11-00", 9, at=5000, start_number=3)
     point = find_resume_point(args)
     assert point is not None and (point.run, point.iteration) == (newest, 7)
-    assert point.folder == newest / "resume" / "7"
+    assert point.folder == newest / "resume" / "7" and next_start_number(args) == 3
     assert find_resume_point(arguments(save=str(tmp_path), experiment_name="x")) is None
+
+
+def test_a_state_is_found_before_latest_was_first_written(tmp_path):
+    run = saved(tmp_path / "x-01-01-10-00", 5, at=1)
+    saved(run, 40, at=1)
+    (run / "resume" / "latest").unlink()
+    (run / "resume" / "50").mkdir()  # not complete
+    point = find_resume_point(arguments(save=str(tmp_path), experiment_name="x", resume="auto"))
+    assert point is not None and point.iteration == 40
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"samples": -5}, "'samples' is -5; give"),
+        ({"samples": "x"}, "'samples' is 'x'; give a whole number"),
+        ({"samples": 0}, "'samples' is 0 after 4 iterations"),
+        ({"world_size": 0}, "'world_size' is 0"),
+        ({"ema": 1}, "'ema' is 1"),
+        ({"files": "abc"}, "'files' is 'abc'"),
+        ({"files": ["../../other"]}, "'files' names '../../other'"),
+        ({"order": float("nan")}, "it holds NaN"),
+        ({"iteration": 3}, "'iteration' is 3, and the state is that of iteration 4"),
+        ({"surprise": 3}, "'surprise' is unknown"),
+    ],
+)
+def test_a_wrong_value_in_the_state_is_named(tmp_path, values, said):
+    run = saved(tmp_path / "run", 4, at=1, **values)
+    with pytest.raises(InputError, match="the resume state cannot be read") as caught:
+        find_resume_point(arguments(resume=str(run)))
+    assert said in str(caught.value) and str(run / "resume" / "4" / "resume.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"text"', "[" * 100_000, '{"iteration": ' + "9" * 5000 + "}"])
+def test_a_state_that_is_no_mapping_of_values_is_refused(tmp_path, content):
+    run = saved(tmp_path / "run", 4, at=1)
+    (run / "resume" / "4" / "resume.json").write_text(content)
+    with pytest.raises(InputError, match="the resume state cannot be read"):
+        find_resume_point(arguments(resume=str(run)))
 
 
 def test_a_name_may_contain_pattern_characters(tmp_path):
@@ -73,7 +113,7 @@ def test_a_path_selects_any_run(tmp_path):
     assert point is not None and point.run == run
 
 
-@pytest.mark.parametrize("content", ["", "next", "8"])
+@pytest.mark.parametrize("content", ["", "next", "8", "../4", "-4"])
 def test_a_broken_latest_file_is_reported(tmp_path, content):
     run = saved(tmp_path / "run", 4, at=1000)
     (run / "resume" / "latest").write_text(content)
@@ -90,6 +130,8 @@ def test_a_broken_latest_file_is_reported(tmp_path, content):
         ({"trained": 9}, "model.not_trainable_prefixes"),
         ({"ema": True}, "args.ema_decay"),
         ({"base_digest": None}, "args.load"),
+        ({"lora_rank": 8, "trained": 9}, "model.network_config.params.modules.lora_config.params.r"),
+        ({"optimizer_settings": {"amsgrad": True}}, "deepspeed.optimizer.params.amsgrad"),
     ],
 )
 def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
@@ -99,12 +141,31 @@ def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
     assert problem.path == key and "args.resume=none" in str(caught.value)
 
 
-def test_other_clips_give_a_warning(caplog):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clips": "other", "captions": "other"}, "the training clips differ"),
+        ({"captions": "other"}, "the captions are not those at the start of"),
+        ({"clip_files": "other"}, "the files of the training clips are not those at the start of"),
+        ({"config_digest": "other"}, "the configuration differs"),
+        ({"optimizer_settings": {"amsgrad": False, "eps": 1.0}}, None),
+    ],
+)
+def test_other_clips_and_captions_give_a_warning(caplog, tmp_path, change, said):
+    point = dataclasses.replace(POINT, run=tmp_path)
+    (tmp_path / "3").mkdir()
     with caplog.at_level("WARNING"):
-        POINT.check(POINT)
-        assert not caplog.messages
-        POINT.check(dataclasses.replace(POINT, clips="other"))
-    assert "the training clips differ" in caplog.text
+        point.check(dataclasses.replace(point, **change))
+    assert [said in message for message in caplog.messages] == ([] if said is None else [True])
+
+
+def test_weights_that_are_gone_are_said(caplog, tmp_path):
+    point = dataclasses.replace(POINT, run=tmp_path)
+    with caplog.at_level("WARNING"):
+        point.check(point)
+    assert f"the weights of {tmp_path / '3'} are gone" in caplog.text
+    with pytest.raises(InputError, match="has all 3 iterations, but the folder of its weights, .*3, is gone"):
+        point.require_weights()
 
 
 def test_the_number_of_ranks_matters_only_for_sharded_state():
@@ -219,11 +280,45 @@ def test_removed_weights_are_told_and_written_again(training_yaml, tmp_path, cap
     trained = read_tensors(find_weights(run))
     trained = {name: tensor.clone() for name, tensor in trained.items()}
     shutil.rmtree(run / "2")
-    with pytest.raises(
-        InputError, match=r"its last, but its weights were removed.*convert_weight_deepspeed2hf"
-    ) as error:
+    with pytest.raises(InputError, match=r"but its weights were removed.*convert_weight_deepspeed2hf") as error:
         start(training_yaml, tmp_path, "args.train_iters=2", f"args.resume={run}")
     folder = str(error.value).partition("--checkpoint_path ")[2].partition(" ")[0]
     convert(folder, tmp_path / "again", to="sat")
     again = read_tensors(find_weights(tmp_path / "again"))
     assert again.keys() == trained.keys() and all(torch.equal(again[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_settings_of_the_optimizer_changed_at_a_resume_take_effect(training_yaml, tmp_path, stage):
+    """As in an optimizer that had them from the start, except for what the first iteration did."""
+    common = [f"deepspeed.zero_optimization.stage={stage}", "args.train_iters=2", "args.lr_decay_style=constant"]
+    params = "deepspeed.optimizer.params"
+    run = start(training_yaml, tmp_path, *common, "args.exit_interval=1").folder
+    again = [*common, f"args.resume={run}", "args.exit_interval=null"]
+    changes = [f"{params}.weight_decay=0.5", f"{params}.eps=0.1", f"{params}.betas=[0.5,0.6]"]
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    results = []
+    for more in ([], changes):
+        shutil.rmtree(run)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        results.append(read_tensors(find_weights(start(training_yaml, tmp_path, *again, *more).folder)))
+        saved = json.loads((run / "resume" / "2" / "resume.json").read_text())
+        assert saved["optimizer_settings"]["eps"] == (0.1 if more else 1e-8) and saved["start_number"] == 2
+        assert set(saved["files"]) == {path.name for path in (run / "resume" / "2").iterdir()} - {"resume.json"}
+    assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_run_that_died_before_it_saved_begins_again_in_its_folder(training_yaml, tmp_path):
+    dead = tmp_path / "train-01-01-10-00"
+    dead.mkdir()
+    (dead / ".lock").write_text("1\n")
+    (dead / "metrics.jsonl").write_text("half")
+    done = tmp_path / "train-01-01-09-00"  # its state was deleted to save space
+    (done / "5").mkdir(parents=True)
+    (done / "latest").write_text("5\n")
+    (done / ".lock").touch()
+    summary = start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto", "args.experiment_name=train")
+    assert summary.folder == dead and len(read_metrics(dead / "metrics.jsonl")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [done.name, dead.name] and (done / "5").is_dir()

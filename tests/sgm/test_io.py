@@ -1,0 +1,114 @@
+"""Atomic writes, and what killed writers leave: removed if its owner is dead, kept if it lives."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import sgm.io
+from sgm.conversion.writing import check_new_folder, new_folder
+from sgm.io import WriteError, atomic_file, denied_text, remove_leftovers
+from sgm.util import RunError
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Each test is a process that has written nothing yet."""
+    monkeypatch.setattr(sgm.io, "_cleaned", set())
+
+
+def writer(folder: Path, kind: str) -> tuple[int, int]:
+    """Fork a process that stops in the middle of writing a file or folder; return its id and a pipe that it closes."""
+    end, started = os.pipe()
+    if pid := os.fork():
+        os.close(started)
+        assert os.read(end, 1) == b"1"
+        return pid, end
+    try:
+        with atomic_file(folder / "out.json") if kind == "file" else new_folder(folder / "out.json") as temporary:
+            (temporary if kind == "file" else temporary / "a").write_text("half")
+            os.write(started, b"1")
+            signal.pause()
+    finally:
+        os._exit(0)
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_only_what_dead_writers_left_is_removed(tmp_path, kind):
+    (tmp_path / ".out.user").write_text("not ours")
+    pid, end = writer(tmp_path, kind)
+    try:
+        check_new_folder(tmp_path / "out.json")
+        with atomic_file(tmp_path / "out.json") as temporary:
+            temporary.write_text("whole")
+        assert len(hidden(tmp_path)) == 2, "its owner lives"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(end)
+    sgm.io._cleaned.clear()
+    with atomic_file(tmp_path / "other.json") as temporary:
+        temporary.write_text("whole")
+    assert hidden(tmp_path) == [".out.user"]
+    assert (tmp_path / "out.json").read_text() == "whole"
+
+
+def test_a_hidden_folder_killed_between_its_steps_is_removed(tmp_path):
+    (tmp_path / ".out.1-ab").mkdir()  # before it was locked
+    (tmp_path / ".out.2-ab").mkdir()
+    (tmp_path / ".out.2-ab" / "lock").touch()  # after its content was renamed to the output
+    remove_leftovers(tmp_path)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("inner", "number", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), None, "the disk is full (No space left on device)"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed"), errno.ENOSPC, "full"),
+        (RunError("could not write x.mp4: ffmpeg ended with 228: av_interleaved_write_frame()"), errno.EDQUOT, "quota"),
+        (OSError(errno.EROFS, "Read-only file system"), None, "the file system is read-only"),
+    ],
+)
+def test_a_failed_write_says_what_the_disk_says(tmp_path, monkeypatch, inner, number, said):
+    monkeypatch.setattr(sgm.io, "_failure_of", lambda _: number)
+    with pytest.raises(WriteError) as caught, atomic_file(tmp_path / "x.mp4"):
+        raise inner
+    message = str(caught.value)
+    assert said in message and str(tmp_path / "x.mp4") in message
+    assert "PytorchStreamWriter" not in message and "ffmpeg" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_of_a_disk_is_found_by_writing(tmp_path, small_disk):
+    with small_disk(10_000), pytest.raises(WriteError, match="larger than the limit"), atomic_file(tmp_path / "x"):
+        raise RuntimeError("hidden by a library")
+
+
+def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
+    with pytest.raises(RunError, match="numbers differ") as caught, atomic_file(tmp_path / "x"):
+        raise RunError("numbers differ")
+    assert not isinstance(caught.value, WriteError)
+
+
+@pytest.mark.parametrize(
+    ("denied", "asked", "said"),
+    [
+        ("a", "a/b/c", "you may not enter the folder {}/a (right 'x')"),
+        ("a/b/c", "a/b/c", "{}/a/b/c: you may not read this file (right 'r')"),
+        ("a/b", "a/b/new", "{}/a/b: you may not write there (right 'w')"),
+    ],
+)
+def test_a_missing_right_is_named(tmp_path, monkeypatch, denied, asked, said):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").touch()
+    allowed = {"a": os.F_OK, "a/b/c": os.F_OK, "a/b": os.R_OK | os.X_OK}[denied]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / denied or not mode & ~allowed)
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / asked))
+    assert said.format(tmp_path) in denied_text(error)
