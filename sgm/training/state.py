@@ -205,7 +205,7 @@ class ResumePoint:
                 f"{self.run} has all {self.iteration} iterations, but its weights were removed: "
                 f"{self.run / str(self.iteration)} is missing or empty. Write them from the state: python "
                 f"tools/convert_weight_deepspeed2hf.py --checkpoint_path {self.folder} --to sat --output_path "
-                "<folder>. Or restore them, raise args.train_iters to go on from the resume state, or start a new run with "
+                "<folder>. Or restore them, raise args.train_iters to go on from the state, or start a new run with "
                 "args.resume=none"
             )
 

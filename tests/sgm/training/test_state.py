@@ -16,7 +16,7 @@ from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder, next_start_number
 from sgm.util import InputError
-from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.files import WEIGHTS, find_weights, read_tensors
 from tests.processes import train_all
 from tests.sgm.training.points import POINT
 
@@ -154,6 +154,7 @@ def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
 def test_other_clips_and_captions_give_a_warning(caplog, tmp_path, change, said):
     point = dataclasses.replace(POINT, run=tmp_path)
     (tmp_path / "3").mkdir()
+    (tmp_path / "3" / f"{WEIGHTS}.pt").touch()
     with caplog.at_level("WARNING"):
         point.check(dataclasses.replace(point, **change))
     assert [said in message for message in caplog.messages] == ([] if said is None else [True])
@@ -163,8 +164,8 @@ def test_weights_that_are_gone_are_said(caplog, tmp_path):
     point = dataclasses.replace(POINT, run=tmp_path)
     with caplog.at_level("WARNING"):
         point.check(point)
-    assert f"the weights of {tmp_path / '3'} are gone" in caplog.text
-    with pytest.raises(InputError, match="has all 3 iterations, but the folder of its weights, .*3, is gone"):
+    assert f"the weights of iteration 3 were removed from {tmp_path};" in caplog.text
+    with pytest.raises(InputError, match="has all 3 iterations, but its weights were removed: .*3 is missing or empty"):
         point.require_weights()
 
 
