@@ -303,7 +303,7 @@ def schedule_problems(config: Config) -> Iterator[Problem]:
 def _schedule(section: Any) -> np.ndarray | None:
     """Return the noise levels of all timesteps; None for classes that do not say how many, or cannot be built."""
     try:
-        built = None if section is None else instantiate_from_config(section)
+        built: Any = None if section is None else instantiate_from_config(section)
         return built(built.num_timesteps).numpy() if hasattr(built, "num_timesteps") else None
     except InputError:  # reported where the part is built
         return None

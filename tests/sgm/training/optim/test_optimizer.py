@@ -162,7 +162,8 @@ def test_the_optimizer_of_sat_is_not_imported():
         ("torch.optim.SDG", "has no 'SDG'; did you mean 'SGD'"),
         ("no_such_package.AdamW8bit", "install the package"),
         ("torch.nn.Linear", "not a subclass of torch.optim.Optimizer"),
-        ("torch.optim.lr_scheduler", "not a subclass of torch.optim.Optimizer"),
+        ("torch.optim.lr_scheduler", "is not a class"),
+        ("os.system", "is not trusted"),
     ],
 )
 def test_unknown_optimizers_are_refused(name, message):
