@@ -156,7 +156,7 @@ def test_the_check_prints_the_table(training_yaml, settings, capsys):
     ("name", "buckets", "text"),
     [
         ("dit_t2v_2b", "[5x64x96,5x32x48]", "32x48 is no size"),
-        ("dit_t2v_1.5", "[9x32x48,5x32x48]", "5 frames are no length"),
+        ("dit_t2v_1.5", "[9x32x48,6x32x48]", "6 frames cannot be encoded"),
         (LORA, "[{shape: 5x32x48, batchsize: 2}]", "did you mean 'batch_size'"),
     ],
 )

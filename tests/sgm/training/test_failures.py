@@ -333,7 +333,7 @@ def test_a_clip_that_breaks_when_it_is_decoded_is_replaced_and_named(job, breaks
     bad_clips = json.loads((summary.folder / "bad_clips.json").read_text())
     assert bad_clips["at_start"] == {}, "it looks well"
     reasons = bad_clips["in_training"]
-    assert list(reasons) == [bad] and "damaged" in reasons[bad]
+    assert list(reasons) == [bad] and "cannot be decoded" in reasons[bad]
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["quarantined_clips"] == 1
 
 
