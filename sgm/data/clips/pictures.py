@@ -78,7 +78,8 @@ def picture_size(source: str | io.BytesIO) -> tuple[int, int]:
 def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
     """Open a picture, without decoding it; errors, also those in the block, become a PictureError."""
     try:
-        require_file(source)
+        if isinstance(source, str):
+            require_file(source)
         with Image.open(source, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
