@@ -14,10 +14,13 @@ from einops import rearrange
 from torch import nn
 from torch.utils._pytree import register_dataclass
 
-from sgm.config.precision import autoencoder_dtype
+from sgm.config.precision import autoencoder_dtype, conv3d_warnings
+from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
+
+logger = get_logger(__name__)
 
 Progress = Callable[[Sequence[int]], Any]
 
@@ -203,6 +206,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, as in .../3d-vae.pt"
             )
         dtype = autoencoder_dtype(dtype)
+        warn_once(logger, conv3d_warnings(dtype, device))
         return load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device)
 
     def _require_first_stage(self) -> Any:

@@ -12,7 +12,15 @@ import torch
 import sgm.distributed
 from sgm.checks.estimate import training_rows
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.sampling import SamplingPlan, check_files, check_sampling, check_shapes, params_of, problems_of
+from sgm.checks.sampling import (
+    SamplingPlan,
+    check_files,
+    check_sampling,
+    check_shapes,
+    cudnn_row,
+    params_of,
+    problems_of,
+)
 from sgm.checks.training import check_training_data, fitted_buckets
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config
@@ -262,6 +270,7 @@ class _Checks:
             "weights": "random" if args.load is None else str(find_weights(args.load)),
             "trains": str(facts["trainable"]),
             "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
+            **cudnn_row(facts["dtype"], sgm.distributed.device()),
             "data": str(data),
             **facts["caches"].report(),
             "batch": batches,
