@@ -85,13 +85,22 @@ def _start_launched() -> None:
         # torchrun keeps its store across restarts, with the addresses of the old processes.
         store, rank, size = next(rendezvous("env://", timeout=_timeout))
         store = PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = dist.get_default_backend_for_device(device())
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
+        _start_groups(store=store, rank=rank, world_size=size, timeout=_timeout)
         _store = store
         _peers = Peers(rank=rank, size=size, timeout=_timeout)
     except dist.DistError as error:
         found = f"some of {world_size()} ranks are missing after args.distributed_timeout ({_timeout}): {error}"
         raise RunError(f"{found}; start all of them, with the same MASTER_ADDR and MASTER_PORT") from error
+
+
+def _start_groups(**options: Any) -> None:
+    """Create the group of all processes, bound to this process's accelerator if it has one.
+
+    Unbound, NCCL connects at the first collective, and guesses the device of `barrier`.
+    """
+    own = device()
+    bound = None if own.type == "cpu" else own
+    dist.init_process_group(dist.get_default_backend_for_device(own), device_id=bound, **options)
 
 
 def initialize(*, mesh: Mesh | None = None) -> None:
@@ -119,8 +128,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
             _start_launched()
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
-            backend = dist.get_default_backend_for_device(device())
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            _start_groups(store=store, rank=0, world_size=1)
     tensor = mesh.tensor if mesh is not None else _current().tensor
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != tensor:
         mpu.destroy_model_parallel()  # a network was built for inspection before the sizes were known

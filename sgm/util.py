@@ -245,6 +245,15 @@ def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `x` on `device`; the host does not wait for the copy, since it is made from pinned memory."""
+    if x.device.type != "cpu" or device.type == "cpu":
+        return x.to(device)
+    if torch.accelerator.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def default(value: Any, fallback: Any) -> Any:
     """Return `value`, or `fallback` where `value` is None."""
     return fallback if value is None else value

@@ -19,7 +19,7 @@ import sgm.distributed
 from sgm.parallel.sequence import shard_sizes, sum_gradients
 from sgm.util import InputError, instantiate_from_config
 from vae_modules.cp_ops import SharedStream, gather_pieces
-from vae_modules.layers import Stream
+from vae_modules.layers import MAX_ELEMENTS, Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 
 DECODE_CHUNK = 2  # latent frames
@@ -61,6 +61,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     Attributes:
         tiling: a `Tiling` to encode and decode in spatial tiles, see `enable_tiling`; None for whole frames.
         slicing: encode and decode one sample of the batch at a time, see `enable_slicing`.
+        max_elements: of the tensors that a convolution, norm or upsampling gets, see `vae_modules.layers`.
         decodes_everywhere: all ranks of the context parallel group get the decoded video; otherwise only the first
             one, and the others get 0 frames. Latents always go to all ranks.
     """
@@ -90,6 +91,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.encode_chunk = encode_chunk
         self.tiling: Tiling | None = None
         self.slicing = False
+        self.max_elements = MAX_ELEMENTS
         self.cp_size = max(cp_size, 1)
         self.decodes_everywhere = True
         self.encoder = instantiate_from_config(encoder_config)
@@ -158,14 +160,16 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         height, width = x.shape[3] // in_scale, x.shape[4] // in_scale
         if height <= size[0] and width <= size[1]:
             return run(x)
-        total = weight = None
+        total = weight = dtype = None
         for top in _tile_starts(height, size[0], overlap):
             for left in _tile_starts(width, size[1], overlap):
                 bottom, right = min(top + size[0], height), min(left + size[1], width)
                 tile = run(x[..., top * in_scale : bottom * in_scale, left * in_scale : right * in_scale])
                 if total is None or weight is None:
-                    total = tile.new_zeros((*tile.shape[:3], height * out_scale, width * out_scale))
-                    weight = tile.new_zeros(total.shape[3:], dtype=torch.float32)
+                    # float32: rounding every sum would show in the overlaps.
+                    whole = (*tile.shape[:3], height * out_scale, width * out_scale)
+                    total = tile.new_zeros(whole, dtype=torch.float32)
+                    weight = tile.new_zeros(whole[3:], dtype=torch.float32)
                 ramp = overlap * out_scale
                 mask = torch.outer(
                     _blend_weights(tile.shape[3], ramp, top > 0, bottom < height, tile.device),
@@ -173,10 +177,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 )
                 rows = slice(top * out_scale, bottom * out_scale)
                 columns = slice(left * out_scale, right * out_scale)
-                total[..., rows, columns] += tile * mask.to(tile.dtype)
+                total[..., rows, columns] += tile * mask
                 weight[rows, columns] += mask
-        assert total is not None and weight is not None, "there is at least one tile"
-        return total / weight.to(total.dtype)
+                dtype = tile.dtype
+        assert total is not None and weight is not None and dtype is not None, "there is at least one tile"
+        return total.div_(weight).to(dtype)
 
     def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
         if self.encode_chunk is None and self._num_ranks() > 1:
@@ -196,7 +201,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         if self._num_ranks() > 1:
             lengths = [end - start for start, end in itertools.pairwise(bounds)]
             return self._shared(x, network, lengths, scales=scales, shares_norms=False)
-        stream = Stream()
+        stream = Stream(self.max_elements)
         pieces = []
         for start, end in itertools.pairwise(bounds):
             stream.begin_chunk(is_first=start == 0, is_last=end == frames)
@@ -239,7 +244,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         own = []
         if active is not None:
             rank, size = active.rank(), active.size()
-            stream = SharedStream(active, shares_norms=shares_norms and size > 1)
+            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=self.max_elements)
             for index in range(rank, len(lengths), size):
                 stream.begin_piece(index, len(lengths))
                 own.append(network(x[:, :, starts[index] : starts[index + 1]], stream))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sgm.parallel.sequence import sum_gradients
-from vae_modules.layers import Stream
+from vae_modules.layers import MAX_ELEMENTS, Stream, moments_of, normalize, pooled_moments
 
 
 class Neighbours:
@@ -125,10 +125,11 @@ class SharedStream(Stream):
     Args:
         group: the ranks with a piece.
         shares_norms: whether norm statistics cover the pieces of all ranks.
+        max_elements: see `Stream`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, shares_norms: bool) -> None:
-        super().__init__()
+    def __init__(self, group: dist.ProcessGroup, *, shares_norms: bool, max_elements: int = MAX_ELEMENTS) -> None:
+        super().__init__(max_elements)
         self._neighbours = Neighbours(group)
         self._shares_norms = shares_norms
         self._piece = Piece(self._neighbours, 0, 1)
@@ -150,24 +151,8 @@ class SharedStream(Stream):
         """Normalise the frames of a piece, or with `shares_norms` those of all ranks together."""
         if not self._shares_norms:
             return super().group_norm(norm, x)
-        return shared_group_norm(norm, x, self._neighbours.group)
-
-
-def shared_group_norm(norm: nn.GroupNorm, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Group normalisation of (B, C, T, H, W) whose statistics cover the frames of all ranks; float32 statistics."""
-    grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2).float()
-    count = torch.full_like(grouped[..., 0], grouped.shape[2])
-    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-    counts, means, variances = _gather_statistics(torch.stack((count, mean, variance)), group).unbind(1)
-    weights = counts / counts.sum(0)
-    mean = (weights * means).sum(0)
-    variance = (weights * (variances + (means - mean).square())).sum(0)
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
-    mean = mean.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
-    scale = scale * norm.weight.float()
-    place = (..., None, None, None)
-    centered = x - mean[place].to(x.dtype)  # first: the mean may be much larger than the deviations
-    return torch.addcmul(norm.bias[:, None, None, None], centered, scale[place].to(x.dtype))
+        moments = _gather_statistics(moments_of(x, norm.num_groups), self._neighbours.group)
+        return normalize(norm, x, pooled_moments(moments))
 
 
 def _gather_statistics(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

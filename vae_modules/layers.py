@@ -4,7 +4,13 @@ Shapes: ``B C T H W`` everywhere. Temporal resampling skips the first frame of a
 
 A clip can be processed in chunks along T. The caller passes a `Stream` through all layers; it caches the last frames
 of a chunk for the temporal convolutions of the next chunk.
+
+Within a chunk, no kernel gets a tensor of 2³¹ elements or more: cuDNN indexes with 32 bits, and PyTorch's own kernels
+for larger ones are slow or wrong. Convolutions, norms and upsampling take a chunk in pieces along T, usually one.
 """
+
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +20,22 @@ from sgm.modules.in_place import silu
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
+MAX_ELEMENTS = 2**31 - 1  # of a tensor that a kernel indexes with 32 bits
 
 
 class Stream:
     """State of one pass over a clip in chunks.
+
+    Args:
+        max_elements: of the tensors that a convolution, norm or upsampling gets; see `pieces`.
 
     Attributes:
         is_first: the current chunk starts the clip.
         is_last: no chunk follows; no frames are cached.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_elements: int = MAX_ELEMENTS) -> None:
+        self.max_elements = max_elements
         self.is_first = True
         self.is_last = True
         self._tails: dict[nn.Module, torch.Tensor] = {}
@@ -46,9 +57,81 @@ class Stream:
             self._tails[layer] = x[:, :, -num_frames:].clone()
         return x
 
+    def pieces(self, num_frames: int, frame_elements: int, *, overlap: int = 0) -> list[tuple[int, int]]:
+        """Return the bounds of the pieces in which a kernel takes `num_frames` frames, usually one piece.
+
+        Args:
+            num_frames: frames of the result.
+            frame_elements: elements of a frame of the kernel's input or output, whichever is larger.
+            overlap: further frames of the input that every piece needs.
+        """
+        longest = max(self.max_elements // frame_elements - overlap, 1)
+        count = -(-num_frames // longest)
+        bounds = [num_frames * i // count for i in range(count + 1)]
+        return list(itertools.pairwise(bounds))
+
+    def convolve(self, conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+        """Apply a convolution without padding in time: (B, C, T, H, W) → (B, C', T − kernel + 1, H, W)."""
+        overlap = conv.kernel_size[0] - 1
+        num_frames = x.shape[2] - overlap
+        frame = x.shape[0] * max(conv.in_channels, conv.out_channels) * x.shape[3] * x.shape[4]
+        pieces = self.pieces(num_frames, frame, overlap=overlap)
+        if len(pieces) == 1:
+            return conv(x)
+        return _joined((conv(x[:, :, start : end + overlap]) for start, end in pieces), num_frames)
+
     def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         """Normalise the frames of a chunk (B, C, T, H, W)."""
-        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if len(self.pieces(x.shape[2], x[:, :, 0].numel())) == 1:
+            return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return normalize(norm, x, moments_of(x, norm.num_groups))
+
+
+def moments_of(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Return count, mean and variance of every group of channels of (B, C, T, H, W): float32 (3, B, groups).
+
+    Frame by frame, so that float32 copies are those of a frame.
+    """
+    found = []
+    for frame in x.unbind(2):
+        variance, mean = torch.var_mean(frame.unflatten(1, (num_groups, -1)).float(), dim=(2, 3, 4), correction=0)
+        found.append(torch.stack((torch.full_like(mean, frame[0].numel() // num_groups), mean, variance)))
+    return pooled_moments(torch.stack(found))
+
+
+def pooled_moments(moments: torch.Tensor) -> torch.Tensor:
+    """Join the moments of n parts, (n, 3, B, groups) → (3, B, groups); see `moments_of`."""
+    counts, means, variances = moments.unbind(1)
+    total = counts.sum(0)
+    weights = counts / total
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean).square())).sum(0)
+    return torch.stack((total, mean, variance))
+
+
+def normalize(norm: nn.GroupNorm, x: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Group normalisation of (B, C, T, H, W) by given moments (3, B, groups), computed in float32 frame by frame."""
+    _, mean, variance = moments.repeat_interleave(norm.num_channels // norm.num_groups, dim=2)
+    scale = (variance + norm.eps).rsqrt() * norm.weight.float()
+    shift = torch.addcmul(norm.bias.float(), mean, scale, value=-1)
+    scale, shift = scale[..., None, None, None], shift[..., None, None, None]
+    frames = (torch.addcmul(shift, frame.float(), scale).to(x.dtype) for frame in x.split(1, dim=2))
+    return _joined(frames, x.shape[2])
+
+
+def _joined(pieces: Iterator[torch.Tensor], num_frames: int) -> torch.Tensor:
+    """Concatenate pieces (B, C, t, H, W) along time; without gradients, one of them exists at a time."""
+    if torch.is_grad_enabled():
+        return torch.cat(list(pieces), dim=2)
+    start, whole = 0, None
+    for piece in pieces:
+        if whole is None:
+            whole = piece.new_empty((*piece.shape[:2], num_frames, *piece.shape[3:]))
+        whole[:, :, start : start + piece.shape[2]] = piece
+        start += piece.shape[2]
+        del piece  # before the next one is made
+    assert whole is not None, "a chunk has frames"
+    return whole
 
 
 class CausalConv3d(nn.Module):
@@ -70,7 +153,7 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C', T, H, W)."""
-        return self.conv(stream.extend(self, x, self.history) if self.history else x)
+        return stream.convolve(self.conv, stream.extend(self, x, self.history) if self.history else x)
 
 
 class Normalize(nn.GroupNorm):
@@ -154,7 +237,8 @@ class ResnetBlock3D(nn.Module):
         """(B, C, T, H, W) → (B, C', T, H, W)."""
         h = self.conv1(silu(self.norm1(x, latents, stream)), stream)
         h = self.conv2(self.dropout(silu(self.norm2(h, latents, stream))), stream)
-        h += self.nin_shortcut(x)  # in place: the backward pass does not need h
+        # In place: the backward pass does not need h.
+        h += stream.convolve(self.nin_shortcut, x) if isinstance(self.nin_shortcut, nn.Conv3d) else x
         return h
 
 
@@ -181,6 +265,11 @@ class Downsample3D(nn.Module):
         if self.compress_time and x.shape[2] > 1:
             *first, rest = stream.frame_groups(x)
             x = torch.cat((*first, (rest[:, :, ::2] + rest[:, :, 1::2]) / 2), dim=2)  # avg_pool3d is slower
+        batch, channels, num_frames, height, width = x.shape
+        pieces = stream.pieces(num_frames, batch * channels * (height + 1) * (width + 1))
+        return _joined((self._shrunk(x[:, :, start:end]) for start, end in pieces), num_frames)
+
+    def _shrunk(self, x: torch.Tensor) -> torch.Tensor:
         return _as_clips(self.conv(F.pad(_as_frames(x), (0, 1, 0, 1))), x.shape[0])
 
 
@@ -197,9 +286,18 @@ class Upsample3D(nn.Module):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """(B, C, T, H, W) → (B, C, T', 2H, 2W), T' = 2(T−1)+1 at the start of a clip, 2T later."""
-        batch, _, num_frames = x.shape[:3]
-        x = _as_clips(self.conv(F.interpolate(_as_frames(x), scale_factor=2.0)), batch)
-        if not self.compress_time:
-            return x
-        source = torch.arange(int(stream.is_first), 2 * num_frames, device=x.device) // 2
-        return x.index_select(2, source)
+        batch, channels, num_frames, height, width = x.shape
+        pieces = stream.pieces(num_frames, batch * channels * 4 * height * width)
+        skipped = int(self.compress_time and stream.is_first)  # the first frame of a clip is not doubled
+        num_made = 2 * num_frames - skipped if self.compress_time else num_frames
+        return _joined(self._enlarged(x, pieces, skipped), num_made)
+
+    def _enlarged(self, x: torch.Tensor, pieces: Sequence[tuple[int, int]], skipped: int) -> Iterator[torch.Tensor]:
+        """Yield the frames of the result; doubled ones twice, less the first `skipped`."""
+        for start, end in pieces:
+            small = _as_frames(x[:, :, start:end])
+            frames = _as_clips(self.conv(F.interpolate(small, scale_factor=2.0)), x.shape[0])
+            for number, frame in enumerate(frames.split(1, dim=2), start):
+                yield frame
+                if self.compress_time and number >= skipped:
+                    yield frame

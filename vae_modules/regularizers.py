@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sgm.util import to_device
+
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
@@ -18,11 +20,12 @@ class DiagonalGaussian:
     mean: torch.Tensor
     logvar: torch.Tensor
 
-    def sample(self, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw latents; the noise comes from `generator`, on the generator's device."""
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+    def sample(self, *, generator: torch.Generator | None = None, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Draw latents, with the given `noise` or with that of `generator`, drawn on the generator's device."""
+        if noise is None:
+            device = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * to_device(noise, self.mean.device)
 
     def kl(self) -> torch.Tensor:
         """KL divergence to the standard normal distribution, summed over the components: (B,), in nats."""

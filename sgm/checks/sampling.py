@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
-from sgm.config.precision import precision_name, resolve_precision
+from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger
@@ -375,6 +376,7 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         f"hidden size {network['hidden_size']}, {geometry.positions} positions",
         "VAE": f"{counts['first_stage_config']:,} parameters" if "first_stage_config" in counts else "none",
         "precision": f"{precision_name(facts['dtype'])} on {facts['device']}",
+        **cudnn_row(facts["dtype"], facts["device"]),
         "task": "image to video" if plan.image2video else "text to video",
         "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
         f"{plan.seconds:.1f} s",
@@ -384,6 +386,12 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         "results": args.output_dir,
     }
     return as_table(rows)
+
+
+def cudnn_row(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Return a row about a faulty cuDNN for a network in `dtype` on `device`; none if it is right."""
+    warnings = conv3d_warnings(autoencoder_dtype(dtype), device)
+    return {"warning": "; ".join(warnings)} if warnings else {}
 
 
 def as_table(rows: Mapping[str, str]) -> str:

@@ -96,3 +96,29 @@ def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
 def precision_name(dtype: torch.dtype) -> str:
     """Return the name of `dtype` in YAML files."""
     return next(name for name, value in PRECISIONS.items() if value is dtype)
+
+
+def conv3d_fault(cudnn: int | None, dtype: torch.dtype) -> str | None:
+    """Return what is wrong with 3D convolutions of the autoencoder in this version of cuDNN; None if nothing is.
+
+    cuDNN 9.8 to 9.14 gives wrong results in half precision (pytorch/pytorch#163539). PyTorch before 2.9 uses it all
+    the same; PyTorch 2.9 goes around it, with several times the memory and a quarter of the speed
+    (pytorch/pytorch#166643, #166122). cuDNN 9.15 is right (pytorch/pytorch#166480).
+
+    Args:
+        cudnn: ``torch.backends.cudnn.version()``, such as 91002 for 9.10.2; None without cuDNN.
+        dtype: of the autoencoder.
+    """
+    if cudnn is None or dtype is torch.float32 or not 90800 <= cudnn < 91500:
+        return None
+    version = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    return (
+        f"cuDNN {version} computes 3D convolutions in half precision wrongly, or PyTorch goes around it with much more "
+        "memory and time; install cuDNN 9.15 or newer (package nvidia-cudnn-cu12 or -cu13) with PyTorch 2.9.1 or newer"
+    )
+
+
+def conv3d_warnings(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Return `conv3d_fault` of the installed cuDNN for an autoencoder on `device`, if there is one."""
+    fault = conv3d_fault(torch.backends.cudnn.version(), dtype) if device.type != "cpu" else None
+    return [] if fault is None else [fault]

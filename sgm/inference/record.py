@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
@@ -13,6 +16,13 @@ RESULT_ARGS = (
     "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16 base "
     "force_inference vae_tiling"
 ).split()
+
+
+def clock() -> float:
+    """Return the wall time in seconds, once the device has finished the work that it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @dataclass

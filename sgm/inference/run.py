@@ -30,7 +30,7 @@ from sgm.inference.prompts import (
     load_image,
     read_prompts_cli,
 )
-from sgm.inference.record import Summary, Timings, result_digest
+from sgm.inference.record import Summary, Timings, clock, result_digest
 from sgm.inference.results import Results
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
@@ -218,7 +218,7 @@ class SamplingRun:
 
     def _encode(self, prompts: list[Prompt]) -> tuple[list[Conds], float]:
         """Return (cond, uncond) embeddings of each prompt, on the CPU, and the seconds taken; uncond is shared."""
-        start = time.perf_counter()
+        start = clock()
         conditioner = self.engine.conditioner
         negative = default(self.args.negative_prompt, "")
         keys = [key for entry in conditioner.entries for key in entry.input_keys]
@@ -232,7 +232,7 @@ class SamplingRun:
                 else:
                     cond = _on_cpu(conditioner(batch))
                 encoded.append((cond, self._uncond))
-        return encoded, time.perf_counter() - start
+        return encoded, clock() - start
 
     def _sample_prompt(self, prompt: Prompt, samples: list[int], conds: Conds, timings: Timings) -> None:
         """Sample, decode and write the numbers `samples` of one prompt; without numbers, sample only."""
@@ -254,9 +254,9 @@ class SamplingRun:
         if self.args.only_save_latents:
             saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
-            start = time.perf_counter()
+            start = clock()
             videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
-            timings.decode = time.perf_counter() - start
+            timings.decode = clock() - start
             saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None
         for k, save in zip(samples, saves, strict=True) if writes else ():
@@ -274,11 +274,11 @@ class SamplingRun:
         if prompt.image is None:
             assert self.plan.size is not None, "text-to-video plans have a size"
             return self.plan.size, None
-        start = time.perf_counter()
+        start = clock()
         size = self.plan.size or self.geometry.size_for_image(*image_size(prompt.image))
         image = load_image(prompt.image, size)[None].to(self.device)
         concat = self.engine.image_latents(image, self.plan.latents).expand(num, -1, -1, -1, -1)
-        timings.image = time.perf_counter() - start
+        timings.image = clock() - start
         return size, concat
 
     def _sample_latents(
@@ -290,7 +290,7 @@ class SamplingRun:
         concat: torch.Tensor | None,
         timings: Timings,
     ) -> torch.Tensor:
-        start = time.perf_counter()
+        start = clock()
         latents = self.engine.sample(
             cond,
             uncond,
@@ -301,7 +301,7 @@ class SamplingRun:
             scale=self.args.guidance_scale,
             progress=partial(_progress, description="steps"),
         )
-        timings.sample = time.perf_counter() - start
+        timings.sample = clock() - start
         return latents
 
     def _finish(

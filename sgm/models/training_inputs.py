@@ -4,12 +4,15 @@ Legend: ``B T C H W`` latents, ``B F 3 H W`` videos, ``B 2C T H W`` moments of t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sgm.data.clips.frames import TIME_COMPRESSION
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
-from sgm.util import InputError
+from sgm.modules.geometry import SPATIAL_COMPRESSION
+from sgm.util import InputError, to_device
 
 # Noise on the first frame of image-to-video training: its standard deviation is exp(N(mean, std²)).
 IMAGE_NOISE_LOG_MEAN, IMAGE_NOISE_LOG_STD = -3.0, 0.5
@@ -27,6 +30,8 @@ def training_inputs(
 ) -> TrainingInputs:
     """Encode a batch and draw all random numbers, per sample.
 
+    No copy to the device makes the host wait, and none is made of numbers that are drawn in vain.
+
     Samples are independent of their batch. Each generator draws, in this order: whether the text is dropped, level and
     noise of the first frame, whether the image is dropped, posterior noise, timestep, diffusion noise.
 
@@ -41,28 +46,90 @@ def training_inputs(
         idx: fixed timesteps instead of drawn ones.
     """
     loss_fn, conditioner, device = engine.require_loss(), engine.require_conditioner(), engine.device
+    encoded = "moments" in batch
     samples = []
     for i, generator in enumerate(generators):
         cond = dict(conditioner({key: [batch[key][i]] for key in engine.text_keys}, generator=generator))
-        name = "moments" if "moments" in batch else engine.input_key
-        clip = batch[name][i][None].to(device, non_blocking=True)
-        if engine.noised_image_input:
-            cond["concat"] = _image_condition(engine, batch, i, clip, generator)
-        latents = _clean_latents(engine, clip, generator, encoded=name == "moments")
+        clip = batch["moments" if encoded else engine.input_key][i][None]
+        size = _latent_size(engine, clip, encoded=encoded)
+        # Everything is drawn and sent before the clip is encoded, so that the device never waits for the host.
+        image = _draw_image(engine, batch, clip, generator) if engine.noised_image_input else None
+        posterior = _draw_posterior(engine, clip, size, generator, encoded=encoded)
         drawn = loss_fn.sigma_sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks)
         step = drawn if idx is None else torch.tensor(idx[i : i + 1])
-        samples.append((latents, cond, step.to(device), loss_fn.draw_noise(latents, generator)))
-    latents, conds, steps, noise = zip(*samples, strict=True)
+        shape = (1, size[0] + engine.front_padding(size[0]), engine.network.out_channels, *size[1:])
+        noise = loss_fn.draw_noise(torch.empty(()).expand(shape), generator)
+        step, noise, clip = (to_device(x, device) for x in (step, noise, clip))
+        posterior = None if posterior is None else to_device(posterior, device)
+        if image is not None:
+            cond["concat"] = _image_condition(engine, batch, i, clip, image, size)
+        latents = _clean_latents(engine, clip, posterior, encoded=encoded)
+        samples.append((latents, cond, step, noise))
+    latents, conds, steps, noises = zip(*samples, strict=True)
     joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noise))
+    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises))
+
+
+@dataclass(frozen=True)
+class _ImageDraws:
+    """What is drawn for the image of one sample.
+
+    Attributes:
+        dropped: whether the image condition is zero.
+        noise: added to the image (1, 3, H, W); None if that is not encoded.
+    """
+
+    dropped: bool
+    noise: torch.Tensor | None
+
+
+def _latent_size(engine: SATVideoDiffusionEngine, clip: torch.Tensor, *, encoded: bool) -> tuple[int, int, int]:
+    """Return (T, H, W) of the latents of a clip or of moments, without padding."""
+    if encoded:
+        return clip.shape[2], clip.shape[3], clip.shape[4]
+    frames, _, height, width = clip.shape[1:]
+    if engine.latent_input:
+        return frames, height, width
+    return (frames - 1) // TIME_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+
+
+def _draw_image(
+    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], clip: torch.Tensor, generator: torch.Generator
+) -> _ImageDraws:
+    """Draw noise for the image, unless it comes from a cache, and whether it is dropped."""
+    if engine.latent_input:
+        raise InputError("model.latent_input has no first frame to condition on; set noised_image_input: false")
+    noise = None
+    if "image_moments" not in batch:
+        level = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn(1, generator=generator))
+        noise = level * torch.randn(clip[:, 0].shape, generator=generator)
+    dropped = torch.rand(1, generator=generator).item() < engine.noised_image_dropout
+    return _ImageDraws(dropped, None if dropped else noise)
+
+
+def _draw_posterior(
+    engine: SATVideoDiffusionEngine,
+    clip: torch.Tensor,
+    size: tuple[int, int, int],
+    generator: torch.Generator,
+    *,
+    encoded: bool,
+) -> torch.Tensor | None:
+    """Draw the noise (1, C, T, H, W) of the latents' distribution, in its dtype; None for latents as input."""
+    if encoded:
+        return torch.randn((1, clip.shape[1] // 2, *size), generator=generator, dtype=clip.dtype)
+    if engine.latent_input:
+        return None
+    dtype = engine.first_stage_dtype
+    return torch.randn((1, engine.network.out_channels, *size), generator=generator, dtype=dtype)
 
 
 def _clean_latents(
-    engine: SATVideoDiffusionEngine, clip: torch.Tensor, generator: torch.Generator, *, encoded: bool
+    engine: SATVideoDiffusionEngine, clip: torch.Tensor, noise: torch.Tensor | None, *, encoded: bool
 ) -> torch.Tensor:
     """Return the latents of a clip (1, F, 3, H, W) or of its moments, front-padded with copies of the first frame."""
     if encoded:
-        latents = engine.latents_of(clip, generator=generator)
+        latents = engine.latents_of(clip, noise=noise)
     elif engine.latent_input:
         if clip.shape[2] != engine.network.out_channels:
             raise InputError(
@@ -71,28 +138,29 @@ def _clean_latents(
             )
         latents = clip.float() * engine.scale_factor
     else:
-        latents = engine.encode_first_stage(clip, generator=generator)
+        latents = engine.encode_first_stage(clip, noise=noise)
     padding = engine.front_padding(latents.shape[1])
     return torch.cat((latents[:, :1].expand(-1, padding, -1, -1, -1), latents), dim=1) if padding else latents
 
 
 def _image_condition(
-    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], i: int, clip: torch.Tensor, generator: torch.Generator
+    engine: SATVideoDiffusionEngine,
+    batch: Mapping[str, Any],
+    i: int,
+    clip: torch.Tensor,
+    drawn: _ImageDraws,
+    size: tuple[int, int, int],
 ) -> torch.Tensor:
     """Return the image latents of clip `i`, with noise on the image unless it comes from a cache; zeros if dropped."""
-    if engine.latent_input:
-        raise InputError("model.latent_input has no first frame to condition on; set noised_image_input: false")
-    num_latents = clip.shape[2] if "moments" in batch else (clip.shape[1] - 1) // 4 + 1
+    num_latents, height, width = size
+    if drawn.dropped:
+        first = torch.zeros((1, 1, engine.network.out_channels, height, width), device=clip.device)
+        return engine.image_condition(first, num_latents)
     if "image_moments" in batch:
-        dropped = torch.rand(1, generator=generator).item() < engine.noised_image_dropout
-        moments = batch["image_moments"][i][None].to(clip.device, non_blocking=True)
+        moments = to_device(batch["image_moments"][i][None], clip.device)
         first = engine.latents_of(moments, sample=False, scale=engine.scale_image_latents)
-        latents = engine.image_condition(first, num_latents)
-    else:
-        image = batch["image"][i] if "image" in batch else None
-        first = clip[:, 0] if image is None else image[None].to(clip.device)
-        level = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn(1, generator=generator))
-        noise = torch.randn(first.shape, generator=generator)
-        dropped = torch.rand(1, generator=generator).item() < engine.noised_image_dropout
-        latents = engine.image_latents(first + (level * noise).to(first.device), num_latents)
-    return torch.zeros_like(latents) if dropped else latents
+        return engine.image_condition(first, num_latents)
+    assert drawn.noise is not None, "an image that is encoded has noise"
+    image = batch["image"][i] if "image" in batch else None
+    first = clip[:, 0] if image is None else to_device(image[None], clip.device)
+    return engine.image_latents(first + to_device(drawn.noise, clip.device), num_latents)

@@ -14,11 +14,14 @@ from einops import rearrange
 from torch import nn
 from torch.utils._pytree import register_dataclass
 
-from sgm.config.precision import autoencoder_dtype
+from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
+from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.util import PRECISIONS, InputError, instantiate_from_config, without_allocating
+from sgm.util import PRECISIONS, InputError, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
+
+logger = get_logger(__name__)
 
 Progress = Callable[[Sequence[int]], Any]
 
@@ -145,6 +148,11 @@ class SATVideoDiffusionEngine(nn.Module):
         return next(self.network.parameters()).device if self.run_device is None else self.run_device
 
     @property
+    def first_stage_dtype(self) -> torch.dtype:
+        """The dtype in which the autoencoder encodes and decodes."""
+        return next(self._require_first_stage().parameters()).dtype
+
+    @property
     def text_keys(self) -> list[str]:
         """The entries of a batch that the conditioner reads."""
         return [key for entry in self.require_conditioner().entries for key in entry.input_keys]
@@ -200,6 +208,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 "model.first_stage_config.params.ckpt_path is not set; give the autoencoder's file, as in .../3d-vae.pt"
             )
         dtype = autoencoder_dtype(dtype)
+        warn_once(logger, conv3d_warnings(dtype, device))
         return load_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys, dtype=dtype, device=device)
 
     def _require_first_stage(self) -> Any:
@@ -209,23 +218,29 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def encode_first_stage(
-        self, video: torch.Tensor, *, generator: torch.Generator | None = None, sample: bool = True, scale: bool = True
+        self,
+        video: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
+        sample: bool = True,
+        scale: bool = True,
     ) -> torch.Tensor:
         """Video (B, F, 3, H, W) in −1..1 → latents (B, T, C, H/8, W/8).
 
         Args:
             video: F = 4k+1 frames.
             generator: source of the posterior noise.
+            noise: posterior noise on the video's device, instead of drawn noise.
             sample: draw from the posterior; otherwise take its mean.
             scale: multiply by `scale_factor`.
         """
-        vae = self._require_first_stage()
-        dtype = next(vae.parameters()).dtype
+        vae, dtype = self._require_first_stage(), self.first_stage_dtype
         pieces = [
             vae.encode_moments(rearrange(piece, "b t c h w -> b c t h w").to(dtype))
             for piece in video.split(self.samples_a_time or len(video))
         ]
-        return self.latents_of(torch.cat(pieces), generator=generator, sample=sample, scale=scale)
+        return self.latents_of(torch.cat(pieces), generator=generator, noise=noise, sample=sample, scale=scale)
 
     @torch.no_grad()
     def latents_of(
@@ -233,20 +248,20 @@ class SATVideoDiffusionEngine(nn.Module):
         moments: torch.Tensor,
         *,
         generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
         sample: bool = True,
         scale: bool = True,
     ) -> torch.Tensor:
         """Mean and log-variance (B, 2C, T, H/8, W/8) → latents (B, T, C, H/8, W/8); see `encode_first_stage`."""
         distribution = self._require_first_stage().regularization.distribution(moments)
-        latents = distribution.sample(generator=generator) if sample else distribution.mean
+        latents = distribution.sample(generator=generator, noise=noise) if sample else distribution.mean
         latents = rearrange(latents, "b c t h w -> b t c h w").float()
         return latents * self.scale_factor if scale else latents
 
     @torch.no_grad()
     def decode_first_stage(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, T, C, H, W) → video (B, 4(T−1)+1, 3, 8H, 8W), float32, nominally in −1..1."""
-        vae = self._require_first_stage()
-        dtype = next(vae.parameters()).dtype
+        vae, dtype = self._require_first_stage(), self.first_stage_dtype
         latents = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w").to(dtype)
         pieces = [vae.decode(piece) for piece in latents.split(self.samples_a_time or len(latents))]
         return rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
@@ -341,7 +356,8 @@ class SATVideoDiffusionEngine(nn.Module):
             raise InputError("the model section has no sampler_config; add one to sample")
         padding = self.front_padding(shape[0])
         padded = (shape[0] + padding, *shape[1:])
-        noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators]).to(self.device)
+        noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators])
+        noise = to_device(noise, self.device)
         cond, uncond = dict(cond), None if uncond is None else dict(uncond)
         if concat is not None:
             cond["concat"] = concat

@@ -302,7 +302,7 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         transformer["checkpoint_activations"] = args.checkpoint_activations
     section["params"]["compile_model"] = bool(section["params"].get("compile_model")) or args.compile
     in_memory = args.load is None or args.force_train
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU
         torch.manual_seed(derive_seed(args.seed, "weights"))
         engine: SATVideoDiffusionEngine = instantiate_from_config(section, allocate=in_memory)
     if args.load is None:

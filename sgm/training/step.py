@@ -13,6 +13,7 @@ from torch import nn
 import sgm.distributed
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
+from sgm.util import to_device
 
 logger = get_logger(__name__)
 
@@ -41,7 +42,7 @@ def nonzero_index(weights: Sequence[float]) -> list[int] | slice:
 def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     """Return the mean over B of losses (B,) multiplied by weights (B,)."""
     if any(weight != 1 for weight in weights):
-        losses = losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+        losses = losses * to_device(torch.tensor(weights, dtype=losses.dtype), losses.device)
     return losses.mean()
 
 

@@ -45,6 +45,18 @@ def test_groups_can_be_made_again_after_a_shutdown():
     assert dist.is_initialized()
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_group_of_all_processes_is_bound_to_the_accelerator(monkeypatch, kind):
+    """NCCL otherwise connects late, and guesses the device of a barrier."""
+    started = []
+    own = torch.device("cpu") if kind == "cpu" else torch.device(kind, 1)
+    monkeypatch.setattr(sgm.distributed, "device", lambda: own)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append((backend, options)))
+    sgm.distributed._start_groups(rank=0)
+    expected = ("gloo", {"device_id": None}) if kind == "cpu" else ("nccl", {"device_id": own})
+    assert started == [(expected[0], expected[1] | {"rank": 0})]
+
+
 def test_two_ranks(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)

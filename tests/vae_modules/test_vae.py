@@ -1,14 +1,18 @@
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.models import build_vae, randomize, vae_section
+from benchmarks.models import CONFIGS, build_vae, randomize, vae_section
 from sgm.parallel.sequence import shard_sizes
-from sgm.util import InputError, instantiate_from_config
+from sgm.util import InputError, instantiate_from_config, without_allocating
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
-from vae_modules.layers import CausalConv3d, Downsample3D, SpatialNorm3D, Stream, Upsample3D
+from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, SpatialNorm3D, Stream, Upsample3D
 from vae_modules.regularizers import DiagonalGaussian, DiagonalGaussianRegularizer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -115,6 +119,127 @@ def test_spatial_norm_equals_its_formula(is_first, frames, record):
     assert torch.equal(x, kept)
 
 
+@pytest.mark.parametrize("max_elements", [1, 3000, 20_000])
+def test_layers_in_pieces_equal_the_whole(max_elements):
+    x = random(2, 32, 9, 6, 4)
+    norm = torch.nn.GroupNorm(8, 32)
+    randomize(norm, 0)
+    layers = [
+        CausalConv3d(32, 16, 3),
+        CausalConv3d(32, 64, 1),
+        Downsample3D(32, compress_time=True),
+        Downsample3D(32, compress_time=False),
+        Upsample3D(32, compress_time=True),
+        Upsample3D(32, compress_time=False),
+        ResnetBlock3D(32, 64, 0.0),
+        lambda x, stream: stream.group_norm(norm, x),
+    ]
+    for layer in layers:
+        more = (None,) if isinstance(layer, ResnetBlock3D) else ()
+        for record in (False, True):
+            found, expected = [], []
+            for results, stream in ((found, Stream(max_elements)), (expected, Stream())):
+                leaf = x.clone().requires_grad_(record)
+                with torch.set_grad_enabled(record):
+                    results.append(layer(leaf, *more, stream))
+                    if record:
+                        results[0].sin().sum().backward()
+                        results.append(leaf.grad)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "elements", "overlap", "expected"),
+    [
+        (9, 10, 0, [(0, 9)]),
+        (10, 10, 2, [(0, 5), (5, 10)]),
+        (10, 10, 0, [(0, 10)]),
+        (11, 10, 0, [(0, 5), (5, 11)]),
+        (2, 500, 0, [(0, 1), (1, 2)]),
+    ],
+)
+def test_pieces_are_as_long_as_allowed_overlap_included(frames, elements, overlap, expected):
+    assert Stream(100).pieces(frames, elements, overlap=overlap) == expected
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_norms_in_pieces_are_exact_and_copy_no_more_than_a_frame(mean):
+    norm = torch.nn.GroupNorm(4, 8)
+    randomize(norm, 0)
+    x = (random(2, 8, 6, 4, 4) + mean).bfloat16()
+    expected = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), norm.eps)
+    with Operators() as operators, torch.no_grad():
+        found = Stream(1).group_norm(norm, x)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+    assert found.dtype == torch.bfloat16 and found.is_contiguous()
+    sizes = [made.numel() for _, _, made in operators.calls if made.dtype == torch.float32]
+    assert max(sizes) == x[:, :, 0].numel()
+
+
+class Operators(TorchDispatchMode):
+    """Record (name, tensors taken, tensor made) of every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.calls += [
+            (func.overloadpacket.__name__, taken, x) for x in tree_leaves(made) if isinstance(x, torch.Tensor)
+        ]
+        return made
+
+
+KERNELS = ("convolution", "native_group_norm", "upsample_nearest2d", "upsample_nearest3d")
+
+
+@torch.no_grad()
+def test_the_decoder_does_not_copy_its_largest_tensors(vae):
+    """Neither by itself nor inside of kernels, which copy an input that is not contiguous."""
+    with Operators() as operators:
+        vae.decode(random(1, 16, 4, 2, 3))
+    largest = max(made.numel() for _, _, made in operators.calls)
+    copied = [
+        made.shape
+        for name, _, made in operators.calls
+        if name in ("clone", "index_select") and made.numel() > largest / 4
+    ]
+    read = [x for name, taken, _ in operators.calls if name in KERNELS for x in taken]
+    assert copied == [] and not [x.shape for x in read if x.numel() > largest / 4 and not x.is_contiguous()]
+
+
+@functools.cache
+def largest_in_kernels(first_stage: str, frames: int, height: int, width: int) -> dict[str, int]:
+    """Return the most elements that a kernel meets in encoding and in decoding, by a run on the meta device."""
+    with without_allocating():
+        vae = instantiate_from_config(yaml.safe_load(first_stage))
+    latents = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
+    video = torch.empty(1, 3, frames, height, width, device="meta")
+    found = {}
+    for run, x in ((vae.encode_moments, video), (vae.decode, latents)):
+        with Operators() as operators, torch.no_grad():
+            run(x)
+        calls = [(*taken, made) for name, taken, made in operators.calls if name in KERNELS]
+        found[run.__name__] = max(x.numel() for tensors in calls for x in tensors)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_kernel_of_a_released_size_meets_2_31_elements(path):
+    config = yaml.safe_load(path.read_text())
+    if "first_stage_config" not in config.get("model", {}):
+        pytest.skip("no model")
+    height, width = config["args"].get("sampling_image_size") or (768, 1360)
+    frames = config["model"]["network_config"]["params"]["num_frames"]
+    section = config["model"]["first_stage_config"]
+    section["params"].pop("ckpt_path")
+    first_stage = yaml.safe_dump(section)
+    for how, largest in largest_in_kernels(first_stage, frames, height, width).items():
+        assert largest < 2**31, how
+
+
 @pytest.mark.parametrize(
     ("num", "size", "expected"), [(13, 4, [4, 3, 3, 3]), (1, 3, [1, 0, 0]), (0, 2, [0, 0]), (6, 2, [3, 3])]
 )
@@ -208,6 +333,8 @@ def test_blending_tiles_of_a_local_function_gives_it_back(vae):
 
     whole = vae._tiled(latents, enlarge, 1, 8)
     torch.testing.assert_close(whole, enlarge(latents), rtol=0, atol=1e-6)
+    half = latents.bfloat16()
+    assert torch.equal(vae._tiled(half, enlarge, 1, 8), enlarge(half)), "blended in float32"
     shrunk = vae._tiled(whole, lambda x: x[..., ::8, ::8], 8, 1)
     torch.testing.assert_close(shrunk, latents, rtol=0, atol=1e-6)
 

@@ -26,7 +26,15 @@ def io():
     return load_file(GOLDEN / "io.safetensors")
 
 
+@pytest.fixture(params=[None, 1, 50_000], ids=["whole", "frames", "pieces"])
+def split(vae, request, monkeypatch):
+    """Let kernels take whole chunks, single frames, or a few frames at a time."""
+    if request.param is not None:
+        monkeypatch.setattr(vae, "max_elements", request.param)
+
+
 @pytest.mark.parametrize("frames", [1, 9, 17])
+@pytest.mark.usefixtures("split")
 @torch.no_grad()
 def test_moments_are_those_of_the_reference(vae, io, frames):
     moments = vae.encode_moments(io[f"video.{frames}"])
@@ -34,6 +42,7 @@ def test_moments_are_those_of_the_reference(vae, io, frames):
 
 
 @pytest.mark.parametrize("latents", [1, 3, 5, 9])
+@pytest.mark.usefixtures("split")
 @torch.no_grad()
 def test_video_is_that_of_the_reference(vae, io, latents):
     video = vae.decode(io[f"latents.{latents}"])

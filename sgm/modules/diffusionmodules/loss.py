@@ -10,7 +10,7 @@ import torch
 
 from sgm.config.values import NotNegative, Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
-from sgm.util import InputError, append_dims, default, instantiate_from_config
+from sgm.util import InputError, append_dims, default, instantiate_from_config, to_device
 
 LOSS_TYPES = ("l2", "l1")
 
@@ -58,7 +58,7 @@ class VideoDiffusionLoss:
         if self.offset_noise_level > 0:
             offset = torch.randn(x.shape[:1], generator=generator, device=device)
             noise = noise + self.offset_noise_level * append_dims(offset, x.ndim)
-        return noise.to(x.device)
+        return to_device(noise, x.device)
 
     def __call__(
         self,
@@ -85,8 +85,8 @@ class VideoDiffusionLoss:
             **model_kwargs: further inputs of the network.
         """
         drawn = idx if idx is not None else self.sigma_sampler.draw_idx(len(x), generator=generator)
-        idx = drawn.to(x.device)
-        noise = noise.to(x.device) if noise is not None else self.draw_noise(x, generator)
+        idx = to_device(drawn, x.device)
+        noise = to_device(noise, x.device) if noise is not None else self.draw_noise(x, generator)
         levels = self.sigma_sampler.levels(idx)
         a = append_dims(levels, x.ndim)
         noised = a * x.float() + (1 - a**2) ** 0.5 * noise.float()

@@ -161,9 +161,7 @@ class VPSDEDPMPP2MSampler(VideoSampler):
 
     def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
         """Return the sample at the next level; see the class for the noise drawn."""
-        noise = draw_noise(state.x, generators)
-        if state.previous_denoised is not None:
-            noise = draw_noise(state.x, generators)
+        noise = draw_noise(state.x, generators, num_skipped=int(state.previous_denoised is not None))
         weights = dpmpp_2m_sde_weights(state.a_previous, state.a, state.a_next)
         return apply_step(weights, state.x, state.denoised, previous_denoised=state.previous_denoised, noise=noise)
 

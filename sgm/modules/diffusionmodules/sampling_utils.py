@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sgm.util import to_device
+
 
 @dataclass(frozen=True)
 class StepWeights:
@@ -80,20 +82,26 @@ def apply_step(
     return x
 
 
-def draw_noise(x: torch.Tensor, generators: Sequence[torch.Generator] | None = None) -> torch.Tensor:
+def draw_noise(
+    x: torch.Tensor, generators: Sequence[torch.Generator] | None = None, *, num_skipped: int = 0
+) -> torch.Tensor:
     """Draw standard normal noise of the shape, dtype and device of `x` (B, ...).
 
     Args:
         x: gives shape, dtype and device.
         generators: one per sample; each draws its sample's noise in float32 on its own device, so that a sample is
             independent of the rest of the batch. None draws the whole batch from torch's global generator.
+        num_skipped: draws of each generator before this one that are not used.
 
     Raises:
         ValueError: the number of generators is not B.
     """
     if generators is None:
-        return torch.randn_like(x)
+        return [torch.randn_like(x) for _ in range(num_skipped + 1)][-1]
     if len(generators) != x.shape[0]:
         raise ValueError(f"got {len(generators)} generators for a batch of {x.shape[0]}; pass one per sample")
+    for _ in range(num_skipped):
+        for g in generators:
+            torch.randn(x.shape[1:], generator=g, device=g.device)
     draws = [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators]
-    return torch.stack([draw.to(device=x.device, dtype=x.dtype) for draw in draws])
+    return to_device(torch.stack(draws), x.device).to(x.dtype)

@@ -14,11 +14,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import nn
+from torch.func import functional_call
 
 from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.modules.encoders.t5_folder import T5Folder, UnknownText
-from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest
+from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest, to_device
 
 log = get_logger(__name__)
 
@@ -252,6 +253,7 @@ class FrozenT5Embedder(nn.Module):
         self._module_device = torch.device("cpu")
         # In a list, which nn.Module does not register: T5 must not appear among the parameters.
         self._loaded: list[nn.Module] = []
+        self._copies: dict[str, torch.Tensor] = {}  # of weights offloaded to the host, on the device while in use
         self._num_holds = 0
         self._warned: set[tuple[str, int]] = set()
 
@@ -281,10 +283,9 @@ class FrozenT5Embedder(nn.Module):
             yield
         finally:
             self._num_holds -= 1
-            if self._num_holds == 0 and self._loaded:
-                if self.offload == "cpu":
-                    self._loaded[0].to(torch.device("cpu"))
-                elif self.offload == "release":
+            if self._num_holds == 0:
+                self._copies = {}  # frozen: nothing is copied back
+                if self.offload == "release":
                     self.release()
 
     @torch.no_grad()
@@ -303,7 +304,9 @@ class FrozenT5Embedder(nn.Module):
         if isinstance(texts, str):
             raise InputError(f"expected a list of texts, got the single string {texts!r}; write [text]")
         distinct = list(dict.fromkeys(texts))
-        embeddings = {text: self.known[text][None].to(self._module_device) for text in distinct if text in self.known}
+        embeddings = {
+            text: to_device(self.known[text][None], self._module_device) for text in distinct if text in self.known
+        }
         if len(embeddings) < len(distinct):
             embeddings |= self._encode([text for text in distinct if text not in embeddings])
         if not distinct:
@@ -314,9 +317,12 @@ class FrozenT5Embedder(nn.Module):
         """Run T5 on different texts; return the embedding (1, L, D) of each."""
         with self.keep_loaded():
             model, device = self._model_on_device()
+            hidden = {}
             # T5 keeps its own precision under the network's autocast.
             with torch.autocast(device.type, enabled=False):
-                hidden = {text: model(input_ids=self.tokenize([text]).to(device)).last_hidden_state for text in texts}
+                for text in texts:
+                    tokens = to_device(self.tokenize([text]), device)
+                    hidden[text] = functional_call(model, self._copies, (), {"input_ids": tokens}).last_hidden_state
         return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
@@ -367,7 +373,15 @@ class FrozenT5Embedder(nn.Module):
         if not self._loaded:
             self.check()
             self._loaded.append(self.folder.load(self.dtype_on(device)))
-        return self._loaded[0].to(device), device
+            if self.offload == "cpu" and torch.accelerator.is_available():
+                for weight in self._loaded[0].parameters():  # pinned once, so that every copy is fast
+                    weight.data = weight.data.pin_memory()
+        model = self._loaded[0]
+        if self.offload != "cpu":
+            model.to(device)
+        elif not self._copies and device.type != "cpu":
+            self._copies = {name: to_device(weight.data, device) for name, weight in model.named_parameters()}
+        return model, device
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Return the precision of T5 on `device`: `dtype`, or else that of its files."""
@@ -446,7 +460,7 @@ def _encode(embedder: nn.Module, entry: _Entry, inputs: list[list[str]], dropped
         raise InputError(f"{type(embedder).__name__} returned shape {tuple(embedding.shape)}; expected (B, L, D)")
     if legacy is not None:
         return embedding
-    return embedding.masked_fill(dropped.to(embedding.device)[:, None, None], 0.0)
+    return embedding.masked_fill(to_device(dropped, embedding.device)[:, None, None], 0.0)
 
 
 def _join(embeddings: list[torch.Tensor]) -> dict[str, torch.Tensor]:

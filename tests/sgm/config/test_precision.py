@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sgm.checks.sampling import cudnn_row
 from sgm.config.args import SamplingArgs
 from sgm.config.load import ConfigError
-from sgm.config.precision import resolve_training_precision
+from sgm.config.precision import conv3d_fault, resolve_training_precision
 
 
 def resolve(precision, device="accelerator", *, args=None, **deepspeed):
@@ -59,3 +60,27 @@ def test_a_cpu_cannot_train_in_fp16():
     assert resolve("fp16", "cpu", args={"fp16": False}) is torch.float32
     with pytest.raises(ConfigError, match="set deepspeed.fp16.enabled=false"):
         resolve("fp16", "cpu", fp16=True)
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "dtype", "version"),
+    [
+        (None, torch.bfloat16, None),
+        (90701, torch.bfloat16, None),
+        (90800, torch.bfloat16, "9.8.0"),
+        (91002, torch.bfloat16, "9.10.2"),
+        (91002, torch.float16, "9.10.2"),
+        (91002, torch.float32, None),
+        (91400, torch.bfloat16, "9.14.0"),
+        (91500, torch.bfloat16, None),
+        (8907, torch.bfloat16, None),
+    ],
+)
+def test_versions_of_cudnn_with_faulty_3d_convolutions_are_named(monkeypatch, cudnn, dtype, version):
+    fault = conv3d_fault(cudnn, dtype)
+    assert (fault is None) == (version is None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    row = cudnn_row(dtype, torch.device("cuda", 0))
+    assert cudnn_row(dtype, torch.device("cpu")) == {}
+    if version is not None and dtype is torch.bfloat16:
+        assert f"cuDNN {version} " in fault and "9.15 or newer" in row["warning"]

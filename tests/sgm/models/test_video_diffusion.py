@@ -1,10 +1,15 @@
+import contextlib
+
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dit_video_concat
 from sgm.models import training_inputs as inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.training.step import weighted_mean
 from sgm.util import InputError
 
 
@@ -108,6 +113,49 @@ def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(
     mixed = images(image=[None, other, None])
     assert torch.equal(mixed[[0, 2]], first[[0, 2]])
     torch.testing.assert_close(mixed[1], other + noise[1])
+
+
+class Transfers(TorchDispatchMode):
+    """Record the copies from the host to a device: (bytes, whether the host may go on)."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        sources = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim]
+        if sources and isinstance(made, torch.Tensor) and made.device.type != "cpu":
+            waits_not = kwargs.get("non_blocking", args[-1] is True)
+            self.sent.append((sum(x.numel() * x.element_size() for x in sources), waits_not))
+        return made
+
+
+@pytest.mark.parametrize("source", ["clips", "moments"])
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_no_copy_to_or_from_the_device_makes_the_host_wait(make_engine, t5_folder, monkeypatch, source, dropout):
+    """A step on the meta device, from which nothing can be read; copies to it are counted."""
+    engine = make_engine("dit_i2v_5b", fresh=True, noised_image_dropout=dropout).to("meta")
+    engine.conditioner.to("meta")
+    moments, image = torch.rand(32, 2, 8, 12), torch.rand(32, 1, 8, 12)
+    cached = {"moments": [moments] * 2, "image_moments": [image] * 2}
+    batch = (cached if source == "moments" else {"mp4": torch.rand(2, 5, 3, 64, 96)}) | {
+        "txt": ["a red circle", "a blue square"]
+    }
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+
+    def step():
+        made = inputs.training_inputs(engine, batch, generators)
+        weighted_mean(engine.training_losses(made), [1.0, 0.5]).backward()
+        return made
+
+    step()  # the first one moves text encoder and noise levels
+    with Transfers() as transfers:
+        made = step()
+    assert transfers.sent and all(waits_not for _, waits_not in transfers.sent)
+    assert made.latents.shape == made.noise.shape == made.cond["concat"].shape == (2, 2, 16, 8, 12)
 
 
 def test_sampling_starts_from_the_noise_of_each_generator(make_engine):

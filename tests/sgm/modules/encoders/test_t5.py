@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import subprocess
@@ -151,6 +152,23 @@ def test_offload_happens_after_the_outermost_block(t5_dir, offload, stays):
     assert embedder.is_loaded == stays
     embedder(["a red ball"])
     assert embedder.is_loaded == stays
+
+
+def test_offloaded_weights_are_pinned_once_and_never_copied_back(t5_dir, monkeypatch):
+    """The meta device stands for an accelerator: nothing can be copied back from it."""
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+    embedder = FrozenT5Embedder(str(t5_dir), max_length=8, offload="cpu")
+    nn.Sequential(embedder).to("meta")
+    for _ in range(3):
+        assert embedder(["a red ball"]).device.type == "meta"
+        (model,) = embedder._loaded
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"} and not embedder._copies
+    at_load, sent = len(list(model.parameters())), [x for x in pinned if x.dtype.is_floating_point]
+    # `pin_memory` returns a pinned tensor as it is.
+    assert len({x.data_ptr() for x in sent}) == at_load and len(sent) == at_load * (1 + 3)
 
 
 @pytest.mark.parametrize(
