@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from sgm.util import InputError
 from sgm.weights.checksums import KEY, damaged_entry, safetensors_checksums, zip_checksums
@@ -238,7 +237,9 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
-            return load_file(path, device="cpu")
+            # Mapped one by one: `load_file` reads the whole file.
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return _tensors_of(_read_torch(path, size, head), path)
 
 

@@ -163,16 +163,26 @@ def test_an_order_with_other_sizes_is_refused():
         SampleStream([Numbered(3)], TrainingOrder([4], seed=0))
 
 
-def started(num_clips, num_workers):
+class Stuck(Numbered):
+    """The third clip is never decoded to its end."""
+
+    def __getitem__(self, index):
+        clip = super().__getitem__(index)
+        if self.decoded.value > 2:
+            time.sleep(600)
+        return clip
+
+
+def started(dataset, num_workers):
     """Return batches after the first one, and the process ids of the workers."""
     others = {child.pid for child in multiprocessing.active_children()}
-    batches = iter(loader(stream_of(Numbered(num_clips)), stop=num_clips, num_workers=num_workers))
+    batches = iter(loader(stream_of(dataset), stop=len(dataset), num_workers=num_workers))
     next(batches)
     return batches, {child.pid for child in multiprocessing.active_children()} - others
 
 
 def test_workers_survive_signals_meant_for_their_parent():
-    batches, workers = started(60, num_workers=2)
+    batches, workers = started(Numbered(60), num_workers=2)
     assert len(workers) == 2
     for pid in workers:
         for name in ("INT", "TERM"):  # as sent by a terminal or scheduler, not by the parent
@@ -181,7 +191,10 @@ def test_workers_survive_signals_meant_for_their_parent():
 
 
 def test_a_dead_worker_is_reported_with_a_hint():
-    batches, workers = started(500, num_workers=1)
+    dataset = Stuck()
+    batches, workers = started(dataset, num_workers=1)
+    while dataset.decoded.value < 3:  # while it decodes: torch waits for ever for the lock of one killed in its loop
+        time.sleep(0.01)
     os.kill(workers.pop(), signal.SIGKILL)
     with pytest.raises(RunError, match="a process that decodes clips died: .*lower args.num_workers"):
         list(batches)
