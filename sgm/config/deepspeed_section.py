@@ -41,7 +41,7 @@ _LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hyste
 _Count = Annotated[int, Field(ge=1)]
 _Rate = Annotated[float, Field(ge=0, le=100)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
-_Dtype = Literal["fp32", "fp16", "bf16"]
+_Dtype = Literal["fp16", "bf16", "fp32"]
 
 
 class _TopLevel(BaseModel):

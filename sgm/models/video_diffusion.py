@@ -102,7 +102,7 @@ class SATVideoDiffusionEngine(nn.Module):
         not_trainable_prefixes: Sequence[str] = (),
         input_key: Name = "mp4",
         en_and_decode_n_samples_a_time: AtLeast1 | None = None,
-        precision: Literal["fp32", "fp16", "bf16"] | None = None,
+        precision: Literal["fp16", "bf16", "fp32"] | None = None,
         lora_train: bool = False,
         ofs: float = 2.0,
         compile_model: bool = False,

@@ -95,7 +95,7 @@ def test_valid_sections_have_no_problems(section):
         (
             {"data_types": {"grad_accum_dtype": "int8"}},
             "data_types.grad_accum_dtype",
-            "one of fp32, fp16, bf16",
+            "one of fp16, bf16, fp32",
         ),
         (
             {"activation_checkpointing": {"partition_activation": False}},
