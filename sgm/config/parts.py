@@ -85,8 +85,6 @@ PARTS: Mapping[str, Part] = {
     "loss_fn_config": Part("a loss", {_CALL: ["network", "denoiser", "latents", "cond", "idx=", "noise="]}),
     "sigma_sampler_config": Part("a sampler of noise levels", _DRAWS),
     "sampler_config": Part("a sampler", {_CALL: _SAMPLES, "timesteps": ["num_steps"]}),
-    "guider_config": Part(
-        "a guider", {"prepare_inputs": ["x", "cond", "uncond"], "combine": ["denoised", "timestep="]}
-    ),
+    "guider_config": Part("a guider", _GUIDES),
     "data": Part("a data set", {"__len__": [], "__getitem__": ["index"]}),
 }

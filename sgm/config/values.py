@@ -44,7 +44,13 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
 
 def spelled(value: Any, most: int = 100) -> str:
     """Return a value as YAML would spell it, for a message; what is long is shortened in the middle."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return shortened(
+        repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), most
+    )
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """Return `text` for a message, its middle left out where it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
+from sgm.config.values import shortened
 from sgm.util import InputError, nearest
 
 MAX_BYTES = 2_000_000  # of a file
@@ -311,11 +312,6 @@ def _override_value(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
-
-
-def shortened(text: str, most: int = 100) -> str:
-    """Return `text` for a message, its middle left out where it is long."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _child(container: Any, key: str | int) -> Any:

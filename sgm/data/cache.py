@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from sgm.data.rows import ClipFile, listed
 from sgm.io import write_json
 from sgm.util import PRECISIONS, InputError, RunError
-from sgm.weights.checksums import crc32, read_header, safetensors_checksums, write_safetensors
+from sgm.weights.checksums import crc32, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
 
 Kind = Literal["latents", "images", "text"]
@@ -85,7 +85,7 @@ class Description:
         path = folder / self.shard(number)
         try:
             raw = read_header(path)
-            checksums = safetensors_checksums(path)
+            checksums = header_checksums(raw)
             header = json.loads(raw)
             metadata = header.pop("__metadata__", {})
             size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)

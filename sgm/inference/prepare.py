@@ -120,10 +120,12 @@ def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
             raise ConfigError([Problem("args.negative_prompt", "", reasons[negative.text], WORDS_CURE)])
     if not hasattr(conditioner, "unknown_texts"):
         return
-    for prompt in [*(prompts or ()), negative]:
-        for unknown in conditioner.unknown_texts([prompt.text]).values():
+    texts = [*(prompts or ()), negative]
+    unknown = conditioner.unknown_texts([prompt.text for prompt in texts])
+    for prompt in texts:
+        if prompt.text in unknown:
             name = "negative prompt" if prompt is negative else f"prompt {prompt.index}"
-            yield f"{name}: unknown to the tokenizer, and lost: {unknown}"
+            yield f"{name}: unknown to the tokenizer, and lost: {unknown[prompt.text]}"
 
 
 def make_folder(folder: Path) -> None:

@@ -100,7 +100,11 @@ def safetensors_checksums(path: Path) -> dict[str, int] | None:
     Raises:
         ValueError: the header differs from its CRC-32.
     """
-    raw = read_header(path)
+    return header_checksums(read_header(path))
+
+
+def header_checksums(raw: bytes) -> dict[str, int] | None:
+    """Return what `safetensors_checksums` does, from the JSON in the header of a file."""
     if not raw.startswith(_OURS):
         return None
     header = json.loads(raw)

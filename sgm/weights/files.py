@@ -202,13 +202,13 @@ def read_shards(path: str | Path) -> list[dict[str, StoredTensor]]:
 
 def _read_stored(path: Path) -> dict[str, StoredTensor]:
     """Read the tensors of one file with their checksums, if it has any."""
-    tensors = read_file(path)
     size, head = _read_head(path)
     if _is_safetensors(path, head):
+        tensors = read_file(path)
         with _safetensors_errors(path, size):
             return store_safetensors(path, tensors, safetensors_checksums(path))
-    with _torch_errors(path, size):
-        return store_zip(path, tensors, zip_checksums(path) if head.startswith(b"PK") else None)
+    content, checksums = _read_torch(path, size, head)
+    return store_zip(path, _tensors_of(content, path), checksums)
 
 
 def _require_same_shapes(path: Path, index: int, first: Mapping[str, Any], shard: Mapping[str, Any]) -> None:
@@ -240,7 +240,7 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
             # Mapped one by one: `load_file` reads the whole file.
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return _tensors_of(_read_torch(path, size, head), path)
+    return _tensors_of(_read_torch(path, size, head)[0], path)
 
 
 def read_entry(path: str | Path, key: str) -> Any:
@@ -269,7 +269,7 @@ def _read_entry(path: Path, key: str) -> Any:
         text = read_metadata(path).get(key)
         with _safetensors_errors(path, size):
             return None if text is None else json.loads(text)
-    content = _read_torch(path, size, head)
+    content, _ = _read_torch(path, size, head)
     return content.get(key) if isinstance(content, dict) else None
 
 
@@ -335,15 +335,17 @@ def _safetensors_errors(path: Path, size: int) -> Iterator[None]:
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {error}; {_CURE}") from error
 
 
-def _read_torch(path: Path, size: int, head: bytes) -> object:
-    """Unpickle a file of torch.save: a zip archive, or the older bare pickle, which cannot be memory-mapped."""
+def _read_torch(path: Path, size: int, head: bytes) -> tuple[object, dict[int, set[int]] | None]:
+    """Unpickle a file of torch.save: a zip archive, or the older bare pickle, which cannot be memory-mapped.
+
+    Also return its `zip_checksums`, which compares names and plain values.
+    """
     is_zip = head.startswith(b"PK")
     if not is_zip and not head.startswith(b"\x80"):
         raise InputError(f"{path} ({size:,} bytes) is not a file of torch.save or safetensors; {_CURE}")
     with _torch_errors(path, size):
-        if is_zip:
-            zip_checksums(path)  # of names and plain values
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        checksums = zip_checksums(path) if is_zip else None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), checksums
 
 
 def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:

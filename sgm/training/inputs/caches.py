@@ -188,11 +188,7 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
         "vae": {"weights": weights_digest(params["ckpt_path"]), "target": section["target"], **encoder},
         "precision": precision_name(autoencoder_dtype(dtype)),
         "clip_reader": READER,
-        "data": {
-            **shapes,
-            "skip_frames": list(dataset.skip),
-            "reshape_mode": dataset.reshape_mode,
-        },
+        "data": {**shapes, "skip_frames": list(dataset.skip), "reshape_mode": dataset.reshape_mode},
     }
 
 
