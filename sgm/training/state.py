@@ -28,7 +28,7 @@ import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit
-from sgm.io import atomic_file, denied_text, refusing_denied
+from sgm.io import atomic_file, denied_text, refusing_denied, write_json
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.checkpoint import save_torch, write_latest
@@ -258,8 +258,13 @@ def own_runs(args: TrainingArgs) -> list[Path]:
 
 
 def next_start_number(args: TrainingArgs) -> int:
-    """Return the number of a start now; see `ResumePoint.start_number`."""
-    return 1 + max((_read_point(run).start_number for run in own_runs(args) if _has_state(run)), default=0)
+    """Return the number of a start now; see `ResumePoint.start_number`. A run that cannot be read does not count."""
+    numbers = [0]
+    for run in own_runs(args):
+        if _has_state(run):
+            with contextlib.suppress(InputError):
+                numbers.append(_read_point(run).start_number)
+    return 1 + max(numbers)
 
 
 def abandoned_run(args: TrainingArgs) -> tuple[Path, IO[str]] | None:
@@ -432,8 +437,7 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         point = dataclasses.replace(point, files=tuple(sorted(files)))
         content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
         content["digest"] = digest_of(content)
-        with atomic_file(folder / "resume.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "resume.json", content)
         with atomic_file(folder.parent / LATEST) as temporary:
             temporary.write_text(f"{point.iteration}\n", encoding="utf-8")
         remove_other_states(point.run, point.iteration)

@@ -323,3 +323,11 @@ def test_a_run_that_died_before_it_saved_begins_again_in_its_folder(training_yam
     summary = start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto", "args.experiment_name=train")
     assert summary.folder == dead and len(read_metrics(dead / "metrics.jsonl")) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [done.name, dead.name] and (done / "5").is_dir()
+
+
+def test_a_damaged_run_does_not_keep_a_new_one_from_starting(training_yaml, tmp_path):
+    run = start(training_yaml, tmp_path, "args.train_iters=1").folder
+    (run / "resume" / "1" / "resume.json").write_text("{")
+    with pytest.raises(InputError, match=r"resume\.json.*args\.resume=none"):
+        start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto")
+    assert start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=none").folder != run
