@@ -53,7 +53,7 @@ def training_inputs(
         clip = batch["moments" if encoded else engine.input_key][i][None]
         size = _latent_size(engine, clip, encoded=encoded)
         # Everything is drawn and sent before the clip is encoded, so that the device never waits for the host.
-        image = _draw_image(engine, batch, clip, generator) if engine.noised_image_input else None
+        image = _draw_image(engine, batch, i, clip, generator) if engine.noised_image_input else None
         posterior = _draw_posterior(engine, clip, size, generator, encoded=encoded)
         drawn = loss_fn.sigma_sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks)
         step = drawn if idx is None else torch.tensor(idx[i : i + 1])
@@ -94,7 +94,7 @@ def _latent_size(engine: SATVideoDiffusionEngine, clip: torch.Tensor, *, encoded
 
 
 def _draw_image(
-    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], clip: torch.Tensor, generator: torch.Generator
+    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], i: int, clip: torch.Tensor, generator: torch.Generator
 ) -> _ImageDraws:
     """Draw noise for the image, unless it comes from a cache, and whether it is dropped."""
     if engine.latent_input:
@@ -102,7 +102,7 @@ def _draw_image(
     noise = None
     if "image_moments" not in batch:
         level = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn(1, generator=generator))
-        noise = level * torch.randn(clip[:, 0].shape, generator=generator)
+        noise = level * torch.randn(_image(batch, i, clip).shape, generator=generator)
     dropped = torch.rand(1, generator=generator).item() < engine.noised_image_dropout
     return _ImageDraws(dropped, None if dropped else noise)
 
@@ -161,6 +161,11 @@ def _image_condition(
         first = engine.latents_of(moments, sample=False, scale=engine.scale_image_latents)
         return engine.image_condition(first, num_latents)
     assert drawn.noise is not None, "an image that is encoded has noise"
+    image = to_device(_image(batch, i, clip), clip.device)
+    return engine.image_latents(image + to_device(drawn.noise, clip.device), num_latents)
+
+
+def _image(batch: Mapping[str, Any], i: int, clip: torch.Tensor) -> torch.Tensor:
+    """Return the image (1, 3, H, W) of clip `i`: that of the data, else the first frame, which moments do not have."""
     image = batch["image"][i] if "image" in batch else None
-    first = clip[:, 0] if image is None else to_device(image[None], clip.device)
-    return engine.image_latents(first + to_device(drawn.noise, clip.device), num_latents)
+    return clip[:, 0] if image is None else image[None]
