@@ -76,6 +76,8 @@ class Stream:
         num_frames = x.shape[2] - overlap
         frame = x.shape[0] * max(conv.in_channels, conv.out_channels) * x.shape[3] * x.shape[4]
         pieces = self.pieces(num_frames, frame, overlap=overlap)
+        if len(pieces) == 1:
+            return conv(x)
         return _joined((conv(x[:, :, start : end + overlap]) for start, end in pieces), num_frames)
 
     def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
@@ -118,17 +120,11 @@ def normalize(norm: nn.GroupNorm, x: torch.Tensor, moments: torch.Tensor) -> tor
 
 
 def _joined(pieces: Iterator[torch.Tensor], num_frames: int) -> torch.Tensor:
-    """Concatenate pieces (B, C, t, H, W) along time; without gradients, one of them exists at a time.
-
-    A single piece is returned as it is, without a copy.
-    """
+    """Concatenate pieces (B, C, t, H, W) along time; without gradients, one of them exists at a time."""
     if torch.is_grad_enabled():
-        every = list(pieces)
-        return every[0] if len(every) == 1 else torch.cat(every, dim=2)
+        return torch.cat(list(pieces), dim=2)
     start, whole = 0, None
     for piece in pieces:
-        if piece.shape[2] == num_frames:
-            return piece
         if whole is None:
             whole = piece.new_empty((*piece.shape[:2], num_frames, *piece.shape[3:]))
         whole[:, :, start : start + piece.shape[2]] = piece
@@ -301,10 +297,7 @@ class Upsample3D(nn.Module):
         for start, end in pieces:
             small = _as_frames(x[:, :, start:end])
             frames = _as_clips(self.conv(F.interpolate(small, scale_factor=2.0)), x.shape[0])
-            if not self.compress_time:
-                yield frames
-                continue
             for number, frame in enumerate(frames.split(1, dim=2), start):
                 yield frame
-                if number >= skipped:
+                if self.compress_time and number >= skipped:
                     yield frame
