@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import os
 import resource
 import subprocess
@@ -11,13 +12,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run concurrently; tiny tensors need no threads
 
 import pytest  # noqa: E402
-import sentencepiece
 import yaml
-from transformers import T5Config, T5EncoderModel
 from xdist.scheduler import LoadFileScheduling
 
-import dit_video_concat  # noqa: F401  SAT keeps the stderr of its import, which must not be one test's
-from tests.processes import forked_env
+from tests import convolutions
+from tests.processes import SHARED_SERVER, forked_env, forked_python
 
 os.fsync = lambda _: None  # no test needs durability, and a training syncs dozens of times
 ROOT = Path(__file__).parent.parent
@@ -52,6 +51,22 @@ class ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].removeprefix("tests/")
         return "demo" if file in DEMO else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork the workers, and the processes of their tests, from one server, so that imports are done once."""
+    os.environ[SHARED_SERVER] = forked_python()
+    if not config.getoption("cov_source", None):  # coverage must see the imports
+        for spec in specs:
+            spec.python = forked_python()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses"):
+        # It keeps the stderr of its import, which must not be one test's.
+        importlib.import_module("dit_video_concat")
+        convolutions.install()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -119,6 +134,10 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     """A T5 encoder of size 24 with random weights and its own tokenizer."""
+    import sentencepiece
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
     folder = tmp_path_factory.mktemp("t5")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS * 20),
@@ -131,8 +150,6 @@ def t5_folder(tmp_path_factory) -> Path:
         minloglevel=2,
     )
     (folder / "spiece.vocab").unlink()
-    import torch
-
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=30, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3, feed_forward_proj="gated-gelu"

@@ -21,6 +21,7 @@ import pytest
 from tests.fork_server import PIDS
 
 ROOT = Path(__file__).parents[1]
+SHARED_SERVER = "FORKED_PYTHON"  # environment variable of pytest's workers: what `forked_python` returns in all of them
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -30,6 +31,8 @@ def forked_python() -> str:
 
     Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests.
     """
+    if SHARED_SERVER in os.environ:
+        return os.environ[SHARED_SERVER]
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = subprocess.Popen(
@@ -126,6 +129,11 @@ def asked(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
     tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
     given = [item.callspec.params for item in tests if hasattr(item, "callspec")]
     return list(dict.fromkeys(tuple(params[name] for name in names) for params in given if {*names} <= {*params}))
+
+
+def selected(request: pytest.FixtureRequest, test: Callable[..., None]) -> bool:
+    """Return whether `test` is among the selected tests."""
+    return any(getattr(item, "function", None) is test for item in request.session.items)
 
 
 def only_run(folder: Path) -> Path:

@@ -267,16 +267,18 @@ def test_the_library_stays_off_the_network():
 def test_pickles_are_never_trusted():
     loose = []
     for path in project_files():
-        if path.suffix != ".py":
+        text = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
+        if not re.search(r"\b(torch|pickle)\.loads?\b", text):
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
                 loose += [] if safe else [f"{path.relative_to(ROOT)}:{node.lineno}"]
     assert loose == [], "torch.load(..., weights_only=True)"
 
 
-ABSOLUTE = re.compile(r"(?<![\w.}*/)\]-])/(?:work|home|root|tmp|mnt|Users|opt|var)/|(?<!\w)[A-Z]:\\{1,2}\w")
+# Lookbehinds come second: a pattern that starts with one is searched for ten times slower.
+ABSOLUTE = re.compile(r"/(?<![\w.}*/)\]-]/)(?:work|home|root|tmp|mnt|Users|opt|var)/|[A-Z](?<!\w[A-Z]):\\{1,2}\w")
 HOSTS = re.compile(
     r"[a-z+]+://[^\s\"'<>)]*|\b[\w-]+\.(?:com|org|cn)\b|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b", re.IGNORECASE
 )
@@ -302,7 +304,7 @@ def test_no_file_names_an_absolute_path():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
         for path, text in text_files()
-        if path != Path(__file__)
+        if path != Path(__file__) and ABSOLUTE.search(text)
         for number, line in enumerate(text.splitlines(), start=1)
         if ABSOLUTE.search(line)
     ]

@@ -21,7 +21,7 @@ from sgm.config.load import Config
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
-from sgm.util import InputError, default, instantiate_from_config
+from sgm.util import InputError, default, instantiate_from_config, without_compiler
 
 PATIENCE = 5000  # operators without a new peak after which measuring a tiled VAE stops, since tiles repeat
 
@@ -108,7 +108,8 @@ def training_rows(
 
 def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
     try:
-        return estimate().rows()
+        with without_compiler():
+            return estimate().rows()
     except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
         reason = (str(error).splitlines() or [""])[0]
         return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}

@@ -65,6 +65,10 @@ class LiveBytes(TorchDispatchMode):
         self._patience, self._calm = patience, 0
         self._known: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operator asks torch's compiler, see `without_compiler`
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = func(*args, **(kwargs or {}))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -213,6 +212,8 @@ def smooth(values: list[float], span: float) -> list[float]:
 def draw_curve(metrics: str | Path, picture: str | Path) -> None:
     """Plot raw and smoothed losses, validation losses and learning rate of a ``metrics.jsonl`` into a PNG file."""
     lines = read_metrics(metrics)
+    from matplotlib.figure import Figure  # lazy: half a second, for the end of a run
+
     figure = Figure(figsize=(9, 6))  # not pyplot, which keeps figures and needs a display
     margins = {"left": 0.11, "right": 0.97, "bottom": 0.09, "top": 0.97, "hspace": 0.1}
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1), gridspec_kw=margins)

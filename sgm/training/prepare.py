@@ -43,7 +43,7 @@ from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.util import InputError, instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
@@ -277,7 +277,8 @@ class _Checks:
 
     def _check_optimizer(self) -> dict[str, Any]:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
+        with without_compiler():
+            optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
         return json.loads(json.dumps(optimizer.defaults, default=_plain))
 
     def _check_autoencoder(self) -> None:

@@ -12,7 +12,16 @@ from benchmarks.models import CONFIGS, build_vae, randomize, vae_section
 from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
-from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, SpatialNorm3D, Stream, Upsample3D
+from vae_modules.layers import (
+    ONEDNN,
+    CausalConv3d,
+    Conv3d,
+    Downsample3D,
+    ResnetBlock3D,
+    SpatialNorm3D,
+    Stream,
+    Upsample3D,
+)
 from vae_modules.regularizers import DiagonalGaussian, DiagonalGaussianRegularizer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -429,3 +438,27 @@ def test_clips_that_cannot_be_encoded_are_refused(vae, shape, message):
 def test_tiles_that_do_not_work_are_refused(size, overlap):
     with pytest.raises(InputError, match="multiples of 8"):
         Tiling(size=size, overlap=overlap)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="oneDNN serves x86 CPUs")
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_narrow_convolutions_take_the_kernel_of_wide_ones(kernel):
+    ours, torchs = (kind(4, 6, kernel, padding=kernel // 2) for kind in (Conv3d, torch.nn.Conv3d))
+    ours.load_state_dict(torchs.state_dict())
+    x = random(2, 4, 3, 6, 5)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for conv, given in zip((ours, torchs), inputs, strict=True):
+        conv(given).square().sum().backward()
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-5, atol=1e-6)
+    for one, other in [(inputs[0], inputs[1]), (ours.weight, torchs.weight), (ours.bias, torchs.bias)]:
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    used = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            used.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Operators(), torch.no_grad():
+        ours(x)
+    assert torch.ops.aten.mkldnn_convolution.default in used

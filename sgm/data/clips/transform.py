@@ -4,7 +4,6 @@ Legend: T frames, H W pixels.
 """
 
 import torch
-from kornia.geometry.transform import resize
 
 
 def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float, float] | None = None) -> torch.Tensor:
@@ -35,5 +34,7 @@ def stretch(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(pictures.shape[-2:]) == size:
         return pictures
     # Tests pin kornia's antialiasing; torch's interpolate differs.
+    from kornia.geometry.transform import resize  # lazy: checks need no pixels
+
     sized = resize(pictures, size, interpolation="bicubic", align_corners=False, antialias=True)
     return sized.clamp(-1, 1)  # bicubic interpolation overshoots at edges

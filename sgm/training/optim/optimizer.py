@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 import sgm.distributed
 from sgm.util import InputError, get_obj_from_str, nearest
@@ -93,10 +94,11 @@ def _initial_ema(parameter: Tensor) -> Tensor:
 @functools.cache
 def _has_fused_kernel(device: torch.device) -> bool:
     """Whether AdamW has a fused kernel for `device`, found by trying, since torch's list of devices is private."""
-    probe = torch.zeros(1, device=device, requires_grad=True)
-    probe.grad = torch.zeros_like(probe)
-    try:
-        torch.optim.AdamW([probe], fused=True).step()
+    weight, gradient, mean, square = ([torch.zeros(1, device=device)] for _ in range(4))
+    state = mean, square, [], [torch.zeros((), device=device)]
+    choices: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
+    try:  # the function, since an optimizer's step imports torch's compiler
+        adamw(weight, gradient, *state, beta1=0.9, beta2=0.999, lr=1e-3, weight_decay=0.0, eps=1e-8, **choices)
     except RuntimeError:  # includes NotImplementedError, raised without the kernel
         return False
     return True

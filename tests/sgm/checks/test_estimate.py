@@ -188,8 +188,8 @@ SHARED = {
 
 @pytest.mark.parametrize("case", SHARED)
 def test_what_ranks_of_a_sample_send_and_hold(counted, case):
-    section = network_section(layers=5)
-    names = trained_names(make_network(layers=5))
+    section = network_section(layers=3)
+    names = trained_names(make_network(layers=3))
     forward = network_usage(with_model(*SHARED[case], network_config=section), VIDEO, BATCH, torch.float32)
     config = with_model(*SHARED[case], "args.checkpoint_activations=true", mode="train", network_config=section)
     training = network_usage(config, VIDEO, BATCH, torch.float32, trained=names)

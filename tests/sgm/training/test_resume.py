@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[3]
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
 STAGES, WORLDS, ITERS = (0, 1, 2, 3), (1, 2), 6
 REFERENCES = [(kind, 1, 0) for kind in MODELS]
-# All combinations take minutes: by default stages 1 and 3 run once on two ranks, stage 2 in the test with kills, and
-# test_run.py resumes in one process.
-QUICK = [("full", 2, 3), ("lora", 2, 1)]
+# All combinations take minutes: by default stage 3 runs on two ranks, stage 2 in the test with kills; test_presets.py
+# trains at stage 1, and test_run.py resumes in one process.
+QUICK = [("full", 2, 3)]
 KILLED = [pytest.param(1, marks=pytest.mark.slow), 2]  # ranks
 ALL = [*itertools.product(MODELS, WORLDS, STAGES)]
 # Small parameters are sharded too, and buckets are smaller than the network.

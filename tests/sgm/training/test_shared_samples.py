@@ -17,7 +17,7 @@ from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lazy import compute
-from tests.processes import Training, asked, only_run, train_all
+from tests.processes import Training, asked, only_run, selected, train_all
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora", "dit_i2v_5b", "dit_t2v_1.5"]
 LORA, I2V, FULL = FAMILIES[1], FAMILIES[2], FAMILIES[3]
@@ -137,7 +137,8 @@ def on_two(request, training_yaml, tmp_path_factory):
     for (name,) in asked(request, "name"):
         model, options = TWO[name]
         runs.add(name, model, *options, *split(2, 2, accumulation=2))
-    for more in ([], ["args.exit_interval=2"], ["args.resume=auto"]):
+    resumes = [[], ["args.exit_interval=2"], ["args.resume=auto"]]
+    for more in resumes if selected(request, test_a_resumed_run_equals_an_uninterrupted_one) else []:
         name = "resumed" if more else "straight"
         runs.add(name, LORA, zero(2), *split(2, 2), "args.num_workers=1", *more)
     runs.start()
@@ -204,6 +205,7 @@ def test_evaluation_counts_and_samples_as_one_rank_does(on_four, alone, name):
     assert len(made) == 2 and difference(made, expected) <= 1e-3
 
 
+@pytest.mark.slow  # the tensor parallel one above runs by default
 def test_a_resumed_run_equals_an_uninterrupted_one(on_two):
     straight, resumed = on_two["straight"], on_two["resumed"]
     assert values(resumed, "loss") == values(straight, "loss")

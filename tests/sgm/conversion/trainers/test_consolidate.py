@@ -18,7 +18,7 @@ from sgm.util import InputError, instantiate_from_config
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import load_network
 from sgm.weights.files import find_weights, read_tensors
-from tests.processes import only_run, train_all
+from tests.processes import asked, only_run, train_all
 from tests.sgm.conversion.trainers.zero_files import require_equal, write_state
 
 ROOT = Path(__file__).parents[4]
@@ -38,6 +38,12 @@ RUNS = {
     ("full", 2, "fp32"): [],
     ("full", 3, "fp32"): PARTS[3],
 }
+LORA, FULL = ("lora", 3, "bf16"), ("full", 2, "fp32")
+QUICK = [LORA, ("full", 0, "bf16"), FULL]
+
+
+def marked(keys):
+    return [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in keys]
 
 
 def training_yaml(name: str, folder: Path) -> str:
@@ -72,7 +78,7 @@ def training_yaml(name: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(tiny_model, tmp_path_factory):
+def runs(request, tiny_model, tmp_path_factory):
     """Return a function: (kind, stage, precision) → run folder."""
     top = tmp_path_factory.mktemp("zero")
 
@@ -80,8 +86,8 @@ def runs(tiny_model, tmp_path_factory):
         return top / f"{kind}-{stage}-{precision}"
 
     jobs = []
-    for key, more in RUNS.items():
-        name = MODELS[key[0]]
+    for key in dict.fromkeys([*QUICK, *(key for (key,) in asked(request, "key"))]):
+        name, more = MODELS[key[0]], RUNS[key]
         zero = [f"deepspeed.zero_optimization.{each}" for each in (f"stage={key[1]}", *more)]
         overrides = [f"model.precision={key[2]}", f"args.save={folder(*key)}", *zero]
         jobs.append({"bases": [str(tiny_model(name)), training_yaml(name, top)], "overrides": overrides})
@@ -93,7 +99,7 @@ def saved(path: Path) -> dict[str, torch.Tensor]:
     return read_tensors(find_weights(path))
 
 
-@pytest.mark.parametrize("key", RUNS)
+@pytest.mark.parametrize("key", marked(RUNS))
 @pytest.mark.parametrize("file_format", ["pt", "safetensors"])
 def test_weights_are_those_that_the_run_saved(runs, tmp_path, key, file_format):
     run, out = runs(*key), tmp_path / "out"
@@ -109,7 +115,7 @@ def test_weights_are_those_that_the_run_saved(runs, tmp_path, key, file_format):
     assert (read_adapter_info(out) is not None) == (key[0] == "lora")
 
 
-@pytest.mark.parametrize("key", [key for key in RUNS if key[1]])
+@pytest.mark.parametrize("key", marked(key for key in RUNS if key[1]))
 def test_averages_are_those_that_the_run_saved(runs, tmp_path, key):
     run = runs(*key)
     convert(run, tmp_path / "out", to="sat", ema=True)
@@ -119,14 +125,14 @@ def test_averages_are_those_that_the_run_saved(runs, tmp_path, key):
 
 
 def test_float32_weights_are_more_than_those_of_training(runs, tmp_path):
-    run = runs("full", 1, "bf16")
+    run = runs(*LORA)
     convert(run, tmp_path / "out", to="sat", dtype=torch.float32)
     masters, weights = saved(tmp_path / "out"), saved(run)
     require_equal({name: tensor.bfloat16() for name, tensor in masters.items()}, weights)
     assert any(not torch.equal(tensor, weights[name].float()) for name, tensor in masters.items())
 
 
-@pytest.mark.parametrize("key", [("lora", 2, "fp32"), ("full", 3, "fp32")])
+@pytest.mark.parametrize("key", marked([LORA, FULL, ("lora", 2, "fp32"), ("full", 3, "fp32")]))
 def test_what_was_not_trained_comes_from_the_base_where_the_weights_are_gone(runs, tmp_path, key):
     run = shutil.copytree(runs(*key), tmp_path / "run", ignore=shutil.ignore_patterns("2-ema", "tensorboard"))
     weights, info = saved(run), read_adapter_info(run)
@@ -144,7 +150,7 @@ def test_what_was_not_trained_comes_from_the_base_where_the_weights_are_gone(run
 
 
 def test_a_run_becomes_a_transformer_of_diffusers(runs, tiny_model, tmp_path):
-    run, out, base = runs("full", 2, "fp32"), tmp_path / "out", tiny_model("dit_t2v_2b")
+    run, out, base = runs(*FULL), tmp_path / "out", tiny_model("dit_t2v_2b")
     words = ["--checkpoint_path", str(run), "--output_path", str(out), "--to", "diffusers", "--base", str(base)]
     assert tool.main([*words, "--max_shard_size", "200KB"]) == 0
     assert len(list(out.glob("*.safetensors"))) > 2, "several files"
@@ -163,7 +169,7 @@ def read_sharded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_adapters_are_no_transformer_of_diffusers(runs, tmp_path, capsys):
-    run, out = runs("lora", 2, "fp32"), tmp_path / "out"
+    run, out = runs(*LORA), tmp_path / "out"
     assert tool.main(["--checkpoint_path", str(run), "--output_path", str(out), "--to", "diffusers"]) == 2
     assert "tools/export_sat_lora_weight.py" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
