@@ -181,22 +181,24 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         self.theta = theta
         if learnable_pos_embed:
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + math.prod(grid), hidden_size))
-        self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, grid: Grid, tokens: TokenShards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (S, head_dim), float32; the last call is cached across sampling steps."""
-        key = (grid, tokens, device)
-        if key not in self._tables:
-            cos, sin = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
-            self._tables = {key: (tokens.shard_table(cos, 0), tokens.shard_table(sin, 0))}
-        return self._tables[key]
+    def once_per_forward(self, *, grid: Grid, tokens: TokenShards, device: torch.device) -> dict[str, Any]:
+        """Return ``rotation``: cosines and sines (S, head_dim) of this rank's tokens, float32."""
+        tables = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
+        return {"rotation": tuple(tokens.shard_table(table, 0) for table in tables)}
 
     def attention_fn(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grid: Grid, tokens: TokenShards, **_: Any
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        tokens: TokenShards,
+        **_: Any,
     ) -> torch.Tensor:
         """Full attention with rotated queries and keys; shapes as in `attend`."""
-        cos, sin = self.tables(grid, tokens, q.device)
-        return attend(rotate(q, cos, sin), rotate(k, cos, sin), v, tokens=tokens)
+        return attend(rotate(q, *rotation), rotate(k, *rotation), v, tokens=tokens)
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -548,7 +550,15 @@ class DiffusionTransformer(BaseModel):
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
+        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled.
+
+        A graph serves all blocks but the last, which drops the text and has its own. Both are compiled for the first
+        size, and once more, for all sizes, at the second; likewise for the number of samples, where one sample is a
+        case of its own; and for training and sampling, with and without gradients. These are up to 12 graphs: torch
+        would stop compiling at 8, with a warning only.
+        """
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block = torch.compile(transformer_block, *args, **kwargs)
 
@@ -576,7 +586,11 @@ class DiffusionTransformer(BaseModel):
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         group = sgm.distributed.sequence_group()
         tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention)
-        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
+        num_text = tokens.num_local_text
+        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": num_text}
+        for once in (getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()):
+            if once is not None:
+                hook_args |= once(grid=grid, tokens=tokens, device=x.device)
         return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:

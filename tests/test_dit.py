@@ -8,6 +8,9 @@ import torch.nn.functional as F
 import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
+from sgm.checks.fake_run import simulated_ranks
+from sgm.parallel import token_shards
+from sgm.parallel.mesh import Mesh
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, instantiate_from_config, without_allocating
 
@@ -323,15 +326,80 @@ def test_missing_image_latents_are_named():
         network(x[:, :, :16], timesteps, context)
 
 
-def test_compiling_serves_all_layers_with_two_graphs():
-    config = network_section("cogvideox_5b", NetworkSize(32, 2, 5, 16, SIZE.latents, 3, 8))
-    network = build_network(config)
-    plain = network(*inputs(network))
+GRIDS = ((4, 4, 6), (2, 4, 6), (6, 4, 4), (4, 8, 6), (2, 6, 8))
+
+
+def graphs(network, batch, grids=GRIDS):
+    """Compile for training and sampling at these sizes of latents; yield the number of graphs after each."""
+    for training in (True, False):
+        network.train(training)
+        for latents in grids:
+            with torch.set_grad_enabled(training):
+                network(*inputs(network, latents, batch))
+            yield torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def compiled():
+    """Return the network of a section, compiled without a code generator; recompiling too often is an error."""
+
+    def make(config):
+        network = build_network(config)
+        network.compile(backend="eager")
+        return network
+
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    network.compile(backend="eager")
-    torch.testing.assert_close(network(*inputs(network)), plain, rtol=0, atol=1e-6)
-    counters = torch._dynamo.utils.counters
-    # The last block drops the text, which recompiles once. More would soon reach torch's recompilation limit.
-    assert counters["stats"]["unique_graphs"] == 2
-    assert not counters["graph_break"]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield make
+    torch._dynamo.reset()
+
+
+def test_compiling_serves_all_layers_and_sizes(compiled):
+    config = network_section("cogvideox_5b", NetworkSize(32, 2, 3, 16, SIZE.latents, 3, 8))
+    network = compiled(config)
+    # Two graphs, since the last block drops the text; two more at the second size, and two without gradients.
+    assert list(graphs(network, 2)) == [2, 4, 4, 4, 4, 6, 6, 6, 6, 6]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    plain = build_network(config)
+    plain.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        sample = inputs(network, GRIDS[3])
+        torch.testing.assert_close(network(*sample), plain(*sample), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiling_serves_one_sample_and_several(compiled):
+    config = section("cogvideox1.5_5b")
+    lora = LORA | {"params": {"r": 4, "lora_dropout": 0.5}}
+    config["params"]["modules"] = {**config["params"]["modules"], "lora_config": lora}
+    config["params"]["transformer_args"] = {"checkpoint_activations": True}
+    network = compiled(config)
+    counts = [list(graphs(network, batch))[-1] for batch in (1, 2, 3, 1)]
+    assert counts == [6, 10, 10, 10]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ring", [False, True])
+def test_compiling_serves_all_sizes_of_samples_that_ranks_share(compiled, ring):
+    with simulated_ranks(Mesh(sequence=2)):
+        network = compiled(section())
+        network.ring_attention = ring
+        # A block is two graphs: before and after attention, which communicates.
+        assert list(graphs(network, 2)) == [4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
+
+
+def test_rotary_tables_and_shards_are_computed_once_for_all_layers(monkeypatch):
+    made = []
+    for place, name in ((dit_video_concat, "rope_table_3d"), (token_shards, "shard_sizes")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, original=original, **kw: made.append(1) or original(*args, **kw))
+    counts = []
+    with simulated_ranks(Mesh(sequence=2)):
+        for depth in (1, 3):
+            made.clear()
+            network = build_network(network_section("cogvideox_5b", NetworkSize(32, 2, depth, 16, SIZE.latents, 3, 8)))
+            network(*inputs(network))
+            counts.append(len(made))
+    assert counts[0] == counts[1] > 0

@@ -175,6 +175,7 @@ def make_loader(
     micro_batch: int,
     num_workers: int,
     prefetch_factor: int = 2,
+    clip_dtype: torch.dtype | None = None,
 ) -> SampleLoader:
     """Return the batches of one rank.
 
@@ -191,10 +192,13 @@ def make_loader(
         micro_batch: batch size.
         num_workers: decoding processes; 0 decodes in this process, on demand.
         prefetch_factor: maximum number of batches prefetched per worker.
+        clip_dtype: of ``mp4`` in the batches, so that less passes through shared memory; None keeps that of the data
+            set. ``image`` then holds the first frames, unconverted, where the data set gives no image.
 
     Returns:
-        Batches ``{"mp4": (B, F, 3, H, W) float32, "txt", "num_frames", "fps", "path", "number": lists of B,
-        "weight": list of B factors of the samples' losses, all 1 here, "failures": list of (path, reason)}``.
+        Batches ``{"mp4": (B, F, 3, H, W), "txt", "num_frames", "fps", "path", "number": lists of B,
+        "weight": list of B factors of the samples' losses, all 1 here, "failures": list of (path, reason)}``; tensors
+        are in pinned memory if there is an accelerator.
     """
     starts = range(first + rank * micro_batch, stop, world * micro_batch)
 
@@ -203,11 +207,18 @@ def make_loader(
             numbers = tuple(range(start, min(start + micro_batch, stop)))
             yield RankBatch(numbers, (1.0,) * len(numbers), None)
 
-    return _loader(stream, _Batches(batches, len(starts)), num_workers, prefetch_factor)
+    return _loader(stream, _Batches(batches, len(starts)), num_workers, prefetch_factor, clip_dtype)
 
 
 def make_bucket_loader(
-    stream: SampleStream, *, first: int, stop: int, rank: int, num_workers: int, prefetch_factor: int = 2
+    stream: SampleStream,
+    *,
+    first: int,
+    stop: int,
+    rank: int,
+    num_workers: int,
+    prefetch_factor: int = 2,
+    clip_dtype: torch.dtype | None = None,
 ) -> SampleLoader:
     """Return the batches of one rank, each of one bucket's shape; see `make_loader`.
 
@@ -218,23 +229,31 @@ def make_bucket_loader(
         rank: data parallel rank.
         num_workers: see `make_loader`.
         prefetch_factor: see `make_loader`.
+        clip_dtype: see `make_loader`.
     """
     plan = stream.plan
     assert plan is not None
     batches = _Batches(lambda: plan.rank_batches(rank, first=first, stop=stop), stop - first)
-    return _loader(stream, batches, num_workers, prefetch_factor)
+    return _loader(stream, batches, num_workers, prefetch_factor, clip_dtype)
 
 
-def _loader(stream: SampleStream, batches: Sampler[RankBatch], num_workers: int, prefetch_factor: int) -> SampleLoader:
+def _loader(
+    stream: SampleStream,
+    batches: Sampler[RankBatch],
+    num_workers: int,
+    prefetch_factor: int,
+    clip_dtype: torch.dtype | None,
+) -> SampleLoader:
     # One pass is the whole run, so persistent_workers has no use.
     loader = DataLoader(
-        _Collated(stream),
+        _Collated(stream, clip_dtype),
         batch_size=None,
         sampler=batches,
         collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=_start_worker,
+        pin_memory=torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(0),  # the default would consume training's random numbers
     )
     return SampleLoader(loader)
@@ -257,12 +276,13 @@ class _Batches(Sampler[RankBatch]):
 class _Collated(Dataset):
     """Collated batches. Returns a RunError, since DataLoader would wrap a raised one in a traceback text."""
 
-    def __init__(self, stream: SampleStream) -> None:
+    def __init__(self, stream: SampleStream, clip_dtype: torch.dtype | None) -> None:
         self.stream = stream
+        self.clip_dtype = clip_dtype
 
     def __getitem__(self, wanted: RankBatch) -> dict[str, Any] | RunError:
         try:
-            samples = [self.stream.sample(number, wanted.shape) for number in wanted.numbers]
+            samples = [self._converted(self.stream.sample(number, wanted.shape)) for number in wanted.numbers]
         except RunError as error:
             return error
         batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
@@ -270,6 +290,14 @@ class _Collated(Dataset):
             batch["mp4"] = torch.stack(batch["mp4"])
         failures = [failure for sample in samples for failure in sample["failures"]]
         return batch | {"weight": list(wanted.weights), "failures": failures}
+
+    def _converted(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Convert the clip; keep its first frame, to which image-to-video adds noise before it is converted."""
+        clip, image = sample.get("mp4"), sample.get("image")
+        if clip is None or self.clip_dtype in (None, clip.dtype):
+            return sample
+        first = clip[0].clone() if image is None else image  # a view would take the whole clip along
+        return sample | {"mp4": clip.to(self.clip_dtype), "image": first}
 
 
 def _unchanged(batch: Any) -> Any:

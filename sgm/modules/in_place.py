@@ -1,5 +1,7 @@
 """In-place functions for the largest tensors of network and VAE: under `no_grad` they overwrite their input.
 
+Compilers plan memory by themselves.
+
 Legend: ``S = L + N`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size.
 """
 
@@ -32,7 +34,7 @@ def multiply_add(
         num_text: L.
     """
     parts = text_and_patches(x, num_text)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers refuse views as `out`
         return torch.cat([torch.addcmul(c, a, b) for a, b, c in zip(parts, factors, addends, strict=True)], dim=1)
     for a, b, c in zip(parts, factors, addends, strict=True):
         torch.addcmul(c, a, b, out=a)

@@ -12,7 +12,8 @@ The backward pass sends the blocks around the ring again. With the final ``lse``
 block; gradients of keys and values travel with their block and are complete after a full round. Sums are in float32.
 
 Why `torch.ops.aten`: of the public functions that return a log-sum-exp, `flex_attention` has no backward pass on a CPU
-and holds all scores unless it is compiled, and `varlen_attn` has no kernel for a CPU. Why not
+and holds all scores unless it is compiled, and `varlen_attn` has no kernel for a CPU. The operators are private: their
+schemas are the same in torch 2.10 to 2.13, and a test on fake tensors checks those of the installed torch. Why not
 `torch.distributed.tensor.experimental`: its ring attention takes blocks of one size only, has no kernel for a CPU, and
 replaces attention globally.
 """

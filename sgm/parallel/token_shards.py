@@ -4,8 +4,6 @@ Every rank has a shard of the text followed by a shard of the patches; weights a
 is sharded or sent. For gradients see `sgm.parallel.sequence`.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
@@ -22,38 +20,34 @@ from sgm.parallel.sequence import (
 from sgm.util import InputError
 
 
-@dataclass(frozen=True)
 class TokenShards:
-    """Token counts of a sample, text first, and its sequence parallel group.
+    """Tokens of a sample, text first, on each rank of its sequence parallel group; computed once per forward pass.
 
-    Attributes:
+    Args:
         num_text: L, text tokens of the sample.
         num_patches: N, patches of the sample.
         group: the ranks; None for one.
         ring: True for ring attention, False for Ulysses, None for Ulysses if there are enough heads.
+
+    Attributes:
+        size: sequence parallel size.
+        rank: this rank in the group.
+        num_local_text: text tokens of this rank.
+        lengths: tokens of every rank.
     """
 
-    num_text: int
-    num_patches: int
-    group: Group = None
-    ring: bool | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.num_text, self.num_patches) < self.size > 1:
+    def __init__(self, num_text: int, num_patches: int, group: Group = None, ring: bool | None = None) -> None:
+        self.num_text, self.num_patches, self.group, self.ring = num_text, num_patches, group, ring
+        self.size = group_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if min(num_text, num_patches) < self.size > 1:
             raise InputError(
-                f"{self.num_text} text tokens and {self.num_patches} patches cannot be shared by {self.size} ranks; "
+                f"{num_text} text tokens and {num_patches} patches cannot be shared by {self.size} ranks; "
                 "set args.sequence_parallel_size to a smaller number"
             )
-
-    @property
-    def size(self) -> int:
-        """Sequence parallel size."""
-        return group_size(self.group)
-
-    @property
-    def num_local_text(self) -> int:
-        """Text tokens of this rank."""
-        return self.num_text if self.group is None else shard_sizes(self.num_text, self.size)[dist.get_rank(self.group)]
+        text, patches = shard_sizes(num_text, self.size), shard_sizes(num_patches, self.size)
+        self.num_local_text = text[self.rank]
+        self.lengths = [sum(pair) for pair in zip(text, patches, strict=True)]
 
     def shard(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's shard of the replicated tensor (B, L, ...) or (B, N, ...)."""
@@ -67,9 +61,8 @@ class TokenShards:
         """Return this rank's rows of a table over all text tokens and patches, without communication."""
         if self.size == 1:
             return table
-        rank = dist.get_rank(self.group)
         parts = table.split((self.num_text, self.num_patches), dim)
-        return torch.cat([part.split(shard_sizes(part.shape[dim], self.size), dim)[rank] for part in parts], dim)
+        return torch.cat([part.split(shard_sizes(part.shape[dim], self.size), dim)[self.rank] for part in parts], dim)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Attention of this rank's tokens over the tokens of all ranks.
@@ -82,8 +75,14 @@ class TokenShards:
         """
         if self.size == 1:
             return attention(q, k, v)
-        text, patches = shard_sizes(self.num_text, self.size), shard_sizes(self.num_patches, self.size)
-        lengths = [sum(pair) for pair in zip(text, patches, strict=True)]
-        if self.ring or (self.ring is None and q.shape[2] < self.size):
-            return ring_attention(q, k, v, self.group, lengths)
-        return ulysses_attention(q, k, v, self.group, lengths, attention)
+        return _attend_over_ranks(q, k, v, self, attention)
+
+
+# A compiler would break its graph at every collective, and compile what lies between two of them.
+@torch.compiler.disable()
+def _attend_over_ranks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: TokenShards, attention: Attention
+) -> torch.Tensor:
+    if tokens.ring or (tokens.ring is None and q.shape[2] < tokens.size):
+        return ring_attention(q, k, v, tokens.group, tokens.lengths)
+    return ulysses_attention(q, k, v, tokens.group, tokens.lengths, attention)

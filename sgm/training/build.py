@@ -135,12 +135,14 @@ def build(config: Config, plan: Plan) -> Parts:
             folder = bad_clips.folder = sgm.distributed.run_on_rank_zero(partial(_publish, folder, args))
         logger.info("run folder: %s", folder)
         unlocking.pop_all()  # only a start that fails unlocks the folder here
+    encodes_clips = plan.caches.vae and not engine.latent_input
+    clip_dtype = engine.first_stage_dtype if encodes_clips else None  # the autoencoder would convert them
     return Parts(
         plan=plan,
         engine=engine,
         deepspeed=deepspeed,
         adapters=adapters,
-        loader=_loader(plan, data, point, total, buckets),
+        loader=_loader(plan, data, point, total, buckets, clip_dtype=clip_dtype),
         valid_data=data.validation if data.valid else None,
         bad_clips=bad_clips,
         folder=folder,
@@ -171,7 +173,13 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
 
 
 def _loader(
-    plan: Plan, data: Data, point: ResumePoint, total: int, buckets: BucketPlan | None
+    plan: Plan,
+    data: Data,
+    point: ResumePoint,
+    total: int,
+    buckets: BucketPlan | None,
+    *,
+    clip_dtype: torch.dtype | None,
 ) -> Iterable[dict[str, Any]]:
     """Return the batches of this rank from `point` to the end; empty unless it is the first rank of its group."""
     if sgm.distributed.sample_rank() > 0:
@@ -186,6 +194,7 @@ def _loader(
             rank=rank,
             num_workers=args.num_workers,
             prefetch_factor=args.prefetch_factor,
+            clip_dtype=clip_dtype,
         )
     sizes = [len(dataset) for dataset in data.train]
     order = TrainingOrder(sizes, seed=args.seed, weights=args.train_data_weights)
@@ -198,6 +207,7 @@ def _loader(
         micro_batch=plan.deepspeed["train_micro_batch_size_per_gpu"],
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch_factor,
+        clip_dtype=clip_dtype,
     )
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from sgm.data.buckets.plan import RankBatch
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _worker_death, make_loader
 from sgm.data.order import TrainingOrder
@@ -63,6 +64,37 @@ def test_a_batch():
     assert batch["fps"] == [8.0] * 3
     assert batch["failures"] == []
     assert batch["txt"] == [f"caption {int(clip.mean())}" for clip in batch["mp4"]]
+
+
+class Fractions(Numbered):
+    """Clips of four frames with values between those of 16-bit numbers; odd ones have an image."""
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        image = torch.rand(3, 2, 2, generator=generator) if index % 2 else None
+        return super().__getitem__(index) | {"mp4": torch.rand(4, 3, 2, 2, generator=generator), "image": image}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_clips_travel_in_the_type_of_the_autoencoder(dtype):
+    stream, numbers = stream_of(Fractions()), RankBatch((0, 1, 2, 3), (1.0,) * 4, None)
+    plain = [stream[number] for number in numbers.numbers]
+    batch = loader(stream, clip_dtype=dtype)._loader.dataset[numbers]
+    assert batch["mp4"].dtype == (dtype or torch.float32)
+    assert torch.equal(batch["mp4"], torch.stack([sample["mp4"] for sample in plain]).to(dtype))
+    assert {sample["image"] is None for sample in plain} == {True, False}
+    for sample, image in zip(plain, batch["image"], strict=True):
+        if dtype is torch.bfloat16:
+            assert torch.equal(image, sample["mp4"][0] if sample["image"] is None else sample["image"])
+            assert image.untyped_storage().nbytes() == image.nbytes, "the clip itself stays behind"
+        else:
+            assert (image is None) == (sample["image"] is None)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_batches_are_in_pinned_memory_where_there_is_an_accelerator(monkeypatch, there):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    assert loader(stream_of(Numbered()))._loader.pin_memory == there
 
 
 @pytest.mark.parametrize(("world", "micro_batch", "accumulation"), [(2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)])

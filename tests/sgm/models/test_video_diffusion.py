@@ -115,6 +115,21 @@ def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(
     torch.testing.assert_close(mixed[1], other + noise[1])
 
 
+@pytest.mark.parametrize("model", ["dit_t2v_2b", "dit_i2v_5b"])
+def test_clips_in_the_type_of_the_autoencoder_train_the_same(make_engine, t5_folder, model):
+    engine, video = make_engine(model, fresh=True), torch.rand(2, 5, 3, 64, 96) * 2 - 1
+    engine.first_stage_model.to(torch.bfloat16)
+    half = {"mp4": video.bfloat16(), "image": list(video[:, 0])}
+
+    def made(batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return inputs.training_inputs(engine, batch | {"txt": ["a red circle", "a blue square"]}, generators)
+
+    whole, halved = made({"mp4": video}), made(half)
+    for a, b in zip(tree_leaves(vars(whole)), tree_leaves(vars(halved)), strict=True):
+        assert torch.equal(a, b)
+
+
 class Transfers(TorchDispatchMode):
     """Record the copies from the host to a device: (bytes, whether the host may go on)."""
 
@@ -155,6 +170,8 @@ def test_no_copy_to_or_from_the_device_makes_the_host_wait(make_engine, t5_folde
     with Transfers() as transfers:
         made = step()
     assert transfers.sent and all(waits_not for _, waits_not in transfers.sent)
+    noise_of_images = [size for size, _ in transfers.sent if size == 3 * 64 * 96 * 4]
+    assert len(noise_of_images) == (2 if source == "clips" and not dropout else 0), "noise of no use stays"
     assert made.latents.shape == made.noise.shape == made.cond["concat"].shape == (2, 2, 16, 8, 12)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgm.parallel import ring_attention as ring
 from sgm.parallel.sequence import gather_sequence, shard_sizes, split_sequence, ulysses_attention
@@ -99,6 +100,18 @@ def test_kernels_of_the_accelerator_attend_block_by_block(dtype, tolerance):
     ours = in_two_blocks(ring._kernel(q), q, k, v, grad)
     for mine, expected in zip(ours, at_once(*(x.float() for x in (q, k, v, grad))), strict=True):
         torch.testing.assert_close(mine, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_of_the_accelerator_have_the_signatures_of_this_torch(dtype):
+    """Private operators, whose arguments, results and shapes any build of torch states on fake tensors."""
+    with FakeTensorMode():
+        q, k, v, grad = (torch.empty(2, 3, n, 64, dtype=dtype, device="cuda") for n in (9, 12, 12, 9))
+        out, lse, state = ring.FLASH.forward(q, k, v)
+        grads = ring.FLASH.backward(grad, q, k, v, out, lse, state)
+    for made, like in zip((out, *grads), (q, q, k, v), strict=True):
+        assert (made.shape, made.dtype, made.device) == (like.shape, dtype, like.device)
+    assert (lse.shape, lse.dtype, lse.device) == (q.shape[:3], torch.float32, q.device)
 
 
 def in_two_blocks(kernel, q, k, v, grad):
