@@ -31,7 +31,8 @@ from sgm.config.values import misfit
 from sgm.io import atomic_file, denied_text, refusing_denied, write_json
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.checkpoint import save_torch, write_latest
+from sgm.weights.checkpoint import write_latest
+from sgm.weights.checksums import save_torch
 from sgm.weights.files import WEIGHTS, read_state_file
 from sgm.weights.stored import require_weights
 
