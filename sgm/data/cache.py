@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.data.rows import ClipFile, listed
-from sgm.io import write_json
+from sgm.io import parse_json, write_json
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
@@ -86,7 +86,7 @@ class Description:
         try:
             raw = read_header(path)
             checksums = header_checksums(raw)
-            header = json.loads(raw)
+            header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
             size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)
             if path.stat().st_size != size:
@@ -95,7 +95,7 @@ class Description:
                 return "it is another shard, or was not written by this tool"
         except FileNotFoundError:
             return _MISSING
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error) or type(error).__name__
         return ""
 

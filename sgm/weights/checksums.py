@@ -134,7 +134,10 @@ def _own_hashes(archive: zipfile.ZipFile) -> dict[str, int] | None:
     last = archive.infolist()[-1]
     if not last.filename.endswith(f"/{KEY}"):
         return None
-    return {name: int(digits, 16) for name, digits in json.loads(archive.read(last)).items()}
+    hashes = parse_json(archive.read(last))
+    if not isinstance(hashes, dict):
+        raise zipfile.BadZipFile(f"the entry {last.filename} does not hold checksums by name")
+    return {name: int(str(digits), 16) for name, digits in hashes.items()}
 
 
 def _tensor_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, Any]]:

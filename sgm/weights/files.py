@@ -5,7 +5,6 @@ The SAT layout is described in docs/checkpoints.md.
 
 import contextlib
 import hashlib
-import json
 import pickle
 import re
 import struct
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sgm.io import parse_json
 from sgm.util import InputError
 from sgm.weights.checksums import KEY, OLD_KEY, Checksums, damaged_entry, safetensors_checksums, zip_checksums
 from sgm.weights.lazy import LazyTensor, Tensors, peek
@@ -208,7 +208,7 @@ def read_shards(path: str | Path) -> list[dict[str, StoredTensor]]:
 
 
 def _read_stored(path: Path, *, compare: bool = True, quick: bool = False) -> dict[str, StoredTensor]:
-    """Read the tensors of one file with its checksums, if `compare` is set and it has any; `quick` as `read_weights`."""
+    """Read the tensors of one file with its checksums, if `compare` is set and it has any; `quick`: as there."""
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         tensors = read_file(path)
@@ -277,7 +277,7 @@ def _read_entry(path: Path, key: str) -> Any:
     if _is_safetensors(path, head):
         text = read_metadata(path).get(key)
         with _safetensors_errors(path, size):
-            return None if text is None else json.loads(text)
+            return None if text is None else parse_json(text)
     content, _ = _read_torch(path, size, head)
     return content.get(key) if isinstance(content, dict) else None
 
@@ -340,7 +340,7 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 def _safetensors_errors(path: Path, size: int) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {error}; {_CURE}") from error
 
 
