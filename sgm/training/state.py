@@ -11,7 +11,6 @@ Beside the weights, a run folder holds the state of the newest checkpoint::
 
 import contextlib
 import dataclasses
-import json
 import random
 import re
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, get_type_hints
 
 import torch
+from pydantic import FiniteFloat
 
 import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
@@ -94,7 +94,7 @@ class ResumePoint:
     base_digest: str | None
     config_digest: str
     clips: str
-    order: float | None = None
+    order: FiniteFloat | None = None
     files: tuple[str, ...] = ()
     micro_batches: AtLeast0 = 0
     buckets: str | None = None
@@ -309,7 +309,6 @@ def _read_point(run: Path) -> ResumePoint:
                 raise ValueError(f"it holds '{name[:40]}', and an iteration, a whole number, is expected")
             path = run / FOLDER / name / "resume.json"
             content = parse_json(path.read_bytes())
-            json.dumps(content, allow_nan=False)  # refuses NaN and Infinity, which no value may be
         digest = content.pop("digest", None) if isinstance(content, dict) else None
         point = _checked_point(run, int(name), content)
         if digest not in (None, digest_of(content)):

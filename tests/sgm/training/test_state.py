@@ -72,7 +72,7 @@ def test_a_state_is_found_before_latest_was_first_written(tmp_path):
         ({"ema": 1}, "'ema' is 1"),
         ({"files": "abc"}, "'files' is 'abc'"),
         ({"files": ["../../other"]}, "'files' names '../../other'"),
-        ({"order": float("nan")}, "not JSON compliant: nan"),
+        ({"order": float("nan")}, "'order' is NaN"),
         ({"iteration": 3}, "'iteration' is 3, and the state is that of iteration 4"),
         ({"surprise": 3}, "'surprise' is unknown"),
     ],
