@@ -78,6 +78,7 @@ def save_torch(content: Any, path: Path) -> None:
     """Call torch.save, and add checksums; the bytes do not depend on the file's name."""
     with path.open("w+b") as file:  # given its name, torch.save would name the archive's folder after it
         torch.save(content, file)
+        file.flush()  # the hashes are those of the file
         with zipfile.ZipFile(file, "a") as archive:
             hashes = {info.filename: f"{_xxh3(data):016x}" for info, data in _tensor_entries(path, archive)}
             folder = archive.infolist()[0].filename.partition("/")[0]
