@@ -94,7 +94,8 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         number = None if lock is None else _failure_of(lock)
         if isinstance(error, RunError) and number is None:
             raise
-        if lock is not None:  # before the free space is measured
+        if lock is not None:  # before the free space is measured; open descriptors keep the space of an unlinked file
+            os.ftruncate(lock, 0)
             temporary.unlink(missing_ok=True)
         failure = WriteError(_write_failure(path, error, number, need_bytes))
         if isinstance(error, PermissionError):
@@ -270,7 +271,7 @@ def require_writable(folder: str | Path, *files: str) -> None:
         if existing not in probed:
             _probe(target, existing)
             probed.add(existing)
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    existing = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
     for file in ("", *files):
         path = folder / file
         try:

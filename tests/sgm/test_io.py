@@ -107,6 +107,15 @@ def test_the_limit_of_a_disk_is_found_by_writing(tmp_path, small_disk):
         raise RuntimeError("hidden by a library")
 
 
+def test_free_space_is_measured_without_the_failed_file(tmp_path):
+    with pytest.raises(WriteError, match="the disk is full"), atomic_file(tmp_path / "x") as temporary:
+        kept = temporary.open("wb", buffering=0)  # as a traceback keeps it
+        kept.write(bytes(5000))
+        raise OSError(errno.ENOSPC, "full")
+    assert os.fstat(kept.fileno()).st_size == 0
+    kept.close()
+
+
 def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
     with pytest.raises(RunError, match="numbers differ") as caught, atomic_file(tmp_path / "x"):
         raise RunError("numbers differ")
@@ -150,6 +159,8 @@ def test_the_name_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     long = "x" * 300
     with pytest.raises(OutputError, match=f"'b/{long}/c.mp4' in '{tmp_path}/new' cannot be written to: File name too"):
         require_writable(tmp_path / "new", "a/c.mp4", f"b/{long}/c.mp4")
+    with pytest.raises(OutputError, match=f"'{tmp_path}/{long}' cannot be written to: File name too"):
+        require_writable(tmp_path / long, "a/c.mp4")
     (tmp_path / "b").touch()
     with pytest.raises(OutputError, match=f"'{tmp_path}/b' cannot be written to: {tmp_path}/b is a file"):
         require_writable(tmp_path, "a/c.mp4", "b/c.mp4")
