@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sgm.io import parse_json
+from sgm.io import parse_json, refusing_denied
 from sgm.util import InputError
 from sgm.weights.checksums import KEY, OLD_KEY, Checksums, damaged_entry, safetensors_checksums, zip_checksums
 from sgm.weights.lazy import LazyTensor, Tensors, peek
@@ -320,9 +320,10 @@ def weights_digest(path: str | Path) -> str:
 def _read_head(path: Path) -> tuple[int, bytes]:
     """Return the size and the first bytes of a weights file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(64)
+        with refusing_denied():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(64)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; correct the path") from error
     if size == 0:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import sgm.io
+from sgm.config.load import load_config
 from sgm.conversion import lora_import
 from sgm.conversion.diffusers.to_sat import read_json
+from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.io import (
     OutputError,
@@ -25,7 +28,7 @@ from sgm.io import (
 from sgm.training import bad_clips
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import header_checksums
-from sgm.weights.files import read_entry
+from sgm.weights.files import read_entry, read_file
 from tools import load_cogvideox_lora
 
 
@@ -137,6 +140,15 @@ def test_a_missing_right_is_named(tmp_path, monkeypatch, denied, asked, said):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / denied or not mode & ~allowed)
     error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / asked))
     assert said.format(tmp_path) in denied_text(error)
+    if denied == "a/b/c":  # in every reader of weights
+
+        def refuse(path: Path, *words: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Path, "open", refuse)
+        for read in (read_file, inspect_checkpoint, lambda path: load_config([path], mode="inference")):
+            with pytest.raises(InputError, match=re.escape(said.format(tmp_path))):
+                read(tmp_path / asked)
 
 
 def test_a_folder_is_locked_to_one_process(tmp_path):
