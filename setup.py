@@ -34,6 +34,7 @@ setup(
         "datasets>=4.0,<6",  # folders of Hugging Face; SwissArmyTransformer requires it too
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
+        "xxhash>=3,<5",  # checksums of weights; datasets requires it too
         "pillow>=10.1",
         "tqdm>=4.66,<5",
         "tensorboard>=2.18,<3",

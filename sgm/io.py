@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, what killed writers left, JSON, readable sizes, and missing permissions.
+"""Atomic writes of files and folders, what killed writers left, locks, JSON, readable sizes, and missing permissions.
 
 What is half written has a hidden name beside its output, and is locked by the process that writes it. The kernel drops
 the lock of a dead process, however it died, so the next writer to that folder knows what it may remove.
@@ -12,9 +12,10 @@ import re
 import secrets
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -32,7 +33,8 @@ logger = get_logger(__name__)
 _TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
-_LOCK = "lock"  # the locked file of a hidden folder
+LOCK = ".lock"  # the locked file of a folder
+_HIDDEN_LOCK = "lock"  # that of a hidden folder
 _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
@@ -92,7 +94,8 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         number = None if lock is None else _failure_of(lock)
         if isinstance(error, RunError) and number is None:
             raise
-        if lock is not None:  # before the free space is measured
+        if lock is not None:  # before the free space is measured; open descriptors keep the space of an unlinked file
+            os.ftruncate(lock, 0)
             temporary.unlink(missing_ok=True)
         failure = WriteError(_write_failure(path, error, number, need_bytes))
         if isinstance(error, PermissionError):
@@ -119,7 +122,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
         hidden = _temporary(path)
         hidden.mkdir(parents=True)
         with contextlib.suppress(FileNotFoundError):  # another process took the empty folder for a leftover
-            lock = _hold(hidden / _LOCK)
+            lock = _hold(hidden / _HIDDEN_LOCK)
     try:
         (hidden / path.name).mkdir()
         yield hidden / path.name
@@ -148,10 +151,8 @@ def _temporary(path: Path) -> Path:
 def _hold(path: Path) -> int | None:
     """Create and lock a file until the returned descriptor is closed; None if it was taken for a leftover meanwhile."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    if fcntl is not None:
-        # Without locks on its file system it is never removed by another process.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # without locks on its file system it is never removed by another process
+        flock(handle)
     if path.exists():
         return handle
     os.close(handle)
@@ -159,16 +160,14 @@ def _hold(path: Path) -> int | None:
 
 
 def _remove_if_dead(path: Path) -> None:
-    lock = path / _LOCK if path.is_dir() else path
+    locked = path / _HIDDEN_LOCK if path.is_dir() else path
     with contextlib.suppress(OSError):  # locked, gone, on a file system without locks, or not this user's
-        if not lock.exists():
+        if not locked.exists():
             path.rmdir()  # killed before it was locked; fails if there is something in it
             return
-        if fcntl is None:
-            return
-        handle = os.open(lock, os.O_RDWR)
+        handle = os.open(locked, os.O_RDWR)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(handle, wait=False)
             _remove(path)
             logger.info("removed %s, which a process that has ended left half written", path)
         finally:
@@ -181,21 +180,113 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     for inner in path.iterdir():
-        if inner.name != _LOCK:
+        if inner.name != _HIDDEN_LOCK:
             shutil.rmtree(inner, ignore_errors=True)
     with contextlib.suppress(OSError):
-        (path / _LOCK).unlink(missing_ok=True)
+        (path / _HIDDEN_LOCK).unlink(missing_ok=True)
         path.rmdir()
 
 
-def require_writable(folder: str | Path, *names: str) -> None:
-    """Check that `folder`, or its nearest existing parent, is a writable folder, and takes files of these names.
+def flock(handle: int, *, wait: bool = True) -> None:
+    """Lock an open file or folder against other processes until it is closed; the kernel does so for dead ones.
+
+    Args:
+        handle: its descriptor.
+        wait: until another process has unlocked it.
 
     Raises:
-        InputError: it is not, or the file system does not take the names of files, or of folders to be made.
+        BlockingIOError: another process has locked it, and `wait` is not set.
+        OSError: this file system or system has no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_folder(folder: Path, *, cure: str) -> IO[str] | None:
+    """Lock `folder` against other processes until the returned file is closed or this process ends.
+
+    A killed launcher may leave its workers running. If the file system has no locks, only warn.
+
+    Args:
+        folder: gets a file `LOCK`.
+        cure: for the message, what else to do than to end the other process.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    try:
+        file = try_lock_folder(folder)
+    except BlockingIOError as error:
+        owner = (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
+        raise InputError(
+            f"{folder} is in use by process {owner} (a launcher that was killed may have left it); end that process, "
+            f"or {cure}"
+        ) from error
+    except PermissionError as error:
+        raise InputError(denied_text(error)) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s); see that no other process works there", folder, error)
+        return None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def try_lock_folder(folder: Path) -> IO[str]:
+    """Return the locked file `LOCK` of a folder.
+
+    Raises:
+        OSError: see `flock`; or the file may not be written.
+    """
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        flock(file.fileno(), wait=False)
+        if not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has replaced the file", str(folder / LOCK))
+    except OSError:
+        file.close()
+        raise
+    # Close the file in forked workers, which would keep the lock. Weakly referenced, so that dropping it closes it.
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
+    return file
+
+
+def require_writable(folder: str | Path, *files: str) -> None:
+    """Check that `folder` can be made and written to, and takes `files`.
+
+    Args:
+        folder: the output.
+        files: their names in it, or paths in folders to be made there.
+
+    Raises:
+        OutputError: it cannot; the message names the file that fails.
     """
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    probed: set[Path] = set()
+    for target in dict.fromkeys([folder, *((folder / file).parent for file in files)]):
+        existing = next(path for path in (target, *target.parents) if os.path.lexists(path))
+        if existing not in probed:
+            _probe(target, existing)
+            probed.add(existing)
+    existing = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
+    for file in ("", *files):
+        path = folder / file
+        try:
+            # Looking up a name that is too long or illegal fails in another way than looking up one that is not there.
+            for part in path.relative_to(existing).parts:
+                _look_up(existing / part)
+            _look_up(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            what = f"'{file}' in " if file else ""
+            raise OutputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
+
+
+def _probe(folder: Path, existing: Path) -> None:
+    """Raise OutputError if a file cannot be written to `existing`: `folder`, or its nearest existing parent."""
     if not existing.is_dir():
         raise OutputError(f"'{folder}' cannot be written to: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -203,14 +294,6 @@ def require_writable(folder: str | Path, *names: str) -> None:
             f"'{folder}' cannot be written to: you may not write to {existing} (right 'w'), or its file system is "
             "read-only; correct that, or choose another folder"
         )
-    try:
-        # Looking up a name that is too long, or illegal, fails in another way than looking up one that is not there.
-        for path in (*(existing / name for name in (*folder.relative_to(existing).parts, *names)), folder):
-            _look_up(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        what = f"'{names[0]}' in " if names else ""
-        raise OutputError(f"{what}'{folder}' cannot be written to: {reason}; choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=existing):  # permissions do not prove it: /proc, a full or read-only disk
             pass

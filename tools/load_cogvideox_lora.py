@@ -12,7 +12,6 @@ file holds its own scale. Nothing is downloaded. Each video gets a JSON file wit
 
 import argparse
 import importlib
-import json
 import math
 import re
 import sys
@@ -96,8 +95,10 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    from sgm.io import parse_json
+
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise _wrong(f"{path} cannot be read ({error}); give --model_path a pipeline folder of diffusers") from error
 

@@ -14,6 +14,7 @@ import yaml
 
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.config.values import shortened
+from sgm.io import denied_text
 from sgm.util import InputError, nearest
 
 MAX_BYTES = 2_000_000  # of a file
@@ -196,6 +197,8 @@ def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
         found, cure = "the file does not exist", f"correct the path given to --base{hint}"
     except IsADirectoryError:
         found, cure = "is a folder, not a YAML file", "name the file inside it"
+    except PermissionError as error:
+        found, _, cure = denied_text(error).partition("; ")
     except (OSError, UnicodeDecodeError) as error:
         found, cure = f"cannot be read: {error}", "give a readable YAML file in UTF-8"
     except yaml.MarkedYAMLError as error:

@@ -17,7 +17,7 @@ from sgm.conversion.lora import HEADER_KEY
 from sgm.conversion.lora_names import LoraName, parse_lora_name
 from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
-from sgm.io import readable_size
+from sgm.io import readable_size, refusing_denied
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
@@ -162,9 +162,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise InputError(f"there is nothing at {path}; give a file or folder of weights")
-        return next(found for look in DETECTORS if (found := look(path)) is not None)
+        with refusing_denied():
+            if not path.exists():
+                raise InputError(f"there is nothing at {path}; give a file or folder of weights")
+            return next(found for look in DETECTORS if (found := look(path)) is not None)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}; correct the path or its permissions") from error
 

@@ -5,7 +5,6 @@ Their names are brought to one form by `sgm.conversion.lora_names`. The rank is 
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sgm.config.load import Config
 from sgm.conversion.lora import FILE, HEADER_KEY, TARGETS
 from sgm.conversion.lora_names import PARTS, LoraName, parse_lora_name
 from sgm.conversion.writing import check_new_folder, new_folder
+from sgm.io import parse_json
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter
@@ -281,7 +281,7 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     beside = file.parent / _PEFT_CONFIG
     if beside.is_file():
         try:
-            yield _PEFT_CONFIG, dict(json.loads(beside.read_text(encoding="utf-8")))
+            yield _PEFT_CONFIG, dict(parse_json(beside.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{beside} cannot be read: {error}; copy or save it again") from error
 

@@ -6,7 +6,7 @@ shards, ``latents-00000.safetensors``. The description is written first and assi
 written atomically: a kind is complete when no shard is missing, and its bytes are independent of interruptions and of
 the number of processes.
 
-The header of a shard says which one it is, and has the CRC-32 of every result. Sizes and headers of all shards are
+The header of a shard says which one it is, and has a checksum of every result. Sizes and headers of all shards are
 checked when a cache is opened, and results when they are read.
 """
 
@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.data.rows import ClipFile, listed
-from sgm.io import write_json
+from sgm.io import parse_json, write_json
 from sgm.util import PRECISIONS, InputError, RunError
-from sgm.weights.checksums import crc32, header_checksums, read_header, safetensors_checksums, write_safetensors
+from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
 
 Kind = Literal["latents", "images", "text"]
@@ -86,7 +86,7 @@ class Description:
         try:
             raw = read_header(path)
             checksums = header_checksums(raw)
-            header = json.loads(raw)
+            header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
             size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)
             if path.stat().st_size != size:
@@ -95,7 +95,7 @@ class Description:
                 return "it is another shard, or was not written by this tool"
         except FileNotFoundError:
             return _MISSING
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error) or type(error).__name__
         return ""
 
@@ -216,11 +216,11 @@ def read_shard(folder: Path, description: Description, number: int) -> dict[str,
     path = folder / description.shard(number)
     if description.problem(folder, number):
         return {}
-    checksums = safetensors_checksums(path) or {}
+    checksums = safetensors_checksums(path) or Checksums({})
     return {
         description.shards[number][int(place)]: tensor
         for place, tensor in load_file(path).items()
-        if crc32(tensor) == checksums.get(place) and not finite_problem(tensor)
+        if checksums.fit(place, tensor) and not finite_problem(tensor)
     }
 
 
@@ -306,13 +306,13 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         path = self.folder / self.description.shard(number)
         try:
             if number not in self._open:
-                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or {}
+                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or Checksums({})
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
             file, checksums = self._open[number]
             tensor = file.get_tensor(f"{place:06d}")
-            problem = "" if crc32(tensor) == checksums[f"{place:06d}"] else "is damaged: its bytes changed (CRC-32)"
+            problem = "" if checksums.fit(f"{place:06d}", tensor) else "is damaged: its bytes changed (checksum)"
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             problem = f"cannot be read: {error}"
         if problem := problem or finite_problem(tensor, cure="encode it anew"):

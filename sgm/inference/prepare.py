@@ -71,11 +71,10 @@ def prepare(config: Config) -> Prepared:
     except InputError as error:
         if not any(problem.path == "args.input_file" for problem in problems):
             problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
-    writable = partial(require_writable, config.args.output_dir)
+    output = config.args.output_dir
+    folders = [sample_folder(output, prompt, 0).relative_to(output) for prompt in prompts or ()]
+    writable = partial(require_writable, output, *(f"{folder}/000000.mp4" for folder in folders))
     problems += problems_of("args.output_dir", "name another folder", writable)
-    for prompt in prompts or ():
-        folder = sample_folder(config.args.output_dir, prompt, 0)
-        problems += problems_of("args.output_dir", "name another folder", partial(require_writable, folder))
     notes: list[str] = []
     if not problems:  # they would be those of the text encoder again
         problems += problems_of("args.input_file", "correct the prompts", lambda: notes.extend(_words(config, prompts)))

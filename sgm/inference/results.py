@@ -17,14 +17,9 @@ from typing import Any
 
 from sgm.config.args import SamplingArgs
 from sgm.inference.prompts import Prompt, output_folder_name
-from sgm.io import parse_json, write_json
+from sgm.io import flock, parse_json, write_json
 from sgm.log import get_logger
 from sgm.util import RunError, default
-
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None
 
 logger = get_logger(__name__)
 
@@ -176,6 +171,5 @@ def _locked(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            flock(handle)
         yield

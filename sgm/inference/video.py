@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sgm.io import atomic_file
 from sgm.util import RunError
-from sgm.weights.checkpoint import save_torch
+from sgm.weights.checksums import save_torch
 
 Frames = np.ndarray | torch.Tensor
 

@@ -1,6 +1,5 @@
 """Unusable clips, found by the check before training or during it, recorded in one file of the run folder."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.values import misfit
 from sgm.data.cache import listed
 from sgm.data.clips.check import RowReport, summary_text, write_report
-from sgm.io import write_json
+from sgm.io import parse_json, write_json
 from sgm.log import get_logger
 from sgm.training.inputs.clips import Data
 from sgm.util import InputError, RunError
@@ -201,4 +200,4 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parse_json(path.read_bytes()) if path.is_file() else None

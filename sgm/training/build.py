@@ -19,7 +19,7 @@ from sgm.config.precision import precision_name
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
-from sgm.io import atomic_file, hidden_folder, remove_leftovers
+from sgm.io import atomic_file, hidden_folder, lock_folder, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.bad_clips import BadClips, usable_data
@@ -34,7 +34,6 @@ from sgm.training.state import (
     ResumePoint,
     abandoned_run,
     load_state,
-    lock_folder,
     next_start_number,
     numbers_digest,
     repair_latest,
@@ -250,7 +249,7 @@ def _open_folder(config: Config, resume: ResumePoint | None, hidden: ExitStack) 
     def open_folder() -> Path:
         nonlocal lock
         folder = resume.run if resume is not None else hidden.enter_context(_hidden_run(args))
-        lock = lock_folder(folder)
+        lock = lock_folder(folder, cure="use args.resume=none to start a new run")
         if resume is not None:
             for path in (folder, folder / FOLDER, *(path for path in folder.glob("*/") if not path.is_symlink())):
                 remove_leftovers(path)

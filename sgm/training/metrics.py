@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sgm.io import atomic_file
+from sgm.io import atomic_file, parse_json
 from sgm.log import get_logger
 from sgm.util import InputError, RunError
 
@@ -147,7 +147,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             values["iteration"] = int(values["iteration"])
         except (ValueError, TypeError, KeyError):
             logger.warning("%s: line %d cannot be read and is left out", path, number)

@@ -11,38 +11,32 @@ Beside the weights, a run folder holds the state of the newest checkpoint::
 
 import contextlib
 import dataclasses
-import json
-import os
 import random
 import re
 import shutil
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, get_type_hints
 
 import torch
+from pydantic import FiniteFloat
 
 import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit
-from sgm.io import atomic_file, denied_text, refusing_denied, write_json
+from sgm.io import LOCK, atomic_file, parse_json, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.checkpoint import save_torch, write_latest
+from sgm.weights.checkpoint import write_latest
+from sgm.weights.checksums import save_torch
 from sgm.weights.files import WEIGHTS, read_state_file
 from sgm.weights.stored import require_weights
 
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None
-
 logger = get_logger(__name__)
 
-FOLDER, LATEST, LOCK = "resume", "latest", ".lock"
+FOLDER, LATEST = "resume", "latest"
 # Arguments without effect on the results, which may change when a run is resumed.
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
@@ -100,7 +94,7 @@ class ResumePoint:
     base_digest: str | None
     config_digest: str
     clips: str
-    order: float | None = None
+    order: FiniteFloat | None = None
     files: tuple[str, ...] = ()
     micro_batches: AtLeast0 = 0
     buckets: str | None = None
@@ -275,8 +269,7 @@ def abandoned_run(args: TrainingArgs) -> tuple[Path, IO[str]] | None:
     for run in reversed(own_runs(args)):
         if (run / LOCK).is_file() and not _has_state(run) and not (run / LATEST).exists():
             with contextlib.suppress(OSError):
-                if (file := _try_lock(run)) is not None:
-                    return run, file
+                return run, try_lock_folder(run)
     return None
 
 
@@ -302,64 +295,6 @@ def repair_latest(point: ResumePoint) -> None:
         write_latest(point.run, point.iteration)
 
 
-def lock_folder(run: Path, *, cure: str = "use args.resume=none to start a new run") -> IO[str] | None:
-    """Lock `run` against other processes until the returned file is closed or this process ends.
-
-    A killed launcher may leave its workers running. If the file system has no locks, only warn.
-
-    Args:
-        run: the folder; gets a file `LOCK`.
-        cure: for the message, what else to do than to end the other process.
-
-    Raises:
-        InputError: another process holds the lock.
-    """
-    if fcntl is None:
-        return None
-    try:
-        file = _try_lock(run)
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise InputError(denied_text(error)) from error
-        logger.warning("%s cannot be locked (%s); see that no other process works there", run, error)
-        return None
-    if file is None:
-        owner = (run / LOCK).read_text(encoding="utf-8").strip() or "unknown"
-        raise InputError(
-            f"{run} is in use by process {owner} (a launcher that was killed may have left it); end that process, or "
-            f"{cure}"
-        )
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
-
-
-def _try_lock(run: Path) -> IO[str] | None:
-    """Return the locked file `LOCK` of a folder; None if another process has locked it.
-
-    Raises:
-        OSError: the file system has no locks, or the file may not be written.
-    """
-    if fcntl is None:
-        return None
-    file = (run / LOCK).open("a+", encoding="utf-8")
-    # Close the file in forked workers, which would keep the lock. Weakly referenced, so that dropping it closes it.
-    held = weakref.ref(file)
-    os.register_at_fork(after_in_child=lambda: (here := held()) is not None and here.close())
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), (run / LOCK).stat()):
-            return file
-    except BlockingIOError:
-        pass
-    except OSError:
-        file.close()
-        raise
-    file.close()  # locked by another process, or replaced by one
-    return None
-
-
 def _read_point(run: Path) -> ResumePoint:
     """Read and check the newest state of a run: that of ``latest``, or the newest complete one before its first write.
 
@@ -373,21 +308,17 @@ def _read_point(run: Path) -> ResumePoint:
             if not re.fullmatch(r"[0-9]+", name):
                 raise ValueError(f"it holds '{name[:40]}', and an iteration, a whole number, is expected")
             path = run / FOLDER / name / "resume.json"
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            content = parse_json(path.read_bytes())
         digest = content.pop("digest", None) if isinstance(content, dict) else None
         point = _checked_point(run, int(name), content)
         if digest not in (None, digest_of(content)):
             raise ValueError("it was changed after it was written (its digest differs)")
         return point
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"the resume state cannot be read: {path}: {error}; restore the file, or use args.resume=none, or "
             "args.resume=RUN_FOLDER for another run"
         ) from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}, which is no number")
 
 
 def _checked_point(run: Path, iteration: int, content: Any) -> ResumePoint:

@@ -23,7 +23,7 @@ from sgm.io import atomic_file
 from sgm.util import RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
 from sgm.weights.architecture import PATCH_WEIGHT
-from sgm.weights.checksums import write_safetensors
+from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import compute
 from sgm.weights.match import Match, match_autoencoder, match_network
@@ -320,7 +320,7 @@ def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tenso
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`.
 
-    Both have checksums: torch.save writes those of zip archives.
+    Both have checksums.
     """
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata={name: json.dumps(entry) for name, entry in entries.items()})
@@ -328,12 +328,6 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], ent
     alone = {name: owned(tensor) for name, tensor in tensors.items()}  # torch.save writes the full storage of a view
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
         save_torch({key: alone, **entries}, temporary)
-
-
-def save_torch(content: Any, path: Path) -> None:
-    """Call torch.save so that the bytes do not depend on the file's name, which would name the archive's folder."""
-    with path.open("wb") as file:
-        torch.save(content, file)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ The SAT layout is described in docs/checkpoints.md.
 
 import contextlib
 import hashlib
-import json
 import pickle
 import re
 import struct
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sgm.io import parse_json, refusing_denied
 from sgm.util import InputError
-from sgm.weights.checksums import KEY, damaged_entry, safetensors_checksums, zip_checksums
+from sgm.weights.checksums import KEY, OLD_KEY, Checksums, damaged_entry, safetensors_checksums, zip_checksums
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
@@ -33,6 +33,7 @@ _OBJECTS_CURE = (
     "ask for the weights as safetensors, or, if you trust the file, save its tensors alone in a script of your own"
 )
 _DIGEST_ELEMENTS = 1024
+_QUICK = 1 << 27  # archives of this size are compared with their CRC-32 in less than 0.1 s
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
 
 
@@ -126,14 +127,19 @@ def read_tensors(path: str | Path) -> Tensors:
     return _joined(Path(path), [read_file(file) for file in shard_files(Path(path))])
 
 
-def read_weights(path: str | Path) -> dict[str, LazyTensor]:
+def read_weights(path: str | Path, *, quick: bool = False) -> dict[str, LazyTensor]:
     """Read the tensors of a network to use their values: as `read_tensors`, and checked when they are computed.
+
+    Args:
+        path: the file, or the first shard.
+        quick: leave out the comparison of large archives of others with their CRC-32, which takes as long as loading
+            them; `verify_file` compares them.
 
     Raises:
         InputError: as `read_tensors`; computing a tensor raises it for damaged, not finite or other than
             floating-point values.
     """
-    return _joined(Path(path), read_shards(path))
+    return _joined(Path(path), [_read_stored(file, quick=quick) for file in shard_files(Path(path))])
 
 
 def check_values(*paths: Path) -> None:
@@ -158,17 +164,18 @@ def verify_file(path: Path) -> bool:
         InputError: it is damaged, or holds weights that are not finite; the message names every tensor.
     """
     size, head = _read_head(path)
-    problems, has_checksums = [], False
+    entry, checksums = "", None
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
-            has_checksums = safetensors_checksums(path) is not None
+            checksums = safetensors_checksums(path)
     elif head.startswith(b"PK"):
         with _torch_errors(path, size):
-            has_checksums = zip_checksums(path) is not None
+            checksums = zip_checksums(path)
             entry = damaged_entry(path)
-        problems += [f"{path}: its entry {entry} is damaged: its bytes changed (CRC-32)"] if entry else []
+    problems = [f"{path}: its entry {entry} is damaged: its bytes changed (checksum)"] if entry else []
     try:
-        tensors = [*_read_stored(path).values()]
+        # The bytes of an archive are compared above, and again only to name the tensors of a damaged one.
+        tensors = [*_read_stored(path, compare=bool(entry) or _is_safetensors(path, head)).values()]
     except InputError:
         tensors = []  # a training state, of which only the bytes are compared
     with checked_ahead(tensors):
@@ -177,7 +184,7 @@ def verify_file(path: Path) -> bool:
             problems += [f"{path}: {tensor.name} {problem}"] if problem else []
     if problems:
         raise InputError("\n".join(problems))
-    return has_checksums
+    return checksums is not None
 
 
 def _joined(path: Path, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,14 +207,16 @@ def read_shards(path: str | Path) -> list[dict[str, StoredTensor]]:
     return [_read_stored(file) for file in shard_files(Path(path))]
 
 
-def _read_stored(path: Path) -> dict[str, StoredTensor]:
-    """Read the tensors of one file with their checksums, if it has any."""
+def _read_stored(path: Path, *, compare: bool = True, quick: bool = False) -> dict[str, StoredTensor]:
+    """Read the tensors of one file with its checksums, if `compare` is set and it has any; `quick`: as there."""
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         tensors = read_file(path)
         with _safetensors_errors(path, size):
             return store_safetensors(path, tensors, safetensors_checksums(path))
     content, checksums = _read_torch(path, size, head)
+    if not compare or (quick and size > _QUICK and checksums is not None and checksums.key == OLD_KEY):
+        checksums = None
     return store_zip(path, _tensors_of(content, path), checksums)
 
 
@@ -268,7 +277,7 @@ def _read_entry(path: Path, key: str) -> Any:
     if _is_safetensors(path, head):
         text = read_metadata(path).get(key)
         with _safetensors_errors(path, size):
-            return None if text is None else json.loads(text)
+            return None if text is None else parse_json(text)
     content, _ = _read_torch(path, size, head)
     return content.get(key) if isinstance(content, dict) else None
 
@@ -284,7 +293,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if not _is_safetensors(path, head):
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
-        return {name: text for name, text in (file.metadata() or {}).items() if name != KEY}
+        return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY)}
 
 
 def weights_digest(path: str | Path) -> str:
@@ -311,9 +320,10 @@ def weights_digest(path: str | Path) -> str:
 def _read_head(path: Path) -> tuple[int, bytes]:
     """Return the size and the first bytes of a weights file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(64)
+        with refusing_denied():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(64)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; correct the path") from error
     if size == 0:
@@ -331,11 +341,11 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 def _safetensors_errors(path: Path, size: int) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {error}; {_CURE}") from error
 
 
-def _read_torch(path: Path, size: int, head: bytes) -> tuple[object, dict[int, set[int]] | None]:
+def _read_torch(path: Path, size: int, head: bytes) -> tuple[object, Checksums | None]:
     """Unpickle a file of torch.save: a zip archive, or the older bare pickle, which cannot be memory-mapped.
 
     Also return its `zip_checksums`, which compares names and plain values.
@@ -365,7 +375,7 @@ def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
         check = pool.submit(damaged_entry, path) if head.startswith(b"PK") else None
         content = torch.load(path, map_location=map_location, weights_only=True)
         if check is not None and (entry := check.result()):
-            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (CRC-32)")
+            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (checksum)")
     return content
 
 

@@ -103,7 +103,7 @@ def match_autoencoder(vae: nn.Module, path: str | Path, *, ignore_keys: Sequence
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; ckpt_path of the autoencoder names its file, e.g. {path / '3d-vae.pt'}")
-    tensors = read_weights(path)
+    tensors = read_weights(path, quick=True)
     targets = _state(vae)
     ignored = tuple(name for name in tensors if name.startswith(("loss.", *ignore_keys)))
     for name in ignored:
@@ -140,7 +140,7 @@ def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Stored
 
 def _read_one(path: Path, shapes: Shapes) -> tuple[Stored, Dropped]:
     """Read a file for a network of unsharded `shapes`: tensors under its names and in its layout, dropped names."""
-    content = read_weights(path)
+    content = read_weights(path, quick=True)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
     if not tensors:
         raise InputError(f"{path} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; {_cure(content)}")

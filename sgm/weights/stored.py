@@ -6,14 +6,14 @@ checked. `checked_ahead` does so in threads, while the tensors before are being 
 | check | finds |
 |---|---|
 | kind | integers, booleans or complex numbers in the place of weights |
-| checksum | bits that changed since the file was written; the CRC-32 in zip archives and in our safetensors headers |
+| checksum | bits that changed since the file was written; see `sgm.weights.checksums` |
 | finiteness | NaN and infinity |
 """
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import crc32
+from sgm.weights.checksums import Checksums
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 _CURE = "copy or download it again from its source, or take an earlier checkpoint"
@@ -100,25 +100,23 @@ class StoredTensor(LazyTensor):
 
 
 def store_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, int] | None
+    path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checksums | None
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file; `checksums` by name, None if none were written."""
+    """Return the tensors of a safetensors file; without `checksums`, bytes are not compared."""
 
     def changed(name: str) -> Once:
-        return _UNKNOWN if checksums is None else Once(partial(_changed, tensors[name], {checksums[name]}))
+        return _UNKNOWN if checksums is None else Once(partial(_changed, tensors[name], name, checksums))
 
     return {name: _stored(path, name, tensor, changed(name)) for name, tensor in tensors.items()}
 
 
-def store_zip(
-    path: Path, tensors: Mapping[str, torch.Tensor], checksums: Mapping[int, Collection[int]] | None
-) -> dict[str, StoredTensor]:
+def store_zip(path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checksums | None) -> dict[str, StoredTensor]:
     """Return the tensors of a file of torch.save.
 
     Args:
         path: the file.
         tensors: by name.
-        checksums: the CRC-32s that storages of a size may have; None if none were written.
+        checksums: by the size of storages; without them, bytes are not compared.
     """
     checks: dict[int, Once] = {}  # by storage, since several tensors may be views of one
 
@@ -127,7 +125,7 @@ def store_zip(
             return _UNKNOWN
         storage = tensor.untyped_storage()
         whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-        check = Once(partial(_changed, whole, checksums.get(storage.nbytes(), ())))
+        check = Once(partial(_changed, whole, storage.nbytes(), checksums))
         return checks.setdefault(storage.data_ptr(), check)
 
     return {name: _stored(path, name, tensor, changed(tensor)) for name, tensor in tensors.items()}
@@ -138,9 +136,11 @@ def _stored(path: Path, name: str, tensor: torch.Tensor, changed: Once) -> Store
     return StoredTensor((tensor,), path=path, name=name, changed=changed, problem=check)
 
 
-def _changed(tensor: torch.Tensor, checksums: Collection[int]) -> str:
-    """Return that the bytes of a tensor have none of the CRC-32s that they may have; empty if they have one."""
-    return "" if crc32(tensor) in checksums else f"is damaged: its bytes changed after it was written (CRC-32); {_CURE}"
+def _changed(tensor: torch.Tensor, place: str | int, checksums: Checksums) -> str:
+    """Return that the bytes of a tensor do not have the checksum of `place`; empty if they do."""
+    if checksums.fit(place, tensor):
+        return ""
+    return f"is damaged: its bytes changed after it was written (checksum); {_CURE}"
 
 
 def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:

@@ -2,15 +2,34 @@
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import sgm.io
+from sgm.config.load import load_config
+from sgm.conversion import lora_import
+from sgm.conversion.diffusers.to_sat import read_json
+from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.writing import check_new_folder, new_folder
-from sgm.io import WriteError, atomic_file, denied_text, remove_leftovers
-from sgm.util import RunError
+from sgm.io import (
+    OutputError,
+    WriteError,
+    atomic_file,
+    denied_text,
+    lock_folder,
+    remove_leftovers,
+    require_writable,
+)
+from sgm.training import bad_clips
+from sgm.util import InputError, RunError
+from sgm.weights.checksums import header_checksums
+from sgm.weights.files import read_entry, read_file
+from tools import load_cogvideox_lora
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +110,15 @@ def test_the_limit_of_a_disk_is_found_by_writing(tmp_path, small_disk):
         raise RuntimeError("hidden by a library")
 
 
+def test_free_space_is_measured_without_the_failed_file(tmp_path):
+    with pytest.raises(WriteError, match="the disk is full"), atomic_file(tmp_path / "x") as temporary:
+        kept = temporary.open("wb", buffering=0)  # as a traceback keeps it
+        kept.write(bytes(5000))
+        raise OSError(errno.ENOSPC, "full")
+    assert os.fstat(kept.fileno()).st_size == 0
+    kept.close()
+
+
 def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
     with pytest.raises(RunError, match="numbers differ") as caught, atomic_file(tmp_path / "x"):
         raise RunError("numbers differ")
@@ -112,3 +140,71 @@ def test_a_missing_right_is_named(tmp_path, monkeypatch, denied, asked, said):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / denied or not mode & ~allowed)
     error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / asked))
     assert said.format(tmp_path) in denied_text(error)
+    if denied == "a/b/c":  # in every reader of weights
+
+        def refuse(path: Path, *words: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Path, "open", refuse)
+        for read in (read_file, inspect_checkpoint, lambda path: load_config([path], mode="inference")):
+            with pytest.raises(InputError, match=re.escape(said.format(tmp_path))):
+                read(tmp_path / asked)
+
+
+def test_a_folder_is_locked_to_one_process(tmp_path):
+    lock = lock_folder(tmp_path, cure="wait")
+    assert lock is not None
+    with pytest.raises(InputError, match=f"is in use by process {os.getpid()} .* or wait"):
+        lock_folder(tmp_path, cure="wait")
+    lock.close()
+    again = lock_folder(tmp_path, cure="wait")
+    assert again is not None
+    again.close()
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sgm.io, "fcntl", None)
+    assert lock_folder(tmp_path, cure="wait") is None and "cannot be locked" in caplog.text
+
+
+def test_the_name_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    long = "x" * 300
+    with pytest.raises(OutputError, match=f"'b/{long}/c.mp4' in '{tmp_path}/new' cannot be written to: File name too"):
+        require_writable(tmp_path / "new", "a/c.mp4", f"b/{long}/c.mp4")
+    with pytest.raises(OutputError, match=f"'{tmp_path}/{long}' cannot be written to: File name too"):
+        require_writable(tmp_path / long, "a/c.mp4")
+    (tmp_path / "b").touch()
+    with pytest.raises(OutputError, match=f"'{tmp_path}/b' cannot be written to: {tmp_path}/b is a file"):
+        require_writable(tmp_path, "a/c.mp4", "b/c.mp4")
+    probed = []
+    monkeypatch.setattr(sgm.io, "_probe", lambda *folders: probed.append(folders))
+    require_writable(tmp_path / "new", *(f"{number}/c.mp4" for number in range(5)))
+    assert probed == [(tmp_path / "new", tmp_path)]
+
+
+def _header(path: Path) -> object:
+    save_file({"a": torch.zeros(1)}, path.with_suffix(".safetensors"), metadata={"lora": path.read_text()})
+    return read_entry(path.with_suffix(".safetensors"), "lora")
+
+
+def _peft(path: Path) -> object:
+    save_file({"a": torch.zeros(1)}, path.with_name("lora.safetensors"))
+    return list(lora_import._configs(path.with_name("lora.safetensors")))
+
+
+READERS = {
+    "config.json": read_json,
+    "model_index.json": load_cogvideox_lora._json,
+    "adapter_config.json": _peft,
+    "header.json": _header,
+    "bad_clips.json": lambda path: bad_clips._read(path.parent),
+    "shard.safetensors": lambda path: header_checksums(b'{"__metadata__": {}, "a": ' + path.read_bytes() + b"}"),
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), [("[" * 5000 + "]" * 5000, "nests lists"), ("9" * 5000, "5,000 digits")])
+@pytest.mark.parametrize("name", READERS)
+def test_json_that_python_refuses_is_refused_by_its_fault(tmp_path, name, text, fault):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"line 1: .*{fault}"):
+        READERS[name](tmp_path / name)

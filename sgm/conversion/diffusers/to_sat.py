@@ -23,6 +23,7 @@ from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.writing import new_folder, total_bytes, write_network
+from sgm.io import parse_json
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
@@ -104,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it is missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; copy or download it again") from error
     if not isinstance(content, dict):

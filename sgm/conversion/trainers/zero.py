@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import zip_checksums
+from sgm.weights.checksums import Checksums, zip_checksums
 from sgm.weights.files import WEIGHTS, read_entry
 from sgm.weights.lazy import LazyTensor
 from sgm.weights.stored import StoredTensor, require_weights, store_zip
@@ -244,7 +244,7 @@ def _buffers(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Store
     return {name: each if each.dtype.is_floating_point else each.of_any_kind() for name, each in stored.items()}
 
 
-def _checksums(path: Path) -> dict[int, set[int]] | None:
+def _checksums(path: Path) -> Checksums | None:
     return zip_checksums(path) if zipfile.is_zipfile(path) else None
 
 

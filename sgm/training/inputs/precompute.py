@@ -24,13 +24,12 @@ from sgm.config.load import Config, ConfigError
 from sgm.config.precision import resolve_training_precision
 from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, read_shard, write_shard
 from sgm.data.clips.decode import ClipError
-from sgm.io import remove_leftovers, require_writable
+from sgm.io import lock_folder, remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
 from sgm.training.bad_clips import unusable
 from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
 from sgm.training.inputs.clips import open_folder
-from sgm.training.state import lock_folder
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import load_autoencoder
 

@@ -14,7 +14,7 @@ from sgm.config.load import ConfigError, load_config
 from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import checkpoint_engine, find_resume_point, lock_folder, next_start_number
+from sgm.training.state import checkpoint_engine, find_resume_point, next_start_number
 from sgm.util import InputError
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors
 from tests.processes import train_all
@@ -72,7 +72,7 @@ def test_a_state_is_found_before_latest_was_first_written(tmp_path):
         ({"ema": 1}, "'ema' is 1"),
         ({"files": "abc"}, "'files' is 'abc'"),
         ({"files": ["../../other"]}, "'files' names '../../other'"),
-        ({"order": float("nan")}, "it holds NaN"),
+        ({"order": float("nan")}, "'order' is NaN"),
         ({"iteration": 3}, "'iteration' is 3, and the state is that of iteration 4"),
         ({"surprise": 3}, "'surprise' is unknown"),
     ],
@@ -174,17 +174,6 @@ def test_the_number_of_ranks_matters_only_for_sharded_state():
     sharded = dataclasses.replace(POINT, zero_stage=2)
     with pytest.raises(ConfigError, match="written with world size 2, and now it is 1"):
         sharded.check(dataclasses.replace(sharded, world_size=1))
-
-
-def test_a_run_folder_is_locked_to_one_process(tmp_path):
-    lock = lock_folder(tmp_path)
-    assert lock is not None
-    with pytest.raises(InputError, match=f"is in use by process {os.getpid()}"):
-        lock_folder(tmp_path)
-    lock.close()
-    again = lock_folder(tmp_path)
-    assert again is not None
-    again.close()
 
 
 def start(training_yaml, folder: Path, *overrides):

@@ -1,6 +1,9 @@
 """Values of weights files are checked when they are used: kinds, checksums, finiteness."""
 
+import contextlib
+import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm.util import InputError
 from sgm.weights.checkpoint import load_network, write_tensors
-from sgm.weights.files import check_values, read_file, read_weights
+from sgm.weights.files import check_values, read_file, read_metadata, read_weights, verify_file
 from sgm.weights.lazy import compute
 from sgm.weights.stored import checked_ahead
 from tests.sgm.weights.test_checkpoint import Tiny
@@ -74,7 +77,43 @@ def test_files_without_checksums_load(tmp_path):
     check_values(*tmp_path.iterdir())
 
 
+def test_large_archives_of_others_are_compared_unless_they_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.weights.files._QUICK", 0)
+    own, other = write(tmp_path / "own.pt"), tmp_path / "other.pt"
+    torch.save({"module": TENSORS}, other)
+    for path in (own, other):
+        flip(path, path.read_bytes().index(TENSORS["a"].numpy().tobytes()))
+        for quick in (False, True):
+            damaged = pytest.raises(InputError, match="a is damaged")
+            with contextlib.nullcontext() if quick and path == other else damaged:
+                read_weights(path, quick=quick)["a"].compute()
+
+
+def test_bytes_are_compared_once(tmp_path, monkeypatch):
+    for path in (write(tmp_path / "own.pt"), tmp_path / "other.pt"):
+        torch.save({"module": TENSORS}, tmp_path / "other.pt")
+        with monkeypatch.context() as patched:
+            patched.setattr("sgm.weights.checksums.Checksums.fit", None)
+            assert verify_file(path)
+
+
+def test_a_file_of_an_earlier_version_is_compared_with_its_crc32(tmp_path):
+    data = TENSORS["c"].numpy().tobytes()
+    header = {"__metadata__": {"crc32": "0" * 16}, "c": {"dtype": "F32", "shape": [6], "data_offsets": [0, len(data)]}}
+    head = json.dumps(header).encode()
+    head = head.replace(b"0" * 16, f"{zlib.crc32(head):08x}{zlib.crc32(data):08x}".encode())
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+    assert torch.equal(read_weights(path)["c"].compute(), TENSORS["c"]) and not read_metadata(path)
+    flip(path, 8 + len(head))
+    with pytest.raises(InputError, match="c is damaged"):
+        read_weights(path)["c"].compute()
+
+
 def test_a_file_that_another_tool_rewrote_is_not_compared_with_its_old_checksums(tmp_path):
+    content = torch.load(write(tmp_path / "x.pt"), weights_only=True)
+    torch.save(content | {"module": content["module"] | {"b": torch.zeros(40)}}, tmp_path / "x.pt")
+    assert not read_weights(tmp_path / "x.pt")["b"].compute().any()
     path = write(tmp_path / "x.safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

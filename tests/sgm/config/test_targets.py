@@ -1,0 +1,180 @@
+"""Sections are checked against the signatures of their classes."""
+
+import pytest
+import yaml
+
+from sgm.config.load import ConfigError, load_config
+from sgm.config.targets import check_params
+from sgm.config.yaml_files import Merged
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
+from sgm.util import instantiate_from_config
+from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy, training_complaint
+
+
+class OwnSampler(VideoDDIMSampler):
+    pass
+
+
+def test_interpolation_is_accepted_on_network_and_mixin():
+    network = "model.network_config.params"
+    base = ROOT / "configs" / "cogvideox_2b.yaml"
+    config = load_config([base], [f"{network}.height_interpolation=2.0"], mode="inference")
+    assert config.warnings == ()
+    mixin = f"{network}.modules.pos_embed_config.params.height_interpolation"
+    assert load_config([base], [f"{mixin}=2.0"], mode="inference").warnings == ()
+    with pytest.raises(ConfigError, match="height_interpolaton.*did you mean 'height_interpolation'"):
+        load_config([base], [f"{network}.height_interpolaton=2.0"], mode="inference")
+
+
+def test_interpolation_that_no_mixin_takes_warns():
+    network = "model.network_config.params"
+    overrides = [f"{network}.height_interpolation=2.0", f"{network}.time_interpolation=null"]
+    config = load_config([ROOT / "configs" / "cogvideox_5b.yaml"], overrides, mode="inference")
+    assert config.warnings == (f"{network}.height_interpolation has no effect: nothing under modules takes it",)
+
+
+def test_modules_without_a_class_do_not_hide_the_problem():
+    modules = "model.network_config.params.modules"
+    for target in ("no.such.Class", "3", "null"):
+        overrides = (f"{modules}.pos_embed_config.target={target}", f"{modules}.final_layer_config=null")
+        text = override_complaint(*overrides, "model.network_config.params.height_interpolation=2.0")
+        assert f"{modules}.pos_embed_config.target" in text
+
+
+@pytest.mark.parametrize("value", ["0.5", "2"])
+def test_numbers_of_other_projects_may_be_fractions(value):
+    path = "model.network_config.params.modules.lora_config.params.lora_alpha"
+    base = ROOT / "configs" / "cogvideox_2b_lora.yaml"
+    assert load_config([base], [f"{path}={value}"], mode="inference").warnings == ()
+    assert "give a number" in complaint([base], [f"{path}=much"])
+
+
+def test_unknown_parameters_are_found_at_any_depth():
+    network = "model.network_config.params"
+    text = override_complaint(
+        f"{network}.hidden_sise=3",
+        f"{network}.modules.adaln_layer_config.params.qkln=true",
+        "model.sampler_config.params.guider_config.params.scael=1",
+        "model.conditioner_config.params.emb_models.0.params.maxlength=3",
+        "model.conditioner_config.params.emb_models.0.ucgrate=3",
+        "model.scalefactor=1",
+    )
+    assert "6 problems" in text
+    for path, known in [
+        (f"{network}.hidden_sise", "hidden_size"),
+        (f"{network}.modules.adaln_layer_config.params.qkln", "qk_ln"),
+        ("model.sampler_config.params.guider_config.params.scael", "scale"),
+        ("model.conditioner_config.params.emb_models.0.params.maxlength", "max_length"),
+        ("model.conditioner_config.params.emb_models.0.ucgrate", "ucg_rate"),
+        ("model.scalefactor", "scale_factor"),
+    ]:
+        line = next(line for line in text.splitlines() if line.startswith(f"  - {path} "))
+        assert f"did you mean '{known}'?" in line
+
+
+def test_unknown_targets_name_the_nearest():
+    path = "model.sampler_config.target"
+    text = override_complaint(f"{path}=sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSample")
+    assert f"{path} (" in text and "did you mean 'VPSDEDPMPP2MSampler'" in text
+    assert "does not exist" in override_complaint(f"{path}=nowhere.Sampler")
+    assert "dotted path" in override_complaint(f"{path}=Sampler")
+    assert "dotted path" in override_complaint(f"{path}=5")
+
+
+@pytest.mark.parametrize(
+    ("section", "target", "why"),
+    [
+        ("sampler_config", "torch.nn.Identity", "is not a sampler: it does not take a call(denoise,"),
+        ("sampler_config", "sgm.modules.diffusionmodules.sampling.VideoSampler", "only a base class"),
+        ("sampler_config", "sgm.modules.diffusionmodules.guiders.VanillaCFG", "is not a sampler: it cannot be called"),
+        ("sampler_config", "torch.zeros", "--trust torch"),
+        ("sampler_config.params.guider_config", "torch.nn.Identity", "not a guider: it has no prepare_inputs("),
+        ("network_config", "torch.optim.SGD", "not a network: it is not a torch.nn.Module"),
+        ("network_config", "torch.nn.Identity", "not a network: it does not take a call(x, timesteps, context)"),
+        ("network_config.params.modules.pos_embed_config", "pathlib.Path", "is not trusted"),
+        ("denoiser_config", "torch.nn.Linear", "not a denoiser"),
+        ("denoiser_config.params.scaling_config", "torch.nn.Identity", "not a scaling"),
+        ("first_stage_config", "torch.nn.Identity", "not a VAE: it has no decode(latents)"),
+        ("conditioner_config.params.emb_models.0", "subprocess.Popen", "is not trusted"),
+        ("conditioner_config.params.emb_models.0", "sgm.io.atomic_file", "not a class"),
+        ("loss_fn_config", "torch.nn.MSELoss", "not a loss"),
+    ],
+)
+def test_a_section_takes_a_class_of_its_kind(section, target, why):
+    path = f"model.{section}.target"
+    text = override_complaint(f"{path}={target}")
+    assert "1 problem " in text and f"{path} (" in text and why in text
+
+
+@pytest.mark.parametrize("target", ["os.getcwd", "pathlib.Path", "torch.nn.Identity", "sgm.data.loader.SampleStream"])
+def test_the_data_section_takes_a_data_set(target):
+    text = training_complaint(f"data.target={target}")
+    assert "1 problem " in text and "data.target (" in text
+
+
+def test_a_class_of_ones_own_needs_trust_from_the_command_line(monkeypatch):
+    target = f"model.sampler_config.target={__name__}.OwnSampler"
+    assert toy(target).warnings == ()
+    monkeypatch.setattr("sgm.util._trusted", [])
+    assert "add --trust tests to the command" in override_complaint(target, "args.trust=[tests]")
+
+
+def test_a_section_without_target(write):
+    path = write("model:\n  loss_fn_config: null\n  sampler_config: {params: {}}\n")
+    base = write(TOY.read_text().split("  sampler_config:")[0], "base.yaml")
+    text = complaint([base, path])
+    assert "model.sampler_config" in text and "has no 'target:'" in text and "write target:" in text
+
+
+def test_missing_parameters(write):
+    config = yaml.safe_load(TOY.read_text())
+    del config["model"]["denoiser_config"]
+    del config["model"]["network_config"]["params"]["hidden_size"]
+    text = complaint([write(yaml.safe_dump(config))])
+    assert "model.denoiser_config" in text and "add 'denoiser_config:'" in text
+    assert "model.network_config.params.hidden_size" in text and "DiffusionTransformer needs it" in text
+
+
+def test_values_of_the_wrong_type():
+    text = override_complaint("model.network_config.params.hidden_size=big", "model.noised_image_input=5")
+    assert "hidden_size" in text and "give a whole number" in text
+    assert "model.noised_image_input" in text and "give true or false" in text
+
+
+class _Options:
+    def __init__(self, *, size: int = 1) -> None: ...
+
+
+class _Host:
+    IGNORED_PARAMS = {"old": "it is gone"}
+    SECTION_TYPES = {"options": _Options}
+
+    def __init__(self, *, options: dict, part: dict | None = None) -> None: ...
+
+
+def test_mappings_that_a_class_parses_itself():
+    merged = Merged()
+    check_params(_Host, {"options": {"sise": 2}, "old": 1}, ("x",), merged)
+    assert merged.warnings == ["x.old has no effect: it is gone"]
+    assert [problem.path for problem in merged.problems] == ["x.options.sise"]
+    assert "did you mean 'size'" in merged.problems[0].found
+
+
+class _Data:
+    def __init__(self, *, data_dir: str, size: int) -> None: ...
+
+
+def test_parameters_from_the_code_are_neither_required_nor_allowed_in_yaml():
+    for params, wrong in [
+        ({"size": 1}, []),
+        ({}, ["data.params.size"]),
+        ({"size": 1, "data_dir": "x"}, ["data.params.data_dir"]),
+    ]:
+        merged = Merged()
+        check_params(_Data, params, ("data", "params"), merged)
+        assert [problem.path for problem in merged.problems] == wrong
+
+
+def test_what_is_checked_can_be_built():
+    sampler = instantiate_from_config(toy("model.sampler_config.params.num_steps=4").model["sampler_config"])
+    assert sampler.num_steps == 4

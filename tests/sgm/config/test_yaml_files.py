@@ -1,0 +1,189 @@
+"""YAML files and overrides are read and merged; what is no YAML is refused with its place."""
+
+import time
+
+import pytest
+
+from sgm.config.load import load_config
+from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy
+
+
+def test_later_files_win_key_by_key(write):
+    extra = write("args:\n  seed: 7\nmodel:\n  sampler_config:\n    params:\n      num_steps: 3\n")
+    config = load_config([TOY, extra], mode="inference")
+    assert config.args.seed == 7
+    assert config.args.load == "assets/toy/transformer"
+    assert config.model["sampler_config"]["params"]["num_steps"] == 3
+    assert config.model["sampler_config"]["target"].endswith("VPSDEDPMPP2MSampler")
+
+
+def test_overrides_win_and_are_yaml():
+    config = toy("args.seed=7", "args.sampling_image_size=[32, 64]", "args.guidance_scale=2e0", "args.load=null")
+    assert config.args.seed == 7
+    assert config.args.sampling_image_size == (32, 64)
+    assert config.args.guidance_scale == 2.0
+    assert config.args.load is None
+
+
+def test_overrides_reach_into_lists_and_missing_sections():
+    path = "model.conditioner_config.params.emb_models.0.params.model_dir"
+    config = toy(f"{path}=elsewhere", "data.params.fps=8")
+    assert config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] == "elsewhere"
+    assert config.data == {"params": {"fps": 8}}
+
+
+def test_a_mapping_as_override_merges():
+    config = toy("model.sampler_config.params={num_steps: 3}")
+    assert config.model["sampler_config"]["params"]["num_steps"] == 3
+    assert "guider_config" in config.model["sampler_config"]["params"]
+
+
+def test_aliases_are_separate_copies():
+    config = toy("model.first_stage_config.params.encoder_config.params.num_res_blocks=2")
+    parts = config.model["first_stage_config"]["params"]
+    assert parts["encoder_config"]["params"]["num_res_blocks"] == 2
+    assert parts["decoder_config"]["params"]["num_res_blocks"] == 1
+
+
+def test_numbers_in_scientific_notation(write):
+    extra = write("deepspeed:\n  optimizer:\n    params:\n      lr: 1e-5\n      eps: 1.e-8\n")
+    params = load_config([TOY, extra], mode="inference").deepspeed["optimizer"]["params"]
+    assert params == {"lr": 1e-5, "eps": 1e-8}
+
+
+def test_digest_follows_values_only(write):
+    config = toy()
+    assert config.digest == load_config([write(config.to_yaml())], mode="inference").digest
+    assert config.digest != toy("args.seed=7").digest
+    assert len(config.digest) == 64
+
+
+def test_no_file():
+    assert "--base" in complaint([])
+
+
+def test_missing_file_names_the_nearest():
+    text = complaint([ROOT / "configs" / "toi.yaml", ROOT / "configs" / "nothing.yaml"])
+    assert "did you mean 'toy.yaml'" in text and "nothing.yaml" in text and "2 problems" in text
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    assert "is a folder" in complaint([tmp_path])
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "UTF-8" in complaint([tmp_path / "x.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("args:\n  seed: [1,\n  load: x\n", "line 4, column 1"),
+        ("args:\n\tseed: 1\n", "line 2, column 1"),
+        ('args:\n  load: "x\n', "line 3, column 1"),
+        ("args: &a\n  b: *a\n", "line 1, column 7"),
+    ],
+)
+def test_syntax_errors_give_line_and_column(write, text, place):
+    path = write(text)
+    message = complaint([path])
+    line, column = (word.split(" ")[1] for word in place.split(", "))
+    assert place in message and f"{path}:{line}:{column}" in message
+
+
+def test_syntax_errors_say_where_an_open_bracket_stands(write):
+    assert "which begins in line 2" in complaint([write("args:\n  seed: [1,\n  load: x\n")])
+
+
+def test_syntax_errors_of_several_files_are_reported_together(write):
+    text = complaint([write("a: [", "one.yaml"), write("b: }", "two.yaml")])
+    assert "one.yaml" in text and "two.yaml" in text
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- 1\n", "word\n"])
+def test_files_without_sections(write, text):
+    assert "write sections such as 'args:'" in complaint([write(text)])
+
+
+def test_a_key_written_twice_is_an_error(write):
+    path = write("args:\n  seed: 1\n  load: x\n  seed: 2\n")
+    text = complaint([TOY, path])
+    assert f"args.seed ({path}:4)" in text and "line 2 and in line 4" in text and "remove one" in text
+
+
+def test_control_characters(write):
+    assert "remove the characters" in complaint([write("args:\n  load: a\x07b\n")])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed", "seed=1", "args..seed=1", "=1", "args.load.x.0=1", "model.conditioner_config.params.emb_models.7=1"],
+)
+def test_malformed_overrides(override):
+    assert override in override_complaint(override)
+
+
+def test_an_override_that_is_no_yaml():
+    assert "in quotes" in override_complaint("args.negative_prompt=[a")
+
+
+def bomb(line: str, first: str) -> str:
+    return "".join([first, *(line.format(new=new, old=old) for old, new in zip("abcdefgh", "bcdefghi", strict=True))])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("{new}: &{new} [" + ",".join(["*{old}"] * 9) + "]\n", "a: &a [x,x,x,x,x,x,x,x,x]\n"),
+        bomb("{new}: &{new} {{<<: [" + ",".join(["*{old}"] * 9) + "]}}\n", "a: &a {x: 1, y: 2}\n"),
+        bomb("{new}: [" + ",".join(["'${{{old}}}'"] * 9) + "]\n", "a: [x,x,x,x,x,x,x,x,x]\n"),
+        bomb("{new}: '" + "${{{old}}}" * 12 + "'\n", "a: xxxxxxxx\n"),
+        "a: &a0 x\n" + "".join(f"b{i}: &a{i + 1} [*a{i}]\n" for i in range(100)),
+        "".join(f"c{i}: ${{c{i + 1}}}\n" for i in range(100)) + "c100: x\n",
+        "args: " + "[" * 3000 + "]" * 3000 + "\n",
+        "args: " + "{a: " * 3000 + "1" + "}" * 3000 + "\n",
+        "- " * 3000 + "x\n",
+        "args:\n  seed: " + "9" * 5000 + "\n",
+        "args:\n  load: !!python/object/apply:os.getcwd []\n",
+        "args:\n  load: !!binary aGVsbG8=\n",
+        "args:\n  ~: 1\n",
+    ],
+)
+def test_small_files_stay_small(write, text):
+    path = write(text)
+    start = time.process_time()
+    message = complaint([path])
+    assert time.process_time() - start < 2 and len(message) < 2000
+    assert str(path) in message and "1 problem " in message
+
+
+def test_a_file_without_an_end():
+    assert "larger than 2 MB" in complaint(["/dev/zero"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("blurry #1 text, low  quality", "blurry #1 text, low  quality"),
+        ("#1 text", "#1 text"),
+        (" two  spaces ", " two  spaces "),
+        ("line\n\n  line", "line\n\n  line"),
+        ("it's 5 o'clock {now}", "it's 5 o'clock {now}"),
+        ("x" * 100_000, "x" * 100_000),
+        ("2024-01-31", "2024-01-31"),
+        ("--- text", "--- text"),
+        ("12 #3", "12 #3"),
+        ("'no'", "no"),
+        ('"a # b"', "a # b"),
+        ("", None),
+        ("null", None),
+    ],
+)
+def test_text_in_overrides_arrives_as_typed(typed, value):
+    assert toy(f"args.negative_prompt={typed}").args.negative_prompt == value
+
+
+def test_what_yaml_would_drop_from_an_override_is_refused():
+    text = override_complaint("args.negative_prompt='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
+    assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text
