@@ -16,6 +16,7 @@ released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -249,6 +250,7 @@ class AdaLNMixin(BaseMixin):
         super().__init__()
         self.recomputed_layers = recomputed_layers
         self.block: Any = transformer_block
+        self.block_context: Any = nullcontext  # of its number: brings its weights, see sgm.weights.offload
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
@@ -272,10 +274,16 @@ class AdaLNMixin(BaseMixin):
             **hook_args,
         )
         if index >= self.recomputed_layers or not torch.is_grad_enabled():
-            return block(x)
+            with self.block_context(index):
+                return block(x)
         # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
         # compilers. No determinism check, as ZeRO-3 frees parameters between the two passes.
         return checkpoint(block, x, use_reentrant=False, determinism_check="none")
+
+    def block_modules(self, index: int) -> list[nn.Module]:
+        """Return the modules of a block, wherever they are registered."""
+        lists = (self.query_layernorm_list, self.key_layernorm_list) if self.qk_ln else ()
+        return [self.transformer.layers[index], self.adaLN_modulations[index], *(norms[index] for norms in lists)]
 
 
 def transformer_block(
@@ -514,6 +522,17 @@ class DiffusionTransformer(BaseModel):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
         if is_sharded:
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
+
+    @property
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules of each block, of which the mixin with the modulation holds some."""
+        mixin: Any = self.mixins["adaln_layer"]
+        return [mixin.block_modules(index) for index in range(len(self.transformer.layers))]
+
+    def use_blocks_within(self, context: Any) -> None:
+        """Let every block run within ``context(index)`` unless it records gradients: see `sgm.weights.offload`."""
+        mixin: Any = self.mixins["adaln_layer"]
+        mixin.block_context = context
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""

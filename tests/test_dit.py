@@ -68,7 +68,7 @@ def test_libraries_recognise_every_matrix_as_a_linear_layer(model, lora):
         if parameter.ndim == 2 and "matrix_" not in name and "position_embeddings" not in name
     }
     linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    # In a block: adaLN, queries to values, output, MLP (gated: three). Outside: time (and ofs), two inputs, two at the end.
+    # In a block: adaLN, q to v, output, MLP (gated: three). Outside: time (and ofs), two inputs, two at the end.
     assert matrices == linears and len(linears) == (2 * 6 + 8 if lora else 2 * 5 + 6)
     torchao.quantize_(network, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
     touched = {name for name in linears if type(network.get_submodule(name).weight).__name__ == "Int8Tensor"}
