@@ -16,7 +16,7 @@ released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,19 +26,29 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
+from sgm.config.transformer_args import TransformerArgs
 from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.in_place import gelu, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_ineffective
+from sgm.util import (
+    InputError,
+    get_obj_from_str,
+    instantiate_from_config,
+    nearest,
+    prepare_import,
+    without_allocating,
+)
+from sgm.weights.adapters import check_lora_params
 from sgm.weights.partition import Shard
 
 prepare_import()
 
 from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402
+from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
@@ -242,6 +252,7 @@ class AdaLNMixin(BaseMixin):
         super().__init__()
         self.recomputed_layers = recomputed_layers
         self.block: Any = transformer_block
+        self.block_context: Any = nullcontext  # of its number: brings its weights, see sgm.weights.offload
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
@@ -265,10 +276,16 @@ class AdaLNMixin(BaseMixin):
             **hook_args,
         )
         if index >= self.recomputed_layers or not torch.is_grad_enabled():
-            return block(x)
+            with self.block_context(index):
+                return block(x)
         # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
         # compilers. No determinism check, as ZeRO-3 frees parameters between the two passes.
         return checkpoint(block, x, use_reentrant=False, determinism_check="none")
+
+    def block_modules(self, index: int) -> list[nn.Module]:
+        """Return the modules of a block, wherever they are registered."""
+        lists = (self.query_layernorm_list, self.key_layernorm_list) if self.qk_ln else ()
+        return [self.transformer.layers[index], self.adaLN_modulations[index], *(norms[index] for norms in lists)]
 
 
 def transformer_block(
@@ -342,56 +359,15 @@ class FinalLayerMixin(BaseMixin):
         return unpatchify(tokens.gather(self.linear(x)), grid, self.patch_size)
 
 
-@dataclass(frozen=True)
-class TransformerArgs:
-    """The ``transformer_args`` section, for SAT's transformer.
-
-    Attributes:
-        checkpoint_activations: recompute each block's activations in the backward pass.
-        checkpoint_skip_layers: blocks at the end that are not recomputed.
-        max_sequence_length: rows of SAT's own position table; stored in these checkpoints, unused.
-        layernorm_epsilon: epsilon of the blocks' norms.
-        skip_init: do not initialise the transformer's linear layers; weights are loaded later.
-        vocab_size: no effect; there is no word embedding.
-    """
-
-    checkpoint_activations: bool = False
-    checkpoint_skip_layers: AtLeast0 = 0
-    max_sequence_length: Width = 64
-    layernorm_epsilon: Positive = 1e-5
-    skip_init: bool = False
-    vocab_size: int = 1
-
-    @classmethod
-    def parse(cls, section: Mapping[str, Any]) -> "TransformerArgs":
-        """Check the section's keys and values.
-
-        Raises:
-            InputError: an unknown key, or a value that the block does not support.
-        """
-        known = [field.name for field in fields(cls)]
-        section = without_ineffective(cls, section)
-        for name in section:
-            if name not in known:
-                raise InputError(f"network_config.params.transformer_args.{name} is unknown{nearest(name, known)}")
-        return cls(**section)
-
-
-def _check_lora(params: Mapping[str, Any], num_layers: int, most: int) -> None:
-    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later; `most` is the largest rank."""
-    rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
-    in_range = layers is None or (
-        isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
-    )
-    for name, legal, expected in (
-        ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
-        ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
-        ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
-        ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
-    ):
-        if not legal:
-            place = f"model.network_config.params.modules.lora_config.params.{name}"
-            raise InputError(f"{place} is {spelled(params.get(name))}; give {expected}")
+def _use_plain_linears(transformer: nn.Module, shard: Shard) -> None:
+    """Put `nn.Linear`, which libraries recognise, in the place of SAT's layers unless they are sharded."""
+    for parent in list(transformer.modules()) if shard.size == 1 else ():
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+                with without_allocating():
+                    plain = nn.Linear(layer.input_size, layer.output_size, bias=layer.bias is not None)
+                plain.weight, plain.bias = layer.weight, layer.bias
+                setattr(parent, name, plain)
 
 
 class DiffusionTransformer(BaseModel):
@@ -475,8 +451,8 @@ class DiffusionTransformer(BaseModel):
             is_gated_mlp=use_SwiGLU,
             activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
-            row_parallel_linear_final_bias=tensor_shard.size > 1,  # one rank adds the bias, inside the matmul
         )
+        _use_plain_linears(transformer, tensor_shard)
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         transformer.position_embeddings.requires_grad_(False)
         super().__init__(None, transformer=transformer)
@@ -535,7 +511,7 @@ class DiffusionTransformer(BaseModel):
                 raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
-                _check_lora(own, defaults["num_layers"], defaults["hidden_size"])
+                check_lora_params(own, defaults["num_layers"], defaults["hidden_size"])
                 self._add_lora(section, extra)
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
@@ -548,6 +524,17 @@ class DiffusionTransformer(BaseModel):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
         if is_sharded:
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
+
+    @property
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules of each block, of which the mixin with the modulation holds some."""
+        mixin: Any = self.mixins["adaln_layer"]
+        return [mixin.block_modules(index) for index in range(len(self.transformer.layers))]
+
+    def use_blocks_within(self, context: Any) -> None:
+        """Let every block run within ``context(index)`` unless it records gradients: see `sgm.weights.offload`."""
+        mixin: Any = self.mixins["adaln_layer"]
+        mixin.block_context = context
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled.

@@ -99,9 +99,9 @@ def configure_logging(*, debug: bool = False) -> None:
 
 
 def quiet_dependencies() -> None:
-    """Limit logs of SwissArmyTransformer, DeepSpeed and transformers to errors."""
+    """Limit logs of SwissArmyTransformer, DeepSpeed, transformers and torchao to errors."""
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("sat", "DeepSpeed", "transformers", "torch.distributed"):
+    for name in ("sat", "DeepSpeed", "transformers", "torch.distributed", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

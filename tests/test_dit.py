@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from torch import nn
 
 import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
@@ -55,6 +56,26 @@ def test_released_networks_have_the_parameters_of_diffusers_and_one_table(model)
     assert tables == extra
     peer = network_peer(network)
     assert count - sum(extra.values()) == sum(parameter.numel() for parameter in peer.parameters())
+
+
+@pytest.mark.parametrize(("model", "lora"), [("cogvideox_5b", False), ("cogvideox1.5_5b_i2v", True)])
+def test_libraries_recognise_every_matrix_as_a_linear_layer(model, lora):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install .[lowmem]")
+    config = section(model, use_SwiGLU=lora)
+    if lora:
+        config["params"]["modules"]["lora_config"] = copy.deepcopy(LORA)
+    network = build_network(config)
+    matrices = {
+        name.removesuffix(".weight")
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 2 and "matrix_" not in name and "position_embeddings" not in name
+    }
+    linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    # In a block: adaLN, q to v, output, MLP (gated: three). Outside: time (and ofs), two inputs, two at the end.
+    assert matrices == linears and len(linears) == (2 * 6 + 8 if lora else 2 * 5 + 6)
+    torchao.quantize_(network, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    touched = {name for name in linears if type(network.get_submodule(name).weight).__name__ == "Int8Tensor"}
+    assert touched == linears
 
 
 def test_temporal_patches_make_half_the_tokens():

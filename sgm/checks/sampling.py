@@ -24,6 +24,7 @@ from sgm.util import InputError, default, instantiate_from_config, without_alloc
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
+from sgm.weights.quantize import require_usable
 
 logger = get_logger(__name__)
 
@@ -178,6 +179,10 @@ def _check_text_encoder(config: Config) -> None:
     conditioner.check()
     modules = params_of(config.model.get("network_config")).get("modules") or {}
     wanted = params_of(modules.get("patch_embed_config")).get("text_hidden_size")
+    for embedder in conditioner.embedders if config.args.text_encoder_weights else ():
+        if not hasattr(embedder, "storage"):
+            found = f"is {config.args.text_encoder_weights}, but {type(embedder).__name__} has no attribute storage"
+            raise ConfigError([Problem("args.text_encoder_weights", "", found, "remove it, or add that attribute")])
     sizes = [embedder.embed_dim for embedder in conditioner.embedders if hasattr(embedder, "embed_dim")]
     if sizes and wanted is not None and sum(sizes) != wanted:
         raise InputError(
@@ -251,6 +256,10 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
     if "device" in facts:
         stated = config.model.get("precision")
         collect("dtype", "args", lambda: resolve_precision(args, stated, facts["device"].type))
+        for name in ("weights", "text_encoder_weights"):
+            if (storage := getattr(args, name)) is not None:
+                cure = f"install it, or remove args.{name}"
+                problems += problems_of(f"args.{name}", cure, partial(require_usable, storage, facts["device"]))
     return facts, problems
 
 
@@ -333,6 +342,8 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
         built: Any = instantiate_from_config(section)
     if large:
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
+    if part == "network_config":
+        _check_blocks(config, built)
     if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
         match_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
     elif part == "first_stage_config":
@@ -354,6 +365,15 @@ def _check_memory_savers(config: Config, vae: Any) -> None:
         if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
             found = f"is true, but {type(vae).__name__} has no method enable_{name}"
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
+
+
+def _check_blocks(config: Config, network: Any) -> None:
+    """Refuse settings that treat a network block by block, for one that does not name its blocks."""
+    args = config.args
+    for name, value in {"weights": args.weights, "network_offload": args.network_offload}.items():
+        if value in ("int8", "fp8", "blocks") and not hasattr(network, "blocks"):
+            found = f"is {value}, but {type(network).__name__} has no property blocks"
+            raise ConfigError([Problem(f"args.{name}", "", found, "remove it, or add that property")])
 
 
 def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:

@@ -55,7 +55,10 @@ class SamplingArgs:
     # How it is computed
     fp16: bool | None = None
     bf16: bool | None = None
-    text_encoder_offload: Literal["none", "cpu", "release"] = "release"
+    weights: Literal["int8", "fp8"] | None = None
+    network_offload: Literal["none", "cpu", "blocks"] = "none"
+    text_encoder_weights: Literal["int8", "fp8"] | None = None
+    text_encoder_offload: Literal["none", "cpu", "blocks", "release"] = "release"
     vae_tiling: bool = False
     vae_slicing: bool | None = None
     device: Name | None = None
@@ -84,6 +87,10 @@ class SamplingArgs:
             yield "seed", f"is {self.seed}", f"give a whole number from 0 to {last_seed}"
         if self.fp16 and self.bf16:
             yield "fp16", "fp16 and bf16 are both true", "keep the one that the model was released in"
+        if self.weights is not None and self.model_parallel_size > 1:
+            found = f"is {self.weights}, and model_parallel_size {self.model_parallel_size}: layers are stored whole"
+            cure = "remove args.weights, or share a sample by sequence_parallel_size and cfg_parallel_size instead"
+            yield "weights", found, cure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +174,9 @@ class TrainingArgs(SamplingArgs):
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
+        for name in ("weights", "network_offload", "text_encoder_weights"):
+            if getattr(self, name) not in (None, "none"):
+                yield name, f"is {getattr(self, name)}, and training keeps weights as they are", "set it when sampling"
         yield from self._length_problems()
         yield from self._data_problems()
         if self.mode == "finetune" and self.load is None:

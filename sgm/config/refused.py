@@ -106,7 +106,7 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
     "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss": _NO_FIXED_FRAMES,
     "vae_modules.cp_enc_dec.ContextParallelEncoder3D": _VAE,
     "vae_modules.cp_enc_dec.ContextParallelDecoder3D": _VAE,
-    "dit_video_concat.TransformerArgs": {
+    "sgm.config.transformer_args.TransformerArgs": {
         "checkpoint_num_layers": _only(1, "every block is recomputed by itself"),
         "model_parallel_size": _only(1, "args.model_parallel_size sets the tensor parallel size"),
         "layernorm_order": _only("pre", "the blocks normalise their input"),

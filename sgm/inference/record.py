@@ -69,6 +69,8 @@ class Summary:
 def result_digest(config: Config) -> str:
     """SHA-256 of everything in `config` that changes a sample."""
     args = {name: getattr(config.args, name) for name in RESULT_ARGS}
+    # Left out where they are not set, so that records of older versions stay valid.
+    args |= {name: value for name in ("weights", "text_encoder_weights") if (value := getattr(config.args, name))}
     assert config.args.load is not None, "the dry run refuses a run without weights"
     args["load"] = str(find_weights(config.args.load).resolve())  # 'latest' may change
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()

@@ -8,6 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.util import RunError, default, instantiate_from_config, peak_memory
+from sgm.weights.offload import Offload
 
 logger = get_logger(__name__)
 
@@ -93,6 +95,7 @@ class SamplingRun:
         self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
         self.summary = Summary()
         self._is_loaded = engine is not None
+        self._network_in_use: AbstractContextManager = nullcontext()  # the network's weights are on the device
         self._uncond: dict[str, torch.Tensor] | None = None
 
     def _build(self) -> SATVideoDiffusionEngine:
@@ -104,7 +107,7 @@ class SamplingRun:
             # Reloading the encoder for each prompt from the terminal would take longer than sampling.
             offload = "cpu"
         for embedder in engine.conditioner.embedders:
-            embedder.offload = offload
+            embedder.offload, embedder.storage = offload, self.args.text_encoder_weights
         return engine
 
     def sample_list(self, prompts: list[Prompt], *, in_step: bool = False) -> None:
@@ -136,6 +139,8 @@ class SamplingRun:
         if not passes:
             return
         encoded, seconds = self._encode([prompt for prompt, _ in passes])
+        if not self._is_loaded and self.args.text_encoder_offload == "blocks":
+            self.engine.conditioner.release()  # from the host's memory too: no prompt follows
         self._load()
         failure = None
         for (prompt, samples), conds in zip(_progress(passes, "prompts", leave=True), encoded, strict=True):
@@ -166,11 +171,14 @@ class SamplingRun:
             return
         args = self.args
         assert args.load is not None, "the dry run refuses a run without weights"
+        waits = args.network_offload != "none"
         report = self.engine.load_weights(
             args.load,
             base=args.base,
             dtype=self.dtype,
-            device=self.device,
+            device=torch.device("cpu") if waits else self.device,
+            storage=args.weights,
+            storage_device=self.device,
             allow_missing_adapters=args.force_inference,
             generator=torch.Generator().manual_seed(args.seed),
         )
@@ -180,7 +188,21 @@ class SamplingRun:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
+        if waits:
+            self._offload_network()
         self._is_loaded = True
+
+    def _offload_network(self) -> None:
+        """Let the network's weights wait in host memory; see `sgm.weights.offload`."""
+        network = self.engine.network
+        if self.device.type == "cpu":
+            found = f"args.network_offload={self.args.network_offload} copies weights from memory to memory on a CPU"
+            warn_once(logger, [f"{found}, and saves none"])
+        self.engine.run_device = self.device
+        blocks = network.blocks if self.args.network_offload == "blocks" else ()
+        self._network_in_use = offload = Offload(network.requires_grad_(False), self.device, blocks)
+        if blocks:
+            network.use_blocks_within(offload.block)
 
     def _configure_vae(self, vae: Any) -> None:
         """Enable tiling and slicing as configured; `sgm.checks.sampling` has refused unsupported settings."""
@@ -201,6 +223,8 @@ class SamplingRun:
             "num_steps": default(args.num_steps, sampler.num_steps),
             "guidance_scale": default(args.guidance_scale, getattr(sampler.guider, "scale", None)),
             "precision": str(self.dtype).removeprefix("torch."),
+            **({"weights": args.weights} if args.weights else {}),
+            **({"text_encoder_weights": args.text_encoder_weights} if args.text_encoder_weights else {}),
             "config_digest": self.digest,
         }
 
@@ -239,7 +263,8 @@ class SamplingRun:
         drawn = samples or [0]
         cond, uncond = ({name: _repeat(value, drawn, self.device) for name, value in part.items()} for part in conds)
         size, concat = self._image_condition(prompt, len(drawn), timings)
-        latents = self._sample_latents(cond, uncond, size, drawn, concat, timings)
+        with self._network_in_use:
+            latents = self._sample_latents(cond, uncond, size, drawn, concat, timings)
         if not samples:
             return
         if not torch.isfinite(latents).all():

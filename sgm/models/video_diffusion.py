@@ -20,6 +20,7 @@ from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import PRECISIONS, InputError, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
+from sgm.weights.quantize import Storage
 
 logger = get_logger(__name__)
 
@@ -177,6 +178,8 @@ class SATVideoDiffusionEngine(nn.Module):
         allow_missing_adapters: bool = True,
         allow_missing: bool = False,
         generator: torch.Generator | None = None,
+        storage: Storage | None = None,
+        storage_device: torch.device | None = None,
     ) -> LoadReport:
         """Load the network from a checkpoint, see `sgm.weights.checkpoint.load_network`."""
         report = load_network(
@@ -188,6 +191,8 @@ class SATVideoDiffusionEngine(nn.Module):
             allow_missing_adapters=allow_missing_adapters,
             allow_missing=allow_missing,
             generator=generator,
+            storage=storage,
+            storage_device=storage_device,
         )
         self.network.eval()
         return report

@@ -340,5 +340,5 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
                 embedder.known, embedder.offload = plan.caches.text, args.text_encoder_offload
             else:
                 # Every batch has captions, so the encoder is never released.
-                embedder.offload = "cpu" if args.text_encoder_offload == "cpu" else "none"
+                embedder.offload = "none" if args.text_encoder_offload == "release" else args.text_encoder_offload
     return engine

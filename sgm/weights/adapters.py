@@ -34,6 +34,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.util import InputError, default
 from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
@@ -325,6 +326,26 @@ def _recorded_base(path: Path, info: AdapterInfo | None, option: str) -> Path:
 
 
 # --- The configuration of adapters.
+
+
+def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int) -> None:
+    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later; `most` is the largest rank.
+
+    Raises:
+        InputError: the first wrong one.
+    """
+    rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
+    in_range = layers is None or (
+        isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
+    )
+    for name, legal, expected in (
+        ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
+        ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
+        ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
+        ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
+    ):
+        if not legal:
+            raise InputError(f"{_LORA_PARAMS}.{name} is {spelled(params.get(name))}; give {expected}")
 
 
 def describe_adapters(config: Config) -> AdapterInfo | None:

@@ -12,7 +12,7 @@ replace either file. LoRA training saves only the adapters, with their descripti
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sgm.io import atomic_file
-from sgm.util import RunError
+from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checksums import save_torch, write_safetensors
@@ -28,6 +28,7 @@ from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import compute
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
+from sgm.weights.quantize import Storage, linear_layers, store, stored_text
 from sgm.weights.stored import checked_ahead
 
 
@@ -44,6 +45,7 @@ class LoadReport:
         missing: other tensors missing in the file, unchanged.
         base: base checkpoint of an adapters-only file.
         warnings: for the caller to log.
+        stored: how many layers are stored in eight bits; empty without any.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     base: Path | None = None
     warnings: tuple[str, ...] = ()
+    stored: str = ""
 
     def __str__(self) -> str:
         """Return one line for the log."""
@@ -62,6 +65,7 @@ class LoadReport:
         parts += [f"left out {len(names):,} {reason}" for reason, names in self.dropped.items()]
         if self.new_adapters:
             parts.append(f"initialised {len(self.new_adapters):,} LoRA matrices that the file does not hold")
+        parts += [self.stored] if self.stored else []
         return "; ".join(parts)
 
 
@@ -75,6 +79,8 @@ def load_network(
     allow_missing_adapters: bool = True,
     allow_missing: bool = False,
     generator: torch.Generator | None = None,
+    storage: Storage | None = None,
+    storage_device: torch.device | None = None,
 ) -> LoadReport:
     """Load the weights of a file into a diffusion transformer, replacing its parameters one by one.
 
@@ -96,11 +102,15 @@ def load_network(
         allow_missing_adapters: accept a file without LoRA for a network with LoRA.
         allow_missing: keep the values of tensors missing in the file. The network must then be in memory.
         generator: CPU generator for new adapters; None uses torch's global one.
+        storage: store the linear layers of the blocks in eight bits, each as soon as it is loaded; see
+            `sgm.weights.quantize`. The network then is for sampling, and cannot be saved.
+        storage_device: where that is computed; None computes it on `device`.
 
     Raises:
         InputError: a tensor is missing, unexpected, or has another shape; or the base is missing or has another digest.
         ValueError: a missing tensor has no value to keep, since the network was built without memory.
     """
+    smaller = {} if storage is None else _layers_to_store(network)
     match = match_network(
         network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing
     )
@@ -119,8 +129,20 @@ def load_network(
             else:
                 value = old if name in match.missing else take_shard(name, match.tensors[name], match.shard)
             _replace(network, name, value, dtype=dtype, device=device)
+            if name in smaller and storage is not None:
+                store(smaller[name], storage, device=storage_device)
     _require_memory(network)
-    return _report(match)
+    report = _report(match)
+    return replace(report, stored=stored_text(network, smaller.values(), storage)) if storage else report
+
+
+def _layers_to_store(network: Any) -> dict[str, nn.Linear]:
+    """Return the linear layers of the blocks, by the names of their weights."""
+    shard: Shard = getattr(network, "tensor_shard", UNSHARDED)
+    if shard.size > 1:
+        raise InputError(f"weights in eight bits are for whole layers, and this network is one of {shard.size} shards")
+    layers = {id(layer) for block in network.blocks for layer in linear_layers(block)}
+    return {f"{name}.weight": module for name, module in network.named_modules() if id(module) in layers}
 
 
 def load_autoencoder(

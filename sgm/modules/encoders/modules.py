@@ -14,17 +14,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import nn
-from torch.func import functional_call
 
 from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.modules.encoders.t5_folder import T5Folder, UnknownText
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest, to_device
+from sgm.weights.offload import Offload
+from sgm.weights.quantize import Storage, linear_layers, store, stored_text
 
 log = get_logger(__name__)
 
 WORDS_CURE = "T5 reads English: translate it, or set args.allow_unknown_text=true"
-OFFLOADS = ("none", "cpu", "release")
+OFFLOADS = ("none", "cpu", "blocks", "release")
 ENTRY_KEYS = ["target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value"]
 
 
@@ -218,7 +219,8 @@ class FrozenT5Embedder(nn.Module):
         dtype: ``fp32``, ``fp16`` or ``bf16``; null takes the dtype of the stored weights, except that fp16 weights run
             in fp32 on a CPU. Independent of the network's precision and of autocast.
         offload: after use, ``none`` keeps the weights on the device, ``cpu`` moves them to the CPU, ``release``
-            frees them; the next use reads them again. See `keep_loaded`.
+            frees them; the next use reads them again. With ``blocks`` they are always on the CPU, and two blocks at
+            most on the device while T5 runs. See `keep_loaded`.
 
     Raises:
         InputError: a parameter has an unsupported value. Files are checked by `check` and before the weights are read.
@@ -253,7 +255,9 @@ class FrozenT5Embedder(nn.Module):
         self._module_device = torch.device("cpu")
         # In a list, which nn.Module does not register: T5 must not appear among the parameters.
         self._loaded: list[nn.Module] = []
-        self._copies: dict[str, torch.Tensor] = {}  # of weights offloaded to the host, on the device while in use
+        self.storage: Storage | None = None  # of the linear layers, see `sgm.weights.quantize`
+        self._offload: Offload | None = None
+        self._is_on_device = False  # while weights are offloaded
         self._num_holds = 0
         self._warned: set[tuple[str, int]] = set()
 
@@ -274,6 +278,7 @@ class FrozenT5Embedder(nn.Module):
     def release(self) -> None:
         """Free the weights; the next use reads them again."""
         self._loaded.clear()
+        self._offload, self._is_on_device = None, False
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
@@ -284,7 +289,9 @@ class FrozenT5Embedder(nn.Module):
         finally:
             self._num_holds -= 1
             if self._num_holds == 0:
-                self._copies = {}  # frozen: nothing is copied back
+                if self._offload is not None and self._is_on_device:
+                    self._offload.__exit__()
+                    self._is_on_device = False
                 if self.offload == "release":
                     self.release()
 
@@ -322,7 +329,7 @@ class FrozenT5Embedder(nn.Module):
             with torch.autocast(device.type, enabled=False):
                 for text in texts:
                     tokens = to_device(self.tokenize([text]), device)
-                    hidden[text] = functional_call(model, self._copies, (), {"input_ids": tokens}).last_hidden_state
+                    hidden[text] = model(input_ids=tokens).last_hidden_state
         return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
@@ -372,16 +379,32 @@ class FrozenT5Embedder(nn.Module):
             raise InputError("FrozenT5Embedder: a CPU cannot run dtype: fp16; use fp32 or bf16, or leave it out (null)")
         if not self._loaded:
             self.check()
-            self._loaded.append(self.folder.load(self.dtype_on(device)))
-            if self.offload == "cpu" and torch.accelerator.is_available():
-                for weight in self._loaded[0].parameters():  # pinned once, so that every copy is fast
-                    weight.data = weight.data.pin_memory()
+            self._loaded.append(self._load(device))
         model = self._loaded[0]
-        if self.offload != "cpu":
+        if self._offload is None:
             model.to(device)
-        elif not self._copies and device.type != "cpu":
-            self._copies = {name: to_device(weight.data, device) for name, weight in model.named_parameters()}
+        elif not self._is_on_device:
+            self._offload.__enter__()
+            self._is_on_device = True
         return model, device
+
+    def _load(self, device: torch.device) -> nn.Module:
+        """Read T5 to the CPU and prepare it for `storage` and `offload`."""
+        model: Any = self.folder.load(self.dtype_on(device))
+        blocks = model.encoder.block
+        if self.storage is not None:
+            layers = linear_layers(blocks)
+            for layer in layers:
+                store(layer, self.storage, device=device)
+            log.info("T5: %s", stored_text(model, layers, self.storage))
+        if self.offload == "blocks":
+            self._offload = offload = Offload(model, device, [[block] for block in blocks])
+            for index, block in enumerate(blocks):  # the hooks do not hold the block, which `release` frees at once
+                block.register_forward_pre_hook(lambda *_, index=index: offload.bring(index))
+                block.register_forward_hook(lambda *_, index=index: offload.free(index), always_call=True)
+        elif self.offload == "cpu" and device.type != "cpu":
+            self._offload = Offload(model, device)
+        return model
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Return the precision of T5 on `device`: `dtype`, or else that of its files."""

@@ -73,7 +73,7 @@ def test_unknown_args_name_the_nearest_and_the_place(write):
         ("args.image2video=1", "give true or false"),
         ("args.output_dir=2024", "needs quotes"),
         ("args.negative_prompt=no", "needs quotes"),
-        ("args.text_encoder_offload=gpu", "one of none, cpu, release"),
+        ("args.text_encoder_offload=gpu", "one of none, cpu, blocks, release"),
         ("args.cfg_parallel_size=3", "1 to 2"),
         ("args.input_file=null", "args.input_file=prompts.txt"),
     ],
