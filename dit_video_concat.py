@@ -198,14 +198,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         return {"rotation": tuple(tokens.shard_table(table, 0) for table in tables)}
 
     def attention_fn(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        tokens: TokenShards,
-        **_: Any,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotation: Any, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """Full attention with rotated queries and keys; shapes as in `attend`."""
         return attend(rotate(q, *rotation), rotate(k, *rotation), v, tokens=tokens)
@@ -537,13 +530,9 @@ class DiffusionTransformer(BaseModel):
         mixin.block_context = context
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled.
-
-        A graph serves all blocks but the last, which drops the text and has its own. Both are compiled for the first
-        size, and once more, for all sizes, at the second; likewise for the number of samples, where one sample is a
-        case of its own; and for training and sampling, with and without gradients. These are up to 12 graphs: torch
-        would stop compiling at 8, with a warning only.
-        """
+        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
+        # Up to 12 graphs, of: last block or not, gradients or not, one sample or several, the first size or all. Torch
+        # would go on uncompiled after 8.
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
         mixin: Any = self.mixins["adaln_layer"]
@@ -571,13 +560,11 @@ class DiffusionTransformer(BaseModel):
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
-        group = sgm.distributed.sequence_group()
-        tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention)
-        num_text = tokens.num_local_text
-        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": num_text}
-        for once in (getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()):
-            if once is not None:
-                hook_args |= once(grid=grid, tokens=tokens, device=x.device)
+        tokens = TokenShards(context.shape[1], math.prod(grid), sgm.distributed.sequence_group(), self.ring_attention)
+        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
+        for mixin in self.mixins.values():
+            once: Any = getattr(mixin, "once_per_forward", lambda **_: {})
+            hook_args |= once(grid=grid, tokens=tokens, device=x.device)
         return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
