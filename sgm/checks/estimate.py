@@ -22,6 +22,8 @@ from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
 from sgm.util import InputError, default, instantiate_from_config, without_compiler
+from sgm.weights.offload import Offload
+from sgm.weights.quantize import linear_layers, store
 
 PATIENCE = 5000  # operators without a new peak after which measuring a tiled VAE stops, since tiles repeat
 
@@ -131,15 +133,17 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     network = network_usage(config, (plan.latents, *size), args.batch_size * branches, dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text if args.text_encoder_offload == "none" else 0.0}
-    weights = {"weights": network.weights * dtype.itemsize, **stays}
-    phases, video = {}, 0.0
+    # Blocks that pass through the device are counted in the peak, as what they are copied to.
+    weights = {"weights": 0.0 if args.network_offload == "blocks" else network.stored, **stays}
+    phases, video, beside = {}, 0.0, {**weights, "weights": network.stored * (args.network_offload == "none")}
     if plan.image2video or not args.only_save_latents:
         decoded = _decode_usage(config, (args.batch_size, plan.latents, *size), dtype)
-        weights["VAE"] = decoded.weights * vae_dtype(dtype).itemsize
+        weights["VAE"] = beside["VAE"] = decoded.weights * vae_dtype(dtype).itemsize
         if not args.only_save_latents:
-            phases["the VAE"] = {**weights, "activations": decoded.peak}
+            phases["the VAE"] = {**beside, "activations": decoded.peak}
             video = decoded.sent.get("VAE", 0.0)
-    phases = {"the network": {**weights, "activations": network.peak}, **phases}
+    used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
+    phases = {"the network": {**weights, used: network.peak}, **phases}
     if text:
         phases["the text encoder"] = {"text encoder": text}
     return Estimate(phases, network.sent, video=video)
@@ -176,7 +180,9 @@ def training_estimate(
         host -= device
     text = text_encoder_bytes(config) if text_encoder else 0.0
     # Without a cache, every batch has captions, and the encoder is never released.
-    leaves = args.text_encoder_offload == "cpu" or (args.text_encoder_offload == "release" and args.text_cache)
+    leaves = args.text_encoder_offload in ("cpu", "blocks") or (
+        args.text_encoder_offload == "release" and args.text_cache
+    )
     stays = 0.0 if leaves else text
     resident = {
         "weights, gradients, optimizer": device,
@@ -264,11 +270,40 @@ def _clip(config: Config) -> tuple[int, tuple[int, int]] | None:
 
 
 def text_encoder_bytes(config: Config) -> float:
-    """Return the bytes of the text encoders' weights, by the sizes of their files; 0 without files."""
-    section = config.model.get("conditioner_config")
+    """Return the bytes of the text encoders' weights on the device, by the sizes of their files; 0 without files."""
+    section, args = config.model.get("conditioner_config"), config.args
     embedders = instantiate_from_config(section).embedders if section is not None else ()
     folders = [embedder.folder for embedder in embedders if hasattr(embedder, "folder")]
-    return float(sum(file.stat().st_size for folder in folders if Path(folder.path).is_dir() for file in folder.shards))
+    return sum(
+        t5_bytes(
+            folder.config,
+            sum(file.stat().st_size for file in folder.shards),
+            args.text_encoder_weights,
+            args.text_encoder_offload == "blocks",
+        )
+        for folder in folders
+        if Path(folder.path).is_dir()
+    )
+
+
+def t5_bytes(t5: Mapping[str, Any], total: float, storage: str | None = None, blocks: bool = False) -> float:
+    """Return the bytes of a T5 encoder on the device.
+
+    Args:
+        t5: its ``config.json``.
+        total: bytes of its files.
+        storage: of the linear layers of its blocks, as in ``args.text_encoder_weights``.
+        blocks: two blocks at most are on the device.
+    """
+    missing = {"num_layers", "num_heads", "d_kv", "d_ff", "d_model", "vocab_size"} - t5.keys()
+    if missing or (storage is None and not blocks):
+        return total
+    depth, size = t5["num_layers"], t5["d_model"]
+    matrices = 3 if str(t5.get("feed_forward_proj", "")).startswith("gated") else 2
+    linear = depth * size * (4 * t5["num_heads"] * t5["d_kv"] + matrices * t5["d_ff"])  # numbers
+    width = total / (linear + size * t5["vocab_size"])  # bytes of a number; the norms are a few thousand
+    rest, layers = total - linear * width, linear * (width if storage is None else 1 + 10 / size)
+    return rest + layers * (min(2 / depth, 1) if blocks else 1)
 
 
 def network_usage(
@@ -300,7 +335,20 @@ def network_usage(
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
+    def store_weights(network: Any) -> None:
+        if config.args.weights is not None:
+            for layer in linear_layers(module for block in network.blocks for module in block):
+                store(layer, config.args.weights)
+
     def run(network: Any) -> torch.Tensor:
+        if config.args.network_offload != "blocks":
+            return forward(network)
+        offload = Offload(network, torch.device("cpu"), network.blocks)
+        network.use_blocks_within(offload.block)
+        with offload:
+            return forward(network)
+
+    def forward(network: Any) -> torch.Tensor:
         if hasattr(network, "ring_attention"):
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
         x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
@@ -312,7 +360,7 @@ def network_usage(
         params_here = params if depth is None else {**params, "num_layers": depth}
         with simulated_ranks(mesh):
             network = build({**section, "params": params_here})
-        return usage(network, run, dtype, mesh, trained=trained)
+        return usage(network, run, dtype, mesh, trained=trained, prepare=store_weights)
 
     depth = params.get("num_layers")
     few = 2 + (params.get("transformer_args") or {}).get("checkpoint_skip_layers", 0)
@@ -339,6 +387,7 @@ def _continued(first: Usage, second: Usage, steps: int) -> Usage:
         trained=line(first.trained, second.trained),
         peak=line(first.peak, second.peak),
         sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
+        stored=line(first.stored, second.stored),
     )
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 import sgm.distributed
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating
+from sgm.weights.quantize import num_bytes
 
 AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
@@ -36,6 +37,7 @@ class Usage:
         peak: peak of the live bytes of other tensors, without gradients of weights.
         sent: name in `AXES` → bytes sent.
         result: bytes of the module's result.
+        stored: bytes of the parameters, as they are stored.
     """
 
     weights: float
@@ -43,6 +45,7 @@ class Usage:
     peak: float = 0
     sent: Mapping[str, float] = field(default_factory=dict)
     result: float = 0
+    stored: float = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -156,6 +159,7 @@ def usage(
     *,
     trained: frozenset[str] | None = None,
     patience: int | None = None,
+    prepare: Callable[[Any], None] = lambda _: None,
 ) -> Usage:
     """Run `work` with a module on fake tensors and count memory and traffic.
 
@@ -166,6 +170,7 @@ def usage(
         mesh: sizes of the groups of ranks.
         trained: names of the trained parameters; None for a run without gradients.
         patience: see `LiveBytes`.
+        prepare: called with the module before anything is counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # lazy: it imports sympy
 
@@ -173,6 +178,8 @@ def usage(
     with simulated_ranks(mesh) as sent, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtype, learned)
         module.train(trained is not None)
+        prepare(module)
+        stored = num_bytes([module])
         live, result = LiveBytes(patience), 0
         try:
             with live, torch.set_grad_enabled(trained is not None):
@@ -183,7 +190,7 @@ def usage(
         except LiveBytes.Settled:
             pass
     weights, num_trained = num_parameters(module, learned)
-    return Usage(weights, num_trained, live.peak, dict(sent), result)
+    return Usage(weights, num_trained, live.peak, dict(sent), result, stored)
 
 
 def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:

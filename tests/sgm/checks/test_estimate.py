@@ -14,7 +14,9 @@ from sgm.checks.estimate import (
     bytes_per_rank,
     network_usage,
     rank_row,
+    sampling_estimate,
     sampling_rows,
+    t5_bytes,
     training_estimate,
     training_rows,
 )
@@ -22,6 +24,9 @@ from sgm.checks.fake_run import LiveBytes, build, usage
 from sgm.checks.sampling import as_table
 from sgm.config.load import load_config
 from sgm.distributed import Mesh
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.weights.checkpoint import load_network
+from sgm.weights.quantize import num_bytes
 from tests.processes import ROOT, run
 from tests.sgm.checks.live_bytes import (
     BATCH,
@@ -55,6 +60,43 @@ def torchs_own_linear(monkeypatch):
 
 def test_the_formula_stands_in_the_document():
     assert f"```python\n{inspect.getsource(bytes_per_rank)}```" in DOCUMENT
+
+
+def test_settings_of_memory_are_counted(t5_folder):
+    def phases(*settings):
+        config = with_model(*(f"args.{setting}" for setting in settings))
+        return sampling_estimate(config, torch.bfloat16).phases
+
+    plain, waiting = phases(), phases("network_offload=cpu")
+    weights = plain["the network"]["weights"]
+    assert plain["the VAE"]["weights"] == weights == waiting["the network"]["weights"]
+    assert waiting["the VAE"]["weights"] == 0 and waiting["the VAE"]["VAE"] == plain["the VAE"]["VAE"] > 0
+    blocks = phases("network_offload=blocks", "text_encoder_offload=blocks", "only_save_latents=true")
+    passing = blocks["the network"]["blocks in use and activations"] - plain["the network"]["activations"]
+    assert blocks["the network"]["weights"] == 0 and 0.3 * weights < passing < 0.5 * weights  # two of six blocks
+    assert blocks["the text encoder"]["text encoder"] <= plain["the text encoder"]["text encoder"]
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_weights_in_eight_bits_are_counted(t5_folder, storage):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install .[lowmem]")
+    config = with_model(f"args.weights={storage}", "args.only_save_latents=true")
+    network, _ = _loaded_toy(storage)
+    assert sampling_estimate(config, torch.bfloat16).phases["the network"]["weights"] == num_bytes([network])
+    encoder = FrozenT5Embedder(str(t5_folder), max_length=8, dtype="bf16")
+    encoder.storage = storage
+    encoder(["a"])
+    folder = encoder.folder
+    total = sum(file.stat().st_size for file in folder.shards) / (torch.float32.itemsize / torch.bfloat16.itemsize)
+    found, counted = t5_bytes(folder.config, total, storage), num_bytes(encoder._loaded)
+    assert counted < 0.9 * total and abs(found - counted) < 0.1 * total  # tiny: headers of files weigh
+
+
+def _loaded_toy(storage):
+    section = with_model().model["network_config"]
+    return (network := build(section)), load_network(
+        network, ROOT / "assets/toy/transformer", dtype=torch.bfloat16, storage=storage
+    )
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 12), (1, 26 / 3), (2, 22 / 3), (3, 16 / 3)])
