@@ -23,6 +23,7 @@ from vae_modules.layers import MAX_ELEMENTS, Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 
 DECODE_CHUNK = 2  # latent frames
+PIECE_FRAMES = 4  # of the video, as many elements as the largest input of a convolution has: 2 frames and the 2 before
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,20 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         if self._num_ranks() > 1:
             lengths = [end - start for start, end in itertools.pairwise(bounds)]
             return self._shared(x, network, lengths, scales=scales, shares_norms=False)
-        stream = Stream(self.max_elements)
+        stream = Stream(self._max_elements(x, network, scales[1]))
         pieces = []
         for start, end in itertools.pairwise(bounds):
             stream.begin_chunk(is_first=start == 0, is_last=end == frames)
             pieces.append(network(x[:, :, start:end], stream))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _max_elements(self, x: torch.Tensor, network: Any, scale: float) -> int:
+        """Return the most elements that kernels get: without gradients, those of a few frames of the video."""
+        if torch.is_grad_enabled():
+            return self.max_elements  # the backward pass keeps all activations
+        batch, _, _, height, width = x.shape
+        frame = batch * network.width * round(height * width * max(1.0, scale) ** 2)
+        return min(self.max_elements, PIECE_FRAMES * frame)
 
     def _num_ranks(self) -> int:
         """Return the context parallel size."""
@@ -241,10 +250,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         x = sum_gradients(x, everyone)  # each rank reads only its own pieces of x
         starts = [0, *itertools.accumulate(lengths)]
         everywhere = network is self.encoder or self.decodes_everywhere
+        limit = self._max_elements(x, network, scales[1])
         own = []
         if active is not None:
             rank, size = active.rank(), active.size()
-            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=self.max_elements)
+            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=limit)
             for index in range(rank, len(lengths), size):
                 stream.begin_piece(index, len(lengths))
                 own.append(network(x[:, :, starts[index] : starts[index + 1]], stream))
