@@ -13,6 +13,7 @@ are slow or wrong.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -189,22 +190,25 @@ def _statistics(norm: nn.GroupNorm, x: Pieces) -> tuple[torch.Tensor, torch.Tens
     count = min(len(x), norm.num_groups)
     bounds = [norm.num_groups * i // count * channels for i in range(count + 1)]
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
-    parts = zip(*(each.split(sizes, dim=1) for each in (*x, norm.weight[None], norm.bias[None])), strict=True)
+    weights, biases = (value.to(dtype).split(sizes) for value in (norm.weight, norm.bias))
+    parts = zip(zip(*(piece.split(sizes, dim=1) for piece in x), strict=True), weights, biases, strict=True)
     found = []
-    for *frames, weight, bias in parts:
-        whole, weight, bias = torch.cat(frames, dim=2), weight[0].to(dtype), bias[0].to(dtype)
-        batch, width, size = len(whole), len(weight), whole[0, 0].numel()
-        _, *made = torch.native_group_norm(whole, weight, bias, batch, width, size, width // channels, norm.eps)
+    for frames, weight, bias in parts:
+        whole = torch.cat(frames, dim=2)
+        batch, width, *size = whole.shape
+        groups = width // channels
+        _, *made = torch.native_group_norm(whole, weight, bias, batch, width, math.prod(size), groups, norm.eps)
         found.append(made)
-    mean, rstd = (
-        torch.cat(values, dim=1).to(torch.promote_types(dtype, torch.float32)) for values in zip(*found, strict=True)
-    )
+    mean, rstd = (torch.cat(values, dim=1).to(dtype) for values in zip(*found, strict=True))
     return mean, rstd
 
 
 def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that normalises (B, C, t, H, W) by given statistics, float32 (B, groups) each."""
-    mean, rstd = (value.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for value in (mean, rstd))
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    mean, rstd = (
+        value.to(dtype).repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for value in (mean, rstd)
+    )
     scale = rstd * norm.weight.to(rstd.dtype)
     shift = torch.addcmul(norm.bias.to(rstd.dtype), scale, mean, value=-1).flatten()
     scale = scale.flatten()
@@ -212,8 +216,9 @@ def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Ca
 
     def run(x: torch.Tensor) -> torch.Tensor:
         # x·scale + shift, rounded once: batch normalisation whose statistics are 0 and 1.
-        rows = x.reshape(1, -1, *x.shape[2:])
-        return torch.batch_norm(rows, scale, shift, zero, one, False, 0.0, 0.0, False).view(x.shape)
+        rows = x if len(x) == 1 else x.reshape(1, -1, *x.shape[2:])
+        made = torch.batch_norm(rows, scale, shift, zero, one, False, 0.0, 0.0, False)
+        return made if len(x) == 1 else made.view(x.shape)
 
     return run
 
@@ -275,15 +280,18 @@ class SpatialNorm3D(nn.Module):
         normalize = stream.group_norm(self.norm_layer, x)
         bounds = _frames_of_latents(num_frames(x), latents.shape[2], is_first=stream.is_first)
         size = (*latents.shape[2:4], x[0].shape[4])
-        scale = F.interpolate(self.conv_y([latents], stream)[0], size=size).unbind(2)
-        shift = F.interpolate(self.conv_b([latents], stream)[0], size=size).unbind(2)
+        scale, shift = (
+            F.interpolate(conv([latents], stream)[0], size=size)[:, :, :, :, None].split(1, dim=2)
+            for conv in (self.conv_y, self.conv_b)
+        )
 
         def run(piece: torch.Tensor, start: int) -> torch.Tensor:
             normed, end = normalize(piece), start + piece.shape[2]
             parts = []
             for number, (first, last) in enumerate(itertools.pairwise(bounds)):
-                frames = normed[:, :, max(first - start, 0) : max(min(last, end) - start, 0)]
-                if frames.shape[2]:
+                if first < end and last > start:
+                    all_of_it = first <= start and last >= end
+                    frames = normed if all_of_it else normed[:, :, max(first - start, 0) : last - start]
                     parts.append(_scale_and_shift(frames, scale[number], shift[number]))
             return torch.cat(parts, dim=2) if torch.is_grad_enabled() else normed
 
@@ -298,10 +306,12 @@ def _frames_of_latents(frames: int, latents: int, *, is_first: bool) -> list[int
 
 
 def _scale_and_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """x·scale + shift for x (B, C, t, H, W), scale and shift (B, C, h, W), h | H; overwrites x under `no_grad`."""
-    blocks = x.unflatten(3, (scale.shape[2], -1))
-    scale, shift = scale[:, :, None, :, None], shift[:, :, None, :, None]
-    return torch.addcmul(shift, blocks, scale, out=None if torch.is_grad_enabled() else blocks).flatten(3, 4)
+    """x·scale + shift for x (B, C, t, H, W), scale and shift (B, C, 1, h, 1, W), h | H; in place under `no_grad`."""
+    blocks = x.unflatten(3, (scale.shape[3], -1))
+    if torch.is_grad_enabled():
+        return torch.addcmul(shift, blocks, scale).flatten(3, 4)
+    torch.addcmul(shift, blocks, scale, out=blocks)
+    return x
 
 
 def make_norm(channels: int, z_channels: int | None) -> nn.Module:
