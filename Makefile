@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench memory clean
 
 LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
@@ -38,6 +38,9 @@ lint: $(VENV)/installed-dev  ## check style and types
 bench: $(VENV)/installed-dev  ## time network and VAE against diffusers, and the start of commands
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.start_time
+
+memory: $(VENV)/installed-dev  ## measure peak memory at released sizes, without an accelerator
+	$(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) outputs *.egg-info

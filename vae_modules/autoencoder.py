@@ -8,7 +8,7 @@ the memory further and change the result slightly, since each tile has its own n
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from vae_modules.layers import MAX_ELEMENTS, Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
 
 DECODE_CHUNK = 2  # latent frames
+PIECE_FRAMES = 4  # of the video, as many elements as the largest input of a convolution has: 2 frames and the 2 before
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,16 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         """Unscaled latents (B, z, L, h, w) → video (B, 3, 4(L−1)+1, 8h, 8w), nominally in −1..1."""
         return self._sliced(latents, self._decode_tile, in_scale=1, out_scale=8)
 
+    def decode_in_chunks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Decode as `decode` does; yield consecutive frames as soon as they are made, so that none need to be kept.
+
+        Tiles, slices of a batch and clips shared over ranks come as one piece.
+        """
+        if self._is_tiled(latents, in_scale=1) or (self.slicing and len(latents) > 1) or self._num_ranks() > 1:
+            yield self.decode(latents)
+        else:
+            yield from self._chunks(latents, self.decoder, DECODE_CHUNK, scale=8)
+
     def forward(self, video: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """Reconstruct a clip: (B, 3, F, H, W) → (B, 3, F, H, W)."""
         return self.decode(self.regularization(self.encode_moments(video), generator=generator))
@@ -153,13 +164,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
     def _tiled(self, x: torch.Tensor, run: Callable[..., torch.Tensor], in_scale: int, out_scale: int) -> torch.Tensor:
         """Apply `run` to overlapping tiles and blend them; `*_scale`: pixels of x and of the result per latent."""
-        if self.tiling is None:
+        if self.tiling is None or not self._is_tiled(x, in_scale=in_scale):
             return run(x)
         size = [side // 8 for side in self.tiling.size]
         overlap = self.tiling.overlap // 8
         height, width = x.shape[3] // in_scale, x.shape[4] // in_scale
-        if height <= size[0] and width <= size[1]:
-            return run(x)
         total = weight = dtype = None
         for top in _tile_starts(height, size[0], overlap):
             for left in _tile_starts(width, size[1], overlap):
@@ -183,6 +192,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         assert total is not None and weight is not None and dtype is not None, "there is at least one tile"
         return total.div_(weight).to(dtype)
 
+    def _is_tiled(self, x: torch.Tensor, *, in_scale: int) -> bool:
+        """Whether `x`, with `in_scale` pixels per latent, is larger than a tile."""
+        sides = zip(x.shape[3:], self.tiling.size if self.tiling else (), strict=False)
+        return any(side * 8 > tile * in_scale for side, tile in sides)
+
     def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
         if self.encode_chunk is None and self._num_ranks() > 1:
             # The first latent of a clip has one frame, every other one has four.
@@ -196,17 +210,26 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
     def _stream(self, x: torch.Tensor, network: nn.Module, chunk: int, *, scales: tuple[float, float]) -> torch.Tensor:
         """Run `network` over chunks of `chunk` frames; the first one also takes the remainder."""
-        frames = x.shape[2]
-        bounds = [0, *range(min(frames, chunk + frames % chunk), frames + 1, chunk)]
         if self._num_ranks() > 1:
-            lengths = [end - start for start, end in itertools.pairwise(bounds)]
+            lengths = [end - start for start, end in itertools.pairwise(_chunk_bounds(x.shape[2], chunk))]
             return self._shared(x, network, lengths, scales=scales, shares_norms=False)
-        stream = Stream(self.max_elements)
-        pieces = []
-        for start, end in itertools.pairwise(bounds):
-            stream.begin_chunk(is_first=start == 0, is_last=end == frames)
-            pieces.append(network(x[:, :, start:end], stream))
+        pieces = list(self._chunks(x, network, chunk, scale=scales[1]))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _chunks(self, x: torch.Tensor, network: Any, chunk: int, *, scale: float) -> Iterator[torch.Tensor]:
+        """Yield what `network` makes of every chunk, on this rank; `scale`: output size / input size, in space."""
+        stream = Stream(self._max_elements(x, network, scale))
+        for start, end in itertools.pairwise(_chunk_bounds(x.shape[2], chunk)):
+            stream.begin_chunk(is_first=start == 0, is_last=end == x.shape[2])
+            yield network(x[:, :, start:end], stream)
+
+    def _max_elements(self, x: torch.Tensor, network: Any, scale: float) -> int:
+        """Return the most elements that kernels get: without gradients, those of a few frames of the video."""
+        if torch.is_grad_enabled():
+            return self.max_elements  # the backward pass keeps all activations
+        batch, _, _, height, width = x.shape
+        frame = batch * network.width * round(height * width * max(1.0, scale) ** 2)
+        return min(self.max_elements, PIECE_FRAMES * frame)
 
     def _num_ranks(self) -> int:
         """Return the context parallel size."""
@@ -241,10 +264,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         x = sum_gradients(x, everyone)  # each rank reads only its own pieces of x
         starts = [0, *itertools.accumulate(lengths)]
         everywhere = network is self.encoder or self.decodes_everywhere
+        limit = self._max_elements(x, network, scales[1])
         own = []
         if active is not None:
             rank, size = active.rank(), active.size()
-            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=self.max_elements)
+            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=limit)
             for index in range(rank, len(lengths), size):
                 stream.begin_piece(index, len(lengths))
                 own.append(network(x[:, :, starts[index] : starts[index + 1]], stream))
@@ -254,6 +278,10 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         dtype = network.conv_out.conv.weight.dtype
         like = x.new_empty((x.shape[0], network.conv_out.conv.out_channels, 0, height, width), dtype=dtype)
         return gather_pieces(own, made, everyone, like=like, anchor=x[:, :, :0], everywhere=everywhere)
+
+
+def _chunk_bounds(frames: int, chunk: int) -> list[int]:
+    return [0, *range(min(frames, chunk + frames % chunk), frames + 1, chunk)]
 
 
 def _tile_starts(length: int, size: int, overlap: int) -> list[int]:

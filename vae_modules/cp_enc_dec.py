@@ -6,7 +6,7 @@ chunk of a clip; `vae_modules.autoencoder` makes the chunks and owns the `Stream
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import nn
 from sgm.config.values import AtLeast1, Depth, Share, Width
 from sgm.modules.in_place import silu
 from sgm.util import InputError
-from vae_modules.layers import CausalConv3d, Downsample3D, ResnetBlock3D, Stream, Upsample3D, make_norm
+from vae_modules.layers import CausalConv3d, Downsample3D, Pieces, ResnetBlock3D, Stream, Upsample3D, each, make_norm
 
 _UNUSED = {
     "resolution": "the network is fully convolutional",
@@ -48,8 +48,9 @@ class Level(nn.Module):
         self.block = nn.ModuleList(blocks)
         self.downsample, self.upsample = downsample, upsample
 
-    def forward(self, x: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) → (B, C', T', H', W')."""
+    def forward(self, x: Pieces, latents: torch.Tensor | None, stream: Stream) -> Pieces:
+        """Frames of (B, C, T, H, W) → frames of (B, C', T', H', W')."""
+        x = stream.arranged(x, max(block.width for block in self.block))
         for block in self.block:
             x = block(x, latents, stream)
         for resample in (self.downsample, self.upsample):
@@ -62,6 +63,13 @@ def _middle(channels: int, dropout: float, z_channels: int | None = None) -> nn.
     """The two residual blocks at the lowest resolution."""
     blocks = {name: ResnetBlock3D(channels, channels, dropout, z_channels) for name in ("block_1", "block_2")}
     return nn.ModuleDict(blocks)
+
+
+def _finished(network: Any, h: Pieces, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
+    """The last norm, activation and convolution; the frames are joined."""
+    normalize = network.norm_out(h, latents, stream)
+    made = network.conv_out(each(h, lambda piece, start: silu(normalize(piece, start))), stream)
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -94,6 +102,7 @@ class ContextParallelEncoder3D(nn.Module):
     ) -> None:
         super().__init__()
         time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
+        self.width = ch
         self.conv_in = CausalConv3d(in_channels, ch, 3)
         self.down = nn.ModuleList()
         channels = ch
@@ -112,10 +121,10 @@ class ContextParallelEncoder3D(nn.Module):
     def forward(self, x: torch.Tensor, stream: Stream | None = None) -> torch.Tensor:
         """One chunk of video (B, 3, F, H, W) in −1..1 → (B, 2z, F', H/8, W/8)."""
         stream = stream or Stream()
-        h = self.conv_in(x, stream)
+        h = self.conv_in(stream.arranged([x], self.width), stream)
         for block in (*self.down, *self.mid.values()):
             h = block(h, None, stream)
-        return self.conv_out(silu(self.norm_out(h, None, stream)), stream)
+        return _finished(self, h, None, stream)
 
 
 class ContextParallelDecoder3D(nn.Module):
@@ -150,6 +159,7 @@ class ContextParallelDecoder3D(nn.Module):
     ) -> None:
         super().__init__()
         time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
+        self.width = ch
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
         self.mid = _middle(channels, dropout, z_channels)
@@ -169,7 +179,7 @@ class ContextParallelDecoder3D(nn.Module):
     def forward(self, latents: torch.Tensor, stream: Stream | None = None) -> torch.Tensor:
         """One chunk of latents (B, z, t, h, w) → video (B, 3, T, 8h, 8w), T = 4(t−1)+1 at the start, 4t later."""
         stream = stream or Stream()
-        h = self.conv_in(latents, stream)
+        h = self.conv_in([latents], stream)
         for block in (*self.mid.values(), *reversed(self.up)):
             h = block(h, latents, stream)
-        return self.conv_out(silu(self.norm_out(h, latents, stream)), stream)
+        return _finished(self, h, latents, stream)

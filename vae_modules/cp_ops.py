@@ -18,7 +18,8 @@ Why not `torch.distributed._functional_collectives`: it has no differentiable se
 gathers pieces of one size only.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ import torch.distributed as dist
 from torch import nn
 
 from sgm.parallel.sequence import sum_gradients
-from vae_modules.layers import MAX_ELEMENTS, Stream, moments_of, normalize, pooled_moments
+from vae_modules.layers import (
+    MAX_ELEMENTS,
+    CausalConv3d,
+    Pieces,
+    Stream,
+    moments_of,
+    normalizer,
+    pooled_moments,
+)
 
 
 class Neighbours:
@@ -140,19 +149,28 @@ class SharedStream(Stream):
         self._piece = Piece(self._neighbours, index, num)
         self.begin_chunk(is_first=index == 0, is_last=index == num - 1)
 
-    def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Prepend the `num_frames` frames before `x`; the clip's first frame repeats before the clip."""
-        whole, kept = _Extend.apply(x, self._kept.pop(layer, None), self._piece, num_frames)
+    def convolve(self, layer: CausalConv3d, x: Iterable[torch.Tensor]) -> Pieces:
+        """Apply a causal convolution; the clip's first frame repeats before the clip."""
+        if not layer.history:
+            return super().convolve(layer, x)
+        parts = list(x)
+        lengths = [part.shape[2] for part in parts]
+        own = torch.cat(parts, dim=2)
+        parts.clear()
+        whole, kept = _Extend.apply(own, self._kept.pop(layer, None), self._piece, layer.history)
         if kept is not None:
             self._kept[layer] = kept
-        return whole
+        bounds = zip(itertools.accumulate(lengths, initial=0), lengths, strict=False)
+        windows = (whole[:, :, start : start + length + layer.history] for start, length in bounds)
+        return [layer.conv(window) for window in windows]
 
-    def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the frames of a piece, or with `shares_norms` those of all ranks together."""
+    def group_norm(self, norm: nn.GroupNorm, x: Pieces) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Normalise by the frames of a rank's piece, or with `shares_norms` by those of all ranks together."""
         if not self._shares_norms:
             return super().group_norm(norm, x)
-        moments = _gather_statistics(moments_of(x, norm.num_groups), self._neighbours.group)
-        return normalize(norm, x, pooled_moments(moments))
+        own = pooled_moments(torch.stack([moments_of(piece, norm.num_groups) for piece in x]))
+        _, mean, variance = pooled_moments(_gather_statistics(own, self._neighbours.group))
+        return normalizer(norm, mean, (variance + norm.eps).rsqrt())
 
 
 def _gather_statistics(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

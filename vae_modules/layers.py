@@ -2,15 +2,19 @@
 
 Shapes: ``B C T H W`` everywhere. Temporal resampling skips the first frame of a clip (4(L-1)+1 frames for L latents).
 
-A clip can be processed in chunks along T. The caller passes a `Stream` through all layers; it caches the last frames
-of a chunk for the temporal convolutions of the next chunk.
+A clip can be processed in chunks along T. Within a chunk an activation is a list of `Pieces` along T, and a layer takes
+them one at a time and drops each as soon as it is used: norm statistics first, over all pieces, then norm, activation
+and convolution piece by piece. So a chunk's memory is that of the activations that a residual block must keep, and no
+more than a few frames of anything else. The caller passes a `Stream` through all layers; it holds the last frames
+of a piece for the temporal convolutions of the next one, which may belong to the next chunk.
 
-Within a chunk, no kernel gets a tensor of 2³¹ elements or more: cuDNN indexes with 32 bits, and PyTorch's own kernels
-for larger ones are slow or wrong. Convolutions, norms and upsampling take a chunk in pieces along T, usually one.
+No kernel gets a tensor of 2³¹ elements or more: cuDNN indexes with 32 bits, and PyTorch's own kernels for larger ones
+are slow or wrong.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +24,19 @@ from sgm.modules.in_place import silu
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 MAX_ELEMENTS = 2**31 - 1  # of a tensor that a kernel indexes with 32 bits
+
+Pieces = list[torch.Tensor]  # the frames of a chunk, (B, C, t, H, W) each; whoever is given a list may empty it
+
+# Makes the normalised frames of a piece, given the piece and the number of its first frame.
+Normalizer = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Stream:
     """State of one pass over a clip in chunks.
 
     Args:
-        max_elements: of the tensors that a convolution, norm or upsampling gets; see `pieces`.
+        max_elements: of the tensors that a convolution, norm or upsampling gets; see `lengths`.
 
     Attributes:
         is_first: the current chunk starts the clip.
@@ -45,21 +53,8 @@ class Stream:
         """Set the position of the next chunk."""
         self.is_first, self.is_last = is_first, is_last
 
-    def frame_groups(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Split (B, C, T, H, W) into the first frame of a clip, which is not resampled in time, and the others."""
-        return (x[:, :, :1], x[:, :, 1:]) if self.is_first and x.shape[2] > 1 else (x,)
-
-    def extend(self, layer: nn.Module, x: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Prepend the `num_frames` frames before `x`; before the clip, its first frame repeats."""
-        head = x[:, :, :1].expand(-1, -1, num_frames, -1, -1) if self.is_first else self._tails.pop(layer)
-        x = torch.cat((head, x), dim=2)
-        if not self.is_last:
-            # A view would keep the whole chunk's activation alive.
-            self._tails[layer] = x[:, :, -num_frames:].clone()
-        return x
-
-    def pieces(self, num_frames: int, frame_elements: int, *, overlap: int = 0) -> list[tuple[int, int]]:
-        """Return the bounds of the pieces in which a kernel takes `num_frames` frames, usually one piece.
+    def lengths(self, num_frames: int, frame_elements: int, *, overlap: int = 0) -> list[int]:
+        """Return the numbers of frames of the pieces in which kernels take `num_frames` frames.
 
         Args:
             num_frames: frames of the result.
@@ -69,23 +64,81 @@ class Stream:
         longest = max(self.max_elements // frame_elements - overlap, 1)
         count = -(-num_frames // longest)
         bounds = [num_frames * i // count for i in range(count + 1)]
-        return list(itertools.pairwise(bounds))
+        return [end - start for start, end in itertools.pairwise(bounds)]
 
-    def convolve(self, conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
-        """Apply a convolution without padding in time: (B, C, T, H, W) → (B, C', T − kernel + 1, H, W)."""
-        overlap = conv.kernel_size[0] - 1
-        num_frames = x.shape[2] - overlap
-        frame = x.shape[0] * max(conv.in_channels, conv.out_channels) * x.shape[3] * x.shape[4]
-        pieces = self.pieces(num_frames, frame, overlap=overlap)
-        if len(pieces) == 1:
-            return conv(x)
-        return _joined((conv(x[:, :, start : end + overlap]) for start, end in pieces), num_frames)
+    def arranged(self, x: Pieces, channels: int) -> Pieces:
+        """Divide frames anew, for 3×3×3 convolutions of at most `channels` channels; their memory is contiguous."""
+        batch, _, _, height, width = x[0].shape
+        lengths = self.lengths(num_frames(x), batch * channels * height * width, overlap=2)
+        return [piece.contiguous() for piece in regrouped(drained(x), lengths)]
 
-    def group_norm(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the frames of a chunk (B, C, T, H, W)."""
-        if len(self.pieces(x.shape[2], x[:, :, 0].numel())) == 1:
-            return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return normalize(norm, x, moments_of(x, norm.num_groups))
+    def convolve(self, layer: "CausalConv3d", x: Iterable[torch.Tensor]) -> Pieces:
+        """Apply a causal convolution piece by piece; before the clip, its first frame repeats."""
+        made = []
+        for piece in x:
+            if layer.history:
+                head = self._tails.pop(layer, None)
+                if head is None:
+                    head = piece[:, :, :1].expand(-1, -1, layer.history, -1, -1)
+                piece = torch.cat((head, piece), dim=2)  # noqa: PLW2901 (the shorter one is freed)
+                del head
+                # For the next piece; a view would keep the whole window alive.
+                self._tails[layer] = piece[:, :, -layer.history :].clone()
+            made.append(layer.conv(piece))
+            del piece  # before the next one is made
+        if self.is_last:
+            self._tails.pop(layer, None)
+        return made
+
+    def group_norm(self, norm: nn.GroupNorm, x: Pieces) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function that normalises a piece with the statistics of all pieces of a chunk."""
+        if len(x) == 1:
+            return lambda piece: F.group_norm(piece, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if torch.is_grad_enabled():
+            _, mean, variance = pooled_moments(torch.stack([moments_of(piece, norm.num_groups) for piece in x]))
+            return normalizer(norm, mean, (variance + norm.eps).rsqrt())
+        return normalizer(norm, *_statistics(norm, x))
+
+
+def num_frames(x: Pieces) -> int:
+    """Return the number of frames of all pieces."""
+    return sum(piece.shape[2] for piece in x)
+
+
+def drained(x: Pieces) -> Iterator[torch.Tensor]:
+    """Yield the pieces; the list holds none that has been yielded."""
+    while x:
+        yield x.pop(0)
+
+
+def each(x: Pieces, run: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield `run` of every piece and the number of its first frame; drops a piece when its result is yielded."""
+    start = 0
+    while x:
+        length = x[0].shape[2]
+        yield run(x.pop(0), start)
+        start += length
+
+
+def regrouped(x: Iterator[torch.Tensor], lengths: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Divide frames anew, into pieces of `lengths`; copies only where frames of several pieces are joined."""
+    rest = None
+    for length in lengths:
+        parts = []
+        while length:
+            part = next(x) if rest is None else rest
+            rest = part[:, :, length:] if part.shape[2] > length else None
+            parts.append(part[:, :, :length])
+            length -= parts[-1].shape[2]
+            del part
+        yield _joined(parts)
+
+
+def _joined(parts: Pieces) -> torch.Tensor:
+    """Concatenate parts along time, and empty the list."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    parts.clear()
+    return whole
 
 
 def moments_of(x: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -110,45 +163,68 @@ def pooled_moments(moments: torch.Tensor) -> torch.Tensor:
     return torch.stack((total, mean, variance))
 
 
-def normalize(norm: nn.GroupNorm, x: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Group normalisation of (B, C, T, H, W) by given moments (3, B, groups), computed in float32 frame by frame."""
-    _, mean, variance = moments.repeat_interleave(norm.num_channels // norm.num_groups, dim=2)
-    scale = (variance + norm.eps).rsqrt() * norm.weight.float()
-    shift = torch.addcmul(norm.bias.float(), mean, scale, value=-1)
-    scale, shift = scale[..., None, None, None], shift[..., None, None, None]
-    frames = (torch.addcmul(shift, frame.float(), scale).to(x.dtype) for frame in x.split(1, dim=2))
-    return _joined(frames, x.shape[2])
+def _statistics(norm: nn.GroupNorm, x: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and 1/std of every group over all pieces, (B, groups) each, bit for bit those of `F.group_norm`.
+
+    Its kernel computes them, for as many groups at a time as there are pieces, so that its inputs are no larger.
+    """
+    channels = norm.num_channels // norm.num_groups
+    # A CPU returns float32 statistics with float32 weights; accelerators normalise with statistics in the dtype.
+    dtype = torch.promote_types(x[0].dtype, torch.float32) if x[0].is_cpu else x[0].dtype
+    count = min(len(x), norm.num_groups)
+    bounds = [norm.num_groups * i // count * channels for i in range(count + 1)]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
+    weights, biases = (value.to(dtype).split(sizes) for value in (norm.weight, norm.bias))
+    parts = zip(zip(*(piece.split(sizes, dim=1) for piece in x), strict=True), weights, biases, strict=True)
+    found = []
+    for frames, weight, bias in parts:
+        whole = torch.cat(frames, dim=2)
+        batch, width, *size = whole.shape
+        groups = width // channels
+        _, *made = torch.native_group_norm(whole, weight, bias, batch, width, math.prod(size), groups, norm.eps)
+        found.append(made)
+    mean, rstd = (torch.cat(values, dim=1).to(dtype) for values in zip(*found, strict=True))
+    return mean, rstd
 
 
-def _joined(pieces: Iterator[torch.Tensor], num_frames: int) -> torch.Tensor:
-    """Concatenate pieces (B, C, t, H, W) along time; without gradients, one of them exists at a time."""
-    if torch.is_grad_enabled():
-        return torch.cat(list(pieces), dim=2)
-    start, whole = 0, None
-    for piece in pieces:
-        if whole is None:
-            whole = piece.new_empty((*piece.shape[:2], num_frames, *piece.shape[3:]))
-        whole[:, :, start : start + piece.shape[2]] = piece
-        start += piece.shape[2]
-        del piece  # before the next one is made
-    assert whole is not None, "a chunk has frames"
-    return whole
+def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that normalises (B, C, t, H, W) by given statistics, float32 (B, groups) each."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    mean, rstd = (
+        value.to(dtype).repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for value in (mean, rstd)
+    )
+    scale = rstd * norm.weight.to(rstd.dtype)
+    shift = torch.addcmul(norm.bias.to(rstd.dtype), scale, mean, value=-1).flatten()
+    scale = scale.flatten()
+    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        # x·scale + shift, rounded once: batch normalisation whose statistics are 0 and 1.
+        rows = x if len(x) == 1 else x.reshape(1, -1, *x.shape[2:])
+        made = torch.batch_norm(rows, scale, shift, zero, one, False, 0.0, 0.0, False)
+        return made if len(x) == 1 else made.view(x.shape)
+
+    return run
 
 
 class Conv3d(nn.Conv3d):
-    """A 3D convolution that takes oneDNN's kernel for float32 on x86 CPUs at all sizes.
+    """A 3D convolution; on a CPU in float32 the sum of 2D ones over the frames of the kernel.
 
-    `F.conv3d` takes it for wide inputs only (B·C·T·H above 20480); its own kernel for narrow ones, as the toy's are, is
-    up to eight times slower.
+    `F.conv3d` leaves inputs of few channels, as the toy's are, to a kernel that is up to eight times slower; for many
+    channels both are as fast.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
         """(B, C, T, H, W) → (B, C', T', H', W')."""
-        plain = type(input) is torch.Tensor and not torch.compiler.is_compiling()  # fake tensors know F.conv3d only
-        if ONEDNN and plain and input.is_cpu and input.dtype == self.weight.dtype == torch.float32:
-            sizes = self.padding, self.stride, self.dilation
-            return torch.ops.aten.mkldnn_convolution(input, self.weight, self.bias, *sizes, self.groups)
-        return super().forward(input)
+        depth, num = self.kernel_size[0], input.shape[2] - self.kernel_size[0] + 1
+        plain = {*self.stride, *self.dilation, self.groups} == {1} and self.padding[0] == 0
+        if depth == 1 or not plain or not input.is_cpu or not input.dtype == self.weight.dtype == torch.float32:
+            return super().forward(input)
+        frames, bias, padding = input.transpose(1, 2), self.bias, self.padding[1:]
+        out = F.conv2d(frames[:, :num].flatten(0, 1), self.weight[:, :, 0], bias, padding=padding)
+        for t in range(1, depth):
+            out += F.conv2d(frames[:, t : t + num].flatten(0, 1), self.weight[:, :, t], padding=padding)
+        return _as_clips(out, len(input))
 
 
 class CausalConv3d(nn.Module):
@@ -168,9 +244,9 @@ class CausalConv3d(nn.Module):
         # Pad space inside the convolution: a separate pad would copy the activation.
         self.conv = Conv3d(in_channels, out_channels, kernel_size, padding=(0, kernel_size // 2, kernel_size // 2))
 
-    def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) → (B, C', T, H, W)."""
-        return stream.convolve(self.conv, stream.extend(self, x, self.history) if self.history else x)
+    def forward(self, x: Iterable[torch.Tensor], stream: Stream) -> Pieces:
+        """Pieces of (B, C, T, H, W) → pieces of (B, C', T, H, W), as long."""
+        return stream.convolve(self, x)
 
 
 class Normalize(nn.GroupNorm):
@@ -179,9 +255,10 @@ class Normalize(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
-    def forward(self, input: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:  # noqa: A002
-        """Normalise (B, C, T, H, W); `latents` is unused (the decoder's norm needs it)."""
-        return stream.group_norm(self, input)
+    def forward(self, input: Pieces, latents: torch.Tensor | None, stream: Stream) -> Normalizer:  # noqa: A002
+        """Return the function that normalises the pieces of a chunk; `latents` is unused (the decoder's needs it)."""
+        normalize = stream.group_norm(self, input)
+        return lambda piece, start: normalize(piece)
 
 
 class SpatialNorm3D(nn.Module):
@@ -202,28 +279,43 @@ class SpatialNorm3D(nn.Module):
         self.conv_y = CausalConv3d(z_channels, channels, 1)
         self.conv_b = CausalConv3d(z_channels, channels, 1)
 
-    def forward(self, x: torch.Tensor, latents: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) and the chunk's latents (B, z, t, h, w) → (B, C, T, H, W)."""
-        normed = stream.group_norm(self.norm_layer, x)
-        size = (*latents.shape[2:4], x.shape[4])
-        scale = F.interpolate(self.conv_y(latents, stream), size=size)
-        shift = F.interpolate(self.conv_b(latents, stream), size=size)
-        pieces = zip(*(stream.frame_groups(tensor) for tensor in (normed, scale, shift)), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([self._scale_and_shift(*piece) for piece in pieces], dim=2)
-        for piece in pieces:
-            self._scale_and_shift(*piece, in_place=True)
-        return normed
+    def forward(self, x: Pieces, latents: torch.Tensor, stream: Stream) -> Normalizer:
+        """Return the function that normalises the pieces of a chunk, whose latents are (B, z, t, h, w)."""
+        normalize = stream.group_norm(self.norm_layer, x)
+        bounds = _frames_of_latents(num_frames(x), latents.shape[2], is_first=stream.is_first)
+        size = (*latents.shape[2:4], x[0].shape[4])
+        scale, shift = (
+            F.interpolate(conv([latents], stream)[0], size=size)[:, :, :, :, None].split(1, dim=2)
+            for conv in (self.conv_y, self.conv_b)
+        )
 
-    @staticmethod
-    def _scale_and_shift(
-        x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, in_place: bool = False
-    ) -> torch.Tensor:
-        """x·scale + shift for x (B, C, T, H, W), scale and shift (B, C, t, h, W); t divides T and h divides H."""
-        t, h = scale.shape[2:4]
-        blocks = x.unflatten(3, (h, -1)).unflatten(2, (t, -1))
-        scale, shift = scale[:, :, :, None, :, None], shift[:, :, :, None, :, None]
-        return torch.addcmul(shift, blocks, scale, out=blocks if in_place else None).flatten(4, 5).flatten(2, 3)
+        def run(piece: torch.Tensor, start: int) -> torch.Tensor:
+            normed, end = normalize(piece), start + piece.shape[2]
+            parts = []
+            for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+                if first < end and last > start:
+                    all_of_it = first <= start and last >= end
+                    frames = normed if all_of_it else normed[:, :, max(first - start, 0) : last - start]
+                    parts.append(_scale_and_shift(frames, scale[number], shift[number]))
+            return torch.cat(parts, dim=2) if torch.is_grad_enabled() else normed
+
+        return run
+
+
+def _frames_of_latents(frames: int, latents: int, *, is_first: bool) -> list[int]:
+    """Return the first frame of every latent of a chunk, and the number of frames; a clip starts with a single one."""
+    single = int(is_first and frames > 1)
+    each = (frames - single) // (latents - single)
+    return [0] * single + list(range(single, frames + 1, each))
+
+
+def _scale_and_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x·scale + shift for x (B, C, t, H, W), scale and shift (B, C, 1, h, 1, W), h | H; in place under `no_grad`."""
+    blocks = x.unflatten(3, (scale.shape[3], -1))
+    if torch.is_grad_enabled():
+        return torch.addcmul(shift, blocks, scale).flatten(3, 4)
+    torch.addcmul(shift, blocks, scale, out=blocks)
+    return x
 
 
 def make_norm(channels: int, z_channels: int | None) -> nn.Module:
@@ -249,13 +341,25 @@ class ResnetBlock3D(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3)
         self.nin_shortcut = Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.width = max(in_channels, out_channels)
 
-    def forward(self, x: torch.Tensor, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) → (B, C', T, H, W)."""
-        h = self.conv1(silu(self.norm1(x, latents, stream)), stream)
-        h = self.conv2(self.dropout(silu(self.norm2(h, latents, stream))), stream)
-        # In place: the backward pass does not need h.
-        h += stream.convolve(self.nin_shortcut, x) if isinstance(self.nin_shortcut, nn.Conv3d) else x
+    def forward(self, x: Pieces, latents: torch.Tensor | None, stream: Stream) -> Pieces:
+        """Pieces of (B, C, T, H, W) → pieces of (B, C', T, H, W), as long."""
+        residual: Pieces = []
+        normalize = self.norm1(x, latents, stream)
+
+        def enter(piece: torch.Tensor, start: int) -> torch.Tensor:
+            made = silu(normalize(piece, start))
+            shortcut = self.nin_shortcut
+            residual.append(shortcut(piece))
+            return made
+
+        h = self.conv1(each(x, enter), stream)
+        normalize_again = self.norm2(h, latents, stream)
+        made = each(h, lambda piece, start: self.dropout(silu(normalize_again(piece, start))))
+        h = self.conv2(made, stream)
+        for piece, skipped in zip(h, drained(residual), strict=True):
+            piece += skipped  # in place: the backward pass does not need it
         return h
 
 
@@ -277,17 +381,24 @@ class Downsample3D(nn.Module):
         self.compress_time = compress_time
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) → (B, C, T', H/2, W/2), T' = (T−1)/2+1 at the start of a clip, T/2 later."""
-        if self.compress_time and x.shape[2] > 1:
-            *first, rest = stream.frame_groups(x)
-            x = torch.cat((*first, (rest[:, :, ::2] + rest[:, :, 1::2]) / 2), dim=2)  # avg_pool3d is slower
-        batch, channels, num_frames, height, width = x.shape
-        pieces = stream.pieces(num_frames, batch * channels * (height + 1) * (width + 1))
-        return _joined((self._shrunk(x[:, :, start:end]) for start, end in pieces), num_frames)
+    def forward(self, x: Pieces, stream: Stream) -> Pieces:
+        """(B, C, T, H, W) → the frames of (B, C, T', H/2, W/2), T' = (T−1)/2+1 at the start of a clip, T/2 later."""
+        batch, channels, _, height, width = x[0].shape
+        frames, parts = num_frames(x), drained(x)
+        if self.compress_time and frames > 1:
+            single = int(stream.is_first)  # the first frame of a clip has no partner
+            parts = map(self._averaged, regrouped(parts, [1] * single + [2] * (frames // 2)))
+            frames = single + frames // 2
+        lengths = stream.lengths(frames, batch * channels * (height + 1) * (width + 1))
+        made: Pieces = []
+        for part in regrouped(parts, lengths):
+            shrunk = self.conv(F.pad(_as_frames(part), (0, 1, 0, 1)))
+            made += _as_clips(shrunk, batch).split(1, dim=2)
+        return made
 
-    def _shrunk(self, x: torch.Tensor) -> torch.Tensor:
-        return _as_clips(self.conv(F.pad(_as_frames(x), (0, 1, 0, 1))), x.shape[0])
+    @staticmethod
+    def _averaged(x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[2] == 1 else (x[:, :, ::2] + x[:, :, 1::2]) / 2  # avg_pool3d is slower
 
 
 class Upsample3D(nn.Module):
@@ -301,20 +412,15 @@ class Upsample3D(nn.Module):
         self.compress_time = compress_time
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """(B, C, T, H, W) → (B, C, T', 2H, 2W), T' = 2(T−1)+1 at the start of a clip, 2T later."""
-        batch, channels, num_frames, height, width = x.shape
-        pieces = stream.pieces(num_frames, batch * channels * 4 * height * width)
-        skipped = int(self.compress_time and stream.is_first)  # the first frame of a clip is not doubled
-        num_made = 2 * num_frames - skipped if self.compress_time else num_frames
-        return _joined(self._enlarged(x, pieces, skipped), num_made)
-
-    def _enlarged(self, x: torch.Tensor, pieces: Sequence[tuple[int, int]], skipped: int) -> Iterator[torch.Tensor]:
-        """Yield the frames of the result; doubled ones twice, less the first `skipped`."""
-        for start, end in pieces:
-            small = _as_frames(x[:, :, start:end])
-            frames = _as_clips(self.conv(F.interpolate(small, scale_factor=2.0)), x.shape[0])
-            for number, frame in enumerate(frames.split(1, dim=2), start):
-                yield frame
-                if self.compress_time and number >= skipped:
-                    yield frame
+    def forward(self, x: Pieces, stream: Stream) -> Pieces:
+        """(B, C, T, H, W) → the frames of (B, C, T', 2H, 2W), T' = 2(T−1)+1 at the start of a clip, 2T later."""
+        batch, channels, _, height, width = x[0].shape
+        lengths = stream.lengths(num_frames(x), batch * channels * 4 * height * width)
+        made: Pieces = []
+        for part in regrouped(drained(x), lengths):
+            large = self.conv(F.interpolate(_as_frames(part), scale_factor=2.0))
+            made += _as_clips(large, batch).split(1, dim=2)
+        if not self.compress_time:
+            return made
+        single = int(stream.is_first)  # the first frame of a clip is not doubled
+        return made[:single] + [frame for frame in made[single:] for _ in range(2)]

@@ -5,7 +5,7 @@ state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocat
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sgm.util import InputError, default, instantiate_from_config, without_compi
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, store
 
-PATIENCE = 5000  # operators without a new peak after which measuring a tiled VAE stops, since tiles repeat
+PATIENCE = 10_000  # operators without a new peak after which measuring a decoder stops, since chunks and tiles repeat
 
 
 @dataclass(frozen=True)
@@ -409,11 +409,13 @@ def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: tor
         if args.vae_tiling and hasattr(vae, "enable_tiling"):
             vae.enable_tiling()
         shape = (min(together, batch), channels, frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
-        return torch.cat([vae.decode(torch.empty(shape, dtype=dtype))]).float()
+        latents = torch.empty(shape, dtype=dtype)
+        chunks = vae.decode_in_chunks(latents) if hasattr(vae, "decode_in_chunks") else [vae.decode(latents)]
+        for _ in map(torch.Tensor.float, chunks):
+            pass  # a chunk's frames leave the device before the next chunk
+        return latents
 
-    found = _vae_usage(config, run, dtype, tiles=args.vae_tiling)
-    others = (-(-batch // together) - 1) * found.result  # per slice: 16-bit result, part of the float32 output
-    return replace(found, peak=found.peak + others)
+    return _vae_usage(config, run, dtype, repeats=True)
 
 
 def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
@@ -427,8 +429,10 @@ def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtyp
     return _vae_usage(config, run, dtype)
 
 
-def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, tiles: bool = False) -> Usage:
+def _vae_usage(
+    config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, repeats: bool = False
+) -> Usage:
     mesh = mesh_of(config)
     with simulated_ranks(mesh):
         vae = build(config.model["first_stage_config"])
-    return usage(vae, run, dtype, mesh, patience=PATIENCE if tiles and mesh.context == 1 else None)
+    return usage(vae, run, dtype, mesh, patience=PATIENCE if repeats and mesh.context == 1 else None)

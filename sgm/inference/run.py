@@ -280,7 +280,7 @@ class SamplingRun:
             saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
             start = clock()
-            videos = [to_uint8(video) for video in self.engine.decode_first_stage(latents)]
+            videos = self.engine.decode_each(latents, to_uint8)
             timings.decode = clock() - start
             saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None

@@ -271,6 +271,30 @@ class SATVideoDiffusionEngine(nn.Module):
         pieces = [vae.decode(piece) for piece in latents.split(self.samples_a_time or len(latents))]
         return rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
 
+    @torch.no_grad()
+    def decode_each(self, latents: torch.Tensor, convert: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """Decode B samples and convert each in chunks, as soon as they are decoded, so that no whole video is kept.
+
+        Args:
+            latents: (B, T, C, H, W).
+            convert: takes consecutive frames (F, 3, 8H, 8W), float32 and nominally in −1..1.
+
+        Returns:
+            For each sample, what `convert` made of its frames, joined.
+        """
+        vae, dtype = self._require_first_stage(), self.first_stage_dtype
+        latents = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w").to(dtype)
+        together = self.samples_a_time or (1 if getattr(vae, "slicing", False) else len(latents))
+
+        def converted(chunk: torch.Tensor) -> list[torch.Tensor]:
+            return [convert(one.float()) for one in rearrange(chunk, "b c t h w -> b t c h w")]
+
+        videos: list[torch.Tensor] = []
+        for part in latents.split(together):
+            chunks = vae.decode_in_chunks(part) if hasattr(vae, "decode_in_chunks") else [vae.decode(part)]
+            videos += map(torch.cat, zip(*map(converted, chunks), strict=True))
+        return videos
+
     def image_latents(self, image: torch.Tensor, num_latents: int) -> torch.Tensor:
         """Condition of image-to-video: the first frame's latents, then zeros.
 
