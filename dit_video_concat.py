@@ -191,11 +191,14 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         self.theta = theta
         if learnable_pos_embed:
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + math.prod(grid), hidden_size))
+        self._rotation: tuple[Any, Any] = (None, None)
 
     def once_per_forward(self, *, grid: Grid, tokens: TokenShards, device: torch.device) -> dict[str, Any]:
-        """Return ``rotation``: cosines and sines (S, head_dim) of this rank's tokens, float32."""
-        tables = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
-        return {"rotation": tuple(tokens.shard_table(table, 0) for table in tables)}
+        """Return ``rotation``: cosines and sines (S, head_dim) of this rank's tokens, float32; the last are cached."""
+        if self._rotation[0] != (key := (grid, tokens.num_text, tokens.group, device)):
+            tables = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
+            self._rotation = key, tuple(tokens.shard_table(table, 0) for table in tables)
+        return {"rotation": self._rotation[1]}
 
     def attention_fn(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotation: Any, tokens: TokenShards, **_: Any
@@ -531,10 +534,8 @@ class DiffusionTransformer(BaseModel):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
-        # Up to 12 graphs, of: last block or not, gradients or not, one sample or several, the first size or all. Torch
-        # would go on uncompiled after 8.
-        dynamo: Any = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
+        # Up to 12 graphs, see docs/buckets.md; torch would go on uncompiled after 8.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block = torch.compile(transformer_block, *args, **kwargs)
 
@@ -562,9 +563,8 @@ class DiffusionTransformer(BaseModel):
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         tokens = TokenShards(context.shape[1], math.prod(grid), sgm.distributed.sequence_group(), self.ring_attention)
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
-        for mixin in self.mixins.values():
-            once: Any = getattr(mixin, "once_per_forward", lambda **_: {})
-            hook_args |= once(grid=grid, tokens=tokens, device=x.device)
+        for once in [getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()]:
+            hook_args |= {} if once is None else once(grid=grid, tokens=tokens, device=x.device)
         return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
