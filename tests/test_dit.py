@@ -34,7 +34,7 @@ def inputs(network, latents=SIZE.latents, batch=2):
     frames, height, width = latents
     return (
         random(batch, frames, network.in_channels, height, width),
-        torch.tensor([500, 20][:batch]),
+        torch.tensor([500, 20, 300][:batch]),
         random(batch, SIZE.text_length, SIZE.text_hidden_size, seed=1),
     )
 
