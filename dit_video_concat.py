@@ -448,7 +448,6 @@ class DiffusionTransformer(BaseModel):
             activation_func=F.silu if use_SwiGLU else gelu,
             skip_init=args.skip_init,
         )
-        _use_plain_linears(transformer, tensor_shard)
         del transformer.word_embeddings  # latents are embedded by the patch mixin
         transformer.position_embeddings.requires_grad_(False)
         super().__init__(None, transformer=transformer)
@@ -511,6 +510,8 @@ class DiffusionTransformer(BaseModel):
                 self._add_lora(section, extra)
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
+        # After the adapters, whose initial values are drawn as on several ranks: beside SAT's layers.
+        _use_plain_linears(self.transformer, self.tensor_shard)
         mark_tensor_parallel(self.named_parameters())
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:

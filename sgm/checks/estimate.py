@@ -25,7 +25,7 @@ from sgm.util import InputError, default, instantiate_from_config, without_compi
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, store
 
-PATIENCE = 10_000  # operators without a new peak after which measuring a decoder stops, since chunks and tiles repeat
+PATIENCE = 20_000  # operators without a new peak after which measuring a decoder stops, since chunks and tiles repeat
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def training_rows(
 
 
 def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
+    sgm.distributed.initialize()  # it looks at the compiler once that is there
     try:
         with without_compiler():
             return estimate().rows()
@@ -408,14 +409,17 @@ def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: tor
             vae.decodes_everywhere = False
         if args.vae_tiling and hasattr(vae, "enable_tiling"):
             vae.enable_tiling()
-        shape = (min(together, batch), channels, frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
-        latents = torch.empty(shape, dtype=dtype)
-        chunks = vae.decode_in_chunks(latents) if hasattr(vae, "decode_in_chunks") else [vae.decode(latents)]
-        for _ in map(torch.Tensor.float, chunks):
-            pass  # a chunk's frames leave the device before the next chunk
+        area = height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+        latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype)
+        if not hasattr(vae, "decode_in_chunks"):
+            return torch.cat([vae.decode(latents)]).float()
+        # A chunk's frames leave the device before the next chunk, and the third chunk is as large as any.
+        alone = not args.vae_tiling and mesh_of(config).context == 1
+        for _ in map(torch.Tensor.float, vae.decode_in_chunks(latents[:, :, : 6 + frames % 2] if alone else latents)):
+            pass
         return latents
 
-    return _vae_usage(config, run, dtype, repeats=True)
+    return _vae_usage(config, run, dtype, tiles=args.vae_tiling)
 
 
 def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
@@ -429,10 +433,8 @@ def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtyp
     return _vae_usage(config, run, dtype)
 
 
-def _vae_usage(
-    config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, repeats: bool = False
-) -> Usage:
+def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, tiles: bool = False) -> Usage:
     mesh = mesh_of(config)
     with simulated_ranks(mesh):
         vae = build(config.model["first_stage_config"])
-    return usage(vae, run, dtype, mesh, patience=PATIENCE if repeats and mesh.context == 1 else None)
+    return usage(vae, run, dtype, mesh, patience=PATIENCE if tiles and mesh.context == 1 else None)

@@ -79,7 +79,7 @@ class TokenShards:
 
 
 # A compiler would break its graph at every collective, and compile what lies between two of them.
-@torch.compiler.disable()
+@torch._disable_dynamo  # torch.compiler.disable, which would import the compiler now
 def _attend_over_ranks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: TokenShards, attention: Attention
 ) -> torch.Tensor:

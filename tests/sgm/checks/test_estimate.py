@@ -174,11 +174,11 @@ def test_copies_of_another_dtype_and_of_another_layout_are_counted():
 
 
 def live_of_vae(method: str, *shape: int, section, **attributes) -> int:
-    vae = build(section)
+    vae = build(section).bfloat16()
     for name, value in attributes.items():
         setattr(vae, name, value)
     with torch.no_grad(), LiveBytes() as live:
-        getattr(vae, method)(torch.empty(shape, device="meta"))
+        getattr(vae, method)(torch.empty(shape, device="meta", dtype=torch.bfloat16))
     return live.peak
 
 
@@ -188,7 +188,7 @@ def test_the_peak_of_decoding(latents):
     found = live_of_vae("decode", 1, 16, latents, 12, 20, section=section)
     config = with_model(first_stage_config=section)
     config.model["network_config"]["params"]["out_channels"] = 16
-    assert _decode_usage(config, (1, latents, 96, 160), torch.float32).peak == pytest.approx(found, rel=0.05)
+    assert _decode_usage(config, (1, latents, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
 
 
 def test_the_peak_of_decoding_in_tiles():
@@ -196,11 +196,11 @@ def test_the_peak_of_decoding_in_tiles():
     section = vae_section(channels=32)
     config = with_model("args.vae_tiling=true", first_stage_config=section)
     config.model["network_config"]["params"]["out_channels"] = 16
-    vae = build(section)
+    vae = build(section).bfloat16()
     vae.enable_tiling()
     with torch.no_grad(), LiveBytes() as live:
-        vae.decode(torch.empty(1, 16, 3, 96, 90, device="meta"))
-    assert _decode_usage(config, (1, 3, 768, 720), torch.float32).peak == pytest.approx(live.peak, rel=0.05)
+        vae.decode(torch.empty(1, 16, 3, 96, 90, device="meta", dtype=torch.bfloat16))
+    assert _decode_usage(config, (1, 3, 768, 720), torch.bfloat16).peak == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("frames", "chunk"), [(17, None), (17, 8)])
@@ -208,7 +208,7 @@ def test_the_peak_of_encoding(frames, chunk):
     section = vae_section(channels=128, encode_chunk=chunk)
     found = live_of_vae("encode_moments", 1, 3, frames, 96, 160, section=section)
     config = with_model(first_stage_config=section)
-    assert _encode_usage(config, (frames, 96, 160), torch.float32).peak == pytest.approx(found, rel=0.05)
+    assert _encode_usage(config, (frames, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
 
 
 # Traffic and memory of two ranks per sample

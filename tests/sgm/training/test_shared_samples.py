@@ -239,7 +239,7 @@ def test_only_the_first_rank_of_a_sample_reads_and_encodes(second_of_two):
     assert batch == {"number": [3]}
     found = shared.shared_inputs(Engine(), batch, [torch.Generator()])  # pyright: ignore[reportArgumentType]
     assert found is made
-    assert build._loader(None, None, None, 0, None) == ()  # pyright: ignore[reportArgumentType] (not looked at)
+    assert build._loader(None, None, None, 0, None, clip_dtype=None) == ()  # pyright: ignore[reportArgumentType] (not looked at)
 
 
 @pytest.fixture
