@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import vae_section
+from sgm.checks.estimate import PATIENCE
 from sgm.checks.fake_run import build, usage
 from sgm.distributed import Mesh
 
@@ -81,9 +82,15 @@ def vae_peak(
         return vae.encode_moments(torch.empty(1, 3, frames, height, width, dtype=DTYPE))
 
     def decode(vae: Any) -> torch.Tensor:
-        return vae.decode(torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, dtype=DTYPE))
+        latents = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, dtype=DTYPE)
+        if tiled:
+            return vae.decode(latents)
+        for _ in vae.decode_in_chunks(latents[:, :, : 6 + latents.shape[2] % 2]):  # the third chunk is as large as any
+            pass
+        return latents
 
-    found = usage(vae, encode if phase == "VAE encode" else decode, DTYPE, Mesh())
+    patience = PATIENCE if tiled else None
+    found = usage(vae, encode if phase == "VAE encode" else decode, DTYPE, Mesh(), patience=patience)
     return found.weights * DTYPE.itemsize, found.peak
 
 

@@ -55,11 +55,8 @@ class ByFile(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """Fork the workers, and the processes of their tests, from one server, so that imports are done once."""
+    """Let the processes that tests start in all workers be forks of one server, so that imports are done once."""
     os.environ[SHARED_SERVER] = forked_python()
-    if not config.getoption("cov_source", None):  # coverage must see the imports
-        for spec in specs:
-            spec.python = forked_python()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -46,11 +46,12 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
+        self.width = max(block.width for block in blocks)
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Pieces, latents: torch.Tensor | None, stream: Stream) -> Pieces:
         """Frames of (B, C, T, H, W) → frames of (B, C', T', H', W')."""
-        x = stream.arranged(x, max(block.width for block in self.block))
+        x = stream.arranged(x, self.width)
         for block in self.block:
             x = block(x, latents, stream)
         for resample in (self.downsample, self.upsample):

@@ -4,8 +4,9 @@ Shapes: ``B C T H W``. A clip is split into consecutive pieces; piece i is on ra
 the first frame is on rank 0, and all ranks work on neighbouring pieces at the same time, layer by layer. Two ways to
 split:
 
-- one piece per chunk (decoding; encoding in chunks): W chunks at a time, in rounds; memory per rank as without context
-  parallelism. Norm statistics are per chunk, so only the frames before a chunk are exchanged.
+- one piece per chunk (decoding; encoding in chunks): W chunks at a time, in rounds. A rank needs more memory than
+  one process would: it joins a layer's pieces before the exchange. Norm statistics are per chunk, so only the frames
+  before a chunk are exchanged.
 - one piece per rank (encoding a whole clip): norm statistics cover all frames, so means and variances are all-gathered.
 
 Every causal convolution needs the ``kernel − 1`` frames before its piece: the last frames of its input on the previous

@@ -6,6 +6,7 @@ is sharded or sent. For gradients see `sgm.parallel.sequence`.
 
 import torch
 import torch.distributed as dist
+from torch._compile import _disable_dynamo
 
 from sgm.parallel.ring_attention import ring_attention
 from sgm.parallel.sequence import (
@@ -79,7 +80,7 @@ class TokenShards:
 
 
 # A compiler would break its graph at every collective, and compile what lies between two of them.
-@torch._disable_dynamo  # torch.compiler.disable, which would import the compiler now
+@_disable_dynamo  # torch.compiler.disable would import the compiler now
 def _attend_over_ranks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: TokenShards, attention: Attention
 ) -> torch.Tensor:

@@ -191,6 +191,7 @@ def test_the_peak_of_decoding(latents):
     assert _decode_usage(config, (1, latents, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
 
 
+@pytest.mark.slow  # tiles repeat, but at every size thousands of operators pass before they do
 def test_the_peak_of_decoding_in_tiles():
     """It is measured until the tiles repeat."""
     section = vae_section(channels=32)

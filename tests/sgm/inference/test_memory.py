@@ -54,7 +54,7 @@ def test_eight_bits_are_recorded_and_close(sample, storage):
 
 @pytest.mark.parametrize("offload", ["cpu", "blocks"])
 def test_the_network_has_left_before_the_vae_decodes(sample, monkeypatch, offload):
-    sizes, decode, enter = [], SATVideoDiffusionEngine.decode_first_stage, Offload.__enter__
+    sizes, decode, enter = [], SATVideoDiffusionEngine.decode_each, Offload.__enter__
 
     def copies(network):  # bytes of parameters that are no tensor of the host
         return num_bytes([network]) - sum(p.nbytes for p in network.parameters() if id(p) in host)
@@ -64,9 +64,9 @@ def test_the_network_has_left_before_the_vae_decodes(sample, monkeypatch, offloa
         sizes.append("in")
         return result
 
-    def decoded(engine, latents):
+    def decoded(engine, *args):
         sizes.append(copies(engine.network))
-        return decode(engine, latents)
+        return decode(engine, *args)
 
     host: set[int] = set()
     keep = SATVideoDiffusionEngine.load_weights
@@ -77,7 +77,7 @@ def test_the_network_has_left_before_the_vae_decodes(sample, monkeypatch, offloa
         return report
 
     monkeypatch.setattr(SATVideoDiffusionEngine, "load_weights", loaded)
-    monkeypatch.setattr(SATVideoDiffusionEngine, "decode_first_stage", decoded)
+    monkeypatch.setattr(SATVideoDiffusionEngine, "decode_each", decoded)
     monkeypatch.setattr(Offload, "__enter__", entered)
     assert sample(f"args.network_offload={offload}", "args.only_save_latents=false")[0] == 0
     assert sizes == ["in", 0]

@@ -39,13 +39,18 @@ def make_engine(tiny_model, golden):
 
 def test_first_stage_has_time_before_channels_and_scales(make_engine):
     engine = make_engine("dit_t2v_2b")
-    video = torch.rand(2, 5, 3, 32, 48) * 2 - 1
+    video = torch.rand(2, 13, 3, 32, 48) * 2 - 1
     latents = engine.encode_first_stage(video, sample=False)
-    assert latents.shape == (2, 2, 16, 4, 6)
+    assert latents.shape == (2, 4, 16, 4, 6)
     raw = engine.encode_first_stage(video, sample=False, scale=False)
     torch.testing.assert_close(latents, raw * 1.15258426)
     expected = engine.first_stage_model.decode(raw.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(engine.decode_first_stage(latents), expected, atol=1e-5, rtol=0)
+    whole = engine.decode_first_stage(latents)
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=0)
+    sizes = []
+    in_chunks = engine.decode_each(latents, lambda frames: sizes.append(len(frames)) or frames)
+    assert torch.equal(torch.stack(in_chunks), whole)
+    assert sizes == [5, 5, 8, 8], "two samples in two chunks"
     assert expected.shape == video.shape
 
 
