@@ -5,6 +5,7 @@ state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocat
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def rank_row(mesh: Mesh) -> str:
 
 def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
     """Return the rows about ranks, memory and traffic of a checked sampling run."""
-    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype))
+    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype), config)
 
 
 def training_rows(
@@ -105,13 +106,17 @@ def training_rows(
     rows |= {"largest bucket": largest} if largest else {}
     if _clip(config) is None:
         return rows | {"memory": "not estimated: data.params do not say how large clips are"}
-    return rows | _rows_of(lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder))
+    return rows | _rows_of(
+        lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder), config
+    )
 
 
-def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
+def _rows_of(estimate: Callable[[], Estimate], config: Config) -> dict[str, str]:
     sgm.distributed.initialize()  # it looks at the compiler once that is there
+    # torchao, which stores weights in eight bits, imports parts of the compiler.
+    stored = any(getattr(config.args, key, None) for key in ("weights", "text_encoder_weights"))
     try:
-        with without_compiler():
+        with nullcontext() if stored else without_compiler():
             return estimate().rows()
     except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
         reason = (str(error).splitlines() or [""])[0]

@@ -49,7 +49,7 @@ def test_overrides_behind_base_may_be_no_names_of_files(word):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, request, number):
     """Message, exit code, nothing left; a second signal does not cut the clean-up short."""
 
     def work(options):
@@ -62,7 +62,10 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, number):
                 if number != signal.SIGINT:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(number)
+    # Whoever started the tests may have set it to be ignored.
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     assert (
         cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
     )
