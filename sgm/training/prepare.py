@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
-from sgm.training.optim.optimizer import make_optimizer
+from sgm.training.optim.optimizer import make_optimizer, resolve_optimizer
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.util import InputError, instantiate_from_config, without_allocating, without_compiler
@@ -277,7 +278,9 @@ class _Checks:
 
     def _check_optimizer(self) -> dict[str, Any]:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        with without_compiler():
+        # Optimizers of other packages may import parts of the compiler.
+        ours = resolve_optimizer(self.config.deepspeed["optimizer"]["type"]).__module__.startswith(("torch.", "sgm."))
+        with without_compiler() if ours else nullcontext():
             optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
         return json.loads(json.dumps(optimizer.defaults, default=_plain))
 
