@@ -7,8 +7,7 @@ import os
 import resource
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,29 +151,6 @@ def defer_package_init(name: str) -> None:
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, module)
-
-
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    """Context for dry runs: torch's compiler, whose import takes seconds, is not imported unless it is used.
-
-    torch's Python operators, its optimizers and fake tensors import ``torch._dynamo`` to exclude functions from
-    compiling, which changes nothing where nothing is compiled.
-    """
-    name = "torch._dynamo"
-    if name in sys.modules:
-        yield
-        return
-    defer_package_init(name)
-    package: Any = sys.modules[name]
-    package.disable = lambda function, *_, **__: function
-    try:
-        yield
-    finally:
-        if type(package) is _LazyPackage:
-            for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
-                del sys.modules[module]
-            del torch._dynamo
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:

@@ -5,7 +5,6 @@ state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocat
 """
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from sgm.config.load import Config
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
-from sgm.util import InputError, default, instantiate_from_config, without_compiler
+from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, store
 
@@ -84,7 +83,7 @@ def rank_row(mesh: Mesh) -> str:
 
 def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
     """Return the rows about ranks, memory and traffic of a checked sampling run."""
-    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype), config)
+    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype))
 
 
 def training_rows(
@@ -106,18 +105,12 @@ def training_rows(
     rows |= {"largest bucket": largest} if largest else {}
     if _clip(config) is None:
         return rows | {"memory": "not estimated: data.params do not say how large clips are"}
-    return rows | _rows_of(
-        lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder), config
-    )
+    return rows | _rows_of(lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder))
 
 
-def _rows_of(estimate: Callable[[], Estimate], config: Config) -> dict[str, str]:
-    sgm.distributed.initialize()  # it looks at the compiler once that is there
-    # torchao, which stores weights in eight bits, imports parts of the compiler.
-    stored = any(getattr(config.args, key, None) for key in ("weights", "text_encoder_weights"))
+def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
     try:
-        with nullcontext() if stored else without_compiler():
-            return estimate().rows()
+        return estimate().rows()
     except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
         reason = (str(error).splitlines() or [""])[0]
         return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +40,10 @@ from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
-from sgm.training.optim.optimizer import make_optimizer, resolve_optimizer
+from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.util import InputError, instantiate_from_config, without_allocating, without_compiler
+from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
@@ -278,10 +277,7 @@ class _Checks:
 
     def _check_optimizer(self) -> dict[str, Any]:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        # Optimizers of other packages may import parts of the compiler.
-        ours = resolve_optimizer(self.config.deepspeed["optimizer"]["type"]).__module__.startswith(("torch.", "sgm."))
-        with without_compiler() if ours else nullcontext():
-            optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
+        optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
         return json.loads(json.dumps(optimizer.defaults, default=_plain))
 
     def _check_autoencoder(self) -> None:
