@@ -55,7 +55,7 @@ def network_peak(model: str, settings: Sequence[str] = ()) -> tuple[float, float
     size = MODELS[model][0].split("×")
     given = [f"args.sampling_image_size=[{size[1]},{size[2]}]", "args.only_save_latents=true", *settings]
     config = load_config([CONFIGS / f"{model}.yaml", CONFIGS / "inference.yaml"], given, mode="inference")
-    parts = sampling_estimate(config, MODELS[model][1]).phases["the network"]
+    parts = sampling_estimate(config, MODELS[model][1]).phases["network"]
     return parts["weights"], sum(part for name, part in parts.items() if name not in ("text encoder", "VAE"))
 
 

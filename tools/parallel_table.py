@@ -22,7 +22,7 @@ MODELS = {
     "1.5-5B": "cogvideox1.5_5b",
     "5B, LoRA": "cogvideox_5b_lora",
 }
-PHASES = ("the network", "the VAE")
+VAE_PHASE: dict[Mode, str] = {"inference": "decode", "train": "encode"}
 # Mode → (model, number of devices, files after those of the model and the task).
 ROWS: dict[Mode, list[tuple[str, int, tuple[str, ...]]]] = {
     "inference": [
@@ -72,14 +72,14 @@ def estimate(model: str, devices: int, files: tuple[str, ...], mode: Mode) -> Es
 def row(mode: Mode, model: str, devices: int, files: tuple[str, ...]) -> str:
     """Return a line of the table for ``inference`` or ``train``."""
     found = estimate(model, devices, files, mode)
-    sizes = [f"{sum(found.phases[phase].values()) / 2**30:.1f}" for phase in PHASES]
+    sizes = [f"{sum(found.phases[phase].values()) / 2**30:.1f}" for phase in ("network", VAE_PHASE[mode])]
     names = ", ".join(f"`{name}.yaml`" for name in files)
     return f"| {model} | {devices} | {names} | {' | '.join(sizes)} | {sum(found.traffic.values()) / 1e9:.1f} |"
 
 
 def table(mode: Mode) -> str:
     """Return the table for ``inference`` or ``train``."""
-    titles = [f"in {phase}, GiB" for phase in PHASES]
+    titles = [f"in {phase}, GiB" for phase in ("network", VAE_PHASE[mode])]
     lines = ["| model | devices | files | " + " | ".join(titles) + " | sent, GB a step |", "|---|---|---|---|---|---|"]
     return "\n".join(lines + [row(mode, *case) for case in ROWS[mode]]) + "\n"
 

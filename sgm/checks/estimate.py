@@ -1,4 +1,4 @@
-"""Estimate memory and traffic per rank before weights are read.
+"""Estimate memory and traffic per rank before weights are read, or there at all.
 
 Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run. Weights, optimizer
 state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
@@ -28,39 +28,66 @@ from sgm.weights.quantize import linear_layers, store
 PATIENCE = 20_000  # operators without a new peak after which measuring a decoder stops, since chunks and tiles repeat
 
 
+# T5 v1.1 XXL, the text encoder of all released models, in 16 bits: assumed if its folder is not there yet.
+T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+T5_XXL_BYTES = 2 * 4_762_310_656
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Memory and traffic of one rank, in bytes.
 
     Attributes:
-        phases: phase of the run → part → device memory.
+        phases: phase of the run (``text``, ``encode``, ``network``, ``optimizer``, ``decode``, ``validation``) → part →
+            device memory.
+        host: part → host memory, during the whole run.
+        passing: phase → host memory beyond that.
         traffic: axis → bytes sent per step of the sampler or the optimizer.
-        host: host memory of this rank.
         video: bytes sent in the VAE for the videos of a prompt.
     """
 
     phases: Mapping[str, Mapping[str, float]]
+    host: Mapping[str, float] = field(default_factory=dict)
+    passing: Mapping[str, float] = field(default_factory=dict)
     traffic: Mapping[str, float] = field(default_factory=dict)
-    host: float = 0.0
     video: float = 0.0
+
+    @property
+    def device(self) -> dict[str, float]:
+        """Phase → device memory."""
+        return {name: sum(parts.values()) for name, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> float:
+        """The most device memory of all phases."""
+        return max(self.device.values())
 
     def rows(self) -> dict[str, str]:
         """Return the rows of the report."""
-        sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
-        largest = max(sums, key=lambda name: sums[name])
-        parts = ", ".join(f"{name} {_memory(size)}" for name, size in self.phases[largest].items() if size)
-        rows = {"memory": f"estimated {_memory(sums[largest])} a rank, in {largest}: {parts}"}
-        if others := ", ".join(f"in {name} {_memory(size)}" for name, size in sums.items() if name != largest):
-            rows["memory"] += f" ({others})"
-        if self.host:
-            rows["memory"] += f"; {_memory(self.host)} a rank in the machine's memory"
+        device = self.device
+        largest = max(device, key=lambda name: device[name])
+        rows = {"memory": f"estimated {memory_text(device[largest])} a rank, in {largest}"}
+        for name, parts in self.phases.items():
+            shown = ", ".join(f"{part} {memory_text(size)}" for part, size in parts.items() if size)
+            host = sum(self.host.values()) + self.passing.get(name, 0.0)
+            beside = f"; host memory {memory_text(host)}" if host else ""
+            rows[f"  {name}"] = f"{memory_text(device[name])}: {shown}{beside}"
         sent = [f"{axis} {_traffic(size)}" for axis, size in self.traffic.items() if size]
         traffic = [f"estimated for a rank and step: {', '.join(sent)}"] if sent else []
         traffic += [f"VAE {_traffic(self.video)} per video"] if self.video else []
         return rows | ({"traffic": "; ".join(traffic)} if traffic else {})
 
 
-def _memory(size: float) -> str:
+def memory_text(size: float) -> str:
+    """Return bytes in GiB, or in MiB below half a GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
@@ -127,25 +154,30 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    guider = params_of(config.model.get("sampler_config")).get("guider_config") or {}
-    branches = 1 if not guider or guider["target"].endswith("IdentityGuider") else 2
-    network = network_usage(config, (plan.latents, *size), args.batch_size * branches, dtype)
+    network = network_usage(config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
-    stays = {"text encoder": text if args.text_encoder_offload == "none" else 0.0}
+    stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
     weights = {"weights": 0.0 if args.network_offload == "blocks" else network.stored, **stays}
-    phases, video, beside = {}, 0.0, {**weights, "weights": network.stored * (args.network_offload == "none")}
+    beside = {**weights, "weights": network.stored * (args.network_offload == "none")}
+    phases: dict[str, Mapping[str, float]] = {"text": {"text encoder": text.device}} if text.stored else {}
+    used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
+    phases["network"], video = {**weights, used: network.peak}, 0.0
     if plan.image2video or not args.only_save_latents:
         decoded = _decode_usage(config, (args.batch_size, plan.latents, *size), dtype)
-        weights["VAE"] = beside["VAE"] = decoded.weights * vae_dtype(dtype).itemsize
+        held = decoded.weights * vae_dtype(dtype).itemsize
+        phases["network"] = {**weights, "VAE": held, used: network.peak}
+        if plan.image2video:
+            image = _encode_usage(config, (1, *size), dtype)
+            phases["encode"] = {**beside, "VAE": held, "activations": image.peak}
         if not args.only_save_latents:
-            phases["the VAE"] = {**beside, "activations": decoded.peak}
+            phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
             video = decoded.sent.get("VAE", 0.0)
-    used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
-    phases = {"the network": {**weights, used: network.peak}, **phases}
-    if text:
-        phases["the text encoder"] = {"text encoder": text}
-    return Estimate(phases, network.sent, video=video)
+    host = {
+        "weights": network.stored * (args.network_offload != "none"),
+        "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+    }
+    return Estimate(phases, host=host, traffic=network.sent, video=video)
 
 
 def training_estimate(
@@ -177,15 +209,14 @@ def training_estimate(
     if offloads == [True, False] and zero["stage"] == 3:  # the formula assumes both on the CPU
         device = width * total / ranks
         host -= device
-    text = text_encoder_bytes(config) if text_encoder else 0.0
+    text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
     leaves = args.text_encoder_offload in ("cpu", "blocks") or (
         args.text_encoder_offload == "release" and args.text_cache
     )
-    stays = 0.0 if leaves else text
     resident = {
         "weights, gradients, optimizer": device,
-        "text encoder": stays,
+        "text encoder": 0.0 if leaves else text.device,
         "buffers": _buffers(zero, learned, width),
     }
     phases: dict[str, dict[str, float]] = {}
@@ -193,15 +224,39 @@ def training_estimate(
         encoded = _encode_usage(config, (frames, *size), dtype)
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
-            phases["the VAE"] = {**resident, "activations": encoded.peak}
+            phases["encode"] = {**resident, "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
-    phases = {"the network": {**resident, "weights in use": live, "activations": network.peak}, **phases}
-    if text and not stays:
-        phases["the text encoder"] = {**resident, "text encoder": text}
+    phases |= {"network": {**resident, "weights in use": live, "activations": network.peak}, "optimizer": resident}
+    if text.stored:
+        phases = {"text": {**resident, "text encoder": text.device}, **phases}
+    if args.eval_interval is not None:
+        sampled = _validation_usage(config, batch, dtype)
+        phases["validation"] = {**resident, "weights in use": live, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
-    return Estimate(phases, traffic, host=host)
+    waits = {"optimizer": host, "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks"))}
+    return Estimate(phases, host=waits, traffic=traffic)
+
+
+def _validation_usage(config: Config, batch: int, dtype: torch.dtype) -> float:
+    """Return the peak of the activations at an evaluation: of its loss, its samples, and decoding them."""
+    args = config.args
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    plan: SamplingPlan = check_sampling(args, geometry)
+    size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
+    samples = args.batch_size * _branches(config)
+    peaks = [network_usage(config, (plan.latents, *size), max(samples, args.eval_batch_size or batch), dtype).peak]
+    if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
+        peaks.append(_decode_usage(config, (args.batch_size, plan.latents, *size), dtype).peak)
+    return max(peaks)
+
+
+def _branches(config: Config) -> int:
+    """Return how many samples of the network a guided sample takes."""
+    guider = params_of(config.model.get("sampler_config")).get("guider_config") or {}
+    return 1 if not guider or guider["target"].endswith("IdentityGuider") else 2
 
 
 def bytes_per_rank(
@@ -268,21 +323,35 @@ def _clip(config: Config) -> tuple[int, tuple[int, int]] | None:
     return None if frames is None or size is None else (frames, (size[0], size[1]))
 
 
-def text_encoder_bytes(config: Config) -> float:
-    """Return the bytes of the text encoders' weights on the device, by the sizes of their files; 0 without files."""
-    section, args = config.model.get("conditioner_config"), config.args
-    embedders = instantiate_from_config(section).embedders if section is not None else ()
-    folders = [embedder.folder for embedder in embedders if hasattr(embedder, "folder")]
-    return sum(
-        t5_bytes(
-            folder.config,
-            sum(file.stat().st_size for file in folder.shards),
-            args.text_encoder_weights,
-            args.text_encoder_offload == "blocks",
-        )
-        for folder in folders
-        if Path(folder.path).is_dir()
-    )
+@dataclass(frozen=True)
+class TextBytes:
+    """Bytes of the text encoders: on the device while they encode, and as they are stored."""
+
+    device: float
+    stored: float
+
+
+def text_encoder_bytes(config: Config) -> TextBytes:
+    """Return the bytes of the text encoders' weights, by the sizes of their files.
+
+    A T5 whose folder is missing is taken to be that of the released models, if the network takes its embeddings.
+    """
+    args, found = config.args, [0.0, 0.0]
+    section = config.model.get("conditioner_config")
+    modules = params_of(config.model.get("network_config")).get("modules") or {}
+    released = params_of(modules.get("patch_embed_config")).get("text_hidden_size") == T5_XXL["d_model"]
+    for embedder in instantiate_from_config(section).embedders if section is not None else ():
+        if not hasattr(embedder, "folder"):
+            continue
+        if Path(embedder.folder.path).is_dir():
+            known = embedder.folder.config, sum(file.stat().st_size for file in embedder.folder.shards)
+        elif released:
+            known = T5_XXL, T5_XXL_BYTES
+        else:
+            continue
+        for index, blocks in enumerate((args.text_encoder_offload == "blocks", False)):
+            found[index] += t5_bytes(*known, args.text_encoder_weights, blocks)
+    return TextBytes(*found)
 
 
 def t5_bytes(t5: Mapping[str, Any], total: float, storage: str | None = None, blocks: bool = False) -> float:

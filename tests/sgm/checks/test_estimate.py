@@ -68,13 +68,13 @@ def test_settings_of_memory_are_counted(t5_folder):
         return sampling_estimate(config, torch.bfloat16).phases
 
     plain, waiting = phases(), phases("network_offload=cpu")
-    weights = plain["the network"]["weights"]
-    assert plain["the VAE"]["weights"] == weights == waiting["the network"]["weights"]
-    assert waiting["the VAE"]["weights"] == 0 and waiting["the VAE"]["VAE"] == plain["the VAE"]["VAE"] > 0
+    weights = plain["network"]["weights"]
+    assert plain["decode"]["weights"] == weights == waiting["network"]["weights"]
+    assert waiting["decode"]["weights"] == 0 and waiting["decode"]["VAE"] == plain["decode"]["VAE"] > 0
     blocks = phases("network_offload=blocks", "text_encoder_offload=blocks", "only_save_latents=true")
-    passing = blocks["the network"]["blocks in use and activations"] - plain["the network"]["activations"]
-    assert blocks["the network"]["weights"] == 0 and 0.3 * weights < passing < 0.5 * weights  # two of six blocks
-    assert blocks["the text encoder"]["text encoder"] <= plain["the text encoder"]["text encoder"]
+    passing = blocks["network"]["blocks in use and activations"] - plain["network"]["activations"]
+    assert blocks["network"]["weights"] == 0 and 0.3 * weights < passing < 0.5 * weights  # two of six blocks
+    assert blocks["text"]["text encoder"] <= plain["text"]["text encoder"]
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
@@ -82,7 +82,7 @@ def test_weights_in_eight_bits_are_counted(t5_folder, storage):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install .[lowmem]")
     config = with_model(f"args.weights={storage}", "args.only_save_latents=true")
     network, _ = _loaded_toy(storage)
-    assert sampling_estimate(config, torch.bfloat16).phases["the network"]["weights"] == num_bytes([network])
+    assert sampling_estimate(config, torch.bfloat16).phases["network"]["weights"] == num_bytes([network])
     encoder = FrozenT5Embedder(str(t5_folder), max_length=8, dtype="bf16")
     encoder.storage = storage
     encoder(["a"])
@@ -275,7 +275,8 @@ def test_the_rows_of_sampling(monkeypatch):
     assert one["ranks"] == "4 processes, 4 samples at a time" and "traffic" not in one
     assert four["traffic"].startswith("estimated for a rank and step: tokens ") and "guidance" in four["traffic"]
     assert four["traffic"].endswith("MB per video")
-    assert all(row["memory"].startswith("estimated ") and "text encoder" in row["memory"] for row in (one, four))
+    assert all(row["memory"].startswith("estimated ") and "text encoder" in row["  text"] for row in (one, four))
+    assert [name for name in one if name.startswith(" ")] == ["  text", "  network", "  decode"]
 
 
 class OwnVAE(nn.Conv3d):
@@ -326,15 +327,15 @@ def test_what_comes_from_caches_takes_no_memory():
         return training_estimate(training(*overrides), torch.float32, trained, **loaded).phases
 
     neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
-    assert set(phases()) == {"the network", "the VAE"}
-    assert set(phases(cache, **neither)) == {"the network"}
-    assert set(phases(cache, vae=False)) == {"the network", "the text encoder"}, "loaded for evaluation, and released"
-    without = phases(cache, **neither)["the network"]
-    assert phases()["the network"] == without | {
-        "VAE": phases()["the network"]["VAE"],
-        "text encoder": phases()["the network"]["text encoder"],
+    assert set(phases()) == {"text", "encode", "network", "optimizer"}
+    assert set(phases(cache, **neither)) == {"network", "optimizer"}
+    assert set(phases(cache, vae=False)) == {"text", "network", "optimizer"}, "loaded for evaluation, and released"
+    without = phases(cache, **neither)["network"]
+    assert phases()["network"] == without | {
+        "VAE": phases()["network"]["VAE"],
+        "text encoder": phases()["network"]["text encoder"],
     }
-    assert without["text encoder"] == 0 < phases()["the network"]["text encoder"]
+    assert without["text encoder"] == 0 < phases()["network"]["text encoder"]
 
 
 def test_offloading_moves_memory_to_the_machine(monkeypatch):
@@ -348,10 +349,11 @@ def test_offloading_moves_memory_to_the_machine(monkeypatch):
         training_estimate(training(stage3, *more), torch.bfloat16, ["time_embed.0.weight"])
         for more in ([], [optimizer], both)
     ]
-    on_device = [estimate.phases["the network"][state] for estimate in found]
-    assert found[0].host == 0 < found[1].host < found[2].host
+    on_device = [estimate.phases["network"][state] for estimate in found]
+    host = [estimate.host["optimizer"] for estimate in found]
+    assert host[0] == 0 < host[1] < host[2]
     assert on_device[0] > on_device[1] > on_device[2] == 0
-    assert found[1].host + on_device[1] == found[2].host
+    assert host[1] + on_device[1] == host[2]
 
 
 # The tables of the document
