@@ -199,6 +199,11 @@ def prepare_import() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if accelerator is None else accelerator.type)
     for package in ("sat", "sat.model"):
         defer_package_init(package)
+    if "bitsandbytes" not in sys.modules:
+        # SAT's adapters import it, and with it torch's compiler, for layers that are not used here.
+        sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType] (Python's way to hide a module)
+        importlib.import_module("sat.model.finetune.lora2")
+        del sys.modules["bitsandbytes"]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -52,12 +52,6 @@ def with_model(*overrides, mode="inference", **sections):
     return config
 
 
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    """DeepSpeed's ZeRO 3 patches it process-wide with a function that saves other tensors."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-
-
 def test_the_formula_stands_in_the_document():
     assert f"```python\n{inspect.getsource(bytes_per_rank)}```" in DOCUMENT
 
