@@ -24,6 +24,7 @@ def parse(
     description: str,
     examples: Sequence[str],
     check: str,
+    card: bool = False,
     more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """Parse a command line; ``section.key=value`` may appear anywhere.
@@ -34,6 +35,7 @@ def parse(
         description: of the script.
         examples: commands to show.
         check: help of ``--check``.
+        card: whether ``--check`` plans memory, for a ``--card``.
         more: adds further options.
     """
     parser = argparse.ArgumentParser(
@@ -49,10 +51,14 @@ def parse(
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
     add_trust(parser)
     parser.add_argument("--check", action="store_true", help=check)
+    if card:
+        parser.add_argument("--card", metavar="SIZE", help="with --check: plan for a card of this memory, such as 24gb")
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
     options = parser.parse_intermixed_args(argv)
+    if card and options.card is not None:
+        options.card = _card(parser, options)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not os.path.exists(word)]
     options.base = [word for word in options.base if word not in moved]
@@ -60,6 +66,16 @@ def parse(
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def _card(parser: argparse.ArgumentParser, options: argparse.Namespace) -> float:
+    """Return the GiB of ``--card``."""
+    found = re.fullmatch(r"(\d{1,5}(?:\.\d+)?)\s*(?:gi?b?)?", options.card.strip().lower())
+    if found is None or not float(found[1]):
+        parser.error(f"--card {options.card!r} is no size; give the memory of the card, such as --card 24gb")
+    if not options.check:
+        parser.error("--card only plans: give --check as well")
+    return float(found[1])
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

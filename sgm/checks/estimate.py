@@ -15,9 +15,8 @@ import sgm.distributed
 from sgm.checks.fake_run import Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
-from sgm.checks.training import with_largest_bucket
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, digest_of
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
@@ -108,53 +107,47 @@ def rank_row(mesh: Mesh) -> str:
     return f"{world} processes, {groups} sample{'s' * (groups > 1)} at a time{shared}"
 
 
-def sampling_rows(config: Config, dtype: torch.dtype) -> dict[str, str]:
-    """Return the rows about ranks, memory and traffic of a checked sampling run."""
-    return {"ranks": rank_row(mesh_of(config))} | _rows_of(lambda: sampling_estimate(config, dtype))
+# Settings that change what is measured of network and VAE, beside their sections.
+NETWORK_ARGS = (
+    "weights",
+    "network_offload",
+    "checkpoint_activations",
+    "sequence_attention",
+    "model_parallel_size",
+    "sequence_parallel_size",
+    "cfg_parallel_size",
+)
+VAE_ARGS = ("vae_tiling", "vae_slicing")
+
+Memo = dict[str, Usage]  # measurements by their settings: plans ask for the same ones again and again
 
 
-def training_rows(
-    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
-) -> dict[str, str]:
-    """Return the rows about ranks, memory and traffic of a checked training run.
-
-    With buckets, for the bucket with the most patches.
-
-    Args:
-        config: of the run.
-        dtype: of the network.
-        trained: names of the trained parameters.
-        vae: whether the VAE is loaded.
-        text_encoder: whether the text encoder is loaded.
-    """
-    rows = {"ranks": rank_row(mesh_of(config))}
-    config, largest = with_largest_bucket(config, Geometry.from_network(params_of(config.model["network_config"])))
-    rows |= {"largest bucket": largest} if largest else {}
-    if _clip(config) is None:
-        return rows | {"memory": "not estimated: data.params do not say how large clips are"}
-    return rows | _rows_of(lambda: training_estimate(config, dtype, trained, vae=vae, text_encoder=text_encoder))
+def _once(memo: Memo | None, work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
+    """Return ``work(config, *given, **named)``, from `memo` if it is there."""
+    if memo is None:
+        return work(config, *given, **named)
+    part, names = ("network_config", NETWORK_ARGS) if work is network_usage else ("first_stage_config", VAE_ARGS)
+    settings = {name: getattr(config.args, name, None) for name in names}
+    values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
+    key = digest_of([work.__name__, config.model[part], settings, str(mesh_of(config)), values])
+    if key not in memo:
+        memo[key] = work(config, *given, **named)
+    return memo[key]
 
 
-def _rows_of(estimate: Callable[[], Estimate]) -> dict[str, str]:
-    try:
-        return estimate().rows()
-    except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
-        reason = (str(error).splitlines() or [""])[0]
-        return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}
-
-
-def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
+def sampling_estimate(config: Config, dtype: torch.dtype, memo: Memo | None = None) -> Estimate:
     """Estimate a rank of a sampling run: text encoder, then network, then VAE.
 
     Args:
         config: of a checked run.
         dtype: of the network.
+        memo: measurements that are not to be repeated.
     """
     args = config.args
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    network = network_usage(config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
+    network = _once(memo, network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
@@ -164,11 +157,11 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
     if plan.image2video or not args.only_save_latents:
-        decoded = _decode_usage(config, (args.batch_size, plan.latents, *size), dtype)
+        decoded = _once(memo, _decode_usage, config, (args.batch_size, plan.latents, *size), dtype)
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if plan.image2video:
-            image = _encode_usage(config, (1, *size), dtype)
+            image = _once(memo, _encode_usage, config, (1, *size), dtype)
             phases["encode"] = {**beside, "VAE": held, "activations": image.peak}
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
@@ -181,7 +174,13 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
 
 
 def training_estimate(
-    config: Config, dtype: torch.dtype, trained: Collection[str], *, vae: bool = True, text_encoder: bool = True
+    config: Config,
+    dtype: torch.dtype,
+    trained: Collection[str],
+    *,
+    vae: bool = True,
+    text_encoder: bool = True,
+    memo: Memo | None = None,
 ) -> Estimate:
     """Estimate a rank of a training run.
 
@@ -191,16 +190,17 @@ def training_estimate(
         trained: names of the trained parameters.
         vae: whether the VAE is loaded; not if caches hold all latents.
         text_encoder: whether the text encoder is loaded.
+        memo: measurements that are not to be repeated.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    clip = _clip(config)
+    clip = clip_of(config)
     assert clip is not None, "checked by the caller"
     frames, size = clip
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     latents = (frames - 1) // geometry.time_compression + 1
     batch = section["train_micro_batch_size_per_gpu"]
-    network = network_usage(config, (latents, *size), batch, dtype, trained=frozenset(trained))
+    network = _once(memo, network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
     offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
@@ -221,7 +221,7 @@ def training_estimate(
     }
     phases: dict[str, dict[str, float]] = {}
     if vae and config.model.get("first_stage_config") is not None:
-        encoded = _encode_usage(config, (frames, *size), dtype)
+        encoded = _once(memo, _encode_usage, config, (frames, *size), dtype)
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
             phases["encode"] = {**resident, "activations": encoded.peak}
@@ -230,7 +230,7 @@ def training_estimate(
     if text.stored:
         phases = {"text": {**resident, "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
-        sampled = _validation_usage(config, batch, dtype)
+        sampled = _validation_usage(config, batch, dtype, memo)
         phases["validation"] = {**resident, "weights in use": live, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
@@ -239,7 +239,7 @@ def training_estimate(
     return Estimate(phases, host=waits, traffic=traffic)
 
 
-def _validation_usage(config: Config, batch: int, dtype: torch.dtype) -> float:
+def _validation_usage(config: Config, batch: int, dtype: torch.dtype, memo: Memo | None) -> float:
     """Return the peak of the activations at an evaluation: of its loss, its samples, and decoding them."""
     args = config.args
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -247,9 +247,10 @@ def _validation_usage(config: Config, batch: int, dtype: torch.dtype) -> float:
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
-    peaks = [network_usage(config, (plan.latents, *size), max(samples, args.eval_batch_size or batch), dtype).peak]
+    together = max(samples, args.eval_batch_size or batch)
+    peaks = [_once(memo, network_usage, config, (plan.latents, *size), together, dtype).peak]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(_decode_usage(config, (args.batch_size, plan.latents, *size), dtype).peak)
+        peaks.append(_once(memo, _decode_usage, config, (args.batch_size, plan.latents, *size), dtype).peak)
     return max(peaks)
 
 
@@ -316,7 +317,7 @@ def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:
     return bucket * width * (2 if zero.get("overlap_comm") and stage < 3 else 1)
 
 
-def _clip(config: Config) -> tuple[int, tuple[int, int]] | None:
+def clip_of(config: Config) -> tuple[int, tuple[int, int]] | None:
     """Return frames and (height, width) of the clips; None if the data section does not state them."""
     params = config.data.get("params") or {}
     frames, size = params.get("max_num_frames"), params.get("video_size")

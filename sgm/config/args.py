@@ -55,6 +55,7 @@ class SamplingArgs:
     # How it is computed
     fp16: bool | None = None
     bf16: bool | None = None
+    memory: Literal["auto"] | None = None
     weights: Literal["int8", "fp8"] | None = None
     network_offload: Literal["none", "cpu", "blocks"] = "none"
     text_encoder_weights: Literal["int8", "fp8"] | None = None
@@ -177,6 +178,9 @@ class TrainingArgs(SamplingArgs):
         for name in ("weights", "network_offload", "text_encoder_weights"):
             if getattr(self, name) not in (None, "none"):
                 yield name, f"is {getattr(self, name)}, and training keeps weights as they are", "set it when sampling"
+        if self.memory is not None:
+            cure = "remove it, and add the settings that --check --card says, or a file of configs/memory"
+            yield "memory", f"is {self.memory}, which chooses settings of sampling", cure
         yield from self._length_problems()
         yield from self._data_problems()
         if self.mode == "finetune" and self.load is None:

@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Sample videos from a SAT checkpoint, configured by YAML files.",
         examples=EXAMPLES,
         check="check everything, read no weights, sample nothing",
+        card=True,
     )
 
 
@@ -34,9 +35,11 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.base, options.overrides, mode="inference")
     if options.check:
-        from sgm.inference.prepare import prepare
+        from sgm.checks.planner import written_without_files
+        from sgm.inference.prepare import memory_report, prepare
 
-        sys.stdout.write(prepare(config).report + "\n")
+        with written_without_files(lambda: memory_report(config, options.card)):
+            sys.stdout.write(prepare(config).report(options.card) + "\n")
         return
     import sgm.distributed
     from sgm.inference.run import sample

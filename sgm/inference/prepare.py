@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import sampling_rows
 from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.planner import config_with, sampling_rows
 from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
@@ -44,10 +44,13 @@ class Prepared:
     prompts: list[Prompt] | None
     notes: Sequence[str] = ()
 
-    @property
-    def report(self) -> str:
-        """Summary of the checks with estimates of memory and traffic, which take seconds."""
-        report = f"{self.findings}\n{as_table(sampling_rows(self.config, self.dtype))}"
+    def report(self, card: float | None = None) -> str:
+        """Return a summary of the checks with estimates of memory and traffic, which take seconds.
+
+        Args:
+            card: GiB of the card to plan for; None takes the accelerator, if there is one.
+        """
+        report = f"{self.findings}\n{as_table(sampling_rows(self.config, self.dtype, card))}"
         if self.prompts is None:
             return report
         return "\n".join([report, f"prompts: {len(self.prompts)} from {self.config.args.input_file}", *self.notes])
@@ -82,6 +85,12 @@ def prepare(config: Config) -> Prepared:
         raise ConfigError(config.located(list(dict.fromkeys(problems))))
     dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
     return Prepared(config, findings, dtype, mesh_of(config), prompts, notes)
+
+
+def memory_report(config: Config, card: float | None) -> str:
+    """Return the estimates of a run whose weights or prompts are not there yet."""
+    dtype = resolve_precision(config.args, config.model.get("precision"), "")  # of any accelerator
+    return as_table(sampling_rows(config_with(config), dtype, card))
 
 
 def _mesh_problems(config: Config) -> list[Problem]:

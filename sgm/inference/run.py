@@ -18,6 +18,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
+from sgm.checks.estimate import memory_text
+from sgm.checks.planner import room_on, with_preset
 from sgm.checks.sampling import SamplingPlan, check_sampling
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
@@ -58,12 +60,27 @@ def sample(config: Config) -> Summary:
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
     sgm.distributed.initialize(mesh=prepared.mesh)
+    if config.args.memory is not None:
+        config = _with_preset(config, prepared.dtype)
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
         run.sample_list(prompts) if prompts is not None else run.sample_typed()
     run.summary.seconds = time.perf_counter() - start
     run.summary.peak_bytes = peak_memory(run.device)
     return run.summary
+
+
+def _with_preset(config: Config, dtype: torch.dtype) -> Config:
+    """Choose the preset that fits on the device of every rank."""
+    rooms = sgm.distributed.all_gather_objects(room_on(resolve_device(config.args)))
+    room = min((room for room in rooms if room is not None), default=None)
+    config, name = with_preset(config, dtype, room)
+    logger.info("args.memory=auto: configs/memory/%s.yaml, for %s", name, _room_text(room))
+    return config
+
+
+def _room_text(room: float | None) -> str:
+    return "a device that shares the host's memory" if room is None else f"{memory_text(room)} of the device"
 
 
 class SamplingRun:

@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Fine-tune or pretrain a model configured by YAML files.",
         examples=EXAMPLES,
         check="check everything, read no weights, train nothing",
+        card=True,
     )
 
 
@@ -34,11 +35,13 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.base, options.overrides, mode="train")
     if options.check:
+        from sgm.checks.planner import written_without_files
         from sgm.training.inputs.buckets import bucket_report, plan_buckets
-        from sgm.training.prepare import prepare
+        from sgm.training.prepare import memory_report, prepare
 
-        plan = prepare(config, check_clips=True)
-        sys.stdout.write(plan.report + "\n")
+        with written_without_files(lambda: memory_report(config, options.card)):
+            plan = prepare(config, check_clips=True)
+        sys.stdout.write(plan.report(options.card) + "\n")
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
             sys.stdout.write(bucket_report(buckets, plan.args) + "\n")

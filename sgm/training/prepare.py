@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import training_rows
 from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.planner import config_with, training_rows
 from sgm.checks.sampling import (
     SamplingPlan,
+    as_table,
     check_files,
     check_sampling,
     check_shapes,
@@ -89,13 +90,25 @@ class Plan:
     resume: ResumePoint | None
     rows: Mapping[str, str]
 
-    @property
-    def report(self) -> str:
-        """Summary of the plan with estimates of memory and traffic, which take seconds."""
+    def report(self, card: float | None = None) -> str:
+        """Return a summary of the plan with estimates of memory and traffic, which take seconds.
+
+        Args:
+            card: GiB of the card to plan for; None takes the accelerator, if there is one.
+        """
         loaded = {"vae": bool(self.caches.vae), "text_encoder": bool(self.caches.text_encoder)}
-        rows = {**self.rows, **training_rows(self.config, self.dtype, self.trainable.names, **loaded)}
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+        return as_table(
+            {**self.rows, **training_rows(self.config, self.dtype, self.trainable.names, **loaded, card=card)}
+        )
+
+
+def memory_report(config: Config, card: float | None) -> str:
+    """Return the estimates of a run whose weights or clips are not there yet."""
+    config = config_with(config)
+    with without_allocating():
+        trainable = choose_trainable(instantiate_from_config(config.model["network_config"]), config.model)
+    dtype = resolve_training_precision(config, "")  # of any accelerator
+    return as_table(training_rows(config, dtype, trainable.names, card=card))
 
 
 def prepare(config: Config, *, check_clips: bool = False) -> Plan:

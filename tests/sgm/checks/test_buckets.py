@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.checks.estimate import training_rows
+from sgm.checks.planner import training_rows
 from sgm.checks.sampling import params_of
 from sgm.checks.training import check_training_data, fitted_buckets, with_largest_bucket
 from sgm.config.load import load_config

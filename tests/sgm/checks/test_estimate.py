@@ -15,12 +15,11 @@ from sgm.checks.estimate import (
     network_usage,
     rank_row,
     sampling_estimate,
-    sampling_rows,
     t5_bytes,
     training_estimate,
-    training_rows,
 )
 from sgm.checks.fake_run import LiveBytes, build, usage
+from sgm.checks.planner import sampling_rows, training_rows
 from sgm.checks.sampling import as_table
 from sgm.config.load import load_config
 from sgm.distributed import Mesh
@@ -321,9 +320,11 @@ def test_what_comes_from_caches_takes_no_memory():
         return training_estimate(training(*overrides), torch.float32, trained, **loaded).phases
 
     neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
-    assert set(phases()) == {"text", "encode", "network", "optimizer"}
-    assert set(phases(cache, **neither)) == {"network", "optimizer"}
-    assert set(phases(cache, vae=False)) == {"text", "network", "optimizer"}, "loaded for evaluation, and released"
+    assert set(phases()) == {"text", "encode", "network", "optimizer", "validation"}
+    assert set(phases(cache, **neither)) == {"network", "optimizer", "validation"}
+    assert set(phases(cache, vae=False)) == {"text", "network", "optimizer", "validation"}, (
+        "loaded for evaluation, and released"
+    )
     without = phases(cache, **neither)["network"]
     assert phases()["network"] == without | {
         "VAE": phases()["network"]["VAE"],

@@ -29,7 +29,7 @@ def plan(training_yaml, tmp_path):
 def test_the_report_of_a_plan(plan, tmp_path):
     found = plan(LORA, "args.train_iters=null", "args.epochs=3", "deepspeed.gradient_accumulation_steps=2")
     assert (found.global_batch, found.total_iters, found.resume) == (4, 6, None)
-    rows = dict(line.split("  ", 1) for line in found.report.splitlines())
+    rows = dict(line.split("  ", 1) for line in found.report().splitlines())
     rows = {name: text.strip() for name, text in rows.items()}
     assert rows["data"] == "8 training clips, 8 validation clips"
     assert rows["batch"] == "2 clips x 2 steps of accumulation x 1 ranks = 4"
@@ -151,5 +151,5 @@ def test_a_resumed_run_is_named(plan, training_yaml, tmp_path):
     folder = train(load_config(training_yaml(LORA), overrides, mode="train")).folder
     found = plan(LORA, "args.train_iters=4", "args.resume=auto")
     assert found.resume is not None and found.resume.run == Path(folder)
-    assert f"{folder}, from iteration 1" in found.report
+    assert f"{folder}, from iteration 1" in found.report()
     assert plan(LORA, "args.train_iters=4", "args.resume=auto", "args.experiment_name=other").resume is None

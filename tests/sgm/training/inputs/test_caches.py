@@ -131,7 +131,7 @@ def test_images_are_taken_without_noise(training_yaml, pair, tmp_path):
     bases = training_yaml("dit_i2v_5b")
     cache = precompute(bases, tmp_path / "cache", pair, kinds=("text", "latents", "images"))
     plan = prepare(load_config(bases, [*SHORT, pair, *caches(cache), f"args.save={tmp_path}"], mode="train"))
-    assert "without the noise" in plan.report and "VAE is not loaded" in plan.report
+    assert "without the noise" in plan.report() and "VAE is not loaded" in plan.report()
     (dataset,) = plan.data.train
     engine = SATVideoDiffusionEngine(**{k: v for k, v in plan.config.engine["params"].items() if k not in IGNORED})
     engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))

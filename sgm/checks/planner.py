@@ -1,0 +1,309 @@
+"""Report the memory of a run, and fit it into a card: the settings that it needs, or the preset for sampling.
+
+Estimates are those of `sgm.checks.estimate`; a tenth of a card stays free for kernels and the allocator.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sgm.checks.estimate import Estimate, Memo, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
+from sgm.checks.mesh import mesh_of
+from sgm.checks.sampling import params_of
+from sgm.checks.training import with_largest_bucket
+from sgm.config.load import Config, ConfigError, load_config
+from sgm.distributed import device
+from sgm.modules.geometry import Geometry
+from sgm.util import InputError
+from sgm.weights.adapters import with_adapters
+
+ROOM = 0.9  # of a card
+
+# Settings of files in configs/memory that matter to sampling, from the fastest to the smallest; all are exact.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "80gb": {"network_offload": "none", "text_encoder_offload": "cpu"},
+    "24gb": {"network_offload": "cpu", "text_encoder_offload": "blocks"},
+    "12gb": {"network_offload": "blocks", "text_encoder_offload": "blocks"},
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that takes less memory.
+
+    Attributes:
+        setting: ``section.key=value``.
+        phases: of `Estimate`, which get smaller.
+        cost: what it costs, for the report.
+        exact: results stay the same.
+        needs: what must be installed.
+    """
+
+    setting: str
+    phases: frozenset[str]
+    cost: str
+    exact: bool = True
+    needs: str = ""
+
+    def __str__(self) -> str:
+        """Return the text of the report."""
+        needs = f"; needs {self.needs}" if self.needs else ""
+        return f"{'exact' if self.exact else 'approximate'}; {self.cost}{needs}"
+
+
+def _phases(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_LOWMEM = "pip install 'cogvideox-sat[lowmem]'"
+_TILES = "the VAE decodes tiles, which are blended"
+
+# Exact ones first, and among them those that cost least.
+SAMPLING = (
+    Change("args.text_encoder_offload=release", _phases("encode network decode"), "T5 leaves after the last prompt"),
+    Change("args.network_offload=cpu", _phases("encode decode"), "copies the network once a prompt"),
+    Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
+    Change("args.network_offload=blocks", _phases("network"), "copies the network in each step, while it computes"),
+    Change("args.vae_tiling=true", _phases("decode"), _TILES, exact=False),
+    Change("args.weights=int8", _phases("network decode"), "the network in 8 bits", exact=False, needs=_LOWMEM),
+    Change("args.text_encoder_weights=int8", _phases("text"), "T5 in 8 bits", exact=False, needs=_LOWMEM),
+)
+_ALL = "text encode network optimizer validation"
+TRAINING = (
+    Change("args.text_encoder_offload=cpu", _phases(_ALL), "copies T5 once a step"),
+    Change("args.checkpoint_activations=true", _phases("network"), "a third more time a step"),
+    Change("args.network_offload=cpu", _phases("text encode"), "copies the network once a step"),
+    Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
+    Change("args.offload_activations=true", _phases("network"), "copies activations, while the network computes"),
+    Change("args.network_offload=blocks", _phases(_ALL), "copies the network three times a step, while it computes"),
+    Change(
+        "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+        _phases(_ALL),
+        "the optimizer runs on the CPU, from host memory",
+    ),
+    Change(
+        "model.first_stage_config.params.encode_chunk=8",
+        _phases("encode"),
+        "the VAE encodes 8 frames at a time, as in diffusers",
+        exact=False,
+    ),
+    Change("args.vae_tiling=true", _phases("validation"), _TILES, exact=False),
+    Change("args.base_weights=int8", _phases(_ALL), "the frozen network in 8 bits", exact=False, needs=_LOWMEM),
+)
+
+EstimateOf = Callable[[Sequence[str]], Estimate]
+
+NEXT_OF_SAMPLING = (
+    "sample fewer or smaller frames (args.sampling_num_frames, args.sampling_image_size), or share a sample among "
+    "devices (configs/parallel/sample_2.yaml)"
+)
+NEXT_OF_TRAINING = (
+    "encode clips and captions before (tools/prepare_dataset.py, then args.latent_cache and args.text_cache), train "
+    "adapters instead of all weights, take fewer or smaller frames (data.params.max_num_frames, video_size), or share "
+    "clips among devices (configs/parallel/train_2.yaml)"
+)
+
+
+def config_with(config: Config, settings: Sequence[str] = ()) -> Config:
+    """Load the files of `config` again, with its overrides and then `settings`.
+
+    Raises:
+        ConfigError: they do not go with this model.
+    """
+    loaded = load_config(config.bases, [*config.overrides, *settings], mode=config.mode) if settings else config
+    try:
+        return with_adapters(loaded)
+    except InputError:  # the weights are not there yet
+        return loaded
+
+
+# Where weights, prompts and clips are named: what a run needs is known before they are there.
+_FILES = frozenset(
+    (
+        "args.load",
+        "args.base",
+        "args.input_file",
+        "args.train_data",
+        "model.first_stage_config.params.ckpt_path",
+        "model.conditioner_config",
+    )
+)
+_PRECISION = frozenset(("args.fp16", "deepspeed.fp16.enabled"))  # which this machine may not have, and a card does
+
+
+@contextmanager
+def written_without_files(report: Callable[[], str]) -> Iterator[None]:
+    """Context of checks: if they find only that files are missing, write `report` before that is said."""
+    try:
+        yield
+    except ConfigError as error:
+        if all(problem.path in _FILES | _PRECISION for problem in error.problems):
+            sys.stdout.write(f"{report()}\n")
+        raise
+
+
+def room_on(device: torch.device) -> float | None:
+    """Return the bytes that a run may take on a device now; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    free, total = torch.get_device_module(device).mem_get_info(device)
+    return min(free, ROOM * total)
+
+
+def fit(estimate_of: EstimateOf, room: float, changes: Iterable[Change]) -> tuple[list[Change], Estimate]:
+    """Choose changes until a run fits into `room` bytes, or none helps any more.
+
+    Args:
+        estimate_of: of the run with some settings changed; a ConfigError refuses them.
+        room: bytes on the device.
+        changes: in the order in which they are tried.
+
+    Returns:
+        The changes that are needed, and the estimate with them.
+    """
+    chosen: list[Change] = []
+    current = estimate_of(())
+    for change in changes:
+        if not _over(current, room) & change.phases:
+            continue
+        try:
+            found = estimate_of([other.setting for other in (*chosen, change)])
+        except ConfigError:  # not for this model, or not with these settings
+            continue
+        if any(found.device.get(name, 0.0) < current.device[name] for name in _over(current, room)):
+            chosen, current = [*chosen, change], found
+    for change in chosen[:-1]:  # a later one may do the work of an earlier one
+        fewer = [other for other in chosen if other is not change]
+        found = estimate_of([other.setting for other in fewer])
+        if found.peak <= max(room, current.peak):
+            chosen, current = fewer, found
+    return chosen, current
+
+
+def _over(estimate: Estimate, room: float) -> frozenset[str]:
+    return frozenset(name for name, size in estimate.device.items() if size > room)
+
+
+def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple[Config, str]:
+    """Return the configuration of a sampling run with the first of `PRESETS` that fits, and its name.
+
+    Args:
+        config: with ``args.memory: auto``.
+        dtype: of the network.
+        room: bytes on the device; None has room for everything.
+
+    Raises:
+        InputError: none fits.
+    """
+    memo, peaks = Memo(), {}
+    for name, settings in PRESETS.items():
+        changed = replace(config, args=replace(config.args, memory=None, **settings))
+        if room is None or (peak := sampling_estimate(changed, dtype, memo).peak) <= room:
+            return changed, name
+        peaks[name] = peak
+    smallest = min(peaks, key=lambda name: peaks[name])
+    raise InputError(
+        f"args.memory=auto: no exact setting fits into {memory_text(room or 0)}: configs/memory/{smallest}.yaml takes "
+        f"{memory_text(peaks[smallest])}; --check says which approximate ones do"
+    )
+
+
+def card_rows(
+    estimate_of: EstimateOf, size: float | None, changes: Iterable[Change], next_steps: str
+) -> dict[str, str]:
+    """Return the rows of the report about a card: whether the run fits, what makes it fit, or the next steps.
+
+    Args:
+        estimate_of: of the run with some settings changed.
+        size: GiB of the card; None takes the accelerator of this process, if there is one.
+        changes: that may be made.
+        next_steps: what to do if none of them is enough.
+    """
+    room = room_on(device()) if size is None else ROOM * size * 2**30
+    if room is None:
+        return {}
+    own = estimate_of(())
+    name = device() if size is None else f"{size:g} GiB"
+    card = f"{name}, of which a run may take {memory_text(room)}"
+    if own.peak <= room:
+        return {"card": f"{card}: it fits"}
+    over = ", ".join(f"{phase} {memory_text(own.device[phase])}" for phase in sorted(_over(own, room)))
+    chosen, found = fit(estimate_of, room, changes)
+    rows = {"card": f"{card}: it does not fit ({over})"}
+    if found.peak <= room:
+        rows["it fits with"] = f"{' '.join(change.setting for change in chosen)} ({memory_text(found.peak)})"
+    elif chosen:
+        least = f"{' '.join(change.setting for change in chosen)} takes {memory_text(found.peak)}"
+        rows["the smallest"] = f"{least}, which does not fit; {next_steps}"
+    else:
+        rows["next"] = next_steps
+    return rows | {f"  {change.setting}": str(change) for change in chosen}
+
+
+def sampling_rows(config: Config, dtype: torch.dtype, card: float | None = None) -> dict[str, str]:
+    """Return the rows about ranks, memory, card and traffic of a sampling run.
+
+    Args:
+        config: of the run; its weights may be missing.
+        dtype: of the network.
+        card: GiB of the card to plan for; None takes the accelerator, if there is one.
+    """
+    memo, rows = Memo(), {"ranks": rank_row(mesh_of(config))}
+    if config.args.memory is not None:
+        room = room_on(device()) if card is None else ROOM * card * 2**30
+        config, preset = with_preset(config, dtype, room)
+        rows["preset"] = f"configs/memory/{preset}.yaml"
+
+    def estimate_of(settings: Sequence[str]) -> Estimate:
+        return sampling_estimate(config_with(config, settings), dtype, memo)
+
+    return rows | _memory_rows(estimate_of, card, SAMPLING, NEXT_OF_SAMPLING)
+
+
+def training_rows(
+    config: Config,
+    dtype: torch.dtype,
+    trained: Collection[str],
+    *,
+    vae: bool = True,
+    text_encoder: bool = True,
+    card: float | None = None,
+) -> dict[str, str]:
+    """Return the rows about ranks, memory, card and traffic of a training run.
+
+    With buckets, for the bucket with the most patches.
+
+    Args:
+        config: of the run; weights and clips may be missing.
+        dtype: of the network.
+        trained: names of the trained parameters.
+        vae: whether the VAE is loaded.
+        text_encoder: whether the text encoder is loaded.
+        card: as in `sampling_rows`.
+    """
+    geometry, memo = Geometry.from_network(params_of(config.model["network_config"])), Memo()
+    rows = {"ranks": rank_row(mesh_of(config))}
+    alone, largest = with_largest_bucket(config, geometry)
+    rows |= {"largest bucket": largest} if largest else {}
+    if clip_of(alone) is None:
+        return rows | {"memory": "not estimated: data.params do not say how large clips are"}
+
+    def estimate_of(settings: Sequence[str]) -> Estimate:
+        changed, _ = with_largest_bucket(config_with(config, settings), geometry)
+        return training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=memo)
+
+    return rows | _memory_rows(estimate_of, card, TRAINING, NEXT_OF_TRAINING)
+
+
+def _memory_rows(
+    estimate_of: EstimateOf, card: float | None, changes: Iterable[Change], next_steps: str
+) -> dict[str, str]:
+    try:
+        return estimate_of(()).rows() | card_rows(estimate_of, card, changes, next_steps)
+    except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
+        reason = (str(error).splitlines() or [""])[0]
+        return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}

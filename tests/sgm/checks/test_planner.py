@@ -1,0 +1,178 @@
+"""Fitting runs into cards: the choice of settings, --card, and args.memory=auto."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+from sgm.checks import planner
+from sgm.checks.estimate import Estimate, sampling_estimate
+from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, Change, card_rows, config_with, fit, with_preset
+from sgm.config.load import ConfigError, Problem, load_config
+from sgm.inference.main import main as sample
+from sgm.inference.run import _with_preset
+from sgm.training.main import main as train
+from sgm.util import InputError
+from tests.processes import ROOT
+
+GIB = 2**30
+TOY = ["configs/toy.yaml", "configs/toy_inference.yaml"]
+A, B, C = (Change(name, frozenset(phases), f"costs {name}") for name, phases in (("a", "xy"), ("b", "x"), ("c", "y")))
+
+
+def sizes(x: float, y: float, **savings: tuple[float, float]):
+    """Return a function of estimates with two phases, from which each setting takes its savings."""
+
+    def estimate_of(settings):
+        if "refused" in settings:
+            raise ConfigError([Problem("refused", "", "is not for this model", "remove it")])
+        saved = [savings.get(setting, (0.0, 0.0)) for setting in settings]
+        return Estimate(
+            {"x": {"all": x - sum(one for one, _ in saved)}, "y": {"all": y - sum(two for _, two in saved)}}
+        )
+
+    return estimate_of
+
+
+@pytest.mark.parametrize(
+    ("estimate_of", "chosen", "peak"),
+    [
+        (sizes(9, 9), [], 9),
+        (sizes(12, 9, a=(3, 0)), ["a"], 9),
+        (sizes(12, 9, b=(4, 0)), ["b"], 9),  # a does not help
+        (sizes(12, 9, a=(1, 0), b=(4, 0)), ["b"], 9),  # b does a's work
+        (sizes(12, 12, a=(1, 3), b=(1, 0)), ["a", "b"], 10),
+        (sizes(20, 12, a=(1, 3), b=(1, 0), c=(0, 9)), ["a", "b"], 18),  # not enough, and c is not needed
+    ],
+)
+def test_the_fewest_settings_in_order_are_chosen(estimate_of, chosen, peak):
+    refused = Change("refused", frozenset("xy"), "")
+    changes, found = fit(estimate_of, 10, (refused, A, B, C))
+    assert ([change.setting for change in changes], found.peak) == (chosen, peak)
+
+
+def test_the_rows_say_what_fits_what_makes_it_fit_or_what_comes_next():
+    def rows(estimate_of):
+        return card_rows(lambda given: _times_gib(estimate_of(given)), 10 / ROOM, (A, B), "buy a larger one")
+
+    assert rows(sizes(9, 9)) == {"card": "11.1111 GiB, of which a run may take 10.0 GiB: it fits"}
+    assert rows(sizes(12, 9, a=(3, 0))) == {
+        "card": "11.1111 GiB, of which a run may take 10.0 GiB: it does not fit (x 12.0 GiB)",
+        "it fits with": "a (9.0 GiB)",
+        "  a": "exact; costs a",
+    }
+    smaller = rows(sizes(12, 12, a=(3, 0)))
+    assert smaller["the smallest"] == "a takes 12.0 GiB, which does not fit; buy a larger one"
+    assert rows(sizes(12, 12))["next"] == "buy a larger one"
+
+
+def _times_gib(estimate: Estimate) -> Estimate:
+    return Estimate({phase: {"all": GIB * size} for phase, size in estimate.device.items()})
+
+
+def released(model: str, *settings: str, mode="inference"):
+    files = ("configs/inference.yaml",) if mode == "inference" else ("configs/sft.yaml",)
+    return load_config([f"configs/{model}.yaml", *files], settings, mode=mode)
+
+
+def test_a_released_model_fits_with_the_settings_that_are_named():
+    config, memo = released("cogvideox_5b"), {}
+
+    def estimate_of(settings):
+        return sampling_estimate(config_with(config, settings), torch.bfloat16, memo)
+
+    for card in (8, 12, 16, 24):
+        chosen, found = fit(estimate_of, ROOM * card * GIB, SAMPLING)
+        assert found.peak <= ROOM * card * GIB and all(change.exact for change in chosen), card
+        assert estimate_of([change.setting for change in chosen]).peak == found.peak
+
+
+@pytest.mark.parametrize("change", SAMPLING, ids=lambda change: change.setting)
+def test_every_setting_of_sampling_is_accepted(change):
+    released("cogvideox_2b", change.setting)
+
+
+@pytest.mark.parametrize("change", TRAINING, ids=lambda change: change.setting)
+def test_every_setting_of_training_is_accepted(change):
+    released("cogvideox_5b_lora", change.setting, mode="train")
+
+
+def test_the_presets_are_those_of_the_files():
+    for name, settings in PRESETS.items():
+        given = yaml.safe_load((ROOT / "configs" / "memory" / f"{name}.yaml").read_text(encoding="utf-8"))["args"]
+        assert {key: given[key] for key in settings} == settings
+
+
+# args.memory=auto
+
+
+@pytest.mark.parametrize(("room", "preset"), [(None, "80gb"), (20, "80gb"), (14.4, "24gb"), (7, "12gb")])
+def test_the_first_preset_that_fits_is_chosen(room, preset):
+    config = released("cogvideox_5b", "args.memory=auto")
+    found, name = with_preset(config, torch.bfloat16, None if room is None else room * GIB)
+    assert name == preset and found.args.memory is None
+    assert found.args == dataclasses.replace(config.args, memory=None, **PRESETS[preset])
+
+
+def test_a_card_without_room_for_any_preset_is_refused():
+    config = released("cogvideox_5b", "args.memory=auto")
+    with pytest.raises(InputError, match=r"no exact setting fits into 2\.0 GiB: configs/memory/12gb\.yaml takes"):
+        with_preset(config, torch.bfloat16, 2 * GIB)
+
+
+def test_all_ranks_take_the_preset_of_the_one_with_the_least_room(monkeypatch, caplog):
+    config = load_config(TOY, ["args.memory=auto"], mode="inference")
+    monkeypatch.setattr("sgm.distributed.all_gather_objects", lambda room: [None, 2e6, 1e12])
+    with pytest.raises(InputError, match="no exact setting fits"):
+        _with_preset(config, torch.float32)
+    monkeypatch.setattr("sgm.distributed.all_gather_objects", lambda room: [None])
+    with caplog.at_level("INFO", logger="sgm"):
+        assert _with_preset(config, torch.float32).args.text_encoder_offload == "cpu"
+    assert "args.memory=auto: configs/memory/80gb.yaml" in caplog.text
+
+
+def test_training_refuses_the_choice_for_sampling():
+    with pytest.raises(ConfigError, match="chooses settings of sampling"):
+        released("cogvideox_5b_lora", "args.memory=auto", mode="train")
+
+
+# The command line
+
+
+def test_memory_is_planned_before_anything_is_downloaded(capsys, tmp_path):
+    words = ["--base", "configs/cogvideox_2b.yaml", "configs/inference.yaml", "--check", "--card", "12gb"]
+    assert sample([*words, f"args.output_dir={tmp_path}"]) == 2
+    found = capsys.readouterr()
+    assert (
+        "text encoder 8.9 GiB" in found.out and "card           12 GiB, of which a run may take 10.8 GiB" in found.out
+    )
+    assert "there is no checkpoint" in found.err and not list(tmp_path.iterdir())
+
+
+def test_training_is_planned_before_anything_is_downloaded(capsys, tmp_path):
+    words = ["--base", "configs/cogvideox_2b_lora.yaml", "configs/sft.yaml", "--check", "--card", "16"]
+    assert train([*words, f"args.save={tmp_path}"]) == 2
+    found = capsys.readouterr()
+    assert all(f"\n  {name} " in found.out for name in ("text", "encode", "network", "optimizer", "validation"))
+    assert "it fits with" in found.out and "data folder 'datasets/train' does not exist" in found.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--check", "--card", "large"], "--card 'large' is no size; give the memory of the card, such as --card 24gb"),
+        (["--check", "--card", "0gb"], "is no size"),
+        (["--card", "24gb"], "--card only plans: give --check as well"),
+    ],
+)
+def test_a_card_is_a_size_and_goes_with_check(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sample(["--base", *TOY, *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_card_of_this_machine_is_planned_for_if_it_has_one(monkeypatch):
+    monkeypatch.setattr(planner, "room_on", lambda device: 7 * GIB)
+    rows = planner.sampling_rows(released("cogvideox_2b", "args.memory=auto"), torch.float16)
+    assert rows["preset"] == "configs/memory/24gb.yaml" and rows["card"].endswith("may take 7.0 GiB: it fits")
