@@ -1,127 +1,215 @@
-"""Peak memory at released sizes, without an accelerator and without the memory.
+"""Peak memory at released sizes, without weights and without an accelerator, as the tables of docs/memory.md.
 
     python -m benchmarks.memory
-    python -m benchmarks.memory --only vae --json memory.json
+    python -m benchmarks.memory --only vae cards
 
-Weights and inputs are fake tensors in bfloat16 (see `sgm.checks.fake_run`): shapes and types flow, numbers do not.
-Counted are the bytes of all tensors alive at once but the weights, which have a column of their own. Workspaces of
-kernels and unused memory of the allocator are not counted: leave a tenth of a card free.
+Networks and VAE run on fake tensors (see `sgm.checks.fake_run`): shapes and types flow, numbers do not. T5, optimizer
+and DeepSpeed's buffers are formulas (`sgm.checks.estimate`). Workspaces of kernels and unused memory of the allocator
+are not counted: leave a tenth of a card free.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.models import vae_section
-from sgm.checks.estimate import PATIENCE
+from sgm.checks.estimate import Estimate, Memo, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
+from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
+from sgm.config.load import load_config
 from sgm.distributed import Mesh
+from sgm.training.optim.trainable import choose_trainable
+from sgm.util import PRECISIONS
 
 GIB = 2**30
-DTYPE = torch.bfloat16
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = Path(__file__).with_name("memory_published.csv")
 
-
-@dataclass(frozen=True)
-class Row:
-    """A figure of the table.
-
-    Attributes:
-        phase: what is run: the key of `PHASES`.
-        model: names ``configs/<model>.yaml``.
-        clip: (F, height, width) of the video.
-        how: settings, in words.
-        effect: "exact" or "approximate": whether the settings change results.
-        weights: bytes.
-        peak: bytes of everything else.
-    """
-
-    phase: str
-    model: str
-    clip: tuple[int, int, int]
-    how: str
-    effect: str
-    weights: float
-    peak: float
-
-
-CLIPS = {"cogvideox_2b": (49, 480, 720), "cogvideox_5b": (49, 480, 720), "cogvideox1.5_5b": (81, 768, 1360)}
-ENCODE = {  # settings in words → (attributes of the VAE, tiled, effect)
-    "whole clip": ({"encode_chunk": None}, False, "exact"),
-    "`encode_chunk: 8`": ({"encode_chunk": 8}, False, "approximate"),
+# Model → the longest clip or video: frames, height, width.
+CLIPS = {
+    "cogvideox_2b": (49, 480, 720),
+    "cogvideox_5b": (49, 480, 720),
+    "cogvideox_5b_i2v": (49, 480, 720),
+    "cogvideox1.5_5b": (81, 768, 1360),
+    "cogvideox1.5_5b_i2v": (81, 768, 1360),
 }
-DECODE = {"whole frames": ({}, False, "exact"), "`vae_tiling: true`": ({}, True, "approximate")}
+Task = Literal["sample", "LoRA", "full"]
+TASKS: tuple[Task, ...] = ("sample", "LoRA", "full")
+_memo = Memo()  # models share a VAE, and i2v models nearly all with those of text to video
 
 
-def vae_rows() -> Iterator[Row]:
-    """Measure the VAE; the 2B and the 5B share one."""
+def clip_text(model: str) -> str:
+    """Return frames × height × width of a model's longest video."""
+    return "×".join(map(str, CLIPS[model]))
+
+
+def line(*cells: Any) -> str:
+    """Return a row of a Markdown table; numbers are bytes, shown in GiB."""
+    texts = (f"{cell / GIB:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
+    return f"| {' | '.join(texts)} |"
+
+
+def header(*names: str) -> list[str]:
+    """Return the head of a Markdown table."""
+    return [line(*names), "|" + "---|" * len(names)]
+
+
+def estimate(task: Task, model: str, settings: Sequence[str] = (), *, cached: bool = False) -> Estimate:
+    """Estimate a released model at its full size.
+
+    Args:
+        task: sample, train adapters, or train all weights.
+        model: a key of `CLIPS`.
+        settings: ``section.key=value``.
+        cached: clips and captions were encoded before training.
+    """
+    frames, height, width = CLIPS[model]
+    file = f"{model}_lora" if task == "LoRA" else model
+    size = f"args.sampling_image_size=[{height},{width}]"
+    bases = [CONFIGS / f"{file}.yaml", CONFIGS / ("inference.yaml" if task == "sample" else "sft.yaml")]
+    if task == "sample":
+        config = load_config(bases, [size, *settings], mode="inference")
+        return sampling_estimate(config, PRECISIONS[config.model["precision"]], _memo)
+    config = load_config(bases, [size, f"data.params.max_num_frames={frames}", *settings], mode="train")
+    trained = choose_trainable(build(config.model["network_config"]), config.model).names
+    dtype = PRECISIONS[config.model["precision"]]
+    return training_estimate(config, dtype, trained, vae=not cached, text_encoder=not cached, memo=_memo)
+
+
+# The VAE
+
+ENCODE = {"whole clip": (None, "exact"), "`encode_chunk: 8`": (8, "approximate")}
+DECODE = {"whole frames": ((), "exact"), "`vae_tiling: true`": (("args.vae_tiling=true",), "approximate")}
+VAE_DTYPE = torch.bfloat16
+
+
+def vae_table() -> Iterator[str]:
+    """Yield the lines of the table; the 2B and the 5B share a VAE."""
+    yield from header("what", "model", "clip", "settings", "result", "weights", "peak of the rest")
     for model in ("cogvideox_5b", "cogvideox1.5_5b"):
         for phase, settings in (("VAE encode", ENCODE), ("VAE decode", DECODE)):
-            for how, (attributes, tiled, effect) in settings.items():
-                weights, peak = vae_peak(phase, model, CLIPS[model], attributes, tiled=tiled)
-                yield Row(phase, model, CLIPS[model], how, effect, weights, peak)
+            for how in settings:
+                yield vae_row(phase, model, how)
 
 
-def vae_peak(
-    phase: str, model: str, clip: tuple[int, int, int], attributes: dict[str, Any], *, tiled: bool = False
-) -> tuple[float, float]:
+def vae_row(phase: str, model: str, how: str) -> str:
+    """Return a line of the table."""
+    weights, peak = vae_peak(phase, model, how)
+    effect = (ENCODE if phase == "VAE encode" else DECODE)[how][1]
+    figures = f"{weights / GIB:.2f}", f"{peak / GIB:.2f}"
+    return line(phase, model, clip_text(model), how, effect, *figures)
+
+
+def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     """Return the bytes of the VAE's weights, and of all else at the peak of encoding or decoding a clip."""
-    frames, height, width = clip
+    if phase == "VAE decode":
+        parts = estimate("sample", model, DECODE[how][0]).phases["decode"]
+        return parts["VAE"], parts["activations"]
+    frames, height, width = CLIPS[model]
     vae = build(vae_section(model))
-    for name, value in attributes.items():
-        setattr(vae, name, value)
-    if tiled:
-        vae.enable_tiling()
-
-    def encode(vae: Any) -> torch.Tensor:
-        return vae.encode_moments(torch.empty(1, 3, frames, height, width, dtype=DTYPE))
-
-    def decode(vae: Any) -> torch.Tensor:
-        latents = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, dtype=DTYPE)
-        if tiled:
-            return vae.decode(latents)
-        for _ in vae.decode_in_chunks(latents[:, :, : 6 + latents.shape[2] % 2]):  # the third chunk is as large as any
-            pass
-        return latents
-
-    patience = PATIENCE if tiled else None
-    found = usage(vae, encode if phase == "VAE encode" else decode, DTYPE, Mesh(), patience=patience)
-    return found.weights * DTYPE.itemsize, found.peak
+    vae.encode_chunk, _ = ENCODE[how]
+    clip = torch.Size((1, 3, frames, height, width))
+    found = usage(vae, lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE)), VAE_DTYPE, Mesh())
+    return found.weights * VAE_DTYPE.itemsize, found.peak
 
 
-PHASES: dict[str, Callable[[], Iterator[Row]]] = {"vae": vae_rows}
-HEADER = (
-    "| what | model | clip | settings | result | weights, GiB | peak of the rest, GiB |\n|---|---|---|---|---|---|---|"
-)
+# Sampling
+
+EIGHT_BITS = {
+    "16 bits": (),
+    "`int8`": ("args.weights=int8",),
+    "`fp8`": ("args.weights=fp8",),
+    "`int8` in blocks": ("args.weights=int8", "args.network_offload=blocks"),
+}
 
 
-def shown(row: Row) -> str:
-    """Return a row of the Markdown table."""
-    clip = "×".join(map(str, row.clip))
-    figures = f"{row.weights / GIB:.2f} | {row.peak / GIB:.2f}"
-    return f"| {row.phase} | {row.model} | {clip} | {row.how} | {row.effect} | {figures} |"
+def sampling_table() -> Iterator[str]:
+    """Yield the lines of the table of presets."""
+    yield from header("preset", "model", "video", "T5 encodes", "the network samples", "the VAE decodes")
+    for preset in PRESETS:
+        for model in CLIPS:
+            yield sampling_row(preset, model)
+
+
+def sampling_row(preset: str, model: str) -> str:
+    """Return a line of the table."""
+    device = estimate("sample", model, [f"args.{key}={value}" for key, value in PRESETS[preset].items()]).device
+    return line(f"`{preset}`", model, clip_text(model), device["text"], device["network"], device["decode"])
+
+
+def eight_bit_table() -> Iterator[str]:
+    """Yield the lines of the table of the network in eight bits."""
+    yield from header("model", "video", *EIGHT_BITS)
+    for model in CLIPS:
+        phases = [estimate("sample", model, settings).phases["network"] for settings in EIGHT_BITS.values()]
+        yield line(model, clip_text(model), *(sum(phase.values()) - phase["VAE"] for phase in phases))
+
+
+# Cards
+
+CARDS = {
+    "8 GB": 8,
+    "12 GB (3060, 4070)": 12,
+    "16 GB (4060 Ti, 4080)": 16,
+    "24 GB (3090, 4090)": 24,
+    "32 GB (5090)": 32,
+    "48 GB (A6000, L40S)": 48,
+    "80 GB (A100, H100)": 80,
+    "141 GB (H200)": 141,
+}
+
+
+def card_table() -> Iterator[str]:
+    """Yield the lines of the table: for each card, task and model the settings that make it fit."""
+    yield from header("card", "task", *CLIPS)
+    for card in CARDS:
+        for task in TASKS:
+            yield card_row(card, task)
+
+
+def card_row(card: str, task: Task) -> str:
+    """Return a line of the table."""
+    return line(card, task, *(_settings_for(task, model, ROOM * CARDS[card] * GIB) for model in CLIPS))
+
+
+def _settings_for(task: Task, model: str, room: float) -> str:
+    for cached in (False, True) if task != "sample" else (False,):
+        chosen, found = fit(
+            lambda settings, cached=cached: estimate(task, model, settings, cached=cached),
+            room,
+            SAMPLING if task == "sample" else TRAINING,
+        )
+        if found.peak <= room:
+            names = ", ".join(f"`{change.setting.rpartition('.')[2]}`" for change in chosen)
+            return "; ".join(filter(None, ["from caches" if cached else "", names])) or "as it is"
+    return "—"
+
+
+# Published figures
+
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "vae": vae_table,
+    "sampling": sampling_table,
+    "8bit": eight_bit_table,
+    "cards": card_table,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(PHASES), help="measure one phase")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args(argv)
-    rows = []
-    sys.stdout.write(f"{HEADER}\n")
-    for name, phase in PHASES.items():
-        for row in phase() if args.only in (None, name) else ():
-            rows.append(row)
-            sys.stdout.write(f"{shown(row)}\n")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="print some of the tables"
+    )
+    for name in parser.parse_args(argv).only:
+        for text in TABLES[name]():
+            sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        sys.stdout.write("\n")
     return 0
 
 
