@@ -271,12 +271,16 @@ class AdaLNMixin(BaseMixin):
             keeps_text=index < len(layers) - 1,
             **hook_args,
         )
-        if index >= self.recomputed_layers or not torch.is_grad_enabled():
+
+        def run(x: torch.Tensor) -> torch.Tensor:
             with self.block_context(index):
                 return block(x)
+
+        if index >= self.recomputed_layers or not torch.is_grad_enabled():
+            return run(x)
         # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
         # compilers. No determinism check, as ZeRO-3 frees parameters between the two passes.
-        return checkpoint(block, x, use_reentrant=False, determinism_check="none")
+        return checkpoint(run, x, use_reentrant=False, determinism_check="none")
 
     def block_modules(self, index: int) -> list[nn.Module]:
         """Return the modules of a block, wherever they are registered."""
@@ -516,6 +520,8 @@ class DiffusionTransformer(BaseModel):
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         is_sharded = self.tensor_shard.size > 1
+        # SAT would store weights in four bits itself; here training does, see `sgm.weights.quantize`.
+        section = {**section, "params": {k: v for k, v in (section.get("params") or {}).items() if k != "qlora"}}
         # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
         with torch.random.fork_rng(devices=[], enabled=is_sharded):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
@@ -529,7 +535,7 @@ class DiffusionTransformer(BaseModel):
         return [mixin.block_modules(index) for index in range(len(self.transformer.layers))]
 
     def use_blocks_within(self, context: Any) -> None:
-        """Let every block run within ``context(index)`` unless it records gradients: see `sgm.weights.offload`."""
+        """Let every block run, and be recomputed, within ``context(index)``: see `sgm.weights.offload`."""
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block_context = context
 

@@ -13,6 +13,7 @@ import torch
 
 import sgm.distributed
 from sgm.checks.fake_run import Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
@@ -110,6 +111,7 @@ def rank_row(mesh: Mesh) -> str:
 # Settings that change what is measured of network and VAE, beside their sections.
 NETWORK_ARGS = (
     "weights",
+    "base_weights",
     "network_offload",
     "checkpoint_activations",
     "sequence_attention",
@@ -209,6 +211,13 @@ def training_estimate(
     if offloads == [True, False] and zero["stage"] == 3:  # the formula assumes both on the CPU
         device = width * total / ranks
         host -= device
+    frozen = (total - learned) * width
+    if base_storage(config) is not None:
+        device += network.stored - total * width
+        frozen = network.stored - learned * width
+    # Frozen weights wait in host memory: always, or while text encoder and VAE run.
+    away = args.network_offload == "cpu" and (vae or text_encoder)
+    device -= frozen * (args.network_offload == "blocks")
     text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
     leaves = args.text_encoder_offload in ("cpu", "blocks") or (
@@ -224,19 +233,28 @@ def training_estimate(
         encoded = _once(memo, _encode_usage, config, (frames, *size), dtype)
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
-            phases["encode"] = {**resident, "activations": encoded.peak}
+            phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
-    phases |= {"network": {**resident, "weights in use": live, "activations": network.peak}, "optimizer": resident}
+    phases["network"] = {**resident, "weights in use": live, "activations": network.peak}
+    phases["optimizer"] = _without(resident, frozen * away)
     if text.stored:
-        phases = {"text": {**resident, "text encoder": text.device}, **phases}
+        phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         sampled = _validation_usage(config, batch, dtype, memo)
         phases["validation"] = {**resident, "weights in use": live, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
-    waits = {"optimizer": host, "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks"))}
+    waits = {
+        "optimizer": host,
+        "frozen weights": frozen * (away or args.network_offload == "blocks"),
+        "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+    }
     return Estimate(phases, host=waits, traffic=traffic)
+
+
+def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
+    return {**resident, "weights, gradients, optimizer": resident["weights, gradients, optimizer"] - weights}
 
 
 def _validation_usage(config: Config, batch: int, dtype: torch.dtype, memo: Memo | None) -> float:
@@ -404,15 +422,17 @@ def network_usage(
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
+    storage = base_storage(config) if isinstance(config.args, TrainingArgs) else config.args.weights
+
     def store_weights(network: Any) -> None:
-        if config.args.weights is not None:
+        if storage is not None:
             for layer in linear_layers(module for block in network.blocks for module in block):
-                store(layer, config.args.weights)
+                store(layer, storage)
 
     def run(network: Any) -> torch.Tensor:
         if config.args.network_offload != "blocks":
             return forward(network)
-        offload = Offload(network, torch.device("cpu"), network.blocks)
+        offload = Offload(network, torch.device("cpu"), network.blocks, backward=trained is not None)
         network.use_blocks_within(offload.block)
         with offload:
             return forward(network)

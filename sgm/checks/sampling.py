@@ -371,7 +371,7 @@ def _check_blocks(config: Config, network: Any) -> None:
     """Refuse settings that treat a network block by block, for one that does not name its blocks."""
     args = config.args
     for name, value in {"weights": args.weights, "network_offload": args.network_offload}.items():
-        if value in ("int8", "fp8", "blocks") and not hasattr(network, "blocks"):
+        if value in ("int8", "fp8", "nf4", "blocks") and not hasattr(network, "blocks"):
             found = f"is {value}, but {type(network).__name__} has no property blocks"
             raise ConfigError([Problem(f"args.{name}", "", found, "remove it, or add that property")])
 

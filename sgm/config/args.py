@@ -56,7 +56,7 @@ class SamplingArgs:
     fp16: bool | None = None
     bf16: bool | None = None
     memory: Literal["auto"] | None = None
-    weights: Literal["int8", "fp8"] | None = None
+    weights: Literal["int8", "fp8", "nf4"] | None = None
     network_offload: Literal["none", "cpu", "blocks"] = "none"
     text_encoder_weights: Literal["int8", "fp8"] | None = None
     text_encoder_offload: Literal["none", "cpu", "blocks", "release"] = "release"
@@ -134,6 +134,7 @@ class TrainingArgs(SamplingArgs):
     warmup: Share = 0.01
     auto_warmup_iters: AtLeast0 | None = None
     # How it is computed
+    base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     checkpoint_activations: bool | None = None
     compile: bool = False
     ema_decay: Share | None = None
@@ -175,9 +176,12 @@ class TrainingArgs(SamplingArgs):
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
-        for name in ("weights", "network_offload", "text_encoder_weights"):
-            if getattr(self, name) not in (None, "none"):
-                yield name, f"is {getattr(self, name)}, and training keeps weights as they are", "set it when sampling"
+        if self.weights is not None:
+            cure = f"set args.base_weights={self.weights} to train adapters on such weights"
+            yield "weights", f"is {self.weights}, which is for sampling", cure
+        if self.text_encoder_weights is not None:
+            found = f"is {self.text_encoder_weights}, and training keeps the text encoder as it is"
+            yield "text_encoder_weights", found, "set it when sampling"
         if self.memory is not None:
             cure = "remove it, and add the settings that --check --card says, or a file of configs/memory"
             yield "memory", f"is {self.memory}, which chooses settings of sampling", cure

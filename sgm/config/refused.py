@@ -113,7 +113,6 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
         "is_decoder": _only(False, "there is no cross-attention"),
         "hidden_dropout": _only(0, "the block has no dropout"),
     },
-    "sat.model.finetune.lora2.LoraMixin": {"qlora": _only(False, "adapters train beside unquantized weights")},
 }
 
 

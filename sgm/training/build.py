@@ -4,7 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
 from sgm.weights.files import find_weights, weights_digest
+from sgm.weights.offload import Offload, without_frozen
 
 logger = get_logger(__name__)
 
@@ -65,6 +66,7 @@ class Parts:
         lock: on rank zero, locks the folder while it is open.
         point: start or resume state of the run.
         total_iters: optimizer steps of the whole run.
+        network_in_use: context in which all weights of the network are there; see ``args.network_offload``.
         buckets: samples and shapes of the micro-batches; None without buckets.
     """
 
@@ -79,6 +81,7 @@ class Parts:
     lock: IO[str] | None
     point: ResumePoint
     total_iters: int
+    network_in_use: AbstractContextManager
     buckets: BucketPlan | None = None
 
     def micro_batches_before(self, iteration: int) -> int:
@@ -123,7 +126,9 @@ def build(config: Config, plan: Plan) -> Parts:
             logger.info("%s", bucket_report(buckets, args))
         engine = _load_engine(config, plan)
         logger.info("training %s", choose_trainable(engine.network, config.model))
-        deepspeed = _start(config, plan, engine, total)
+        with without_frozen(engine.network) if plan.base_storage or _leaves(plan) else nullcontext():
+            deepspeed = _start(config, plan, engine, total)
+        network_in_use = _offload_network(plan, engine)
         # Tensor parallel ranks have the same tokens and need the same dropout masks.
         group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
         torch.manual_seed(derive_seed(args.seed, "dropout", group))
@@ -148,8 +153,27 @@ def build(config: Config, plan: Plan) -> Parts:
         lock=lock,
         point=point,
         total_iters=total,
+        network_in_use=network_in_use,
         buckets=buckets,
     )
+
+
+def _offload_network(plan: Plan, engine: SATVideoDiffusionEngine) -> AbstractContextManager:
+    """Let the frozen weights wait in host memory; return the context in which the network is used."""
+    network: Any = engine.network
+    if not _leaves(plan):
+        return nullcontext()
+    if plan.args.network_offload == "cpu":
+        return Offload(network, engine.device)
+    found = Offload(network, engine.device, network.blocks, backward=True)
+    network.use_blocks_within(found.block)
+    return found
+
+
+def _leaves(plan: Plan) -> bool:
+    """Whether frozen weights wait in host memory; as a whole, only if text encoder or VAE run meanwhile."""
+    others = bool(plan.caches.vae or plan.caches.text_encoder)
+    return plan.args.network_offload == "blocks" or (plan.args.network_offload == "cpu" and others)
 
 
 def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: int) -> Any:
@@ -304,7 +328,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
     """Build the model and load its weights; the text encoder loads lazily, at the first caption."""
     args, device = plan.args, sgm.distributed.device()
     # With ZeRO-3 the device only holds shards of the network.
-    network_device = torch.device("cpu") if plan.deepspeed["zero_optimization"]["stage"] == 3 else device
+    is_sharded = plan.deepspeed["zero_optimization"]["stage"] == 3
+    network_device = torch.device("cpu") if is_sharded or _leaves(plan) else device
     section = config.engine
     transformer = section["params"]["network_config"]["params"].setdefault("transformer_args", {})
     if args.checkpoint_activations is not None:
@@ -323,6 +348,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
             dtype=plan.dtype,
             device=network_device,
             allow_missing=args.force_train,
+            storage=plan.base_storage,
+            storage_device=device,
             generator=torch.Generator().manual_seed(derive_seed(args.seed, "adapters")),
         )
         logger.info("%s", report)

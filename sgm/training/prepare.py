@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
+from sgm.checks.frozen import base_storage, frozen_problems
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, training_rows
 from sgm.checks.sampling import (
@@ -48,6 +49,7 @@ from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import describe_adapters, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
+from sgm.weights.quantize import Storage
 
 logger = get_logger(__name__)
 
@@ -72,6 +74,7 @@ class Plan:
         trainable: the trained parameters.
         optimizer_settings: all settings of the optimizer, defaults included.
         resume: state to resume from; None for a new run.
+        base_storage: how frozen weights are stored; None keeps the precision of the run.
         rows: summary of the plan: name → text.
     """
 
@@ -88,6 +91,7 @@ class Plan:
     trainable: Trainable
     optimizer_settings: dict[str, Any]
     resume: ResumePoint | None
+    base_storage: Storage | None
     rows: Mapping[str, str]
 
     def report(self, card: float | None = None) -> str:
@@ -225,6 +229,8 @@ class _Checks:
         if args.wandb:
             record("wandb", "args.wandb", import_wandb)
         record("trainable", "model.network_config", self._check_network)
+        if "trainable" in self.facts and "dtype" in self.facts:
+            self.problems += frozen_problems(config, self.facts["trainable"].adapters, self.facts["network"])
         record("adapters", "args.load", lambda: describe_adapters(config))
         record("vae", "model.first_stage_config", self._check_autoencoder)
         for part in ("denoiser_config", "loss_fn_config", "sampler_config"):
@@ -286,6 +292,7 @@ class _Checks:
             network = instantiate_from_config(self.config.model["network_config"])
         if args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
             match_network(network, args.load, base=args.base, allow_missing=args.force_train)
+        self.facts["network"] = network
         return choose_trainable(network, self.config.model)
 
     def _check_optimizer(self) -> dict[str, Any]:
@@ -373,5 +380,6 @@ class _Checks:
             trainable=facts["trainable"],
             optimizer_settings=facts["optimizer"],
             resume=resume,
+            base_storage=base_storage(self.config),
             rows=rows,
         )

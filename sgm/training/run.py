@@ -200,14 +200,15 @@ class TrainingRun:
             inputs = shared_inputs(
                 engine, batch, [sample_generator(self.args.seed, number) for number in batch["number"]]
             )
-            losses = deepspeed(inputs)
-            self.flags.add(losses)
-            index = nonzero_index(batch["weight"])
-            self.quarters.add(inputs.idx[index], losses.detach()[index])
             last = micro == accumulation - 1
-            if last:
-                self.flags.start_all_reduce(stop=bool(self.signals.received))
-            deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
+            with self.parts.network_in_use:
+                losses = deepspeed(inputs)
+                self.flags.add(losses)
+                index = nonzero_index(batch["weight"])
+                self.quarters.add(inputs.idx[index], losses.detach()[index])
+                if last:
+                    self.flags.start_all_reduce(stop=bool(self.signals.received))
+                deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
                 bad, stop = self.flags.read()
                 if bad:
@@ -269,10 +270,11 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
-        values = self.evaluation.losses()
-        if self.metrics is not None:
-            self.metrics.log(self.iteration, values)
-        self.summary.samples += self.evaluation.sample(self.iteration)
+        with self.parts.network_in_use:
+            values = self.evaluation.losses()
+            if self.metrics is not None:
+                self.metrics.log(self.iteration, values)
+            self.summary.samples += self.evaluation.sample(self.iteration)
         self._logged_at = time.perf_counter()  # steps are timed without evaluation
 
 

@@ -1,4 +1,4 @@
-"""Weights that wait in host memory and are on the device while they are used.
+"""Frozen weights that wait in host memory and are on the device while they are used.
 
 A module comes and leaves as a whole, or its blocks pass through the device one by one: while a block runs, the next one
 is copied beside it, from pinned memory and on a stream of its own. The weights are frozen, so that leaving frees the
@@ -14,17 +14,42 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 
+@contextmanager
+def without_frozen(module: nn.Module) -> Iterator[None]:
+    """Context in which `module` has its trained parameters only: frozen ones are not moved, broadcast or sharded."""
+    frozen = []
+    for part in module.modules():
+        held: dict[str, Any] = part._parameters
+        for name, tensor in held.items():
+            if tensor is not None and not tensor.requires_grad:
+                frozen.append((held, name, tensor))
+                held[name] = None
+    try:
+        yield
+    finally:
+        for held, name, tensor in frozen:
+            held[name] = tensor
+
+
 class Offload:
-    """The weights of a module in host memory, of which the device holds those in use.
+    """The frozen weights of a module in host memory, of which the device holds those in use.
 
     Args:
-        module: on the CPU, frozen.
+        module: its frozen weights are on the CPU; the others stay where they are.
         device: where it runs. A CPU gets copies as well, which saves nothing.
         blocks: the modules of each block, in the order in which they run; the device holds two blocks at most. Without
             blocks the whole module comes at once.
+        backward: blocks run again in reverse order, in a backward pass.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, blocks: Sequence[Iterable[nn.Module]] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        blocks: Sequence[Iterable[nn.Module]] = (),
+        *,
+        backward: bool = False,
+    ) -> None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         has_streams = accelerator is not None and accelerator.type == device.type
         stream = torch.Stream(device=device) if has_streams else None
@@ -32,6 +57,7 @@ class Offload:
         inside = {part for block in members for part in block}
         self._rest = _Waiting([part for part in module.modules() if part not in inside], device, stream)
         self._blocks = [_Waiting(block, device, stream) for block in members]
+        self._backward, self._last = backward, -1
 
     def __enter__(self) -> "Offload":
         """Bring everything outside of the blocks to the device."""
@@ -45,7 +71,7 @@ class Offload:
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        """Context in which a block is on the device, and the next one on its way: after the last one the first."""
+        """Context in which a block is on the device, and the next one on its way."""
         self.bring(index)
         try:
             yield
@@ -55,8 +81,19 @@ class Offload:
     def bring(self, index: int) -> None:
         """Begin the context of `block`."""
         self._blocks[index].come()
-        if len(self._blocks) > 1:
-            self._blocks[(index + 1) % len(self._blocks)].start()
+        following = self._following(index)
+        if following is not None and following != index:
+            self._blocks[following].start()
+        self._last = index
+
+    def _following(self, index: int) -> int | None:
+        """Return the block after `index`: another pass may begin after the last one, or a backward pass at it."""
+        num = len(self._blocks)
+        if not self._backward:
+            return (index + 1) % num
+        reverse = index == self._last - 1 or index == self._last == num - 1
+        found = index - 1 if reverse else index + 1
+        return found if 0 <= found < num else None
 
     def free(self, index: int) -> None:
         """End the context of `block`."""
@@ -81,7 +118,7 @@ class _Waiting:
         for named in (named for module in modules for named in (module._parameters, module._buffers)):
             held: dict[str, Any] = named
             for name, tensor in held.items():
-                if tensor is not None:
+                if tensor is not None and not tensor.requires_grad:
                     if id(tensor) not in seen:
                         seen[id(tensor)] = (
                             tensor,

@@ -1,0 +1,220 @@
+"""Training adapters on frozen weights that are stored in fewer bits, or wait in host memory."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import sgm.training.build
+from sgm.checks.estimate import network_usage
+from sgm.checks.fake_run import build
+from sgm.checks.frozen import base_storage
+from sgm.config.load import ConfigError, load_config
+from sgm.training.metrics import read_metrics
+from sgm.training.optim.trainable import choose_trainable
+from sgm.training.prepare import prepare
+from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.offload import Offload, without_frozen
+from sgm.weights.quantize import StoredLinear, store
+from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
+
+TOY = ["configs/toy_lora.yaml", "configs/toy_sft.yaml"]
+VIDEO = (LATENTS[0], 8 * LATENTS[2], 8 * LATENTS[3])
+LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
+QLORA = "model.network_config.params.modules.lora_config.params.qlora=true"
+STORED = ("int8", "fp8", "nf4")
+OFFLOAD = {
+    "cpu": ["args.network_offload=cpu"],
+    "blocks": ["args.network_offload=blocks", "args.checkpoint_activations=true"],
+}
+
+
+def losses(folder) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(tensor) for name, tensor in read_tensors(find_weights(folder)).items()}
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def log(caplog):
+    """Capture the project's log: its logger does not propagate once a command line has configured it."""
+    logger = logging.getLogger("sgm")
+    propagates, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.INFO, "sgm")
+    yield caplog
+    logger.propagate = propagates
+
+
+# One layer
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_a_gradient_passes_and_no_second_copy_of_the_weight_waits_for_it(storage):
+    layer = nn.Linear(1024, 256).bfloat16()
+    store(layer, storage)
+    x, kept = torch.randn(3, 1024).bfloat16().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out), "as in sampling"
+    assert [type(tensor) for tensor in kept] == [type(layer.weight)] and type(layer.weight) is not nn.Parameter
+    out.float().sum().backward()
+    weight = layer.weight.dequantize()
+    assert torch.equal(x.grad, torch.ones(3, 256).bfloat16() @ weight)
+
+
+def test_four_bits_take_a_quarter_and_stay_close():
+    layer = nn.Linear(512, 512).bfloat16()
+    before = layer.weight.detach().clone()
+    store(layer, "nf4")
+    inner = [getattr(layer.weight, name) for name in layer.weight.__tensor_flatten__()[0]]
+    assert sum(part.nbytes for part in inner) <= 0.29 * before.nbytes
+    assert torch.cosine_similarity(layer.weight.dequantize().float().flatten(), before.float().flatten(), 0) > 0.99
+    moved = nn.Linear(512, 512).bfloat16()
+    moved.weight = nn.Parameter(layer.weight.to("cpu"), requires_grad=False)
+    assert torch.equal(moved.weight.dequantize(), layer.weight.dequantize())
+
+
+# Runs
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_adapters_learn_beside_weights_in_fewer_bits(job, kept_run, log, storage):
+    plain = kept_run(LORA, "args.train_iters=2")
+    summary = job(LORA, "args.train_iters=2", f"args.base_weights={storage}")
+    assert losses(summary.folder) == pytest.approx(losses(plain), rel=0.02) and losses(summary.folder) != losses(plain)
+    assert weights(summary.folder).keys() == weights(plain).keys(), "adapters alone, in their own precision"
+    assert {t.dtype for t in weights(summary.folder).values()} == {t.dtype for t in weights(plain).values()}
+    assert f"linear layers in {storage}" in log.text
+
+
+def test_the_base_stays_as_it_was_stored_in_every_layer_of_the_blocks(job, monkeypatch):
+    layers, before = [], []
+
+    def remember(network, *args):
+        blocks = [[layer for part in block for layer in part.modules()] for block in network.blocks]
+        layers.extend(layer for block in blocks for layer in block if isinstance(layer, nn.Linear))
+        before.extend(layer.weight.dequantize().clone() for layer in layers)
+        return choose(network, *args)
+
+    choose = sgm.training.build.choose_trainable
+    monkeypatch.setattr("sgm.training.build.choose_trainable", remember)
+    job(LORA, "args.train_iters=2", "args.base_weights=int8")
+    assert len(layers) == 5 * 2 and all(type(layer) is StoredLinear for layer in layers), "five in each block"
+    assert all(torch.equal(layer.weight.dequantize(), old) for layer, old in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_weights_that_wait_in_host_memory_change_no_bit(job, kept_run, how):
+    plain = kept_run(LORA, "args.train_iters=2")
+    away = job(LORA, "args.train_iters=2", *OFFLOAD[how]).folder
+    assert losses(away) == losses(plain) and equal(weights(away), weights(plain))
+
+
+def test_a_run_on_stored_weights_resumes_exactly(job):
+    settings = ("args.base_weights=int8", *OFFLOAD["blocks"])
+    whole = job(LORA, "args.train_iters=4", "args.lr_decay_iters=4", *settings).folder
+    half = job(LORA, "args.train_iters=2", "args.lr_decay_iters=4", *settings).folder
+    resumed = job(LORA, "args.train_iters=4", "args.lr_decay_iters=4", f"args.resume={half}", *settings).folder
+    assert resumed == half and losses(resumed) == losses(whole) and equal(weights(resumed), weights(whole))
+
+
+def test_a_run_on_stored_weights_is_evaluated_and_sampled_as_others_are(job):
+    words = ["args.eval_interval=2", "args.sampling_num_frames=2", "args.only_log_video_latents=true"]
+    words += ["args.num_steps=2", "args.train_iters=2"]
+    summary = job(LORA, *words, "args.base_weights=int8", *OFFLOAD["blocks"])
+    assert summary.samples and "validation_loss" in read_metrics(summary.folder / "metrics.jsonl")[-1]
+    assert not any("original" in name for name in weights(summary.folder)), "the base is read from its own file"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_shards_the_adapters_beside_stored_weights(job, stage):
+    words = ["model.precision=bf16", f"deepspeed.zero_optimization.stage={stage}", "args.base_weights=int8"]
+    folder = job(LORA, "args.train_iters=2", *words, *OFFLOAD["blocks"]).folder
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+
+
+def test_the_switch_of_sat_stores_in_four_bits(training_yaml, tmp_path):
+    for words, storage in (([QLORA], "nf4"), ([QLORA, "args.base_weights=bf16"], None), ([], None)):
+        config = load_config(training_yaml(LORA), [f"args.save={tmp_path}", *words], mode="train")
+        assert base_storage(config) == storage == prepare(config).base_storage
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        (FULL, ["args.base_weights=int8"], "which is for frozen weights, and this run trains them"),
+        (FULL, ["args.network_offload=cpu"], "which is for frozen weights, and this run trains them"),
+        (LORA, ["args.base_weights=nf4", "deepspeed.zero_optimization.stage=3"], "ZeRO stage 3 shards frozen weights"),
+        (LORA, ["args.base_weights=fp8", "args.save_full=true"], "tools/merge_lora_weight.py writes adapters and the"),
+        (LORA, [QLORA, "args.mode=pretrain", "args.load=null"], "there are no weights to store"),
+        (LORA, ["args.network_offload=blocks", "args.checkpoint_activations=false"], "set args.checkpoint_activations"),
+        (LORA, [*OFFLOAD["blocks"], "args.compile=true"], "a compiled block is bound to its weights"),
+        (LORA, ["args.weights=int8"], "set args.base_weights=int8"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(training_yaml, tmp_path, name, words, said):
+    with pytest.raises(ConfigError, match=said):
+        prepare(load_config(training_yaml(name), [f"args.save={tmp_path}", *words], mode="train"))
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_a_missing_package_is_named(training_yaml, tmp_path, monkeypatch, storage):
+    monkeypatch.setattr("sgm.weights.quantize._is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'cogvideox-sat\[lowmem\]'"):
+        prepare(
+            load_config(training_yaml(LORA), [f"args.save={tmp_path}", f"args.base_weights={storage}"], mode="train")
+        )
+
+
+# Blocks in a backward pass
+
+
+def test_blocks_come_in_the_order_of_both_passes():
+    blocks = [[nn.Linear(2, 2).requires_grad_(False)] for _ in range(4)]
+    offload = Offload(
+        nn.ModuleList(part for block in blocks for part in block), torch.device("cpu"), blocks, backward=True
+    )
+    here = []
+    for index in (0, 1, 2, 3, 3, 2, 1, 0, 0, 1):
+        with offload.block(index):
+            here.append([number for number, waiting in enumerate(offload._blocks) if waiting._copies])
+    assert here == [[0, 1], [1, 2], [2, 3], [3], [2, 3], [1, 2], [0, 1], [0], [0, 1], [1, 2]]
+
+
+def test_a_step_holds_two_blocks_at_most():
+    """Six layers of a released width, on fake tensors."""
+    section = network_section(model="cogvideox_5b_lora", layers=6)
+    network = build(section)
+    names = frozenset(choose_trainable(network, {"lora_train": True}).names)
+    own = [
+        sum(p.numel() for part in block for p in part.parameters() if not p.requires_grad) for block in network.blocks
+    ]
+    rest = sum(p.numel() for p in network.parameters() if not p.requires_grad) - sum(own)
+
+    def peak(*words):
+        config = load_config(TOY, ["args.checkpoint_activations=true", *words], mode="train")
+        config.model["network_config"] = section
+        return network_usage(config, VIDEO, BATCH, torch.bfloat16, trained=names).peak
+
+    assert peak("args.network_offload=blocks") - peak() <= 2 * (2 * max(own) + rest)
+
+
+def _frozen(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+
+
+def test_without_frozen_leaves_the_trained_parameters():
+    module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    names = [name for name, _ in module.named_parameters()]
+    with pytest.raises(KeyError), without_frozen(module):
+        assert [name for name, _ in module.named_parameters()] == ["1.weight", "1.bias"]
+        raise KeyError
+    assert [name for name, _ in module.named_parameters()] == names
