@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.fake_run import Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.fake_run import HOST, Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
@@ -112,6 +112,7 @@ NETWORK_ARGS = (
     "weights",
     "network_offload",
     "checkpoint_activations",
+    "offload_activations",
     "sequence_attention",
     "model_parallel_size",
     "sequence_parallel_size",
@@ -235,7 +236,11 @@ def training_estimate(
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
-    waits = {"optimizer": host, "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks"))}
+    waits = {
+        "activations": network.host,
+        "optimizer": host,
+        "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+    }
     return Estimate(phases, host=waits, traffic=traffic)
 
 
@@ -422,6 +427,8 @@ def network_usage(
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
         x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
         context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
+        if trained is not None and getattr(config.args, "offload_activations", False):
+            network.offload_activations(x.device, HOST)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 
@@ -457,6 +464,7 @@ def _continued(first: Usage, second: Usage, steps: int) -> Usage:
         peak=line(first.peak, second.peak),
         sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
         stored=line(first.stored, second.stored),
+        host=line(first.host, second.host),
     )
 
 

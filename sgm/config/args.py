@@ -134,7 +134,8 @@ class TrainingArgs(SamplingArgs):
     warmup: Share = 0.01
     auto_warmup_iters: AtLeast0 | None = None
     # How it is computed
-    checkpoint_activations: bool | None = None
+    checkpoint_activations: bool | AtLeast1 | Literal["auto"] | None = None
+    offload_activations: bool = False
     compile: bool = False
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5
