@@ -487,7 +487,7 @@ class DiffusionTransformer(BaseModel):
                 "grid": self.grid,
                 **dict(zip(INTERPOLATION, interpolation, strict=True)),
                 "layer_num": num_layers,  # as SAT's LoraMixin names it
-                "recomputed_layers": max(num_layers - args.checkpoint_skip_layers, 0) * args.checkpoint_activations,
+                "recomputed_layers": args.recomputed_blocks(num_layers),
             },
         )
 

@@ -146,7 +146,7 @@ def test_recording_gradients_changes_nothing(model):
 @pytest.mark.parametrize("lora", [False, True])
 def test_checkpointed_activations_give_the_same_gradients(lora, recwarn):
     gradients = []
-    for checkpoint in (False, True):
+    for checkpoint in (False, True, 1):
         config = section()
         config["params"]["transformer_args"]["checkpoint_activations"] = checkpoint
         if lora:
@@ -156,9 +156,9 @@ def test_checkpointed_activations_give_the_same_gradients(lora, recwarn):
             parameter.requires_grad_(parameter.requires_grad and (not lora or "matrix_" in name))
         network(*inputs(network)).square().sum().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > (10 if lora else 40)
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+    assert len(gradients[0]) > (10 if lora else 40)
+    for plain, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in recomputed)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -252,10 +252,12 @@ def test_a_frozen_mlp_takes_its_tokens_in_pieces(gated, monkeypatch):
     assert len(calls) == 1 + 4 + 2, "trained ones and those without gradients take all at once"
 
 
-@pytest.mark.parametrize(("skip", "recomputed"), [(0, 2), (1, 1)])
-def test_blocks_are_recomputed_in_training_only(monkeypatch, skip, recomputed):
+@pytest.mark.parametrize(
+    ("given", "skip", "recomputed"), [(True, 0, 2), (True, 1, 1), (0, 0, 0), (1, 0, 1), (2, 1, 2), (False, 0, 0)]
+)
+def test_blocks_are_recomputed_in_training_only(monkeypatch, given, skip, recomputed):
     config = section()
-    config["params"]["transformer_args"] |= {"checkpoint_activations": True, "checkpoint_skip_layers": skip}
+    config["params"]["transformer_args"] |= {"checkpoint_activations": given, "checkpoint_skip_layers": skip}
     network = build_network(config).train()
     calls = []
     original = dit_video_concat._feed_forward
@@ -357,6 +359,7 @@ def _with_head(size: int) -> dict:
         ({"hidden_size": 33}, "hidden_size=33 is not a multiple of num_attention_heads=2"),
         ({"ofs_embed_dim": 8}, "ofs_embed_dim=8 must equal time_embed_dim=16"),
         ({"patch_size": [2, 2]}, "patch_size"),
+        ({"transformer_args": {"checkpoint_activations": 3}}, "checkpoint_activations=3: the network has 2 blocks"),
         ({"transformer_args": {"checkpoint_activation": True}}, "did you mean 'checkpoint_activations'"),
         (
             {"transformer_args": {"layernorm_order": "post"}},

@@ -402,8 +402,11 @@ def network_usage(
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
     params = section["params"] = dict(params_of(section))
     recomputes = getattr(config.args, "checkpoint_activations", None)
-    if recomputes is not None:
+    if recomputes not in (None, "auto"):
         params["transformer_args"] = {**(params.get("transformer_args") or {}), "checkpoint_activations": recomputes}
+        if not isinstance(recomputes, bool):  # of a shorter network all blocks but the last ones
+            last = {"checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0)}
+            params["transformer_args"] |= {"checkpoint_activations": True, **last}
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
     frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
