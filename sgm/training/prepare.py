@@ -178,8 +178,14 @@ def with_recomputation(plan: Plan) -> Plan:
     """
     if plan.args.checkpoint_activations != "auto":
         return plan
-    loaded = {"vae": bool(plan.caches.vae), "text_encoder": bool(plan.caches.text_encoder)}
-    own = recomputed_blocks(plan.config, plan.dtype, plan.trainable.names, room_on(sgm.distributed.device()), **loaded)
+    own = recomputed_blocks(
+        plan.config,
+        plan.dtype,
+        plan.trainable.names,
+        room_on(sgm.distributed.device()),
+        vae=bool(plan.caches.vae),
+        text_encoder=bool(plan.caches.text_encoder),
+    )
     number = max(sgm.distributed.all_gather_objects(own))
     depth = params_of(plan.config.model["network_config"])["num_layers"]
     logger.info("args.checkpoint_activations=auto: %d of %d blocks are recomputed", number, depth)
