@@ -30,7 +30,8 @@ from sgm.config.transformer_args import TransformerArgs
 from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
-from sgm.modules.in_place import gelu, multiply_add, text_and_patches
+from sgm.modules.host_activations import HostActivations
+from sgm.modules.in_place import gelu, in_pieces, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import (
@@ -49,7 +50,7 @@ prepare_import()
 from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402
 from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from sat.ops.layernorm import LayerNorm, RMSNorm  # noqa: E402
+from sat.ops.layernorm import RMSNorm  # noqa: E402
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
 _OF_THE_NETWORK = {"hidden_size", "hidden_size_head", "num_layers", "layer_num", "time_embed_dim"}
@@ -254,7 +255,7 @@ class AdaLNMixin(BaseMixin):
         )
         self.qk_ln = qk_ln
         if qk_ln:
-            kind = HeadNorm if sgm.distributed.tensor_parallel_size() > 1 else LayerNorm
+            kind = HeadNorm if sgm.distributed.tensor_parallel_size() > 1 else nn.LayerNorm
             norm = partial(kind, hidden_size_head, eps=1e-6, elementwise_affine=elementwise_affine)
             self.query_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
             self.key_layernorm_list = nn.ModuleList(norm() for _ in range(num_layers))
@@ -320,8 +321,12 @@ def transformer_block(
 
 def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """SAT's MLP, without its lookup by layer number."""
-    inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
-    return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
+        return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
+
+    return in_pieces(mlp, run, x)
 
 
 class FinalLayerMixin(BaseMixin):
@@ -403,6 +408,7 @@ class DiffusionTransformer(BaseModel):
     }
     SECTION_TYPES: ClassVar[dict[str, type]] = {"transformer_args": TransformerArgs}
     PARAMS_FOR_MODULES: ClassVar[tuple[str, ...]] = INTERPOLATION
+    saving: Any = nullcontext()  # of the forward pass: where tensors for the backward pass wait
 
     def __init__(
         self,
@@ -439,7 +445,8 @@ class DiffusionTransformer(BaseModel):
         args = TransformerArgs.parse(transformer_args)
         sgm.distributed.initialize()
         tensor_shard = Shard(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
-        norm: Any = RMSNorm if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
+        # Not SAT's layer norm, which on a CPU saves float32 copies of its input.
+        norm: Any = RMSNorm if use_RMSNorm else partial(nn.LayerNorm, elementwise_affine=elementwise_affine)
         transformer = BaseTransformer(
             num_layers=num_layers,
             vocab_size=1,
@@ -484,7 +491,7 @@ class DiffusionTransformer(BaseModel):
                 "grid": self.grid,
                 **dict(zip(INTERPOLATION, interpolation, strict=True)),
                 "layer_num": num_layers,  # as SAT's LoraMixin names it
-                "recomputed_layers": max(num_layers - args.checkpoint_skip_layers, 0) * args.checkpoint_activations,
+                "recomputed_layers": args.recomputed_blocks(num_layers),
             },
         )
 
@@ -539,6 +546,10 @@ class DiffusionTransformer(BaseModel):
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block_context = context
 
+    def offload_activations(self, device: torch.device, host: torch.device) -> None:
+        """Let tensors for the backward pass wait on `host`; `device` is that of the network."""
+        self.saving = HostActivations(device, host)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
         # Up to 12 graphs, see docs/buckets.md; torch would go on uncompiled after 8.
@@ -572,7 +583,8 @@ class DiffusionTransformer(BaseModel):
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
         for once in [getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()]:
             hook_args |= {} if once is None else once(grid=grid, tokens=tokens, device=x.device)
-        return super().forward(x, None, None, **hook_args)[0]
+        with self.saving:
+            return super().forward(x, None, None, **hook_args)[0]
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
         """Check shapes; return the grid of patches of `x`."""

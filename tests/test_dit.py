@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.checks.fake_run import simulated_ranks
+from sgm.modules import host_activations, in_place
 from sgm.parallel import token_shards
 from sgm.parallel.mesh import Mesh
 from sgm.parallel.token_shards import TokenShards
@@ -144,7 +146,7 @@ def test_recording_gradients_changes_nothing(model):
 @pytest.mark.parametrize("lora", [False, True])
 def test_checkpointed_activations_give_the_same_gradients(lora, recwarn):
     gradients = []
-    for checkpoint in (False, True):
+    for checkpoint in (False, True, 1):
         config = section()
         config["params"]["transformer_args"]["checkpoint_activations"] = checkpoint
         if lora:
@@ -154,16 +156,108 @@ def test_checkpointed_activations_give_the_same_gradients(lora, recwarn):
             parameter.requires_grad_(parameter.requires_grad and (not lora or "matrix_" in name))
         network(*inputs(network)).square().sum().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > (10 if lora else 40)
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+    assert len(gradients[0]) > (10 if lora else 40)
+    for plain, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in recomputed)
     assert [str(warning.message) for warning in recwarn] == []
 
 
-@pytest.mark.parametrize(("skip", "recomputed"), [(0, 2), (1, 1)])
-def test_blocks_are_recomputed_in_training_only(monkeypatch, skip, recomputed):
+def saved_bytes(network, arguments) -> int:
+    """Return the bytes saved for the backward pass, beside weights."""
+    weights, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(*arguments)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("model", ["cogvideox_5b_lora", "cogvideox_2b_lora"])
+def test_a_block_saves_thirteen_tensors(model):
+    """x, h, q and k before and after norm and rotation, v, attention's output, x again, and four for the MLP."""
+    sizes = []
+    for depth in (2, 3):
+        size = NetworkSize(512, 8, depth, 16, SIZE.latents, SIZE.text_length, SIZE.text_hidden_size)
+        config = network_section(model, size)
+        config["params"]["modules"]["lora_config"] = copy.deepcopy(LORA)
+        network = build_network(config).bfloat16().train()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("matrix_" in name)
+        arguments = [x.bfloat16() if x.is_floating_point() else x for x in inputs(network)]
+        sizes.append(saved_bytes(network, arguments))
+    tokens = SIZE.text_length + math.prod(SIZE.latents) // 4
+    # One of them are factors and adapters, which are smaller beside more tokens.
+    assert 12 < (sizes[1] - sizes[0]) / (2 * tokens * 512 * 2) < 14.2
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_in_host_memory_give_the_same_gradients(recomputed, lora, monkeypatch):
     config = section()
-    config["params"]["transformer_args"] |= {"checkpoint_activations": True, "checkpoint_skip_layers": skip}
+    config["params"]["transformer_args"]["checkpoint_activations"] = recomputed
+    if lora:
+        config["params"]["modules"]["lora_config"] = copy.deepcopy(LORA)
+    network = build_network(config).train()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and (not lora or "matrix_" in name))
+    monkeypatch.setattr(host_activations, "SMALLEST", 1)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+    def gradients():
+        return torch.autograd.grad(network(*inputs(network)).square().sum(), trained, allow_unused=True)
+
+    plain, sent = gradients(), []
+    network.offload_activations(torch.device("cpu"), torch.device("cpu"))
+    monkeypatch.setattr(network.saving, "_send", lambda *args, send=network.saving._send: sent.append(1) or send(*args))
+    for own, offloaded in zip(plain, gradients(), strict=True):
+        assert own is offloaded is None or torch.equal(own, offloaded)
+    assert len(sent) == len(network.saving._order) > 1 + 20 * (not recomputed)
+    assert not network.saving._gone, "no storage is held"
+
+
+def test_memory_saved_as_several_views_goes_once_and_weights_stay():
+    layer, x, sent = nn.Linear(4, 4), random(8, 4).requires_grad_(), []
+    saving = host_activations.HostActivations(torch.device("cpu"), torch.device("cpu"), smallest=100)
+    saving._send = lambda tensor, *args, send=saving._send: sent.append(tensor.shape) or send(tensor, *args)
+    with saving:
+        y = layer(x) * 1.0
+        out = (y * y[:, :1]).sum() + (y.T.exp() * y[0, 0]).sum() + (y[0] * y[1]).sum()
+    assert len(sent) == 3, "the layer's input, y and the exponential"
+    grads = [torch.autograd.grad(out, (x, layer.weight), retain_graph=True) for _ in range(2)]
+    y = layer(x) * 1.0
+    expected = torch.autograd.grad((y * y[:, :1]).sum() + (y.T.exp() * y[0, 0]).sum() + (y[0] * y[1]).sum(), x)
+    assert torch.equal(grads[0][0], expected[0]) and all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_frozen_mlp_takes_its_tokens_in_pieces(gated, monkeypatch):
+    mlp = build_network(section(use_SwiGLU=gated)).transformer.layers[0].mlp.requires_grad_(False)
+    x, results, calls = random(2, 11, 32).requires_grad_(), [], []
+    mlp.dense_4h_to_h.register_forward_hook(lambda *_: calls.append(1))
+    for tokens in (22, 6):
+        monkeypatch.setattr(in_place, "TOKENS_OF_A_PIECE", tokens)
+        out = dit_video_concat._feed_forward(mlp, x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    assert len(calls) == 1 + 4
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
+    dit_video_concat._feed_forward(mlp.requires_grad_(True), x)
+    with torch.no_grad():
+        dit_video_concat._feed_forward(mlp.requires_grad_(False), x)
+    assert len(calls) == 1 + 4 + 2, "trained ones and those without gradients take all at once"
+
+
+@pytest.mark.parametrize(
+    ("given", "skip", "recomputed"), [(True, 0, 2), (True, 1, 1), (0, 0, 0), (1, 0, 1), (2, 1, 2), (False, 0, 0)]
+)
+def test_blocks_are_recomputed_in_training_only(monkeypatch, given, skip, recomputed):
+    config = section()
+    config["params"]["transformer_args"] |= {"checkpoint_activations": given, "checkpoint_skip_layers": skip}
     network = build_network(config).train()
     calls = []
     original = dit_video_concat._feed_forward
@@ -265,6 +359,7 @@ def _with_head(size: int) -> dict:
         ({"hidden_size": 33}, "hidden_size=33 is not a multiple of num_attention_heads=2"),
         ({"ofs_embed_dim": 8}, "ofs_embed_dim=8 must equal time_embed_dim=16"),
         ({"patch_size": [2, 2]}, "patch_size"),
+        ({"transformer_args": {"checkpoint_activations": 3}}, "checkpoint_activations=3: the network has 2 blocks"),
         ({"transformer_args": {"checkpoint_activation": True}}, "did you mean 'checkpoint_activations'"),
         (
             {"transformer_args": {"layernorm_order": "post"}},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.fake_run import Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.fake_run import HOST, Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
@@ -114,6 +114,7 @@ NETWORK_ARGS = (
     "base_weights",
     "network_offload",
     "checkpoint_activations",
+    "offload_activations",
     "sequence_attention",
     "model_parallel_size",
     "sequence_parallel_size",
@@ -246,8 +247,9 @@ def training_estimate(
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
     waits = {
-        "optimizer": host,
         "frozen weights": frozen * (away or args.network_offload == "blocks"),
+        "activations": network.host,
+        "optimizer": host,
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
     }
     return Estimate(phases, host=waits, traffic=traffic)
@@ -415,8 +417,11 @@ def network_usage(
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
     params = section["params"] = dict(params_of(section))
     recomputes = getattr(config.args, "checkpoint_activations", None)
-    if recomputes is not None:
+    if recomputes not in (None, "auto"):
         params["transformer_args"] = {**(params.get("transformer_args") or {}), "checkpoint_activations": recomputes}
+        if not isinstance(recomputes, bool):  # of a shorter network all blocks but the last ones
+            last = {"checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0)}
+            params["transformer_args"] |= {"checkpoint_activations": True, **last}
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
     frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
@@ -442,6 +447,8 @@ def network_usage(
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
         x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
         context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
+        if trained is not None and getattr(config.args, "offload_activations", False):
+            network.offload_activations(x.device, HOST)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 
@@ -477,6 +484,7 @@ def _continued(first: Usage, second: Usage, steps: int) -> Usage:
         peak=line(first.peak, second.peak),
         sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
         stored=line(first.stored, second.stored),
+        host=line(first.host, second.host),
     )
 
 

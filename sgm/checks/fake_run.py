@@ -24,6 +24,7 @@ from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.quantize import num_bytes
 
+HOST = torch.device("meta")  # stands for host memory, which fake tensors of a CPU share with the device
 AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
 
@@ -38,6 +39,7 @@ class Usage:
         sent: name in `AXES` → bytes sent.
         result: bytes of the module's result.
         stored: bytes of the parameters, as they are stored.
+        host: peak of the live bytes on `HOST`.
     """
 
     weights: float
@@ -46,6 +48,7 @@ class Usage:
     sent: Mapping[str, float] = field(default_factory=dict)
     result: float = 0
     stored: float = 0
+    host: float = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,18 +56,22 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         patience: stop with `Settled` after this many operators without a new peak; None runs to the end.
+        host: device whose tensors stand for host memory, and are counted apart.
 
     Attributes:
         live: current bytes.
         peak: largest `live` so far.
+        host: bytes in host memory.
+        host_peak: largest `host` so far.
     """
 
     class Settled(Exception):  # noqa: N818 (no error)
         """The peak has stopped growing."""
 
-    def __init__(self, patience: int | None = None) -> None:
+    def __init__(self, patience: int | None = None, host: torch.device | None = None) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = self.host_peak = 0
+        self._host = host
         self._patience, self._calm = patience, 0
         self._known: set[int] = set()
 
@@ -81,17 +88,18 @@ class LiveBytes(TorchDispatchMode):
                 key, size = storage._cdata, storage.nbytes()
                 if key not in before and key not in self._known:
                     self._known.add(key)
-                    self.live += size
-                    weakref.finalize(storage, self._forget, key, size)
+                    place = "host" if x.device == self._host else "live"
+                    setattr(self, place, getattr(self, place) + size)
+                    weakref.finalize(storage, self._forget, key, size, place)
         self._calm = 0 if self.live > self.peak else self._calm + 1
-        self.peak = max(self.peak, self.live)
+        self.peak, self.host_peak = max(self.peak, self.live), max(self.host_peak, self.host)
         if self._patience is not None and self._calm > self._patience:
             raise self.Settled
         return made
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int, place: str) -> None:
         self._known.discard(key)
-        self.live -= size
+        setattr(self, place, getattr(self, place) - size)
 
 
 class CountingGroup(dist.ProcessGroup):
@@ -180,7 +188,7 @@ def usage(
         module.train(trained is not None)
         prepare(module)
         stored = num_bytes([module])
-        live, result = LiveBytes(patience), 0
+        live, result = LiveBytes(patience, HOST), 0
         try:
             with live, torch.set_grad_enabled(trained is not None):
                 out = work(module)
@@ -190,7 +198,7 @@ def usage(
         except LiveBytes.Settled:
             pass
     weights, num_trained = num_parameters(module, learned)
-    return Usage(weights, num_trained, live.peak, dict(sent), result, stored)
+    return Usage(weights, num_trained, live.peak, dict(sent), result, stored, live.host_peak)
 
 
 def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:

@@ -287,6 +287,12 @@ def training_rows(
     """
     geometry, memo = Geometry.from_network(params_of(config.model["network_config"])), Memo()
     rows = {"ranks": rank_row(mesh_of(config))}
+    if getattr(config.args, "checkpoint_activations", None) == "auto":
+        room = room_on(device()) if card is None else ROOM * card * 2**30
+        number = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder, memo=memo)
+        depth = params_of(config.model["network_config"])["num_layers"]
+        rows["recomputed"] = f"{number} of {depth} blocks (args.checkpoint_activations=auto)"
+        config = config_with(config, [f"args.checkpoint_activations={number or 'false'}"])
     alone, largest = with_largest_bucket(config, geometry)
     rows |= {"largest bucket": largest} if largest else {}
     if clip_of(alone) is None:
@@ -297,6 +303,55 @@ def training_rows(
         return training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=memo)
 
     return rows | _memory_rows(estimate_of, card, TRAINING, NEXT_OF_TRAINING)
+
+
+def recomputed_blocks(
+    config: Config,
+    dtype: torch.dtype,
+    trained: Collection[str],
+    room: float | None,
+    *,
+    vae: bool = True,
+    text_encoder: bool = True,
+    memo: Memo | None = None,
+) -> int:
+    """Return the fewest blocks to recompute so that a training run fits: ``args.checkpoint_activations: auto``.
+
+    With the first k of n blocks recomputed, memory falls linearly with k from 0 to n − 1.
+
+    Args:
+        config: as in `training_rows`, like all others.
+        dtype: of the network.
+        trained: names of the trained parameters.
+        room: bytes on the device; None has room for everything.
+        vae: whether the VAE is loaded.
+        text_encoder: whether the text encoder is loaded.
+        memo: measurements that are not to be repeated.
+
+    Returns:
+        All blocks if that is not enough either.
+
+    Raises:
+        InputError: memory cannot be estimated.
+    """
+    if room is None:
+        return 0
+    params = params_of(config.model["network_config"])
+    largest, _ = with_largest_bucket(config, Geometry.from_network(params))
+    if clip_of(largest) is None:
+        raise InputError("args.checkpoint_activations=auto: data.params do not say how large clips are; give true")
+
+    def peak(recomputes: bool | int) -> float:
+        changed = replace(largest, args=replace(largest.args, checkpoint_activations=recomputes))
+        estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=memo)
+        return estimate.device["network"]
+
+    depth = params["num_layers"]
+    if (most := peak(False)) <= room:
+        return 0
+    if depth == 1 or (one := peak(depth - 1)) > room:
+        return depth
+    return depth - 1 - int((room - one) / ((most - one) / (depth - 1)))
 
 
 def _memory_rows(

@@ -135,7 +135,8 @@ class TrainingArgs(SamplingArgs):
     auto_warmup_iters: AtLeast0 | None = None
     # How it is computed
     base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
-    checkpoint_activations: bool | None = None
+    checkpoint_activations: bool | AtLeast1 | Literal["auto"] | None = None
+    offload_activations: bool = False
     compile: bool = False
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5

@@ -356,6 +356,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         warn_once(logger, report.warnings)
     engine.run_device = device
     engine.network.ring_attention = args.ring_attention
+    if args.offload_activations:
+        engine.network.offload_activations(device, torch.device("cpu"))
     if plan.caches.vae:
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))
     elif engine.first_stage_model is not None:

@@ -13,7 +13,7 @@ import torch
 import sgm.distributed
 from sgm.checks.frozen import base_storage, frozen_problems
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.planner import config_with, training_rows
+from sgm.checks.planner import config_with, recomputed_blocks, room_on, training_rows
 from sgm.checks.sampling import (
     SamplingPlan,
     as_table,
@@ -175,6 +175,27 @@ def agree(plan: Plan) -> Plan:
     return replace(plan, resume=sgm.distributed.broadcast_from_rank_zero(point))
 
 
+def with_recomputation(plan: Plan) -> Plan:
+    """Return the plan with a number of blocks for ``args.checkpoint_activations: auto``: that of the smallest device.
+
+    Collective, like `agree`.
+    """
+    if plan.args.checkpoint_activations != "auto":
+        return plan
+    own = recomputed_blocks(
+        plan.config,
+        plan.dtype,
+        plan.trainable.names,
+        room_on(sgm.distributed.device()),
+        vae=bool(plan.caches.vae),
+        text_encoder=bool(plan.caches.text_encoder),
+    )
+    number = max(sgm.distributed.all_gather_objects(own))
+    depth = params_of(plan.config.model["network_config"])["num_layers"]
+    logger.info("args.checkpoint_activations=auto: %d of %d blocks are recomputed", number, depth)
+    return replace(plan, args=replace(plan.args, checkpoint_activations=number))
+
+
 def _plain(value: Any) -> Any:
     """Return a JSON value for a setting of an optimizer: a number for a tensor, else text."""
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else str(value)
@@ -290,10 +311,20 @@ class _Checks:
         args = self.args
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
+        self._check_activations(network)
         if args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
             match_network(network, args.load, base=args.base, allow_missing=args.force_train)
         self.facts["network"] = network
         return choose_trainable(network, self.config.model)
+
+    def _check_activations(self, network: Any) -> None:
+        number, depth = self.args.checkpoint_activations, params_of(self.config.model["network_config"])["num_layers"]
+        if isinstance(number, int) and number > depth:
+            found = f"is {number}, and the network has {depth} blocks"
+            raise ConfigError([Problem("args.checkpoint_activations", "", found, "give fewer, or true for all")])
+        if self.args.offload_activations and not hasattr(network, "offload_activations"):
+            found = f"is true, but {type(network).__name__} has no method offload_activations"
+            raise ConfigError([Problem("args.offload_activations", "", found, "remove it, or add that method")])
 
     def _check_optimizer(self) -> dict[str, Any]:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]

@@ -21,7 +21,7 @@ from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
-from sgm.training.prepare import agree, prepare
+from sgm.training.prepare import agree, prepare, with_recomputation
 from sgm.training.save import Saver
 from sgm.training.state import repair_latest
 from sgm.training.step import (
@@ -86,7 +86,7 @@ def train(config: Config) -> Summary:
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()
-    plan = agree(plan)
+    plan = with_recomputation(agree(plan))
     sgm.distributed.initialize(mesh=plan.mesh)
     if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
         plan.resume.require_weights()

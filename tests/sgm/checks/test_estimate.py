@@ -132,6 +132,21 @@ def test_the_peak_of_training(model, dtype, recomputed):
     assert found.trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_in_host_memory_take_none_of_the_device(recomputed):
+    section, found = network_section(model="cogvideox_5b_lora", layers=6), {}
+    names = frozenset(name for name, _ in build(section).named_parameters() if ".matrix_" in name)
+    for offloads in (False, True):
+        options = (f"args.checkpoint_activations={recomputed}", f"args.offload_activations={offloads}")
+        config = with_model(*options, mode="train", network_config=section)
+        found[offloads] = network_usage(config, (13, 256, 384), 1, torch.bfloat16, trained=names)
+    assert found[False].host == 0 < found[True].host
+    # All that differs from block to block is in host memory.
+    config = with_model(*options, mode="train", network_config=network_section(model="cogvideox_5b_lora", layers=7))
+    deeper = network_usage(config, (13, 256, 384), 1, torch.bfloat16, trained=names)
+    assert deeper.peak - found[True].peak < 0.05 * (deeper.host - found[True].host)
+
+
 @pytest.mark.parametrize(("model", "dtype"), [("cogvideox_2b", torch.float32), ("cogvideox_5b", torch.bfloat16)])
 def test_the_peak_of_a_forward_pass(model, dtype):
     network = make_network(model=model, layers=5, dtype=dtype)

@@ -1,6 +1,7 @@
 """Fitting runs into cards: the choice of settings, --card, and args.memory=auto."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,16 +9,19 @@ import yaml
 
 from sgm.checks import planner
 from sgm.checks.estimate import Estimate, sampling_estimate
+from sgm.checks.fake_run import build
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, Change, card_rows, config_with, fit, with_preset
 from sgm.config.load import ConfigError, Problem, load_config
 from sgm.inference.main import main as sample
 from sgm.inference.run import _with_preset
+from sgm.training import prepare
 from sgm.training.main import main as train
 from sgm.util import InputError
 from tests.processes import ROOT
 
 GIB = 2**30
 TOY = ["configs/toy.yaml", "configs/toy_inference.yaml"]
+TOY_TRAINING = ["configs/toy.yaml", "configs/toy_sft.yaml"]
 A, B, C = (Change(name, frozenset(phases), f"costs {name}") for name, phases in (("a", "xy"), ("b", "x"), ("c", "y")))
 
 
@@ -176,3 +180,41 @@ def test_the_card_of_this_machine_is_planned_for_if_it_has_one(monkeypatch):
     monkeypatch.setattr(planner, "room_on", lambda device: 7 * GIB)
     rows = planner.sampling_rows(released("cogvideox_2b", "args.memory=auto"), torch.float16)
     assert rows["preset"] == "configs/memory/24gb.yaml" and rows["card"].endswith("may take 7.0 GiB: it fits")
+
+
+@pytest.mark.parametrize(
+    ("room", "number"), [(None, 0), (31, 0), (30, 0), (29, 1), (28, 1), (25, 3), (22, 4), (21.9, 5), (5, 5)]
+)
+def test_the_fewest_blocks_are_recomputed(room, number, monkeypatch):
+    """Five blocks: each takes 2 where it is recomputed and 4 where not."""
+    config = load_config(TOY_TRAINING, ["model.network_config.params.num_layers=5"], mode="train")
+
+    def estimate(config, *_, **__):
+        recomputed = {False: 0}.get(config.args.checkpoint_activations, config.args.checkpoint_activations)
+        return Estimate({"network": {"all": 10 + 4 * (5 - recomputed) + 2 * recomputed}, "text": {"all": 99}})
+
+    monkeypatch.setattr(planner, "training_estimate", estimate)
+    assert planner.recomputed_blocks(config, torch.float32, (), room) == number
+
+
+def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(monkeypatch):
+    plan = SimpleNamespace(
+        config=load_config(TOY_TRAINING, mode="train"),
+        args=load_config(TOY_TRAINING, ["args.checkpoint_activations=auto"], mode="train").args,
+        dtype=torch.float32,
+        trainable=SimpleNamespace(names=()),
+        caches=SimpleNamespace(vae=True, text_encoder=True),
+    )
+    monkeypatch.setattr(prepare, "recomputed_blocks", lambda *_, **__: 1)
+    monkeypatch.setattr(prepare.sgm.distributed, "all_gather_objects", lambda own: [own, 2, 0])
+    monkeypatch.setattr(prepare, "replace", lambda plan, **changes: changes["args"] if "args" in changes else changes)
+    assert prepare.with_recomputation(plan) == {"checkpoint_activations": 2}
+
+
+def test_auto_says_how_many_blocks_are_recomputed_on_a_card():
+    config = load_config(TOY_TRAINING, ["args.checkpoint_activations=auto", "args.eval_interval=null"], mode="train")
+    trained = frozenset(dict(build(config.model["network_config"]).named_parameters()))
+    sized = {row: planner.training_rows(config, torch.float32, trained, card=row) for row in (8.0, 0.001)}
+    depth = config.model["network_config"]["params"]["num_layers"]
+    numbers = [rows["recomputed"] for rows in sized.values()]
+    assert numbers == [f"{number} of {depth} blocks (args.checkpoint_activations=auto)" for number in (0, depth)]
