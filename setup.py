@@ -44,6 +44,12 @@ setup(
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
         "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
         "wandb": ["wandb>=0.19,<1"],
+        "optim": [  # configs/optimizer
+            "came-pytorch>=0.1.3,<0.2",
+            "prodigyopt>=1.1.2,<2",
+            "schedulefree>=1.4,<2",
+            "torchao>=0.18,<0.19",
+        ],
         "lowmem": ["bitsandbytes>=0.45,<1", "torchao>=0.18,<0.19"],  # weights in int8 or fp8
         "web": ["gradio>=5"],
         "dev": [
@@ -52,6 +58,9 @@ setup(
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
             "torchao>=0.18,<0.19",
+            "came-pytorch>=0.1.3,<0.2",
+            "prodigyopt>=1.1.2,<2",
+            "schedulefree>=1.4,<2",
             # Tests read videos with it, as many other programs do.
             "decord>=0.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

@@ -25,6 +25,7 @@ _FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.
 # Where the classes come from that YAML may name. `set_trusted` adds to them; YAML itself cannot.
 PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 LIBRARIES = ("torch.nn", "torch.optim", "sat", "transformers", "diffusers", "torchao", "bitsandbytes")
+LIBRARIES += ("came_pytorch", "prodigyopt", "schedulefree")  # optimizers
 _trusted: list[str] = []
 
 # Names of dtypes in YAML files.

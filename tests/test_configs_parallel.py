@@ -21,7 +21,7 @@ def load(model: str, preset: str):
     mode = "inference" if preset in SAMPLING else "train"
     own = f"{'toy_' if model.startswith('toy') else ''}{'inference' if preset in SAMPLING else 'sft'}"
     # The model without a fixed size needs a clip size.
-    size = ["data.params.video_size=[768,1360]"] if (model, own) == ("cogvideox1.5_5b_i2v", "sft") else []
+    size = ["data.params.video_size=[768,1360]"] if model.startswith("cogvideox1.5_5b_i2v") and own == "sft" else []
     files = [ROOT / "configs" / f"{name}.yaml" for name in (model, own, f"parallel/{preset}")]
     return load_config(files, size, mode=mode)
 

@@ -24,7 +24,7 @@ def load(name: str, *more: str, overrides=()):
 
 def load_training(name: str):
     # The model without a fixed size needs a clip size.
-    overrides = ["data.params.video_size=[768,1360]"] if name == "cogvideox1.5_5b_i2v" else []
+    overrides = ["data.params.video_size=[768,1360]"] if name.startswith("cogvideox1.5_5b_i2v") else []
     bases = [CONFIGS / f"{stem}.yaml" for stem in (name, "toy_sft" if name.startswith("toy") else "sft")]
     return load_config(bases, overrides, mode="train")
 
@@ -41,6 +41,8 @@ def test_all_models_are_there():
     assert RELEASED == [
         "cogvideox1.5_5b",
         "cogvideox1.5_5b_i2v",
+        "cogvideox1.5_5b_i2v_lora",
+        "cogvideox1.5_5b_lora",
         "cogvideox_2b",
         "cogvideox_2b_lora",
         "cogvideox_5b",
@@ -125,9 +127,11 @@ def test_published_values(name):
 @pytest.mark.parametrize(
     ("name", "params"),
     [
-        ("cogvideox_2b", {"r": 128}),
-        ("cogvideox_5b", {"r": 128}),
-        ("cogvideox_5b_i2v", {"r": 256}),
+        ("cogvideox1.5_5b", {"r": 128, "lora_alpha": 64}),
+        ("cogvideox1.5_5b_i2v", {"r": 128, "lora_alpha": 64}),
+        ("cogvideox_2b", {"r": 128, "lora_alpha": 64}),
+        ("cogvideox_5b", {"r": 128, "lora_alpha": 64}),
+        ("cogvideox_5b_i2v", {"r": 256, "lora_alpha": 128}),
         ("toy", {"r": 16, "lora_alpha": 16}),
     ],
 )
@@ -162,7 +166,7 @@ def test_training_runs_in_the_precision_of_the_model(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "lr"), [("cogvideox_5b", 1e-5), ("cogvideox_5b_lora", 5e-4), ("toy", 1e-3), ("toy_lora", 1e-3)]
+    ("name", "lr"), [("cogvideox_5b", 1e-5), ("cogvideox_5b_lora", 2e-4), ("toy", 1e-3), ("toy_lora", 1e-3)]
 )
 def test_learning_rates_follow_what_trains(name, lr):
     assert load_training(name).deepspeed["optimizer"]["params"]["lr"] == lr

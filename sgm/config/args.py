@@ -128,10 +128,14 @@ class TrainingArgs(SamplingArgs):
     # Length and learning rate
     train_iters: AtLeast1 | None = None
     epochs: AtLeast1 | None = None
-    lr_decay_style: Literal["linear", "cosine", "constant", "exponential"] = "linear"
+    lr_decay_style: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "exponential", "constant"] = (
+        "linear"
+    )
     lr_decay_iters: AtLeast1 | None = None
     lr_decay_ratio: Share = 0.1
-    warmup: Share = 0.01
+    lr_power: Annotated[float, Field(gt=0, le=100)] = 1.0
+    lr_cycles: AtLeast1 = 1
+    warmup: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     auto_warmup_iters: AtLeast0 | None = None
     # How it is computed
     base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
@@ -207,6 +211,13 @@ class TrainingArgs(SamplingArgs):
     def _length_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.train_iters is None and self.epochs is None:
             yield "train_iters", "is missing", "say how long to train: args.train_iters=1000, or args.epochs=10"
+        if self.warmup > 1 and not float(self.warmup).is_integer():
+            cure = "give a share of the run, from 0 to 1, or a whole number of steps"
+            yield "warmup", f"is {self.warmup:g}", cure
+        for name, style in (("lr_power", "polynomial"), ("lr_cycles", "cosine_with_restarts")):
+            if getattr(self, name) != 1 and self.lr_decay_style != style:
+                found = f"is {getattr(self, name):g}, and lr_decay_style {self.lr_decay_style} does not use it"
+                yield name, found, f"set args.lr_decay_style={style}, or remove it"
         if self.train_iters is not None and self.epochs is not None:
             yield "epochs", "is given, and train_iters too", "keep one of them, and set the other to null"
 

@@ -29,6 +29,7 @@ DEFAULT_STAGE = 2
 DEFAULT_OPTIMIZER = "sat.ops.FusedEmaAdam"
 DEFAULT_PARAMS = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}  # of the default optimizer
 LORA_LR, FULL_LR = 5e-4, 1e-5
+SCALED_LORA_LR = 2e-4  # of adapters whose alpha is near their rank, so that their product counts in full or in half
 
 _OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _OWN_KEYS = ("optimizer", "train_batch_size")  # not for DeepSpeed, see `engine_config`
@@ -123,7 +124,11 @@ def _value_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]
 def _optimizer_problems(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield values that no optimizer takes; others are left to its class."""
     kind, params = str(optimizer.get("type") or DEFAULT_OPTIMIZER).lower(), optimizer.get("params") or {}
-    hints: dict[str, Any] = {"lr": _Rate, "eps": NotNegative, "weight_decay": Annotated[float, Field(ge=0, le=1)]}
+    hints: dict[str, Any] = {
+        "lr": _Rate,
+        "eps": NotNegative if "came" not in kind else tuple[NotNegative, NotNegative],
+        "weight_decay": Annotated[float, Field(ge=0, le=1)],
+    }
     hints["betas"] = tuple[_Beta, _Beta] if "adam" in kind else Annotated[list[_Beta], Field(min_length=1)]
     cures = {
         "lr": f"give a number such as {FULL_LR:g}, or remove it: {LORA_LR:g} for adapters, {FULL_LR:g} for all weights",
@@ -175,10 +180,22 @@ def _model_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]
                 yield ".".join([name, *map(str, problem["loc"])]), f"DeepSpeed refuses it: {found}", "correct it"
 
 
-def default_lr(model: Mapping[str, Any]) -> float:
-    """Return the default learning rate, larger for adapters than for all weights."""
+def trains_adapters(model: Mapping[str, Any]) -> bool:
+    """Whether the ``model`` section has a LoRA."""
     modules = ((model.get("network_config") or {}).get("params") or {}).get("modules") or {}
-    return LORA_LR if modules.get("lora_config") is not None else FULL_LR
+    return modules.get("lora_config") is not None
+
+
+def default_lr(model: Mapping[str, Any], optimizer: str = DEFAULT_OPTIMIZER) -> float:
+    """Return the default learning rate: larger for adapters than for all weights, 1 for an optimizer that finds it."""
+    if optimizer.startswith("prodigyopt."):
+        return 1.0
+    if not trains_adapters(model):
+        return FULL_LR
+    params = model["network_config"]["params"]["modules"]["lora_config"].get("params") or {}
+    rank, alpha = params.get("r"), params.get("lora_alpha")
+    scaled = isinstance(rank, int) and isinstance(alpha, int | float) and alpha >= rank / 2
+    return SCALED_LORA_LR if scaled else LORA_LR
 
 
 def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +213,9 @@ def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> 
     given = {name: value for name, value in section.items() if value is not None and name not in unused}
     zero = _complete_zero(given.get("zero_optimization", {}))
     optimizer = {"type": DEFAULT_OPTIMIZER} | given.get("optimizer", {})
-    params = {"lr": default_lr(model)} | (DEFAULT_PARAMS if optimizer["type"] == DEFAULT_OPTIMIZER else {})
+    params = {"lr": default_lr(model, optimizer["type"])} | (
+        DEFAULT_PARAMS if optimizer["type"] == DEFAULT_OPTIMIZER else {}
+    )
     optimizer["params"] = params | (optimizer.get("params") or {})
     complete = DEFAULTS | given | {"zero_optimization": zero, "optimizer": optimizer}
     return _whole_counts(copy.deepcopy(complete))

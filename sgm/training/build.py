@@ -25,7 +25,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.inputs.clips import Data
-from sgm.training.optim.optimizer import discard_initial_update, make_optimizer
+from sgm.training.optim.optimizer import discard_initial_update, group_values, make_optimizer
 from sgm.training.optim.schedule import LearningRate, lr_factor
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
@@ -107,7 +107,7 @@ def build(config: Config, plan: Plan) -> Parts:
     point = _new_point(config, plan, adapters)
     if plan.resume is not None:
         plan.resume.check(point)
-        changed = ("optimizer_settings", "lora_rank", "start_number")
+        changed = ("optimizer_settings", "lora_rank", "lora_alpha", "start_number")
         point = replace(plan.resume, **{name: getattr(point, name) for name in changed})
     with ExitStack() as hidden, ExitStack() as unlocking:
         folder, lock = _open_folder(config, plan.resume, hidden)
@@ -179,19 +179,27 @@ def _leaves(plan: Plan) -> bool:
 def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: int) -> Any:
     """Return the DeepSpeed engine, with optimizer and schedule, for the network of `engine`."""
     args, module = plan.args, TrainingModule(engine)
-    optimizer = make_optimizer(config.deepspeed["optimizer"], module.named_parameters(), ema_decay=args.ema_decay)
+    optimizer = make_optimizer(
+        config.deepspeed["optimizer"],
+        module.named_parameters(),
+        ema_decay=args.ema_decay,
+        zero=config.deepspeed["zero_optimization"],
+    )
     factor = partial(
         lr_factor,
         train_iters=total,
         decay_style=args.lr_decay_style,
         decay_iters=args.lr_decay_iters,
         decay_ratio=args.lr_decay_ratio,
+        power=args.lr_power,
+        cycles=args.lr_cycles,
         warmup=args.warmup,
         auto_warmup_iters=default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode]),
     )
     schedule = LearningRate(optimizer, factor)
+    initial = group_values(optimizer)
     deepspeed = start_deepspeed(module, optimizer, schedule, plan.deepspeed)
-    discard_initial_update(deepspeed)
+    discard_initial_update(deepspeed, initial)
     return deepspeed
 
 
@@ -257,6 +265,7 @@ def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> Resu
         clip_files=plan.data.files_digest if writes else None,  # copies on other machines may have other times
         optimizer_settings=plan.optimizer_settings,
         lora_rank=None if adapters is None else adapters.rank,
+        lora_alpha=None if adapters is None else float(adapters.alpha),
         start_number=next_start_number(args) if writes else 0,
     )
 

@@ -27,7 +27,7 @@ from sgm.checks.sampling import (
 )
 from sgm.checks.training import check_training_data, fitted_buckets
 from sgm.config.args import TrainingArgs
-from sgm.config.deepspeed_section import engine_config
+from sgm.config.deepspeed_section import engine_config, trains_adapters
 from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.precision import precision_name, resolve_training_precision
 from sgm.data.buckets.assign import PATH as BUCKETS
@@ -42,7 +42,7 @@ from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
-from sgm.training.optim.optimizer import make_optimizer
+from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.util import InputError, instantiate_from_config, without_allocating
@@ -197,8 +197,13 @@ def with_recomputation(plan: Plan) -> Plan:
 
 
 def _plain(value: Any) -> Any:
-    """Return a JSON value for a setting of an optimizer: a number for a tensor, else text."""
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else str(value)
+    """Return a JSON value for a setting of an optimizer: a number for a tensor, text for what JSON has no value for."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    is_plain = value is None or isinstance(value, bool | int | str)
+    return value if is_plain or (isinstance(value, float) and math.isfinite(value)) else str(value)
 
 
 class _Checks:
@@ -327,9 +332,15 @@ class _Checks:
             raise ConfigError([Problem("args.offload_activations", "", found, "remove it, or add that method")])
 
     def _check_optimizer(self) -> dict[str, Any]:
+        section, zero = self.config.deepspeed["optimizer"], self.config.deepspeed["zero_optimization"]
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        optimizer = make_optimizer(self.config.deepspeed["optimizer"], stand_in, ema_decay=self.args.ema_decay)
-        return json.loads(json.dumps(optimizer.defaults, default=_plain))
+        if not trains_adapters(self.config.model):
+            stand_in.append(("bias", torch.nn.Parameter(torch.zeros(1))))
+        optimizer = make_optimizer(section, stand_in, ema_decay=self.args.ema_decay, zero=zero)
+        if kind_of(section["type"]).own_rate and self.args.lr_decay_style != "constant":
+            found = f"is {self.args.lr_decay_style}, and {section['type']} finds or averages its rate over the run"
+            raise ConfigError([Problem("args.lr_decay_style", "", found, "set args.lr_decay_style=constant")])
+        return json.loads(json.dumps({name: _plain(optimizer.defaults[name]) for name in settings_of(optimizer)}))
 
     def _check_autoencoder(self) -> None:
         section = self.config.model.get("first_stage_config")

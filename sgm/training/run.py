@@ -21,6 +21,7 @@ from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
+from sgm.training.optim.average import evaluation_weights
 from sgm.training.prepare import agree, prepare, with_recomputation
 from sgm.training.save import Saver
 from sgm.training.state import repair_latest
@@ -270,7 +271,7 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
-        with self.parts.network_in_use:
+        with self.parts.network_in_use, evaluation_weights(self.parts.deepspeed):
             values = self.evaluation.losses()
             if self.metrics is not None:
                 self.metrics.log(self.iteration, values)

@@ -11,7 +11,7 @@ import torch
 import sgm.distributed
 from sgm.log import get_logger
 from sgm.training.build import Parts
-from sgm.training.optim.optimizer import full_ema
+from sgm.training.optim.average import evaluation_weights, full_ema
 from sgm.training.state import FOLDER, newest_state, save_state
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
@@ -50,7 +50,8 @@ class Saver:
         if self.saved == iteration:
             return True
         parts = self.parts
-        weights = gather_parameters(parts.deepspeed, self.names)
+        with evaluation_weights(parts.deepspeed):
+            weights = gather_parameters(parts.deepspeed, self.names)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
         if not all(sgm.distributed.all_gather_objects(finite)):
             return False

@@ -28,7 +28,9 @@ from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit
 from sgm.io import LOCK, atomic_file, parse_json, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
-from sgm.util import InputError
+from sgm.training.optim.optimizer import settings_of
+from sgm.util import InputError, default
+from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import write_latest
 from sgm.weights.checksums import save_torch
 from sgm.weights.files import WEIGHTS, read_state_file
@@ -78,6 +80,7 @@ class ResumePoint:
         tensor: ranks of a tensor-parallel group.
         optimizer_settings: all settings of the optimizer, defaults included; None if unknown.
         lora_rank: rank of the adapters; None without or if unknown.
+        lora_alpha: their alpha; None without or if unknown.
         start_number: of the start that saved it: above those of all earlier starts of its experiment, so that the run
             that was started or resumed last is known without file times, which copies and clocks change.
     """
@@ -104,6 +107,7 @@ class ResumePoint:
     clip_files: str | None = None
     optimizer_settings: dict[str, Any] | None = None
     lora_rank: AtLeast0 | None = None
+    lora_alpha: FiniteFloat | None = None
     start_number: AtLeast0 = 0
 
     @property
@@ -137,6 +141,10 @@ class ResumePoint:
         changes = [
             (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
         ]
+        alpha = default(self.lora_alpha, self._alpha_of_weights())
+        if None not in (alpha, now.lora_alpha):
+            path = "model.network_config.params.modules.lora_config.params.lora_alpha"
+            changes.append((path, "lora alpha", alpha, now.lora_alpha))
         if self.optimizer == now.optimizer:
             then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
             shared = [name for name in STRUCTURE if name in then and name in given]
@@ -157,6 +165,14 @@ class ResumePoint:
         if problems:
             raise ConfigError(problems)
         self._warn(now)
+
+    def _alpha_of_weights(self) -> float | None:
+        """Return the alpha in the weights of the state; states of earlier versions do not hold it."""
+        try:
+            info = read_adapter_info(self.run / str(self.iteration))
+        except InputError:  # removed or damaged weights; the state alone is enough to resume
+            return None
+        return None if info is None else info.alpha
 
     def _warn(self, now: "ResumePoint") -> None:
         """Warn if clips or settings differ, so that the results will."""
@@ -394,7 +410,8 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
             raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {_CURE}")
     engine.checkpoint_engine = checkpoint_engine()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    settings = [{name: group[name] for name in optimizer.defaults if name in group} for group in optimizer.param_groups]
+    names = settings_of(optimizer)
+    settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
     # Loading the optimizer restored the settings of the earlier configuration; set the current ones.
     for group, current in zip(optimizer.param_groups, settings, strict=True):

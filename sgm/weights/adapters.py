@@ -53,6 +53,7 @@ WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 _ADAPTER = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.matrix_[AB]\.\d+$")
 _MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 _PROJECTION = re.compile(r"transformer\.layers\.(\d+)\.(attention\.\w+)")
+_SHIPPED = re.compile(r"\bcogvideox\S*_lora\.yaml\b")
 _LORA_PARAMS = "model.network_config.params.modules.lora_config.params"
 
 Pair = tuple[AnyTensor, AnyTensor]
@@ -389,9 +390,12 @@ def with_adapters(config: Config) -> Config:
     except InputError:
         return config
     modules = _modules(config.model)
+    if info is None and modules.get("lora_config") is not None and _holds_adapters(config.args.load):
+        return _keep_alpha(config, 1, f"{config.args.load} records none, and the reference trains with")
     if info is None or not modules:
         return config
     if modules.get("lora_config") is not None:
+        config = _keep_alpha(config, info.alpha, f"{config.args.load} records")
         problems = list(_differences(info, config))
         if problems:
             raise ConfigError(config.located(problems))
@@ -400,6 +404,25 @@ def with_adapters(config: Config) -> Config:
     params = info.lora_params(model["network_config"]["params"]["num_layers"])
     _modules(model)["lora_config"] = {"target": LORA_TARGET, "params": params}
     logger.info("%s holds LoRA adapters; the model gets a lora_config with %s", config.args.load, params)
+    return dataclasses.replace(config, model=model, merged={**config.merged, "model": model})
+
+
+def _holds_adapters(load: str | None) -> bool:
+    return load is not None and any(map(is_adapter, read_tensors(find_weights(load))))
+
+
+def _keep_alpha(config: Config, alpha: float, reason: str) -> Config:
+    """Return `config` with the alpha of its checkpoint, if its own is that of a shipped file, meant for new adapters.
+
+    An alpha in any other file or on the command line stays.
+    """
+    params = _modules(config.model)["lora_config"].get("params") or {}
+    source = config.origins.get(f"{_LORA_PARAMS}.lora_alpha", "")
+    if params.get("lora_alpha") in (None, alpha) or not _SHIPPED.search(source):
+        return config
+    logger.info("%s alpha %g, which is used in place of that for new adapters in %s", reason, alpha, source)
+    model = copy.deepcopy(config.model)
+    _modules(model)["lora_config"]["params"]["lora_alpha"] = alpha
     return dataclasses.replace(config, model=model, merged={**config.merged, "model": model})
 
 

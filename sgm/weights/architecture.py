@@ -17,7 +17,14 @@ CONFIGS = {
     (3072, 42, 32, 2): "cogvideox1.5_5b_i2v",
 }
 # Models that also have a _lora configuration.
-_WITH_LORA = ("toy", "cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v")
+_WITH_LORA = (
+    "toy",
+    "cogvideox_2b",
+    "cogvideox_5b",
+    "cogvideox_5b_i2v",
+    "cogvideox1.5_5b",
+    "cogvideox1.5_5b_i2v",
+)
 
 
 @dataclass(frozen=True)

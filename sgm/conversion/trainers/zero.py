@@ -69,7 +69,7 @@ class ZeroState:
         rest: frozen parameters and buffers, if they were saved.
         shared: tied parameters: name → name under which it is saved.
         weights: partitions of the float32 weights.
-        averages: partitions of the moving averages of `sgm.training.optim.optimizer.EmaAdamW`; None without averages.
+        averages: partitions of the moving averages of `sgm.training.optim.average.keep_average`; None without averages.
     """
 
     folder: Path

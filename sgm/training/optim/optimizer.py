@@ -1,94 +1,76 @@
-"""Optimizers by name, parameter groups for weight decay, and AdamW with a moving average of the weights (EMA).
+"""Optimizers by name, parameter groups for weight decay, and what an optimizer needs of DeepSpeed.
 
-The average is part of the optimizer state, so DeepSpeed shards, offloads, saves and loads it with the moments, at every
-ZeRO stage.
+ZeRO hands an optimizer flat slices of the parameters, which is right for rules that treat every element alone. `Kind`
+says which do not, and `make_optimizer` wraps or refuses them.
 """
 
+import contextlib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.adamw import adamw
+from torch.overrides import TorchFunctionMode
 
 import sgm.distributed
+from sgm.training.optim.average import has_master_copies, keep_average
+from sgm.training.optim.muon import Muon
+from sgm.training.optim.whole import WholeMatrices
 from sgm.util import InputError, get_obj_from_str, nearest
 
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+# SAT's FusedEmaAdam compiles a CUDA extension at its first use; AdamW with `keep_average` has the same update rule.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sat.ops.FusedEmaAdam": torch.optim.AdamW,
+    "sat.ops.fused_ema_adam.FusedEmaAdam": torch.optim.AdamW,
+    "FusedEmaAdam": torch.optim.AdamW,
+    "AdamW": torch.optim.AdamW,
+    "FusedAdam": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "Muon": Muon,
+    "torch.optim.Muon": Muon,  # which takes matrices only
+}
 
 
-class EmaAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2) with an optional moving average of the weights.
+@dataclass(frozen=True)
+class Kind:
+    """What an optimizer needs.
 
-    The n-th update of a parameter p (n = 1, 2, ...) is followed by
-
-        ema ← d·ema + (1 − d)·p,   d = min(ema_decay, (1 + n) / (10 + n)),
-
-    where ema starts as p before its first update. ``state[p]["ema"]`` has the shape of p and is float32.
-
-    Args:
-        params: parameters or parameter groups.
-        lr: learning rate.
-        betas: decay of the first and second moment per update, each in [0, 1).
-        eps: added to the square root of the second moment.
-        weight_decay: times lr, the fraction of a weight that each update subtracts.
-        ema_decay: largest d, in (0, 1); None for no average.
-
-    Raises:
-        ValueError: a value is out of its range.
+    Attributes:
+        whole: matrices in their shape, since its state or its update is not that of single elements.
+        sums: sums over all parameters, since it estimates one rate for all.
+        own_rate: a constant schedule, since it finds or averages over its own.
     """
 
-    def __init__(
-        self,
-        params: Parameters,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        ema_decay: float | None = None,
-    ) -> None:
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"Invalid ema_decay: {ema_decay}; it lies between 0 and 1, e.g. 0.9999")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.ema_decay = ema_decay
-        for group in self.param_groups:
-            group["fused"] = all(_has_fused_kernel(p.device) for p in group["params"]) or None
+    whole: bool = False
+    sums: bool = False
+    own_rate: bool = False
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update the parameters that have a gradient, and their averages.
-
-        Raises:
-            InputError: a parameter to average is not float32.
-        """
-        loss = None if closure is None else closure()
-        if self.ema_decay is None:
-            super().step()
-            return loss
-        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # Stored after AdamW's step, which initializes a state only if it is empty.
-        initial = {p: _initial_ema(p) for p in updated if "ema" not in self.state.get(p, ())}
-        super().step()
-        for p, ema in initial.items():
-            self.state[p]["ema"] = ema
-        states = [self.state[p] for p in updated]
-        # 1 − d as a tensor: reading the step of a fused kernel would synchronize the device.
-        weights = [(9 / (10 + state["step"])).clamp(min=1 - self.ema_decay).to(state["ema"].device) for state in states]
-        averages = [state["ema"] for state in states]
-        torch._foreach_lerp_(averages, [p.detach() for p in updated], weights)  # pyright: ignore[reportPrivateImportUsage]
-        return loss
+    @property
+    def elementwise(self) -> bool:
+        """Whether ZeRO-3, which updates the parameters in parts, has the same results."""
+        return self == Kind()
 
 
-def _initial_ema(parameter: Tensor) -> Tensor:
-    if parameter.dtype != torch.float32:
-        raise InputError(
-            f"args.ema_decay averages float32 weights, but DeepSpeed optimizes {parameter.dtype} ones; let it keep "
-            "float32 copies (no bf16_master_weights_and_grads in its section), or set args.ema_decay: null"
-        )
-    return parameter.detach().clone()
+# By the module of a class, or a package above it. An unknown optimizer counts as elementwise.
+KINDS = {
+    "came_pytorch": Kind(whole=True),  # moments factored into rows and columns
+    "prodigyopt": Kind(sums=True, own_rate=True),
+    "schedulefree": Kind(own_rate=True),
+    "sgm.training.optim.muon": Kind(whole=True),  # orthogonal updates
+    "torch.optim._adafactor": Kind(whole=True),
+    "torchao.optim": Kind(whole=True),  # stores tensors in 8 bits whose elements are multiples of its blocks
+    "transformers.optimization": Kind(whole=True),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """Return what the optimizer of a YAML name needs."""
+    module = resolve_optimizer(name).__module__
+    return next((kind for root, kind in KINDS.items() if f"{module}.".startswith(f"{root}.")), Kind())
 
 
 @functools.cache
@@ -102,17 +84,6 @@ def _has_fused_kernel(device: torch.device) -> bool:
     except RuntimeError:  # includes NotImplementedError, raised without the kernel
         return False
     return True
-
-
-# SAT's FusedEmaAdam compiles a CUDA extension at its first use; EmaAdamW has the same update rule.
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sat.ops.FusedEmaAdam": EmaAdamW,
-    "sat.ops.fused_ema_adam.FusedEmaAdam": EmaAdamW,
-    "FusedEmaAdam": EmaAdamW,
-    "AdamW": EmaAdamW,
-    "FusedAdam": EmaAdamW,
-    "Adam": torch.optim.Adam,
-}
 
 
 def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -136,6 +107,12 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
         raise InputError(
             f"deepspeed.optimizer.type: '{name}' is not a subclass of torch.optim.Optimizer; give one, e.g. AdamW"
         )
+    if found.__name__ == "CPUOffloadOptimizer":
+        raise InputError(
+            f"deepspeed.optimizer.type: '{name}' moves gradients on its own, beside DeepSpeed, which does that too; "
+            "let DeepSpeed alone: configs/optimizer/cpu_offload.yaml, or "
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        )
     return found
 
 
@@ -144,108 +121,198 @@ def make_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     ema_decay: float | None = None,
+    zero: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of a ``{type: ..., params: {...}}`` section.
+    """Build the optimizer of a ``{type: ..., params: {...}}`` section, ready for its first step.
 
     Frozen parameters are ignored. Weight decay applies to parameters with more than one axis, not to biases and norms.
 
+    Args:
+        section: of the YAML.
+        named_parameters: of the network.
+        ema_decay: of the moving average of the weights; None for no average.
+        zero: the ``zero_optimization`` section of the engine that the optimizer is for; None without DeepSpeed.
+
     Raises:
-        InputError: the type is unknown, or refuses a parameter.
+        InputError: the type is unknown, refuses a parameter, or cannot work at the ZeRO stage.
     """
     name, params = section["type"], dict(section.get("params") or {})
-    cls = resolve_optimizer(name)
+    cls, kind = resolve_optimizer(name), kind_of(name)
+    _check_names(name, cls, params)
+    stage = (zero or {}).get("stage", 0)
+    _check_stage(name, kind, zero or {})
+    if kind.sums and stage > 0:
+        params["fsdp_in_use"] = True  # the name in prodigyopt for slices of parameters
+    groups = _decay_groups(named_parameters, by_axes=cls is Muon, one=kind.sums and not params.get("weight_decay"))
+    if kind.sums and stage > 0 and len(groups) > 1:
+        raise InputError(
+            f"deepspeed.optimizer: '{name}' finds one rate for all parameters, and ZeRO updates those with and without "
+            "weight decay separately; set deepspeed.optimizer.params.weight_decay=0, or "
+            "deepspeed.zero_optimization.stage=0"
+        )
+    try:
+        if kind.whole and stage > 0:
+            optimizer: torch.optim.Optimizer = WholeMatrices(groups, _adapted(cls), params)
+        else:
+            optimizer = _adapted(cls)(groups, **params)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"deepspeed.optimizer: '{name}' refuses its parameters {params}: {error}") from error
+    if cls is torch.optim.AdamW and not {"fused", "foreach"} & params.keys():
+        for group in optimizer.param_groups:
+            group["fused"] = all(_has_fused_kernel(p.device) for p in group["params"]) or None
+    if callable(train := getattr(optimizer, "train", None)):  # schedule-free
+        train()
+        optimizer.state.clear()  # it made an empty state for parameters that ZeRO replaces
+    if ema_decay is not None:
+        keep_average(optimizer, ema_decay)
+    return optimizer
+
+
+def _check_names(name: str, cls: type[torch.optim.Optimizer], params: Mapping[str, Any]) -> None:
+    """Refuse parameters that the class does not take."""
     if "ema_decay" in params:
         raise InputError("deepspeed.optimizer.params.ema_decay is not supported; set args.ema_decay instead")
     known = inspect.signature(cls).parameters
-    if ema_decay is not None:
-        if "ema_decay" not in known:
-            raise InputError(
-                f"args.ema_decay: the optimizer '{name}' keeps no average; set deepspeed.optimizer.type: AdamW, or "
-                "args.ema_decay: null"
-            )
-        params["ema_decay"] = ema_decay
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        valid = [key for key in known if key not in ("params", "ema_decay")]
-        for key in params.keys() - known.keys():
-            raise InputError(
-                f"deepspeed.optimizer.params.{key}: '{name}' has no such parameter{nearest(key, valid)}; "
-                f"it takes {', '.join(valid)}"
-            )
-    try:
-        return cls(_decay_groups(named_parameters), **params)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"deepspeed.optimizer: '{name}' refuses its parameters {params}: {error}") from error
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    valid = [key for key in known if key != "params"]
+    for key in params.keys() - known.keys():
+        raise InputError(
+            f"deepspeed.optimizer.params.{key}: '{name}' has no such parameter{nearest(key, valid)}; "
+            f"it takes {', '.join(valid)}"
+        )
 
 
-def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Return the parameter groups with and without weight decay; omit empty ones."""
-    decay, no_decay = [], []
+def _check_stage(name: str, kind: Kind, zero: Mapping[str, Any]) -> None:
+    """Refuse an optimizer whose results would be wrong in the parts that ZeRO or tensor parallelism gives it."""
+    if kind.elementwise:
+        return
+    if zero.get("stage", 0) > 2:
+        raise InputError(
+            f"deepspeed.optimizer.type: '{name}' needs more than the pieces of parameters that ZeRO stage 3 updates at "
+            "a time; set deepspeed.zero_optimization.stage to 0, 1 or 2, or deepspeed.optimizer.type: AdamW"
+        )
+    if kind.whole and zero.get("round_robin_gradients"):
+        raise InputError(
+            f"deepspeed.optimizer.type: '{name}' needs whole matrices, and their place is unknown with "
+            "round_robin_gradients; set deepspeed.zero_optimization.round_robin_gradients=false"
+        )
+    if (kind.whole or kind.sums) and sgm.distributed.tensor_parallel_size() > 1:
+        raise InputError(
+            f"deepspeed.optimizer.type: '{name}' needs whole matrices and sums over them, and "
+            f"args.model_parallel_size={sgm.distributed.tensor_parallel_size()} divides them; set it to 1, or "
+            "deepspeed.optimizer.type: AdamW"
+        )
+
+
+class _SumsAnywhere(TorchFunctionMode):
+    """Context in which tensors for CUDA go to the device of the run; prodigyopt reduces its sums there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0].to(sgm.distributed.device())
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _adapted(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return an optimizer of a library whose step works on any device, and whose state DeepSpeed saves and loads."""
+    adapt = {"prodigyopt": _adapted_prodigy, "torchao": _adapted_torchao}.get(cls.__module__.partition(".")[0])
+    return cls if adapt is None else adapt(cls)
+
+
+def _adapted_prodigy(cls: Any) -> type[torch.optim.Optimizer]:
+    class Adapted(cls):
+        def step(self, closure: Any = None) -> Any:
+            with _SumsAnywhere():
+                return super().step(closure)
+
+    return Adapted
+
+
+def _adapted_torchao(cls: Any) -> type[torch.optim.Optimizer]:
+    class Adapted(cls):
+        def step(self, closure: Any = None) -> Any:
+            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+            # torchao compiles its update, which on a CPU takes a compiler and minutes.
+            with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+                return super().step(closure)
+
+        def state_dict(self) -> dict[str, Any]:
+            found = super().state_dict()
+            return found | {"state": {key: _map(_plain_parts, state) for key, state in found["state"].items()}}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            states = {key: _map(_from_parts, state) for key, state in state_dict["state"].items()}
+            super().load_state_dict(state_dict | {"state": states})
+
+    return Adapted
+
+
+def _map(function: Callable[[Any], Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: function(value) for name, value in state.items()}
+
+
+def _plain_parts(value: Any) -> Any:
+    """Return a quantized tensor as plain ones; torch.load moves no others to a device that a function chooses."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return value
+    names, context = value.__tensor_flatten__()
+    cls = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"class": cls, "tensors": {name: getattr(value, name) for name in names}, "context": context}
+
+
+def _from_parts(value: Any) -> Any:
+    if not (isinstance(value, dict) and "class" in value):
+        return value
+    cls: Any = get_obj_from_str(value["class"])
+    return cls.__tensor_unflatten__(value["tensors"], value["context"])
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of the settings in the groups of an optimizer; the others are part of its state."""
+    cls = getattr(optimizer, "cls", type(optimizer))
+    return tuple(name for name in optimizer.defaults if name in inspect.signature(cls).parameters)
+
+
+def _decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, by_axes: bool = False, one: bool = False
+) -> list[dict[str, Any]]:
+    """Return the parameter groups with and without weight decay; omit empty ones.
+
+    Args:
+        named_parameters: of the network.
+        by_axes: divide those with weight decay into matrices and others.
+        one: return one group.
+    """
+    matrices, others, no_decay = [], [], []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves sharded parameters empty
-            (decay if len(shape) > 1 else no_decay).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+            axes = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves sharded parameters empty
+            if one or axes == 2 or (axes > 1 and not by_axes):
+                matrices.append(parameter)
+            else:
+                (others if axes > 1 else no_decay).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def discard_initial_update(engine: Any) -> None:
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the values in the groups of an optimizer, without parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def discard_initial_update(engine: Any, initial: list[dict[str, Any]]) -> None:
     """Undo the update with zero gradients that ``deepspeed.initialize`` makes in 16 bits without ZeRO.
 
     That update decays the weights and counts in bias correction and average. Call this before loading a state.
+
+    Args:
+        engine: of DeepSpeed.
+        initial: `group_values` of the optimizer before.
     """
-    if _has_master_copies(engine.optimizer):
+    if has_master_copies(engine.optimizer):
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
-
-
-def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Gather the averages of the trained parameters from an `EmaAdamW` in a DeepSpeed engine, at any ZeRO stage.
-
-    Collective: all ranks call it.
-
-    Returns:
-        Name → average (the parameter itself before its first update), float32 on the CPU, on rank zero and the other
-        ranks of its tensor-parallel group; empty elsewhere.
-    """
-    optimizer = engine.optimizer
-    base = getattr(optimizer, "optimizer", optimizer)
-    averages: dict[str, Tensor] = {}
-    masters = {}
-    if _has_master_copies(optimizer):
-        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            masters.update(zip(low, high, strict=True))
-    started = any("ema" in state for state in base.state.values())
-    if hasattr(optimizer, "round_robin_bit16_groups"):
-        # DeepSpeed links parameters to its flat buffers in the order before round_robin_gradients; link them again.
-        plain, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
-        optimizer._link_all_hp_params()
-        optimizer.bit16_groups = plain
-    if started and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # ZeRO 1 and 2 link parameters to their state only once, in the first group's first step, before the states of
-        # other groups exist, and not again after loading.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in named_parameters:
-        if not parameter.requires_grad:
-            continue
-        if engine.zero_optimization_stage() > 0:
-            average = _gather_full(parameter, "ema" if started else None)
-        else:
-            master = masters.get(parameter, parameter)
-            average = base.state.get(master, {}).get("ema", master)
-        if engine.global_rank < sgm.distributed.tensor_parallel_size():
-            averages[name] = average.detach().to("cpu", torch.float32, copy=True)
-    return averages
-
-
-def _has_master_copies(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's wrapper for 16 bits without ZeRO, which holds float32 master copies."""
-    return type(optimizer).__name__ == "FP16_UnfusedOptimizer"
-
-
-def _gather_full(parameter: nn.Parameter, key: str | None) -> Tensor:
-    """All-gather a parameter's optimizer state `key`, or without `key` its float32 values."""
-    utils = importlib.import_module("deepspeed.utils")  # lazy: DeepSpeed selects its device on import
-    if key is None:
-        return utils.safe_get_full_fp32_param(parameter)
-    return utils.safe_get_full_optimizer_state(parameter, key)
+        for group, values in zip(engine.optimizer.optimizer.param_groups, initial, strict=True):
+            group.update(values)

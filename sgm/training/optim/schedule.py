@@ -1,39 +1,61 @@
-"""Learning rate schedule: linear warmup, then one of four decays."""
+"""Learning rate schedule: linear warmup, then a decay."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-DecayStyle = Literal["linear", "cosine", "constant", "exponential"]
+DecayStyle = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "exponential"]
 AUTO_WARMUP_FACTOR = 0.05
 
 
-def linear(progress: float, ratio: float) -> float:
-    """From 1 to 0; `ratio` has no effect."""
+@dataclass(frozen=True)
+class Decay:
+    """Settings of a decay: the final factor, the exponent of `polynomial`, the cycles of `cosine_with_restarts`."""
+
+    ratio: float
+    power: float
+    cycles: int
+
+
+def linear(progress: float, decay: Decay) -> float:
+    """From 1 to 0; the ratio has no effect."""
     return 1 - progress
 
 
-def cosine(progress: float, ratio: float) -> float:
-    """From 1 to `ratio` along half a cosine (Loshchilov and Hutter, arXiv:1608.03983)."""
-    return ratio + (1 - ratio) * (1 + math.cos(math.pi * progress)) / 2
+def cosine(progress: float, decay: Decay) -> float:
+    """From 1 to the ratio along half a cosine (Loshchilov and Hutter, arXiv:1608.03983)."""
+    return decay.ratio + (1 - decay.ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def exponential(progress: float, ratio: float) -> float:
-    """From 1 to `ratio`, exponentially."""
-    return ratio**progress
+def cosine_with_restarts(progress: float, decay: Decay) -> float:
+    """Cycles of `cosine`, each from 1 again; the ratio after the last."""
+    return cosine(progress * decay.cycles % 1 if progress < 1 else 1, decay)
 
 
-def constant(progress: float, ratio: float) -> float:
+def polynomial(progress: float, decay: Decay) -> float:
+    """From 1 to the ratio along a power of what is left of the run."""
+    return decay.ratio + (1 - decay.ratio) * (1 - progress) ** decay.power
+
+
+def exponential(progress: float, decay: Decay) -> float:
+    """From 1 to the ratio, exponentially."""
+    return decay.ratio**progress
+
+
+def constant(progress: float, decay: Decay) -> float:
     """Always 1."""
     return 1.0
 
 
-DECAYS: Mapping[DecayStyle, Callable[[float, float], float]] = {
+DECAYS: Mapping[DecayStyle, Callable[[float, Decay], float]] = {
     "linear": linear,
     "cosine": cosine,
+    "cosine_with_restarts": cosine_with_restarts,
+    "polynomial": polynomial,
     "exponential": exponential,
     "constant": constant,
 }
@@ -46,6 +68,8 @@ def lr_factor(
     decay_style: DecayStyle = "linear",
     decay_iters: int | None = None,
     decay_ratio: float = 0.1,
+    power: float = 1.0,
+    cycles: int = 1,
     warmup: float = 0.01,
     auto_warmup_iters: int = 0,
 ) -> float:
@@ -60,16 +84,19 @@ def lr_factor(
         train_iters: updates in the run.
         decay_style: a key of `DECAYS`.
         decay_iters: iterations of the decay; None for `train_iters`.
-        decay_ratio: final factor of the cosine and exponential decays, in (0, 1].
-        warmup: length of the warmup as a fraction of `decay_iters`, in [0, 1].
+        decay_ratio: final factor of all decays but the linear and constant ones, in (0, 1].
+        power: exponent of the polynomial decay, above 0.
+        cycles: of the cosine with restarts.
+        warmup: length of the warmup: up to 1, a fraction of `decay_iters`; above 1, a number of updates.
         auto_warmup_iters: number of first iterations with a factor of at most 0.05.
     """
     decay_iters = train_iters if decay_iters is None else decay_iters
-    warmup_iters = warmup * decay_iters
+    warmup_iters = warmup if warmup > 1 else warmup * decay_iters
     if iteration <= warmup_iters:
         factor = iteration / warmup_iters
     else:
-        factor = DECAYS[decay_style](min(1.0, (iteration - warmup_iters) / decay_iters), decay_ratio)
+        decay = Decay(decay_ratio, power, cycles)
+        factor = DECAYS[decay_style](min(1.0, (iteration - warmup_iters) / decay_iters), decay)
     return min(factor, AUTO_WARMUP_FACTOR) if iteration <= auto_warmup_iters else factor
 
 

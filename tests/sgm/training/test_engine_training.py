@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
 from sgm.config.load import load_config
+from sgm.conversion.diffusers.verify import peer_rope
+from sgm.conversion.lora import export_lora
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.metrics import read_metrics
 from sgm.training.optim.optimizer import make_optimizer
@@ -17,7 +21,9 @@ from sgm.training.optim.trainable import choose_trainable
 from sgm.training.run import train
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.util import instantiate_from_config
-from sgm.weights.checkpoint import save_autoencoder, save_network
+from sgm.weights.checkpoint import load_network, save_autoencoder, save_network
+from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.lazy import compute
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -44,6 +50,8 @@ LOSSES = {
     "dit_t2v_5b_lora": [0.521574, 0.684918],
     "cogvideox1.5_5b": [0.548414, 0.643127],
     "cogvideox1.5_5b_i2v": [0.852082, 0.555450],
+    "cogvideox1.5_5b_i2v_lora": [1.120240, 0.833207],
+    "cogvideox1.5_5b_lora": [0.847154, 0.935493],
     "cogvideox_2b": [1.488011, 1.415313],
     "cogvideox_2b_lora": [1.738233, 1.666492],
     "cogvideox_5b": [0.554453, 0.617548],
@@ -158,14 +166,14 @@ def small_vae(tmp_path_factory) -> tuple[dict, Path]:
     return section, save_autoencoder(path, build_vae(section))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t5_folder, clips, tmp_path):
+def small_training(name, small_vae, t5_folder, clips, tmp_path, *overrides, alpha=1):
+    """Return the configuration of a training of a shipped model at reduced width."""
     vae, vae_file = small_vae
     network = network_section(name, SMALL)
     num_frames = network["params"]["num_frames"]
     lora = network["params"]["modules"].get("lora_config")
     if lora is not None:  # adapters need a base
-        lora["params"]["r"] = 4
+        lora["params"] |= {"r": 4, "lora_alpha": alpha}
         torch.manual_seed(0)
         plain = network_section(name.removesuffix("_lora"), SMALL)
         save_network(tmp_path / "base", 1, build_network(plain), patch_size=plain["params"]["patch_size"])
@@ -190,10 +198,50 @@ def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t
     }
     path.write_text(yaml.safe_dump(changes))
     embedder = "model.conditioner_config.params.emb_models.0.params"
-    overrides = [f"{embedder}.model_dir={t5_folder}", f"{embedder}.max_length=6"]
-    config = load_config(
-        [ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "sft.yaml", path], overrides, mode="train"
-    )
-    summary = train(config)
+    text = [f"{embedder}.model_dir={t5_folder}", f"{embedder}.max_length=6"]
+    bases = [ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "sft.yaml", path]
+    return load_config(bases, [*text, *overrides], mode="train")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t5_folder, clips, tmp_path):
+    summary = train(small_training(name, small_vae, t5_folder, clips, tmp_path))
     losses = [line["loss"] for line in read_metrics(summary.folder / "metrics.jsonl")]
     assert losses == pytest.approx(LOSSES[name], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["cogvideox1.5_5b_lora", "cogvideox1.5_5b_i2v_lora"])
+def test_a_lora_with_temporal_patches_resumes_and_loads_in_diffusers(name, small_vae, t5_folder, clips, tmp_path):
+    def run(*more):
+        changes = ["args.lr_decay_style=constant", "args.auto_warmup_iters=0", "args.warmup=0", *more]
+        changes.append("deepspeed.optimizer.params.lr=0.05")
+        return train(small_training(name, small_vae, t5_folder, clips, tmp_path, *changes, alpha=2)).folder
+
+    straight = run("args.experiment_name=straight", "args.train_iters=3")
+    begun = run("args.experiment_name=begun")
+    resumed = run("args.experiment_name=begun", f"args.resume={begun}", "args.train_iters=3")
+    ours, theirs = (read_tensors(find_weights(folder)) for folder in (straight, resumed))
+    assert all(torch.equal(compute(ours[key]), compute(theirs[key])) for key in ours)
+
+    export_lora(straight, tmp_path / "out")
+    section = network_section(name, SMALL)
+    section["params"]["modules"]["lora_config"]["params"] = {"r": 4, "lora_alpha": 2}
+    network = build_network(section)
+    load_network(network, straight)
+    plain = build_network(network_section(name.removesuffix("_lora"), SMALL))
+    load_network(plain, tmp_path / "base")
+    peer = network_peer(plain)
+    pipe = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=peer, scheduler=None)
+    generator = torch.Generator().manual_seed(1)
+    frames, height, width = SMALL.latents
+    x = torch.randn(1, frames + frames % 2, network.in_channels, height, width, generator=generator)
+    context = torch.randn(1, SMALL.text_length, SMALL.text_hidden_size, generator=generator)
+    ofs = torch.full((1,), 2.0) if "i2v" in name else None
+    with torch.no_grad():
+        expected = network(x, torch.tensor([500]), context, **({} if ofs is None else {"ofs": ofs}))
+        rope = peer_rope(peer, x)
+        before = run_network_peer(pipe.transformer, x, torch.tensor([500]), context, ofs=ofs, rope=rope)
+        pipe.load_lora_weights(str(tmp_path / "out"))
+        after = run_network_peer(pipe.transformer, x, torch.tensor([500]), context, ofs=ofs, rope=rope)
+    torch.testing.assert_close(after, expected, rtol=0, atol=2e-5)
+    assert (before - expected).abs().max() > 1e-3

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sgm.distributed
-from sgm.training.optim.optimizer import EmaAdamW
+from sgm.training.optim.average import keep_average
 
 BLOCKS, DIM = 16, 128
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -71,7 +71,7 @@ def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> 
 
     before, peaks = bytes_in_memory(), []
 
-    class Watched(EmaAdamW):
+    class Watched(torch.optim.AdamW):
         def step(self, closure=None):
             super().step(closure)
             peaks.append(bytes_in_memory())
@@ -79,7 +79,9 @@ def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> 
     torch.manual_seed(0)
     network = Network().bfloat16()
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = Watched(trained, ema_decay=ema_decay)
+    optimizer = Watched(trained)
+    if ema_decay is not None:
+        keep_average(optimizer, ema_decay)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=section, dist_init_required=False)
     KEPT.append(engine)
     for _ in range(2):

@@ -20,7 +20,7 @@ from sgm.weights.adapters import (
     with_adapters,
 )
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import find_weights, weights_digest
+from sgm.weights.files import PREFIX, find_weights, weights_digest
 
 BASE = Path(__file__).parents[2] / "data" / "golden" / "dit_t2v_2b" / "transformer"
 LORA = "model.network_config.params.modules.lora_config"
@@ -204,6 +204,32 @@ def test_a_configuration_that_differs_is_refused_with_both_values(load, tmp_path
     (problem,) = caught.value.problems
     assert problem.path == f"{LORA}.params.{key}" and "model.yaml" in problem.source
     assert all(part in str(problem) for part in [*parts, "or remove the lora_config"])
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_the_alpha_of_a_shipped_file_is_for_new_adapters(tmp_path, override):
+    """Adapters keep the alpha that they record, or 1 if they record none; the command line still decides."""
+    shipped = Path("configs/cogvideox_5b_lora.yaml")
+    saved(tmp_path / "run", 0, 1)
+    bare = tmp_path / "bare" / "1000"
+    bare.mkdir(parents=True)
+    matrix = torch.zeros(4, 8)
+    torch.save(
+        {"module": {f"{PREFIX}transformer.layers.0.attention.dense.matrix_A.0": matrix}},
+        bare / "mp_rank_00_model_states.pt",
+    )
+    (bare.parent / "latest").write_text("1000")
+    change = [f"{LORA}.params.lora_alpha=32"] if override else []
+    config = load_config([shipped], [f"args.load={bare.parent}", "args.input_file=none.txt", *change], mode="inference")
+    assert lora_of(with_adapters(config))["lora_alpha"] == (32 if override else 1)
+    config = load_config(
+        [shipped],
+        [f"args.load={tmp_path / 'run'}", f"{LORA}.params.r=4", *change, "args.input_file=none.txt"],
+        mode="inference",
+    )
+    with pytest.raises(ConfigError) as caught:  # its layers differ too
+        with_adapters(config)
+    assert ("lora_alpha" in str(caught.value)) == override
 
 
 def test_training_describes_its_adapters(load):

@@ -38,7 +38,7 @@ def test_lora_names_the_lora_configuration_and_the_rank():
     one = describe_architecture(shapes_of(hidden=1920, layers=30, patch=(1920, 16, 2, 2), **lora))
     assert "cogvideox_2b_lora.yaml" in one.config_hint() and "r: 128" in one.config_hint()
     two = describe_architecture(shapes_of(hidden=3072, layers=42, patch=(3072, 128), final=128, **lora))
-    assert "cogvideox1.5_5b.yaml with a lora_config section (r: 128)" in two.config_hint()
+    assert "configs/cogvideox1.5_5b_lora.yaml (lora_config: r: 128)" in two.config_hint()
 
 
 def test_the_description_tells_what_differs_between_families():
