@@ -9,18 +9,20 @@ are not counted: leave a tenth of a card free.
 """
 
 import argparse
+import csv
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.models import vae_section
-from sgm.checks.estimate import Estimate, Memo, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, Memo, network_usage, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
-from sgm.config.load import load_config
+from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
 from sgm.training.optim.trainable import choose_trainable
 from sgm.util import PRECISIONS
@@ -58,26 +60,45 @@ def header(*names: str) -> list[str]:
     return [line(*names), "|" + "---|" * len(names)]
 
 
-def estimate(task: Task, model: str, settings: Sequence[str] = (), *, cached: bool = False) -> Estimate:
+@dataclass(frozen=True)
+class Training:
+    """A training run: configuration, dtype of the network, names of the trained parameters."""
+
+    config: Config
+    dtype: torch.dtype
+    trained: tuple[str, ...]
+
+
+def training(task: Task, model: str, settings: Sequence[str] = (), files: Sequence[str] = ()) -> Training:
+    """Return the training of a released model at its full size; see `estimate`."""
+    frames, height, width = CLIPS[model]
+    names = (f"{model}_lora" if task == "LoRA" else model, "sft", *files)
+    size = [f"args.sampling_image_size=[{height},{width}]", f"data.params.max_num_frames={frames}"]
+    config = load_config([CONFIGS / f"{name}.yaml" for name in names], [*size, *settings], mode="train")
+    trained = choose_trainable(build(config.model["network_config"]), config.model).names
+    return Training(config, PRECISIONS[config.model["precision"]], trained)
+
+
+def estimate(
+    task: Task, model: str, settings: Sequence[str] = (), *, files: Sequence[str] = (), cached: bool = False
+) -> Estimate:
     """Estimate a released model at its full size.
 
     Args:
         task: sample, train adapters, or train all weights.
         model: a key of `CLIPS`.
         settings: ``section.key=value``.
+        files: of configs/, without suffix, after those of model and task.
         cached: clips and captions were encoded before training.
     """
-    frames, height, width = CLIPS[model]
-    file = f"{model}_lora" if task == "LoRA" else model
-    size = f"args.sampling_image_size=[{height},{width}]"
-    bases = [CONFIGS / f"{file}.yaml", CONFIGS / ("inference.yaml" if task == "sample" else "sft.yaml")]
     if task == "sample":
+        size = f"args.sampling_image_size=[{CLIPS[model][1]},{CLIPS[model][2]}]"
+        bases = [CONFIGS / f"{name}.yaml" for name in (model, "inference", *files)]
         config = load_config(bases, [size, *settings], mode="inference")
         return sampling_estimate(config, PRECISIONS[config.model["precision"]], _memo)
-    config = load_config(bases, [size, f"data.params.max_num_frames={frames}", *settings], mode="train")
-    trained = choose_trainable(build(config.model["network_config"]), config.model).names
-    dtype = PRECISIONS[config.model["precision"]]
-    return training_estimate(config, dtype, trained, vae=not cached, text_encoder=not cached, memo=_memo)
+    run = training(task, model, settings, files)
+    loaded = {"vae": not cached, "text_encoder": not cached}
+    return training_estimate(run.config, run.dtype, run.trained, **loaded, memo=_memo)
 
 
 # The VAE
@@ -189,13 +210,94 @@ def _settings_for(task: Task, model: str, room: float) -> str:
     return "—"
 
 
+# Training
+
+STEPS = {
+    "nothing recomputed": ("args.checkpoint_activations=false",),
+    "recomputed": ("args.checkpoint_activations=true",),
+    "recomputed, offloaded": ("args.checkpoint_activations=true", "args.offload_activations=true"),
+    "and `base_weights=int8`": (
+        "args.checkpoint_activations=true",
+        "args.offload_activations=true",
+        "args.base_weights=int8",
+    ),
+    "and `network_offload=blocks`": (
+        "args.checkpoint_activations=true",
+        "args.offload_activations=true",
+        "args.network_offload=blocks",
+    ),
+}
+
+
+def step_table() -> Iterator[str]:
+    """Yield the lines of the table of a training step: weights, adapters and activations of the network."""
+    yield from header("model", "clip", *STEPS)
+    for model in CLIPS:
+        yield step_row(model)
+
+
+def step_row(model: str) -> str:
+    """Return a line of the table."""
+    return line(f"{model}_lora", clip_text(model), *(step_peak(model, how) for how in STEPS))
+
+
+def step_peak(model: str, how: str) -> float:
+    """Return the bytes on the device of a step of LoRA training, without the state of the optimizer."""
+    run, (frames, height, width) = training("LoRA", model, STEPS[how]), CLIPS[model]
+    video = ((frames - 1) // 4 + 1, height, width)
+    found = network_usage(run.config, video, 1, run.dtype, trained=frozenset(run.trained))
+    waits = run.config.args.network_offload == "blocks"
+    return found.peak + (run.dtype.itemsize * found.trained if waits else found.stored)
+
+
 # Published figures
+
+OPTIMIZERS = {  # in the published table → settings, files
+    "adamw": ((), ()),
+    "adamw8bit": ((), ("optimizer/adamw_8bit",)),
+    "cpuoffload+grads": ((), ("optimizer/cpu_offload",)),
+    "zero2+offload": ((), ("deepspeed/zero2_offload",)),
+}
+
+
+def published_table() -> Iterator[str]:
+    """Yield the lines of the table of figures that were published for another trainer, beside ours."""
+    yield from header("what", "optimizer", "batch", "rank", "recomputed", "published", "ours", "ratio")
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield published_row(row)
+
+
+def published_row(row: Mapping[str, str]) -> str:
+    """Return a line of the table."""
+    published, ours = row["before_validation"], published_peak(row)
+    share = "" if published == "OOM" else f"{ours / GIB / float(published):.2f}"
+    recomputed, task = "yes" if row["grad_ckpt"] == "1" else "no", "LoRA" if row["kind"] == "lora" else "full"
+    shown = "> 80" if published == "OOM" else f"{float(published):.1f}"
+    return line(f"{row['model']}, {task}", row["optimizer"], row["batch"], row["rank"], recomputed, shown, ours, share)
+
+
+def published_peak(row: Mapping[str, str]) -> float:
+    """Return the most bytes on the device in our training step of the same settings, from caches."""
+    settings = [
+        f"args.checkpoint_activations={'true' if row['grad_ckpt'] == '1' else 'false'}",
+        f"deepspeed.train_micro_batch_size_per_gpu={row['batch']}",
+    ]
+    if row["kind"] == "lora" and row["rank"] != "-":
+        settings.append(f"model.network_config.params.modules.lora_config.params.r={row['rank']}")
+    task: Task = "LoRA" if row["kind"] == "lora" else "full"
+    given, files = OPTIMIZERS[row["optimizer"]]
+    found = estimate(task, f"cogvideox_{row['model']}", [*settings, *given], files=files, cached=True)
+    return max(found.device[phase] for phase in ("network", "optimizer"))
+
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "vae": vae_table,
     "sampling": sampling_table,
     "8bit": eight_bit_table,
+    "step": step_table,
     "cards": card_table,
+    "published": published_table,
 }
 
 

@@ -41,6 +41,17 @@ T5_XXL = {
 T5_XXL_BYTES = 2 * 4_762_310_656
 
 
+# Bytes of state for each trained parameter, see docs/optimizers.md; AdamW and unknown ones: 8.
+MOMENT_BYTES = {
+    "torchao.optim.AdamW8bit": 2.04,
+    "bitsandbytes.optim.AdamW8bit": 2.04,
+    "came_pytorch.CAME": 4.03,
+    "Muon": 4,
+    "prodigyopt.Prodigy": 16,
+    "torch.optim.SGD": 4,
+}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Memory and traffic of one rank, in bytes.
@@ -208,7 +219,10 @@ def training_estimate(
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
     offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
     ema = args.ema_decay is not None
-    device, host = bytes_per_rank(total, learned, ranks, zero["stage"], ema=ema, offload=offloads[0], width=width)
+    given: dict[str, Any] = {"ema": ema, "offload": offloads[0], "width": width}
+    given["moments"] = MOMENT_BYTES.get(section["optimizer"]["type"], 8)
+    device, host = bytes_per_rank(total, learned, ranks, zero["stage"], **given)
+    stepping = device - bytes_per_rank(total, learned, ranks, zero["stage"], **given, step=False)[0]
     if offloads == [True, False] and zero["stage"] == 3:  # the formula assumes both on the CPU
         device = width * total / ranks
         host -= device
@@ -236,13 +250,20 @@ def training_estimate(
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
-    phases["network"] = {**resident, "weights in use": live, "activations": network.peak}
+    # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients.
+    gradients = 0.0 if offloads[0] else width * (learned if zero["stage"] < 2 else learned / ranks)
+    room = min(network.kept, gradients)
+    phases["network"] = {**_without(resident, stepping + room), "weights in use": live, "activations": network.peak}
     phases["optimizer"] = _without(resident, frozen * away)
     if text.stored:
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         sampled = _validation_usage(config, batch, dtype, memo)
-        phases["validation"] = {**resident, "weights in use": live, "activations": sampled}
+        phases["validation"] = {
+            **_without(resident, stepping + gradients),
+            "weights in use": live,
+            "activations": sampled,
+        }
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
@@ -289,15 +310,18 @@ def bytes_per_rank(
     ema: bool = False,
     offload: bool = False,
     width: int = 2,
+    moments: float = 8,
+    step: bool = True,
 ) -> tuple[float, float]:
-    """Return peak (device, host) bytes of weights, gradients and optimizer state."""
+    """Return (device, host) bytes of weights, gradients and optimizer state: in its step, or after the backward pass."""
     share = trained / ranks
     weights = width * total / (ranks if stage == 3 else 1)
     copy = 4 if stage or width == 2 else 0
-    state = (copy + 8 + 4 * ema) * (share if stage else trained)
+    state = (copy + moments + 4 * ema) * (share if stage else trained)
     if not offload:
+        gradients = width * (trained if stage < 2 else share)
         stepping = {0: (width + copy) * trained, 1: max(width * trained, 4 * share), 2: 4 * share}
-        return weights + state + stepping.get(stage, (width + 4) * share), 0
+        return weights + state + (stepping.get(stage, (width + 4) * share) if step else gradients), 0
     state += {1: width + 4, 2: 2 * width + 4, 3: width + 4}[stage] * share
     if stage == 3:
         return 0, weights + state
@@ -485,6 +509,7 @@ def _continued(first: Usage, second: Usage, steps: int) -> Usage:
         sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
         stored=line(first.stored, second.stored),
         host=line(first.host, second.host),
+        kept=steps * max(second.peak - first.peak, 0),
     )
 
 

@@ -40,6 +40,7 @@ class Usage:
         result: bytes of the module's result.
         stored: bytes of the parameters, as they are stored.
         host: peak of the live bytes on `HOST`.
+        kept: bytes of `peak` that blocks of a deep network keep for their backward pass, freed block by block.
     """
 
     weights: float
@@ -49,6 +50,7 @@ class Usage:
     result: float = 0
     stored: float = 0
     host: float = 0
+    kept: float = 0
 
 
 class LiveBytes(TorchDispatchMode):

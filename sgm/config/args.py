@@ -270,3 +270,6 @@ def names_of(cls: type[SamplingArgs]) -> list[str]:
 TRAINING_ARGS = frozenset({*names_of(TrainingArgs), *TrainingArgs.IGNORED_PARAMS, *REFUSED["args"]}) - frozenset(
     names_of(SamplingArgs)
 )
+
+# Keys of training in the files of configs/memory, which serve sampling too: no warning there.
+MEMORY_ARGS = frozenset({"base_weights", "checkpoint_activations", "offload_activations"})

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sgm.config.args import TRAINING_ARGS, EncodingArgs, SamplingArgs, TrainingArgs
+from sgm.config.args import MEMORY_ARGS, TRAINING_ARGS, EncodingArgs, SamplingArgs, TrainingArgs
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
 from sgm.config.places import place_of
 from sgm.config.references import escaped
@@ -208,6 +208,7 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
         unused, purpose = args.unused, "without args.eval_interval"
     else:
         unused, purpose = unused + ["mode"] * (args.mode != "inference"), "on sampling"
+    unused = [name for name in unused if name not in MEMORY_ARGS]
     if unused:
         merged.warnings.append(f"no effect {purpose}: {', '.join(f'args.{name}' for name in unused)}")
     return args
