@@ -45,8 +45,8 @@ from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import describe_adapters, with_adapters
+from sgm.util import InputError, default, instantiate_from_config, without_allocating
+from sgm.weights.adapters import describe_adapters, keep_alpha, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
 from sgm.weights.quantize import Storage
@@ -232,6 +232,8 @@ class _Checks:
 
     def run(self) -> None:
         """Run all checks."""
+        self.record("resume", "args.resume", lambda: find_resume_point(self.args))
+        self._keep_alpha()
         config, args, record = self.config, self.args, self.record
         self.problems += check_files(config)
         self._check_sections()
@@ -263,11 +265,17 @@ class _Checks:
             if config.model.get(part) is not None:
                 record(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
         record("data", "args.train_data", lambda: open_data(config))
-        record("resume", "args.resume", lambda: find_resume_point(args))
         writable = partial(require_writable, args.save, f"{args.experiment_name}-00-00-00-00")
         self.problems += problems_of("args.save", "name another folder", writable)
         if not self.problems:
             self._open_caches()
+
+    def _keep_alpha(self) -> None:
+        """Take the alpha with which the adapters of a resumed run are trained, in place of that of a shipped file."""
+        point: ResumePoint | None = self.facts.get("resume")
+        if point is not None and trains_adapters(self.config.model):
+            # Where neither state nor weights say it, an earlier version trained with the shipped file, so with 1.
+            self.config = keep_alpha(self.config, default(point.alpha, 1), f"{point.run} trains with")
 
     def _check_sections(self) -> None:
         model, args = self.config.model, self.args

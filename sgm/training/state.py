@@ -29,7 +29,7 @@ from sgm.config.values import misfit
 from sgm.io import LOCK, atomic_file, parse_json, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.training.optim.optimizer import settings_of
-from sgm.util import InputError, default
+from sgm.util import InputError
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import write_latest
 from sgm.weights.checksums import save_torch
@@ -141,10 +141,9 @@ class ResumePoint:
         changes = [
             (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
         ]
-        alpha = default(self.lora_alpha, self._alpha_of_weights())
-        if None not in (alpha, now.lora_alpha):
+        if None not in (self.alpha, now.lora_alpha):
             path = "model.network_config.params.modules.lora_config.params.lora_alpha"
-            changes.append((path, "lora alpha", alpha, now.lora_alpha))
+            changes.append((path, "lora alpha", self.alpha, now.lora_alpha))
         if self.optimizer == now.optimizer:
             then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
             shared = [name for name in STRUCTURE if name in then and name in given]
@@ -166,8 +165,11 @@ class ResumePoint:
             raise ConfigError(problems)
         self._warn(now)
 
-    def _alpha_of_weights(self) -> float | None:
-        """Return the alpha in the weights of the state; states of earlier versions do not hold it."""
+    @property
+    def alpha(self) -> float | None:
+        """Alpha of the adapters; states of earlier versions do not hold it, their weights do. None if unknown."""
+        if self.lora_alpha is not None:
+            return self.lora_alpha
         try:
             info = read_adapter_info(self.run / str(self.iteration))
         except InputError:  # removed or damaged weights; the state alone is enough to resume

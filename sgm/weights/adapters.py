@@ -391,11 +391,11 @@ def with_adapters(config: Config) -> Config:
         return config
     modules = _modules(config.model)
     if info is None and modules.get("lora_config") is not None and _holds_adapters(config.args.load):
-        return _keep_alpha(config, 1, f"{config.args.load} records none, and the reference trains with")
+        return keep_alpha(config, 1, f"{config.args.load} records none, and the reference trains with")
     if info is None or not modules:
         return config
     if modules.get("lora_config") is not None:
-        config = _keep_alpha(config, info.alpha, f"{config.args.load} records")
+        config = keep_alpha(config, info.alpha, f"{config.args.load} records")
         problems = list(_differences(info, config))
         if problems:
             raise ConfigError(config.located(problems))
@@ -411,7 +411,7 @@ def _holds_adapters(load: str | None) -> bool:
     return load is not None and any(map(is_adapter, read_tensors(find_weights(load))))
 
 
-def _keep_alpha(config: Config, alpha: float, reason: str) -> Config:
+def keep_alpha(config: Config, alpha: float, reason: str) -> Config:
     """Return `config` with the alpha of its checkpoint, if its own is that of a shipped file, meant for new adapters.
 
     An alpha in any other file or on the command line stays.

@@ -190,6 +190,12 @@ def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
     run = folder.parent.parent
     weights = run / folder.name
     source = replace(source, iteration=int(folder.name))
+    point = read_json(folder / "resume.json")
+    if point.get("zero_stage") == 0 and str(point.get("optimizer")).startswith("schedulefree."):
+        raise InputError(
+            f"{folder} holds the points at which a schedule-free optimizer trains; their average, its result, is in "
+            f"{weights}: convert that. If it was removed, resume the run for its next save (args.resume={run})"
+        )
     if source.adapters_alone:
         info = read_adapter_info(weights) if weights.is_dir() else None
         if info is None:

@@ -17,6 +17,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _CURE = "copy the whole folder again, with the files of all ranks and machines"
 _PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 _OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
 
-Partitions = Sequence[Sequence[StoredTensor]]  # by rank, then by group
+Partitions = Sequence[Sequence[LazyTensor]]  # by rank, then by group
 
 
 class _Unread:
@@ -68,7 +69,7 @@ class ZeroState:
         dtypes: of the module's tensors in training, by name.
         rest: frozen parameters and buffers, if they were saved.
         shared: tied parameters: name → name under which it is saved.
-        weights: partitions of the float32 weights.
+        weights: partitions of the float32 weights; of a schedule-free optimizer, its average, as a run saves them.
         averages: partitions of the moving averages of `sgm.training.optim.average.keep_average`; None without averages.
     """
 
@@ -210,7 +211,7 @@ def read_zero_state(folder: Path) -> ZeroState:
     )
     if not isinstance(shapes, list) or not isinstance(module, dict):
         raise InputError(f"{first} does not say which parameters ZeRO trained (param_shapes); {_CURE}")
-    groups = [_stored(optim[rank], "weights", states[rank][_PARTITIONS[stage]]) for rank in range(world_size)]
+    groups = [_weights(optim[rank], states[rank], stage) for rank in range(world_size)]
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
     state = ZeroState(
         folder=folder,
@@ -318,6 +319,29 @@ def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str
         )
         for name, shape in shapes.items()
     }
+
+
+def _weights(path: Path, state: Mapping[str, Any], stage: int) -> list[LazyTensor]:
+    """Return the float32 weights of a rank, by group.
+
+    A schedule-free optimizer (Defazio et al., arXiv:2405.15682) trains at points y between its average x and its
+    iterates z. Its result is x, and the state holds y and z: x = y + (1 − 1/β)·(z − y).
+    """
+    weights: list[LazyTensor] = [*_stored(path, "weights", state[_PARTITIONS[stage]])]
+    optimizer = state.get(_OPTIMIZER[stage])
+    if not isinstance(optimizer, dict):
+        return weights
+    for number, group in enumerate(optimizer.get("param_groups", ())):
+        if group.get("train_mode") and "z" in (found := optimizer["state"].get(number, {})):
+            beta = group["betas"][0] if "betas" in group else group["momentum"]
+            (iterate,) = _stored(path, f"z of group {number}", [found["z"]])
+            weights[number] = LazyTensor((weights[number], iterate), partial(_average_of, weight=1 - 1 / beta))
+    return weights
+
+
+def _average_of(point: torch.Tensor, iterate: torch.Tensor, *, weight: float) -> torch.Tensor:
+    used = min(len(point), len(iterate))  # one of them may lack the padding at the end
+    return point[:used].lerp(iterate[:used], weight)
 
 
 def _averages(states: Mapping[Path, Mapping[str, Any]], stage: int, num_groups: int) -> Partitions | None:

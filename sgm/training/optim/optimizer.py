@@ -55,13 +55,15 @@ class Kind:
         return self == Kind()
 
 
-# By the module of a class, or a package above it. An unknown optimizer counts as elementwise.
+# By the dotted path of a class or of one that it derives from, or a package above. Others count as elementwise.
 KINDS = {
+    "bitsandbytes.optim.lamb": Kind(whole=True),  # a rate for each tensor
+    "bitsandbytes.optim.lars": Kind(whole=True),
     "came_pytorch": Kind(whole=True),  # moments factored into rows and columns
     "prodigyopt": Kind(sums=True, own_rate=True),
     "schedulefree": Kind(own_rate=True),
     "sgm.training.optim.muon": Kind(whole=True),  # orthogonal updates
-    "torch.optim._adafactor": Kind(whole=True),
+    "torch.optim.Adafactor": Kind(whole=True),
     "torchao.optim": Kind(whole=True),  # stores tensors in 8 bits whose elements are multiples of its blocks
     "transformers.optimization": Kind(whole=True),
 }
@@ -69,8 +71,8 @@ KINDS = {
 
 def kind_of(name: str) -> Kind:
     """Return what the optimizer of a YAML name needs."""
-    module = resolve_optimizer(name).__module__
-    return next((kind for root, kind in KINDS.items() if f"{module}.".startswith(f"{root}.")), Kind())
+    paths = [f"{cls.__module__}.{cls.__qualname__}." for cls in resolve_optimizer(name).__mro__]
+    return next((kind for root, kind in KINDS.items() if any(path.startswith(f"{root}.") for path in paths)), Kind())
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sgm.config.load import ConfigError, load_config
 from sgm.training.inputs.clips import open_data
@@ -153,3 +154,16 @@ def test_a_resumed_run_is_named(plan, training_yaml, tmp_path):
     assert found.resume is not None and found.resume.run == Path(folder)
     assert f"{folder}, from iteration 1" in found.report()
     assert plan(LORA, "args.train_iters=4", "args.resume=auto", "args.experiment_name=other").resume is None
+
+
+def test_the_adapters_of_a_resumed_run_keep_their_alpha(training_yaml, tmp_path):
+    section = "model.network_config.params.modules.lora_config.params"
+    overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=4", "args.exit_interval=1"]
+    train(load_config(training_yaml(LORA), [*overrides, f"{section}.lora_alpha=8"], mode="train"))
+    shipped = tmp_path / "cogvideox_tiny_lora.yaml"  # as the shipped files, whose alpha is for new adapters
+    params = {"network_config": {"params": {"modules": {"lora_config": {"params": {"lora_alpha": 64}}}}}}
+    shipped.write_text(yaml.safe_dump({"model": params}))
+    config = load_config([*training_yaml(LORA), shipped], [*overrides, "args.resume=auto"], mode="train")
+    found = prepare(config)
+    modules = found.config.model["network_config"]["params"]["modules"]
+    assert modules["lora_config"]["params"]["lora_alpha"] == 8 and "alpha 8" in found.report()

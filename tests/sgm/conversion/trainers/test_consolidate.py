@@ -175,6 +175,14 @@ def test_adapters_are_no_transformer_of_diffusers(runs, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_points_of_a_schedule_free_optimizer_without_zero_are_refused(tmp_path):
+    state = tmp_path / "run" / "resume" / "5"
+    shutil.copytree(find_weights(ROOT / "tests/data/golden/dit_t2v_2b/transformer").parent, state)
+    (state / "resume.json").write_text(json.dumps({"zero_stage": 0, "optimizer": "schedulefree.AdamWScheduleFree"}))
+    with pytest.raises(InputError, match="their average, its result, is in .*run/5: convert that"):
+        read_source(state)
+
+
 # Checkpoints of other trainers.
 
 TABLE, UNUSED = "mixins.pos_embed.pos_embedding", "transformer.position_embeddings.weight"

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import schedulefree
 import torch
+from torch import nn
 
 from sgm.conversion.trainers.zero import read_zero_state
 from sgm.util import InputError
@@ -116,3 +118,34 @@ def test_damaged_and_non_finite_states_are_refused_when_they_are_computed(some):
 def test_averages_of_a_state_without_them_are_refused(some):
     with pytest.raises(InputError, match="holds no moving average"):
         read_zero_state(some[0]()).tensors(ema=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_weights_of_a_schedule_free_optimizer_are_its_average(some, stage):
+    folder, parts = some[0](stage=stage), "single_partition_of_fp32_groups"
+    plain = shutil.copytree(folder, folder.with_name("plain"))
+    for path in folder.glob(OPTIM.format("*")):
+
+        def train(content, path=path):
+            state = content["optimizer_state_dict"]
+            weights = [nn.Parameter(part) for part in state[parts]]
+            optimizer = schedulefree.AdamWScheduleFree([{"params": [p]} for p in weights], lr=0.1, betas=(0.8, 0.9))
+            optimizer.train()
+            for _ in range(3):
+                for p in weights:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+            saved = optimizer.state_dict()
+            state |= {parts: [p.detach().clone() for p in weights], "base_optimizer_state": saved}
+            optimizer.eval()
+            spoil(
+                plain / path.name,
+                lambda other: other["optimizer_state_dict"].update({parts: [p.detach() for p in weights]}),
+            )
+
+        spoil(path, train)
+    found, averages = (
+        {name: tensor.compute() for name, tensor in read_zero_state(each).tensors(dtype=torch.float32).items()}
+        for each in (folder, plain)
+    )
+    require_equal(found, averages)

@@ -18,6 +18,7 @@ from sgm.training.optim.optimizer import (
     resolve_optimizer,
     settings_of,
 )
+from sgm.training.optim.whole import WholeMatrices
 from sgm.util import InputError
 
 PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -414,6 +415,14 @@ def test_combinations_that_would_be_wrong_are_refused(name, zero, message):
     section["params"]["weight_decay"] = 0.1
     with pytest.raises(InputError, match=message):
         make_optimizer(section, network().named_parameters(), zero=zero)
+
+
+@pytest.mark.parametrize(("name", "more"), [("torch.optim", {}), ("transformers", {"relative_step": False})])
+def test_adafactor_gets_matrices_too(name, more):
+    section = {"type": f"{name}.Adafactor", "params": {"lr": 0.1, **more}}
+    assert isinstance(make_optimizer(section, network().named_parameters(), zero={"stage": 2}), WholeMatrices)
+    with pytest.raises(InputError, match="stage to 0, 1 or 2"):
+        make_optimizer(section, network().named_parameters(), zero={"stage": 3})
 
 
 def test_elementwise_optimizers_work_at_every_stage():
