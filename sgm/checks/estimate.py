@@ -447,7 +447,8 @@ def network_usage(
     depth = params.get("num_layers")
     skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
     kept = min(skipped, 2)  # of the blocks measured; with two, the peak is where they are and others are not recomputed
-    few = 2 + kept
+    offloads = getattr(config.args, "offload_activations", False)
+    few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
     if isinstance(depth, int) and depth > few + 2 and skipped < depth:
         with simulated_ranks(mesh):
             whole = num_parameters(build(section), trained or frozenset())
