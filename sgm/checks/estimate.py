@@ -401,12 +401,7 @@ def network_usage(
     """
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
     params = section["params"] = dict(params_of(section))
-    recomputes = getattr(config.args, "checkpoint_activations", None)
-    if recomputes not in (None, "auto"):
-        params["transformer_args"] = {**(params.get("transformer_args") or {}), "checkpoint_activations": recomputes}
-        if not isinstance(recomputes, bool):  # of a shorter network all blocks but the last ones
-            last = {"checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0)}
-            params["transformer_args"] |= {"checkpoint_activations": True, **last}
+    transformer = params["transformer_args"] = _transformer_args(config, params)
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
     frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
@@ -435,8 +430,6 @@ def network_usage(
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 
-    transformer = params.get("transformer_args") or {}
-
     def measured(depth: int | None, kept: int = 0) -> Usage:
         shallow = {"num_layers": depth, "transformer_args": {**transformer, "checkpoint_skip_layers": kept}}
         params_here = params if depth is None else {**params, **shallow}
@@ -462,6 +455,23 @@ def network_usage(
         if (found.weights, found.trained) == whole:
             return found
     return measured(None)
+
+
+def _transformer_args(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``transformer_args`` of the network's `params` as they are in a run."""
+    section, recomputes = (
+        dict(params.get("transformer_args") or {}),
+        getattr(config.args, "checkpoint_activations", None),
+    )
+    if recomputes in (None, "auto"):
+        return section
+    if isinstance(recomputes, bool):
+        return section | {"checkpoint_activations": recomputes}
+    # Of a shorter network all blocks but the last ones.
+    return section | {
+        "checkpoint_activations": True,
+        "checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0),
+    }
 
 
 def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
