@@ -313,7 +313,7 @@ def bytes_per_rank(
     moments: float = 8,
     step: bool = True,
 ) -> tuple[float, float]:
-    """Return (device, host) bytes of weights, gradients and optimizer state: in its step, or after the backward pass."""
+    """Return (device, host) bytes of weights, gradients and optimizer state, in its step or before."""
     share = trained / ranks
     weights = width * total / (ranks if stage == 3 else 1)
     copy = 4 if stage or width == 2 else 0
@@ -440,12 +440,7 @@ def network_usage(
     """
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
     params = section["params"] = dict(params_of(section))
-    recomputes = getattr(config.args, "checkpoint_activations", None)
-    if recomputes not in (None, "auto"):
-        params["transformer_args"] = {**(params.get("transformer_args") or {}), "checkpoint_activations": recomputes}
-        if not isinstance(recomputes, bool):  # of a shorter network all blocks but the last ones
-            last = {"checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0)}
-            params["transformer_args"] |= {"checkpoint_activations": True, **last}
+    transformer = params["transformer_args"] = _transformer_args(config, params)
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
     frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
@@ -476,19 +471,26 @@ def network_usage(
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 
-    def measured(depth: int | None) -> Usage:
-        params_here = params if depth is None else {**params, "num_layers": depth}
+    def measured(depth: int | None, kept: int = 0) -> Usage:
+        shallow = {"num_layers": depth, "transformer_args": {**transformer, "checkpoint_skip_layers": kept}}
+        params_here = params if depth is None else {**params, **shallow}
         with simulated_ranks(mesh):
             network = build({**section, "params": params_here})
         return usage(network, run, dtype, mesh, trained=trained, prepare=store_weights)
 
     depth = params.get("num_layers")
-    few = 2 + (params.get("transformer_args") or {}).get("checkpoint_skip_layers", 0)
-    if isinstance(depth, int) and depth > few + 2:
+    skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
+    kept = min(skipped, 2)  # of the blocks measured; with two, the peak is where they are and others are not recomputed
+    offloads = getattr(config.args, "offload_activations", False)
+    few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
+    if isinstance(depth, int) and depth > few + 2 and skipped < depth:
         with simulated_ranks(mesh):
             whole = num_parameters(build(section), trained or frozenset())
         try:
-            found = _continued(measured(few), measured(few + 1), depth - few)
+            first, second = measured(few, kept), measured(few + 1, kept)
+            found = _continued(first, first, second, depth - few)
+            if skipped > kept:
+                found = _continued(found, second, measured(few + 1, kept + 1), skipped - kept)
         except InputError:  # a setting names a layer missing from the small network
             return measured(None)
         if (found.weights, found.trained) == whole:
@@ -496,19 +498,36 @@ def network_usage(
     return measured(None)
 
 
-def _continued(first: Usage, second: Usage, steps: int) -> Usage:
-    """Extrapolate two measurements, one layer apart, to a network `steps` layers deeper than `first`."""
+def _transformer_args(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``transformer_args`` of the network's `params` as they are in a run."""
+    section, recomputes = (
+        dict(params.get("transformer_args") or {}),
+        getattr(config.args, "checkpoint_activations", None),
+    )
+    if recomputes in (None, "auto"):
+        return section
+    if isinstance(recomputes, bool):
+        return section | {"checkpoint_activations": recomputes}
+    # Of a shorter network all blocks but the last ones.
+    return section | {
+        "checkpoint_activations": True,
+        "checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0),
+    }
 
-    def line(a: float, b: float) -> float:
-        return a + steps * (b - a)
+
+def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
+    """Extrapolate from `start` by `steps` times the difference of two measurements, of which one block differs."""
+
+    def line(begin: float, a: float, b: float) -> float:
+        return begin + steps * (b - a)
 
     return Usage(
-        weights=line(first.weights, second.weights),
-        trained=line(first.trained, second.trained),
-        peak=line(first.peak, second.peak),
-        sent={axis: line(first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
-        stored=line(first.stored, second.stored),
-        host=line(first.host, second.host),
+        weights=line(start.weights, first.weights, second.weights),
+        trained=line(start.trained, first.trained, second.trained),
+        peak=line(start.peak, first.peak, second.peak),
+        sent={axis: line(start.sent.get(axis, 0), first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
+        stored=line(start.stored, first.stored, second.stored),
+        host=line(start.host, first.host, second.host),
         kept=steps * max(second.peak - first.peak, 0),
     )
 

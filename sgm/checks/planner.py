@@ -336,14 +336,14 @@ def recomputed_blocks(
     """
     if room is None:
         return 0
-    params = params_of(config.model["network_config"])
+    params, known = params_of(config.model["network_config"]), Memo() if memo is None else memo
     largest, _ = with_largest_bucket(config, Geometry.from_network(params))
     if clip_of(largest) is None:
         raise InputError("args.checkpoint_activations=auto: data.params do not say how large clips are; give true")
 
     def peak(recomputes: bool | int) -> float:
         changed = replace(largest, args=replace(largest.args, checkpoint_activations=recomputes))
-        estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=memo)
+        estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=known)
         return estimate.device["network"]
 
     depth = params["num_layers"]

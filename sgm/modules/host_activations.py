@@ -102,7 +102,7 @@ class HostActivations:
             return packed
         waiting, dtype, offset, size, stride = packed
         whole = waiting.come()
-        _start(waiting.earlier(), 2 * self._largest)
+        _start(waiting.earlier(), self._largest)
         return whole.view(dtype).as_strided(size, stride, offset)
 
 
