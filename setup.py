@@ -50,13 +50,14 @@ setup(
             "schedulefree>=1.4,<2",
             "torchao>=0.18,<0.19",
         ],
-        "lowmem": ["bitsandbytes>=0.45,<1", "torchao>=0.18,<0.19"],  # weights in int8 or fp8
+        "lowmem": ["bitsandbytes>=0.50,<1", "torchao>=0.18,<0.19"],  # weights in int8, fp8 or nf4
         "web": ["gradio>=5"],
         "dev": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
+            "bitsandbytes>=0.50,<1",
             "torchao>=0.18,<0.19",
             "came-pytorch>=0.1.3,<0.2",
             "prodigyopt>=1.1.2,<2",

@@ -13,6 +13,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,13 @@ def training(task: Task, model: str, settings: Sequence[str] = (), files: Sequen
     names = (f"{model}_lora" if task == "LoRA" else model, "sft", *files)
     size = [f"args.sampling_image_size=[{height},{width}]", f"data.params.max_num_frames={frames}"]
     config = load_config([CONFIGS / f"{name}.yaml" for name in names], [*size, *settings], mode="train")
-    trained = choose_trainable(build(config.model["network_config"]), config.model).names
-    return Training(config, PRECISIONS[config.model["precision"]], trained)
+    return Training(config, PRECISIONS[config.model["precision"]], _trained(names[0]))
+
+
+@cache
+def _trained(name: str) -> tuple[str, ...]:
+    model = load_config([CONFIGS / f"{name}.yaml", CONFIGS / "inference.yaml"], mode="inference").model
+    return choose_trainable(build(model["network_config"]), model).names
 
 
 def estimate(
@@ -91,6 +97,11 @@ def estimate(
         files: of configs/, without suffix, after those of model and task.
         cached: clips and captions were encoded before training.
     """
+    return _estimate(task, model, tuple(settings), tuple(files), cached)
+
+
+@cache
+def _estimate(task: Task, model: str, settings: tuple[str, ...], files: tuple[str, ...], cached: bool) -> Estimate:
     if task == "sample":
         size = f"args.sampling_image_size=[{CLIPS[model][1]},{CLIPS[model][2]}]"
         bases = [CONFIGS / f"{name}.yaml" for name in (model, "inference", *files)]
@@ -238,7 +249,7 @@ def step_table() -> Iterator[str]:
 
 def step_row(model: str) -> str:
     """Return a line of the table."""
-    return line(f"{model}_lora", clip_text(model), *(step_peak(model, how) for how in STEPS))
+    return line(f"{model}_lora", clip_text(model), *(float(step_peak(model, how)) for how in STEPS))
 
 
 def step_peak(model: str, how: str) -> float:

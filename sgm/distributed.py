@@ -57,10 +57,15 @@ _store: Any = None  # of all ranks
 _num_waits = 0  # for rank zero, in `_store`
 
 
-def set_timeout(seconds: float) -> None:
-    """Set the timeout of collectives, ``args.distributed_timeout``; call before `initialize`."""
+def configure(args: SamplingArgs) -> None:
+    """Apply the settings of this process; call before `initialize`.
+
+    These are the timeout of collectives, ``args.distributed_timeout``, and whether float32 products may be computed
+    with fewer bits, ``args.allow_tf32``.
+    """
     global _timeout
-    _timeout = timedelta(seconds=seconds)
+    _timeout = timedelta(seconds=args.distributed_timeout)
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
 
 
 @contextmanager

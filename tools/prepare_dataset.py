@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.base, options.overrides, mode="encode")
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
-    sgm.distributed.set_timeout(config.args.distributed_timeout)
+    sgm.distributed.configure(config.args)
     with sgm.distributed.explain_lost_ranks():
         sgm.distributed.initialize()
         jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))

@@ -142,6 +142,10 @@ def _once(memo: Memo | None, work: Callable[..., Usage], config: Config, *given:
         return work(config, *given, **named)
     part, names = ("network_config", NETWORK_ARGS) if work is network_usage else ("first_stage_config", VAE_ARGS)
     settings = {name: getattr(config.args, name, None) for name in names}
+    if work is network_usage:
+        settings["network_offload"] = settings["network_offload"] == "blocks"
+        if "trained" not in named:  # nothing is kept for a backward pass
+            del settings["checkpoint_activations"], settings["offload_activations"]
     values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
     key = digest_of([work.__name__, config.model[part], settings, str(mesh_of(config)), values])
     if key not in memo:

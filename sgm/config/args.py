@@ -55,6 +55,7 @@ class SamplingArgs:
     # How it is computed
     fp16: bool | None = None
     bf16: bool | None = None
+    allow_tf32: bool = False
     memory: Literal["auto"] | None = None
     weights: Literal["int8", "fp8", "nf4"] | None = None
     network_offload: Literal["none", "cpu", "blocks"] = "none"

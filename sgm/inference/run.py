@@ -55,7 +55,7 @@ def sample(config: Config) -> Summary:
         RunError: sampling or writing failed; finished results are kept.
     """
     start = time.perf_counter()
-    sgm.distributed.set_timeout(config.args.distributed_timeout)
+    sgm.distributed.configure(config.args)
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))

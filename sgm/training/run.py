@@ -83,7 +83,7 @@ def train(config: Config) -> Summary:
         RunError: training failed. Earlier checkpoints stay loadable.
     """
     start = time.perf_counter()
-    sgm.distributed.set_timeout(config.args.distributed_timeout)
+    sgm.distributed.configure(config.args)
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()

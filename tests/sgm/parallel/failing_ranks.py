@@ -22,6 +22,7 @@ import psutil
 import torch.distributed as dist
 
 import sgm.distributed as d
+from sgm.config.args import SamplingArgs
 from sgm.training.prepare import agree
 from tests.processes import rank_environments
 from tests.sgm.training.points import POINT
@@ -85,7 +86,7 @@ def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
     """Run the work of a rank as the commands do; write messages to a file."""
     os.environ.update(env)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
-    d.set_timeout(TIMEOUT)
+    d.configure(SamplingArgs(distributed_timeout=TIMEOUT))
     d.initialize(mesh=d.Mesh(sequence=2))
     dist.new_group([0, 1])
     groups = [group for group in dist.distributed_c10d._world.pg_map if group is not None]
