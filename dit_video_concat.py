@@ -34,14 +34,7 @@ from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu, in_pieces, multiply_add, text_and_patches
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import (
-    InputError,
-    get_obj_from_str,
-    instantiate_from_config,
-    nearest,
-    prepare_import,
-    without_allocating,
-)
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_allocating
 from sgm.weights.adapters import check_lora_params
 from sgm.weights.partition import Shard
 

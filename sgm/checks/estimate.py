@@ -221,27 +221,15 @@ def training_estimate(
     network = _once(memo, network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
-    offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
-    ema = args.ema_decay is not None
-    given: dict[str, Any] = {"ema": ema, "offload": offloads[0], "width": width}
-    given["moments"] = MOMENT_BYTES.get(section["optimizer"]["type"], 8)
-    device, host = bytes_per_rank(total, learned, ranks, zero["stage"], **given)
-    stepping = device - bytes_per_rank(total, learned, ranks, zero["stage"], **given, step=False)[0]
-    if offloads == [True, False] and zero["stage"] == 3:  # the formula assumes both on the CPU
-        device = width * total / ranks
-        host -= device
-    frozen = (total - learned) * width
-    if base_storage(config) is not None:
-        device += network.stored - total * width
-        frozen = network.stored - learned * width
+    device, host, stepping = _state_bytes(args, section, network, ranks, width)
+    stored = total * width if base_storage(config) is None else network.stored
+    device, frozen = device + stored - total * width, stored - learned * width
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
     away = args.network_offload == "cpu" and (vae or text_encoder)
     device -= frozen * (args.network_offload == "blocks")
     text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
-    leaves = args.text_encoder_offload in ("cpu", "blocks") or (
-        args.text_encoder_offload == "release" and args.text_cache
-    )
+    leaves = args.text_encoder_offload in ("cpu", "blocks", *(["release"] if args.text_cache else []))
     resident = {
         "weights, gradients, optimizer": device,
         "text encoder": 0.0 if leaves else text.device,
@@ -255,7 +243,7 @@ def training_estimate(
             phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
     # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients.
-    gradients = 0.0 if offloads[0] else width * (learned if zero["stage"] < 2 else learned / ranks)
+    gradients = 0.0 if _is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     room = min(network.kept, gradients)
     phases["network"] = {**_without(resident, stepping + room), "weights in use": live, "activations": network.peak}
     phases["optimizer"] = _without(resident, frozen * away)
@@ -278,6 +266,29 @@ def training_estimate(
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
     }
     return Estimate(phases, host=waits, traffic=traffic)
+
+
+def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+def _state_bytes(
+    args: TrainingArgs, section: Mapping[str, Any], network: Usage, ranks: int, width: int
+) -> tuple[float, float, float]:
+    """Return bytes on the device and the host in the optimizer's step, and those of the device in this step alone."""
+    zero, counts = section["zero_optimization"], (network.weights, network.trained, ranks)
+    given: dict[str, Any] = {
+        "ema": args.ema_decay is not None,
+        "offload": _is_offloaded(zero, "optimizer"),
+        "width": width,
+        "moments": MOMENT_BYTES.get(section["optimizer"]["type"], 8),
+    }
+    device, host = bytes_per_rank(*counts, zero["stage"], **given)
+    stepping = device - bytes_per_rank(*counts, zero["stage"], **given, step=False)[0]
+    if zero["stage"] == 3 and given["offload"] and not _is_offloaded(zero, "param"):
+        device = width * network.weights / ranks  # the formula assumes both on the CPU
+        host -= device
+    return device, host, stepping
 
 
 def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:

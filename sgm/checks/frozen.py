@@ -8,6 +8,7 @@ import sgm.distributed
 from sgm.checks.sampling import params_of, problems_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, Problem
+from sgm.util import default
 from sgm.weights.quantize import Storage, require_usable
 
 
@@ -42,8 +43,8 @@ def frozen_problems(config: Config, trains_adapters: bool, network: Any) -> Iter
             yield from _shared_problems(config, f"args.{name}", value, trains_adapters, network)
     if storage is not None:
         yield from _storage_problems(args, storage)
-    if args.network_offload == "blocks" and trains_adapters:
-        yield from _block_problems(args, network)
+    if args.network_offload == "blocks" and trains_adapters and hasattr(network, "blocks"):
+        yield from _block_problems(config, network)
 
 
 def _shared_problems(config: Config, path: str, value: str, trains_adapters: bool, network: Any) -> Iterator[Problem]:
@@ -74,11 +75,17 @@ def _storage_problems(args: TrainingArgs, storage: Storage) -> Iterator[Problem]
     yield from problems_of(path, cure, partial(require_usable, storage, sgm.distributed.device(), gradients=True))
 
 
-def _block_problems(args: TrainingArgs, network: Any) -> Iterator[Problem]:
-    path, mixins = "args.network_offload", getattr(network, "mixins", {})
-    recomputed = mixins["adaln_layer"].recomputed_layers if "adaln_layer" in mixins else 0
-    if args.checkpoint_activations is False or (args.checkpoint_activations is None and not recomputed):
-        found = "is blocks, and activations are not recomputed: each block would keep its weights for the backward pass"
+def _block_problems(config: Config, network: Any) -> Iterator[Problem]:
+    args, depth, path = config.args, len(network.blocks), "args.network_offload"
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    transformer = params_of(config.model["network_config"]).get("transformer_args") or {}
+    recomputed = default(args.checkpoint_activations, transformer.get("checkpoint_activations"))
+    if recomputed is True:
+        recomputed = depth - transformer.get("checkpoint_skip_layers", 0)
+    if recomputed in (None, False, "auto") or recomputed < depth:
+        found = (
+            "is blocks, and not all blocks are recomputed: the others would keep their weights for the backward pass"
+        )
         yield Problem(path, "", found, "set args.checkpoint_activations=true, or network_offload=none")
     if args.compile:
         found = "is blocks, and compile is true: a compiled block is bound to its weights"

@@ -150,7 +150,7 @@ def test_a_training_run_is_typed_and_complete():
         ("args.ema_decay=2", "0 to 1"),
         ("args.train_data_weights=[-1]", "at least 0"),
         ("args.train_data=3", "a list, each entry text"),
-        ("args.lr_decay_style=linea", "one of linear, cosine, constant, exponential"),
+        ("args.lr_decay_style=linea", "one of linear, cosine, cosine_with_restarts, polynomial"),
         ("args.lr=1", "deepspeed.optimizer.params.lr"),
         ("args.weight_decay=1", "deepspeed.optimizer.params.weight_decay"),
         ("args.clip_grad=1", "deepspeed.gradient_clipping"),

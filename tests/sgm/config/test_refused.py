@@ -59,12 +59,6 @@ def test_the_place_in_the_model_is_named(override):
     assert "1 problem in" in text and f"{override.partition('=')[0]} (command line: {override}): is " in text
 
 
-def test_adapters_are_not_quantized():
-    path = "model.network_config.params.modules.lora_config.params.qlora"
-    with pytest.raises(ConfigError, match=f"{path} .*: is true, but adapters train beside unquantized weights"):
-        load_config([ROOT / "configs" / "toy_lora.yaml"], [f"{path}=true"], mode="inference")
-
-
 @pytest.mark.parametrize("place", sorted(OF_SECTIONS - {"model.conditioner_config.params.emb_models"}))
 def test_every_key_of_a_section_is_refused_with_its_cure(place):
     text = refusal(*(f"{place}.{name}=2" for name in REFUSED[place]), mode="train")

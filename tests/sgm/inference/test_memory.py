@@ -100,7 +100,7 @@ def test_what_is_refused(sample, words, said):
 
 
 def test_what_is_not_installed_is_refused_before_anything_is_loaded(sample, monkeypatch):
-    monkeypatch.setattr("sgm.weights.quantize._is_installed", lambda: False)
+    monkeypatch.setattr("sgm.weights.quantize._is_installed", lambda package: False)
     code, _, _, said = sample("args.weights=fp8", "--check")
     assert code == 2 and "args.weights (command line: args.weights=fp8)" in said and "[lowmem]" in said
 

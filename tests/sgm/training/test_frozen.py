@@ -156,6 +156,8 @@ def test_the_switch_of_sat_stores_in_four_bits(training_yaml, tmp_path):
         (LORA, ["args.base_weights=fp8", "args.save_full=true"], "tools/merge_lora_weight.py writes adapters and the"),
         (LORA, [QLORA, "args.mode=pretrain", "args.load=null"], "there are no weights to store"),
         (LORA, ["args.network_offload=blocks", "args.checkpoint_activations=false"], "set args.checkpoint_activations"),
+        (LORA, ["args.network_offload=blocks", "args.checkpoint_activations=1"], "not all blocks are recomputed"),
+        (LORA, ["args.network_offload=blocks", "args.checkpoint_activations=auto"], "not all blocks are recomputed"),
         (LORA, [*OFFLOAD["blocks"], "args.compile=true"], "a compiled block is bound to its weights"),
         (LORA, ["args.weights=int8"], "set args.base_weights=int8"),
     ],

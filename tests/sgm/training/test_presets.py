@@ -57,7 +57,7 @@ def preset(name: str) -> dict:
 
 def load(model: str, *presets: str, overrides=()):
     """Override the clip size for the model without a fixed size."""
-    size = ["data.params.video_size=[768,1360]"] if model == "cogvideox1.5_5b_i2v" else []
+    size = ["data.params.video_size=[768,1360]"] if model.startswith("cogvideox1.5_5b_i2v") else []
     names = (model, "sft", *(f"deepspeed/{name}" for name in presets))
     return load_config([CONFIGS / f"{name}.yaml" for name in names], [*size, *overrides], mode="train")
 

@@ -102,7 +102,7 @@ def test_copies_overlap_and_are_waited_for(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: Stream("compute"))
     monkeypatch.setattr(torch, "Stream", lambda device: Stream("copies"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3)).requires_grad_(False)
     offload = Offload(blocks, META, [[block] for block in blocks])
     assert len(pinned) == 6
     copy = ["copies waits for compute", "on copies", "end"]

@@ -129,6 +129,6 @@ def test_what_cannot_be_used_is_refused(monkeypatch):
     with pytest.raises(InputError, match="torchao cannot store weights in fp8 on 'meta'"):
         monkeypatch.setattr("sgm.weights.quantize.store", lambda *_: torch.zeros(1, device="meta").item())
         require_usable("fp8", torch.device("meta"))
-    monkeypatch.setattr("sgm.weights.quantize._is_installed", lambda: False)
+    monkeypatch.setattr("sgm.weights.quantize._is_installed", lambda package: False)
     with pytest.raises(InputError, match=r"int8 needs torchao, which is not installed: pip install '.*\[lowmem\]'"):
         require_usable("int8", CPU)
