@@ -216,9 +216,14 @@ def _settings_for(task: Task, model: str, room: float) -> str:
             SAMPLING if task == "sample" else TRAINING,
         )
         if found.peak <= room:
-            names = ", ".join(f"`{change.setting.rpartition('.')[2]}`" for change in chosen)
+            names = ", ".join(f"`{_short(change.setting)}`" for change in chosen)
             return "; ".join(filter(None, ["from caches" if cached else "", names])) or "as it is"
     return "—"
+
+
+def _short(setting: str) -> str:
+    """Return a setting without what tells nothing: ``args.`` and the path to it."""
+    return setting.removeprefix("args.").removeprefix("model.first_stage_config.params.").removeprefix("deepspeed.")
 
 
 # Training

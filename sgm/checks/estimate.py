@@ -13,15 +13,16 @@ import torch
 
 import sgm.distributed
 from sgm.checks.fake_run import HOST, Usage, build, num_parameters, simulated_ranks, usage
-from sgm.checks.frozen import base_storage
+from sgm.checks.frozen import base_storage, frozen_problems
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, digest_of
+from sgm.config.load import Config, ConfigError, digest_of
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
 from sgm.util import InputError, default, instantiate_from_config
+from sgm.weights.adapters import is_adapter
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, store
 
@@ -212,6 +213,8 @@ def training_estimate(
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    if problems := list(frozen_problems(config, trains_adapters=all(map(is_adapter, trained)))):
+        raise ConfigError(problems)
     clip = clip_of(config)
     assert clip is not None, "checked by the caller"
     frames, size = clip
@@ -250,12 +253,11 @@ def training_estimate(
     if text.stored:
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
-        sampled = _validation_usage(config, batch, dtype, memo)
-        phases["validation"] = {
-            **_without(resident, stepping + gradients),
-            "weights in use": live,
-            "activations": sampled,
-        }
+        held = {**_without(resident, stepping + gradients), "weights in use": live}
+        sampled, others = _validation_usage(config, batch, dtype, phases, memo)
+        if sampled < others - frozen * away:
+            held, sampled = _without(held, frozen * away), others
+        phases["validation"] = {**held, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     block = total / params_of(config.model["network_config"]).get("num_layers", 1)
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
@@ -295,8 +297,10 @@ def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
     return {**resident, "weights, gradients, optimizer": resident["weights, gradients, optimizer"] - weights}
 
 
-def _validation_usage(config: Config, batch: int, dtype: torch.dtype, memo: Memo | None) -> float:
-    """Return the peak of the activations at an evaluation: of its loss, its samples, and decoding them."""
+def _validation_usage(
+    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]], memo: Memo | None
+) -> tuple[float, float]:
+    """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples."""
     args = config.args
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
@@ -304,10 +308,11 @@ def _validation_usage(config: Config, batch: int, dtype: torch.dtype, memo: Memo
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
     together = max(samples, args.eval_batch_size or batch)
-    peaks = [_once(memo, network_usage, config, (plan.latents, *size), together, dtype).peak]
+    network = _once(memo, network_usage, config, (plan.latents, *size), together, dtype).peak
+    peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
         peaks.append(_once(memo, _decode_usage, config, (args.batch_size, plan.latents, *size), dtype).peak)
-    return max(peaks)
+    return network, max(peaks)
 
 
 def _branches(config: Config) -> int:

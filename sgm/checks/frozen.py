@@ -24,39 +24,46 @@ def base_storage(config: Config) -> Storage | None:
     return None if args.base_weights == "bf16" else args.base_weights
 
 
-def frozen_problems(config: Config, trains_adapters: bool, network: Any) -> Iterator[Problem]:
-    """Yield the problems of a training run whose frozen weights are stored in fewer bits, or wait in host memory.
+def frozen_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]:
+    """Yield what is wrong with storing frozen weights in fewer bits, or letting them wait in host memory.
 
     Args:
-        config: of the run.
+        config: of a training run.
         trains_adapters: whether only adapters are trained.
-        network: on the meta device.
     """
     args, storage = config.args, base_storage(config)
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    given = {
-        "base_weights": storage,
-        "network_offload": None if args.network_offload == "none" else args.network_offload,
-    }
-    for name, value in given.items():
-        if value is not None:
-            yield from _shared_problems(config, f"args.{name}", value, trains_adapters, network)
+    offload = None if args.network_offload == "none" else args.network_offload
+    for name, value in {"base_weights": storage, "network_offload": offload}.items():
+        path = f"args.{name}"
+        if value is not None and not trains_adapters:
+            found = f"is {value}, which is for frozen weights, and this run trains them"
+            yield Problem(path, "", found, "take the model's _lora.yaml file, or remove it")
+        if value is not None and config.deepspeed["zero_optimization"]["stage"] == 3:
+            found = f"is {value}, and ZeRO stage 3 shards frozen weights itself"
+            yield Problem(path, "", found, "remove it, or set deepspeed.zero_optimization.stage to 2 or less")
     if storage is not None:
         yield from _storage_problems(args, storage)
-    if args.network_offload == "blocks" and trains_adapters and hasattr(network, "blocks"):
-        yield from _block_problems(config, network)
+    if offload == "blocks":
+        yield from _block_problems(config, args)
 
 
-def _shared_problems(config: Config, path: str, value: str, trains_adapters: bool, network: Any) -> Iterator[Problem]:
-    if not trains_adapters:
-        found = f"is {value}, which is for frozen weights, and this run trains them"
-        yield Problem(path, "", found, "take the model's _lora.yaml file, or remove it")
-    elif not hasattr(network, "blocks"):
-        found = f"is {value}, but {type(network).__name__} has no property blocks"
-        yield Problem(path, "", found, "remove it, or add that property")
-    if config.deepspeed["zero_optimization"]["stage"] == 3:
-        found = f"is {value}, and ZeRO stage 3 shards frozen weights itself"
-        yield Problem(path, "", found, "remove it, or set deepspeed.zero_optimization.stage to 2 or less")
+def device_problems(config: Config, network: Any) -> Iterator[Problem]:
+    """Yield why this device, or the class of the network, cannot have weights stored or offloaded as configured.
+
+    Args:
+        config: of a training run.
+        network: on the meta device.
+    """
+    storage = base_storage(config)
+    for name, value in {"base_weights": storage, "network_offload": config.args.network_offload}.items():
+        if value not in (None, "none") and not hasattr(network, "blocks"):
+            found = f"is {value}, but {type(network).__name__} has no property blocks"
+            yield Problem(f"args.{name}", "", found, "remove it, or add that property")
+    if storage is not None:
+        cure = "install it, or remove args.base_weights (and qlora)"
+        usable = partial(require_usable, storage, sgm.distributed.device(), gradients=True)
+        yield from problems_of("args.base_weights", cure, usable)
 
 
 def _storage_problems(args: TrainingArgs, storage: Storage) -> Iterator[Problem]:
@@ -71,21 +78,16 @@ def _storage_problems(args: TrainingArgs, storage: Storage) -> Iterator[Problem]
     if args.load is None:
         found = f"is {storage}, and there are no weights to store (args.load)"
         yield Problem(path, "", found, "set args.load, or remove it")
-    cure = "install it, or remove args.base_weights (and qlora)"
-    yield from problems_of(path, cure, partial(require_usable, storage, sgm.distributed.device(), gradients=True))
 
 
-def _block_problems(config: Config, network: Any) -> Iterator[Problem]:
-    args, depth, path = config.args, len(network.blocks), "args.network_offload"
-    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    transformer = params_of(config.model["network_config"]).get("transformer_args") or {}
+def _block_problems(config: Config, args: TrainingArgs) -> Iterator[Problem]:
+    path, params = "args.network_offload", params_of(config.model["network_config"])
+    transformer, depth = params.get("transformer_args") or {}, params.get("num_layers", 0)
     recomputed = default(args.checkpoint_activations, transformer.get("checkpoint_activations"))
     if recomputed is True:
         recomputed = depth - transformer.get("checkpoint_skip_layers", 0)
     if recomputed in (None, False, "auto") or recomputed < depth:
-        found = (
-            "is blocks, and not all blocks are recomputed: the others would keep their weights for the backward pass"
-        )
+        found = "is blocks, and not all blocks are recomputed: the others keep their weights for the backward pass"
         yield Problem(path, "", found, "set args.checkpoint_activations=true, or network_offload=none")
     if args.compile:
         found = "is blocks, and compile is true: a compiled block is bound to its weights"

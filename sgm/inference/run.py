@@ -91,10 +91,16 @@ class SamplingRun:
         engine: a model in training. It is not loaded, moved, released or configured; the caller sets eval mode. None
             builds the model of `config` and loads it lazily.
         digest: recorded in the sidecars to identify the settings; None computes it from the files in ``args.load``.
+        network_in_use: context in which the weights of the network of `engine` are on the device.
     """
 
     def __init__(
-        self, config: Config, *, engine: SATVideoDiffusionEngine | None = None, digest: str | None = None
+        self,
+        config: Config,
+        *,
+        engine: SATVideoDiffusionEngine | None = None,
+        digest: str | None = None,
+        network_in_use: AbstractContextManager | None = None,
     ) -> None:
         self.config = config
         self.args = config.args
@@ -112,7 +118,7 @@ class SamplingRun:
         self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
         self.summary = Summary()
         self._is_loaded = engine is not None
-        self._network_in_use: AbstractContextManager = nullcontext()  # the network's weights are on the device
+        self._network_in_use = default(network_in_use, nullcontext())
         self._uncond: dict[str, torch.Tensor] | None = None
 
     def _build(self) -> SATVideoDiffusionEngine:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training.inputs.shared import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter
-from sgm.util import RunError, instantiate_from_config
+from sgm.util import RunError, default, instantiate_from_config
 
 logger = get_logger(__name__)
 
@@ -79,6 +79,7 @@ class Evaluation:
         folder: of the run; samples go to ``samples/<iteration>``.
         micro_batch: batch size unless ``args.eval_batch_size`` is set.
         in_step: whether all ranks must run the same number of forward passes, as with ZeRO-3.
+        network_in_use: context in which all weights of the network are there.
     """
 
     def __init__(
@@ -90,10 +91,12 @@ class Evaluation:
         folder: Path,
         micro_batch: int,
         in_step: bool,
+        network_in_use: AbstractContextManager | None = None,
     ) -> None:
         assert isinstance(config.args, TrainingArgs)
         self.config, self.args, self.engine, self.dataset = config, config.args, engine, dataset
         self.folder, self.in_step = folder, in_step
+        self.network_in_use = default(network_in_use, nullcontext())
         self.batch_size = config.args.eval_batch_size or micro_batch
         self.text_keys = engine.text_keys
 
@@ -122,7 +125,8 @@ class Evaluation:
                 if not numbers and not self.in_step:
                     break
                 inputs = self._inputs(numbers or [0])
-                losses = self.engine.training_losses(inputs)
+                with self.network_in_use:
+                    losses = self.engine.training_losses(inputs)
                 if numbers:
                     quarters.add(inputs.idx, losses)
         quarters.reduce(sgm.distributed.all_reduce_)
@@ -170,6 +174,7 @@ class Evaluation:
             dataclasses.replace(self.config, args=args),
             engine=self.engine,
             digest=f"{self.config.digest}-{iteration}",
+            network_in_use=self.network_in_use,
         )
         with evaluation_mode(self.engine.network):
             prompts = validation_prompts(self.config)

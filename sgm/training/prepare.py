@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.frozen import base_storage, frozen_problems
+from sgm.checks.frozen import base_storage, device_problems, frozen_problems
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, recomputed_blocks, room_on, training_rows
 from sgm.checks.sampling import (
@@ -258,7 +258,8 @@ class _Checks:
             record("wandb", "args.wandb", import_wandb)
         record("trainable", "model.network_config", self._check_network)
         if "trainable" in self.facts and "dtype" in self.facts:
-            self.problems += frozen_problems(config, self.facts["trainable"].adapters, self.facts["network"])
+            self.problems += frozen_problems(config, trains_adapters=self.facts["trainable"].adapters)
+            self.problems += device_problems(config, self.facts["network"])
         record("adapters", "args.load", lambda: describe_adapters(config))
         record("vae", "model.first_stage_config", self._check_autoencoder)
         for part in ("denoiser_config", "loss_fn_config", "sampler_config"):

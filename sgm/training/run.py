@@ -126,6 +126,7 @@ class TrainingRun:
                 folder=parts.folder,
                 micro_batch=parts.deepspeed.train_micro_batch_size_per_gpu(),
                 in_step=parts.deepspeed.zero_optimization_stage() == 3,
+                network_in_use=parts.network_in_use,
             )
         self.metrics = None
         if sgm.distributed.rank() == 0:
@@ -271,7 +272,7 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
-        with self.parts.network_in_use, evaluation_weights(self.parts.deepspeed):
+        with evaluation_weights(self.parts.deepspeed):
             values = self.evaluation.losses()
             if self.metrics is not None:
                 self.metrics.log(self.iteration, values)
