@@ -61,14 +61,12 @@ class Estimate:
         phases: phase of the run (``text``, ``encode``, ``network``, ``optimizer``, ``decode``, ``validation``) → part →
             device memory.
         host: part → host memory, during the whole run.
-        passing: phase → host memory beyond that.
         traffic: axis → bytes sent per step of the sampler or the optimizer.
         video: bytes sent in the VAE for the videos of a prompt.
     """
 
     phases: Mapping[str, Mapping[str, float]]
     host: Mapping[str, float] = field(default_factory=dict)
-    passing: Mapping[str, float] = field(default_factory=dict)
     traffic: Mapping[str, float] = field(default_factory=dict)
     video: float = 0.0
 
@@ -87,10 +85,10 @@ class Estimate:
         device = self.device
         largest = max(device, key=lambda name: device[name])
         rows = {"memory": f"estimated {memory_text(device[largest])} a rank, in {largest}"}
+        host = sum(self.host.values())
+        beside = f"; host memory {memory_text(host)}" if host else ""
         for name, parts in self.phases.items():
             shown = ", ".join(f"{part} {memory_text(size)}" for part, size in parts.items() if size)
-            host = sum(self.host.values()) + self.passing.get(name, 0.0)
-            beside = f"; host memory {memory_text(host)}" if host else ""
             rows[f"  {name}"] = f"{memory_text(device[name])}: {shown}{beside}"
         sent = [f"{axis} {_traffic(size)}" for axis, size in self.traffic.items() if size]
         traffic = [f"estimated for a rank and step: {', '.join(sent)}"] if sent else []

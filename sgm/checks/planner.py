@@ -154,6 +154,11 @@ def room_on(device: torch.device) -> float | None:
     return min(free, ROOM * total)
 
 
+def room_for(card: float | None) -> float | None:
+    """Return the bytes that a run may take on a card of so many GiB; None takes the accelerator, if there is one."""
+    return room_on(device()) if card is None else ROOM * card * 2**30
+
+
 def fit(estimate_of: EstimateOf, room: float, changes: Iterable[Change]) -> tuple[list[Change], Estimate]:
     """Choose changes until a run fits into `room` bytes, or none helps any more.
 
@@ -223,7 +228,7 @@ def card_rows(
         changes: that may be made.
         next_steps: what to do if none of them is enough.
     """
-    room = room_on(device()) if size is None else ROOM * size * 2**30
+    room = room_for(size)
     if room is None:
         return {}
     own = estimate_of(())
@@ -254,7 +259,7 @@ def sampling_rows(config: Config, dtype: torch.dtype, card: float | None = None)
     """
     memo, rows = Memo(), {"ranks": rank_row(mesh_of(config))}
     if config.args.memory is not None:
-        room = room_on(device()) if card is None else ROOM * card * 2**30
+        room = room_for(card)
         config, preset = with_preset(config, dtype, room)
         rows["preset"] = f"configs/memory/{preset}.yaml"
 
@@ -288,7 +293,7 @@ def training_rows(
     geometry, memo = Geometry.from_network(params_of(config.model["network_config"])), Memo()
     rows = {"ranks": rank_row(mesh_of(config))}
     if getattr(config.args, "checkpoint_activations", None) == "auto":
-        room = room_on(device()) if card is None else ROOM * card * 2**30
+        room = room_for(card)
         number = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder, memo=memo)
         depth = params_of(config.model["network_config"])["num_layers"]
         rows["recomputed"] = f"{number} of {depth} blocks (args.checkpoint_activations=auto)"

@@ -1,6 +1,7 @@
 """Tiny training runs: golden networks on clips of coloured noise."""
 
 import contextlib
+import logging
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,13 @@ def begun(kept_run, tmp_path):
 
 def _copy(run: Path, folder: Path) -> Path:
     return shutil.copytree(run, folder / run.name)
+
+
+@pytest.fixture
+def log(caplog):
+    """Capture the project's log: its logger does not propagate once a command line has configured it."""
+    logger = logging.getLogger("sgm")
+    propagates, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.INFO, "sgm")
+    yield caplog
+    logger.propagate = propagates

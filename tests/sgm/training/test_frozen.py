@@ -1,7 +1,5 @@
 """Training adapters on frozen weights that are stored in fewer bits, or wait in host memory."""
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -40,16 +38,6 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def log(caplog):
-    """Capture the project's log: its logger does not propagate once a command line has configured it."""
-    logger = logging.getLogger("sgm")
-    propagates, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "sgm")
-    yield caplog
-    logger.propagate = propagates
 
 
 # One layer

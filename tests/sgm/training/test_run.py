@@ -1,7 +1,6 @@
 """Train tiny networks in this process: files, length, precision, accumulation, resume."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -47,16 +46,6 @@ def largest_difference(a, b) -> float:
 
 def messages(caplog) -> str:
     return "\n".join(record.getMessage() for record in caplog.records)
-
-
-@pytest.fixture
-def log(caplog):
-    """Capture the project's log: its logger does not propagate once a command line has configured it."""
-    logger = logging.getLogger("sgm")
-    propagates, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "sgm")
-    yield caplog
-    logger.propagate = propagates
 
 
 # Files
