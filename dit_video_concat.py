@@ -32,6 +32,9 @@ from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_posit
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu, in_pieces, multiply_add, text_and_patches
+from sgm.modules.step_cache import StepCache
+from sgm.parallel.attention import torch_attention
+from sgm.parallel.sequence import Attention
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_allocating
@@ -52,12 +55,7 @@ INTERPOLATION = ("time_interpolation", "height_interpolation", "width_interpolat
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens: TokenShards, **_: Any) -> torch.Tensor:
     """Full attention over the tokens of all ranks: q, k, v (B, S, heads, head_dim) → the same shape."""
-    return tokens.attend(q, k, v, _attend)
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+    return tokens.attend(q, k, v)
 
 
 class ImagePatchEmbeddingMixin(BaseMixin):
@@ -243,6 +241,7 @@ class AdaLNMixin(BaseMixin):
         self.recomputed_layers = recomputed_layers
         self.block: Any = transformer_block
         self.block_context: Any = nullcontext  # of its number: brings its weights, see sgm.weights.offload
+        self.step_cache: StepCache | None = None
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
@@ -266,10 +265,14 @@ class AdaLNMixin(BaseMixin):
             **hook_args,
         )
 
-        def run(x: torch.Tensor) -> torch.Tensor:
+        def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+            of_rows = {} if rows is None else {name: hook_args[name][rows] for name in ("emb", "context")}
             with self.block_context(index):
-                return block(x)
+                return block(x, **of_rows)
 
+        if self.step_cache is not None and self.step_cache.in_use:
+            group, num_text = hook_args["tokens"].group, hook_args["num_text"]
+            return self.step_cache.block(index, run, x, emb=hook_args["emb"], num_text=num_text, group=group)
         if index >= self.recomputed_layers or not torch.is_grad_enabled():
             return run(x)
         # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
@@ -457,6 +460,7 @@ class DiffusionTransformer(BaseModel):
         super().__init__(None, transformer=transformer)
         self.tensor_shard = tensor_shard  # this rank's shard of the layers, see sgm.parallel.tensor
         self.ring_attention: bool | None = None  # see TokenShards
+        self.attention: Attention = torch_attention
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
         self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
@@ -539,6 +543,13 @@ class DiffusionTransformer(BaseModel):
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block_context = context
 
+    def use_step_cache(self, kind: str, threshold: float) -> StepCache:
+        """Skip blocks when sampling, see `sgm.modules.step_cache`; return what decides."""
+        shape = (self.hidden_size, len(self.transformer.layers), self.in_channels, self.patch_size[0])
+        mixin: Any = self.mixins["adaln_layer"]
+        mixin.step_cache = StepCache(kind, threshold, shape)
+        return mixin.step_cache
+
     def offload_activations(self, device: torch.device, host: torch.device) -> None:
         """Let tensors for the backward pass wait on `host`; `device` is that of the network."""
         self.saving = HostActivations(device, host)
@@ -572,7 +583,8 @@ class DiffusionTransformer(BaseModel):
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))
         if ofs is not None and self.ofs_embed_dim is not None:
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
-        tokens = TokenShards(context.shape[1], math.prod(grid), sgm.distributed.sequence_group(), self.ring_attention)
+        group = sgm.distributed.sequence_group()
+        tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention, self.attention)
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
         for once in [getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()]:
             hook_args |= {} if once is None else once(grid=grid, tokens=tokens, device=x.device)

@@ -20,6 +20,8 @@ from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
+from sgm.modules.step_cache import StepCache
+from sgm.parallel.attention import require_attention
 from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.files import find_weights
@@ -260,7 +262,30 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
             if (storage := getattr(args, name)) is not None:
                 cure = f"install it, or remove args.{name}"
                 problems += problems_of(f"args.{name}", cure, partial(require_usable, storage, facts["device"]))
+    if {"geometry", "dtype"} <= facts.keys():
+        problems += _speed_problems(config, facts)
     return facts, problems
+
+
+def _speed_problems(config: Config, facts: Mapping[str, Any]) -> list[Problem]:
+    """Return the settings of speed that this network or device cannot have."""
+    args, network = config.args, params_of(config.model["network_config"])
+    if not {"hidden_size", "num_attention_heads", "num_layers"} <= network.keys():
+        return []  # reported when the network is built
+    problems = []
+    if args.attention is not None:
+        head_dim = network["hidden_size"] // network["num_attention_heads"]
+        training, device, dtype = config.mode == "train", facts["device"], facts["dtype"]
+        check = partial(
+            require_attention, args.attention, device=device, dtype=dtype, head_dim=head_dim, gradients=training
+        )
+        problems += problems_of("args.attention", "remove it, or give another", check)
+    if args.step_cache is not None:
+        geometry = facts["geometry"]
+        shape = (network["hidden_size"], network["num_layers"], geometry.in_channels, geometry.patch_size[0])
+        check = partial(StepCache, args.step_cache, default(args.step_cache_threshold, 0.0), shape)
+        problems += problems_of("args.step_cache", "give another, or remove it", check)
+    return problems
 
 
 def dry_run(config: Config) -> str:

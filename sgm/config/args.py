@@ -46,6 +46,9 @@ class SamplingArgs:
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     seed: AtLeast0 = 42
     batch_size: _Batch = 1
+    guidance_interval: tuple[Share, Share] | None = None
+    step_cache: Literal["first_block", "teacache"] | None = None
+    step_cache_threshold: Annotated[float, Field(ge=0, le=10)] | None = None
     # Results
     only_save_latents: bool = False
     output_dir: Name = "outputs"
@@ -61,6 +64,7 @@ class SamplingArgs:
     network_offload: Literal["none", "cpu", "blocks"] = "none"
     text_encoder_weights: Literal["int8", "fp8"] | None = None
     text_encoder_offload: Literal["none", "cpu", "blocks", "release"] = "release"
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash3", "sage", "xformers", "npu"] | None = None
     vae_tiling: bool = False
     vae_slicing: bool | None = None
     device: Name | None = None
@@ -89,6 +93,18 @@ class SamplingArgs:
             yield "seed", f"is {self.seed}", f"give a whole number from 0 to {last_seed}"
         if self.fp16 and self.bf16:
             yield "fp16", "fp16 and bf16 are both true", "keep the one that the model was released in"
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            found = f"is {list(self.guidance_interval)}, which holds no step"
+            yield "guidance_interval", found, "give [first, last] shares of the steps, such as [0.0, 0.8]"
+        if self.guidance_interval is not None and self.cfg_parallel_size > 1:
+            cure = "remove it, or share a sample by sequence_parallel_size=2 instead of cfg_parallel_size"
+            yield "guidance_interval", "would leave the rank of the other branch without work", cure
+        if self.step_cache_threshold is not None and self.step_cache is None:
+            found = f"is {self.step_cache_threshold:g}, and there is no step_cache"
+            yield "step_cache_threshold", found, "set args.step_cache=first_block, or remove it"
+        if self.attention not in (None, "auto") and self.sequence_attention == "ring":
+            found = f"is {self.attention}, and sequence_attention=ring has kernels of its own"
+            yield "attention", found, "remove it, or set args.sequence_attention=ulysses"
         if self.weights is not None and self.model_parallel_size > 1:
             found = f"is {self.weights}, and model_parallel_size {self.model_parallel_size}: layers are stored whole"
             cure = "remove args.weights, or share a sample by sequence_parallel_size and cfg_parallel_size instead"

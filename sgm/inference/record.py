@@ -5,9 +5,11 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
 
@@ -15,6 +17,10 @@ from sgm.weights.files import find_weights
 RESULT_ARGS = (
     "negative_prompt sampling_image_size sampling_num_frames sampling_fps num_steps guidance_scale seed fp16 bf16 base "
     "force_inference vae_tiling"
+).split()
+# Those left out where they are not set, so that records of older versions stay valid.
+_LATER_RESULT_ARGS = (
+    "weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
 ).split()
 
 
@@ -66,11 +72,18 @@ class Summary:
         return "\n".join(lines)
 
 
+def later_settings(args: SamplingArgs) -> dict[str, Any]:
+    """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
+    given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value is not None
+    }
+
+
 def result_digest(config: Config) -> str:
     """SHA-256 of everything in `config` that changes a sample."""
     args = {name: getattr(config.args, name) for name in RESULT_ARGS}
-    # Left out where they are not set, so that records of older versions stay valid.
-    args |= {name: value for name in ("weights", "text_encoder_weights") if (value := getattr(config.args, name))}
+    args |= later_settings(config.args)
     assert config.args.load is not None, "the dry run refuses a run without weights"
     args["load"] = str(find_weights(config.args.load).resolve())  # 'latest' may change
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()

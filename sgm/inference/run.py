@@ -33,12 +33,13 @@ from sgm.inference.prompts import (
     load_image,
     read_prompts_cli,
 )
-from sgm.inference.record import Summary, Timings, clock, result_digest
+from sgm.inference.record import Summary, Timings, clock, later_settings, result_digest
 from sgm.inference.results import Results
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
+from sgm.parallel.attention import attention_named
 from sgm.util import RunError, default, instantiate_from_config, peak_memory
 from sgm.weights.offload import Offload
 
@@ -114,6 +115,7 @@ class SamplingRun:
         else:
             self.dtype = next(engine.network.parameters()).dtype
             self.engine = engine
+        self.engine.use_step_cache(self.args.step_cache, self.args.step_cache_threshold)
         suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
         self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
         self.summary = Summary()
@@ -211,6 +213,7 @@ class SamplingRun:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
+        self.engine.network.attention = attention_named(default(args.attention, "auto"))
         if waits:
             self._offload_network()
         self._is_loaded = True
@@ -246,8 +249,7 @@ class SamplingRun:
             "num_steps": default(args.num_steps, sampler.num_steps),
             "guidance_scale": default(args.guidance_scale, getattr(sampler.guider, "scale", None)),
             "precision": str(self.dtype).removeprefix("torch."),
-            **({"weights": args.weights} if args.weights else {}),
-            **({"text_encoder_weights": args.text_encoder_weights} if args.text_encoder_weights else {}),
+            **later_settings(args),
             "config_digest": self.digest,
         }
 
@@ -347,6 +349,7 @@ class SamplingRun:
             concat=concat,
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
+            guidance_interval=self.args.guidance_interval,
             progress=partial(_progress, description="steps"),
         )
         timings.sample = clock() - start
@@ -363,6 +366,7 @@ class SamplingRun:
             "configs": list(self.config.bases),
             "overrides": list(self.config.overrides),
             "device": self.device.type,
+            **self._cache_record(),
             "seconds": {name: round(value, 3) for name, value in vars(timings).items()},
             "peak_memory_bytes": peak_memory(self.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -370,6 +374,11 @@ class SamplingRun:
         path = self.results.write(prompt, k, save, record)
         self.summary.written.append(path)
         logger.info("wrote %s", path)
+
+    def _cache_record(self) -> dict[str, Any]:
+        """Return the share of the calls of blocks that a step cache let run, for the record of a sample."""
+        cache = self.engine.step_cache
+        return {} if cache is None else {"share_of_blocks_run": round(cache.share_run, 4)}
 
     def _write_sheet(self, prompts: list[Prompt], rank: int, size: int) -> None:
         """Write a contact sheet of all finished videos of `prompts`, including those of earlier runs."""

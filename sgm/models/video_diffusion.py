@@ -18,7 +18,8 @@ from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.util import PRECISIONS, InputError, instantiate_from_config, to_device, without_allocating
+from sgm.modules.step_cache import DEFAULT_THRESHOLDS, StepCache
+from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
 from sgm.weights.quantize import Storage
 
@@ -136,6 +137,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.precision = precision
         self.lora_train = lora_train
         self.ofs = ofs
+        self.step_cache: StepCache | None = None  # of the network, for sampling
         self.run_device: torch.device | None = None  # set if parameters are offloaded between forward passes
 
     @property
@@ -167,6 +169,11 @@ class SATVideoDiffusionEngine(nn.Module):
         if self.conditioner is None:
             raise InputError("the model section has no conditioner_config; add one to train or to sample")
         return self.conditioner
+
+    def use_step_cache(self, kind: str | None, threshold: float | None) -> None:
+        """Skip blocks of the network when sampling, see `StepCache`; None: run them all, or the default threshold."""
+        threshold = DEFAULT_THRESHOLDS.get(kind or "") if threshold is None else threshold
+        self.step_cache = None if kind is None else self.network.use_step_cache(kind, threshold)
 
     def load_weights(
         self,
@@ -363,6 +370,7 @@ class SATVideoDiffusionEngine(nn.Module):
         concat: torch.Tensor | None = None,
         num_steps: int | None = None,
         scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Sample latents.
@@ -376,6 +384,7 @@ class SATVideoDiffusionEngine(nn.Module):
             concat: image latents from `image_latents`, of the padded length.
             num_steps: overrides the configured number of steps.
             scale: overrides the configured guidance scale.
+            guidance_interval: see `VideoSampler`.
             progress: wraps the sequence of steps, as tqdm does.
 
         Returns:
@@ -392,17 +401,21 @@ class SATVideoDiffusionEngine(nn.Module):
             cond["concat"] = concat
             if uncond is not None:
                 uncond["concat"] = concat
-        latents = self.sampler(
-            self._denoise,
-            noise,
-            cond,
-            uncond,
-            num_steps=num_steps,
-            scale=scale,
-            generators=generators,
-            progress=progress,
-            **self.network_kwargs(len(noise), noise.device),
-        )
+        optional = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
+        cache = self.step_cache
+        with nullcontext() if cache is None else cache.sampling(default(num_steps, self.sampler.num_steps), len(noise)):
+            latents = self.sampler(
+                self._denoise,
+                noise,
+                cond,
+                uncond,
+                num_steps=num_steps,
+                scale=scale,
+                generators=generators,
+                progress=progress,
+                **optional,
+                **self.network_kwargs(len(noise), noise.device),
+            )
         return latents[:, padding:]
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo
 
+from sgm.parallel.attention import torch_attention
 from sgm.parallel.ring_attention import ring_attention
 from sgm.parallel.sequence import (
     Attention,
@@ -29,6 +30,7 @@ class TokenShards:
         num_patches: N, patches of the sample.
         group: the ranks; None for one.
         ring: True for ring attention, False for Ulysses, None for Ulysses if there are enough heads.
+        attention: that of one rank, see `ulysses_attention`; ring attention has its own.
 
     Attributes:
         size: sequence parallel size.
@@ -37,8 +39,16 @@ class TokenShards:
         lengths: tokens of every rank.
     """
 
-    def __init__(self, num_text: int, num_patches: int, group: Group = None, ring: bool | None = None) -> None:
+    def __init__(
+        self,
+        num_text: int,
+        num_patches: int,
+        group: Group = None,
+        ring: bool | None = None,
+        attention: Attention = torch_attention,
+    ) -> None:
         self.num_text, self.num_patches, self.group, self.ring = num_text, num_patches, group, ring
+        self.attention = attention
         self.size = group_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         if min(num_text, num_patches) < self.size > 1:
@@ -65,25 +75,22 @@ class TokenShards:
         parts = table.split((self.num_text, self.num_patches), dim)
         return torch.cat([part.split(shard_sizes(part.shape[dim], self.size), dim)[self.rank] for part in parts], dim)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's tokens over the tokens of all ranks.
 
         Args:
             q: (B, s, heads, head_dim), with positions applied.
             k: the same shape.
             v: the same shape.
-            attention: the attention of one rank, see `ulysses_attention`.
         """
         if self.size == 1:
-            return attention(q, k, v)
-        return _attend_over_ranks(q, k, v, self, attention)
+            return self.attention(q, k, v)
+        return _attend_over_ranks(q, k, v, self)
 
 
 # A compiler would break its graph at every collective, and compile what lies between two of them.
 @_disable_dynamo  # torch.compiler.disable would import the compiler now
-def _attend_over_ranks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: TokenShards, attention: Attention
-) -> torch.Tensor:
+def _attend_over_ranks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: TokenShards) -> torch.Tensor:
     if tokens.ring or (tokens.ring is None and q.shape[2] < tokens.size):
         return ring_attention(q, k, v, tokens.group, tokens.lengths)
-    return ulysses_attention(q, k, v, tokens.group, tokens.lengths, attention)
+    return ulysses_attention(q, k, v, tokens.group, tokens.lengths, tokens.attention)

@@ -22,6 +22,7 @@ from sgm.data.order import TrainingOrder, derive_seed
 from sgm.io import atomic_file, hidden_folder, lock_folder, remove_leftovers
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.parallel.attention import attention_named
 from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.inputs.clips import Data
@@ -365,6 +366,7 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         warn_once(logger, report.warnings)
     engine.run_device = device
     engine.network.ring_attention = args.ring_attention
+    engine.network.attention = attention_named(default(args.attention, "auto"))
     if args.offload_activations:
         engine.network.offload_activations(device, torch.device("cpu"))
     if plan.caches.vae:

@@ -102,6 +102,7 @@ class VideoSampler(ABC):
         *,
         num_steps: int | None = None,
         scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         generators: Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
         **model_kwargs: Any,
@@ -116,6 +117,8 @@ class VideoSampler(ABC):
             uc: unconditional conditions of the same names and shapes.
             num_steps: overrides the configured number of steps, also in the guider.
             scale: overrides the configured guidance scale.
+            guidance_interval: shares of the steps between which guidance is used (Kynkäänniemi et al. 2024); outside
+                of it only the conditional branch is computed.
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
             progress: wraps the sequence of step numbers, as tqdm does.
             **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
@@ -131,7 +134,9 @@ class VideoSampler(ABC):
         levels, steps = schedule.alphas_cumprod_sqrt, range(len(schedule.timesteps))
         sample, previous = x.float(), None
         for i in progress(steps) if progress is not None and self.verbose else steps:
-            inputs, both = self.guider.prepare_inputs(sample, cond, uc)
+            guided = guidance_interval[0] <= i / len(steps) < guidance_interval[1]
+            guider = self.guider if guided else IdentityGuider()
+            inputs, both = guider.prepare_inputs(sample, cond, uc)
             answer = denoise_fn(
                 inputs,
                 torch.full((len(inputs),), levels[i], device=x.device),
@@ -139,8 +144,8 @@ class VideoSampler(ABC):
                 idx=torch.full((len(inputs),), schedule.timesteps[i], device=x.device),
                 **{name: _repeat_batch(value, len(x), len(inputs)) for name, value in model_kwargs.items()},
             )
-            denoised = self.guider.combine(
-                answer.float(), timestep=schedule.timesteps[i], num_steps=num_steps, scale=scale
+            denoised = guider.combine(
+                answer.float(), timestep=schedule.timesteps[i], num_steps=num_steps, scale=scale if guided else None
             )
             a_previous = levels[i - 1] if i > 0 else None
             state = StepState(sample, denoised, previous, a_previous, levels[i], levels[i + 1])

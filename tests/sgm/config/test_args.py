@@ -62,6 +62,10 @@ def test_a_complete_section_has_no_problems():
         ({"valid_prompts": ()}, "valid_prompts", "a list of prompts"),
         ({"fp16": True, "bf16": True}, "fp16", "keep the one"),
         ({"seed": 2**63}, "seed", "from 0 to"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval", "[0.0, 0.8]"),
+        ({"guidance_interval": (0.0, 0.5), "cfg_parallel_size": 2}, "guidance_interval", "sequence_parallel_size=2"),
+        ({"step_cache_threshold": 0.1}, "step_cache_threshold", "args.step_cache=first_block"),
+        ({"attention": "flash", "sequence_attention": "ring"}, "attention", "sequence_attention=ulysses"),
     ],
 )
 def test_contradicting_args_are_refused(args, name, cure):

@@ -132,6 +132,20 @@ def test_guidance_doubles_the_batch_and_what_belongs_to_it() -> None:
     assert result.flatten(1).mean(dim=1).tolist() == pytest.approx([1 + 2 * 1, 1 + 2 * 3])
 
 
+def test_guidance_outside_of_its_interval_costs_nothing() -> None:
+    rows = []
+
+    def denoise(x: torch.Tensor, a: torch.Tensor, cond: dict, *, idx: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return cond["crossattn"].view(-1, 1, 1, 1, 1).expand_as(x)
+
+    cond, uc = {"crossattn": torch.tensor([2.0, 4.0])}, {"crossattn": torch.tensor([1.0, 1.0])}
+    sampler = build(VideoDDIMSampler, guider_config=VANILLA)
+    result = sampler(denoise, torch.randn(SHAPE), cond, uc, guidance_interval=(0.25, 0.75), scale=2.0)
+    assert rows == [2, 2, 4, 4, 4, 4, 2, 2]
+    assert result.flatten(1).mean(dim=1).tolist() == pytest.approx([2, 4])
+
+
 def test_dynamic_guidance_follows_the_number_of_steps_of_the_run() -> None:
     sampler = build(
         VideoDDIMSampler,
