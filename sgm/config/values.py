@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
@@ -26,8 +27,7 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
     are not numbers, and text is not converted. An annotation without JSON schema, such as a class, matches anything.
     """
     try:
-        adapter = TypeAdapter(hint)
-        schema = adapter.json_schema()
+        adapter, schema = _adapter(hint)
     except (PydanticUserError, TypeError, ValueError):
         return None
     try:
@@ -40,6 +40,13 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
         quoting = "; text that YAML reads as something else needs quotes" if takes_text else ""
         return f"is {spelled(value)}", f"give {words}{quoting}"
     return None
+
+
+@cache
+def _adapter(hint: Any) -> tuple[TypeAdapter[Any], Mapping[str, Any]]:
+    """Return what validates values of an annotation, which takes longer to make than to use, and its JSON schema."""
+    adapter = TypeAdapter(hint)
+    return adapter, adapter.json_schema()
 
 
 def spelled(value: Any, most: int = 100) -> str:
