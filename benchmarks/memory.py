@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.models import vae_section
-from sgm.checks.estimate import Estimate, Memo, network_usage, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
+from sgm.checks.measure import Memo, network_usage, with_equal_parts_once
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
@@ -145,7 +146,11 @@ def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     vae = build(vae_section(model))
     vae.encode_chunk, _ = ENCODE[how]
     clip = torch.Size((1, 3, frames, height, width))
-    found = usage(vae, lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE)), VAE_DTYPE, Mesh())
+
+    def encode(vae: Any) -> torch.Tensor:
+        return vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE))
+
+    found = usage(vae, encode, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
     return found.weights * VAE_DTYPE.itemsize, found.peak
 
 

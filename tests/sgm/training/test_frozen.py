@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import sgm.training.build
-from sgm.checks.estimate import network_usage
 from sgm.checks.fake_run import build
 from sgm.checks.frozen import base_storage
+from sgm.checks.measure import network_usage
 from sgm.config.load import ConfigError, load_config
 from sgm.training.metrics import read_metrics
 from sgm.training.optim.trainable import choose_trainable
