@@ -25,6 +25,7 @@ from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.quantize import num_bytes
 
 HOST = torch.device("meta")  # stands for host memory, which fake tensors of a CPU share with the device
+_DEVICE = torch.ops.prim.device.default
 AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
 
@@ -77,15 +78,18 @@ class LiveBytes(TorchDispatchMode):
         return False  # else each operator asks torch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = func(*args, **(kwargs or {}))
-        for x in tree_iter(made):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in before and key not in self._known:
+        if func is _DEVICE:  # a fake tensor is asked for its device more often than it is computed with
+            return made
+        given = None
+        for x in (made,) if isinstance(made, torch.Tensor) else tree_iter(made):
+            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known:
+                if given is None:  # weights were made before counting began, and results may be views of them
+                    tensors = (y for y in tree_iter((args, kwargs)) if isinstance(y, torch.Tensor))
+                    given = {y.untyped_storage()._cdata for y in tensors}
+                if key not in given:
                     self._known.add(key)
-                    place = "host" if x.device == self._host else "live"
+                    place, size = "host" if x.device == self._host else "live", storage.nbytes()
                     setattr(self, place, getattr(self, place) + size)
                     weakref.finalize(storage, self._forget, key, size, place)
         self.peak, self.host_peak = max(self.peak, self.live), max(self.host_peak, self.host)
