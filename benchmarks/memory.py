@@ -10,8 +10,11 @@ are not counted: leave a tenth of a card free.
 
 import argparse
 import csv
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +23,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.models import vae_section
-from sgm.checks.estimate import Estimate, Memo, network_usage, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
+from sgm.checks.measure import Memo, network_usage, once, with_equal_parts_once
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
@@ -42,7 +46,10 @@ CLIPS = {
 }
 Task = Literal["sample", "LoRA", "full"]
 TASKS: tuple[Task, ...] = ("sample", "LoRA", "full")
-_memo = Memo()  # models share a VAE, and i2v models nearly all with those of text to video
+# Models that are measured by one process, since they share a VAE; those that take longest come first.
+GROUPS = (("cogvideox_5b", "cogvideox_5b_i2v"), ("cogvideox1.5_5b", "cogvideox1.5_5b_i2v"), ("cogvideox_2b",))
+_memo = Memo()
+_estimates: dict[tuple[Any, ...], Estimate] = {}  # by the arguments of `estimate`
 
 
 def clip_text(model: str) -> str:
@@ -97,10 +104,12 @@ def estimate(
         files: of configs/, without suffix, after those of model and task.
         cached: clips and captions were encoded before training.
     """
-    return _estimate(task, model, tuple(settings), tuple(files), cached)
+    key = task, model, tuple(settings), tuple(files), cached
+    if key not in _estimates:
+        _estimates[key] = _estimate(*key)
+    return _estimates[key]
 
 
-@cache
 def _estimate(task: Task, model: str, settings: tuple[str, ...], files: tuple[str, ...], cached: bool) -> Estimate:
     if task == "sample":
         size = f"args.sampling_image_size=[{CLIPS[model][1]},{CLIPS[model][2]}]"
@@ -119,10 +128,12 @@ DECODE = {"whole frames": ((), "exact"), "`vae_tiling: true`": (("args.vae_tilin
 VAE_DTYPE = torch.bfloat16
 
 
-def vae_table() -> Iterator[str]:
+def vae_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table; the 2B and the 5B share a VAE."""
     yield from header("what", "model", "clip", "settings", "result", "weights", "peak of the rest")
     for model in ("cogvideox_5b", "cogvideox1.5_5b"):
+        if model not in models:
+            continue
         for phase, settings in (("VAE encode", ENCODE), ("VAE decode", DECODE)):
             for how in settings:
                 yield vae_row(phase, model, how)
@@ -141,12 +152,14 @@ def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     if phase == "VAE decode":
         parts = estimate("sample", model, DECODE[how][0]).phases["decode"]
         return parts["VAE"], parts["activations"]
-    frames, height, width = CLIPS[model]
-    vae = build(vae_section(model))
-    vae.encode_chunk, _ = ENCODE[how]
-    clip = torch.Size((1, 3, frames, height, width))
-    found = usage(vae, lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE)), VAE_DTYPE, Mesh())
-    return found.weights * VAE_DTYPE.itemsize, found.peak
+    key = f"{phase} {model} {how}"
+    if key not in _memo:
+        vae = build(vae_section(model))
+        vae.encode_chunk, _ = ENCODE[how]
+        clip = (1, 3, *CLIPS[model])
+        work = lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE))  # noqa: E731
+        _memo[key] = usage(vae, work, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
+    return _memo[key].weights * VAE_DTYPE.itemsize, _memo[key].peak
 
 
 # Sampling
@@ -159,11 +172,11 @@ EIGHT_BITS = {
 }
 
 
-def sampling_table() -> Iterator[str]:
+def sampling_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of presets."""
     yield from header("preset", "model", "video", "T5 encodes", "the network samples", "the VAE decodes")
     for preset in PRESETS:
-        for model in CLIPS:
+        for model in models:
             yield sampling_row(preset, model)
 
 
@@ -173,10 +186,10 @@ def sampling_row(preset: str, model: str) -> str:
     return line(f"`{preset}`", model, clip_text(model), device["text"], device["network"], device["decode"])
 
 
-def eight_bit_table() -> Iterator[str]:
+def eight_bit_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of the network in eight bits."""
     yield from header("model", "video", *EIGHT_BITS)
-    for model in CLIPS:
+    for model in models:
         phases = [estimate("sample", model, settings).phases["network"] for settings in EIGHT_BITS.values()]
         yield line(model, clip_text(model), *(sum(phase.values()) - phase["VAE"] for phase in phases))
 
@@ -195,17 +208,17 @@ CARDS = {
 }
 
 
-def card_table() -> Iterator[str]:
+def card_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table: for each card, task and model the settings that make it fit."""
-    yield from header("card", "task", *CLIPS)
+    yield from header("card", "task", *models)
     for card in CARDS:
         for task in TASKS:
-            yield card_row(card, task)
+            yield card_row(card, task, models)
 
 
-def card_row(card: str, task: Task) -> str:
+def card_row(card: str, task: Task, models: Collection[str] = CLIPS) -> str:
     """Return a line of the table."""
-    return line(card, task, *(_settings_for(task, model, ROOM * CARDS[card] * GIB) for model in CLIPS))
+    return line(card, task, *(_settings_for(task, model, ROOM * CARDS[card] * GIB) for model in models))
 
 
 def _settings_for(task: Task, model: str, room: float) -> str:
@@ -245,10 +258,10 @@ STEPS = {
 }
 
 
-def step_table() -> Iterator[str]:
+def step_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of a training step: weights, adapters and activations of the network."""
     yield from header("model", "clip", *STEPS)
-    for model in CLIPS:
+    for model in models:
         yield step_row(model)
 
 
@@ -261,7 +274,7 @@ def step_peak(model: str, how: str) -> float:
     """Return the bytes on the device of a step of LoRA training, without the state of the optimizer."""
     run, (frames, height, width) = training("LoRA", model, STEPS[how]), CLIPS[model]
     video = ((frames - 1) // 4 + 1, height, width)
-    found = network_usage(run.config, video, 1, run.dtype, trained=frozenset(run.trained))
+    found = once(_memo, network_usage, run.config, video, 1, run.dtype, trained=frozenset(run.trained))
     waits = run.config.args.network_offload == "blocks"
     return found.peak + (run.dtype.itemsize * found.trained if waits else found.stored)
 
@@ -276,12 +289,13 @@ OPTIMIZERS: Mapping[str, Sequence[str]] = {  # in the published table → files
 }
 
 
-def published_table() -> Iterator[str]:
+def published_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of figures that were published for another trainer, beside ours."""
     yield from header("what", "optimizer", "batch", "rank", "recomputed", "published", "ours", "ratio")
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            yield published_row(row)
+            if f"cogvideox_{row['model']}" in models:
+                yield published_row(row)
 
 
 def published_row(row: Mapping[str, str]) -> str:
@@ -307,7 +321,7 @@ def published_peak(row: Mapping[str, str]) -> float:
     return max(found.device[phase] for phase in ("network", "optimizer"))
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {
+TABLES: dict[str, Callable[[Collection[str]], Iterator[str]]] = {
     "vae": vae_table,
     "sampling": sampling_table,
     "8bit": eight_bit_table,
@@ -317,17 +331,28 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
+def _measured(models: Sequence[str], tables: Sequence[str]) -> tuple[Memo, dict[tuple[Any, ...], Estimate]]:
+    """Measure what tables say about some models."""
+    for name in tables:
+        for _ in TABLES[name](models):
+            pass
+    return _memo, _estimates
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables."""
+    """Print the tables, measured by as many processes as there are cores and groups of models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="print some of the tables"
     )
-    for name in parser.parse_args(argv).only:
-        for text in TABLES[name]():
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    names = parser.parse_args(argv).only
+    workers = min(os.cpu_count() or 1, len(GROUPS))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for memo, estimates in pool.map(_measured, GROUPS, [names] * len(GROUPS)):
+            _memo.update(memo)
+            _estimates.update(estimates)
+    for name in names:
+        sys.stdout.write("\n".join([*TABLES[name](CLIPS), "", ""]))
     return 0
 
 

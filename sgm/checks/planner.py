@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sgm.checks.estimate import Estimate, Memo, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
+from sgm.checks.measure import Memo
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import params_of
 from sgm.checks.training import with_largest_bucket
