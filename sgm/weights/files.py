@@ -10,7 +10,6 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 
 from sgm.io import parse_json, refusing_denied
 from sgm.util import InputError
-from sgm.weights.checksums import KEY, OLD_KEY, Checksums, damaged_entry, safetensors_checksums, zip_checksums
+from sgm.weights.checksums import (
+    FINITE,
+    KEY,
+    OLD_KEY,
+    CheckedArchive,
+    Checksums,
+    damaged_entry,
+    safetensors_checksums,
+    zip_checksums,
+)
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
@@ -293,7 +301,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if not _is_safetensors(path, head):
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
-        return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY)}
+        return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY, FINITE)}
 
 
 def weights_digest(path: str | Path) -> str:
@@ -358,7 +366,7 @@ def _read_torch(path: Path, size: int, head: bytes) -> tuple[object, Checksums |
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), checksums
 
 
-def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
+def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> tuple[Any, bool]:
     """Read the content of a file of torch.save, and compare all its bytes with its checksums meanwhile.
 
     Args:
@@ -366,17 +374,22 @@ def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
         map_location: as for torch.load.
         cure: the end of messages.
 
+    Returns:
+        The content, and whether it is known that its values are finite.
+
     Raises:
         InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
     """
     path = Path(path)
     size, head = _read_head(path)
-    with _torch_errors(path, size, cure, cure), ThreadPoolExecutor(1) as pool:
-        check = pool.submit(damaged_entry, path) if head.startswith(b"PK") else None
-        content = torch.load(path, map_location=map_location, weights_only=True)
-        if check is not None and (entry := check.result()):
-            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (checksum)")
-    return content
+    with _torch_errors(path, size, cure, cure):
+        if not head.startswith(b"PK"):
+            return torch.load(path, map_location=map_location, weights_only=True), False
+        with CheckedArchive(path) as archive:
+            content = torch.load(archive, map_location=map_location, weights_only=True)
+            if entry := archive.damaged_entry():
+                raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (checksum)")
+    return content, archive.finite
 
 
 @contextlib.contextmanager

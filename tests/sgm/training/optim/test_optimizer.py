@@ -192,6 +192,8 @@ def test_unknown_optimizers_are_refused(name, message):
 
 def test_biases_and_norms_do_not_decay():
     model = network()
+    section = {**SECTION, "params": {**SECTION["params"], "betas": [0, 0]}}
+    assert make_optimizer(section, model.named_parameters()).param_groups[0]["betas"] == (0, 0), "whole numbers"
     optimizer = make_optimizer(SECTION, model.named_parameters())
     decay, rest = optimizer.param_groups
     assert decay["params"] == [model.inner.weight, model.outer.weight, model.unused.weight]
