@@ -33,6 +33,7 @@ from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_posit
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu, in_pieces
+from sgm.modules.lora import use_adapters
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_allocating
@@ -519,13 +520,13 @@ class DiffusionTransformer(BaseModel):
         mark_tensor_parallel(self.named_parameters())
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        is_sharded = self.tensor_shard.size > 1
         # SAT would store weights in four bits itself; here training does, see `sgm.weights.quantize`.
         section = {**section, "params": {k: v for k, v in (section.get("params") or {}).items() if k != "qlora"}}
         # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
-        with torch.random.fork_rng(devices=[], enabled=is_sharded):
+        with torch.random.fork_rng(devices=[], enabled=self.tensor_shard.size > 1):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
-        if is_sharded:
+        use_adapters(self.transformer)
+        if self.tensor_shard.size > 1:
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
 
     @property
