@@ -44,6 +44,26 @@ _DIGEST_ELEMENTS = 1024
 _QUICK = 1 << 27  # archives of this size are compared with their CRC-32 in less than 0.1 s
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
 
+# As the format names them.
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
 
 def find_weights(load: str | Path) -> Path:
     """Resolve `load` to a weights file.
@@ -254,10 +274,28 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
-            # Mapped one by one: `load_file` reads the whole file.
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return _mapped_safetensors(path, size)
     return _tensors_of(_read_torch(path, size, head)[0], path)
+
+
+def _mapped_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:
+    """Map the tensors of a safetensors file, of which nothing but the header is read.
+
+    `safe_open(...).get_tensor` has the system read every tensor that it returns, also where only its shape is wanted.
+    """
+    with safe_open(path, framework="pt") as file:  # checks the header, and that its offsets fill the file
+        names = file.keys()
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header: Any = parse_json(content.read(length).decode())
+        offsets = {name: [8 + length + offset for offset in header[name]["data_offsets"]] for name in names}
+        dtypes = {name: _SAFETENSORS_DTYPES[header[name]["dtype"]] for name in names}
+        if any(offsets[name][0] % dtypes[name].itemsize for name in names):  # no writer that aligns tensors
+            return {name: file.get_tensor(name) for name in names}
+    whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size))
+    return {
+        name: whole[begin:end].view(dtypes[name]).view(header[name]["shape"]) for name, (begin, end) in offsets.items()
+    }
 
 
 def read_entry(path: str | Path, key: str) -> Any:
