@@ -40,6 +40,7 @@ T5_XXL_BYTES = 2 * 4_762_310_656
 # Bytes of state for each trained parameter, see docs/optimizers.md; AdamW and unknown ones: 8.
 MOMENT_BYTES = {
     "torchao.optim.AdamW8bit": 2.04,
+    "torchao.optim.AdamW4bit": 1.07,
     "bitsandbytes.optim.AdamW8bit": 2.04,
     "came_pytorch.CAME": 4.03,
     "Muon": 4,
