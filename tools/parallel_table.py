@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
-from sgm.checks.measure import Memo
 from sgm.config.load import Config, Mode, load_config
 from sgm.util import PRECISIONS, instantiate_from_config, prepare_import, without_allocating
 
@@ -23,7 +22,6 @@ MODELS = {
     "1.5-5B": "cogvideox1.5_5b",
     "5B, LoRA": "cogvideox_5b_lora",
 }
-_memo = Memo()  # rows share measurements
 VAE_PHASE: dict[Mode, str] = {"inference": "decode", "train": "encode"}
 # Mode → (model, number of devices, files after those of the model and the task).
 ROWS: dict[Mode, list[tuple[str, int, tuple[str, ...]]]] = {
@@ -63,12 +61,12 @@ def estimate(model: str, devices: int, files: tuple[str, ...], mode: Mode) -> Es
     config = config_of(model, files, mode)
     dtype = PRECISIONS[config.model["precision"]]
     if mode == "inference":
-        return sampling_estimate(config, dtype, _memo)
+        return sampling_estimate(config, dtype)
     with without_allocating():
         network = instantiate_from_config(config.model["network_config"])
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     adapters = [name for name in names if ".matrix_" in name]
-    return training_estimate(config, dtype, adapters or names, memo=_memo)
+    return training_estimate(config, dtype, adapters or names)
 
 
 def row(mode: Mode, model: str, devices: int, files: tuple[str, ...]) -> str:
