@@ -461,7 +461,7 @@ class DiffusionTransformer(BaseModel):
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
         self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
-        self.ofs_embed_dim = ofs_embed_dim
+        self.ofs_embed_dim, self.time_compressed_rate = ofs_embed_dim, time_compressed_rate
         if ofs_embed_dim is not None:
             self.ofs_embed = _embedding_mlp(ofs_embed_dim, ofs_embed_dim)
         latent_frames = (num_frames - 1) // time_compressed_rate + 1

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ import torch
 from benchmarks.models import vae_section
 from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
-from sgm.checks.measure import Memo, network_usage, once, with_equal_parts_once
+from sgm.checks.measure import network_usage, once, with_equal_parts_once
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
@@ -48,8 +48,20 @@ Task = Literal["sample", "LoRA", "full"]
 TASKS: tuple[Task, ...] = ("sample", "LoRA", "full")
 # Models that are measured by one process, since they share a VAE; those that take longest come first.
 GROUPS = (("cogvideox_5b", "cogvideox_5b_i2v"), ("cogvideox1.5_5b", "cogvideox1.5_5b_i2v"), ("cogvideox_2b",))
-_memo = Memo()
-_estimates: dict[tuple[Any, ...], Estimate] = {}  # by the arguments of `estimate`
+_results: dict[tuple[Any, ...], Any] = {}  # name of a function, and its arguments → its result
+
+
+def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which computes what is not among `_results`."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        key = (function.__name__, *args)
+        if key not in _results:
+            _results[key] = function(*args)
+        return _results[key]
+
+    return run
 
 
 def clip_text(model: str) -> str:
@@ -104,21 +116,19 @@ def estimate(
         files: of configs/, without suffix, after those of model and task.
         cached: clips and captions were encoded before training.
     """
-    key = task, model, tuple(settings), tuple(files), cached
-    if key not in _estimates:
-        _estimates[key] = _estimate(*key)
-    return _estimates[key]
+    return _estimate(task, model, tuple(settings), tuple(files), cached)
 
 
+@kept
 def _estimate(task: Task, model: str, settings: tuple[str, ...], files: tuple[str, ...], cached: bool) -> Estimate:
     if task == "sample":
         size = f"args.sampling_image_size=[{CLIPS[model][1]},{CLIPS[model][2]}]"
         bases = [CONFIGS / f"{name}.yaml" for name in (model, "inference", *files)]
         config = load_config(bases, [size, *settings], mode="inference")
-        return sampling_estimate(config, PRECISIONS[config.model["precision"]], _memo)
+        return sampling_estimate(config, PRECISIONS[config.model["precision"]])
     run = training(task, model, settings, files)
     loaded = {"vae": not cached, "text_encoder": not cached}
-    return training_estimate(run.config, run.dtype, run.trained, **loaded, memo=_memo)
+    return training_estimate(run.config, run.dtype, run.trained, **loaded)
 
 
 # The VAE
@@ -147,19 +157,20 @@ def vae_row(phase: str, model: str, how: str) -> str:
     return line(phase, model, clip_text(model), how, effect, *figures)
 
 
+@kept
 def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     """Return the bytes of the VAE's weights, and of all else at the peak of encoding or decoding a clip."""
     if phase == "VAE decode":
         parts = estimate("sample", model, DECODE[how][0]).phases["decode"]
         return parts["VAE"], parts["activations"]
-    key = f"{phase} {model} {how}"
-    if key not in _memo:
-        vae = build(vae_section(model))
-        vae.encode_chunk, _ = ENCODE[how]
-        clip = (1, 3, *CLIPS[model])
-        work = lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE))  # noqa: E731
-        _memo[key] = usage(vae, work, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
-    return _memo[key].weights * VAE_DTYPE.itemsize, _memo[key].peak
+    vae = build(vae_section(model))
+    vae.encode_chunk, _ = ENCODE[how]
+
+    def encode(vae: Any) -> torch.Tensor:
+        return vae.encode_moments(torch.empty((1, 3, *CLIPS[model]), dtype=VAE_DTYPE))
+
+    found = usage(vae, encode, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
+    return found.weights * VAE_DTYPE.itemsize, found.peak
 
 
 # Sampling
@@ -270,11 +281,12 @@ def step_row(model: str) -> str:
     return line(f"{model}_lora", clip_text(model), *(float(step_peak(model, how)) for how in STEPS))
 
 
+@kept
 def step_peak(model: str, how: str) -> float:
     """Return the bytes on the device of a step of LoRA training, without the state of the optimizer."""
     run, (frames, height, width) = training("LoRA", model, STEPS[how]), CLIPS[model]
     video = ((frames - 1) // 4 + 1, height, width)
-    found = once(_memo, network_usage, run.config, video, 1, run.dtype, trained=frozenset(run.trained))
+    found = once(network_usage, run.config, video, 1, run.dtype, trained=frozenset(run.trained))
     waits = run.config.args.network_offload == "blocks"
     return found.peak + (run.dtype.itemsize * found.trained if waits else found.stored)
 
@@ -331,12 +343,12 @@ TABLES: dict[str, Callable[[Collection[str]], Iterator[str]]] = {
 }
 
 
-def _measured(models: Sequence[str], tables: Sequence[str]) -> tuple[Memo, dict[tuple[Any, ...], Estimate]]:
+def _measured(models: Sequence[str], tables: Sequence[str]) -> dict[tuple[Any, ...], Any]:
     """Measure what tables say about some models."""
     for name in tables:
         for _ in TABLES[name](models):
             pass
-    return _memo, _estimates
+    return _results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -348,9 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     names = parser.parse_args(argv).only
     workers = min(os.cpu_count() or 1, len(GROUPS))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for memo, estimates in pool.map(_measured, GROUPS, [names] * len(GROUPS)):
-            _memo.update(memo)
-            _estimates.update(estimates)
+        for found in pool.map(_measured, GROUPS, [names] * len(GROUPS)):
+            _results.update(found)
     for name in names:
         sys.stdout.write("\n".join([*TABLES[name](CLIPS), "", ""]))
     return 0

@@ -14,7 +14,7 @@ import torch
 import sgm.distributed
 from sgm.checks.fake_run import Usage
 from sgm.checks.frozen import base_storage, frozen_problems
-from sgm.checks.measure import Memo, decode_usage, encode_usage, network_usage, once, vae_dtype
+from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, vae_dtype
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
@@ -40,6 +40,7 @@ T5_XXL_BYTES = 2 * 4_762_310_656
 # Bytes of state for each trained parameter, see docs/optimizers.md; AdamW and unknown ones: 8.
 MOMENT_BYTES = {
     "torchao.optim.AdamW8bit": 2.04,
+    "torchao.optim.AdamW4bit": 1.07,
     "bitsandbytes.optim.AdamW8bit": 2.04,
     "came_pytorch.CAME": 4.03,
     "Muon": 4,
@@ -113,19 +114,18 @@ def rank_row(mesh: Mesh) -> str:
     return f"{world} processes, {groups} sample{'s' * (groups > 1)} at a time{shared}"
 
 
-def sampling_estimate(config: Config, dtype: torch.dtype, memo: Memo | None = None) -> Estimate:
+def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     """Estimate a rank of a sampling run: text encoder, then network, then VAE.
 
     Args:
         config: of a checked run.
         dtype: of the network.
-        memo: measurements that are not to be repeated.
     """
     args = config.args
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    network = once(memo, network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
+    network = once(network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
@@ -135,11 +135,11 @@ def sampling_estimate(config: Config, dtype: torch.dtype, memo: Memo | None = No
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
     if plan.image2video or not args.only_save_latents:
-        decoded = once(memo, decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
+        decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if plan.image2video:
-            image = once(memo, encode_usage, config, (1, *size), vae_dtype(dtype))
+            image = once(encode_usage, config, (1, *size), vae_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": image.peak}
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
@@ -158,7 +158,6 @@ def training_estimate(
     *,
     vae: bool = True,
     text_encoder: bool = True,
-    memo: Memo | None = None,
 ) -> Estimate:
     """Estimate a rank of a training run.
 
@@ -168,7 +167,6 @@ def training_estimate(
         trained: names of the trained parameters.
         vae: whether the VAE is loaded; not if caches hold all latents.
         text_encoder: whether the text encoder is loaded.
-        memo: measurements that are not to be repeated.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -180,7 +178,7 @@ def training_estimate(
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     latents = (frames - 1) // geometry.time_compression + 1
     batch = section["train_micro_batch_size_per_gpu"]
-    network = once(memo, network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
+    network = once(network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
@@ -199,7 +197,7 @@ def training_estimate(
     }
     phases: dict[str, dict[str, float]] = {}
     if vae and config.model.get("first_stage_config") is not None:
-        encoded = once(memo, encode_usage, config, (frames, *size), vae_dtype(dtype))
+        encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
@@ -213,7 +211,7 @@ def training_estimate(
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others = _validation_usage(config, batch, dtype, phases, memo)
+        sampled, others = _validation_usage(config, batch, dtype, phases)
         if sampled < others - frozen * away:
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
@@ -257,7 +255,7 @@ def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
 
 
 def _validation_usage(
-    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]], memo: Memo | None
+    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]]
 ) -> tuple[float, float]:
     """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples."""
     args = config.args
@@ -267,10 +265,10 @@ def _validation_usage(
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
     together = max(samples, args.eval_batch_size or batch)
-    network = once(memo, network_usage, config, (plan.latents, *size), together, dtype).peak
+    network = once(network_usage, config, (plan.latents, *size), together, dtype).peak
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(once(memo, decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)
+        peaks.append(once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)
     return network, max(peaks)
 
 

@@ -28,19 +28,17 @@ NETWORK_ARGS = (
     "cfg_parallel_size",
 )
 
-Memo = dict[str, Usage]  # measurements by their settings: plans ask for the same ones again and again
+_measured: dict[str, Usage] = {}  # by settings: plans and tables ask for the same ones again and again
 
 
-def once(memo: Memo | None, work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
-    """Return ``work(config, *given, **named)``, from `memo` if it is there."""
-    if memo is None:
-        return work(config, *given, **named)
+def once(work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
+    """Return ``work(config, *given, **named)``, which this process measures once."""
     part = (_network_part if work is network_usage else _vae_part)(config, work, bool(named))
     values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
     key = digest_of([work.__name__, part, str(mesh_of(config)), values])
-    if key not in memo:
-        memo[key] = work(config, *given, **named)
-    return memo[key]
+    if key not in _measured:
+        _measured[key] = work(config, *given, **named)
+    return _measured[key]
 
 
 def _network_part(config: Config, _: Any, trains: bool) -> list[Any]:

@@ -347,11 +347,9 @@ def test_the_rows_of_training(monkeypatch):
 
 
 def test_what_comes_from_caches_takes_no_memory():
-    memo = {}
-
     def phases(*overrides, **loaded):
         trained = ["time_embed.0.weight"]
-        return training_estimate(training(*overrides), torch.float32, trained, **loaded, memo=memo).phases
+        return training_estimate(training(*overrides), torch.float32, trained, **loaded).phases
 
     neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
     assert set(phases()) == {"text", "encode", "network", "optimizer", "validation"}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sgm.util import InputError
 from sgm.weights.checkpoint import load_network, write_tensors
-from sgm.weights.files import check_values, read_file, read_metadata, read_weights, verify_file
+from sgm.weights.checksums import save_torch
+from sgm.weights.files import check_values, read_file, read_metadata, read_state_file, read_weights, verify_file
 from sgm.weights.lazy import compute
 from sgm.weights.stored import checked_ahead
 from tests.sgm.weights.test_checkpoint import Tiny
@@ -83,6 +84,20 @@ def test_copies_are_equal_and_checked_meanwhile(tmp_path, monkeypatch, name, dty
         for stored in (read_weights(path)["a"], read_weights(path)["a"].cast(torch.float64)):
             with pytest.raises(InputError, match="a is damaged"):
                 stored.copy_to(torch.empty(64, 3))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_state_is_compared_with_its_checksums_while_it_is_read(tmp_path, monkeypatch, own):
+    state = {"a": [TENSORS["a"], {"b": TENSORS["b"]}], "empty": torch.zeros(0), "n": 3}
+    (save_torch if own else torch.save)(state, tmp_path / "x.pt")
+    monkeypatch.setattr("sgm.weights.checksums.PIECE", 100)
+    with monkeypatch.context() as patched:
+        patched.setattr("sgm.weights.checksums.damaged_entry", None)  # which reads the file again
+        read, finite = read_state_file(tmp_path / "x.pt", "cpu", cure="")
+    assert torch.equal(read["a"][0], TENSORS["a"]) and torch.equal(read["a"][1]["b"], TENSORS["b"]) and finite == own
+    flip(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes().index(TENSORS["a"].numpy().tobytes()) + 700)
+    with pytest.raises(InputError, match=r"x.pt .* the bytes of .*/data/\d changed"):
+        read_state_file(tmp_path / "x.pt", "cpu", cure="")
 
 
 def test_values_that_were_not_finite_when_they_were_written_are_found(tmp_path):

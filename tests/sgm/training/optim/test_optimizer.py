@@ -384,6 +384,7 @@ def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
     [
         ("adamw_8bit", 2.1),
         ("bitsandbytes", 2.1),
+        ("torchao.optim.AdamW4bit", 1.08),
         ("came", 4.1),
         ("muon", 4.01),
         ("prodigy", 16),
@@ -392,7 +393,8 @@ def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
 )
 def test_bytes_of_state_per_parameter(name, most):
     p = nn.Parameter(torch.randn(256, 512))
-    optimizer = make_optimizer({"bitsandbytes": BITSANDBYTES}.get(name) or LIBRARY[name], [("weight", p)])
+    section = BITSANDBYTES if name == "bitsandbytes" else LIBRARY.get(name, {"type": name, "params": {"lr": 1e-3}})
+    optimizer = make_optimizer(section, [("weight", p)])
     p.grad = torch.randn_like(p)
     optimizer.step()
     total = 0
