@@ -28,10 +28,12 @@ from torch.utils.checkpoint import checkpoint
 import sgm.distributed
 from sgm.config.transformer_args import TransformerArgs
 from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
+from sgm.modules.block_ops import ModulatedNorm, add_gated, modulated_norm
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
-from sgm.modules.in_place import gelu, in_pieces, multiply_add, text_and_patches
+from sgm.modules.in_place import gelu, in_pieces
+from sgm.modules.lora import use_adapters
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import torch_attention
 from sgm.parallel.sequence import Attention
@@ -298,21 +300,20 @@ def transformer_block(
     **hook_args: Any,
 ) -> torch.Tensor:
     """One block as a function of its modules, compiled once for all layers. Shapes as in `layer_forward`."""
-    # Six for the patches, then six for the text: shift, scale, gate of the attention and of the MLP.
-    factors = modulation(emb)[:, None].chunk(12, dim=-1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = zip(factors[6:], factors[:6], strict=True)
+    # For patches and for text: shift, scale, gate of the attention and of the MLP.
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation(emb).unflatten(-1, (2, 6, -1)).unbind(2)
 
-    h = multiply_add(layer.input_layernorm(x), [1 + scale for scale in scale1], shift1, num_text)
+    h = modulated_norm(layer.input_layernorm, x, scale1, shift1, num_text)
     attention = layer.attention
     q, k, v = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
     if norms is not None:
         q, k = norms[0](q), norms[1](k)
     h = attention.dense(attention_fn(q, k, v, num_text=num_text, **hook_args).flatten(2))
-    x = multiply_add(h, gate1, text_and_patches(x, num_text), num_text)
+    x = add_gated(x, h, gate1, num_text)
     if not keeps_text:  # the last block: text is not read after attention
-        x, num_text = text_and_patches(x, num_text)[1], 0
-    h = multiply_add(layer.post_attention_layernorm(x), [1 + scale for scale in scale2], shift2, num_text)
-    return multiply_add(_feed_forward(layer.mlp, h), gate2, text_and_patches(x, num_text), num_text)
+        x, num_text = x[:, num_text:], 0
+    h = modulated_norm(layer.post_attention_layernorm, x, scale2, shift2, num_text)
+    return add_gated(x, _feed_forward(layer.mlp, h), gate2, num_text)
 
 
 def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
@@ -442,7 +443,7 @@ class DiffusionTransformer(BaseModel):
         sgm.distributed.initialize()
         tensor_shard = Shard(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
         # Not SAT's layer norm, which on a CPU saves float32 copies of its input.
-        norm: Any = RMSNorm if use_RMSNorm else partial(nn.LayerNorm, elementwise_affine=elementwise_affine)
+        norm: Any = RMSNorm if use_RMSNorm else partial(ModulatedNorm, elementwise_affine=elementwise_affine)
         transformer = BaseTransformer(
             num_layers=num_layers,
             vocab_size=1,
@@ -464,7 +465,7 @@ class DiffusionTransformer(BaseModel):
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
         self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
-        self.ofs_embed_dim = ofs_embed_dim
+        self.ofs_embed_dim, self.time_compressed_rate = ofs_embed_dim, time_compressed_rate
         if ofs_embed_dim is not None:
             self.ofs_embed = _embedding_mlp(ofs_embed_dim, ofs_embed_dim)
         latent_frames = (num_frames - 1) // time_compressed_rate + 1
@@ -523,13 +524,13 @@ class DiffusionTransformer(BaseModel):
         mark_tensor_parallel(self.named_parameters())
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        is_sharded = self.tensor_shard.size > 1
         # SAT would store weights in four bits itself; here training does, see `sgm.weights.quantize`.
         section = {**section, "params": {k: v for k, v in (section.get("params") or {}).items() if k != "qlora"}}
         # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
-        with torch.random.fork_rng(devices=[], enabled=is_sharded):
+        with torch.random.fork_rng(devices=[], enabled=self.tensor_shard.size > 1):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
-        if is_sharded:
+        use_adapters(self.transformer)
+        if self.tensor_shard.size > 1:
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
 
     @property

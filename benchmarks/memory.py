@@ -10,18 +10,22 @@ are not counted: leave a tenth of a card free.
 
 import argparse
 import csv
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.models import vae_section
-from sgm.checks.estimate import Estimate, Memo, network_usage, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.fake_run import build, usage
+from sgm.checks.measure import network_usage, once, with_equal_parts_once
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
@@ -42,7 +46,22 @@ CLIPS = {
 }
 Task = Literal["sample", "LoRA", "full"]
 TASKS: tuple[Task, ...] = ("sample", "LoRA", "full")
-_memo = Memo()  # models share a VAE, and i2v models nearly all with those of text to video
+# Models that are measured by one process, since they share a VAE; those that take longest come first.
+GROUPS = (("cogvideox_5b", "cogvideox_5b_i2v"), ("cogvideox1.5_5b", "cogvideox1.5_5b_i2v"), ("cogvideox_2b",))
+_results: dict[tuple[Any, ...], Any] = {}  # name of a function, and its arguments → its result
+
+
+def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which computes what is not among `_results`."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        key = (function.__name__, *args)
+        if key not in _results:
+            _results[key] = function(*args)
+        return _results[key]
+
+    return run
 
 
 def clip_text(model: str) -> str:
@@ -100,16 +119,16 @@ def estimate(
     return _estimate(task, model, tuple(settings), tuple(files), cached)
 
 
-@cache
+@kept
 def _estimate(task: Task, model: str, settings: tuple[str, ...], files: tuple[str, ...], cached: bool) -> Estimate:
     if task == "sample":
         size = f"args.sampling_image_size=[{CLIPS[model][1]},{CLIPS[model][2]}]"
         bases = [CONFIGS / f"{name}.yaml" for name in (model, "inference", *files)]
         config = load_config(bases, [size, *settings], mode="inference")
-        return sampling_estimate(config, PRECISIONS[config.model["precision"]], _memo)
+        return sampling_estimate(config, PRECISIONS[config.model["precision"]])
     run = training(task, model, settings, files)
     loaded = {"vae": not cached, "text_encoder": not cached}
-    return training_estimate(run.config, run.dtype, run.trained, **loaded, memo=_memo)
+    return training_estimate(run.config, run.dtype, run.trained, **loaded)
 
 
 # The VAE
@@ -119,10 +138,12 @@ DECODE = {"whole frames": ((), "exact"), "`vae_tiling: true`": (("args.vae_tilin
 VAE_DTYPE = torch.bfloat16
 
 
-def vae_table() -> Iterator[str]:
+def vae_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table; the 2B and the 5B share a VAE."""
     yield from header("what", "model", "clip", "settings", "result", "weights", "peak of the rest")
     for model in ("cogvideox_5b", "cogvideox1.5_5b"):
+        if model not in models:
+            continue
         for phase, settings in (("VAE encode", ENCODE), ("VAE decode", DECODE)):
             for how in settings:
                 yield vae_row(phase, model, how)
@@ -136,16 +157,19 @@ def vae_row(phase: str, model: str, how: str) -> str:
     return line(phase, model, clip_text(model), how, effect, *figures)
 
 
+@kept
 def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     """Return the bytes of the VAE's weights, and of all else at the peak of encoding or decoding a clip."""
     if phase == "VAE decode":
         parts = estimate("sample", model, DECODE[how][0]).phases["decode"]
         return parts["VAE"], parts["activations"]
-    frames, height, width = CLIPS[model]
     vae = build(vae_section(model))
     vae.encode_chunk, _ = ENCODE[how]
-    clip = torch.Size((1, 3, frames, height, width))
-    found = usage(vae, lambda vae: vae.encode_moments(torch.empty(clip, dtype=VAE_DTYPE)), VAE_DTYPE, Mesh())
+
+    def encode(vae: Any) -> torch.Tensor:
+        return vae.encode_moments(torch.empty((1, 3, *CLIPS[model]), dtype=VAE_DTYPE))
+
+    found = usage(vae, encode, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
     return found.weights * VAE_DTYPE.itemsize, found.peak
 
 
@@ -159,11 +183,11 @@ EIGHT_BITS = {
 }
 
 
-def sampling_table() -> Iterator[str]:
+def sampling_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of presets."""
     yield from header("preset", "model", "video", "T5 encodes", "the network samples", "the VAE decodes")
     for preset in PRESETS:
-        for model in CLIPS:
+        for model in models:
             yield sampling_row(preset, model)
 
 
@@ -173,10 +197,10 @@ def sampling_row(preset: str, model: str) -> str:
     return line(f"`{preset}`", model, clip_text(model), device["text"], device["network"], device["decode"])
 
 
-def eight_bit_table() -> Iterator[str]:
+def eight_bit_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of the network in eight bits."""
     yield from header("model", "video", *EIGHT_BITS)
-    for model in CLIPS:
+    for model in models:
         phases = [estimate("sample", model, settings).phases["network"] for settings in EIGHT_BITS.values()]
         yield line(model, clip_text(model), *(sum(phase.values()) - phase["VAE"] for phase in phases))
 
@@ -195,17 +219,17 @@ CARDS = {
 }
 
 
-def card_table() -> Iterator[str]:
+def card_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table: for each card, task and model the settings that make it fit."""
-    yield from header("card", "task", *CLIPS)
+    yield from header("card", "task", *models)
     for card in CARDS:
         for task in TASKS:
-            yield card_row(card, task)
+            yield card_row(card, task, models)
 
 
-def card_row(card: str, task: Task) -> str:
+def card_row(card: str, task: Task, models: Collection[str] = CLIPS) -> str:
     """Return a line of the table."""
-    return line(card, task, *(_settings_for(task, model, ROOM * CARDS[card] * GIB) for model in CLIPS))
+    return line(card, task, *(_settings_for(task, model, ROOM * CARDS[card] * GIB) for model in models))
 
 
 def _settings_for(task: Task, model: str, room: float) -> str:
@@ -245,10 +269,10 @@ STEPS = {
 }
 
 
-def step_table() -> Iterator[str]:
+def step_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of a training step: weights, adapters and activations of the network."""
     yield from header("model", "clip", *STEPS)
-    for model in CLIPS:
+    for model in models:
         yield step_row(model)
 
 
@@ -257,11 +281,12 @@ def step_row(model: str) -> str:
     return line(f"{model}_lora", clip_text(model), *(float(step_peak(model, how)) for how in STEPS))
 
 
+@kept
 def step_peak(model: str, how: str) -> float:
     """Return the bytes on the device of a step of LoRA training, without the state of the optimizer."""
     run, (frames, height, width) = training("LoRA", model, STEPS[how]), CLIPS[model]
     video = ((frames - 1) // 4 + 1, height, width)
-    found = network_usage(run.config, video, 1, run.dtype, trained=frozenset(run.trained))
+    found = once(network_usage, run.config, video, 1, run.dtype, trained=frozenset(run.trained))
     waits = run.config.args.network_offload == "blocks"
     return found.peak + (run.dtype.itemsize * found.trained if waits else found.stored)
 
@@ -276,12 +301,13 @@ OPTIMIZERS: Mapping[str, Sequence[str]] = {  # in the published table → files
 }
 
 
-def published_table() -> Iterator[str]:
+def published_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of figures that were published for another trainer, beside ours."""
     yield from header("what", "optimizer", "batch", "rank", "recomputed", "published", "ours", "ratio")
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            yield published_row(row)
+            if f"cogvideox_{row['model']}" in models:
+                yield published_row(row)
 
 
 def published_row(row: Mapping[str, str]) -> str:
@@ -307,7 +333,7 @@ def published_peak(row: Mapping[str, str]) -> float:
     return max(found.device[phase] for phase in ("network", "optimizer"))
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {
+TABLES: dict[str, Callable[[Collection[str]], Iterator[str]]] = {
     "vae": vae_table,
     "sampling": sampling_table,
     "8bit": eight_bit_table,
@@ -317,17 +343,27 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
+def _measured(models: Sequence[str], tables: Sequence[str]) -> dict[tuple[Any, ...], Any]:
+    """Measure what tables say about some models."""
+    for name in tables:
+        for _ in TABLES[name](models):
+            pass
+    return _results
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables."""
+    """Print the tables, measured by as many processes as there are cores and groups of models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="print some of the tables"
     )
-    for name in parser.parse_args(argv).only:
-        for text in TABLES[name]():
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    names = parser.parse_args(argv).only
+    workers = min(os.cpu_count() or 1, len(GROUPS))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_measured, GROUPS, [names] * len(GROUPS)):
+            _results.update(found)
+    for name in names:
+        sys.stdout.write("\n".join([*TABLES[name](CLIPS), "", ""]))
     return 0
 
 

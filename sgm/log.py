@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def control_characters(text: str) -> str:
+    """Return the characters of `text` that `printable` escapes, each once; empty without any."""
+    return ", ".join(printable(mark) for mark in dict.fromkeys(_UNPRINTABLE.findall(text)))
+
+
 class _PrintableStream:
     """A text stream whose writes pass `printable`, and its encoding; all else is that of the stream."""
 

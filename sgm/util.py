@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import resource
 import sys
 import types
@@ -28,6 +29,8 @@ LIBRARIES = ("torch.nn", "torch.optim", "sat", "transformers", "diffusers", "tor
 LIBRARIES += ("came_pytorch", "prodigyopt", "schedulefree")  # optimizers
 _trusted: list[str] = []
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # U+0000, and halves of pairs of UTF-16
+
 # Names of dtypes in YAML files.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,6 +48,12 @@ class RunError(RuntimeError):
     """The work itself failed (disk full, non-finite values). Commands end with exit code 1."""
 
     exit_code = 1
+
+
+def no_character(text: str) -> str:
+    """Return what in `text` is no character, and where; empty if all are. Only other data than text holds it."""
+    found = _NO_TEXT.search(text)
+    return f"U+{ord(found[0]):04X} at position {found.start() + 1}, which is no character" if found else ""
 
 
 def set_trusted(packages: Sequence[str]) -> None:

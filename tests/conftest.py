@@ -56,8 +56,10 @@ class ByFile(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """Let the processes that tests start in all workers be forks of one server, so that imports are done once."""
+    """Let workers, and the processes that their tests start, be forks of one server, so that imports are done once."""
     os.environ[SHARED_SERVER] = forked_python()
+    for spec in specs:
+        spec.python = os.environ[SHARED_SERVER]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -33,6 +33,8 @@ LAYERS = {
     "sgm.modules.embeddings": 1,
     "sgm.modules.geometry": 1,
     "sgm.modules.in_place": 1,
+    "sgm.modules.block_ops": 1,
+    "sgm.modules.lora": 1,
     "sgm.modules.host_activations": 1,
     "sgm.modules.step_cache": 1,
     "dit_video_concat": 2,
@@ -60,7 +62,7 @@ PEERS = {
     "sgm.modules.encoders": "encoders",
     "sgm.modules": "encoders",
 }
-SAT_USERS = ("dit_video_concat", "sgm.distributed")
+SAT_USERS = ("dit_video_concat", "sgm.modules.lora", "sgm.distributed")
 
 MAX_LINES, MAX_FUNCTION = 600, 60
 

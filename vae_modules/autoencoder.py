@@ -127,7 +127,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             raise InputError(
                 f"the VAE encodes sides that are multiples of 8, not {height}×{width}; crop or resize the clip"
             )
-        return self._sliced(video, self._encode_tile, in_scale=8, out_scale=1)
+        return self._sliced(video, self.encode_tile, in_scale=8, out_scale=1)
 
     def encode(
         self, video: torch.Tensor, *, generator: torch.Generator | None = None, sample: bool = True
@@ -138,7 +138,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Unscaled latents (B, z, L, h, w) → video (B, 3, 4(L−1)+1, 8h, 8w), nominally in −1..1."""
-        return self._sliced(latents, self._decode_tile, in_scale=1, out_scale=8)
+        return self._sliced(latents, self.decode_tile, in_scale=1, out_scale=8)
 
     def decode_in_chunks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode as `decode` does; yield consecutive frames as soon as they are made, so that none need to be kept.
@@ -197,7 +197,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         sides = zip(x.shape[3:], self.tiling.size if self.tiling else (), strict=False)
         return any(side * 8 > tile * in_scale for side, tile in sides)
 
-    def _encode_tile(self, video: torch.Tensor) -> torch.Tensor:
+    def encode_tile(self, video: torch.Tensor) -> torch.Tensor:
+        """`encode_moments` of all samples at once, without tiles."""
         if self.encode_chunk is None and self._num_ranks() > 1:
             # The first latent of a clip has one frame, every other one has four.
             latents = shard_sizes((video.shape[2] - 1) // 4 + 1, self._num_ranks())
@@ -205,7 +206,8 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             return self._shared(video, self.encoder, pieces, scales=(0.25, 0.125), shares_norms=True)
         return self._stream(video, self.encoder, self.encode_chunk or video.shape[2], scales=(0.25, 0.125))
 
-    def _decode_tile(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_tile(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` of all samples at once, without tiles."""
         return self._stream(latents, self.decoder, DECODE_CHUNK, scales=(4, 8))
 
     def _stream(self, x: torch.Tensor, network: nn.Module, chunk: int, *, scales: tuple[float, float]) -> torch.Tensor:

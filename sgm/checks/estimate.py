@@ -4,7 +4,7 @@ Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in 
 state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,17 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.fake_run import HOST, Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.fake_run import Usage
 from sgm.checks.frozen import base_storage, frozen_problems
+from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, vae_dtype
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, ConfigError, digest_of
+from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.modules.geometry import FREE_SIZE, SPATIAL_COMPRESSION, Geometry
-from sgm.util import InputError, default, instantiate_from_config
+from sgm.modules.geometry import FREE_SIZE, Geometry
+from sgm.util import default, instantiate_from_config
 from sgm.weights.adapters import is_adapter
-from sgm.weights.offload import Offload
-from sgm.weights.quantize import linear_layers, store
-
-PATIENCE = 20_000  # operators without a new peak after which measuring a decoder stops, since chunks and tiles repeat
-
 
 # T5 v1.1 XXL, the text encoder of all released models, in 16 bits: assumed if its folder is not there yet.
 T5_XXL = {
@@ -45,6 +40,7 @@ T5_XXL_BYTES = 2 * 4_762_310_656
 # Bytes of state for each trained parameter, see docs/optimizers.md; AdamW and unknown ones: 8.
 MOMENT_BYTES = {
     "torchao.optim.AdamW8bit": 2.04,
+    "torchao.optim.AdamW4bit": 1.07,
     "bitsandbytes.optim.AdamW8bit": 2.04,
     "came_pytorch.CAME": 4.03,
     "Muon": 4,
@@ -118,53 +114,18 @@ def rank_row(mesh: Mesh) -> str:
     return f"{world} processes, {groups} sample{'s' * (groups > 1)} at a time{shared}"
 
 
-# Settings that change what is measured of network and VAE, beside their sections.
-NETWORK_ARGS = (
-    "weights",
-    "base_weights",
-    "network_offload",
-    "checkpoint_activations",
-    "offload_activations",
-    "sequence_attention",
-    "model_parallel_size",
-    "sequence_parallel_size",
-    "cfg_parallel_size",
-)
-VAE_ARGS = ("vae_tiling", "vae_slicing")
-
-Memo = dict[str, Usage]  # measurements by their settings: plans ask for the same ones again and again
-
-
-def _once(memo: Memo | None, work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
-    """Return ``work(config, *given, **named)``, from `memo` if it is there."""
-    if memo is None:
-        return work(config, *given, **named)
-    part, names = ("network_config", NETWORK_ARGS) if work is network_usage else ("first_stage_config", VAE_ARGS)
-    settings = {name: getattr(config.args, name, None) for name in names}
-    if work is network_usage:
-        settings["network_offload"] = settings["network_offload"] == "blocks"
-        if "trained" not in named:  # nothing is kept for a backward pass
-            del settings["checkpoint_activations"], settings["offload_activations"]
-    values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
-    key = digest_of([work.__name__, config.model[part], settings, str(mesh_of(config)), values])
-    if key not in memo:
-        memo[key] = work(config, *given, **named)
-    return memo[key]
-
-
-def sampling_estimate(config: Config, dtype: torch.dtype, memo: Memo | None = None) -> Estimate:
+def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     """Estimate a rank of a sampling run: text encoder, then network, then VAE.
 
     Args:
         config: of a checked run.
         dtype: of the network.
-        memo: measurements that are not to be repeated.
     """
     args = config.args
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    network = _once(memo, network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
+    network = once(network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
@@ -174,11 +135,11 @@ def sampling_estimate(config: Config, dtype: torch.dtype, memo: Memo | None = No
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
     if plan.image2video or not args.only_save_latents:
-        decoded = _once(memo, _decode_usage, config, (args.batch_size, plan.latents, *size), dtype)
+        decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if plan.image2video:
-            image = _once(memo, _encode_usage, config, (1, *size), dtype)
+            image = once(encode_usage, config, (1, *size), vae_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": image.peak}
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
@@ -197,7 +158,6 @@ def training_estimate(
     *,
     vae: bool = True,
     text_encoder: bool = True,
-    memo: Memo | None = None,
 ) -> Estimate:
     """Estimate a rank of a training run.
 
@@ -207,7 +167,6 @@ def training_estimate(
         trained: names of the trained parameters.
         vae: whether the VAE is loaded; not if caches hold all latents.
         text_encoder: whether the text encoder is loaded.
-        memo: measurements that are not to be repeated.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -219,7 +178,7 @@ def training_estimate(
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     latents = (frames - 1) // geometry.time_compression + 1
     batch = section["train_micro_batch_size_per_gpu"]
-    network = _once(memo, network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
+    network = once(network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
@@ -238,7 +197,7 @@ def training_estimate(
     }
     phases: dict[str, dict[str, float]] = {}
     if vae and config.model.get("first_stage_config") is not None:
-        encoded = _once(memo, _encode_usage, config, (frames, *size), dtype)
+        encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
@@ -252,7 +211,7 @@ def training_estimate(
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others = _validation_usage(config, batch, dtype, phases, memo)
+        sampled, others = _validation_usage(config, batch, dtype, phases)
         if sampled < others - frozen * away:
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
@@ -296,7 +255,7 @@ def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
 
 
 def _validation_usage(
-    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]], memo: Memo | None
+    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]]
 ) -> tuple[float, float]:
     """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples."""
     args = config.args
@@ -306,10 +265,10 @@ def _validation_usage(
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
     together = max(samples, args.eval_batch_size or batch)
-    network = _once(memo, network_usage, config, (plan.latents, *size), together, dtype).peak
+    network = once(network_usage, config, (plan.latents, *size), together, dtype).peak
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(_once(memo, _decode_usage, config, (args.batch_size, plan.latents, *size), dtype).peak)
+        peaks.append(once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)
     return network, max(peaks)
 
 
@@ -435,164 +394,3 @@ def t5_bytes(t5: Mapping[str, Any], total: float, storage: str | None = None, bl
     width = total / (linear + size * t5["vocab_size"])  # bytes of a number; the norms are a few thousand
     rest, layers = total - linear * width, linear * (width if storage is None else 1 + 10 / size)
     return rest + layers * (min(2 / depth, 1) if blocks else 1)
-
-
-def network_usage(
-    config: Config,
-    video: tuple[int, int, int],
-    batch: int,
-    dtype: torch.dtype,
-    *,
-    trained: frozenset[str] | None = None,
-) -> Usage:
-    """Measure a forward pass of the network, with `trained` also the backward pass.
-
-    A deep network is measured at two small depths and extrapolated linearly.
-
-    Args:
-        config: of a checked run.
-        video: latent frames without padding, height and width in pixels.
-        batch: samples of a group of ranks, counting both branches of guidance.
-        dtype: of the network.
-        trained: names of the trained parameters; None for a run without gradients.
-    """
-    section, mesh = dict(config.model["network_config"]), mesh_of(config)
-    params = section["params"] = dict(params_of(section))
-    transformer = params["transformer_args"] = _transformer_args(config, params)
-    modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
-    frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
-    text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
-    text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
-
-    storage = base_storage(config) if isinstance(config.args, TrainingArgs) else config.args.weights
-
-    def store_weights(network: Any) -> None:
-        if storage is not None:
-            for layer in linear_layers(module for block in network.blocks for module in block):
-                store(layer, storage)
-
-    def run(network: Any) -> torch.Tensor:
-        if config.args.network_offload != "blocks":
-            return forward(network)
-        offload = Offload(network, torch.device("cpu"), network.blocks, backward=trained is not None)
-        network.use_blocks_within(offload.block)
-        with offload:
-            return forward(network)
-
-    def forward(network: Any) -> torch.Tensor:
-        if hasattr(network, "ring_attention"):
-            network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
-        x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
-        context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
-        if trained is not None and getattr(config.args, "offload_activations", False):
-            network.offload_activations(x.device, HOST)
-        ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
-        return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
-
-    def measured(depth: int | None, kept: int = 0) -> Usage:
-        shallow = {"num_layers": depth, "transformer_args": {**transformer, "checkpoint_skip_layers": kept}}
-        params_here = params if depth is None else {**params, **shallow}
-        with simulated_ranks(mesh):
-            network = build({**section, "params": params_here})
-        return usage(network, run, dtype, mesh, trained=trained, prepare=store_weights)
-
-    depth = params.get("num_layers")
-    skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
-    kept = min(skipped, 2)  # of the blocks measured; with two, the peak is where they are and others are not recomputed
-    offloads = getattr(config.args, "offload_activations", False)
-    few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
-    if isinstance(depth, int) and depth > few + 2 and skipped < depth:
-        with simulated_ranks(mesh):
-            whole = num_parameters(build(section), trained or frozenset())
-        try:
-            first, second = measured(few, kept), measured(few + 1, kept)
-            found = _continued(first, first, second, depth - few)
-            if skipped > kept:
-                found = _continued(found, second, measured(few + 1, kept + 1), skipped - kept)
-        except InputError:  # a setting names a layer missing from the small network
-            return measured(None)
-        if (found.weights, found.trained) == whole:
-            return found
-    return measured(None)
-
-
-def _transformer_args(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``transformer_args`` of the network's `params` as they are in a run."""
-    section, recomputes = (
-        dict(params.get("transformer_args") or {}),
-        getattr(config.args, "checkpoint_activations", None),
-    )
-    if recomputes in (None, "auto"):
-        return section
-    if isinstance(recomputes, bool):
-        return section | {"checkpoint_activations": recomputes}
-    # Of a shorter network all blocks but the last ones.
-    return section | {
-        "checkpoint_activations": True,
-        "checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0),
-    }
-
-
-def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
-    """Extrapolate from `start` by `steps` times the difference of two measurements, of which one block differs."""
-
-    def line(begin: float, a: float, b: float) -> float:
-        return begin + steps * (b - a)
-
-    return Usage(
-        weights=line(start.weights, first.weights, second.weights),
-        trained=line(start.trained, first.trained, second.trained),
-        peak=line(start.peak, first.peak, second.peak),
-        sent={axis: line(start.sent.get(axis, 0), first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
-        stored=line(start.stored, first.stored, second.stored),
-        host=line(start.host, first.host, second.host),
-        kept=steps * max(second.peak - first.peak, 0),
-    )
-
-
-def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the VAE, which overflows in float16, for a network of `dtype`."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
-def _decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torch.dtype) -> Usage:
-    """Measure decoding of latents (B, T, H, W), H and W in pixels of the video, as in the engine."""
-    args, dtype = config.args, vae_dtype(dtype)
-    channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
-    batch, frames, height, width = latents
-    together = config.model.get("en_and_decode_n_samples_a_time") or (1 if args.vae_slicing else batch)
-
-    def run(vae: Any) -> torch.Tensor:
-        if hasattr(vae, "decodes_everywhere"):
-            vae.decodes_everywhere = False
-        if args.vae_tiling and hasattr(vae, "enable_tiling"):
-            vae.enable_tiling()
-        area = height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
-        latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype)
-        if not hasattr(vae, "decode_in_chunks"):
-            return torch.cat([vae.decode(latents)]).float()
-        # A chunk's frames leave the device before the next chunk, and the third chunk is as large as any.
-        alone = not args.vae_tiling and mesh_of(config).context == 1
-        for _ in map(torch.Tensor.float, vae.decode_in_chunks(latents[:, :, : 6 + frames % 2] if alone else latents)):
-            pass
-        return latents
-
-    return _vae_usage(config, run, dtype, tiles=args.vae_tiling)
-
-
-def _encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
-    """Measure encoding one clip: frames, height, width."""
-    dtype = vae_dtype(dtype)
-
-    def run(vae: Any) -> torch.Tensor:
-        clip = torch.empty(1, video[0], 3, *video[1:])
-        return vae.encode_moments(clip.transpose(1, 2).to(dtype))
-
-    return _vae_usage(config, run, dtype)
-
-
-def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype, *, tiles: bool = False) -> Usage:
-    mesh = mesh_of(config)
-    with simulated_ranks(mesh):
-        vae = build(config.model["first_stage_config"])
-    return usage(vae, run, dtype, mesh, patience=PATIENCE if tiles and mesh.context == 1 else None)

@@ -25,6 +25,7 @@ from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.quantize import num_bytes
 
 HOST = torch.device("meta")  # stands for host memory, which fake tensors of a CPU share with the device
+_DEVICE = torch.ops.prim.device.default
 AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
 
@@ -57,7 +58,6 @@ class LiveBytes(TorchDispatchMode):
     """Count the live bytes of storages that operators allocate.
 
     Args:
-        patience: stop with `Settled` after this many operators without a new peak; None runs to the end.
         host: device whose tensors stand for host memory, and are counted apart.
 
     Attributes:
@@ -67,14 +67,10 @@ class LiveBytes(TorchDispatchMode):
         host_peak: largest `host` so far.
     """
 
-    class Settled(Exception):  # noqa: N818 (no error)
-        """The peak has stopped growing."""
-
-    def __init__(self, patience: int | None = None, host: torch.device | None = None) -> None:
+    def __init__(self, host: torch.device | None = None) -> None:
         super().__init__()
         self.live = self.peak = self.host = self.host_peak = 0
         self._host = host
-        self._patience, self._calm = patience, 0
         self._known: set[int] = set()
 
     @classmethod
@@ -82,22 +78,45 @@ class LiveBytes(TorchDispatchMode):
         return False  # else each operator asks torch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = func(*args, **(kwargs or {}))
-        for x in tree_iter(made):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in before and key not in self._known:
+        if func is _DEVICE:  # a fake tensor is asked for its device more often than it is computed with
+            return made
+        given = None
+        for x in (made,) if isinstance(made, torch.Tensor) else tree_iter(made):
+            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known:
+                if given is None:  # weights were made before counting began, and results may be views of them
+                    tensors = (y for y in tree_iter((args, kwargs)) if isinstance(y, torch.Tensor))
+                    given = {y.untyped_storage()._cdata for y in tensors}
+                if key not in given:
                     self._known.add(key)
-                    place = "host" if x.device == self._host else "live"
+                    place, size = "host" if x.device == self._host else "live", storage.nbytes()
                     setattr(self, place, getattr(self, place) + size)
                     weakref.finalize(storage, self._forget, key, size, place)
-        self._calm = 0 if self.live > self.peak else self._calm + 1
         self.peak, self.host_peak = max(self.peak, self.live), max(self.host_peak, self.host)
-        if self._patience is not None and self._calm > self._patience:
-            raise self.Settled
         return made
+
+    def once(self, function: Callable[..., torch.Tensor], key_of: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+        """Return `function`, run once for each key: a call with a known key takes and returns as much memory.
+
+        A call that leaves more or less behind than its result is no such call, and the next one is run as well.
+        """
+        known: dict[Any, tuple[int, dict[str, Any]]] = {}  # key → bytes beside those before the call, and the result's
+
+        def run(*args: Any) -> torch.Tensor:
+            key, before, highest = key_of(*args), self.live, self.peak
+            if key in known:
+                more, like = known[key]
+                made = torch.empty(**like)
+            else:
+                self.peak = before
+                made = function(*args)
+                more = self.peak - before
+                if self.live - before == made.untyped_storage().nbytes() == made.nbytes:
+                    known[key] = more, {"size": made.shape, "dtype": made.dtype, "device": made.device}
+            self.peak = max(highest, before + more)
+            return made
+
+        return run
 
     def _forget(self, key: int, size: int, place: str) -> None:
         self._known.discard(key)
@@ -168,8 +187,7 @@ def usage(
     mesh: Mesh,
     *,
     trained: frozenset[str] | None = None,
-    patience: int | None = None,
-    prepare: Callable[[Any], None] = lambda _: None,
+    prepare: Callable[[Any, LiveBytes], None] = lambda *_: None,
 ) -> Usage:
     """Run `work` with a module on fake tensors and count memory and traffic.
 
@@ -179,8 +197,7 @@ def usage(
         dtype: of the weights.
         mesh: sizes of the groups of ranks.
         trained: names of the trained parameters; None for a run without gradients.
-        patience: see `LiveBytes`.
-        prepare: called with the module before anything is counted.
+        prepare: called with the module and the count, before anything is counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # lazy: it imports sympy
 
@@ -188,17 +205,14 @@ def usage(
     with simulated_ranks(mesh) as sent, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtype, learned)
         module.train(trained is not None)
-        prepare(module)
+        live = LiveBytes(HOST)
+        prepare(module, live)
         stored = num_bytes([module])
-        live, result = LiveBytes(patience, HOST), 0
-        try:
-            with live, torch.set_grad_enabled(trained is not None):
-                out = work(module)
-                result = out.nbytes
-                if out.requires_grad:
-                    out.float().square().mean().backward()
-        except LiveBytes.Settled:
-            pass
+        with live, torch.set_grad_enabled(trained is not None):
+            out = work(module)
+            result = out.nbytes
+            if out.requires_grad:
+                out.float().square().mean().backward()
     weights, num_trained = num_parameters(module, learned)
     return Usage(weights, num_trained, live.peak, dict(sent), result, stored, live.host_peak)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sgm.checks.estimate import Estimate, Memo, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
+from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import params_of
 from sgm.checks.training import with_largest_bucket
@@ -204,10 +204,10 @@ def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple
     Raises:
         InputError: none fits.
     """
-    memo, peaks = Memo(), {}
+    peaks = {}
     for name, settings in PRESETS.items():
         changed = replace(config, args=replace(config.args, memory=None, **settings))
-        if room is None or (peak := sampling_estimate(changed, dtype, memo).peak) <= room:
+        if room is None or (peak := sampling_estimate(changed, dtype).peak) <= room:
             return changed, name
         peaks[name] = peak
     smallest = min(peaks, key=lambda name: peaks[name])
@@ -257,14 +257,14 @@ def sampling_rows(config: Config, dtype: torch.dtype, card: float | None = None)
         dtype: of the network.
         card: GiB of the card to plan for; None takes the accelerator, if there is one.
     """
-    memo, rows = Memo(), {"ranks": rank_row(mesh_of(config))}
+    rows = {"ranks": rank_row(mesh_of(config))}
     if config.args.memory is not None:
         room = room_for(card)
         config, preset = with_preset(config, dtype, room)
         rows["preset"] = f"configs/memory/{preset}.yaml"
 
     def estimate_of(settings: Sequence[str]) -> Estimate:
-        return sampling_estimate(config_with(config, settings), dtype, memo)
+        return sampling_estimate(config_with(config, settings), dtype)
 
     return rows | _memory_rows(estimate_of, card, SAMPLING, NEXT_OF_SAMPLING)
 
@@ -290,11 +290,11 @@ def training_rows(
         text_encoder: whether the text encoder is loaded.
         card: as in `sampling_rows`.
     """
-    geometry, memo = Geometry.from_network(params_of(config.model["network_config"])), Memo()
+    geometry = Geometry.from_network(params_of(config.model["network_config"]))
     rows = {"ranks": rank_row(mesh_of(config))}
     if getattr(config.args, "checkpoint_activations", None) == "auto":
         room = room_for(card)
-        number = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder, memo=memo)
+        number = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder)
         depth = params_of(config.model["network_config"])["num_layers"]
         rows["recomputed"] = f"{number} of {depth} blocks (args.checkpoint_activations=auto)"
         config = config_with(config, [f"args.checkpoint_activations={number or 'false'}"])
@@ -305,7 +305,7 @@ def training_rows(
 
     def estimate_of(settings: Sequence[str]) -> Estimate:
         changed, _ = with_largest_bucket(config_with(config, settings), geometry)
-        return training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=memo)
+        return training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder)
 
     return rows | _memory_rows(estimate_of, card, TRAINING, NEXT_OF_TRAINING)
 
@@ -318,7 +318,6 @@ def recomputed_blocks(
     *,
     vae: bool = True,
     text_encoder: bool = True,
-    memo: Memo | None = None,
 ) -> int:
     """Return the fewest blocks to recompute so that a training run fits: ``args.checkpoint_activations: auto``.
 
@@ -331,7 +330,6 @@ def recomputed_blocks(
         room: bytes on the device; None has room for everything.
         vae: whether the VAE is loaded.
         text_encoder: whether the text encoder is loaded.
-        memo: measurements that are not to be repeated.
 
     Returns:
         All blocks if that is not enough either.
@@ -341,14 +339,14 @@ def recomputed_blocks(
     """
     if room is None:
         return 0
-    params, known = params_of(config.model["network_config"]), Memo() if memo is None else memo
+    params = params_of(config.model["network_config"])
     largest, _ = with_largest_bucket(config, Geometry.from_network(params))
     if clip_of(largest) is None:
         raise InputError("args.checkpoint_activations=auto: data.params do not say how large clips are; give true")
 
     def peak(recomputes: bool | int) -> float:
         changed = replace(largest, args=replace(largest.args, checkpoint_activations=recomputes))
-        estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder, memo=known)
+        estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder)
         return estimate.device["network"]
 
     depth = params["num_layers"]

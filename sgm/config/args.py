@@ -220,8 +220,9 @@ class TrainingArgs(SamplingArgs):
             )
         if not self.resume:
             yield "resume", "is empty", "give auto, none, or the folder of a run"
-        if self.ema_decay == 1:
-            yield "ema_decay", "is 1, which never follows the weights", "give a number below 1, such as 0.9999, or null"
+        if self.ema_decay in (0, 1):
+            effect = "never follows" if self.ema_decay else "always equals"
+            yield "ema_decay", f"is {self.ema_decay:g}, which {effect} the weights", "give 0.9999, or null for none"
         if self.valid_prompts is not None and not self.valid_prompts:
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 

@@ -29,6 +29,7 @@ DEFAULT_STAGE = 2
 DEFAULT_OPTIMIZER = "sat.ops.FusedEmaAdam"
 DEFAULT_PARAMS = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}  # of the default optimizer
 LORA_LR, FULL_LR = 5e-4, 1e-5
+_SMALL_LR = 1e-9
 SCALED_LORA_LR = 2e-4  # of adapters whose alpha is near their rank, so that their product counts in full or in half
 
 _OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -39,7 +40,9 @@ _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 # Of the loss scaler; released files have them outside fp16, where DeepSpeed has never read them.
 _LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
 
-_Count = Annotated[int, Field(ge=1)]
+# Upper bounds are far above what can be meant.
+_Count = Annotated[int, Field(ge=1, le=100_000_000)]
+_MicroBatch = Annotated[int, Field(ge=1, le=10_000)]
 _Rate = Annotated[float, Field(ge=0, le=100)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Dtype = Literal["fp16", "bf16", "fp32"]
@@ -51,7 +54,7 @@ class _TopLevel(BaseModel):
     IGNORED_PARAMS: ClassVar[dict[str, str]] = dict.fromkeys(_MONITORS, _OWN_METRICS)
 
     train_batch_size: _Count | None = None
-    train_micro_batch_size_per_gpu: _Count = 1
+    train_micro_batch_size_per_gpu: _MicroBatch = 1
     gradient_accumulation_steps: _Count = 1
     gradient_clipping: NotNegative = 0
     steps_per_print: int | None = None
@@ -144,7 +147,7 @@ def _odd_values(section: Mapping[str, Any]) -> Iterator[str]:
     params = (section.get("optimizer") or {}).get("params") or {}
     if params.get("lr") == 0:
         yield "deepspeed.optimizer.params.lr is 0, so nothing is learnt"
-    elif params.get("lr", 0) > 1:
+    elif params.get("lr", 1) < _SMALL_LR or params.get("lr", 1) > 1:
         yield f"deepspeed.optimizer.params.lr is {params['lr']:g}; usual are {FULL_LR:g} to {LORA_LR:g}"
     if params.get("eps") == 0:
         yield "deepspeed.optimizer.params.eps is 0, so weights without gradients become NaN"

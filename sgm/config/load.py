@@ -26,8 +26,8 @@ from sgm.config.references import escaped
 from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
 from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
-from sgm.log import get_logger, warn_once
-from sgm.util import PRECISIONS, get_obj_from_str, nearest
+from sgm.log import control_characters, get_logger, warn_once
+from sgm.util import PRECISIONS, get_obj_from_str, nearest, no_character
 
 __all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
 
@@ -39,8 +39,8 @@ _ARGS: Mapping[Mode, type[SamplingArgs]] = {"inference": SamplingArgs, "train": 
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
+_MAX_INTEGER = 2**63 - 1
 _PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _FREE_TEXT = ("negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
@@ -173,15 +173,19 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
 
 
 def _check_values(value: Any, path: KeyPath, merged: Merged) -> None:
-    """Report values that are never meant: numbers that are not finite, and characters that no text can hold."""
+    """Report values that are never meant: numbers that no computer takes, and what is no character."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in entries:
         _check_values(entry, (*path, key), merged)
     cure = None
     if isinstance(value, float) and not math.isfinite(value):
         cure = "give a finite number"
-    elif isinstance(value, str) and _NO_TEXT.search(value):
+    elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        cure = f"give a whole number from -{_MAX_INTEGER} to {_MAX_INTEGER}"
+    elif isinstance(value, str) and no_character(value):
         cure = "remove the character that is none: U+0000, or half of a pair"
+    elif isinstance(value, str) and (marks := control_characters(value)):
+        merged.warnings.append(f"{dotted(path)} holds control characters, which text encoders drop: {marks}")
     if cure:
         merged.add(path, f"is {spelled(value)}", cure)
         merged.unusable.add(path)

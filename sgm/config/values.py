@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
@@ -26,9 +27,12 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
     are not numbers, and text is not converted. An annotation without JSON schema, such as a class, matches anything.
     """
     try:
-        adapter = TypeAdapter(hint)
-        schema = adapter.json_schema()
-    except (PydanticUserError, TypeError, ValueError):
+        hash(hint)
+    except TypeError:  # metadata of an annotation may be anything
+        adapter, schema = _adapter.__wrapped__(hint, "")
+    else:
+        adapter, schema = _adapter(hint, repr(hint))  # unions are equal in any order, and described in their own
+    if adapter is None:
         return None
     try:
         adapter.validate_json(_as_json(value), strict=True)
@@ -40,6 +44,16 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
         quoting = "; text that YAML reads as something else needs quotes" if takes_text else ""
         return f"is {spelled(value)}", f"give {words}{quoting}"
     return None
+
+
+@cache
+def _adapter(hint: Any, spelling: str) -> tuple[TypeAdapter[Any] | None, dict[str, Any]]:
+    """Return the validator of an annotation and its JSON schema; None if it has no schema."""
+    try:
+        adapter = TypeAdapter(hint)
+        return adapter, adapter.json_schema()
+    except (PydanticUserError, TypeError, ValueError):
+        return None, {}
 
 
 def spelled(value: Any, most: int = 100) -> str:

@@ -37,7 +37,7 @@ Kind = Literal["latents", "images", "text"]
 KINDS: tuple[Kind, ...] = ("latents", "images", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
-_REWRITE = f"write the cache again with {TOOL}"
+_REWRITE = f"the same command of {TOOL} writes it again"
 _FORMAT = 4  # increment when the files change; how frames are chosen is in the source, `decode.READER`
 _MISSING = "it is missing"
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
@@ -249,7 +249,7 @@ def read_description(folder: Path, kind: Kind) -> Description:
         found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
         raise InputError(f"'{folder}' has no {path.name}: {found}; {TOOL} makes it") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {_reason(error)}; {_REWRITE}") from error
+        raise InputError(f"{path} cannot be read: {_reason(error)}; remove it: {_REWRITE}") from error
 
 
 class CachedTensors(Mapping[str, torch.Tensor]):

@@ -34,7 +34,7 @@ class Prepared:
         dtype: of the network.
         mesh: the groups of ranks.
         prompts: None for input from the terminal.
-        notes: about prompts that the tokenizer knows in part.
+        notes: about prompts that the tokenizer knows or takes in part.
     """
 
     config: Config
@@ -115,7 +115,7 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
 
 
 def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
-    """Refuse prompts of which the tokenizer knows no word; yield a line for each that it knows in part.
+    """Refuse prompts of which the tokenizer knows no word; yield a line for each that it knows or takes in part.
 
     Raises:
         InputError: a prompt, or the negative prompt, is refused.
@@ -126,14 +126,16 @@ def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
         check_words(prompts or (), conditioner)
         if reasons := texts_without_words(conditioner, [negative.text]):
             raise ConfigError([Problem("args.negative_prompt", "", reasons[negative.text], WORDS_CURE)])
-    if not hasattr(conditioner, "unknown_texts"):
-        return
-    texts = [*(prompts or ()), negative]
-    unknown = conditioner.unknown_texts([prompt.text for prompt in texts])
-    for prompt in texts:
+    all_prompts = [*(prompts or ()), negative]
+    texts = list(dict.fromkeys(prompt.text for prompt in all_prompts))
+    finders = (getattr(conditioner, name, None) for name in ("unknown_texts", "cut_texts"))
+    unknown, cut = (find(texts) if find else {} for find in finders)
+    for prompt in all_prompts:
+        name = "negative prompt" if prompt is negative else f"prompt {prompt.index}"
         if prompt.text in unknown:
-            name = "negative prompt" if prompt is negative else f"prompt {prompt.index}"
             yield f"{name}: unknown to the tokenizer, and lost: {unknown[prompt.text]}"
+        if prompt.text in cut:
+            yield f"{name}: cut, since {cut[prompt.text]}"
 
 
 def make_folder(folder: Path) -> None:

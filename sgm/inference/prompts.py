@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from sgm.data.clips.pictures import PictureError, picture_size, read_picture
-from sgm.log import get_logger
+from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
-from sgm.util import InputError
+from sgm.util import InputError, no_character
 
 log = get_logger(__name__)
 
 IMAGE_SEPARATOR = "@@"
 # Common file systems allow 255 bytes; the rest is for the index and a temporary suffix.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
-_NOT_UTF8 = "the line holds bytes that are not UTF-8 text; type it in UTF-8"
+_CURE = "write it in UTF-8"
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,16 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
     prompts: list[Prompt] = []
     problems = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         try:
             prompts.append(_parse(line, len(prompts), image2video=image2video, folder=folder))
         except InputError as error:
             problems.append(f"{source}:{number}: {error}")
+        else:
+            if marks := control_characters(line):
+                log.warning("%s:%d: holds control characters, which text encoders drop: %s", source, number, marks)
     if problems:
         raise InputError("\n".join(problems))
     return prompts
@@ -115,7 +119,7 @@ def read_prompts_cli(
         except EOFError:
             return
         except UnicodeDecodeError:
-            log.error("%s", _NOT_UTF8)
+            log.error("the line holds bytes that are not UTF-8 text; %s", _CURE)
             continue
         if not line or line == "exit":
             return
@@ -209,8 +213,8 @@ def output_folder_name(index: int, text: str) -> str:
 
 
 def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> Prompt:
-    if any("\ud800" <= c <= "\udfff" for c in line):  # surrogates: Python's encoding of non-UTF-8 input
-        raise InputError(_NOT_UTF8)
+    if problem := no_character(line):  # also Python's stand-in for what is not UTF-8
+        raise InputError(f"the line holds {problem}; {_CURE}")
     parts = [part.strip() for part in line.split(IMAGE_SEPARATOR)]
     if not image2video:
         if len(parts) > 1:

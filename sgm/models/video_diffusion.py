@@ -18,6 +18,7 @@ from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.modules.step_cache import DEFAULT_THRESHOLDS, StepCache
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
@@ -252,7 +253,22 @@ class SATVideoDiffusionEngine(nn.Module):
             vae.encode_moments(rearrange(piece, "b t c h w -> b c t h w").to(dtype))
             for piece in video.split(self.samples_a_time or len(video))
         ]
-        return self.latents_of(torch.cat(pieces), generator=generator, noise=noise, sample=sample, scale=scale)
+        moments = torch.cat(pieces)
+        frames, _, height, width = video.shape[1:]
+        wanted = (2 * self.network.out_channels, (frames - 1) // self.network.time_compressed_rate + 1)
+        self._require_shape(moments, (*wanted, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION))
+        return self.latents_of(moments, generator=generator, noise=noise, sample=sample, scale=scale)
+
+    def _require_shape(self, made: torch.Tensor, wanted: Sequence[int]) -> None:
+        """Refuse what an autoencoder has made that compresses otherwise than the network needs; without the batch."""
+        found = tuple(made.shape[1:])
+        if found != (*wanted,):
+            side, rate = SPATIAL_COMPRESSION, self.network.time_compressed_rate
+            raise InputError(
+                f"model.first_stage_config: {type(self.first_stage_model).__name__} made (channels, frames, height, "
+                f"width) = {found}, and {(*wanted,)} is needed: the network takes latents of {side}x{side} pixels and "
+                f"{rate} frames, with {self.network.out_channels} channels; give the autoencoder of its training"
+            )
 
     @torch.no_grad()
     def latents_of(
@@ -275,8 +291,13 @@ class SATVideoDiffusionEngine(nn.Module):
         """Latents (B, T, C, H, W) → video (B, 4(T−1)+1, 3, 8H, 8W), float32, nominally in −1..1."""
         vae, dtype = self._require_first_stage(), self.first_stage_dtype
         latents = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w").to(dtype)
-        pieces = [vae.decode(piece) for piece in latents.split(self.samples_a_time or len(latents))]
-        return rearrange(torch.cat(pieces), "b c t h w -> b t c h w").float()
+        video = torch.cat([vae.decode(piece) for piece in latents.split(self.samples_a_time or len(latents))])
+        self._require_video(video, latents, self.network.time_compressed_rate * (latents.shape[2] - 1) + 1)
+        return rearrange(video, "b c t h w -> b t c h w").float()
+
+    def _require_video(self, video: torch.Tensor, latents: torch.Tensor, num_frames: int) -> None:
+        height, width = latents.shape[3:]
+        self._require_shape(video, (3, num_frames, height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION))
 
     @torch.no_grad()
     def decode_each(self, latents: torch.Tensor, convert: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -294,11 +315,16 @@ class SATVideoDiffusionEngine(nn.Module):
         together = self.samples_a_time or (1 if getattr(vae, "slicing", False) else len(latents))
 
         def converted(chunk: torch.Tensor) -> list[torch.Tensor]:
+            self._require_video(chunk, latents, chunk.shape[2])
             return [convert(one.float()) for one in rearrange(chunk, "b c t h w -> b t c h w")]
 
         videos: list[torch.Tensor] = []
         for part in latents.split(together):
-            chunks = vae.decode_in_chunks(part) if hasattr(vae, "decode_in_chunks") else [vae.decode(part)]
+            if hasattr(vae, "decode_in_chunks"):
+                chunks = vae.decode_in_chunks(part)
+            else:
+                chunks = [vae.decode(part)]
+                self._require_video(chunks[0], part, self.network.time_compressed_rate * (part.shape[2] - 1) + 1)
             videos += map(torch.cat, zip(*map(converted, chunks), strict=True))
         return videos
 

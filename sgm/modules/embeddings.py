@@ -4,9 +4,11 @@ Legend: ``B T C H W`` video latents, ``t h w`` the grid of patches, ``N = t·h·
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch.autograd.function import once_differentiable
 
 from sgm.modules.geometry import Grid, PatchSize
 
@@ -118,20 +120,41 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         As `x`, in its dtype.
     """
-    # A complex product takes one pass over memory instead of three: faster on a CPU. Elsewhere use the real form:
-    # compilers fuse it, and not every accelerator supports complex numbers.
-    return _rotate_complex(x, cos, sin) if x.is_cpu else _rotate_real(x, cos, sin)
+    return _rotate_real(x, cos, sin) if torch.compiler.is_compiling() else _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """The rotation, whose gradient is turned back; nothing is saved but the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.tables = cos, sin  # of all layers and steps, so that they are not counted or moved as saved tensors
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cos, sin = ctx.tables
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    # A complex product is a single pass, but not every accelerator has complex numbers, and bfloat16 has none.
+    if x.is_cpu and x.dtype == torch.float32:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        turn = torch.complex(cos[:, 1::2], sin[:, 1::2])
+        return torch.view_as_real(pairs * turn[:, None]).flatten(-2)
+    # In place, with float32 angles: values in float32 would take twice the passes.
+    return _swapped(x).mul_(sin[:, None]).addcmul_(x, cos[:, None])
 
 
 def _rotate_real(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos[:, None], swapped, sin[:, None]).to(x.dtype)
+    """Plain form, in float32, which compilers fuse."""
+    return torch.addcmul(x * cos[:, None], _swapped(x), sin[:, None]).to(x.dtype)
 
 
-def _rotate_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turn = torch.complex(cos[:, 1::2], sin[:, 1::2])
-    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
+def _swapped(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 def patchify(x: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

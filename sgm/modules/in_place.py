@@ -2,10 +2,10 @@
 
 Compilers plan memory by themselves.
 
-Legend: ``S = L + N`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size.
+Legend: ``B`` samples, ``S`` tokens, ``D`` hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,31 +23,6 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU; overwrites its input under `no_grad`."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def multiply_add(
-    x: torch.Tensor, factors: Sequence[torch.Tensor], addends: Sequence[torch.Tensor], num_text: int
-) -> torch.Tensor:
-    """Return x·factor + addend (B, S, D), with one factor and addend for the text and one for the patches.
-
-    Args:
-        x: (B, S, D); overwritten under `no_grad`.
-        factors: two of (B, 1, D).
-        addends: (B, 1, D) or (B, L, D), and (B, 1, D) or (B, N, D).
-        num_text: L.
-    """
-    parts = text_and_patches(x, num_text)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers refuse views as `out`
-        return torch.cat([torch.addcmul(c, a, b) for a, b, c in zip(parts, factors, addends, strict=True)], dim=1)
-    for a, b, c in zip(parts, factors, addends, strict=True):
-        torch.addcmul(c, a, b, out=a)
-    return x
-
-
-def text_and_patches(tokens: torch.Tensor, num_text: int) -> tuple[torch.Tensor, ...]:
-    """Split (B, S, D) into views of text and patches."""
-    # Not two slices: their backward pass would allocate zero-filled gradients.
-    return tokens.split((num_text, tokens.shape[1] - num_text), dim=1)
 
 
 def in_pieces(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

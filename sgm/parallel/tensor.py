@@ -7,7 +7,6 @@ Sums over sequence parallel ranks are separate, see `sgm.parallel.sequence`.
 """
 
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def average_gradients(x: torch.Tensor) -> torch.Tensor:
 
 
 def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
-    """Make SAT's sharded LoRA adapters initialise and compute as on one rank.
+    """Initialise SAT's sharded LoRA adapters as on one rank.
 
     Args:
         layers: SAT's layers on this rank.
@@ -54,22 +53,10 @@ def shard_adapters(layers: Any, layer_range: Any, shard: Shard) -> None:
         shard: this rank's shard of the network.
     """
     for attention in (layers[index].attention for index in layer_range):
-        # SAT computes B·A·x with this rank's inputs: one term of a sum over the ranks.
-        attention.dense.forward = MethodType(_row_adapter_forward, attention.dense)
         for name in ("dense", "query_key_value"):
             for index, matrix in enumerate(getattr(attention, name).matrix_A):
                 full_name = f"transformer.layers.0.attention.{name}.matrix_A.{index}"
                 matrix.data.copy_(initial_matrix(full_name, matrix.shape, shard))
-
-
-def _row_adapter_forward(adapter: Any, x: torch.Tensor) -> torch.Tensor:
-    """The row layer and its LoRA: inputs of this rank (B, S, D / ranks) → (B, S, D)."""
-    output = adapter.original(x)
-    x = adapter.lora_dropout(x)
-    for a, b in zip(adapter.matrix_A, adapter.matrix_B, strict=True):
-        low = sgm.distributed.layer_groups().reduce_from_model_parallel_region(x @ a.T)
-        output = output + low @ b.T * adapter.scaling
-    return output
 
 
 def mark_tensor_parallel(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -421,14 +421,14 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     rank = sgm.distributed.rank()
     if with_rng and rank < point.world_size:  # additional ranks keep their fresh generators
-        _restore_rng(_load(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
+        _restore_rng(read_checked(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
 
 
-def _load(path: Path, map_location: Any) -> Any:
+def read_checked(path: Path, map_location: Any) -> Any:
     """Load a file of the state with ``weights_only``; all its bytes are checked."""
     try:
-        content = read_state_file(path, map_location, cure=_CURE)
-        require_weights(path, _weights_of(content), cure=_CURE)
+        content, finite = read_state_file(path, map_location, cure=_CURE)
+        require_weights(path, _weights_of(content), finite=finite, cure=_CURE)
     except InputError as error:
         raise InputError(f"the resume state cannot be used: {error}") from error
     return content
@@ -477,6 +477,6 @@ def checkpoint_engine(written: list[str] | None = None) -> Any:
 
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-                return _load(Path(path), map_location)
+                return read_checked(Path(path), map_location)
 
     return SafeCheckpointEngine()

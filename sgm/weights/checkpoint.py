@@ -25,11 +25,11 @@ from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_mat
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
-from sgm.weights.lazy import compute
+from sgm.weights.lazy import AnyTensor, compute
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
 from sgm.weights.quantize import Storage, linear_layers, store, stored_text
-from sgm.weights.stored import checked_ahead
+from sgm.weights.stored import StoredTensor, checked_ahead
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,20 @@ def load_network(
         raise ValueError(
             f"{match.path} lacks {sorted(empty)[:5]}, which have no value yet: build the network in memory"
         )
+    whole = match.shard.size == 1  # a shard reads only a part of each tensor
     used = [match.tensors[name] for name in match.targets if name in match.tensors]
-    with checked_ahead(used if match.shard.size == 1 else ()):  # a shard reads only a part of each tensor
+    with checked_ahead(_computed(used) if whole else ()):
         for name, old in match.targets.items():
             if name in match.new_adapters:
                 value = initial_matrix(name, old.shape, match.shard, generator)
             elif name in match.zeroed:
                 value = torch.zeros(old.shape)
+            elif name in match.missing:
+                value = old
             else:
-                value = old if name in match.missing else take_shard(name, match.tensors[name], match.shard)
+                value = match.tensors[name]
+                if not (whole and isinstance(value, StoredTensor)):
+                    value = take_shard(name, value, match.shard)
             _replace(network, name, value, dtype=dtype, device=device)
             if name in smaller and storage is not None:
                 store(smaller[name], storage, device=storage_device)
@@ -166,17 +171,24 @@ def load_autoencoder(
         InputError: a tensor is missing, unexpected, or of another shape.
     """
     match = match_autoencoder(vae, path, ignore_keys=ignore_keys)
-    with checked_ahead([match.tensors[name] for name in match.targets]):
-        for name in match.targets:
-            _replace(vae, name, compute(match.tensors[name]), dtype=dtype, device=device)
+    used = [match.tensors[name] for name in match.targets]
+    with checked_ahead(_computed(used)):
+        for name, value in zip(match.targets, used, strict=True):
+            value = value if isinstance(value, StoredTensor) else compute(value)
+            _replace(vae, name, value, dtype=dtype, device=device)
     _require_memory(vae)
     return _report(match)
+
+
+def _computed(tensors: Iterable[AnyTensor]) -> list[AnyTensor]:
+    """Return those that `_replace` does not check itself."""
+    return [tensor for tensor in tensors if not isinstance(tensor, StoredTensor)]
 
 
 def _replace(
     module: nn.Module,
     name: str,
-    value: torch.Tensor,
+    value: torch.Tensor | StoredTensor,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
@@ -189,7 +201,11 @@ def _replace(
         device = torch.device("cpu") if old.is_meta else old.device
     target_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
     # Always a copy: rewriting the mapped file in place must not change or invalidate a parameter.
-    value = value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
+    if isinstance(value, StoredTensor):
+        stored, value = value, torch.empty(value.shape, device=device, dtype=target_dtype)
+        stored.copy_to(value)
+    else:
+        value = value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
     if leaf in owner._parameters:
         parameter = nn.Parameter(value, requires_grad=old.requires_grad)
         for mark, setting in vars(old).items():

@@ -2,22 +2,26 @@
 
 ``torch.save`` writes a zip archive, whose directory has the CRC-32 of every entry; ``torch.load`` does not compare it.
 The safetensors format has none. Reading with CRC-32 takes about twice as long as without, so files written here have
-XXH3 hashes, which take a fifth of that:
+XXH3 hashes, which take a tenth of that:
 
 - `save_torch` appends an entry "xxh3" to the archive: JSON with the hash of every tensor by the name of its entry;
 - `write_safetensors` has them in the metadata of the header, under "xxh3": sixteen hexadecimal digits for the header
   itself (computed with zeros in their place), then sixteen for each tensor in the order of the data.
+
+Both say under "finite" whether all values were finite: then those of a tensor with the right hash are, and reading need
+not look for NaN.
 
 A file that another tool rewrote is not compared with outdated hashes: archives then lack the entry, and our headers
 have spaces after separators, which those of the safetensors library do not. Headers of earlier versions have CRC-32,
 under "crc32".
 """
 
+import io
 import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,8 @@ import xxhash
 from sgm.io import atomic_file, parse_json
 from sgm.weights.lazy import AnyTensor, compute, meta
 
-KEY, OLD_KEY = "xxh3", "crc32"  # in metadata of safetensors files
+KEY, OLD_KEY, FINITE = "xxh3", "crc32", "finite"  # in metadata of safetensors files
+PIECE = 1 << 20  # bytes that stay in a processor's cache while they are copied and checked
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,7 +52,22 @@ DTYPES = {
 _OURS = b'{"__metadata__": {'
 _DIGITS = {KEY: 16, OLD_KEY: 8}
 _xxh3 = xxhash.xxh3_64_intdigest
-_FUNCTIONS: dict[str, Callable[[Any], int]] = {KEY: _xxh3, OLD_KEY: zlib.crc32}
+
+
+class _CRC32:
+    """CRC-32 with the methods of hashes."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: Any) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def intdigest(self) -> int:
+        return self._value
+
+
+_HASHES: dict[str, Callable[[], Any]] = {KEY: xxhash.xxh3_64, OLD_KEY: _CRC32}
 
 
 @dataclass(frozen=True)
@@ -57,14 +77,55 @@ class Checksums:
     Attributes:
         values: the checksums that a tensor may have, by its name in a safetensors file, by its size in an archive.
         key: `KEY` or `OLD_KEY`: how they are computed.
+        finite: whether all values were finite.
     """
 
     values: Mapping[Any, Collection[int]]
     key: str = KEY
+    finite: bool = False
 
     def fit(self, place: str | int, tensor: torch.Tensor) -> bool:
         """Return whether the bytes of a dense tensor, in the order of its elements, have the checksum of `place`."""
-        return _FUNCTIONS[self.key](_bytes(tensor)) in self.values.get(place, ())
+        return self.fit_pieces(place, pieces(tensor))
+
+    def fit_pieces(self, place: str | int, parts: Iterable[torch.Tensor]) -> bool:
+        """Do the same for a tensor that comes in pieces of one axis."""
+        hashed = _HASHES[self.key]()
+        for part in parts:
+            hashed.update(_bytes(part))
+        return hashed.intdigest() in self.values.get(place, ())
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a dense tensor in pieces of one axis."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    yield from flat.split(max(1, PIECE // max(1, flat.element_size()))) if flat.numel() else ()
+
+
+class Watched:
+    """The pieces of a floating-point tensor; their sums tell whether its values are finite."""
+
+    def __init__(self, parts: Iterable[torch.Tensor]) -> None:
+        self._parts = parts
+        self._sums: list[torch.Tensor] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for part in self._parts:
+            # float8 has no sums
+            self._sums.append((part.to(torch.bfloat16) if part.element_size() == 1 else part).sum())
+            yield part
+
+    def finite(self) -> bool:
+        """Return whether all values so far are finite; False also if they are so large that a sum overflows."""
+        return not self._sums or bool(torch.isfinite(torch.stack(self._sums)).all())
+
+
+def all_finite(parts: Iterable[torch.Tensor]) -> bool:
+    """Return what `Watched.finite` does, of all pieces."""
+    watched = Watched(parts)
+    for _ in watched:
+        pass
+    return watched.finite()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -81,8 +142,20 @@ def save_torch(content: Any, path: Path) -> None:
         file.flush()  # the hashes are those of the file
         with zipfile.ZipFile(file, "a") as archive:
             hashes = {info.filename: f"{_xxh3(data):016x}" for info, data in _tensor_entries(path, archive)}
+            if all(all_finite(pieces(tensor)) for tensor in _floating(content)):
+                hashes[FINITE] = "1"
             folder = archive.infolist()[0].filename.partition("/")[0]
             archive.writestr(zipfile.ZipInfo(f"{folder}/{KEY}"), json.dumps(hashes))
+
+
+def _floating(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors in mappings and sequences."""
+    if isinstance(content, torch.Tensor):
+        if content.is_floating_point():
+            yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _floating(value)
 
 
 def zip_checksums(path: Path) -> Checksums | None:
@@ -103,7 +176,7 @@ def zip_checksums(path: Path) -> Checksums | None:
         found: dict[int, set[int]] = {}
         for info in filter(_is_tensor, archive.infolist()):
             found.setdefault(info.file_size, set()).add(info.CRC if own is None else own.get(info.filename, -1))
-        return Checksums(found, OLD_KEY if own is None else KEY)
+        return Checksums(found, OLD_KEY if own is None else KEY, FINITE in (own or ()))
 
 
 def damaged_entry(path: Path) -> str:
@@ -126,6 +199,53 @@ def damaged_entry(path: Path) -> str:
         return ""
 
 
+class CheckedArchive(io.FileIO):
+    """A file of torch.save, for torch.load: what it reads of tensors is hashed while it is in the processor's cache.
+
+    Attributes:
+        finite: whether all values were finite.
+
+    Raises:
+        zipfile.BadZipFile: the archive is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._path, self._damaged = path, ""
+        with zipfile.ZipFile(path) as archive:
+            own = _own_hashes(archive)
+            has_any = any(info.CRC for info in archive.infolist())
+            for info in archive.infolist() if has_any else ():
+                if not _is_tensor(info):
+                    archive.read(info)
+            starts = _tensor_starts(path, archive) if has_any else ()
+            self._unread = {
+                start: (info, info.CRC if own is None else own.get(info.filename)) for info, start in starts
+            }
+        self._hash = _HASHES[OLD_KEY if own is None else KEY]
+        self.finite = FINITE in (own or ())
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`, and hash it if it gets a whole tensor."""
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        info, wanted = self._unread.get(start, (None, None))
+        if info is None or info.file_size != len(view):
+            return super().readinto(view)
+        hashed, done = self._hash(), 0
+        while num := super().readinto(view[done : done + PIECE]):
+            hashed.update(view[done : done + num])
+            done += num
+        if hashed.intdigest() != wanted:
+            self._damaged = self._damaged or info.filename
+        del self._unread[start]
+        return done
+
+    def damaged_entry(self) -> str:
+        """Return what the function of this name does, after torch.load."""
+        left = any(info.file_size for info, _ in self._unread.values())
+        return self._damaged or (damaged_entry(self._path) if left else "")
+
+
 def _is_tensor(info: zipfile.ZipInfo) -> bool:
     return "/data/" in info.filename
 
@@ -141,12 +261,18 @@ def _own_hashes(archive: zipfile.ZipFile) -> dict[str, int] | None:
     return {name: int(str(digits), 16) for name, digits in hashes.items()}
 
 
-def _tensor_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, Any]]:
-    """Yield the entries of tensors with their bytes, memory-mapped."""
+def _tensor_starts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, int]]:
+    """Yield the entries of tensors with the offset of their bytes."""
     whole = np.memmap(path, np.uint8, "r")
     for info in filter(_is_tensor, archive.infolist()):
         lengths = whole[info.header_offset + 26 : info.header_offset + 30].view("<u2")  # of the name and extra field
-        start = info.header_offset + 30 + int(lengths.sum())
+        yield info, info.header_offset + 30 + int(lengths.sum())
+
+
+def _tensor_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, Any]]:
+    """Yield the entries of tensors with their bytes, memory-mapped."""
+    whole = np.memmap(path, np.uint8, "r")
+    for info, start in _tensor_starts(path, archive):
         yield info, whole[start : start + info.file_size]
 
 
@@ -180,12 +306,13 @@ def header_checksums(raw: bytes) -> Checksums | None:
     metadata = header.pop("__metadata__")
     names = sorted(header, key=lambda name: header[name]["data_offsets"])
     key = OLD_KEY if OLD_KEY in metadata else KEY
-    digits, length, function = metadata.get(key, ""), _DIGITS[key], _FUNCTIONS[key]
-    if len(digits) != length * (1 + len(names)) or int(digits[:length], 16) != function(_cleared(raw, digits)):
+    digits, length, hashed = metadata.get(key, ""), _DIGITS[key], _HASHES[key]()
+    hashed.update(_cleared(raw, digits))
+    if len(digits) != length * (1 + len(names)) or int(digits[:length], 16) != hashed.intdigest():
         raise ValueError("its header changed after it was written (checksum)")
     starts = range(length, len(digits), length)
     found = {name: {int(digits[start : start + length], 16)} for name, start in zip(names, starts, strict=True)}
-    return Checksums(found, key)
+    return Checksums(found, key, metadata.get(FINITE) == "1")
 
 
 def _cleared(raw: bytes, digits: str) -> bytes:
@@ -209,7 +336,8 @@ def write_safetensors(
     metas = {name: meta(tensor) for name, tensor in tensors.items()}
     names = sorted(metas, key=lambda name: (-metas[name].element_size(), name))  # keeps every tensor aligned
     zeros = "0" * _DIGITS[KEY] * (1 + len(names))
-    header: dict[str, Any] = {"__metadata__": {KEY: zeros, "format": "pt", **(metadata or {})} | {KEY: zeros}}
+    marks = {KEY: zeros, FINITE: "0"}
+    header: dict[str, Any] = {"__metadata__": {**marks, "format": "pt", **(metadata or {})} | marks}
     end = 0
     for name in names:
         each, start, end = metas[name], end, end + metas[name].nbytes
@@ -219,10 +347,15 @@ def write_safetensors(
     with atomic_file(path, need_bytes=8 + len(head) + end) as temporary, temporary.open("wb") as file:
         file.write(len(head).to_bytes(8, "little"))
         file.write(head)
-        digits = f"{_xxh3(head):016x}"
+        digits, finite = "", True
         for name in names:
-            data = _bytes(compute(tensors[name]))
+            tensor = compute(tensors[name])
+            finite = finite and (not tensor.is_floating_point() or all_finite(pieces(tensor)))
+            data = _bytes(tensor)
             digits += f"{_xxh3(data):016x}"
             file.write(data)
+        if finite:
+            head = head.replace(f'"{FINITE}": "0"'.encode(), f'"{FINITE}": "1"'.encode(), 1)
+        digits = f"{_xxh3(head):016x}{digits}"
         file.seek(8)
         file.write(head.replace(zeros.encode(), digits.encode(), 1))

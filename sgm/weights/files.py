@@ -10,7 +10,6 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 
 from sgm.io import parse_json, refusing_denied
 from sgm.util import InputError
-from sgm.weights.checksums import KEY, OLD_KEY, Checksums, damaged_entry, safetensors_checksums, zip_checksums
+from sgm.weights.checksums import (
+    FINITE,
+    KEY,
+    OLD_KEY,
+    CheckedArchive,
+    Checksums,
+    damaged_entry,
+    safetensors_checksums,
+    zip_checksums,
+)
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
@@ -35,6 +43,26 @@ _OBJECTS_CURE = (
 _DIGEST_ELEMENTS = 1024
 _QUICK = 1 << 27  # archives of this size are compared with their CRC-32 in less than 0.1 s
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
+
+# As the format names them.
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
 
 
 def find_weights(load: str | Path) -> Path:
@@ -246,10 +274,28 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         with _safetensors_errors(path, size):
-            # Mapped one by one: `load_file` reads the whole file.
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return _mapped_safetensors(path, size)
     return _tensors_of(_read_torch(path, size, head)[0], path)
+
+
+def _mapped_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:
+    """Map the tensors of a safetensors file, of which nothing but the header is read.
+
+    `safe_open(...).get_tensor` has the system read every tensor that it returns, also where only its shape is wanted.
+    """
+    with safe_open(path, framework="pt") as file:  # checks the header, and that its offsets fill the file
+        names = file.keys()
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header: Any = parse_json(content.read(length).decode())
+        offsets = {name: [8 + length + offset for offset in header[name]["data_offsets"]] for name in names}
+        dtypes = {name: _SAFETENSORS_DTYPES[header[name]["dtype"]] for name in names}
+        if any(offsets[name][0] % dtypes[name].itemsize for name in names):  # no writer that aligns tensors
+            return {name: file.get_tensor(name) for name in names}
+    whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size))
+    return {
+        name: whole[begin:end].view(dtypes[name]).view(header[name]["shape"]) for name, (begin, end) in offsets.items()
+    }
 
 
 def read_entry(path: str | Path, key: str) -> Any:
@@ -293,7 +339,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if not _is_safetensors(path, head):
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
-        return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY)}
+        return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY, FINITE)}
 
 
 def weights_digest(path: str | Path) -> str:
@@ -358,7 +404,7 @@ def _read_torch(path: Path, size: int, head: bytes) -> tuple[object, Checksums |
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), checksums
 
 
-def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
+def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> tuple[Any, bool]:
     """Read the content of a file of torch.save, and compare all its bytes with its checksums meanwhile.
 
     Args:
@@ -366,17 +412,22 @@ def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> Any:
         map_location: as for torch.load.
         cure: the end of messages.
 
+    Returns:
+        The content, and whether it is known that its values are finite.
+
     Raises:
         InputError: there is no such file, it is damaged, or it holds more than tensors and plain values.
     """
     path = Path(path)
     size, head = _read_head(path)
-    with _torch_errors(path, size, cure, cure), ThreadPoolExecutor(1) as pool:
-        check = pool.submit(damaged_entry, path) if head.startswith(b"PK") else None
-        content = torch.load(path, map_location=map_location, weights_only=True)
-        if check is not None and (entry := check.result()):
-            raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (checksum)")
-    return content
+    with _torch_errors(path, size, cure, cure):
+        if not head.startswith(b"PK"):
+            return torch.load(path, map_location=map_location, weights_only=True), False
+        with CheckedArchive(path) as archive:
+            content = torch.load(archive, map_location=map_location, weights_only=True)
+            if entry := archive.damaged_entry():
+                raise zipfile.BadZipFile(f"the bytes of {entry} changed after they were written (checksum)")
+    return content, archive.finite
 
 
 @contextlib.contextmanager

@@ -1,13 +1,15 @@
 """Tensors of weights files, checked when their values are first used.
 
-Names, shapes and dtypes come from headers; reading a value costs a pass over the tensor, in which three things are
-checked. `checked_ahead` does so in threads, while the tensors before are being copied.
+Names, shapes and dtypes come from headers; values are checked for three things:
 
 | check | finds |
 |---|---|
 | kind | integers, booleans or complex numbers in the place of weights |
 | checksum | bits that changed since the file was written; see `sgm.weights.checksums` |
-| finiteness | NaN and infinity |
+| finiteness | NaN and infinity, unless the file says that there were none and the checksum is right |
+
+`StoredTensor.copy_to` checks what it copies while it is in the processor's cache, which costs least. Where tensors are
+used otherwise, `checked_ahead` checks the next ones in threads.
 """
 
 import contextlib
@@ -22,10 +24,11 @@ from pathlib import Path
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import Checksums
+from sgm.weights.checksums import Checksums, Watched, all_finite, pieces
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 _CURE = "copy or download it again from its source, or take an earlier checkpoint"
+_CHANGED = f"is damaged: its bytes changed after it was written (checksum); {_CURE}"
 _THREADS = 4  # more than a disk delivers
 
 
@@ -36,11 +39,11 @@ class Once:
         self._check, self._lock = check, threading.Lock()
         self._result: str | None = None
 
-    def __call__(self) -> str:
-        """Return the result: a problem, or an empty string."""
+    def __call__(self, check: Callable[[], str] | None = None) -> str:
+        """Return the result: a problem, or an empty string. `check` replaces the check, if that has not run yet."""
         with self._lock:
             if self._result is None:
-                self._result = self._check()
+                self._result = (check or self._check)()
             return self._result
 
 
@@ -56,12 +59,16 @@ class StoredTensor(LazyTensor):
         name: its name there.
         changed: returns that its bytes changed since they were written; empty if they did not, or it is unknown.
         problem: returns what is wrong with its values; empty if nothing is.
+        place: its place in `checksums`; None if other tensors share its bytes, or no checksum was written.
+        checksums: those of the file.
     """
 
     path: Path
     name: str
     changed: Once
     problem: Once
+    place: str | int | None = None
+    checksums: Checksums | None = None
 
     @property
     def values(self) -> torch.Tensor:
@@ -89,6 +96,45 @@ class StoredTensor(LazyTensor):
         self.check()
         return super().compute()
 
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Copy the values to a contiguous tensor of any dtype and device.
+
+        Raises:
+            InputError: as `compute`.
+        """
+        copied = False
+
+        def copy() -> str:
+            nonlocal copied
+            copied = True
+            return self._copy_and_check(target)
+
+        if self.to_dtype is None and not kind_problem(self.values):
+            self.problem(copy)
+        self.check()
+        if not copied:
+            target.copy_(self._cast(self.values))
+
+    def _copy_and_check(self, target: torch.Tensor) -> str:
+        def copied() -> Iterator[torch.Tensor]:
+            flat, start = target.reshape(-1), 0
+            for part in pieces(self.values):
+                flat[start : start + len(part)].copy_(part)
+                start += len(part)
+                yield part
+
+        known = self.checksums is not None and self.checksums.finite
+        parts = copied() if known else Watched(copied())
+        if self.checksums is not None and self.place is not None:
+            problem = "" if self.checksums.fit_pieces(self.place, parts) else _CHANGED
+        else:
+            problem = self.changed()
+            for _ in parts:
+                pass
+        if problem or not isinstance(parts, Watched) or parts.finite():
+            return problem
+        return finite_problem(self.values)
+
     def of_any_kind(self) -> "StoredTensor":
         """Return the tensor for a buffer of other than floating-point numbers: only its bytes are checked."""
         return replace(self, problem=self.changed)
@@ -107,7 +153,10 @@ def store_safetensors(
     def changed(name: str) -> Once:
         return _UNKNOWN if checksums is None else Once(partial(_changed, tensors[name], name, checksums))
 
-    return {name: _stored(path, name, tensor, changed(name)) for name, tensor in tensors.items()}
+    return {
+        name: _stored(path, name, tensor, changed(name), checksums, None if checksums is None else name)
+        for name, tensor in tensors.items()
+    }
 
 
 def store_zip(path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checksums | None) -> dict[str, StoredTensor]:
@@ -128,19 +177,30 @@ def store_zip(path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checks
         check = Once(partial(_changed, whole, storage.nbytes(), checksums))
         return checks.setdefault(storage.data_ptr(), check)
 
-    return {name: _stored(path, name, tensor, changed(tensor)) for name, tensor in tensors.items()}
+    def place(tensor: torch.Tensor, check: Once) -> int | None:
+        alone = check is not _UNKNOWN and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor.nbytes if alone else None
+
+    stored = {}
+    for name, tensor in tensors.items():
+        check = changed(tensor)
+        stored[name] = _stored(path, name, tensor, check, checksums, place(tensor, check))
+    return stored
 
 
-def _stored(path: Path, name: str, tensor: torch.Tensor, changed: Once) -> StoredTensor:
-    check = Once(lambda: kind_problem(tensor) or changed() or finite_problem(tensor))
-    return StoredTensor((tensor,), path=path, name=name, changed=changed, problem=check)
+def _stored(
+    path: Path, name: str, tensor: torch.Tensor, changed: Once, checksums: Checksums | None, place: str | int | None
+) -> StoredTensor:
+    known = checksums is not None and checksums.finite
+    check = Once(lambda: kind_problem(tensor) or changed() or ("" if known else finite_problem(tensor)))
+    return StoredTensor(
+        (tensor,), path=path, name=name, changed=changed, problem=check, place=place, checksums=checksums
+    )
 
 
 def _changed(tensor: torch.Tensor, place: str | int, checksums: Checksums) -> str:
     """Return that the bytes of a tensor do not have the checksum of `place`; empty if they do."""
-    if checksums.fit(place, tensor):
-        return ""
-    return f"is damaged: its bytes changed after it was written (checksum); {_CURE}"
+    return "" if checksums.fit(place, tensor) else _CHANGED
 
 
 def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:
@@ -160,8 +220,8 @@ def finite_problem(tensor: torch.Tensor, cure: str = _CURE) -> str:
     if tensor.numel() == 0:
         return ""
     wide = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor  # float8 has few functions
-    # The sum is fastest; it may overflow.
-    if torch.isfinite(wide.sum()) or all(map(torch.isfinite, wide.aminmax())):
+    # Sums are fastest; they may overflow.
+    if all_finite(pieces(tensor)) or all(map(torch.isfinite, wide.aminmax())):
         return ""
     wrong = (~torch.isfinite(wide)).nonzero()
     first, place = wide[tuple(wrong[0])].item(), ", ".join(map(str, wrong[0].tolist()))
@@ -179,10 +239,15 @@ def require_floating(tensors: Tensors) -> None:
                 raise InputError(f"{stored.path}: {stored.name} {problem}")
 
 
-def require_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, cure: str = _CURE) -> None:
-    """Raise InputError for the first tensor of the file `path`, already read, that cannot be weights."""
+def require_weights(
+    path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, finite: bool = False, cure: str = _CURE
+) -> None:
+    """Raise InputError for the first tensor of the file `path`, already read, that cannot be weights.
+
+    `finite`: whether it is known that its values are finite.
+    """
     for name, tensor in tensors:
-        if problem := kind_problem(tensor, cure) or finite_problem(tensor, cure):
+        if problem := kind_problem(tensor, cure) or ("" if finite else finite_problem(tensor, cure)):
             raise InputError(f"{path}: {name} {problem}")
 
 

@@ -30,7 +30,9 @@ def contents(path):
     """Return tensors and everything else in one file."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            metadata = {name: text for name, text in file.metadata().items() if name not in ("xxh3", "format")}
+            metadata = {
+                name: text for name, text in file.metadata().items() if name not in ("xxh3", "finite", "format")
+            }
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     content = torch.load(path, weights_only=True)
     return content.pop("module"), content

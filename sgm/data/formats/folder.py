@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line, require_file
 from sgm.io import denied_text
-from sgm.util import InputError
+from sgm.util import InputError, no_character
 
 VIDEOS, LABELS = "videos", "labels"
 
@@ -86,6 +86,8 @@ def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
     except OSError as error:
         return Row(clip, "", f"caption {caption} cannot be read: {error.strerror or error}")
     else:
+        if problem := no_character(text):
+            return Row(clip, "", f"caption {caption} holds {problem}; save it as UTF-8")
         if text:
             return Row(clip, text)
         problem = f"its caption {caption} is empty; write one"

@@ -17,7 +17,7 @@ from typing import Any
 
 from sgm.data.rows import ClipFile, Faults, Files, Row, VideoInfo, one_line
 from sgm.io import JSONError, excessive_json, parse_json
-from sgm.util import InputError, nearest
+from sgm.util import InputError, nearest, no_character
 
 CAPTION_NAMES = ("caption", "prompt", "text", "txt")
 VIDEO_NAMES = ("video", "video_path", "path", "file", "file_name", "filename", "file_path")
@@ -128,10 +128,8 @@ def _row(
     if not isinstance(caption, str | None):
         raise _CellError(columns.caption, f"{columns.caption} is {reprlib.repr(caption)}; give text")
     caption = one_line(caption or "")
-    if any("\ud800" <= letter <= "\udfff" for letter in caption):
-        raise _CellError(
-            columns.caption, f"{columns.caption} holds half of a character (\\ud800 to \\udfff); correct it"
-        )
+    if wrong := no_character(caption):
+        raise _CellError(columns.caption, f"{columns.caption} holds {wrong}; correct it")
     picture = None
     if columns.image is not None and record.get(columns.image) not in (None, ""):
         picture = _file(record, columns.image, files)

@@ -52,7 +52,8 @@ class GeneralConditioner(nn.Module):
 
     An embedder may also have ``check()``, which raises InputError if files are missing; ``release()``, which frees its
     weights and is called after use if its attribute ``offload`` is ``release``; a context manager ``keep_loaded()``,
-    which defers offloading (with it, the embedder offloads itself); and ``unknown_texts(texts)``, see below.
+    which defers offloading (with it, the embedder offloads itself); ``unknown_texts(texts)`` and
+    ``cut_texts(texts)``, see below.
 
     Example:
         ``conditioner({"txt": ["a red ball"]})["crossattn"]`` is (1, L, D).
@@ -184,6 +185,14 @@ class GeneralConditioner(nn.Module):
         shared = [text for text in unknown[0] if all(text in found for found in unknown)]
         # The embedder that knows most decides.
         return {text: min((found[text] for found in unknown), key=lambda one: one.wholly) for text in shared}
+
+    def cut_texts(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return text → what an embedder drops of it.
+
+        Raises:
+            InputError: a tokenizer cannot be read.
+        """
+        return {text: cut for find in self._hooks("cut_texts").values() for text, cut in find(texts).items()}
 
     def release(self) -> None:
         """Free the weights of the embedders; the next use reads them again."""
@@ -343,10 +352,10 @@ class FrozenT5Embedder(nn.Module):
             pieces = tokenizer.encode(text)
             if tokenizer.unk_id() in pieces:
                 self._warn_unknown(text)
-            kept = pieces[: self.max_length - 1]
-            if len(kept) < len(pieces):
-                self._warn_truncated(text, num=len(pieces) + 1, dropped=tokenizer.decode(pieces[len(kept) :]))
-            ids = [*kept, tokenizer.eos_id()]
+            if len(pieces) >= self.max_length and ("cut", hash(text)) not in self._warned:
+                self._warned.add(("cut", hash(text)))
+                log.warning("prompt cut: %s (prompt: '%s')", self._cut(pieces), _beginning(text))
+            ids = [*pieces[: self.max_length - 1], tokenizer.eos_id()]
             rows.append(ids + [tokenizer.pad_id()] * (self.max_length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
@@ -354,24 +363,21 @@ class FrozenT5Embedder(nn.Module):
         """Return text → what the tokenizer does not know of it; see `T5Folder.unknown_texts`."""
         return self.folder.unknown_texts(texts)
 
+    def cut_texts(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return text → what is dropped, of texts with more than `max_length` tokens."""
+        rows = zip(texts, self.folder.tokenizer.encode(list(texts)), strict=True)
+        return {text: self._cut(pieces) for text, pieces in rows if len(pieces) >= self.max_length}
+
     def _warn_unknown(self, text: str) -> None:
         if ("unknown", hash(text)) not in self._warned:  # captions repeat every epoch
             self._warned.add(("unknown", hash(text)))
             unknown = self.folder.unknown_texts([text])[text]
             log.warning("unknown to the tokenizer, and lost: %s (prompt: '%s')", unknown, _beginning(text))
 
-    def _warn_truncated(self, text: str, *, num: int, dropped: str) -> None:
-        # Captions repeat every epoch; warn once.
-        if ("cut", hash(text)) in self._warned:
-            return
-        self._warned.add(("cut", hash(text)))
-        log.warning(
-            "prompt cut: it has %d tokens and max_length is %d; dropped: '%s' (prompt: '%s')",
-            num,
-            self.max_length,
-            dropped,
-            _beginning(text),
-        )
+    def _cut(self, pieces: Sequence[int]) -> str:
+        kept = self.max_length - 1
+        dropped = _beginning(self.folder.tokenizer.decode([*pieces[kept:]]))
+        return f"it has {len(pieces) + 1:,} tokens and max_length is {self.max_length}; dropped: '{dropped}'"
 
     def _model_on_device(self) -> tuple[nn.Module, torch.device]:
         device = default(self._run_device, self._module_device)

@@ -11,8 +11,11 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
 from sgm.data.order import derive_seed, split_indices
+from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError, instantiate_from_config
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ def open_folder(config: Config, folder: str) -> Any:
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
     dataset = instantiate_from_config(config.data, data_dir=folder)
+    if odd := [caption for caption in getattr(dataset, "captions", ()) if control_characters(caption)]:
+        text = "%s: %d captions hold control characters, which text encoders drop; the first: %s"
+        logger.warning(text, folder, len(odd), odd[0][:80])
     if config.args.allow_unknown_text or not hasattr(dataset, "with_problems"):
         return dataset
     return dataset.with_problems(_unknown_captions(config, dataset.captions))

@@ -139,6 +139,8 @@ def make_optimizer(
         InputError: the type is unknown, refuses a parameter, or cannot work at the ZeRO stage.
     """
     name, params = section["type"], dict(section.get("params") or {})
+    if "betas" in params:
+        params["betas"] = tuple(map(float, params["betas"]))  # torch refuses whole numbers
     cls, kind = resolve_optimizer(name), kind_of(name)
     _check_names(name, cls, params)
     stage = (zero or {}).get("stage", 0)

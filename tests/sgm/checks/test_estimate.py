@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 from sgm.checks.estimate import (
-    _decode_usage,
-    _encode_usage,
     bytes_per_rank,
-    network_usage,
     rank_row,
     sampling_estimate,
     t5_bytes,
     training_estimate,
 )
 from sgm.checks.fake_run import LiveBytes, build, usage
+from sgm.checks.measure import decode_usage, encode_usage, network_usage
 from sgm.checks.planner import sampling_rows, training_rows
 from sgm.checks.sampling import as_table
 from sgm.config.load import load_config
@@ -109,6 +107,25 @@ def test_live_bytes_are_those_of_storages():
     assert live.peak == 400 + 2 * 90 * 8
 
 
+def test_of_equal_calls_one_is_run_and_all_are_counted():
+    """The third call is counted as the second one was, on top of what is live then."""
+    peaks, kept, runs = [], [], []
+
+    def work(x):
+        runs.append(len(x))
+        kept.extend([torch.zeros(10)] * (len(runs) == 1))  # the first call leaves more behind than its result
+        return x.double() + 1
+
+    for function in (None, lambda x: x.shape):
+        runs.clear(), kept.clear()
+        with LiveBytes() as live:
+            run = work if function is None else live.once(work, function)
+            results = [run(torch.zeros(size)) for size in (100, 100, 100, 50)]
+        peaks.append((live.peak, live.live, [made.dtype for made in results]))
+        assert runs == ([100, 100, 100, 50] if function is None else [100, 100, 50])
+    assert peaks[0] == peaks[1]
+
+
 @pytest.mark.parametrize(
     ("model", "dtype", "layers", "recomputed"),
     [
@@ -196,12 +213,12 @@ def test_the_peak_of_decoding(latents):
     found = live_of_vae("decode", 1, 16, latents, 12, 20, section=section)
     config = with_model(first_stage_config=section)
     config.model["network_config"]["params"]["out_channels"] = 16
-    assert _decode_usage(config, (1, latents, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
+    assert decode_usage(config, (1, latents, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.slow  # tiles repeat, but at every size thousands of operators pass before they do
+@pytest.mark.slow  # the count that it is compared with takes all tiles
 def test_the_peak_of_decoding_in_tiles():
-    """It is measured until the tiles repeat."""
+    """One tile of each shape is run, and one of the equal chunks of each."""
     section = vae_section(channels=32)
     config = with_model("args.vae_tiling=true", first_stage_config=section)
     config.model["network_config"]["params"]["out_channels"] = 16
@@ -209,7 +226,7 @@ def test_the_peak_of_decoding_in_tiles():
     vae.enable_tiling()
     with torch.no_grad(), LiveBytes() as live:
         vae.decode(torch.empty(1, 16, 3, 96, 90, device="meta", dtype=torch.bfloat16))
-    assert _decode_usage(config, (1, 3, 768, 720), torch.bfloat16).peak == pytest.approx(live.peak, rel=0.05)
+    assert decode_usage(config, (1, 3, 768, 720), torch.bfloat16).peak == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("frames", "chunk"), [(17, None), (17, 8)])
@@ -217,7 +234,7 @@ def test_the_peak_of_encoding(frames, chunk):
     section = vae_section(channels=128, encode_chunk=chunk)
     found = live_of_vae("encode_moments", 1, 3, frames, 96, 160, section=section)
     config = with_model(first_stage_config=section)
-    assert _encode_usage(config, (frames, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
+    assert encode_usage(config, (frames, 96, 160), torch.bfloat16).peak == pytest.approx(found, rel=0.05)
 
 
 # Traffic and memory of two ranks per sample
@@ -259,7 +276,7 @@ def test_what_ranks_of_a_video_send(counted):
     """Rank zero of two, three chunks: it sends two times to its neighbour; pictures go to it."""
     config = with_model(first_stage_config=vae_section(cp_size=2))
     config.model["network_config"]["params"]["out_channels"] = 16
-    assert _decode_usage(config, (1, 6, 32, 32), torch.float32).sent == {"VAE": counted["VAE"]["sent"]}
+    assert decode_usage(config, (1, 6, 32, 32), torch.float32).sent == {"VAE": counted["VAE"]["sent"]}
 
 
 # Output of --check
@@ -330,11 +347,9 @@ def test_the_rows_of_training(monkeypatch):
 
 
 def test_what_comes_from_caches_takes_no_memory():
-    memo = {}
-
     def phases(*overrides, **loaded):
         trained = ["time_embed.0.weight"]
-        return training_estimate(training(*overrides), torch.float32, trained, **loaded, memo=memo).phases
+        return training_estimate(training(*overrides), torch.float32, trained, **loaded).phases
 
     neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
     assert set(phases()) == {"text", "encode", "network", "optimizer", "validation"}

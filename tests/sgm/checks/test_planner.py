@@ -81,10 +81,10 @@ def released(model: str, *settings: str, mode="inference"):
 
 
 def test_a_released_model_fits_with_the_settings_that_are_named():
-    config, memo = released("cogvideox_5b"), {}
+    config = released("cogvideox_5b")
 
     def estimate_of(settings):
-        return sampling_estimate(config_with(config, settings), torch.bfloat16, memo)
+        return sampling_estimate(config_with(config, settings), torch.bfloat16)
 
     for card in (8, 12, 16, 24):
         chosen, found = fit(estimate_of, ROOM * card * GIB, SAMPLING)

@@ -92,6 +92,8 @@ def test_a_reference_training_file_loads_once_its_placeholders_are_filled(write)
         "args.train_data_weights=[.inf]",
         "args.train_data=['']",
         "args.num_workers=100000",
+        "args.train_iters=100000000000000000000",
+        "deepspeed.train_micro_batch_size_per_gpu=100000",
         "args.save=''",
         "data.params.skip_frms_num=100000",
         "data.params.fps=0",
@@ -113,7 +115,12 @@ def test_values_of_a_training_that_cannot_be_meant(override):
 
 
 def test_odd_values_of_the_optimizer_warn():
-    for override, found in [("lr=0", "nothing is learnt"), ("lr=5", "usual are"), ("eps=0", "NaN")]:
+    for override, found in [
+        ("lr=0", "nothing is learnt"),
+        ("lr=5", "usual are"),
+        ("lr=1e-30", "usual are"),
+        ("eps=0", "NaN"),
+    ]:
         assert found in training(f"deepspeed.optimizer.params.{override}").warnings[0]
     three = ["deepspeed.optimizer.type=mine.CAME", "deepspeed.optimizer.params={betas: [0.9, 0.99, 0.999]}"]
     assert training(*three).warnings == ()

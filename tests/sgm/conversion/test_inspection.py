@@ -39,6 +39,7 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # aligned, as the library writes it
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(8 + len(head) + end)

@@ -35,7 +35,7 @@ def test_the_file_is_what_the_library_reads(tmp_path):
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
     with safe_open(path, framework="pt") as file:
-        assert {**file.metadata(), "xxh3": ""} == {"format": "pt", "key": "value", "xxh3": ""}
+        assert {**file.metadata(), "xxh3": ""} == {"format": "pt", "key": "value", "xxh3": "", "finite": "1"}
 
 
 def test_shards_keep_their_size_and_have_an_index(tmp_path):

@@ -217,7 +217,7 @@ def test_a_description_of_another_form_is_refused(tmp_path, change, message):
     path = tmp_path / "latents.json"
     text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change)
     path.write_text(text)
-    with pytest.raises(InputError, match=rf"latents.json cannot be read: .*{message}.*write the cache again"):
+    with pytest.raises(InputError, match=rf"latents.json cannot be read: .*{message}.*; remove it: the same command"):
         CachedTensors(tmp_path, "latents")
 
 
@@ -225,7 +225,7 @@ def test_a_description_of_another_form_is_refused(tmp_path, change, message):
 def test_failures_of_another_form_are_refused(tmp_path, text):
     write(tmp_path, description())
     (tmp_path / "latents-00000.failed.json").write_text(text)
-    with pytest.raises(InputError, match=r"latents-00000.failed.json cannot be read: .*write the cache again"):
+    with pytest.raises(InputError, match=r"failed.json cannot be read: .*the same command .* writes it again"):
         CachedTensors(tmp_path, "latents")
 
 

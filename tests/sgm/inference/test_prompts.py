@@ -66,12 +66,12 @@ def test_only_line_ends_end_a_prompt(tmp_path):
 
 def test_what_cannot_be_a_path_is_reported_with_its_line(tmp_path):
     swapped = f"a.png@@{'a red ball rolls over the wet grass, ' * 20}"
-    lines = ["a@@b.png", swapped, "prompt@@~nosuchuser/a.png", "null@@a\0.png"]
+    lines = ["a@@b.png", swapped, "prompt@@~nosuchuser/a.png"]
     file = write(tmp_path / "p.txt", "\n".join(lines))
     with pytest.raises(InputError) as error:
         read_prompts(file, image2video=True)
     problems = str(error.value).splitlines()
-    assert [problem.split(":")[1] for problem in problems] == ["2", "3", "4"]
+    assert [problem.split(":")[1] for problem in problems] == ["2", "3"]
     assert all("the order is prompt@@image" in problem for problem in problems)
     assert "too long" in problems[0] and len(problems[0]) < 300
 
@@ -90,6 +90,15 @@ def test_unreadable_prompt_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt' is not UTF-8 text \(byte 1\)"):
         read_prompts(tmp_path / "latin.txt", image2video=False)
+
+
+def test_a_file_that_is_no_text_is_refused_and_control_characters_are_mentioned(tmp_path, caplog):
+    (tmp_path / "p.txt").write_bytes("red\nball\n".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"(?s)p\.txt:1: .*U\+0000 at position 2.*p\.txt:2: "):
+        read_prompts(tmp_path / "p.txt", image2video=False)
+    with caplog.at_level(logging.WARNING, logger="sgm"):
+        read_prompts(write(tmp_path / "p.txt", "a\tball\n\n\x1b[31mred \x1b\x07\n"), image2video=False)
+    assert caplog.messages == [f"{tmp_path}/p.txt:3: holds control characters, which text encoders drop: \\x1b, \\x07"]
 
 
 def answers(*lines):
@@ -133,7 +142,7 @@ def test_cli_reports_what_is_not_utf8_and_continues(caplog):
 
     with caplog.at_level(logging.ERROR, logger="sgm"):
         assert list(read_prompts_cli(False, input=ask)) == [Prompt(0, "b")]
-    assert len(caplog.messages) == 2 and all("not UTF-8" in message for message in caplog.messages)
+    assert len(caplog.messages) == 2 and all("UTF-8" in message for message in caplog.messages)
 
 
 def test_cli_reports_what_cannot_be_a_path(caplog):

@@ -54,6 +54,35 @@ def test_first_stage_has_time_before_channels_and_scales(make_engine):
     assert expected.shape == video.shape
 
 
+class Coarse(torch.nn.Module):
+    """An autoencoder of another model: 16 pixels, 2 frames and 8 channels a latent, if not told otherwise."""
+
+    def __init__(self, side=16, rate=2, channels=8):
+        super().__init__()
+        self.side, self.rate, self.channels = side, rate, channels
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def encode_moments(self, video):
+        B, _, F, H, W = video.shape
+        return torch.zeros(B, 2 * self.channels, (F - 1) // self.rate + 1, H // self.side, W // self.side)
+
+    def decode(self, latents):
+        B, _, T, H, W = latents.shape
+        return torch.zeros(B, 3, self.rate * (T - 1) + 1, self.side * H, self.side * W)
+
+
+@pytest.mark.parametrize("changes", [{"side": 16}, {"rate": 2}, {"channels": 8}])
+def test_an_autoencoder_of_another_compression_is_refused(make_engine, changes):
+    engine = make_engine("dit_t2v_2b", fresh=True)
+    engine.first_stage_model = Coarse(**{"side": 8, "rate": 4, "channels": 16} | changes)
+    with pytest.raises(InputError, match=r"model.first_stage_config: Coarse made .*\(32, 2, 4, 4\) is needed: .*8x8"):
+        engine.encode_first_stage(torch.zeros(1, 5, 3, 32, 32))
+    for decode in (engine.decode_first_stage, lambda latents: engine.decode_each(latents, lambda frames: frames)):
+        refused = pytest.raises(InputError, match=r"Coarse made .*\(3, 5, 32, 32\) is needed")
+        with contextlib.nullcontext() if "channels" in changes else refused:
+            decode(torch.zeros(1, 2, 16, 4, 4))
+
+
 def test_samples_a_time_change_nothing(make_engine):
     video = torch.rand(3, 1, 3, 32, 48)
     together = make_engine("dit_t2v_2b").encode_first_stage(video, sample=False)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sgm.modules.embeddings import (
-    _rotate_complex,
     _rotate_real,
     patchify,
     rope_table_3d,
@@ -96,25 +95,20 @@ def test_table_of_a_smaller_grid_is_a_part_of_a_larger_one():
     assert torch.equal(large[:2, :3, :4], small)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_forms_of_the_rotation_are_equal(dtype):
-    cos, sin = rope_table_3d(GRID, HEAD_DIM, num_text=2)
-    outputs, gradients = [], []
-    for form in (_rotate_real, _rotate_complex):
-        x = random(2, 62, 3, HEAD_DIM).to(dtype).requires_grad_()
-        outputs.append(form(x, cos, sin))
-        outputs[-1].float().square().sum().backward()
-        gradients.append(x.grad)
-    assert outputs[0].dtype == dtype
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-6  # one unit in the last place of the largest values
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=tolerance)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=8 * tolerance)
-
-
-def test_rotation_in_bf16_is_computed_in_float32():
-    cos, sin = rope_table_3d((200, 1, 1), HEAD_DIM)
-    x = random(1, 200, 1, HEAD_DIM).bfloat16()
-    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2**-22), (torch.float64, 2**-22), (torch.bfloat16, 2**-7)])
+def test_the_rotation_and_its_gradient_are_those_of_the_plain_form(dtype, unit):
+    cos, sin = rope_table_3d((200, 1, 1), HEAD_DIM, num_text=2)
+    weights, results = random(2, 202, 3, HEAD_DIM, seed=1).to(dtype), []
+    for form, kind in ((rotate, dtype), (_rotate_real, torch.float64)):
+        x = random(2, 202, 3, HEAD_DIM).to(dtype).to(kind).requires_grad_()
+        out = form(x, cos, sin)
+        (gradient,) = torch.autograd.grad(out, x, weights.to(kind))
+        assert out.dtype == gradient.dtype == kind
+        results.append((out.detach().double(), gradient.double()))
+    for given, own, exact in zip((random(2, 202, 3, HEAD_DIM), weights), *results, strict=True):
+        # Two roundings, the first of one product of two.
+        size = given.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
+        assert ((own - exact).abs() <= unit * size).all()
 
 
 def test_odd_sizes_are_refused():

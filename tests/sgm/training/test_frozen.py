@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import sgm.training.build
-from sgm.checks.estimate import network_usage
 from sgm.checks.fake_run import build
 from sgm.checks.frozen import base_storage
+from sgm.checks.measure import network_usage
 from sgm.config.load import ConfigError, load_config
+from sgm.conversion.lora import FILE
 from sgm.training.metrics import read_metrics
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare
@@ -16,6 +18,7 @@ from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.offload import Offload, without_frozen
 from sgm.weights.quantize import StoredLinear, store
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
+from tools import export_sat_lora_weight, merge_lora_weight
 
 TOY = ["configs/toy_lora.yaml", "configs/toy_sft.yaml"]
 VIDEO = (LATENTS[0], 8 * LATENTS[2], 8 * LATENTS[3])
@@ -74,29 +77,40 @@ def test_four_bits_take_a_quarter_and_stay_close():
 
 
 @pytest.mark.parametrize("storage", STORED)
-def test_adapters_learn_beside_weights_in_fewer_bits(job, kept_run, log, storage):
+def test_adapters_learn_beside_weights_in_fewer_bits(job, kept_run, log, remembered, golden, tmp_path, storage):
     plain = kept_run(LORA, "args.train_iters=2")
     summary = job(LORA, "args.train_iters=2", f"args.base_weights={storage}")
+    assert len(remembered) == 5 * 2, "five in each block"
+    assert all(torch.equal(layer.weight.dequantize(), old) for layer, old in remembered.items()), "not a bit is trained"
     assert losses(summary.folder) == pytest.approx(losses(plain), rel=0.02) and losses(summary.folder) != losses(plain)
     assert weights(summary.folder).keys() == weights(plain).keys(), "adapters alone, in their own precision"
     assert {t.dtype for t in weights(summary.folder).values()} == {t.dtype for t in weights(plain).values()}
     assert f"linear layers in {storage}" in log.text
+    for tool, word in ((merge_lora_weight, "--output_path"), (export_sat_lora_weight, "--lora_save_directory")):
+        assert tool.main(["--sat_pt_path", str(summary.folder), word, str(tmp_path / tool.__name__)]) == 0
+    base, merged = weights(golden / LORA / "transformer"), weights(tmp_path / merge_lora_weight.__name__)
+    matrices, name = weights(summary.folder), "model.diffusion_model.transformer.layers.1.attention.dense"
+    scale = torch.load(find_weights(summary.folder), weights_only=True)["lora"]["alpha"] / 4
+    delta = scale * matrices[f"{name}.matrix_B.0"] @ matrices[f"{name}.matrix_A.0"]
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.original.weight"] + delta, rtol=0, atol=1e-6)
+    assert all(torch.equal(merged[name], base[name]) for name in merged if "attention" not in name), "the original base"
+    exported = load_file(tmp_path / export_sat_lora_weight.__name__ / FILE)
+    assert sum(t.numel() for t in exported.values()) == sum(t.numel() for t in matrices.values())
 
 
-def test_the_base_stays_as_it_was_stored_in_every_layer_of_the_blocks(job, monkeypatch):
-    layers, before = [], []
+@pytest.fixture
+def remembered(monkeypatch) -> dict[nn.Module, torch.Tensor]:
+    """The stored layers of the blocks, and their weights before training."""
+    found = {}
 
     def remember(network, *args):
-        blocks = [[layer for part in block for layer in part.modules()] for block in network.blocks]
-        layers.extend(layer for block in blocks for layer in block if isinstance(layer, nn.Linear))
-        before.extend(layer.weight.dequantize().clone() for layer in layers)
+        layers = (layer for block in network.blocks for part in block for layer in part.modules())
+        found.update({layer: layer.weight.dequantize().clone() for layer in layers if type(layer) is StoredLinear})
         return choose(network, *args)
 
     choose = sgm.training.build.choose_trainable
     monkeypatch.setattr("sgm.training.build.choose_trainable", remember)
-    job(LORA, "args.train_iters=2", "args.base_weights=int8")
-    assert len(layers) == 5 * 2 and all(type(layer) is StoredLinear for layer in layers), "five in each block"
-    assert all(torch.equal(layer.weight.dequantize(), old) for layer, old in zip(layers, before, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("how", OFFLOAD)

@@ -101,6 +101,12 @@ def same(found: Path, reference: Path) -> None:
     assert difference(weights(reference), weights(reference, f"{ITERS}-ema")) > 2e-5, "it trains"
 
 
+def on_int8() -> list[str]:
+    """Model and options of adapters on stored weights."""
+    model, options = TWO[f"{LORA} on two"]
+    return [model, *options, *split(2, 2, accumulation=2), "args.base_weights=int8"]
+
+
 class Runs:
     """Return the run folders, by name, of trainings in one launch."""
 
@@ -141,6 +147,8 @@ def on_two(request, training_yaml, tmp_path_factory):
     for more in resumes if selected(request, test_a_resumed_run_equals_an_uninterrupted_one) else []:
         name = "resumed" if more else "straight"
         runs.add(name, LORA, zero(2), *split(2, 2), "args.num_workers=1", *more)
+    if selected(request, test_ranks_share_a_base_in_eight_bits):
+        runs.add("int8", *on_int8())
     runs.start()
     return runs
 
@@ -309,6 +317,13 @@ def test_every_stage_and_attention_trains_as_one_rank(training_yaml, alone, tmp_
         same(found, alone[model])
         assert values(found, "validation_loss") == pytest.approx(values(alone[model], "validation_loss"), abs=1e-5)
         assert difference(samples(found), samples(alone[model])) <= 1e-3
+
+
+@pytest.mark.parametrize("name", [f"{LORA} on two"])
+def test_ranks_share_a_base_in_eight_bits(on_two, name):
+    plain, stored = on_two[name], on_two["int8"]
+    assert values(stored, "loss") == pytest.approx(values(plain, "loss"), rel=0.02)
+    assert 0 < difference(weights(stored), weights(plain)) < 0.1, "adapters alone, trained on other weights"
 
 
 @pytest.mark.slow

@@ -336,3 +336,21 @@ def test_a_digest_depends_on_names_dtypes_shapes_and_values(tmp_path):
         variants[-1]["a"][index] += 1
     digests = [digest_of(tmp_path / "x.pt", variant) for variant in variants]
     assert len(set(digests)) == len(variants)
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+def test_safetensors_of_every_dtype_are_mapped(tmp_path, gap):
+    """Also where a writer did not align them."""
+    dtypes = [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64, torch.uint16, torch.int32]
+    wanted = {f"t{i}": torch.arange(1, 7).view(2, 3).to(dtype) for i, dtype in enumerate(dtypes)}
+    save_file(wanted, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little") + gap
+    (tmp_path / "a.safetensors").write_bytes(
+        length.to_bytes(8, "little") + content[8 : length - gap + 8] + b" " * gap + content[length - gap + 8 :]
+    )
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sgm.util import InputError
 from sgm.weights.checkpoint import load_network, write_tensors
-from sgm.weights.files import check_values, read_file, read_metadata, read_weights, verify_file
+from sgm.weights.checksums import save_torch
+from sgm.weights.files import check_values, read_file, read_metadata, read_state_file, read_weights, verify_file
 from sgm.weights.lazy import compute
 from sgm.weights.stored import checked_ahead
 from tests.sgm.weights.test_checkpoint import Tiny
@@ -57,10 +58,71 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, name):
         path.write_bytes(good)
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "other.pt", "other.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_are_equal_and_checked_meanwhile(tmp_path, monkeypatch, name, dtype):
+    """In one pass: the functions that pass over a whole tensor are not called."""
+    monkeypatch.setattr("sgm.weights.checksums.PIECE", 100)
+    monkeypatch.setattr("sgm.weights.stored.finite_problem", None)
+    path = tmp_path / name
+    if name.startswith("x"):
+        write(path)
+        monkeypatch.setattr("sgm.weights.checksums.Watched", None)  # it is known that values are finite
+    elif path.suffix == ".pt":
+        torch.save({"module": TENSORS}, path)
+    else:
+        save_file(TENSORS, path)
+    for key, stored in read_weights(path).items():
+        target = torch.empty(TENSORS[key].shape, dtype=dtype)
+        with monkeypatch.context() as patched:
+            patched.setattr("sgm.weights.checksums.Checksums.fit", None)
+            stored.copy_to(target)
+            stored.copy_to(target)
+        assert torch.equal(target, TENSORS[key].to(dtype))
+    if name != "other.safetensors":
+        flip(path, path.read_bytes().index(TENSORS["a"].numpy().tobytes()) + 500)
+        for stored in (read_weights(path)["a"], read_weights(path)["a"].cast(torch.float64)):
+            with pytest.raises(InputError, match="a is damaged"):
+                stored.copy_to(torch.empty(64, 3))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_state_is_compared_with_its_checksums_while_it_is_read(tmp_path, monkeypatch, own):
+    state = {"a": [TENSORS["a"], {"b": TENSORS["b"]}], "empty": torch.zeros(0), "n": 3}
+    (save_torch if own else torch.save)(state, tmp_path / "x.pt")
+    monkeypatch.setattr("sgm.weights.checksums.PIECE", 100)
+    with monkeypatch.context() as patched:
+        patched.setattr("sgm.weights.checksums.damaged_entry", None)  # which reads the file again
+        read, finite = read_state_file(tmp_path / "x.pt", "cpu", cure="")
+    assert torch.equal(read["a"][0], TENSORS["a"]) and torch.equal(read["a"][1]["b"], TENSORS["b"]) and finite == own
+    flip(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes().index(TENSORS["a"].numpy().tobytes()) + 700)
+    with pytest.raises(InputError, match=r"x.pt .* the bytes of .*/data/\d changed"):
+        read_state_file(tmp_path / "x.pt", "cpu", cure="")
+
+
+def test_values_that_were_not_finite_when_they_were_written_are_found(tmp_path):
+    for name in ("x.pt", "x.safetensors"):
+        path = write(tmp_path / name, TENSORS | {"c": torch.tensor([1, float("inf")])})
+        tensors = read_weights(path)
+        tensors["a"].copy_to(torch.empty(64, 3))
+        with pytest.raises(InputError, match="c is not finite"):
+            tensors["c"].copy_to(torch.empty(2))
+
+
+def test_large_values_are_finite(tmp_path):
+    large = torch.full((40,), 6e4).half()  # their sum is not
+    torch.save({"module": {"a": large}}, tmp_path / "x.pt")
+    target = torch.empty(40)
+    read_weights(tmp_path / "x.pt")["a"].copy_to(target)
+    assert torch.equal(target, large.float())
+
+
 def test_views_of_one_storage_are_checked_with_it(tmp_path):
     whole = torch.arange(100.0)
     torch.save({"module": {"a": whole[:10], "b": whole[50:].view(5, 10).t()}}, tmp_path / "x.pt")
-    assert torch.equal(read_weights(tmp_path / "x.pt")["b"].compute(), whole[50:].view(5, 10).t())
+    stored, target = read_weights(tmp_path / "x.pt")["b"], torch.empty(10, 5)
+    stored.copy_to(target)
+    assert torch.equal(stored.compute(), whole[50:].view(5, 10).t()) and torch.equal(stored.compute(), target)
     flip(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes().index(whole.numpy().tobytes()) + 4 * 30)
     with pytest.raises(InputError, match="a is damaged"):
         read_weights(tmp_path / "x.pt")["a"].compute()

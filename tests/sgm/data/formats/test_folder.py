@@ -152,6 +152,8 @@ def test_other_encodings_are_problems_even_then(tmp_path):
     (tmp_path / "labels/a.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     for allowed in (False, True):
         assert "not UTF-8 text (byte 6)" in str(list_folder(tmp_path, allow_missing_captions=allowed)[0].problem)
+    (tmp_path / "labels/a.txt").write_bytes("a red ball".encode("utf-16-le"))
+    assert "holds U+0000 at position 2" in str(list_folder(tmp_path)[0].problem)
 
 
 def test_wrong_folders_are_refused_with_a_cure(tmp_path):

@@ -104,7 +104,8 @@ CSV = "caption,video\n"
             + "}",
             ["metadata.jsonl:1: says num_frames=77777", "give whole numbers"],
         ),
-        ("jsonl", '{"caption": "half \\ud83d", "video": "a.mp4"}', ["jsonl:1: caption holds half of a character"]),
+        ("jsonl", '{"caption": "half \\ud83d", "video": "a.mp4"}', ["jsonl:1: caption holds U+D83D at position 6"]),
+        ("jsonl", '{"caption": "a\\u0000b", "video": "a.mp4"}', ["jsonl:1: caption holds U+0000 at position 2"]),
         ("jsonl", '{"caption": "one", "video": "a\\ud83d/b.mp4"}', ["none of the 1 clips"]),
         (
             "jsonl",

@@ -71,6 +71,9 @@ def test_long_prompt_is_cut_with_a_warning_that_shows_what_is_dropped(t5_dir, ca
     assert dropped.endswith("triangle")
     assert (kept + dropped).replace(" ", "") == text.replace(" ", "")
     assert "max_length is 6" in caplog.text
+    (cut,) = embedder.cut_texts([text, "a red"]).items()
+    assert cut[0] == text and f": {cut[1]} (" in caplog.messages[0]
+    assert len(embedder.cut_texts([text * 1000])[text * 1000]) < 200
 
 
 def test_prompt_of_exactly_max_length_is_not_cut(t5_dir, caplog):

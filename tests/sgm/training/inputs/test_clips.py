@@ -1,9 +1,12 @@
-"""Digests by which a resumed run notices other captions and files."""
+"""Data sets opened, and digests by which a resumed run notices other captions and files."""
 
+import logging
 import os
+from types import SimpleNamespace
 
 from sgm.data.rows import Row
-from sgm.training.inputs.clips import Data
+from sgm.training.inputs import clips
+from sgm.training.inputs.clips import Data, open_folder
 
 
 class Clips:
@@ -32,3 +35,12 @@ def test_a_rewritten_caption_and_a_replaced_clip_are_noticed(tmp_path):
         files = data.files_digest
     paths[1].unlink()
     assert data.files_digest != files
+
+
+def test_control_characters_in_captions_are_mentioned(monkeypatch, caplog):
+    rows = Clips([Row(None, caption) for caption in ("one", "a \x1b[31mred ball", "\x07")])
+    monkeypatch.setattr(clips, "instantiate_from_config", lambda *_, **__: rows)
+    with caplog.at_level(logging.WARNING, logger="sgm"):
+        open_folder(SimpleNamespace(data={"target": "x"}, args=SimpleNamespace(allow_unknown_text=True)), "videos")
+    (message,) = caplog.messages
+    assert message.startswith("videos: 2 captions hold control characters") and message.endswith("a \x1b[31mred ball")

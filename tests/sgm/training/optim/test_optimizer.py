@@ -192,6 +192,8 @@ def test_unknown_optimizers_are_refused(name, message):
 
 def test_biases_and_norms_do_not_decay():
     model = network()
+    section = {**SECTION, "params": {**SECTION["params"], "betas": [0, 0]}}
+    assert make_optimizer(section, model.named_parameters()).param_groups[0]["betas"] == (0, 0), "whole numbers"
     optimizer = make_optimizer(SECTION, model.named_parameters())
     decay, rest = optimizer.param_groups
     assert decay["params"] == [model.inner.weight, model.outer.weight, model.unused.weight]
@@ -352,6 +354,7 @@ LIBRARY = {
     "prodigy": {"type": "prodigyopt.Prodigy", "params": {"lr": 1.0, "d0": 1e-3}},
     "schedule_free": {"type": "schedulefree.AdamWScheduleFree", "params": {"lr": 3e-3}},
 }
+BITSANDBYTES = {"type": "bitsandbytes.optim.AdamW8bit", "params": {"lr": 3e-3}}
 
 
 def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
@@ -377,11 +380,21 @@ def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("adamw_8bit", 2.1), ("came", 4.1), ("muon", 4.01), ("prodigy", 16), ("schedule_free", 8)]
+    ("name", "most"),
+    [
+        ("adamw_8bit", 2.1),
+        ("bitsandbytes", 2.1),
+        ("torchao.optim.AdamW4bit", 1.08),
+        ("came", 4.1),
+        ("muon", 4.01),
+        ("prodigy", 16),
+        ("schedule_free", 8),
+    ],
 )
 def test_bytes_of_state_per_parameter(name, most):
     p = nn.Parameter(torch.randn(256, 512))
-    optimizer = make_optimizer(LIBRARY[name], [("weight", p)])
+    section = BITSANDBYTES if name == "bitsandbytes" else LIBRARY.get(name, {"type": name, "params": {"lr": 1e-3}})
+    optimizer = make_optimizer(section, [("weight", p)])
     p.grad = torch.randn_like(p)
     optimizer.step()
     total = 0
@@ -389,6 +402,31 @@ def test_bytes_of_state_per_parameter(name, most):
         parts = [getattr(value, part) for part in getattr(value, "tensor_attrs", ())] or [value]
         total += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
     assert total / p.numel() <= most
+
+
+def test_eight_bits_of_bitsandbytes_follow_adamw_and_resume_bit_by_bit():
+    """It has kernels for a CPU too; two ranks are left to CUDA."""
+    start, gradients = torch.randn(128, 64), torch.randn(6, 128, 64)
+
+    def made(section, weight):
+        p = nn.Parameter(weight.clone())
+        return p, make_optimizer(section, [("weight", p)])
+
+    def steps(p, optimizer, numbers):
+        for number in numbers:
+            p.grad = gradients[number]
+            optimizer.step()
+
+    p, optimizer = made(BITSANDBYTES, start)
+    steps(p, optimizer, range(3))
+    again, resumed = made(BITSANDBYTES, p.detach())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plain, reference = made({**BITSANDBYTES, "type": "AdamW"}, start)
+    steps(plain, reference, range(6))
+    for each in ((p, optimizer), (again, resumed)):
+        steps(*each, range(3, 6))
+    assert torch.equal(again, p) and not torch.equal(p, plain)
+    assert torch.cosine_similarity((p - start).flatten(), (plain - start).flatten(), 0) > 0.98
 
 
 @pytest.mark.parametrize("name", LIBRARY)

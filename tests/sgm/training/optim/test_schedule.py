@@ -47,6 +47,24 @@ def test_constant():
     assert {lr_at(n, decay_style="constant", **RUN) for n in (10, 11, 100, 500)} == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"decay_style": "cosine_with_restarts", "cycles": 2}, {10: 2, 35: 1.1, 59: 0.2018, 60: 2, 85: 1.1, 110: 0.2}),
+        ({"decay_style": "cosine_with_restarts"}, {10: 2, 60: 1.1, 110: 0.2, 500: 0.2}),
+        ({"decay_style": "polynomial", "power": 2}, {10: 2, 60: 0.65, 85: 0.3125, 110: 0.2, 500: 0.2}),
+        ({"decay_style": "polynomial"}, {10: 2, 60: 1.1, 110: 0.2}),
+        ({"decay_style": "constant", "warmup": 20}, {5: 0.5, 20: 2, 21: 2, 500: 2}),
+        ({"decay_style": "linear", "warmup": 20}, {10: 1, 20: 2, 70: 1, 120: 0}),
+        ({"decay_style": "linear", "warmup": 1}, {25: 0.5, 100: 2}),  # a share: the whole run
+    ],
+)
+def test_rates_of_restarts_powers_and_a_warmup_in_steps(settings, expected):
+    """2 at most; after 10 of 100 steps of warmup the progress is 1/100 a step, and the ratio is 0.1."""
+    found = {n: lr_at(n, **{**RUN, **settings}) for n in expected}
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_decay_may_be_shorter_than_the_run():
     assert lr_at(60, base_lr=1.0, train_iters=1000, decay_iters=100, warmup=0.1) == pytest.approx(0.5)
 

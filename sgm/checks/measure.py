@@ -1,0 +1,233 @@
+"""Measure network and VAE of a run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sgm.checks.fake_run import HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.frozen import base_storage
+from sgm.checks.mesh import mesh_of
+from sgm.checks.sampling import params_of
+from sgm.config.args import TrainingArgs
+from sgm.config.load import Config, digest_of
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.geometry import SPATIAL_COMPRESSION, Geometry
+from sgm.util import InputError
+from sgm.weights.offload import Offload
+from sgm.weights.quantize import Storage, linear_layers, store
+
+# Settings that change what is measured of the network, beside its section.
+NETWORK_ARGS = (
+    "network_offload",
+    "checkpoint_activations",
+    "offload_activations",
+    "sequence_attention",
+    "model_parallel_size",
+    "sequence_parallel_size",
+    "cfg_parallel_size",
+)
+
+_measured: dict[str, Usage] = {}  # by settings: plans and tables ask for the same ones again and again
+
+
+def once(work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
+    """Return ``work(config, *given, **named)``, which this process measures once."""
+    part = (_network_part if work is network_usage else _vae_part)(config, work, bool(named))
+    values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
+    key = digest_of([work.__name__, part, str(mesh_of(config)), values])
+    if key not in _measured:
+        _measured[key] = work(config, *given, **named)
+    return _measured[key]
+
+
+def _network_part(config: Config, _: Any, trains: bool) -> list[Any]:
+    """Return what a measurement of the network depends on."""
+    settings = {name: getattr(config.args, name, None) for name in NETWORK_ARGS}
+    settings["network_offload"] = settings["network_offload"] == "blocks"
+    if not trains:  # nothing is kept for a backward pass
+        del settings["checkpoint_activations"], settings["offload_activations"]
+    return [config.model["network_config"], settings, storage_of(config)]
+
+
+def _vae_part(config: Config, work: Any, _: bool) -> list[Any]:
+    """Return what a measurement of encoding or decoding depends on."""
+    section = config.model["first_stage_config"]
+    if work is encode_usage:
+        return [section]
+    params = {name: value for name, value in params_of(section).items() if name != "encode_chunk"}
+    channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
+    together = config.model.get("en_and_decode_n_samples_a_time")
+    return [{**section, "params": params}, channels, together, config.args.vae_tiling, config.args.vae_slicing]
+
+
+def storage_of(config: Config) -> Storage | None:
+    """Return how the linear layers of the network's blocks are stored; None keeps the precision of the run."""
+    return base_storage(config) if isinstance(config.args, TrainingArgs) else config.args.weights
+
+
+def network_usage(
+    config: Config,
+    video: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    trained: frozenset[str] | None = None,
+) -> Usage:
+    """Measure a forward pass of the network, with `trained` also the backward pass.
+
+    A deep network is measured at two small depths and extrapolated linearly.
+
+    Args:
+        config: of a checked run.
+        video: latent frames without padding, height and width in pixels.
+        batch: samples of a group of ranks, counting both branches of guidance.
+        dtype: of the network.
+        trained: names of the trained parameters; None for a run without gradients.
+    """
+    section, mesh = dict(config.model["network_config"]), mesh_of(config)
+    params = section["params"] = dict(params_of(section))
+    transformer = params["transformer_args"] = _transformer_args(config, params)
+    modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
+    frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
+    text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
+    text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
+
+    storage = storage_of(config)
+
+    def store_weights(network: Any, _: LiveBytes) -> None:
+        if storage is not None:
+            for layer in linear_layers(module for block in network.blocks for module in block):
+                store(layer, storage)
+
+    def run(network: Any) -> torch.Tensor:
+        if config.args.network_offload != "blocks":
+            return forward(network)
+        offload = Offload(network, torch.device("cpu"), network.blocks, backward=trained is not None)
+        network.use_blocks_within(offload.block)
+        with offload:
+            return forward(network)
+
+    def forward(network: Any) -> torch.Tensor:
+        if hasattr(network, "ring_attention"):
+            network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
+        x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
+        context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
+        if trained is not None and getattr(config.args, "offload_activations", False):
+            network.offload_activations(x.device, HOST)
+        ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
+        return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
+
+    def measured(depth: int | None, kept: int = 0) -> Usage:
+        shallow = {"num_layers": depth, "transformer_args": {**transformer, "checkpoint_skip_layers": kept}}
+        params_here = params if depth is None else {**params, **shallow}
+        with simulated_ranks(mesh):
+            network = build({**section, "params": params_here})
+        return usage(network, run, dtype, mesh, trained=trained, prepare=store_weights)
+
+    depth = params.get("num_layers")
+    skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
+    kept = min(skipped, 2)  # of the blocks measured; with two, the peak is where they are and others are not recomputed
+    offloads = getattr(config.args, "offload_activations", False)
+    few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
+    if isinstance(depth, int) and depth > few + 2 and skipped < depth:
+        with simulated_ranks(mesh):
+            whole = num_parameters(build(section), trained or frozenset())
+        try:
+            first, second = measured(few, kept), measured(few + 1, kept)
+            found = _continued(first, first, second, depth - few)
+            if skipped > kept:
+                found = _continued(found, second, measured(few + 1, kept + 1), skipped - kept)
+        except InputError:  # a setting names a layer missing from the small network
+            return measured(None)
+        if (found.weights, found.trained) == whole:
+            return found
+    return measured(None)
+
+
+def _transformer_args(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``transformer_args`` of the network's `params` as they are in a run."""
+    section, recomputes = (
+        dict(params.get("transformer_args") or {}),
+        getattr(config.args, "checkpoint_activations", None),
+    )
+    if recomputes in (None, "auto"):
+        return section
+    if isinstance(recomputes, bool):
+        return section | {"checkpoint_activations": recomputes}
+    # Of a shorter network all blocks but the last ones.
+    return section | {
+        "checkpoint_activations": True,
+        "checkpoint_skip_layers": max(params["num_layers"] - recomputes, 0),
+    }
+
+
+def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
+    """Extrapolate from `start` by `steps` times the difference of two measurements, of which one block differs."""
+
+    def line(begin: float, a: float, b: float) -> float:
+        return begin + steps * (b - a)
+
+    return Usage(
+        weights=line(start.weights, first.weights, second.weights),
+        trained=line(start.trained, first.trained, second.trained),
+        peak=line(start.peak, first.peak, second.peak),
+        sent={axis: line(start.sent.get(axis, 0), first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
+        stored=line(start.stored, first.stored, second.stored),
+        host=line(start.host, first.host, second.host),
+        kept=steps * max(second.peak - first.peak, 0),
+    )
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the VAE, which overflows in float16, for a network of `dtype`."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torch.dtype) -> Usage:
+    """Measure decoding of latents (B, T, H, W), H and W in pixels of the video, as in the engine."""
+    args = config.args
+    channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
+    batch, frames, height, width = latents
+    together = config.model.get("en_and_decode_n_samples_a_time") or (1 if args.vae_slicing else batch)
+
+    def run(vae: Any) -> torch.Tensor:
+        if hasattr(vae, "decodes_everywhere"):
+            vae.decodes_everywhere = False
+        if args.vae_tiling and hasattr(vae, "enable_tiling"):
+            vae.enable_tiling()
+        area = height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+        latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype)
+        if not hasattr(vae, "decode_in_chunks"):
+            return torch.cat([vae.decode(latents)]).float()
+        for _ in map(torch.Tensor.float, vae.decode_in_chunks(latents)):  # which leave the device one by one
+            pass
+        return latents
+
+    return _vae_usage(config, run, dtype)
+
+
+def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
+    """Measure encoding one clip: frames, height, width."""
+
+    def run(vae: Any) -> torch.Tensor:
+        clip = torch.empty(1, video[0], 3, *video[1:])
+        return vae.encode_moments(clip.transpose(1, 2).to(dtype))
+
+    return _vae_usage(config, run, dtype)
+
+
+def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype) -> Usage:
+    mesh = mesh_of(config)
+    with simulated_ranks(mesh):
+        vae = build(config.model["first_stage_config"])
+    return usage(vae, run, dtype, mesh, prepare=with_equal_parts_once if mesh.context == 1 else lambda *_: None)
+
+
+def with_equal_parts_once(vae: Any, live: LiveBytes) -> None:
+    """Let a VAE run one of its equal tiles, and one of the equal chunks of a clip, see `LiveBytes.once`."""
+    for part in (vae.encoder, vae.decoder) if hasattr(vae, "decode_in_chunks") else ():
+        part.forward = live.once(part.forward, lambda x, stream: (x.shape, stream.is_first, stream.is_last))
+    for name in ("encode_tile", "decode_tile"):
+        if hasattr(vae, name):
+            setattr(vae, name, live.once(getattr(vae, name), lambda x: x.shape))

@@ -1,0 +1,132 @@
+"""What a transformer block does beside products and attention, in few passes over its hidden states.
+
+Text and patches have factors of their own: a function runs over all tokens with those of the patches, then over the
+text, which is short, again. Nothing is split, and only the text is written twice. Under a compiler the functions are
+plain expressions, since it fuses these with their neighbours.
+
+On an accelerator a pass over the hidden states takes longer than its arithmetic. `benchmarks/traffic.py` counts them.
+
+Legend: ``B`` samples, ``S = L + N`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size. Factors are
+(B, 2, D): those of the patches, then those of the text.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+Factors = torch.Tensor
+
+
+class ModulatedNorm(nn.LayerNorm):
+    """Layer norm with scale and shift of adaLN: its own weight and bias are multiplied into them."""
+
+    def forward(  # noqa: D102
+        self, x: torch.Tensor, scale: Factors | None = None, shift: Factors | None = None, num_text: int = 0
+    ) -> torch.Tensor:
+        if scale is None or shift is None:
+            return super().forward(x)
+        # In float32, and rounded once: outputs in bfloat16 are closer to exact ones than those of a norm that is
+        # scaled afterwards. These are small; norms of tokens are computed in float32 by torch itself.
+        factor, addend = 1 + scale.float(), shift.float()
+        if self.weight is not None:
+            addend = addend if self.bias is None else torch.addcmul(addend, self.bias, factor)
+            factor = self.weight * factor
+        return _Normalised.apply(x, factor.to(x.dtype), addend.to(x.dtype), num_text, self.eps)
+
+
+def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Factors, shift: Factors, num_text: int) -> torch.Tensor:
+    """Return norm(x)·(1 + scale) + shift of tokens (B, S, D)."""
+    if isinstance(norm, ModulatedNorm) and not torch.compiler.is_compiling():
+        return norm(x, scale, shift, num_text)
+    return torch.addcmul(_of_tokens(shift, x, num_text), norm(x), 1 + _of_tokens(scale, x, num_text))
+
+
+def add_gated(x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: int) -> torch.Tensor:
+    """Return x + gate·branch of tokens (B, S, D)."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(x, branch, _of_tokens(gate, x, num_text))
+    return _AddGated.apply(x, branch, gate, num_text)
+
+
+def _of_tokens(factors: Factors, x: torch.Tensor, num_text: int) -> torch.Tensor:
+    """Return the factor of every token of `x`."""
+    is_text = torch.arange(x.shape[1], device=x.device) < num_text
+    return torch.where(is_text[:, None], factors[:, 1:], factors[:, :1])
+
+
+class _Normalised(torch.autograd.Function):
+    """Layer norm of tokens, with a weight and bias for the text and one for the patches of every sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Factors, bias: Factors, num_text: int, eps: float) -> torch.Tensor:
+        out, mean, rstd = _norm(x, weight, bias, num_text, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.num_text = num_text
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad, shape, wanted = grads[0].contiguous(), x.shape[-1:], list(ctx.needs_input_grad[:3])
+        tokens, factors = [], []
+        for index in range(len(x)):
+            for rows, part in ((slice(0, ctx.num_text), 1), (slice(ctx.num_text, None), 0)):
+                place, own = (index, rows), (index, part)
+                results = torch.ops.aten.native_layer_norm_backward(
+                    grad[place], x[place], shape, mean[place], rstd[place], weight[own], bias[own], wanted
+                )
+                tokens.append(results[0])
+                factors.append(results[1:])
+        grad_x = torch.cat(tokens).view_as(x) if wanted[0] else None
+        ordered = [factors[2 * index + 1 - part] for index in range(len(x)) for part in (0, 1)]
+        of_factors = (
+            torch.stack(of_one).view_as(weight) if is_wanted else None
+            for of_one, is_wanted in zip(zip(*ordered, strict=True), wanted[1:], strict=True)
+        )
+        return grad_x, *of_factors, None, None
+
+
+def _norm(x: torch.Tensor, weight: Factors, bias: Factors, num_text: int, eps: float) -> tuple[torch.Tensor, ...]:
+    """Return normalised tokens, and their means and reciprocal deviations (B, S, 1)."""
+    if len(x) > 1:
+        samples = zip(x.split(1), weight.split(1), bias.split(1), strict=True)
+        results = [_norm(own, factors, addends, num_text, eps) for own, factors, addends in samples]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    of_patches, of_text = zip(weight[0], bias[0], strict=True)
+    out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *of_patches, eps)
+    if num_text:
+        out[:, :num_text] = torch.native_layer_norm(x[:, :num_text], x.shape[-1:], *of_text, eps)[0]
+    return out, mean, rstd
+
+
+class _AddGated(torch.autograd.Function):
+    """x + gate·branch: keeps the branch only for the gradient of a gate that is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: int) -> torch.Tensor:
+        _, needs_branch, needs_gate = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(branch if needs_gate else None, gate if needs_branch else None)
+        ctx.num_text = num_text
+        out = torch.addcmul(x, branch, gate[:, :1])
+        if num_text:
+            text = slice(0, num_text)
+            out[:, text] = torch.addcmul(x[:, text], branch[:, text], gate[:, 1:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        branch, gate = ctx.saved_tensors
+        (grad,), num_text = grads, ctx.num_text
+        grad_branch = grad_gate = None
+        if gate is not None:
+            grad_branch = grad * gate[:, :1]
+            if num_text:
+                grad_branch[:, :num_text] = grad[:, :num_text] * gate[:, 1:]
+        if branch is not None:
+            products = grad * branch
+            grad_gate = torch.stack((products[:, num_text:].sum(1), products[:, :num_text].sum(1)), 1)
+        return grad, grad_branch, grad_gate, None

@@ -1,0 +1,84 @@
+"""SAT's LoRA layer with fewer products and passes: y = W·x + b + scaling·B·A·x (Hu et al. 2021).
+
+SAT computes A·x part by part, three for queries, keys and values, then scales, joins and adds the results. Here the
+matrices A of a layer are one product, and each B·(A·x) is accumulated into its part of the output, by the product
+itself. Of frozen weights nothing is kept for the backward pass; names, shapes and initial values are SAT's.
+
+Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import sgm.distributed
+from sgm.util import prepare_import
+
+prepare_import()
+
+from sat.model.finetune.lora2 import LoraLinear  # noqa: E402
+from sat.mpu.layers import RowParallelLinear  # noqa: E402
+
+
+class Adapter(LoraLinear):
+    """SAT's layer with another forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        out = self.original(x)
+        low = F.linear(self.lora_dropout(x), torch.cat(tuple(self.matrix_A)))
+        if (group := sgm.distributed.layer_groups()) is not None:  # shards: inputs are shared, or outputs are summed
+            is_row = isinstance(self.original, RowParallelLinear)
+            low = (group.reduce_from_model_parallel_region if is_row else group.copy_to_model_parallel_region)(low)
+        if torch.compiler.is_compiling():
+            parts = zip(low.chunk(len(self.matrix_B), -1), self.matrix_B, strict=True)
+            return out + self.scaling * torch.cat([F.linear(part, matrix) for part, matrix in parts], -1)
+        return _AddProducts.apply(out, low, self.scaling, *self.matrix_B)
+
+
+def use_adapters(network: nn.Module) -> None:
+    """Let the LoRA layers of SAT in a network be `Adapter`."""
+    for module in network.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = Adapter
+
+
+class _AddProducts(torch.autograd.Function):
+    """out + scaling·low·Bᵀ, part by part; `out` is overwritten, and so must be the result of a linear layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: torch.Tensor, low: torch.Tensor, scaling: float, *matrices: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(low, *matrices)
+        ctx.scaling = scaling
+        # Not marked as overwritten: layers return views, whose gradients torch would copy. An alias shares the
+        # version of `out`, so that torch notices if somebody has saved it.
+        out = out.detach()
+        for rows, (part, matrix) in zip(_parts(out, matrices), _with_rank(low, matrices), strict=True):
+            rows.addmm_(part, matrix.T, alpha=scaling)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        low, *matrices = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_low, grad_matrices = [], []
+        for rows, (part, matrix) in zip(_parts(grad, matrices), _with_rank(low, matrices), strict=True):
+            grad_low.append(rows @ (matrix * ctx.scaling))
+            grad_matrices.append((rows.T @ part).mul_(ctx.scaling))
+        return grad, torch.cat(grad_low, -1).view_as(low), None, *grad_matrices
+
+
+def _parts(out: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return views (B·S, of a part) of outputs."""
+    return out.view(-1, out.shape[-1]).split([len(matrix) for matrix in matrices], -1)
+
+
+def _with_rank(low: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield views (B·S, r) of A·x, each with its matrix B."""
+    return zip(low.reshape(-1, low.shape[-1]).chunk(len(matrices), -1), matrices, strict=True)
