@@ -63,6 +63,7 @@ class SamplingArgs:
     text_encoder_offload: Literal["none", "cpu", "blocks", "release"] = "release"
     vae_tiling: bool = False
     vae_slicing: bool | None = None
+    compile: bool = False
     device: Name | None = None
     # Ranks that share a sample; the timeout is in seconds
     model_parallel_size: AtLeast1 = 1
@@ -142,7 +143,6 @@ class TrainingArgs(SamplingArgs):
     base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     checkpoint_activations: bool | AtLeast1 | Literal["auto"] | None = None
     offload_activations: bool = False
-    compile: bool = False
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5
     # Evaluation
