@@ -121,8 +121,9 @@ class CompiledBlock:
             self._whole = self._whole or self._compiled(transformer_block, given["layer"])
             run = self._whole
         else:
-            functions = before_attention, after_attention
-            self._halves = self._halves or tuple(self._compiled(each, given["layer"]) for each in functions)
+            if self._halves is None:
+                before, after = (self._compiled(each, given["layer"]) for each in (before_attention, after_attention))
+                self._halves = before, after
             run = partial(_around, *self._halves)
         out = run(x, hook_args=hook_args, keeps_text=True, **given)
         return out if keeps_text else out[:, hook_args["num_text"] :]
