@@ -28,11 +28,12 @@ from torch.utils.checkpoint import checkpoint
 import sgm.distributed
 from sgm.config.transformer_args import TransformerArgs
 from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
-from sgm.modules.block_ops import ModulatedNorm, add_gated, modulated_norm
+from sgm.modules.block import CompiledBlock, transformer_block
+from sgm.modules.block_ops import ModulatedNorm
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
-from sgm.modules.in_place import gelu, in_pieces
+from sgm.modules.in_place import gelu
 from sgm.modules.lora import use_adapters
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import torch_attention
@@ -263,8 +264,8 @@ class AdaLNMixin(BaseMixin):
             modulation=self.adaLN_modulations[index],
             norms=(self.query_layernorm_list[index], self.key_layernorm_list[index]) if self.qk_ln else None,
             attention_fn=self.transformer.hooks.get("attention_fn", attend),
-            keeps_text=index < len(layers) - 1,
-            **hook_args,
+            keeps_text=index < len(layers) - 1,  # of the last block, text is not read after attention
+            hook_args=hook_args,
         )
 
         def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
@@ -285,45 +286,6 @@ class AdaLNMixin(BaseMixin):
         """Return the modules of a block, wherever they are registered."""
         lists = (self.query_layernorm_list, self.key_layernorm_list) if self.qk_ln else ()
         return [self.transformer.layers[index], self.adaLN_modulations[index], *(norms[index] for norms in lists)]
-
-
-def transformer_block(
-    x: torch.Tensor,
-    *,
-    layer: Any,
-    modulation: nn.Module,
-    norms: tuple[nn.Module, nn.Module] | None,
-    attention_fn: Any,
-    keeps_text: bool,
-    emb: torch.Tensor,
-    num_text: int,
-    **hook_args: Any,
-) -> torch.Tensor:
-    """One block as a function of its modules, compiled once for all layers. Shapes as in `layer_forward`."""
-    # For patches and for text: shift, scale, gate of the attention and of the MLP.
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation(emb).unflatten(-1, (2, 6, -1)).unbind(2)
-
-    h = modulated_norm(layer.input_layernorm, x, scale1, shift1, num_text)
-    attention = layer.attention
-    q, k, v = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
-    if norms is not None:
-        q, k = norms[0](q), norms[1](k)
-    h = attention.dense(attention_fn(q, k, v, num_text=num_text, **hook_args).flatten(2))
-    x = add_gated(x, h, gate1, num_text)
-    if not keeps_text:  # the last block: text is not read after attention
-        x, num_text = x[:, num_text:], 0
-    h = modulated_norm(layer.post_attention_layernorm, x, scale2, shift2, num_text)
-    return add_gated(x, _feed_forward(layer.mlp, h), gate2, num_text)
-
-
-def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """SAT's MLP, without its lookup by layer number."""
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
-        return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
-
-    return in_pieces(mlp, run, x)
 
 
 class FinalLayerMixin(BaseMixin):
@@ -555,12 +517,12 @@ class DiffusionTransformer(BaseModel):
         """Let tensors for the backward pass wait on `host`; `device` is that of the network."""
         self.saving = HostActivations(device, host)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the block with ``torch.compile(*args, **kwargs)``; SAT's loop over blocks cannot be compiled."""
-        # Up to 12 graphs, see docs/buckets.md; torch would go on uncompiled after 8.
+    def compile(self, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compile the block with the options of ``torch.compile``; SAT's loop over blocks cannot be compiled."""
+        # Up to 8 graphs, see docs/buckets.md; torch would go on uncompiled after 8, or with fullgraph fail.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         mixin: Any = self.mixins["adaln_layer"]
-        mixin.block = torch.compile(transformer_block, *args, **kwargs)
+        mixin.block = CompiledBlock(**options)
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, ofs: torch.Tensor | None = None

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench                         CPU sizes, or released sizes where there is an accelerator
     python -m benchmarks.bench --sizes cpu --json bench.json
+    python -m benchmarks.bench --only dit --compile    both compiled block by block
 
 Calls alternate, so that other load affects both equally. Reported are the medians, the median of the ratios
 of neighbouring calls (below 1: ours is faster) and the largest difference of the outputs; see docs/benchmarks.md.
@@ -82,6 +83,7 @@ class Result:
         max_difference: largest absolute difference of the outputs.
         max_output: largest absolute value of the outputs, for scale.
         repeats: timed calls of each side.
+        first_calls: seconds of our first call and of theirs, in which a compiled network is compiled.
     """
 
     what: str
@@ -91,6 +93,7 @@ class Result:
     max_difference: float
     max_output: float
     repeats: int
+    first_calls: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,25 @@ class Setup:
         dtype: of weights and inputs.
         repeats: timed calls of each side.
         cpu_time: measure processor time instead of wall time, on a busy CPU.
+        compiled: compile the blocks of both networks.
     """
 
     device: torch.device
     dtype: torch.dtype
     repeats: int
     cpu_time: bool = False
+    compiled: bool = False
 
     def compare(self, what: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor]) -> Result:
         """Time two functions alternately; their first calls are not timed, and their outputs are compared."""
-        first, second = ours().detach(), theirs().detach()
+        outputs, marks = [], [time.perf_counter()]
+        for function in (ours, theirs):
+            outputs.append(function().detach())
+            self._wait()
+            marks.append(time.perf_counter())
+        first, second = outputs
         difference, largest = (first - second).abs().max().item(), second.abs().max().item()
-        del first, second
+        del first, second, outputs
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         gc.disable()
         try:
@@ -125,7 +135,8 @@ class Setup:
             gc.enable()
         medians = [statistics.median(values) for values in seconds.values()]
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-        return Result(what, *medians, ratio, difference, largest, self.repeats)
+        first_calls = (marks[1] - marks[0], marks[2] - marks[1])
+        return Result(what, *medians, ratio, difference, largest, self.repeats, first_calls)
 
     def _seconds(self, function: Callable[[], torch.Tensor]) -> float:
         clock = time.process_time if self.cpu_time else time.perf_counter
@@ -148,6 +159,11 @@ def network_results(case: NetworkCase, setup: Setup) -> Iterator[Result]:
     peer = network_peer(network, spatial_interpolation=spatial_interpolation(section), device=device)
     peer.train()  # no dropout on either side
     network.train()
+    if setup.compiled:
+        network.compile()
+        for block in peer.transformer_blocks:
+            block.compile(fullgraph=True)
+    name = f"{case.model} compiled" if setup.compiled else case.model
     text_length = network.get_mixin("pos_embed").text_length
     text_size = network.get_mixin("patch_embed").text_proj.in_features
 
@@ -162,7 +178,7 @@ def network_results(case: NetworkCase, setup: Setup) -> Iterator[Result]:
     rope = peer_rope(peer, args[0])
     with torch.no_grad():
         yield setup.compare(
-            f"{case.model} {_shape(case.latents)} forward",
+            f"{name} {_shape(case.latents)} forward",
             lambda: network(*args),
             lambda: run_network_peer(peer, *args, rope=rope),
         )
@@ -177,7 +193,7 @@ def network_results(case: NetworkCase, setup: Setup) -> Iterator[Result]:
         return output
 
     yield setup.compare(
-        f"{case.model} {_shape(case.train_latents)} forward + backward",
+        f"{name} {_shape(case.train_latents)} forward + backward",
         lambda: train(network, lambda: network(*train_args)),
         lambda: train(peer, lambda: run_network_peer(peer, *train_args, rope=train_rope)),
     )
@@ -263,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=["dit", "vae"], help="time one of the two")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each side")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, on a busy CPU")
+    parser.add_argument("--compile", action="store_true", help="compile both networks; needs --only dit")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
 
@@ -274,7 +291,11 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cpu")
     if args.cpu_time and device.type != "cpu":
         parser.error("--cpu-time is for the CPU; add --sizes cpu")
-    setup = Setup(device, torch.float32 if device.type == "cpu" else torch.bfloat16, args.repeats, args.cpu_time)
+    if args.compile and args.only != "dit":
+        parser.error("--compile is for networks; add --only dit")
+    setup = Setup(
+        device, torch.float32 if device.type == "cpu" else torch.bfloat16, args.repeats, args.cpu_time, args.compile
+    )
 
     facts = environment(setup)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -285,6 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     for result in run(sizes, args.only, setup):
         print(row(result), flush=True)
         results.append(result)
+    if setup.compiled:
+        print(
+            "\n".join(f"{r.what}: first calls {r.first_calls[0]:.0f} s and {r.first_calls[1]:.0f} s" for r in results)
+        )
     if args.json:
         content = {"environment": facts, "sizes": sizes, "results": [asdict(result) for result in results]}
         args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -33,6 +33,7 @@ LAYERS = {
     "sgm.modules.embeddings": 1,
     "sgm.modules.geometry": 1,
     "sgm.modules.in_place": 1,
+    "sgm.modules.block": 1,
     "sgm.modules.block_ops": 1,
     "sgm.modules.lora": 1,
     "sgm.modules.host_activations": 1,

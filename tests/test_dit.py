@@ -11,15 +11,21 @@ import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.checks.fake_run import simulated_ranks
-from sgm.modules import host_activations, in_place
+from sgm.modules import block, host_activations, in_place
 from sgm.parallel import token_shards
 from sgm.parallel.mesh import Mesh
 from sgm.parallel.token_shards import TokenShards
 from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights.offload import Offload
+from sgm.weights.quantize import linear_layers, store
 
 SIZE = NetworkSize(32, 2, 2, 16, latents=(4, 4, 6), text_length=3, text_hidden_size=8)
 RELEASED = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]
 LORA = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def section(model="cogvideox_5b", **changes):
@@ -241,14 +247,14 @@ def test_a_frozen_mlp_takes_its_tokens_in_pieces(gated, monkeypatch):
     mlp.dense_4h_to_h.register_forward_hook(lambda *_: calls.append(1))
     for tokens in (22, 6):
         monkeypatch.setattr(in_place, "TOKENS_OF_A_PIECE", tokens)
-        out = dit_video_concat._feed_forward(mlp, x)
+        out = block.feed_forward(mlp, x)
         results.append((out, *torch.autograd.grad(out.square().sum(), x)))
     assert len(calls) == 1 + 4
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
-    dit_video_concat._feed_forward(mlp.requires_grad_(True), x)
+    block.feed_forward(mlp.requires_grad_(True), x)
     with torch.no_grad():
-        dit_video_concat._feed_forward(mlp.requires_grad_(False), x)
+        block.feed_forward(mlp.requires_grad_(False), x)
     assert len(calls) == 1 + 4 + 2, "trained ones and those without gradients take all at once"
 
 
@@ -260,8 +266,8 @@ def test_blocks_are_recomputed_in_training_only(monkeypatch, given, skip, recomp
     config["params"]["transformer_args"] |= {"checkpoint_activations": given, "checkpoint_skip_layers": skip}
     network = build_network(config).train()
     calls = []
-    original = dit_video_concat._feed_forward
-    monkeypatch.setattr(dit_video_concat, "_feed_forward", lambda *args: calls.append(1) or original(*args))
+    original = block.feed_forward
+    monkeypatch.setattr(block, "feed_forward", lambda *args: calls.append(1) or original(*args))
     num_layers = len(network.transformer.layers)
     assert num_layers == 2
     with torch.no_grad():
@@ -474,8 +480,8 @@ def compiled():
 def test_compiling_serves_all_layers_and_sizes(compiled):
     config = network_section("cogvideox_5b", NetworkSize(32, 2, 3, 16, SIZE.latents, 3, 8))
     network = compiled(config)
-    # Two graphs, since the last block drops the text; two more at the second size, and two without gradients.
-    assert list(graphs(network, 2)) == [2, 4, 4, 4, 4, 6, 6, 6, 6, 6]
+    # One graph for all blocks, one more at the second size for all sizes, and one without gradients.
+    assert list(graphs(network, 2)) == [1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert not torch._dynamo.utils.counters["graph_break"]
     plain = build_network(config)
     plain.load_state_dict(network.state_dict())
@@ -492,7 +498,39 @@ def test_compiling_serves_one_sample_and_several(compiled):
     config["params"]["transformer_args"] = {"checkpoint_activations": True}
     network = compiled(config)
     counts = [list(graphs(network, batch))[-1] for batch in (1, 2, 3, 1)]
-    assert counts == [6, 10, 10, 10]
+    assert counts == [3, 5, 5, 5]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("storage", [slow(None), "int8", slow("nf4")])
+def test_compiling_serves_adapters_beside_stored_weights_and_weights_that_wait(compiled, storage):
+    if storage == "int8":
+        pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install .[lowmem]")
+    config = network_section("cogvideox_5b", NetworkSize(128, 2, 3, 16, SIZE.latents, 3, 8))
+    config["params"]["modules"]["lora_config"] = copy.deepcopy(LORA)
+    networks = build_network(config), compiled(config)
+    results = []
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("matrix_" in name)
+        for layer in linear_layers(part for members in network.blocks for part in members) if storage else ():
+            store(layer, storage)
+        out = network(*inputs(network))
+        out.square().sum().backward()
+        results.append((out.detach(), *(p.grad for p in network.parameters() if p.grad is not None)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, (
+        "of the first block as well, whose input is frozen"
+    )
+    for plain, own in zip(*results, strict=True):
+        assert (plain - own).norm() <= 1e-5 * plain.norm()
+    network = networks[1].requires_grad_(False)
+    offload = Offload(network, torch.device("cpu"), network.blocks)
+    network.use_blocks_within(offload.block)
+    with torch.no_grad(), offload:
+        for seed in (1, 2):  # other latents, steps and prompts
+            x, timesteps, context = inputs(network)
+            network(random(*x.shape, seed=seed), timesteps // (seed + 1), seed * context)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -503,7 +541,8 @@ def test_compiling_serves_all_sizes_of_samples_that_ranks_share(compiled, ring):
         network = compiled(section())
         network.ring_attention = ring
         # A block is two graphs: before and after attention, which communicates.
-        assert list(graphs(network, 2)) == [4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
+        assert list(graphs(network, 2)) == [2, 4, 4, 4, 4, 6, 6, 6, 6, 6]
+        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_rotary_tables_and_shards_are_computed_once_for_all_layers(monkeypatch):

@@ -67,6 +67,7 @@ class SamplingArgs:
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash3", "sage", "xformers", "npu"] | None = None
     vae_tiling: bool = False
     vae_slicing: bool | None = None
+    compile: bool = False
     device: Name | None = None
     # Ranks that share a sample; the timeout is in seconds
     model_parallel_size: AtLeast1 = 1
@@ -158,7 +159,6 @@ class TrainingArgs(SamplingArgs):
     base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     checkpoint_activations: bool | AtLeast1 | Literal["auto"] | None = None
     offload_activations: bool = False
-    compile: bool = False
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5
     # Evaluation

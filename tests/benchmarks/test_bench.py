@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import bench
 from benchmarks.models import NetworkSize
+from dit_video_concat import DiffusionTransformer
 
 TINY = NetworkSize(32, 2, 1, 16, latents=(2, 4, 4), text_length=3, text_hidden_size=8)
 
@@ -53,6 +54,17 @@ def test_turns_alternate_and_the_first_call_is_not_timed(monkeypatch):
     assert (result.ours, result.diffusers, result.ratio) == (2.0, 4.0, 0.5)
     assert (result.max_difference, result.max_output) == (0.5, 1.5)
     assert order == ["ours", "theirs"] + ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+
+
+def test_both_sides_are_compiled(tiny_cases, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(DiffusionTransformer, "compile", lambda network: compiled.append("ours"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, fullgraph: compiled.append(type(module).__name__))
+    assert bench.main(["--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "1"]) == 0
+    assert compiled == ["ours", "CogVideoXBlock"] * 2
+    assert "cogvideox_2b compiled 2×4×4 forward: first calls " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--compile"])
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")

@@ -1,5 +1,6 @@
 """Sampling with weights in eight bits or waiting on the host: the results, the phases, and what is refused."""
 
+import functools
 import json
 
 import pytest
@@ -37,6 +38,20 @@ def test_offloaded_weights_give_the_same_bits(sample):
         assert code == 0 and torch.equal(latents, plain)
         assert own["config_digest"] == record["config_digest"], "results of one setting serve the others"
         assert ("memory to memory on a CPU" in said) == bool(words)
+
+
+def test_compiling_serves_all_steps_and_both_branches_of_guidance(sample, monkeypatch):
+    import torch._dynamo  # lazy: torch's compiler
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    _, plain, _, _ = sample()
+    code, latents, _, _ = sample("args.compile=true", "args.network_offload=blocks")
+    assert code == 0 and F.cosine_similarity(latents.flatten(), plain.flatten(), 0) > 0.99999
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
