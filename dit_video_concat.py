@@ -265,13 +265,12 @@ class AdaLNMixin(BaseMixin):
             norms=(self.query_layernorm_list[index], self.key_layernorm_list[index]) if self.qk_ln else None,
             attention_fn=self.transformer.hooks.get("attention_fn", attend),
             keeps_text=index < len(layers) - 1,  # of the last block, text is not read after attention
-            hook_args=hook_args,
         )
 
         def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
             of_rows = {} if rows is None else {name: hook_args[name][rows] for name in ("emb", "context")}
             with self.block_context(index):
-                return block(x, **of_rows)
+                return block(x, hook_args=hook_args | of_rows)
 
         if self.step_cache is not None and self.step_cache.in_use:
             group, num_text = hook_args["tokens"].group, hook_args["num_text"]
@@ -367,6 +366,7 @@ class DiffusionTransformer(BaseModel):
     }
     SECTION_TYPES: ClassVar[dict[str, type]] = {"transformer_args": TransformerArgs}
     PARAMS_FOR_MODULES: ClassVar[tuple[str, ...]] = INTERPOLATION
+    ring_attention: bool | None = None  # see TokenShards
     saving: Any = nullcontext()  # of the forward pass: where tensors for the backward pass wait
 
     def __init__(
@@ -422,7 +422,6 @@ class DiffusionTransformer(BaseModel):
         transformer.position_embeddings.requires_grad_(False)
         super().__init__(None, transformer=transformer)
         self.tensor_shard = tensor_shard  # this rank's shard of the layers, see sgm.parallel.tensor
-        self.ring_attention: bool | None = None  # see TokenShards
         self.attention: Attention = torch_attention
         self.patch_size = normalize_patch_size(patch_size)
         self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size

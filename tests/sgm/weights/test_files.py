@@ -353,4 +353,6 @@ def test_safetensors_of_every_dtype_are_mapped(tmp_path, gap):
     found = read_tensors(tmp_path / "a.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert found[name].dtype == tensor.dtype and torch.equal(
+            found[name].view(torch.uint8), tensor.view(torch.uint8)
+        ), name
