@@ -25,11 +25,20 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 CAPTIONS = ["a red circle moves left", "a blue square moves right", "a green triangle moves up and down"]
 
-# Files whose tests share the session fixture `demo`: one worker runs all of them.
+# Files that one worker runs, since they share the session fixture `demo`, or what `sgm.checks.measure` remembers.
 DEMO = ("test_docs.py", "test_toy_run.py", "tools/toy/test_quality.py")
+MEASURED = (
+    "benchmarks/test_memory.py",
+    "sgm/checks/test_estimate.py",
+    "sgm/checks/test_planner.py",
+    "sgm/checks/test_buckets.py",
+    "sgm/inference/test_bad_input.py",
+)
+GROUPS = {file: group for group in (DEMO, MEASURED) for file in group}
 # Files that take longest start first, so that both workers end at about the same time.
 LONGEST = (
     *DEMO,
+    *MEASURED,
     "sgm/training/test_resume.py",
     "sgm/training/test_shared_samples.py",
     "test_launchers.py",
@@ -47,11 +56,11 @@ LONGEST = (
 
 
 class ByFile(LoadFileScheduling):
-    """Give each worker whole files, since their fixtures take longest, and the files of `DEMO` to the same worker."""
+    """Give each worker whole files, since their fixtures take longest, and whole groups of files."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].removeprefix("tests/")
-        return "demo" if file in DEMO else file
+        return GROUPS.get(file, (file,))[0]
 
 
 @pytest.hookimpl(optionalhook=True)
