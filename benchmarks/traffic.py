@@ -117,7 +117,8 @@ def _run(model: str, side: str, task: str, latents: tuple[int, int, int], layers
         context = torch.empty(1, length, width, dtype=torch.bfloat16)
         given: dict[str, Any] = {} if network.ofs_embed_dim is None else {"ofs": torch.full((1,), 2.0)}
         if side == "diffusers":
-            given |= {"rope": tuple(torch.empty(tokens - length, 64) for _ in range(2))}
+            if module.config.use_rotary_positional_embeddings:
+                given |= {"rope": tuple(torch.empty(tokens - length, 64) for _ in range(2))}
             forward: Callable[[], torch.Tensor] = lambda: run_network_peer(  # noqa: E731
                 module, x, torch.tensor([500]), context, **given
             )

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -500,6 +501,21 @@ def test_compiling_serves_one_sample_and_several(compiled):
     counts = [list(graphs(network, batch))[-1] for batch in (1, 2, 3, 1)]
     assert counts == [3, 5, 5, 5]
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow  # generates code, and compiles it
+def test_a_compiled_block_has_six_kernels_beside_products_and_attention():
+    from torch._inductor.utils import run_and_get_code  # lazy: imports the code generator
+
+    network = build_network(section())
+    torch._dynamo.reset()
+    network.compile()
+    with torch.no_grad():
+        expected = build_network(section())(*inputs(network))
+        out, (code,) = run_and_get_code(lambda: network(*inputs(network)))
+    assert len(re.findall(r"^\w+ = async_compile", code, re.MULTILINE)) <= 6
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("storage", [slow(None), "int8", slow("nf4")])
