@@ -144,11 +144,26 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
             video = decoded.sent.get("VAE", 0.0)
+    phases["network"] = {
+        **phases["network"],
+        "step cache": _step_cache_bytes(config, geometry, plan.latents, size, dtype),
+    }
     host = {
         "weights": network.stored * (args.network_offload != "none"),
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
     }
     return Estimate(phases, host=host, traffic=network.sent, video=video)
+
+
+def _step_cache_bytes(
+    config: Config, geometry: Geometry, latents: int, size: tuple[int, int], dtype: torch.dtype
+) -> float:
+    """Return the bytes of the four tensors of patches that `sgm.modules.step_cache` has at most."""
+    if config.args.step_cache is None:
+        return 0.0
+    mesh, width = mesh_of(config), params_of(config.model["network_config"])["hidden_size"]
+    rows = config.args.batch_size * _branches(config) / mesh.cfg
+    return 4 * rows * geometry.num_patches(latents, size) / mesh.sequence * width * dtype.itemsize
 
 
 def training_estimate(

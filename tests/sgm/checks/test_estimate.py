@@ -66,6 +66,9 @@ def test_settings_of_memory_are_counted(t5_folder):
     passing = blocks["network"]["blocks in use and activations"] - plain["network"]["activations"]
     assert blocks["network"]["weights"] == 0 and 0.3 * weights < passing < 0.5 * weights  # two of six blocks
     assert blocks["text"]["text encoder"] <= plain["text"]["text encoder"]
+    # Two branches of 5·4·4 patches of 128 channels, in bfloat16, four times.
+    cached = phases("step_cache=first_block")["network"]
+    assert cached == {**plain["network"], "step cache": 4 * 2 * 80 * 128 * 2}
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
