@@ -52,8 +52,9 @@ def add_gated(x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: in
 
 def _of_tokens(factors: Factors, x: torch.Tensor, num_text: int) -> torch.Tensor:
     """Return the factor of every token of `x`."""
-    is_text = torch.arange(x.shape[1], device=x.device) < num_text
-    return torch.where(is_text[:, None], factors[:, 1:], factors[:, :1])
+    # Joined, not chosen by position: gradients are then sums over the text and over the patches, and not two over all.
+    num_patches = x.shape[1] - num_text
+    return torch.cat((factors[:, 1:].expand(-1, num_text, -1), factors[:, :1].expand(-1, num_patches, -1)), dim=1)
 
 
 class _Normalised(torch.autograd.Function):
