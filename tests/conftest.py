@@ -17,7 +17,7 @@ import yaml
 from xdist.scheduler import LoadFileScheduling
 
 from tests import convolutions
-from tests.processes import SHARED_SERVER, forked_env, forked_python
+from tests.processes import SHARED_SERVER, forked_env, forked_python, restore_linear
 
 os.fsync = lambda _: None  # no test needs durability, and a training syncs dozens of times
 ROOT = Path(__file__).parent.parent
@@ -101,11 +101,8 @@ def trust(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def torchs_own_linear():
-    """DeepSpeed's ZeRO 3 replaces it process-wide, for good, by a function unknown to tensors in eight bits."""
     yield
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        torch.nn.functional.linear = torch._C._nn.linear
+    restore_linear()
 
 
 @pytest.fixture(scope="session")

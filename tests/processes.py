@@ -124,6 +124,13 @@ def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def restore_linear() -> None:
+    """Undo what DeepSpeed's ZeRO 3 does to torch for good: its function is unknown to tensors in eight bits."""
+    if "torch" in sys.modules:
+        torch: Any = sys.modules["torch"]
+        torch.nn.functional.linear = torch._C._nn.linear
+
+
 def asked(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
     """Return the values of these parameters in the selected tests that use the requesting fixture."""
     tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sgm.config.load import load_config
 from sgm.log import configure_logging
 from sgm.training.run import train
+from tests.processes import restore_linear
 
 
 @contextlib.contextmanager
@@ -33,6 +34,7 @@ def main() -> None:
     with no_pictures():
         for job in json.loads(Path(sys.argv[1]).read_text()):
             train(load_config(job["bases"], job["overrides"], mode="train"))
+            restore_linear()
 
 
 if __name__ == "__main__":
