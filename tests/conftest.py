@@ -6,7 +6,6 @@ import importlib
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
