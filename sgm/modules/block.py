@@ -34,7 +34,10 @@ def _around(
 ) -> torch.Tensor:
     layer, keeps_text, num_text = given["layer"], given["keeps_text"], hook_args["num_text"]
     qkv, factors = before(x, layer, given["modulation"], given["norms"], hook_args["emb"], num_text)
-    return after(x, attention_fn(*qkv, **hook_args), layer, factors, num_text, keeps_text)
+    # No reference to what is used up stays: the MLP that follows needs the memory.
+    attended = [attention_fn(*qkv, **hook_args)]
+    del qkv
+    return after(x, attended.pop(), layer, factors, num_text, keeps_text)
 
 
 def before_attention(
@@ -84,7 +87,10 @@ def after_attention(
         keeps_text: False drops the text before the MLP.
     """
     gate1, shift2, scale2, gate2 = factors
-    x = add_gated(x, layer.attention.dense(attended.flatten(2)), gate1, num_text)
+    branch = layer.attention.dense(attended.flatten(2))
+    del attended
+    x = add_gated(x, branch, gate1, num_text)
+    del branch
     if not keeps_text:
         x, num_text = x[:, num_text:], 0
     h = modulated_norm(layer.post_attention_layernorm, x, scale2, shift2, num_text)

@@ -44,10 +44,14 @@ def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Factors, shift: Fact
 
 
 def add_gated(x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: int) -> torch.Tensor:
-    """Return x + gate·branch of tokens (B, S, D)."""
+    """Return x + gate·branch of tokens (B, S, D); overwrites `branch` under `no_grad`."""
     if torch.compiler.is_compiling():
         return torch.addcmul(x, branch, _of_tokens(gate, x, num_text))
-    return _AddGated.apply(x, branch, gate, num_text)
+    if torch.is_grad_enabled():
+        return _AddGated.apply(x, branch, gate, num_text)
+    for rows, part in ((slice(0, num_text), slice(1, 2)), (slice(num_text, None), slice(0, 1))):
+        torch.addcmul(x[:, rows], branch[:, rows], gate[:, part], out=branch[:, rows])
+    return branch
 
 
 def _of_tokens(factors: Factors, x: torch.Tensor, num_text: int) -> torch.Tensor:
