@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
 from sgm.config.load import Config
@@ -96,7 +97,8 @@ def train(config: Config) -> Summary:
         logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     parts = build(config, plan)
-    with StopSignals() as signals:
+    # Messages start on a line of their own, above the progress bar.
+    with StopSignals() as signals, logging_redirect_tqdm(loggers=[get_logger()]):
         run = TrainingRun(config, parts, signals)
         try:
             run.fit()
@@ -157,6 +159,7 @@ class TrainingRun:
         first, batches = self.iteration, iter(self.parts.loader)
         self.parts.deepspeed.train()
         eval_interval = default(self.args.eval_interval, self.parts.total_iters)
+        logger.info("training: iterations %d to %d", first + 1, self.parts.total_iters)
         while self.iteration < self.parts.total_iters and not self.summary.stopped:
             stop = self._guarded_step(batches)
             self.iteration += 1
@@ -272,6 +275,11 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
+        logger.info(
+            "evaluating after iteration %d: the loss of %d validation samples, then videos",
+            self.iteration,
+            self.evaluation.num_samples,
+        )
         with evaluation_weights(self.parts.deepspeed):
             values = self.evaluation.losses()
             if self.metrics is not None:

@@ -75,9 +75,25 @@ def test_the_validation_loss_depends_on_neither_seed_nor_batch_nor_iteration(job
     assert len(first) >= 3 and first["validation_loss"] > 0
 
 
-def test_the_validation_loss_follows_the_weights(job):
-    values = validation(job(LORA, *QUICK, "args.train_iters=2", "args.eval_interval=1", CONSTANT).folder)
-    assert values[0]["validation_loss"] != values[1]["validation_loss"]
+def test_the_validation_loss_follows_the_weights_and_is_said_at_once(job, log):
+    folder = job(LORA, *QUICK, "args.train_iters=2", "args.eval_interval=1", CONSTANT).folder
+    losses = [line["validation_loss"] for line in validation(folder)]
+    assert losses[0] != losses[1]
+    said = [record.getMessage() for record in log.records if record.levelname == "INFO"]
+    said = [text for text in said if not text.startswith("loading T5")]
+    steps = said[said.index("training: iterations 1 to 2") + 1 :]
+    expected = [
+        "iteration 1 of 2: loss ",
+        "evaluating after iteration 1: the loss of 2 validation samples, then videos",
+        f"validation after iteration 1: loss {losses[0]:.4f} (timesteps ",
+        f"wrote {folder / 'samples' / '00000001'}",
+        "iteration 2 of 2: loss ",
+        f"saved {folder / '2'}",
+        "evaluating after iteration 2: ",
+        f"validation after iteration 2: loss {losses[1]:.4f} (timesteps ",
+        f"wrote {folder / 'samples' / '00000002'}",
+    ]
+    assert len(steps) == len(expected) and all(map(str.startswith, steps, expected))
 
 
 def test_evaluation_does_not_disturb_training(job):
