@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sgm.log import configure_logging, is_rank_zero, printable_output
+from sgm.log import configure_logging, is_rank_zero, launcher_note, printable_output
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
 OUTPUT_OPTIONS = ("out", "output_path", "lora_save_directory")
@@ -169,7 +169,8 @@ def run_command(
             work(options)
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT
-            sys.stderr.write(f"{interrupted} ({signal.Signals(number).name})\n")
+            if is_rank_zero():
+                sys.stderr.write(f"{interrupted} ({signal.Signals(number).name}){launcher_note()}\n")
             return 128 + number
         except Exception as error:  # every error becomes one message
             return _report(error, debug=options.debug, memory_hint=memory_hint, output=output)

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sgm.distributed
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
-from sgm.log import get_logger
+from sgm.log import get_logger, launcher_note
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
@@ -72,7 +72,8 @@ class Summary:
         lines = [f"iteration {self.iteration} of {self.total}: {state} ({self.seconds:.1f} s)"]
         lines.append(f"sample from it with args.load={self.folder}")
         if self.stopped:
-            lines.append("the same command resumes it with args.resume=auto")
+            note = "" if self.stopped.startswith("args.") else launcher_note()
+            lines.append(f"the same command resumes it with args.resume=auto{note}")
         return "\n".join(lines)
 
 

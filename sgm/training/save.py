@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.training.build import Parts
 from sgm.training.optim.average import evaluation_weights, full_ema
 from sgm.training.state import FOLDER, newest_state, save_state
@@ -109,7 +109,9 @@ class Saver:
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)
         save_network(parts.folder, iteration, weights, adapters=parts.adapters, **written)
         if parts.plan.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
-            logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
+            warn_once(
+                logger, ["the adapters are still without effect: every B matrix is zero; is the learning rate 0?"]
+            )
 
     def _remove_old(self) -> None:
         """Remove all checkpoints but the newest ``keep_last``."""
