@@ -45,7 +45,12 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--base", nargs="+", action="extend", metavar="YAML", default=[], help="files to merge; a later one wins"
+        "--base",
+        nargs="+",
+        action="extend",
+        metavar="YAML",
+        default=[],
+        help="files to merge; a later one wins. Words that end in .yaml need no --base",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override all files")
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
@@ -56,16 +61,32 @@ def parse(
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
-    options = parser.parse_intermixed_args(argv)
+    options, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_keys_for(unknown)}")
     if card and options.card is not None:
         options.card = _card(parser, options)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not os.path.exists(word)]
+    files = [word for word in options.overrides if word.endswith((".yaml", ".yml")) and not is_override(word)]
     options.base = [word for word in options.base if word not in moved]
-    options.overrides = moved + options.overrides
+    if files and options.base:  # in the order in which they were typed, since the later one wins
+        typed = [word.removeprefix("--base=") for word in (sys.argv[1:] if argv is None else argv)]
+        files = sorted(options.base + files, key=typed.index)
+    options.base = files or options.base
+    options.overrides = moved + [word for word in options.overrides if word not in files]
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def _keys_for(unknown: Sequence[str]) -> str:
+    """Return how to write unknown options that other trainers have."""
+    from sgm.config.places import place_of  # after parsing, so that --help is fast
+
+    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+    homes = [home for name in names if (home := place_of(name, name))]
+    return f"; settings are written as {', '.join(f'{home}=...' for home in homes)}" if homes else ""
 
 
 def _card(parser: argparse.ArgumentParser, options: argparse.Namespace) -> float:

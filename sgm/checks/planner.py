@@ -141,7 +141,7 @@ def written_without_files(report: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if all(problem.path in _FILES | _PRECISION for problem in error.problems):
+        if not error.elsewhere and all(problem.path in _FILES | _PRECISION for problem in error.problems):
             sys.stdout.write(f"{report()}\n")
         raise
 
