@@ -25,6 +25,9 @@ PROJECT = Path(__file__).parents[2]
 _MISSING = re.compile(r"there is no |does not exist")
 _RELATIVE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+")
 
+# Other names of keys, which later code sees under the first one.
+ALIASES: dict[KeyPath, str] = {("args", "videos_per_prompt"): "batch_size"}
+
 _TAG = "tag:yaml.org,2002:"
 _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
@@ -282,6 +285,7 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
                 raise _refusal("a key must be a word", key_node.start_mark, "write 'key: value', the key in quotes")
             if key_node.tag == _TAG + "merge":
                 continue
+            key = key_node.value = ALIASES.get((*path, key), key)
             yield (*path, key), line, first_lines.get(key)
             first_lines.setdefault(key, line)
             yield from _walk(value_node, (*path, key), ancestors)
@@ -294,6 +298,7 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
 def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     name, equals, text = override.partition("=")
     keys = [int(key) if key.isdigit() else key for key in name.strip().split(".")]
+    keys[-1] = ALIASES.get(tuple(keys), keys[-1])
     source = f"command line: {shortened(override)}"
     cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"
     if not equals or not 2 <= len(keys) <= MAX_DEPTH or "" in keys:

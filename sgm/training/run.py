@@ -303,6 +303,7 @@ def _hint(reason: str) -> str:
         )
     if "out of memory" in text or "outofmemory" in text:
         return (
+            "encode clips and captions ahead with tools/prepare_dataset.py, so that VAE and text encoder are not loaded; "
             "set args.checkpoint_activations=true, lower deepspeed.train_micro_batch_size_per_gpu (and raise "
             "gradient_accumulation_steps), use a higher ZeRO stage, or train with LoRA"
         )

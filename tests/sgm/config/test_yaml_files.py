@@ -146,6 +146,16 @@ def test_from_another_folder_the_message_says_where_to_run_it(tmp_path, monkeypa
     assert "did you mean" in complaint([ROOT / "configs" / "toi.yaml"]), "what is missing there too is told as ever"
 
 
+def test_another_name_of_a_key_counts_where_it_stands(write):
+    path = write("args:\n  videos_per_prompt: 3\n")
+    assert load_config([TOY, path], mode="inference").args.batch_size == 3
+    assert toy("args.videos_per_prompt=4", "args.batch_size=2").args.batch_size == 2
+    assert load_config([TOY, path], ["args.videos_per_prompt=4"], mode="inference").args.batch_size == 4
+    assert "command line: args.videos_per_prompt=0" in override_complaint("args.videos_per_prompt=0")
+    twice = write("args:\n  batch_size: 1\n  videos_per_prompt: 3\n")
+    assert "written twice" in complaint([TOY, twice])
+
+
 def test_an_override_that_is_no_yaml():
     assert "in quotes" in override_complaint("args.negative_prompt=[a")
 
