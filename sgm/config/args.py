@@ -172,6 +172,7 @@ class TrainingArgs(SamplingArgs):
     save: Name = "ckpts"
     save_interval: AtLeast1 = 500
     keep_last: AtLeast1 | None = None
+    keep_best: bool = False
     save_full: bool = False
     resume: str = "none"
     no_load_rng: bool = False
@@ -266,7 +267,7 @@ class TrainingArgs(SamplingArgs):
     @property
     def unused(self) -> list[str]:
         """Keys that are set without effect, since `eval_interval` is null."""
-        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval")
+        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "keep_best")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
 
 

@@ -55,6 +55,7 @@ class Summary:
         loss: mean training loss in the last line of metrics; None without a step.
         stopped: reason of an early end; empty otherwise.
         seconds: wall time.
+        best: the iteration with the lowest validation loss and that loss, with ``args.keep_best``.
         samples: videos that this rank sampled at evaluations.
     """
 
@@ -64,6 +65,7 @@ class Summary:
     loss: float | None = None
     stopped: str = ""
     seconds: float = 0.0
+    best: tuple[int, float] | None = None
     samples: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -71,6 +73,9 @@ class Summary:
         state = f"stopped by {self.stopped}, saved" if self.stopped else "done"
         lines = [f"iteration {self.iteration} of {self.total}: {state} ({self.seconds:.1f} s)"]
         lines.append(f"sample from it with args.load={self.folder}")
+        if self.best is not None:
+            iteration, loss = self.best
+            lines.append(f"the lowest validation loss is {loss:.4f}: args.load={self.folder / str(iteration)}")
         if self.stopped:
             note = "" if self.stopped.startswith("args.") else launcher_note()
             lines.append(f"the same command resumes it with args.resume=auto{note}")
@@ -120,6 +125,7 @@ class TrainingRun:
         self.flags = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
         self.saver = Saver(parts)
+        self.summary.best = self.saver.best
         self.evaluation = None
         if self.args.eval_interval is not None:
             self.evaluation = Evaluation(
@@ -286,6 +292,8 @@ class TrainingRun:
             if self.metrics is not None:
                 self.metrics.log(self.iteration, values)
             self.summary.samples += self.evaluation.sample(self.iteration)
+        self.saver.keep_if_best(self.iteration, values["validation_loss"])
+        self.summary.best = self.saver.best
         self._logged_at = time.perf_counter()  # steps are timed without evaluation
 
 
@@ -303,7 +311,7 @@ def _hint(reason: str) -> str:
         )
     if "out of memory" in text or "outofmemory" in text:
         return (
-            "encode clips and captions ahead with tools/prepare_dataset.py, so that VAE and text encoder are not loaded; "
+            "encode clips and captions ahead with tools/prepare_dataset.py, which spares VAE and text encoder; "
             "set args.checkpoint_activations=true, lower deepspeed.train_micro_batch_size_per_gpu (and raise "
             "gradient_accumulation_steps), use a higher ZeRO stage, or train with LoRA"
         )

@@ -96,6 +96,23 @@ def test_the_validation_loss_follows_the_weights_and_is_said_at_once(job, log):
     assert len(steps) == len(expected) and all(map(str.startswith, steps, expected))
 
 
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(job, monkeypatch, log):
+    """It is saved at its evaluation, survives args.keep_last, is known after a resume, and is named at the end."""
+    measured = iter([3.0, 1.0, float("nan"), 2.0, 0.5])
+    monkeypatch.setattr(Evaluation, "losses", lambda _: {"validation_loss": next(measured)})
+    monkeypatch.setattr(Evaluation, "sample", lambda *_: [])
+    overrides = ["args.train_iters=5", "args.eval_interval=1", "args.keep_best=true", "args.keep_last=1"]
+    first = job(LORA, *overrides, "args.exit_interval=4")  # a run that stops does not evaluate
+    assert (first.best, first.stopped) == ((2, 1.0), "args.exit_interval=4")
+    kept = [path.name for path in first.folder.iterdir() if path.name.isdecimal()]
+    assert sorted(kept) == ["2", "4"]
+    second = job(LORA, *overrides, "args.resume=auto", "args.eval_interval=5")
+    assert second.folder == first.folder and second.best == (2, 1.0)
+    assert f"the lowest validation loss is 1.0000: args.load={first.folder / '2'}" in str(second)
+    assert find_weights(first.folder / "2").is_file() and find_weights(first.folder).parent.name == "5"
+    assert not (first.folder / "4").exists() and (first.folder / "2").is_dir()
+
+
 def test_evaluation_does_not_disturb_training(job):
     overrides = ["args.train_iters=3", "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"]
     plain = job(LORA, *overrides, save="plain").folder
