@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 from sgm.log import configure_logging, is_rank_zero, launcher_note, printable_output
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
+TYPED = "COGVIDEOX_COMMAND"  # variable with the command that started a launcher
 OUTPUT_OPTIONS = ("out", "output_path", "lora_save_directory")
 
 
@@ -74,10 +76,16 @@ def parse(
         typed = [word.removeprefix("--base=") for word in (sys.argv[1:] if argv is None else argv)]
         files = sorted(options.base + files, key=typed.index)
     options.base = files or options.base
+    options.command = os.environ.get(TYPED) or shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
     options.overrides = moved + [word for word in options.overrides if word not in files]
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def write_findings(options: argparse.Namespace, report: str) -> None:
+    """Write what a command with ``--check`` found, headed by the command that was typed."""
+    sys.stdout.write(f"{options.command}\n{report}\n")
 
 
 def _keys_for(unknown: Sequence[str]) -> str:

@@ -63,6 +63,17 @@ def test_yaml_files_are_taken_without_base_in_the_order_typed(words, files):
     assert options.base == files.split() and options.overrides == ["args.input_file=x.yaml"] * ("x.yaml" in words)
 
 
+@pytest.mark.parametrize("typed", [None, "bash finetune_single_gpu.sh a.yaml --check"])
+def test_findings_are_headed_by_the_command_that_was_typed(capsys, monkeypatch, typed):
+    monkeypatch.setenv(cli.TYPED, typed or "")
+    options = sgm.training.main.parse(["a.yaml", "args.train_data=[my clips]", "--check"])
+    cli.write_findings(options, "memory  little")
+    assert capsys.readouterr().out.splitlines() == [
+        typed or "train_video.py a.yaml 'args.train_data=[my clips]' --check",
+        "memory  little",
+    ]
+
+
 def test_options_of_other_trainers_are_sent_to_the_keys(capsys):
     with pytest.raises(SystemExit):
         sgm.training.main.parse(["a.yaml", "--learning_rate", "1e-4", "--data-root=x", "--other"])
