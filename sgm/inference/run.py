@@ -130,7 +130,7 @@ class SamplingRun:
             engine.network.compile()
         engine.conditioner.to(self.device)
         offload = self.args.text_encoder_offload
-        if self.args.input_type == "cli" and offload == "release":
+        if self.args.asks_for_prompts and offload == "release":
             # Reloading the encoder for each prompt from the terminal would take longer than sampling.
             offload = "cpu"
         for embedder in engine.conditioner.embedders:
