@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -11,9 +12,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sgm.log import configure_logging, is_rank_zero, printable_output
+from sgm.log import configure_logging, is_rank_zero, launcher_note, printable_output
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
+TYPED = "COGVIDEOX_COMMAND"  # variable with the command that started a launcher
 OUTPUT_OPTIONS = ("out", "output_path", "lora_save_directory")
 
 
@@ -45,7 +47,12 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--base", nargs="+", action="extend", metavar="YAML", default=[], help="files to merge; a later one wins"
+        "--base",
+        nargs="+",
+        action="extend",
+        metavar="YAML",
+        default=[],
+        help="files to merge; a later one wins. Words that end in .yaml need no --base",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override all files")
     parser.add_argument("--seed", type=int, help="short for args.seed=SEED")
@@ -56,16 +63,38 @@ def parse(
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
-    options = parser.parse_intermixed_args(argv)
+    options, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_keys_for(unknown)}")
     if card and options.card is not None:
         options.card = _card(parser, options)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not os.path.exists(word)]
+    files = [word for word in options.overrides if word.endswith((".yaml", ".yml")) and not is_override(word)]
     options.base = [word for word in options.base if word not in moved]
-    options.overrides = moved + options.overrides
+    if files and options.base:  # in the order in which they were typed, since the later one wins
+        typed = [word.removeprefix("--base=") for word in (sys.argv[1:] if argv is None else argv)]
+        files = sorted(options.base + files, key=typed.index)
+    options.base = files or options.base
+    options.command = os.environ.get(TYPED) or shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
+    options.overrides = moved + [word for word in options.overrides if word not in files]
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def write_findings(options: argparse.Namespace, report: str) -> None:
+    """Write what a command with ``--check`` found, headed by the command that was typed."""
+    sys.stdout.write(f"{options.command}\n{report}\n")
+
+
+def _keys_for(unknown: Sequence[str]) -> str:
+    """Return how to write unknown options that other trainers have."""
+    from sgm.config.places import place_of  # after parsing, so that --help is fast
+
+    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+    homes = [home for name in names if (home := place_of(name, name))]
+    return f"; settings are written as {', '.join(f'{home}=...' for home in homes)}" if homes else ""
 
 
 def _card(parser: argparse.ArgumentParser, options: argparse.Namespace) -> float:
@@ -169,7 +198,8 @@ def run_command(
             work(options)
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT
-            sys.stderr.write(f"{interrupted} ({signal.Signals(number).name})\n")
+            if is_rank_zero():
+                sys.stderr.write(f"{interrupted} ({signal.Signals(number).name}){launcher_note()}\n")
             return 128 + number
         except Exception as error:  # every error becomes one message
             return _report(error, debug=options.debug, memory_hint=memory_hint, output=output)

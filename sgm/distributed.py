@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sgm.config.args import SamplingArgs
 from sgm.config.yaml_files import ConfigError, Problem
+from sgm.log import every_rank_warns
 from sgm.parallel.heartbeat import Peers
 from sgm.parallel.mesh import Mesh
 from sgm.util import InputError, RunError, default, prepare_import
@@ -143,6 +144,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
     if mesh is not None and _mesh is None:
         _mesh = mesh
         _make_groups(mesh)
+        every_rank_warns()
 
 
 def has_mesh() -> bool:

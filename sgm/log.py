@@ -81,6 +81,13 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launcher_note() -> str:
+    """Return what to know of the end of a run that a signal stops: torchrun shows a traceback; empty without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return "; torchrun ends with a traceback of its own (SignalException), which is no error of the run"
+
+
 def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
     """Log warnings common to all ranks, from rank zero only."""
     if is_rank_zero():
@@ -89,7 +96,7 @@ def warn_once(logger: logging.Logger, warnings: Iterable[str]) -> None:
 
 
 def configure_logging(*, debug: bool = False) -> None:
-    """Send the package's messages to standard error, from rank zero only, warnings from every rank.
+    """Send the package's messages to standard error, from rank zero only; see `every_rank_warns`.
 
     Dependencies that log at import (SwissArmyTransformer, DeepSpeed, missing kernels) log errors only.
     """
@@ -98,9 +105,15 @@ def configure_logging(*, debug: bool = False) -> None:
     logger = logging.getLogger("sgm")
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if debug else logging.INFO if is_rank_zero() else logging.WARNING)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if is_rank_zero() else logging.ERROR)
     if not debug:
         quiet_dependencies()
+
+
+def every_rank_warns() -> None:
+    """Let ranks other than zero warn too: call it once all have checked the same configuration, with one result."""
+    logger = get_logger()
+    logger.setLevel(min(logger.level, logging.WARNING))
 
 
 def quiet_dependencies() -> None:

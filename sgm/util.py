@@ -253,6 +253,22 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
+def nearest_path(path: str | Path) -> str:
+    """Return ``"; did you mean 'x'?"`` for what is on disk and closest to a missing `path`, or ``""``."""
+    import difflib
+
+    missing, here = Path(path), Path(Path(path).anchor)
+    for part in missing.parts[bool(missing.anchor) :]:
+        try:
+            names = [part] if (here / part).exists() else os.listdir(here)
+        except OSError:
+            return ""
+        if not (found := difflib.get_close_matches(part, names, n=1, cutoff=0.6)):
+            return ""
+        here /= found[0]
+    return f"; did you mean '{here}'?"
+
+
 def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
     """Append axes of length 1 to `x` until it has `ndim` axes."""
     if x.ndim > ndim:

@@ -21,6 +21,7 @@ from sgm.checks.training import check_training_data
 from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import TRAINING_ARGS, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision, resolve_training_precision
+from sgm.config.yaml_files import ALIASES
 from sgm.inference.main import main, parse
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
@@ -355,7 +356,7 @@ def code_in(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_keys_exist(path):
     code = "\n".join(code_in(path))
-    known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS}
+    known = {*SamplingArgs.__dataclass_fields__, *TRAINING_ARGS, *(alias for _, alias in ALIASES)}
     assert set(re.findall(r"\bargs\.(?!py\b)([a-z]\w*)", code)) - known == set()
     parts = inspect.signature(SATVideoDiffusionEngine).parameters
     files = {"diffusion_model", "safetensors", "yaml"}  # prefixes of names in checkpoints, names of files

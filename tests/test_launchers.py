@@ -164,6 +164,7 @@ def test_finetuning_with_a_mistake_is_one_message(script, tmp_path):
 def test_finetuning_can_be_checked_alone(script, tmp_path):
     done = run("bash", script, "--check", f"args.save={tmp_path / 'runs'}")
     assert done.returncode == 0 and done.stdout.count("LoRA of rank 16") == 1
+    assert done.stdout.startswith(f"bash {script} --check args.save=")
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,7 +3,6 @@
 Estimates are those of `sgm.checks.estimate`; a tenth of a card stays free for kernels and the allocator.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -136,13 +135,13 @@ _PRECISION = frozenset(("args.fp16", "deepspeed.fp16.enabled"))  # which this ma
 
 
 @contextmanager
-def written_without_files(report: Callable[[], str]) -> Iterator[None]:
-    """Context of checks: if they find only that files are missing, write `report` before that is said."""
+def written_without_files(report: Callable[[], str], write: Callable[[str], object]) -> Iterator[None]:
+    """Context of checks: if they find only that files are missing, `write` the `report` before that is said."""
     try:
         yield
     except ConfigError as error:
-        if all(problem.path in _FILES | _PRECISION for problem in error.problems):
-            sys.stdout.write(f"{report()}\n")
+        if not error.elsewhere and all(problem.path in _FILES | _PRECISION for problem in error.problems):
+            write(report())
         raise
 
 

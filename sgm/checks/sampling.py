@@ -22,7 +22,7 @@ from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import require_attention
-from sgm.util import InputError, default, instantiate_from_config, without_allocating
+from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
@@ -151,7 +151,9 @@ def check_files(config: Config) -> list[Problem]:
     if vae is not None and not (args.only_save_latents and not config.model.get("noised_image_input")):
         path, weights = "model.first_stage_config.params.ckpt_path", params_of(vae).get("ckpt_path")
         if not Path(str(weights)).is_file():
-            found = "the VAE has no weights" if weights is None else f"there is no file '{weights}'"
+            found = "the VAE has no weights"
+            if weights is not None:
+                found = f"there is no file '{weights}'{nearest_path(weights)}"
             cure = f"set {path} to the VAE's weights, which come as vae/3d-vae.pt"
             problems.append(Problem(path, "", found, cure))
     if config.model.get("conditioner_config") is not None:
@@ -170,9 +172,11 @@ def _input_file_problems(config: Config) -> list[Problem]:
     elif args.load is not None:
         cure = "set args.load; the README shows the layout of checkpoints"
         problems += problems_of("args.load", cure, partial(find_weights, args.load))
-    if args.input_type == "txt" and args.input_file is not None and not os.path.isfile(args.input_file):
+    reads = args.prompt is None and args.input_type == "txt" and args.input_file is not None
+    if reads and not os.path.isfile(args.input_file):
         cure = "correct args.input_file: a text file with a prompt a line"
-        problems.append(Problem("args.input_file", "", f"there is no file '{args.input_file}'", cure))
+        found = f"there is no file '{args.input_file}'{nearest_path(args.input_file)}"
+        problems.append(Problem("args.input_file", "", found, cure))
     return problems
 
 

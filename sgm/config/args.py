@@ -31,6 +31,8 @@ class SamplingArgs:
     base: Name | None = None
     force_inference: bool = False
     # Prompts
+    prompt: Name | None = None
+    image: Name | None = None
     input_type: Literal["txt", "cli"] = "cli"
     input_file: Name | None = None
     image2video: bool | None = None
@@ -77,6 +79,11 @@ class SamplingArgs:
     distributed_timeout: Annotated[int, Field(ge=10, le=30 * 86400)] = 1800
 
     @property
+    def asks_for_prompts(self) -> bool:
+        """Whether prompts come from the terminal, one by one."""
+        return self.input_type == "cli" and self.prompt is None
+
+    @property
     def ring_attention(self) -> bool | None:
         """Whether `sequence_attention` selects ring attention; None if the network chooses."""
         return {"auto": None, "ulysses": False, "ring": True}[self.sequence_attention]
@@ -84,9 +91,15 @@ class SamplingArgs:
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
-        if self.input_type == "txt" and self.input_file is None:
-            cure = "give args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
+        if self.input_type == "txt" and self.input_file is None and self.prompt is None:
+            cure = "give args.prompt, args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
             yield "input_file", "is missing, and input_type is txt", cure
+        if self.image is not None and self.prompt is None:
+            yield (
+                "image",
+                "is given without a prompt",
+                "give args.prompt too, or write prompt@@image into input_file",
+            )
 
     def _shared_problems(self) -> Iterator[tuple[str, str, str]]:
         last_seed = _MAX_SEED - (self.batch_size - 1)
@@ -172,6 +185,7 @@ class TrainingArgs(SamplingArgs):
     save: Name = "ckpts"
     save_interval: AtLeast1 = 500
     keep_last: AtLeast1 | None = None
+    keep_best: bool = False
     save_full: bool = False
     resume: str = "none"
     no_load_rng: bool = False
@@ -207,6 +221,9 @@ class TrainingArgs(SamplingArgs):
         if self.memory is not None:
             cure = "remove it, and add the settings that --check --card says, or a file of configs/memory"
             yield "memory", f"is {self.memory}, which chooses settings of sampling", cure
+        for name in ("prompt", "image"):
+            if getattr(self, name) is not None:
+                yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         yield from self._length_problems()
         yield from self._data_problems()
         if self.mode == "finetune" and self.load is None:
@@ -266,7 +283,7 @@ class TrainingArgs(SamplingArgs):
     @property
     def unused(self) -> list[str]:
         """Keys that are set without effect, since `eval_interval` is null."""
-        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval")
+        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "keep_best")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
 
 

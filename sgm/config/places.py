@@ -42,6 +42,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "nccl_timeout": "args.distributed_timeout",
     "num_frames": "args.sampling_num_frames (latent frames) or data.params.max_num_frames",
     "num_inference_steps": "args.num_steps",
+    "num_videos_per_prompt": "args.videos_per_prompt",
     "num_train_epochs": "args.epochs",
     "optimizer": "deepspeed.optimizer",
     "pretrained_model_name_or_path": "args.load",

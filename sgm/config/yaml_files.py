@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from sgm.config.places import place_of
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.config.values import shortened
 from sgm.io import denied_text
@@ -19,6 +20,13 @@ from sgm.util import InputError, nearest
 
 MAX_BYTES = 2_000_000  # of a file
 MAX_DEPTH = 64  # of lists and mappings in each other
+
+PROJECT = Path(__file__).parents[2]
+_MISSING = re.compile(r"there is no |does not exist")
+_RELATIVE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+")
+
+# Other names of keys, which later code sees under the first one.
+ALIASES: dict[KeyPath, str] = {("args", "videos_per_prompt"): "batch_size"}
 
 _TAG = "tag:yaml.org,2002:"
 _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
@@ -105,12 +113,33 @@ class Problem:
 
 
 class ConfigError(InputError):
-    """The configuration is invalid. Lists every problem with its path, origin and fix."""
+    """The configuration is invalid. Lists every problem with its path, origin and fix.
+
+    Attributes:
+        problems: all of them.
+        elsewhere: files that are missing here, but not in the project's folder; the message says that alone.
+    """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
+        self.elsewhere = _in_the_project(problems)
+        if self.elsewhere:
+            there = ", ".join(self.elsewhere[:3]) + (", ..." if len(self.elsewhere) > 3 else "")
+            super().__init__(f"run it from the project's folder: cd {PROJECT} ({there}: there, not in {Path.cwd()})")
+            return
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{count} in the configuration:", *(f"  - {problem}" for problem in problems)]))
+
+
+def _in_the_project(problems: Sequence[Problem]) -> list[str]:
+    """Return the relative paths that problems call missing, and that exist in the project's folder."""
+    missing = [
+        problem.found if problem.path else f"{problem.found}: {problem.source}"
+        for problem in problems
+        if _MISSING.search(problem.found)
+    ]
+    names = dict.fromkeys(name for text in missing for name in _RELATIVE.findall(text))
+    return [name for name in names if not Path(name).exists() and (PROJECT / name).exists()]
 
 
 def dotted(path: KeyPath) -> str:
@@ -256,6 +285,7 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
                 raise _refusal("a key must be a word", key_node.start_mark, "write 'key: value', the key in quotes")
             if key_node.tag == _TAG + "merge":
                 continue
+            key = key_node.value = ALIASES.get((*path, key), key)
             yield (*path, key), line, first_lines.get(key)
             first_lines.setdefault(key, line)
             yield from _walk(value_node, (*path, key), ancestors)
@@ -268,10 +298,12 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
 def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     name, equals, text = override.partition("=")
     keys = [int(key) if key.isdigit() else key for key in name.strip().split(".")]
+    keys[-1] = ALIASES.get(tuple(keys), keys[-1])
     source = f"command line: {shortened(override)}"
     cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"
     if not equals or not 2 <= len(keys) <= MAX_DEPTH or "" in keys:
-        merged.add((), "not an override", cure, source=source)
+        home = place_of(name, name) if len(keys) == 1 else None
+        merged.add((), "not an override", f"write {home}=..." if home else cure, source=source)
         return
     try:
         value = _override_value(text)

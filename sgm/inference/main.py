@@ -1,8 +1,8 @@
 """The command line of ``sample_video.py``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 
 from sgm import cli
 from sgm.log import get_logger
@@ -38,8 +38,9 @@ def run(options: argparse.Namespace) -> None:
         from sgm.checks.planner import written_without_files
         from sgm.inference.prepare import memory_report, prepare
 
-        with written_without_files(lambda: memory_report(config, options.card)):
-            sys.stdout.write(prepare(config).report(options.card) + "\n")
+        write = partial(cli.write_findings, options)
+        with written_without_files(lambda: memory_report(config, options.card), write):
+            write(prepare(config).report(options.card))
         return
     import sgm.distributed
     from sgm.inference.run import sample

@@ -15,7 +15,7 @@ from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
-from sgm.inference.prompts import Prompt, check_images, check_words, read_prompts
+from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
@@ -53,7 +53,9 @@ class Prepared:
         report = f"{self.findings}\n{as_table(sampling_rows(self.config, self.dtype, card))}"
         if self.prompts is None:
             return report
-        return "\n".join([report, f"prompts: {len(self.prompts)} from {self.config.args.input_file}", *self.notes])
+        args = self.config.args
+        source = args.input_file if args.prompt is None else "args.prompt"
+        return "\n".join([report, f"prompts: {len(self.prompts)} from {source}", *self.notes])
 
 
 def prepare(config: Config) -> Prepared:
@@ -63,6 +65,7 @@ def prepare(config: Config) -> Prepared:
         ConfigError: every problem of the configuration, checkpoint files, prompts, images and output folder.
     """
     findings, prompts, problems = "", None, []
+    source = "args.input_file" if config.args.prompt is None else "args.prompt"
     try:
         config = with_adapters(config)
         findings = dry_run(config)
@@ -72,15 +75,15 @@ def prepare(config: Config) -> Prepared:
     try:
         prompts = _read_prompts(config)
     except InputError as error:
-        if not any(problem.path == "args.input_file" for problem in problems):
-            problems.append(Problem("args.input_file", "", str(error), "correct the prompts"))
+        if not any(problem.path == source for problem in problems):
+            problems.append(Problem(source, "", str(error), "correct the prompts"))
     output = config.args.output_dir
     folders = [sample_folder(output, prompt, 0).relative_to(output) for prompt in prompts or ()]
     writable = partial(require_writable, output, *(f"{folder}/000000.mp4" for folder in folders))
     problems += problems_of("args.output_dir", "name another folder", writable)
     notes: list[str] = []
     if not problems:  # they would be those of the text encoder again
-        problems += problems_of("args.input_file", "correct the prompts", lambda: notes.extend(_words(config, prompts)))
+        problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
         raise ConfigError(config.located(list(dict.fromkeys(problems))))
     dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
@@ -101,15 +104,19 @@ def _mesh_problems(config: Config) -> list[Problem]:
 
 
 def _read_prompts(config: Config) -> list[Prompt] | None:
-    """Read the prompt file and decode its images; None for input from the terminal."""
+    """Read the prompts and decode their images; None for input from the terminal."""
     args = config.args
-    if args.input_type == "cli":
+    if args.asks_for_prompts:
         if sgm.distributed.is_launched():
             raise InputError("args.input_type=cli needs a single process; start one, or use input_type=txt")
         return None
-    assert args.input_file is not None, "the configuration is refused without it"
-    geometry = Geometry.from_network(config.model["network_config"]["params"])
-    prompts = read_prompts(args.input_file, image2video=geometry.image_conditioned)
+    image2video = Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
+    if args.prompt is not None:
+        line = args.prompt if args.image is None else f"{args.prompt}{IMAGE_SEPARATOR}{args.image}"
+        prompts = parse_prompts([line], image2video=image2video, source="args.prompt")
+    else:
+        assert args.input_file is not None, "the configuration is refused without it"
+        prompts = read_prompts(args.input_file, image2video=image2video)
     check_images(prompts)
     return prompts
 

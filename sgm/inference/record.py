@@ -63,8 +63,7 @@ class Summary:
 
     def __str__(self) -> str:
         """Return the final message of a run."""
-        lines = [f"  {path}" for path in self.written]
-        lines += [f"  {path} (was there already)" for path in self.skipped]
+        lines = [f"  {path} (was there already)" for path in self.skipped]  # what was written has been said
         counts = f"{len(self.written)} written, {len(self.skipped)} skipped"
         lines.append(f"{self.scope}{counts}, {self.seconds:.1f} s, peak memory {self.peak_bytes / 2**30:.2f} GiB")
         if self.sheet is not None:

@@ -130,7 +130,7 @@ class SamplingRun:
             engine.network.compile()
         engine.conditioner.to(self.device)
         offload = self.args.text_encoder_offload
-        if self.args.input_type == "cli" and offload == "release":
+        if self.args.asks_for_prompts and offload == "release":
             # Reloading the encoder for each prompt from the terminal would take longer than sampling.
             offload = "cpu"
         for embedder in engine.conditioner.embedders:
@@ -389,9 +389,11 @@ class SamplingRun:
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return
         samples = [
-            (prompt, self.results.finished(prompt, k)) for prompt in prompts for k in range(self.args.batch_size)
+            (f"{prompt.index}. {prompt.text}, seed {self.args.seed + k}", self.results.finished(prompt, k))
+            for prompt in prompts
+            for k in range(self.args.batch_size)
         ]
-        rows = [(f"{prompt.index}. {prompt.text}", read_video(path)) for prompt, path in samples if path is not None]
+        rows = [(caption, read_video(path)) for caption, path in samples if path is not None]
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)

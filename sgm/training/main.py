@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from sgm import cli
 from sgm.log import get_logger
@@ -39,9 +40,10 @@ def run(options: argparse.Namespace) -> None:
         from sgm.training.inputs.buckets import bucket_report, plan_buckets
         from sgm.training.prepare import memory_report, prepare
 
-        with written_without_files(lambda: memory_report(config, options.card)):
+        write = partial(cli.write_findings, options)
+        with written_without_files(lambda: memory_report(config, options.card), write):
             plan = prepare(config, check_clips=True)
-        sys.stdout.write(plan.report(options.card) + "\n")
+        write(plan.report(options.card))
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
             sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run,
         parse(argv),
         interrupted="interrupted; checkpoints are kept, and args.resume=auto resumes from the newest",
-        memory_hint="set args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
+        memory_hint="encode clips and captions ahead with tools/prepare_dataset.py, set "
+        "args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
         output="args.save",
     )

@@ -1,7 +1,9 @@
-"""Metrics of a run: log files, the loss by quarter of the timesteps, and a plot."""
+"""Metrics of a run: log files, what is shown of them, the loss by quarter of the timesteps, and a plot."""
 
 import json
 import math
+import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,25 @@ logger = get_logger(__name__)
 
 FILE = "metrics.jsonl"
 
-# Values on the progress bar: name, label, format.
-_BAR = (
-    ("loss", "loss", "{:.4f}"),
-    ("lr", "lr", "{:.2e}"),
-    ("grad_norm", "grad", "{:.3g}"),
-    ("step_seconds", "s/step", "{:.3g}"),
-    ("samples_per_second", "samples/s", "{:.3g}"),
-    ("memory_gib", "GiB", "{:.1f}"),
+# Values that are shown: name, text. A terminal without room for all shows the first ones.
+_SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("step_seconds", "{:.3g} s/step"),
+    ("memory_gib", "{:.1f} GiB"),
+    ("eta", "ETA {}"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "grad {:.3g}"),
+    ("samples_per_second", "{:.3g} samples/s"),
 )
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|{postfix}"
+_FIRST_SHOWN, _SHORTEST_BAR = 4, 10  # values on a narrow terminal; columns of the bar itself
+_QUARTER = re.compile(r"loss_(\d+)_(\d+)")
 
 
 class Metrics:
-    """Write metrics to ``metrics.jsonl``, TensorBoard, the progress bar and optionally wandb; on rank zero only.
+    """Write metrics to ``metrics.jsonl``, TensorBoard and optionally wandb, and show them; on rank zero only.
+
+    On a terminal a progress bar shows the latest values, elsewhere every line of metrics is a line of text.
 
     Args:
         folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
@@ -64,8 +72,15 @@ class Metrics:
         with atomic_file(self._path) as temporary:
             temporary.write_text("".join(_to_line(line) for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
-        self._bar = tqdm(total=total_iters, initial=resume_from, desc="training", disable=None, dynamic_ncols=True)
-        self._shown: dict[str, str] = {}
+        self._total, self._first, self._began = total_iters, resume_from, time.perf_counter()
+        self._bar = tqdm(
+            total=total_iters,
+            initial=resume_from,
+            desc="training",
+            disable=None,
+            dynamic_ncols=True,
+            bar_format=_BAR,
+        )
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write values by name; values that are not finite become null in the file.
@@ -82,8 +97,26 @@ class Metrics:
             self._board.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log({"iteration": iteration, **values})
-        self._shown |= {short: form.format(values[name]) for name, short, form in _BAR if name in values}
-        self._bar.set_postfix(self._shown, refresh=False)
+        if "validation_loss" in values:
+            logger.info("validation after iteration %d: %s", iteration, _by_quarter(values))
+        else:
+            self._show(iteration, values)
+
+    def _show(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Show the values of the last steps on the progress bar, or in a line where there is no terminal."""
+        share = (iteration - self._first) / max(self._total - self._first, 1)
+        elapsed = time.perf_counter() - self._began
+        left = tqdm.format_interval(elapsed / share * (1 - share)) if share else "?"
+        known = {**values, "eta": left}
+        texts = [text.format(known[name]) for name, text in _SHOWN if name in known]
+        if self._bar.disable:
+            logger.info("iteration %d of %d: %s", iteration, self._total, ", ".join(texts))
+            return
+        room = self._bar.format_dict["ncols"] or math.inf
+        room -= len(f"training {self._total}/{self._total} ||") + _SHORTEST_BAR
+        parts = [texts, *(texts[:count] for count in range(_FIRST_SHOWN, 0, -1))]
+        fitting = next((part for part in parts if len(", ".join(part)) + 2 <= room), texts[:1])
+        self._bar.set_postfix_str(", ".join(fitting), refresh=False)
         self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:
@@ -92,6 +125,16 @@ class Metrics:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _by_quarter(values: Mapping[str, float]) -> str:
+    """Return the validation loss as text, in total and by quarter of the timesteps."""
+    quarters = [
+        f"{found[1]}-{found[2]} {value:.4f}"
+        for name, value in values.items()
+        if (found := _QUARTER.fullmatch(name.removeprefix("validation_")))
+    ]
+    return f"loss {values['validation_loss']:.4f}" + (f" (timesteps {', '.join(quarters)})" if quarters else "")
 
 
 def _to_line(values: Mapping[str, float | None]) -> str:
@@ -210,30 +253,47 @@ def smooth(values: list[float], span: float) -> list[float]:
 
 
 def draw_curve(metrics: str | Path, picture: str | Path) -> None:
-    """Plot raw and smoothed losses, validation losses and learning rate of a ``metrics.jsonl`` into a PNG file."""
+    """Plot the losses and the learning rate of a ``metrics.jsonl`` into a PNG file.
+
+    Training and validation losses, each with a smoothed line of its own: over all timesteps on top, and below for
+    every quarter of them, since the loss at noisy timesteps hides that at the others.
+    """
     lines = read_metrics(metrics)
     from matplotlib.figure import Figure  # lazy: half a second, for the end of a run
 
-    figure = Figure(figsize=(9, 6))  # not pyplot, which keeps figures and needs a display
-    margins = {"left": 0.11, "right": 0.97, "bottom": 0.09, "top": 0.97, "hspace": 0.1}
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1), gridspec_kw=margins)
-    iterations, losses = _series(lines, "loss")
-    upper.plot(iterations, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
-    span = len(losses) / 10
-    upper.plot(iterations, smooth(losses, span), color="tab:blue", label="training, smoothed")
-    validated, validation = _series(lines, "validation_loss")
-    if validated:
-        upper.plot(validated, validation, "o-", color="tab:orange", markersize=5, label="validation")
-    upper.set_ylabel("loss")
-    upper.legend()
-    upper.grid(alpha=0.3)
-    lower.plot(*_series(lines, "lr"), color="tab:green")
-    lower.set_ylabel("learning rate")
-    lower.set_xlabel("iteration")
-    lower.set_ylim(bottom=0)
-    lower.grid(alpha=0.3)
+    figure = Figure(figsize=(12, 9), layout="constrained")  # not pyplot, which keeps figures and needs a display
+    quarters = sorted({name for line in lines for name in line if _QUARTER.fullmatch(name)}, key=_first_timestep)
+    rows = [["loss"] * max(len(quarters), 1), *([quarters] if quarters else []), ["lr"] * max(len(quarters), 1)]
+    axes = figure.subplot_mosaic(rows, sharex=True, height_ratios=(4, 3, 1) if quarters else (4, 1))
+    for name in ("loss", *quarters):
+        found = _QUARTER.fullmatch(name)
+        axes[name].set_title(f"timesteps {found[1]} to {found[2]}" if found else "loss")
+        _draw_losses(axes[name], lines, name)
+    if axes["loss"].lines:
+        axes["loss"].legend()
+    axes["lr"].plot(*_series(lines, "lr"), color="tab:green")
+    axes["lr"].set_ylabel("learning rate")
+    axes["lr"].set_xlabel("iteration")
+    axes["lr"].set_ylim(bottom=0)
+    axes["lr"].grid(alpha=0.3)
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def _first_timestep(quarter: str) -> int:
+    return int(quarter.split("_")[1])
+
+
+def _draw_losses(axis: Any, lines: list[dict[str, Any]], name: str) -> None:
+    """Draw a loss of training and of validation, each as it was measured (faint) and smoothed."""
+    kinds = (("", "training", "tab:blue", ""), ("validation_", "validation", "tab:orange", "o"))
+    for prefix, label, color, marker in kinds:
+        iterations, losses = _series(lines, prefix + name)
+        if not losses:
+            continue
+        axis.plot(iterations, losses, marker=marker, markersize=4, color=color, alpha=0.3, linewidth=0.8)
+        axis.plot(iterations, smooth(losses, len(losses) / 10), color=color, label=f"{label}, smoothed")
+    axis.grid(alpha=0.3)
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

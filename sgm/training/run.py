@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
-from sgm.log import get_logger
+from sgm.log import get_logger, launcher_note
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
@@ -54,6 +55,7 @@ class Summary:
         loss: mean training loss in the last line of metrics; None without a step.
         stopped: reason of an early end; empty otherwise.
         seconds: wall time.
+        best: the iteration with the lowest validation loss and that loss, with ``args.keep_best``.
         samples: videos that this rank sampled at evaluations.
     """
 
@@ -63,6 +65,7 @@ class Summary:
     loss: float | None = None
     stopped: str = ""
     seconds: float = 0.0
+    best: tuple[int, float] | None = None
     samples: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -70,8 +73,12 @@ class Summary:
         state = f"stopped by {self.stopped}, saved" if self.stopped else "done"
         lines = [f"iteration {self.iteration} of {self.total}: {state} ({self.seconds:.1f} s)"]
         lines.append(f"sample from it with args.load={self.folder}")
+        if self.best is not None:
+            iteration, loss = self.best
+            lines.append(f"the lowest validation loss is {loss:.4f}: args.load={self.folder / str(iteration)}")
         if self.stopped:
-            lines.append("the same command resumes it with args.resume=auto")
+            note = "" if self.stopped.startswith("args.") else launcher_note()
+            lines.append(f"the same command resumes it with args.resume=auto{note}")
         return "\n".join(lines)
 
 
@@ -96,7 +103,8 @@ def train(config: Config) -> Summary:
         logger.info("%s has all %d iterations; args.resume=none starts a new run", plan.resume.run, plan.total_iters)
         return Summary(plan.resume.run, plan.resume.iteration, plan.total_iters)
     parts = build(config, plan)
-    with StopSignals() as signals:
+    # Messages start on a line of their own, above the progress bar.
+    with StopSignals() as signals, logging_redirect_tqdm(loggers=[get_logger()]):
         run = TrainingRun(config, parts, signals)
         try:
             run.fit()
@@ -117,6 +125,7 @@ class TrainingRun:
         self.flags = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
         self.saver = Saver(parts)
+        self.summary.best = self.saver.best
         self.evaluation = None
         if self.args.eval_interval is not None:
             self.evaluation = Evaluation(
@@ -157,6 +166,7 @@ class TrainingRun:
         first, batches = self.iteration, iter(self.parts.loader)
         self.parts.deepspeed.train()
         eval_interval = default(self.args.eval_interval, self.parts.total_iters)
+        logger.info("training: iterations %d to %d", first + 1, self.parts.total_iters)
         while self.iteration < self.parts.total_iters and not self.summary.stopped:
             stop = self._guarded_step(batches)
             self.iteration += 1
@@ -272,11 +282,18 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
+        logger.info(
+            "evaluating after iteration %d: the loss of %d validation samples, then videos",
+            self.iteration,
+            self.evaluation.num_samples,
+        )
         with evaluation_weights(self.parts.deepspeed):
             values = self.evaluation.losses()
             if self.metrics is not None:
                 self.metrics.log(self.iteration, values)
             self.summary.samples += self.evaluation.sample(self.iteration)
+        self.saver.keep_if_best(self.iteration, values["validation_loss"])
+        self.summary.best = self.saver.best
         self._logged_at = time.perf_counter()  # steps are timed without evaluation
 
 
@@ -294,6 +311,7 @@ def _hint(reason: str) -> str:
         )
     if "out of memory" in text or "outofmemory" in text:
         return (
+            "encode clips and captions ahead with tools/prepare_dataset.py, which spares VAE and text encoder; "
             "set args.checkpoint_activations=true, lower deepspeed.train_micro_batch_size_per_gpu (and raise "
             "gradient_accumulation_steps), use a higher ZeRO stage, or train with LoRA"
         )

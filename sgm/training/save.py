@@ -2,15 +2,18 @@
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import sgm.distributed
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.training.build import Parts
+from sgm.training.metrics import FILE, read_metrics
 from sgm.training.optim.average import evaluation_weights, full_ema
 from sgm.training.state import FOLDER, newest_state, save_state
 from sgm.util import RunError
@@ -21,13 +24,21 @@ logger = get_logger(__name__)
 
 
 class Saver:
-    """Save checkpoints (``keep_last``, ``save_full``, ``no_save_rng``); see `sgm.training.state` for the folders."""
+    """Save checkpoints (``keep_last``, ``save_full``, ``no_save_rng``); see `sgm.training.state` for the folders.
+
+    Attributes:
+        saved: iteration of the newest checkpoint; None without one.
+        best: with ``keep_best``, on rank zero, the iteration of the lowest validation loss and that loss.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.args = parts, parts.plan.args
         self.saved: int | None = parts.point.iteration or None
         if self.saved is not None and not parts.point.has_weights():
             self.saved = None  # they were removed
+        self.best: tuple[int, float] | None = None
+        if self.args.keep_best and sgm.distributed.rank() == 0:
+            self.best = _best_kept(parts.folder, parts.point.iteration)
         network = parts.engine.network
         self.names = parts.plan.trainable.names
         if not parts.plan.trainable.adapters or self.args.save_full:
@@ -66,6 +77,26 @@ class Saver:
         self.saved = iteration
         logger.info("saved %s", parts.folder / str(iteration))
         return True
+
+    def keep_if_best(self, iteration: int, loss: float) -> None:
+        """With ``keep_best``, keep the checkpoint with the lowest validation loss. Collective: all ranks call it.
+
+        Args:
+            iteration: whose weights have been evaluated.
+            loss: their validation loss.
+        """
+        if not self.args.keep_best:
+            return
+        is_best = math.isfinite(loss) and (self.best is None or loss < self.best[1])
+        if not sgm.distributed.broadcast_from_rank_zero(is_best):
+            return
+        self.save(iteration)
+        if sgm.distributed.rank() == 0:
+            self.best = iteration, loss
+            self._remove_old()
+            logger.info(
+                "the validation loss is the lowest yet; args.keep_best keeps %s", self.parts.folder / str(iteration)
+            )
 
     @contextlib.contextmanager
     def _removed_if_it_fails(self, iteration: int) -> Iterator[None]:
@@ -109,15 +140,19 @@ class Saver:
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)
         save_network(parts.folder, iteration, weights, adapters=parts.adapters, **written)
         if parts.plan.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
-            logger.warning("the adapters are still without effect: every B matrix is zero; is the learning rate 0?")
+            warn_once(
+                logger, ["the adapters are still without effect: every B matrix is zero; is the learning rate 0?"]
+            )
 
     def _remove_old(self) -> None:
-        """Remove all checkpoints but the newest ``keep_last``."""
+        """Remove all checkpoints but the newest ``keep_last`` and the best one."""
         if self.args.keep_last is None:
             return
         folder = self.parts.folder
         kept = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
         for old in kept[self.args.keep_last :]:
+            if self.best is not None and old == self.best[0]:
+                continue
             for name in (str(old), f"{old}-ema"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -126,6 +161,14 @@ class Saver:
         if self.saved is None:
             return f"nothing was saved yet; args.load ({self.args.load}) is unchanged"
         return f"the newest checkpoint is {self.parts.folder / str(self.saved)}"
+
+
+def _best_kept(folder: Path, iteration: int) -> tuple[int, float] | None:
+    """Return iteration and validation loss of the best checkpoint of a run that is resumed after `iteration`."""
+    lines = [line for line in read_metrics(folder / FILE) if line["iteration"] <= iteration]
+    losses = [(line["validation_loss"], line["iteration"]) for line in lines if line.get("validation_loss") is not None]
+    kept = [(step, loss) for loss, step in sorted(losses) if (folder / str(step)).is_dir()]
+    return kept[0] if kept else None
 
 
 def is_writing_rank() -> bool:

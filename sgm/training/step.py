@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import sgm.distributed
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
 from sgm.util import to_device
 
@@ -116,7 +116,7 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        logger.warning("%s: finishing this step, then saving; interrupt again to stop at once", self.received)
+        warn_once(logger, [f"{self.received}: finishing this step, then saving; interrupt again to stop at once"])
 
 
 class StepFlags:

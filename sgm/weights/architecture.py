@@ -49,10 +49,21 @@ class Architecture:
         parts += [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
         return ", ".join(parts)
 
+    @property
+    def config(self) -> str | None:
+        """The name of the shipped model configuration with this shape; None if there is none."""
+        key = (self.hidden_size, self.num_layers, self.in_channels, self.temporal_patch)
+        return next((name for shipped, name in CONFIGS.items() if shipped == key), None)
+
+    def kind(self) -> str:
+        """Return in words what kind of model this is."""
+        task = {16: "a text-to-video model", 32: "an image-to-video model"}.get(self.in_channels or 0, "a model")
+        size = f"of {self.num_layers} layers of size {self.hidden_size}"
+        return f"{task} {size if self.config is None else f'({self.config})'}"
+
     def config_hint(self) -> str:
         """Return advice naming the shipped model configuration with this shape."""
-        key = (self.hidden_size, self.num_layers, self.in_channels, self.temporal_patch)
-        name = next((name for shipped, name in CONFIGS.items() if shipped == key), None)
+        name = self.config
         if name is None:
             return "use the model configuration that it was trained with (no shipped one has this shape)"
         if not self.lora_rank:

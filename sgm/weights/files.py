@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sgm.io import parse_json, refusing_denied
-from sgm.util import InputError
+from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
     FINITE,
     KEY,
@@ -79,7 +79,8 @@ def find_weights(load: str | Path) -> Path:
     if load.is_file():
         return load
     if not load.is_dir():
-        raise InputError(f"there is no checkpoint at {load}; give a weights file, or the folder that holds 'latest'")
+        cure = "give a weights file, or the folder that holds 'latest'"
+        raise InputError(f"there is no checkpoint at {load}{nearest_path(load)}; {cure}")
     for suffix in (".pt", ".safetensors"):
         if (load / (WEIGHTS + suffix)).is_file():
             return load / (WEIGHTS + suffix)

@@ -206,6 +206,9 @@ def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
     if not problems and not missing and not unexpected:
         return
     lines = [f"{source} does not fit the configured network:"]
+    if built and found and built.kind() != found.kind():
+        what = "a LoRA" if lora else "the weights"
+        lines.insert(0, f"{what} of {found.kind()}, and the configuration builds {built.kind()}; {found.config_hint()}")
     for group in (problems, missing, unexpected):
         lines += [f"  {line}" for line in group[:4]]
         lines += [f"  ... and {len(group) - 4:,} more of this kind"] if len(group) > 4 else []

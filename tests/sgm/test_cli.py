@@ -48,9 +48,45 @@ def test_overrides_behind_base_may_be_no_names_of_files(word):
     assert options.base == ["configs/toy.yaml"] and options.overrides == [word]
 
 
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        ("a.yaml b.yml", "a.yaml b.yml"),
+        ("b.yaml --base a.yaml c.yaml", "b.yaml a.yaml c.yaml"),
+        ("--base=b.yaml a.yaml", "b.yaml a.yaml"),
+        ("--base b.yaml a.yaml b.yaml", "b.yaml a.yaml b.yaml"),
+        ("args.input_file=x.yaml a.yaml", "a.yaml"),
+    ],
+)
+def test_yaml_files_are_taken_without_base_in_the_order_typed(words, files):
+    options = sgm.inference.main.parse([*words.split(), "--check"])
+    assert options.base == files.split() and options.overrides == ["args.input_file=x.yaml"] * ("x.yaml" in words)
+
+
+@pytest.mark.parametrize("typed", [None, "bash finetune_single_gpu.sh a.yaml --check"])
+def test_findings_are_headed_by_the_command_that_was_typed(capsys, monkeypatch, typed):
+    monkeypatch.setenv(cli.TYPED, typed or "")
+    options = sgm.training.main.parse(["a.yaml", "args.train_data=[my clips]", "--check"])
+    cli.write_findings(options, "memory  little")
+    assert capsys.readouterr().out.splitlines() == [
+        typed or "train_video.py a.yaml 'args.train_data=[my clips]' --check",
+        "memory  little",
+    ]
+
+
+def test_options_of_other_trainers_are_sent_to_the_keys(capsys):
+    with pytest.raises(SystemExit):
+        sgm.training.main.parse(["a.yaml", "--learning_rate", "1e-4", "--data-root=x", "--other"])
+    said = capsys.readouterr().err
+    assert said.endswith("settings are written as deepspeed.optimizer.params.lr=..., args.train_data=...\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, request, number):
-    """Message, exit code, nothing left; a second signal does not cut the clean-up short."""
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, request, monkeypatch, number):
+    """Message, of one rank, exit code, nothing left; a second signal does not cut the clean-up short."""
+    launched = number == signal.SIGTERM
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0")) if launched else ():
+        monkeypatch.setenv(name, value)
 
     def work(options):
         with new_folder(tmp_path / "out") as folder:
@@ -69,7 +105,8 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, capsys, request, numbe
     assert (
         cli.run_command(work, argparse.Namespace(debug=False), interrupted="interrupted; all is well") == 128 + number
     )
-    assert capsys.readouterr().err == f"interrupted; all is well ({number.name})\n"
+    note = "; torchrun ends with a traceback of its own (SignalException), which is no error of the run"
+    assert capsys.readouterr().err == f"interrupted; all is well ({number.name}){note * launched}\n"
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import cli
-from sgm.log import get_logger, printable, printable_output
+from sgm.log import configure_logging, every_rank_warns, get_logger, printable, printable_output, warn_once
 from sgm.util import InputError
 
 HOSTILE = "\x1b]0;title\x07 \x1b[2J \x9b31m \r \u202egpj \udcff.mp4"
@@ -36,6 +36,18 @@ def test_a_command_shows_no_escape_sequences(capsys, debug):
     assert out == f"{SHOWN}\n" and err.count(SHOWN) == (5 if debug else 3)
     assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & {*out, *err}
     assert not hasattr(sys.stdout, "_stream"), "the streams are restored"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", ["once", "of a rank", "every"]), ("1", ["every"])])
+def test_of_several_ranks_one_speaks_until_they_have_started(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    configure_logging()
+    get_logger().warning("once")
+    get_logger().info("of a rank")
+    every_rank_warns()
+    get_logger().warning("every")
+    warn_once(get_logger(), ["once"] * (rank != "0"))
+    assert capsys.readouterr().err.split("\n")[:-1] == said
 
 
 def test_progress_bars_still_redraw_themselves(monkeypatch):

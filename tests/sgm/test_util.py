@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sgm.util import (
     get_obj_from_str,
     instantiate_from_config,
     nearest,
+    nearest_path,
     set_trusted,
     without_allocating,
 )
@@ -114,6 +116,15 @@ def test_import_errors_inside_a_module_are_raised(tmp_path, monkeypatch):
 def test_a_section_without_target():
     with pytest.raises(InputError, match="target"):
         instantiate_from_config({"params": {}})
+
+
+def test_the_nearest_path(tmp_path, monkeypatch):
+    (tmp_path / "assets" / "toy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for missing in ("asets/toy", "assets/tou", Path("./assts/toi")):
+        assert nearest_path(missing) == "; did you mean 'assets/toy'?"
+    assert nearest_path(tmp_path / "assets" / "to") == f"; did you mean '{tmp_path / 'assets' / 'toy'}'?"
+    assert nearest_path("quite/other") == nearest_path("assets/else") == nearest_path("assets/toy/toy") == ""
 
 
 def test_nearest():

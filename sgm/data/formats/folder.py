@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line, require_file
 from sgm.io import denied_text
-from sgm.util import InputError, no_character
+from sgm.util import InputError, nearest_path, no_character
 
 VIDEOS, LABELS = "videos", "labels"
 
@@ -25,7 +25,8 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"data folder '{root}' {found}; give a folder that holds {VIDEOS}/ and {LABELS}/")
+        hint = "" if root.exists() else nearest_path(root)
+        raise InputError(f"data folder '{root}' {found}{hint}; give a folder that holds {VIDEOS}/ and {LABELS}/")
     if root.absolute().name == VIDEOS and (root.absolute().parent / LABELS).is_dir():
         raise InputError(f"data folder '{root}' is the {VIDEOS} folder itself; give the one above: '{root.parent}'")
     clips = sorted(_clips(root), key=lambda path: path.relative_to(root).as_posix())

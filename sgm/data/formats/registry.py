@@ -20,7 +20,7 @@ from sgm.data.formats.manifest import (
 )
 from sgm.data.formats.webdataset import read_archives, tar_files
 from sgm.data.rows import Row
-from sgm.util import InputError, nearest
+from sgm.util import InputError, nearest, nearest_path
 
 MANIFEST = "metadata"  # name of the manifest of a folder, without suffix
 _MANIFESTS: dict[str, Callable[[Path], Table]] = {
@@ -94,7 +94,7 @@ def detect(path: Path) -> str:
 
 def _table(path: Path, format: str, columns: Columns) -> Table:
     if not path.exists():
-        raise InputError(f"data set '{path}' does not exist")
+        raise InputError(f"data set '{path}' does not exist{nearest_path(path)}")
     if format in ("lines", "huggingface") and not path.is_dir():
         raise InputError(f"data set '{path}' is a file; data.params.format={format} needs a folder")
     if format == "lines":

@@ -16,7 +16,7 @@ from torch import nn
 
 from sgm.io import parse_json
 from sgm.log import get_logger
-from sgm.util import InputError
+from sgm.util import InputError, nearest_path
 from sgm.weights.files import check_values
 
 log = get_logger(__name__)
@@ -133,9 +133,10 @@ class T5Folder:
         """
         if not self.path.is_dir():
             raise InputError(
-                f"T5 folder '{self.path}' does not exist ({MODEL_DIR_KEY}). Nothing is downloaded at run time: put the "
-                "files of text_encoder/ and tokenizer/ of a released CogVideoX diffusers repository into one folder "
-                "(hf download zai-org/CogVideoX-2b --include 'text_encoder/*' 'tokenizer/*') and name that folder"
+                f"T5 folder '{self.path}' does not exist{nearest_path(self.path)} ({MODEL_DIR_KEY}). Nothing is "
+                "downloaded at run time: put the files of text_encoder/ and tokenizer/ of a released CogVideoX "
+                "diffusers repository into one folder (hf download zai-org/CogVideoX-2b --include 'text_encoder/*' "
+                "'tokenizer/*') and name that folder"
             )
         problems = [problem for check in (self._check_config, self._check_weights) for problem in check()]
         if problems:

@@ -42,6 +42,7 @@ def test_a_complete_section_has_no_problems():
     ("args", "name", "cure"),
     [
         ({"load": None}, "load", "args.mode=pretrain"),
+        ({"prompt": "a"}, "prompt", "args.valid_prompts=["),
         ({"train_iters": None}, "train_iters", "args.epochs=10"),
         ({"epochs": 3}, "epochs", "keep one"),
         ({"train_data": ()}, "train_data", "args.train_data=["),

@@ -76,6 +76,7 @@ def test_unknown_args_name_the_nearest_and_the_place(write):
         ("args.text_encoder_offload=gpu", "one of none, cpu, blocks, release"),
         ("args.cfg_parallel_size=3", "1 to 2"),
         ("args.input_file=null", "args.input_file=prompts.txt"),
+        ("args.image=a.png", "give args.prompt too"),
     ],
 )
 def test_wrong_values_in_args(override, cure):

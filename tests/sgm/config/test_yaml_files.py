@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from sgm.config.load import load_config
+from sgm.config.load import ConfigError, load_config
+from sgm.inference.prepare import prepare
 from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy
 
 
@@ -118,10 +119,41 @@ def test_control_characters(write):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed", "seed=1", "args..seed=1", "=1", "args.load.x.0=1", "model.conditioner_config.params.emb_models.7=1"],
+    ["seed", "nothing=1", "args..seed=1", "=1", "args.load.x.0=1", "model.conditioner_config.params.emb_models.7=1"],
 )
 def test_malformed_overrides(override):
     assert override in override_complaint(override)
+
+
+@pytest.mark.parametrize(("name", "place"), [("seed", "args.seed"), ("learning_rate", "deepspeed.optimizer.params.lr")])
+def test_an_override_without_its_section(name, place):
+    assert f"not an override\n      -> write {place}=..." in override_complaint(f"{name}=1")
+
+
+def test_from_another_folder_the_message_says_where_to_run_it(tmp_path, monkeypatch):
+    toy = ["configs/toy.yaml", "configs/toy_inference.yaml"]
+    config = load_config(toy, mode="inference")
+    monkeypatch.chdir(tmp_path)
+    files = ", ".join(toy)
+    assert complaint(toy) == f"run it from the project's folder: cd {ROOT} ({files}: there, not in {tmp_path})"
+    with pytest.raises(ConfigError) as caught:
+        prepare(config)
+    assert caught.value.elsewhere == ["assets/toy/transformer", "assets/toy/prompts.txt"] + [
+        "assets/toy/vae/3d-vae.pt",
+        "assets/toy/t5",
+    ]
+    assert "\n" not in str(caught.value) and "hf download" not in str(caught.value)
+    assert "did you mean" in complaint([ROOT / "configs" / "toi.yaml"]), "what is missing there too is told as ever"
+
+
+def test_another_name_of_a_key_counts_where_it_stands(write):
+    path = write("args:\n  videos_per_prompt: 3\n")
+    assert load_config([TOY, path], mode="inference").args.batch_size == 3
+    assert toy("args.videos_per_prompt=4", "args.batch_size=2").args.batch_size == 2
+    assert load_config([TOY, path], ["args.videos_per_prompt=4"], mode="inference").args.batch_size == 4
+    assert "command line: args.videos_per_prompt=0" in override_complaint("args.videos_per_prompt=0")
+    twice = write("args:\n  batch_size: 1\n  videos_per_prompt: 3\n")
+    assert "written twice" in complaint([TOY, twice])
 
 
 def test_an_override_that_is_no_yaml():

@@ -1,10 +1,13 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sgm.config.load import ConfigError, load_config
+from sgm.inference.prepare import prepare
 from sgm.inference.prompts import (
     Prompt,
     assign_to_rank,
@@ -16,6 +19,8 @@ from sgm.inference.prompts import (
     read_prompts_cli,
 )
 from sgm.util import InputError
+
+ROOT = Path(__file__).parents[3]
 
 
 def write(path, text):
@@ -314,3 +319,26 @@ def test_output_folder_name_fits_in_bytes(tmp_path):
         name = output_folder_name(12, text)
         assert 190 < len(name.encode()) < 220
         (tmp_path / name).mkdir()
+
+
+def given(model: str, *overrides: str) -> list[Prompt] | None:
+    return prepare(load_config([ROOT / "configs" / f"{model}.yaml"], overrides, mode="inference")).prompts
+
+
+def test_a_prompt_of_the_command_line_replaces_those_of_the_file(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    image = "assets/toy/images/red_square.png"
+    out = f"args.output_dir={tmp_path}"
+    overrides = ["args.prompt=a red circle moves left", "args.input_file=no_such.txt", out]
+    assert given("toy", *overrides) == [Prompt(0, "a red circle moves left")]
+    assert given("toy", *overrides, "args.input_type=cli") == [Prompt(0, "a red circle moves left")]
+    assert given("toy_i2v", *overrides, f"args.image={image}") == [Prompt(0, "a red circle moves left", Path(image))]
+    for model, more, said in (
+        ("toy_i2v", [], "args.prompt:1: "),
+        ("toy", [f"args.image={image}"], "image"),
+        ("toy_i2v", ["args.image=no_such.png"], "no_such.png"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            given(model, *overrides, *more)
+        (problem,) = caught.value.problems
+        assert problem.path == "args.prompt" and said in problem.found

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import sgm.inference.run
 from sgm.inference.main import main
 from sgm.util import instantiate_from_config
 from sgm.weights.checkpoint import load_network, save_network
@@ -135,15 +136,28 @@ def test_results_of_another_prompt_or_setting_stay_unless_overwritten(tiny_model
     assert json.loads(first.with_suffix(".json").read_text())["seed"] == 9 and len([*first.parent.iterdir()]) == 6
 
 
-def test_the_contact_sheet_shows_earlier_results_too(tiny_model, tmp_path):
+def test_the_contact_sheet_shows_earlier_results_too_and_outputs_are_listed_once(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    captions = []
+    draw = sgm.inference.run.contact_sheet
+    monkeypatch.setattr(
+        sgm.inference.run, "contact_sheet", lambda rows, path: captions.append([c for c, _ in rows]) or draw(rows, path)
+    )
     base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
     prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:2])
     heights = []
     for _ in range(2):
-        sample(base, out, prompts, "args.contact_sheet=true")
+        sample(base, out, prompts, "args.contact_sheet=true", "args.videos_per_prompt=2")
         heights.append(iio.imread(out / "contact_sheet.png").shape[0])
         (out / "0_a_red_circle/0/000000.mp4").unlink()
     assert heights[0] == heights[1]
+    assert captions == [[f"{i}. {text}, seed {seed}" for i, text in enumerate(PROMPTS[:2]) for seed in (42, 43)]] * 2
+    first, second = (text.partition("written, ") for text in capsys.readouterr().err.split("contact sheet: ")[:2])
+    assert first[2].startswith("0 skipped") and second[2].startswith("3 skipped")
+    for said in (first[0], second[0]):
+        paths = [f"{i}_{text.replace(' ', '_')}/{k}/000000.mp4" for i, text in enumerate(PROMPTS[:2]) for k in (0, 1)]
+        assert [said.count(path) for path in paths] == [1, 1, 1, 1]
 
 
 def test_negative_prompt_steps_and_scale_have_an_effect(tiny_model, tmp_path):

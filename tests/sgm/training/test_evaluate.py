@@ -75,9 +75,42 @@ def test_the_validation_loss_depends_on_neither_seed_nor_batch_nor_iteration(job
     assert len(first) >= 3 and first["validation_loss"] > 0
 
 
-def test_the_validation_loss_follows_the_weights(job):
-    values = validation(job(LORA, *QUICK, "args.train_iters=2", "args.eval_interval=1", CONSTANT).folder)
-    assert values[0]["validation_loss"] != values[1]["validation_loss"]
+def test_the_validation_loss_follows_the_weights_and_is_said_at_once(job, log):
+    folder = job(LORA, *QUICK, "args.train_iters=2", "args.eval_interval=1", CONSTANT).folder
+    losses = [line["validation_loss"] for line in validation(folder)]
+    assert losses[0] != losses[1]
+    said = [record.getMessage() for record in log.records if record.levelname == "INFO"]
+    said = [text for text in said if not text.startswith("loading T5")]
+    steps = said[said.index("training: iterations 1 to 2") + 1 :]
+    expected = [
+        "iteration 1 of 2: loss ",
+        "evaluating after iteration 1: the loss of 2 validation samples, then videos",
+        f"validation after iteration 1: loss {losses[0]:.4f} (timesteps ",
+        f"wrote {folder / 'samples' / '00000001'}",
+        "iteration 2 of 2: loss ",
+        f"saved {folder / '2'}",
+        "evaluating after iteration 2: ",
+        f"validation after iteration 2: loss {losses[1]:.4f} (timesteps ",
+        f"wrote {folder / 'samples' / '00000002'}",
+    ]
+    assert len(steps) == len(expected) and all(map(str.startswith, steps, expected))
+
+
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(job, monkeypatch, log):
+    """It is saved at its evaluation, survives args.keep_last, is known after a resume, and is named at the end."""
+    measured = iter([3.0, 1.0, float("nan"), 2.0, 0.5])
+    monkeypatch.setattr(Evaluation, "losses", lambda _: {"validation_loss": next(measured)})
+    monkeypatch.setattr(Evaluation, "sample", lambda *_: [])
+    overrides = ["args.train_iters=5", "args.eval_interval=1", "args.keep_best=true", "args.keep_last=1"]
+    first = job(LORA, *overrides, "args.exit_interval=4")  # a run that stops does not evaluate
+    assert (first.best, first.stopped) == ((2, 1.0), "args.exit_interval=4")
+    kept = [path.name for path in first.folder.iterdir() if path.name.isdecimal()]
+    assert sorted(kept) == ["2", "4"]
+    second = job(LORA, *overrides, "args.resume=auto", "args.eval_interval=5")
+    assert second.folder == first.folder and second.best == (2, 1.0)
+    assert f"the lowest validation loss is 1.0000: args.load={first.folder / '2'}" in str(second)
+    assert find_weights(first.folder / "2").is_file() and find_weights(first.folder).parent.name == "5"
+    assert not (first.folder / "4").exists() and (first.folder / "2").is_dir()
 
 
 def test_evaluation_does_not_disturb_training(job):

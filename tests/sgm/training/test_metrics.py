@@ -1,12 +1,17 @@
+import io
 import json
+import re
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+import tqdm.std
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sgm.log import configure_logging, get_logger
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve, read_metrics, smooth
 from sgm.util import InputError, RunError
 
@@ -69,15 +74,49 @@ def test_a_full_disk_is_reported(tmp_path, small_disk):
     run.close()
 
 
-def test_the_bar_shows_the_latest_values(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run = metrics(tmp_path, resume_from=4)
-    run.log(6, {"loss": 0.12345, "lr": 1e-4, "memory_gib": 2.0})
-    run.log(8, {"validation_loss": 0.2})
+VALUES = {
+    "loss": 0.12345,
+    "lr": 1e-4,
+    "grad_norm": 0.5,
+    "step_seconds": 12.5,
+    "samples_per_second": 0.25,
+    "memory_gib": 71.5,
+}
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_the_bar_shows_what_a_terminal_has_room_for_and_messages_start_lines(tmp_path, monkeypatch, columns):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(tqdm.std, "_screen_shape_wrapper", lambda: lambda _: (columns, 24))
+    configure_logging()
+    with logging_redirect_tqdm(loggers=[get_logger()]):
+        run = metrics(tmp_path, total_iters=10_000, resume_from=4000)
+        run.log(6000, VALUES)
+        run.log(6000, {"validation_loss": 0.2, "validation_loss_0_249": 0.3})
+        run.log(7000, VALUES)
+        run.close()
+    shown = re.split(r"[\r\n]+", terminal.getvalue())
+    assert max(map(len, shown)) <= max(columns, 90)
+    assert "validation after iteration 6000: loss 0.2000 (timesteps 0-249 0.3000)" in shown
+    bar = next(line for line in reversed(shown) if "7000/10000" in line)
+    assert bar.startswith("training 7000/10000 |") and len(bar) <= columns
+    needed = ", ETA 00:00, lr 1.00e-04, grad 0.5, 0.25 samples/s" if columns == 200 else ", ETA 00:00"
+    assert bar.rstrip().endswith("|, loss 0.1235, 12.5 s/step" + (columns > 60) * f", 71.5 GiB{needed}")
+
+
+def test_without_a_terminal_every_line_of_metrics_is_a_line_of_text(tmp_path, log):
+    run = metrics(tmp_path)
+    run.log(2, VALUES)
+    run.log(2, {"validation_loss": 0.2})
+    run.log(10, {"lr": 0.0})
     run.close()
-    shown = capsys.readouterr().err
-    assert "4/10" in shown and "8/10" in shown
-    assert "loss=0.1235" in shown and "lr=1.00e-04" in shown and "GiB=2.0" in shown
+    assert [record.getMessage() for record in log.records] == [
+        "iteration 2 of 10: loss 0.1235, 12.5 s/step, 71.5 GiB, ETA 00:00, lr 1.00e-04, grad 0.5, 0.25 samples/s",
+        "validation after iteration 2: loss 0.2000",
+        "iteration 10 of 10: ETA 00:00, lr 0.00e+00",
+    ]
 
 
 def test_wandb_is_not_imported_unless_asked(tmp_path, monkeypatch):
@@ -139,20 +178,26 @@ def test_smoothing_keeps_a_constant_and_follows_its_span():
     assert smooth([], 5) == []
 
 
-def test_the_curve_is_drawn_from_the_file(tmp_path):
+def test_the_curve_shows_training_and_validation_by_quarter_smoothed_apart(tmp_path, monkeypatch):
     run = metrics(tmp_path)
-    for iteration in range(1, 11):
-        run.log(iteration, {"loss": 1 / iteration if iteration != 4 else float("nan"), "lr": 1e-4})
+    losses = [1 / i if i != 4 else float("nan") for i in range(1, 11)]
+    for iteration, loss in enumerate(losses, start=1):
+        run.log(iteration, {"loss": loss, "lr": 1e-4, "loss_750_999": 2.0, "loss_0_249": 3.0})
+    run.log(10, {"validation_loss": 0.3, "validation_loss_0_249": 0.7})
     run.close()
-    draw_curve(tmp_path / "metrics.jsonl", tmp_path / "plain.png")
-    run = metrics(tmp_path, resume_from=10)
-    run.log(10, {"validation_loss": 0.3})
-    run.close()
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or Path(path).touch())
     draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
-    pictures = [np.array(Image.open(tmp_path / name).convert("RGB")) for name in ("plain.png", "curve.png")]
-    assert all(min(picture.shape[:2]) >= 500 for picture in pictures)
-    orange = [bool((np.abs(picture - np.array([255, 127, 14])).max(-1) < 30).any()) for picture in pictures]
-    assert orange == [False, True], "validation losses are orange points"
+    axes = drawn[0].axes
+    assert [axis.get_title() for axis in axes] == ["loss", "timesteps 0 to 249", "timesteps 750 to 999", ""]
+    finite = [loss for loss in losses if loss == loss]
+    whole, low, high, _ = ([list(line.get_ydata()) for line in axis.lines] for axis in axes)
+    assert whole == [finite, smooth(finite, 0.9), [0.3], [0.3]]
+    assert low == [[3.0] * 10, pytest.approx([3.0] * 10), [0.7], [0.7]] and len(high) == 2
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [
+        "training, smoothed",
+        "validation, smoothed",
+    ]
 
 
 def test_a_run_without_losses_gives_an_empty_picture(tmp_path):

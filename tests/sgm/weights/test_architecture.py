@@ -1,12 +1,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from sgm.util import instantiate_from_config, without_allocating
+from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.architecture import describe_architecture
+from sgm.weights.match import _require_equal
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+LORA = {"transformer.layers.0.attention.dense.matrix_A.0": (128, 1920)}
 
 
 def shapes_of(*, hidden, layers, patch, final=64, **more):
@@ -34,11 +37,24 @@ def test_the_shipped_configuration_is_found(shapes, hint):
 
 
 def test_lora_names_the_lora_configuration_and_the_rank():
-    lora = {"transformer.layers.0.attention.dense.matrix_A.0": (128, 1920)}
-    one = describe_architecture(shapes_of(hidden=1920, layers=30, patch=(1920, 16, 2, 2), **lora))
+    one = describe_architecture(shapes_of(hidden=1920, layers=30, patch=(1920, 16, 2, 2), **LORA))
     assert "cogvideox_2b_lora.yaml" in one.config_hint() and "r: 128" in one.config_hint()
-    two = describe_architecture(shapes_of(hidden=3072, layers=42, patch=(3072, 128), final=128, **lora))
+    two = describe_architecture(shapes_of(hidden=3072, layers=42, patch=(3072, 128), final=128, **LORA))
     assert "configs/cogvideox1.5_5b_lora.yaml (lora_config: r: 128)" in two.config_hint()
+
+
+@pytest.mark.parametrize(("more", "what"), [({}, "the weights"), (LORA, "a LoRA")])
+def test_weights_of_another_kind_of_model_are_told_in_words_before_shapes(more, what):
+    built = shapes_of(hidden=3072, layers=42, patch=(3072, 32, 2, 2), **more)
+    for hidden, said in ((3072, "cogvideox_5b"), (64, "of 42 layers of size 64")):
+        shapes = shapes_of(hidden=hidden, layers=42, patch=(hidden, 16, 2, 2), **more)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        with pytest.raises(InputError) as error:
+            _require_equal("some.pt", built, tensors)
+        first, second, *_ = str(error.value).splitlines()
+        assert first.startswith(f"{what} of a text-to-video model {said if hidden == 64 else f'({said})'}, and the ")
+        assert "the configuration builds an image-to-video model (cogvideox_5b_i2v); use " in first
+        assert second == "some.pt does not fit the configured network:"
 
 
 def test_the_description_tells_what_differs_between_families():
