@@ -30,15 +30,17 @@ SIZES: Mapping[str, Sequence[str]] = {
     "released": (),
     "tiny": (
         *(f"{_NETWORK}.{key}" for key in ("hidden_size=128", "num_attention_heads=2", "num_layers=2")),
-        *(f"{_NETWORK}.{key}" for key in ("time_embed_dim=64", "latent_height=4", "latent_width=6", "num_frames=9")),
+        *(f"{_NETWORK}.{key}" for key in ("time_embed_dim=64", "latent_height=2", "latent_width=4", "num_frames=9")),
         f"{_NETWORK}.modules.pos_embed_config.params.text_length=16",
         f"{_NETWORK}.modules.patch_embed_config.params.text_hidden_size=32",
         *(f"{part}.{key}" for part in _PARTS for key in ("ch=32", "num_res_blocks=1")),
-        "args.sampling_image_size=[32,48]",
+        "args.sampling_image_size=[16,32]",
         "args.sampling_num_frames=3",
     ),
 }
 _TINY_LORA = f"{_NETWORK}.modules.lora_config.params.r=8"
+
+_NO_EVALUATION = "args.eval_interval=null", "args.eval_batch_size=null"
 
 
 def sampling_config(model: str, size: str, *settings: str) -> Config:
@@ -52,7 +54,7 @@ def training_config(model: str, size: str, *settings: str, lora: bool) -> Config
     """Return the configuration of training a released model, its adapters or all weights, in one of `SIZES`."""
     more = [_TINY_LORA] if lora and size == "tiny" else []
     bases = [CONFIGS / f"{model}{'_lora' if lora else ''}.yaml", CONFIGS / "sft.yaml"]
-    return load_config(bases, [*SIZES[size], *more, "args.eval_interval=null", *settings], mode="train")
+    return load_config(bases, [*SIZES[size], *more, *_NO_EVALUATION, *settings], mode="train")
 
 
 class Peak:
