@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench memory clean
+.PHONY: demo test lint bench bench-gpu memory clean
 
 LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
@@ -38,6 +38,9 @@ lint: $(VENV)/installed-dev  ## check style and types
 bench: $(VENV)/installed-dev  ## time network and VAE against diffusers, and the start of commands
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.start_time
+
+bench-gpu: $(VENV)/installed-dev  ## time and measure the released sizes on an accelerator, beside diffusers; goes on where it was cut off
+	$(BIN)/python -m benchmarks.gpu
 
 memory: $(VENV)/installed-dev  ## measure peak memory at released sizes, without an accelerator
 	$(BIN)/python -m benchmarks.memory

@@ -119,7 +119,7 @@ class Setup:
         outputs, marks = [], [time.perf_counter()]
         for function in (ours, theirs):
             outputs.append(function().detach())
-            self._wait()
+            self.wait()
             marks.append(time.perf_counter())
         first, second = outputs
         difference, largest = (first - second).abs().max().item(), second.abs().max().item()
@@ -138,15 +138,21 @@ class Setup:
         first_calls = (marks[1] - marks[0], marks[2] - marks[1])
         return Result(what, *medians, ratio, difference, largest, self.repeats, first_calls)
 
-    def _seconds(self, function: Callable[[], torch.Tensor]) -> float:
+    def alone(self, work: Callable[[], object]) -> float:
+        """Return the median time of a function, whose first call is not timed."""
+        work()
+        return statistics.median(self._seconds(work) for _ in range(self.repeats))
+
+    def _seconds(self, function: Callable[[], object]) -> float:
         clock = time.process_time if self.cpu_time else time.perf_counter
-        self._wait()
+        self.wait()
         start = clock()
         function()
-        self._wait()
+        self.wait()
         return clock() - start
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 

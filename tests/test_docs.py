@@ -37,8 +37,8 @@ RELEASED = sorted(path.stem for path in (ROOT / "configs").glob("cogvideox*.yaml
 NOT_RUN = {
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
-    r"\.venv/bin/python -m pytest ": "runs tests, which would run twice",
-    r"python -m benchmarks\.(bench|loading)": "takes minutes",
+    r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
+    r"python -m benchmarks\.(bench|data|gpu|growth|loading)": "takes minutes",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/toy/make_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
