@@ -157,6 +157,7 @@ class TrainingArgs(SamplingArgs):
     text_cache: Name | None = None
     only_log_video_latents: bool = False
     # Length and learning rate
+    scale_lr: bool = False
     train_iters: AtLeast1 | None = None
     epochs: AtLeast1 | None = None
     lr_decay_style: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "exponential", "constant"] = (

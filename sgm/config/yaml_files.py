@@ -285,7 +285,8 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
                 raise _refusal("a key must be a word", key_node.start_mark, "write 'key: value', the key in quotes")
             if key_node.tag == _TAG + "merge":
                 continue
-            key = key_node.value = ALIASES.get((*path, key), key)
+            key_node.value = ALIASES.get((*path, key), key)
+            key = key_node.value
             yield (*path, key), line, first_lines.get(key)
             first_lines.setdefault(key, line)
             yield from _walk(value_node, (*path, key), ancestors)

@@ -263,7 +263,7 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
 
     figure = Figure(figsize=(12, 9), layout="constrained")  # not pyplot, which keeps figures and needs a display
     quarters = sorted({name for line in lines for name in line if _QUARTER.fullmatch(name)}, key=_first_timestep)
-    rows = [["loss"] * max(len(quarters), 1), *([quarters] if quarters else []), ["lr"] * max(len(quarters), 1)]
+    rows: Any = [["loss"] * max(len(quarters), 1), *([quarters] if quarters else []), ["lr"] * max(len(quarters), 1)]
     axes = figure.subplot_mosaic(rows, sharex=True, height_ratios=(4, 3, 1) if quarters else (4, 1))
     for name in ("loss", *quarters):
         found = _QUARTER.fullmatch(name)

@@ -234,6 +234,7 @@ class _Checks:
         """Run all checks."""
         self.record("resume", "args.resume", lambda: find_resume_point(self.args))
         self._keep_alpha()
+        self._scale_rate()
         config, args, record = self.config, self.args, self.record
         self.problems += check_files(config)
         self._check_sections()
@@ -277,6 +278,15 @@ class _Checks:
         if point is not None and trains_adapters(self.config.model):
             # Where neither state nor weights say it, an earlier version trained with the shipped file, so with 1.
             self.config = keep_alpha(self.config, default(point.alpha, 1), f"{point.run} trains with")
+
+    def _scale_rate(self) -> None:
+        """Multiply the learning rate by the number of ranks that read clips of their own (``args.scale_lr``)."""
+        if not self.args.scale_lr or self.data_ranks == 1:
+            return
+        optimizer = self.config.deepspeed["optimizer"]
+        params = optimizer["params"] | {"lr": optimizer["params"]["lr"] * self.data_ranks}
+        section = self.config.deepspeed | {"optimizer": optimizer | {"params": params}}
+        self.config = replace(self.config, deepspeed=section)
 
     def _check_sections(self) -> None:
         model, args = self.config.model, self.args
@@ -349,6 +359,9 @@ class _Checks:
         if kind_of(section["type"]).own_rate and self.args.lr_decay_style != "constant":
             found = f"is {self.args.lr_decay_style}, and {section['type']} finds or averages its rate over the run"
             raise ConfigError([Problem("args.lr_decay_style", "", found, "set args.lr_decay_style=constant")])
+        if section["type"].startswith("prodigyopt.") and self.args.scale_lr:
+            found = f"is true, and {section['type']} finds its rate by itself"
+            raise ConfigError([Problem("args.scale_lr", "", found, "set args.scale_lr=false")])
         return json.loads(json.dumps({name: _plain(optimizer.defaults[name]) for name in settings_of(optimizer)}))
 
     def _check_autoencoder(self) -> None:

@@ -40,6 +40,16 @@ def test_the_report_of_a_plan(plan, tmp_path):
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
 
+def test_the_learning_rate_grows_with_the_ranks_on_request(plan, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    rates = []
+    for more in ([], ["args.scale_lr=true"], ["args.scale_lr=true", "args.sequence_parallel_size=2"]):
+        found = plan(LORA, *more)
+        rates.append(found.config.deepspeed["optimizer"]["params"]["lr"])
+        assert rates[-1] == found.optimizer_settings["lr"] and f"rate {rates[-1]:g} (linear" in found.rows["optimizer"]
+    assert rates == pytest.approx([1e-3, 4e-3, 2e-3])
+
+
 def test_captions_without_a_known_word_are_bad_clips(training_yaml, tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "b.mp4").touch()
@@ -81,6 +91,12 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
         (FULL, ["model.latent_input=true"], "model.latent_input", "gives videos"),
         (I2V, ["model.latent_input=true"], "model.latent_input", "first frame"),
         (FULL, ["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer", "did you mean 'AdamW'"),
+        (
+            FULL,
+            ["deepspeed.optimizer={type: prodigyopt.Prodigy}", "args.lr_decay_style=constant", "args.scale_lr=true"],
+            "args.scale_lr",
+            "finds its rate",
+        ),
         (FULL, ["args.save=configs/toy.yaml/runs"], "args.save", "cannot be written to"),
         (FULL, [f"args.experiment_name={'x' * 250}"], "args.save", "File name too long"),
         (FULL, ["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size", "is 3"),
