@@ -20,7 +20,7 @@ from sgm.data.clips.check import RowReport, check_rows, row_reports
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
-from sgm.data.clips.transform import cover_crop, stretch
+from sgm.data.clips.transform import cover_crop, covering_size, stretch
 from sgm.data.formats.manifest import Columns
 from sgm.data.formats.registry import list_rows
 from sgm.data.rows import ClipFile, Row, VideoInfo
@@ -168,7 +168,9 @@ class SFTDataset:
             raise ClipError(row.path, str(error)) from error
         distinct = sorted(set(selection.indices))
         frames = augmentation.apply(read_frames(row.path, distinct, scanned))
-        return frames[[distinct.index(frame) for frame in selection.indices]], selection.num_frames
+        if len(distinct) < len(selection.indices):
+            frames = frames[[distinct.index(frame) for frame in selection.indices]]
+        return frames, selection.num_frames
 
     def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
         if generator is None:
@@ -353,12 +355,21 @@ class _Augmentation:
 
     def apply(self, pictures: np.ndarray) -> torch.Tensor:
         """Frames (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1]."""
-        frames = torch.cat([self._resized(chunk) for chunk in torch.from_numpy(pictures).split(_CHUNK)])
+        source = torch.from_numpy(pictures)
+        frames = torch.empty((len(source), 3, *self.size))
+        for part, chunk in zip(frames.split(_CHUNK), source.split(_CHUNK), strict=True):
+            self._resize_into(part, chunk)
         return frames.flip(-1) if self.flip else frames
 
-    def _resized(self, pictures: torch.Tensor) -> torch.Tensor:
-        frames = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return stretch(frames, self.size) if self.mode == "none" else cover_crop(frames, self.size, self.place)
+    def _resize_into(self, out: torch.Tensor, pictures: torch.Tensor) -> None:
+        stretches, frames = self.mode == "none", pictures.permute(0, 3, 1, 2)
+        shown = tuple(frames.shape[-2:])
+        is_scaled = shown != (self.size if stretches else covering_size(shown, self.size))
+        if is_scaled:
+            frames = frames.float().div_(127.5).sub_(1)
+        out.copy_(stretch(frames, self.size) if stretches else cover_crop(frames, self.size, self.place))
+        if not is_scaled:  # a crop in bytes is a quarter of one in floats
+            out.div_(127.5).sub_(1)
 
 
 def _image(row: Row, augmentation: _Augmentation) -> torch.Tensor | None:

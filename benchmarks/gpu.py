@@ -41,6 +41,7 @@ from benchmarks.runs import (
     text_of,
     training_config,
     vae_estimate,
+    video_of,
 )
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.verify import peer_rope
@@ -201,7 +202,7 @@ class Bench:
         config = sampling_config(model, self.size, *chunk)
         vae = build_vae(config.model["first_stage_config"], device=self.device, dtype=DTYPE).requires_grad_(False)
         peer = vae_peer(vae, device=self.device).requires_grad_(False)
-        frames, (height, width) = config.args.sampling_num_frames, config.args.sampling_image_size
+        frames, height, width = video_of(config)
         of_clip, of_latents = (1, 3, 4 * frames - 3, height, width), (1, 16, frames, height // 8, width // 8)
         x = random(*(of_clip if phase == "encode" else of_latents), device=self.device, dtype=DTYPE)
 

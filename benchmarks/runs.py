@@ -127,11 +127,17 @@ def build_engine(
     return engine.eval()
 
 
+def video_of(config: Config) -> tuple[int, int, int]:
+    """Return the latent frames that are sampled, and height and width in pixels."""
+    frames, size = config.args.sampling_num_frames, config.args.sampling_image_size
+    assert frames is not None and size is not None, "released configurations have both"
+    return frames, size[0], size[1]
+
+
 def shape_of(config: Config, engine: SATVideoDiffusionEngine) -> tuple[int, int, int, int]:
     """Return (T, C, H, W) of the latents that are sampled."""
-    frames, (height, width) = config.args.sampling_num_frames, config.args.sampling_image_size
-    channels = engine.network.out_channels
-    return frames, channels, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+    frames, height, width = video_of(config)
+    return frames, engine.network.out_channels, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
 
 
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -248,7 +254,7 @@ def training_inputs(config: Config, engine: SATVideoDiffusionEngine) -> Training
 
 def vae_estimate(config: Config, phase: str, dtype: torch.dtype) -> float:
     """Return what the planner says of the VAE's bytes on the device while it encodes or decodes one clip."""
-    frames, (height, width) = config.args.sampling_num_frames, config.args.sampling_image_size
+    frames, height, width = video_of(config)
     if phase == "encode":
         found = encode_usage(config, (4 * (frames - 1) + 1, height, width), dtype)
     else:

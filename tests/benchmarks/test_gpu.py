@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks import gpu
 from dit_video_concat import DiffusionTransformer
 from sgm.io import write_json
+from tests.processes import forked_python
 
 
 @pytest.fixture
@@ -83,3 +84,9 @@ def test_released_sizes_need_an_accelerator(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main([])
     assert "need an accelerator" in capsys.readouterr().err
+
+
+def test_ranks_share_a_step(monkeypatch):
+    monkeypatch.setattr(gpu.sys, "executable", forked_python())
+    monkeypatch.setenv("PYTHON_EXEC", forked_python())
+    assert gpu.shared_step("cogvideox_5b", "tiny", 2) > 0

@@ -3,6 +3,8 @@
 Legend: T frames, H W pixels.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -10,16 +12,15 @@ def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float
     """Scale frames to cover `size`, and crop them to it.
 
     Args:
-        pictures: (T, 3, H, W) float in [-1, 1].
+        pictures: (T, 3, H, W) float in [-1, 1], or of any type if they are not scaled.
         size: (H, W) of the result, in pixels.
         place: relative (vertical, horizontal) crop position in [0, 1); None is the centre.
 
     Returns:
         (T, 3, *size) in [-1, 1] of the same dtype: bicubic, with antialiasing where it downscales.
     """
-    (target_h, target_w), (h, w) = size, pictures.shape[-2:]
-    scale = max(target_h / h, target_w / w)
-    covering = (max(target_h, round(h * scale)), max(target_w, round(w * scale)))
+    target_h, target_w = size
+    covering = covering_size(pictures.shape[-2:], size)
     pictures = stretch(pictures, covering)
     spare = covering[0] - target_h, covering[1] - target_w
     if place is None:
@@ -27,6 +28,12 @@ def cover_crop(pictures: torch.Tensor, size: tuple[int, int], place: tuple[float
     else:
         top, left = int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1))
     return pictures[..., top : top + target_h, left : left + target_w].contiguous()
+
+
+def covering_size(shown: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return (H, W) to which frames of `shown` (H, W) are scaled to cover `size`."""
+    scale = max(target / side for target, side in zip(size, shown, strict=True))
+    return max(size[0], round(shown[0] * scale)), max(size[1], round(shown[1] * scale))
 
 
 def stretch(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""Reading clips, caches and a checkpoint is measured, at sizes of milliseconds."""
+
+import json
+
+import pytest
+
+from benchmarks import data, loading
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(data, "SOURCE", (24, 48, 86))
+    monkeypatch.setattr(data, "TARGET", (9, 48, 64))
+    for module in (data, loading):
+        monkeypatch.setattr(module, "SIDE", 8)
+
+
+def test_clips_are_read_by_three_readers_and_caches_in_two_sizes(capsys):
+    pytest.importorskip("decord", reason="decord is not installed")
+    for table in ("clips", "cache"):
+        assert data.main(["--only", table, "--clips", "1", "--samples", "3", "--rounds", "1"]) == 0
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[2:5]] == ["ours", "decord alone", "as diffusers reads"]
+    assert float(rows[2][4]) == 1 and all(float(row[1]) > 0 for row in rows[2:5])
+    assert [row[0] for row in rows[7:]] == ["9x48x64", "17x256x384"] and all(float(row[2]) > 0 for row in rows[7:])
+
+
+def test_the_readers_take_the_same_frames(tmp_path):
+    pytest.importorskip("decord", reason="decord is not installed")
+    data.make_clips(tmp_path / "clips", 1, data.SOURCE)
+    read = data.readers(tmp_path / "clips", data.TARGET)
+    ours, decoded, stretched = (read[name](0) for name in read)
+    assert ours["mp4"].shape == stretched.shape == (9, 3, 48, 64) and decoded.shape == (9, 48, 86, 3)
+    middle = ours["mp4"].float().permute(0, 2, 3, 1).numpy()
+    if middle.max() <= 1:
+        middle = 127.5 * (middle + 1)
+    assert abs(middle - decoded[:, :, 11:75]).mean() < 3  # a crop of the centre, resized by nothing
+
+
+def test_a_checkpoint_is_loaded_and_its_memory_watched(tmp_path, monkeypatch, capsys):
+    data.write_checkpoint(tmp_path / "w.safetensors", 3)
+    data.load_and_report(tmp_path / "w.safetensors", 3)
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] > 0 and found.keys() == {"seconds", "own", "all"}
+    with data.HostMemory() as memory:
+        block = bytearray(b"1") * 2**26
+        while memory.own < 32 * 2**20:
+            pass
+    assert memory.all >= memory.own >= 32 * 2**20 and len(block) == 2**26

@@ -1,0 +1,33 @@
+"""The tables of growth, at sizes of milliseconds."""
+
+from benchmarks import growth
+from benchmarks.models import NetworkSize
+
+
+def test_time_and_data_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
+    size = NetworkSize(32, 2, 1, 16, latents=(4, 4, 4), text_length=3, text_hidden_size=8)
+    monkeypatch.setattr(growth, "SMALL", size)
+    monkeypatch.setattr(growth, "TIMES", {"frames": ((2, 4, 4, 1), (4, 4, 4, 1)), "batch": ((2, 4, 4, 2),)})
+    monkeypatch.setattr(growth, "memory_points", lambda: iter([growth.Point("ranks", "2", 7, {"sampling": 2.0**31})]))
+    assert growth.main(["--rows", "2", "300", "--plot", str(tmp_path / "growth.png")]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line]
+    assert rows[2] == ["ranks", "2", "7", "2.0 GiB"]
+    assert [row[:3] for row in rows[5:8]] == [["frames", "2", "4"], ["frames", "4", "8"], ["batch", "2", "8"]]
+    assert [row[1] for row in rows[10:]] == ["2", "300"] and "index read" in rows[8]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_grows_with_samples_and_falls_with_ranks(monkeypatch):
+    monkeypatch.setattr(growth, "AXES", {"batch": (1, 2), "ranks": (2,)})
+    planned = []
+
+    def estimate(config, dtype, *_, **__):
+        planned.append((config.args.sequence_parallel_size, config.args.sampling_image_size))
+        return type("Estimate", (), {"device": {"network": 2.0**30}})
+
+    monkeypatch.setattr(growth, "sampling_estimate", estimate)
+    monkeypatch.setattr(growth, "training_estimate", estimate)
+    points = list(growth.memory_points())
+    assert [(point.axis, point.shown) for point in points] == [("batch", "1"), ("batch", "2"), ("ranks", "2")]
+    assert points[1].tokens == 2 * points[0].tokens == 2 * points[2].tokens
+    assert planned == [(1, (384, 672))] * 4 + [(2, (384, 672))] * 2
