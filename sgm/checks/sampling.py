@@ -172,10 +172,10 @@ def _input_file_problems(config: Config) -> list[Problem]:
     elif args.load is not None:
         cure = "set args.load; the README shows the layout of checkpoints"
         problems += problems_of("args.load", cure, partial(find_weights, args.load))
-    reads = args.prompt is None and args.input_type == "txt" and args.input_file is not None
-    if reads and not os.path.isfile(args.input_file):
+    file = args.input_file if args.prompt is None and args.input_type == "txt" else None
+    if file is not None and not os.path.isfile(file):
         cure = "correct args.input_file: a text file with a prompt a line"
-        found = f"there is no file '{args.input_file}'{nearest_path(args.input_file)}"
+        found = f"there is no file '{file}'{nearest_path(file)}"
         problems.append(Problem("args.input_file", "", found, cure))
     return problems
 

@@ -293,7 +293,8 @@ def _mapped_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:
         dtypes = {name: _SAFETENSORS_DTYPES[header[name]["dtype"]] for name in names}
         if any(offsets[name][0] % dtypes[name].itemsize for name in names):  # no writer that aligns tensors
             return {name: file.get_tensor(name) for name in names}
-    whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size))
+    mapping: Any = torch.UntypedStorage.from_file(str(path), False, size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(mapping)
     return {
         name: whole[begin:end].view(dtypes[name]).view(header[name]["shape"]) for name, (begin, end) in offsets.items()
     }
