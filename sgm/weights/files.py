@@ -290,8 +290,10 @@ def _mapped_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:
             length = int.from_bytes(content.read(8), "little")
             header: Any = parse_json(content.read(length).decode())
         offsets = {name: [8 + length + offset for offset in header[name]["data_offsets"]] for name in names}
-        dtypes = {name: _SAFETENSORS_DTYPES[header[name]["dtype"]] for name in names}
-        if any(offsets[name][0] % dtypes[name].itemsize for name in names):  # no writer that aligns tensors
+        known = (name for name in names if header[name]["dtype"] in _SAFETENSORS_DTYPES)
+        dtypes = {name: _SAFETENSORS_DTYPES[header[name]["dtype"]] for name in known}
+        # A dtype that only the library knows, or a writer that does not align tensors.
+        if len(dtypes) < len(names) or any(offsets[name][0] % dtype.itemsize for name, dtype in dtypes.items()):
             return {name: file.get_tensor(name) for name in names}
     mapping: Any = torch.UntypedStorage.from_file(str(path), False, size)
     whole = torch.empty(0, dtype=torch.uint8).set_(mapping)

@@ -356,3 +356,10 @@ def test_safetensors_of_every_dtype_are_mapped(tmp_path, gap):
         assert found[name].dtype == tensor.dtype and torch.equal(
             found[name].view(torch.uint8), tensor.view(torch.uint8)
         ), name
+
+
+def test_a_dtype_that_only_the_library_knows_is_read(tmp_path):
+    rare = torch.ones(4).to(torch.float8_e5m2fnuz)
+    save_file({"rare": rare, "usual": torch.ones(2)}, tmp_path / "a.safetensors")
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert found["rare"].dtype == rare.dtype and torch.equal(found["usual"], torch.ones(2))
