@@ -175,7 +175,13 @@ def t5_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, t5_folder):
     """Return a function: name of a golden network → YAML file of a model with it."""
+    import torch
+    from safetensors.torch import save_file
+
     folder = tmp_path_factory.mktemp("models")
+    # Unpickling its tensors takes longer than a step of a training; tests of weights read the file of torch.save.
+    vae = torch.load(GOLDEN / "vae" / "3d-vae.pt", weights_only=True)
+    save_file(vae["state_dict"], folder / "3d-vae.safetensors")
 
     def make(name: str) -> Path:
         path = folder / f"{name}.yaml"
@@ -185,7 +191,7 @@ def tiny_model(tmp_path_factory, t5_folder):
         model["first_stage_config"] = yaml.safe_load((GOLDEN / "vae" / "first_stage.yaml").read_text())[
             "first_stage_config"
         ]
-        model["first_stage_config"]["params"]["ckpt_path"] = str(GOLDEN / "vae" / "3d-vae.pt")
+        model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "3d-vae.safetensors")
         model["conditioner_config"] = {
             "target": "sgm.modules.GeneralConditioner",
             "params": {

@@ -17,10 +17,9 @@ from sgm.util import InputError
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import Storage, linear_layers, store
 
-# Settings that change what is measured of the network, beside its section.
+# Settings that change what is measured of the network, beside its section and the recomputation that is part of it.
 NETWORK_ARGS = (
     "network_offload",
-    "checkpoint_activations",
     "offload_activations",
     "sequence_attention",
     "model_parallel_size",
@@ -35,19 +34,28 @@ def once(work: Callable[..., Usage], config: Config, *given: Any, **named: Any) 
     """Return ``work(config, *given, **named)``, which this process measures once."""
     part = (_network_part if work is network_usage else _vae_part)(config, work, bool(named))
     values = [sorted(value) if isinstance(value, frozenset) else str(value) for value in (*given, *named.values())]
-    key = digest_of([work.__name__, part, str(mesh_of(config)), values])
-    if key not in _measured:
-        _measured[key] = work(config, *given, **named)
+    return _remembered([work.__name__, part, str(mesh_of(config)), values], lambda: work(config, *given, **named))
+
+
+def _remembered(settings: list[Any], work: Callable[[], Usage]) -> Usage:
+    if (key := digest_of(settings)) not in _measured:
+        _measured[key] = work()
     return _measured[key]
 
 
 def _network_part(config: Config, _: Any, trains: bool) -> list[Any]:
     """Return what a measurement of the network depends on."""
+    recomputes = getattr(config.args, "checkpoint_activations", None) if trains else None
+    return [config.model["network_config"], recomputes, settings_of(config, trains=trains)]
+
+
+def settings_of(config: Config, *, trains: bool) -> dict[str, Any]:
+    """Return the settings that change what is measured of the network, beside its section."""
     settings = {name: getattr(config.args, name, None) for name in NETWORK_ARGS}
-    settings["network_offload"] = settings["network_offload"] == "blocks"
+    settings |= {"network_offload": settings["network_offload"] == "blocks", "storage": storage_of(config)}
     if not trains:  # nothing is kept for a backward pass
-        del settings["checkpoint_activations"], settings["offload_activations"]
-    return [config.model["network_config"], settings, storage_of(config)]
+        del settings["offload_activations"]
+    return settings
 
 
 def _vae_part(config: Config, work: Any, _: bool) -> list[Any]:
@@ -123,7 +131,11 @@ def network_usage(
         params_here = params if depth is None else {**params, **shallow}
         with simulated_ranks(mesh):
             network = build({**section, "params": params_here})
-        return usage(network, run, dtype, mesh, trained=trained, prepare=store_weights)
+        learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
+        # Networks of other depths, and with other numbers of recomputed blocks, are measured at the same small depths.
+        settings = [section | {"params": params_here}, settings_of(config, trains=trained is not None), str(mesh)]
+        settings += [video, batch, str(dtype), learned]
+        return _remembered(settings, lambda: usage(network, run, dtype, mesh, trained=trained, prepare=store_weights))
 
     depth = params.get("num_layers")
     skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0

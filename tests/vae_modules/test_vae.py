@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import CONFIGS, build_vae, randomize, vae_section
+from sgm.checks.fake_run import LiveBytes
+from sgm.checks.measure import with_equal_parts_once
 from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
@@ -232,14 +234,18 @@ def test_the_decoder_does_not_copy_its_largest_tensors(vae):
 
 @functools.cache
 def largest_in_kernels(first_stage: str, frames: int, height: int, width: int) -> dict[str, int]:
-    """Return the most elements that a kernel meets in encoding and in decoding, by a run on the meta device."""
+    """Return the most elements that a kernel meets in encoding and in decoding, by a run on the meta device.
+
+    Of equal chunks of a clip one is run.
+    """
     with without_allocating():
         vae = instantiate_from_config(yaml.safe_load(first_stage))
     latents = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
     video = torch.empty(1, 3, frames, height, width, device="meta")
     found = {}
+    with_equal_parts_once(vae, live := LiveBytes())
     for run, x in ((vae.encode_moments, video), (vae.decode, latents)):
-        with Operators() as operators, torch.no_grad():
+        with live, Operators() as operators, torch.no_grad():
             run(x)
         calls = [(*taken, made) for name, taken, made in operators.calls if name in KERNELS]
         found[run.__name__] = max(x.numel() for tensors in calls for x in tensors)

@@ -211,7 +211,8 @@ def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(monkeyp
     assert prepare.with_recomputation(plan) == {"checkpoint_activations": 2}
 
 
-def test_auto_says_how_many_blocks_are_recomputed_on_a_card():
+def test_auto_says_how_many_blocks_are_recomputed_on_a_card(monkeypatch):
+    monkeypatch.setattr(planner, "_memory_rows", lambda *_: {})
     config = load_config(TOY_TRAINING, ["args.checkpoint_activations=auto", "args.eval_interval=null"], mode="train")
     trained = frozenset(dict(build(config.model["network_config"]).named_parameters()))
     sized = {row: planner.training_rows(config, torch.float32, trained, card=row) for row in (8.0, 0.001)}

@@ -210,7 +210,9 @@ def test_every_shipped_model_takes_two_steps_at_reduced_width(name, small_vae, t
     assert losses == pytest.approx(LOSSES[name], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["cogvideox1.5_5b_lora", "cogvideox1.5_5b_i2v_lora"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cogvideox1.5_5b_lora", marks=pytest.mark.slow), "cogvideox1.5_5b_i2v_lora"]
+)
 def test_a_lora_with_temporal_patches_resumes_and_loads_in_diffusers(name, small_vae, t5_folder, clips, tmp_path):
     def run(*more):
         changes = ["args.lr_decay_style=constant", "args.auto_warmup_iters=0", "args.warmup=0", *more]

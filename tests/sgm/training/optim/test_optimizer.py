@@ -20,6 +20,7 @@ from sgm.training.optim.optimizer import (
 )
 from sgm.training.optim.whole import WholeMatrices
 from sgm.util import InputError
+from tests.processes import run
 
 PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 SECTION = {"type": "sat.ops.FusedEmaAdam", "params": PARAMS}
@@ -367,9 +368,7 @@ def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
         for name in ("muon", "schedule_free")
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).with_name("optimizers.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = subprocess.run([*command, str(tmp_path / "cases.json")], capture_output=True, text=True, timeout=300)
+    done = run("tests/sgm/training/optim/optimizers.py", [str(tmp_path / "cases.json")], 2)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 3 * len(LIBRARY) + 1 + 4
