@@ -30,6 +30,7 @@ DEFAULT_OPTIMIZER = "sat.ops.FusedEmaAdam"
 DEFAULT_PARAMS = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}  # of the default optimizer
 LORA_LR, FULL_LR = 5e-4, 1e-5
 _SMALL_LR = 1e-9
+_LARGE_EPS = 1e-3
 SCALED_LORA_LR = 2e-4  # of adapters whose alpha is near their rank, so that their product counts in full or in half
 
 _OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -149,8 +150,11 @@ def _odd_values(section: Mapping[str, Any]) -> Iterator[str]:
         yield "deepspeed.optimizer.params.lr is 0, so nothing is learnt"
     elif params.get("lr", 1) < _SMALL_LR or params.get("lr", 1) > 1:
         yield f"deepspeed.optimizer.params.lr is {params['lr']:g}; usual are {FULL_LR:g} to {LORA_LR:g}"
-    if params.get("eps") == 0:
+    eps = params.get("eps")
+    if eps == 0:
         yield "deepspeed.optimizer.params.eps is 0, so weights without gradients become NaN"
+    elif isinstance(eps, float | int) and eps > _LARGE_EPS:
+        yield f"deepspeed.optimizer.params.eps is {eps:g}, larger than most gradients; usual are 1e-10 to 1e-6"
 
 
 def _offload_problems(zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -138,6 +138,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     _check_placeholders(sections, merged, mode)
     if merged.problems:
         raise ConfigError(merged.problems)
+    merged.warnings += _odd_values(sections["model"], args)
     warn_once(logger, merged.warnings)
     if mode == "train":
         sections["deepspeed"] = complete_deepspeed(sections["deepspeed"], sections["model"])
@@ -216,6 +217,22 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     if unused:
         merged.warnings.append(f"no effect {purpose}: {', '.join(f'args.{name}' for name in unused)}")
     return args
+
+
+def _odd_values(model: Mapping[str, Any], args: SamplingArgs) -> Iterator[str]:
+    """Yield what is possible in a checked configuration, and hardly meant."""
+    scale = model.get("scale_factor", 1)
+    if not 1e-3 <= scale <= 1e3:
+        yield f"model.scale_factor is {scale:g}; those of the released models are 0.7 and 1.15258426"
+    if not isinstance(args, TrainingArgs):
+        return
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    for number, embedder in enumerate(embedders):
+        if embedder.get("ucg_rate") == 1:
+            path = f"model.conditioner_config.params.emb_models.{number}.ucg_rate"
+            yield f"{path} is 1, so every caption is dropped; usual is 0.1"
+    if args.warmup == 1:
+        yield "args.warmup is 1, a share: the learning rate rises during the whole run; 2 and more are iterations"
 
 
 def _one_precision(section: Mapping[str, Any], merged: Merged) -> Mapping[str, Any]:

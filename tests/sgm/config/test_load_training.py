@@ -114,14 +114,19 @@ def test_values_of_a_training_that_cannot_be_meant(override):
     assert text.startswith("1 problem in") and override.partition("=")[0] in text
 
 
-def test_odd_values_of_the_optimizer_warn():
+def test_odd_values_warn():
+    optimizer, embedder = "deepspeed.optimizer.params", "model.conditioner_config.params.emb_models.0"
     for override, found in [
-        ("lr=0", "nothing is learnt"),
-        ("lr=5", "usual are"),
-        ("lr=1e-30", "usual are"),
-        ("eps=0", "NaN"),
+        (f"{optimizer}.lr=0", "nothing is learnt"),
+        (f"{optimizer}.lr=5", "usual are"),
+        (f"{optimizer}.lr=1e-30", "usual are"),
+        (f"{optimizer}.eps=0", "NaN"),
+        (f"{optimizer}.eps=1", "larger than most gradients"),
+        ("model.scale_factor=1e-30", "released models"),
+        (f"{embedder}.ucg_rate=1", "every caption is dropped"),
+        ("args.warmup=1", "a share"),
     ]:
-        assert found in training(f"deepspeed.optimizer.params.{override}").warnings[0]
+        assert found in training(override).warnings[0]
     three = ["deepspeed.optimizer.type=mine.CAME", "deepspeed.optimizer.params={betas: [0.9, 0.99, 0.999]}"]
     assert training(*three).warnings == ()
 
