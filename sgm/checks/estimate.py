@@ -208,7 +208,7 @@ def training_estimate(
     resident = {
         "weights, gradients, optimizer": device,
         "text encoder": 0.0 if leaves else text.device,
-        "buffers": _buffers(zero, learned, width),
+        "buffers": _buffers(zero, learned, width) if zero["stage"] == 3 else 0.0,  # of others in the backward pass only
     }
     phases: dict[str, dict[str, float]] = {}
     if vae and config.model.get("first_stage_config") is not None:
@@ -217,10 +217,16 @@ def training_estimate(
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
-    # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients.
+    # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients, and
+    # for the buffers in which they are reduced.
     gradients = 0.0 if _is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     room = min(network.kept, gradients)
-    phases["network"] = {**_without(resident, stepping + room), "weights in use": live, "activations": network.peak}
+    phases["network"] = {
+        **_without(resident, stepping + room),
+        "buffers": max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"]),
+        "weights in use": live,
+        "activations": network.peak,
+    }
     phases["optimizer"] = _without(resident, frozen * away)
     if text.stored:
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
@@ -312,8 +318,15 @@ def bytes_per_rank(
     state = (copy + moments + 4 * ema) * (share if stage else trained)
     if not offload:
         gradients = width * (trained if stage < 2 else share)
-        stepping = {0: (width + copy) * trained, 1: max(width * trained, 4 * share), 2: 4 * share}
-        return weights + state + (stepping.get(stage, (width + 4) * share) if step else gradients), 0
+        # Without ZeRO, gradients are reduced in a copy of up to 5e8 numbers; stage 1 copies those of its share.
+        reduced = width * (trained + (min(trained, 5e8) if ranks > 1 else 0))
+        stepping = {
+            0: max((width + copy) * trained, reduced),
+            1: max(width * (trained + share), (width + 4) * share),
+            2: (width + 4) * share,
+            3: (2 * width + (4 if width == 2 else 0)) * share,  # flattened, then converted to float32
+        }
+        return weights + state + (stepping[stage] if step else gradients), 0
     state += {1: width + 4, 2: 2 * width + 4, 3: width + 4}[stage] * share
     if stage == 3:
         return 0, weights + state
@@ -348,7 +361,9 @@ def zero_traffic(
 def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:
     """Return the bytes of DeepSpeed's gradient buckets: one, or two with overlapping; see its ZeRO stages."""
     stage, bucket = zero["stage"], zero.get("reduce_bucket_size", 5e8)
-    if stage == 0 or not zero.get("contiguous_gradients", True):
+    if stage == 0:
+        return 0.0  # `bytes_per_rank` has them
+    if not zero.get("contiguous_gradients", True):
         return min(bucket, learned) * width
     return bucket * width * (2 if zero.get("overlap_comm") and stage < 3 else 1)
 

@@ -7,7 +7,7 @@ memory of the allocator. Operators run as on a CPU; on an accelerator only the a
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,12 +88,16 @@ class LiveBytes(TorchDispatchMode):
                     tensors = (y for y in tree_iter((args, kwargs)) if isinstance(y, torch.Tensor))
                     given = {y.untyped_storage()._cdata for y in tensors}
                 if key not in given:
-                    self._known.add(key)
-                    place, size = "host" if x.device == self._host else "live", storage.nbytes()
-                    setattr(self, place, getattr(self, place) + size)
-                    weakref.finalize(storage, self._forget, key, size, place)
+                    self._add(x, storage, key)
         self.peak, self.host_peak = max(self.peak, self.live), max(self.host_peak, self.host)
         return made
+
+    def count(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made before."""
+        for x in tensors:
+            if (key := (storage := x.untyped_storage())._cdata) not in self._known:
+                self._add(x, storage, key)
+        self.peak = max(self.peak, self.live)
 
     def once(self, function: Callable[..., torch.Tensor], key_of: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         """Return `function`, run once for each key: a call with a known key takes and returns as much memory.
@@ -117,6 +121,12 @@ class LiveBytes(TorchDispatchMode):
             return made
 
         return run
+
+    def _add(self, x: torch.Tensor, storage: torch.UntypedStorage, key: int) -> None:
+        self._known.add(key)
+        place, size = "host" if x.device == self._host else "live", storage.nbytes()
+        setattr(self, place, getattr(self, place) + size)
+        weakref.finalize(storage, self._forget, key, size, place)
 
     def _forget(self, key: int, size: int, place: str) -> None:
         self._known.discard(key)

@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -64,7 +65,30 @@ def start_deepspeed(
         dist_init_required=False,
         mpu=sgm.distributed.layer_groups(),
     )
+    zero: Any = engine.optimizer
+    if hasattr(zero, "_get_preflattened_grad_partition") and not zero.cpu_offload:
+        zero._get_preflattened_grad_partition = partial(_flat_gradients, zero)
     return engine
+
+
+def _flat_gradients(zero: Any, group: int) -> torch.Tensor:
+    """Return the gradients of this rank's partition of a group, flat in the dtype of its weights, and free the others.
+
+    DeepSpeed's ZeRO 1 and 2 would flatten all, then convert all, and hold three copies; here it is one at a time. It
+    asks its optimizer for gradients that are flat already, and `zero` is this optimizer.
+    """
+    gradients, weights = zero.averaged_gradients[group], zero.single_partition_of_fp32_groups[group]
+    zero.free_grad_in_param_list(zero.params_in_partition[group])
+    zero.all_grad_tensors[group] = None
+    flat = torch.empty_like(weights, requires_grad=False)
+    begin = 0
+    gradients.reverse()
+    while gradients:
+        gradient = gradients.pop().flatten()
+        flat[begin : begin + gradient.numel()] = gradient
+        begin += gradient.numel()
+    flat[begin:].zero_()
+    return flat
 
 
 def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:

@@ -232,10 +232,14 @@ def costs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["stage 0", *PRESETS])
 def test_the_formula_for_memory_holds(costs, name):
-    """On a CPU, device and host memory are the same. Buffers take up to 0.2 bytes per parameter, 16-bit weights 2."""
+    """On a CPU, device and host memory are the same. Buffers take up to 0.2 bytes per parameter, 16-bit weights 2.
+
+    With offloading a parameter, here one of 32, is copied at a time.
+    """
     stage = stage_of(name) if name in PRESETS else 0
-    expected = sum(bytes_per_rank(1, TRAINED, RANKS, stage, ema=True, offload="offload" in name))
-    assert expected - 0.05 <= costs[name]["memory"] <= expected + 0.2
+    offloads = "offload" in name
+    expected = sum(bytes_per_rank(1, TRAINED, RANKS, stage, ema=True, offload=offloads))
+    assert expected - 0.05 <= costs[name]["memory"] <= expected + (0.75 if offloads else 0.2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sgm.distributed
+from sgm.checks.fake_run import LiveBytes
 from sgm.training.optim.average import keep_average
+from sgm.training.step import start_deepspeed
 
 BLOCKS, DIM = 16, 128
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -40,15 +43,14 @@ class Network(nn.Module):
         return x.square().mean()
 
 
-def bytes_in_memory() -> int:
+def tensors() -> Iterator[Tensor]:
+    """Yield the tensors of this process that have memory."""
     gc.collect()
-    found = {}
     for value in gc.get_objects():
         if isinstance(value, Tensor):
             for tensor in (value, value.grad if value.is_leaf else None):
                 if tensor is not None and tensor.device.type != "meta":
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(found.values())
+                    yield tensor
 
 
 def count_traffic(sent: Counter) -> None:
@@ -67,33 +69,28 @@ def count_traffic(sent: Counter) -> None:
 
 def measure(section: dict[str, Any], ema_decay: float | None, sent: Counter) -> dict[str, Any]:
     """Train for two iterations and measure the second."""
-    import deepspeed
-
-    before, peaks = bytes_in_memory(), []
-
-    class Watched(torch.optim.AdamW):
-        def step(self, closure=None):
-            super().step(closure)
-            peaks.append(bytes_in_memory())
-
+    live = LiveBytes()
+    live.count(tensors())
+    before = live.live
     torch.manual_seed(0)
     network = Network().bfloat16()
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = Watched(trained)
+    optimizer = torch.optim.AdamW(trained, fused=True)
     if ema_decay is not None:
         keep_average(optimizer, ema_decay)
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=section, dist_init_required=False)
+    engine = start_deepspeed(network, optimizer, None, section)
     KEPT.append(engine)
     for _ in range(2):
         sent.clear()
-        peaks.clear()
-        for _ in range(section["gradient_accumulation_steps"]):
-            engine.backward(engine(torch.randn(2, DIM, dtype=torch.bfloat16)))
-            peaks.append(bytes_in_memory())
-            engine.step()
+        live.count(tensors())
+        live.peak = live.live
+        with live:
+            for _ in range(section["gradient_accumulation_steps"]):
+                engine.backward(engine(torch.randn(2, DIM, dtype=torch.bfloat16)))
+                engine.step()
     total = BLOCKS * 8 * DIM**2
     traffic = {name: sent[name] / total for name in COLLECTIVES}
-    return {"memory": (max(peaks) - before) / total, "traffic": traffic}
+    return {"memory": (live.peak - before) / total, "traffic": traffic}
 
 
 def main() -> None:
