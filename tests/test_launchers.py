@@ -160,7 +160,9 @@ def test_finetuning_with_a_mistake_is_one_message(script, tmp_path):
     assert "Traceback" not in done.stderr and "ChildFailed" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh"])
+@pytest.mark.parametrize(
+    "script", [pytest.param("finetune_single_gpu.sh", marks=pytest.mark.slow), "finetune_multi_gpus.sh"]
+)
 def test_finetuning_can_be_checked_alone(script, tmp_path):
     done = run("bash", script, "--check", f"args.save={tmp_path / 'runs'}")
     assert done.returncode == 0 and done.stdout.count("LoRA of rank 16") == 1

@@ -179,7 +179,7 @@ def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     training.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number):
     overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1"]
     training = Training(training_yaml(MODELS["lora"]), overrides, forked=True)

@@ -209,7 +209,7 @@ def test_accumulation_equals_a_larger_batch(job):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [LORA, FULL])
+@pytest.mark.parametrize("name", [LORA, pytest.param(FULL, marks=SLOW)])
 def test_where_activations_are_changes_nothing(job, name, monkeypatch):
     monkeypatch.setattr(host_activations, "SMALLEST", 1024)
     settings = [
