@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from sgm.conversion.trainers.zero import OPTIMIZER, PART_FILE, PARTITIONS
 from sgm.util import InputError
@@ -271,13 +272,13 @@ class SavedState:
         def resharded(index: int, name: str, key: str) -> Any:
             values = [state[index][key] for state in states]
             is_tensor = isinstance(values[0], torch.Tensor) and values[0].dim() > 0
-            return self._resharded(name, values, shard) if is_tensor else values[0]
+            return _copied(self._resharded(name, values, shard) if is_tensor else values[0])
 
         state = {
             index: {key: resharded(index, name, key) for key in states[0].get(index, ())}
             for index, name in enumerate(names)
         }
-        return {**self.model["optimizer"], "state": state}
+        return {"state": state, "param_groups": _copied(self.model["optimizer"]["param_groups"])}
 
     def partition(self, layout: Layout, rank: int) -> dict[str, Any]:
         """Return what the ZeRO optimizer of a rank would have saved with this layout.
@@ -323,7 +324,7 @@ class SavedState:
             if is_tensor and value.dim() > 0:
                 result[key] = self._filled(vector, key, value.dtype, shard)
             else:
-                result[key] = value.clone() if is_tensor else value
+                result[key] = _copied(value)
         return result
 
     def _filled(self, vector: Vector, key: str | None, dtype: torch.dtype, shard: Shard) -> torch.Tensor:
@@ -353,18 +354,24 @@ class SavedState:
             (group,) = groups
             result.append(
                 {
-                    "state": {index: state for index, state in enumerate(held) if state},
+                    "state": {index: _copied(state) for index, state in enumerate(held) if state},
                     "param_groups": [{**group, "params": list(range(max(1, len(held))))}],
                 }
             )
         return result
 
 
+def _copied(value: Any) -> Any:
+    """Return a value with contiguous tensors in memory: those of a file may go with it, and a shard may be a view."""
+    copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    return pytree.tree_map_only(torch.Tensor, copy, value)
+
+
 def _with_params(groups: Sequence[Mapping[str, Any]], layout: Layout) -> list[dict[str, Any]]:
     """Return the groups of the torch optimizer with the numbers of their vectors."""
     numbers = layout.optimizer_groups or tuple(range(len(layout.groups)))
     return [
-        {**group, "params": [vector for vector, own in enumerate(numbers) if own == number]}
+        {**_copied(group), "params": [vector for vector, own in enumerate(numbers) if own == number]}
         for number, group in enumerate(groups)
     ]
 

@@ -177,6 +177,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
     whole = {"state": state, "param_groups": [{"params": [*range(len(names))]}]}
     halves = [saved(1, [whole]).unsharded(names, Shard(index, 2)) for index in range(2)]
     assert halves[0]["state"][0]["ema"].shape == (12, 5)
+    assert all(each["ema"].is_contiguous() for half in halves for each in half["state"].values()), "for fused kernels"
     found = saved(2, halves)
     joined = found.unsharded(names, Shard())
     assert joined["param_groups"] == whole["param_groups"]
@@ -188,6 +189,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
 LEGS = [(4, {"model": 2}), (2, {"sequence": 2}), (1, {}), (4, {"model": 2, "sequence": 2}), (2, {"model": 2})]
 ALL = [(kind, stage, LEGS) for kind in MODELS for stage in (0, 1, 2, 3)]
 QUICK = ("full", 3, LEGS[:3])
+DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"
 
 
 def computed(tensors) -> dict[str, torch.Tensor]:
@@ -207,6 +209,7 @@ def test_a_run_goes_on_with_other_ranks_and_meshes(training_yaml, tmp_path, kind
             f"deepspeed.zero_optimization.stage={stage}",
             *[f"args.{axis}_parallel_size={size}" for axis, size in mesh.items()],
             *SHARDED,
+            *([DROPOUT] if kind == "lora" else []),
         ]
         return {"bases": training_yaml(MODELS[kind]), "overrides": [*overrides, *more]}
 

@@ -200,9 +200,11 @@ def test_a_split_sets_validation_clips_aside(job, monkeypatch):
 # How it is computed
 
 
-def test_accumulation_equals_a_larger_batch(job):
-    one = job(FULL, "args.train_iters=3", "deepspeed.train_micro_batch_size_per_gpu=4", save="one").folder
-    two = job(FULL, "args.train_iters=3", "deepspeed.gradient_accumulation_steps=2", save="two").folder
+@pytest.mark.parametrize(("name", "more"), [(FULL, []), (LORA, [f"{DROPOUT}=0.5"])])
+def test_accumulation_equals_a_larger_batch(job, name, more):
+    three = ["args.train_iters=3", *more]
+    one = job(name, *three, "deepspeed.train_micro_batch_size_per_gpu=4", save="one").folder
+    two = job(name, *three, "deepspeed.gradient_accumulation_steps=2", save="two").folder
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert largest_difference(weights(two), weights(one)) <= 1e-5
     norms = [[line["grad_norm"] for line in read_metrics(run / "metrics.jsonl")] for run in (one, two)]
