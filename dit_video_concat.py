@@ -436,7 +436,6 @@ class DiffusionTransformer(BaseModel):
             latent_width // self.patch_size[2],
         )
         interpolation = (time_interpolation, height_interpolation, width_interpolation)
-        self.adapter_dropout = Dropout()
         self._add_mixins(
             modules,
             defaults={
@@ -457,6 +456,7 @@ class DiffusionTransformer(BaseModel):
 
     def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Build the mixins; parameters missing in the YAML come from `defaults`."""
+        self.adapter_dropout = Dropout()
         known = [f"{name}_config" for name in MIXINS]
         for name in modules:
             if name not in known:

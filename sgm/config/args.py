@@ -193,6 +193,7 @@ class TrainingArgs(SamplingArgs):
     no_save_rng: bool = False
     force_train: bool = False
     log_interval: AtLeast1 = 20
+    peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = None
     exit_interval: AtLeast1 | None = None
     wandb: bool = False
     wandb_project_name: str | None = None
