@@ -57,6 +57,7 @@ class Summary:
         total: optimizer steps of the whole run.
         loss: mean training loss in the last line of metrics; None without a step.
         stopped: reason of an early end; empty otherwise.
+        exit_code: ``args.stop_exit_code``, for a run that a signal stopped.
         seconds: wall time.
         best: the iteration with the lowest validation loss and that loss, with ``args.keep_best``.
         samples: videos that this rank sampled at evaluations.
@@ -67,9 +68,15 @@ class Summary:
     total: int = 0
     loss: float | None = None
     stopped: str = ""
+    exit_code: int = 0
     seconds: float = 0.0
     best: tuple[int, float] | None = None
     samples: list[Path] = field(default_factory=list)
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether a signal, to whichever rank, ended the run early."""
+        return bool(self.stopped) and not self.stopped.startswith("args.")
 
     def __str__(self) -> str:
         """Return the final message of a run."""
@@ -80,7 +87,7 @@ class Summary:
             iteration, loss = self.best
             lines.append(f"the lowest validation loss is {loss:.4f}: args.load={self.folder / str(iteration)}")
         if self.stopped:
-            note = "" if self.stopped.startswith("args.") else launcher_note()
+            note = launcher_note() if self.stopped_by_signal else ""
             lines.append(f"the same command resumes it with args.resume=auto{note}")
         return "\n".join(lines)
 
@@ -124,7 +131,7 @@ class TrainingRun:
         self.args, self.parts, self.signals = parts.plan.args, parts, signals
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
-        self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
+        self.summary = Summary(parts.folder, self.iteration, parts.total_iters, exit_code=self.args.stop_exit_code)
         self.flags = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
         self.saver = Saver(parts)
