@@ -34,7 +34,7 @@ from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_posit
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu
-from sgm.modules.lora import use_adapters
+from sgm.modules.lora import Dropout, use_adapters
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import torch_attention
 from sgm.parallel.sequence import Attention
@@ -456,6 +456,7 @@ class DiffusionTransformer(BaseModel):
 
     def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Build the mixins; parameters missing in the YAML come from `defaults`."""
+        self.adapter_dropout = Dropout()
         known = [f"{name}_config" for name in MIXINS]
         for name in modules:
             if name not in known:
@@ -490,7 +491,7 @@ class DiffusionTransformer(BaseModel):
         # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
         with torch.random.fork_rng(devices=[], enabled=self.tensor_shard.size > 1):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
-        use_adapters(self.transformer)
+        self.adapter_dropout = use_adapters(self.transformer)
         if self.tensor_shard.size > 1:
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
 
@@ -548,6 +549,9 @@ class DiffusionTransformer(BaseModel):
         group = sgm.distributed.sequence_group()
         tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention, self.attention)
         hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
+        if self.adapter_dropout.seeds is not None:
+            positions = torch.arange(sum(tokens.lengths), device=x.device)
+            self.adapter_dropout.use_positions(tokens.shard_table(positions, 0))
         for once in [getattr(mixin, "once_per_forward", None) for mixin in self.mixins.values()]:
             hook_args |= {} if once is None else once(grid=grid, tokens=tokens, device=x.device)
         with self.saving:

@@ -151,11 +151,11 @@ def raise_terminated(number: int, _: object = None) -> None:
 
 @contextlib.contextmanager
 def _raised_signals() -> Iterator[None]:
-    """Context: SIGTERM (of schedulers, ``timeout`` and containers) and SIGHUP (of closed terminals) raise `Terminated`.
+    """Context: SIGTERM, SIGUSR1 (of schedulers and containers) and SIGHUP (of closed terminals) raise `Terminated`.
 
     Signals that are ignored (``nohup``) or handled already stay as they are.
     """
-    numbers = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
         numbers = []
     raised = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
@@ -170,7 +170,7 @@ def _raised_signals() -> Iterator[None]:
 
 @printable_output()
 def run_command(
-    work: Callable[[argparse.Namespace], None],
+    work: Callable[[argparse.Namespace], int | None],
     options: argparse.Namespace,
     *,
     interrupted: str = "interrupted; nothing was written",
@@ -180,9 +180,9 @@ def run_command(
     """Run `work(options)`; return the exit code: 0 done, 1 failed, 2 wrong input, 128 + n after signal n.
 
     Args:
-        work: the command.
+        work: the command; it may return the exit code of a run that ended well.
         options: from `parse`.
-        interrupted: message after Ctrl-C (signal 2), SIGTERM (15) or SIGHUP (1).
+        interrupted: message after Ctrl-C (signal 2), SIGTERM (15), SIGUSR1 (10) or SIGHUP (1).
         memory_hint: cure for an accelerator out of memory.
         output: key that names the output, for messages about files that cannot be written; empty for the option in
             `OUTPUT_OPTIONS`.
@@ -195,7 +195,7 @@ def run_command(
                 from sgm.util import set_trusted  # after parsing, so that --help is fast
 
                 set_trusted(options.trust)
-            work(options)
+            return work(options) or 0
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT
             if is_rank_zero():
@@ -206,7 +206,6 @@ def run_command(
         finally:
             if "sgm.distributed" in sys.modules:
                 sys.modules["sgm.distributed"].shutdown()
-    return 0
 
 
 def _reports(error: Exception) -> bool:

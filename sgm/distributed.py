@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from sgm.config.args import SamplingArgs
 from sgm.config.yaml_files import ConfigError, Problem
 from sgm.log import every_rank_warns
-from sgm.parallel.heartbeat import Peers
+from sgm.parallel.heartbeat import Peers, Progress
 from sgm.parallel.mesh import Mesh
 from sgm.util import InputError, RunError, default, prepare_import
 
@@ -54,6 +54,7 @@ _sample_groups: dict[int, Any] = {}
 _axes: dict[str, Any] = {}
 _timeout = timedelta(minutes=30)
 _peers: Peers | None = None
+_progress: tuple[int, str, float] | None = None  # of this process: iteration, phase, and since when
 _store: Any = None  # of all ranks
 _num_waits = 0  # for rank zero, in `_store`
 
@@ -67,6 +68,24 @@ def configure(args: SamplingArgs) -> None:
     global _timeout
     _timeout = timedelta(seconds=args.distributed_timeout)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+
+
+def report_progress(iteration: int, phase: str) -> None:
+    """Let the other ranks know what this one is doing; costs nothing."""
+    global _progress
+    _progress = iteration, phase, time.monotonic()
+    if _peers is not None:
+        _peers.report_progress(iteration, phase)
+
+
+def progress_of_ranks() -> list[Progress]:
+    """Return what each rank is doing, as far as it is known."""
+    if _peers is not None:
+        return _peers.progress()
+    if _progress is None:
+        return []
+    iteration, phase, since = _progress
+    return [Progress("this process", iteration, phase, time.monotonic() - since)]
 
 
 @contextmanager

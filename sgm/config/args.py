@@ -193,7 +193,9 @@ class TrainingArgs(SamplingArgs):
     no_save_rng: bool = False
     force_train: bool = False
     log_interval: AtLeast1 = 20
+    peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = None
     exit_interval: AtLeast1 | None = None
+    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = 0
     wandb: bool = False
     wandb_project_name: str | None = None
 

@@ -33,7 +33,8 @@ def training_inputs(
     No copy to the device makes the host wait, and none is made of numbers that are drawn in vain.
 
     Samples are independent of their batch. Each generator draws, in this order: whether the text is dropped, level and
-    noise of the first frame, whether the image is dropped, posterior noise, timestep, diffusion noise.
+    noise of the first frame, whether the image is dropped, posterior noise, timestep, diffusion noise, the seed of the
+    network's dropout.
 
     Args:
         engine: the model.
@@ -64,10 +65,11 @@ def training_inputs(
         if image is not None:
             cond["concat"] = _image_condition(engine, batch, i, clip, image, size)
         latents = _clean_latents(engine, clip, posterior, encoded=encoded)
-        samples.append((latents, cond, step, noise))
-    latents, conds, steps, noises = zip(*samples, strict=True)
+        seed = to_device(torch.randint(2**32, (1,), generator=generator), device)
+        samples.append((latents, cond, step, noise, seed))
+    latents, conds, steps, noises, seeds = zip(*samples, strict=True)
     joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises))
+    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises), torch.cat(seeds))
 
 
 @dataclass(frozen=True)

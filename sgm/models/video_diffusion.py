@@ -38,12 +38,14 @@ class TrainingInputs:
         cond: ``crossattn`` (B, L, D_text) and, for image-to-video, ``concat`` (B, T, C, H, W).
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
+        seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
     """
 
     latents: torch.Tensor
     cond: dict[str, torch.Tensor]
     idx: torch.Tensor
     noise: torch.Tensor
+    seeds: torch.Tensor | None = None
 
 
 register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_group`
@@ -362,6 +364,10 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""
+        if hasattr(self.network, "adapter_dropout"):
+            self.network.adapter_dropout.seeds = (
+                inputs.seeds
+            )  # kept, since blocks may be recomputed in the backward pass
         return self.require_loss()(
             self.model,
             self.denoiser,

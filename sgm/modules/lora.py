@@ -8,6 +8,7 @@ Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +25,65 @@ from sat.model.finetune.lora2 import LoraLinear  # noqa: E402
 from sat.mpu.layers import RowParallelLinear  # noqa: E402
 
 
+@dataclass
+class Dropout:
+    """What the dropout of all adapters of a network depends on: elements of samples, not batches or ranks.
+
+    Attributes:
+        seeds: (B,) int64, of the samples; None draws from the generator of the process.
+        positions: (S,) int64, of this rank's tokens in their sample.
+        adapters: layers of the network.
+    """
+
+    seeds: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    adapters: list["Adapter"] = field(default_factory=list)
+
+    def use_positions(self, positions: torch.Tensor) -> None:
+        """Set the positions, before each forward pass."""
+        if self.positions is None:  # not when the layers are built, on the meta device
+            for number, adapter in enumerate(self.adapters):
+                adapter.number = torch.tensor(number)
+        self.positions = positions
+
+    def keeps(self, layer: torch.Tensor, p: float, channels: torch.Tensor, num_channels: int) -> torch.Tensor:
+        """Return which inputs (B, S, D) of a layer are kept.
+
+        Args:
+            layer: number of the layer.
+            p: probability of zero.
+            channels: (D,) int64, of this rank.
+            num_channels: of all ranks.
+        """
+        assert self.seeds is not None and self.positions is not None, "the network has set both"
+        elements = _mixed(self.positions[:, None] * num_channels + channels)
+        starts = _mixed(_mixed(self.seeds) + layer)
+        return _mixed(elements + starts[:, None, None]) >= round(p * 2**32)
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """Hash int64 to 32 bits: with products below 2⁶³, the same on every device."""
+    for _ in range(2):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * 0x45D9F3B
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 class Adapter(LoraLinear):
-    """SAT's layer with another forward pass."""
+    """SAT's layer with another forward pass.
+
+    Attributes:
+        dropout: of all layers.
+        number: of this layer; a tensor, so that all blocks are compiled as one.
+    """
+
+    dropout: Dropout
+    number: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         out = self.original(x)
-        low = F.linear(self.lora_dropout(x), torch.cat(tuple(self.matrix_A)))
+        low = F.linear(self._dropped(x), torch.cat(tuple(self.matrix_A)))
         if (group := sgm.distributed.layer_groups()) is not None:  # shards: inputs are shared, or outputs are summed
             is_row = isinstance(self.original, RowParallelLinear)
             low = (group.reduce_from_model_parallel_region if is_row else group.copy_to_model_parallel_region)(low)
@@ -38,12 +92,29 @@ class Adapter(LoraLinear):
             return out + self.scaling * torch.cat([F.linear(part, matrix) for part, matrix in parts], -1)
         return _AddProducts.apply(out, low, self.scaling, *self.matrix_B)
 
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not isinstance(self.lora_dropout, nn.Dropout) or self.dropout.seeds is None:
+            return self.lora_dropout(x)
+        first, num_channels = 0, x.shape[-1]
+        if sgm.distributed.layer_groups() is not None and isinstance(self.original, RowParallelLinear):
+            first = num_channels * sgm.distributed.tensor_parallel_rank()
+            num_channels *= sgm.distributed.tensor_parallel_size()
+        channels = torch.arange(first, first + x.shape[-1], device=x.device)
+        p = self.lora_dropout.p
+        keeps = self.dropout.keeps(self.number, p, channels, num_channels)
+        return torch.where(keeps, x * (1 / (1 - p) if p < 1 else 0), 0)
 
-def use_adapters(network: nn.Module) -> None:
-    """Let the LoRA layers of SAT in a network be `Adapter`."""
+
+def use_adapters(network: nn.Module) -> Dropout:
+    """Let the LoRA layers of SAT in a network be `Adapter`; return what their dropout depends on."""
+    dropout = Dropout()
     for module in network.modules():
         if type(module) is LoraLinear:
             module.__class__ = Adapter
+            adapter: Any = module
+            adapter.dropout = dropout
+            dropout.adapters.append(adapter)
+    return dropout
 
 
 class _AddProducts(torch.autograd.Function):

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
@@ -28,6 +28,22 @@ from sgm.util import RunError
 _WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; waits: a collective failed
 _SUSPECT_TICKS = 5  # allowed missed heartbeats after a failed collective
 _CURE = "start the same command again (training goes on with args.resume=auto)"
+
+
+class Progress(NamedTuple):
+    """What a rank is doing.
+
+    Attributes:
+        name: of the rank, with process and machine.
+        iteration: of training.
+        phase: of that iteration.
+        seconds: since the phase began.
+    """
+
+    name: str
+    iteration: int
+    phase: str
+    seconds: float
 
 
 class Peers:
@@ -56,6 +72,7 @@ class Peers:
         store = TCPStore(host, port, wait_for_workers=False, timeout=timeout)
         self._store = PrefixStore(f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._state, self._count, self._reason, self._lost = _WORKS, 0, "", ""
+        self._doing: tuple[int, str, float] | None = None  # iteration, phase, and since when
         self._send()
         self._beats, self._num_received = self._receive(), 0
         self._store_failed = False
@@ -71,13 +88,33 @@ class Peers:
 
     def _send(self) -> None:
         self._count += 1
-        self._store.set(str(self._rank), f"{self._state} {os.getpid()} {platform.node()} {self._count}")
+        doing = ""
+        if self._doing is not None:
+            iteration, phase, since = self._doing
+            doing = f" {iteration} {phase} {time.monotonic() - since:.1f}"
+        self._store.set(str(self._rank), f"{self._state} {os.getpid()} {platform.node()} {self._count}{doing}")
+
+    def report_progress(self, iteration: int, phase: str) -> None:
+        """Send with the next heartbeats that this rank is in a phase of an iteration."""
+        self._doing = iteration, phase, time.monotonic()
+
+    def progress(self) -> list[Progress]:
+        """Return what all ranks are doing, by their last heartbeats, without those that do not say."""
+        return [
+            Progress(self._name(rank), int(beat[4]), beat[5], float(beat[6]))
+            for rank, beat in enumerate(self._beats)
+            if len(beat) > 4
+        ]
 
     def _receive(self) -> list[list[str]]:
         return [value.decode().split(" ") for value in self._store.multi_get(self._keys)]
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (process {self._beats[rank][1]} on {self._beats[rank][2]})"
+
+    def _where(self, rank: int) -> str:
+        beat = self._beats[rank]
+        return f", {float(beat[6]):.0f} s in {beat[5]} of iteration {beat[4]}," if len(beat) > 4 else ""
 
     def _others(self, *states: str) -> list[int]:
         return [rank for rank, beat in enumerate(self._beats) if rank != self._rank and beat[0] in states]
@@ -148,7 +185,7 @@ class Peers:
             self._found.wait(2 * _SUSPECT_TICKS * self._tick)
             lost = self._lost
             if not lost and "timed out" in str(cause).lower() and (stuck := self._others(_WORKS)):
-                names = ", ".join(self._name(rank) for rank in stuck)
+                names = ", ".join(self._name(rank) + self._where(rank) for rank in stuck)
                 lost = f"{names} is stuck: it did not come to the collective that failed here; {_CURE}"
         reason = (str(error) or "no message").splitlines()[0]
         self._reason = lost or f"{self._name(self._rank)} failed: {type(error).__name__}: {reason}; {_CURE}"

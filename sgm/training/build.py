@@ -105,17 +105,22 @@ def build(config: Config, plan: Plan) -> Parts:
     """
     args = plan.args
     adapters = describe_adapters(config)
-    point = _new_point(config, plan, adapters)
+    point = now = _new_point(config, plan, adapters)
     if plan.resume is not None:
-        plan.resume.check(point)
+        plan.resume.check(now)
+        if not plan.resume.is_divided_like(now):
+            plan.resume.open().require_divisible(plan.deepspeed["zero_optimization"])
         changed = ("optimizer_settings", "lora_rank", "lora_alpha", "start_number")
-        point = replace(plan.resume, **{name: getattr(point, name) for name in changed})
+        changed += ("world_size", "tensor", "trained", "order", "global_batch")
+        point = replace(plan.resume, **{name: getattr(now, name) for name in changed})
     with ExitStack() as hidden, ExitStack() as unlocking:
         folder, lock = _open_folder(config, plan.resume, hidden)
         if lock is not None:
             unlocking.callback(lock.close)
         data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
-        total = total_iterations(args, data.num_train, plan.global_batch)  # excluded clips shorten an epoch
+        total = total_iterations(
+            args, data.num_train, plan.global_batch, plan.resume
+        )  # excluded clips shorten an epoch
         buckets = None
         if plan.division is not None:
             buckets, unreadable = plan_buckets(data, plan.division, args)
@@ -134,7 +139,7 @@ def build(config: Config, plan: Plan) -> Parts:
         group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
         torch.manual_seed(derive_seed(args.seed, "dropout", group))
         if plan.resume is not None:
-            load_state(deepspeed, plan.resume, with_rng=not (args.no_load_rng or args.no_save_rng))
+            load_state(deepspeed, plan.resume, now, with_rng=not (args.no_load_rng or args.no_save_rng))
             logger.info("resuming %s after iteration %d", folder, point.iteration)
         else:
             folder = bad_clips.folder = sgm.distributed.run_on_rank_zero(partial(_publish, folder, args))
@@ -268,6 +273,7 @@ def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> Resu
         lora_rank=None if adapters is None else adapters.rank,
         lora_alpha=None if adapters is None else float(adapters.alpha),
         start_number=next_start_number(args) if writes else 0,
+        global_batch=plan.global_batch if plan.division is None else None,
     )
 
 

@@ -30,8 +30,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train, or only check with ``--check``."""
+def run(options: argparse.Namespace) -> int | None:
+    """Train, or only check with ``--check``; return the exit code that the run asks for, if any."""
     from sgm.config.load import load_config  # after parsing, so that --help is fast
 
     config = load_config(options.base, options.overrides, mode="train")
@@ -47,12 +47,17 @@ def run(options: argparse.Namespace) -> None:
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
             sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
-        return
+        return None
     import sgm.distributed
     from sgm.training.run import train
 
     with sgm.distributed.explain_lost_ranks():
-        logger.info("%s", train(config))
+        summary = train(config)
+        logger.info("%s", summary)
+        if not summary.stopped_by_signal:
+            return None
+        sgm.distributed.barrier()  # a launcher ends the others as soon as one rank has another code than 0
+        return summary.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

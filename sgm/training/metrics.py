@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sgm.io import atomic_file, parse_json
 from sgm.log import get_logger
+from sgm.training.timing import PHASES
 from sgm.util import InputError, RunError
 
 logger = get_logger(__name__)
@@ -29,6 +30,9 @@ _SHOWN = (
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad {:.3g}"),
     ("samples_per_second", "{:.3g} samples/s"),
+    ("tokens_per_second", "{:.3g} tokens/s"),
+    ("mfu", "MFU {:.1%}"),
+    ("shares", "{}"),
 )
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|{postfix}"
 _FIRST_SHOWN, _SHORTEST_BAR = 4, 10  # values on a narrow terminal; columns of the bar itself
@@ -108,6 +112,8 @@ class Metrics:
         elapsed = time.perf_counter() - self._began
         left = tqdm.format_interval(elapsed / share * (1 - share)) if share else "?"
         known = {**values, "eta": left}
+        if shares := _shares(values):
+            known["shares"] = shares
         texts = [text.format(known[name]) for name, text in _SHOWN if name in known]
         if self._bar.disable:
             logger.info("iteration %d of %d: %s", iteration, self._total, ", ".join(texts))
@@ -125,6 +131,13 @@ class Metrics:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _shares(values: Mapping[str, float]) -> str:
+    """Return the shares of a step's phases that take more than a hundredth of it, as text."""
+    step = values.get("step_seconds") or math.inf
+    shares = {phase: values.get(f"{phase}_seconds", 0) / step for phase in PHASES}
+    return " ".join(f"{phase} {share:.0%}" for phase, share in shares.items() if share >= 0.01)
 
 
 def _by_quarter(values: Mapping[str, float]) -> str:

@@ -135,12 +135,35 @@ def prepare(config: Config, *, check_clips: bool = False) -> Plan:
     return checks.plan()
 
 
-def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int) -> int:
-    """Return the optimizer steps of the whole run."""
+def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int, resume: ResumePoint | None = None) -> int:
+    """Return the optimizer steps of the whole run, whose first ones may have had another batch."""
     if args.train_iters is not None:
         return args.train_iters
     assert args.epochs is not None, "the configuration is refused without either"
-    return math.ceil(args.epochs * num_clips / global_batch)
+    done, samples = (0, 0) if resume is None else (resume.iteration, resume.samples)
+    return done + max(0, math.ceil((args.epochs * num_clips - samples) / global_batch))
+
+
+def other_batch(resume: ResumePoint, batch: int, *, micro: int, ranks: int) -> str | None:
+    """Return what differs if iterations have another number of samples than before, and the settings that keep it.
+
+    Args:
+        resume: the state to resume from.
+        batch: samples of an iteration now.
+        micro: samples of a rank at a time.
+        ranks: that read samples of their own.
+    """
+    mean, rest = divmod(resume.samples, max(resume.iteration, 1))  # states of earlier versions do not say it
+    then = default(resume.global_batch, mean if rest == 0 else batch)
+    if then in (0, batch):
+        return None
+    if then % (micro * ranks) == 0:
+        cure = f"deepspeed.gradient_accumulation_steps={then // (micro * ranks)} keeps it"
+    elif then % ranks == 0:
+        cure = f"deepspeed.train_micro_batch_size_per_gpu={then // ranks} and gradient_accumulation_steps=1 keep it"
+    else:
+        cure = f"{ranks} ranks with samples of their own cannot keep it; a number that divides {then} can"
+    return f"an iteration takes {batch} samples, and took {then} until iteration {resume.iteration}: {cure}"
 
 
 def agree(plan: Plan) -> Plan:
@@ -404,7 +427,8 @@ class _Checks:
         ranks = f"{self.data_ranks} " + ("ranks" if size == 1 else f"groups of {size} ranks that share clips")
         data: Data = facts["data"]
         left_out = [f"{path}: {reason}" for path, reason in sorted(facts.get("left_out", {}).items())]
-        total = total_iterations(args, data.num_train, batch)
+        resume: ResumePoint | None = facts["resume"]
+        total = total_iterations(args, data.num_train, batch, resume)
         batches = f"{micro} clips x {accumulation} steps of accumulation x {ranks} = {batch}"
         length = f"{total} iterations = {total * batch / data.num_train:.1f} epochs"
         division = self._division()
@@ -414,7 +438,8 @@ class _Checks:
             batches = f"{len(division.batch_sizes)} buckets, {accumulation} steps of accumulation, {ranks}"
             total = args.train_iters
             length = f"{args.epochs} epochs" if total is None else f"{total} iterations"
-        resume: ResumePoint | None = facts["resume"]
+        elif resume is not None and (change := other_batch(resume, batch, micro=micro, ranks=self.data_ranks)):
+            logger.warning("%s", change)
         rows = {
             "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",
             "weights": "random" if args.load is None else str(find_weights(args.load)),

@@ -18,6 +18,7 @@ import sgm.distributed
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.log import get_logger, launcher_note
+from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
@@ -34,6 +35,8 @@ from sgm.training.step import (
     nonzero_index,
     weighted_mean,
 )
+from sgm.training.timing import EVALUATE, PHASES, PhaseClock, StallWatch, slow_ranks
+from sgm.training.utilization import Work, peak_flops
 from sgm.util import InputError, RunError, default, peak_memory
 
 logger = get_logger(__name__)
@@ -54,6 +57,7 @@ class Summary:
         total: optimizer steps of the whole run.
         loss: mean training loss in the last line of metrics; None without a step.
         stopped: reason of an early end; empty otherwise.
+        exit_code: ``args.stop_exit_code``, for a run that a signal stopped.
         seconds: wall time.
         best: the iteration with the lowest validation loss and that loss, with ``args.keep_best``.
         samples: videos that this rank sampled at evaluations.
@@ -64,9 +68,15 @@ class Summary:
     total: int = 0
     loss: float | None = None
     stopped: str = ""
+    exit_code: int = 0
     seconds: float = 0.0
     best: tuple[int, float] | None = None
     samples: list[Path] = field(default_factory=list)
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether a signal, to whichever rank, ended the run early."""
+        return bool(self.stopped) and not self.stopped.startswith("args.")
 
     def __str__(self) -> str:
         """Return the final message of a run."""
@@ -77,7 +87,7 @@ class Summary:
             iteration, loss = self.best
             lines.append(f"the lowest validation loss is {loss:.4f}: args.load={self.folder / str(iteration)}")
         if self.stopped:
-            note = "" if self.stopped.startswith("args.") else launcher_note()
+            note = launcher_note() if self.stopped_by_signal else ""
             lines.append(f"the same command resumes it with args.resume=auto{note}")
         return "\n".join(lines)
 
@@ -121,7 +131,7 @@ class TrainingRun:
         self.args, self.parts, self.signals = parts.plan.args, parts, signals
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
-        self.summary = Summary(parts.folder, self.iteration, parts.total_iters)
+        self.summary = Summary(parts.folder, self.iteration, parts.total_iters, exit_code=self.args.stop_exit_code)
         self.flags = StepFlags(self.device)
         self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
         self.saver = Saver(parts)
@@ -148,6 +158,14 @@ class TrainingRun:
                 experiment=self.args.experiment_name,
                 resume_from=self.iteration,
             )
+        self.clock = PhaseClock(self.device)
+        self.watch = StallWatch(sgm.distributed.progress_of_ranks) if self.metrics is not None else None
+        self.work = Work(
+            parts.engine.network,
+            trains_all=not parts.plan.trainable.adapters,
+            peak=peak_flops(self.device, parts.plan.dtype, self.args.peak_tflops),
+        )
+        self._told: set[tuple[int | None, str]] = set()
         self.skipped_in_row = 0
         self._norm_before: torch.Tensor | None = None
         self._lr = 0.0
@@ -160,6 +178,8 @@ class TrainingRun:
             self.parts.lock.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self.watch is not None:
+            self.watch.close()
 
     def fit(self) -> None:
         """Train to the last iteration, or until stopped by a signal or ``args.exit_interval``."""
@@ -168,8 +188,11 @@ class TrainingRun:
         eval_interval = default(self.args.eval_interval, self.parts.total_iters)
         logger.info("training: iterations %d to %d", first + 1, self.parts.total_iters)
         while self.iteration < self.parts.total_iters and not self.summary.stopped:
+            self.clock.iteration = self.iteration + 1
             stop = self._guarded_step(batches)
             self.iteration += 1
+            if self.watch is not None:
+                self.watch.step_done()
             self.summary.iteration = self.iteration
             done = self.iteration == self.parts.total_iters
             if stop:
@@ -179,10 +202,16 @@ class TrainingRun:
             if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
                 self._log()
             if self.iteration % self.args.save_interval == 0 or done or self.summary.stopped:
-                self.saver.save(self.iteration)
+                with self.clock("save"):
+                    self.saver.save(self.iteration)
+                if self.watch is not None:
+                    self.watch.start_again()
             if self.evaluation is not None and not self.summary.stopped:
                 if self.iteration % eval_interval == 0 or done:
-                    self._evaluate()
+                    with self.clock(EVALUATE):
+                        self._evaluate()
+                    if self.watch is not None:
+                        self.watch.start_again()
         if self.metrics is not None and self.iteration > first:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
 
@@ -200,26 +229,21 @@ class TrainingRun:
 
     def _step(self, batches: Iterator[Any], taken: list[Mapping[str, Any]]) -> bool:
         """Run one optimizer step and append its batches to `taken`; return whether any rank was asked to stop."""
-        deepspeed, engine = self.parts.deepspeed, self.parts.engine
+        deepspeed = self.parts.deepspeed
         skipped_before = deepspeed.skipped_steps
         stop = False
         accumulation = deepspeed.gradient_accumulation_steps()
         for micro in range(accumulation):
-            batch = shared_batch(engine, lambda: next(batches))
-            taken.append(batch)
-            if sgm.distributed.sample_rank() == 0:
-                self.parts.bad_clips.add(batch["failures"])
-            inputs = shared_inputs(
-                engine, batch, [sample_generator(self.args.seed, number) for number in batch["number"]]
-            )
+            batch, inputs = self._next_inputs(batches, taken)
             last = micro == accumulation - 1
-            with self.parts.network_in_use:
+            with self.parts.network_in_use, self.clock("network"):
                 losses = deepspeed(inputs)
                 self.flags.add(losses)
                 index = nonzero_index(batch["weight"])
                 self.quarters.add(inputs.idx[index], losses.detach()[index])
                 if last:
-                    self.flags.start_all_reduce(stop=bool(self.signals.received))
+                    with self.clock("communication"):
+                        self.flags.start_all_reduce(stop=bool(self.signals.received))
                 deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
                 bad, stop = self.flags.read()
@@ -228,7 +252,8 @@ class TrainingRun:
                 if stop or self._logs_next():
                     self._norm_before = gradient_norm_before_step(deepspeed)
                 self._lr = self.parts.deepspeed.lr_scheduler.get_last_lr()[0]
-            deepspeed.step()
+            with self.clock("network"):
+                deepspeed.step()
         self.skipped_in_row = self.skipped_in_row + 1 if deepspeed.skipped_steps > skipped_before else 0
         if self.skipped_in_row >= self.args.max_skipped_steps:
             raise _NotFiniteError(
@@ -236,6 +261,29 @@ class TrainingRun:
                 f"(args.max_skipped_steps={self.args.max_skipped_steps})"
             )
         return stop
+
+    def _next_inputs(
+        self, batches: Iterator[Any], taken: list[Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], TrainingInputs]:
+        """Read and encode the next batch of this rank's sample group, and append it to `taken`."""
+        engine = self.parts.engine
+
+        def read() -> Any:
+            with self.clock("data"):
+                return next(batches)
+
+        with self.clock("communication"):
+            batch = shared_batch(engine, read)
+        taken.append(batch)
+        is_first = sgm.distributed.sample_rank() == 0
+        if is_first:
+            self.parts.bad_clips.add(batch["failures"])
+        generators = [sample_generator(self.args.seed, number) for number in batch["number"]]
+        with self.clock("encode" if is_first or sgm.distributed.context_parallel_size() > 1 else "communication"):
+            inputs = shared_inputs(engine, batch, generators)
+        if is_first:
+            self.work.add(inputs, sum(1 for weight in batch["weight"] if weight))
+        return batch, inputs
 
     def _logs_next(self) -> bool:
         """Return whether metrics are logged after the current step."""
@@ -266,6 +314,7 @@ class TrainingRun:
         elapsed, more = now - self._logged_at, samples - self._logged_samples
         self._logged_at, self._logged_iteration, self._logged_samples = now, self.iteration, samples
         bad = self.parts.bad_clips.all_gather_and_write()
+        rates = self._rates(steps, elapsed)
         if self.metrics is not None:
             values |= {
                 "lr": self._lr,
@@ -276,8 +325,25 @@ class TrainingRun:
                 "quarantined_clips": float(bad),
                 "skipped_steps": float(self.parts.deepspeed.skipped_steps),
                 "samples": float(samples),
+                **rates,
             }
             self.metrics.log(self.iteration, values)
+
+    def _rates(self, steps: int, elapsed: float) -> dict[str, float]:
+        """Return tokens per second, utilization and the seconds of each phase; warn of slow ranks. Collective."""
+        own = {phase: seconds / max(steps, 1) for phase, seconds in self.clock.seconds().items()}
+        ranks = sgm.distributed.all_gather_objects((own, *self.work.take()))
+        phases = [rank[0] for rank in ranks]
+        warmed_up = self.iteration - steps > self.parts.point.iteration  # the first steps start workers and caches
+        for rank, phase, sentence in slow_ranks(phases, elapsed / max(steps, 1)) if warmed_up else ():
+            if (rank, phase) not in self._told:
+                self._told.add((rank, phase))
+                logger.warning("%s", sentence)
+        values = {f"{phase}_seconds": sum(rank[phase] for rank in phases) / len(phases) for phase in PHASES}
+        values["tokens_per_second"] = sum(rank[1] for rank in ranks) / elapsed
+        if self.work.peak is not None and all(rank[2] is not None for rank in ranks):
+            values["mfu"] = sum(rank[2] for rank in ranks) / elapsed / (self.work.peak * len(ranks))
+        return values
 
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""

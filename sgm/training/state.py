@@ -29,11 +29,13 @@ from sgm.config.values import misfit
 from sgm.io import LOCK, atomic_file, parse_json, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.training.optim.optimizer import settings_of
+from sgm.training.repartition import CURE, SavedState, load_repartitioned
 from sgm.util import InputError
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import write_latest
 from sgm.weights.checksums import save_torch
-from sgm.weights.files import WEIGHTS, read_state_file
+from sgm.weights.files import WEIGHTS, map_state_file, read_state_file
+from sgm.weights.partition import Shard
 from sgm.weights.stored import require_weights
 
 logger = get_logger(__name__)
@@ -43,14 +45,14 @@ FOLDER, LATEST = "resume", "latest"
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
-    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout".split()
+    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout "
+    "peak_tflops stop_exit_code".split()
 )
-# Settings that determine the order in which a ZeRO stage stores its state. DeepSpeed does not check the order on load.
+# Settings that determine the order in which a ZeRO stage stores its state, which DeepSpeed does not check on load.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
 # Settings of optimizers that decide which tensors their state holds; all others take effect when a run is resumed.
 STRUCTURE = ("amsgrad", "centered", "momentum")
-_CURE = "restore it, or start a new run with args.resume=none (args.load may name the run folder)"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class ResumePoint:
         optimizer_settings: all settings of the optimizer, defaults included; None if unknown.
         lora_rank: rank of the adapters; None without or if unknown.
         lora_alpha: their alpha; None without or if unknown.
+        global_batch: samples of an iteration; None with buckets or if unknown.
         start_number: of the start that saved it: above those of all earlier starts of its experiment, so that the run
             that was started or resumed last is known without file times, which copies and clocks change.
     """
@@ -109,6 +112,7 @@ class ResumePoint:
     lora_rank: AtLeast0 | None = None
     lora_alpha: FiniteFloat | None = None
     start_number: AtLeast0 = 0
+    global_batch: AtLeast1 | None = None
 
     @property
     def folder(self) -> Path:
@@ -129,15 +133,12 @@ class ResumePoint:
             "trained": "model.not_trainable_prefixes",
             "ema": "args.ema_decay",
             "base_digest": "args.load",
-            "tensor": "args.model_parallel_size",
         }
-        if self.zero_stage > 0:  # otherwise every rank holds the whole state
-            fixed["world_size"] = "torchrun --nproc_per_node"
-        if self.zero_stage == now.zero_stage > 0 and self.order is not None:
-            fixed["order"] = f"deepspeed.zero_optimization.{ORDER[self.zero_stage]}"
+        if self.tensor != now.tensor:
+            del fixed["trained"]  # those of a shard; names and shapes are compared when the state is loaded
         if None not in (self.lora_rank, now.lora_rank) and self.lora_rank != now.lora_rank:
             fixed["lora_rank"] = "model.network_config.params.modules.lora_config.params.r"
-            del fixed["trained"]  # differs with the rank
+            fixed.pop("trained", None)  # differs with the rank
         changes = [
             (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
         ]
@@ -164,6 +165,25 @@ class ResumePoint:
         if problems:
             raise ConfigError(problems)
         self._warn(now)
+
+    def is_divided_like(self, now: "ResumePoint") -> bool:
+        """Whether every rank of a run, `now`, finds its state in files of its own."""
+        if self.tensor != now.tensor:
+            return False
+        same = self.world_size == now.world_size and self.order in (None, now.order)
+        return same or self.zero_stage == 0  # where every rank holds everything
+
+    @property
+    def ranks_as_text(self) -> str:
+        """Number of ranks, and of tensor parallel ones among them."""
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)}" + (
+            f" ({self.tensor} tensor parallel)" if self.tensor > 1 else ""
+        )
+
+    def open(self) -> SavedState:
+        """Return the state as one that any number of ranks can load."""
+        files = self.files or [path.name for path in self.folder.iterdir()]  # early versions did not list them
+        return SavedState(self.folder, files, stage=self.zero_stage, size=self.tensor, read=_read_mapped)
 
     @property
     def alpha(self) -> float | None:
@@ -400,21 +420,24 @@ def remove_other_states(run: Path, iteration: int) -> None:
             shutil.rmtree(other)
 
 
-def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> None:
-    """Load the state into a new DeepSpeed engine. Collective: all ranks call it.
+def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: bool = True) -> None:
+    """Load the state into a new DeepSpeed engine of the run `now`. Collective: all ranks call it.
 
     Raises:
-        InputError: a file is missing or damaged.
+        InputError: a file is missing or damaged, or the state does not fit.
     """
     missing = [name for name in point.files if not (point.folder / name).is_file()]
     for number, lacks in enumerate(sgm.distributed.all_gather_objects(missing)):
         if lacks:
-            raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {_CURE}")
-    engine.checkpoint_engine = checkpoint_engine()
+            raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {CURE}")
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     names = settings_of(optimizer)
     settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
-    engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
+    if point.is_divided_like(now):
+        engine.checkpoint_engine = checkpoint_engine()
+        engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
+    else:
+        _load_of_other_ranks(engine, point, now)
     # Loading the optimizer restored the settings of the earlier configuration; set the current ones.
     for group, current in zip(optimizer.param_groups, settings, strict=True):
         group.update(current)
@@ -424,11 +447,31 @@ def load_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
         _restore_rng(read_checked(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
 
 
+def _load_of_other_ranks(engine: Any, point: ResumePoint, now: ResumePoint) -> None:
+    rank, world = sgm.distributed.rank(), now.world_size
+    logger.info(
+        "the state in %s is that of %s; dividing it over %s", point.folder, point.ranks_as_text, now.ranks_as_text
+    )
+    saved = point.open()
+    states = sorted(name for name in saved.files if name.endswith("_states.pt"))
+    for name in states[rank::world]:  # each file once, whoever needs it
+        read_checked(point.folder / name, torch.device("cpu"))
+    sgm.distributed.barrier()
+    shard = Shard(sgm.distributed.tensor_parallel_rank(), now.tensor)
+    load_repartitioned(engine, saved, rank=rank // now.tensor, world=world // now.tensor, shard=shard)
+
+
+def _read_mapped(path: Path) -> Any:
+    with _deepspeed_objects():
+        return map_state_file(path, cure=CURE)
+
+
 def read_checked(path: Path, map_location: Any) -> Any:
     """Load a file of the state with ``weights_only``; all its bytes are checked."""
     try:
-        content, finite = read_state_file(path, map_location, cure=_CURE)
-        require_weights(path, _weights_of(content), finite=finite, cure=_CURE)
+        with _deepspeed_objects():
+            content, finite = read_state_file(path, map_location, cure=CURE)
+        require_weights(path, _weights_of(content), finite=finite, cure=CURE)
     except InputError as error:
         raise InputError(f"the resume state cannot be used: {error}") from error
     return content
@@ -464,9 +507,6 @@ def checkpoint_engine(written: list[str] | None = None) -> Any:
     The names of files that this rank writes are appended to `written`.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
@@ -476,7 +516,15 @@ def checkpoint_engine(written: list[str] | None = None) -> Any:
                 written.append(Path(path).name)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-                return read_checked(Path(path), map_location)
+            return read_checked(Path(path), map_location)
 
     return SafeCheckpointEngine()
+
+
+def _deepspeed_objects() -> Any:
+    """Return a context in which files may hold the objects of DeepSpeed's states."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])

@@ -115,8 +115,13 @@ def gradient_norm_after_step(engine: Any, before: torch.Tensor | None) -> float:
     return float("nan") if norm is None else float(norm)
 
 
+_STOPS = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
+
+
 class StopSignals:
-    """Context in which SIGTERM and SIGINT stop the run after the current step; a second SIGINT interrupts it.
+    """Context in which SIGTERM, SIGUSR1 and SIGINT stop the run after the current step.
+
+    A second SIGINT interrupts it.
 
     Attributes:
         received: name of the received signal; empty before.
@@ -128,7 +133,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]:
                 self._former[number] = signal.signal(number, self._handle)
         return self
 

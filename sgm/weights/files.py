@@ -434,6 +434,18 @@ def read_state_file(path: str | Path, map_location: Any, *, cure: str) -> tuple[
     return content, archive.finite
 
 
+def map_state_file(path: str | Path, *, cure: str) -> Any:
+    """Return the content of a file of torch.save with memory-mapped tensors, whose bytes are not checked.
+
+    Raises:
+        InputError: as `read_state_file`.
+    """
+    path = Path(path)
+    size, _ = _read_head(path)
+    with _torch_errors(path, size, cure, cure):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 @contextlib.contextmanager
 def _torch_errors(path: Path, size: int, cure: str = _CURE, objects_cure: str = _OBJECTS_CURE) -> Iterator[None]:
     try:

@@ -33,8 +33,8 @@ MODEL_FILE = f"{WEIGHTS}.pt"
 PART_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?(model|optim)_states\.pt")
 
 _CURE = "copy the whole folder again, with the files of all ranks and machines"
-_PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
-_OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
+PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
 
 Partitions = Sequence[Sequence[LazyTensor]]  # by rank, then by group
 
@@ -277,7 +277,7 @@ def _stage_and_ranks(
         counts = set(count) if isinstance(count, list) else {count}
         # The bfloat16 optimizer of older DeepSpeed records no stage; its files have the stage-1 layout.
         stage = state.get("zero_stage", 1)
-        if len(counts) != 1 or not isinstance(state.get(_PARTITIONS.get(stage, "")), list):
+        if len(counts) != 1 or not isinstance(state.get(PARTITIONS.get(stage, "")), list):
             raise InputError(
                 f"{files[rank]} has ZeRO stage {stage} and {sorted(counts)} parts, expected stage 1, 2 or 3, and as "
                 "many parts of every group; expert parallelism and weights swapped to NVMe cannot be read"
@@ -327,8 +327,8 @@ def _weights(path: Path, state: Mapping[str, Any], stage: int) -> list[LazyTenso
     A schedule-free optimizer (Defazio et al., arXiv:2405.15682) trains at points y between its average x and its
     iterates z. Its result is x, and the state holds y and z: x = y + (1 − 1/β)·(z − y).
     """
-    weights: list[LazyTensor] = [*_stored(path, "weights", state[_PARTITIONS[stage]])]
-    optimizer = state.get(_OPTIMIZER[stage])
+    weights: list[LazyTensor] = [*_stored(path, "weights", state[PARTITIONS[stage]])]
+    optimizer = state.get(OPTIMIZER[stage])
     if not isinstance(optimizer, dict):
         return weights
     for number, group in enumerate(optimizer.get("param_groups", ())):
@@ -348,7 +348,7 @@ def _averages(states: Mapping[Path, Mapping[str, Any]], stage: int, num_groups: 
     """Return the partitions of the moving averages; None if one is missing."""
     parts = []
     for path, state in states.items():
-        optimizer = state.get(_OPTIMIZER[stage])
+        optimizer = state.get(OPTIMIZER[stage])
         by_group = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
         own = [by_group[group].get("ema") for group in range(num_groups) if group in by_group]
         if len(own) < num_groups or any(part is None for part in own):

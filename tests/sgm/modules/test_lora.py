@@ -1,11 +1,12 @@
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.modules.lora import Adapter, LoraLinear, use_adapters
+from sgm.modules.lora import Adapter, Dropout, LoraLinear, use_adapters
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -29,6 +30,20 @@ def test_adapters_compute_what_those_of_sat_do(parts, dropout):
         results.append((out, *torch.autograd.grad(out.sin().sum(), (x, *trained))))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_depends_on_the_sample_and_its_elements_alone():
+    seeds, positions, channels = torch.tensor([3, 4, 2**32 - 1]), torch.arange(40), torch.arange(64)
+    layer = torch.tensor(5)
+    whole = Dropout(seeds, positions).keeps(layer, 0.25, channels, 64)
+    assert float(whole.float().mean()) == pytest.approx(0.75, abs=0.02)
+    alone = Dropout(seeds[1:2], positions).keeps(layer, 0.25, channels, 64)
+    assert torch.equal(alone[0], whole[1]), "not on its batch"
+    shard = Dropout(seeds, positions[7:20]).keeps(layer, 0.25, channels[32:], 64)
+    assert torch.equal(shard, whole[:, 7:20, 32:]), "not on what a rank has of it"
+    others = [whole[0], whole[1], whole[2], Dropout(seeds, positions).keeps(torch.tensor(6), 0.25, channels, 64)[0]]
+    for one, other in itertools.combinations(others, 2):  # 0.75² + 0.25² of independent masks are equal
+        assert float((one == other).float().mean()) == pytest.approx(0.625, abs=0.04)
 
 
 def test_a_frozen_layer_keeps_its_input_and_what_the_rank_takes():

@@ -37,6 +37,7 @@ def fail_on_rank_one() -> None:
 
 
 def be_stuck_on_rank_one() -> None:
+    d.report_progress(3, "data" if d.rank() == 1 else "network")
     time.sleep(300 * d.rank())
     d.barrier()
 

@@ -1,6 +1,7 @@
 """A lost rank: the other one names it and exits with 1, without a launcher. Real processes, see failing_ranks.py."""
 
 import json
+import re
 
 import pytest
 
@@ -41,6 +42,10 @@ def test_the_rank_that_failed_says_why_and_blames_nobody(results):
     assert results["failed"]["codes"] == [1, 1]
     assert "error: division by zero" in results["failed"]["messages"][1]
     assert "rank 0" not in results["failed"]["messages"][1]
+
+
+def test_the_phase_of_a_stuck_rank_is_named(results):
+    assert re.search(r"rank 1 \(.*\), \d+ s in data of iteration 3, is stuck", results["stuck"]["messages"][0])
 
 
 def test_a_stuck_rank_ends_too(results):

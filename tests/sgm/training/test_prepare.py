@@ -1,18 +1,22 @@
 """Checks before weights are read, and the report of ``--check``."""
 
 import logging
+import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.training.inputs.clips import open_data
 from sgm.training.main import main
-from sgm.training.prepare import prepare
+from sgm.training.prepare import other_batch, prepare, total_iterations
 from sgm.training.run import train
+from tests.sgm.training.points import POINT
 
 LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
 
@@ -38,6 +42,30 @@ def test_the_report_of_a_plan(plan, tmp_path):
     assert "LoRA of rank 4" in rows["trains"] and rows["precision"].startswith("fp32")
     assert "learning rate 0.001 (linear), ZeRO stage 0" in rows["optimizer"]
     assert not (tmp_path / "runs").exists(), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "said"),
+    [
+        (4, 8, None),
+        (2, 4, "an iteration takes 4 samples, and took 8 until iteration 3: .*accumulation_steps=2 keeps it"),
+        (8, 16, "took 8 .*deepspeed.train_micro_batch_size_per_gpu=1 and gradient_accumulation_steps=1 keep it"),
+        (3, 6, "3 ranks with samples of their own cannot keep it; a number that divides 8 can"),
+    ],
+)
+def test_another_batch_than_before_is_told_with_what_keeps_it(ranks, batch, said):
+    for point in (replace(POINT, samples=24), replace(POINT, samples=9, global_batch=8)):
+        found = other_batch(point, batch, micro=2, ranks=ranks)
+        assert found is None if said is None else re.search(said, found)
+
+
+def test_epochs_end_with_the_same_samples_whatever_the_batch():
+    args = TrainingArgs(train_data=["clips"], save="runs", epochs=2)
+    assert total_iterations(args, 10, 4) == 5
+    halfway = replace(POINT, iteration=2, samples=8)
+    assert total_iterations(args, 10, 4, halfway) == 5
+    assert total_iterations(args, 10, 2, halfway) == 2 + 6
+    assert total_iterations(args, 10, 2, replace(POINT, iteration=5, samples=20)) == 5
 
 
 def test_the_learning_rate_grows_with_the_ranks_on_request(plan, monkeypatch):

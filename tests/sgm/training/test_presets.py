@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.processes import ENV, ROOT, asked, only_run, run, train_all
 CONFIGS = ROOT / "configs"
 RELEASED = sorted(path.stem for path in CONFIGS.glob("cogvideox*.yaml"))
 PRESETS = sorted(path.stem for path in (CONFIGS / "deepspeed").glob("*.yaml"))
+SLURM = ROOT / "scripts" / "finetune_slurm.sh"
 DOCUMENT = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
 MODELS = {"full": "dit_t2v_1.5", "lora": "dit_t2v_5b_lora"}
 ZERO = "deepspeed.zero_optimization"
@@ -340,8 +342,8 @@ JOB = 10000 * 7 + os.getpid() % 10000  # so that concurrent test runs use differ
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The script of the document, for two machines with one process each, and an environment with a mock Slurm."""
-    (text,) = re.findall(r"^```text\n(#!.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    """The script, for two machines with one process each, and an environment with a mock Slurm."""
+    text = SLURM.read_text()
     script = tmp_path / "finetune_slurm.sh"
     script.write_text(text.replace("NPROC_PER_NODE=8", "NPROC_PER_NODE=1"))
     for name, body in STUBS.items():
@@ -392,10 +394,26 @@ def test_the_script_for_slurm_goes_on_after_its_time(submit, training_yaml, tmp_
 
 
 def test_the_script_for_slurm_asks_for_what_the_launcher_reads():
-    (text,) = re.findall(r"^```text\n(#!.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    text = SLURM.read_text()
     launcher = (ROOT / "finetune_multi_gpus.sh").read_text()
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE"):
         assert name in text and name in launcher
-    (command,) = re.findall(r"^sbatch (.*)$", DOCUMENT, flags=re.MULTILINE)
-    options = training.parse(["--base", *shlex.split(command)[1:-1], shlex.split(command)[-1]])
-    assert options.overrides == ["args.train_data=[my_clips]"]
+    commands = re.findall(r"^sbatch (?:--array=0-3 )?scripts/finetune_slurm.sh (.*)$", DOCUMENT, flags=re.MULTILINE)
+    one, array = (training.parse(shlex.split(command)).overrides for command in commands)
+    assert one == array[:1] == ["args.train_data=[my_clips]"]
+
+
+def test_tasks_of_an_array_have_runs_and_ports_of_their_own(slurm, tmp_path):
+    script, environment = slurm
+    (tmp_path / "srun").write_text(
+        """#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\necho $MASTER_PORT "$@"\n"""
+    )
+
+    def started(**given: str) -> list[str]:
+        words = ["bash", str(script), "a.yaml", "args.experiment_name=seed%a", "args.x='b c'"]
+        done = subprocess.run(words, cwd=ROOT, env=environment | given, capture_output=True, text=True, check=True)
+        return done.stdout.split(" ")
+
+    port, *words = started(SLURM_JOB_ID="41", SLURM_ARRAY_TASK_ID="3")
+    assert " ".join(words).endswith(" launcher a.yaml args.experiment_name=seed3 args.x='b c'\n")
+    assert port == "20041" and started(SLURM_JOB_ID="42", SLURM_ARRAY_TASK_ID="4")[0] == "20042"

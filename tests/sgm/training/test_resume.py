@@ -179,13 +179,13 @@ def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     training.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number):
-    overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 0)])
+def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number, code):
+    overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1", f"args.stop_exit_code={code}"]
     training = Training(training_yaml(MODELS["lora"]), overrides, forked=True)
     training.wait_for(lambda: lines_of(tmp_path) >= 2)
     os.killpg(training.process.pid, number)
-    messages = training.finish()
+    messages = training.finish(code=code)
     folder = only_run(tmp_path)
     done = max(losses(folder))
     assert (folder / "latest").read_text().strip() == (folder / "resume" / "latest").read_text().strip() == str(done)

@@ -21,6 +21,7 @@ from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
+from sgm.training.timing import PHASES
 from sgm.util import InputError
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_entry, read_tensors
@@ -52,7 +53,8 @@ def messages(caplog) -> str:
 
 
 def test_a_run_folder_holds_everything(job):
-    folder = job(LORA, "args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine", pictures=True).folder
+    own = ["args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine", "args.peak_tflops=1"]
+    folder = job(LORA, *own, pictures=True).folder
     assert folder.name.startswith("mine-")
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [2, 3]
@@ -66,13 +68,20 @@ def test_a_run_folder_holds_everything(job):
         "quarantined_clips",
         "skipped_steps",
         "samples",
+        "tokens_per_second",
+        "mfu",
     }
+    seconds = [sum(line[f"{phase}_seconds"] for phase in PHASES) for line in lines]
+    assert seconds == pytest.approx([line["step_seconds"] for line in lines], rel=0.5), "all but a little"
+    assert all(0 < line["mfu"] < 1 for line in lines)
+    tokens = [line["tokens_per_second"] / line["samples_per_second"] for line in lines]
+    assert tokens == pytest.approx([10, 10]), "6 of text, and 2 x 1 x 2 patches"
     assert all(expected <= line.keys() and None not in line.values() for line in lines)
     assert [line["samples"] for line in lines] == [4, 6]
     assert any(name.startswith("loss_") for name in lines[0])
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [2, 3]
+    assert [event.step for event in events.Scalars("loss")] == [event.step for event in events.Scalars("mfu")] == [2, 3]
     report = json.loads((folder / "data_check.json").read_text())
     assert report["summary"]["clips"] == len(report["rows"]) == 8 and report["summary"]["bad"] == 0
     assert (folder / "latest").read_text().strip() == "3"
@@ -200,9 +209,11 @@ def test_a_split_sets_validation_clips_aside(job, monkeypatch):
 # How it is computed
 
 
-def test_accumulation_equals_a_larger_batch(job):
-    one = job(FULL, "args.train_iters=3", "deepspeed.train_micro_batch_size_per_gpu=4", save="one").folder
-    two = job(FULL, "args.train_iters=3", "deepspeed.gradient_accumulation_steps=2", save="two").folder
+@pytest.mark.parametrize(("name", "more"), [(FULL, []), (LORA, [f"{DROPOUT}=0.5"])])
+def test_accumulation_equals_a_larger_batch(job, name, more):
+    three = ["args.train_iters=3", *more]
+    one = job(name, *three, "deepspeed.train_micro_batch_size_per_gpu=4", save="one").folder
+    two = job(name, *three, "deepspeed.gradient_accumulation_steps=2", save="two").folder
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert largest_difference(weights(two), weights(one)) <= 1e-5
     norms = [[line["grad_norm"] for line in read_metrics(run / "metrics.jsonl")] for run in (one, two)]

@@ -169,11 +169,21 @@ def test_weights_that_are_gone_are_said(caplog, tmp_path):
         point.require_weights()
 
 
-def test_the_number_of_ranks_matters_only_for_sharded_state():
-    POINT.check(dataclasses.replace(POINT, world_size=1))
-    sharded = dataclasses.replace(POINT, zero_stage=2)
-    with pytest.raises(ConfigError, match="written with world size 2, and now it is 1"):
-        sharded.check(dataclasses.replace(sharded, world_size=1))
+@pytest.mark.parametrize(
+    ("stage", "change", "same"),
+    [
+        (0, {"world_size": 1}, True),
+        (2, {"world_size": 1}, False),
+        (2, {"order": 1.0}, False),
+        (0, {"tensor": 2}, False),
+        (3, {}, True),
+    ],
+)
+def test_a_state_is_divided_again_where_ranks_hold_other_parts(stage, change, same):
+    point = dataclasses.replace(POINT, zero_stage=stage, order=0.0)
+    now = dataclasses.replace(point, **change)
+    point.check(now)
+    assert point.is_divided_like(now) is same
 
 
 def start(training_yaml, folder: Path, *overrides):
@@ -214,12 +224,14 @@ def test_weights_newer_than_the_state_are_replaced(training_yaml, tmp_path):
     assert read_tensors(find_weights(run / "2")).keys() == read_tensors(find_weights(run)).keys()
 
 
-def test_another_order_of_the_state_is_refused(training_yaml, tmp_path):
+def test_a_state_in_another_order_is_put_into_that_of_the_run(training_yaml, tmp_path):
     stage = ["deepspeed.zero_optimization.stage=2", "args.train_iters=2"]
-    start(training_yaml, tmp_path, *stage, "args.exit_interval=1")
-    with pytest.raises(ConfigError, match=r"round_robin_gradients.*order 0\.0, and now it is 1\.0"):
-        more = "deepspeed.zero_optimization.round_robin_gradients=true"
-        start(training_yaml, tmp_path, *stage, "args.resume=auto", more)
+    first = start(training_yaml, tmp_path, *stage, "args.exit_interval=1").folder
+    straight = shutil.copytree(first, tmp_path / "copy" / first.name)
+    start(training_yaml, straight.parent, *stage, "args.resume=auto")
+    start(training_yaml, tmp_path, *stage, "args.resume=auto", "deepspeed.zero_optimization.round_robin_gradients=true")
+    found, expected = (read_tensors(find_weights(run)) for run in (first, straight))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_flips_in_a_state_are_found(training_yaml, tmp_path):
@@ -234,8 +246,10 @@ def test_flips_in_a_state_are_found(training_yaml, tmp_path):
         place = good.index(b'"samples": ') + 11 if path.suffix == ".json" else len(good) * 3 // 5
         flipped[place] ^= 0x01
         path.write_bytes(flipped)
+        other = "zero_pp" in path.name  # also where another division of the state is read
+        order = [f"deepspeed.zero_optimization.round_robin_gradients={str(other).lower()}"]
         with pytest.raises(InputError, match=rf"resume state cannot be.*{path.name}.*changed after"):
-            start(training_yaml, tmp_path, *stage, f"args.resume={run}")
+            start(training_yaml, tmp_path, *stage, *order, f"args.resume={run}")
         path.write_bytes(good)
 
 

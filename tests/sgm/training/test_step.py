@@ -10,7 +10,7 @@ from sgm.training.step import StepFlags, StopSignals
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_recorded_and_the_former_handler_restored(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
