@@ -1,4 +1,4 @@
-"""Export LoRA adapters of SAT checkpoints to diffusers, or merge them into the weights.
+"""Export LoRA adapters of SAT checkpoints to diffusers.
 
 The method and the names in SAT are described in sgm.weights.adapters. SAT adapts the fused query-key-value matrix by
 three pairs; diffusers adapts four modules by one pair each. Pairs map one to one, with equal values::
@@ -9,24 +9,22 @@ three pairs; diffusers adapts four modules by one pair each. Pairs map one to on
     transformer_blocks.<i>.attn1.to_out.0.lora_{A,B}.weight
 
 Names of the network are without the prefix ``model.diffusion_model.``. For the other direction see
-`sgm.conversion.lora_import`.
+`sgm.conversion.lora_import`, for merging `sgm.conversion.lora_merge`.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
+from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.adapters import adapter_pairs, find_base, is_adapter, layer_and_target, merge_adapters
+from sgm.weights.adapters import adapter_pairs, layer_and_target
 from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import WEIGHTS
 from sgm.weights.lazy import LazyTensor, Tensors
-from sgm.weights.lora.files import Lora, any_element, common_rank, network_of, read_lora
+from sgm.weights.lora.files import any_element, common_rank, read_lora, warn_without_effect
 from sgm.weights.lora.names import FILE, HEADER_KEY, TARGETS
 
 logger = get_logger(__name__)
@@ -104,7 +102,8 @@ def export_lora(
     prefix: str = default(key_prefix, STYLES[style])
     if prefix and not prefix.endswith("."):
         raise InputError(f"--key_prefix is '{prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
-    lora = _read(path, alpha)
+    lora = read_lora(path, alpha=alpha)
+    warn_without_effect(lora)
     tensors, metadata = adapters_to_diffusers(
         lora.tensors, alpha=lora.alpha, key_prefix=prefix, alphas=style == "comfyui"
     )
@@ -115,53 +114,3 @@ def export_lora(
         logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", prefix, KEY_PREFIX)
     logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)
     return Path(folder) / FILE
-
-
-def merge_lora(
-    path: str | Path,
-    folder: str | Path,
-    *,
-    base: str | Path | None = None,
-    alpha: float | None = None,
-    strength: float = 1.0,
-    file_format: Literal["pt", "safetensors"] = "pt",
-) -> Path:
-    """Write a checkpoint in the SAT layout with its adapters merged into the weights.
-
-    Args:
-        path: see `read_lora`.
-        folder: to create.
-        base: see `read_lora`.
-        alpha: see `read_lora`.
-        strength: factor of the adapters; 0 gives the network without them.
-        file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
-
-    Returns:
-        The weights file.
-
-    Raises:
-        InputError: the adapters or their base cannot be read, or the folder exists or cannot be written to.
-    """
-    if not math.isfinite(strength):
-        raise InputError(f"--strength is {strength}; give a number, 1 for the adapters as they were trained")
-    check_new_folder(folder)
-    lora = _read(path, alpha)
-    merged = merge_adapters(_with_network(lora, base), alpha=lora.alpha, strength=strength)
-    relative = Path("1") / f"{WEIGHTS}.{file_format}"
-    with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
-        write_network(temporary, 1, merged, file_format=file_format)
-    logger.info("%s: merged LoRA of rank %d, alpha %g, strength %g", lora.path, lora.rank, lora.alpha, strength)
-    return Path(folder) / relative
-
-
-def _read(path: str | Path, alpha: float | None) -> Lora:
-    lora = read_lora(path, alpha=alpha)
-    if not lora.has_effect():
-        logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", lora.path)
-    return lora
-
-
-def _with_network(lora: Lora, base: str | Path | None) -> Tensors:
-    """Return the network that has the adapters of a checkpoint; those of its base are replaced by them."""
-    file = default(find_base(lora.path, base, option="--base_ckpt "), lora.path)
-    return {name: tensor for name, tensor in network_of(file).items() if not is_adapter(name)} | dict(lora.tensors)

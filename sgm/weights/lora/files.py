@@ -55,7 +55,7 @@ def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str =
     Raises:
         InputError: as `read_lora` and `sgm.weights.lora.foreign.read_diffusers_lora`.
     """
-    if _is_sat(find_any_lora(path)):
+    if is_sat(find_any_lora(path)):
         return read_lora(path, alpha=alpha, option=option)
     other = read_diffusers_lora(path, alpha=alpha, option=option)
     return Lora(path=other.path, rank=other.rank, alpha=other.alpha, tensors=other.tensors)
@@ -72,7 +72,8 @@ def find_any_lora(path: str | Path) -> Path:
     return find_weights(folder) if sat else find_lora(folder)
 
 
-def _is_sat(file: Path) -> bool:
+def is_sat(file: Path) -> bool:
+    """Whether a file has names of SAT."""
     return any(is_adapter(name) or name.startswith(PREFIX) for name in read_tensors(file))
 
 
@@ -132,6 +133,12 @@ def _alpha(lora: Lora, given: float | None, option: str) -> float:
     if given is not None and given != info.alpha:
         raise InputError(f"{option} is {given:g}, but {file} records alpha {info.alpha:g}; leave {option} out")
     return info.alpha
+
+
+def warn_without_effect(lora: Lora) -> None:
+    """Log a warning if every B is zero."""
+    if not lora.has_effect():
+        logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", lora.path)
 
 
 def common_rank(pairs: Mapping[str, list[Pair]], source: str) -> int:

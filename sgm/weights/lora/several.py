@@ -116,6 +116,16 @@ class LoraStack:
             for kind in "AB"
         }
 
+    def scaled(self) -> dict[str, LazyTensor]:
+        """Return the matrices as in `tensors`, with the factors of the first step in B."""
+        result = self.tensors()
+        for layer, factors in zip(self.layers, self.factors(0.0), strict=True):
+            if bool((factors == 1).all()):
+                continue
+            for name in (sat_name(layer, part, "B") for part in PARTS):
+                result[name] = LazyTensor((result[name], factors), _columns)
+        return result
+
     def _joined(self, layer: int, part: str, kind: str) -> LazyTensor:
         name, dim = sat_name(layer, part, kind), 0 if kind == "A" else 1
         found = [(member.lora.tensors.get(name), member.lora.rank) for member in self.members]
@@ -133,6 +143,10 @@ class LoraStack:
                 f"{lora.path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} of {len(member.strengths)} "
                 f"layers; strength {strength}{f', of the steps {steps}' if steps else ''}"
             )
+
+
+def _columns(b: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return b.float() * factors
 
 
 def _cat(dim: int, *tensors: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.conversion.diffusers.verify import peer_rope
-from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora, merge_lora
+from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora
+from sgm.conversion.lora_merge import merge_loras
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo, is_adapter, merge_adapters
 from sgm.weights.checkpoint import load_network, save_network
@@ -95,6 +96,10 @@ def load_into_diffusers(network, folder):
         warnings.simplefilter("error", RuntimeWarning)
         pipe.load_lora_weights(str(folder))
     return pipe.transformer
+
+
+def merge_lora(path, folder, *, strength=1.0, **options):
+    return merge_loras([path], folder, strengths=[strength], **options)
 
 
 def header(file):
