@@ -110,14 +110,10 @@ def _projections(tensors: Mapping[str, object]) -> dict[str, int]:
 def _require_same_shapes(before: Source, after: Source) -> None:
     """Refuse models of different architectures; a patch projection may have two shapes."""
     for name in sorted((before.tensors.keys() | after.tensors.keys()) - {*UNUSED_TABLES}):
-        sizes = [math.prod(each.tensors[name].shape) if name in each.tensors else 0 for each in (before, after)]
-        if sizes[0] != sizes[1]:
-            said = [
-                f"{s.path} {tuple(s.tensors[name].shape) if name in s.tensors else 'none'}" for s in (before, after)
-            ]
-            raise InputError(
-                f"the models differ in more than values: {name} of {' and '.join(said)}; give two of a kind"
-            )
+        shapes = [tuple(each.tensors[name].shape) if name in each.tensors else None for each in (before, after)]
+        if None in shapes or math.prod(shapes[0] or ()) != math.prod(shapes[1] or ()):
+            said = " and ".join(f"{s.path} {shape or 'none'}" for s, shape in zip((before, after), shapes, strict=True))
+            raise InputError(f"the models differ in more than values: {name} of {said}; give two of one architecture")
 
 
 def _difference(before: Source, after: Source, name: str) -> torch.Tensor:
