@@ -181,7 +181,7 @@ def test_the_example_of_conversion_runs(tmp_path):
         printed += done.stdout
     assert "transformer: largest difference" in printed
     made = {path.name for path in (tmp_path / "example").iterdir()}
-    assert made == {"runs", "lora", "toy", "circle.mp4", "circle.json", "merged", "back", "sat"}
+    assert made == {"runs", "lora", "toy", "circle.mp4", "circle.json", "merged", "extracted", "back", "sat"}
 
 
 # Commands that are checked without running them

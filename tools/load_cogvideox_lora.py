@@ -66,8 +66,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     Raises:
         InputError: something is wrong with it.
     """
-    from sgm.conversion.lora_import import find_lora
     from sgm.util import default
+    from sgm.weights.lora.foreign import find_lora
 
     for name in ("diffusers", "peft", "accelerate"):
         try:

@@ -19,6 +19,7 @@ from sgm.distributed import device
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
 from sgm.weights.adapters import with_adapters
+from sgm.weights.lora.several import with_loras
 
 ROOM = 0.9  # of a card
 
@@ -115,7 +116,7 @@ def config_with(config: Config, settings: Sequence[str] = ()) -> Config:
     """
     loaded = load_config(config.bases, [*config.overrides, *settings], mode=config.mode) if settings else config
     try:
-        return with_adapters(loaded)
+        return with_loras(with_adapters(loaded))
     except InputError:  # the weights are not there yet
         return loaded
 

@@ -25,6 +25,7 @@ from sgm.parallel.attention import require_attention
 from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.files import find_weights
+from sgm.weights.lora.several import stack_of
 from sgm.weights.match import match_autoencoder, match_network
 from sgm.weights.quantize import require_usable
 
@@ -374,7 +375,9 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
     if part == "network_config":
         _check_blocks(config, built)
     if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
-        match_network(built, args.load, base=args.base, allow_missing_adapters=args.force_inference)
+        stack = stack_of(config)
+        adapters = None if stack is None else stack.tensors()
+        match_network(built, args.load, base=args.base, adapters=adapters, allow_missing_adapters=args.force_inference)
     elif part == "first_stage_config":
         _check_memory_savers(config, built)
         if Path(str(built.ckpt_path)).is_file():
@@ -413,7 +416,8 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
     steps, most = geometry.size_steps, geometry.max_size
     legal_sizes = f"height multiples of {steps[0]} up to {most[0]}, width multiples of {steps[1]} up to {most[1]}"
     info = read_adapter_info(args.load) if args.load else None
-    lora = {}
+    stack = stack_of(config)
+    lora = {} if stack is None else {f"LoRA {number}": row for number, row in enumerate(stack.rows())}
     if info is not None:
         layers = f"{len(info.layers)} of {network['num_layers']} layers"
         lora["LoRA"] = f"rank {info.rank}, alpha {info.alpha:g}, {layers}; trained on {default(args.base, info.base)}"

@@ -10,15 +10,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from sgm.config.refused import REFUSED
-from sgm.config.values import AtLeast0, AtLeast1, Name, Share, Width, spelled
+from sgm.config.values import AtLeast0, AtLeast1, Name, Positive, Share, Width, spelled
 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
 _Batch = Annotated[int, Field(ge=1, le=10_000)]
 _Workers = Annotated[int, Field(ge=0, le=1024)]
+_Strength = Annotated[float, Field(ge=-100, le=100)]
+
+
+class LoraArgs(BaseModel):
+    """An entry of ``args.loras``; docs/adapters.md explains its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Name
+    strength: _Strength | dict[str, _Strength] = 1.0
+    schedule: Annotated[tuple[tuple[Share, _Strength], ...], Field(min_length=1)] | None = None
+    alpha: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,7 @@ class SamplingArgs:
     mode: Literal["inference", "finetune", "pretrain"] = "inference"
     load: Name | None = None
     base: Name | None = None
+    loras: tuple[LoraArgs, ...] = ()
     force_inference: bool = False
     # Prompts
     prompt: Name | None = None
@@ -119,6 +132,9 @@ class SamplingArgs:
         if self.attention not in (None, "auto") and self.sequence_attention == "ring":
             found = f"is {self.attention}, and sequence_attention=ring has kernels of its own"
             yield "attention", found, "remove it, or set args.sequence_attention=ulysses"
+        if self.step_cache is not None and any(entry.schedule for entry in self.loras):
+            found = f"is {self.step_cache}, which does not notice that adapters change, and loras have a schedule"
+            yield "step_cache", found, "remove it, or every schedule"
         if self.weights is not None and self.model_parallel_size > 1:
             found = f"is {self.weights}, and model_parallel_size {self.model_parallel_size}: layers are stored whole"
             cure = "remove args.weights, or share a sample by sequence_parallel_size and cfg_parallel_size instead"
@@ -224,6 +240,9 @@ class TrainingArgs(SamplingArgs):
         if self.memory is not None:
             cure = "remove it, and add the settings that --check --card says, or a file of configs/memory"
             yield "memory", f"is {self.memory}, which chooses settings of sampling", cure
+        if self.loras:
+            cure = "remove it; to train on top of adapters, merge them first: tools/merge_lora_weight.py"
+            yield "loras", "is given, and is for sampling", cure
         for name in ("prompt", "image"):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"

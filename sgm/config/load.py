@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel
 
 from sgm.config.args import MEMORY_ARGS, TRAINING_ARGS, EncodingArgs, SamplingArgs, TrainingArgs
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
@@ -200,9 +201,9 @@ def _check_args(section: Mapping[str, Any], merged: Merged, mode: Mode) -> Sampl
     section = _one_precision(section, merged)
     own = {name: _listed(value, hints.get(name, Any)) for name, value in section.items() if name not in unused}
     check_params(cls, own, ("args",), merged)
-    wrong = {problem.path for problem in merged.problems}
+    wrong = {".".join(problem.path.split(".")[:2]) for problem in merged.problems}
     values = {name: value for name, value in own.items() if name in hints and f"args.{name}" not in wrong}
-    typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    typed = {name: _typed(value, hints[name]) for name, value in values.items()}
     args = cls(**typed)
     for name, found, cure in args.problems():
         if f"args.{name}" not in wrong:  # otherwise the problem would be about the default
@@ -233,6 +234,14 @@ def _odd_values(model: Mapping[str, Any], args: SamplingArgs) -> Iterator[str]:
             yield f"{path} is 1, so every caption is dropped; usual is 0.1"
     if args.warmup == 1:
         yield "args.warmup is 1, a share: the learning rate rises during the whole run; 2 and more are iterations"
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return a checked value in the type of its key: a tuple for a list, and objects for mappings in it."""
+    entry_type = next(iter(typing.get_args(hint)), None)
+    if isinstance(entry_type, type) and issubclass(entry_type, BaseModel):
+        return tuple(entry_type.model_validate_json(json.dumps(entry)) for entry in value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _one_precision(section: Mapping[str, Any], merged: Merged) -> Mapping[str, Any]:

@@ -50,7 +50,8 @@ def check_params(
         return
     ignored: Mapping[str, str] = getattr(cls, "IGNORED_PARAMS", {})
     refused = {**refused_by(cls), **REFUSED.get(dotted(path), {})}
-    owner = str(path[-1]) if _is_model(cls) or len(path) == 1 else getattr(cls, "__name__", str(cls))
+    named = [str(key) for key in path if isinstance(key, str)]
+    owner = named[-1] if _is_model(cls) or len(path) == 1 else getattr(cls, "__name__", str(cls))
     for name, value in params.items():
         place = (*path, name)
         if name in ignored:
@@ -154,6 +155,9 @@ def _check_refused(entry: Refused, value: Any, place: KeyPath, merged: Merged) -
 
 def _check_value(cls: Callable[..., Any], name: str, value: Any, hint: Any, place: KeyPath, merged: Merged) -> None:
     model = next(filter(_is_model, (hint, *typing.get_args(hint))), None)
+    if model is not None and typing.get_origin(hint) is tuple:
+        _check_entries(model, value, place, merged)
+        return
     inner = getattr(cls, "SECTION_TYPES", {}).get(name, model)
     if inner is not None and isinstance(value, Mapping):
         check_params(inner, value, place, merged)
@@ -164,6 +168,18 @@ def _check_value(cls: Callable[..., Any], name: str, value: Any, hint: Any, plac
     if isinstance(value, list):
         keys = getattr(cls, "ENTRY_KEYS", None) or getattr(inspect.getmodule(cls), "ENTRY_KEYS", keys)
     check_sections(value, place, merged, expected=name.endswith("_config"), keys=keys)
+
+
+def _check_entries(model: Any, value: Any, place: KeyPath, merged: Merged) -> None:
+    """Check a list of mappings, which `model` describes."""
+    if problem := misfit(value, list):
+        merged.add(place, problem[0], f"{problem[1]}, each entry a mapping (indented keys)")
+        return
+    for index, entry in enumerate(value):
+        if problem := misfit(entry, dict):
+            merged.add((*place, index), *problem)
+        else:
+            check_params(model, entry, (*place, index), merged)
 
 
 def _warn_untaken(cls: Callable[..., Any], params: Mapping[str, Any], path: KeyPath, merged: Merged) -> None:

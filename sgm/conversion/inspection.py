@@ -10,11 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sgm.conversion.diffusers.names import QKV_PARTS
 from sgm.conversion.diffusers.to_sat import read_json
-from sgm.conversion.lora import FILE as LORA_FILE
-from sgm.conversion.lora import HEADER_KEY
-from sgm.conversion.lora_names import LoraName, parse_lora_name
 from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size, refusing_denied
@@ -23,6 +19,8 @@ from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, 
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
+from sgm.weights.lora.names import FILE as LORA_FILE
+from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, parse_lora_name
 
 _MODELS = {
     "toy": "toy",

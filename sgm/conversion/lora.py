@@ -1,4 +1,4 @@
-"""Export LoRA adapters of SAT checkpoints to diffusers, or merge them into the weights.
+"""Export LoRA adapters of SAT checkpoints to diffusers.
 
 The method and the names in SAT are described in sgm.weights.adapters. SAT adapts the fused query-key-value matrix by
 three pairs; diffusers adapts four modules by one pair each. Pairs map one to one, with equal values::
@@ -9,94 +9,29 @@ three pairs; diffusers adapts four modules by one pair each. Pairs map one to on
     transformer_blocks.<i>.attn1.to_out.0.lora_{A,B}.weight
 
 Names of the network are without the prefix ``model.diffusion_model.``. For the other direction see
-`sgm.conversion.lora_import`.
+`sgm.conversion.lora_import`, for merging `sgm.conversion.lora_merge`.
 """
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sgm.conversion.diffusers.names import OUTPUT, QKV_PARTS
-from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
+from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.adapters import (
-    Pair,
-    adapter_pairs,
-    find_base,
-    is_adapter,
-    layer_and_target,
-    merge_adapters,
-    read_adapter_info,
-)
+from sgm.weights.adapters import adapter_pairs, layer_and_target
 from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_weights
-from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
-from sgm.weights.stored import require_floating
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lora.files import any_element, common_rank, read_lora, warn_without_effect
+from sgm.weights.lora.names import FILE, HEADER_KEY, TARGETS
 
 logger = get_logger(__name__)
 
-FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
-HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
 KEY_PREFIX = "transformer."  # prefix of names in diffusers pipelines
 Style = Literal["diffusers", "comfyui"]
 STYLES: dict[Style, str] = {"diffusers": KEY_PREFIX, "comfyui": "diffusion_model."}  # prefixes of names
-
-# Adapted projections of a SAT layer → modules of a diffusers block, one per pair, in order.
-TARGETS = {"attention.query_key_value": QKV_PARTS, "attention.dense": (OUTPUT,)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """LoRA adapters from a SAT checkpoint.
-
-    Attributes:
-        path: their file.
-        rank: r.
-        alpha: numerator of the scale.
-        tensors: the matrices, and the base network if requested; lazy.
-    """
-
-    path: Path
-    rank: int
-    alpha: float
-    tensors: Tensors
-
-
-def read_lora(
-    path: str | Path, *, base: str | Path | None = None, alpha: float | None = None, network: bool = True
-) -> Lora:
-    """Find the adapters in an adapters-only checkpoint or a whole network with LoRA.
-
-    Args:
-        path: as for :func:`sgm.weights.files.find_weights`.
-        base: likewise, for the base of an adapters-only file; None uses the recorded path.
-        alpha: for files without it (written by reference code).
-        network: whether to return the network too.
-
-    Raises:
-        InputError: LoRA is missing or incomplete, alpha is unknown or contradicts the file, or the base is missing or
-            has another digest.
-    """
-    file = find_weights(path)
-    tensors = _network_of(file)
-    matrices = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-    if not matrices:
-        raise InputError(f"{file} holds no LoRA matrices; give the folder or file that a LoRA training saved")
-    rank = _rank(adapter_pairs(matrices, str(file)), str(file))
-    alpha = _alpha(file, rank, matrices, alpha)
-    if not any(_any(tensor) for name, tensor in matrices.items() if ".matrix_B." in name):
-        logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", file)
-    if network:
-        base_file = find_base(file, base, option="--base_ckpt ")
-        if base_file is not None:  # adapters in the base are replaced by those of the file
-            tensors = {name: t for name, t in _network_of(base_file).items() if not is_adapter(name)} | matrices
-    return Lora(path=file, rank=rank, alpha=alpha, tensors=tensors if network else matrices)
 
 
 def adapters_to_diffusers(
@@ -119,13 +54,13 @@ def adapters_to_diffusers(
         InputError: matrices without a partner, with several LoRA ranks, or all zero.
     """
     pairs = adapter_pairs(tensors, "the checkpoint")
-    rank = _rank(pairs, "the checkpoint")
+    rank = common_rank(pairs, "the checkpoint")
     result: dict[str, LazyTensor] = {}
     modules = []
     for projection, own in pairs.items():
         layer, target = layer_and_target(projection)
         for part, pair in zip(TARGETS[target], own, strict=True):
-            if not any(_any(matrix) for matrix in pair):
+            if not any(any_element(matrix) for matrix in pair):
                 continue
             # Full names: short ones could match modules of other layers.
             modules.append(f"transformer_blocks.{layer}.{part}")
@@ -167,7 +102,8 @@ def export_lora(
     prefix: str = default(key_prefix, STYLES[style])
     if prefix and not prefix.endswith("."):
         raise InputError(f"--key_prefix is '{prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
-    lora = read_lora(path, alpha=alpha, network=False)
+    lora = read_lora(path, alpha=alpha)
+    warn_without_effect(lora)
     tensors, metadata = adapters_to_diffusers(
         lora.tensors, alpha=lora.alpha, key_prefix=prefix, alphas=style == "comfyui"
     )
@@ -178,86 +114,3 @@ def export_lora(
         logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", prefix, KEY_PREFIX)
     logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)
     return Path(folder) / FILE
-
-
-def merge_lora(
-    path: str | Path,
-    folder: str | Path,
-    *,
-    base: str | Path | None = None,
-    alpha: float | None = None,
-    strength: float = 1.0,
-    file_format: Literal["pt", "safetensors"] = "pt",
-) -> Path:
-    """Write a checkpoint in the SAT layout with its adapters merged into the weights.
-
-    Args:
-        path: see `read_lora`.
-        folder: to create.
-        base: see `read_lora`.
-        alpha: see `read_lora`.
-        strength: factor of the adapters; 0 gives the network without them.
-        file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
-
-    Returns:
-        The weights file.
-
-    Raises:
-        InputError: the adapters or their base cannot be read, or the folder exists or cannot be written to.
-    """
-    if not math.isfinite(strength):
-        raise InputError(f"--strength is {strength}; give a number, 1 for the adapters as they were trained")
-    check_new_folder(folder)
-    lora = read_lora(path, base=base, alpha=alpha)
-    merged = merge_adapters(lora.tensors, alpha=lora.alpha, strength=strength)
-    relative = Path("1") / f"{WEIGHTS}.{file_format}"
-    with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
-        write_network(temporary, 1, merged, file_format=file_format)
-    logger.info("%s: merged LoRA of rank %d, alpha %g, strength %g", lora.path, lora.rank, lora.alpha, strength)
-    return Path(folder) / relative
-
-
-def _network_of(file: Path) -> Tensors:
-    """Return the tensors of the network in a file, by names without prefix."""
-    content = read_weights(file)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
-    if not tensors:
-        raise InputError(
-            f"{file} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; give a checkpoint in the SAT "
-            "layout (docs/checkpoints.md)"
-        )
-    require_floating(tensors)
-    if len(tensors) < len(content):
-        logger.info("left out %d tensors of other parts in %s", len(content) - len(tensors), file)
-    return tensors
-
-
-def _alpha(file: Path, rank: int, matrices: Tensors, given: float | None) -> float:
-    """Return the alpha recorded in a file, or the user's."""
-    if given is not None and not (math.isfinite(given) and given > 0):
-        raise InputError(f"--alpha is {given}; give the lora_alpha of the training YAML, a number above 0")
-    info = read_adapter_info(file)
-    if info is None:
-        if given is None:
-            raise InputError(
-                f"{file} does not say the alpha of its LoRA of rank {rank}; give it with --alpha: the lora_alpha of "
-                "the training YAML, which is 1 where that has none, as in the reference's configurations"
-            )
-        return given
-    if problem := info.mismatch(matrices):
-        raise InputError(f"{file}: {problem}; save the adapters anew")
-    if given is not None and given != info.alpha:
-        raise InputError(f"--alpha is {given:g}, but {file} records alpha {info.alpha:g}; leave --alpha out")
-    return info.alpha
-
-
-def _rank(pairs: Mapping[str, list[Pair]], source: str) -> int:
-    ranks = {size for own in pairs.values() for a, b in own for size in (a.shape[0], b.shape[-1])}
-    if len(ranks) != 1:
-        raise InputError(f"the LoRA matrices in {source} have the ranks {sorted(ranks)}, expected one of them")
-    return ranks.pop()
-
-
-def _any(tensor: AnyTensor) -> bool:
-    """Whether any element is nonzero."""
-    return bool(compute(tensor).any())

@@ -22,6 +22,7 @@ from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import with_adapters
+from sgm.weights.lora.several import with_loras
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Prepared:
     findings, prompts, problems = "", None, []
     source = "args.input_file" if config.args.prompt is None else "args.prompt"
     try:
-        config = with_adapters(config)
+        config = with_loras(with_adapters(config))
         findings = dry_run(config)
         problems += _mesh_problems(config)
     except ConfigError as error:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.weights.files import find_weights
+from sgm.weights.lora.files import find_any_lora
 
 # The arguments that change a sample.
 RESULT_ARGS = (
@@ -20,7 +22,7 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
+    "loras weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
 ).split()
 
 
@@ -75,7 +77,7 @@ def later_settings(args: SamplingArgs) -> dict[str, Any]:
     """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
     return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value is not None
+        name: to_jsonable_python(value, exclude_none=True) for name, value in given.items() if value not in (None, ())
     }
 
 
@@ -85,4 +87,6 @@ def result_digest(config: Config) -> str:
     args |= later_settings(config.args)
     assert config.args.load is not None, "the dry run refuses a run without weights"
     args["load"] = str(find_weights(config.args.load).resolve())  # 'latest' may change
+    if config.args.loras:
+        args["lora_files"] = [str(find_any_lora(entry.path).resolve()) for entry in config.args.loras]
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()

@@ -41,6 +41,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.parallel.attention import attention_named
 from sgm.util import RunError, default, instantiate_from_config, peak_memory
+from sgm.weights.lora.several import stack_of
 from sgm.weights.offload import Offload
 
 logger = get_logger(__name__)
@@ -199,9 +200,11 @@ class SamplingRun:
         args = self.args
         assert args.load is not None, "the dry run refuses a run without weights"
         waits = args.network_offload != "none"
+        stack = stack_of(self.config)
         report = self.engine.load_weights(
             args.load,
             base=args.base,
+            loras=stack,
             dtype=self.dtype,
             device=torch.device("cpu") if waits else self.device,
             storage=args.weights,
@@ -210,6 +213,8 @@ class SamplingRun:
             generator=torch.Generator().manual_seed(args.seed),
         )
         logger.info("%s", report)
+        for row in () if stack is None else stack.rows():
+            logger.info("LoRA of %s", row)
         warn_once(logger, report.warnings)
         if self.plan.image2video or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))

@@ -19,9 +19,11 @@ from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
+from sgm.modules.lora import scale_adapters
 from sgm.modules.step_cache import DEFAULT_THRESHOLDS, StepCache
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
+from sgm.weights.lora.several import LoraStack
 from sgm.weights.quantize import Storage
 
 logger = get_logger(__name__)
@@ -141,6 +143,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.lora_train = lora_train
         self.ofs = ofs
         self.step_cache: StepCache | None = None  # of the network, for sampling
+        self.loras: LoraStack | None = None  # whose strengths the adapters of the network get, for sampling
         self.run_device: torch.device | None = None  # set if parameters are offloaded between forward passes
 
     @property
@@ -185,17 +188,19 @@ class SATVideoDiffusionEngine(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         base: str | None = None,
+        loras: LoraStack | None = None,
         allow_missing_adapters: bool = True,
         allow_missing: bool = False,
         generator: torch.Generator | None = None,
         storage: Storage | None = None,
         storage_device: torch.device | None = None,
     ) -> LoadReport:
-        """Load the network from a checkpoint, see `sgm.weights.checkpoint.load_network`."""
+        """Load the network from a checkpoint, see `sgm.weights.checkpoint.load_network`; its adapters from `loras`."""
         report = load_network(
             self.network,
             load,
             base=base,
+            adapters=None if loras is None else loras.tensors(),
             dtype=dtype,
             device=device,
             allow_missing_adapters=allow_missing_adapters,
@@ -205,6 +210,7 @@ class SATVideoDiffusionEngine(nn.Module):
             storage_device=storage_device,
         )
         self.network.eval()
+        self.loras = loras
         return report
 
     def load_first_stage(self, *, dtype: torch.dtype, device: torch.device) -> LoadReport:
@@ -433,7 +439,10 @@ class SATVideoDiffusionEngine(nn.Module):
             cond["concat"] = concat
             if uncond is not None:
                 uncond["concat"] = concat
-        optional = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
+        optional: dict[str, Any] = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
+        if self.loras is not None:
+            self._set_strengths(0.0)
+            optional |= {"before_step": self._set_strengths} if self.loras.changes else {}
         cache = self.step_cache
         with nullcontext() if cache is None else cache.sampling(default(num_steps, self.sampler.num_steps), len(noise)):
             latents = self.sampler(
@@ -449,6 +458,11 @@ class SATVideoDiffusionEngine(nn.Module):
                 **self.network_kwargs(len(noise), noise.device),
             )
         return latents[:, padding:]
+
+    def _set_strengths(self, share: float) -> None:
+        """Set the strengths of the network's adapters at a share of the steps."""
+        assert self.loras is not None
+        scale_adapters(self.network, self.loras.layers, self.loras.factors(share), self.device)
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
         return self.denoiser(self.model, x, levels, cond, **kwargs)

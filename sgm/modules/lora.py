@@ -71,22 +71,30 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 class Adapter(LoraLinear):
-    """SAT's layer with another forward pass.
+    """SAT's layer with another forward pass, and a factor for each row of A.
 
     Attributes:
         dropout: of all layers.
         number: of this layer; a tensor, so that all blocks are compiled as one.
+        factors: (P·r,); None: all are 1.
+        is_off: all factors are 0.
     """
 
     dropout: Dropout
     number: torch.Tensor
+    factors: torch.Tensor | None = None
+    is_off = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         out = self.original(x)
+        if self.is_off:
+            return out
         low = F.linear(self._dropped(x), torch.cat(tuple(self.matrix_A)))
         if (group := sgm.distributed.layer_groups()) is not None:  # shards: inputs are shared, or outputs are summed
             is_row = isinstance(self.original, RowParallelLinear)
             low = (group.reduce_from_model_parallel_region if is_row else group.copy_to_model_parallel_region)(low)
+        if self.factors is not None:
+            low = (low * self.factors).to(low.dtype)  # the product in float32
         if torch.compiler.is_compiling():
             parts = zip(low.chunk(len(self.matrix_B), -1), self.matrix_B, strict=True)
             return out + self.scaling * torch.cat([F.linear(part, matrix) for part, matrix in parts], -1)
@@ -115,6 +123,24 @@ def use_adapters(network: nn.Module) -> Dropout:
             adapter.dropout = dropout
             dropout.adapters.append(adapter)
     return dropout
+
+
+def scale_adapters(network: Any, layers: Sequence[int], factors: torch.Tensor, device: torch.device) -> None:
+    """Multiply what each row of A adds, in inference: Σ fₖ·bₖ·aₖᵀ for the columns b of B and the rows a of A.
+
+    Args:
+        network: with adapters.
+        layers: that have them.
+        factors: (number of layers, r) on the CPU.
+        device: on which the network runs.
+    """
+    off = (factors == 0).all(dim=1).tolist()
+    given = None if bool((factors == 1).all()) else factors.to(device)
+    for row, (layer, is_off) in enumerate(zip(layers, off, strict=True)):
+        attention = network.transformer.layers[layer].attention
+        for adapter in (attention.query_key_value, attention.dense):
+            adapter.is_off = is_off
+            adapter.factors = None if given is None else given[row].repeat(len(adapter.matrix_B))
 
 
 class _AddProducts(torch.autograd.Function):

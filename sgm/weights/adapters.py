@@ -14,6 +14,7 @@ for each third of its rows, and the projection after the attention by one::
 | sharded over ranks | sgm.parallel.tensor.shard_adapters |
 | saved alone, with an `AdapterInfo` | sgm.weights.checkpoint.save_network |
 | loaded on their base (`find_base`) | sgm.weights.checkpoint.load_network |
+| several at once, with strengths | sgm.weights.lora.several, `scale_adapters` of sgm.modules.lora |
 | merged into the weights | `merge_adapters` |
 | exported to and imported from diffusers | sgm.conversion.lora, sgm.conversion.lora_import |
 

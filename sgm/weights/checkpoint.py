@@ -25,7 +25,7 @@ from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_mat
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
-from sgm.weights.lazy import AnyTensor, compute
+from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
 from sgm.weights.quantize import Storage, linear_layers, store, stored_text
@@ -74,6 +74,7 @@ def load_network(
     path: str | Path,
     *,
     base: str | Path | None = None,
+    adapters: Tensors | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     allow_missing_adapters: bool = True,
@@ -97,6 +98,7 @@ def load_network(
         network: has the parameter names of the SAT checkpoint format.
         path: as for :func:`sgm.weights.files.find_weights`.
         base: likewise, for the base of adapters; None uses the path recorded in their file.
+        adapters: the matrices of the network's adapters, which the files then lack; see `sgm.weights.lora.several`.
         dtype: of floating-point tensors; None keeps that of each parameter.
         device: of the parameters; None keeps that of each.
         allow_missing_adapters: accept a file without LoRA for a network with LoRA.
@@ -112,7 +114,12 @@ def load_network(
     """
     smaller = {} if storage is None else _layers_to_store(network)
     match = match_network(
-        network, path, base=base, allow_missing_adapters=allow_missing_adapters, allow_missing=allow_missing
+        network,
+        path,
+        base=base,
+        adapters=adapters,
+        allow_missing_adapters=allow_missing_adapters,
+        allow_missing=allow_missing,
     )
     empty = [name for name in match.missing if match.targets[name].is_meta]
     if empty:

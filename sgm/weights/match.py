@@ -17,7 +17,7 @@ from sgm.util import InputError
 from sgm.weights.adapters import WRAPPED, find_base, is_adapter, read_adapter_info
 from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
 from sgm.weights.files import PREFIX, find_weights, read_weights
-from sgm.weights.lazy import LazyTensor
+from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
 from sgm.weights.stored import StoredTensor, require_floating
 
@@ -59,6 +59,7 @@ def match_network(
     path: str | Path,
     *,
     base: str | Path | None = None,
+    adapters: Tensors | None = None,
     allow_missing_adapters: bool = True,
     allow_missing: bool = False,
 ) -> Match:
@@ -75,11 +76,12 @@ def match_network(
     shapes = {name: unsharded_shape(name, tensor.shape, shard.size) for name, tensor in targets.items()}
     base = find_base(path, base)
     tensors, dropped = _read_network(path, base, shapes)
-    tensors = _of_kind(tensors, targets)
+    given = {name: LazyTensor((tensor,)) for name, tensor in (adapters or {}).items()}
+    tensors = _of_kind(tensors | given, targets)
     source = str(path) if base is None else f"{path} on the base {base}"
-    adapters = {name for name in shapes if is_adapter(name)}
+    all_adapters = {name for name in shapes if is_adapter(name)}
     # Adapters must be all present or all new; only some present means another layer_range.
-    new_adapters = set() if adapters & tensors.keys() else adapters
+    new_adapters = set() if all_adapters & tensors.keys() else all_adapters
     if new_adapters and not allow_missing_adapters:
         raise InputError(
             f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it, or "

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import sgm.io
 from sgm.config.load import load_config
-from sgm.conversion import lora_import
 from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.writing import check_new_folder, new_folder
@@ -29,6 +28,7 @@ from sgm.training import bad_clips
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import header_checksums
 from sgm.weights.files import read_entry, read_file
+from sgm.weights.lora import foreign
 from tools import load_cogvideox_lora
 
 
@@ -189,7 +189,7 @@ def _header(path: Path) -> object:
 
 def _peft(path: Path) -> object:
     save_file({"a": torch.zeros(1)}, path.with_name("lora.safetensors"))
-    return list(lora_import._configs(path.with_name("lora.safetensors")))
+    return list(foreign._configs(path.with_name("lora.safetensors")))
 
 
 READERS = {

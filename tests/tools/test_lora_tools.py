@@ -21,11 +21,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import export_sat_lora_weight  # noqa: E402
+import extract_lora  # noqa: E402
 import import_hf_lora_weight  # noqa: E402
 import load_cogvideox_lora  # noqa: E402
 import merge_lora_weight  # noqa: E402
 
-TOOLS = [export_sat_lora_weight, import_hf_lora_weight, merge_lora_weight, load_cogvideox_lora]
+TOOLS = [export_sat_lora_weight, extract_lora, import_hf_lora_weight, merge_lora_weight, load_cogvideox_lora]
 
 
 @pytest.fixture
@@ -125,9 +126,22 @@ def test_merging(run_folder, golden, tmp_path, file_format, capsys):
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + delta, rtol=0, atol=1e-6)
 
 
+def test_several_are_merged_and_extracted_again(run_folder, golden, tmp_path, capsys):
+    words = ["--sat_pt_path", str(run_folder), str(run_folder), "--output_path"]
+    assert merge_lora_weight.main([*words, str(tmp_path / "out"), "--strength", "0.5", "0.25"]) == 0
+    base = str(golden / "dit_t2v_2b" / "transformer")
+    given = ["--base_ckpt", base, "--tuned_ckpt", str(tmp_path / "out"), "--rank", "4", "--output_path"]
+    assert extract_lora.main([*given, str(tmp_path / "lora")]) == 0
+    assert "it holds 100.00% of the difference" in capsys.readouterr().out
+    for result, more in (("sum", ["--rank", "4"]), ("average", ["--ema_decay", "0.5"])):
+        assert merge_lora_weight.main([*words, str(tmp_path / result), "--result", result, *more]) == 0
+
+
 @pytest.mark.parametrize(
     ("tool", "words", "said"),
     [
+        (merge_lora_weight, ["--rank", "4"], "--rank has no effect with --result network; give --result sum"),
+        (merge_lora_weight, ["--result", "average", "--ema_decay", "2"], "--ema_decay is 2.0; give a number between"),
         (export_sat_lora_weight, ["--alpha", "3"], "--alpha is 3, but"),
         (export_sat_lora_weight, ["--key_prefix", "x"], "end it with a dot"),
         (merge_lora_weight, ["--alpha", "3"], "--alpha is 3, but"),

@@ -136,6 +136,8 @@ def pipeline_of(
     Raises:
         InputError: files are missing, damaged or do not fit, or diffusers has no such model.
     """
+    if config.args.loras:
+        raise InputError("args.loras is for sampling; merge them first (tools/merge_lora_weight.py), or remove it")
     config = with_adapters(config)
     parts: list[Part] = []
     kept = None

@@ -18,10 +18,9 @@ from sgm.util import InputError
 from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lora.names import OUTPUT, QKV_PARTS
 from sgm.weights.match import UNUSED_TABLES
 
-QKV_PARTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-OUTPUT = "attn1.to_out.0"
 QKV, MODULATION = "transformer.layers.{}.attention.query_key_value", "mixins.adaln_layer.adaLN_modulations.{}.1"
 _BLOCK = "transformer_blocks.{}."
 # SAT modules → diffusers modules; {} is the layer.

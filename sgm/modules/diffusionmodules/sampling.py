@@ -105,6 +105,7 @@ class VideoSampler(ABC):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generators: Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
+        before_step: Callable[[float], object] | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Sample.
@@ -121,6 +122,7 @@ class VideoSampler(ABC):
                 of it only the conditional branch is computed.
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
             progress: wraps the sequence of step numbers, as tqdm does.
+            before_step: called with the share of the steps that are done, before each.
             **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
 
         Returns:
@@ -134,6 +136,8 @@ class VideoSampler(ABC):
         levels, steps = schedule.alphas_cumprod_sqrt, range(len(schedule.timesteps))
         sample, previous = x.float(), None
         for i in progress(steps) if progress is not None and self.verbose else steps:
+            if before_step is not None:
+                before_step(i / len(steps))
             guided = guidance_interval[0] <= i / len(steps) < guidance_interval[1]
             guider = self.guider if guided else IdentityGuider()
             inputs, both = guider.prepare_inputs(sample, cond, uc)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
+from sgm.config.args import TRAINING_ARGS, LoraArgs, SamplingArgs, TrainingArgs, names_of
 from sgm.config.refused import REFUSED
 
 
@@ -43,6 +43,7 @@ def test_a_complete_section_has_no_problems():
     [
         ({"load": None}, "load", "args.mode=pretrain"),
         ({"prompt": "a"}, "prompt", "args.valid_prompts=["),
+        ({"loras": (LoraArgs(path="x"),)}, "loras", "merge them first"),
         ({"train_iters": None}, "train_iters", "args.epochs=10"),
         ({"epochs": 3}, "epochs", "keep one"),
         ({"train_data": ()}, "train_data", "args.train_data=["),
@@ -74,6 +75,12 @@ def test_contradicting_args_are_refused(args, name, cure):
     found = problems(**args)
     assert [*found] == [name]
     assert cure in found[name]
+
+
+def test_adapters_that_change_with_the_step_and_skipped_blocks_exclude_each_other():
+    lora = LoraArgs(path="x", schedule=((0.0, 1.0), (1.0, 0.0)))
+    (found,) = SamplingArgs(loras=(lora,), step_cache="first_block", prompt="x").problems()
+    assert found[0] == "step_cache" and "does not notice" in found[1]
 
 
 def test_evaluation_takes_valid_data_or_a_share_of_the_training_data():

@@ -1,6 +1,7 @@
 """Configurations of sampling runs, and what all have in common."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -217,3 +218,24 @@ def test_errors_are_input_errors():
     with pytest.raises(InputError) as caught:
         toy("args.seed=x")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("loras", "said"),
+    [
+        ("5", "args.loras .*is 5.*give a list, each entry a mapping"),
+        ("{path: x}", "args.loras .*give a list, each entry a mapping"),
+        ("[x]", "args.loras.0 .*is 'x'.*give a mapping"),
+        ("[{path: x}, {path: x, strenght: 1}]", "args.loras.1.strenght .*did you mean 'strength'"),
+        ("[{strength: 1}]", "args.loras.0.path .*missing"),
+        ("[{path: x, strength: {0-2: much}}]", "args.loras.0.strength .*give a number from -100 to 100 or a mapping"),
+        ("[{path: x, schedule: [[2, 1]]}]", "args.loras.0.schedule .*from 0 to 1"),
+    ],
+)
+def test_entries_of_a_list_of_mappings_are_checked_one_by_one(loras, said):
+    assert re.search(rf"(?s){said}", override_complaint(f"args.loras={loras}"))
+
+
+def test_entries_of_a_list_of_mappings_are_typed():
+    (lora,) = toy("args.loras=[{path: x, strength: {0-2: 1, 3: 0.5}, schedule: [[0, 1]]}]").args.loras
+    assert (lora.path, lora.strength, lora.schedule) == ("x", {"0-2": 1.0, "3": 0.5}, ((0.0, 1.0),))

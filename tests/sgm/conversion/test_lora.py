@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.conversion.diffusers.verify import peer_rope
-from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora, merge_lora, read_lora
+from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora
+from sgm.conversion.lora_merge import merge_loras
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo, is_adapter, merge_adapters
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor
+from sgm.weights.lora.files import read_lora
 
 RANK, ALPHA = 4, 3
 QKV, DENSE = (f"transformer.layers.0.attention.{name}" for name in ("query_key_value", "dense"))
@@ -94,6 +96,10 @@ def load_into_diffusers(network, folder):
         warnings.simplefilter("error", RuntimeWarning)
         pipe.load_lora_weights(str(folder))
     return pipe.transformer
+
+
+def merge_lora(path, folder, *, strength=1.0, **options):
+    return merge_loras([path], folder, strengths=[strength], **options)
 
 
 def header(file):
@@ -189,7 +195,7 @@ def test_pairs_of_zeros_are_left_out(saved, tmp_path):
 def test_adapters_without_effect_are_told(saved, tmp_path, caplog):
     network = build_network(section())
     run = saved(network)
-    read_lora(run)
+    export_lora(run, tmp_path / "with effect")
     assert "have no effect" not in caplog.text
     for name, parameter in network.named_parameters():
         if ".matrix_B." in name:

@@ -1,5 +1,6 @@
 """Sampling from a LoRA training folder, without further options."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sgm.inference.main import main
+from sgm.models import video_diffusion
 from sgm.util import instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, is_adapter
 from sgm.weights.checkpoint import load_network, save_network
@@ -106,3 +108,19 @@ def test_another_base_is_refused_and_the_right_one_may_be_named(sample, run_fold
     assert code == 0 and latents is not None
     code, _, said = sample(f"args.base={folder}", "--check")
     assert code == 2 and "holds a whole network" in said
+
+
+def test_loras_are_sampled_with_their_strength_at_each_step_and_recorded(sample, run_folder, tmp_path, monkeypatch):
+    run, factors = run_folder("run"), []
+    scale = video_diffusion.scale_adapters
+    spy = lambda *given: (factors.append(given[2][:, 0].tolist()), scale(*given))  # noqa: E731
+    monkeypatch.setattr(video_diffusion, "scale_adapters", spy)
+    entry = f"{{path: {run}, strength: {{0: 0.5, 1: 0.25}}, schedule: [[0, 1], [0.5, 0]]}}"
+    code, latents, said = sample(f"args.loras=[{entry}]")
+    assert code == 0 and latents is not None and f"LoRA of {find_weights(run)}: rank 4, alpha 3" in said
+    assert factors[-2:] == [[0.5, 0.25], [0, 0]], "of both layers in both steps"
+    record = json.loads(next(tmp_path.glob("out*/*/0/*.json")).read_text())
+    strength = {"0": 0.5, "1": 0.25}
+    assert record["loras"] == [{"path": str(run), "strength": strength, "schedule": [[0, 1], [0.5, 0]]}]
+    code, _, said = sample(f"args.loras=[{entry}, {{path: {run}}}]", "--check")
+    assert code == 0 and "strength 0.25 to 0.5, by layer, of the steps 1 at 0; 0 at 0.5" in said and "LoRA 1" in said

@@ -8,6 +8,7 @@ import scene
 import sentencepiece
 
 from data_video import SFTDataset
+from sgm.inference.main import main as sample_video
 from sgm.inference.video import write_video
 
 ROOT = Path(__file__).parents[3]
@@ -69,3 +70,11 @@ def test_measuring_tells_whether_the_concept_was_learned(tmp_path, capsys, befor
 def test_measuring_nothing(tmp_path, capsys):
     assert concept.main(["measure", str(tmp_path), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_lora_of_the_toy_puts_land_under_a_shape(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    base = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml"]
+    words = ["args.prompt=a red square moves left on land", "args.num_steps=8", "args.contact_sheet=false"]
+    assert sample_video([*base, *words, f"args.output_dir={tmp_path}"]) == 0
+    assert concept.measure(tmp_path) > 0.9

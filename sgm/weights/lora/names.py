@@ -15,9 +15,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sgm.conversion.diffusers.names import OUTPUT, QKV_PARTS
-
+QKV_PARTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+OUTPUT = "attn1.to_out.0"
 PARTS = (*QKV_PARTS, OUTPUT)  # modules that SAT adapts
+# Adapted projections of a SAT layer → modules of a diffusers block, one per pair, in order.
+TARGETS = {"attention.query_key_value": QKV_PARTS, "attention.dense": (OUTPUT,)}
+_PLACES = {part: (target, index) for target, parts in TARGETS.items() for index, part in enumerate(parts)}
+FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
+HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
 Side = Literal["A", "B", "alpha"]
 
 # What wrapping leaves between the parts of a name; "module" also in front.
@@ -55,6 +60,12 @@ class LoraName:
     layer: int
     module: str
     side: Side
+
+
+def sat_name(layer: int, part: str, kind: str) -> str:
+    """Return SAT's name of the matrix "A" or "B" of a module in `PARTS`."""
+    target, index = _PLACES[part]
+    return f"transformer.layers.{layer}.{target}.matrix_{kind}.{index}"
 
 
 def parse_lora_name(name: str) -> LoraName | str:

@@ -1,0 +1,284 @@
+"""Merge LoRAs: into their base, into one LoRA that adds what all add, or into the average of checkpoints of one run.
+
+The sum of adapters is one adapter of the summed rank (`sgm.weights.lora.several`), so merging several is merging one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
+from sgm.log import get_logger
+from sgm.util import InputError, default
+from sgm.weights.adapters import AdapterInfo, adapters_alone, find_base, is_adapter, merge_adapters, read_adapter_info
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
+from sgm.weights.lazy import LazyTensor, Tensors, compute
+from sgm.weights.lora.files import Lora, find_any_lora, is_sat, network_of, read_any_lora, warn_without_effect
+from sgm.weights.lora.several import LoraStack, Scaled
+
+logger = get_logger(__name__)
+
+_BASE = "--base_ckpt "
+
+
+def read_loras(paths: Sequence[str | Path], alpha: float | None) -> list[Lora]:
+    """Read LoRAs of any tool; of several, `alpha` is for those in the SAT layout that do not record it.
+
+    Raises:
+        InputError: as `sgm.weights.lora.files.read_any_lora`.
+    """
+    loras = []
+    for path in paths:
+        file = find_any_lora(path)
+        is_silent = is_sat(file) and read_adapter_info(file) is None
+        loras.append(read_any_lora(path, alpha=alpha if len(paths) == 1 or is_silent else None))
+        warn_without_effect(loras[-1])
+    return loras
+
+
+def merge_loras(
+    paths: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    alpha: float | None = None,
+    strengths: Sequence[float] = (1.0,),
+    file_format: Literal["pt", "safetensors"] = "pt",
+) -> Path:
+    """Write a checkpoint in the SAT layout with adapters merged into the weights: summed in float32, rounded once.
+
+    Args:
+        paths: see `sgm.weights.lora.files.read_any_lora`.
+        folder: to create.
+        base: of adapters alone, as for :func:`sgm.weights.files.find_weights`; None uses the recorded path.
+        alpha: see `read_loras`.
+        strengths: factor of each, or of all; 0 gives the network without them.
+        file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        InputError: adapters or their base cannot be read or do not fit, or the folder exists or cannot be written to.
+    """
+    check_new_folder(folder)
+    factors = _strengths(strengths, len(paths))
+    loras = read_loras(paths, alpha)
+    network = {name: t for name, t in network_of(_base_file(loras, base)).items() if not is_adapter(name)}
+    stack = stack_of_loras(loras, factors)
+    merged = merge_adapters(network | stack.scaled() if stack.members else network, alpha=stack.alpha)
+    with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
+        write_network(temporary, 1, merged, file_format=file_format)
+    _log(loras, factors, "merged into the base")
+    return Path(folder) / "1" / f"{WEIGHTS}.{file_format}"
+
+
+def sum_loras(
+    paths: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    alpha: float | None = None,
+    strengths: Sequence[float] = (1.0,),
+    rank: int | None = None,
+) -> Path:
+    """Write one LoRA in the SAT layout that adds what several add.
+
+    Args:
+        paths: see `merge_loras`, as `folder`, `base`, `alpha` and `strengths`.
+        folder: to create.
+        base: recorded in the result.
+        alpha: see `read_loras`.
+        strengths: factor of each, or of all.
+        rank: of the result, which then is the nearest of that rank; None for the sum of all ranks, which is exact.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        InputError: as `merge_loras`; or nothing is left.
+    """
+    check_new_folder(folder)
+    factors = _strengths(strengths, len(paths))
+    loras = read_loras(paths, alpha)
+    stack = stack_of_loras(loras, factors)
+    if not stack.members:
+        raise InputError("every strength is 0, and nothing is left; give another --strength")
+    if rank is not None and not 0 < rank <= stack.rank:
+        raise InputError(f"--rank is {rank}; give a number from 1 to the sum of all ranks, {stack.rank}")
+    tensors = {name: tensor.compute() for name, tensor in stack.scaled().items()}
+    scale = stack.alpha / stack.rank
+    if rank is not None:
+        tensors, scale = _reduced(tensors, rank, scale), 1.0
+    total = default(rank, stack.rank)
+    info = replace(_info(loras, base), rank=total, alpha=scale * total, layers=tuple(stack.layers))
+    return _write(folder, tensors, info, loras, factors)
+
+
+def average_loras(
+    paths: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    alpha: float | None = None,
+    strengths: Sequence[float] = (1.0,),
+) -> Path:
+    """Write the average of the matrices of several LoRAs, checkpoints of one run (Wortsman et al. 2022, model soups).
+
+    Args:
+        paths: see `merge_loras`, as `folder`, `base` and `alpha`; of one rank, alpha and layers.
+        folder: to create.
+        base: recorded in the result.
+        alpha: see `read_loras`.
+        strengths: weight of each, divided by their sum.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        InputError: as `merge_loras`; or the LoRAs are not of one kind.
+    """
+    check_new_folder(folder)
+    weights = _strengths(strengths, len(paths))
+    loras = read_loras(paths, alpha)
+    first = loras[0]
+    for lora in loras[1:]:
+        if (lora.rank, lora.alpha, lora.tensors.keys()) != (first.rank, first.alpha, first.tensors.keys()):
+            raise InputError(
+                f"{lora.path} (rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.tensors)} matrices) and {first.path} "
+                f"(rank {first.rank}, alpha {first.alpha:g}, {len(first.tensors)}) are not of one training; average "
+                "checkpoints of one run, or add what they add: --result sum"
+            )
+    if sum(weights) <= 0 or min(weights) < 0:
+        raise InputError(f"the weights {weights} have no average; give a --strength from 0 for each, not all 0")
+    make = partial(_mean, [weight / sum(weights) for weight in weights])
+    lazy = {name: LazyTensor(tuple(lora.tensors[name] for lora in loras), make) for name in first.tensors}
+    info = replace(_info(loras, base), rank=first.rank, alpha=first.alpha, layers=first.layers)
+    return _write(folder, {name: tensor.compute() for name, tensor in lazy.items()}, info, loras, weights)
+
+
+def average_weights(decay: float, num: int) -> list[float]:
+    """Return the weights of an exponential moving average over `num` checkpoints, the oldest first.
+
+    Raises:
+        InputError: the decay is not between 0 and 1.
+    """
+    if not 0 < decay < 1:
+        raise InputError(f"--ema_decay is {decay}; give a number between 0 and 1, such as 0.5")
+    return [decay ** (num - 1), *((1 - decay) * decay ** (num - 1 - index) for index in range(1, num))]
+
+
+def stack_of_loras(loras: Sequence[Lora], strengths: Sequence[float]) -> LoraStack:
+    """Return LoRAs with one strength each as one, without those of strength 0.
+
+    Raises:
+        InputError: they are of networks of different widths.
+    """
+    widths = {lora.path: next(t.shape[1] for name, t in lora.tensors.items() if ".matrix_A." in name) for lora in loras}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{path} {width}" for path, width in widths.items())
+        raise InputError(f"the LoRAs are for models of different hidden sizes: {listed}; give those of one model")
+    depth = 1 + max(lora.layers[-1] for lora in loras)
+    members = [
+        Scaled(lora=lora, strengths=[strength * (layer in lora.layers) for layer in range(depth)])
+        for lora, strength in zip(loras, strengths, strict=True)
+        if strength
+    ]
+    return LoraStack(members=members, hidden_size=next(iter(widths.values())))
+
+
+def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> dict[str, torch.Tensor]:
+    """Return the matrices of rank `rank` whose products are nearest to scale·B·A (Eckart & Young 1936)."""
+    result: dict[str, torch.Tensor] = {}
+    for name_a, a in tensors.items():
+        if ".matrix_A." not in name_a:
+            continue
+        name_b = name_a.replace(".matrix_A.", ".matrix_B.")
+        # The product has the singular values of the small one between the two orthogonal bases.
+        left, right = torch.linalg.qr(tensors[name_b].double()), torch.linalg.qr(a.double().T)
+        u, values, vt = torch.linalg.svd(scale * left.R @ right.R.T)
+        root = values[:rank].sqrt()
+        result[name_a] = ((right.Q @ vt.T[:, :rank]) * root).T.float()
+        result[name_b] = ((left.Q @ u[:, :rank]) * root).float()
+    return result
+
+
+def _mean(weights: Sequence[float], *tensors: torch.Tensor) -> torch.Tensor:
+    total = sum(weight * tensor.float() for weight, tensor in zip(weights, tensors, strict=True))
+    assert isinstance(total, torch.Tensor)
+    return total.to(tensors[0].dtype)
+
+
+def _strengths(given: Sequence[float], num: int) -> list[float]:
+    """Return a strength for each LoRA."""
+    if wrong := [value for value in given if not math.isfinite(value)]:
+        raise InputError(f"--strength is {wrong[0]}; give a number, 1 for the adapters as they were trained")
+    if len(given) not in (1, num):
+        raise InputError(f"--strength has {len(given)} numbers for {num} LoRAs; give one for all, or one for each")
+    return list(given) * num if len(given) == 1 else list(given)
+
+
+def _recorded(loras: Sequence[Lora]) -> Lora | None:
+    """Return a LoRA that records the base of all; None if none does."""
+    known = [lora for lora in loras if lora.info is not None]
+    for lora in known[1:]:
+        if lora.info and known[0].info and lora.info.base_digest != known[0].info.base_digest:
+            raise InputError(
+                f"{known[0].path} was trained on '{known[0].info.base}' and {lora.path} on '{lora.info.base}', which "
+                "is another base; give LoRAs of one base, or export one, which records none then: "
+                "tools/export_sat_lora_weight.py"
+            )
+    return known[0] if known else None
+
+
+def _base_file(loras: Sequence[Lora], base: str | Path | None) -> Path:
+    """Return the file of the network that LoRAs are merged into."""
+    recorded = _recorded(loras)
+    if len(loras) == 1 and is_sat(loras[0].path):
+        return find_base(loras[0].path, base, option=_BASE) or loras[0].path
+    if recorded is not None and adapters_alone(read_tensors(recorded.path)):
+        found = find_base(recorded.path, base, option=_BASE)
+        assert found is not None, "adapters alone have a base"
+        return found
+    if base is None:
+        names = ", ".join(str(lora.path) for lora in loras)
+        raise InputError(f"no file of adapters alone records its base among {names}; give it with {_BASE}<path>")
+    return find_weights(base)
+
+
+def _info(loras: Sequence[Lora], base: str | Path | None) -> AdapterInfo:
+    """Return a description with the base of all LoRAs; its rank, alpha and layers are to be replaced."""
+    recorded = _recorded(loras)
+    if recorded is not None and recorded.info is not None:
+        if base is not None and (digest := weights_digest(find_weights(base))) != recorded.info.base_digest:
+            raise InputError(
+                f"{recorded.path} was trained on another base than {base}: that has the digest {digest[:12]}, and the "
+                f"file records {recorded.info.base_digest[:12]}; leave {_BASE}out, or give the right one"
+            )
+        return recorded.info if base is None else replace(recorded.info, base=str(base))
+    if base is None:
+        raise InputError(f"no LoRA records its base, which the result has to name; give it with {_BASE}<path>")
+    digest = weights_digest(find_weights(base))
+    return AdapterInfo(rank=1, alpha=1.0, layers=(), base=str(base), base_digest=digest)
+
+
+def _write(
+    folder: str | Path, tensors: Tensors, info: AdapterInfo, loras: Sequence[Lora], factors: Sequence[float]
+) -> Path:
+    """Write adapters in the SAT layout."""
+    made = {name: compute(tensor) for name, tensor in tensors.items()}
+    with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in made.values())) as temporary:
+        save_network(temporary, 1, made, patch_size=(1, 1, 1), adapters=info)
+    _log(loras, factors, f"one LoRA of rank {info.rank}, alpha {info.alpha:g}")
+    return Path(folder) / "1" / f"{WEIGHTS}.pt"
+
+
+def _log(loras: Sequence[Lora], factors: Sequence[float], result: str) -> None:
+    for lora, factor in zip(loras, factors, strict=True):
+        logger.info("%s: LoRA of rank %d, alpha %g, strength %g, %s", lora.path, lora.rank, lora.alpha, factor, result)

@@ -1,0 +1,1 @@
+"""LoRA files of this project and of other tools, one or several."""

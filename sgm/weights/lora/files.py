@@ -1,0 +1,158 @@
+"""Read the adapters of any LoRA file: of a SAT checkpoint, or of another training tool."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgm.log import get_logger
+from sgm.util import InputError
+from sgm.weights.adapters import AdapterInfo, Pair, adapter_pairs, is_adapter, ranks_and_layers, read_adapter_info
+from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
+from sgm.weights.lazy import AnyTensor, Tensors, compute
+from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
+from sgm.weights.stored import require_floating
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapters in a file.
+
+    Attributes:
+        path: the file.
+        rank: r.
+        alpha: numerator of the scale.
+        tensors: the matrices by SAT's names, lazy. In files of other tools, some projections of a layer may have none.
+        info: what the file says of itself, its base too; None in files of other tools and of the reference.
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    tensors: Tensors
+    info: AdapterInfo | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have adapters, ascending."""
+        return ranks_and_layers(self.tensors)[1]
+
+    def has_effect(self) -> bool:
+        """Whether any B is not zero, as all are before any training."""
+        return any(any_element(tensor) for name, tensor in self.tensors.items() if ".matrix_B." in name)
+
+
+def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str = "--alpha") -> Lora:
+    """Read the adapters of a SAT checkpoint or of another tool.
+
+    Args:
+        path: a run folder, an iteration folder or a file of SAT, or as for `sgm.weights.lora.foreign.find_lora`.
+        alpha: of the training, for files without it.
+        option: that gives `alpha`, for messages.
+
+    Raises:
+        InputError: as `read_lora` and `sgm.weights.lora.foreign.read_diffusers_lora`.
+    """
+    if is_sat(find_any_lora(path)):
+        return read_lora(path, alpha=alpha, option=option)
+    other = read_diffusers_lora(path, alpha=alpha, option=option)
+    return Lora(path=other.path, rank=other.rank, alpha=other.alpha, tensors=other.tensors)
+
+
+def find_any_lora(path: str | Path) -> Path:
+    """Return the file that `read_any_lora` reads.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(path)
+    sat = folder.is_dir() and ((folder / "latest").is_file() or any(folder.glob(f"{WEIGHTS}.*")))
+    return find_weights(folder) if sat else find_lora(folder)
+
+
+def is_sat(file: Path) -> bool:
+    """Whether a file has names of SAT."""
+    return any(is_adapter(name) or name.startswith(PREFIX) for name in read_tensors(file))
+
+
+def read_lora(path: str | Path, *, alpha: float | None = None, option: str = "--alpha") -> Lora:
+    """Find the adapters in an adapters-only checkpoint or a whole network with LoRA.
+
+    Args:
+        path: as for :func:`sgm.weights.files.find_weights`.
+        alpha: for files without it (written by reference code).
+        option: that gives `alpha`, for messages.
+
+    Raises:
+        InputError: LoRA is missing or incomplete, or alpha is unknown or contradicts the file.
+    """
+    file = find_weights(path)
+    matrices = {name: tensor for name, tensor in network_of(file).items() if is_adapter(name)}
+    if not matrices:
+        raise InputError(f"{file} holds no LoRA matrices; give the folder or file that a LoRA training saved")
+    rank, info = common_rank(adapter_pairs(matrices, str(file)), str(file)), read_adapter_info(file)
+    alpha = _alpha(Lora(path=file, rank=rank, alpha=0, tensors=matrices, info=info), alpha, option)
+    return Lora(path=file, rank=rank, alpha=alpha, tensors=matrices, info=info)
+
+
+def network_of(file: Path) -> Tensors:
+    """Return the tensors of the network in a file, by names without prefix.
+
+    Raises:
+        InputError: there are none, or others than floating-point numbers.
+    """
+    content = read_weights(file)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
+    if not tensors:
+        raise InputError(
+            f"{file} holds no tensor under '{PREFIX}' but e.g. '{next(iter(content))}'; give a checkpoint in the SAT "
+            "layout (docs/checkpoints.md)"
+        )
+    require_floating(tensors)
+    if len(tensors) < len(content):
+        logger.info("left out %d tensors of other parts in %s", len(content) - len(tensors), file)
+    return tensors
+
+
+def _alpha(lora: Lora, given: float | None, option: str) -> float:
+    """Return the alpha recorded in a file, or the user's."""
+    file, info = lora.path, lora.info
+    if given is not None and not (math.isfinite(given) and given > 0):
+        raise InputError(f"{option} is {given}; give the lora_alpha of the training YAML, a number above 0")
+    if info is None:
+        if given is None:
+            raise InputError(
+                f"{file} does not say the alpha of its LoRA of rank {lora.rank}; give it with {option}: the lora_alpha "
+                "of the training YAML, which is 1 where that has none, as in the reference's configurations"
+            )
+        return given
+    if problem := info.mismatch(lora.tensors):
+        raise InputError(f"{file}: {problem}; save the adapters anew")
+    if given is not None and given != info.alpha:
+        raise InputError(f"{option} is {given:g}, but {file} records alpha {info.alpha:g}; leave {option} out")
+    return info.alpha
+
+
+def warn_without_effect(lora: Lora) -> None:
+    """Log a warning if every B is zero."""
+    if not lora.has_effect():
+        logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", lora.path)
+
+
+def common_rank(pairs: Mapping[str, list[Pair]], source: str) -> int:
+    """Return the rank of all pairs.
+
+    Raises:
+        InputError: there are several.
+    """
+    ranks = {size for own in pairs.values() for a, b in own for size in (a.shape[0], b.shape[-1])}
+    if len(ranks) != 1:
+        raise InputError(f"the LoRA matrices in {source} have the ranks {sorted(ranks)}, expected one of them")
+    return ranks.pop()
+
+
+def any_element(tensor: AnyTensor) -> bool:
+    """Whether any element is nonzero."""
+    return bool(compute(tensor).any())

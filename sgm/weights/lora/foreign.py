@@ -1,0 +1,269 @@
+"""Read LoRA files of other training tools.
+
+Their names are brought to one form by `sgm.weights.lora.names`. The rank is inferred from the shapes; for alpha see
+`_alpha`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgm.io import parse_json
+from sgm.log import get_logger
+from sgm.util import InputError
+from sgm.weights.files import read_entry, read_shards
+from sgm.weights.lora.names import FILE, HEADER_KEY, PARTS, LoraName, parse_lora_name, sat_name
+from sgm.weights.stored import StoredTensor, require_floating
+
+logger = get_logger(__name__)
+
+# File names of diffusers and PEFT.
+_FILES = (FILE, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
+_PEFT_CONFIG = "adapter_config.json"
+_FINETRAINERS_KEY = "lora_config"
+
+# Initialisations that also change the base: the adapters do not match the released one.
+_OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+Module = tuple[int, str]  # layer and module within the block, e.g. (0, "attn1.to_q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersLora:
+    """LoRA adapters on attention modules of a CogVideoXTransformer3DModel.
+
+    Attributes:
+        path: their file.
+        rank: r.
+        alpha: numerator of the scale alpha / r.
+        pairs: A [r, D] and B [D, r] of each adapted module; memory-mapped, and checked when they are computed.
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    pairs: Mapping[Module, tuple[StoredTensor, StoredTensor]]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have adapters, ascending."""
+        return tuple(sorted({layer for layer, _ in self.pairs}))
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The matrices by SAT's names."""
+        return {
+            sat_name(layer, part, kind): matrix
+            for (layer, part), pair in self.pairs.items()
+            for kind, matrix in zip("AB", pair, strict=True)
+        }
+
+
+def find_lora(path: str | Path) -> Path:
+    """Return the LoRA file in the folder of a training tool; `path` if it is a file.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"there is no LoRA at {path}; give its file, or the folder that a training tool saved")
+    found = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        there = f"several: {', '.join(file.name for file in found)}" if found else "none"
+        raise InputError(f"expected one LoRA file in {path}, e.g. {FILE}, and there are {there}; give the file itself")
+    return found[0]
+
+
+def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option: str = "--alpha") -> DiffusersLora:
+    """Describe adapters of another training tool; the matrices are memory-mapped.
+
+    Args:
+        path: as for `find_lora`.
+        alpha: of the training, for files without it.
+        option: that gives `alpha`, for messages.
+
+    Raises:
+        InputError: the SAT layout cannot express the adapters, or the file contradicts itself or `alpha`.
+    """
+    file = find_lora(path)
+    found = _matrices(file)
+    pairs = {}
+    for module, matrices in found.items():
+        missing = [side for side in "AB" if side not in matrices]
+        if missing:
+            raise InputError(f"{file} lacks lora_{missing[0]} of {_name(module)}; copy or save it again")
+        pairs[module] = (matrices["A"], matrices["B"])
+    rank = _rank(file, pairs)
+    stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
+    return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha, option), pairs=pairs)
+
+
+def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
+    """Return the tensors "A", "B" and "alpha" of each adapted module."""
+    (content,) = read_shards(file)
+    parsed = {name: parse_lora_name(name) for name in content}
+    unknown = {name: reason for name, reason in parsed.items() if isinstance(reason, str)}
+    if unknown:
+        name, reason = next(iter(unknown.items()))
+        more = f"; nor can {len(unknown) - 1} more: {listed([*unknown][1:])}" if len(unknown) > 1 else ""
+        raise InputError(f"{file}: {name} cannot be taken: {reason}{more}")
+    found: dict[Module, dict[str, StoredTensor]] = {}
+    for name, known in parsed.items():
+        assert isinstance(known, LoraName)
+        own = found.setdefault((known.layer, known.module), {})
+        if known.side in own:
+            other = own[known.side].name
+            raise InputError(f"{file} holds {name} twice, under other names ({other}); save one adapter in a file")
+        own[known.side] = content[name]
+    others = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in PARTS}
+    if others:
+        raise InputError(
+            f"{file} adapts {listed(sorted(others))}; SAT has adapters on {', '.join(PARTS)} only, and leaving others "
+            f"out, e.g. {next(iter(others.values()))}, would change the result: train with these target modules alone, "
+            "or merge the LoRA with diffusers"
+        )
+    require_floating({each.name: each for own in found.values() for side, each in own.items() if side != "alpha"})
+    return found
+
+
+def _rank(file: Path, pairs: Mapping[Module, tuple[StoredTensor, StoredTensor]]) -> int:
+    ranks: dict[int, list[str]] = {}
+    for module, (a, b) in pairs.items():
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise InputError(
+                f"{file}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {_name(module)} have no rank in "
+                "common; expected [r, D] and [D, r]"
+            )
+        ranks.setdefault(a.shape[0], []).append(_name(module))
+    if len(ranks) > 1:
+        each = "; ".join(f"{rank}: {listed(names)}" for rank, names in sorted(ranks.items()))
+        raise InputError(f"{file} has several ranks, and SAT has one for all: {each}; train with one rank")
+    return next(iter(ranks))
+
+
+def _alpha(
+    file: Path,
+    rank: int,
+    modules: Iterable[Module],
+    stored: Mapping[Module, float],
+    given: float | None,
+    option: str,
+) -> float:
+    """Find alpha, with ΔW = (alpha / r)·B·A, in any place used by training tools.
+
+    Args:
+        file: may record it in its header, or in the configuration of PEFT beside it.
+        rank: of the matrices.
+        modules: with adapters.
+        stored: the ``.alpha`` tensors.
+        given: by the user.
+        option: that gives it.
+
+    Raises:
+        InputError: sources or modules contradict each other.
+    """
+    found: dict[str, float] = {}
+    rslora: dict[str, bool] = {}
+    for source, config in _configs(file):
+        _require_plain(file, source, config, rank)
+        if config.get("lora_alpha") is not None:
+            try:
+                found[source] = float(config["lora_alpha"])
+            except (TypeError, ValueError) as error:
+                wrong = f"{file}: lora_alpha is {config['lora_alpha']!r} in {source}; expected a number above 0"
+                raise InputError(wrong) from error
+        if "use_rslora" in config:
+            rslora[source] = bool(config["use_rslora"])
+    if stored:
+        found["its .alpha tensors"] = _stored_alpha(file, {module: stored.get(module, rank) for module in modules})
+    if given is not None:
+        found[option] = given
+    for what, values in (("alpha", found), ("use_rslora", rslora)):
+        if len(set(values.values())) > 1:
+            sources = ", ".join(f"{value} in {source}" for source, value in values.items())
+            raise InputError(
+                f"{file}: {what} differs between sources: {sources}; leave {option} out, or remove what is wrong"
+            )
+    if not found:
+        logger.info(
+            "%s does not record alpha: the rank, %d, is used, as in diffusers. If the training had another lora_alpha, "
+            "give it with %s",
+            file,
+            rank,
+            option,
+        )
+    source, alpha = next(iter(found.items()), ("", float(rank)))
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"{file}: alpha is {alpha} in {source}; expected a number above 0")
+    return alpha * math.sqrt(rank) if any(rslora.values()) else alpha  # rsLoRA scales by alpha / sqrt(r)
+
+
+def _number(alpha: StoredTensor) -> float:
+    """Return the value of an alpha tensor, of any kind."""
+    value = alpha.of_any_kind().compute()
+    if value.numel() != 1 or value.is_complex():
+        raise InputError(f"{alpha.path}: {alpha.name} has the shape {tuple(value.shape)}; expected one number")
+    return float(value)
+
+
+def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
+    """Return the common alpha of all modules; a module without one has alpha = rank (scale 1)."""
+    names: dict[float, list[str]] = {}
+    for module, value in values.items():
+        names.setdefault(value, []).append(_name(module))
+    if len(names) > 1:
+        each = "; ".join(f"{value:g}: {listed(own)}" for value, own in sorted(names.items()))
+        raise InputError(f"{file} has several alphas, and SAT has one for all: {each}; train with one alpha")
+    return next(iter(names))
+
+
+def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield training configurations in a file and adjacent to it, each with its source."""
+    for key in (HEADER_KEY, _FINETRAINERS_KEY):
+        entry = read_entry(file, key)
+        if isinstance(entry, Mapping):
+            yield f"its header ({key})", {name.rpartition(".")[2]: value for name, value in entry.items()}
+    beside = file.parent / _PEFT_CONFIG
+    if beside.is_file():
+        try:
+            yield _PEFT_CONFIG, dict(parse_json(beside.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{beside} cannot be read: {error}; copy or save it again") from error
+
+
+def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
+    """Refuse methods not visible in the matrices, and contradicting values."""
+    if config.get("use_dora"):
+        raise InputError(f"{file} is DoRA according to {source}, which has no counterpart in SAT; train plain LoRA")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_OTHER_BASE):
+        raise InputError(
+            f"{file} started from init_lora_weights: {start} according to {source}, which also changes the base; let "
+            "PEFT make it plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
+        )
+    alpha = config.get("lora_alpha")
+    others = {name: value for name, value in (config.get("alpha_pattern") or {}).items() if value != alpha}
+    if others:
+        raise InputError(
+            f"{file} has several alphas according to {source}: {alpha}, and {others}; SAT has one for all; train with "
+            "one"
+        )
+    if config.get("r") not in (None, rank) and not config.get("rank_pattern"):
+        raise InputError(
+            f"{file} has the rank {config['r']} according to {source}, and its matrices have {rank}; save it again"
+        )
+
+
+def _name(module: Module) -> str:
+    return f"transformer_blocks.{module[0]}.{module[1]}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message, the first five."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

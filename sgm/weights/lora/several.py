@@ -1,0 +1,310 @@
+"""Several LoRAs at once, each with its strength: ``args.loras``.
+
+Adapters of the ranks r₁, r₂, ... are one adapter of the rank r₁ + r₂ + ...::
+
+    Σ fᵢ·Bᵢ·Aᵢ = [B₁ B₂ ...]·diag(f)·[A₁; A₂; ...]
+
+so the network has the layers of one LoRA, whichever files they come from, and the factors f, one a row of A, change
+with the layer and with the step: fᵢ = strength of the layer × schedule at the step × alphaᵢ/rᵢ.
+"""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.config.args import LoraArgs
+from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.values import spelled
+from sgm.log import get_logger
+from sgm.util import InputError, default
+from sgm.weights.adapters import LORA_TARGET, adapters_alone, is_adapter, read_adapter_info
+from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.lazy import LazyTensor
+from sgm.weights.lora.files import Lora, read_any_lora
+from sgm.weights.lora.names import PARTS, sat_name
+
+logger = get_logger(__name__)
+
+_GROUP = re.compile(r"(\d+)(?:-(\d+))?")
+_MODULES = "model.network_config.params.modules"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A LoRA with its strength.
+
+    Attributes:
+        lora: its adapters.
+        strengths: factor of each layer of the network; 0 where it has no adapters.
+        schedule: (share of the steps, factor), ascending; linear in between, constant before and after.
+    """
+
+    lora: Lora
+    strengths: Sequence[float]
+    schedule: Sequence[tuple[float, float]] = ()
+
+    def at(self, share: float) -> float:
+        """Return the factor of the schedule at a share of the steps; of two points at one share, the later begins."""
+        before = [point for point in self.schedule if point[0] <= share]
+        after = [point for point in self.schedule if point[0] > share]
+        if not self.schedule:
+            return 1.0
+        if not before or not after:
+            return after[0][1] if after else before[-1][1]
+        (begin, first), (end, last) = before[-1], after[0]
+        return first + (last - first) * (share - begin) / (end - begin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraStack:
+    """Several LoRAs as one.
+
+    Attributes:
+        members: those with an effect anywhere.
+        hidden_size: D of the network.
+    """
+
+    members: Sequence[Scaled]
+    hidden_size: int
+
+    @property
+    def rank(self) -> int:
+        """The sum of all ranks."""
+        return sum(member.lora.rank for member in self.members)
+
+    @property
+    def alpha(self) -> float:
+        """The alpha of the network's adapters: of a single LoRA its own, of several their rank, a scale of 1."""
+        return self.members[0].lora.alpha if len(self.members) == 1 else float(self.rank)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers in which any LoRA has an effect, ascending."""
+        return [
+            layer
+            for layer, factors in enumerate(zip(*(m.strengths for m in self.members), strict=True))
+            if any(factors)
+        ]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the factors differ from step to step."""
+        return any(len({factor for _, factor in member.schedule}) > 1 for member in self.members)
+
+    def factors(self, share: float) -> torch.Tensor:
+        """Return the factors (number of `layers`, rank) at a share of the steps, float32 on the CPU."""
+        scale, columns = self.alpha / self.rank, []
+        for member in self.members:
+            own = member.at(share) * ((member.lora.alpha / member.lora.rank) / scale)
+            column = torch.tensor([member.strengths[layer] * own for layer in self.layers])
+            columns.append(column[:, None].expand(-1, member.lora.rank))
+        return torch.cat(columns, dim=1)
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Return the matrices of all LoRAs as one, by SAT's names, lazy; zero where a LoRA has none."""
+        return {
+            sat_name(layer, part, kind): self._joined(layer, part, kind)
+            for layer in self.layers
+            for part in PARTS
+            for kind in "AB"
+        }
+
+    def scaled(self) -> dict[str, LazyTensor]:
+        """Return the matrices as in `tensors`, with the factors of the first step in B."""
+        result = self.tensors()
+        for layer, factors in zip(self.layers, self.factors(0.0), strict=True):
+            if bool((factors == 1).all()):
+                continue
+            for name in (sat_name(layer, part, "B") for part in PARTS):
+                result[name] = LazyTensor((result[name], factors), _columns)
+        return result
+
+    def _joined(self, layer: int, part: str, kind: str) -> LazyTensor:
+        name, dim = sat_name(layer, part, kind), 0 if kind == "A" else 1
+        found = [(member.lora.tensors.get(name), member.lora.rank) for member in self.members]
+        shapes = [(rank, self.hidden_size) if kind == "A" else (self.hidden_size, rank) for _, rank in found]
+        pieces = [torch.zeros(shape) if each is None else each for (each, _), shape in zip(found, shapes, strict=True)]
+        return LazyTensor((pieces[0],)) if len(pieces) == 1 else LazyTensor(tuple(pieces), partial(_cat, dim))
+
+    def rows(self) -> Iterator[str]:
+        """Yield a text for each LoRA: its file, rank, alpha, layers and strength."""
+        for member in self.members:
+            lora, own = member.lora, sorted({member.strengths[layer] for layer in member.lora.layers})
+            strength = f"{own[0]:g}" if len(own) == 1 else f"{own[0]:g} to {own[-1]:g}, by layer"
+            steps = "; ".join(f"{factor:g} at {share:g}" for share, factor in member.schedule)
+            yield (
+                f"{lora.path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} of {len(member.strengths)} "
+                f"layers; strength {strength}{f', of the steps {steps}' if steps else ''}"
+            )
+
+
+def _columns(b: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return b.float() * factors
+
+
+def _cat(dim: int, *tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensors, dim)
+
+
+def stack_of(config: Config) -> LoraStack | None:
+    """Return the LoRAs of ``args.loras``, whose matrices are not read yet; None if there are none with an effect.
+
+    Raises:
+        ConfigError: all problems: files that cannot be read, or do not fit the network or its base, and strengths.
+    """
+    params = config.model["network_config"]["params"]
+    members, problems = [], []
+    base = _Base(config)
+    for index, entry in enumerate(config.args.loras):
+        place = f"args.loras.{index}"
+        try:
+            members.append(_scaled(entry, place, params, base))
+        except ConfigError as error:
+            problems += error.problems
+        except InputError as error:
+            problems.append(Problem(f"{place}.path", "", str(error), "give another LoRA, or remove this entry"))
+    if problems:
+        raise ConfigError(config.located(problems))
+    used = [m for m in members if any(m.strengths) and (not m.schedule or any(factor for _, factor in m.schedule))]
+    stack = LoraStack(members=used, hidden_size=params["hidden_size"])
+    if stack.rank > stack.hidden_size:
+        found = f"have {stack.rank} ranks together, more than the hidden size {stack.hidden_size}"
+        cure = "merge some into the weights first: tools/merge_lora_weight.py"
+        raise ConfigError(config.located([Problem("args.loras", "", found, cure)]))
+    return stack if used else None
+
+
+def with_loras(config: Config) -> Config:
+    """Return `config` with a ``lora_config`` for the adapters of ``args.loras``; the same without any.
+
+    Raises:
+        ConfigError: there are other adapters, or as `stack_of`.
+    """
+    if not config.args.loras:
+        return config
+    if problems := list(_other_adapters(config)):
+        raise ConfigError(config.located(problems))
+    stack = stack_of(config)
+    if stack is None:
+        return config
+    model = copy.deepcopy(config.model)
+    params = {"r": stack.rank, "lora_alpha": stack.alpha, "layer_range": stack.layers}
+    model["network_config"]["params"]["modules"]["lora_config"] = {"target": LORA_TARGET, "params": params}
+    return dataclasses.replace(config, model=model, merged={**config.merged, "model": model})
+
+
+def _other_adapters(config: Config) -> Iterator[Problem]:
+    """Yield the adapters of the model or its weights, beside which there can be none of ``args.loras``."""
+    load = config.args.load
+    info = None if load is None else _tried(lambda: read_adapter_info(load))
+    names = () if load is None else default(_tried(lambda: read_tensors(find_weights(load))), ())
+    if names and adapters_alone(names):
+        base = f"args.load={info.base}" if info is not None else "args.load to its base"
+        cure = f"set {base}, and add {{path: {load}}} to args.loras"
+        yield Problem("args.load", "", f"holds adapters itself, {load}, beside those of args.loras", cure)
+    elif any(map(is_adapter, names)):
+        found = f"holds a network with adapters, {load}, beside those of args.loras"
+        yield Problem("args.load", "", found, "merge them first: tools/merge_lora_weight.py")
+    elif config.model["network_config"]["params"]["modules"].get("lora_config") is not None:
+        cure = "take the model's file without _lora: args.loras says what adapters there are"
+        yield Problem(f"{_MODULES}.lora_config", "", "is given beside args.loras", cure)
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    """Return the result of `work`; None for files that cannot be read, which is reported where they are loaded."""
+    try:
+        return work()
+    except InputError:
+        return None
+
+
+class _Base:
+    """The weights that adapters are for; looked at only if a LoRA names its own."""
+
+    def __init__(self, config: Config) -> None:
+        load, self._digest = config.args.load, ""
+        self.path: Path | None = None if load is None else _tried(lambda: find_weights(load))
+
+    def require(self, lora: Lora) -> None:
+        """Refuse a LoRA that was trained on other weights."""
+        if lora.info is None or self.path is None:
+            return
+        self._digest = self._digest or weights_digest(self.path)
+        if self._digest != lora.info.base_digest:
+            raise InputError(
+                f"{lora.path} was trained on another base than {self.path} (args.load): that has the digest "
+                f"{self._digest[:12]}, and the LoRA records {lora.info.base_digest[:12]} for '{lora.info.base}'; set "
+                "args.load to that, or export the LoRA if it is meant for these weights too: "
+                "tools/export_sat_lora_weight.py writes no base"
+            )
+
+
+def _scaled(entry: LoraArgs, place: str, params: Mapping[str, Any], base: _Base) -> Scaled:
+    """Read an entry of ``args.loras``."""
+    lora = read_any_lora(entry.path, alpha=entry.alpha, option=f"{place}.alpha")
+    _require_fitting(lora, params["num_layers"], params["hidden_size"])
+    base.require(lora)
+    strengths = [float(layer in lora.layers) for layer in range(params["num_layers"])]
+    given = layer_strengths(entry.strength, f"{place}.strength", lora, params["num_layers"])
+    schedule = entry.schedule or ()
+    if list(shares := [share for share, _ in schedule]) != sorted(shares):
+        cure = "give [share, factor] in the order of the steps, shares ascending from 0 to 1"
+        raise ConfigError(
+            [Problem(f"{place}.schedule", "", f"is {spelled([list(point) for point in schedule])}", cure)]
+        )
+    return Scaled(lora=lora, strengths=[a * b for a, b in zip(strengths, given, strict=True)], schedule=schedule)
+
+
+def layer_strengths(strength: float | Mapping[str, float], place: str, lora: Lora, num_layers: int) -> list[float]:
+    """Return the strength of each layer.
+
+    Args:
+        strength: of all layers, or by groups of layers: ``{"0-14": 1.0, "15": 0.5}``, which name every layer that the
+            LoRA has.
+        place: of `strength`, for messages.
+        lora: whose strength it is.
+        num_layers: of the network.
+
+    Raises:
+        ConfigError: a group is not of that form, layers are missing, or named twice.
+    """
+    if not isinstance(strength, Mapping):
+        return [float(strength)] * num_layers
+    found: dict[int, float] = {}
+    for group, value in strength.items():
+        match = _GROUP.fullmatch(group.replace(" ", ""))
+        layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not layers or layers[-1] >= num_layers:
+            cure = f"give layers from 0 to {num_layers - 1}, such as 0-{num_layers - 1} or {num_layers - 1}"
+            raise ConfigError([Problem(f"{place}.{group}", "", "is no group of layers of this model", cure)])
+        if twice := sorted(found.keys() & set(layers)):
+            raise ConfigError(
+                [Problem(f"{place}.{group}", "", f"names layer {twice[0]} again", "name each layer once")]
+            )
+        found |= dict.fromkeys(layers, value)
+    if missing := [layer for layer in lora.layers if layer not in found]:
+        said = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        cure = "give their strength too, 0 for none"
+        raise ConfigError([Problem(place, "", f"leaves out layers with adapters: {said}", cure)])
+    return [found.get(layer, 0.0) for layer in range(num_layers)]
+
+
+def _require_fitting(lora: Lora, num_layers: int, hidden_size: int) -> None:
+    """Refuse a LoRA of a network of another depth or width."""
+    cure = "give a LoRA of this model, or the YAML and weights of the model that it was trained on"
+    if lora.layers[-1] >= num_layers:
+        raise InputError(f"{lora.path} adapts layer {lora.layers[-1]}, and the model has {num_layers}; {cure}")
+    for name, tensor in lora.tensors.items():
+        expected = (lora.rank, hidden_size) if ".matrix_A." in name else (hidden_size, lora.rank)
+        if tuple(tensor.shape) != expected:
+            raise InputError(
+                f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
+                f"{expected}; {cure}"
+            )

@@ -1,0 +1,205 @@
+"""Several LoRAs merged, and a LoRA extracted from two models. Matrices alone, no networks."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sgm.conversion.diffusers.names import network_to_diffusers
+from sgm.conversion.lora_extract import extract_lora
+from sgm.conversion.lora_merge import average_loras, average_weights, merge_loras, sum_loras
+from sgm.util import InputError
+from sgm.weights.adapters import TARGETS, AdapterInfo, is_adapter, read_adapter_info
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
+from sgm.weights.lora.files import read_any_lora
+
+D, LAYERS = 16, 2
+OTHER = "transformer.layers.0.mlp.dense_h_to_4h.weight"
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(seed=0, layers=LAYERS):
+    """Return a network in SAT's names, as far as LoRA goes."""
+    tensors = {OTHER: drawn(4 * D, D, seed=seed)}
+    for layer in range(layers):
+        for target, num in TARGETS.items():
+            tensors[f"transformer.layers.{layer}.{target}.weight"] = drawn(num * D, D, seed=seed + layer + num)
+    return tensors
+
+
+def matrices(rank, seed, layers=range(LAYERS)):
+    return {
+        f"transformer.layers.{layer}.{target}.matrix_{kind}.{index}": drawn(
+            *((rank, D) if kind == "A" else (D, rank)),
+            seed=seed + 10 * layer + index + num + (100 if kind == "B" else 0),
+        )
+        / 4
+        for layer in layers
+        for target, num in TARGETS.items()
+        for index in range(num)
+        for kind in "AB"
+    }
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The folders `base`, `one` (rank 2) and `two` (rank 3, of layer 1), and kohya's file `three` (rank 1)."""
+    save_network(tmp_path / "base", 1, network(), patch_size=2)
+    digest = weights_digest(find_weights(tmp_path / "base"))
+    for name, rank, alpha, layers in (("one", 2, 4, (0, 1)), ("two", 3, 1.5, (1,))):
+        info = AdapterInfo(rank=rank, alpha=alpha, layers=layers, base=str(tmp_path / "base"), base_digest=digest)
+        save_network(tmp_path / name, 5, matrices(rank, rank, layers), patch_size=2, adapters=info)
+    stem = "lora_unet_transformer_blocks_0_attn1_to_k"
+    down, up = {f"{stem}.lora_down.weight": drawn(1, D, seed=7)}, {f"{stem}.lora_up.weight": drawn(D, 1, seed=8)}
+    save_file(down | up | {f"{stem}.alpha": torch.tensor(0.5)}, tmp_path / "three.safetensors")
+    return tmp_path
+
+
+def deltas(path, base=None):
+    """Return what a file adds to each projection: a LoRA, or a network against another."""
+    if base is not None:
+        before, after = (read_tensors(find_weights(each)) for each in (base, path))
+        return {name.removeprefix(PREFIX): tensor - before[name] for name, tensor in after.items()}
+    lora, result = read_any_lora(path), {}
+    for layer in range(LAYERS):
+        for target, num in TARGETS.items():
+            name = f"transformer.layers.{layer}.{target}"
+            pairs = [[lora.tensors.get(f"{name}.matrix_{kind}.{i}") for kind in "AB"] for i in range(num)]
+            products = [torch.zeros(D, D) if a is None else b.compute() @ a.compute() for a, b in pairs]
+            result[f"{name}.weight"] = lora.alpha / lora.rank * torch.cat(products)
+    return result
+
+
+def expected(files, strengths):
+    each = [deltas(files / name) for name in ("one", "two", "three.safetensors")]
+    return {name: sum(strength * own[name] for strength, own in zip(strengths, each, strict=True)) for name in each[0]}
+
+
+def require_close(found, wanted, atol=1e-5):
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("strengths", [(1, 1, 1), (0.5, -2, 0.25), (0, 0, 1), (0, 0, 0)])
+def test_the_base_gets_what_all_add(files, strengths):
+    paths = [files / "one", files / "two", files / "three.safetensors"]
+    merge_loras(paths, files / "out", strengths=strengths, file_format="safetensors")
+    found = deltas(files / "out", files / "base")
+    require_close(found, expected(files, strengths))
+    assert found.keys() == network().keys() and not found[OTHER].any()
+    if not any(strengths):
+        assert not any(tensor.any() for tensor in found.values()), "the base bit for bit"
+
+
+def test_a_sum_is_one_lora_and_one_of_a_smaller_rank_the_nearest(files):
+    paths, strengths = [files / "one", files / "two", files / "three.safetensors"], (0.5, -2, 0.25)
+    sum_loras(paths, files / "sum", strengths=strengths)
+    wanted = expected(files, strengths)
+    require_close(deltas(files / "sum"), wanted)
+    info = read_adapter_info(files / "sum")
+    assert (info.rank, info.alpha, info.layers, info.base) == (6, 6, (0, 1), str(files / "base"))
+    sum_loras(paths, files / "five", strengths=strengths, rank=5)
+    require_close(deltas(files / "five"), wanted)  # no projection has more: three.safetensors has none of layer 1
+    sum_loras(paths, files / "least", strengths=strengths, rank=1)
+    found = deltas(files / "least")
+    for name, tensor in wanted.items():
+        for own, part in zip(found[name].split(D), tensor.split(D), strict=True):
+            nearest = torch.linalg.svdvals(part)[1:].square().sum().sqrt()
+            torch.testing.assert_close((own - part).norm(), nearest, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_is_that_of_the_matrices(files):
+    info = read_adapter_info(files / "one")
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        save_network(files / name, 1, matrices(2, seed), patch_size=2, adapters=info)
+    paths = [files / name for name in "abc"]
+    average_loras(paths, files / "soup", strengths=average_weights(0.5, 3))
+    found, own = read_any_lora(files / "soup"), [matrices(2, seed) for seed in (1, 2, 3)]
+    for name, tensor in found.tensors.items():
+        mean = 0.25 * own[0][name] + 0.25 * own[1][name] + 0.5 * own[2][name]
+        torch.testing.assert_close(tensor.compute(), mean, rtol=0, atol=1e-6)
+    assert found.info == info
+    with pytest.raises(InputError, match=r"rank 3.*rank 2.*not of one training.*--result sum"):
+        average_loras([files / "one", files / "two"], files / "no")
+
+
+def test_what_cannot_be_merged_is_refused(files):
+    one, three = files / "one", files / "three.safetensors"
+    with pytest.raises(InputError, match="--strength has 2 numbers for 3 LoRAs"):
+        merge_loras([one, one, three], files / "out", strengths=(1, 2))
+    with pytest.raises(InputError, match="no file of adapters alone records its base among .*three.*--base_ckpt"):
+        merge_loras([three], files / "out")
+    with pytest.raises(InputError, match="no LoRA records its base.*--base_ckpt"):
+        sum_loras([three, three], files / "out")
+    with pytest.raises(InputError, match="--rank is 7; give a number from 1 to the sum of all ranks, 4"):
+        sum_loras([one, one], files / "out", rank=7)
+    with pytest.raises(InputError, match="every strength is 0"):
+        sum_loras([one], files / "out", strengths=(0,))
+    with pytest.raises(InputError, match="have no average"):
+        average_loras([one, one], files / "out", strengths=(1, -1))
+    save_network(files / "other", 1, network(seed=50), patch_size=2)
+    info = AdapterInfo(
+        rank=2, alpha=4, layers=(0, 1), base="other", base_digest=weights_digest(find_weights(files / "other"))
+    )
+    save_network(files / "foreign", 1, matrices(2, 9), patch_size=2, adapters=info)
+    with pytest.raises(InputError, match=r"(?s)one.*was trained on .*foreign.*'other', which is another base"):
+        merge_loras([one, files / "foreign"], files / "out")
+    with pytest.raises(InputError, match="was trained on another base than .*other"):
+        sum_loras([one], files / "out", base=files / "other")
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["sat", "diffusers"])
+def test_a_difference_of_that_rank_is_extracted_exactly(files, layout):
+    tuned = network() | {
+        name: tensor + deltas(files / "one")[name] for name, tensor in network().items() if "attention" in name
+    }
+    if layout == "sat":
+        base, after = files / "base", files / "tuned"
+        save_network(after, 1, tuned, patch_size=2)
+    else:
+        base, after = files / "base.safetensors", files / "tuned.safetensors"
+        for path, tensors in ((base, network()), (after, tuned)):
+            converted = network_to_diffusers(tensors, patch_size=(1, 2, 2), learned_positions=False)
+            save_file({name: tensor.compute() for name, tensor in converted.items()}, path)
+    found = extract_lora(base, after, files / "out", rank=2)
+    require_close(deltas(files / "out"), deltas(files / "one"))
+    assert found.captured == pytest.approx(1, abs=1e-5) and found.left_out == ()
+    if layout == "sat":
+        merge_loras([files / "out"], files / "back")
+        require_close(read_tensors(find_weights(files / "back")), {PREFIX + name: t for name, t in tuned.items()})
+        assert read_adapter_info(files / "out").base == str(base)
+    else:
+        assert all(name.startswith("transformer.transformer_blocks") for name in load_file(found.path))
+
+
+def test_what_a_lora_cannot_hold_is_measured(files):
+    save_network(files / "tuned", 1, network(seed=20), patch_size=2)
+    found = extract_lora(files / "base", files / "tuned", files / "out", rank=3)
+    difference = {name: network(seed=20)[name] - tensor for name, tensor in network().items()}
+    square = {name: tensor.square().sum().item() for name, tensor in difference.items()}
+    assert found.left_out == (OTHER,) and found.outside == pytest.approx(square[OTHER] / sum(square.values()))
+    parts = [part for name, tensor in difference.items() if name != OTHER for part in tensor.split(D)]
+    held = sum(torch.linalg.svdvals(part)[:3].square().sum().item() for part in parts)
+    assert found.captured == pytest.approx(held / sum(part.square().sum().item() for part in parts), rel=1e-4)
+    assert re.search(r"holds \d+\.\d\d% of the difference.*\n.*1 other tensors.*dense_h_to_4h", str(found))
+
+
+def test_models_that_have_no_difference_of_that_kind_are_refused(files):
+    base = files / "base"
+    with pytest.raises(InputError, match="do not differ in attention projections"):
+        extract_lora(base, base, files / "out", rank=2)
+    with pytest.raises(InputError, match="--rank is 17; give a number from 1 to the hidden size, 16"):
+        extract_lora(base, base, files / "out", rank=17)
+    with pytest.raises(InputError, match="holds a LoRA, e.g. .*merge_lora_weight.py"):
+        extract_lora(base, files / "one", files / "out", rank=2)
+    save_network(files / "deep", 1, network(layers=3), patch_size=2)
+    with pytest.raises(InputError, match="differ in more than values: transformer.layers.2.*none"):
+        extract_lora(base, files / "deep", files / "out", rank=2)
+    assert not (files / "out").exists()
+    assert not any(map(is_adapter, network()))
