@@ -34,6 +34,9 @@ setup(
         "datasets>=4.0,<6",  # folders of Hugging Face; SwissArmyTransformer requires it too
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
+        "Jinja2>=3.1",  # chat templates; torch requires it too
+        "urllib3>=2,<3",
+        "requests>=2.32,<3",  # args.prompt_enhancer as an endpoint; datasets requires it too
         "xxhash>=3,<5",  # checksums of weights; datasets requires it too
         "pillow>=10.1",
         "tqdm>=4.66,<5",
