@@ -40,6 +40,7 @@ NOT_RUN = {
     r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
     r"python -m benchmarks\.(bench|data|gpu|growth|loading)": "takes minutes",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
+    r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
