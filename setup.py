@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
+    package_data={"sgm.config": ["keys.json"]},
     py_modules=["data_video", "dit_video_concat", "sample_video", "train_video"],
     install_requires=[
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d

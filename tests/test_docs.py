@@ -50,6 +50,7 @@ NOT_RUN = {
     r"python tools/contact_sheet\.py outputs/toy outputs/toy_i2v ": "works on what the demo leaves",
     r"python tools/contact_sheet\.py outputs/land": "works on what the demo trains; test_video.py draws such pictures",
     r"hf download": "downloads",
+    r"python \w+\.py --help": "shows what test_key_help.py compares",
     r".*\bcheckpoints/5b/model\.yaml": "needs what the command before it writes",
     r"bash inference\.sh$": "the fixture `demo` has run it",
     # test_the_example_of_conversion_runs and test_prepare_dataset.py run them in order.
