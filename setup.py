@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
+    package_data={"sgm.config": ["keys.json"]},
     py_modules=["data_video", "dit_video_concat", "sample_video", "train_video"],
     install_requires=[
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
@@ -34,6 +35,9 @@ setup(
         "datasets>=4.0,<6",  # folders of Hugging Face; SwissArmyTransformer requires it too
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
+        "Jinja2>=3.1",  # chat templates; torch requires it too
+        "urllib3>=2,<3",
+        "requests>=2.32,<3",  # args.prompt_enhancer as an endpoint; datasets requires it too
         "xxhash>=3,<5",  # checksums of weights; datasets requires it too
         "pillow>=10.1",
         "tqdm>=4.66,<5",

@@ -27,6 +27,7 @@ def parse(
     examples: Sequence[str],
     check: str,
     card: bool = False,
+    training: bool = False,
     more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """Parse a command line; ``section.key=value`` may appear anywhere.
@@ -38,6 +39,7 @@ def parse(
         examples: commands to show.
         check: help of ``--check``.
         card: whether ``--check`` plans memory, for a ``--card``.
+        training: whether the command reads the keys of training, for ``--help``.
         more: adds further options.
     """
     parser = argparse.ArgumentParser(
@@ -45,7 +47,9 @@ def parse(
         description=description,
         epilog="\n".join(["examples:", *(f"  {example}" for example in examples), "", EXIT_CODES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", nargs="?", metavar="KEY", help="show this, or explain a key, and exit")
     parser.add_argument(
         "--base",
         nargs="+",
@@ -63,6 +67,7 @@ def parse(
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
+    _help(parser, sys.argv[1:] if argv is None else argv, training=training)
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_keys_for(unknown)}")
@@ -81,6 +86,25 @@ def parse(
     if options.seed is not None:
         options.overrides.append(f"args.seed={options.seed}")
     return options
+
+
+def _help(parser: argparse.ArgumentParser, words: Sequence[str], *, training: bool) -> None:
+    """Show the help that a command line asks for, if it does, and exit."""
+    if not any(word in ("-h", "--help") or word.startswith("--help=") for word in words):
+        return
+    from sgm.config import key_help
+
+    asked = key_help.asked_key(words)
+    if asked is None:
+        sys.stdout.write(f"{parser.format_help()}\n{key_help.listed(training=training)}\n")
+        parser.exit()
+    text = key_help.explained(asked)
+    if text is None:
+        close = key_help.nearest(asked)
+        hint = f"did you mean {', '.join(close)}?" if close else "--help lists all"
+        parser.error(f"there is no key {asked}{_keys_for([f'--{asked}'])}; {hint}")
+    sys.stdout.write(f"{text}\n")
+    parser.exit()
 
 
 def write_findings(options: argparse.Namespace, report: str) -> None:

@@ -40,6 +40,7 @@ NOT_RUN = {
     r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
     r"python -m benchmarks\.(bench|data|gpu|growth|loading)": "takes minutes",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
+    r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
@@ -47,6 +48,10 @@ NOT_RUN = {
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
     r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs released weights or a user's own",
     r"python tools/contact_sheet\.py outputs/toy outputs/toy_i2v ": "works on what the demo leaves",
+    r"python tools/contact_sheet\.py outputs/land": "works on what the demo trains; test_video.py draws such pictures",
+    r"hf download": "downloads",
+    r"python \w+\.py --help": "shows what test_key_help.py compares",
+    r".*\bcheckpoints/5b/model\.yaml": "needs what the command before it writes",
     r"bash inference\.sh$": "the fixture `demo` has run it",
     # test_the_example_of_conversion_runs and test_prepare_dataset.py run them in order.
     r".*\boutputs/example\b": "one command builds on another",

@@ -19,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -31,6 +29,7 @@ from sgm import distributed
 from sgm.cli import run_command
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
+from sgm.inference.language_models import Kind, read_folder
 from sgm.io import atomic_file, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.util import PRECISIONS, InputError
@@ -41,7 +40,20 @@ PROMPT = (
     "These pictures are frames of one video, in order. Describe the video in one paragraph: what is in it, what "
     "happens, the place, the light, the style, and how the camera moves. Write of the video, not of frames."
 )
-_FETCH = "fetch a vision-language model tuned to instructions first, with: hf download NAME --local-dir FOLDER"
+PICTURES = Kind(
+    does="turn pictures into text",
+    fetch="fetch a vision-language model tuned to instructions first, with: hf download NAME --local-dir FOLDER",
+    models="AutoModelForImageTextToText",
+    mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    reader="AutoProcessor",
+    lacks=lambda processor: (
+        "processor of pictures"
+        if getattr(processor, "image_processor", None) is None
+        else None
+        if processor.chat_template
+        else "chat template"
+    ),
+)
 MAX_READERS = 8  # threads that decode
 # Batches between all-gathers of the reports: few enough to stay below the timeout of the process group, enough that
 # ranks rarely wait for each other's long captions.
@@ -70,45 +82,12 @@ class Captioner:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        from transformers.utils import logging as transformers_logging
-
-        if not (folder / "config.json").is_file():
-            found = "has no config.json" if folder.is_dir() else "does not exist"
-            raise InputError(f"model folder '{folder}' {found}; nothing is downloaded: {_FETCH}")
-        transformers_logging.disable_progress_bar()
-        local = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            config = AutoConfig.from_pretrained(folder, **local)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise InputError(
-                    f"model folder '{folder}' holds a model of type '{config.model_type}', which does not turn "
-                    f"pictures into text; {_FETCH}"
-                )
-            self._processor = AutoProcessor.from_pretrained(folder, **local)
-            if not isinstance(self._processor, ProcessorMixin) or not self._processor.chat_template:
-                lacks = "chat template" if isinstance(self._processor, ProcessorMixin) else "processor of pictures"
-                raise InputError(f"model folder '{folder}' has no {lacks}; take a model that was tuned to instructions")
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, **local, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-            )
-        except InputError:
-            raise
-        except SafetensorError as error:
-            raise InputError(f"the weights in '{folder}' are cut off or damaged ({error}); copy them again") from error
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"model folder '{folder}' cannot be used: {reason[:600]}") from error
-        self._model, info = loaded
-        if info["missing_keys"]:
-            lacking = sorted(info["missing_keys"])
-            raise InputError(f"the weights in '{folder}' lack {len(lacking)} tensors, e.g. {lacking[0]}; copy it again")
-        tokenizer = self._processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue] (every processor has one)
+        self._processor, model = read_folder(folder, PICTURES, dtype=dtype)
+        tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"  # generated tokens follow the last one
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._model = self._model.eval().requires_grad_(False).to(device)
+        self._model = model.to(device)
         ends = self._model.generation_config.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=device)
 

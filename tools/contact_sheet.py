@@ -2,9 +2,11 @@
 
     python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
     python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --out outputs/demo_lora.png
+    python tools/contact_sheet.py outputs/toy --out outputs/demo.webp --columns 3
 
 Use it for runs without ``args.contact_sheet`` or on several ranks, and to compare runs. Videos are sorted by folder and
-prompt; with ``--beside``, runs of the same prompts share a row for each prompt.
+prompt; with ``--beside``, runs of the same prompts share a row for each prompt. A name that ends with .webp or .gif
+gives a moving picture, in which all videos play, ``--columns`` in a row.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sgm.cli import run_command, tool_parser
-from sgm.inference.video import contact_sheet, read_video
+from sgm.inference.video import animation, contact_sheet, read_video
 from sgm.io import parse_json
 from sgm.util import InputError
 
@@ -33,6 +35,17 @@ def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     if not found:
         raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
     return found
+
+
+def below(folders: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
+    """Return the videos of all runs, one run after the other."""
+    return [sample for folder in folders for sample in results(folder)]
+
+
+def alternating(folders: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
+    """Return the videos of all runs, those of a prompt after each other, with the run in their captions."""
+    runs = [[(f"{folder.name}: {caption}", video) for caption, video in results(folder)] for folder in folders]
+    return [sample for samples in zip(*runs, strict=False) for sample in samples]
 
 
 def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]]:
@@ -63,11 +76,20 @@ def _order(sidecar: Path) -> tuple[int, int]:
 def work(options: argparse.Namespace) -> None:
     """Draw the videos of all runs."""
     columns = options.columns
+    if columns < 1 or not 0 < options.fps <= 100:
+        raise InputError(
+            f"--columns is {columns} and --fps {options.fps:g}; give at least 1, and more than 0 up to 100"
+        )
+    if options.out.suffix.lower() in (".webp", ".gif"):
+        videos = alternating(options.folders) if options.beside else below(options.folders)
+        animation(videos, options.out, columns=columns, fps=options.fps)
+        sys.stdout.write(f"moving picture: {options.out}\n")
+        return
     if options.beside:
         rows = beside(options.folders, columns)
         columns = len(rows[0][1])
     else:
-        rows = [row for folder in options.folders for row in results(folder)]
+        rows = below(options.folders)
     contact_sheet(rows, options.out, columns=columns)
     sys.stdout.write(f"contact sheet: {options.out}\n")
 
@@ -76,8 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of sampling runs")
-    parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
-    parser.add_argument("--columns", type=int, default=5, help="frames shown of each video")
+    parser.add_argument("--out", required=True, type=Path, help="the PNG to write; .webp or .gif: videos play")
+    parser.add_argument(
+        "--columns", type=int, default=5, help="frames of each video (5); .webp or .gif: videos in a row"
+    )
+    parser.add_argument("--fps", type=float, default=8, help="frames per second of a moving picture (8)")
     parser.add_argument("--beside", action="store_true", help="put the runs beside each other, not below")
     return run_command(work, parser.parse_args(argv))
 

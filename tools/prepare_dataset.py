@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="tools/prepare_dataset.py",
         description="Encode the clips and captions of a training run once, into a cache.",
         examples=EXAMPLES,
+        training=True,
         check="print number and size of the results; encode nothing",
         more=more,
     )

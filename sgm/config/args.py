@@ -51,6 +51,8 @@ class SamplingArgs:
     image2video: bool | None = None
     negative_prompt: str | None = None
     allow_unknown_text: bool = False
+    prompt_enhancer: Name | None = None
+    prompt_enhancer_model: Name | None = None
     # Size: pixels (height, width), latent frames, frames per second of the file
     sampling_image_size: tuple[Width, Width] | None = None
     sampling_num_frames: AtLeast1 | None = None
@@ -97,6 +99,17 @@ class SamplingArgs:
         return self.input_type == "cli" and self.prompt is None
 
     @property
+    def enhances_by_endpoint(self) -> bool:
+        """Whether `prompt_enhancer` is the address of an endpoint, not a folder."""
+        return self.prompt_enhancer is not None and "://" in self.prompt_enhancer
+
+    @property
+    def enhancer_name(self) -> str:
+        """The language model that writes prompts, for records."""
+        model = "" if self.prompt_enhancer_model is None else f"{self.prompt_enhancer_model} at "
+        return f"{model}{self.prompt_enhancer}"
+
+    @property
     def ring_attention(self) -> bool | None:
         """Whether `sequence_attention` selects ring attention; None if the network chooses."""
         return {"auto": None, "ulysses": False, "ring": True}[self.sequence_attention]
@@ -113,6 +126,12 @@ class SamplingArgs:
                 "is given without a prompt",
                 "give args.prompt too, or write prompt@@image into input_file",
             )
+        if self.enhances_by_endpoint and self.prompt_enhancer_model is None:
+            found = "is missing, and prompt_enhancer is the address of an endpoint"
+            yield "prompt_enhancer_model", found, "give the name of a model that it serves"
+        if self.prompt_enhancer_model is not None and not self.enhances_by_endpoint:
+            found = "is given, and prompt_enhancer is no address of an endpoint"
+            yield "prompt_enhancer_model", found, "remove it, or set args.prompt_enhancer=http://127.0.0.1:8000/v1"
 
     def _shared_problems(self) -> Iterator[tuple[str, str, str]]:
         last_seed = _MAX_SEED - (self.batch_size - 1)
@@ -246,6 +265,10 @@ class TrainingArgs(SamplingArgs):
         for name in ("prompt", "image"):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
+        for name in ("prompt_enhancer", "prompt_enhancer_model"):
+            if getattr(self, name) is not None:
+                found = "is given, and is for sampling: training uses captions and valid_prompts as they are written"
+                yield name, found, "remove it; tools/enhance_prompts.py writes a file of prompts"
         yield from self._length_problems()
         yield from self._data_problems()
         if self.mode == "finetune" and self.load is None:

@@ -99,6 +99,12 @@ def _parts() -> dict[str, type[BaseModel]]:
     }
 
 
+def schema_of_section() -> type[BaseModel]:
+    """Return the pydantic model of the whole section."""
+    fields: dict[str, Any] = {name: (part | None, None) for name, part in _parts().items()}
+    return create_model("deepspeed", __base__=_TopLevel, **fields)
+
+
 def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
     """Check the section of a training run; add its problems and warnings to `merged`."""
     num_problems = len(merged.problems)
@@ -106,9 +112,7 @@ def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
         names = ", ".join(f"deepspeed.{name}" for name in stray)
         merged.warnings.append(f"no effect outside deepspeed.fp16, where DeepSpeed reads them: {names}")
     section = _whole_counts({name: value for name, value in section.items() if name not in stray})
-    fields: dict[str, Any] = {name: (part | None, None) for name, part in _parts().items()}
-    schema = create_model("deepspeed", __base__=_TopLevel, **fields)
-    check_params(schema, section, ("deepspeed",), merged)
+    check_params(schema_of_section(), section, ("deepspeed",), merged)
     for problems_of in (_value_problems, _model_problems):
         if len(merged.problems) > num_problems:
             break  # further checks assume valid types and values

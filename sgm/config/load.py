@@ -42,7 +42,7 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 
 _MAX_INTEGER = 2**63 - 1
 _PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
-_FREE_TEXT = ("negative_prompt", "valid_prompts")  # keys in which braces are legal
+_FREE_TEXT = ("prompt", "negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
 @dataclass(frozen=True, kw_only=True)

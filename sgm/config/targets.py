@@ -45,13 +45,13 @@ def check_params(
         merged: gets the problems and warnings.
         partial: the section's parent adds further parameters.
     """
-    accepted = _accepted_by(cls)
+    accepted = accepted_by(cls)
     if accepted is None:
         return
     ignored: Mapping[str, str] = getattr(cls, "IGNORED_PARAMS", {})
     refused = {**refused_by(cls), **REFUSED.get(dotted(path), {})}
     named = [str(key) for key in path if isinstance(key, str)]
-    owner = named[-1] if _is_model(cls) or len(path) == 1 else getattr(cls, "__name__", str(cls))
+    owner = named[-1] if is_model(cls) or len(path) == 1 else getattr(cls, "__name__", str(cls))
     for name, value in params.items():
         place = (*path, name)
         if name in ignored:
@@ -154,7 +154,7 @@ def _check_refused(entry: Refused, value: Any, place: KeyPath, merged: Merged) -
 
 
 def _check_value(cls: Callable[..., Any], name: str, value: Any, hint: Any, place: KeyPath, merged: Merged) -> None:
-    model = next(filter(_is_model, (hint, *typing.get_args(hint))), None)
+    model = next(filter(is_model, (hint, *typing.get_args(hint))), None)
     if model is not None and typing.get_origin(hint) is tuple:
         _check_entries(model, value, place, merged)
         return
@@ -202,7 +202,7 @@ def _warn_untaken(cls: Callable[..., Any], params: Mapping[str, Any], path: KeyP
 
 
 @dataclass(frozen=True)
-class _Accepted:
+class Accepted:
     """The parameters of a class: types, required ones, and whether it accepts any others (``**kwargs``)."""
 
     hints: Mapping[str, Any]
@@ -210,26 +210,27 @@ class _Accepted:
     open_ended: bool = False
 
 
-def _accepted_by(cls: Callable[..., Any]) -> _Accepted | None:
+def accepted_by(cls: Callable[..., Any]) -> Accepted | None:
     """Return the parameters of a class or pydantic model; None for a C class without signature."""
-    if _is_model(cls):
+    if is_model(cls):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         hints = {n: Annotated[(f.annotation, *f.metadata)] if f.metadata else f.annotation for n, f in fields.items()}
-        return _Accepted(hints, [name for name, field in fields.items() if field.is_required()])
+        return Accepted(hints, [name for name, field in fields.items() if field.is_required()])
     try:
         parameters = inspect.signature(cls).parameters
     except (TypeError, ValueError):
         return None
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     hints = _hints(cls)
-    return _Accepted(
+    return Accepted(
         hints={name: hints.get(name, Any) for name in named},
         required=[name for name, parameter in named.items() if parameter.default is parameter.empty],
         open_ended=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
     )
 
 
-def _is_model(cls: Any) -> bool:
+def is_model(cls: Any) -> bool:
+    """Whether `cls` is a pydantic model."""
     return inspect.isclass(cls) and issubclass(cls, BaseModel)
 
 

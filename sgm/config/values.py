@@ -46,6 +46,12 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
     return None
 
 
+def words_for(hint: Any) -> str:
+    """Describe the values that an annotation accepts; empty for one without JSON schema."""
+    schema = _adapter(hint, repr(hint))[1]
+    return _in_words(schema, schema.get("$defs", {})) if schema else ""
+
+
 @cache
 def _adapter(hint: Any, spelling: str) -> tuple[TypeAdapter[Any] | None, dict[str, Any]]:
     """Return the validator of an annotation and its JSON schema; None if it has no schema."""

@@ -15,6 +15,7 @@ from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
+from sgm.inference.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
 from sgm.io import require_writable
@@ -56,7 +57,8 @@ class Prepared:
             return report
         args = self.config.args
         source = args.input_file if args.prompt is None else "args.prompt"
-        return "\n".join([report, f"prompts: {len(self.prompts)} from {source}", *self.notes])
+        by = "" if args.prompt_enhancer is None else f", each written anew by {args.enhancer_name} when sampling"
+        return "\n".join([report, f"prompts: {len(self.prompts)} from {source}{by}", *self.notes])
 
 
 def prepare(config: Config) -> Prepared:
@@ -83,6 +85,8 @@ def prepare(config: Config) -> Prepared:
     writable = partial(require_writable, output, *(f"{folder}/000000.mp4" for folder in folders))
     problems += problems_of("args.output_dir", "name another folder", writable)
     notes: list[str] = []
+    if config.args.prompt_enhancer is not None:
+        problems += problems_of("args.prompt_enhancer", "name another", partial(check_enhancer, config.args))
     if not problems:  # they would be those of the text encoder again
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
@@ -129,6 +133,7 @@ def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
         InputError: a prompt, or the negative prompt, is refused.
     """
     conditioner = instantiate_from_config(config.model["conditioner_config"])
+    prompts = None if config.args.prompt_enhancer is not None else prompts  # the texts are not known yet
     negative = Prompt(-1, default(config.args.negative_prompt, ""))
     if not config.args.allow_unknown_text:
         check_words(prompts or (), conditioner)

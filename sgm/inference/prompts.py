@@ -19,7 +19,7 @@ import torch
 from sgm.data.clips.pictures import PictureError, picture_size, read_picture
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
-from sgm.util import InputError, no_character
+from sgm.util import InputError, default, no_character
 
 log = get_logger(__name__)
 
@@ -37,11 +37,20 @@ class Prompt:
         index: number of the prompt, from 0; part of the output folder's name.
         text: the text.
         image: the first frame, for image to video.
+        original: what the user wrote, if a language model wrote `text`.
+        enhancer: the name of that model.
     """
 
     index: int
     text: str
     image: Path | None = None
+    original: str | None = None
+    enhancer: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the user wrote, for the names of folders and on contact sheets."""
+        return default(self.original, self.text)
 
 
 def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
@@ -101,14 +110,14 @@ def read_prompts_cli(
     image2video: bool,
     input: Callable[[str], str] | None = None,
     *,
-    check: Callable[[Prompt], None] | None = None,
+    ready: Callable[[Prompt], Prompt] | None = None,
 ) -> Iterator[Prompt]:
     """Read prompts from the terminal until an empty line, ``exit`` or the end of input; ask again after a bad line.
 
     Args:
         image2video: whether to ask for ``prompt@@image``.
         input: shows a question and returns a line; the built-in ``input`` by default.
-        check: raises an InputError for a prompt that cannot be sampled.
+        ready: returns a prompt as it is sampled; raises an InputError for one that cannot be.
     """
     ask = input or builtins.input
     form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
@@ -126,8 +135,8 @@ def read_prompts_cli(
         try:
             prompt = _parse(line, index, image2video=image2video, folder=None)
             check_images([prompt])
-            if check is not None:
-                check(prompt)
+            if ready is not None:
+                prompt = ready(prompt)
         except InputError as error:
             log.error("%s", error)
             continue

@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 def sample_folder(output_dir: str | Path, prompt: Prompt, k: int) -> Path:
     """Return the folder of sample `k` of a prompt."""
-    return Path(output_dir) / output_folder_name(prompt.index, prompt.text) / str(k)
+    return Path(output_dir) / output_folder_name(prompt.index, prompt.title) / str(k)
 
 
 class Results:

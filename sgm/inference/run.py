@@ -24,6 +24,7 @@ from sgm.checks.sampling import SamplingPlan, check_sampling
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
+from sgm.inference.enhance import enhanced
 from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.prompts import (
     Prompt,
@@ -64,6 +65,9 @@ def sample(config: Config) -> Summary:
     sgm.distributed.initialize(mesh=prepared.mesh)
     if config.args.memory is not None:
         config = _with_preset(config, prepared.dtype)
+    if prompts is not None and config.args.prompt_enhancer is not None:
+        asked = prompts
+        prompts = sgm.distributed.run_on_rank_zero(lambda: enhanced(config, asked, resolve_device(config.args)))
     run = SamplingRun(config)
     with logging_redirect_tqdm(loggers=[get_logger()]):
         run.sample_list(prompts) if prompts is not None else run.sample_typed()
@@ -185,14 +189,25 @@ class SamplingRun:
     def sample_typed(self) -> None:
         """Sample prompts from the terminal, one by one."""
         done = []
-        check = None if self.args.allow_unknown_text else lambda prompt: check_words([prompt], self.engine.conditioner)
-        for prompt in read_prompts_cli(image2video=self.plan.image2video, check=check):
+        for prompt in read_prompts_cli(image2video=self.plan.image2video, ready=self._ready):
             done.append(prompt)
             if missing := self._missing(prompt):
                 encoded, seconds = self._encode([prompt])
                 self._load()
                 self._sample_prompt(prompt, missing, encoded[0], Timings(text=seconds))
         self._write_sheet(done, 0, 1)
+
+    def _ready(self, prompt: Prompt) -> Prompt:
+        """Return a typed prompt as it is sampled.
+
+        Raises:
+            InputError: the text encoder cannot read it.
+        """
+        if self.args.prompt_enhancer is not None:
+            (prompt,) = enhanced(self.config, [prompt], self.device)
+        if not self.args.allow_unknown_text:
+            check_words([prompt], self.engine.conditioner)
+        return prompt
 
     def _load(self) -> None:
         if self._is_loaded:
@@ -373,6 +388,7 @@ class SamplingRun:
             "configs": list(self.config.bases),
             "overrides": list(self.config.overrides),
             "device": self.device.type,
+            **({"original_prompt": prompt.original, "prompt_enhancer": prompt.enhancer} if prompt.original else {}),
             **self._cache_record(),
             "seconds": {name: round(value, 3) for name, value in vars(timings).items()},
             "peak_memory_bytes": peak_memory(self.device),
@@ -394,7 +410,7 @@ class SamplingRun:
         if not self.args.contact_sheet or self.args.only_save_latents or not prompts:
             return
         samples = [
-            (f"{prompt.index}. {prompt.text}, seed {self.args.seed + k}", self.results.finished(prompt, k))
+            (f"{prompt.index}. {prompt.title}, seed {self.args.seed + k}", self.results.finished(prompt, k))
             for prompt in prompts
             for k in range(self.args.batch_size)
         ]

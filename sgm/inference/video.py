@@ -127,6 +127,39 @@ def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, co
         sheet.save(temporary)
 
 
+def animation(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int, fps: float) -> None:
+    """Play videos beside and below each other in one animated WebP or GIF, a caption above each.
+
+    Args:
+        entries: caption and frames (T, H, W, 3) uint8 of each video; shorter ones hold their last frame.
+        path: the file, ending with ``.webp`` or ``.gif``.
+        columns: videos in a row.
+        fps: frames per second.
+
+    Raises:
+        ValueError: `entries` is empty, or frames have another shape or type.
+        RunError: the file could not be written.
+    """
+    if not entries or columns < 1:
+        raise ValueError(f"expected videos and columns, got {len(entries)} videos and {columns} columns")
+    videos = [(caption, _as_array(frames)) for caption, frames in entries]
+    num_frames = max(len(frames) for _, frames in videos)
+    pictures = []
+    for index in range(num_frames):
+        cells = [_row(caption, frames[min(index, len(frames) - 1)][None], 1) for caption, frames in videos]
+        width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+        rows = -(-len(cells) // columns)
+        picture = Image.new("RGB", (min(columns, len(cells)) * width, rows * height), "white")
+        for number, cell in enumerate(cells):
+            # Videos of a row stand on one line, whatever the length of their captions.
+            left, top = number % columns * width, number // columns * height + height - cell.height
+            picture.paste(cell, (left, top))
+        pictures.append(picture)
+    with atomic_file(path) as temporary:
+        settings = {"duration": round(1000 / fps), "loop": 0, "quality": 80, "method": 4}
+        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], **settings)
+
+
 def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:
     """Draw one video of a contact sheet."""
     indices = np.linspace(0, len(pictures) - 1, min(columns, len(pictures))).round().astype(int)

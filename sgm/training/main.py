@@ -27,6 +27,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         examples=EXAMPLES,
         check="check everything, read no weights, train nothing",
         card=True,
+        training=True,
     )
 
 

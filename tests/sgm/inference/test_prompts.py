@@ -161,8 +161,9 @@ def test_cli_reports_what_the_check_refuses(caplog):
     def check(prompt):
         if prompt.text == "bad":
             raise InputError("no word is known")
+        return prompt
 
-    assert list(read_prompts_cli(False, input=answers("bad", "good"), check=check)) == [Prompt(0, "good")]
+    assert list(read_prompts_cli(False, input=answers("bad", "good"), ready=check)) == [Prompt(0, "good")]
     assert caplog.messages == ["no word is known"]
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
+from sgm.inference.video import animation, contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.io import write_json
 from sgm.util import RunError
 
@@ -180,3 +180,24 @@ def test_contact_sheet_wraps_a_long_caption_and_reduces_large_frames(tmp_path):
 def test_contact_sheet_without_videos_is_refused(tmp_path):
     with pytest.raises(ValueError, match="0 videos"):
         contact_sheet([], tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_an_animation_plays_all_videos_and_holds_the_last_frame_of_short_ones(suffix, tmp_path):
+    bright, short = np.full((3, 64, 64, 3), 40, np.uint8), np.full((2, 32, 64, 3), 40, np.uint8)
+    bright[1:], short[1] = 250, 250
+    bright[2] = 120
+    path = tmp_path / f"demo.{suffix}"
+    animation([("a", bright), ("b", short), ("c", bright)], path, columns=2, fps=8)
+    with Image.open(path) as picture:
+        assert picture.n_frames == 3
+        shades = []
+        for index in range(3):
+            picture.seek(index)
+            pixels = np.asarray(picture.convert("L"), dtype=int)
+            assert picture.info["duration"] in (120, 125), "GIF counts in hundredths of a second"
+            height, width = pixels.shape
+            shades.append([int(pixels[height // 2 - 30, x]) for x in (50, width // 2 + 50)])
+    assert np.abs(np.array(shades) - [[40, 40], [250, 250], [120, 250]]).max() < 12
+    with pytest.raises(ValueError, match="expected videos"):
+        animation([], path, columns=2, fps=8)
