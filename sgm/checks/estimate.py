@@ -221,12 +221,9 @@ def training_estimate(
     # for the buffers in which they are reduced.
     gradients = 0.0 if _is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     room = min(network.kept, gradients)
-    phases["network"] = {
-        **_without(resident, stepping + room),
-        "buffers": max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"]),
-        "weights in use": live,
-        "activations": network.peak,
-    }
+    buffers = max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"])
+    held = {**_without(resident, stepping + room), "buffers": buffers, "weights in use": live}
+    phases["network"] = {**held, "activations": network.peak}
     phases["optimizer"] = _without(resident, frozen * away)
     if text.stored:
         phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}

@@ -1,6 +1,7 @@
 """Measure network and VAE of a run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,11 +132,11 @@ def network_usage(
         params_here = params if depth is None else {**params, **shallow}
         with simulated_ranks(mesh):
             network = build({**section, "params": params_here})
-        learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
         # Networks of other depths, and with other numbers of recomputed blocks, are measured at the same small depths.
-        settings = [section | {"params": params_here}, settings_of(config, trains=trained is not None), str(mesh)]
-        settings += [video, batch, str(dtype), learned]
-        return _remembered(settings, lambda: usage(network, run, dtype, mesh, trained=trained, prepare=store_weights))
+        learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
+        settings = [params_here, settings_of(config, trains=trained is not None), str(mesh), video, batch, str(dtype)]
+        work = partial(usage, network, run, dtype, mesh, trained=trained, prepare=store_weights)
+        return _remembered([section, *settings, learned], work)
 
     depth = params.get("num_layers")
     skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
