@@ -102,10 +102,8 @@ def network_usage(
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
-    storage = storage_of(config)
-
     def store_weights(network: Any, _: LiveBytes) -> None:
-        if storage is not None:
+        if (storage := storage_of(config)) is not None:
             for layer in linear_layers(module for block in network.blocks for module in block):
                 store(layer, storage)
 
@@ -136,7 +134,7 @@ def network_usage(
         learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
         settings = [params_here, settings_of(config, trains=trained is not None), str(mesh), video, batch, str(dtype)]
         work = partial(usage, network, run, dtype, mesh, trained=trained, prepare=store_weights)
-        return _remembered([section, *settings, learned], work)
+        return _remembered([section["target"], *settings, learned], work)
 
     depth = params.get("num_layers")
     skipped = transformer.get("checkpoint_skip_layers", 0) if transformer.get("checkpoint_activations") else 0
