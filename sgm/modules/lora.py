@@ -24,6 +24,8 @@ prepare_import()
 from sat.model.finetune.lora2 import LoraLinear  # noqa: E402
 from sat.mpu.layers import RowParallelLinear  # noqa: E402
 
+_TOKENS = 1024  # hashed at a time: eight bytes for each of their inputs, several times
+
 
 @dataclass
 class Dropout:
@@ -56,9 +58,12 @@ class Dropout:
             num_channels: of all ranks.
         """
         assert self.seeds is not None and self.positions is not None, "the network has set both"
-        elements = _mixed(self.positions[:, None] * num_channels + channels)
-        starts = _mixed(_mixed(self.seeds) + layer)
-        return _mixed(elements + starts[:, None, None]) >= round(p * 2**32)
+        starts = _mixed(_mixed(self.seeds) + layer)[:, None, None]
+        kept = [
+            _mixed(_mixed(tokens[:, None] * num_channels + channels) + starts) >= round(p * 2**32)
+            for tokens in self.positions.split(_TOKENS)
+        ]
+        return torch.cat(kept, 1)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
