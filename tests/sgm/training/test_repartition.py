@@ -153,6 +153,18 @@ def test_a_state_that_is_no_value_per_weight_is_refused():
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({"offload_optimizer": {"device": "nvme"}})
 
 
+def test_a_number_for_a_vector_of_zeros_is_taken_as_values():
+    """Prodigy keeps one zero where all weights of a rank are zero."""
+    folder = divided(opened(files(1, {(0, 0): content(1, TENSORS, Shard())}, 1), 1, 1), 1, 2, 1)
+    for rank, value in enumerate((torch.ones(92), torch.tensor(0))):
+        partition = folder[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
+        assert len(partition["base_optimizer_state"]["state"][0]["ema"]) == 92
+        partition["base_optimizer_state"]["state"][0]["p0"] = value
+    whole = opened(folder, 1, 1).partition(layout(1, 1, Shard()), 0)
+    p0 = whole["base_optimizer_state"]["state"][0]["p0"]
+    assert p0.tolist() == [1.0] * 92 + [0.0] * (len(p0) - 92)
+
+
 def test_files_of_ranks_that_are_missing_or_of_other_parameters_are_told():
     folder = divided(opened(files(2, {(0, 0): content(2, TENSORS, Shard())}, 1), 2, 1), 2, 2, 1)
     other = Layout(2, 1, Shard(), (dict(list(shapes(1)[0].items())[1:]), shapes(1)[1]))
