@@ -165,10 +165,12 @@ class _SavedShard:
     def _checked_state(self, rank: int, number: int) -> dict[str, Any]:
         state, length = self.base(rank)["state"].get(number, {}), self._vectors[rank][number].length
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != (length,):
+            shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            nested = not isinstance(value, torch.Tensor) and any(shapes)
+            if nested or any(shape not in ((), (length,)) for shape in shapes):
                 raise InputError(
-                    f"{self._folder}: the optimizer's {key} has {tuple(value.shape)} values for {length} weights of a "
-                    f"rank, and cannot be divided over other ranks; resume on "
+                    f"{self._folder}: the optimizer's {key}, of shape {shapes[0]} for {length} weights of a rank, is "
+                    "no value per weight and cannot be divided over other ranks; resume on "
                     f"{self.layout.world * self.layout.shard.size} ranks with the mesh of before, or start a new run "
                     "with args.resume=none"
                 )

@@ -142,12 +142,12 @@ def test_whole_matrices_keep_their_state_wherever_they_lie():
             assert all(torch.equal(own["state"][i]["momentum"], TENSORS[n] * 5) for i, n in enumerate(names))
 
 
-def test_a_state_that_is_no_value_per_weight_is_refused():
+@pytest.mark.parametrize("value", [torch.zeros(3), {"codes": torch.zeros(26), "scales": torch.zeros(3)}])
+def test_a_state_that_is_no_value_per_weight_is_refused(value):
+    """As that of optimizers in 8 bits, which have a scale for a block of a slice."""
     saved = content(1, TENSORS, Shard())
-    saved["base_optimizer_state"]["state"][1]["absmax"] = torch.zeros(3)
-    with pytest.raises(
-        InputError, match=r"resume/3: the optimizer's absmax has \(3,\) values .* resume on 1 ranks with"
-    ):
+    saved["base_optimizer_state"]["state"][1]["quantized"] = value
+    with pytest.raises(InputError, match=r"resume/3: the optimizer's quantized, of shape .* resume on 1 ranks with"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({})
     with pytest.raises(InputError, match=r"offload_optimizer.device is nvme, .* resume with device: cpu once"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({"offload_optimizer": {"device": "nvme"}})
