@@ -169,9 +169,9 @@ class _SavedShard:
             nested = not isinstance(value, torch.Tensor) and any(shapes)
             if nested or any(shape not in ((), (length,)) for shape in shapes):
                 raise InputError(
-                    f"{self._folder}: the optimizer's {key}, of shape {shapes[0]} for {length} weights of a rank, is "
-                    "no value per weight and cannot be divided over other ranks; resume on "
-                    f"{self.layout.world * self.layout.shard.size} ranks with the mesh of before, or start a new run "
+                    f"{self._folder}: the optimizer's {key} has tensors of shapes {shapes[:3]} for {length} weights of "
+                    "a rank, not a value per weight, and cannot be divided over other ranks; resume with as many ranks "
+                    f"as before, {self.layout.world * self.layout.shard.size}, and their settings, or start a new run "
                     "with args.resume=none"
                 )
         return state

@@ -147,7 +147,7 @@ def test_a_state_that_is_no_value_per_weight_is_refused(value):
     """As that of optimizers in 8 bits, which have a scale for a block of a slice."""
     saved = content(1, TENSORS, Shard())
     saved["base_optimizer_state"]["state"][1]["quantized"] = value
-    with pytest.raises(InputError, match=r"resume/3: the optimizer's quantized, of shape .* resume on 1 ranks with"):
+    with pytest.raises(InputError, match=r"resume/3: the optimizer's quantized has .* as many ranks as before, 1,"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({})
     with pytest.raises(InputError, match=r"offload_optimizer.device is nvme, .* resume with device: cpu once"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({"offload_optimizer": {"device": "nvme"}})
@@ -200,7 +200,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
 # Ranks and mesh, one iteration each.
 LEGS = [(4, {"model": 2}), (2, {"sequence": 2}), (1, {}), (4, {"model": 2, "sequence": 2}), (2, {"model": 2})]
 ALL = [(kind, stage, LEGS) for kind in MODELS for stage in (0, 1, 2, 3)]
-QUICK = ("full", 3, LEGS[:3])
+QUICK = ("full", 3, [LEGS[1], LEGS[2], LEGS[0]])
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"
 
 
