@@ -13,7 +13,7 @@ every rank holds everything, and only tensor parallel shards can differ.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,20 +152,26 @@ class _SavedShard:
         """Return the state of the torch optimizer of a rank."""
         return self.partition(rank)[OPTIMIZER[self._stage]]
 
-    def state_of(self, name: str) -> dict[str, Any]:
-        """Return the optimizer's state of a vector that holds elements of a parameter; empty before the first step.
+    def states_of(self, span: Span) -> Iterator[dict[str, Any]]:
+        """Yield the optimizer's states of the vectors that hold elements of a span; empty before the first step.
 
         Raises:
-            InputError: a tensor in it is for more or fewer elements than the vector has.
+            InputError: a tensor in them is for more or fewer elements than the vector has.
         """
-        rank, number, _ = self._places[name][0]
+        for rank, number, place in self._places[span.name]:
+            if place.start < span.start + span.count and span.start < place.start + place.count:
+                yield self._checked_state(rank, number)
+
+    def _checked_state(self, rank: int, number: int) -> dict[str, Any]:
         state, length = self.base(rank)["state"].get(number, {}), self._vectors[rank][number].length
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != (length,):
+            shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            nested = not isinstance(value, torch.Tensor) and any(shapes)
+            if nested or any(shape not in ((), (length,)) for shape in shapes):
                 raise InputError(
-                    f"{self._folder}: the optimizer's {key} has {tuple(value.shape)} values for {length} weights of a "
-                    f"rank, and cannot be divided over other ranks; resume on "
-                    f"{self.layout.world * self.layout.shard.size} ranks with the mesh of before, or start a new run "
+                    f"{self._folder}: the optimizer's {key} has tensors of shapes {shapes[:3]} for {length} weights of "
+                    "a rank, not a value per weight, and cannot be divided over other ranks; resume with as many ranks "
+                    f"as before, {self.layout.world * self.layout.shard.size}, and their settings, or start a new run "
                     "with args.resume=none"
                 )
         return state
@@ -192,7 +198,8 @@ class _SavedShard:
     def _vector(self, rank: int, number: int, key: str | None) -> torch.Tensor:
         if key is _WEIGHTS:
             return self.partition(rank)[PARTITIONS[self._stage]][number].detach()
-        return self.base(rank)["state"][number][key]
+        value = self.base(rank)["state"][number][key]
+        return value if value.dim() else value.expand(self._vectors[rank][number].length)
 
 
 class SavedState:
@@ -236,8 +243,8 @@ class SavedState:
                     f"deepspeed.zero_optimization.{name}.device is nvme, and the state in {self.folder} is to be "
                     "divided over other ranks, which files on a local disk cannot be; resume with device: cpu once"
                 )
-        for name in self.shards[0].layout.shapes if self.stage else ():
-            self.shards[0].state_of(name)
+        for name, shape in self.shards[0].layout.shapes.items() if self.stage else ():
+            next(self.shards[0].states_of(Span(name, 0, shape.numel(), 0)))
 
     def module(self, shard: Shard) -> dict[str, torch.Tensor]:
         """Return the tensors of the module as the ranks of a shard hold them; at stage 3 its buffers alone."""
@@ -317,14 +324,24 @@ class SavedState:
                 )
 
     def _state(self, vector: Vector, shard: Shard) -> dict[str, Any]:
-        """Return the optimizer's state of a vector; what is not a value per element is the same on all ranks."""
+        """Return the optimizer's state of a vector.
+
+        What is not a value per element is the same on all ranks. Some optimizers keep one number for a vector of zeros,
+        which the others have as values.
+        """
+        own = self.shards[0]
+        spans = vector.spans or (Span(vector.names[0], 0, 1, 0),)
+        if self.size != shard.size:  # elements of other shards count differently
+            spans = [Span(span.name, 0, own.layout.shapes[span.name].numel(), 0) for span in spans]
+        states = [state for span in spans for state in own.states_of(span)]
         result = {}
-        for key, value in self.shards[0].state_of(vector.names[0]).items():
-            is_tensor = isinstance(value, torch.Tensor)
-            if is_tensor and value.dim() > 0:
-                result[key] = self._filled(vector, key, value.dtype, shard)
+        for key in states[0]:
+            tensors = [state[key] for state in states if isinstance(state[key], torch.Tensor)]
+            by_element = next((tensor for tensor in tensors if tensor.dim() > 0), None)
+            if by_element is None:
+                result[key] = _copied(states[0][key])
             else:
-                result[key] = _copied(value)
+                result[key] = self._filled(vector, key, by_element.dtype, shard)
         return result
 
     def _filled(self, vector: Vector, key: str | None, dtype: torch.dtype, shard: Shard) -> torch.Tensor:

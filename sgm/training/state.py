@@ -159,7 +159,7 @@ class ResumePoint:
         if self.buckets != now.buckets:
             found = (
                 f"the state in {self.folder} was written with other buckets, batch sizes or data-parallel ranks, or "
-                "without buckets: it counts other micro-batches"
+                f"without buckets: it counts other micro-batches; {self.ranks_as_text} wrote it"
             )
             problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:

@@ -142,15 +142,27 @@ def test_whole_matrices_keep_their_state_wherever_they_lie():
             assert all(torch.equal(own["state"][i]["momentum"], TENSORS[n] * 5) for i, n in enumerate(names))
 
 
-def test_a_state_that_is_no_value_per_weight_is_refused():
+@pytest.mark.parametrize("value", [torch.zeros(3), {"codes": torch.zeros(26), "scales": torch.zeros(3)}])
+def test_a_state_that_is_no_value_per_weight_is_refused(value):
+    """As that of optimizers in 8 bits, which have a scale for a block of a slice."""
     saved = content(1, TENSORS, Shard())
-    saved["base_optimizer_state"]["state"][1]["absmax"] = torch.zeros(3)
-    with pytest.raises(
-        InputError, match=r"resume/3: the optimizer's absmax has \(3,\) values .* resume on 1 ranks with"
-    ):
+    saved["base_optimizer_state"]["state"][1]["quantized"] = value
+    with pytest.raises(InputError, match=r"resume/3: the optimizer's quantized has .* as many ranks as before, 1,"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({})
     with pytest.raises(InputError, match=r"offload_optimizer.device is nvme, .* resume with device: cpu once"):
         opened(files(1, {(0, 0): saved}, 1), 1, 1).require_divisible({"offload_optimizer": {"device": "nvme"}})
+
+
+def test_a_number_for_a_vector_of_zeros_is_taken_as_values():
+    """Prodigy keeps one zero where all weights of a rank are zero."""
+    folder = divided(opened(files(1, {(0, 0): content(1, TENSORS, Shard())}, 1), 1, 1), 1, 2, 1)
+    for rank, value in enumerate((torch.ones(92), torch.tensor(0))):
+        partition = folder[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
+        assert len(partition["base_optimizer_state"]["state"][0]["ema"]) == 92
+        partition["base_optimizer_state"]["state"][0]["p0"] = value
+    whole = opened(folder, 1, 1).partition(layout(1, 1, Shard()), 0)
+    p0 = whole["base_optimizer_state"]["state"][0]["p0"]
+    assert p0.tolist() == [1.0] * 92 + [0.0] * (len(p0) - 92)
 
 
 def test_files_of_ranks_that_are_missing_or_of_other_parameters_are_told():
@@ -188,7 +200,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
 # Ranks and mesh, one iteration each.
 LEGS = [(4, {"model": 2}), (2, {"sequence": 2}), (1, {}), (4, {"model": 2, "sequence": 2}), (2, {"model": 2})]
 ALL = [(kind, stage, LEGS) for kind in MODELS for stage in (0, 1, 2, 3)]
-QUICK = ("full", 3, LEGS[:3])
+QUICK = ("full", 3, [LEGS[1], LEGS[2], LEGS[0]])
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"
 
 

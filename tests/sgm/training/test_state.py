@@ -17,7 +17,6 @@ from sgm.training.run import train
 from sgm.training.state import checkpoint_engine, find_resume_point, next_start_number
 from sgm.util import InputError
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors
-from tests.processes import train_all
 from tests.sgm.training.points import POINT
 
 ROOT = Path(__file__).parents[3]
@@ -188,20 +187,6 @@ def test_a_state_is_divided_again_where_ranks_hold_other_parts(stage, change, sa
 
 def start(training_yaml, folder: Path, *overrides):
     return train(load_config(training_yaml(LORA), [f"args.save={folder}", *overrides], mode="train"))
-
-
-def test_without_zero_a_run_resumes_with_more_ranks(training_yaml, tmp_path):
-    straight = start(training_yaml, tmp_path / "straight", "args.train_iters=3").folder
-    run = start(training_yaml, tmp_path / "runs", "args.train_iters=3", "args.exit_interval=1").folder
-    overrides = [
-        f"args.save={tmp_path / 'runs'}",
-        "args.train_iters=3",
-        "args.resume=auto",
-        "deepspeed.train_micro_batch_size_per_gpu=1",
-    ]
-    train_all([{"bases": training_yaml(LORA), "overrides": overrides}], tmp_path, world=2)
-    losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (run, straight)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
 
 
 def test_incomplete_files_of_a_killed_run_are_removed(training_yaml, tmp_path):
