@@ -17,6 +17,7 @@ from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
+from sgm.inference.source_video import check_source
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
@@ -83,6 +84,10 @@ def prepare(config: Config) -> Prepared:
     writable = partial(require_writable, output, *(f"{folder}/000000.mp4" for folder in folders))
     problems += problems_of("args.output_dir", "name another folder", writable)
     notes: list[str] = []
+    if config.args.video is not None and not problems:
+        cure = "correct args.video, args.sampling_num_frames or args.sampling_fps"
+        plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+        problems += problems_of("args.video", cure, lambda: notes.append(f"video: {check_source(config.args, plan)}"))
     if not problems:  # they would be those of the text encoder again
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
