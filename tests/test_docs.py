@@ -42,6 +42,7 @@ NOT_RUN = {
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
+    r"python tools/toy/from_video\.py": "takes minutes; test_from_video.py measures a few clips",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
@@ -193,8 +194,8 @@ def test_the_example_of_conversion_runs(tmp_path):
 
 
 def arguments(command: Command) -> list[str]:
-    """Return the arguments of the script, in the order of the launchers."""
-    words = command.words
+    """Return the arguments of the script, in the order of the launchers; of an array of jobs those of number 0."""
+    words = [word.replace("%a", "0") for word in command.words]
     script = next(word for word in words if re.search(r"_video\.py$|\.sh$", word))
     rest = words[words.index(script) + 1 :]
     if script.endswith(".py"):

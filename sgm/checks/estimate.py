@@ -134,13 +134,14 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     phases: dict[str, Mapping[str, float]] = {"text": {"text encoder": text.device}} if text.stored else {}
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
-    if plan.image2video or not args.only_save_latents:
+    if plan.image2video or args.video is not None or not args.only_save_latents:
         decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
-        if plan.image2video:
-            image = once(encode_usage, config, (1, *size), vae_dtype(dtype))
-            phases["encode"] = {**beside, "VAE": held, "activations": image.peak}
+        if plan.image2video or args.video is not None:
+            frames = 1 if plan.image2video else plan.video_frames
+            encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
+            phases["encode"] = {**beside, "VAE": held, "activations": encoded.peak}
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
             video = decoded.sent.get("VAE", 0.0)

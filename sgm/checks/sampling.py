@@ -124,6 +124,9 @@ def size_problems(path: str, size: Any, geometry: Geometry) -> list[Problem]:
 
 
 def _input_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    if args.video is not None and geometry.image_conditioned:
+        found = "is given, and the network makes videos from an image"
+        yield Problem("args.video", "", found, "remove it, or use a text-to-video model")
     channels = f"in_channels {geometry.in_channels}, out_channels {geometry.out_channels}"
     if args.image2video is True and not geometry.image_conditioned:
         found = f"is true, but the network takes no image ({channels})"
@@ -146,10 +149,9 @@ def _listed(numbers: list[int]) -> str:
 
 def check_files(config: Config) -> list[Problem]:
     """Return the files and folders of a run that are missing or unusable."""
-    args = config.args
     problems = [] if config.mode == "encode" else _input_file_problems(config)
     vae = config.model.get("first_stage_config")
-    if vae is not None and not (args.only_save_latents and not config.model.get("noised_image_input")):
+    if vae is not None and _needs_vae(config):
         path, weights = "model.first_stage_config.params.ckpt_path", params_of(vae).get("ckpt_path")
         if not Path(str(weights)).is_file():
             found = "the VAE has no weights"
@@ -162,6 +164,12 @@ def check_files(config: Config) -> list[Problem]:
         cure = "set model_dir there to the folder of this model's T5"
         problems += problems_of(path, cure, partial(_check_text_encoder, config))
     return problems
+
+
+def _needs_vae(config: Config) -> bool:
+    """Whether a run decodes latents, or encodes an image or a video."""
+    args = config.args
+    return not args.only_save_latents or bool(config.model.get("noised_image_input")) or args.video is not None
 
 
 def _input_file_problems(config: Config) -> list[Problem]:
@@ -352,8 +360,8 @@ def _schedule(section: Any) -> np.ndarray | None:
 def _missing_sections(config: Config) -> Iterator[Problem]:
     """Yield missing sections that sampling needs."""
     needed = {"sampler_config": "to sample", "conditioner_config": "to read prompts"}
-    if not config.args.only_save_latents or config.model.get("noised_image_input"):
-        needed["first_stage_config"] = "to turn latents into video, or images into latents"
+    if _needs_vae(config):
+        needed["first_stage_config"] = "to turn latents into video, or images and videos into latents"
     for part, purpose in needed.items():
         if config.model.get(part) is None:
             cure = "take it from a shipped model configuration"
@@ -384,6 +392,12 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
             match_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
     elif part == "sampler_config":
         built.timesteps(args.num_steps)
+        if args.video is not None:
+            cure = "give more steps, or a larger strength"
+            if found := problems_of(
+                "args.strength", cure, partial(built.first_step, args.noise_strength, args.num_steps)
+            ):
+                raise ConfigError(found)
         if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
             raise InputError(
                 f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "

@@ -46,6 +46,8 @@ class SamplingArgs:
     # Prompts
     prompt: Name | None = None
     image: Name | None = None
+    video: Name | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
     input_type: Literal["txt", "cli"] = "cli"
     input_file: Name | None = None
     image2video: bool | None = None
@@ -114,9 +116,16 @@ class SamplingArgs:
         """Whether `sequence_attention` selects ring attention; None if the network chooses."""
         return {"auto": None, "ulysses": False, "ring": True}[self.sequence_attention]
 
+    @property
+    def noise_strength(self) -> float:
+        """`strength`, or its default: how much of the steps a sample that starts from a video runs."""
+        return 0.8 if self.strength is None else self.strength
+
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
+        if self.strength is not None and self.video is None:
+            yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
         if self.input_type == "txt" and self.input_file is None and self.prompt is None:
             cure = "give args.prompt, args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
             yield "input_file", "is missing, and input_type is txt", cure
@@ -262,7 +271,7 @@ class TrainingArgs(SamplingArgs):
         if self.loras:
             cure = "remove it; to train on top of adapters, merge them first: tools/merge_lora_weight.py"
             yield "loras", "is given, and is for sampling", cure
-        for name in ("prompt", "image"):
+        for name in ("prompt", "image", "video", "strength"):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         for name in ("prompt_enhancer", "prompt_enhancer_model"):

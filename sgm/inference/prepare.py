@@ -18,6 +18,7 @@ from sgm.distributed import Mesh, resolve_device
 from sgm.inference.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
+from sgm.inference.source_video import check_source
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
@@ -87,6 +88,10 @@ def prepare(config: Config) -> Prepared:
     notes: list[str] = []
     if config.args.prompt_enhancer is not None:
         problems += problems_of("args.prompt_enhancer", "name another", partial(check_enhancer, config.args))
+    if config.args.video is not None and not problems:
+        cure = "correct args.video, args.sampling_num_frames or args.sampling_fps"
+        plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+        problems += problems_of("args.video", cure, lambda: notes.append(f"video: {check_source(config.args, plan)}"))
     if not problems:  # they would be those of the text encoder again
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:

@@ -22,7 +22,7 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "loras weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
+    "video strength loras weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
 ).split()
 
 
@@ -39,6 +39,7 @@ class Timings:
 
     text: float = 0.0
     image: float = 0.0
+    video: float = 0.0
     sample: float = 0.0
     decode: float = 0.0
 
@@ -76,6 +77,7 @@ class Summary:
 def later_settings(args: SamplingArgs) -> dict[str, Any]:
     """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
+    given["strength"] = None if args.video is None else args.noise_strength
     return {
         name: to_jsonable_python(value, exclude_none=True) for name, value in given.items() if value not in (None, ())
     }

@@ -36,6 +36,7 @@ from sgm.inference.prompts import (
 )
 from sgm.inference.record import Summary, Timings, clock, later_settings, result_digest
 from sgm.inference.results import Results
+from sgm.inference.source_video import load_source
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
@@ -127,6 +128,7 @@ class SamplingRun:
         self._is_loaded = engine is not None
         self._network_in_use = default(network_in_use, nullcontext())
         self._uncond: dict[str, torch.Tensor] | None = None
+        self._video: torch.Tensor | None = None  # the latents of args.video
 
     def _build(self) -> SATVideoDiffusionEngine:
         """Build the model on the meta device; the text encoder is assigned to the real one."""
@@ -231,7 +233,7 @@ class SamplingRun:
         for row in () if stack is None else stack.rows():
             logger.info("LoRA of %s", row)
         warn_once(logger, report.warnings)
-        if self.plan.image2video or not args.only_save_latents:
+        if self.plan.image2video or args.video is not None or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
@@ -310,8 +312,9 @@ class SamplingRun:
         drawn = samples or [0]
         cond, uncond = ({name: _repeat(value, drawn, self.device) for name, value in part.items()} for part in conds)
         size, concat = self._image_condition(prompt, len(drawn), timings)
+        source = self._source(size, timings)
         with self._network_in_use:
-            latents = self._sample_latents(cond, uncond, size, drawn, concat, timings)
+            latents = self._sample_latents(cond, uncond, size, drawn, concat, source, timings)
         if not samples:
             return
         if not torch.isfinite(latents).all():
@@ -353,6 +356,15 @@ class SamplingRun:
         timings.image = clock() - start
         return size, concat
 
+    def _source(self, size: tuple[int, int], timings: Timings) -> torch.Tensor | None:
+        """Return the latents of ``args.video`` (1, T, C, H/8, W/8), encoded for the first prompt; None without it."""
+        if self.args.video is not None and self._video is None:
+            start = clock()
+            frames = load_source(self.args, self.plan, size).to(self.device)
+            self._video = self.engine.encode_first_stage(frames[None], sample=False)
+            timings.video = clock() - start
+        return self._video
+
     def _sample_latents(
         self,
         cond: Mapping[str, torch.Tensor],
@@ -360,9 +372,11 @@ class SamplingRun:
         size: tuple[int, int],
         samples: list[int],
         concat: torch.Tensor | None,
+        source: torch.Tensor | None,
         timings: Timings,
     ) -> torch.Tensor:
         start = clock()
+        given = {} if source is None else {"source": source, "strength": self.args.noise_strength}
         latents = self.engine.sample(
             cond,
             uncond,
@@ -373,6 +387,7 @@ class SamplingRun:
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
             progress=partial(_progress, description="steps"),
+            **given,
         )
         timings.sample = clock() - start
         return latents

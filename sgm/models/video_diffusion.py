@@ -406,12 +406,14 @@ class SATVideoDiffusionEngine(nn.Module):
         shape: tuple[int, int, int, int],
         generators: Sequence[torch.Generator],
         concat: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
+        strength: float = 1.0,
         num_steps: int | None = None,
         scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Sample latents.
+        """Sample latents, from noise or from a noised video.
 
         Args:
             cond: conditions, each (B, ...).
@@ -420,6 +422,8 @@ class SATVideoDiffusionEngine(nn.Module):
             generators: one CPU generator per sample, for its initial noise and then the noise of the steps; a sample
                 depends only on its own seed.
             concat: image latents from `image_latents`, of the padded length.
+            source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
+            strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
             num_steps: overrides the configured number of steps.
             scale: overrides the configured guidance scale.
             guidance_interval: see `VideoSampler`.
@@ -433,21 +437,29 @@ class SATVideoDiffusionEngine(nn.Module):
         padding = self.front_padding(shape[0])
         padded = (shape[0] + padding, *shape[1:])
         noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators])
-        noise = to_device(noise, self.device)
+        x = to_device(noise, self.device)
+        first_step = 0 if source is None else self.sampler.first_step(strength, num_steps)
+        if source is not None:
+            level = self.sampler.schedule(num_steps).alphas_cumprod_sqrt[first_step]
+            # Padding in front repeats the first frame, as in training.
+            source = torch.cat((source[:, :1].expand(-1, padding, -1, -1, -1), source), dim=1)
+            x = level * source.to(x) + (1 - level**2) ** 0.5 * x
         cond, uncond = dict(cond), None if uncond is None else dict(uncond)
         if concat is not None:
             cond["concat"] = concat
             if uncond is not None:
                 uncond["concat"] = concat
         optional: dict[str, Any] = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
+        optional |= {"first_step": first_step} if first_step else {}
         if self.loras is not None:
             self._set_strengths(0.0)
             optional |= {"before_step": self._set_strengths} if self.loras.changes else {}
         cache = self.step_cache
-        with nullcontext() if cache is None else cache.sampling(default(num_steps, self.sampler.num_steps), len(noise)):
+        num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
+        with nullcontext() if cache is None else cache.sampling(num, len(x)):
             latents = self.sampler(
                 self._denoise,
-                noise,
+                x,
                 cond,
                 uncond,
                 num_steps=num_steps,
@@ -455,7 +467,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 generators=generators,
                 progress=progress,
                 **optional,
-                **self.network_kwargs(len(noise), noise.device),
+                **self.network_kwargs(len(x), x.device),
             )
         return latents[:, padding:]
 

@@ -48,12 +48,12 @@ def held_out_clips(num_clips: int, *, seed: int = 1000) -> list[scene.Clip]:
     return [next(clips) for _ in range(num_clips)]
 
 
-def _to_engine(video: np.ndarray) -> torch.Tensor:
+def to_engine(video: np.ndarray) -> torch.Tensor:
     """(T, H, W, C) in [0, 1] -> (T, C, H, W) in -1..1."""
     return torch.from_numpy(video).permute(0, 3, 1, 2) * 2.0 - 1.0
 
 
-def _to_arrays(videos: torch.Tensor) -> list[np.ndarray]:
+def to_arrays(videos: torch.Tensor) -> list[np.ndarray]:
     """(B, T, C, H, W) in -1..1 -> B arrays (T, H, W, C) in [0, 1]."""
     return list(((videos.clamp(-1.0, 1.0) + 1.0) / 2.0).permute(0, 1, 3, 4, 2).numpy())
 
@@ -64,8 +64,8 @@ def reconstruction_psnr(engine: Any, num_clips: int = 12) -> list[float]:
     values = []
     for clip in held_out_clips(num_clips):
         video = scene.render(clip)
-        latents = engine.encode_first_stage(_to_engine(video)[None], sample=False)
-        values.append(scene.psnr(_to_arrays(engine.decode_first_stage(latents))[0], video))
+        latents = engine.encode_first_stage(to_engine(video)[None], sample=False)
+        values.append(scene.psnr(to_arrays(engine.decode_first_stage(latents))[0], video))
     return values
 
 
@@ -81,7 +81,7 @@ def sample(
     cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
     concat = None
     if with_image:
-        images = torch.stack([_to_engine(scene.render(clip))[0] for clip in clips])
+        images = torch.stack([to_engine(scene.render(clip))[0] for clip in clips])
         concat = engine.image_latents(images, LATENT_SHAPE[0])
     latents = engine.sample(
         cond,
@@ -91,7 +91,7 @@ def sample(
         concat=concat,
         num_steps=num_steps,
     )
-    return _to_arrays(engine.decode_first_stage(latents))
+    return to_arrays(engine.decode_first_stage(latents))
 
 
 def judge(videos: Sequence[np.ndarray], clips: Sequence[scene.Clip], *, with_image: bool = False) -> SampleQuality:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from sgm.config.values import NotNegative, Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.util import InputError, append_dims, default, instantiate_from_config, to_device
 
-LOSS_TYPES = ("l2", "l1")
+LOSS_TYPES = ("l2", "l1", "huber")
 
 
 class VideoDiffusionLoss:
@@ -23,7 +24,9 @@ class VideoDiffusionLoss:
 
     Args:
         sigma_sampler_config: the noise levels drawn, see `sigma_sampling.DiscreteSampling`.
-        type: ``l2`` or ``l1``.
+        type: ``l2``, ``l1`` or ``huber``: of the error e of v, e² up to `huber_delta` and 2·δ·|e| − δ² beyond (Huber
+            1964), so that clips which the network cannot explain pull less.
+        huber_delta: δ, in units of v, which varies by about 1; None is 1.
         offset_noise_level: scale of one extra normal number per sample, added to all of its noise, so that the model
             learns to change the mean of a video.
         min_snr_value: maximum weight. The weight is SNR + 1, so this clamps it as in Min-SNR (Hang et al. 2023).
@@ -36,9 +39,12 @@ class VideoDiffusionLoss:
         type: str = "l2",
         offset_noise_level: NotNegative = 0.0,
         min_snr_value: Positive | None = None,
+        huber_delta: Positive | None = None,
     ) -> None:
         if type not in LOSS_TYPES:
             raise InputError(f"loss type '{type}' is unknown; expected one of {', '.join(LOSS_TYPES)}")
+        if huber_delta is not None and type != "huber":
+            raise InputError(f"huber_delta is {huber_delta:g}, and the loss type {type} has none; set type to huber")
         if offset_noise_level < 0:
             raise InputError(f"offset_noise_level is {offset_noise_level}; expected 0 or more")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
@@ -50,6 +56,7 @@ class VideoDiffusionLoss:
         self.type = type
         self.offset_noise_level = offset_noise_level
         self.min_snr_value = min_snr_value
+        self.huber_delta = default(huber_delta, 1.0)
 
     def draw_noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Return normal noise for `x` (B, ...), float32 on its device, drawn on the generator's, offset included."""
@@ -91,6 +98,12 @@ class VideoDiffusionLoss:
         a = append_dims(levels, x.ndim)
         noised = a * x.float() + (1 - a**2) ** 0.5 * noise.float()
         error = denoiser(network, noised, levels, cond, idx=idx, **model_kwargs).float() - x.float()
+        whole = 1 / (1 - levels**2)  # of squares; the error of v is √whole times that of x0
+        weight = whole.clamp(max=default(self.min_snr_value, float("inf")))
+        if self.type == "huber":
+            of_v = (error * append_dims(whole, x.ndim) ** 0.5).flatten(1)
+            # torch's has half the squares.
+            losses = F.huber_loss(of_v, torch.zeros_like(of_v), reduction="none", delta=self.huber_delta)
+            return weight / whole * 2 * losses.mean(dim=1)
         error = error**2 if self.type == "l2" else error.abs()
-        weight = (1 / (1 - levels**2)).clamp(max=default(self.min_snr_value, float("inf")))
         return weight * error.flatten(1).mean(dim=1)

@@ -14,7 +14,7 @@ import torch
 from sgm.modules.diffusionmodules.discretizer import Levels, discretization_from_config
 from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
 from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
-from sgm.util import default, instantiate_from_config
+from sgm.util import InputError, default, instantiate_from_config
 
 DenoiseFn = Callable[..., torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -93,6 +93,17 @@ class VideoSampler(ABC):
             alphas_cumprod_sqrt=[*self.discretization(default(num_steps, self.num_steps)).tolist(), 1.0],
         )
 
+    def first_step(self, strength: float, num_steps: int | None = None) -> int:
+        """Return the step from which a noised video is denoised: the last `strength` of the steps, rounded down.
+
+        Raises:
+            InputError: no step is left.
+        """
+        num = default(num_steps, self.num_steps)
+        if not (left := min(int(num * strength), num)):
+            raise InputError(f"a strength of {strength:g} leaves none of {num} steps; give {1 / num:.2g} or more")
+        return num - left
+
     def __call__(
         self,
         denoise_fn: DenoiseFn,
@@ -106,6 +117,7 @@ class VideoSampler(ABC):
         generators: Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
         before_step: Callable[[float], object] | None = None,
+        first_step: int = 0,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Sample.
@@ -113,7 +125,7 @@ class VideoSampler(ABC):
         Args:
             denoise_fn: called as ``denoise_fn(x, alphas_cumprod_sqrt, cond, idx=idx, **model_kwargs)`` with levels
                 and timesteps (B,), or (2B,) under guidance; returns the denoised latents.
-            x: initial noise (B, T, C, H, W).
+            x: initial noise (B, T, C, H, W), or a noised video at the level of `first_step`.
             cond: conditions, each (B, ...).
             uc: unconditional conditions of the same names and shapes.
             num_steps: overrides the configured number of steps, also in the guider.
@@ -123,6 +135,8 @@ class VideoSampler(ABC):
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
             progress: wraps the sequence of step numbers, as tqdm does.
             before_step: called with the share of the steps that are done, before each.
+            first_step: begin there, with `x` at its noise level instead of noise; shares of the steps count those
+                before, and the guider gets the number of those that run.
             **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
 
         Returns:
@@ -133,12 +147,13 @@ class VideoSampler(ABC):
             ValueError: `cond` and `uc`, or the generators, do not fit.
         """
         schedule = self.schedule(num_steps)
-        levels, steps = schedule.alphas_cumprod_sqrt, range(len(schedule.timesteps))
+        levels, num = schedule.alphas_cumprod_sqrt, len(schedule.timesteps)
+        steps = range(first_step, num)
         sample, previous = x.float(), None
         for i in progress(steps) if progress is not None and self.verbose else steps:
             if before_step is not None:
-                before_step(i / len(steps))
-            guided = guidance_interval[0] <= i / len(steps) < guidance_interval[1]
+                before_step(i / num)
+            guided = guidance_interval[0] <= i / num < guidance_interval[1]
             guider = self.guider if guided else IdentityGuider()
             inputs, both = guider.prepare_inputs(sample, cond, uc)
             answer = denoise_fn(
@@ -149,9 +164,12 @@ class VideoSampler(ABC):
                 **{name: _repeat_batch(value, len(x), len(inputs)) for name, value in model_kwargs.items()},
             )
             denoised = guider.combine(
-                answer.float(), timestep=schedule.timesteps[i], num_steps=num_steps, scale=scale if guided else None
+                answer.float(),
+                timestep=schedule.timesteps[i],
+                num_steps=len(steps) if first_step else num_steps,
+                scale=scale if guided else None,
             )
-            a_previous = levels[i - 1] if i > 0 else None
+            a_previous = levels[i - 1] if i > first_step else None
             state = StepState(sample, denoised, previous, a_previous, levels[i], levels[i + 1])
             sample, previous = self.update(state, generators), denoised
         return sample.to(x.dtype)

@@ -43,6 +43,7 @@ def test_a_complete_section_has_no_problems():
     [
         ({"load": None}, "load", "args.mode=pretrain"),
         ({"prompt": "a"}, "prompt", "args.valid_prompts=["),
+        ({"video": "a"}, "video", "args.valid_prompts=["),
         ({"loras": (LoraArgs(path="x"),)}, "loras", "merge them first"),
         ({"train_iters": None}, "train_iters", "args.epochs=10"),
         ({"epochs": 3}, "epochs", "keep one"),
@@ -81,6 +82,8 @@ def test_adapters_that_change_with_the_step_and_skipped_blocks_exclude_each_othe
     lora = LoraArgs(path="x", schedule=((0.0, 1.0), (1.0, 0.0)))
     (found,) = SamplingArgs(loras=(lora,), step_cache="first_block", prompt="x").problems()
     assert found[0] == "step_cache" and "does not notice" in found[1]
+    (found,) = SamplingArgs(strength=0.5, prompt="x").problems()
+    assert found[0] == "strength" and "there is no video" in found[1]
 
 
 def test_evaluation_takes_valid_data_or_a_share_of_the_training_data():

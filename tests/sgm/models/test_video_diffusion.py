@@ -241,3 +241,40 @@ def test_compiled_network_is_the_same_network(make_engine):
     assert plain.network.mixins["adaln_layer"].block is dit_video_concat.transformer_block
     assert engine.network.mixins["adaln_layer"].block is not dit_video_concat.transformer_block
     assert set(engine.network.state_dict()) == set(plain.network.state_dict())
+
+
+@torch.no_grad()
+def test_a_video_is_denoised_from_the_step_that_the_strength_gives(make_engine):
+    engine = make_engine("dit_t2v_2b")
+    cond = {"crossattn": torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1))}
+    uncond = {"crossattn": torch.zeros(1, 6, 24)}
+    source = torch.randn(1, 1, 16, 8, 12, generator=torch.Generator().manual_seed(2))
+
+    def sample(**given):
+        generators = [torch.Generator().manual_seed(3)]
+        return engine.sample(cond, uncond, shape=(1, 16, 8, 12), generators=generators, num_steps=4, **given)
+
+    seen = []
+    from_noise = sample(progress=lambda steps: seen.append([*steps]) or steps)
+    assert torch.equal(sample(source=source, strength=1.0), from_noise), "a strength of 1 starts from noise alone"
+    half = sample(source=source, strength=0.6, progress=lambda steps: seen.append([*steps]) or steps)
+    assert seen == [[0, 1, 2, 3], [2, 3]]
+    assert (half - source).abs().mean() < (from_noise - source).abs().mean()
+    with pytest.raises(InputError, match="a strength of 0.2 leaves none of 4 steps; give 0.25 or more"):
+        sample(source=source, strength=0.2)
+
+
+@torch.no_grad()
+def test_a_video_is_padded_in_front_by_its_first_frame(make_engine):
+    engine = make_engine("dit_t2v_1.5")
+    cond = {"crossattn": torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1))}
+    source, generator = torch.randn(1, 1, 16, 8, 12), torch.Generator
+    whole = torch.cat((source, source), dim=1)
+    given = {"num_steps": 2, "strength": 0.5}
+    alone = engine.sample(
+        cond, cond, shape=(1, 16, 8, 12), generators=[generator().manual_seed(3)], source=source, **given
+    )
+    both = engine.sample(
+        cond, cond, shape=(2, 16, 8, 12), generators=[generator().manual_seed(3)], source=whole, **given
+    )
+    assert torch.equal(alone, both[:, 1:])

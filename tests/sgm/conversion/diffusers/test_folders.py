@@ -10,9 +10,12 @@ import torch
 import yaml
 from diffusers import (
     AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -198,6 +201,55 @@ def test_the_pipeline_makes_the_same_video(name, tmp_path):
     assert ours.std() > 0.05, "there is a picture"
     assert math.isfinite(float(ours.sum())) and tuple(ours.shape) == tuple(theirs.shape)
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("VideoDDIMSampler", CogVideoXDDIMScheduler), ("VPSDEDPMPP2MSampler", CogVideoXDPMScheduler)],
+)
+@torch.no_grad()
+def test_video_to_video_is_that_of_diffusers(converted, ours, theirs):
+    path, there, _ = converted("cogvideox_5b")
+    sampler = f"model.sampler_config.target=sgm.modules.diffusionmodules.sampling.{ours}"
+    steps = [f"model.sampler_config.params.{key}=10" for key in ("num_steps", "guider_config.params.num_steps")]
+    config = load(path, sampler, *steps)
+    engine = SATVideoDiffusionEngine(**config.model, allocate=False)
+    engine.load_weights(config.args.load, dtype=torch.float32, device=torch.device("cpu"))
+    engine.load_first_stage(dtype=torch.float32, device=torch.device("cpu"))
+    engine.sampler.discretization = DiffusersSchedule()
+    cond = {"crossattn": torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1))}
+    uncond = {"crossattn": torch.zeros(1, 6, 24)}
+    video = torch.rand(13, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    source = engine.encode_first_stage(2 * video[None] - 1, sample=False)
+    latents = engine.sample(
+        cond,
+        uncond,
+        shape=(4, 16, 8, 12),
+        generators=[torch.Generator().manual_seed(7)],
+        source=source,
+        strength=0.35,
+        scale=2.0,
+    )
+
+    pipe = CogVideoXVideoToVideoPipeline.from_pretrained(there, local_files_only=True, torch_dtype=torch.float32)
+    pipe.scheduler = theirs.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.encode = lambda clip, encode=pipe.vae.encode: _Mean(encode(clip).latent_dist.mean)
+    found = pipe(
+        video=list(video),
+        strength=0.35,
+        height=64,
+        width=96,
+        prompt_embeds=cond["crossattn"],
+        negative_prompt_embeds=uncond["crossattn"],
+        num_inference_steps=10,
+        guidance_scale=2.0,
+        use_dynamic_cfg=True,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).frames
+    assert (latents - found).abs().max() <= 1e-5 * found.abs().max().clamp(min=1)
+    assert (latents - source).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("frames", "latents"), [(13, 4), (9, 3)])

@@ -105,3 +105,26 @@ def test_impossible_configuration_is_refused(params: dict, message: str) -> None
         instantiate_from_config(
             {"target": f"{PREFIX}.loss.VideoDiffusionLoss", "params": {"sigma_sampler_config": DISCRETE, **params}}
         )
+
+
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_the_huber_loss_is_that_of_the_error_of_v(bound) -> None:
+    denoiser, idx = video_denoiser(), torch.tensor([100, 900])
+    x, noise, output = torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(SHAPE)
+    a = denoiser.table.at(idx).view(-1, 1, 1, 1, 1)
+    error = (output - a * noise + (1 - a**2) ** 0.5 * x).flatten(1)
+
+    def loss(**params):
+        whole = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, min_snr_value=bound, **params)
+        return whole(lambda *_: output, denoiser, x, {}, idx=idx, noise=noise)
+
+    square = loss()
+    torch.testing.assert_close(loss(type="huber", huber_delta=1e3), square)
+    expected = torch.where(error.abs() <= 0.5, error**2, error.abs() - 0.25).mean(dim=1)
+    torch.testing.assert_close(loss(type="huber", huber_delta=0.5), expected * square / (error**2).mean(dim=1))
+    torch.testing.assert_close(loss(type="huber"), loss(type="huber", huber_delta=1.0), rtol=0, atol=0)
+
+
+def test_a_delta_without_the_huber_loss_is_refused() -> None:
+    with pytest.raises(InputError, match="huber_delta is 1, and the loss type l2 has none; set type to huber"):
+        VideoDiffusionLoss(sigma_sampler_config=DISCRETE, huber_delta=1.0)

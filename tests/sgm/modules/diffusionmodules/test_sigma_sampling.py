@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from sgm.util import InputError
 DISCRETIZATION = {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}
 
 
-def discrete(**params: int) -> DiscreteSampling:
+def discrete(**params: Any) -> DiscreteSampling:
     return DiscreteSampling(discretization_config=DISCRETIZATION, num_idx=1000, **params)
 
 
@@ -49,3 +51,22 @@ def test_groups_without_uniform_sampling_leave_every_rank_the_whole_schedule() -
 def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
     with pytest.raises(InputError, match="group_num 3 on 8 ranks"):
         discrete(uniform_sampling=True, group_num=3).bounds(0, 8)
+
+
+def test_logit_normal_timesteps_have_that_distribution_also_over_ranks() -> None:
+    sampler = discrete(distribution="logit_normal", location=0.5, scale=0.8)
+    idx = sampler.draw_idx(20000, generator=generator(0)).double()
+    logits = torch.logit((idx + 0.5) / 1000)
+    assert logits.mean() == pytest.approx(0.5, abs=0.02) and logits.std() == pytest.approx(0.8, abs=0.02)
+    spread = discrete(distribution="logit_normal", uniform_sampling=True)
+    parts = [spread.draw_idx(1000, generator=generator(1), rank=rank, num_ranks=4) for rank in range(4)]
+    assert [int(part.max()) for part in parts[:-1]] <= [int(part.min()) for part in parts[1:]]
+    assert torch.cat(parts).double().mean() == pytest.approx(500, abs=5), "strata of the distribution, not of time"
+    half = torch.cat(parts[1:3])
+    assert 330 < half.min() and half.max() < 670, "half of a normal distribution is within 0.674 of its mean"
+
+
+@pytest.mark.parametrize("name", ["location", "scale"])
+def test_parameters_of_a_distribution_need_it(name) -> None:
+    with pytest.raises(InputError, match=f"{name} is 0.5, and timesteps are uniform; set distribution to logit_normal"):
+        discrete(**{name: 0.5})
