@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -174,6 +174,7 @@ class TrainingArgs(SamplingArgs):
     check_clips: Literal["auto", "all", "none"] = "auto"
     latent_cache: Name | None = None
     text_cache: Name | None = None
+    precompute: bool = False
     only_log_video_latents: bool = False
     # Length and learning rate
     scale_lr: bool = False
@@ -215,6 +216,13 @@ class TrainingArgs(SamplingArgs):
     exit_interval: AtLeast1 | None = None
     wandb: bool = False
     wandb_project_name: str | None = None
+
+    @property
+    def precomputed(self) -> dict[Literal["latents", "text"], str]:
+        """What `precompute` encodes, and into which folder: the given caches, or else both into one below `save`."""
+        given = {"latents": self.latent_cache, "text": self.text_cache}
+        named: dict[Any, str] = {kind: folder for kind, folder in given.items() if folder is not None}
+        return named or {"latents": f"{self.save}/cache", "text": f"{self.save}/cache"}
 
     @property
     def split_shares(self) -> tuple[float, float, float]:

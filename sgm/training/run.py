@@ -15,11 +15,13 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.log import get_logger, launcher_note
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
+from sgm.training.inputs.precompute import before_encoding, encode_ahead
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.optim.average import evaluation_weights
@@ -91,6 +93,7 @@ def train(config: Config) -> Summary:
     """
     start = time.perf_counter()
     sgm.distributed.configure(config.args)
+    config = _with_caches(config)
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()
@@ -112,6 +115,16 @@ def train(config: Config) -> Summary:
             run.close()
     run.summary.seconds = time.perf_counter() - start
     return run.summary
+
+
+def _with_caches(config: Config) -> Config:
+    """Encode clips and captions first, if ``args.precompute`` asks for it."""
+    assert isinstance(config.args, TrainingArgs)
+    if not config.args.precompute:
+        return config
+    prepare(before_encoding(config))  # what is wrong is said before hours of encoding
+    sgm.distributed.initialize()
+    return encode_ahead(config)
 
 
 class TrainingRun:

@@ -90,3 +90,15 @@ def test_args_unused_without_evaluation():
     args = TrainingArgs(train_data=("x",), valid_prompts=("a",), strict_eval=True)
     assert args.unused == ["valid_prompts", "strict_eval"]
     assert dataclasses.replace(args, eval_interval=5).unused == []
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        ({}, {"latents": "runs/cache", "text": "runs/cache"}),
+        ({"latent_cache": "a"}, {"latents": "a"}),
+        ({"latent_cache": "a", "text_cache": "b"}, {"latents": "a", "text": "b"}),
+    ],
+)
+def test_precomputing_fills_the_caches_that_are_named_or_one_beside_the_runs(given, folders):
+    assert TrainingArgs(save="runs", precompute=True, **given).precomputed == folders

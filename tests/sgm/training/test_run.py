@@ -17,7 +17,6 @@ from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.modules import host_activations
-from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
@@ -512,9 +511,9 @@ def overfit(tmp_path_factory):
         ]
         bases = [ROOT / "configs" / f"{stem}.yaml" for stem in (name, "toy_sft")]
         cache = folder / "cache"
-        if not cache.exists():
-            run_jobs(plan_jobs(load_config(bases, overrides, mode="train"), ("latents",)), cache)
-        summary = train(load_config(bases, [*overrides, f"args.latent_cache={cache}"], mode="train"))
+        overrides += [f"args.latent_cache={cache}", f"args.precompute={str(not cache.exists()).lower()}"]
+        summary = train(load_config(bases, overrides, mode="train"))
+        assert (cache / "latents.json").is_file() and not (cache / "text.json").exists(), "only what was named"
         return read_metrics(summary.folder / "metrics.jsonl")[-1]["validation_loss"]
 
     return run
