@@ -18,6 +18,8 @@ from sgm.config.values import AtLeast0, AtLeast1, Name, Share, Width, spelled
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
 _Batch = Annotated[int, Field(ge=1, le=10_000)]
+# Between evaluations or checkpoints.
+Interval = AtLeast1 | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5} epochs?$", description="text such as '2 epochs'")]
 _Workers = Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -196,7 +198,7 @@ class TrainingArgs(SamplingArgs):
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5
     # Evaluation
-    eval_interval: AtLeast1 | None = None
+    eval_interval: Interval | None = None
     eval_iters: AtLeast1 = 1
     eval_batch_size: _Batch | None = None
     strict_eval: bool = False
@@ -204,7 +206,7 @@ class TrainingArgs(SamplingArgs):
     # Results
     experiment_name: str = "finetune"
     save: Name = "ckpts"
-    save_interval: AtLeast1 = 500
+    save_interval: Interval = 500
     keep_last: AtLeast1 | None = None
     keep_best: bool = False
     save_full: bool = False

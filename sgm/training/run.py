@@ -191,13 +191,21 @@ class TrainingRun:
                 self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
             if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
                 self._log()
-            if self.iteration % self.args.save_interval == 0 or done or self.summary.stopped:
+            if self._is_due(self.args.save_interval) or done or self.summary.stopped:
                 self.saver.save(self.iteration)
             if self.evaluation is not None and not self.summary.stopped:
-                if self.iteration % eval_interval == 0 or done:
+                if self._is_due(eval_interval) or done:
                     self._evaluate()
         if self.metrics is not None and self.iteration > first:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
+
+    def _is_due(self, interval: int | str) -> bool:
+        """Whether an interval, in iterations or written as epochs, ends with the iteration that is done."""
+        if isinstance(interval, int):
+            return self.iteration % interval == 0
+        samples = int(interval.split()[0]) * self.parts.epoch_samples
+        now, before = (self.parts.samples_before(iteration) for iteration in (self.iteration, self.iteration - 1))
+        return now // samples > before // samples
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
         """Run one step; report a failure with its iteration and clips."""

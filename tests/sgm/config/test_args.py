@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sgm.config.args import TRAINING_ARGS, SamplingArgs, TrainingArgs, names_of
+from sgm.config.args import TRAINING_ARGS, Interval, SamplingArgs, TrainingArgs, names_of
 from sgm.config.refused import REFUSED
+from sgm.config.values import misfit
 
 
 def problems(**args) -> dict[str, str]:
@@ -102,3 +103,11 @@ def test_args_unused_without_evaluation():
 )
 def test_precomputing_fills_the_caches_that_are_named_or_one_beside_the_runs(given, folders):
     assert TrainingArgs(save="runs", precompute=True, **given).precomputed == folders
+
+
+@pytest.mark.parametrize(
+    ("fits", "values"), [(True, ["1 epoch", "20 epochs", 5]), (False, ["0 epochs", "epoch", "1.5 epochs", 0])]
+)
+def test_intervals_are_iterations_or_epochs(fits, values):
+    problems = [misfit(value, Interval) for value in values]
+    assert all(problem is None if fits else problem and "text such as '2 epochs'" in problem[1] for problem in problems)
