@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,8 @@ from sgm.config.values import AtLeast0, AtLeast1, Name, Positive, Share, Width, 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
 _Batch = Annotated[int, Field(ge=1, le=10_000)]
+# Between evaluations or checkpoints.
+Interval = AtLeast1 | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5} epochs?$", description="text such as '2 epochs'")]
 _Workers = Annotated[int, Field(ge=0, le=1024)]
 _Strength = Annotated[float, Field(ge=-100, le=100)]
 
@@ -199,6 +201,7 @@ class TrainingArgs(SamplingArgs):
     check_clips: Literal["auto", "all", "none"] = "auto"
     latent_cache: Name | None = None
     text_cache: Name | None = None
+    precompute: bool = False
     only_log_video_latents: bool = False
     # Length and learning rate
     scale_lr: bool = False
@@ -220,7 +223,7 @@ class TrainingArgs(SamplingArgs):
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5
     # Evaluation
-    eval_interval: AtLeast1 | None = None
+    eval_interval: Interval | None = None
     eval_iters: AtLeast1 = 1
     eval_batch_size: _Batch | None = None
     strict_eval: bool = False
@@ -228,7 +231,7 @@ class TrainingArgs(SamplingArgs):
     # Results
     experiment_name: str = "finetune"
     save: Name = "ckpts"
-    save_interval: AtLeast1 = 500
+    save_interval: Interval = 500
     keep_last: AtLeast1 | None = None
     keep_best: bool = False
     save_full: bool = False
@@ -242,6 +245,13 @@ class TrainingArgs(SamplingArgs):
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = 0
     wandb: bool = False
     wandb_project_name: str | None = None
+
+    @property
+    def precomputed(self) -> dict[Literal["latents", "text"], str]:
+        """What `precompute` encodes, and into which folder: the given caches, or else both into one below `save`."""
+        given = {"latents": self.latent_cache, "text": self.text_cache}
+        named: dict[Any, str] = {kind: folder for kind, folder in given.items() if folder is not None}
+        return named or {"latents": f"{self.save}/cache", "text": f"{self.save}/cache"}
 
     @property
     def split_shares(self) -> tuple[float, float, float]:

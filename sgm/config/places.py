@@ -52,6 +52,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "train_epochs": "args.epochs",
     "train_steps": "args.train_iters",
     "ucg_rate": "model.conditioner_config.params.emb_models.0.ucg_rate",
+    "validation_epochs": "args.eval_interval (as '2 epochs')",
     "validation_prompt": "args.valid_prompts",
     "validation_prompts": "args.valid_prompts",
     "validation_steps": "args.eval_interval",

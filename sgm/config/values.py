@@ -97,6 +97,8 @@ def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "array":
         entry = f", each entry {_in_words(schema['items'], definitions)}" if schema.get("items") else ""
         return f"a list{' that is not empty' if schema.get('minItems') else ''}{entry}"
+    if kind == "string" and schema.get("pattern"):
+        return schema.get("description", "text")
     if schema.get("format") == "path":
         return "a path"
     if kind == "string" and schema.get("minLength"):

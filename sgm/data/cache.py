@@ -149,8 +149,8 @@ def divide(keys: Sequence[str], sizes: Sequence[int], shard_bytes: int) -> tuple
     return tuple(map(tuple, shards))
 
 
-def begin(folder: Path, description: Description) -> None:
-    """Write the description of a cache, or check it against the existing one.
+def begin(folder: Path, description: Description, *, name: str = "--out") -> None:
+    """Write the description of a cache, or check it against the existing one; `name` is the option of the folder.
 
     Raises:
         InputError: the folder has a different cache; the message lists the differences.
@@ -169,7 +169,7 @@ def begin(folder: Path, description: Description) -> None:
         found = found or differences(there.shape_of(), description.shape_of())
         found = found or ["the results are in another order, or in shards of another size (--shard_mb)"]
     if found:
-        cure = "name another folder with --out, or remove this one"
+        cure = f"name another folder with {name}, or remove this one"
         raise InputError(f"{path} belongs to a cache with other settings or data; {cure}:\n{listed(found)}")
 
 

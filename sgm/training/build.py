@@ -68,6 +68,7 @@ class Parts:
         point: start or resume state of the run.
         total_iters: optimizer steps of the whole run.
         network_in_use: context in which all weights of the network are there; see ``args.network_offload``.
+        epoch_samples: samples of an epoch.
         buckets: samples and shapes of the micro-batches; None without buckets.
     """
 
@@ -83,6 +84,7 @@ class Parts:
     point: ResumePoint
     total_iters: int
     network_in_use: AbstractContextManager
+    epoch_samples: int
     buckets: BucketPlan | None = None
 
     def micro_batches_before(self, iteration: int) -> int:
@@ -160,6 +162,7 @@ def build(config: Config, plan: Plan) -> Parts:
         point=point,
         total_iters=total,
         network_in_use=network_in_use,
+        epoch_samples=data.num_train if buckets is None else buckets.num_fitting,
         buckets=buckets,
     )
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from sgm import cli
 from sgm.log import get_logger
@@ -39,12 +40,17 @@ def run(options: argparse.Namespace) -> int | None:
     if options.check:
         from sgm.checks.planner import written_without_files
         from sgm.training.inputs.buckets import bucket_report, plan_buckets
+        from sgm.training.inputs.precompute import before_encoding
         from sgm.training.prepare import memory_report, prepare
 
+        args: Any = config.args
+        ahead = args.precomputed if args.precompute else {}
         write = partial(cli.write_findings, options)
         with written_without_files(lambda: memory_report(config, options.card), write):
-            plan = prepare(config, check_clips=True)
+            plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
         write(plan.report(options.card))
+        if ahead:
+            sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
             sys.stdout.write(bucket_report(buckets, plan.args) + "\n")

@@ -15,12 +15,14 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
 from sgm.log import get_logger, launcher_note
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation
+from sgm.training.inputs.precompute import before_encoding, encode_ahead
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
 from sgm.training.optim.average import evaluation_weights
@@ -101,6 +103,7 @@ def train(config: Config) -> Summary:
     """
     start = time.perf_counter()
     sgm.distributed.configure(config.args)
+    config = _with_caches(config)
     plan = prepare(config)
     config = plan.config
     sgm.distributed.initialize()
@@ -122,6 +125,16 @@ def train(config: Config) -> Summary:
             run.close()
     run.summary.seconds = time.perf_counter() - start
     return run.summary
+
+
+def _with_caches(config: Config) -> Config:
+    """Encode clips and captions first, if ``args.precompute`` asks for it."""
+    assert isinstance(config.args, TrainingArgs)
+    if not config.args.precompute:
+        return config
+    prepare(before_encoding(config))  # what is wrong is said before hours of encoding
+    sgm.distributed.initialize()
+    return encode_ahead(config)
 
 
 class TrainingRun:
@@ -201,19 +214,27 @@ class TrainingRun:
                 self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
             if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
                 self._log()
-            if self.iteration % self.args.save_interval == 0 or done or self.summary.stopped:
+            if self._is_due(self.args.save_interval) or done or self.summary.stopped:
                 with self.clock("save"):
                     self.saver.save(self.iteration)
                 if self.watch is not None:
                     self.watch.start_again()
             if self.evaluation is not None and not self.summary.stopped:
-                if self.iteration % eval_interval == 0 or done:
+                if self._is_due(eval_interval) or done:
                     with self.clock(EVALUATE):
                         self._evaluate()
                     if self.watch is not None:
                         self.watch.start_again()
         if self.metrics is not None and self.iteration > first:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
+
+    def _is_due(self, interval: int | str) -> bool:
+        """Whether an interval, in iterations or written as epochs, ends with the iteration that is done."""
+        if isinstance(interval, int):
+            return self.iteration % interval == 0
+        samples = int(interval.split()[0]) * self.parts.epoch_samples
+        now, before = (self.parts.samples_before(iteration) for iteration in (self.iteration, self.iteration - 1))
+        return now // samples > before // samples
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
         """Run one step; report a failure with its iteration and clips."""

@@ -45,8 +45,8 @@ FOLDER, LATEST = "resume", "latest"
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
-    "valid_prompts only_log_video_latents wandb wandb_project_name no_load_rng no_save_rng distributed_timeout "
-    "peak_tflops stop_exit_code".split()
+    "valid_prompts only_log_video_latents precompute wandb wandb_project_name no_load_rng no_save_rng "
+    "distributed_timeout peak_tflops stop_exit_code".split()
 )
 # Settings that determine the order in which a ZeRO stage stores its state, which DeepSpeed does not check on load.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}

@@ -1,13 +1,14 @@
-"""Precompute latents and text embeddings of a training run, for ``tools/prepare_dataset.py``.
+"""Precompute latents and text embeddings of a training run: ``tools/prepare_dataset.py`` and ``args.precompute``.
 
 Legend: F frames, H W pixels, z channels of the latents.
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,37 @@ def plan_jobs(
     return jobs
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False) -> dict[str, str]:
+def before_encoding(config: Config) -> Config:
+    """Return the configuration of a run without its caches, which ``args.precompute`` has yet to fill."""
+    assert isinstance(config.args, TrainingArgs)
+    return replace(config, args=replace(config.args, latent_cache=None, text_cache=None))
+
+
+def encode_ahead(config: Config) -> Config:
+    """Encode what ``args.precompute`` asks for and is missing; return the configuration with the caches.
+
+    Collective, after `sgm.distributed.initialize`.
+
+    Raises:
+        InputError: data or settings cannot be cached, or a folder holds a cache of others.
+    """
+    args = config.args
+    assert isinstance(args, TrainingArgs)
+    folders = args.precomputed
+    kinds: dict[str, list[Kind]] = {}
+    for kind, folder in folders.items():
+        kinds.setdefault(folder, []).append(kind)
+    planned = {folder: plan_jobs(config, of_folder) for folder, of_folder in kinds.items()}
+    for folder, jobs in planned.items():
+        failures = run_jobs(jobs, Path(folder), name="args.latent_cache and args.text_cache")
+        logger.info("encoded ahead: %s in %s, %d failed", " and ".join(kinds[folder]), folder, len(failures))
+    gc.collect()  # the encoders, before the network is built
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+    return replace(config, args=replace(args, latent_cache=folders.get("latents"), text_cache=folders.get("text")))
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False, name: str = "--out") -> dict[str, str]:
     """Encode results missing in `folder`, with shards divided among ranks. Collective: all ranks call it.
 
     Retries keys that failed before. Files of a wrong size or with another header count as missing.
@@ -96,6 +127,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False) -> dict
         jobs: of one cache.
         folder: of the cache.
         verify: read all finished results, and encode damaged ones again.
+        name: of the option that names the folder, for messages.
 
     Returns:
         Key → reason of failed keys.
@@ -105,22 +137,22 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False) -> dict
         RunError: results cannot be written.
     """
     with ExitStack() as stack:
-        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack, verify))
+        begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack, verify, name))
         failures: dict[str, str] = {}
         for job, unfinished in zip(jobs, begun, strict=True):
             failures |= _run(job, folder, unfinished)
         return failures
 
 
-def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool) -> list[list[int]]:
+def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool, name: str) -> list[list[int]]:
     """Create the folder and lock it until `stack` is closed; return the unfinished shards of each job."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if lock := lock_folder(folder, cure="name another folder with --out"):
+    if lock := lock_folder(folder, cure=f"name another folder with {name}"):
         stack.enter_context(lock)
     remove_leftovers(folder)
     for job in jobs:
-        begin(folder, job.description)
+        begin(folder, job.description, name=name)
     return [job.description.unfinished(folder, verify=verify) for job in jobs]
 
 

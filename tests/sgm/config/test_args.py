@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sgm.config.args import TRAINING_ARGS, LoraArgs, SamplingArgs, TrainingArgs, names_of
+from sgm.config.args import TRAINING_ARGS, Interval, LoraArgs, SamplingArgs, TrainingArgs, names_of
 from sgm.config.refused import REFUSED
+from sgm.config.values import misfit
 
 
 def problems(**args) -> dict[str, str]:
@@ -100,3 +101,23 @@ def test_args_unused_without_evaluation():
     args = TrainingArgs(train_data=("x",), valid_prompts=("a",), strict_eval=True)
     assert args.unused == ["valid_prompts", "strict_eval"]
     assert dataclasses.replace(args, eval_interval=5).unused == []
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        ({}, {"latents": "runs/cache", "text": "runs/cache"}),
+        ({"latent_cache": "a"}, {"latents": "a"}),
+        ({"latent_cache": "a", "text_cache": "b"}, {"latents": "a", "text": "b"}),
+    ],
+)
+def test_precomputing_fills_the_caches_that_are_named_or_one_beside_the_runs(given, folders):
+    assert TrainingArgs(save="runs", precompute=True, **given).precomputed == folders
+
+
+@pytest.mark.parametrize(
+    ("fits", "values"), [(True, ["1 epoch", "20 epochs", 5]), (False, ["0 epochs", "epoch", "1.5 epochs", 0])]
+)
+def test_intervals_are_iterations_or_epochs(fits, values):
+    problems = [misfit(value, Interval) for value in values]
+    assert all(problem is None if fits else problem and "text such as '2 epochs'" in problem[1] for problem in problems)

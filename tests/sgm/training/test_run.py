@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.modules import host_activations
-from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
@@ -523,9 +523,9 @@ def overfit(tmp_path_factory):
         ]
         bases = [ROOT / "configs" / f"{stem}.yaml" for stem in (name, "toy_sft")]
         cache = folder / "cache"
-        if not cache.exists():
-            run_jobs(plan_jobs(load_config(bases, overrides, mode="train"), ("latents",)), cache)
-        summary = train(load_config(bases, [*overrides, f"args.latent_cache={cache}"], mode="train"))
+        overrides += [f"args.latent_cache={cache}", f"args.precompute={str(not cache.exists()).lower()}"]
+        summary = train(load_config(bases, overrides, mode="train"))
+        assert (cache / "latents.json").is_file() and not (cache / "text.json").exists(), "only what was named"
         return read_metrics(summary.folder / "metrics.jsonl")[-1]["validation_loss"]
 
     return run
@@ -537,3 +537,13 @@ def test_one_clip_is_learned_by_adapters_and_by_all_weights(overfit, monkeypatch
     assert overfit("toy", 1, 0.0) == pytest.approx(before, abs=1e-4), "fresh adapters change nothing"
     assert overfit("toy_lora", 32, 4e-3) < before / 2
     assert overfit("toy", 15, 3e-3) < before / 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "due"), [(4, [4, 8, 12]), ("1 epoch", [3, 5, 8, 10, 13]), ("2 epochs", [5, 10]), ("9 epochs", [])]
+)
+def test_intervals_count_iterations_or_epochs(interval, due):
+    """Four samples an iteration, ten clips: an epoch ends within the third iteration, the next with the fifth."""
+    parts = SimpleNamespace(epoch_samples=10, samples_before=lambda iteration: 4 * iteration)
+    runs = [SimpleNamespace(iteration=iteration, parts=parts) for iteration in range(1, 14)]
+    assert [run.iteration for run in runs if TrainingRun._is_due(run, interval)] == due
