@@ -54,7 +54,7 @@ setup(
             "torchao>=0.18,<0.19",
         ],
         "lowmem": ["bitsandbytes>=0.50,<1", "torchao>=0.18,<0.19"],  # weights in int8, fp8 or nf4
-        "web": ["gradio>=5"],
+        "web": ["gradio>=6.29,<7"],  # the first that takes huggingface_hub 2
         "dev": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
