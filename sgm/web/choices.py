@@ -56,6 +56,7 @@ class Model:
     Attributes:
         name: of the file, without suffix.
         file: its path.
+        adapters: whether it has a ``lora_config``: such files train, and trained adapters bring their own.
         image2video: whether it needs an image.
         ready: whether its weights are there.
         values: control → what the file sets, of those that the page shows.
@@ -63,6 +64,7 @@ class Model:
 
     name: str
     file: Path
+    adapters: bool
     image2video: bool
     ready: bool
     values: dict[str, Any] = field(default_factory=dict)
@@ -70,8 +72,6 @@ class Model:
 
 def find_models(configs: Path) -> dict[str, Model]:
     """Return the models in a folder of YAML files by name, those with weights first.
-
-    Files with a ``lora_config`` are left out: they train, and trained adapters bring their own.
 
     Raises:
         InputError: there is none.
@@ -87,8 +87,7 @@ def _read_model(path: Path) -> Model | None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         args, model = content.get("args") or {}, content["model"]
-        if "lora_config" in model["network_config"]["params"]["modules"]:
-            return None
+        adapters = "lora_config" in model["network_config"]["params"]["modules"]
         sampler = model["sampler_config"]["params"]
         scale = (sampler.get("guider_config", {}).get("params") or {}).get("scale")
         values = {
@@ -98,19 +97,22 @@ def _read_model(path: Path) -> Model | None:
             "guidance_scale": args.get("guidance_scale", scale),
         }
         ready = bool(args.get("load")) and Path(args["load"]).exists()
-        return Model(path.stem, path, bool(args.get("image2video")), ready, values)
+        return Model(path.stem, path, adapters, bool(args.get("image2video")), ready, values)
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return None
 
 
-def find_trained(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the folders with trained weights by name, the newest first."""
+def find_folders(folders: Sequence[Path], name: str) -> list[Path]:
+    """Return the folders in `folders` that hold a file of this name, those where it is newest first.
+
+    ``latest`` is in folders of trained weights, ``metrics.jsonl`` in those of trainings.
+    """
     found: dict[Path, float] = {}
     for folder in folders:
         for depth in range(MAX_DEPTH):
-            for path in folder.glob("/".join(["*"] * depth + [LATEST])):
+            for path in folder.glob("/".join(["*"] * depth + [name])):
                 found[path.parent] = path.stat().st_mtime
-    return {str(path): path for path in sorted(found, key=found.__getitem__, reverse=True)}
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def presets(configs: Path, kind: str) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from sgm.inference.results import read_record
 from sgm.io import refusing_denied
 from sgm.web.choices import Folders, Model, presets
 from sgm.web.controls import CONTROLS, override, overrides
+from sgm.web.jobs import LOG
 
 MAX_HISTORY = 60
 SCRIPT = "sample_video.py"
@@ -74,10 +76,14 @@ class Video:
     @property
     def caption(self) -> str:
         """What distinguishes it."""
-        asked = self.record.get("original_prompt") or self.record.get("prompt")
-        return (
-            f"{asked}, {self.record.get('num_steps')} × {self.record.get('guidance_scale')}, {self.record.get('seed')}"
-        )
+        asked = self.record.get("original_prompt") or self.record["prompt"]
+        kept = {name: self.record.get(name) for name in ("seed", "num_steps", "guidance_scale")}
+        return ", ".join([asked, *(f"{name} {value}" for name, value in kept.items() if value is not None)])
+
+    @property
+    def when(self) -> str:
+        """When it was finished."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.path.stat().st_mtime))
 
 
 def finished(folder: Path) -> list[Video]:
@@ -123,3 +129,9 @@ def _read(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder of a command that left nothing but its messages."""
+    if not any(path.is_file() and path.name != LOG for path in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)
