@@ -40,7 +40,7 @@ class HistoryTab:
                 video = self.view.make(gr.Video, {"label": "video"}, loop=True, autoplay=True)
                 reuse = self.view.make(gr.Button, {"value": "history.reuse"}, elem_id="reuse")
             settings = self.view.make(gr.JSON, {"label": "history.settings"}, min_width=300)
-        listed = {"inputs": [language], "outputs": [chosen, state], "api_visibility": "private"}
+        listed = {"inputs": [language, chosen], "outputs": [chosen, state], "api_visibility": "private"}
         tab.select(self.offer, **listed)
         refresh.click(self.offer, **listed)
         chosen.change(self.show, [language, chosen], [video, settings, state], api_name="show")
@@ -52,13 +52,14 @@ class HistoryTab:
             api_name="reuse",
         )
 
-    def offer(self, language: str) -> tuple[Any, str]:
-        """Offer the finished videos."""
-        found = [(f"{video.caption}  ({video.when})", str(video.path)) for video in self._finished()]
-        return gr.update(choices=found), "" if found else plain(say(language, "history.none"))
-
-    def _finished(self) -> list[Video]:
-        return videos.finished(self.folders.outputs)
+    def offer(self, language: str, chosen: str | None) -> tuple[Any, str]:
+        """Offer the finished videos, the newest if none is chosen."""
+        found = [
+            (f"{video.caption}  ({video.when})", str(video.path)) for video in videos.finished(self.folders.outputs)
+        ]
+        if not found:
+            return gr.update(choices=[], value=None), plain(say(language, "history.none"))
+        return gr.update(choices=found, value=chosen or found[0][1]), ""
 
     def _video(self, path: str | None) -> Video:
         """Return a finished video of the output folder.

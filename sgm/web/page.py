@@ -59,8 +59,9 @@ class Page:
                     self._history.build(language, history)
                 with self.view.make(gr.Tab, {"label": "tab.training"}, id="training") as training:
                     self._training.build(language, training)
-            language.input(self.view.updates, [language], self.view.components, api_visibility="private")
-            blocks.load(self._greet, None, [language, *self.view.components], api_visibility="private")
+            quiet = {"show_progress": "hidden", "api_visibility": "private"}
+            language.input(self.view.updates, [language], self.view.components, **quiet)
+            blocks.load(self._greet, None, [language, *self.view.components], **quiet)
             blocks.unload(self._leave)
         return blocks
 

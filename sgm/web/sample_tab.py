@@ -84,7 +84,11 @@ class SampleTab:
             )
             self.picture = gr.HTML(elem_id="picture")
         self.load = self._trained("load", "load.none")
-        self.components |= {name: self._control(name, first) for name in BASIC[1:]}
+        numbers = [name for name in BASIC if CONTROLS[name].kind in ("whole", "number")]
+        self.components |= {name: self._control(name, first) for name in BASIC[1:] if name not in numbers}
+        for pair in (numbers[:2], numbers[2:]):
+            with gr.Row():
+                self.components |= {name: self._control(name, first) for name in pair}
         with gr.Row():
             self.memory, self.speed = (self._preset(kind, "preset.none") for kind in ("memory", "speed"))
         with self.view.make(gr.Accordion, {"label": "more"}, open=False):

@@ -19,11 +19,12 @@ class Sessions:
     """Private folders by session, all removed with the page."""
 
     def __init__(self) -> None:
-        self._root = tempfile.TemporaryDirectory(prefix="cogvideox-web-")
+        self._kept = tempfile.TemporaryDirectory(prefix="cogvideox-web-")
+        self.root = Path(self._kept.name)
 
     def folder(self, session: str) -> Path:
         """Return the folder of a session; its name does not depend on what characters the browser has sent."""
-        folder = Path(self._root.name) / hashlib.sha256(session.encode()).hexdigest()
+        folder = self.root / hashlib.sha256(session.encode()).hexdigest()
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -62,7 +63,7 @@ class Sessions:
 
     def close(self) -> None:
         """Remove all folders."""
-        self._root.cleanup()
+        self._kept.cleanup()
 
 
 def thumbnail(path: Path) -> str:

@@ -72,7 +72,7 @@ class TrainingTab:
         curves = make(gr.LinePlot, {"title": "train.curve"}, x="iteration", y="loss", color="kind", height=300)
         gallery = make(gr.Gallery, {"label": "train.samples"}, columns=4, height="auto")
         timer = gr.Timer(SECONDS, active=False)
-        listed = {"inputs": [language], "outputs": [run, state, timer], "api_visibility": "private"}
+        listed = {"inputs": [language, run], "outputs": [run, state, timer], "api_visibility": "private"}
         tab.select(self.offer, **listed)
         again.click(self.offer, **listed)
         curve = {"inputs": [language, run], "outputs": [state, curves], "show_progress": "hidden"}
@@ -121,11 +121,12 @@ class TrainingTab:
         except (InputError, RunError) as error:
             yield failed(language, error, wrong_input=isinstance(error, InputError)), gr.skip(), gr.skip()
 
-    def offer(self, language: str) -> tuple[Any, str, Any]:
-        """Offer the folders of trainings, and start to look at them."""
+    def offer(self, language: str, chosen: str | None) -> tuple[Any, str, Any]:
+        """Offer the folders of trainings, the newest if none is chosen, and look at it from now on."""
         found = [str(path) for path in trainings.find_runs(self.folders.runs)]
-        said = "" if found else plain(say(language, "train.none"))
-        return gr.update(choices=found), said, gr.Timer(active=bool(found))
+        if not found:
+            return gr.update(choices=[], value=None), plain(say(language, "train.none")), gr.Timer(active=False)
+        return gr.update(choices=found, value=chosen or found[0]), "", gr.Timer(active=True)
 
     def watch(self, language: str, run: str | None) -> tuple[Any, Any]:
         """Show the losses of a run so far."""

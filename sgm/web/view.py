@@ -51,23 +51,28 @@ class View:
 
     def control(self, control: Control, value: Any) -> list[Any]:
         """Return the components of a control: one, or two for a pair."""
-        info = {"info": lambda language: hint(language, control)}
+        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": 120}
+        words: dict[str, Words] = {
+            "label": f"control.{control.name}",
+            "info": lambda language: hint(language, control),
+        }
         if control.kind == "pair":
-            values = value or (None, None)
-            with gr.Row():
+            with gr.Row(elem_id=same.pop("elem_id")):
                 return [
-                    self.make(gr.Number, {"label": f"{part}.{control.name}", **info}, value=each, min_width=80)
-                    for part, each in zip(("first", "second"), values, strict=True)
+                    self.make(gr.Number, {**words, "label": f"{part}.{control.name}"}, value=each, **same)
+                    for part, each in zip(("first", "second"), value or (None, None), strict=True)
                 ]
-        words: dict[str, Words] = {"label": f"control.{control.name}", **info}
         if control.kind == "switch":
-            return [self.make(gr.Checkbox, words, value=bool(value))]
+            return [self.make(gr.Checkbox, words, value=bool(value), **same)]
         if control.kind == "choice":
-            none = {"choices": lambda language: [(say(language, "preset.none"), ""), *control.choices]}
-            return [self.make(gr.Dropdown, {**words, **none}, value=value or "")]
+            words["choices"] = lambda language: [
+                (say(language, "preset.none"), ""),
+                *((choice, choice) for choice in control.choices),
+            ]
+            return [self.make(gr.Dropdown, words, value=value or "", **same)]
         if control.kind == "text":
-            return [self.make(gr.Textbox, words, value=value or "", lines=3 if control.name == "prompt" else 1)]
-        return [self.make(gr.Number, words, value=value, min_width=120)]
+            return [self.make(gr.Textbox, words, value=value or "", lines=3 if control.name == "prompt" else 1, **same)]
+        return [self.make(gr.Number, words, value=value, **same)]
 
 
 def _spoken(words: Words) -> Callable[[str], Any]:
@@ -77,10 +82,8 @@ def _spoken(words: Words) -> Callable[[str], Any]:
 def hint(language: str, control: Control) -> str:
     """Return what is said below a control: its meaning, its limits, and what an empty one means."""
     parts = [say(language, f"hint.{control.name}")] if has(f"hint.{control.name}") else []
-    if control.least is not None:
-        shown = control.most is not None and control.most < MOST_SHOWN
-        key = "range" if shown else "range.least"
-        parts.append(say(language, key, least=f"{control.least:g}", most=f"{control.most or 0:g}") + ".")
+    if control.least is not None and control.most is not None and control.most < MOST_SHOWN:
+        parts.append(say(language, "range", least=f"{control.least:g}", most=f"{control.most:g}"))
     if control.default is None and control.kind in ("whole", "number", "pair"):
         parts.append(say(language, "empty"))
     return " ".join(parts)

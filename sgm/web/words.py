@@ -30,7 +30,6 @@ WORDS: dict[str, tuple[str, str]] = {
     "run.both": ("Sample both", "生成两个并对比"),
     "cancel": ("Cancel", "取消"),
     "video": ("Video", "视频"),
-    "video.first": ("As set above", "上方设置"),
     "video.second": ("With the changed settings", "改变后的设置"),
     "log": ("Messages of the command", "命令输出"),
     "control.prompt": ("Prompt", "提示词"),
@@ -59,8 +58,8 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "hint.negative_prompt": ("What the video should not show.", "不希望出现的内容。"),
     "hint.sampling_num_frames": (
-        "13 give 49 frames of the models 2B and 5B; see docs/configuration.md.",
-        "2B 和 5B 模型 13 个对应 49 帧视频；见 docs/configuration.md。",
+        "4 video frames each, and 1 for the first; see docs/configuration.md.",
+        "每个对应 4 帧视频，第一个对应 1 帧；见 docs/configuration.md。",
     ),
     "hint.guidance_interval": (
         "Shares of the steps; outside of them there is no guidance.",
@@ -69,8 +68,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "hint.step_cache": ("Faster, approximate.", "更快，结果为近似。"),
     "hint.weights": ("Less memory; results change a little.", "省显存；结果略有变化。"),
     "hint.vae_tiling": ("Less memory; seams may differ slightly.", "省显存；接缝处可能略有差异。"),
-    "range": ("from {least} to {most}", "{least} 到 {most}"),
-    "range.least": ("from {least}", "不小于 {least}"),
+    "range": ("From {least} to {most}.", "{least} 到 {most}。"),
     "empty": ("Empty: as in the model's file.", "留空：使用模型文件中的值。"),
     "state.waiting": ("Waiting: {ahead} before this one", "排队中：前面还有 {ahead} 个"),
     "state.starting": ("Starting, checking the settings", "正在启动并检查设置"),
