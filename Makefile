@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-gpu memory clean
+.PHONY: demo web test lint bench bench-gpu memory clean
+
+# gradio and what only it needs. All is pinned, so nothing is left to resolve; its own bound on pillow is below the
+# pillow of constraints.txt, with which it works.
+WEB := gradio gradio-client hf-gradio groovy safehttpx brotli fastapi starlette uvicorn orjson pydub python-multipart \
+	pytz semantic-version tomlkit
 
 LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
@@ -26,6 +31,9 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
 		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 4 --num_inference_steps 30 \
 		--dtype fp32 --output_path outputs/land/diffusers.mp4
+
+web: $(VENV)/installed-web  ## serve a page for the browser, on this machine alone
+	$(BIN)/python tools/web.py --data assets/toy
 
 test: $(VENV)/installed-dev  ## run all tests
 	$(BIN)/python -m pytest
@@ -58,4 +66,9 @@ $(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,diffusers,scenes,wandb]'
-	touch $(VENV)/installed $@
+	$(PIP) install --quiet -c constraints.txt --no-deps $(WEB)
+	touch $(VENV)/installed $(VENV)/installed-web $@
+
+$(VENV)/installed-web: setup.py constraints.txt | $(VENV)/installed
+	$(PIP) install --quiet -c constraints.txt --no-deps $(WEB)
+	touch $@

@@ -55,7 +55,7 @@ setup(
             "torchao>=0.18,<0.19",
         ],
         "lowmem": ["bitsandbytes>=0.50,<1", "torchao>=0.18,<0.19"],  # weights in int8, fp8 or nf4
-        "web": ["gradio>=5"],
+        "web": ["gradio>=6.29,<7"],  # tools/web.py; older ones want huggingface_hub 1, all so far pillow below 13
         "dev": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -66,6 +66,7 @@ setup(
             "came-pytorch>=0.1.3,<0.2",
             "prodigyopt>=1.1.2,<2",
             "schedulefree>=1.4,<2",
+            "playwright>=1.50,<2",  # with Debian's package chromium, tests look at the page in a browser
             # Tests read videos with it, as many other programs do.
             "decord>=0.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

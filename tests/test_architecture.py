@@ -47,6 +47,7 @@ LAYERS = {
     "sgm.conversion": 4,
     "sgm.inference": 4,
     "sgm.training": 4,
+    "sgm.web": 5,
     "sample_video": 5,
     "train_video": 5,
     "setup": 5,

@@ -56,7 +56,7 @@ NOT_RUN = {
     r"bash inference\.sh$": "the fixture `demo` has run it",
     # test_the_example_of_conversion_runs and test_prepare_dataset.py run them in order.
     r".*\boutputs/example\b": "one command builds on another",
-    r"tensorboard ": "serves until it is interrupted",
+    r"tensorboard |python tools/web\.py": "serves until it is interrupted",
 }
 
 RANKS = "NPROC_PER_NODE="  # of commands with several ranks: test_launchers.py runs a shorter one

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -87,8 +87,8 @@ def test_every_requirement_is_a_range(definition):
 
 def test_every_import_is_declared(definition):
     """Imported packages must be declared, not rely on dependencies of others."""
-    # Imported only for args.wandb, and for weights in fewer bits.
-    declared = requirements(definition).keys() | {"wandb", "torchao", "bitsandbytes"}
+    # Imported only for args.wandb, for weights in fewer bits, and for the page.
+    declared = requirements(definition).keys() | {"wandb", "torchao", "bitsandbytes", "gradio", "pandas"}
     distributions = packages_distributions()
     undeclared = {}
     for path in [*(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")), ROOT / "dit_video_concat.py"]:
@@ -119,7 +119,7 @@ def test_constraints_are_exact_and_unique():
             assert not pin.url and not pin.extras
 
 
-@pytest.mark.parametrize("extras", [(), ("dev", "diffusers", "scenes", "wandb")])
+@pytest.mark.parametrize("extras", [(), ("dev", "diffusers", "scenes", "wandb", "web")])
 def test_constraints_pin_what_make_installs(definition, extras):
     missing = [name for name in requirements(definition, *extras) if name not in constraints()]
     assert missing == []
@@ -146,7 +146,7 @@ def recipes() -> dict[str, str]:
 def test_targets():
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony is not None
-    assert {"demo", "test", "lint", "bench"} <= set(phony[1].split())
+    assert {"demo", "web", "test", "lint", "bench"} <= set(phony[1].split())
     assert set(phony[1].split()) <= recipes().keys()
     assert next(iter(target for target in recipes() if not target.startswith("."))) == "demo"
 
@@ -161,11 +161,24 @@ def test_what_the_targets_do():
     assert "-m pytest" in rules["test"] and "benchmarks.bench" in rules["bench"]
     assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))
     installing = [line for rule in rules.values() for line in rule.splitlines() if " install " in line]
-    assert len(installing) == 2 and all("-c constraints.txt -e" in line for line in installing)
+    assert len(installing) == 4 and all("-c constraints.txt" in line for line in installing)
+    assert sum("--no-deps $(WEB)" in line for line in installing) == 2
+    assert "tools/web.py" in rules["web"]
+
+
+def test_everything_of_the_page_is_pinned(definition):
+    """It is installed without resolving; the installed gradio says what it needs."""
+    listed = re.search(r"^WEB := (.*?[^\\])\n", (ROOT / "Makefile").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    names = {canonicalize_name(name) for name in listed[1].replace("\\", "").split()}
+    assert names <= constraints().keys()
+    needed = {canonicalize_name(Requirement(line).name) for line in requires("gradio") or () if "extra" not in line}
+    python_313 = {"audioop-lts"}
+    assert needed - names - constraints().keys() - python_313 == set()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "web", "test", "lint", "bench"])
 def test_make_knows_every_step(target):
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,14 +7,13 @@ then each prompt is sampled, decoded and written before the next one.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sgm.distributed
@@ -26,6 +25,7 @@ from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
 from sgm.inference.enhance import enhanced
 from sgm.inference.prepare import make_folder, prepare
+from sgm.inference.progress import progress
 from sgm.inference.prompts import (
     Prompt,
     assign_to_rank,
@@ -38,7 +38,7 @@ from sgm.inference.record import Summary, Timings, clock, later_settings, result
 from sgm.inference.results import Results
 from sgm.inference.source_video import load_source
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
-from sgm.log import get_logger, is_rank_zero, warn_once
+from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.parallel.attention import attention_named
@@ -177,7 +177,7 @@ class SamplingRun:
             self.engine.conditioner.release()  # from the host's memory too: no prompt follows
         self._load()
         failure = None
-        for (prompt, samples), conds in zip(_progress(passes, "prompts", leave=True), encoded, strict=True):
+        for (prompt, samples), conds in zip(progress(passes, "prompts", leave=True), encoded, strict=True):
             timings = Timings(text=seconds / len(passes))
             try:
                 self._sample_prompt(prompt, samples, conds, timings)
@@ -297,7 +297,7 @@ class SamplingRun:
         keys = [key for entry in conditioner.entries for key in entry.input_keys]
         encoded = []
         with conditioner.keep_loaded():
-            for prompt in _progress(prompts, "text encoder"):
+            for prompt in progress(prompts, "text encoder"):
                 batch = {key: [prompt.text] for key in keys}
                 if self._uncond is None:
                     both = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
@@ -386,7 +386,7 @@ class SamplingRun:
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
-            progress=partial(_progress, description="steps"),
+            progress=partial(progress, description="steps"),
             **given,
         )
         timings.sample = clock() - start
@@ -433,11 +433,6 @@ class SamplingRun:
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)
-
-
-def _progress(items: Iterable[Any], description: str, *, leave: bool = False) -> Any:
-    """Show a progress bar on rank zero, on a terminal."""
-    return tqdm(items, desc=description, leave=leave, disable=None if is_rank_zero() else True)
 
 
 def _on_cpu(cond: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,125 @@
+"""What can be chosen on the page: models, trained weights, presets, and the folders that it may read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgm.log import get_logger
+from sgm.util import InputError
+
+logger = get_logger(__name__)
+
+LATEST = "latest"  # the file that names the newest checkpoint of a folder
+MAX_DEPTH = 4  # of folders that are searched for trained weights
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders that the page works on; nothing outside of them is read or shown.
+
+    Attributes:
+        outputs: of videos; each sampling gets a folder of its own in it, and all in it are the history.
+        configs: of model files, with the presets in ``memory/`` and ``speed/``.
+        runs: of trained weights, and of trainings to watch.
+        data: of clips for training.
+    """
+
+    outputs: Path
+    configs: Path = Path("configs")
+    runs: tuple[Path, ...] = ()
+    data: tuple[Path, ...] = ()
+
+
+def inside(path: str | Path, folders: Sequence[Path]) -> Path:
+    """Return a path that a browser has sent, if it is one of `folders` or in one of them, links followed.
+
+    Raises:
+        InputError: it is elsewhere, or does not exist.
+    """
+    try:
+        found = Path(path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # no file, a null byte, links in circles
+        found = None
+    if found is None or not any(found.is_relative_to(folder.resolve()) for folder in folders):
+        shown = ", ".join(map(str, folders)) or "none"
+        raise InputError(f"'{path}' is not in the folders of this page ({shown}); name others on its command line")
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file.
+
+    Attributes:
+        name: of the file, without suffix.
+        file: its path.
+        adapters: whether it has a ``lora_config``: such files train, and trained adapters bring their own.
+        image2video: whether it needs an image.
+        ready: whether its weights are there.
+        values: control → what the file sets, of those that the page shows.
+    """
+
+    name: str
+    file: Path
+    adapters: bool
+    image2video: bool
+    ready: bool
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def find_models(configs: Path) -> dict[str, Model]:
+    """Return the models in a folder of YAML files by name, those with weights first.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [model for path in sorted(configs.glob("*.yaml")) if (model := _read_model(path))]
+    if not found:
+        raise InputError(f"there is no model file in {configs}; give a folder of YAML files with a model section")
+    return {model.name: model for model in sorted(found, key=lambda model: not model.ready)}
+
+
+def _read_model(path: Path) -> Model | None:
+    """Return the model of a YAML file; None if it holds none, or cannot be read (sampling with it says why)."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        args, model = content.get("args") or {}, content["model"]
+        adapters = "lora_config" in model["network_config"]["params"]["modules"]
+        sampler = model["sampler_config"]["params"]
+        scale = (sampler.get("guider_config", {}).get("params") or {}).get("scale")
+        values = {
+            "sampling_image_size": args.get("sampling_image_size"),
+            "sampling_num_frames": args.get("sampling_num_frames"),
+            "num_steps": args.get("num_steps", sampler.get("num_steps")),
+            "guidance_scale": args.get("guidance_scale", scale),
+        }
+        ready = bool(args.get("load")) and Path(args["load"]).exists()
+        return Model(path.stem, path, adapters, bool(args.get("image2video")), ready, values)
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def find_folders(folders: Sequence[Path], name: str) -> list[Path]:
+    """Return the folders in `folders` that hold a file of this name, those where it is newest first.
+
+    ``latest`` is in folders of trained weights, ``metrics.jsonl`` in those of trainings.
+    """
+    found: dict[Path, float] = {}
+    for folder in folders:
+        for depth in range(MAX_DEPTH):
+            for path in folder.glob("/".join(["*"] * depth + [name])):
+                found[path.parent] = path.stat().st_mtime
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def presets(configs: Path, kind: str) -> dict[str, Path]:
+    """Return the presets in the folder ``memory`` or ``speed`` of `configs` by name."""
+    return {path.stem: path for path in sorted((configs / kind).glob("*.yaml"), key=_by_size)}
+
+
+def _by_size(path: Path) -> tuple[int, str]:
+    digits = "".join(filter(str.isdigit, path.stem))
+    return int(digits or 0), path.stem

@@ -1,0 +1,119 @@
+"""The controls of the page, made from the typed arguments of sampling, and the overrides that their values mean.
+
+Type, limits, choices and default of a control come from the annotation of its key in `SamplingArgs`; its words are in
+`sgm.web.words`. Values are checked by the same rules as those in YAML, with the same messages.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from sgm.config.args import SamplingArgs
+from sgm.config.values import misfit
+from sgm.util import InputError
+
+# The keys of `args` on the page, in this order: always shown, and under "more".
+BASIC = "prompt negative_prompt sampling_image_size sampling_num_frames num_steps guidance_scale seed".split()
+MORE = (
+    "guidance_interval step_cache step_cache_threshold weights text_encoder_weights attention vae_tiling compile "
+    "allow_unknown_text"
+).split()
+
+Kind = Literal["text", "whole", "number", "switch", "choice", "pair"]
+_KINDS: dict[str, Kind] = {
+    "string": "text",
+    "integer": "whole",
+    "number": "number",
+    "boolean": "switch",
+    "array": "pair",
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """One key of ``args`` as a control.
+
+    Attributes:
+        name: the key.
+        kind: what is entered; a ``pair`` is two numbers.
+        least: the smallest number, if there is one.
+        most: the largest number, if there is one.
+        whole: whether the numbers of a pair are whole.
+        choices: of a ``choice``.
+        default: of the key; None: what the model's file says.
+    """
+
+    name: str
+    kind: Kind
+    least: float | None = None
+    most: float | None = None
+    whole: bool = False
+    choices: tuple[str, ...] = ()
+    default: Any = None
+
+
+_HINTS = typing.get_type_hints(SamplingArgs, include_extras=True)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingArgs)}
+
+
+def control(name: str) -> Control:
+    """Return the control of a key of ``args``."""
+    schema = TypeAdapter(_HINTS[name]).json_schema()
+    schema = next(option for option in schema.get("anyOf", [schema]) if option.get("type") != "null")
+    choices = tuple(schema.get("enum", filter(None, [schema.get("const")])))
+    if choices:
+        return Control(name, "choice", choices=choices, default=_DEFAULTS[name])
+    number = schema["prefixItems"][0] if "prefixItems" in schema else schema
+    return Control(
+        name,
+        _KINDS[schema["type"]],
+        least=number.get("minimum"),
+        most=number.get("maximum"),
+        whole=number["type"] == "integer",
+        default=_DEFAULTS[name],
+    )
+
+
+CONTROLS = {name: control(name) for name in (*BASIC, *MORE)}
+
+
+def overrides(values: Mapping[str, Any]) -> list[str]:
+    """Return ``args.key=value`` for the values of controls; those left empty are as in the model's file.
+
+    Raises:
+        InputError: all values that do not fit, in the words that YAML files get.
+    """
+    given = {name: _typed(CONTROLS[name], value) for name, value in values.items()}
+    if given.get("prompt") is None:
+        raise InputError("args.prompt is empty; write what the video shows")
+    given = {name: value for name, value in given.items() if value is not None}
+    wrong = {name: found for name, value in given.items() if (found := misfit(value, _HINTS[name]))}
+    if wrong:
+        raise InputError("\n".join(f"args.{name} {found}; {cure}" for name, (found, cure) in wrong.items()))
+    return [override(f"args.{name}", value) for name, value in given.items()]
+
+
+def override(key: str, value: Any) -> str:
+    """Return ``key=value``; text is quoted, so that nothing in it means anything to YAML."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _typed(control: Control, value: Any) -> Any:
+    """Return the value of a control as YAML has it; None if it was left empty."""
+    if control.kind == "pair":
+        numbers = [_number(entry) for entry in value or ()]
+        return None if all(entry is None for entry in numbers) else numbers
+    if control.kind in ("text", "choice"):
+        text = str(value or "")
+        return text if text.strip() else None
+    return value if control.kind == "switch" else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """Return a number of the browser, where 7 may be 7.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

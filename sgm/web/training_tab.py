@@ -1,0 +1,154 @@
+"""The tab of trainings: what is checked before one, its command, and the curves and samples of its folder."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sgm.util import InputError, RunError
+from sgm.web import trainings
+from sgm.web.choices import Folders, Model, inside, presets
+from sgm.web.jobs import CancelledError, Job, Jobs
+from sgm.web.sessions import Sessions
+from sgm.web.trainings import Training
+from sgm.web.view import View, failed, plain, working
+from sgm.web.words import say
+
+SECONDS = 5  # between looks at a run
+MAX_SAMPLES = 12
+
+
+class TrainingTab:
+    """The tab and its handlers; the parameters are those of `SampleTab`, `models` all of them."""
+
+    def __init__(self, view: View, folders: Folders, models: dict[str, Model], queue: Jobs, sessions: Sessions) -> None:
+        self.view, self.folders, self.models, self.queue, self.sessions = view, folders, models, queue, sessions
+        self.recipes = trainings.find_recipes(folders.configs)
+        self.memory = presets(folders.configs, "memory")
+
+    def build(self, language: Any, tab: Any) -> None:
+        """Make the components and connect them."""
+        make = self.view.make
+        with gr.Row():
+            model = make(gr.Dropdown, {"label": "train.model"}, choices=list(self.models), value=self._first_model())
+            recipe = make(
+                gr.Dropdown, {"label": "train.recipe"}, choices=list(self.recipes), value=self._first_recipe()
+            )
+        with gr.Row():
+            found = [str(path) for path in trainings.find_data(self.folders.data)]
+            # Any path may be sent; `inside` decides.
+            data = make(
+                gr.Dropdown,
+                {"label": "train.data"},
+                choices=found,
+                value=found[0] if found else None,
+                allow_custom_value=True,
+                elem_id="data",
+            )
+            words = {
+                "label": "memory",
+                "choices": lambda language: [(say(language, "preset.none"), ""), *((n, n) for n in self.memory)],
+            }
+            memory = make(gr.Dropdown, words, value="")
+        check = make(gr.Button, {"value": "train.check"}, variant="primary", elem_id="check")
+        status = gr.HTML(elem_id="check_status")
+        says = make(gr.Code, {"label": "train.says"}, language=None, lines=1, max_lines=30)
+        command = make(gr.Code, {"label": "train.command"}, language="shell", lines=1, elem_id="command")
+        given = [language, model, recipe, data, memory]
+        outputs = [status, says, command]
+        check.click(self.check, given, outputs, api_name="check", concurrency_limit=None, show_progress="hidden")
+        self._build_run(language, tab)
+
+    def _build_run(self, language: Any, tab: Any) -> None:
+        make = self.view.make
+        with gr.Row():
+            run = make(
+                gr.Dropdown, {"label": "train.run"}, choices=[], allow_custom_value=True, scale=4, elem_id="runs"
+            )
+            again = make(gr.Button, {"value": "train.refresh"}, min_width=80)
+        state = gr.HTML()
+        curves = make(gr.LinePlot, {"title": "train.curve"}, x="iteration", y="loss", color="kind", height=300)
+        gallery = make(gr.Gallery, {"label": "train.samples"}, columns=4, height="auto")
+        timer = gr.Timer(SECONDS, active=False)
+        listed = {"inputs": [language, run], "outputs": [run, state, timer], "api_visibility": "private"}
+        tab.select(self.offer, **listed)
+        again.click(self.offer, **listed)
+        curve = {"inputs": [language, run], "outputs": [state, curves], "show_progress": "hidden"}
+        run.change(self.watch, **curve, api_name="watch").then(self.samples, [run], [gallery], api_visibility="private")
+        timer.tick(self.watch, **curve, api_visibility="private")
+        again.click(self.samples, [run], [gallery], api_visibility="private")
+
+    def _first_model(self) -> str:
+        ready = [model.name for model in self.models.values() if model.ready and model.adapters]
+        return (ready or list(self.models))[0]
+
+    def _first_recipe(self) -> str | None:
+        """The recipe that is named after the first model, or the first one."""
+        family = self._first_model().partition("_")[0]
+        return next((name for name in self.recipes if name.startswith(family)), next(iter(self.recipes), None))
+
+    def _training(self, language: str, model: str, recipe: str, data: str | None, memory: str) -> Training:
+        """Return what is asked for.
+
+        Raises:
+            InputError: a choice is none of those offered.
+        """
+        for name, known in ((model, self.models), (recipe, self.recipes), (memory, {**self.memory, "": None})):
+            if name not in known:
+                raise InputError(f"'{name}' is none of {', '.join(filter(None, known))}")
+        if not self.folders.data:
+            raise InputError(say(language, "train.no_data"))
+        folder = inside(data or "", self.folders.data)
+        return Training(self.models[model], self.recipes[recipe], folder, [self.memory[memory]] if memory else [])
+
+    def check(
+        self, request: gr.Request, language: str, model: str, recipe: str, data: str | None, memory: str
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """Show the command, and what ``--check`` says of it."""
+        yield working(language, None), "", ""
+        try:
+            training = self._training(language, model, recipe, data, memory)
+            yield gr.skip(), gr.skip(), training.command
+            with tempfile.TemporaryDirectory() as folder:
+                job = Job(str(request.session_hash), training.words(check=True), Path(folder))
+                for _ in self.queue.submit(job):
+                    yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
+                yield "", job.log(), gr.skip()
+        except CancelledError:
+            yield plain(say(language, "state.cancelled")), gr.skip(), gr.skip()
+        except (InputError, RunError) as error:
+            yield failed(language, error, wrong_input=isinstance(error, InputError)), gr.skip(), gr.skip()
+
+    def offer(self, language: str, chosen: str | None) -> tuple[Any, str, Any]:
+        """Offer the folders of trainings, the newest if none is chosen, and look at it from now on."""
+        found = [str(path) for path in trainings.find_runs(self.folders.runs)]
+        if not found:
+            return gr.update(choices=[], value=None), plain(say(language, "train.none")), gr.Timer(active=False)
+        return gr.update(choices=found, value=chosen or found[0]), "", gr.Timer(active=True)
+
+    def watch(self, language: str, run: str | None) -> tuple[Any, Any]:
+        """Show the losses of a run so far."""
+        if not run:
+            return gr.skip(), gr.skip()
+        try:
+            points = list(trainings.curve(inside(run, self.folders.runs)))
+        except InputError as error:
+            return failed(language, error, wrong_input=True), None
+        if not points:
+            return plain(say(language, "train.none")), None
+        import pandas  # a dependency of gradio
+
+        last = max(points, key=lambda point: point["iteration"])
+        state = say(language, "train.state", iteration=last["iteration"], loss=f"{last['loss']:.4f}")
+        shown = [{**point, "kind": say(language, point["kind"])} for point in points]
+        return plain(state), pandas.DataFrame(shown)
+
+    def samples(self, request: gr.Request, run: str | None) -> list[tuple[str, str]]:
+        """Show the sample videos of the evaluations of a run."""
+        try:
+            found = trainings.samples(inside(run or "", self.folders.runs))[:MAX_SAMPLES]
+        except InputError:
+            return []  # `watch` says it
+        return [(self.sessions.shown(str(request.session_hash), video.path), video.caption) for video in found]

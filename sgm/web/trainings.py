@@ -1,0 +1,90 @@
+"""Trainings for the page: the command of one, what ``--check`` says of it, and the curves and samples of its folder."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgm.training.metrics import FILE, read_metrics, smooth
+from sgm.web.choices import Model, find_folders
+from sgm.web.controls import override
+from sgm.web.videos import Video, finished
+
+SCRIPT = "train_video.py"
+SMOOTH_SHARE = 10  # a curve is averaged over this part of its values
+
+
+def find_recipes(configs: Path) -> dict[str, Path]:
+    """Return the training presets by name: files with a data section and without a model."""
+    found = {}
+    for path in sorted(configs.glob("*.yaml")):
+        try:
+            sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(sections, dict) and "data" in sections and "model" not in sections:
+            found[path.stem] = path
+    return found
+
+
+def find_data(folders: Sequence[Path]) -> list[Path]:
+    """Return the given folders of clips, and the folders in them."""
+    return [
+        path for folder in folders for path in (folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir()))
+    ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is planned.
+
+    Attributes:
+        model: to train.
+        recipe: file of training settings.
+        data: folder of clips.
+        presets: files of ``configs/memory``.
+    """
+
+    model: Model
+    recipe: Path
+    data: Path
+    presets: Sequence[Path] = ()
+
+    def words(self, *, check: bool = False) -> list[str]:
+        """Return its command as words, or that which only checks it."""
+        files = map(str, (self.model.file, self.recipe, *self.presets))
+        return [
+            SCRIPT,
+            "--base",
+            *files,
+            override("args.train_data", [str(self.data)]),
+            *(["--check"] if check else []),
+        ]
+
+    @property
+    def command(self) -> str:
+        """Its command, for a terminal."""
+        return shlex.join(["python", *self.words()])
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Return the folders of trainings, those that wrote last first."""
+    return find_folders(folders, FILE)
+
+
+def curve(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the smoothed points of the losses of a run: iteration, loss, and ``training`` or ``validation``."""
+    lines = read_metrics(run / FILE)
+    for kind, name in (("training", "loss"), ("validation", "validation_loss")):
+        points = [(line["iteration"], float(line[name])) for line in lines if line.get(name) is not None]
+        values = smooth([value for _, value in points], len(points) / SMOOTH_SHARE)
+        for (iteration, _), value in zip(points, values, strict=True):
+            yield {"iteration": iteration, "loss": value, "kind": kind}
+
+
+def samples(run: Path) -> list[Video]:
+    """Return the sample videos of the evaluations of a run, the newest first."""
+    return finished(run / "samples")

@@ -1,0 +1,125 @@
+"""Components of the page with words in the chosen language, and what a run shows while it works."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from sgm.inference.progress import Progress
+from sgm.web.controls import Control
+from sgm.web.words import as_html, has, say
+
+Words = str | Callable[[str], Any]  # a key of the words, or language → value
+
+STYLE = """
+.status { padding: 0.5rem 0; } .status progress { width: 100%; }
+.status pre, pre.message { white-space: pre-wrap; overflow-wrap: anywhere; }
+.thumbnail img { max-width: 100%; max-height: 12rem; }
+"""
+MOST_SHOWN = 1_000_000  # limits beyond it say nothing to a person
+
+
+class View:
+    """The components that have words, to change them all with the language."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Any, dict[str, Callable[[str], Any]]]] = []
+
+    def make(self, kind: Callable[..., Any], words: dict[str, Words], **fixed: Any) -> Any:
+        """Return a new component.
+
+        Args:
+            kind: its class.
+            words: parameters of the class that depend on the language.
+            **fixed: the others.
+        """
+        in_language = {name: _spoken(value) for name, value in words.items()}
+        component = kind(**{name: value("en") for name, value in in_language.items()}, **fixed)
+        self._made.append((component, in_language))
+        return component
+
+    @property
+    def components(self) -> list[Any]:
+        """The components, in the order of `updates`."""
+        return [component for component, _ in self._made]
+
+    def updates(self, language: str) -> list[Any]:
+        """Return what changes the words of all components to a language."""
+        return [
+            gr.update(**{name: value(language) for name, value in in_language.items()}) for _, in_language in self._made
+        ]
+
+    def control(self, control: Control, value: Any) -> list[Any]:
+        """Return the components of a control: one, or two for a pair."""
+        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": 120}
+        words: dict[str, Words] = {
+            "label": f"control.{control.name}",
+            "info": lambda language: hint(language, control),
+        }
+        if control.kind == "pair":
+            with gr.Row(elem_id=same.pop("elem_id")):
+                return [
+                    self.make(gr.Number, {**words, "label": f"{part}.{control.name}"}, value=each, **same)
+                    for part, each in zip(("first", "second"), value or (None, None), strict=True)
+                ]
+        if control.kind == "switch":
+            return [self.make(gr.Checkbox, words, value=bool(value), **same)]
+        if control.kind == "choice":
+            words["choices"] = lambda language: [
+                (say(language, "preset.none"), ""),
+                *((choice, choice) for choice in control.choices),
+            ]
+            return [self.make(gr.Dropdown, words, value=value or "", **same)]
+        if control.kind == "text":
+            return [self.make(gr.Textbox, words, value=value or "", lines=3 if control.name == "prompt" else 1, **same)]
+        return [self.make(gr.Number, words, value=value, **same)]
+
+
+def _spoken(words: Words) -> Callable[[str], Any]:
+    return words if callable(words) else lambda language: say(language, words)
+
+
+def hint(language: str, control: Control) -> str:
+    """Return what is said below a control: its meaning, its limits, and what an empty one means."""
+    parts = [say(language, f"hint.{control.name}")] if has(f"hint.{control.name}") else []
+    if control.least is not None and control.most is not None and control.most < MOST_SHOWN:
+        parts.append(say(language, "range", least=f"{control.least:g}", most=f"{control.most:g}"))
+    if control.default is None and control.kind in ("whole", "number", "pair"):
+        parts.append(say(language, "empty"))
+    return " ".join(parts)
+
+
+def plain(text: str) -> str:
+    """Return a line of status."""
+    return f'<div class="status">{as_html(text)}</div>'
+
+
+def failed(language: str, error: Exception, *, wrong_input: bool) -> str:
+    """Return the message of a failure, in the program's own words."""
+    head = say(language, "state.failed" if wrong_input else "state.broken")
+    return f'<div class="status" role="alert"><b>{as_html(head)}</b><pre>{as_html(str(error))}</pre></div>'
+
+
+def working(language: str, progress: Progress | None, *, ahead: int = 0, part: int = 1, parts: int = 1) -> str:
+    """Return what a job does, with a bar."""
+    text, share = _phase(language, progress, ahead)
+    counted = f"{say(language, 'state.of', part=part, parts=parts)}: " if parts > 1 else ""
+    bar = "<progress></progress>" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
+    return f'<div class="status">{as_html(counted + text)}{bar}</div>'
+
+
+def _phase(language: str, progress: Progress | None, ahead: int) -> tuple[str, float | None]:
+    if ahead:
+        return say(language, "state.waiting", ahead=ahead), None
+    if progress is None:
+        return say(language, "state.starting"), None
+    is_over = progress.done == progress.total
+    if progress.what == "text encoder":
+        return say(language, "state.loading" if is_over else "state.text"), None
+    if progress.what == "steps":
+        if is_over:
+            return say(language, "state.decoding"), 1.0
+        return say(
+            language, "state.steps", done=progress.done + 1, total=progress.total
+        ), progress.done / progress.total
+    return say(language, "state.decoding" if is_over else "state.loading"), None

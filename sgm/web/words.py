@@ -1,0 +1,130 @@
+"""The words of the page, in English and Chinese."""
+
+import html
+from typing import Any
+
+LANGUAGES = {"en": "English", "zh": "中文"}
+
+# Key → English, Chinese. ``control.<key of args>`` is the label of a control, ``hint.<key>`` what is said below it.
+WORDS: dict[str, tuple[str, str]] = {
+    "language": ("Language", "语言"),
+    "tab.sample": ("Sample", "生成"),
+    "tab.history": ("History", "历史"),
+    "tab.training": ("Training", "训练"),
+    "model": ("Model", "模型"),
+    "load": ("LoRA, or other trained weights", "LoRA 或其他训练得到的权重"),
+    "load.none": ("none: the model's own weights", "无：使用模型自带权重"),
+    "memory": ("Memory preset", "显存预设"),
+    "speed": ("Speed preset", "速度预设"),
+    "preset.none": ("none", "无"),
+    "image": ("Choose the first frame", "选择首帧图片"),
+    "image.none": ("This model needs an image: it becomes the first frame.", "此模型需要一张图片作为首帧。"),
+    "more": ("More settings", "更多设置"),
+    "compare": ("Compare", "对比"),
+    "compare.says": (
+        "A second video of the same prompt and seed, with these settings changed. What is left empty stays as above.",
+        "用相同的提示词和种子再生成一个视频，只改变以下设置；留空则与上方相同。",
+    ),
+    "compare.same": ("as above", "与上方相同"),
+    "run": ("Sample", "生成"),
+    "run.both": ("Sample both", "生成两个并对比"),
+    "cancel": ("Cancel", "取消"),
+    "video": ("Video", "视频"),
+    "video.second": ("With the changed settings", "改变后的设置"),
+    "log": ("Messages of the command", "命令输出"),
+    "control.prompt": ("Prompt", "提示词"),
+    "control.negative_prompt": ("Negative prompt", "负面提示词"),
+    "control.sampling_image_size": ("Size", "尺寸"),
+    "first.sampling_image_size": ("Height", "高度"),
+    "second.sampling_image_size": ("Width", "宽度"),
+    "control.sampling_num_frames": ("Latent frames", "潜空间帧数 (latent frames)"),
+    "control.num_steps": ("Steps", "采样步数"),
+    "control.guidance_scale": ("Guidance scale", "引导强度 (guidance scale)"),
+    "control.seed": ("Seed", "随机种子"),
+    "control.guidance_interval": ("Guidance interval", "引导区间"),
+    "first.guidance_interval": ("Guidance from", "引导起点"),
+    "second.guidance_interval": ("Guidance to", "引导终点"),
+    "control.step_cache": ("Step cache", "步间缓存 (step cache)"),
+    "control.step_cache_threshold": ("Threshold of the step cache", "步间缓存阈值"),
+    "control.weights": ("Weights of the network in fewer bits", "网络权重量化"),
+    "control.text_encoder_weights": ("Weights of T5 in fewer bits", "T5 权重量化"),
+    "control.attention": ("Attention kernel", "注意力算子"),
+    "control.vae_tiling": ("Decode in tiles", "分块解码 (VAE tiling)"),
+    "control.compile": ("Compile the network", "编译网络 (compile)"),
+    "control.allow_unknown_text": ("Allow text that T5 does not know", "允许 T5 不认识的文字"),
+    "hint.prompt": (
+        "A long English paragraph that describes what is seen, in the manner of a caption.",
+        "一段较长的英文描述，像字幕一样写出画面内容。",
+    ),
+    "hint.negative_prompt": ("What the video should not show.", "不希望出现的内容。"),
+    "hint.sampling_num_frames": (
+        "4 video frames each, and 1 for the first; see docs/configuration.md.",
+        "每个对应 4 帧视频，第一个对应 1 帧；见 docs/configuration.md。",
+    ),
+    "hint.guidance_interval": (
+        "Shares of the steps; outside of them there is no guidance.",
+        "按步数比例计；区间之外不使用引导。",
+    ),
+    "hint.step_cache": ("Faster, approximate.", "更快，结果为近似。"),
+    "hint.weights": ("Less memory; results change a little.", "省显存；结果略有变化。"),
+    "hint.vae_tiling": ("Less memory; seams may differ slightly.", "省显存；接缝处可能略有差异。"),
+    "range": ("From {least} to {most}.", "{least} 到 {most}。"),
+    "empty": ("Empty: as in the model's file.", "留空：使用模型文件中的值。"),
+    "state.waiting": ("Waiting: {ahead} before this one", "排队中：前面还有 {ahead} 个"),
+    "state.starting": ("Starting, checking the settings", "正在启动并检查设置"),
+    "state.text": ("Reading the prompt", "正在编码提示词"),
+    "state.loading": ("Reading the weights", "正在读取权重"),
+    "state.steps": ("Step {done} of {total}", "第 {done} 步，共 {total} 步"),
+    "state.decoding": ("Decoding the video", "正在解码视频"),
+    "state.done": ("Done: {path}", "完成：{path}"),
+    "state.cancelled": ("Cancelled.", "已取消。"),
+    "state.nothing": ("There is nothing to cancel.", "没有可取消的任务。"),
+    "state.failed": ("This cannot be sampled as it is set. The program says:", "当前设置无法生成。程序提示："),
+    "state.broken": ("The run failed. The program says:", "运行失败。程序提示："),
+    "state.of": ("{part} of {parts}", "第 {part} 个，共 {parts} 个"),
+    "history.choose": ("Finished videos, the newest first", "已完成的视频，最新在前"),
+    "history.refresh": ("Refresh", "刷新"),
+    "history.reuse": ("Use these settings again", "再次使用这些设置"),
+    "history.settings": ("Settings", "设置"),
+    "history.none": ("There is no finished video yet.", "还没有完成的视频。"),
+    "history.used": ("The settings are in the tab Sample.", "设置已填入“生成”页。"),
+    "history.model": (
+        "Its model file is not among those of this page; the chosen model stays.",
+        "其模型文件不在本页可选范围内，模型保持不变。",
+    ),
+    "history.image": ("Choose its image again.", "请重新选择图片。"),
+    "train.model": ("Model file; those that end in _lora train adapters", "模型文件；以 _lora 结尾的训练 LoRA"),
+    "train.recipe": ("Training preset", "训练预设"),
+    "train.data": ("Data folder", "数据文件夹"),
+    "train.check": ("Check", "检查"),
+    "train.says": ("What --check says", "--check 的结果"),
+    "train.command": ("The command, to copy into a terminal", "命令，可复制到终端运行"),
+    "train.run": ("Run folder", "运行文件夹"),
+    "train.refresh": ("Look again", "刷新"),
+    "train.curve": ("Loss, smoothed", "loss（平滑后）"),
+    "train.samples": ("Samples at evaluations, the newest first", "评估时的样本，最新在前"),
+    "train.state": ("Iteration {iteration}, loss {loss}", "第 {iteration} 步，loss {loss}"),
+    "train.none": ("There is no run yet: start the command above.", "还没有运行：请先执行上面的命令。"),
+    "train.no_data": (
+        "No data folder was given: start the page with --data FOLDER.",
+        "没有数据文件夹：启动页面时请加 --data FOLDER。",
+    ),
+    "training": ("training", "训练"),
+    "validation": ("validation", "验证"),
+}
+
+
+def say(language: str, key: str, **values: Any) -> str:
+    """Return the words of a key in a language, its ``{names}`` replaced."""
+    words = WORDS[key][1 if language == "zh" else 0]
+    return words.format(**values) if values else words
+
+
+def has(key: str) -> bool:
+    """Whether there are words for a key."""
+    return key in WORDS
+
+
+def as_html(text: str) -> str:
+    """Return text for a place where the page takes HTML: nothing in it is markup."""
+    return html.escape(text, quote=True)

@@ -1,0 +1,152 @@
+"""Commands of the page, what can be chosen on it, and the history."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sgm.config.load import load_config
+from sgm.training import main as training
+from sgm.util import InputError
+from sgm.web import trainings, videos
+from sgm.web.choices import LATEST, Folders, find_folders, find_models, inside, presets
+from sgm.web.sessions import Sessions, thumbnail
+from sgm.web.trainings import Training
+from sgm.web.videos import Request
+
+CONFIGS = Path("configs")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return find_models(CONFIGS)
+
+
+def video(folder: Path, **record) -> Path:
+    """Make a finished video, as far as the history looks."""
+    path = folder / "0_a" / "0" / "000000.mp4"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    path.with_suffix(".json").write_text(json.dumps({"prompt": "a", "seed": 1, **record}))
+    return path
+
+
+def test_models_and_presets_are_those_of_the_folder(models, tmp_path):
+    names = list(models)
+    assert names[:3] == ["toy", "toy_i2v", "toy_lora"], "those with weights come first"
+    assert models["toy_i2v"].image2video and not models["toy"].image2video and models["toy_lora"].adapters
+    assert models["cogvideox_5b"].values["guidance_scale"] == 6 and not models["cogvideox_5b"].ready
+    assert list(presets(CONFIGS, "memory"))[:3] == ["8gb", "12gb", "16gb"]
+    (tmp_path / "broken.yaml").write_text("model: [")
+    (tmp_path / "text.yaml").write_text("just text")
+    with pytest.raises(InputError, match="no model file"):
+        find_models(tmp_path)
+
+
+def test_a_request_is_a_command_that_loads(models, tmp_path):
+    values = {"prompt": "a red circle; $(x) `y`", "num_steps": 3, "seed": 5}
+    speed = presets(CONFIGS, "speed")["fast"]
+    script, base, *words = Request(models["toy"], values, load=Path("runs/a b"), presets=[speed]).words(tmp_path)
+    assert (script, base, words[:2]) == ("sample_video.py", "--base", ["configs/toy.yaml", str(speed)])
+    args = load_config(words[:2], words[2:], mode="inference").args
+    assert (args.prompt, args.load, args.output_dir) == (values["prompt"], "runs/a b", str(tmp_path))
+    assert (args.num_steps, args.seed, args.step_cache_threshold, args.asks_for_prompts) == (3, 5, 0.3, False)
+
+
+@pytest.mark.parametrize("path", ["", "..", "../outside", "link", "none", "a\0b", "/etc"])
+def test_no_path_leads_out_of_the_folders(tmp_path, path):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (tmp_path / "outside").mkdir()
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "in").mkdir()
+    assert inside(folder / "in", [folder]) == folder / "in" and inside(folder, [tmp_path / "x", folder]) == folder
+    with pytest.raises(InputError, match="is not in the folders of this page"):
+        inside(f"{folder}/{path}" if path and not path.startswith("/") else path, [folder])
+    with pytest.raises(InputError, match=r"\(none\)"):
+        inside(folder, [])
+
+
+def test_the_history_gives_settings_back(models, tmp_path):
+    folders = Folders(outputs=tmp_path, configs=CONFIGS)
+    values = {"prompt": 'say "hi"', "sampling_image_size": [32, 64], "num_steps": 3, "seed": 5, "vae_tiling": True}
+    files = [presets(CONFIGS, "memory")["8gb"]]
+    words = Request(models["toy"], values, load=Path("runs/x"), presets=files).words(tmp_path)
+    made = {"height": 32, "width": 64, "num_steps": 3, "guidance_scale": 4, "negative_prompt": "", "load": "runs/x"}
+    record = {"prompt": values["prompt"], "seed": 5, "configs": words[2:4], "overrides": words[4:], **made}
+    path = video(tmp_path / "one", **record)
+    (found,) = videos.finished(tmp_path)
+    assert found.path == path and found.caption == 'say "hi", seed 5, num_steps 3, guidance_scale 4' and found.when
+    known = videos.settings_of(found, models, folders)
+    again = {"model": "toy", "load": "runs/x", "memory": "8gb", "speed": None, "sampling_num_frames": 5}
+    assert {**known, **values, **again} == known
+    # Of a command line: other files, plain text in overrides, and a prompt rewritten by a language model.
+    words = ["args.negative_prompt=blurry, dark", "args.num_steps=4"]
+    other = {"configs": ["mine.yaml"], "overrides": words, "original_prompt": "猫", "load": "weights", "num_steps": 4}
+    os.utime(path, (0, 0))
+    video(tmp_path / "two", **other, negative_prompt="blurry, dark")
+    newest = videos.finished(tmp_path)[0]
+    known = videos.settings_of(newest, models, folders)
+    assert (known["prompt"], known["model"], known["load"], known["num_steps"]) == ("猫", None, None, 4)
+    assert known["negative_prompt"] == "blurry, dark"
+
+
+def test_unfinished_and_strange_files_are_no_history(tmp_path):
+    video(tmp_path / "one").with_suffix(".json").unlink()
+    video(tmp_path / "two").with_suffix(".json").write_text("[1]")
+    video(tmp_path / "three").with_suffix(".json").write_text('{"other": 1}')
+    assert videos.finished(tmp_path) == []
+
+
+def test_a_folder_with_nothing_but_messages_is_removed(tmp_path):
+    empty, kept = videos.new_folder(tmp_path), videos.new_folder(tmp_path)
+    assert empty != kept
+    (empty / "log.txt").touch()
+    video(kept)
+    for folder in (empty, kept):
+        videos.discard_if_empty(folder)
+    assert [*tmp_path.iterdir()] == [kept]
+
+
+def test_uploads_belong_to_their_session(tmp_path):
+    from PIL import Image
+
+    sessions = Sessions()
+    sent = tmp_path / "mine.PNG"
+    Image.new("RGB", (640, 320), "red").save(sent)
+    kept = sessions.take("../../one", sent)
+    assert not sent.exists() and sessions.image("../../one") == kept and sessions.image("two") is None
+    assert kept.is_relative_to(sessions.root) and thumbnail(kept).startswith("data:image/jpeg;base64,")
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="'text.jpg' cannot be read as a picture"):
+        sessions.take("../../one", tmp_path / "text.jpg")
+    assert sessions.image("../../one") is None, "the wrong one takes the place of the last"
+    shown = Path(sessions.shown("two", video(tmp_path / "run")))
+    assert shown.read_bytes() == b"" and shown.is_relative_to(sessions.root)
+    sessions.forget("two")
+    assert not shown.exists()
+    sessions.close()
+    assert not sessions.root.exists()
+
+
+def test_a_training_is_planned_and_watched(models, tmp_path):
+    recipes = trainings.find_recipes(CONFIGS)
+    assert {"sft", "toy_sft"} <= recipes.keys() and "inference" not in recipes and "toy" not in recipes
+    plan = Training(models["toy_lora"], recipes["toy_sft"], Path("assets/my toy"))
+    options = training.parse(plan.words(check=True)[1:])
+    assert options.check and load_config(options.base, options.overrides, mode="train").args.train_data == (
+        "assets/my toy",
+    )
+    assert plan.command.startswith("python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml 'args.")
+    run = tmp_path / "sft-1"
+    video(run / "samples" / "00000010")
+    lines = [{"iteration": n, "loss": 1.0} for n in range(1, 4)] + [{"iteration": 3, "validation_loss": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"itera')
+    (run / LATEST).touch()
+    assert trainings.find_runs([tmp_path]) == [run] == find_folders([tmp_path, tmp_path / "none"], LATEST)
+    points = [(point["iteration"], point["loss"], point["kind"]) for point in trainings.curve(run)]
+    assert points == [*((n, 1.0, "training") for n in range(1, 4)), (3, 2.0, "validation")]
+    assert len(trainings.samples(run)) == 1
+    (tmp_path / "data" / "b").mkdir(parents=True)
+    assert trainings.find_data([tmp_path / "data"]) == [tmp_path / "data", tmp_path / "data" / "b"]
