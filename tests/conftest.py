@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import resource
 import subprocess
@@ -96,6 +97,16 @@ def pytest_collection_finish() -> None:
 def trust(monkeypatch):
     """Let targets come from the tests; a command that a test calls sets its own trust, which ends with the test."""
     monkeypatch.setattr("sgm.util._trusted", ["tests"])
+
+
+@pytest.fixture(autouse=True)
+def projects_logger():
+    """Restore the logger of the project, which a command that a test calls configures."""
+    logger = logging.getLogger("sgm")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture(autouse=True)

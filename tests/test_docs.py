@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import logging
 import re
 import shlex
 import subprocess
@@ -129,13 +128,9 @@ def test_code_blocks_name_their_language():
 
 @pytest.fixture
 def as_a_command(monkeypatch):
-    """Return the main functions of the scripts; logging and the working directory are restored after the test."""
-    logger = logging.getLogger("sgm")
-    before = (logger.handlers[:], logger.propagate, logger.level)
+    """Return the main functions of the scripts; the working directory is restored after the test."""
     monkeypatch.chdir(ROOT)
-    yield {"sample_video.py": main, "train_video.py": training.main}
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    return {"sample_video.py": main, "train_video.py": training.main}
 
 
 def shell(text: str, folder: Path = ROOT) -> subprocess.CompletedProcess:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data_video
 import sgm.distributed
@@ -230,7 +231,7 @@ def test_a_clip_that_cannot_be_read_is_a_failure_and_one_that_fits_no_bucket_is_
 
 def test_changed_and_added_clips_and_weights_are_noticed(training_yaml, clips, tmp_path):
     data = shutil.copytree(clips, tmp_path / "data")
-    vae = tmp_path / "vae.pt"
+    vae = tmp_path / "vae.safetensors"
     bases = training_yaml("dit_t2v_5b_lora")
     given = load_config(bases, [], mode="train").model["first_stage_config"]["params"]["ckpt_path"]
     shutil.copyfile(given, vae)
@@ -252,10 +253,9 @@ def test_changed_and_added_clips_and_weights_are_noticed(training_yaml, clips, t
     assert "data/videos/new.mp4" in message and "another one: not in the cache" in message
     with pytest.raises(InputError, match="belongs to a cache with other settings or data"):
         precompute(bases, cache, *words)
-    content = torch.load(vae, weights_only=True)
-    name = next(iter(content["state_dict"]))
-    content["state_dict"][name] = content["state_dict"][name] + 1
-    torch.save(content, vae)
+    content = load_file(vae)
+    name = next(iter(content))
+    save_file({**content, name: content[name] + 1}, vae)
     assert "vae.weights: cache" in refusal()
 
 
