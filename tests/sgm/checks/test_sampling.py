@@ -82,6 +82,7 @@ def test_sizes_name_the_nearest():
 def test_text_and_image_models_are_not_mixed_up():
     assert "set args.image2video=false" in refusal(image2video=True)
     assert "set args.image2video=true" in refusal(IMAGE, image2video=False)
+    assert "args.video: is given, and the network makes videos from an image" in refusal(IMAGE, video="x.mp4")
     assert check_sampling(SamplingArgs(), IMAGE).image2video
     assert "set args.latent_channels=16" in refusal(latent_channels=4)
 
@@ -205,8 +206,10 @@ def test_training_from_nothing_needs_no_checkpoint(load):
 
 
 def test_latents_of_text_models_need_no_vae_file(load):
-    config = load("args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=null")
-    assert check_files(config) == []
+    words = ["args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=null"]
+    assert check_files(load(*words)) == []
+    (problem,) = check_files(load(*words, "args.video=x.mp4"))
+    assert problem.found == "the VAE has no weights"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +281,7 @@ def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
     ("overrides", "parts"),
     [
         (["args.num_steps=2000"], ["model.sampler_config", "2000"]),
+        (["args.video=x.mp4", "args.strength=0.1"], ["args.strength", "0.1 leaves none of 2 steps; give 0.5 or more"]),
         (["model.sampler_config=null"], ["model.sampler_config", "is missing"]),
         (["model.conditioner_config=null"], ["model.conditioner_config", "is missing"]),
         (["model.conditioner_config.params.emb_models=[]"], ["emb_models", "is empty"]),
