@@ -460,6 +460,8 @@ def work(options: argparse.Namespace) -> None:
         raise InputError("--devices gives every run one device, and --nproc_per_node every run several; keep one")
     if not 0 <= options.stop_after <= 1 or (options.stop_above is not None and options.stop_above < 0):
         raise InputError("--stop_above is a percentage from 0 on, and --stop_after a share from 0 to 1")
+    if wrong := [device for device in options.devices if not device.isdigit()]:
+        raise InputError(f"--devices names {', '.join(wrong)}; give the numbers of devices, such as --devices 0 1")
     require_writable(options.out)
     runs = planned(options)
     if options.prompts is None and isinstance(options.valid_prompts, str):
@@ -519,9 +521,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     add_trust(parser)
     options = parser.parse_intermixed_args(argv)
-    moved = [word for word in options.base if re.match(r"[A-Za-z_][\w.]*=", word) and not Path(word).exists()]
-    options.base = [word for word in options.base if word not in moved]
-    options.overrides = moved + options.overrides
+    for name in ("base", "devices"):  # which take all words that follow them
+        words = getattr(options, name) or []
+        moved = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word) and not Path(word).exists()]
+        setattr(options, name, [word for word in words if word not in moved])
+        options.overrides = moved + options.overrides
     return run_command(
         work, options, interrupted="interrupted; the same command goes on where this one stopped", output="--out"
     )

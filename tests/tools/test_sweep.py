@@ -144,7 +144,8 @@ def test_an_interrupted_sweep_ends_its_processes(trainings, tmp_path, monkeypatc
 
 def test_runs_share_devices(trainings, tmp_path):
     started, _ = trainings
-    assert run(tmp_path, *grid("0.1", "0.2", "0.3"), "--devices", "4", "7") == 0
+    assert run(tmp_path, *grid("0.1", "0.2", "0.3"), "--devices", "4", "7", "args.seed=7") == 0
+    assert {p.values["args.seed"] for p in started} == {"7"}
     assert [p.given["env"]["CUDA_VISIBLE_DEVICES"] for p in started] == ["4", "7", "4"]
 
 
@@ -171,6 +172,7 @@ def test_a_list_of_overrides_is_read(trainings, tmp_path):
         (["--grid", "args.seed=1,no"], "args.seed"),
         (["--grid", "args.seed=1", "--nproc_per_node", "0"], "--nproc_per_node is 0"),
         (["--grid", "args.seed=1", "--prompts", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--grid", "args.seed=1", "--devices", "cuda"], "--devices names cuda"),
         (["--runs", "configs/toy.yaml"], "is no list of overrides"),
     ],
 )
