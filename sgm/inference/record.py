@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
 
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
@@ -78,8 +78,11 @@ def later_settings(args: SamplingArgs) -> dict[str, Any]:
     """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
     given["strength"] = None if args.video is None else args.noise_strength
+    as_json = TypeAdapter(Any)
     return {
-        name: to_jsonable_python(value, exclude_none=True) for name, value in given.items() if value not in (None, ())
+        name: as_json.dump_python(value, mode="json", exclude_none=True)
+        for name, value in given.items()
+        if value not in (None, ())
     }
 
 
