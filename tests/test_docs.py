@@ -41,7 +41,7 @@ NOT_RUN = {
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
-    r"python tools/toy/from_video\.py": "takes minutes; test_from_video.py measures a few clips",
+    r"python tools/toy/from_video\.py": "takes minutes; the slow test_from_video.py measures one strength",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",

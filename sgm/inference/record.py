@@ -78,8 +78,12 @@ def later_settings(args: SamplingArgs) -> dict[str, Any]:
     """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
     given["strength"] = None if args.video is None else args.noise_strength
-    given = {name: value for name, value in given.items() if value not in (None, ())}
-    return TypeAdapter(dict[str, Any]).dump_python(given, mode="json", exclude_none=True)
+    as_json = TypeAdapter(Any)
+    return {
+        name: as_json.dump_python(value, mode="json", exclude_none=True)
+        for name, value in given.items()
+        if value not in (None, ())
+    }
 
 
 def result_digest(config: Config) -> str:

@@ -105,6 +105,8 @@ def test_a_sum_is_one_lora_and_one_of_a_smaller_rank_the_nearest(files):
     assert (info.rank, info.alpha, info.layers, info.base) == (6, 6, (0, 1), str(files / "base"))
     sum_loras(paths, files / "five", strengths=strengths, rank=5)
     require_close(deltas(files / "five"), wanted)  # no projection has more: three.safetensors has none of layer 1
+    sum_loras([files / "one"], files / "alone", rank=2)
+    require_close(deltas(files / "alone"), deltas(files / "one"))
     sum_loras(paths, files / "least", strengths=strengths, rank=1)
     found = deltas(files / "least")
     for name, tensor in wanted.items():

@@ -72,6 +72,7 @@ def test_measuring_nothing(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_lora_of_the_toy_puts_land_under_a_shape(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     base = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml"]

@@ -205,7 +205,10 @@ def test_the_pipeline_makes_the_same_video(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("VideoDDIMSampler", CogVideoXDDIMScheduler), ("VPSDEDPMPP2MSampler", CogVideoXDPMScheduler)],
+    [
+        pytest.param("VideoDDIMSampler", CogVideoXDDIMScheduler, marks=pytest.mark.slow),
+        ("VPSDEDPMPP2MSampler", CogVideoXDPMScheduler),
+    ],
 )
 @torch.no_grad()
 def test_video_to_video_is_that_of_diffusers(converted, ours, theirs):

@@ -154,7 +154,7 @@ def test_a_schedule_is_linear_between_its_points_and_may_jump(config):
     torch.testing.assert_close(output(network, stack, 0.5), halfway, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["stored", "compiled", "offloaded"])
+@pytest.mark.parametrize("how", ["stored", pytest.param("compiled", marks=pytest.mark.slow), "offloaded"])
 def test_other_settings_go_with_them(config, how):
     loras = [{"path": "a", "strength": 0.5, "schedule": [[0, 1], [1, 0.5]]}, {"path": "sat"}]
     expected = [output(*built(config(*loras)), share) for share in (0.0, 0.5)]
