@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run concurrently; tiny tensors need no threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers run concurrently; tiny tensors need no threads
 
 import pytest  # noqa: E402
 import yaml

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import sgm.distributed
-from sgm.config.args import SamplingArgs
+from sgm.config.args import SamplingArgs, TrainingArgs
 from sgm.util import InputError
 from tests.processes import run
 
@@ -110,16 +110,18 @@ def test_a_mesh_is_declared_once(monkeypatch):
     sgm.distributed.shutdown()
 
 
-@pytest.mark.parametrize("tool", ["sgm.inference.run.sample", "sgm.training.run.train"])
+@pytest.mark.parametrize(
+    ("tool", "kind"), [("sgm.inference.run.sample", SamplingArgs), ("sgm.training.run.train", TrainingArgs)]
+)
 @pytest.mark.parametrize(("given", "precision"), [(True, "high"), (False, "highest")])
-def test_products_of_float32_are_rounded_only_if_asked(monkeypatch, tool, given, precision):
+def test_products_of_float32_are_rounded_only_if_asked(monkeypatch, tool, kind, given, precision):
     module, _, name = tool.rpartition(".")
     monkeypatch.setattr("sgm.distributed._timeout", None)
     monkeypatch.setattr(f"{module}.prepare", lambda config: 1 / 0)  # what follows
     before = torch.get_float32_matmul_precision()
     try:
         with pytest.raises(ZeroDivisionError):
-            getattr(importlib.import_module(module), name)(SimpleNamespace(args=SamplingArgs(allow_tf32=given)))
+            getattr(importlib.import_module(module), name)(SimpleNamespace(args=kind(allow_tf32=given)))
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
