@@ -81,7 +81,9 @@ def slow_ranks(ranks: Sequence[Mapping[str, float]], step: float) -> Iterator[tu
         ranks: seconds of each phase in a step, by rank.
         step: seconds of a step.
     """
-    medians = {phase: statistics.median(rank[phase] for rank in ranks) for phase in PHASES}
+    # The lower one, so that of two ranks one can be slow; the higher one of waits, which are the others' symptom.
+    medians = {phase: statistics.median_low(rank[phase] for rank in ranks) for phase in PHASES}
+    medians["communication"] = statistics.median_high(rank["communication"] for rank in ranks)
     for phase in ("data", "encode", "save"):
         limit = _SLOW_FACTOR * medians[phase] + _SLOW_SHARE * step
         for number, rank in enumerate(ranks):
