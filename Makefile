@@ -24,7 +24,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 		args.load=$(TRAINED)
 	$(BIN)/python tools/toy/concept.py measure outputs/land/before outputs/land/after
 	$(BIN)/python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --columns 4 --out outputs/demo_lora.png
-	rm -rf outputs/land/lora outputs/land/diffusers
+	rm -rf outputs/land/lora outputs/land/diffusers outputs/land/diffusers.*
 	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
 	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
