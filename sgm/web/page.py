@@ -37,8 +37,9 @@ class Page:
         self.models = find_models(folders.configs)
         sampling = {name: model for name, model in self.models.items() if not model.adapters}
         self.queue, self.sessions, self.view = Jobs(), Sessions(), View()
-        self._cache = tempfile.TemporaryDirectory(prefix="cogvideox-web-")  # what browsers have sent and been shown
-        os.environ["GRADIO_TEMP_DIR"] = self._cache.name
+        self._cached = tempfile.TemporaryDirectory(prefix="cogvideox-web-")
+        self.cache = self._cached.name  # of gradio: what browsers have sent and been shown
+        os.environ["GRADIO_TEMP_DIR"] = self.cache
         self._sampling = SampleTab(self.view, folders, sampling, self.queue, self.sessions)
         self._history = HistoryTab(self.view, self._sampling)
         self._training = TrainingTab(self.view, folders, self.models, self.queue, self.sessions)
@@ -110,7 +111,7 @@ class Page:
         self.queue.close()
         self.blocks.close(verbose=False)
         self.sessions.close()
-        self._cache.cleanup()
+        self._cached.cleanup()
 
 
 def existing(folders: list[str]) -> tuple[Path, ...]:

@@ -147,7 +147,7 @@ class SampleTab:
 
     def _run(self, request: gr.Request, language: str, asked: Any) -> Iterator[tuple[Any, ...]]:
         """Yield status, the two videos and the log, while what is asked for is sampled one after the other."""
-        owner, job = str(request.session_hash), None
+        owner, job, folder = str(request.session_hash), None, None
         yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=False), ""
         try:
             wanted = asked(owner)
@@ -168,8 +168,8 @@ class SampleTab:
             said = failed(language, error, wrong_input=isinstance(error, InputError))
             yield said, gr.skip(), gr.skip(), job.log() if job else ""
         finally:
-            if job is not None:
-                videos.discard_if_empty(job.folder)
+            if folder is not None:
+                videos.discard_if_empty(folder)
 
     def _request(
         self, owner: str, language: str, model: str, load: str, memory: str, speed: str, *flat: Any

@@ -1,0 +1,153 @@
+"""The page as a client over HTTP sees it: the toy is sampled, and what must not work does not."""
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from PIL import Image
+
+from sgm.web import jobs, main
+from sgm.web.choices import Folders
+from sgm.web.controls import BASIC, CONTROLS
+from tests.processes import forked_python
+
+gradio_client = pytest.importorskip("gradio_client", reason="the extra web is not installed")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    from sgm.web.page import Page
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jobs, "PYTHON", forked_python())
+    patch.setattr(jobs, "POLL_SECONDS", 0.01)
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("outputs", "runs"):
+        (folder / name).mkdir()
+    page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs",), data=(Path("assets/toy"),)))
+    page.address = page.launch("127.0.0.1", None)
+    yield page
+    page.close()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    client = gradio_client.Client(page.address, verbose=False, analytics_enabled=False)
+    yield client
+    client.close()
+
+
+def given(page, model="toy", load="", language="en", **values):
+    """Return the inputs of a sampling."""
+    sampling = page._sampling
+    known = {name: control.default for name, control in CONTROLS.items()}
+    wanted = {**known, **sampling.models[model].values, "prompt": "a red circle moves left", "num_steps": 2, **values}
+    return [language, model, load, "", "", *sampling.flat_values(wanted)]
+
+
+def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
+    job = client.submit("en", "", "", 1, None, *given(page)[1:], api_name="/compare")
+    status, first, second, log = job.result()
+    assert "Done" in status and "wrote " in log and page.queue._unfinished == {}
+    states = [update[0] for update in job.outputs() if isinstance(update[0], str)]
+    assert any("1 of 2: Step" in state for state in states) and any("2 of 2" in state for state in states)
+    served = [Path(video["value"]["video"] if "value" in video else video["video"]) for video in (first, second)]
+    assert all(path.read_bytes()[4:8] == b"ftyp" for path in served)
+    videos = sorted(page._sampling.folders.outputs.rglob("*.mp4"))
+    assert len(videos) == 2 and not [*page._sampling.folders.outputs.rglob("progress.json")]
+    shown, record, said = client.predict("en", str(videos[0]), api_name="/show")
+    assert record["num_steps"] == 2 and record["seed"] == 42 and said == "" and shown
+    reused = client.predict("zh", str(videos[1]), api_name="/reuse")
+    assert "生成" in reused[0] and reused[2] == "toy"
+    values = page._sampling.values_of(reused[6:])
+    assert (values["num_steps"], values["prompt"]) == (1, "a red circle moves left")
+    # Neither the project nor the folders are served, only copies that somebody was shown.
+    for path in (videos[0], Path("README.md").resolve(), Path("assets/toy/vae/3d-vae.pt").resolve()):
+        assert requests.get(f"{page.address}gradio_api/file={path}", timeout=10).status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": " "}, "args.prompt is empty"),
+        ({"num_steps": 0}, "args.num_steps is 0; give a whole number of at least 1"),
+        ({"load": "/etc"}, "is not in the folders of this page"),
+        ({"load": "../.."}, "is not in the folders of this page"),
+        ({"model": "toy_i2v"}, "This model needs an image"),
+        ({"model": "toy_i2v", "language": "zh"}, "此模型需要一张图片"),
+        ({"prompt": "<script>", "guidance_scale": -1}, "args.guidance_scale is -1"),
+        ({"sampling_image_size": [60, 64]}, "nearest legal: args.sampling_image_size=[64,64]"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_the_words_of_the_program(page, client, changes, said):
+    before = sorted(page._sampling.folders.outputs.iterdir())
+    status, *_ = client.predict(*given(page, **changes), api_name="/sample")
+    assert said in status.replace("&#x27;", "'") and 'role="alert"' in status and "<script>" not in status
+    assert sorted(page._sampling.folders.outputs.iterdir()) == before
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "README.md", "outputs/../../README.md"])
+def test_no_other_file_is_history_run_or_data(page, client, path):
+    refused = [
+        client.predict("en", path, api_name="/show")[2],
+        client.predict("en", path, api_name="/reuse")[0],
+        client.predict("en", path, api_name="/watch")[0],
+        client.predict("en", "toy_lora", "toy_sft", path, "", api_name="/check")[0],
+    ]
+    assert all("is not in the folders of this page" in said for said in refused)
+
+
+def test_cancelling_ends_the_process(page, client):
+    job = client.submit(*given(page, num_steps=1000), api_name="/sample")
+    end = time.monotonic() + 60
+    while not any("Step" in str(update[0]) for update in job.outputs()):
+        assert time.monotonic() < end and not job.done()
+        time.sleep(0.01)
+    (running,) = page.queue._unfinished.values()
+    process = psutil.Process(running._process.pid)
+    other = gradio_client.Client(page.address, verbose=False, analytics_enabled=False)
+    assert "nothing to cancel" in other.predict("en", api_name="/cancel") and process.is_running()
+    other.close()
+    assert "Cancelled" in client.predict("en", api_name="/cancel")
+    assert "Cancelled" in job.result()[0]
+    assert not psutil.pid_exists(process.pid) and not running.folder.exists()
+
+
+def test_an_upload_is_served_to_nobody(page, client, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "mine.png")
+    _, html = client.predict("en", gradio_client.handle_file(tmp_path / "mine.png"), api_name="/image")
+    assert 'src="data:image/jpeg' in html
+    (kept,) = page.sessions.root.glob("*/image.png")
+    assert [path for path in Path(page.cache).rglob("*.png")] == []
+    assert requests.get(f"{page.address}gradio_api/file={kept}", timeout=10).status_code in (403, 404)
+    (tmp_path / "mine.png").write_text("text")
+    _, html = client.predict("en", gradio_client.handle_file(tmp_path / "mine.png"), api_name="/image")
+    assert "cannot be read as a picture" in html
+
+
+def test_the_page_stays_on_this_machine(page):
+    config = page.blocks.config
+    assert page.address.startswith("http://127.0.0.1:") and page.blocks.share is False
+    assert config["analytics_enabled"] is False and page.blocks.allowed_paths == []
+    html = requests.get(page.address, timeout=10).text
+    fonts = [word for word in ("googleapis", "gstatic", "cdnjs", "jsdelivr") if word in html]
+    assert fonts == []
+
+
+def test_every_word_changes_with_the_language(page):
+    english, chinese = (page.view.updates(language) for language in ("en", "zh"))
+    assert len(english) == len(page.view.components) > 40
+    for one, other in zip(english, chinese, strict=True):
+        same = {name for name in one if one[name] == other[name] and name not in ("__type__", "choices") and one[name]}
+        assert same == set(), one
+    assert {name for name in page._sampling.components} >= {*BASIC}
+
+
+def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
+    assert main.main(["--data", str(tmp_path / "none"), "--outputs", str(tmp_path)]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main.main(["--configs", str(tmp_path), "--outputs", str(tmp_path)]) == 2
+    assert "no model file" in capsys.readouterr().err
