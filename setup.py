@@ -66,7 +66,6 @@ setup(
             "came-pytorch>=0.1.3,<0.2",
             "prodigyopt>=1.1.2,<2",
             "schedulefree>=1.4,<2",
-            "playwright>=1.50,<2",  # with Debian's package chromium, tests look at the page in a browser
             # Tests read videos with it, as many other programs do.
             "decord>=0.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

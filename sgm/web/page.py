@@ -8,6 +8,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+from gradio.themes import Default
 
 from sgm.util import InputError
 from sgm.web.choices import Folders, find_models
@@ -60,7 +61,7 @@ class Page:
                     self._history.build(language, history)
                 with self.view.make(gr.Tab, {"label": "tab.training"}, id="training") as training:
                     self._training.build(language, training)
-            quiet = {"show_progress": "hidden", "api_visibility": "private"}
+            quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
             language.input(self.view.updates, [language], self.view.components, **quiet)
             blocks.load(self._greet, None, [language, *self.view.components], **quiet)
             blocks.unload(self._leave)
@@ -83,7 +84,7 @@ class Page:
         Raises:
             InputError: the port is taken.
         """
-        plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        plain = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         try:
             _, address, _ = self.blocks.queue().launch(
                 server_name=host,
