@@ -7,6 +7,7 @@ numbers sent by each collective in an iteration, both in multiples of the networ
 import gc
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +59,13 @@ def count_traffic(sent: Counter) -> None:
 
     def wrapped(name: str, call: Any) -> Any:
         def counting(*args: Any, **kwargs: Any) -> Any:
-            sent[name] += max(value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            return call(*args, **kwargs)
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            sent[name] += max(value.numel() for value in given)
+            before, result = [value._use_count() for value in given], call(*args, **kwargs)
+            # A thread of gloo lets go of the tensors a moment later, and until then they have memory.
+            while result is None and [value._use_count() for value in given] > before:
+                time.sleep(0.001)
+            return result
 
         return counting
 
