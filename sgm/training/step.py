@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -67,16 +67,20 @@ def start_deepspeed(
     )
     zero: Any = engine.optimizer
     if hasattr(zero, "_get_preflattened_grad_partition") and not zero.cpu_offload:
-        zero._get_preflattened_grad_partition = partial(_flat_gradients, zero)
+        ready = zero._get_preflattened_grad_partition
+        zero._get_preflattened_grad_partition = partial(_flat_gradients, zero, ready)
     return engine
 
 
-def _flat_gradients(zero: Any, group: int) -> torch.Tensor:
+def _flat_gradients(zero: Any, ready: Callable[[int], torch.Tensor | None], group: int) -> torch.Tensor:
     """Return the gradients of this rank's partition of a group, flat in the dtype of its weights, and free the others.
 
     DeepSpeed's ZeRO 1 and 2 would flatten all, then convert all, and hold three copies; here it is one at a time. It
-    asks its optimizer for gradients that are flat already, and `zero` is this optimizer.
+    asks its optimizer, `zero`, for gradients that are flat already. Those accumulated in float32 are, and `ready`, its
+    own answer, has them.
     """
+    if (given := ready(group)) is not None:
+        return given
     gradients, weights = zero.averaged_gradients[group], zero.single_partition_of_fp32_groups[group]
     zero.free_grad_in_param_list(zero.params_in_partition[group])
     zero.all_grad_tensors[group] = None
