@@ -4,7 +4,7 @@
     python -m benchmarks.growth --only data --rows 10 1000 100000
     python -m benchmarks.growth --plot docs/growth.png
 
-Memory is the planner's, of the released CogVideoX1.5-5B on one of several ranks, by fake tensors. Times are processor
+Memory is the planner's, of the released CogVideoX1.5-5B on one of several ranks, by meta tensors. Times are processor
 times on this machine, of a small network. A data set is a metadata.jsonl with empty files for clips.
 """
 

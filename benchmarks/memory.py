@@ -3,7 +3,7 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --only vae cards
 
-Networks and VAE run on fake tensors (see `sgm.checks.fake_run`): shapes and types flow, numbers do not. T5, optimizer
+Networks and VAE run on meta tensors (see `sgm.checks.fake_run`): shapes and types flow, numbers do not. T5, optimizer
 and DeepSpeed's buffers are formulas (`sgm.checks.estimate`). Workspaces of kernels and unused memory of the allocator
 are not counted: leave a tenth of a card free.
 """
@@ -167,7 +167,7 @@ def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
     vae.encode_chunk, _ = ENCODE[how]
 
     def encode(vae: Any) -> torch.Tensor:
-        return vae.encode_moments(torch.empty((1, 3, *CLIPS[model]), dtype=VAE_DTYPE))
+        return vae.encode_moments(torch.empty((1, 3, *CLIPS[model]), dtype=VAE_DTYPE, device="meta"))
 
     found = usage(vae, encode, VAE_DTYPE, Mesh(), prepare=with_equal_parts_once)
     return found.weights * VAE_DTYPE.itemsize, found.peak

@@ -3,9 +3,9 @@
     python -m benchmarks.traffic
     python -m benchmarks.traffic cogvideox1.5_5b --latents 22x96x170
 
-Counted are the bytes that operators read and write on fake bfloat16 tensors, beside matrix products and attention, and
-the bytes kept for the backward pass. One unit is one pass over the hidden states of the longest clip: S·D·2 bytes. See
-docs/benchmarks.md for what a block needs.
+Counted are the bytes that operators read and write on meta tensors in bfloat16, beside matrix products and attention,
+and the bytes kept for the backward pass. One unit is one pass over the hidden states of the longest clip: S·D·2 bytes.
+docs/benchmarks.md says what a block needs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.models import network_section
-from sgm.checks.fake_run import build, usage
+from sgm.checks.fake_run import DEVICE, build, usage
 from sgm.distributed import Mesh
 
 MODELS = {"cogvideox_2b": (13, 60, 90), "cogvideox_5b": (13, 60, 90), "cogvideox1.5_5b": (22, 96, 170)}
@@ -113,17 +113,18 @@ def _run(model: str, side: str, task: str, latents: tuple[int, int, int], layers
 
     def work(module: Any) -> torch.Tensor:
         nonlocal forward_bytes, saved
-        x = torch.empty(1, latents[0], network.in_channels, *latents[1:], dtype=torch.bfloat16)
-        context = torch.empty(1, length, width, dtype=torch.bfloat16)
-        given: dict[str, Any] = {} if network.ofs_embed_dim is None else {"ofs": torch.full((1,), 2.0)}
+        x = torch.empty(1, latents[0], network.in_channels, *latents[1:], dtype=torch.bfloat16, device=DEVICE)
+        context = torch.empty(1, length, width, dtype=torch.bfloat16, device=DEVICE)
+        step = torch.tensor([500], device=DEVICE)
+        given: dict[str, Any] = {} if network.ofs_embed_dim is None else {"ofs": torch.full((1,), 2.0, device=DEVICE)}
         if side == "diffusers":
             if module.config.use_rotary_positional_embeddings:
-                given |= {"rope": tuple(torch.empty(tokens - length, 64) for _ in range(2))}
+                given |= {"rope": tuple(torch.empty(tokens - length, 64, device=DEVICE) for _ in range(2))}
             forward: Callable[[], torch.Tensor] = lambda: run_network_peer(  # noqa: E731
-                module, x, torch.tensor([500]), context, **given
+                module, x, step, context, **given
             )
         else:
-            forward = lambda: module(x, torch.tensor([500]), context, **given)  # noqa: E731
+            forward = lambda: module(x, step, context, **given)  # noqa: E731
         with counter:
             out, saved = _saved_bytes(module, forward)
             forward_bytes = counter.bytes.total()

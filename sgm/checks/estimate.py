@@ -1,6 +1,6 @@
 """Estimate memory and traffic per rank before weights are read, or there at all.
 
-Network and VAE run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run. Weights, optimizer
+Network and VAE run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run. Weights, optimizer
 state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
 """
 

@@ -1,31 +1,33 @@
-"""Run a module on fake tensors: count live bytes, and the bytes sent by a rank.
+"""Run a module on meta tensors: count live bytes, and the bytes sent by a rank.
 
-Fake tensors (`torch._subclasses.fake_tensor`) have shapes and dtypes but no data, so the real code runs at full size
-without memory. Every copy made by an operator is counted. Not counted: workspaces of kernels, buffers of NCCL, unused
-memory of the allocator. Operators run as on a CPU; on an accelerator only the attention kernel differs.
+Meta tensors have shapes and dtypes but no data, so the real code runs at full size without memory. Every copy made by
+an operator is counted. Not counted: workspaces of kernels, buffers of NCCL, unused memory of the allocator. Attention
+is a fused kernel that keeps one number for each query.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FakeWork  # a completed transfer
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import sgm.distributed
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.quantize import num_bytes
 
-HOST = torch.device("meta")  # stands for host memory, which fake tensors of a CPU share with the device
-_DEVICE = torch.ops.prim.device.default
+_COPY_INTO = torch.ops.aten.copy_.default
+DEVICE = torch.device("meta")  # where the module runs
+HOST = torch.device("cpu")  # its tensors are allocated, but never written, so that they take no memory
 AXES = {"tensor": "layers", "sequence": "tokens", "cfg": "guidance", "context": "VAE"}  # names in reports
 
 
@@ -54,6 +56,77 @@ class Usage:
     kept: float = 0
 
 
+_results: dict[Any, Any] = {}  # call of an operator → its result, both as `_described`
+
+
+def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return ``operator(*args, **kwargs)``; of meta tensors, a call like an earlier one is not computed again.
+
+    Torch finds the shapes of many results in Python, which takes milliseconds, and the layers of a network or VAE make
+    the same calls again and again. Views share memory and are left to torch.
+    """
+    if operator is _COPY_INTO and args[1].is_meta:
+        return args[0]  # a copy in host memory, which gets no values
+    kind = _kind(operator)
+    call = None if kind == "other" else _described((operator, *args, *kwargs.items()))
+    if call is None:
+        return operator(*args, **kwargs)
+    if (known := _results.get(call)) is not None:
+        return _made_like(known) if kind == "makes" else kwargs.get("out", args[0])
+    made = operator(*args, **kwargs)
+    if kind == "makes":
+        is_alike = not _storages(made) & _storages((*args, *kwargs.values()))  # some views pretend to be none
+    else:
+        is_alike = call == _described((operator, *args, *kwargs.items()))  # an empty `out` is made larger
+    if is_alike:
+        _results[call] = _described(made)
+    return made
+
+
+@cache
+def _kind(operator: Any) -> Literal["makes", "writes", "other"]:
+    """Return whether an operator makes new tensors, or writes its first argument or `out` and returns that."""
+    schema = operator._schema
+    if schema.is_mutable:
+        plain = len(schema.returns) == 1 and torch.Tag.inplace_view not in operator.tags
+        return "writes" if plain else "other"
+    makes = all(str(result.type) == "Tensor" and result.alias_info is None for result in schema.returns)
+    return "makes" if makes else "other"
+
+
+def _storages(value: Any) -> set[int]:
+    """Return the storages of all tensors in arguments or a result."""
+    return {x.untyped_storage()._cdata for x in _tensors(value)}
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _described(value: Any) -> Any:
+    """Return what the shapes of a result depend on, of arguments or a result; None if not all tensors are meta ones."""
+    if isinstance(value, torch.Tensor):
+        is_plain = value.is_meta and type(value) in (torch.Tensor, nn.Parameter)
+        return (value.shape, value.stride(), value.dtype) if is_plain else None
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_described(part) for part in value)
+        return None if None in parts else parts
+    return type(value), value  # 1, 1.0 and True are equal
+
+
+def _made_like(described: tuple[Any, ...]) -> Any:
+    """Return what is `described`: a meta tensor, None for a gradient that is not needed, or a tuple of these."""
+    if described == _described(None):
+        return None
+    if isinstance(described[0], torch.Size):
+        return torch.empty_strided(*described[:2], dtype=described[2], device=DEVICE)
+    return tuple(map(_made_like, described))
+
+
 class LiveBytes(TorchDispatchMode):
     """Count the live bytes of storages that operators allocate.
 
@@ -78,15 +151,12 @@ class LiveBytes(TorchDispatchMode):
         return False  # else each operator asks torch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func is _DEVICE:  # a fake tensor is asked for its device more often than it is computed with
-            return made
+        made = _run(func, args, kwargs or {})
         given = None
-        for x in (made,) if isinstance(made, torch.Tensor) else tree_iter(made):
-            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known:
+        for x in _tensors(made):
+            if (key := (storage := x.untyped_storage())._cdata) not in self._known:
                 if given is None:  # weights were made before counting began, and results may be views of them
-                    tensors = (y for y in tree_iter((args, kwargs)) if isinstance(y, torch.Tensor))
-                    given = {y.untyped_storage()._cdata for y in tensors}
+                    given = _storages((*args, *(kwargs or {}).values()))
                 if key not in given:
                     self._add(x, storage, key)
         self.peak, self.host_peak = max(self.peak, self.live), max(self.host_peak, self.host)
@@ -199,21 +269,19 @@ def usage(
     trained: frozenset[str] | None = None,
     prepare: Callable[[Any, LiveBytes], None] = lambda *_: None,
 ) -> Usage:
-    """Run `work` with a module on fake tensors and count memory and traffic.
+    """Run `work` with a module on meta tensors and count memory and traffic.
 
     Args:
-        module: built within `simulated_ranks(mesh)`, see `build`; gets fake weights.
+        module: built within `simulated_ranks(mesh)`, see `build`; gets weights in `dtype`.
         work: makes the inputs, runs the module, and returns its result; with `trained`, a backward pass follows.
         dtype: of the weights.
         mesh: sizes of the groups of ranks.
         trained: names of the trained parameters; None for a run without gradients.
         prepare: called with the module and the count, before anything is counted.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # lazy: it imports sympy
-
     learned = trained or frozenset()
-    with simulated_ranks(mesh) as sent, FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(module, dtype, learned)
+    with simulated_ranks(mesh) as sent, _fused_attention():
+        _set_weights(module, dtype, learned)
         module.train(trained is not None)
         live = LiveBytes(HOST)
         prepare(module, live)
@@ -227,24 +295,48 @@ def usage(
     return Usage(weights, num_trained, live.peak, dict(sent), result, stored, live.host_peak)
 
 
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Context in which attention on meta tensors is a fused kernel, for which torch has plain products there."""
+    plain = functional.scaled_dot_product_attention
+
+    def fused(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **more: Any,
+    ) -> torch.Tensor:
+        more |= {"attn_mask": attn_mask}
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, **more)[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
+
+
 def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:
     """Return the numbers of all parameters and of trained parameters."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name in trained)
 
 
-def _make_fake(module: nn.Module, dtype: torch.dtype, trained: frozenset[str]) -> None:
-    """Replace weights and buffers by fake tensors, within a FakeTensorMode."""
+def _set_weights(module: nn.Module, dtype: torch.dtype, trained: frozenset[str]) -> None:
+    """Replace weights and buffers by meta tensors of `dtype`."""
     for prefix, part in module.named_modules():
         for name, weight in part._parameters.items():
             if weight is None:
                 continue
             learns = f"{prefix}.{name}".lstrip(".") in trained
-            fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=learns)
+            new = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=DEVICE), requires_grad=learns)
             if learns:  # gradients are counted with the optimizer state
-                fake.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            part._parameters[name] = fake
+                new.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            part._parameters[name] = new
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 kind = dtype if buffer.is_floating_point() else buffer.dtype
-                part._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+                part._buffers[name] = torch.empty(buffer.shape, dtype=kind, device=DEVICE)

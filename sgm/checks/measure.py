@@ -1,4 +1,4 @@
-"""Measure network and VAE of a run on fake tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
+"""Measure network and VAE of a run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgm.checks.fake_run import HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.fake_run import DEVICE, HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import params_of
@@ -110,7 +110,7 @@ def network_usage(
     def run(network: Any) -> torch.Tensor:
         if config.args.network_offload != "blocks":
             return forward(network)
-        offload = Offload(network, torch.device("cpu"), network.blocks, backward=trained is not None)
+        offload = Offload(network, DEVICE, network.blocks, backward=trained is not None)
         network.use_blocks_within(offload.block)
         with offload:
             return forward(network)
@@ -118,10 +118,12 @@ def network_usage(
     def forward(network: Any) -> torch.Tensor:
         if hasattr(network, "ring_attention"):
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
-        x = torch.empty(batch, frames, geometry.in_channels, video[1] // side, video[2] // side, dtype=dtype)
-        context, one = torch.empty(batch, text, text_size, dtype=dtype), torch.ones(batch)
+        size = video[1] // side, video[2] // side
+        x = torch.empty(batch, frames, geometry.in_channels, *size, dtype=dtype, device=DEVICE)
+        context = torch.empty(batch, text, text_size, dtype=dtype, device=DEVICE)
+        one = torch.ones(batch, device=DEVICE)
         if trained is not None and getattr(config.args, "offload_activations", False):
-            network.offload_activations(x.device, HOST)
+            network.offload_activations(DEVICE, HOST)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 
@@ -208,7 +210,7 @@ def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torc
         if args.vae_tiling and hasattr(vae, "enable_tiling"):
             vae.enable_tiling()
         area = height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
-        latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype)
+        latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype, device=DEVICE)
         if not hasattr(vae, "decode_in_chunks"):
             return torch.cat([vae.decode(latents)]).float()
         for _ in map(torch.Tensor.float, vae.decode_in_chunks(latents)):  # which leave the device one by one
@@ -222,7 +224,7 @@ def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype
     """Measure encoding one clip: frames, height, width."""
 
     def run(vae: Any) -> torch.Tensor:
-        clip = torch.empty(1, video[0], 3, *video[1:])
+        clip = torch.empty(1, video[0], 3, *video[1:], device=DEVICE)
         return vae.encode_moments(clip.transpose(1, 2).to(dtype))
 
     return _vae_usage(config, run, dtype)

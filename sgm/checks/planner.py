@@ -364,4 +364,4 @@ def _memory_rows(
         return estimate_of(()).rows() | card_rows(estimate_of, card, changes, next_steps)
     except Exception as error:  # a user's class may raise anything, and a run does not need the estimate
         reason = (str(error).splitlines() or [""])[0]
-        return {"memory": f"not estimated: {type(error).__name__} on fake tensors: {reason}"}
+        return {"memory": f"not estimated: {type(error).__name__} on meta tensors: {reason}"}

@@ -194,7 +194,7 @@ def test_blocks_come_in_the_order_of_both_passes():
 
 
 def test_a_step_holds_two_blocks_at_most():
-    """Six layers of a released width, on fake tensors."""
+    """Six layers of a released width, on meta tensors."""
     section = network_section(model="cogvideox_5b_lora", layers=6)
     network = build(section)
     names = frozenset(choose_trainable(network, {"lora_train": True}).names)
