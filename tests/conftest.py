@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,23 @@ def pytest_collection_finish() -> None:
 def trust(monkeypatch):
     """Let targets come from the tests; a command that a test calls sets its own trust, which ends with the test."""
     monkeypatch.setattr("sgm.util._trusted", ["tests"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_plots():
+    """Leave out the plot of the losses at the end of a training, which takes as long as a tiny one; see `plots`."""
+    if "sgm.training.run" in sys.modules:  # in a worker everything is imported
+        from tests.train_jobs import leave_out_plots
+
+        leave_out_plots()
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """Let trainings plot their losses."""
+    from sgm.training.metrics import draw_curve
+
+    monkeypatch.setattr("sgm.training.run.draw_curve", draw_curve)
 
 
 @pytest.fixture(autouse=True)

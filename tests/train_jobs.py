@@ -3,10 +3,8 @@
 Not a test: tests start it, since starting Python and importing torch takes longer than a tiny training.
 """
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import sgm.training.run
@@ -16,24 +14,18 @@ from sgm.training.run import train
 from tests.processes import restore_linear
 
 
-@contextlib.contextmanager
-def no_pictures() -> Iterator[None]:
+def leave_out_plots() -> None:
     """Replace the plot of the losses, which takes as long as several steps of a tiny training."""
-    draw_curve = sgm.training.run.draw_curve
     sgm.training.run.draw_curve = lambda _metrics, picture: Path(picture).touch()
-    try:
-        yield
-    finally:
-        sgm.training.run.draw_curve = draw_curve
 
 
 def main() -> None:
     """Run the jobs of the file given on the command line."""
     configure_logging()
-    with no_pictures():
-        for job in json.loads(Path(sys.argv[1]).read_text()):
-            train(load_config(job["bases"], job["overrides"], mode="train"))
-            restore_linear()
+    leave_out_plots()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        train(load_config(job["bases"], job["overrides"], mode="train"))
+        restore_linear()
 
 
 if __name__ == "__main__":

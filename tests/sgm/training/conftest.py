@@ -1,6 +1,5 @@
 """Tiny training runs: golden networks on clips of coloured noise."""
 
-import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ import yaml
 from sgm.config.load import load_config
 from sgm.inference.video import write_video
 from sgm.training.run import train
-from tests.train_jobs import no_pictures
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
 FIXED_SIZE = ("dit_t2v_2b", "dit_i2v_5b")  # position tables
@@ -83,10 +81,9 @@ def training_yaml(tiny_model, clips, tmp_path_factory):
 def job(training_yaml, tmp_path):
     """Return a function that trains a tiny network into a folder below tmp_path and returns the summary."""
 
-    def start(name="dit_t2v_5b_lora", *overrides, save="runs", pictures=False):
+    def start(name="dit_t2v_5b_lora", *overrides, save="runs"):
         config = load_config(training_yaml(name), [f"args.save={tmp_path / save}", *overrides], mode="train")
-        with contextlib.nullcontext() if pictures else no_pictures():
-            return train(config)
+        return train(config)
 
     return start
 
@@ -100,8 +97,7 @@ def kept_run(training_yaml, tmp_path_factory):
         if (name, overrides) not in runs:
             save = tmp_path_factory.mktemp("kept")
             config = load_config(training_yaml(name), [f"args.save={save}", *overrides], mode="train")
-            with no_pictures():
-                runs[name, overrides] = train(config).folder
+            runs[name, overrides] = train(config).folder
         return runs[name, overrides]
 
     return folder

@@ -52,9 +52,9 @@ def messages(caplog) -> str:
 # Files
 
 
-def test_a_run_folder_holds_everything(job):
+def test_a_run_folder_holds_everything(job, plots):
     own = ["args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine", "args.peak_tflops=1"]
-    folder = job(LORA, *own, pictures=True).folder
+    folder = job(LORA, *own).folder
     assert folder.name.startswith("mine-")
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [2, 3]
