@@ -56,7 +56,10 @@ def training_inputs(
         # Everything is drawn and sent before the clip is encoded, so that the device never waits for the host.
         image = _draw_image(engine, batch, i, clip, generator) if engine.noised_image_input else None
         posterior = _draw_posterior(engine, clip, size, generator, encoded=encoded)
-        drawn = loss_fn.sigma_sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks)
+        sampler = loss_fn.sigma_sampler
+        # Only a sampler with strata takes the number of the sample.
+        more = {"number": batch["number"][i]} if getattr(sampler, "strata", 1) > 1 and idx is None else {}
+        drawn = sampler.draw_idx(1, generator=generator, rank=rank, num_ranks=num_ranks, **more)
         step = drawn if idx is None else torch.tensor(idx[i : i + 1])
         shape = (1, size[0] + engine.front_padding(size[0]), engine.network.out_channels, *size[1:])
         noise = loss_fn.draw_noise(torch.empty(()).expand(shape), generator)

@@ -149,6 +149,16 @@ def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(
     torch.testing.assert_close(mixed[1], other + noise[1])
 
 
+def test_strata_follow_the_number_of_a_sample(make_engine, monkeypatch):
+    engine = make_engine("dit_t2v_2b", fresh=True)
+    engine.loss_fn.sigma_sampler.strata = 4
+    monkeypatch.setattr(inputs, "_clean_latents", lambda *_, **__: torch.zeros(1, 2, 16, 8, 12))
+    batch = {"mp4": torch.rand(3, 5, 3, 64, 96), "txt": ["a red circle"] * 3, "number": [6, 7, 8]}
+    generators = [torch.Generator().manual_seed(k) for k in range(3)]
+    made = inputs.training_inputs(engine, batch, generators, rank=1, num_ranks=2)
+    assert (made.idx // 250).tolist() == [2, 3, 0]
+
+
 @pytest.mark.parametrize("model", ["dit_t2v_2b", "dit_i2v_5b"])
 def test_clips_in_the_type_of_the_autoencoder_train_the_same(make_engine, t5_folder, model):
     engine, video = make_engine(model, fresh=True), torch.rand(2, 5, 3, 64, 96) * 2 - 1

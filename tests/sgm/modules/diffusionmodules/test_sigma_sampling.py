@@ -70,3 +70,43 @@ def test_logit_normal_timesteps_have_that_distribution_also_over_ranks() -> None
 def test_parameters_of_a_distribution_need_it(name) -> None:
     with pytest.raises(InputError, match=f"{name} is 0.5, and timesteps are uniform; set distribution to logit_normal"):
         discrete(**{name: 0.5})
+
+
+def test_importance_is_how_often_ranges_of_timesteps_are_drawn() -> None:
+    idx = discrete(distribution="importance", importance=[1, 0, 2, 1]).draw_idx(20000, generator=generator(0))
+    counts = torch.histc(idx.double(), bins=4, min=0, max=1000) / 20000
+    assert counts.tolist() == pytest.approx([0.25, 0, 0.5, 0.25], abs=0.01)
+    half = idx[(idx >= 500) & (idx < 750)].double()
+    assert half.mean() == pytest.approx(624.5, abs=3), "uniform within a range"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"distribution": "logit_normal", "location": 1.0},
+        {"distribution": "importance", "importance": [3, 1, 0, 0, 2]},
+    ],
+)
+def test_samples_in_a_row_draw_from_all_strata_of_the_distribution(params) -> None:
+    plain, spread = discrete(**params), discrete(**params, strata=4)
+    parts = [spread.draw_idx(5000, generator=generator(n), number=n, rank=n % 3, num_ranks=3) for n in range(8, 12)]
+    assert [int(part.max()) for part in parts[:-1]] <= [int(part.min()) for part in parts[1:]]
+    drawn, expected = torch.cat(parts).double(), plain.draw_idx(20000, generator=generator(0)).double()
+    quantiles = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    assert (drawn.quantile(quantiles) - expected.quantile(quantiles)).abs().median() < 8
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"importance": [1, 2]}, "importance is \\[1, 2\\], and timesteps are uniform; set distribution to importance"),
+        ({"distribution": "importance"}, "importance is None; expected how often timesteps are drawn"),
+        ({"distribution": "importance", "importance": [0, 0]}, "not all 0"),
+        ({"strata": 4, "uniform_sampling": True}, "strata is 4, beside uniform_sampling"),
+        ({"distribution": "normal"}, "expected one of uniform, logit_normal, importance"),
+    ],
+)
+def test_parameters_that_do_not_fit_together_are_refused(params, message) -> None:
+    with pytest.raises(InputError, match=message):
+        discrete(**params)
