@@ -9,7 +9,6 @@ from sgm.config.values import AtLeast0, AtLeast1, NotNegative, Positive
 from sgm.modules.diffusionmodules.discretizer import Levels, LevelTable
 from sgm.util import InputError, default
 
-
 # Distribution → parameters that no other one has.
 _PARAMETERS = {"uniform": (), "logit_normal": ("location", "scale"), "importance": ("importance",)}
 
