@@ -6,6 +6,7 @@ The configurations are ``config.json`` of CogVideoXTransformer3DModel and Autoen
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -295,16 +296,17 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
     return params | {"shift_scale": float(config.get("snr_shift_scale", 3.0))}
 
 
-def model_yaml(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a model YAML: the 5B one, updated from diffusers configurations.
+def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | None = None) -> dict[str, Any]:
+    """Return a model YAML: a template, updated from diffusers configurations.
 
     Args:
         configs: JSON of ``transformer``, ``vae`` and ``scheduler``; each optional.
+        template: a model file; None is that of the 5B.
 
     Raises:
         InputError: a component is not CogVideoX, or has no equivalent here.
     """
-    content: dict[str, Any] = yaml.safe_load(_TEMPLATE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load((template or _TEMPLATE).read_text(encoding="utf-8"))
     content = copy.deepcopy(content)  # the anchors of the file are one object
     args, model = content["args"], content["model"]
     if vae := configs.get("vae"):
