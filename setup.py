@@ -57,6 +57,7 @@ setup(
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
         "Jinja2>=3.1",  # chat templates; torch requires it too
+        "argcomplete>=3.5,<4",  # completion in shells
         "urllib3>=2,<3",
         "requests>=2.32,<3",  # args.prompt_enhancer as an endpoint; datasets requires it too
         "xxhash>=3,<5",  # checksums of weights; datasets requires it too
