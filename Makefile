@@ -42,6 +42,7 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/installed-dev  ## time network and VAE against diffusers, and the start of commands
 	$(BIN)/python -m benchmarks.bench

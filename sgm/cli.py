@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sgm.log import configure_logging, is_rank_zero, launcher_note, printable_output
+from sgm.project import shipped, started_as
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 something given is wrong, 128 + n ended by signal n"
 TYPED = "COGVIDEOX_COMMAND"  # variable with the command that started a launcher
@@ -42,6 +43,7 @@ def parse(
         training: whether the command reads the keys of training, for ``--help``.
         more: adds further options.
     """
+    prog = started_as(prog)[-1]
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -67,6 +69,7 @@ def parse(
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
+    _complete(parser, training=training)
     _help(parser, sys.argv[1:] if argv is None else argv, training=training)
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
@@ -142,9 +145,45 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _complete(parser: argparse.ArgumentParser, *, training: bool = True, **how: Any) -> None:
+    """Answer a shell that asks how the last word may go on, and exit; `how` goes to argcomplete."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    import argcomplete
+    from argcomplete.completers import FilesCompleter
+
+    from sgm.config.key_help import completed
+
+    files = FilesCompleter()
+
+    def complete(prefix: str, **_: Any) -> list[str]:
+        key, equals, value = prefix.partition("=")
+        known = completed(prefix, training=training)
+        return known or [f"{key}={file}" if equals else file for file in files(value if equals else prefix)]
+
+    for action in parser._actions:
+        if action.dest in ("overrides", "base"):
+            action.completer = complete  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser, **how)
+
+
+class _ToolParser(argparse.ArgumentParser):
+    """Parser of a tool, whose words may name files that a wheel has installed."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words."""
+        if type(self) is _ToolParser:  # not the class that completes them
+            _complete(self)
+        words = sys.argv[1:] if args is None else list(args)
+        writes = [f"--{name}" for name in OUTPUT_OPTIONS]
+        before = [None, *words]
+        found = [word if last in writes else shipped(word) for last, word in zip(before, words, strict=False)]
+        return super().parse_known_args(found, namespace)
+
+
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a tool, with exit codes in its help and ``--debug``; `description` is its docstring."""
-    parser = argparse.ArgumentParser(
+    parser = _ToolParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
     )
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")

@@ -24,6 +24,7 @@ LAYERS = {
     "sgm.log": 0,
     "sgm.cli": 0,
     "sgm.io": 0,
+    "sgm.project": 0,
     "sgm.config": 0,
     "sgm.distributed": 1,
     "sgm.parallel": 1,

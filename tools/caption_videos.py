@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import distributed
-from sgm.cli import run_command
+from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
 from sgm.inference.language_models import Kind, read_folder
@@ -235,7 +235,7 @@ def _add(reports: Sequence[Report], done: Report, bar: tqdm) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DATA_FOLDER", help="folder of clips, as in args.train_data")
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="vision-language model on disk")
     parser.add_argument("--prompt", default=PROMPT, help=f"question after the frames ({PROMPT})")
@@ -244,7 +244,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=1, help="clips described at a time (1)")
     parser.add_argument("--dtype", choices=[*PRECISIONS], help="precision; without it, that of the model's files")
     parser.add_argument("--overwrite", action="store_true", help="describe clips with captions again")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     options = parser.parse_args(argv)
     options.num_failed = 0
     code = run_command(

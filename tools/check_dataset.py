@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sgm.cli import add_trust, run_command
+from sgm.cli import add_trust, run_command, tool_parser
 from sgm.config.load import ConfigError
 from sgm.config.targets import check_sections
 from sgm.config.yaml_files import Merged, read_merged
@@ -98,7 +98,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="DATA", help="folders, manifests, archives: as args.train_data")
     parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="files with a data section")
     add_trust(parser)
@@ -112,7 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     extent.add_argument("--rows_only", action="store_true", help="open no clip: check captions, paths and existence")
     parser.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help=f"draw up to {SHEET_CLIPS} clips there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     options = parser.parse_args(argv)
     options.has_bad = False
     code = run_command(

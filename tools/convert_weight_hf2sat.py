@@ -4,7 +4,8 @@
     python tools/convert_weight_hf2sat.py --transformer_path my_transformer --output_path checkpoints/mine
     python sample_video.py --base checkpoints/5b/model.yaml configs/inference.yaml
 
-A component may be a folder of diffusers or one file; a file without a config.json beside it needs --base, a model YAML.
+A component may be a folder of diffusers or one file. Without a config.json beside it, the
+model of a transformer is recognised from its shapes, if it is a shipped one; otherwise give its YAML with --base.
 Single components override those of --model_path.
 """
 
@@ -62,7 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae_path", type=Path, metavar="PATH", help="folder or file")
     parser.add_argument("--text_encoder_path", type=Path, metavar="DIR", help="T5; its tokenizer there or beside it")
     parser.add_argument(
-        "--base", nargs="+", default=[], metavar="YAML", help="the model, for a file without config.json"
+        "--base",
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="the model, if nothing says it",
     )
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))

@@ -24,6 +24,7 @@ def convert(options: argparse.Namespace) -> None:
     from sgm.config.load import load_config
     from sgm.conversion.diffusers.from_sat import pipeline_of
     from sgm.conversion.diffusers.verify import require_diffusers, verify
+    from sgm.conversion.family import base_files
     from sgm.conversion.writing import check_new_folder
     from sgm.util import PRECISIONS
     from sgm.weights.adapters import with_adapters
@@ -38,7 +39,8 @@ def convert(options: argparse.Namespace) -> None:
     }
     overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
     overrides = ["args.input_type=cli", *overrides, *options.overrides]
-    config = with_adapters(load_config(options.base, overrides, mode="inference"))
+    base = base_files(options.base, options.transformer_ckpt_path)
+    config = with_adapters(load_config(base, overrides, mode="inference"))
     pipeline = pipeline_of(
         config,
         without=options.without,
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = tool_parser(__doc__)
     add_trust(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the YAML")
-    parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the model, as for sample_video.py")
+    parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="the model; else that of the weights")
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="file, run folder or adapters; else args.load")
     parser.add_argument("--vae_ckpt_path", metavar="FILE", help="3d-vae.pt; else that of the YAML")
     parser.add_argument("--text_encoder_path", metavar="DIR", help="T5 and its tokenizer; else that of the YAML")

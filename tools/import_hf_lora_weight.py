@@ -20,6 +20,7 @@ from sgm.cli import add_trust, run_command, tool_parser
 def convert(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     from sgm.config.load import load_config
+    from sgm.conversion.family import base_files
     from sgm.conversion.lora_import import import_lora
     from sgm.conversion.writing import check_new_folder
 
@@ -27,7 +28,7 @@ def convert(options: argparse.Namespace) -> None:
     base = options.transformer_ckpt_path
     overrides = ["args.input_type=cli"]  # no prompts are read
     overrides += [] if base is None else [f"args.load={json.dumps(base)}"]
-    config = load_config(options.base, overrides, mode="inference")
+    config = load_config(base_files(options.base, base), overrides, mode="inference")
     file = import_lora(config, options.lora, options.output_path, base=base, alpha=options.alpha)
     sys.stdout.write(f"wrote {file}\n")
 
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = tool_parser(__doc__)
     add_trust(parser)
     parser.add_argument("--lora", required=True, metavar="PATH", help="file, or folder of the training tool")
-    parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the base model")
+    parser.add_argument(
+        "--base", nargs="+", default=[], metavar="YAML", help="the base model; else that of its weights"
+    )
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="its checkpoint; else args.load of the YAML")
     parser.add_argument("--output_path", required=True, metavar="DIR", help="to create")
     parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the files do not record it")

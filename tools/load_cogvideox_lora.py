@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgm.cli import EXIT_CODES, run_command
+from sgm.cli import run_command, tool_parser
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # pipeline → takes an image
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
@@ -292,9 +292,7 @@ def _record(pipe: Any, options: argparse.Namespace, plan: Plan) -> Iterator[tupl
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--model_path", required=True, metavar="DIR", help="pipeline folder of diffusers")
     parser.add_argument("--lora_path", metavar="PATH", help="file, or folder with one LoRA")
     parser.add_argument("--lora_scale", type=float, help="strength of the LoRA (1)")
@@ -317,7 +315,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--enable_sequential_cpu_offload", action="store_true", help="one layer at a time: slow, small")
     parser.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory")
     parser.add_argument("--vae_slicing", action="store_true", help="decode one video at a time: less memory")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     return run_command(
         sample,
         parser.parse_args(argv),

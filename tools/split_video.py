@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sgm.cli import run_command
+from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, Scan, each_frame, scan
 from sgm.data.clips.frames import MAX_FPS, shown_frames, usual_gap
 from sgm.data.formats.folder import LABELS, VIDEOS
@@ -331,7 +331,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="videos to cut")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder of the clips")
     parser.add_argument("--fps", type=float, help="frame rate of clips (that of the source)")
@@ -341,7 +341,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min_seconds", type=float, default=2.0, help="drop what is shorter (2)")
     parser.add_argument("--max_seconds", type=float, default=10.0, help="divide what is longer (10)")
     parser.add_argument("--threshold", type=float, default=27.0, help="change that is a cut; less finds more cuts (27)")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     options = parser.parse_args(argv)
     options.num_failed = 0
     code = run_command(

@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sgm.cli import EXIT_CODES, add_trust, run_command
+from sgm.cli import add_trust, run_command, tool_parser
 from sgm.io import atomic_file, parse_json, require_writable, write_json
 from sgm.log import get_logger
+from sgm.project import SOURCES
 from sgm.util import InputError, RunError
 
 logger = get_logger("sweep")
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 POLL_SECONDS = 0.5
 RECORD = "sweep.json"
@@ -271,11 +271,11 @@ def commands(run: Run, options: argparse.Namespace) -> Iterator[list[str]]:
     if options.nproc_per_node > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc_per_node}"]
     own = [f"args.save={run.folder / 'runs'}", "args.experiment_name=run", "args.resume=auto"]
-    yield [*launcher, str(ROOT / "train_video.py"), *shared, *own]
+    yield [*launcher, str(SOURCES / "train_video.py"), *shared, *own]
     if options.prompts is not None:
         sampling = [f"args.load={run.run_folder}", "args.input_type=txt", f"args.input_file={options.prompts}"]
         sampling += ["args.prompt=null", f"args.seed={options.seed}", f"args.output_dir={run.folder / 'videos'}"]
-        yield [PYTHON, str(ROOT / "sample_video.py"), *shared, *sampling]
+        yield [PYTHON, str(SOURCES / "sample_video.py"), *shared, *sampling]
 
 
 def environment(device: str | None) -> dict[str, str] | None:
@@ -502,9 +502,7 @@ def _last_words(run: Run) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="files of the training, as for train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values of all runs")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V,...", help="may be repeated")
@@ -518,7 +516,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stop_after", type=float, default=0.25, metavar="SHARE", help="but not before (0.25)")
     parser.add_argument("--list", action="store_true", help="list the runs and their states, and train none")
-    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     add_trust(parser)
     options = parser.parse_intermixed_args(argv)
     for name in ("base", "devices"):  # which take all words that follow them

@@ -65,6 +65,18 @@ def nearest(asked: str) -> list[str]:
     return [ends[name] for name in close]
 
 
+def completed(word: str, *, training: bool) -> list[str]:
+    """Return the arguments that a word may become: keys, or values of its key that are words; see `sgm.cli`."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        return [f"{key}=" for key in _read_by(training) if word and key.startswith(word)]
+    kind = keys()[name].type if name in keys() else ""
+    values = kind.removeprefix("one of ").removesuffix(" or null").split(", ") if kind.startswith("one of ") else []
+    values += ["true", "false"] if "true or false" in kind else []
+    values += ["null"] if kind.endswith(" or null") else []
+    return [f"{name}={each}" for each in values if each.startswith(value)]
+
+
 def asked_key(words: Sequence[str]) -> str | None:
     """Return the key after ``--help`` on a command line; None without ``--help`` or without a key."""
     for word, following in zip(words, [*words[1:], ""], strict=True):

@@ -8,6 +8,7 @@ checks files, shapes, precision and device.
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -131,6 +132,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
     sections = _take_sections(merged)
+    _share_text_length(sections["model"], merged)
     _check_values(merged.values, (), merged)
     args = _check_args(sections["args"], merged, mode)
     if sections["model"]:
@@ -172,6 +174,40 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     if not sections["model"] and not merged.problems:
         merged.add(("model",), "there is no model section", "give a model file as well, e.g. configs/cogvideox_2b.yaml")
     return sections
+
+
+def _share_text_length(model: Any, merged: Merged) -> None:
+    """Let text encoders without ``max_length`` have the network's ``text_length``, and a network without it theirs."""
+    positions = ("network_config", "params", "modules", "pos_embed_config", "params")
+    embedders = _value_at(model, ("conditioner_config", "params", "emb_models"))
+    paths: list[KeyPath] = [(*positions, "text_length")]
+    for number, embedder in enumerate(embedders if isinstance(embedders, list) else ()):
+        if _takes_length(_value_at(embedder, ("target",))):
+            paths.append(("conditioner_config", "params", "emb_models", number, "params", "max_length"))
+    given = [path for path in paths if _value_at(model, path) is not None]
+    for path in paths if given else ():
+        holder = _value_at(model, path[:-1])
+        if isinstance(holder, dict) and path[-1] not in holder:
+            holder[path[-1]] = _value_at(model, given[0])
+            merged.origins[("model", *path)] = merged.origin(("model", *given[0]))
+
+
+def _takes_length(target: Any) -> bool:
+    """Whether a text encoder has the parameter ``max_length``; what is wrong with it is told later."""
+    try:
+        return "max_length" in inspect.signature(get_obj_from_str(target)).parameters
+    except (TypeError, ValueError, AttributeError, ImportError):
+        return False
+
+
+def _value_at(value: Any, path: KeyPath) -> Any:
+    """Return the value at a path of keys; None where there is none."""
+    for key in path:
+        if isinstance(value, list) and isinstance(key, int):
+            value = value[key]
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _check_values(value: Any, path: KeyPath, merged: Merged) -> None:

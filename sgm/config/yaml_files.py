@@ -16,12 +16,13 @@ from sgm.config.places import place_of
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.config.values import shortened
 from sgm.io import denied_text
+from sgm.project import packaged, project, shipped
 from sgm.util import InputError, nearest
 
 MAX_BYTES = 2_000_000  # of a file
 MAX_DEPTH = 64  # of lists and mappings in each other
 
-PROJECT = Path(__file__).parents[2]
+_OUTPUTS = ("output_dir", "save")  # keys of folders that need not exist
 _MISSING = re.compile(r"there is no |does not exist")
 _RELATIVE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+")
 
@@ -125,7 +126,7 @@ class ConfigError(InputError):
         self.elsewhere = _in_the_project(problems)
         if self.elsewhere:
             there = ", ".join(self.elsewhere[:3]) + (", ..." if len(self.elsewhere) > 3 else "")
-            super().__init__(f"run it from the project's folder: cd {PROJECT} ({there}: there, not in {Path.cwd()})")
+            super().__init__(f"run it from the project's folder: cd {project()} ({there}: there, not in {Path.cwd()})")
             return
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{count} in the configuration:", *(f"  - {problem}" for problem in problems)]))
@@ -133,13 +134,15 @@ class ConfigError(InputError):
 
 def _in_the_project(problems: Sequence[Problem]) -> list[str]:
     """Return the relative paths that problems call missing, and that exist in the project's folder."""
+    if packaged():  # nothing to go to: `shipped` has looked there
+        return []
     missing = [
         problem.found if problem.path else f"{problem.found}: {problem.source}"
         for problem in problems
         if _MISSING.search(problem.found)
     ]
     names = dict.fromkeys(name for text in missing for name in _RELATIVE.findall(text))
-    return [name for name in names if not Path(name).exists() and (PROJECT / name).exists()]
+    return [name for name in names if not Path(name).exists() and (project() / name).exists()]
 
 
 def dotted(path: KeyPath) -> str:
@@ -187,8 +190,8 @@ def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> M
 
     Mappings merge key by key; lists and scalars are replaced. ``${section.key}`` refers to another value.
     """
-    merged = Merged(sources=[str(base) for base in bases])
-    trees = [_read_file(Path(base), merged) for base in bases]
+    merged = Merged(sources=[shipped(str(base)) for base in bases])
+    trees = [_read_file(Path(source), merged) for source in merged.sources]
     if merged.syntax_failed:
         return merged
     tree: dict[str, Any] = {}
@@ -197,11 +200,20 @@ def read_merged(bases: Sequence[str | Path], overrides: Sequence[str] = ()) -> M
     for override in overrides:
         _apply_override(tree, override, merged)
     try:
-        merged.values = resolve(tree)
+        merged.values = _with_shipped(resolve(tree))
     except BadReferenceError as error:
         merged.add(error.path, error.found, error.cure)
         merged.syntax_failed = True
     return merged
+
+
+def _with_shipped(value: Any) -> Any:
+    """Return a tree in which paths of files that a wheel has installed are complete."""
+    if isinstance(value, dict):
+        return {key: entry if key in _OUTPUTS else _with_shipped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_shipped(entry) for entry in value]
+    return shipped(value) if isinstance(value, str) else value
 
 
 def _merge(old: Any, new: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from sgm.data.clips.pictures import PictureError, picture_size, read_picture
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
+from sgm.project import shipped
 from sgm.util import InputError, default, no_character
 
 log = get_logger(__name__)
@@ -251,7 +252,7 @@ def _find_image(text: str, folder: Path | None) -> Path:
         raise InputError(
             f"'{text[:60]}' cannot be the path of an image ({reason}); the order is prompt{IMAGE_SEPARATOR}image"
         ) from error
-    return image
+    return Path(shipped(str(image)))
 
 
 def _read(path: Path) -> np.ndarray:

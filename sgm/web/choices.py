@@ -1,5 +1,6 @@
 """What can be chosen on the page: models, trained weights, presets, and the folders that it may read."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from sgm.log import get_logger
+from sgm.project import shipped
 from sgm.util import InputError
 
 logger = get_logger(__name__)
@@ -96,7 +98,7 @@ def _read_model(path: Path) -> Model | None:
             "num_steps": args.get("num_steps", sampler.get("num_steps")),
             "guidance_scale": args.get("guidance_scale", scale),
         }
-        ready = bool(args.get("load")) and Path(args["load"]).exists()
+        ready = bool(args.get("load")) and os.path.exists(shipped(args["load"]))
         return Model(path.stem, path, adapters, bool(args.get("image2video")), ready, values)
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return None

@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from sgm.inference.progress import PROGRESS_FILE, Progress, read_progress
+from sgm.project import SOURCES
 from sgm.util import InputError, RunError
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 POLL_SECONDS, GRACE_SECONDS = 0.1, 10  # between looks at a job; before a process that does not end is killed
 LOG, PROGRESS = "log.txt", "progress.json"
@@ -67,7 +67,7 @@ class Job:
         env = {**os.environ, PROGRESS_FILE: str(self.folder / PROGRESS)}
         with (self.folder / LOG).open("wb") as log:
             return subprocess.Popen(
-                [PYTHON, str(ROOT / script), *arguments],
+                [PYTHON, str(SOURCES / script), *arguments],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -9,6 +9,7 @@ from pathlib import Path
 from sgm import cli
 from sgm.io import require_writable
 from sgm.log import get_logger
+from sgm.project import shipped
 from sgm.util import InputError
 
 logger = get_logger(__name__)
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     require_writable(options.outputs)
     folders = Folders(
         outputs=Path(options.outputs),
-        configs=existing([options.configs])[0],
+        configs=existing([shipped(f"{options.configs}/")])[0],
         runs=existing(runs),
         data=existing(options.data),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sgm.project import started_as
 from sgm.training.metrics import FILE, read_metrics, smooth
 from sgm.web.choices import Model, find_folders
 from sgm.web.controls import override
@@ -67,7 +68,7 @@ class Training:
     @property
     def command(self) -> str:
         """Its command, for a terminal."""
-        return shlex.join(["python", *self.words()])
+        return shlex.join([*started_as(SCRIPT), *self.words()[1:]])
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import tools.convert_weight_deepspeed2hf as deepspeed2hf
 import tools.convert_weight_hf2sat as hf2sat
 import tools.convert_weight_sat2hf as sat2hf
+from sgm.config.load import load_config
+from sgm.conversion.family import shipped_file
+from sgm.util import InputError
+from sgm.weights.architecture import CONFIGS
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import ROOT, run
 
@@ -137,3 +142,37 @@ def test_help_says_how(script, capsys):
         {"convert_weight_sat2hf": sat2hf, "convert_weight_hf2sat": hf2sat}[script].main(["--help"])
     assert ended.value.code == 0
     assert f"python tools/{script}.py" in capsys.readouterr().out
+
+
+def test_the_model_is_recognised_without_base(sat, tmp_path, caplog):
+    """From SAT weights, from adapters by their base, and from a file of diffusers without a config.json."""
+    pipe, alone = tmp_path / "pipe", tmp_path / "alone"
+    transformer = ["--transformer_ckpt_path", "assets/toy_land", "--without", "vae", "text_encoder", "tokenizer"]
+    code, text = sat(sat2hf, *transformer, "--output_path", pipe)
+    assert code == 0 and "recognised as toy" in text + caplog.text, text
+    alone.mkdir()
+    shutil.copy(pipe / "transformer/diffusion_pytorch_model.safetensors", alone)
+    file = alone / "diffusion_pytorch_model.safetensors"
+    code, text = sat(hf2sat, "--transformer_path", file, "--output_path", tmp_path / "sat")
+    assert code == 0, text
+    known = load_config([ROOT / "configs/toy.yaml"], mode="inference")
+    found = load_config([tmp_path / "sat/model.yaml"], mode="inference")
+    assert found.model["network_config"] == known.model["network_config"]
+    code, text = sat(deepspeed2hf, "--checkpoint_path", file, "--to", "sat", "--output_path", tmp_path / "other")
+    assert code == 0, text
+    assert "Give weights with --transformer_ckpt_path" in sat(sat2hf, "--output_path", tmp_path / "none")[1]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS.values()])
+def test_every_shipped_family_is_recognised(name):
+    key = next(shape for shape, config in CONFIGS.items() if config == name)
+    width, layers, channels, patch = key
+    volume = 4 * patch
+    proj = (width, channels, 2, 2) if patch == 1 else (width, channels * volume)
+    sizes = {"patch_embed.proj.weight": proj, "proj_out.weight": (16 * volume, width)}
+    sizes |= {f"transformer_blocks.{n}.attn1.to_q.weight": (width, width) for n in range(layers)}
+    tensors = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+    assert shipped_file(tensors, "x").name == f"{name}.yaml"
+    del tensors["transformer_blocks.0.attn1.to_q.weight"]
+    with pytest.raises(InputError, match="no shipped model has this shape; give its YAML with --base"):
+        shipped_file(tensors, "x")

@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from sgm.modules.geometry import Geometry
+from sgm.project import project
 from sgm.util import InputError, default
 
 DIT = "dit_video_concat"
 SINCOS, ROTARY = f"{DIT}.Basic3DPositionEmbeddingMixin", f"{DIT}.Rotary3DPositionEmbeddingMixin"
 _PARAMS = "model.network_config.params"
 _BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000, "shift_scale": 1.0}
-_TEMPLATE = Path(__file__).parents[3] / "configs" / "cogvideox_5b.yaml"
+_TEMPLATE = project() / "configs" / "cogvideox_5b.yaml"
 # diffusers values that are fixed in this project.
 _FIXED_TRANSFORMER = {
     "activation_fn": "gelu-approximate",
@@ -295,16 +296,17 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
     return params | {"shift_scale": float(config.get("snr_shift_scale", 3.0))}
 
 
-def model_yaml(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a model YAML: the 5B one, updated from diffusers configurations.
+def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | None = None) -> dict[str, Any]:
+    """Return a model YAML: a template, updated from diffusers configurations.
 
     Args:
         configs: JSON of ``transformer``, ``vae`` and ``scheduler``; each optional.
+        template: a model file; None is that of the 5B.
 
     Raises:
         InputError: a component is not CogVideoX, or has no equivalent here.
     """
-    content: dict[str, Any] = yaml.safe_load(_TEMPLATE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load((template or _TEMPLATE).read_text(encoding="utf-8"))
     content = copy.deepcopy(content)  # the anchors of the file are one object
     args, model = content["args"], content["model"]
     if vae := configs.get("vae"):

@@ -22,6 +22,7 @@ from sgm.config.precision import precision_name
 from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
+from sgm.conversion.family import shipped_file
 from sgm.conversion.writing import new_folder, total_bytes, write_network
 from sgm.io import parse_json
 from sgm.modules.encoders.t5_folder import T5Folder
@@ -178,7 +179,8 @@ def sat_model_of(
 
     Args:
         parts: folder or file by component: `PARTS`, ``tokenizer`` and ``scheduler``; each optional.
-        base: content of a model YAML, for files without ``config.json``; None builds it from them.
+        base: content of a model YAML. None builds it from every ``config.json``; of a transformer without one, it is
+            the shipped model of its shapes.
         dtype: of the transformer; None keeps that of its files.
 
     Raises:
@@ -189,9 +191,9 @@ def sat_model_of(
     if "scheduler" in parts:
         configs["scheduler"] = read_json(parts["scheduler"] / "scheduler_config.json")
     if base is None:
-        if "transformer" in stored and "transformer" not in configs:
-            raise InputError(f"{parts['transformer']} has no config.json; say what it is with --base model.yaml")
-        base = model_yaml(configs)
+        unknown = "transformer" in stored and "transformer" not in configs
+        template = _shipped(stored["transformer"]) if unknown else None
+        base = model_yaml(configs, template=template)
         if "transformer" in stored:
             own = next(iter(stored["transformer"].tensors.values())).dtype
             base["model"]["precision"] = precision_name(default(dtype, own))
@@ -202,6 +204,16 @@ def sat_model_of(
         autoencoder = _autoencoder(stored["vae"], base)
     files = _t5_files(parts["text_encoder"], parts.get("tokenizer")) if "text_encoder" in parts else None
     return SatModel(base, network, autoencoder, files)
+
+
+def _shipped(transformer: Stored) -> Path:
+    """Return the shipped model file of a transformer without a ``config.json``."""
+    try:
+        return shipped_file(transformer.tensors, transformer.path)
+    except InputError as error:
+        raise InputError(
+            f"{transformer.path} has no config.json; say what it is with --base model.yaml ({error})"
+        ) from error
 
 
 def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, LazyTensor]:

@@ -12,6 +12,7 @@ from sgm.config.load import load_config
 from sgm.conversion.diffusers.config import network_params, transformer_config
 from sgm.conversion.diffusers.names import MODULES, network_to_diffusers
 from sgm.conversion.diffusers.to_sat import complete_network
+from sgm.conversion.family import is_shipped, shipped_file
 from sgm.conversion.trainers.sources import Source, read_source
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network, write_shards
 from sgm.io import write_json
@@ -48,7 +49,7 @@ def convert(
         file_format: of the SAT layout. ``safetensors`` is written with one tensor in memory at a time, ``pt`` with all.
         max_shard_size: of a file of diffusers.
         base: model YAML files that the weights must match. Without them, ``config.json`` is written only if the input
-            has one.
+            has one, or a shipped model has its shapes.
         ema: see `read_source`.
 
     Returns:
@@ -63,7 +64,7 @@ def convert(
     if source.adapters_alone:
         _check_adapters(source, to, base)
     else:
-        section = _section(source, base)
+        section = _section(source, base, to)
         source = _complete(source, section)
         patch_size = _patch_size(source, section)
         if to == "diffusers":
@@ -97,8 +98,10 @@ def _check_adapters(source: Source, to: str, base: Sequence[str]) -> None:
         raise InputError(f"{source.path}: {problem}; its config.yaml belongs to another training")
 
 
-def _section(source: Source, base: Sequence[str]) -> dict[str, Any] | None:
-    """Return the ``network_config`` of a transformer, from YAML or its ``config.json``; None without either."""
+def _section(source: Source, base: Sequence[str], to: str) -> dict[str, Any] | None:
+    """Return the ``network_config`` of YAML, ``config.json``, or the shipped model of the shapes; None without any."""
+    if not base and source.config is None and (source.of_diffusers or to == "diffusers") and is_shipped(source.tensors):
+        base = [str(shipped_file(source.tensors, source.path))]
     if base:
         config = load_config(base, ["args.input_type=cli"], mode="inference")
         section = copy.deepcopy(config.model["network_config"])

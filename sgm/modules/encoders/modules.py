@@ -223,7 +223,8 @@ class FrozenT5Embedder(nn.Module):
     Args:
         model_dir: a folder in the released layout: ``config.json``, ``spiece.model`` and safetensors weights, one
             file or shards with their index. Nothing is downloaded.
-        max_length: tokens per text, the end token included. Longer texts are truncated, with a warning.
+        max_length: tokens per text, the end token included. Longer texts are truncated, with a warning. In a model file
+            without it, the ``text_length`` of the network.
         device: device of T5; null follows the module.
         dtype: ``fp32``, ``fp16`` or ``bf16``; null takes the dtype of the stored weights, except that fp16 weights run
             in fp32 on a CPU. Independent of the network's precision and of autocast.

@@ -1,6 +1,7 @@
 """``--help``: every key is listed and explained, from the same sources as the checks, without heavy imports."""
 
 import ast
+import io
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import sgm.inference.main
 import sgm.training.main
+from sgm import cli
 from sgm.config import key_help
 from sgm.config.args import SamplingArgs, TrainingArgs, names_of
 
@@ -79,3 +81,45 @@ def test_lines_fit_a_terminal_and_are_whole_elsewhere(monkeypatch):
     monkeypatch.setattr(key_help.sys.stdout, "isatty", lambda: True, raising=False)
     lines = key_help.listed(training=True).splitlines()
     assert max(map(len, lines)) <= 100 and any(line.endswith("...") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("args.guidance_s", ["args.guidance_scale="]),
+        ("--base a.yaml args.guidance_s", ["args.guidance_scale="]),
+        ("args.memory=", ["args.memory=auto", "args.memory=null"]),
+        ("args.network_offload=b", ["args.network_offload=blocks"]),
+        ("args.overw", ["args.overwrite="]),
+        ("args.skip_existing=t", ["args.skip_existing=true"]),
+        ("args.train_it", []),
+        ("--che", ["--check"]),
+        ("configs/toy_inf", ["configs/toy_inference.yaml"]),
+        ("args.load=configs/toy_inf", ["args.load=configs/toy_inference.yaml"]),
+    ],
+)
+def test_words_are_completed_in_the_shell(typed, expected, monkeypatch):
+    """As bash asks, with the whole command line in variables; the shell gets what follows its last break of words."""
+    line = f"cogvideox-sample {typed}"
+    for name, value in {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("_ARGCOMPLETE_COMP_WORDBREAKS", "")
+    monkeypatch.setenv("_ARGCOMPLETE_IFS", "\n")
+    monkeypatch.chdir(ROOT)
+    found, ask = io.StringIO(), cli._complete
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def no_descriptor(*_):  # of messages to developers: pytest's in this process
+        raise OSError
+
+    monkeypatch.setattr("os.fdopen", no_descriptor)
+
+    def answer(parser, **options):
+        ask(parser, **options, output_stream=found, exit_method=leave)
+
+    monkeypatch.setattr(cli, "_complete", answer)
+    with pytest.raises(SystemExit):
+        sgm.inference.main.parse([])
+    assert [word.strip() for word in found.getvalue().split("\n") if word] == expected

@@ -3,10 +3,12 @@
 import pytest
 import yaml
 
+from sgm.checks.sampling import check_shapes
 from sgm.config.load import ConfigError, load_config
 from sgm.config.targets import check_params
 from sgm.config.yaml_files import Merged
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
+from sgm.modules.geometry import Geometry
 from sgm.util import instantiate_from_config
 from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy, training_complaint
 
@@ -178,3 +180,29 @@ def test_parameters_from_the_code_are_neither_required_nor_allowed_in_yaml():
 def test_what_is_checked_can_be_built():
     sampler = instantiate_from_config(toy("model.sampler_config.params.num_steps=4").model["sampler_config"])
     assert sampler.num_steps == 4
+
+
+LENGTH = "model.network_config.params.modules.pos_embed_config.params.text_length"
+ENCODER = "model.conditioner_config.params.emb_models.0.params.max_length"
+
+
+def test_the_length_of_texts_is_given_once(tmp_path):
+    """By the network or by the encoder, with one digest; two numbers are compared by the checks."""
+    text = (ROOT / "configs" / "toy.yaml").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines(keepends=True) if "text_length" in line)
+    model_dir = next(line for line in text.splitlines(keepends=True) if "model_dir" in line)
+    both = text.replace(model_dir, f"{model_dir}            max_length: 16\n")
+    digests = []
+    for number, content in enumerate((text, both, both.replace(line, ""))):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(content, encoding="utf-8")
+        config = load_config([path], mode="inference")
+        digests.append(config.digest)
+        assert config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] == 16
+    assert len({*digests}) == 1
+    config = load_config([tmp_path / "0.yaml"], [f"{LENGTH}=12"], mode="inference")
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    assert config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] == 12
+    assert check_shapes(config, geometry) == [] and config.origins[ENCODER] == f"command line: {LENGTH}=12"
+    config = load_config([tmp_path / "1.yaml"], [f"{LENGTH}=12"], mode="inference")
+    assert [problem.path for problem in check_shapes(config, geometry)] == [ENCODER]

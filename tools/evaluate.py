@@ -1,0 +1,363 @@
+"""Measure finished videos: alone, against references, and against their prompts.
+
+    python tools/evaluate.py outputs/toy --out outputs/evaluation.json
+    python tools/evaluate.py before=outputs/a before=outputs/b after=outputs/c after=outputs/d \
+        --reference my_clips/videos --clip my-clip --out outputs/evaluation.json
+
+Each word is a folder of videos, as sampling writes it or any other. Folders with the same NAME= are seeds of one
+method; several samples of a prompt in one folder are seeds as well. The table says for each method the mean over its
+seeds, and their standard deviation. The definition of every figure is in the JSON file, and in docs/evaluation.md.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sgm.cli import run_command, tool_parser
+from sgm.data.clips.decode import ClipError, read_frames, scan
+from sgm.data.rows import VIDEO_SUFFIXES
+from sgm.inference import measures
+from sgm.inference.measures import MEASURES
+from sgm.io import atomic_file, parse_json, require_writable, write_json
+from sgm.log import get_logger, is_rank_zero
+from sgm.util import InputError
+
+logger = get_logger("evaluate")
+
+SHOWN = 5  # faults that a message lists
+PER_PROMPT = 5  # videos that VBench wants of a prompt
+MAX_NAME = 255 - len("-0.mp4")  # bytes of a file's name without it
+
+
+@dataclass
+class Video:
+    """A video to measure.
+
+    Attributes:
+        method: what it is compared by.
+        seed: which of the seeds of the method.
+        name: path in its folder, without suffix.
+        path: the file.
+        prompt: that it was made from, or None.
+        asked: the prompt as the user wrote it, where a language model has rewritten it.
+        reference: the file that it should be like, or None.
+        figures: what was measured.
+    """
+
+    method: str
+    seed: str
+    name: str
+    path: Path
+    prompt: str | None = None
+    asked: str | None = None
+    reference: Path | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Return the videos of a folder by their names: paths in it without suffix.
+
+    Raises:
+        InputError: the folder is missing, holds none, or two of one name.
+    """
+    if not folder.is_dir():
+        found = "is no folder" if folder.exists() else "does not exist"
+        raise InputError(f"{folder}: {found}; give a folder of videos")
+    videos: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and not path.name.startswith("."):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in videos:
+                raise InputError(f"{videos[name]} and {path} have one name; remove or rename one of them")
+            videos[name] = path
+    if not videos:
+        raise InputError(f"{folder}: holds no video ({', '.join(VIDEO_SUFFIXES)})")
+    return videos
+
+
+def prompt_of(path: Path) -> tuple[str | None, str | None, str]:
+    """Return the prompt of a video, the one that the user wrote, and its seed, from the file beside it."""
+    record, text = path.with_suffix(".json"), path.with_suffix(".txt")
+    if record.is_file():
+        content = parse_json(record.read_bytes())
+        if isinstance(content, dict) and isinstance(content.get("prompt"), str):
+            asked = content.get("original_prompt")
+            return content["prompt"], asked or content["prompt"], str(content.get("seed", ""))
+    if text.is_file():
+        prompt = " ".join(text.read_text(encoding="utf-8").split())
+        return prompt or None, prompt or None, ""
+    return None, None, ""
+
+
+def listed(words: Sequence[str]) -> list[Video]:
+    """Return the videos of all folders, given as ``FOLDER`` or ``NAME=FOLDER``."""
+    videos = []
+    given = [("", word) if Path(word).exists() or "=" not in word else word.split("=", 1) for word in words]
+    if repeated := [word for word in dict.fromkeys(words) if words.count(word) > 1]:
+        raise InputError(f"{repeated[0]} is given twice; each folder counts once")
+    for number, (name, folder) in enumerate(given):
+        for key, path in files_in(Path(folder)).items():
+            prompt, asked, seed = prompt_of(path)
+            videos.append(Video(name or folder, f"{number}.{seed}", key, path, prompt, asked))
+    return videos
+
+
+def match(videos: Sequence[Video], folder: Path) -> None:
+    """Give each video its reference: the file of its name, or of the name of its prompt's folder.
+
+    Raises:
+        InputError: some have none.
+    """
+    references = files_in(folder)
+    for video in videos:
+        of_prompt = video.name.rsplit("/", 2)[0]  # <prompt>/<k>/000000 of a sampling run
+        video.reference = references.get(video.name) or references.get(of_prompt)
+    if missing := [video for video in videos if video.reference is None]:
+        raise InputError(
+            f"{len(missing)} of {len(videos)} videos have no reference in {folder}: "
+            f"{_some([video.name for video in missing])}; it holds {_some([*references])}. Give references the names "
+            "of the videos, as paths in their folders; one named as the folder of a prompt serves all its samples"
+        )
+    unused = references.keys() - {name for name, path in references.items() if path in {v.reference for v in videos}}
+    if unused:
+        logger.warning("%d references belong to no video, such as %s", len(unused), sorted(unused)[0])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def check(videos: Sequence[Video], *, lpips: bool) -> None:
+    """Read the metadata of all videos.
+
+    Raises:
+        InputError: those that cannot be read, are too small, or differ from their references.
+    """
+    faults, shapes = [], {}
+    for path in dict.fromkeys(path for video in videos for path in (video.path, video.reference) if path):
+        try:
+            info = scan(path).info
+            shapes[path] = (info.num_frames, info.height, info.width)
+            side = measures.LPIPS_SIDE if lpips else measures.MIN_SIDE
+            if min(shapes[path][1:]) < side:
+                faults.append(f"{path}: {info.height}x{info.width} pixels; the measures need {side}x{side}")
+        except ClipError as error:
+            faults.append(f"{path}: {error.reason}")
+    for video in videos:
+        ours, theirs = shapes.get(video.path), shapes.get(video.reference) if video.reference else None
+        if ours and theirs and ours != theirs:
+            faults.append(f"{video.path} has {_shape(ours)}, its reference {video.reference} {_shape(theirs)}")
+    if faults:
+        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise InputError(
+            f"{len(faults)} faults of videos; correct or remove them, and cut or scale references like the videos:\n  "
+            + "\n  ".join(faults[:SHOWN])
+            + more
+        )
+
+
+def _shape(shape: tuple[int, int, int]) -> str:
+    return f"{shape[0]} frames of {shape[1]}x{shape[2]}"
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """Return all frames of a video: (T, H, W, 3) uint8.
+
+    Raises:
+        InputError: one cannot be decoded.
+    """
+    try:
+        scanned = scan(path)
+        return read_frames(path, range(scanned.info.num_frames), scanned)
+    except ClipError as error:
+        raise InputError(f"{path}: {error.reason}") from error
+
+
+def measure(videos: Sequence[Video], clip: measures.Clip | None, lpips: measures.Lpips | None) -> None:
+    """Fill in the figures of all videos."""
+    for video in tqdm(videos, unit="video", disable=None if is_rank_zero() else True):
+        frames = frames_of(video.path)
+        if video.reference is not None:
+            video.figures |= measures.fidelity(frames, frames_of(video.reference), lpips)
+        if clip is not None:
+            assert video.prompt is not None
+            video.figures["clip"] = clip(frames, video.prompt)
+        video.figures["smoothness"] = measures.smoothness(frames)
+        video.figures["flicker"] = measures.flicker(frames)
+
+
+@dataclass
+class Figure:
+    """A measure of a method: the mean over seeds of the means over their videos.
+
+    Attributes:
+        mean: over seeds; None if no video has the figure.
+        spread: sample standard deviation of the seeds; None below two.
+        seeds: the mean of each.
+    """
+
+    mean: float | None
+    spread: float | None
+    seeds: dict[str, float]
+
+
+def figure(videos: Sequence[Video], name: str) -> Figure:
+    """Return a measure of the videos of one method."""
+    by_seed: dict[str, list[float]] = {}
+    for video in videos:
+        value = video.figures.get(name)
+        if value is not None:
+            by_seed.setdefault(video.seed, []).append(value)
+    means = {seed: statistics.fmean(values) for seed, values in by_seed.items()}
+    spread = statistics.stdev(means.values()) if len(means) > 1 else None
+    return Figure(statistics.fmean(means.values()) if means else None, spread, means)
+
+
+def methods_of(videos: Sequence[Video]) -> dict[str, list[Video]]:
+    """Return the videos by method, in the order given."""
+    return {name: [v for v in videos if v.method == name] for name in dict.fromkeys(v.method for v in videos)}
+
+
+def used(videos: Sequence[Video]) -> list[str]:
+    """Return the measures that were taken, in the order of the table."""
+    return [name for name in MEASURES if any(name in video.figures for video in videos)]
+
+
+def table(videos: Sequence[Video]) -> str:
+    """Return the Markdown table: a row for each method."""
+    arrows = {"higher": "↑", "lower": "↓"}
+    heads = [f"{MEASURES[name].title} {arrows[MEASURES[name].better]}" for name in used(videos)]
+    lines = [f"| method | videos | seeds | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+    for method, own in methods_of(videos).items():
+        cells = [method.replace("|", "\\|"), str(len(own)), str(len({video.seed for video in own}))]
+        for name in used(videos):
+            found, digits = figure(own, name), MEASURES[name].digits
+            spread = "" if found.spread is None else f" ± {found.spread:.{digits}f}"
+            cells.append("none" if found.mean is None else f"{found.mean:.{digits}f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(videos: Sequence[Video]) -> dict:
+    """Return all figures, for the JSON file."""
+    return {
+        "measures": {
+            name: {"better": MEASURES[name].better, "definition": MEASURES[name].meaning} for name in used(videos)
+        },
+        "methods": {
+            method: {
+                "videos": len(own),
+                "figures": {name: vars(figure(own, name)) for name in used(videos)},
+            }
+            for method, own in methods_of(videos).items()
+        },
+        "videos": [
+            {
+                "method": video.method,
+                "seed": video.seed,
+                "file": str(video.path),
+                "reference": None if video.reference is None else str(video.reference),
+                **video.figures,
+            }
+            for video in videos
+        ],
+    }
+
+
+def vbench_names(videos: Sequence[Video]) -> Iterator[tuple[Video, str]]:
+    """Yield each video with its name for VBench: ``<method>/<prompt>-<index>.mp4``.
+
+    Raises:
+        InputError: prompts are missing, or are no names of files.
+    """
+    count: dict[tuple[str, str], int] = {}
+    for video in videos:
+        prompt = video.asked or ""
+        reason = (
+            "has no prompt beside it (.json or .txt)"
+            if not prompt
+            else f"its prompt has {len(prompt.encode())} bytes, and a name at most {MAX_NAME}"
+            if len(prompt.encode()) > MAX_NAME
+            else "its prompt has a character that no name has"
+            if "/" in prompt or "\0" in prompt
+            else None
+            if video.path.suffix.lower() == ".mp4"
+            else "is no mp4"
+        )
+        if reason:
+            raise InputError(
+                f"--vbench: {video.path}: {reason}. VBench's standard prompts are short; for other videos, its mode "
+                "custom_input takes any names: give it the folder itself"
+            )
+        index = count[video.method, prompt] = count.get((video.method, prompt), -1) + 1
+        yield video, f"{video.method.strip('/').replace('/', '_')}/{prompt}-{index}.mp4"
+    fewer = [prompt for (_, prompt), last in count.items() if last + 1 < PER_PROMPT]
+    if fewer:
+        logger.warning("VBench wants %d videos of a prompt; %d have fewer", PER_PROMPT, len(fewer))
+
+
+def write_vbench(names: Sequence[tuple[Video, str]], folder: Path) -> None:
+    """Copy the videos under the names that VBench looks for."""
+    for video, name in names:
+        with atomic_file(folder / name) as temporary:
+            shutil.copyfile(video.path, temporary)
+    logger.info("for VBench: %s", folder)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Check, measure, and write the results."""
+    if options.lpips is not None and options.reference is None:
+        raise InputError("--lpips compares with references; give --reference FOLDER as well")
+    measures.require(references=options.reference is not None)
+    videos = listed(options.folders)
+    if options.reference is not None:
+        match(videos, options.reference)
+    if options.clip is not None and (silent := [video for video in videos if not video.prompt]):
+        cure = "write it into a .txt file of its name"
+        raise InputError(f"--clip: {silent[0].path} and {len(silent) - 1} others have no prompt beside them; {cure}")
+    check(videos, lpips=options.lpips is not None)
+    renamed = [] if options.vbench is None else [*vbench_names(videos)]
+    if options.vbench is not None:
+        require_writable(options.vbench)
+    require_writable(options.out.parent, options.out.name)
+    lpips = measures.Lpips(options.lpips) if options.lpips is not None else None
+    clip = None
+    if options.clip is not None:
+        import sgm.distributed
+
+        clip = measures.Clip(options.clip, sgm.distributed.device())
+        if cut := sum(clip.cuts(video.prompt or "") for video in videos):
+            logger.warning("the prompts of %d of %d videos are longer than CLIP reads, and are cut", cut, len(videos))
+    measure(videos, clip, lpips)
+    write_json(options.out, report(videos))
+    rows = table(videos)
+    with atomic_file(options.out.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{rows}\n", encoding="utf-8")
+    if options.vbench is not None:
+        write_vbench(renamed, options.vbench)
+    sys.stdout.write(f"{rows}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = tool_parser(__doc__)
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="folders of videos")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON to write; a table goes beside it")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="videos of the same names to compare with")
+    parser.add_argument("--lpips", type=Path, metavar="FILE", help="weights of torchvision's AlexNet: adds LPIPS")
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model of transformers: adds the CLIP score")
+    parser.add_argument(
+        "--vbench", type=Path, metavar="FOLDER", help="copies of the videos, named as VBench wants them"
+    )
+    return run_command(work, parser.parse_args(argv), interrupted="interrupted; nothing was measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
