@@ -216,9 +216,9 @@ def run_command(
         try:
             configure_logging(debug=options.debug)
             if hasattr(options, "trust"):
-                from sgm.util import set_trusted  # after parsing, so that --help is fast
+                from sgm.util import require_packages  # after parsing, so that --help is fast
 
-                set_trusted(options.trust)
+                require_packages(options.trust)
             return work(options) or 0
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT

@@ -17,7 +17,7 @@ import numpy as np
 
 from sgm.cli import add_trust, run_command
 from sgm.config.load import ConfigError
-from sgm.config.targets import check_sections
+from sgm.config.targets import check_sections, trusting
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
@@ -30,7 +30,7 @@ NAMES = ("format", "caption_column", "video_column", "image_column")
 SHEET_CLIPS, SHEET_COLUMNS = 24, 5
 
 
-def data_section(bases: list[str], given: dict[str, Any]) -> dict[str, Any]:
+def data_section(bases: list[str], given: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
     """Return the ``data`` section of merged YAML files, overridden by the parameters `given` on the command line."""
     section: dict[str, Any] = {}
     if bases:
@@ -43,7 +43,7 @@ def data_section(bases: list[str], given: dict[str, Any]) -> dict[str, Any]:
     section = {"target": section.get("target", DATASET), "params": {**(section.get("params") or {}), **given}}
     if section["params"].get("video_size") is None:
         raise InputError("the size that clips are trained at is missing; give --video_size HEIGHT WIDTH, or --base")
-    found = Merged()
+    section, found = trusting(section, trust), Merged()
     check_sections(section, ("data",), found, partial=True)
     if found.problems:
         raise ConfigError(found.problems)
@@ -82,7 +82,7 @@ def work(options: argparse.Namespace) -> None:
     """Check the data sets and print the reports; ``options.has_bad`` says whether a clip is bad."""
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    section = data_section(options.base, given)
+    section = data_section(options.base, given, options.trust)
     datasets = [instantiate_from_config(section, data_dir=folder) for folder in options.folders]
     reports = check(datasets, section["target"], rows_only=options.rows_only, decode=options.decode)
     options.has_bad = bad_share(reports) > 0

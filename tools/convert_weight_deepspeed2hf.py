@@ -37,6 +37,7 @@ def convert(options: argparse.Namespace) -> None:
         max_shard_size=default(options.max_shard_size, "5GB"),
         base=options.base,
         ema=options.ema,
+        trust=options.trust,
     )
     sys.stdout.write(f"wrote {options.output_path} ({options.to}) from {source.path}, iteration {source.iteration}\n")
 

@@ -38,7 +38,7 @@ def convert(options: argparse.Namespace) -> None:
     }
     overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
     overrides = ["args.input_type=cli", *overrides, *options.overrides]
-    config = with_adapters(load_config(options.base, overrides, mode="inference"))
+    config = with_adapters(load_config(options.base, overrides, mode="inference", trust=options.trust))
     pipeline = pipeline_of(
         config,
         without=options.without,

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.shard_mb <= 0:
         raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0")
-    config = load_config(options.base, options.overrides, mode="encode")
+    config = load_config(options.base, options.overrides, mode="encode", trust=options.trust)
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
     sgm.distributed.configure(config.args)

@@ -246,7 +246,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
     for name, given in zip(names_of(settings), settings, strict=True):
         overrides = [f"{key}={value}" for key, value in given.items()]
         try:
-            config = load_config(options.base, [*options.overrides, *overrides], mode="train")
+            config = load_config(options.base, [*options.overrides, *overrides], mode="train", trust=options.trust)
         except ConfigError as error:
             raise InputError(f"{name}: {error}") from error
         run = Run(name, options.out / name, overrides, config.digest, getattr(config.args, "train_iters", None))

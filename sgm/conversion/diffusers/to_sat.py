@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from sgm.config.precision import precision_name
+from sgm.config.references import escaped
 from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
@@ -155,7 +156,8 @@ class SatModel:
                 check_values(*(path for path in self.text_encoder if path.suffix == ".safetensors"))
                 for path in self.text_encoder:
                     shutil.copyfile(path, temporary / "t5" / path.name)
-            text = yaml.safe_dump(self._with_paths(Path(folder), file_format), sort_keys=False, allow_unicode=True)
+            content = escaped(self._with_paths(Path(folder), file_format))
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (temporary / "model.yaml").write_text(text, encoding="utf-8")
 
     def _with_paths(self, folder: Path, file_format: str) -> dict[str, Any]:
