@@ -142,6 +142,18 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def file_size(text: str) -> str:
+    """Return the size of a file in the command line, such as ``5GB``, as Hugging Face's libraries read it.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT]B)", text.strip().upper())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 500MB or 5GB")
+    return f"{found[1]}{found[2]}"
+
+
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a tool, with exit codes in its help and ``--debug``; `description` is its docstring."""
     parser = argparse.ArgumentParser(

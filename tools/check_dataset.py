@@ -22,9 +22,11 @@ from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
 from sgm.inference.video import contact_sheet, to_uint8
+from sgm.io import require_writable
 from sgm.util import InputError, RunError, instantiate_from_config
 
 DATASET = "data_video.SFTDataset"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NUMBERS = {"fps": float, "max_num_frames": int, "skip_frms_num": int}
 NAMES = ("format", "caption_column", "video_column", "image_column")
 SHEET_CLIPS, SHEET_COLUMNS = 24, 5
@@ -80,6 +82,12 @@ def write_sheet(path: Path, datasets: Sequence[Any], bad: Collection[str]) -> in
 
 def work(options: argparse.Namespace) -> None:
     """Check the data sets and print the reports; ``options.has_bad`` says whether a clip is bad."""
+    for path in filter(None, (options.contact_sheet, options.json)):
+        require_writable(path.parent, path.name)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file in it")
+    if options.contact_sheet and options.contact_sheet.suffix.lower() not in PICTURES:
+        raise InputError(f"--contact_sheet {options.contact_sheet}: name a file that ends in {', '.join(PICTURES)}")
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     section = data_section(options.base, given, options.trust)
