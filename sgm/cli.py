@@ -181,6 +181,18 @@ class _ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(found, namespace)
 
 
+def file_size(text: str) -> str:
+    """Return the size of a file in the command line, such as ``5GB``, as Hugging Face's libraries read it.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT]B)", text.strip().upper())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 500MB or 5GB")
+    return f"{found[1]}{found[2]}"
+
+
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a tool, with exit codes in its help and ``--debug``; `description` is its docstring."""
     parser = _ToolParser(
@@ -255,9 +267,9 @@ def run_command(
         try:
             configure_logging(debug=options.debug)
             if hasattr(options, "trust"):
-                from sgm.util import set_trusted  # after parsing, so that --help is fast
+                from sgm.util import require_packages  # after parsing, so that --help is fast
 
-                set_trusted(options.trust)
+                require_packages(options.trust)
             return work(options) or 0
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Terminated) else signal.SIGINT

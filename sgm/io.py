@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import tempfile
@@ -39,10 +40,6 @@ _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("your disk quota is used up", "free some space"),
-    errno.EFBIG: (
-        "the file is larger than the limit of this process or file system",
-        "raise it (ulimit -f), or free some space",
-    ),
     errno.EROFS: ("the file system is read-only", "mount it for writing"),
 }
 
@@ -67,7 +64,7 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         need_bytes: its size, if known, for the disk-full message.
 
     Raises:
-        RunError: the folder cannot be written to, or the disk is full.
+        RunError: the folder cannot be written to, the disk is full, or `path` is a folder or too large.
     """
     path = Path(path)
     temporary, lock = path, None
@@ -97,7 +94,7 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         if lock is not None:  # before the free space is measured; open descriptors keep the space of an unlinked file
             os.ftruncate(lock, 0)
             temporary.unlink(missing_ok=True)
-        failure = WriteError(_write_failure(path, error, number, need_bytes))
+        failure = _write_failure(path, error, number, need_bytes)
         if isinstance(error, PermissionError):
             failure.exit_code = InputError.exit_code
         raise failure from error
@@ -395,21 +392,29 @@ def _failure_of(lock: int) -> int | None:
     return None
 
 
-def _write_failure(path: Path, error: BaseException, number: int | None, need_bytes: int | None) -> str:
-    """Return the message for a failed write, with the bytes needed and free."""
+def _write_failure(path: Path, error: BaseException, number: int | None, need_bytes: int | None) -> RunError:
+    """Return the error for a failed write, with the bytes needed and free."""
     if isinstance(error, PermissionError):
-        return f"could not write {path}: {denied_text(error)}, or choose another folder"
+        return WriteError(f"could not write {path}: {denied_text(error)}, or choose another folder")
     if isinstance(error, OSError) and error.errno in _REASONS:
         number = error.errno
-    existing = next((p for p in path.parents if p.is_dir()), Path("."))
+    if path.is_dir():
+        return RunError(f"could not write {path}: it is a folder; remove it, or choose another name")
     needs = f"it needs {readable_size(need_bytes)}, " if need_bytes else ""
+    if errno.EFBIG in (number, getattr(error, "errno", None)):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY:
+            return WriteError(f"could not write {path}: it is too large for its file system; choose another folder")
+        said = f"{needs}the limit of a file here is {readable_size(limit)}"
+        return RunError(f"could not write {path}: {said}; raise it (ulimit -f)")
+    existing = next((p for p in path.parents if p.is_dir()), Path("."))
     free = f"{needs}{readable_size(shutil.disk_usage(existing).free)} are free there"
     if number is None:
         cure = "free some space, correct the permissions, or choose another folder"
-        return f"could not write {path}: {error}; {free}; {cure}"
+        return WriteError(f"could not write {path}: {error}; {free}; {cure}")
     reason, cure = _REASONS.get(number, (os.strerror(number), "correct that"))
     said = "" if reason == os.strerror(number) else f" ({os.strerror(number)})"
-    return f"could not write {path}: {reason}{said}; {free}; {cure}, or choose another folder"
+    return WriteError(f"could not write {path}: {reason}{said}; {free}; {cure}, or choose another folder")
 
 
 @contextlib.contextmanager

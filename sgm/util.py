@@ -23,11 +23,10 @@ _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, to
 
 _FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 
-# Where the classes come from that YAML may name. `set_trusted` adds to them; YAML itself cannot.
+# Where the classes come from that YAML may name; `Target` adds to them.
 PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 LIBRARIES = ("torch.nn", "torch.optim", "sat", "transformers", "diffusers", "torchao", "bitsandbytes")
 LIBRARIES += ("came_pytorch", "prodigyopt", "schedulefree")  # optimizers
-_trusted: list[str] = []
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # U+0000, and halves of pairs of UTF-16
 
@@ -56,16 +55,26 @@ def no_character(text: str) -> str:
     return f"U+{ord(found[0]):04X} at position {found.start() + 1}, which is no character" if found else ""
 
 
-def set_trusted(packages: Sequence[str]) -> None:
-    """Let targets come from `packages` too, in place of those of an earlier call: ``--trust`` of the command line.
+class Target(str):
+    """The target of a section, with packages that the user trusts besides: ``--trust`` of the command line.
 
-    Raises:
-        InputError: there is no package or module of that name.
+    Files hold plain text, and so cannot grant trust.
     """
-    for package in packages:
+
+    trust: tuple[str, ...]
+
+    def __new__(cls, text: str, trust: Sequence[str] = ()) -> "Target":
+        """Return `text` with packages."""
+        target = super().__new__(cls, text)
+        target.trust = tuple(trust)
+        return target
+
+
+def require_packages(trust: Sequence[str]) -> None:
+    """Raise InputError if there is no package or module of a name in ``--trust``."""
+    for package in trust:
         if not _is_importable(package):
             raise InputError(f"--trust {package}: there is no such package or module; give a name as 'import' takes it")
-    _trusted[:] = packages
 
 
 def _is_importable(name: str) -> bool:
@@ -75,16 +84,16 @@ def _is_importable(name: str) -> bool:
         return False
 
 
-def is_trusted(module: str) -> bool:
-    """Whether YAML may name classes of this module."""
-    return any(module == root or module.startswith(f"{root}.") for root in (*PROJECT, *LIBRARIES, *_trusted))
+def is_trusted(module: str, trust: Sequence[str] = ()) -> bool:
+    """Whether YAML may name classes of this module; `trust`: packages that the user trusts besides."""
+    return any(module == root or module.startswith(f"{root}.") for root in (*PROJECT, *LIBRARIES, *trust))
 
 
 def get_obj_from_str(target: Any) -> type:
     """Import the class that a YAML ``target:`` names, for example ``torch.nn.Identity``.
 
     Importing a module runs it, and a function may do anything. So only a class is returned, and nothing is imported,
-    unless the module is trusted: by this project (`PROJECT`, `LIBRARIES`), or by the user (`set_trusted`).
+    unless the module is trusted: by this project (`PROJECT`, `LIBRARIES`), or by the user (`Target`).
 
     Raises:
         InputError: the target is not trusted or no class, or does not exist, with the nearest name if there is one.
@@ -117,7 +126,7 @@ def get_obj_from_str(target: Any) -> type:
 
 
 def _require_trusted(target: Any, module: str) -> None:
-    if is_trusted(module):
+    if is_trusted(module, getattr(target, "trust", ())):
         return
     origin = "" if str(target).startswith(f"{module}.") else f" is defined in '{module}', which"
     root = module.partition(".")[0]
@@ -254,10 +263,15 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def nearest_path(path: str | Path) -> str:
-    """Return ``"; did you mean 'x'?"`` for what is on disk and closest to a missing `path`, or ``""``."""
+    """Return ``"; did you mean 'x'?"`` for what is on disk and closest to a missing `path`, or ``""``.
+
+    A symbolic link that leads nowhere, or to itself, is named as that.
+    """
     import difflib
 
     missing, here = Path(path), Path(Path(path).anchor)
+    if missing.is_symlink():
+        return f": it is a symbolic link to {os.readlink(missing)}, which leads nowhere"
     for part in missing.parts[bool(missing.anchor) :]:
         try:
             names = [part] if (here / part).exists() else os.listdir(here)

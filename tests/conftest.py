@@ -96,8 +96,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def trust(monkeypatch):
-    """Let targets come from the tests; a command that a test calls sets its own trust, which ends with the test."""
-    monkeypatch.setattr("sgm.util._trusted", ["tests"])
+    """Let targets come from the tests."""
+    from sgm.util import PROJECT
+
+    monkeypatch.setattr("sgm.util.PROJECT", (*PROJECT, "tests"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,20 +17,22 @@ import numpy as np
 
 from sgm.cli import add_trust, run_command, tool_parser
 from sgm.config.load import ConfigError
-from sgm.config.targets import check_sections
+from sgm.config.targets import check_sections, trusting
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
 from sgm.inference.video import contact_sheet, to_uint8
+from sgm.io import require_writable
 from sgm.util import InputError, RunError, instantiate_from_config
 
 DATASET = "data_video.SFTDataset"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NUMBERS = {"fps": float, "max_num_frames": int, "skip_frms_num": int}
 NAMES = ("format", "caption_column", "video_column", "image_column")
 SHEET_CLIPS, SHEET_COLUMNS = 24, 5
 
 
-def data_section(bases: list[str], given: dict[str, Any]) -> dict[str, Any]:
+def data_section(bases: list[str], given: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
     """Return the ``data`` section of merged YAML files, overridden by the parameters `given` on the command line."""
     section: dict[str, Any] = {}
     if bases:
@@ -43,7 +45,7 @@ def data_section(bases: list[str], given: dict[str, Any]) -> dict[str, Any]:
     section = {"target": section.get("target", DATASET), "params": {**(section.get("params") or {}), **given}}
     if section["params"].get("video_size") is None:
         raise InputError("the size that clips are trained at is missing; give --video_size HEIGHT WIDTH, or --base")
-    found = Merged()
+    section, found = trusting(section, trust), Merged()
     check_sections(section, ("data",), found, partial=True)
     if found.problems:
         raise ConfigError(found.problems)
@@ -80,9 +82,15 @@ def write_sheet(path: Path, datasets: Sequence[Any], bad: Collection[str]) -> in
 
 def work(options: argparse.Namespace) -> None:
     """Check the data sets and print the reports; ``options.has_bad`` says whether a clip is bad."""
+    for path in filter(None, (options.contact_sheet, options.json)):
+        require_writable(path.parent, path.name)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file in it")
+    if options.contact_sheet and options.contact_sheet.suffix.lower() not in PICTURES:
+        raise InputError(f"--contact_sheet {options.contact_sheet}: name a file that ends in {', '.join(PICTURES)}")
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    section = data_section(options.base, given)
+    section = data_section(options.base, given, options.trust)
     datasets = [instantiate_from_config(section, data_dir=folder) for folder in options.folders]
     reports = check(datasets, section["target"], rows_only=options.rows_only, decode=options.decode)
     options.has_bad = bad_share(reports) > 0

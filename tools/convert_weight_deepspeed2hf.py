@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgm.cli import add_trust, run_command, tool_parser
+from sgm.cli import add_trust, file_size, run_command, tool_parser
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -37,6 +37,7 @@ def convert(options: argparse.Namespace) -> None:
         max_shard_size=default(options.max_shard_size, "5GB"),
         base=options.base,
         ema=options.ema,
+        trust=options.trust,
     )
     sys.stdout.write(f"wrote {options.output_path} ({options.to}) from {source.path}, iteration {source.iteration}\n")
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="else as in training, or as in the files")
     parser.add_argument("--ema", action="store_true", help="the moving averages in a ZeRO state, not the weights")
     parser.add_argument("--file_format", choices=("pt", "safetensors"), help="of the SAT layout (pt)")
-    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file of diffusers (5GB)")
+    parser.add_argument("--max_shard_size", type=file_size, metavar="SIZE", help="of a file of diffusers (5GB)")
     return run_command(
         convert,
         parser.parse_args(argv),

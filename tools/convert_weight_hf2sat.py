@@ -47,7 +47,10 @@ def convert(options: argparse.Namespace) -> None:
 
     check_new_folder(options.output_path)
     parts = parts_of(options)
-    base = load_config(options.base, mode="inference").merged if options.base else None
+    base = None
+    if options.base:
+        config = load_config(options.base, mode="inference", trust=options.trust)
+        base = {**config.merged, "model": config.model}
     model = sat_model_of(parts, base=base, dtype=PRECISIONS.get(options.dtype))
     model.write(options.output_path, file_format=options.file_format)
     sys.stdout.write(f"wrote {options.output_path}: {', '.join(sorted(parts))}\n")

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from sgm.cli import add_trust, run_command, tool_parser
+from sgm.cli import add_trust, file_size, run_command, tool_parser
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -40,7 +40,7 @@ def convert(options: argparse.Namespace) -> None:
     overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
     overrides = ["args.input_type=cli", *overrides, *options.overrides]
     base = base_files(options.base, options.transformer_ckpt_path)
-    config = with_adapters(load_config(base, overrides, mode="inference"))
+    config = with_adapters(load_config(base, overrides, mode="inference", trust=options.trust))
     pipeline = pipeline_of(
         config,
         without=options.without,
@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of transformer and T5; else as they are")
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a weight file (5GB)")
+    parser.add_argument(
+        "--max_shard_size", type=file_size, default="5GB", metavar="SIZE", help="of a weight file (5GB)"
+    )
     parser.add_argument(
         "--lora", choices=("merge", "keep"), default="merge", help="adapters: in the weights, or in their own file"
     )

@@ -28,7 +28,7 @@ def convert(options: argparse.Namespace) -> None:
     base = options.transformer_ckpt_path
     overrides = ["args.input_type=cli"]  # no prompts are read
     overrides += [] if base is None else [f"args.load={json.dumps(base)}"]
-    config = load_config(base_files(options.base, base), overrides, mode="inference")
+    config = load_config(base_files(options.base, base), overrides, mode="inference", trust=options.trust)
     file = import_lora(config, options.lora, options.output_path, base=base, alpha=options.alpha)
     sys.stdout.write(f"wrote {file}\n")
 

@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
     from sgm.training.inputs.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
 
-    if options.shard_mb <= 0:
-        raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0")
-    config = load_config(options.base, options.overrides, mode="encode")
+    if not 0 < options.shard_mb <= 1e6:
+        raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0 and at most 1,000,000")
+    config = load_config(options.base, options.overrides, mode="encode", trust=options.trust)
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
     sgm.distributed.configure(config.args)

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sgm.cli import run_command, tool_parser
-from sgm.data.clips.decode import ClipError, Scan, each_frame, scan
+from sgm.data.clips.decode import MAX_PIXELS, ClipError, Scan, each_frame, scan
 from sgm.data.clips.frames import MAX_FPS, shown_frames, usual_gap
 from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.data.rows import VideoInfo, listed
@@ -53,14 +53,16 @@ class Settings:
 
     def check(self) -> None:
         """Raise an InputError for an illegal value."""
-        if self.fps is not None and not self.fps > 0:
-            raise InputError(f"--fps is {self.fps:g}; give a number above 0")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            raise InputError(f"--fps is {self.fps:g}; give a number above 0 and at most {MAX_FPS:g}")
         if not 0 < self.min_seconds <= self.max_seconds < math.inf:
             cure = "give numbers above 0, the first no larger than the second"
             said = f"--min_seconds is {self.min_seconds:g} and --max_seconds {self.max_seconds:g}"
             raise InputError(f"{said}; {cure}")
         if self.size is not None and any(side < 2 or side % 2 for side in self.size):
             raise InputError(f"--size is {self.size[0]} {self.size[1]}; give even numbers, as mp4 needs them")
+        if self.size is not None and self.size[0] * self.size[1] > MAX_PIXELS:
+            raise InputError(f"--size is {self.size[0]} {self.size[1]}; give {MAX_PIXELS:,} pixels at most")
         if not self.threshold > 0:
             raise InputError(f"--threshold is {self.threshold:g}; give a number above 0, such as 27")
 
@@ -318,6 +320,8 @@ def work(options: argparse.Namespace) -> None:
     settings.check()
     _require_detector()
     require_writable(options.out)
+    if (manifest := options.out / MANIFEST).exists() and not (options.out / PLANS).is_dir():
+        raise InputError(f"{manifest} exists and was not written by this command; move it, or give another --out")
     check_sources(options.videos, settings, options.out)
     remove_leftovers(options.out / VIDEOS)
     for path in options.videos:

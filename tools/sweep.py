@@ -31,7 +31,7 @@ from sgm.cli import add_trust, run_command, tool_parser
 from sgm.io import atomic_file, parse_json, require_writable, write_json
 from sgm.log import get_logger
 from sgm.project import SOURCES
-from sgm.util import InputError, RunError
+from sgm.util import InputError, RunError, default
 
 logger = get_logger("sweep")
 
@@ -42,6 +42,7 @@ RECORD = "sweep.json"
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 LAST_SHARE = 0.2  # of the lines of metrics, whose mean is the training loss of a run
 MAX_NAME = 120  # characters of a folder's name
+MOST_RUNS = 1000  # more is a slip of the pen
 
 
 @dataclass
@@ -144,6 +145,8 @@ def combinations(options: argparse.Namespace, keys: Sequence[str]) -> list[dict[
         axes.append([{full_key(key, keys): text for key, text in run.items()} for run in read_runs(options.runs)])
     if not axes:
         raise InputError(f"there is nothing to compare: give --grid {_EXAMPLE}, or --runs FILE.yaml")
+    if (num_runs := math.prod(map(len, axes))) > MOST_RUNS:
+        raise InputError(f"--grid and --runs ask for {num_runs:,} runs; give values for {MOST_RUNS:,} at most")
     runs = [dict(itertools.chain.from_iterable(part.items() for part in parts)) for parts in itertools.product(*axes)]
     named = [key for axis in axes for key in {key for part in axis for key in part}]
     if twice := sorted({key for key in named if named.count(key) > 1}):
@@ -194,14 +197,12 @@ def read_runs(path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: the file is unreadable or malformed.
     """
-    import yaml
+    from sgm.config.yaml_files import read_list
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--runs {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, list) or not content or not all(isinstance(run, dict) and run for run in content):
-        raise InputError(f"--runs {path} is no list of overrides; write a line as  - {{args.seed: 1}}  for each run")
+    other = ("is no list of overrides", "write a line as  - {args.seed: 1}  for each run")
+    content = read_list(path, option="--runs", other=other)
+    if not content or not all(isinstance(run, dict) and run for run in content):
+        raise InputError(f"--runs {path} {'; '.join(other)}")
     return [dict(_flat(run)) for run in content]
 
 
@@ -231,13 +232,23 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
 
 
+def _check_optimizer(config: Any) -> None:
+    """Raise InputError for settings that the optimizer refuses; its class alone knows them."""
+    import torch
+
+    from sgm.training.optim.optimizer import make_optimizer
+
+    zero = config.deepspeed["zero_optimization"]
+    make_optimizer(config.deepspeed["optimizer"], [("weight", torch.nn.Parameter(torch.zeros(2, 2)))], zero=zero)
+
+
 def planned(options: argparse.Namespace) -> list[Run]:
     """Return the runs of the sweep, each with a checked configuration.
 
     Raises:
         InputError: a configuration is wrong, or was another one when its run was trained.
     """
-    from sgm.config.load import ConfigError, load_config
+    from sgm.config.load import load_config
     from sgm.config.yaml_files import dotted, read_merged
 
     keys = [dotted(path) for path in read_merged(options.base, options.overrides).origins]
@@ -246,8 +257,9 @@ def planned(options: argparse.Namespace) -> list[Run]:
     for name, given in zip(names_of(settings), settings, strict=True):
         overrides = [f"{key}={value}" for key, value in given.items()]
         try:
-            config = load_config(options.base, [*options.overrides, *overrides], mode="train")
-        except ConfigError as error:
+            config = load_config(options.base, [*options.overrides, *overrides], mode="train", trust=options.trust)
+            _check_optimizer(config)
+        except InputError as error:
             raise InputError(f"{name}: {error}") from error
         run = Run(name, options.out / name, overrides, config.digest, getattr(config.args, "train_iters", None))
         run.read()
@@ -452,17 +464,27 @@ def write_sheet(runs: Sequence[Run], path: Path) -> int:
     return len(rows)
 
 
+def _require_prompts(file: Path | None) -> None:
+    if file is not None and not file.is_file():
+        raise InputError(f"--prompts {file} is no file; name one with a prompt a line")
+    if file is not None and not file.read_bytes().strip():
+        raise InputError(f"--prompts {file} holds no prompt; write one a line")
+
+
 def work(options: argparse.Namespace) -> None:
     """Run the sweep."""
     if options.nproc_per_node < 1:
         raise InputError(f"--nproc_per_node is {options.nproc_per_node}; give a number of at least 1")
     if options.nproc_per_node > 1 and options.devices:
         raise InputError("--devices gives every run one device, and --nproc_per_node every run several; keep one")
-    if not 0 <= options.stop_after <= 1 or (options.stop_above is not None and options.stop_above < 0):
+    if not 0 <= options.stop_after <= 1 or not 0 <= default(options.stop_above, 0) < math.inf:
         raise InputError("--stop_above is a percentage from 0 on, and --stop_after a share from 0 to 1")
+    if twice := sorted({device for device in options.devices if options.devices.count(device) > 1}):
+        raise InputError(f"--devices names {', '.join(twice)} twice; a device has one run at a time")
     if wrong := [device for device in options.devices if not device.isdigit()]:
         raise InputError(f"--devices names {', '.join(wrong)}; give the numbers of devices, such as --devices 0 1")
     require_writable(options.out)
+    _require_prompts(options.prompts)
     runs = planned(options)
     if options.prompts is None and isinstance(options.valid_prompts, str):
         options.prompts = Path(options.valid_prompts)
@@ -470,8 +492,7 @@ def work(options: argparse.Namespace) -> None:
         options.prompts = options.out / "prompts.txt"
         with atomic_file(options.prompts) as temporary:
             temporary.write_text("\n".join(options.valid_prompts) + "\n", encoding="utf-8")
-    if options.prompts is not None and not options.prompts.is_file():
-        raise InputError(f"--prompts {options.prompts} is no file; name one with a prompt a line")
+    _require_prompts(options.prompts)
     if options.list:
         sys.stdout.write("".join(f"{run.name}: {run.state}\n" for run in runs))
         return

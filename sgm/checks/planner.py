@@ -114,7 +114,10 @@ def config_with(config: Config, settings: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: they do not go with this model.
     """
-    loaded = load_config(config.bases, [*config.overrides, *settings], mode=config.mode) if settings else config
+    loaded = config
+    if settings:
+        overrides = [*config.overrides, *settings]
+        loaded = load_config(config.bases, overrides, mode=config.mode, trust=config.trust)
     try:
         return with_loras(with_adapters(loaded))
     except InputError:  # the weights are not there yet

@@ -25,7 +25,7 @@ from sgm.config.args import MEMORY_ARGS, TRAINING_ARGS, EncodingArgs, SamplingAr
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
 from sgm.config.places import place_of
 from sgm.config.references import escaped
-from sgm.config.targets import ENGINE_TARGET, check_params, check_sections
+from sgm.config.targets import ENGINE_TARGET, check_params, check_sections, trusting
 from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import control_characters, get_logger, warn_once
@@ -54,6 +54,7 @@ class Config:
         mode: the kind of run it was checked for.
         bases: the YAML files, in the order of merging.
         overrides: the ``section.key=value`` arguments.
+        trust: packages that targets may come from besides; `model`, `data` and `deepspeed` hold them as `Target`.
         args: the typed ``args`` section: `TrainingArgs` in the modes ``train`` and ``encode``.
         model: the ``model`` section: parameters of the engine.
         data: the ``data`` section.
@@ -66,6 +67,7 @@ class Config:
     mode: Mode
     bases: tuple[str, ...]
     overrides: tuple[str, ...]
+    trust: tuple[str, ...] = ()
     args: SamplingArgs
     model: dict[str, Any]
     data: dict[str, Any]
@@ -110,7 +112,9 @@ def _with_text_keys(value: Any) -> Any:
     return [_with_text_keys(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, mode: Mode) -> Config:
+def load_config(
+    bases: Sequence[str | Path], overrides: Sequence[str] = (), *, mode: Mode, trust: Sequence[str] = ()
+) -> Config:
     """Read, merge and check YAML files.
 
     Args:
@@ -119,6 +123,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
             ``args.sampling_image_size=[480,720]``), list entries are numbered from 0.
         mode: ``inference``, ``train``, or ``encode`` (the clips and captions of a training run): which keys have an
             effect.
+        trust: packages that targets may come from besides: ``--trust`` of the command line.
 
     Returns:
         The checked configuration. Keys without effect are logged as warnings.
@@ -131,7 +136,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
     merged = read_merged(bases, overrides)
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
-    sections = _take_sections(merged)
+    sections = trusting(_take_sections(merged), trust)
     _share_text_length(sections["model"], merged)
     _check_values(merged.values, (), merged)
     args = _check_args(sections["args"], merged, mode)
@@ -149,6 +154,7 @@ def load_config(bases: Sequence[str | Path], overrides: Sequence[str] = (), *, m
         mode=mode,
         bases=tuple(str(base) for base in bases),
         overrides=tuple(overrides),
+        trust=tuple(trust),
         args=args,
         merged=merged.values,
         warnings=tuple(merged.warnings),

@@ -24,13 +24,24 @@ from sgm.config.places import place_of
 from sgm.config.refused import REFUSED, Refused, refused_by
 from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import KeyPath, Merged, dotted
-from sgm.util import PROJECT, InputError, get_obj_from_str, nearest
+from sgm.util import PROJECT, InputError, Target, get_obj_from_str, nearest
 
 ENGINE_TARGET = "sgm.models.video_diffusion.SATVideoDiffusionEngine"
 
 _SECTION_KEYS = ("target", "params")
+_TARGET_KEYS = ("target", "type")  # the second one in deepspeed.optimizer
 # The network adds parameters (layer count, sizes) to the sections under this key, so none is required in YAML.
 _COMPLETED_BY_PARENT = "modules"
+
+
+def trusting(tree: Any, trust: Sequence[str]) -> Any:
+    """Return sections whose targets may come from the packages `trust` too: ``--trust`` of the command line."""
+    if isinstance(tree, dict):
+        return {
+            key: Target(entry, trust) if key in _TARGET_KEYS and isinstance(entry, str) else trusting(entry, trust)
+            for key, entry in tree.items()
+        }
+    return [trusting(entry, trust) for entry in tree] if isinstance(tree, list) else tree
 
 
 def check_params(

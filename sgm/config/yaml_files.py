@@ -216,6 +216,24 @@ def _with_shipped(value: Any) -> Any:
     return shipped(value) if isinstance(value, str) else value
 
 
+def read_list(path: Path, *, option: str, other: tuple[str, str]) -> list[Any]:
+    """Read a YAML file that holds a list, by the rules of configurations.
+
+    Args:
+        path: the file.
+        option: of the command line that names it.
+        other: what to say of another content, and what to write.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    merged = Merged()
+    content = _read_file(path, merged, yaml.SequenceNode, option, other)
+    if content is None:
+        raise ConfigError(merged.problems)
+    return content
+
+
 def _merge(old: Any, new: Any) -> Any:
     """Return `old` with the values of `new`: mappings key by key, everything else replaced by an unshared copy."""
     if isinstance(new, dict):
@@ -224,18 +242,27 @@ def _merge(old: Any, new: Any) -> Any:
     return [_merge(None, entry) for entry in new] if isinstance(new, list) else new
 
 
-def _read_file(path: Path, merged: Merged) -> dict[str, Any] | None:
-    """Return the sections of a file; None after adding its problems."""
+def _read_file(
+    path: Path,
+    merged: Merged,
+    kind: type[yaml.Node] = yaml.MappingNode,
+    option: str = "--base",
+    other: tuple[str, str] = (
+        "holds no sections",
+        "write sections such as 'args:' or 'model:', each with indented keys",
+    ),
+) -> Any:
+    """Return the content of a file if it is of a kind; None after adding its problems, `other` if it is another one."""
     num_problems, place = len(merged.problems), str(path)
     try:
-        tree = _parse(_text_of(path), path, merged)
+        tree = _parse(_text_of(path), path, merged, kind)
         if tree is not None and len(merged.problems) == num_problems:
             return tree
-        found, cure = "holds no sections", "write sections such as 'args:' or 'model:', each with indented keys"
+        found, cure = other
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or (f"; {path.parent} holds {', '.join(siblings)}" if siblings else "")
-        found, cure = "the file does not exist", f"correct the path given to --base{hint}"
+        found, cure = "the file does not exist", f"correct the path given to {option}{hint}"
     except IsADirectoryError:
         found, cure = "is a folder, not a YAML file", "name the file inside it"
     except PermissionError as error:
@@ -266,12 +293,12 @@ def _text_of(path: Path) -> str:
     return content.decode("utf-8")
 
 
-def _parse(text: str, path: Path, merged: Merged) -> dict[str, Any] | None:
-    """Return the mapping in a YAML text, None for anything else; record origins, report duplicate keys."""
+def _parse(text: str, path: Path, merged: Merged, kind: type[yaml.Node]) -> Any:
+    """Return the content of a YAML text, None if it is of another kind; record origins, report duplicate keys."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, kind):
             return None
         for key_path, line, duplicate_of in _walk(node, (), ()):
             if duplicate_of is not None:

@@ -3,7 +3,6 @@
 The sum of adapters is one adapter of the summed rank (`sgm.weights.lora.several`), so merging several is merging one.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -217,8 +216,9 @@ def _mean(weights: Sequence[float], *tensors: torch.Tensor) -> torch.Tensor:
 
 def _strengths(given: Sequence[float], num: int) -> list[float]:
     """Return a strength for each LoRA."""
-    if wrong := [value for value in given if not math.isfinite(value)]:
-        raise InputError(f"--strength is {wrong[0]}; give a number, 1 for the adapters as they were trained")
+    if wrong := [value for value in given if not abs(value) <= 100]:
+        cure = "give a number from -100 to 100, 1 for the adapters as they were trained"
+        raise InputError(f"--strength is {wrong[0]:g}; {cure}")
     if len(given) not in (1, num):
         raise InputError(f"--strength has {len(given)} numbers for {num} LoRAs; give one for all, or one for each")
     return list(given) * num if len(given) == 1 else list(given)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -11,8 +12,16 @@ from typing import Literal
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from sgm.io import OutputError, hidden_folder, readable_size, remove_leftovers, require_writable, write_json
-from sgm.util import RunError
+from sgm.io import (
+    OutputError,
+    WriteError,
+    hidden_folder,
+    readable_size,
+    remove_leftovers,
+    require_writable,
+    write_json,
+)
+from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo
 from sgm.weights.architecture import PATCH_WEIGHT
 from sgm.weights.checkpoint import released_patch, write_latest, write_tensors
@@ -45,7 +54,10 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     except (RunError, OSError) as error:
         if isinstance(error, RunError) and error.__cause__ is None:
             raise  # not about files
-        raise OutputError(f"{folder} could not be written: {error}") from error  # another process filled the disk
+        # Another process filled the disk. The message is about the folder that was asked for, not the hidden one.
+        said = re.sub(rf"{re.escape(str(folder.parent))}/\.[^/;]*/{re.escape(folder.name)}", str(folder), str(error))
+        kind = OutputError if isinstance(error, WriteError | OSError) else InputError
+        raise kind(said if isinstance(error, RunError) else f"could not write {folder}: {said}") from error
     finally:
         with contextlib.suppress(OSError):  # not empty: success
             for path in parents:

@@ -102,7 +102,10 @@ def read_folder(folder: Path, kind: Kind, *, dtype: torch.dtype | None = None, w
     except SafetensorError as error:
         raise InputError(f"the weights in '{folder}' are cut off or damaged ({error}); copy them again") from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # The advice that follows is about downloads and code that is not run here.
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = f"it needs Python code of its own, which is not run; {kind.fetch}"
         raise InputError(f"model folder '{folder}' cannot be used: {reason[:600]}") from error
     model, info = loaded
     if lacking := sorted(info["missing_keys"]):
@@ -171,7 +174,8 @@ class Endpoint:
     """
 
     def __init__(self, url: str, model: str, *, with_key: bool) -> None:
-        if not re.fullmatch(r"https?:/{2}[^\s/@]+(/[^\s?#]*)?", url):
+        port = re.fullmatch(r"https?:/{2}(?:\[[^\s/@\[\]]+\]|[^\s/@:\[\]]+)(?::(\d{1,5}))?(?:/[^\s?#]*)?", url)
+        if port is None or int(port[1] or 1) not in range(1, 2**16):
             raise InputError(f"'{url}' is no address of an endpoint; write it as http://127.0.0.1:8000/v1")
         self.name = f"{model} at {url}"
         self._url, self._model = f"{url.rstrip('/')}/chat/completions", model
@@ -198,7 +202,8 @@ class Endpoint:
                     self._url, json=body, auth=self._authorize, timeout=_TIMEOUT, allow_redirects=False
                 )
             except requests.RequestException as error:
-                raise RunError(f"the endpoint {self._url} cannot be reached: {error}") from error
+                said = f"the endpoint {self._url} cannot be reached: {_network_reason(error)}"
+                raise RunError(f"{said}; start it, or correct the address") from error
         if response.status_code != 200:
             said = " ".join(response.text.split())[:300]
             cure = f"check address, model and key (the key is read from the variable {ENDPOINT_KEY}"
@@ -216,3 +221,14 @@ class Endpoint:
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
+
+
+def _network_reason(error: BaseException) -> str:
+    """Return what the system said about a failed connection; libraries wrap it in their own errors."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        nested = [getattr(arg, "reason", arg) for arg in inner.args if isinstance(arg, BaseException)]
+        inner = next(filter(None, [*nested, inner.__cause__, inner.__context__]), None)
+    return str(error)

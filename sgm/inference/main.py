@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     """Sample, or only check with ``--check``."""
     from sgm.config.load import load_config  # after parsing, so that --help is fast
 
-    config = load_config(options.base, options.overrides, mode="inference")
+    config = load_config(options.base, options.overrides, mode="inference", trust=options.trust)
     if options.check:
         from sgm.checks.planner import written_without_files
         from sgm.inference.prepare import memory_report, prepare

@@ -123,6 +123,8 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
     image2video = Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
     if args.prompt is not None:
         line = args.prompt if args.image is None else f"{args.prompt}{IMAGE_SEPARATOR}{args.image}"
+        if not args.prompt.strip():
+            raise InputError("args.prompt is blank; write what the video shows")
         prompts = parse_prompts([line], image2video=image2video, source="args.prompt")
     else:
         assert args.input_file is not None, "the configuration is refused without it"

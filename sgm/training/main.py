@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int | None:
     """Train, or only check with ``--check``; return the exit code that the run asks for, if any."""
     from sgm.config.load import load_config  # after parsing, so that --help is fast
 
-    config = load_config(options.base, options.overrides, mode="train")
+    config = load_config(options.base, options.overrides, mode="train", trust=options.trust)
     if options.check:
         from sgm.checks.planner import written_without_files
         from sgm.training.inputs.buckets import bucket_report, plan_buckets

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import pickle
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -371,6 +372,8 @@ def _read_head(path: Path) -> tuple[int, bytes]:
     """Return the size and the first bytes of a weights file."""
     try:
         with refusing_denied():
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputError(f"{path} is no file, but a folder, pipe, socket or device; give a weights file")
             size = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(64)
@@ -461,6 +464,8 @@ def _torch_errors(path: Path, size: int, cure: str = _CURE, objects_cure: str = 
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0].split(". ")[0]
+        if "hasRecord(" in reason or "archive does not contain" in reason:
+            reason = "it is an archive, and torch.save did not write it, or not all of it"
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {reason}; {cure}") from error
 
 
@@ -471,6 +476,8 @@ def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds no tensors by name but a {type(content).__name__}; give a checkpoint file")
+    if wrong := [name for name in content if not isinstance(name, str)]:
+        raise InputError(f"{path} holds tensors by other keys than names, e.g. {wrong[0]}; give a checkpoint file")
     wrong = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise InputError(

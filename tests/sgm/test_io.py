@@ -23,6 +23,7 @@ from sgm.io import (
     lock_folder,
     remove_leftovers,
     require_writable,
+    write_json,
 )
 from sgm.training import bad_clips
 from sgm.util import InputError, RunError
@@ -105,9 +106,17 @@ def test_a_failed_write_says_what_the_disk_says(tmp_path, monkeypatch, inner, nu
     assert not list(tmp_path.iterdir())
 
 
-def test_the_limit_of_a_disk_is_found_by_writing(tmp_path, small_disk):
-    with small_disk(10_000), pytest.raises(WriteError, match="larger than the limit"), atomic_file(tmp_path / "x"):
+def test_the_limit_of_files_is_found_by_writing_and_said_once(tmp_path, small_disk):
+    said = "x: the limit of a file here is 10.0 kB; raise it \\(ulimit -f\\)$"
+    with small_disk(10_000), pytest.raises(RunError, match=said) as caught, atomic_file(tmp_path / "x"):
         raise RuntimeError("hidden by a library")
+    assert not isinstance(caught.value, WriteError), "another folder would not help"
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RunError, match="could not write .*x: it is a folder; remove it"):
+        write_json(tmp_path / "x", {})
 
 
 def test_free_space_is_measured_without_the_failed_file(tmp_path):

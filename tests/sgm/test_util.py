@@ -8,6 +8,7 @@ from torch import nn
 
 from sgm.util import (
     InputError,
+    Target,
     append_dims,
     default,
     defer_package_init,
@@ -15,7 +16,7 @@ from sgm.util import (
     instantiate_from_config,
     nearest,
     nearest_path,
-    set_trusted,
+    require_packages,
     without_allocating,
 )
 
@@ -95,22 +96,23 @@ def test_the_user_trusts_a_package_and_not_its_namesakes(tmp_path, monkeypatch):
     for name in ("trusted_one", "trusted_one_more"):
         (tmp_path / f"{name}.py").write_text("class Thing: pass\nfrom pathlib import Path\n")
     monkeypatch.syspath_prepend(tmp_path)
-    set_trusted(["trusted_one"])
-    assert get_obj_from_str("trusted_one.Thing").__name__ == "Thing"
+    trust = ["trusted_one"]
+    assert get_obj_from_str(Target("trusted_one.Thing", trust)).__name__ == "Thing"
     for target in ("trusted_one_more.Thing", "trusted_one.Path"):
         with pytest.raises(InputError, match="is not trusted"):
-            get_obj_from_str(target)
+            get_obj_from_str(Target(target, trust))
+    with pytest.raises(InputError, match="--trust trusted_one to the command"):
+        get_obj_from_str("trusted_one.Thing")  # nothing of the trust above stays
     for name in ("no_such_package", "no.such", "", "a b"):
         with pytest.raises(InputError, match=f"--trust {name}: there is no such package"):
-            set_trusted([name])
+            require_packages([name])
 
 
 def test_import_errors_inside_a_module_are_raised(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
-    set_trusted(["needs_more"])
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        get_obj_from_str("needs_more.Thing")
+        get_obj_from_str(Target("needs_more.Thing", ["needs_more"]))
 
 
 def test_a_section_without_target():

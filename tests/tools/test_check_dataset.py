@@ -110,7 +110,8 @@ class Bare(list):
         super().__init__()
 
 
-def test_other_data_sets_must_be_able_to_check(data, capsys):
+def test_other_data_sets_must_be_able_to_check(data, monkeypatch, capsys):
+    monkeypatch.setattr("sgm.util.PROJECT", ("sgm",))
     base = data / "other.yaml"
     base.write_text(f"data: {{target: {__name__}.Bare, params: {{video_size: 1}}}}")
     assert check_dataset.main([str(data), "--base", str(base)]) == 2

@@ -174,6 +174,7 @@ def test_a_list_of_overrides_is_read(trainings, tmp_path):
         (["--grid", "args.seed=1", "--prompts", "nowhere.txt"], "nowhere.txt is no file"),
         (["--grid", "args.seed=1", "--devices", "cuda"], "--devices names cuda"),
         (["--runs", "configs/toy.yaml"], "is no list of overrides"),
+        (["--grid", "deepspeed.optimizer.params.foo=1,2"], "foo"),
     ],
 )
 def test_wrong_input_ends_with_2_before_a_run_begins(words, said, trainings, tmp_path, capsys):

@@ -7,10 +7,12 @@ The configurations are ``config.json`` of CogVideoXTransformer3DModel and Autoen
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
+from sgm.config.values import misfit
 from sgm.modules.geometry import Geometry
 from sgm.project import project
 from sgm.util import InputError, default
@@ -38,6 +40,36 @@ _FIXED_VAE = {
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
+}
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_Positive = Annotated[float, Field(gt=0, le=1_000_000)]
+_NEEDED_OF_TRANSFORMER = ("patch_size", "in_channels", "out_channels", "num_attention_heads", "attention_head_dim")
+_NEEDED_OF_TRANSFORMER += ("num_layers", "time_embed_dim")
+_TRANSFORMER_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(_NEEDED_OF_TRANSFORMER, _Count),
+    "num_layers": Annotated[int, Field(ge=1, le=1000)],
+    "patch_size_t": Annotated[int | None, Field(ge=1, le=1_000_000)],
+    "ofs_embed_dim": Annotated[int | None, Field(ge=1, le=1_000_000)],
+    **dict.fromkeys(
+        ("max_text_seq_length", "text_embed_dim", "sample_frames", "sample_width", "sample_height"), _Count
+    ),
+    "temporal_compression_ratio": _Count,
+    **dict.fromkeys(("spatial_interpolation_scale", "temporal_interpolation_scale", "norm_eps"), _Positive),
+    **dict.fromkeys(("use_rotary_positional_embeddings", "use_learned_positional_embeddings"), bool),
+    **dict.fromkeys(("patch_bias", "norm_elementwise_affine"), bool),
+}
+_NEEDED_OF_VAE = ("block_out_channels", "latent_channels", "layers_per_block")
+_VAE_TYPES: Mapping[str, Any] = {
+    "block_out_channels": Annotated[list[_Count], Field(min_length=1)],
+    "latent_channels": _Count,
+    "layers_per_block": Annotated[int, Field(ge=1, le=100)],
+    "temporal_compression_ratio": _Positive,
+    "scaling_factor": _Positive,
+    "invert_scale_latents": bool,
+}
+_SCHEDULER_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("beta_start", "beta_end", "snr_shift_scale"), _Positive),
+    "num_train_timesteps": _Count,
 }
 _FIXED_SCHEDULER = {
     "beta_schedule": "scaled_linear",
@@ -141,6 +173,7 @@ def network_params(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: not a CogVideoX transformer, or no equivalent here.
     """
     _require_class(config, "CogVideoXTransformer3DModel")
+    _require_types(config, _TRANSFORMER_TYPES, _NEEDED_OF_TRANSFORMER)
     _require(config, _FIXED_TRANSFORMER, "the transformer")
     pt, patch = default(config.get("patch_size_t"), 1), config["patch_size"]
     rotary = bool(config.get("use_rotary_positional_embeddings"))
@@ -239,6 +272,7 @@ def vae_params(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: not a CogVideoX autoencoder, or no equivalent here.
     """
     _require_class(config, "AutoencoderKLCogVideoX")
+    _require_types(config, _VAE_TYPES, _NEEDED_OF_VAE)
     _require(config, _FIXED_VAE, "the autoencoder")
     channels = list(config["block_out_channels"])
     if any(width % channels[0] for width in channels):
@@ -289,6 +323,7 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: it is another scheduler.
     """
     _require(config, {name: _FIXED_SCHEDULER[name] for name in ("prediction_type", "rescale_betas_zero_snr")}, "it")
+    _require_types(config, _SCHEDULER_TYPES, (), "scheduler_config.json")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_train_timesteps"}
     params = {
         ours: config[theirs] for ours, theirs in names.items() if config.get(theirs, _BETAS[ours]) != _BETAS[ours]
@@ -353,6 +388,18 @@ def _require_class(config: Mapping[str, Any], name: str) -> None:
             f"its config.json describes a {config.get('_class_name', 'model without _class_name')}, not a {name}; "
             "only CogVideoX models are converted"
         )
+
+
+def _require_types(
+    config: Mapping[str, Any], types: Mapping[str, Any], needed: Sequence[str], file: str = "config.json"
+) -> None:
+    """Refuse a configuration with a wrong value, or without one that is needed."""
+    for name in needed:
+        if name not in config:
+            raise InputError(f"its {file} lacks '{name}'; download it again")
+    for name, hint in types.items():
+        if name in config and (problem := misfit(config[name], hint)):
+            raise InputError(f"its {file}: {name} {problem[0]}; {problem[1]}")
 
 
 def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> None:

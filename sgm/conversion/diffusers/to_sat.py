@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from sgm.config.precision import precision_name
+from sgm.config.references import escaped
 from sgm.conversion.diffusers.config import model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
@@ -27,7 +28,7 @@ from sgm.conversion.writing import new_folder, total_bytes, write_network
 from sgm.io import parse_json
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
-from sgm.util import InputError, default, instantiate_from_config, without_allocating
+from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
 from sgm.weights.checksums import write_safetensors
@@ -87,6 +88,8 @@ def weight_files(folder: Path) -> list[Path]:
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
         shards = read_json(indices[0]).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise InputError(f"{indices[0]}: weight_map does not give the file of each tensor; download it again")
         files = [folder / name for name in sorted(set(shards.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing or not files:
@@ -107,8 +110,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}{nearest_path(path)}; correct the path, or download it again") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; copy or download it again") from error
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {said}; copy or download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected an object; copy or download it again")
     return content
@@ -156,7 +162,8 @@ class SatModel:
                 check_values(*(path for path in self.text_encoder if path.suffix == ".safetensors"))
                 for path in self.text_encoder:
                     shutil.copyfile(path, temporary / "t5" / path.name)
-            text = yaml.safe_dump(self._with_paths(Path(folder), file_format), sort_keys=False, allow_unicode=True)
+            content = escaped(self._with_paths(Path(folder), file_format))
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (temporary / "model.yaml").write_text(text, encoding="utf-8")
 
     def _with_paths(self, folder: Path, file_format: str) -> dict[str, Any]:

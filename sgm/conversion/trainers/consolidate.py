@@ -37,6 +37,7 @@ def convert(
     max_shard_size: str = "5GB",
     base: Sequence[str] = (),
     ema: bool = False,
+    trust: Sequence[str] = (),
 ) -> Source:
     """Convert a transformer; the output appears only when it is complete.
 
@@ -51,6 +52,7 @@ def convert(
         base: model YAML files that the weights must match. Without them, ``config.json`` is written only if the input
             has one, or a shipped model has its shapes.
         ema: see `read_source`.
+        trust: packages that targets in YAML may come from besides.
 
     Returns:
         The converted transformer.
@@ -59,12 +61,12 @@ def convert(
         InputError: the checkpoint cannot be read or translated, or the output exists or cannot be written to.
     """
     check_new_folder(output_path)
-    source = read_source(checkpoint_path, dtype=dtype, ema=ema)
+    source = read_source(checkpoint_path, dtype=dtype, ema=ema, trust=trust)
     patch_size = None
     if source.adapters_alone:
         _check_adapters(source, to, base)
     else:
-        section = _section(source, base, to)
+        section = _section(source, base, to, trust)
         source = _complete(source, section)
         patch_size = _patch_size(source, section)
         if to == "diffusers":
@@ -98,12 +100,12 @@ def _check_adapters(source: Source, to: str, base: Sequence[str]) -> None:
         raise InputError(f"{source.path}: {problem}; its config.yaml belongs to another training")
 
 
-def _section(source: Source, base: Sequence[str], to: str) -> dict[str, Any] | None:
+def _section(source: Source, base: Sequence[str], to: str, trust: Sequence[str]) -> dict[str, Any] | None:
     """Return the ``network_config`` of YAML, ``config.json``, or the shipped model of the shapes; None without any."""
     if not base and source.config is None and (source.of_diffusers or to == "diffusers") and is_shipped(source.tensors):
         base = [str(shipped_file(source.tensors, source.path))]
     if base:
-        config = load_config(base, ["args.input_type=cli"], mode="inference")
+        config = load_config(base, ["args.input_type=cli"], mode="inference", trust=trust)
         section = copy.deepcopy(config.model["network_config"])
     elif source.config is not None:
         section = {"target": "dit_video_concat.DiffusionTransformer", "params": network_params(source.config)}

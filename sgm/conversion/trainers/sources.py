@@ -4,7 +4,7 @@ Tensors are lazy, under SAT's names without prefix.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ def find_state(path: Path) -> Path | None:
     return path if is_zero_state(path) else None
 
 
-def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False) -> Source:
+def read_source(
+    path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False, trust: Sequence[str] = ()
+) -> Source:
     """Find a transformer and its metadata without reading values.
 
     Args:
@@ -83,6 +85,7 @@ def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool
             index, or a weights file.
         dtype: of the tensors; None keeps that of training or of the files. ZeRO's master weights are float32.
         ema: use the EMA weights of a ZeRO state.
+        trust: packages that targets in the run's YAML may come from besides.
 
     Raises:
         InputError: files are missing or damaged, or hold no CogVideoX transformer.
@@ -92,7 +95,7 @@ def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool
     if folder is None:
         if ema:
             raise InputError(f"{path} is not a ZeRO state; the averages of a run are in RUN/<iteration>-ema")
-        return _from_files(path, dtype)
+        return _from_files(path, dtype, trust)
     state = read_zero_state(folder)
     what = "moving averages" if ema else "float32 weights"
     logger.info(
@@ -102,10 +105,10 @@ def read_source(path: str | Path, *, dtype: torch.dtype | None = None, ema: bool
     precisions = {each for each in state.dtypes.values() if each.is_floating_point}
     rest = dtype or (precisions.pop() if len(precisions) == 1 else None)
     source = Source(folder, tensors, state.iteration, of_diffusers=of_diffusers)
-    return _of_run(source, rest)
+    return _of_run(source, rest, trust)
 
 
-def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
+def _from_files(path: Path, dtype: torch.dtype | None, trust: Sequence[str]) -> Source:
     """Describe a transformer in one weights file or several."""
     if (path / "model_index.json").is_file():
         raise InputError(f"{path} is a pipeline of diffusers; give its transformer: {path / 'transformer'}")
@@ -130,7 +133,7 @@ def _from_files(path: Path, dtype: torch.dtype | None) -> Source:
         config=read_json(beside) if of_diffusers and beside.is_file() else None,
         of_diffusers=of_diffusers,
     )
-    return _of_run(source, dtype)
+    return _of_run(source, dtype, trust)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -182,7 +185,7 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
     )
 
 
-def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
+def _of_run(source: Source, dtype: torch.dtype | None, trust: Sequence[str]) -> Source:
     """Complete the state of a train_video.py run: add frozen tensors and the adapters' description."""
     folder = source.path if source.path.is_dir() else source.path.parent
     if folder.parent.name != "resume" or not (folder / "resume.json").is_file():
@@ -199,10 +202,10 @@ def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
     if source.adapters_alone:
         info = read_adapter_info(weights) if weights.is_dir() else None
         if info is None:
-            info = describe_adapters(load_config([_checked_config(run, folder)], mode="train"))
+            info = describe_adapters(load_config([_checked_config(run, folder, trust)], mode="train", trust=trust))
         return replace(source, adapters=info)
     if not weights.is_dir():
-        load = load_config([_checked_config(run, folder)], mode="train").args.load
+        load = load_config([_checked_config(run, folder, trust)], mode="train", trust=trust).args.load
         if load is None:
             return source
         weights = Path(load)
@@ -214,7 +217,7 @@ def _of_run(source: Source, dtype: torch.dtype | None) -> Source:
     return replace(source, tensors=rest | dict(source.tensors))
 
 
-def _checked_config(run: Path, folder: Path) -> Path:
+def _checked_config(run: Path, folder: Path, trust: Sequence[str]) -> Path:
     """Return the configuration of a run without saved weights.
 
     Raises:
@@ -226,7 +229,7 @@ def _checked_config(run: Path, folder: Path) -> Path:
             f"{folder} holds only what was trained; the rest is in {run / folder.name} or named in {path}, and neither "
             "exists: restore one of them"
         )
-    load = load_config([path], mode="train").args.load
+    load = load_config([path], mode="train", trust=trust).args.load
     recorded = read_json(folder / "resume.json").get("base_digest")
     if load is not None and weights_digest(find_weights(load)) != recorded:
         raise InputError(f"{load}, which {path} names as the start of the run, has changed since; restore it")

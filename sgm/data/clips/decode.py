@@ -28,12 +28,15 @@ from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-READER = 2  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
+READER = 3  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, above 8K
 _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
 _SAME_SHAPE = 0.02  # of |log(aspect ratio)| of the frames of a clip, whose size may change
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v")  # container formats whose presentation times FFmpeg invents
 _SELECTIVE = ("h264", "hevc")  # decoders that leave out single frames that no other frame refers to
+_FIELDS_IN_PACKETS = ("h264",)  # decoders that join them; parsers join those of other codecs
+_FIELDS_AS_FRAMES = ("hevc",)  # decoders that call nothing else interlaced
+_DEINTERLACE = "deinterlace it first: ffmpeg -i IN -vf"
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _STATED = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg's name; refuses larger frames before it allocates them
 
@@ -75,8 +78,9 @@ def scan(path: str | ClipFile) -> Scan:
     """Read the packets of a clip; decode the first frame for the size and to check for a decoder.
 
     Frames that the container hides (edit lists), or that cannot be decoded because the clip was cut before them
-    without encoding again, are not counted. A clip without presentation times whose frames are reordered (B-frames in
-    avi) is decoded as a whole, to count them.
+    without encoding again, are not counted. Two kinds of clips are decoded as a whole: without presentation times and
+    with reordered frames (B-frames in avi), to count them; and interlaced H.264, of which a packet may hold one of the
+    two fields of a frame.
 
     Raises:
         ClipError: it cannot be read, holds no frames, or is shorter than its header states.
@@ -89,7 +93,8 @@ def scan(path: str | ClipFile) -> Scan:
 
 def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
     packets: list[tuple[int | None, int | None, int]] = []
-    first, count = None, 0
+    first, count, decoded = None, 0, set[int | None]()
+    by_fields = False
     with open_video(path) as (container, stream):
         ordered |= container.format.name in _WITHOUT_TIMES and stream.codec_context.reorder_depth > 0
         decoder = _decoder(stream)
@@ -98,9 +103,14 @@ def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
                 raise ClipError(path, f"is cut off or damaged after {len(packets)} frames; copy or encode it again")
             if packet.size and not packet.is_discard:  # discarded: trimmed without encoding again
                 packets.append((packet.pts, packet.dts, packet.duration or 0))
-            if first is None or ordered:
-                frames = [frame for frame in _decode(decoder, packet) or () if not frame.is_corrupt]
+            if first is None or ordered or by_fields:
+                found = _decode(decoder, packet)
+                if found is None and by_fields:  # what is no frame could be a lost one, or a second field
+                    raise ClipError(path, f"is interlaced, and damaged after {len(packets)} fields; encode it again")
+                frames = [frame for frame in found or () if not frame.is_corrupt]
                 first, count = first or next(iter(frames), None), count + len(frames)
+                decoded.update(frame.pts for frame in found or ())
+                by_fields = first is not None and first.interlaced_frame and decoder.name in _FIELDS_IN_PACKETS
         if first is None or not packets:
             raise ClipError(path, "holds no frames that can be decoded")
         base, stated = float(stream.time_base or 1), _stated_duration(container, stream)
@@ -109,9 +119,15 @@ def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
         if not ordered:
             return _scan_video(path, ordered=True)
         packets = [(dts, dts, length) for _, dts, length in packets]
+    if first.interlaced_frame and decoder.name in _FIELDS_AS_FRAMES:
+        raise ClipError(path, f"holds each field as a frame (interlaced); {_DEINTERLACE} weave,bwdif OUT.mp4")
+    if ordered and by_fields and count < len(packets):
+        raise ClipError(path, f"holds fields (interlaced) without presentation times; {_DEINTERLACE} bwdif OUT.mp4")
     if ordered and count != len(packets):
         raise ClipError(path, f"only {count} of its {len(packets)} frames can be decoded; encode it again as mp4")
     shown = [(pts, length) for pts, _, length in packets if pts is not None and (ordered or pts >= (first.pts or 0))]
+    if by_fields and not ordered:
+        shown = [(pts, length) for pts, length in shown if pts in decoded]
     ticks = np.array([pts for pts, _ in shown], dtype=np.int64)
     ticks = np.sort(ticks) if ordered else np.unique(ticks)  # VP8 hides frames under the time of another
     if len(ticks) == 0 or len(ticks) < len(shown) / 2:

@@ -126,7 +126,7 @@ def _row(
     clip = _file(record, columns.video, files)
     caption = record.get(columns.caption)
     if not isinstance(caption, str | None):
-        raise _CellError(columns.caption, f"{columns.caption} is {reprlib.repr(caption)}; give text")
+        raise _CellError(columns.caption, f"{columns.caption} is {_shown(caption)}; give text")
     caption = one_line(caption or "")
     if wrong := no_character(caption):
         raise _CellError(columns.caption, f"{columns.caption} holds {wrong}; correct it")
@@ -150,7 +150,7 @@ def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
     if hasattr(value, "container"):
         return value
     if not isinstance(value, str):
-        raise _CellError(column, f"{column} is {reprlib.repr(value)}; give the path of a file")
+        raise _CellError(column, f"{column} is {_shown(value)}; give the path of a file")
     try:
         return files.path(value)
     except ValueError as error:
@@ -163,7 +163,7 @@ def _id(record: Mapping[str, Any]) -> str | int | None:
     if value is None or value == "" or hasattr(value, "container"):  # the last: a file *.id in an archive
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _CellError("id", f"id is {reprlib.repr(value)}; give text or a whole number")
+        raise _CellError("id", f"id is {_shown(value)}; give text or a whole number")
     return value
 
 
@@ -369,6 +369,8 @@ def _shown(value: Any, *, quoted: bool = True) -> str:
     """Return the beginning of a value, of any size and depth, for a message."""
     if isinstance(value, str):
         return (json.dumps(value) if quoted else value)[:60]
+    if value is None or isinstance(value, bool | float):
+        return json.dumps(value)
     return reprlib.repr(value)
 
 

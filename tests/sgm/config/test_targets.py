@@ -1,15 +1,18 @@
 """Sections are checked against the signatures of their classes."""
 
+import copy
+
 import pytest
 import yaml
 
+from sgm.checks import planner
 from sgm.checks.sampling import check_shapes
 from sgm.config.load import ConfigError, load_config
 from sgm.config.targets import check_params
 from sgm.config.yaml_files import Merged
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.modules.geometry import Geometry
-from sgm.util import instantiate_from_config
+from sgm.util import PROJECT, Target, instantiate_from_config
 from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy, training_complaint
 
 
@@ -117,8 +120,13 @@ def test_the_data_section_takes_a_data_set(target):
 def test_a_class_of_ones_own_needs_trust_from_the_command_line(monkeypatch):
     target = f"model.sampler_config.target={__name__}.OwnSampler"
     assert toy(target).warnings == ()
-    monkeypatch.setattr("sgm.util._trusted", [])
+    monkeypatch.setattr("sgm.util.PROJECT", PROJECT)
     assert "add --trust tests to the command" in override_complaint(target, "args.trust=[tests]")
+    trusted = load_config([TOY], [target], mode="inference", trust=["tests"])
+    assert type(instantiate_from_config(trusted.model["sampler_config"])).__name__ == "OwnSampler"
+    copied = copy.deepcopy(trusted.model["sampler_config"]["target"])
+    assert copied.trust == ("tests",) and type(yaml.safe_load(trusted.to_yaml())["model"]) is dict
+    assert type(planner.config_with(trusted, ["args.seed=2"]).model["sampler_config"]["target"]) is Target
 
 
 def test_a_section_without_target(write):

@@ -503,7 +503,7 @@ def test_latest_moves_to_the_newest_and_one_iteration_has_one_format(tmp_path):
 def test_a_full_disk_leaves_latest_and_no_half_written_file(tmp_path, small_disk):
     save_network(tmp_path, 1, Tiny(), patch_size=2)
     for file_format in ("pt", "safetensors"):
-        message = r"could not write .*2.mp_rank_00.*it needs [\d.,]+ (bytes|kB).*are free"
+        message = r"could not write .*2.mp_rank_00.*it needs [\d.,]+ (bytes|kB), the limit of a file"
         with pytest.raises(RunError, match=message), small_disk(500):
             save_network(tmp_path, 2, Tiny(), patch_size=2, file_format=file_format)
     assert (tmp_path / "latest").read_text().strip() == "1" and os.listdir(tmp_path / "2") == []

@@ -16,6 +16,7 @@ from sgm.data.formats.folder import list_folder
 from sgm.data.formats.registry import list_rows
 from sgm.inference.video import write_video
 from sgm.util import InputError
+from tests.sgm.data.clips.fields import h264_fields, write_fields
 
 
 def picture_frames(num_frames=30, height=64, width=96):
@@ -163,6 +164,27 @@ def test_interlaced_frames_are_deinterlaced(variant):
     frames = read_frames(path, [4, 20], scanned).astype(int)
     assert scanned.interlaced and np.abs(np.diff(frames[:, 4:-4], axis=1)).mean() < 20
     assert len(scanned.times) == 30 and not scan(variant("-c", "copy")).interlaced
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_two_fields_in_two_packets_are_one_frame(suffix, tmp_path):
+    levels = range(40, 100, 6)
+    write_fields(path := tmp_path / f"fields.{suffix}", levels)
+    scanned = scan(path)
+    info, frames = scanned.info, read_frames(path, range(10), scanned)
+    assert (info.num_frames, info.height, info.fps, info.duration) == pytest.approx((10, 64, 25, 0.4), rel=0.01)
+    grey = [round((level - 16) * 255 / 219) for level in levels]  # of limited range
+    assert scanned.interlaced and np.abs(frames - np.array(grey)[:, None, None, None]).max() <= 2
+    decode_all(path, scanned)
+
+
+def test_fields_without_times_or_as_frames_are_refused(variant, tmp_path):
+    (path := tmp_path / "fields.h264").write_bytes(h264_fields([40, 80, 120]))
+    with pytest.raises(ClipError, match="fields .* without presentation times; deinterlace it first: .* bwdif"):
+        scan(path)
+    options = ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "interlace=tff:log-level=error")
+    with pytest.raises(ClipError, match="holds each field as a frame .*; deinterlace it first: .* weave,bwdif"):
+        scan(variant("-vf", "separatefields", "-frames:v", "4", *options))
 
 
 @pytest.mark.parametrize(

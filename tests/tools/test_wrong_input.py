@@ -1,0 +1,97 @@
+"""Wrong input of the tools: what is wrong, where, and what to do, with exit code 2 and nothing written."""
+
+import importlib
+import json
+import os
+
+import pytest
+import torch
+
+from sgm.cli import file_size
+from tests.conftest import ROOT
+
+TOY, TRAINING = str(ROOT / "configs/toy.yaml"), [str(ROOT / f"configs/toy_{name}.yaml") for name in ("lora", "sft")]
+CLIP, LORA_BASE = ROOT / "assets/toy/videos/000000.mp4", ROOT / "assets/toy/transformer"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of wrong input; what commands write goes into its subfolder ``out``."""
+    transformer = {"_class_name": "CogVideoXTransformer3DModel", "in_channels": 16, "out_channels": 16}
+    transformer |= {"num_attention_heads": 2, "attention_head_dim": 64, "time_embed_dim": 512, "num_layers": 6}
+    content = {
+        "empty": b"",
+        "twice.yaml": b"- {args.seed: 1, args.seed: 2}\n",
+        "latin.yaml": b"- {args.experiment_name: \xe9}\n",
+        "nameless/config.json": json.dumps(transformer).encode(),
+        "many/config.json": json.dumps(transformer | {"patch_size": 2, "num_layers": -1}).encode(),
+        "index/m.safetensors.index.json": b'{"weight_map": {"a": 5}}',
+        "index/config.json": b"{}",
+        "code/config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}',
+        "manifest/clips.jsonl": b'{"path": NaN, "text": null}\n',
+        "mine/clips.jsonl": b'{"path": "a.mp4", "text": "my own caption"}\n',
+    }
+    for name, data in content.items():
+        (path := tmp_path / name).parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    for name in ("nameless", "many"):
+        torch.save({"proj_out.weight": torch.zeros(2)}, tmp_path / name / "diffusion_pytorch_model.bin")
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    return tmp_path
+
+
+SWEEP = f"sweep --base {' '.join(TRAINING)} --out out"
+SPLIT = f"split_video {CLIP} --out"
+CHECK = f"check_dataset {ROOT / 'assets/toy'} --video_size 64 64 --rows_only"
+HF2SAT = "convert_weight_hf2sat --output_path out"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (f"{SWEEP} --runs none.yaml", "none.yaml): the file does not exist"),
+        (f"{SWEEP} --runs nameless", "is a folder, not a YAML file"),
+        (f"{SWEEP} --runs twice.yaml", "twice.yaml:1): written twice"),
+        (f"{SWEEP} --runs latin.yaml", "give a readable YAML file in UTF-8"),
+        (f"{SWEEP} --grid args.seed={','.join(map(str, range(1001)))}", "ask for 1,001 runs; give values for 1,000"),
+        (f"{SWEEP} --grid args.seed=1,2 --stop_above nan", "--stop_above is a percentage from 0 on"),
+        (f"{SWEEP} --grid args.seed=1,2 --devices 0 1 0", "--devices names 0 twice"),
+        (f"{SWEEP} --grid args.seed=1,2 --prompts empty", "--prompts empty holds no prompt"),
+        (f"{SPLIT} out --fps inf", "--fps is inf; give a number above 0 and at most 990"),
+        (f"{SPLIT} out --size 100000 100000", "give 67,108,864 pixels at most"),
+        (f"{SPLIT} mine", "mine/clips.jsonl exists and was not written by this command"),
+        (f"prepare_dataset --base {' '.join(TRAINING)} --out out --shard_mb nan", "--shard_mb is nan; give megabytes"),
+        (f"prepare_dataset --base {' '.join(TRAINING)} --out out --shard_mb inf", "--shard_mb is inf; give megabytes"),
+        (f"{CHECK} --contact_sheet sheet.xyz", "name a file that ends in .png"),
+        (f"{CHECK} --json nameless", "nameless is a folder; name a file in it"),
+        ("check_dataset manifest/clips.jsonl --video_size 64 64", "path is NaN; give the path of a file"),
+        ("check_dataset loop --video_size 64 64", "it is a symbolic link to loop, which leads nowhere"),
+        (f"{HF2SAT} --model_path nothing", "there is no nothing/model_index.json; correct the path"),
+        (f"{HF2SAT} --transformer_path index", "weight_map does not give the file of each tensor"),
+        (f"{HF2SAT} --transformer_path nameless", "its config.json lacks 'patch_size'"),
+        (f"{HF2SAT} --transformer_path many", "its config.json: num_layers is -1; give a whole number from 1 to 1,000"),
+        ("inspect_checkpoint pipe", "pipe is no file, but a folder, pipe, socket or device"),
+        ("inspect_checkpoint numbers.pt", "holds tensors by other keys than names, e.g. 1"),
+        (f"merge_lora_weight --sat_pt_path {LORA_BASE} --output_path out --strength 1e38", "a number from -100 to 100"),
+        (f"caption_videos {ROOT / 'assets/toy'} --overwrite --model code", "needs Python code of its own"),
+    ],
+)
+def test_it_is_named_with_the_cure(command, said, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()}
+    tool, *words = command.split()
+    assert importlib.import_module(f"tools.{tool}").main(words) == 2
+    text = capsys.readouterr().err
+    assert said in text and "Errno" not in text and "trust_remote_code" not in text
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()} == before
+
+
+@pytest.mark.parametrize("size", ["0", "abc", "-5GB", "0GB", "5", "5PB", "nanGB"])
+def test_a_wrong_size_of_files_is_refused_with_the_command_line(size, capsys):
+    module = importlib.import_module("tools.convert_weight_sat2hf")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--base", TOY, "--output_path", "out", f"--max_shard_size={size}"])
+    assert ended.value.code == 2 and f"'{size}' is no size; give one such as 500MB" in capsys.readouterr().err
+    assert file_size("1.5gb") == "1.5GB"
