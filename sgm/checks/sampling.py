@@ -169,7 +169,7 @@ def check_files(config: Config) -> list[Problem]:
 def _needs_vae(config: Config) -> bool:
     """Whether a run decodes latents, or encodes an image or a video."""
     args = config.args
-    return not args.only_save_latents or bool(config.model.get("noised_image_input")) or args.video is not None
+    return not args.only_save_latents or bool(config.model.get("noised_image_input")) or args.encodes_clips
 
 
 def _input_file_problems(config: Config) -> list[Problem]:

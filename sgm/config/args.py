@@ -50,6 +50,9 @@ class SamplingArgs:
     image: Name | None = None
     video: Name | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    start: Name | None = None
+    end: Name | None = None
+    held_frames: Annotated[int, Field(ge=5, le=10_000)] | None = None
     input_type: Literal["txt", "cli"] = "cli"
     input_file: Name | None = None
     image2video: bool | None = None
@@ -123,11 +126,20 @@ class SamplingArgs:
         """`strength`, or its default: how much of the steps a sample that starts from a video runs."""
         return 0.8 if self.strength is None else self.strength
 
+    @property
+    def num_held(self) -> int:
+        """`held_frames`, or its default: frames held of each clip of `start` and `end`."""
+        return 9 if self.held_frames is None else self.held_frames
+
+    @property
+    def encodes_clips(self) -> bool:
+        """Whether sampling encodes a video or picture that is not the image of a prompt."""
+        return any(given is not None for given in (self.video, self.start, self.end))
+
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._shared_problems()
-        if self.strength is not None and self.video is None:
-            yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
+        yield from self._clip_problems()
         if self.input_type == "txt" and self.input_file is None and self.prompt is None:
             cure = "give args.prompt, args.input_file=prompts.txt (a prompt a line), or args.input_type=cli"
             yield "input_file", "is missing, and input_type is txt", cure
@@ -143,6 +155,23 @@ class SamplingArgs:
         if self.prompt_enhancer_model is not None and not self.enhances_by_endpoint:
             found = "is given, and prompt_enhancer is no address of an endpoint"
             yield "prompt_enhancer_model", found, "remove it, or set args.prompt_enhancer=http://127.0.0.1:8000/v1"
+
+    def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
+        if self.strength is not None and self.video is None:
+            yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
+        held = [name for name in ("start", "end") if getattr(self, name) is not None]
+        if self.held_frames is not None and not held:
+            found = f"is {self.held_frames}, and there is no clip to hold"
+            yield "held_frames", found, "set args.start=<file> or args.end=<file>, or remove it"
+        if self.num_held % 4 != 1:
+            below = self.num_held - (self.num_held - 1) % 4
+            yield "held_frames", f"is {self.num_held}", f"give 4k + 1 frames, such as {below} or {below + 4}"
+        if self.video is not None and held:
+            cure = f"keep video to change a clip, or {' and '.join(held)} to hold frames"
+            yield "video", f"is given, and {' and '.join(held)} too", cure
+        if self.image is not None and self.start is not None:
+            cure = "keep one: with start, the first of its held frames is the image"
+            yield "image", "is given, and start too", cure
 
     def _shared_problems(self) -> Iterator[tuple[str, str, str]]:
         last_seed = _MAX_SEED - (self.batch_size - 1)
@@ -281,7 +310,7 @@ class TrainingArgs(SamplingArgs):
         if self.loras:
             cure = "remove it; to train on top of adapters, merge them first: tools/merge_lora_weight.py"
             yield "loras", "is given, and is for sampling", cure
-        for name in ("prompt", "image", "video", "strength"):
+        for name in ("prompt", "image", "video", "strength", "start", "end", "held_frames"):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         for name in ("prompt_enhancer", "prompt_enhancer_model"):

@@ -18,7 +18,7 @@ from sgm.distributed import Mesh, resolve_device
 from sgm.inference.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
-from sgm.inference.source_video import check_source
+from sgm.inference.source_video import check_clip
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
@@ -88,10 +88,8 @@ def prepare(config: Config) -> Prepared:
     notes: list[str] = []
     if config.args.prompt_enhancer is not None:
         problems += problems_of("args.prompt_enhancer", "name another", partial(check_enhancer, config.args))
-    if config.args.video is not None and not problems:
-        cure = "correct args.video, args.sampling_num_frames or args.sampling_fps"
-        plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
-        problems += problems_of("args.video", cure, lambda: notes.append(f"video: {check_source(config.args, plan)}"))
+    if not problems:
+        problems += _clip_problems(config, notes)
     if not problems:  # they would be those of the text encoder again
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
@@ -120,7 +118,8 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
         if sgm.distributed.is_launched():
             raise InputError("args.input_type=cli needs a single process; start one, or use input_type=txt")
         return None
-    image2video = Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    image2video = geometry.image_conditioned and args.start is None  # which gives the image
     if args.prompt is not None:
         line = args.prompt if args.image is None else f"{args.prompt}{IMAGE_SEPARATOR}{args.image}"
         if not args.prompt.strip():
@@ -131,6 +130,18 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
         prompts = read_prompts(args.input_file, image2video=image2video)
     check_images(prompts)
     return prompts
+
+
+def _clip_problems(config: Config, notes: list[str]) -> list[Problem]:
+    """Return the problems of the clips that sampling is given, and note what is taken of them."""
+    problems: list[Problem] = []
+    for key in ("video", "start", "end"):
+        if getattr(config.args, key) is not None:
+            plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+            cure = f"correct args.{key}, args.sampling_num_frames or args.sampling_fps"
+            check = partial(check_clip, config.args, plan, key)
+            problems += problems_of(f"args.{key}", cure, lambda check=check, key=key: notes.append(f"{key}: {check()}"))
+    return problems
 
 
 def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:

@@ -22,7 +22,8 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "video strength loras weights text_encoder_weights guidance_interval step_cache step_cache_threshold attention"
+    "video strength start end held_frames loras weights text_encoder_weights guidance_interval step_cache "
+    "step_cache_threshold attention"
 ).split()
 
 
@@ -78,6 +79,7 @@ def later_settings(args: SamplingArgs) -> dict[str, Any]:
     """Return name → value, as JSON has it, of the settings that change a sample only where they are set."""
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
     given["strength"] = None if args.video is None else args.noise_strength
+    given["held_frames"] = None if args.start is None and args.end is None else args.num_held
     as_json = TypeAdapter(Any)
     return {
         name: as_json.dump_python(value, mode="json", exclude_none=True)

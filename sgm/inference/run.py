@@ -36,7 +36,7 @@ from sgm.inference.prompts import (
 )
 from sgm.inference.record import Summary, Timings, clock, later_settings, result_digest
 from sgm.inference.results import Results
-from sgm.inference.source_video import load_source
+from sgm.inference.source_video import EncodedClips, encode_clips, start_size
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
@@ -128,7 +128,7 @@ class SamplingRun:
         self._is_loaded = engine is not None
         self._network_in_use = default(network_in_use, nullcontext())
         self._uncond: dict[str, torch.Tensor] | None = None
-        self._video: torch.Tensor | None = None  # the latents of args.video
+        self._clips: EncodedClips | None = None
 
     def _build(self) -> SATVideoDiffusionEngine:
         """Build the model on the meta device; the text encoder is assigned to the real one."""
@@ -191,13 +191,17 @@ class SamplingRun:
     def sample_typed(self) -> None:
         """Sample prompts from the terminal, one by one."""
         done = []
-        for prompt in read_prompts_cli(image2video=self.plan.image2video, ready=self._ready):
+        for prompt in read_prompts_cli(image2video=self._asks_for_image, ready=self._ready):
             done.append(prompt)
             if missing := self._missing(prompt):
                 encoded, seconds = self._encode([prompt])
                 self._load()
                 self._sample_prompt(prompt, missing, encoded[0], Timings(text=seconds))
         self._write_sheet(done, 0, 1)
+
+    @property
+    def _asks_for_image(self) -> bool:
+        return self.plan.image2video and self.args.start is None
 
     def _ready(self, prompt: Prompt) -> Prompt:
         """Return a typed prompt as it is sampled.
@@ -233,7 +237,7 @@ class SamplingRun:
         for row in () if stack is None else stack.rows():
             logger.info("LoRA of %s", row)
         warn_once(logger, report.warnings)
-        if self.plan.image2video or args.video is not None or not args.only_save_latents:
+        if self.plan.image2video or args.encodes_clips or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
@@ -311,10 +315,11 @@ class SamplingRun:
         """Sample, decode and write the numbers `samples` of one prompt; without numbers, sample only."""
         drawn = samples or [0]
         cond, uncond = ({name: _repeat(value, drawn, self.device) for name, value in part.items()} for part in conds)
-        size, concat = self._image_condition(prompt, len(drawn), timings)
-        source = self._source(size, timings)
+        size = self._size(prompt)
+        clips = self._encoded_clips(size, timings)
+        concat = self._image_condition(prompt, clips, len(drawn), timings)
         with self._network_in_use:
-            latents = self._sample_latents(cond, uncond, size, drawn, concat, source, timings)
+            latents = self._sample_latents(cond, uncond, clips, drawn, concat, timings)
         if not samples:
             return
         if not torch.isfinite(latents).all():
@@ -330,7 +335,7 @@ class SamplingRun:
             saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
             start = clock()
-            videos = self.engine.decode_each(latents, to_uint8)
+            videos = [clips.joined(frames) for frames in self.engine.decode_each(latents, to_uint8)]
             timings.decode = clock() - start
             saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None
@@ -342,52 +347,53 @@ class SamplingRun:
         if failure is not None:
             raise failure
 
-    def _image_condition(
-        self, prompt: Prompt, num: int, timings: Timings
-    ) -> tuple[tuple[int, int], torch.Tensor | None]:
-        """Return the size (H, W) in pixels and, for image-to-video, the image latents for `num` samples."""
-        if prompt.image is None:
-            assert self.plan.size is not None, "text-to-video plans have a size"
-            return self.plan.size, None
-        start = clock()
-        size = self.plan.size or self.geometry.size_for_image(*image_size(prompt.image))
-        image = load_image(prompt.image, size)[None].to(self.device)
-        concat = self.engine.image_latents(image, self.plan.latents).expand(num, -1, -1, -1, -1)
-        timings.image = clock() - start
-        return size, concat
+    def _size(self, prompt: Prompt) -> tuple[int, int]:
+        """Return the size (H, W) in pixels of the results of a prompt."""
+        if self.plan.size is not None:
+            return self.plan.size
+        first = start_size(self.args) if prompt.image is None else image_size(prompt.image)
+        return self.geometry.size_for_image(*first)
 
-    def _source(self, size: tuple[int, int], timings: Timings) -> torch.Tensor | None:
-        """Return the latents of ``args.video`` (1, T, C, H/8, W/8), encoded for the first prompt; None without it."""
-        if self.args.video is not None and self._video is None:
+    def _encoded_clips(self, size: tuple[int, int], timings: Timings) -> EncodedClips:
+        """Return the clips of the run, encoded once for results of a size."""
+        if self._clips is None or self._clips.size != size:
             start = clock()
-            frames = load_source(self.args, self.plan, size).to(self.device)
-            self._video = self.engine.encode_first_stage(frames[None], sample=False)
+            self._clips = encode_clips(self.args, self.plan, size, self.engine)
             timings.video = clock() - start
-        return self._video
+        return self._clips
+
+    def _image_condition(self, prompt: Prompt, clips: EncodedClips, num: int, timings: Timings) -> torch.Tensor | None:
+        """Return the image latents for `num` samples; None for text to video."""
+        if not self.plan.image2video:
+            return None
+        start = clock()
+        image = clips.image if prompt.image is None else load_image(prompt.image, clips.size)[None]
+        assert image is not None, "the prompts of image to video have one"
+        concat = self.engine.image_latents(image.to(self.device), self.plan.latents).expand(num, -1, -1, -1, -1)
+        timings.image = clock() - start
+        return concat
 
     def _sample_latents(
         self,
         cond: Mapping[str, torch.Tensor],
         uncond: Mapping[str, torch.Tensor],
-        size: tuple[int, int],
+        clips: EncodedClips,
         samples: list[int],
         concat: torch.Tensor | None,
-        source: torch.Tensor | None,
         timings: Timings,
     ) -> torch.Tensor:
         start = clock()
-        given = {} if source is None else {"source": source, "strength": self.args.noise_strength}
         latents = self.engine.sample(
             cond,
             uncond,
-            shape=(self.plan.latents, self.geometry.out_channels, size[0] // 8, size[1] // 8),
+            shape=(self.plan.latents, self.geometry.out_channels, clips.size[0] // 8, clips.size[1] // 8),
             generators=[torch.Generator().manual_seed(self.args.seed + k) for k in samples],
             concat=concat,
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
             progress=partial(progress, description="steps"),
-            **given,
+            **clips.inputs,
         )
         timings.sample = clock() - start
         return latents

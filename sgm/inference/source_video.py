@@ -1,69 +1,214 @@
-"""The video that sampling starts from: ``args.video``.
+"""The clips that sampling is given: ``args.video`` to change, ``args.start`` and ``args.end`` to hold.
 
 Legend: T frames, H, W pixels.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from sgm.checks.sampling import SamplingPlan
 from sgm.config.args import SamplingArgs
+from sgm.inference.video import to_uint8
 from sgm.util import InputError, nearest_path
 
+if TYPE_CHECKING:
+    from sgm.data.clips.decode import Scan
+
 _CHUNK = 8  # frames resized at a time: as floats, those of a large clip need gigabytes
+HeldKey = Literal["start", "end"]
 
 
-def check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
-    """Check that the video can be read and is long enough; return a description.
+@dataclass(frozen=True)
+class HeldClip:
+    """A clip of which frames are held in the result.
+
+    Attributes:
+        path: its file.
+        scanned: its metadata.
+        indices: all its frames at the frame rate of the result.
+        num: how many of them are held: the last ones of a start, the first ones of an end.
+        latents: latent frames that they are held in.
+    """
+
+    path: str
+    scanned: "Scan"
+    indices: tuple[int, ...]
+    num: int
+    latents: int
+
+
+@dataclass(frozen=True)
+class EncodedClips:
+    """What sampling takes of its clips, for results of one size.
+
+    Attributes:
+        size: (H, W) in pixels.
+        inputs: keyword arguments of `SATVideoDiffusionEngine.sample`.
+        image: the first held frame of a start (1, 3, H, W), which an image-to-video model takes as its image.
+        before: all frames of a start (T, H, W, 3), uint8, written instead of the first `num_held` decoded ones.
+        num_held: frames of the start that are held.
+    """
+
+    size: tuple[int, int]
+    inputs: dict[str, Any]
+    image: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+    num_held: int = 0
+
+    def joined(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return the frames to write for the decoded ones (T, H, W, 3), uint8."""
+        return frames if self.before is None else torch.cat((self.before, frames[self.num_held :]))
+
+
+def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "start", "end"]) -> str:
+    """Check that the clip of a key can be read and is long enough; return a description.
 
     Raises:
-        InputError: it is missing, damaged or too short.
+        InputError: it is missing, damaged or too short, or nothing is left to sample.
     """
+    if key == "video":
+        return _check_source(args, plan)
+    clip = held_clip(args, plan, key)
+    held = sum(held_clip(args, plan, name).latents for name in ("start", "end") if getattr(args, name) is not None)
+    if held >= plan.latents:
+        raise InputError(
+            f"start and end hold {held} latent frames, and the result has {plan.latents}; set a smaller "
+            f"args.held_frames (4 fewer hold one latent frame less), or args.sampling_num_frames={held + 1} or more"
+        )
+    shown = "the picture" if clip.num == 1 else f"its {'last' if key == 'start' else 'first'} {clip.num} frames"
+    info, text = clip.scanned.info, f"held: {shown}, in {clip.latents} of {plan.latents} latent frames"
+    if key == "start":
+        new = plan.video_frames - clip.num
+        text += f"; written: {len(clip.indices)} frames of it at {plan.fps} fps, then {new} new ones"
+    return f"{clip.path} ({info.height}x{info.width}): {text}"
+
+
+def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
     path, (_, indices, info) = str(args.video), _selected(args, plan)
     seconds = f"{plan.video_frames} frames at {plan.fps} fps, from {indices[0]} to {indices[-1]} of {info.num_frames}"
     return f"{path} ({info.height}x{info.width}): {seconds}; strength {args.noise_strength:g}"
 
 
-def load_source(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int]) -> torch.Tensor:
-    """Return the frames at the frame rate of the result, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1].
+def start_size(args: SamplingArgs) -> tuple[int, int]:
+    """Return (H, W) of ``args.start`` in pixels."""
+    info = _scan(str(args.start)).info
+    return info.height, info.width
+
+
+def encode_clips(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int], engine: Any) -> EncodedClips:
+    """Read and encode the clips of a run for results of a size, (H, W) in pixels.
 
     Raises:
-        InputError: as `check_source`.
+        InputError: as `check_clip`.
     """
-    from sgm.data.clips.decode import ClipError, read_frames  # lazy: slow to import
-    from sgm.data.clips.transform import cover_crop
 
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        # The mean of the posterior: a clip does not depend on the seed.
+        return engine.encode_first_stage(frames[None].to(engine.device), sample=False)
+
+    if args.video is not None:
+        inputs = {"source": encode(load_source(args, plan, size)), "strength": args.noise_strength}
+        return EncodedClips(size, inputs)
+    made: dict[str, Any] = {"inputs": {}}
+    if args.start is not None:
+        clip = held_clip(args, plan, "start")
+        before = torch.cat([to_uint8(piece) for piece in _resized(clip.path, clip.indices, clip.scanned, size)])
+        frames = before[-clip.num :].permute(0, 3, 1, 2) / 127.5 - 1
+        made = {"inputs": {"start": encode(frames)}, "image": frames[:1], "before": before, "num_held": clip.num}
+    if args.end is not None:
+        clip = held_clip(args, plan, "end")
+        frames = torch.cat([*_resized(clip.path, clip.indices[: clip.num], clip.scanned, size)])
+        if clip.num == 1:
+            frames = frames.expand(5, -1, -1, -1)
+        # The first latent frame holds a single frame, as in the beginning of a clip; the others, as here, four.
+        made["inputs"]["end"] = encode(frames)[:, 1:]
+    return EncodedClips(size, **made)
+
+
+def held_clip(args: SamplingArgs, plan: SamplingPlan, key: HeldKey) -> HeldClip:
+    """Select the frames of ``args.start`` or ``args.end`` at the frame rate of the result, and those held.
+
+    Raises:
+        InputError: it is missing, damaged or too short.
+    """
+    path = str(getattr(args, key))
+    scanned = _scan(path)
+    is_picture = scanned.info.num_frames == 1
+    most = 1 if is_picture else int(scanned.info.duration * plan.fps) + 2
+    indices = _indices(path, scanned, plan.fps, most)
+    num = 1 if is_picture else args.num_held
+    if len(indices) < num:
+        fewer = (len(indices) - 1) // 4 * 4 + 1
+        cure = (
+            f"set args.held_frames={fewer}, or give a longer clip" if fewer >= 5 else "give a picture or a longer clip"
+        )
+        raise InputError(f"{path} has {len(indices)} frames at {plan.fps} fps, and {num} are held; {cure}")
+    latents = 1 if is_picture else (num - 1) // 4 + (key == "start")
+    return HeldClip(path, scanned, indices, num, latents)
+
+
+def load_source(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int]) -> torch.Tensor:
+    """Return the frames of ``args.video`` for the result, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1].
+
+    Raises:
+        InputError: as `check_clip`.
+    """
     scanned, indices, _ = _selected(args, plan)
-    distinct = sorted(set(indices))
+    return torch.cat([*_resized(str(args.video), indices, scanned, size)])
+
+
+def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Yield frames a few at a time, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1]."""
+    from sgm.data.clips.decode import ClipError, each_frame, read_picture  # lazy: slow to import
+    from sgm.data.clips.transform import cover_crop
+    from sgm.data.rows import is_picture
+
+    frames = iter([read_picture(path)]) if is_picture(path) else each_frame(path, indices, scanned)
+    while pictures := list(islice(frames, _CHUNK)):
+        for picture in pictures:
+            if isinstance(picture, ClipError):
+                raise InputError(f"{picture.path}: {picture.reason}") from picture
+        piece = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)
+        yield cover_crop(piece.float() / 127.5 - 1, size)
+
+
+def _scan(path: str) -> "Scan":
+    from sgm.data.clips.decode import ClipError, scan  # lazy: slow to import
+
+    if not Path(path).is_file():
+        raise InputError(f"there is no file '{path}'{nearest_path(path)}; name a video")
     try:
-        pictures = torch.from_numpy(read_frames(str(args.video), distinct, scanned)).permute(0, 3, 1, 2)
+        return scan(path)
     except ClipError as error:
-        raise InputError(f"args.video {error.path}: {error.reason}") from error
-    frames = torch.cat([cover_crop(piece.float() / 127.5 - 1, size) for piece in pictures.split(_CHUNK)])
-    return frames[[distinct.index(index) for index in indices]]
+        raise InputError(f"{error.path}: {error.reason}") from error
+
+
+def _indices(path: str, scanned: "Scan", fps: int, most: int) -> tuple[int, ...]:
+    """Return the frames shown at a rate, `most` at most, from the first."""
+    from sgm.data.clips.frames import select_frames  # lazy: slow to import
+
+    end = scanned.times[0] + scanned.info.duration
+    try:
+        chosen = select_frames(scanned.times, fps=fps, max_num_frames=most, end=end)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; give another video") from error
+    return chosen.indices[: chosen.num_frames]
 
 
 def _selected(args: SamplingArgs, plan: SamplingPlan):
-    """Return the scan of the video, the frames that the result begins from, and its metadata."""
-    from sgm.data.clips.decode import ClipError, scan  # lazy: slow to import
-    from sgm.data.clips.frames import select_frames
-
-    path = Path(str(args.video))
-    if not path.is_file():
-        raise InputError(f"there is no file '{path}'{nearest_path(path)}; name a video")
-    try:
-        scanned = scan(str(path))
-        end = scanned.times[0] + scanned.info.duration
-        chosen = select_frames(scanned.times, fps=plan.fps, max_num_frames=plan.video_frames, end=end)
-    except ClipError as error:
-        raise InputError(f"{error.path}: {error.reason}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; give another video") from error
-    if chosen.num_frames < plan.video_frames:
-        longest = (chosen.num_frames - 1) // 4 + 1
+    """Return the scan of ``args.video``, the frames that the result begins from, and its metadata."""
+    path = str(args.video)
+    scanned = _scan(path)
+    indices = _indices(path, scanned, plan.fps, plan.video_frames)
+    if len(indices) < plan.video_frames:
+        longest = (len(indices) - 1) // 4 + 1
         raise InputError(
-            f"{path} has {chosen.num_frames} frames at {plan.fps} fps, and the result {plan.video_frames}; set "
+            f"{path} has {len(indices)} frames at {plan.fps} fps, and the result {plan.video_frames}; set "
             f"args.sampling_num_frames={longest} ({4 * longest - 3} frames), or give a longer video"
         )
-    return scanned, chosen.indices, scanned.info
+    return scanned, indices, scanned.info

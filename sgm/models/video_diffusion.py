@@ -408,12 +408,14 @@ class SATVideoDiffusionEngine(nn.Module):
         concat: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
         strength: float = 1.0,
+        start: torch.Tensor | None = None,
+        end: torch.Tensor | None = None,
         num_steps: int | None = None,
         scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Sample latents, from noise or from a noised video.
+        """Sample latents, from noise or from a noised video, all of them or with some held.
 
         Args:
             cond: conditions, each (B, ...).
@@ -424,6 +426,8 @@ class SATVideoDiffusionEngine(nn.Module):
             concat: image latents from `image_latents`, of the padded length.
             source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
             strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
+            start: latents (B or 1, t, C, H, W) that the result begins with.
+            end: latents (B or 1, t, C, H, W) that it ends with.
             num_steps: overrides the configured number of steps.
             scale: overrides the configured guidance scale.
             guidance_interval: see `VideoSampler`.
@@ -458,7 +462,7 @@ class SATVideoDiffusionEngine(nn.Module):
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):
             latents = self.sampler(
-                self._denoise,
+                self._holding(start, end, padding),
                 x,
                 cond,
                 uncond,
@@ -475,6 +479,29 @@ class SATVideoDiffusionEngine(nn.Module):
         """Set the strengths of the network's adapters at a share of the steps."""
         assert self.loras is not None
         scale_adapters(self.network, self.loras.layers, self.loras.factors(share), self.device)
+
+    def _holding(
+        self, start: torch.Tensor | None, end: torch.Tensor | None, padding: int
+    ) -> Callable[..., torch.Tensor]:
+        """Return `_denoise` with the answers known for the held frames (the replacement of Ho et al. 2022).
+
+        Every sampler then brings them from noise to themselves, at the noise level of each step; the network sees them
+        there and fits the other frames to them.
+        """
+        if start is None and end is None:
+            return self._denoise
+        if start is not None:  # padding in front repeats the first frame, as in training
+            start = torch.cat((start[:, :1].expand(-1, padding, -1, -1, -1), start), dim=1)
+
+        def denoise(x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
+            denoised = self._denoise(x, levels, cond, **kwargs)
+            stop = denoised.shape[1] if end is None else denoised.shape[1] - end.shape[1]
+            rest = denoised[:, 0 if start is None else start.shape[1] : stop]
+            parts = [part.to(denoised) for part in (start, rest, end) if part is not None]
+            # Guidance doubles the batch, one branch after the other.
+            return torch.cat([part.repeat(len(x) // len(part), 1, 1, 1, 1) for part in parts], dim=1)
+
+        return denoise
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
         return self.denoiser(self.model, x, levels, cond, **kwargs)

@@ -83,6 +83,13 @@ def test_adapters_that_change_with_the_step_and_skipped_blocks_exclude_each_othe
     lora = LoraArgs(path="x", schedule=((0.0, 1.0), (1.0, 0.0)))
     (found,) = SamplingArgs(loras=(lora,), step_cache="first_block", prompt="x").problems()
     assert found[0] == "step_cache" and "does not notice" in found[1]
+    for given, key in (
+        ({"held_frames": 9}, "held_frames"),
+        ({"start": "a", "held_frames": 8}, "held_frames"),
+        ({"start": "a", "video": "b"}, "video"),
+        ({"start": "a", "image": "b"}, "image"),
+    ):
+        assert [problem[0] for problem in SamplingArgs(prompt="x", **given).problems()] == [key]
     (found,) = SamplingArgs(strength=0.5, prompt="x").problems()
     assert found[0] == "strength" and "there is no video" in found[1]
 

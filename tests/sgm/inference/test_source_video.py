@@ -1,14 +1,22 @@
 """The video that sampling starts from."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sgm.checks.sampling import SamplingPlan
 from sgm.config.args import SamplingArgs
-from sgm.inference.source_video import check_source, load_source
-from sgm.inference.video import write_video
+from sgm.inference.main import main
+from sgm.inference.source_video import check_clip, encode_clips, load_source
+from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def plan(latents, fps=8):
@@ -30,7 +38,7 @@ def test_frames_are_those_of_the_result_in_rate_and_size(clip, latents, fps, gre
     assert frames.shape == (4 * latents - 3, 3, 16, 24)
     found = (frames.mean(dim=(1, 2, 3)) + 1) * 127.5
     torch.testing.assert_close(found, torch.tensor([float(grey) for grey in greys]), rtol=0, atol=3)
-    said = check_source(clip, plan(latents, fps))
+    said = check_clip(clip, plan(latents, fps), "video")
     assert f"clip.mp4 (32x96): {4 * latents - 3} frames at {fps} fps, from 0 to 8 of 9; strength 0.5" in said
 
 
@@ -45,4 +53,60 @@ def test_frames_are_those_of_the_result_in_rate_and_size(clip, latents, fps, gre
 def test_what_cannot_be_taken_is_said_with_the_cure(clip, tmp_path, name, said):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(InputError, match=said):
-        check_source(SamplingArgs(video=str(tmp_path / name), prompt="x"), plan(5))
+        check_clip(SamplingArgs(video=str(tmp_path / name), prompt="x"), plan(5), "video")
+
+
+class Encoder:
+    """Of an engine: what it encodes is one grey for each latent frame, that of its last frame."""
+
+    device = torch.device("cpu")
+
+    def encode_first_stage(self, video, *, sample):
+        assert not sample, "a clip does not depend on the seed"
+        return video[:, ::4, :1].mean(dim=(3, 4), keepdim=True)
+
+
+def greys(latents):
+    return ((latents.flatten() + 1) * 127.5).round().tolist()
+
+
+def test_the_last_frames_of_a_clip_are_continued_and_the_first_ones_end_it(clip):
+    args = SamplingArgs(start=clip.video, end=clip.video, held_frames=5, prompt="x")
+    clips = encode_clips(args, plan(5), (16, 24), Encoder())
+    assert greys(clips.inputs["start"]) == pytest.approx([100, 180], abs=3), "frames 4 to 8"
+    assert greys(clips.inputs["end"]) == pytest.approx([100], abs=3), "frames 1 to 4, without the single one in front"
+    new = torch.zeros(17, 16, 24, 3, dtype=torch.uint8)
+    joined = clips.joined(new)
+    assert joined.shape == (9 + 12, 16, 24, 3) and joined[:9].min() > 0 and not joined[9:].any()
+    said = check_clip(args, plan(5), "start")
+    assert (
+        "held: its last 5 frames, in 2 of 5 latent frames; written: 9 frames of it at 8 fps, then 12 new ones" in said
+    )
+    assert "held: its first 5 frames, in 1 of 5 latent frames" in check_clip(args, plan(5), "end")
+
+
+@pytest.mark.parametrize(
+    ("latents", "num", "said"),
+    [
+        (5, 13, "has 9 frames at 8 fps, and 13 are held; set args.held_frames=9, or give a longer clip"),
+        (3, None, "start and end hold 3 latent frames, and the result has 3; set a smaller args.held_frames"),
+    ],
+)
+def test_clips_that_cannot_be_held_are_refused(clip, latents, num, said):
+    args = SamplingArgs(start=clip.video, held_frames=num, prompt="x")
+    with pytest.raises(InputError, match=said):
+        check_clip(args, plan(latents), "start")
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_i2v"])
+def test_a_picture_begins_a_video(monkeypatch, tmp_path, name):
+    """For image to video too, whose prompts then name no image."""
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    monkeypatch.chdir(ROOT)
+    given = ["--base", f"configs/{name}.yaml", "args.prompt=a red circle", f"args.output_dir={tmp_path}"]
+    few = ["args.sampling_num_frames=2", "args.num_steps=1"]
+    assert main([*given, f"args.start={tmp_path / 'red.png'}", *few]) == 0
+    (path,) = tmp_path.glob("0_*/0/000000.mp4")
+    video, record = read_video(path), json.loads(path.with_suffix(".json").read_text())
+    assert len(video) == 5 and np.abs(video[0].astype(int) - (255, 0, 0)).max() < 12, "the picture itself, not decoded"
+    assert record["start"] == str(tmp_path / "red.png") and record["held_frames"] == 9

@@ -288,3 +288,21 @@ def test_a_video_is_padded_in_front_by_its_first_frame(make_engine):
         cond, cond, shape=(2, 16, 8, 12), generators=[generator().manual_seed(3)], source=whole, **given
     )
     assert torch.equal(alone, both[:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dit_t2v_2b", "dit_t2v_1.5"])
+def test_held_latents_stay_and_the_others_are_fitted_to_them(make_engine, name):
+    engine = make_engine(name)
+    cond = {"crossattn": torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))}
+    uncond = {"crossattn": torch.zeros(2, 6, 24)}
+    start, end = torch.randn(2, 2, 1, 16, 8, 12, generator=torch.Generator().manual_seed(2))
+
+    def sample(**given):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        return engine.sample(cond, uncond, shape=(3, 16, 8, 12), generators=generators, num_steps=3, **given)
+
+    free, held, one = sample(), sample(start=start, end=end), sample(start=start[:1])
+    assert torch.equal(held[:, :1], start) and torch.equal(held[:, 2:], end)
+    assert (held[:, 1] - free[:, 1]).abs().max() > 1e-6
+    assert torch.equal(one[:, 0], start[:1, 0].expand(2, -1, -1, -1)), "one clip for both samples"

@@ -1,0 +1,25 @@
+import json
+from pathlib import Path
+
+import held_frames
+import pytest
+import quality
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_recorded_figures_reach_their_bars_and_the_page_shows_them():
+    """The slow test and the command of the page measure them."""
+    found = json.loads((ROOT / "assets/toy/held_frames.json").read_text())
+    assert min(found["continuation"][name] for name in ("colour", "motion")) >= 0.9
+    page = (ROOT / "docs/from_video.md").read_text()
+    for name, row in (("continuation", "continuation"), ("first_and_last", "first and last picture")):
+        shares = " | ".join(f"{found[name][key]:.0%}" for key in ("colour", "motion"))
+        assert f"| {row} | {shares} |" in page
+
+
+@pytest.mark.slow
+def test_a_continued_clip_keeps_colour_and_motion(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = held_frames.continuation(quality.load_engine("configs/toy.yaml"), 24)
+    assert min(found["colour"], found["motion"]) >= 0.9
