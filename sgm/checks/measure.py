@@ -98,7 +98,8 @@ def network_usage(
     params = section["params"] = dict(params_of(section))
     transformer = params["transformer_args"] = _transformer_args(config, params)
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
-    frames, side = geometry.padded_latents(video[0]), SPATIAL_COMPRESSION
+    area = video[1] // SPATIAL_COMPRESSION, video[2] // SPATIAL_COMPRESSION
+    latents = batch, geometry.padded_latents(video[0]), geometry.in_channels, *area
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
@@ -118,9 +119,7 @@ def network_usage(
     def forward(network: Any) -> torch.Tensor:
         if hasattr(network, "ring_attention"):
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
-        size = video[1] // side, video[2] // side
-        x = torch.empty(batch, frames, geometry.in_channels, *size, dtype=dtype, device=DEVICE)
-        context = torch.empty(batch, text, text_size, dtype=dtype, device=DEVICE)
+        x, context = (torch.empty(size, dtype=dtype, device=DEVICE) for size in (latents, (batch, text, text_size)))
         one = torch.ones(batch, device=DEVICE)
         if trained is not None and getattr(config.args, "offload_activations", False):
             network.offload_activations(DEVICE, HOST)

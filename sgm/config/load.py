@@ -29,7 +29,7 @@ from sgm.config.targets import ENGINE_TARGET, check_params, check_sections, trus
 from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import control_characters, get_logger, warn_once
-from sgm.util import PRECISIONS, get_obj_from_str, nearest, no_character
+from sgm.util import PRECISIONS, Target, get_obj_from_str, nearest, no_character
 
 __all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
 
@@ -136,8 +136,9 @@ def load_config(
     merged = read_merged(bases, overrides)
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
-    sections = trusting(_take_sections(merged), trust)
-    _share_text_length(sections["model"], merged)
+    sections = _take_sections(merged)
+    _share_text_length(sections["model"], merged, trust)
+    sections = trusting(sections, trust)
     _check_values(merged.values, (), merged)
     args = _check_args(sections["args"], merged, mode)
     if sections["model"]:
@@ -182,13 +183,13 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _share_text_length(model: Any, merged: Merged) -> None:
+def _share_text_length(model: Any, merged: Merged, trust: Sequence[str]) -> None:
     """Let text encoders without ``max_length`` have the network's ``text_length``, and a network without it theirs."""
     positions = ("network_config", "params", "modules", "pos_embed_config", "params")
     embedders = _value_at(model, ("conditioner_config", "params", "emb_models"))
     paths: list[KeyPath] = [(*positions, "text_length")]
     for number, embedder in enumerate(embedders if isinstance(embedders, list) else ()):
-        if _takes_length(_value_at(embedder, ("target",))):
+        if _takes_length(_value_at(embedder, ("target",)), trust):
             paths.append(("conditioner_config", "params", "emb_models", number, "params", "max_length"))
     given = [path for path in paths if _value_at(model, path) is not None]
     for path in paths if given else ():
@@ -198,10 +199,10 @@ def _share_text_length(model: Any, merged: Merged) -> None:
             merged.origins[("model", *path)] = merged.origin(("model", *given[0]))
 
 
-def _takes_length(target: Any) -> bool:
+def _takes_length(target: Any, trust: Sequence[str]) -> bool:
     """Whether a text encoder has the parameter ``max_length``; what is wrong with it is told later."""
     try:
-        return "max_length" in inspect.signature(get_obj_from_str(target)).parameters
+        return "max_length" in inspect.signature(get_obj_from_str(Target(target, trust))).parameters
     except (TypeError, ValueError, AttributeError, ImportError):
         return False
 
