@@ -1,5 +1,6 @@
 """Measure network and VAE of a run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -95,18 +96,18 @@ def network_usage(
         trained: names of the trained parameters; None for a run without gradients.
     """
     section, mesh = dict(config.model["network_config"]), mesh_of(config)
-    params = section["params"] = dict(params_of(section))
+    section["params"] = params = dict(params_of(section))
     transformer = params["transformer_args"] = _transformer_args(config, params)
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
-    area = video[1] // SPATIAL_COMPRESSION, video[2] // SPATIAL_COMPRESSION
+    area = (side // SPATIAL_COMPRESSION for side in video[1:])
     latents = batch, geometry.padded_latents(video[0]), geometry.in_channels, *area
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
     def store_weights(network: Any, _: LiveBytes) -> None:
-        if (storage := storage_of(config)) is not None:
-            for layer in linear_layers(module for block in network.blocks for module in block):
-                store(layer, storage)
+        storage = storage_of(config)
+        for layer in linear_layers(itertools.chain(*network.blocks)) if storage else ():
+            store(layer, storage)
 
     def run(network: Any) -> torch.Tensor:
         if config.args.network_offload != "blocks":
@@ -120,9 +121,9 @@ def network_usage(
         if hasattr(network, "ring_attention"):
             network.ring_attention = {"ulysses": False, "ring": True}.get(config.args.sequence_attention)
         x, context = (torch.empty(size, dtype=dtype, device=DEVICE) for size in (latents, (batch, text, text_size)))
-        one = torch.ones(batch, device=DEVICE)
         if trained is not None and getattr(config.args, "offload_activations", False):
             network.offload_activations(DEVICE, HOST)
+        one = torch.ones(batch, device=DEVICE)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 

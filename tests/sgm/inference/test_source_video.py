@@ -15,7 +15,6 @@ from sgm.inference.source_video import check_clip, encode_clips, load_source
 from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
 
-
 ROOT = Path(__file__).parents[3]
 
 
