@@ -61,6 +61,10 @@ def _training(work: Path, out: Path) -> list[str]:
     return [*LORA, f"args.save={out}", f"args.train_data=[{work / 'clips'}]", *few, *plain]
 
 
+def _saving_beside(work: Path, out: Path) -> list[str]:
+    return [*_training(work, out), "args.async_save=true"]
+
+
 def _sampling(work: Path, out: Path) -> list[str]:
     given = [f"args.output_dir={out}", f"args.input_file={work / 'prompts.txt'}", "args.num_steps=4"]
     return ["--base", "configs/toy.yaml", "configs/toy_inference.yaml", *given]
@@ -89,6 +93,7 @@ def _export(work: Path, out: Path) -> list[str]:
 
 KINDS = {
     "training": Kind("train_video", _training, "*/6/*"),
+    "async_saves": Kind("train_video", _saving_beside, "*/6/*"),
     "precomputing": Kind("tools.prepare_dataset", _precomputing),
     "conversion": Kind("tools.convert_weight_sat2hf", _conversion),
     "export": Kind("tools.export_sat_lora_weight", _export),

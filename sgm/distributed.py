@@ -4,11 +4,13 @@ A single process needs no launcher and opens no port; under ``torchrun`` the gro
 module creates or stores a group.
 """
 
+import json
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -57,6 +59,7 @@ _peers: Peers | None = None
 _progress: tuple[int, str, float] | None = None  # of this process: iteration, phase, and since when
 _store: Any = None  # of all ranks
 _num_waits = 0  # for rank zero, in `_store`
+_num_settled = 0  # exchanges of `settle`
 
 
 def configure(args: SamplingArgs) -> None:
@@ -319,8 +322,8 @@ def broadcast_in_sample_group(value: Any) -> Any:
 
 def shutdown() -> None:
     """Destroy the process groups, so that peers do not wait for this rank."""
-    global _mesh, _peers, _store, _num_waits
-    _mesh, _store, _num_waits = None, None, 0
+    global _mesh, _peers, _store, _num_waits, _num_settled
+    _mesh, _store, _num_waits, _num_settled = None, None, 0, 0
     _sample_groups.clear()
     _axes.clear()
     if _peers is not None:
@@ -402,12 +405,54 @@ def _wait_for_rank_zero() -> None:
     if _store is None:
         return
     _num_waits += 1
-    key, pause = f"rank zero/{_num_waits}", 0.001
+    key = f"rank zero/{_num_waits}"
     if rank() == 0:
         _store.set(key, "")
-    while not _store.check([key]):
-        time.sleep(pause)
+    _poll(_store, [key], threading.Event())
+
+
+def _poll(store: Any, keys: Sequence[str], cancelled: threading.Event) -> None:
+    """Wait until the store has all keys, without blocking its connection.
+
+    Raises:
+        RunError: `cancelled` was set.
+    """
+    pause = 0.001
+    while not store.check(list(keys)):
+        if cancelled.wait(pause):
+            raise RunError("cancelled")
         pause = min(2 * pause, 0.5)
+
+
+def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.Event) -> Any:
+    """Send `value` to rank zero, and return on all ranks what `decide` makes there of the values of all ranks.
+
+    For a thread beside the main one: this goes through the store, and not through collectives, whose order must be the
+    same on all ranks. All ranks call it equally often, one call at a time.
+
+    Args:
+        value: of this rank, as JSON can hold it; the result too.
+        decide: is called on rank zero alone.
+        cancelled: ends the wait for others.
+
+    Raises:
+        RunError: `cancelled` was set.
+    """
+    global _num_settled
+    if _store is None:
+        return decide([value])
+    _num_settled += 1
+    name = f"settled/{_num_settled}"
+    store, own = _store.clone(), rank()  # the connection of the groups is locked while it waits for a key
+    store.set(f"{name}/{own}", json.dumps(value))
+    answer = f"{name}/answer"
+    if own == 0:
+        keys = [f"{name}/{each}" for each in range(world_size())]
+        _poll(store, keys, cancelled)
+        store.set(answer, json.dumps(decide([json.loads(text) for text in store.multi_get(keys)])))
+    _poll(store, [answer], cancelled)
+    store.delete_key(f"{name}/{own}")
+    return json.loads(store.get(answer))
 
 
 def all_gather_objects(value: Any) -> list[Any]:

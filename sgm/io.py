@@ -12,6 +12,7 @@ import re
 import resource
 import secrets
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -76,11 +77,11 @@ def atomic_file(path: str | Path, *, need_bytes: int | None = None) -> Iterator[
         while lock is None:
             temporary = _temporary(path)
             lock = _hold(temporary)
+        mode = stat.S_IMODE(os.fstat(lock).st_mode)
         yield temporary
-        # Some writers create private files (safetensors: 0600).
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        # Some writers replace the file by a private one (safetensors: 0600). os.umask can only be asked by changing it,
+        # for all threads.
+        temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

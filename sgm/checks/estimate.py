@@ -236,15 +236,20 @@ def training_estimate(
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
-    block = total / params_of(config.model["network_config"]).get("num_layers", 1)
-    traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=block, width=width)
+    traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=_block(config, total), width=width)
     waits = {
         "frozen weights": frozen * (away or args.network_offload == "blocks"),
         "activations": network.host,
         "optimizer": host,
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_adapter, trained))),
     }
     return Estimate(phases, host=waits, traffic=traffic)
+
+
+def _block(config: Config, total: float) -> float:
+    """Return the parameters of a block, of a network with `total`."""
+    return total / params_of(config.model["network_config"]).get("num_layers", 1)
 
 
 def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
@@ -268,6 +273,21 @@ def _state_bytes(
         device = width * network.weights / ranks  # the formula assumes both on the CPU
         host -= device
     return device, host, stepping
+
+
+def _saved_bytes(
+    args: TrainingArgs, section: Mapping[str, Any], network: Usage, ranks: int, width: int, adapters: bool
+) -> float:
+    """Return the bytes of what rank zero, which also writes weights, copies for ``args.async_save``."""
+    if not args.async_save:
+        return 0.0
+    trained, stage = network.trained, section["zero_optimization"]["stage"]
+    weights = width * (trained if adapters and not args.save_full else network.weights)
+    averages = 4 * trained * (args.ema_decay is not None)
+    moments = MOMENT_BYTES.get(section["optimizer"]["type"], 8)
+    numbers = (4 if stage or width == 2 else 0) + moments + 4 * (args.ema_decay is not None)
+    share = trained / ranks
+    return weights + averages + width * (share if stage == 3 else trained) + numbers * (share if stage else trained)
 
 
 def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:

@@ -261,6 +261,7 @@ class TrainingArgs(SamplingArgs):
     experiment_name: str = "finetune"
     save: Name = "ckpts"
     save_interval: Interval = 500
+    async_save: bool = False
     keep_last: AtLeast1 | None = None
     keep_best: bool = False
     save_full: bool = False

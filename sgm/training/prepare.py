@@ -328,6 +328,10 @@ class _Checks:
         elif model.get("latent_input") and self.config.data.get("target") == "data_video.SFTDataset":
             found = "is true, but data_video.SFTDataset gives videos"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
+        offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
+        if args.async_save and offload.get("device") == "nvme":
+            found = "is true, and DeepSpeed copies a state on NVMe itself, before training goes on"
+            self.problems.append(Problem("args.async_save", "", found, "set args.async_save=false"))
 
     def _check_mesh(self) -> None:
         mesh, params, geometry = self.mesh, params_of(self.config.data), self.facts.get("geometry")

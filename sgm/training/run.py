@@ -121,6 +121,9 @@ def train(config: Config) -> Summary:
         run = TrainingRun(config, parts, signals)
         try:
             run.fit()
+        except Exception:
+            run.saver.finish_after_failure()
+            raise
         finally:
             run.close()
     run.summary.seconds = time.perf_counter() - start
@@ -180,6 +183,7 @@ class TrainingRun:
         )
         self._told: set[tuple[int | None, str]] = set()
         self.skipped_in_row = 0
+        self.save_failed = False
         self._norm_before: torch.Tensor | None = None
         self._lr = 0.0
         self._logged_at, self._logged_iteration = time.perf_counter(), self.iteration
@@ -187,6 +191,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Release the run folder and close the metrics, without saving."""
+        self.saver.close()
         if self.parts.lock is not None:
             self.parts.lock.close()
         if self.metrics is not None:
@@ -207,6 +212,9 @@ class TrainingRun:
             if self.watch is not None:
                 self.watch.step_done()
             self.summary.iteration = self.iteration
+            self.saver.poll()
+            if self.save_failed:
+                self.saver.finish()
             done = self.iteration == self.parts.total_iters
             if stop:
                 self.summary.stopped = self.signals.received or "a signal to another rank"
@@ -225,6 +233,8 @@ class TrainingRun:
                         self._evaluate()
                     if self.watch is not None:
                         self.watch.start_again()
+        with self.clock("save"):
+            self.saver.finish()
         if self.metrics is not None and self.iteration > first:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
 
@@ -244,6 +254,7 @@ class TrainingRun:
         except InputError:
             raise
         except Exception as error:
+            self.saver.finish_after_failure()
             saved = self.saver.save_if_finite(self.iteration) if isinstance(error, _NotFiniteError) else None
             reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             raise RunError(self._failure(reason, taken, saved)) from error
@@ -264,10 +275,10 @@ class TrainingRun:
                 self.quarters.add(inputs.idx[index], losses.detach()[index])
                 if last:
                     with self.clock("communication"):
-                        self.flags.start_all_reduce(stop=bool(self.signals.received))
+                        self.flags.start_all_reduce(stop=bool(self.signals.received), save_failed=self.saver.has_failed)
                 deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
-                bad, stop = self.flags.read()
+                bad, stop, self.save_failed = self.flags.read()
                 if bad:
                     raise _NotFiniteError("a loss is not finite (NaN or infinity)")
                 if stop or self._logs_next():

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ import torch
 
 import sgm.distributed
 from sgm.log import get_logger, warn_once
+from sgm.training.async_save import BackgroundSave, HostMemory
 from sgm.training.build import Parts
 from sgm.training.metrics import FILE, read_metrics
 from sgm.training.optim.average import evaluation_weights, full_ema
-from sgm.training.state import FOLDER, newest_state, save_state
+from sgm.training.state import (
+    FOLDER,
+    ResumePoint,
+    newest_state,
+    publish_state,
+    save_state,
+    visit_state,
+    write_state_file,
+)
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
 from sgm.weights.files import PREFIX
@@ -23,11 +33,17 @@ from sgm.weights.files import PREFIX
 logger = get_logger(__name__)
 
 
+class _NotFiniteError(RunError):
+    """A weight is NaN or infinite."""
+
+
 class Saver:
     """Save checkpoints (``keep_last``, ``save_full``, ``no_save_rng``); see `sgm.training.state` for the folders.
 
+    With ``async_save``, a thread of each rank writes what `save` copies; see `sgm.training.async_save`.
+
     Attributes:
-        saved: iteration of the newest checkpoint; None without one.
+        saved: iteration of the newest checkpoint that is complete; None without one.
         best: with ``keep_best``, on rank zero, the iteration of the lowest validation loss and that loss.
     """
 
@@ -43,40 +59,141 @@ class Saver:
         self.names = parts.plan.trainable.names
         if not parts.plan.trainable.adapters or self.args.save_full:
             self.names = tuple(network.state_dict().keys())
+        self._memory = HostMemory()
+        self._in_flight: BackgroundSave | None = None
 
     def save(self, iteration: int) -> None:
-        """Write a checkpoint. Collective: all ranks call it.
+        """Write a checkpoint, or with ``async_save`` begin to. Collective: all ranks call it.
 
         Raises:
-            RunError: the disk is full, or weights are not finite; earlier checkpoints are kept.
+            RunError: the disk is full, or weights are not finite; earlier checkpoints are kept. That of a save that has
+                begun is raised by `finish`, or by the next save.
         """
-        if not self.save_if_finite(iteration):
-            raise RunError(
-                f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; "
-                "continue from it with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
-            )
+        if self.args.async_save:
+            self._begin(iteration)
+        elif not self.save_if_finite(iteration):
+            raise RunError(self._not_finite(iteration))
 
     def save_if_finite(self, iteration: int) -> bool:
         """Write a checkpoint unless a weight is NaN or infinite; return whether it was written."""
+        if self.args.async_save:
+            self._begin(iteration)
+            try:
+                self.finish()
+            except _NotFiniteError:
+                return False
+            return True
         if self.saved == iteration:
             return True
-        parts = self.parts
-        with evaluation_weights(parts.deepspeed):
-            weights = gather_parameters(parts.deepspeed, self.names)
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-        if not all(sgm.distributed.all_gather_objects(finite)):
+        weights, averages = self._gather(_copied)
+        if not all(sgm.distributed.all_gather_objects(_are_finite(weights))):
             return False
-        averages = None
-        if self.args.ema_decay is not None:
-            named = {
-                name.removeprefix(PREFIX): p for name, p in parts.deepspeed.module.named_parameters() if p.requires_grad
-            }
-            averages = full_ema(parts.deepspeed, named.items())
         with self._removed_if_it_fails(iteration):
             self._write_all(iteration, weights, averages)
-        self.saved = iteration
-        logger.info("saved %s", parts.folder / str(iteration))
+        self._is_saved(iteration)
         return True
+
+    def _gather(
+        self, copy: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """Return copies of the weights to save, and of their averages with ``ema_decay``. Collective."""
+        deepspeed = self.parts.deepspeed
+        with evaluation_weights(deepspeed):
+            weights = gather_parameters(deepspeed, self.names, copy)
+        if self.args.ema_decay is None:
+            return weights, None
+        named = {name.removeprefix(PREFIX): p for name, p in deepspeed.module.named_parameters() if p.requires_grad}
+        return weights, full_ema(deepspeed, named.items())
+
+    def _is_saved(self, iteration: int) -> None:
+        self.saved = iteration
+        logger.info("saved %s", self.parts.folder / str(iteration))
+
+    def _not_finite(self, iteration: int) -> str:
+        return (
+            f"after iteration {iteration} the weights are not finite and were not saved; {self.describe()}; "
+            "continue from it with a lower deepspeed.optimizer.params.lr or deepspeed.gradient_clipping"
+        )
+
+    def _begin(self, iteration: int) -> None:
+        """Copy what is to be saved, and let a thread write it. Collective: all ranks call it."""
+        if iteration in (self.saved, self._in_flight and self._in_flight.iteration):
+            return
+        self._wait_for_former(iteration)
+        self._memory.release()
+        weights, averages = self._gather(self._memory.copy_dense)
+        point, state = self._point(iteration), {}
+        visit_state(
+            self.parts.deepspeed,
+            point,
+            lambda path, content: state.update({path: self._memory.copy(content)}),
+            with_rng=not self.args.no_save_rng,
+        )
+
+        def write() -> list[str]:
+            if not _are_finite(weights):
+                raise _NotFiniteError(self._not_finite(iteration))
+            if is_writing_rank():
+                self._write(iteration, weights, averages)
+            for path, content in state.items():
+                write_state_file(path, content)
+            return [path.name for path in state]
+
+        def publish(files: Collection[str]) -> None:
+            publish_state(point, files)
+            self._set_latest(iteration)
+
+        self._in_flight = BackgroundSave(
+            iteration, write=write, publish=publish, undo=lambda: self._remove_failed(iteration)
+        )
+
+    def _wait_for_former(self, iteration: int) -> None:
+        """Wait for the save in flight, and say how long that took if it did not fit between two saves."""
+        if (former := self._in_flight) is None:
+            return
+        begun, waits = time.perf_counter(), not former.done
+        if waits:
+            logger.warning("iteration %d: training waits until iteration %d is saved", iteration, former.iteration)
+        self.finish()
+        if waits:
+            logger.warning(
+                "waited %.1f s: saving takes longer than the iterations between saves; raise args.save_interval, or "
+                "save to a faster disk",
+                time.perf_counter() - begun,
+            )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in flight is known to have failed; then all ranks call `finish`."""
+        return self._in_flight is not None and self._in_flight.failed
+
+    def poll(self) -> None:
+        """Note the end of a save in flight, if it has ended well."""
+        if self._in_flight is not None and self._in_flight.done and not self.has_failed:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if any. All ranks call it.
+
+        Raises:
+            RunError: it failed; earlier checkpoints are kept.
+        """
+        if (save := self._in_flight) is None:
+            return
+        save.wait()
+        self._in_flight = None
+        self._is_saved(save.iteration)
+
+    def finish_after_failure(self) -> None:
+        """Let the save in flight end, if it can: training has failed, on this rank or on all of them."""
+        if self._in_flight is not None:
+            self._in_flight.wait_after_failure()
+            self.poll()
+
+    def close(self) -> None:
+        """Give up a save that is still in flight."""
+        if self._in_flight is not None:
+            self._in_flight.cancel()
 
     def keep_if_best(self, iteration: int, loss: float) -> None:
         """With ``keep_best``, keep the checkpoint with the lowest validation loss. Collective: all ranks call it.
@@ -91,6 +208,7 @@ class Saver:
         if not sgm.distributed.broadcast_from_rank_zero(is_best):
             return
         self.save(iteration)
+        self.finish()  # before the former best is removed
         if sgm.distributed.rank() == 0:
             self.best = iteration, loss
             self._remove_old()
@@ -104,30 +222,41 @@ class Saver:
         try:
             yield
         except RunError:
-            folder = self.parts.folder
-            if sgm.distributed.rank() == 0 and newest_state(folder) != str(iteration):
-                for part in (folder / str(iteration), folder / f"{iteration}-ema", folder / FOLDER / str(iteration)):
-                    shutil.rmtree(part, ignore_errors=True)
+            if sgm.distributed.rank() == 0:
+                self._remove_failed(iteration)
             raise
 
-    def _write_all(
-        self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
-    ) -> None:
-        """Write weights, averages and state, then remove old checkpoints. Collective: all ranks call it."""
+    def _remove_failed(self, iteration: int) -> None:
+        """Remove what was written of a checkpoint, unless its state is already the newest."""
+        folder = self.parts.folder
+        if newest_state(folder) != str(iteration):
+            for part in (folder / str(iteration), folder / f"{iteration}-ema", folder / FOLDER / str(iteration)):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _point(self, iteration: int) -> ResumePoint:
         parts = self.parts
-        if is_writing_rank():
-            self._write(iteration, weights, averages)
-        point = dataclasses.replace(
+        return dataclasses.replace(
             parts.point,
             run=parts.folder,
             iteration=iteration,
             samples=parts.samples_before(iteration),
             micro_batches=0 if parts.buckets is None else parts.micro_batches_before(iteration),
         )
-        save_state(parts.deepspeed, point, with_rng=not self.args.no_save_rng)
+
+    def _write_all(
+        self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Write weights, averages and state, then remove old checkpoints. Collective: all ranks call it."""
+        if is_writing_rank():
+            self._write(iteration, weights, averages)
+        save_state(self.parts.deepspeed, self._point(iteration), with_rng=not self.args.no_save_rng)
         if sgm.distributed.rank() == 0:
-            write_latest(parts.folder, iteration)
-            self._remove_old()
+            self._set_latest(iteration)
+
+    def _set_latest(self, iteration: int) -> None:
+        """On rank zero, make complete weights the newest ones, and remove old checkpoints."""
+        write_latest(self.parts.folder, iteration)
+        self._remove_old()
 
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
@@ -176,8 +305,18 @@ def is_writing_rank() -> bool:
     return sgm.distributed.rank() == sgm.distributed.tensor_parallel_rank()
 
 
-def gather_parameters(engine: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Gather parameters by their names in the network, on the CPU of writing ranks; other ranks get none.
+def _are_finite(weights: dict[str, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().clone()
+
+
+def gather_parameters(
+    engine: Any, names: Sequence[str], copy: Callable[[torch.Tensor], torch.Tensor] = _copied
+) -> dict[str, torch.Tensor]:
+    """Gather parameters by their names in the network, and `copy` them on writing ranks; other ranks get none.
 
     Collective, since ZeRO-3 shards every parameter. With tensor parallelism, each writing rank gets its shard of the
     layers.
@@ -190,5 +329,5 @@ def gather_parameters(engine: Any, names: Sequence[str]) -> dict[str, torch.Tens
         if name in wanted:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 if is_writing_rank():
-                    tensors[name] = parameter.detach().cpu().clone()
+                    tensors[name] = copy(parameter.detach())
     return tensors

@@ -14,7 +14,7 @@ import dataclasses
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, get_type_hints
@@ -45,7 +45,7 @@ FOLDER, LATEST = "resume", "latest"
 HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor max_bad_share max_skipped_steps eval_interval eval_iters eval_batch_size strict_eval "
-    "valid_prompts only_log_video_latents precompute wandb wandb_project_name no_load_rng no_save_rng "
+    "valid_prompts only_log_video_latents precompute async_save wandb wandb_project_name no_load_rng no_save_rng "
     "distributed_timeout peak_tflops stop_exit_code".split()
 )
 # Settings that determine the order in which a ZeRO stage stores its state, which DeepSpeed does not check on load.
@@ -392,25 +392,49 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     Raises:
         RunError: the files cannot be written; the previous state is kept.
     """
-    folder, rank = point.folder, sgm.distributed.rank()
-    engine.checkpoint_engine = checkpoint_engine(written := [])
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
-    if with_rng:
-        with atomic_file(folder / f"rng_{rank:02d}.pt") as temporary:
-            save_torch(_rng_state(), temporary)
-        written.append(f"rng_{rank:02d}.pt")
+    written: list[str] = []
+
+    def write(path: Path, content: Any) -> None:
+        write_state_file(path, content)
+        written.append(path.name)
+
+    visit_state(engine, point, write, with_rng=with_rng)
     # From the ranks, not from the folder: on a shared file system another machine may not see a new file yet, and files
     # of an interrupted save may still be there.
     files = {name for names in sgm.distributed.all_gather_objects(written) for name in names}
-    if rank == 0:
-        point = dataclasses.replace(point, files=tuple(sorted(files)))
-        content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
-        content["digest"] = digest_of(content)
-        write_json(folder / "resume.json", content)
-        with atomic_file(folder.parent / LATEST) as temporary:
-            temporary.write_text(f"{point.iteration}\n", encoding="utf-8")
-        remove_other_states(point.run, point.iteration)
+    if sgm.distributed.rank() == 0:
+        publish_state(point, files)
     sgm.distributed.barrier()
+
+
+def visit_state(engine: Any, point: ResumePoint, visit: Callable[[Path, Any], None], *, with_rng: bool = True) -> None:
+    """Call `visit` with path and content of each of this rank's files of the state. Collective: all ranks call it."""
+    folder = point.folder
+    engine.checkpoint_engine = checkpoint_engine(visit)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+    if with_rng:
+        visit(folder / f"rng_{sgm.distributed.rank():02d}.pt", _rng_state())
+
+
+def write_state_file(path: Path, content: Any) -> None:
+    """Write a file of the state.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        save_torch(content, temporary)
+
+
+def publish_state(point: ResumePoint, files: Collection[str]) -> None:
+    """Make the state, whose `files` all ranks have written, the newest one, and remove older ones. For rank zero."""
+    point = dataclasses.replace(point, files=tuple(sorted(files)))
+    content = {name: value for name, value in dataclasses.asdict(point).items() if name != "run"}
+    content["digest"] = digest_of(content)
+    write_json(point.folder / "resume.json", content)
+    with atomic_file(point.folder.parent / LATEST) as temporary:
+        temporary.write_text(f"{point.iteration}\n", encoding="utf-8")
+    remove_other_states(point.run, point.iteration)
 
 
 def remove_other_states(run: Path, iteration: int) -> None:
@@ -501,19 +525,13 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
         torch.get_device_module().set_rng_state(state["accelerator"])
 
 
-def checkpoint_engine(written: list[str] | None = None) -> Any:
-    """Return a DeepSpeed checkpoint engine that writes files atomically and reads them with ``weights_only``.
-
-    The names of files that this rank writes are appended to `written`.
-    """
+def checkpoint_engine(save: Callable[[Path, Any], None] = write_state_file) -> Any:
+    """Return a DeepSpeed checkpoint engine that reads with ``weights_only``, and writes with `save`."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
-            with atomic_file(path) as temporary:
-                save_torch(state_dict, temporary)
-            if written is not None:
-                written.append(Path(path).name)
+            save(Path(path), state_dict)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return read_checked(Path(path), map_location)

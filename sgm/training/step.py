@@ -153,15 +153,15 @@ class StopSignals:
 
 
 class StepFlags:
-    """Flags of all ranks, known before the optimizer step: a loss is not finite; a rank was asked to stop.
+    """Flags of all ranks, known before the optimizer step: a bad loss, a rank was asked to stop, a save failed.
 
     They are all-reduced and copied to the host during the backward pass, so reading them does not stall the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._flags = torch.zeros(2, device=device)
-        self._host = torch.zeros(2, pin_memory=device.type != "cpu")
+        self._flags = torch.zeros(3, device=device)
+        self._host = torch.zeros(3, pin_memory=device.type != "cpu")
         self._event = torch.Event(device) if device.type != "cpu" else None
 
     def add(self, losses: torch.Tensor) -> None:
@@ -169,18 +169,18 @@ class StepFlags:
         bad = (~torch.isfinite(losses.detach())).any().float()
         self._flags[0] = torch.maximum(self._flags[0], bad)
 
-    def start_all_reduce(self, *, stop: bool) -> None:
+    def start_all_reduce(self, *, stop: bool, save_failed: bool = False) -> None:
         """Start the all-reduce of the flags; all ranks call it before the last backward pass of a step."""
-        self._flags[1] = float(stop)
+        self._flags[1], self._flags[2] = float(stop), float(save_failed)
         sgm.distributed.all_reduce_(self._flags, largest=True)
         self._host.copy_(self._flags, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> tuple[bool, bool]:
-        """Return and reset the flags: a loss is not finite, a rank was asked to stop."""
+    def read(self) -> tuple[bool, bool, bool]:
+        """Return and reset the flags: a loss is not finite, a rank was asked to stop, a save failed."""
         if self._event is not None:
             self._event.synchronize()
-        bad, stop = self._host.bool().tolist()
+        bad, stop, save_failed = self._host.bool().tolist()
         self._flags.zero_()
-        return bad, stop
+        return bad, stop, save_failed

@@ -82,8 +82,10 @@ def inspect(folder: Path, harvest: Harvest) -> None:
 
 
 @pytest.mark.slow  # minutes: every kill restarts Python and torchrun
-@pytest.mark.parametrize(("world", "kills"), [(1, 30), (2, 10)])
-def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml, tmp_path, world, kills, capsys):
+@pytest.mark.parametrize(("world", "kills", "beside"), [(1, 30, False), (2, 10, False), (2, 10, True)])
+def test_kills_at_random_moments_lose_nothing_but_the_newest_steps(
+    training_yaml, tmp_path, world, kills, beside, capsys
+):
     overrides = [
         f"args.train_iters={6 * kills}",
         f"deepspeed.train_micro_batch_size_per_gpu={2 // world}",
@@ -91,6 +93,7 @@ def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml,
         "args.save_interval=1",
         "args.keep_last=2",
         "args.ema_decay=0.9",
+        f"args.async_save={beside}",
     ]
     bases = training_yaml(LORA)
     Training(bases, [*overrides, "args.save_interval=1000", f"args.save={tmp_path / 'straight'}"], world).finish()
@@ -108,7 +111,7 @@ def test_kills_at_random_moments_lose_nothing_but_the_newest_step(training_yaml,
     (killed,), (straight,) = (tmp_path / "killed").iterdir(), (tmp_path / "straight").iterdir()
     with capsys.disabled():
         sys.stderr.write(f"\n{done} kills on {world} ranks: {json.dumps(vars(harvest))}\n")
-    assert done >= kills * 2 // 3 and max(harvest.lost) <= 1
+    assert done >= kills * 2 // 3 and max(harvest.lost) <= 1 + beside
     weights = [read_tensors(find_weights(run)) for run in (killed, straight)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -128,8 +131,7 @@ def test_a_pickle_in_the_state_is_refused_without_advice_to_read_it_all_the_same
 
 
 def test_what_is_saved_does_not_depend_on_the_temporary_name(tmp_path):
-    written = []
-    engine = checkpoint_engine(written)
+    engine = checkpoint_engine()
     for name in ("a.pt", "b.pt"):
         engine.save({"x": torch.arange(5)}, str(tmp_path / name))
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes() and written == ["a.pt", "b.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()

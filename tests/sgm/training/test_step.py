@@ -55,14 +55,14 @@ def test_one_bad_loss_in_any_micro_batch_is_found(bad):
     check.add(torch.tensor([1.0, bad]))
     check.add(torch.tensor([3.0, 4.0]))
     check.start_all_reduce(stop=False)
-    assert check.read() == (True, False)
+    assert check.read() == (True, False, False)
 
 
 def test_flags_are_reset_after_each_step():
     check = StepFlags(CPU)
     check.add(torch.tensor([float("nan")]))
-    check.start_all_reduce(stop=True)
-    assert check.read() == (True, True)
+    check.start_all_reduce(stop=True, save_failed=True)
+    assert check.read() == (True, True, True)
     check.add(torch.tensor([1.0]))
     check.start_all_reduce(stop=False)
-    assert check.read() == (False, False)
+    assert check.read() == (False, False, False)
