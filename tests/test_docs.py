@@ -49,7 +49,7 @@ NOT_RUN = {
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
     r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs released weights or a user's own",
     r"python tools/contact_sheet\.py outputs/toy outputs/toy_i2v ": "works on what the demo leaves",
-    r"python tools/evaluate\.py outputs/toy ": "works on what the demo leaves",
+    r"python tools/evaluate\.py outputs/toy ": "reads what the demo leaves; test_evaluate.py measures such folders",
     r"python tools/contact_sheet\.py outputs/land": "works on what the demo trains; test_video.py draws such pictures",
     r"hf download": "downloads",
     r"python \w+\.py --help": "shows what test_key_help.py compares",

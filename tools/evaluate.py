@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import sgm.distributed
 from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.rows import VIDEO_SUFFIXES
@@ -85,15 +87,17 @@ def files_in(folder: Path) -> dict[str, Path]:
 def prompt_of(path: Path) -> tuple[str | None, str | None, str]:
     """Return the prompt of a video, the one that the user wrote, and its seed, from the file beside it."""
     record, text = path.with_suffix(".json"), path.with_suffix(".txt")
-    if record.is_file():
-        content = parse_json(record.read_bytes())
+    try:
+        content = parse_json(record.read_bytes()) if record.is_file() else None
+        words = text.read_text(encoding="utf-8") if text.is_file() else ""
+    except ValueError as error:
+        raise InputError(f"the file beside {path} cannot be read: {error}; correct or remove it") from error
+    if content is not None:
         if isinstance(content, dict) and isinstance(content.get("prompt"), str):
             asked = content.get("original_prompt")
             return content["prompt"], asked or content["prompt"], str(content.get("seed", ""))
-    if text.is_file():
-        prompt = " ".join(text.read_text(encoding="utf-8").split())
-        return prompt or None, prompt or None, ""
-    return None, None, ""
+    prompt = " ".join(words.split()) or None
+    return prompt, prompt, ""
 
 
 def listed(words: Sequence[str]) -> list[Video]:
@@ -180,12 +184,14 @@ def frames_of(path: Path) -> np.ndarray:
         raise InputError(f"{path}: {error.reason}") from error
 
 
-def measure(videos: Sequence[Video], clip: measures.Clip | None, lpips: measures.Lpips | None) -> None:
+def measure(
+    videos: Sequence[Video], clip: measures.Clip | None, lpips: measures.Lpips | None, device: torch.device
+) -> None:
     """Fill in the figures of all videos."""
     for video in tqdm(videos, unit="video", disable=None if is_rank_zero() else True):
         frames = frames_of(video.path)
         if video.reference is not None:
-            video.figures |= measures.fidelity(frames, frames_of(video.reference), lpips)
+            video.figures |= measures.fidelity(frames, frames_of(video.reference), lpips, device=device)
         if clip is not None:
             assert video.prompt is not None
             video.figures["clip"] = clip(frames, video.prompt)
@@ -313,6 +319,8 @@ def write_vbench(names: Sequence[tuple[Video, str]], folder: Path) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Check, measure, and write the results."""
+    if options.out.suffix != ".json":
+        raise InputError(f"--out {options.out}: name a .json file; the table goes into the .md file beside it")
     if options.lpips is not None and options.reference is None:
         raise InputError("--lpips compares with references; give --reference FOLDER as well")
     measures.require(references=options.reference is not None)
@@ -327,15 +335,14 @@ def work(options: argparse.Namespace) -> None:
     if options.vbench is not None:
         require_writable(options.vbench)
     require_writable(options.out.parent, options.out.name)
-    lpips = measures.Lpips(options.lpips) if options.lpips is not None else None
+    device = sgm.distributed.device()
+    lpips = measures.Lpips(options.lpips).to(device) if options.lpips is not None else None
     clip = None
     if options.clip is not None:
-        import sgm.distributed
-
-        clip = measures.Clip(options.clip, sgm.distributed.device())
+        clip = measures.Clip(options.clip, device)
         if cut := sum(clip.cuts(video.prompt or "") for video in videos):
             logger.warning("the prompts of %d of %d videos are longer than CLIP reads, and are cut", cut, len(videos))
-    measure(videos, clip, lpips)
+    measure(videos, clip, lpips, device)
     write_json(options.out, report(videos))
     rows = table(videos)
     with atomic_file(options.out.with_suffix(".md")) as temporary:

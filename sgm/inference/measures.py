@@ -128,12 +128,22 @@ def smoothness(video: np.ndarray) -> float | None:
     return 1 - float(np.mean(errors)) / 255
 
 
-def fidelity(video: np.ndarray, reference: np.ndarray, lpips: "Lpips | None" = None) -> dict[str, float]:
-    """Return PSNR, SSIM, and LPIPS if its network is given, of a video against a reference of the same shape."""
+def fidelity(
+    video: np.ndarray, reference: np.ndarray, lpips: "Lpips | None" = None, *, device: torch.device | None = None
+) -> dict[str, float]:
+    """Return PSNR, SSIM, and LPIPS if its network is given, of a video against a reference of the same shape.
+
+    Args:
+        video: its frames.
+        reference: those of the other.
+        lpips: the network, on `device`.
+        device: to compute on; None is the CPU.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], **({"lpips": []} if lpips else {})}
-    for a, b in zip(_pieces(video), _pieces(reference), strict=True):
+    for pieces in zip(_pieces(video), _pieces(reference), strict=True):
+        a, b = (piece.to(device) for piece in pieces)
         found["psnr"].append(peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3)))
         similarity = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
         assert isinstance(similarity, torch.Tensor)
@@ -182,7 +192,8 @@ class Lpips(nn.Module):
             nn.ReLU(),
         )
         self._load(file)
-        self.linear = _lpips_layers()
+        for number, weight in zip(self._LAYERS, _lpips_layers(), strict=True):
+            self.register_buffer(f"linear_{number}", weight, persistent=False)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -201,14 +212,13 @@ class Lpips(nn.Module):
     @torch.inference_mode()
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the distance (N,) of frames in [0, 1], (N, 3, H, W)."""
-        total = torch.zeros(len(a))
+        total = torch.zeros(len(a), device=a.device)
         a, b = ((x * 2 - 1 - self.shift) / self.scale for x in (a, b))
         for number, layer in enumerate(self.features):
             a, b = layer(a), layer(b)
             if number - 1 in self._LAYERS:
                 difference = (_unit(a) - _unit(b)) ** 2
-                weight = self.linear[self._LAYERS.index(number - 1)]
-                total += (difference * weight).sum(dim=1).mean(dim=(1, 2))
+                total += (difference * getattr(self, f"linear_{number - 1}")).sum(dim=1).mean(dim=(1, 2))
         return total
 
 

@@ -182,6 +182,7 @@ def test_names_for_vbench(evaluated, folders, tmp_path):
         (["@a", "--reference", "@other"], "4 of 4 videos have no reference"),
         (["@a", "--reference", "@short"], "has 5 frames of 48x64, its reference"),
         (["@damaged"], "damaged"),
+        (["@words"], "the file beside"),
         (["@a", "--lpips", "weights.pth"], "give --reference FOLDER as well"),
         (["@references", "--clip", "none"], "have no prompt beside them"),
         (["@a", "--clip", "none"], "model folder 'none' does not exist; nothing is downloaded"),
@@ -197,5 +198,12 @@ def test_what_is_refused(words, message, evaluated, folders):
             record(folders / f"short/{n}_{prompt}.mp4", moving(4))
         (folders / "damaged").mkdir()
         (folders / "damaged/damaged.mp4").write_bytes((folders / "other/x.mp4").read_bytes()[:400])
+        record(folders / "words/a.mp4", moving(2))
+        (folders / "words/a.txt").write_bytes(b"caf\xe9")
     code, _, said = evaluated(*words)
     assert code == 2 and message in said, said
+
+
+def test_the_table_does_not_replace_the_figures(folders, capsys):
+    assert evaluate.main([str(folders / "a"), "--out", "figures.md"]) == 2
+    assert "name a .json file" in capsys.readouterr().err
