@@ -406,9 +406,9 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
     [
         (pairs(parts=("to_q", "ff")), None, r"adapts attn1.ff; SAT has adapters on attn1.to_q, .* only"),
         (
-            pairs() | {"transformer_blocks.0.ff.net.0.proj.lora_A.weight": torch.ones(4, 32)},
+            pairs() | {f"transformer_blocks.0.attn1.norm_q.lora_{kind}.weight": torch.ones(4, 4) for kind in "AB"},
             None,
-            "adapts ff.net.0.proj;",
+            "adapts attn1.norm_q;",
         ),
         (
             pairs() | {"proj_out.lora_A.weight": torch.ones(4, 32)},
