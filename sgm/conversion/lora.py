@@ -26,7 +26,7 @@ from sgm.weights.adapters import adapter_pairs
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.files import any_element, common_rank, read_lora, warn_without_effect
-from sgm.weights.lora.names import FILE, HEADER_KEY, PATCH, PROJECTIONS, module_name, projection_of
+from sgm.weights.lora.names import FILE, HEADER_KEY, PATCH, PROJECTIONS, comfyui_name, module_name, projection_of
 
 logger = get_logger(__name__)
 
@@ -36,7 +36,7 @@ STYLES: dict[Style, str] = {"diffusers": KEY_PREFIX, "comfyui": "diffusion_model
 
 
 def adapters_to_diffusers(
-    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX, alphas: bool = False
+    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX, style: Style = "diffusers"
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Translate LoRA adapters to the names and header that ``load_lora_weights`` of diffusers reads.
 
@@ -46,7 +46,8 @@ def adapters_to_diffusers(
         tensors: including the LoRA matrices.
         alpha: numerator of the scale.
         key_prefix: of the names, also in the header.
-        alphas: write a tensor ``<module>.alpha`` for each pair, which ComfyUI reads instead of the header.
+        style: ``"comfyui"`` names modules as its own model, and writes a tensor ``<module>.alpha`` for each pair, which
+            it reads instead of the header.
 
     Returns:
         The tensors, and the metadata for the header of their safetensors file.
@@ -64,12 +65,13 @@ def adapters_to_diffusers(
             if not any(any_element(matrix) for matrix in pair):
                 continue
             # Full names: short ones could match modules of other layers.
-            modules.append(module_name(layer, part))
+            name = module_name(layer, part)
+            modules.append(comfyui_name(name) if style == "comfyui" else name)
             a, b = (LazyTensor((matrix,)) for matrix in pair)
             result[f"{key_prefix}{modules[-1]}.lora_A.weight"] = a
             is_convolution = part == PATCH and len(a.shape) == 4
             result[f"{key_prefix}{modules[-1]}.lora_B.weight"] = LazyTensor((b,), _convolution) if is_convolution else b
-            if alphas:
+            if style == "comfyui":
                 result[f"{key_prefix}{modules[-1]}.alpha"] = LazyTensor((torch.tensor(float(alpha)),))
     if not result:
         raise InputError("every LoRA matrix is zero: there is nothing to write; give the adapters of a training")
@@ -111,9 +113,7 @@ def export_lora(
         raise InputError(f"--key_prefix is '{prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
     lora = read_lora(path, alpha=alpha)
     warn_without_effect(lora)
-    tensors, metadata = adapters_to_diffusers(
-        lora.tensors, alpha=lora.alpha, key_prefix=prefix, alphas=style == "comfyui"
-    )
+    tensors, metadata = adapters_to_diffusers(lora.tensors, alpha=lora.alpha, key_prefix=prefix, style=style)
     num_pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     with new_folder(folder, need_bytes=total_bytes(tensors)) as temporary:
         write_safetensors(temporary / FILE, tensors, metadata=metadata)

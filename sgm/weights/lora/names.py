@@ -6,7 +6,7 @@ All adapt modules of a CogVideoXTransformer3DModel, ``transformer_blocks.<i>.<mo
 |---|---|
 | diffusers, finetrainers | ``transformer.<...>.lora_A.weight``; formerly ``lora.down.weight``, ``_lora.down.weight`` |
 | PEFT | ``base_model.model.<...>.lora_A.<adapter>.weight``, with any name of the adapter |
-| ComfyUI | ``diffusion_model.<...>.lora_A.weight``, with ``<...>.alpha`` |
+| ComfyUI | ``diffusion_model.<...>.lora_A.weight``, with ``<...>.alpha``; or ``diffusion_model.blocks.<i>.q<...>`` |
 | kohya's scripts, VideoX-Fun | ``lora_unet_<...>.lora_down.weight``, with ``_`` for dots, and ``<...>.alpha`` |
 | wrappers (DDP, compile, FSDP, checkpointing) | any of these with ``module.``, ``_orig_mod.`` and the like, anywhere |
 """
@@ -42,6 +42,17 @@ PROJECTIONS = {projection: parts for group in GROUPS.values() for projection, pa
 MODULES = tuple(part for parts in PROJECTIONS.values() for part in parts)
 # Chunks of a block's modulation, of twelve, that the first and the second pair adapt: those of the norms of diffusers.
 NORM_CHUNKS = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10, 11))
+# Modules of a block → those of ComfyUI's own model, whose blocks are ``blocks.<i>``; others have the same names.
+COMFYUI = {
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    OUTPUT: "attn_out",
+    "attn1.norm_q": "norm_q",
+    "attn1.norm_k": "norm_k",
+    "ff.net.0.proj": "ff_proj",
+    "ff.net.2": "ff_out",
+}
 _PLACES = {part: (name, index) for name, parts in PROJECTIONS.items() for index, part in enumerate(parts)}
 _GROUP_OF = {projection: group for group, own in GROUPS.items() for projection in own}
 LAYER = re.compile(r"(?:(?:^|\.)layers|\.adaLN_modulations)\.(\d+)\.")
@@ -56,7 +67,9 @@ _WRAPPERS = re.compile(
 _PREFIX = re.compile(r"^(?:(?:base_model|model|transformer|diffusion_model|unet|pipe|dit|network|lora)\.)*")
 _FLAT_PREFIX = re.compile(r"^(?:lora|lycoris)_(?:(?:unet|transformer(?!_blocks)|dit|model)_+)*")
 _MODULES = {part.replace(".", "_"): part for part in MODULES} | {OUTPUT.removesuffix(".0"): OUTPUT}
-_BLOCK = re.compile(r"(?:transformer_blocks[._](\d+)[._])?(.+)")
+_OF_COMFYUI = {theirs: part for part, theirs in COMFYUI.items()}
+_BLOCK = re.compile(r"(?:(transformer_)?blocks[._](\d+)[._])?(.+)")
+_TENSOR = re.compile(r"transformer_blocks\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _ENDS: dict[str, Side] = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B"}
 _END = re.compile(
     r"(?P<module>.+?)(?:"
@@ -103,6 +116,13 @@ def module_name(layer: int | None, part: str) -> str:
     return part if layer is None else f"transformer_blocks.{layer}.{part}"
 
 
+def comfyui_name(name: str) -> str:
+    """Return the name in ComfyUI's own model of a module or tensor of diffusers."""
+    if match := _TENSOR.fullmatch(name):
+        return f"blocks.{match[1]}.{COMFYUI.get(match[2], match[2])}{match[3] or ''}"
+    return re.sub(r"^(time|ofs)_embedding\.", r"\1_embedding_", name)
+
+
 def projection_of(name: str) -> tuple[int | None, str]:
     """Return the layer of an adapted projection of SAT, and its name in `PROJECTIONS`.
 
@@ -134,9 +154,10 @@ def parse_lora_name(name: str) -> LoraName | str:
         return "it is no matrix or alpha of a LoRA; expected e.g. transformer_blocks.0.attn1.to_q.lora_A.weight"
     path = end["module"]
     block = _BLOCK.fullmatch(_FLAT_PREFIX.sub("", _PREFIX.sub("", path, count=1), count=1))
-    module = "" if block is None else block[2].replace(".processor.", ".")
-    module = _MODULES.get(module, module)
-    if block is None or (block[1] is None) != module.startswith("patch_embed"):
+    layer, module = (None, "") if block is None else (block[2], block[3].replace(".processor.", "."))
+    known = _MODULES if block is None or block[1] else {**_MODULES, **_OF_COMFYUI}
+    module = known.get(module, module)
+    if (layer is None) != module.startswith("patch_embed"):
         return "it is on no transformer_blocks.<i> of a CogVideoX transformer, but on another part or another model"
     side = "alpha" if end["alpha"] else _ENDS[end["side"] or end["old"]]
-    return LoraName(None if block[1] is None else int(block[1]), module, side)
+    return LoraName(None if layer is None else int(layer), module, side)

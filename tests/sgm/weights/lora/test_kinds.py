@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import LoraConfig
 from torch import nn
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.config.load import ConfigError, load_config
+from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.verify import peer_rope
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
@@ -123,6 +124,18 @@ def test_diffusers_computes_the_same_from_the_export(every, tmp_path):
     import_lora(every.config(), tmp_path / "out", tmp_path / "back")
     ours, theirs = (read_tensors(find_weights(folder)) for folder in (every.folder / "run", tmp_path / "back"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("how", ["merge", "keep"])
+def test_the_transformer_of_a_pipeline_has_them(every, tmp_path, how):
+    config = every.config([f"args.load={every.folder / 'run'}"], **every.params)
+    pipeline = pipeline_of(config, without=["vae", "text_encoder", "tokenizer", "scheduler"], adapters=how)
+    pipeline.write(tmp_path / "out")
+    pipe = every.pipe()
+    pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    if how == "keep":
+        pipe.load_lora_weights(str(tmp_path / "out"))
+    close(every.output(pipe.transformer), every.output(every.network))
 
 
 def test_sampling_reads_the_targets_from_the_file(every):
