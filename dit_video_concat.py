@@ -10,7 +10,7 @@ released checkpoints (``mixins.<name>.*``, SAT checkpoint format):
     patch_embed   latents and text → tokens          ImagePatchEmbeddingMixin
     adaln_layer   the block: modulation, attention   AdaLNMixin
     final_layer   tokens → latents                   FinalLayerMixin
-    lora          adapters on qkv and dense          sat.model.finetune.lora2.LoraMixin
+    lora          adapters, beside the weights       sgm.modules.lora.AdapterMixin
 """
 
 import inspect
@@ -477,7 +477,7 @@ class DiffusionTransformer(BaseModel):
                 raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
             extra = {k: v for k, v in defaults.items() if k in accepted and k not in own and v is not None}
             if name == "lora":
-                check_lora_params(own, defaults["num_layers"], defaults["hidden_size"])
+                check_lora_params(own, defaults["num_layers"], defaults["hidden_size"], self.tensor_shard.size)
                 self._add_lora(section, extra)
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
@@ -491,8 +491,8 @@ class DiffusionTransformer(BaseModel):
         # SAT initialises per shard; `shard_adapters` draws full matrices, independent of the number of ranks.
         with torch.random.fork_rng(devices=[], enabled=self.tensor_shard.size > 1):
             self.add_mixin("lora", instantiate_from_config(section, **extra), reinit=True)
-        self.adapter_dropout = use_adapters(self.transformer)
-        if self.tensor_shard.size > 1:
+        self.adapter_dropout = use_adapters(self)
+        if self.tensor_shard.size > 1:  # of attention, see `check_lora_params`
             shard_adapters(self.transformer.layers, self.mixins["lora"].layer_range, self.tensor_shard)
 
     @property

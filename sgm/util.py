@@ -28,6 +28,9 @@ PROJECT = ("sgm", "vae_modules", "dit_video_concat", "data_video")
 LIBRARIES = ("torch.nn", "torch.optim", "sat", "transformers", "diffusers", "torchao", "bitsandbytes")
 LIBRARIES += ("came_pytorch", "prodigyopt", "schedulefree")  # optimizers
 
+# Classes of SAT that files of released models name → this project's, which take their parameters and more.
+_EXTENDED = {"sat.model.finetune.lora2.LoraMixin": "sgm.modules.lora.AdapterMixin"}
+
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # U+0000, and halves of pairs of UTF-16
 
 # Names of dtypes in YAML files.
@@ -98,6 +101,7 @@ def get_obj_from_str(target: Any) -> type:
     Raises:
         InputError: the target is not trusted or no class, or does not exist, with the nearest name if there is one.
     """
+    target = _EXTENDED.get(str(target), target)
     module_name, _, name = str(target).rpartition(".")
     if not (module_name and all(part.isidentifier() for part in str(target).split("."))):
         raise InputError(f"target '{target}' is not a dotted path; write it as module.Class, e.g. torch.nn.Identity")

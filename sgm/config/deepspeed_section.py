@@ -205,7 +205,8 @@ def default_lr(model: Mapping[str, Any], optimizer: str = DEFAULT_OPTIMIZER) -> 
         return FULL_LR
     params = model["network_config"]["params"]["modules"]["lora_config"].get("params") or {}
     rank, alpha = params.get("r"), params.get("lora_alpha")
-    scaled = isinstance(rank, int) and isinstance(alpha, int | float) and alpha >= rank / 2
+    numbers = isinstance(rank, int) and isinstance(alpha, int | float)
+    scaled = numbers and alpha * (rank**0.5 if params.get("rank_stabilized") else 1) >= rank / 2
     return SCALED_LORA_LR if scaled else LORA_LR
 
 

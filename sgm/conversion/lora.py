@@ -1,13 +1,14 @@
 """Export LoRA adapters of SAT checkpoints to diffusers.
 
 The method and the names in SAT are described in sgm.weights.adapters. SAT adapts the fused query-key-value matrix by
-three pairs; diffusers adapts four modules by one pair each. Pairs map one to one, with equal values::
+three pairs; diffusers adapts its three modules by one pair each. Pairs map one to one, with equal values::
 
     transformer.layers.<i>.attention.query_key_value.matrix_{A,B}.<0, 1, 2>     A [r, D], B [D, r]
     transformer_blocks.<i>.attn1.{to_q, to_k, to_v}.lora_{A,B}.weight
     transformer.layers.<i>.attention.dense.matrix_{A,B}.0
     transformer_blocks.<i>.attn1.to_out.0.lora_{A,B}.weight
 
+Those of other projections map likewise (`sgm.weights.lora.names.GROUPS`); patches of one frame are a convolution.
 Names of the network are without the prefix ``model.diffusion_model.``. For the other direction see
 `sgm.conversion.lora_import`, for merging `sgm.conversion.lora_merge`.
 """
@@ -21,11 +22,11 @@ import torch
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.adapters import adapter_pairs, layer_and_target
+from sgm.weights.adapters import adapter_pairs
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.files import any_element, common_rank, read_lora, warn_without_effect
-from sgm.weights.lora.names import FILE, HEADER_KEY, TARGETS
+from sgm.weights.lora.names import FILE, HEADER_KEY, PATCH, PROJECTIONS, comfyui_name, module_name, projection_of
 
 logger = get_logger(__name__)
 
@@ -35,7 +36,7 @@ STYLES: dict[Style, str] = {"diffusers": KEY_PREFIX, "comfyui": "diffusion_model
 
 
 def adapters_to_diffusers(
-    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX, alphas: bool = False
+    tensors: Tensors, *, alpha: float, key_prefix: str = KEY_PREFIX, style: Style = "diffusers"
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Translate LoRA adapters to the names and header that ``load_lora_weights`` of diffusers reads.
 
@@ -45,7 +46,8 @@ def adapters_to_diffusers(
         tensors: including the LoRA matrices.
         alpha: numerator of the scale.
         key_prefix: of the names, also in the header.
-        alphas: write a tensor ``<module>.alpha`` for each pair, which ComfyUI reads instead of the header.
+        style: ``"comfyui"`` names modules as its own model, and writes a tensor ``<module>.alpha`` for each pair, which
+            it reads instead of the header.
 
     Returns:
         The tensors, and the metadata for the header of their safetensors file.
@@ -58,21 +60,28 @@ def adapters_to_diffusers(
     result: dict[str, LazyTensor] = {}
     modules = []
     for projection, own in pairs.items():
-        layer, target = layer_and_target(projection)
-        for part, pair in zip(TARGETS[target], own, strict=True):
+        layer, target = projection_of(projection)
+        for part, pair in zip(PROJECTIONS[target], own, strict=True):
             if not any(any_element(matrix) for matrix in pair):
                 continue
             # Full names: short ones could match modules of other layers.
-            modules.append(f"transformer_blocks.{layer}.{part}")
-            for kind, matrix in zip("AB", pair, strict=True):
-                result[f"{key_prefix}{modules[-1]}.lora_{kind}.weight"] = LazyTensor((matrix,))
-            if alphas:
+            name = module_name(layer, part)
+            modules.append(comfyui_name(name) if style == "comfyui" else name)
+            a, b = (LazyTensor((matrix,)) for matrix in pair)
+            result[f"{key_prefix}{modules[-1]}.lora_A.weight"] = a
+            is_convolution = part == PATCH and len(a.shape) == 4
+            result[f"{key_prefix}{modules[-1]}.lora_B.weight"] = LazyTensor((b,), _convolution) if is_convolution else b
+            if style == "comfyui":
                 result[f"{key_prefix}{modules[-1]}.alpha"] = LazyTensor((torch.tensor(float(alpha)),))
     if not result:
         raise InputError("every LoRA matrix is zero: there is nothing to write; give the adapters of a training")
     alpha = int(alpha) if float(alpha).is_integer() else alpha
     config = {"r": rank, "lora_alpha": alpha, "target_modules": modules, "bias": "none"}
     return result, {HEADER_KEY: json.dumps({key_prefix + name: value for name, value in config.items()})}
+
+
+def _convolution(b: torch.Tensor) -> torch.Tensor:
+    return b[:, :, None, None]
 
 
 def export_lora(
@@ -104,9 +113,7 @@ def export_lora(
         raise InputError(f"--key_prefix is '{prefix}'; end it with a dot, as in '{KEY_PREFIX}', or give ''")
     lora = read_lora(path, alpha=alpha)
     warn_without_effect(lora)
-    tensors, metadata = adapters_to_diffusers(
-        lora.tensors, alpha=lora.alpha, key_prefix=prefix, alphas=style == "comfyui"
-    )
+    tensors, metadata = adapters_to_diffusers(lora.tensors, alpha=lora.alpha, key_prefix=prefix, style=style)
     num_pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     with new_folder(folder, need_bytes=total_bytes(tensors)) as temporary:
         write_safetensors(temporary / FILE, tensors, metadata=metadata)

@@ -4,6 +4,7 @@ They are read by `sgm.weights.lora.foreign`. For the other direction and the lay
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from sgm.config.load import Config
 from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter
+from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter, short_names
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
+from sgm.weights.lazy import compute
 from sgm.weights.lora.foreign import DiffusersLora, listed, read_diffusers_lora
-from sgm.weights.lora.names import PARTS, sat_name
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, sat_name
 from sgm.weights.match import match_network
 
 logger = get_logger(__name__)
@@ -67,6 +69,7 @@ def import_lora(
         layers=lora.layers,
         base=str(base),
         base_digest=weights_digest(base_file),
+        targets=short_names(lora.groups),
     )
     network = _network(config, info, lora)
     match_network(network, base_file)
@@ -94,18 +97,24 @@ def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
 
 def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Return the matrices by SAT's names; zero for modules without adapters."""
-    places = [(layer, part) for layer in lora.layers for part in PARTS]
+    places = [
+        (layer, part)
+        for group in lora.groups
+        for layer in (lora.layers if group in IN_LAYERS else (None,))
+        for parts in GROUPS[group].values()
+        for part in parts
+    ]
     found = {}
     for layer, part in places:
         for kind, matrix in zip("AB", lora.pairs.get((layer, part), ()), strict=False):
             name = sat_name(layer, part, kind)
-            if tuple(matrix.shape) != shapes[name]:
+            if (matrix.shape[0], math.prod(matrix.shape[1:])) != shapes[name]:
                 raise InputError(
-                    f"{lora.path}: a matrix of transformer_blocks.{layer}.{part} has the shape {tuple(matrix.shape)}, "
+                    f"{lora.path}: a matrix of {module_name(layer, part)} has the shape {tuple(matrix.shape)}, "
                     f"and the model needs {shapes[name]}; give the YAML of the model that the LoRA was trained on"
                 )
-            found[name] = matrix.compute()
-    if zeros := [f"transformer_blocks.{layer}.{part}" for layer, part in places if (layer, part) not in lora.pairs]:
+            found[name] = compute(matrix)
+    if zeros := [module_name(layer, part) for layer, part in places if (layer, part) not in lora.pairs]:
         logger.info("%s has no adapters on %s; they are zero and have no effect", lora.path, listed(zeros))
     dtype = next(iter(found.values())).dtype
     names = [sat_name(layer, part, kind) for layer, part in places for kind in "AB"]

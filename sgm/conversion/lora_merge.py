@@ -14,12 +14,21 @@ import torch
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.adapters import AdapterInfo, adapters_alone, find_base, is_adapter, merge_adapters, read_adapter_info
+from sgm.weights.adapters import (
+    AdapterInfo,
+    adapters_alone,
+    find_base,
+    is_adapter,
+    merge_adapters,
+    read_adapter_info,
+    short_names,
+)
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor, Tensors, compute
 from sgm.weights.lora.files import Lora, find_any_lora, is_sat, network_of, read_any_lora, warn_without_effect
-from sgm.weights.lora.several import LoraStack, Scaled
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
+from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
 
 logger = get_logger(__name__)
 
@@ -116,7 +125,9 @@ def sum_loras(
     if rank is not None:
         tensors, scale = _reduced(tensors, rank, scale), 1.0
     total = default(rank, stack.rank)
-    info = replace(_info(loras, base), rank=total, alpha=scale * total, layers=tuple(stack.layers))
+    layers = tuple(layer for layer in stack.layers if layer is not None)
+    targets = short_names(stack.groups)
+    info = replace(_info(loras, base), rank=total, alpha=scale * total, layers=layers, targets=targets)
     return _write(folder, tensors, info, loras, factors)
 
 
@@ -158,7 +169,8 @@ def average_loras(
         raise InputError(f"the weights {weights} have no average; give a --strength from 0 for each, not all 0")
     make = partial(_mean, [weight / sum(weights) for weight in weights])
     lazy = {name: LazyTensor(tuple(lora.tensors[name] for lora in loras), make) for name in first.tensors}
-    info = replace(_info(loras, base), rank=first.rank, alpha=first.alpha, layers=first.layers)
+    targets = short_names(first.groups)
+    info = replace(_info(loras, base), rank=first.rank, alpha=first.alpha, layers=first.layers, targets=targets)
     return _write(folder, {name: tensor.compute() for name, tensor in lazy.items()}, info, loras, weights)
 
 
@@ -179,17 +191,39 @@ def stack_of_loras(loras: Sequence[Lora], strengths: Sequence[float]) -> LoraSta
     Raises:
         InputError: they are of networks of different widths.
     """
-    widths = {lora.path: next(t.shape[1] for name, t in lora.tensors.items() if ".matrix_A." in name) for lora in loras}
+    widths = {lora.path: _hidden_size(lora) for lora in loras}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{path} {width}" for path, width in widths.items())
         raise InputError(f"the LoRAs are for models of different hidden sizes: {listed}; give those of one model")
     depth = 1 + max(lora.layers[-1] for lora in loras)
     members = [
-        Scaled(lora=lora, strengths=[strength * (layer in lora.layers) for layer in range(depth)])
+        Scaled(
+            lora=lora,
+            strengths=[strength * (layer in lora.layers) for layer in range(depth)],
+            outside=0.0 if set(lora.groups) <= set(IN_LAYERS) else strength,
+        )
         for lora, strength in zip(loras, strengths, strict=True)
         if strength
     ]
-    return LoraStack(members=members, hidden_size=next(iter(widths.values())))
+    found = {part: shape for lora in loras for part, shape in _shapes(lora).items()}
+    time = max((found[part][0] for part in GROUPS["adaln"][MODULATION] if part in found), default=0)
+    return LoraStack(members=members, shapes=block_shapes(next(iter(widths.values())), time) | found)
+
+
+def _shapes(lora: Lora) -> dict[str, tuple[int, int]]:
+    """Return (D_in, D_out) of each module with adapters."""
+    pairs = (
+        (n, a, lora.tensors[n.replace(".matrix_A.", ".matrix_B.")])
+        for n, a in lora.tensors.items()
+        if ".matrix_A." in n
+    )
+    return {part_of(name): (math.prod(a.shape[1:]), b.shape[0]) for name, a, b in pairs}
+
+
+def _hidden_size(lora: Lora) -> int:
+    """Return D of the network of a LoRA, which adapts a module of a block."""
+    part, (size_in, size_out) = next(item for item in _shapes(lora).items() if not item[0].startswith("patch_embed"))
+    return {"ff.net.2": size_out}.get(part, size_out // 6 if part.startswith("norm") else size_in)
 
 
 def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> dict[str, torch.Tensor]:
@@ -200,10 +234,10 @@ def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> di
             continue
         name_b = name_a.replace(".matrix_A.", ".matrix_B.")
         # The product has the singular values of the small one between the two orthogonal bases.
-        left, right = torch.linalg.qr(tensors[name_b].double()), torch.linalg.qr(a.double().T)
+        left, right = torch.linalg.qr(tensors[name_b].double()), torch.linalg.qr(a.double().flatten(1).T)
         u, values, vt = torch.linalg.svd(scale * left.R @ right.R.T)
         root = values[:rank].sqrt()
-        result[name_a] = ((right.Q @ vt.T[:, :rank]) * root).T.float()
+        result[name_a] = ((right.Q @ vt.T[:, :rank]) * root).T.float().reshape(-1, *a.shape[1:])
         result[name_b] = ((left.Q @ u[:, :rank]) * root).float()
     return result
 
@@ -274,7 +308,7 @@ def _write(
     """Write adapters in the SAT layout."""
     made = {name: compute(tensor) for name, tensor in tensors.items()}
     with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in made.values())) as temporary:
-        save_network(temporary, 1, made, patch_size=(1, 1, 1), adapters=info)
+        save_network(temporary, 1, made, patch_size=None, adapters=info)
     _log(loras, factors, f"one LoRA of rank {info.rank}, alpha {info.alpha:g}")
     return Path(folder) / "1" / f"{WEIGHTS}.pt"
 

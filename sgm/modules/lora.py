@@ -1,15 +1,16 @@
-"""SAT's LoRA layer with fewer products and passes: y = W·x + b + scaling·B·A·x (Hu et al. 2021).
+"""SAT's LoRA on more projections, and its layer with fewer products and passes.
 
-SAT computes A·x part by part, three for queries, keys and values, then scales, joins and adds the results. Here the
-matrices A of a layer are one product, and each B·(A·x) is accumulated into its part of the output, by the product
-itself. Of frozen weights nothing is kept for the backward pass; names, shapes and initial values are SAT's.
+y = W·x + b + scaling·B·A·x (Hu et al. 2021). SAT computes A·x part by part, three for queries, keys and values, then
+scales, joins and adds the results. Here the matrices A of a layer are one product, and each B·(A·x) is accumulated into
+its part of the output, by the product itself. Of frozen weights nothing is kept for the backward pass; names, shapes
+and initial values are SAT's.
 
 Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,12 @@ from torch.autograd.function import once_differentiable
 
 import sgm.distributed
 from sgm.util import prepare_import
+from sgm.weights.adapters import in_order, scale_numerator
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, projection_of
 
 prepare_import()
 
-from sat.model.finetune.lora2 import LoraLinear  # noqa: E402
+from sat.model.finetune.lora2 import LoraLinear, LoraMixin, replace_linear_with_lora  # noqa: E402
 from sat.mpu.layers import RowParallelLinear  # noqa: E402
 
 _TOKENS = 1024  # hashed at a time: eight bytes for each of their inputs, several times
@@ -75,10 +78,60 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+class AdapterMixin(LoraMixin):
+    """SAT's mixin, also for other projections than those of attention.
+
+    Args:
+        layer_num: layers of the network.
+        r: rank.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of zero, of inputs of the adapters of attention.
+        layer_range: layers with adapters; None for all.
+        qlora: store frozen weights in four bits, see `sgm.weights.quantize`.
+        cross_attention: adapt that of decoders, which these networks have not.
+        targets: what has adapters: the keys of `sgm.weights.lora.names.GROUPS`.
+        rank_stabilized: scale by alpha / √r, not alpha / r (rsLoRA, Kalajdzievski 2023).
+    """
+
+    def __init__(
+        self,
+        layer_num: int,
+        r: float = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        layer_range: Sequence[int] | None = None,
+        qlora: bool = False,
+        cross_attention: bool = True,
+        targets: Sequence[Literal["attention", "ff", "adaln", "patch", "text"]] = ("attention",),
+        rank_stabilized: bool = False,
+    ) -> None:
+        alpha: Any = scale_numerator({"r": r, "lora_alpha": lora_alpha, "rank_stabilized": rank_stabilized})
+        super().__init__(layer_num, int(r), alpha, lora_dropout, layer_range, qlora, cross_attention)
+        self.targets = tuple(targets)
+
+    def reinit(self, parent_model: Any = None) -> None:
+        """Put adapters into the network."""
+        if "attention" in self.targets:
+            super().reinit(parent_model)
+        for group in (group for group in GROUPS if group in self.targets and group != "attention"):
+            for layer in self.layer_range if group in IN_LAYERS else (None,):
+                for projection, parts in GROUPS[group].items():
+                    self._adapt(parent_model, projection.format(layer), len(parts), projection == MODULATION)
+
+    def _adapt(self, network: nn.Module, name: str, parts: int, modulates: bool) -> None:
+        owner, _, leaf = name.rpartition(".")
+        parent = network.get_submodule(owner)
+        linear: Any = parent.get_submodule(leaf)
+        adapter: Any = replace_linear_with_lora(linear, parts, self.r, self.lora_alpha, self.lora_dropout)
+        adapter.modulates = modulates
+        setattr(parent, leaf, adapter)
+
+
 class Adapter(LoraLinear):
     """SAT's layer with another forward pass, and a factor for each row of A.
 
     Attributes:
+        modulates: whether it is the modulation of a block, of which each pair adapts every other part.
         dropout: of all layers.
         number: of this layer; a tensor, so that all blocks are compiled as one.
         factors: (P·r,); None: all are 1.
@@ -89,6 +142,7 @@ class Adapter(LoraLinear):
     number: torch.Tensor
     factors: torch.Tensor | None = None
     is_off = False
+    modulates = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         out = self.original(x)
@@ -100,9 +154,10 @@ class Adapter(LoraLinear):
             low = (group.reduce_from_model_parallel_region if is_row else group.copy_to_model_parallel_region)(low)
         if self.factors is not None:
             low = (low * self.factors).to(low.dtype)  # the product in float32
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.modulates:
             parts = zip(low.chunk(len(self.matrix_B), -1), self.matrix_B, strict=True)
-            return out + self.scaling * torch.cat([F.linear(part, matrix) for part, matrix in parts], -1)
+            products = [F.linear(part, matrix) for part, matrix in parts]
+            return out + self.scaling * (in_order(products, -1) if self.modulates else torch.cat(products, -1))
         return _AddProducts.apply(out, low, self.scaling, *self.matrix_B)
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,22 +185,27 @@ def use_adapters(network: nn.Module) -> Dropout:
     return dropout
 
 
-def scale_adapters(network: Any, layers: Sequence[int], factors: torch.Tensor, device: torch.device) -> None:
+def adapters_of(network: nn.Module) -> list[tuple[str, Adapter]]:
+    """Return the adapted layers of a network and their names."""
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, Adapter)]
+
+
+def scale_adapters(network: Any, layers: Sequence[int | None], factors: torch.Tensor, device: torch.device) -> None:
     """Multiply what each row of A adds, in inference: Σ fₖ·bₖ·aₖᵀ for the columns b of B and the rows a of A.
 
     Args:
         network: with adapters.
-        layers: that have them.
+        layers: that have them; None for those outside of the layers.
         factors: (number of layers, r) on the CPU.
         device: on which the network runs.
     """
     off = (factors == 0).all(dim=1).tolist()
     given = None if bool((factors == 1).all()) else factors.to(device)
-    for row, (layer, is_off) in enumerate(zip(layers, off, strict=True)):
-        attention = network.transformer.layers[layer].attention
-        for adapter in (attention.query_key_value, attention.dense):
-            adapter.is_off = is_off
-            adapter.factors = None if given is None else given[row].repeat(len(adapter.matrix_B))
+    rows = {layer: row for row, layer in enumerate(layers)}
+    for name, adapter in adapters_of(network):
+        row = rows[projection_of(name)[0]]
+        adapter.is_off = off[row]
+        adapter.factors = None if given is None else given[row].repeat(len(adapter.matrix_B))
 
 
 class _AddProducts(torch.autograd.Function):

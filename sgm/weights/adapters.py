@@ -7,6 +7,9 @@ for each third of its rows, and the projection after the attention by one::
     transformer.layers.<i>.attention.query_key_value.matrix_{A,B}.<0, 1, 2>
     transformer.layers.<i>.attention.dense.matrix_{A,B}.0
 
+Other projections have adapters by ``targets``, see `sgm.weights.lora.names`. rsLoRA (Kalajdzievski 2023) scales by
+alpha / √r; files record the numerator of alpha / r, alpha·√r.
+
 | step | where |
 |---|---|
 | built into the network | dit_video_concat, by ``lora_config``; `with_adapters` adds that when sampling a LoRA file |
@@ -25,8 +28,9 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +42,32 @@ from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.files import PREFIX, find_weights, read_entry, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, meta
+from sgm.weights.lora.names import (
+    GROUPS,
+    IN_LAYERS,
+    LAYER,
+    MODULATION,
+    NORM_CHUNKS,
+    PROJECTIONS,
+    groups_of,
+    projection_of,
+)
 from sgm.weights.partition import Shard, take_shard, unsharded_shape
 
 logger = get_logger(__name__)
 
 ENTRY = "lora"
 LORA_TARGET = "sat.model.finetune.lora2.LoraMixin"
-# Adapted projections of a layer → number of pairs.
+# Projections of a layer that SAT's own adapters are on → number of pairs.
 TARGETS = {"attention.query_key_value": 3, "attention.dense": 1}
+DEFAULT_GROUPS = ("attention",)
 # Names of adapted weights, which SAT wraps.
 WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
-_ADAPTER = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.matrix_[AB]\.\d+$")
+_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
 _MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
-_PROJECTION = re.compile(r"transformer\.layers\.(\d+)\.(attention\.\w+)")
 _SHIPPED = re.compile(r"\bcogvideox\S*_lora\.yaml\b")
 _LORA_PARAMS = "model.network_config.params.modules.lora_config.params"
 
@@ -66,11 +80,11 @@ class AdapterInfo:
 
     Attributes:
         rank: r, rows of every A.
-        alpha: numerator of the scale.
+        alpha: numerator of the scale alpha / r.
         layers: all layers that have adapters, ascending.
         base: checkpoint they were trained on, as given in ``args.load``.
         base_digest: its :func:`sgm.weights.files.weights_digest`.
-        targets: the projections of each layer's attention that have adapters.
+        targets: the projections that have adapters, by the last part of their names in `PROJECTIONS`.
     """
 
     rank: int
@@ -113,9 +127,16 @@ class AdapterInfo:
             )
         return found
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of `targets`, as ``lora_config`` names them."""
+        return tuple(group for group in GROUPS if not set(short_names([group])).isdisjoint(self.targets))
+
     def lora_params(self, num_layers: int) -> dict[str, Any]:
         """Return the ``lora_config`` parameters for these adapters in a network of `num_layers`."""
         params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha}
+        if self.groups != DEFAULT_GROUPS:
+            params["targets"] = list(self.groups)
         if self.layers != tuple(range(num_layers)):
             params["layer_range"] = list(self.layers)
         return params
@@ -124,7 +145,9 @@ class AdapterInfo:
         """Return how the matrices in `tensors` differ from this description; None if they do not."""
         ranks, layers = ranks_and_layers(tensors)
         if (ranks, layers) == ({self.rank}, self.layers):
-            return None
+            found = groups_of(_ADAPTER.sub("", name.removeprefix(PREFIX)) for name in tensors if is_adapter(name))
+            said = f"the LoRA is described as one of {', '.join(self.groups)}, and its matrices are of"
+            return None if found == self.groups else f"{said} {', '.join(found)}"
         return (
             f"the LoRA is described as rank {self.rank} on the layers {list(self.layers)}, and its matrices have rank "
             f"{', '.join(map(str, sorted(ranks)))} on {list(layers)}"
@@ -135,14 +158,23 @@ _INFO = TypeAdapter(AdapterInfo)
 
 
 def adapter_layer(name: str) -> int | None:
-    """Return the layer of a LoRA matrix, by its name with or without prefix; None for other tensors."""
-    match = _ADAPTER.search(name)
-    return None if match is None else int(match.group(1))
+    """Return the layer of a LoRA matrix, by its name with or without prefix; None outside of the layers."""
+    match = LAYER.search(name)
+    return int(match[1]) if match is not None and is_adapter(name) else None
 
 
 def is_adapter(name: str) -> bool:
     """Whether a tensor is a LoRA matrix, by its name with or without prefix."""
-    return adapter_layer(name) is not None
+    return _ADAPTER.search(name) is not None
+
+
+def short_names(groups: Iterable[str]) -> tuple[str, ...]:
+    """Return the projections of `groups` as an `AdapterInfo` names them: the last word of their names."""
+    return tuple(_short(projection) for group in groups for projection in GROUPS[group])
+
+
+def _short(projection: str) -> str:
+    return projection.removesuffix(".{}.1").rpartition(".")[2]
 
 
 def ranks_and_layers(tensors: Tensors) -> tuple[set[int], tuple[int, ...]]:
@@ -179,15 +211,16 @@ def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
         source: for messages.
 
     Raises:
-        InputError: a projection not in `TARGETS`, or a wrong number of matrices.
+        InputError: a projection not in `PROJECTIONS`, or a wrong number of matrices.
     """
     found: dict[str, dict[tuple[str, int], AnyTensor]] = {}
     for name, tensor in tensors.items():
         if is_adapter(name) and (match := _MATRIX.fullmatch(name)):
             found.setdefault(match[1], {})[match[2], int(match[3])] = tensor
+    places = {name: projection_of(name) for name in found}
     result = {}
-    for projection in sorted(found, key=layer_and_target):
-        matrices, num = found[projection], TARGETS[layer_and_target(projection)[1]]
+    for projection in sorted(found, key=lambda name: (places[name][0] is None, places[name])):
+        matrices, num = found[projection], len(PROJECTIONS[places[projection][1]])
         if differing := sorted({(kind, index) for index in range(num) for kind in "AB"} ^ matrices.keys()):
             listed = ", ".join(f"matrix_{kind}.{index}" for kind, index in differing)
             raise InputError(
@@ -196,14 +229,6 @@ def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
             )
         result[projection] = [(matrices["A", index], matrices["B", index]) for index in range(num)]
     return result
-
-
-def layer_and_target(projection: str) -> tuple[int, str]:
-    """Return layer and target of an adapted projection."""
-    match = _PROJECTION.fullmatch(projection)
-    if match is None or match[2] not in TARGETS:
-        raise InputError(f"there are adapters on {projection}; only those on {' and '.join(TARGETS)} can be converted")
-    return int(match[1]), match[2]
 
 
 def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> dict[str, LazyTensor]:
@@ -233,7 +258,8 @@ def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> 
             continue
         _require_fitting(module, tensor, own)
         matrices = [matrix for pair in own for matrix in pair]
-        result[plain] = LazyTensor((tensor, *matrices), _add_products(strength * alpha / matrices[0].shape[0]))
+        add = partial(_add_products, strength * alpha / matrices[0].shape[0], projection_of(module)[1] == MODULATION)
+        result[plain] = LazyTensor((tensor, *matrices), add)
     if pairs:
         raise InputError(f"the checkpoint has adapters on {next(iter(pairs))} and no weight there; give the whole base")
     return result
@@ -241,10 +267,10 @@ def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> 
 
 def _require_fitting(projection: str, weight: AnyTensor, pairs: list[Pair]) -> None:
     """Raise InputError unless the pairs of a projection add up to the shape of its weight."""
-    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
+    shapes = [((a.shape[0], math.prod(a.shape[1:])), tuple(b.shape)) for a, b in pairs]
     rows = sum(b[0] for _, b in shapes)
     columns = {a[1] for a, _ in shapes}
-    if tuple(weight.shape) != (rows, *columns) or any(a[0] != b[1] for a, b in shapes):
+    if (weight.shape[0], math.prod(weight.shape[1:])) != (rows, *columns) or any(a[0] != b[1] for a, b in shapes):
         listed = ", ".join(f"A {a} B {b}" for a, b in shapes)
         raise InputError(
             f"the adapters of {projection} ({listed}) do not fit its weight {tuple(weight.shape)}; give the base that "
@@ -252,14 +278,21 @@ def _require_fitting(projection: str, weight: AnyTensor, pairs: list[Pair]) -> N
         )
 
 
-def _add_products(scale: float) -> Callable[..., torch.Tensor]:
-    """Return a function that adds scale·B·A of each pair to its rows of a weight."""
+def _add_products(scale: float, modulates: bool, weight: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+    """Return a weight with scale·B·A of each pair added to its rows."""
+    products = [b.float() @ a.float().flatten(1) for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+    whole = in_order(products) if modulates else torch.cat(products)
+    return (weight.float() + scale * whole.view_as(weight)).to(weight.dtype)
 
-    def add(weight: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
-        products = [b.float() @ a.float() for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
-        return (weight.float() + scale * torch.cat(products)).to(weight.dtype)
 
-    return add
+def in_order(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Return rows of a block's modulation, of its two pairs, in the order of SAT; see `NORM_CHUNKS`."""
+    chunks = {
+        i: chunk
+        for own, part in zip(NORM_CHUNKS, parts, strict=True)
+        for i, chunk in zip(own, part.chunk(6, dim), strict=True)
+    }
+    return torch.cat([chunks[index] for index in range(12)], dim)
 
 
 # --- Adapter files and their base.
@@ -330,24 +363,59 @@ def _recorded_base(path: Path, info: AdapterInfo | None, option: str) -> Path:
 # --- The configuration of adapters.
 
 
-def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int) -> None:
-    """Refuse parameters of ``lora_config`` that SAT's mixin accepts and fails on later; `most` is the largest rank.
+def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, shards: int = 1) -> None:
+    """Refuse parameters of ``lora_config`` that the mixin accepts and fails on later.
+
+    Args:
+        params: of the section.
+        num_layers: of the network.
+        most: the largest rank.
+        shards: number of tensor parallel ranks.
 
     Raises:
         InputError: the first wrong one.
     """
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
+    groups = _groups(params)
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
+    known = isinstance(groups, Sequence) and all(group in GROUPS and groups.count(group) == 1 for group in groups)
     for name, legal, expected in (
         ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
+        (
+            "targets",
+            known and not {*groups}.isdisjoint(IN_LAYERS),
+            f"some of {', '.join(GROUPS)}, each once; at least one of {', '.join(IN_LAYERS)}",
+        ),
+        (
+            "lora_dropout",
+            not dropout or tuple(groups) == DEFAULT_GROUPS,
+            "0 with targets beside attention, whose tokens have no dropout",
+        ),
     ):
         if not legal:
             raise InputError(f"{_LORA_PARAMS}.{name} is {spelled(params.get(name))}; give {expected}")
+    if shards > 1 and tuple(groups) != DEFAULT_GROUPS:
+        raise InputError(
+            f"{_LORA_PARAMS}.targets is {spelled(params.get('targets'))}, and args.model_parallel_size above 1 shards "
+            "adapters of attention only; set it to 1, and share clips by args.sequence_parallel_size instead"
+        )
+
+
+def _groups(params: Mapping[str, Any]) -> Sequence[str]:
+    """Return what a ``lora_config`` adapts."""
+    given = default(params.get("targets"), DEFAULT_GROUPS)
+    return given if isinstance(given, str) else tuple(given)
+
+
+def scale_numerator(params: Mapping[str, Any]) -> float:
+    """Return the numerator of the scale, over r, of a ``lora_config``: its alpha, of rsLoRA alpha·√r."""
+    alpha = default(params.get("lora_alpha"), 1)
+    return alpha * math.sqrt(params["r"]) if params.get("rank_stabilized") else alpha
 
 
 def describe_adapters(config: Config) -> AdapterInfo | None:
@@ -371,8 +439,9 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
         base = config.args.base if info is None else default(config.args.base, info.base)
     return AdapterInfo(
         rank=params["r"],
-        alpha=default(params.get("lora_alpha"), 1),
+        alpha=scale_numerator(params),
         layers=_layers(params, config.model),
+        targets=short_names(group for group in GROUPS if group in _groups(params)),
         base=str(base),
         base_digest=weights_digest(default(base_file, path)),
     )
@@ -432,8 +501,9 @@ def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
     params = _modules(config.model)["lora_config"].get("params") or {}
     pairs = {
         "r": (params.get("r"), info.rank),
-        "lora_alpha": (default(params.get("lora_alpha"), 1), info.alpha),
+        "lora_alpha": (scale_numerator(params), info.alpha),
         "layer_range": (list(_layers(params, config.model)), list(info.layers)),
+        "targets": (sorted(_groups(params)), sorted(info.groups)),
     }
     for name, (configured, trained) in pairs.items():
         if configured != trained:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PATCH_WEIGHT = "mixins.patch_embed.proj.weight"
+# Those that released files hold as convolutions: also beside adapters, and of them.
+PATCH_WEIGHTS = (PATCH_WEIGHT, *(f"mixins.patch_embed.proj.{name}" for name in ("original.weight", "matrix_A.0")))
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 
 # (hidden size, layers, input channels, temporal patch) of the shipped model configurations.
@@ -75,7 +77,7 @@ class Architecture:
 
 def describe_architecture(shapes: Mapping[str, Sequence[int]]) -> Architecture | None:
     """Infer an architecture from tensor shapes by name (without prefix); None without a patch projection."""
-    patch = shapes.get(PATCH_WEIGHT)
+    patch = next((shapes[name] for name in PATCH_WEIGHTS[:2] if name in shapes), None)
     if patch is None or len(patch) not in (2, 4):
         return None
     # A linear weight [D, C·pt·p·p] gives only C·pt. The output projection has out_channels·pt·p·p rows; all

@@ -22,7 +22,7 @@ from torch import nn
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
-from sgm.weights.architecture import PATCH_WEIGHT
+from sgm.weights.architecture import PATCH_WEIGHTS
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import AnyTensor, Tensors, compute
@@ -254,17 +254,20 @@ def _warnings(match: Match, missing: Sequence[str]) -> Iterable[str]:
         yield f"{match.path} lacks {len(missing):,} tensors, which keep their values: {', '.join(missing[:10])}{more}"
 
 
-def released_layout(state_dict: Mapping[str, torch.Tensor], patch_size: int | Sequence[int]) -> dict[str, torch.Tensor]:
+def released_layout(
+    state_dict: Mapping[str, torch.Tensor], patch_size: int | Sequence[int] | None
+) -> dict[str, torch.Tensor]:
     """Return a network's tensors under the names and in the shapes of the released checkpoints.
 
     Args:
         state_dict: the tensors of the network, by the network's own names.
         patch_size: p, meaning (1, p, p), or (pt, p, p). With pt = 1 the patch projection takes the shape
-            [D, C, p, p], otherwise [D, C·pt·p·p] in the order C, pt, p, p.
+            [D, C, p, p], otherwise [D, C·pt·p·p] in the order C, pt, p, p. None keeps its shape.
     """
     tensors = {PREFIX + name: tensor.detach() for name, tensor in state_dict.items()}
-    if PREFIX + PATCH_WEIGHT in tensors:
-        tensors[PREFIX + PATCH_WEIGHT] = released_patch(patch_size, tensors[PREFIX + PATCH_WEIGHT])
+    for name in (PREFIX + name for name in PATCH_WEIGHTS):
+        if name in tensors and patch_size is not None:
+            tensors[name] = released_patch(patch_size, tensors[name])
     return tensors
 
 
@@ -279,7 +282,7 @@ def save_network(
     iteration: int | str,
     network: nn.Module | Mapping[str, torch.Tensor],
     *,
-    patch_size: int | Sequence[int],
+    patch_size: int | Sequence[int] | None,
     file_format: Literal["pt", "safetensors"] = "pt",
     adapters: AdapterInfo | None = None,
     latest: bool = True,

@@ -15,7 +15,7 @@ from torch import nn
 
 from sgm.util import InputError
 from sgm.weights.adapters import WRAPPED, find_base, is_adapter, read_adapter_info
-from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
+from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
 from sgm.weights.files import PREFIX, find_weights, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
@@ -77,7 +77,7 @@ def match_network(
     base = find_base(path, base)
     tensors, dropped = _read_network(path, base, shapes)
     given = {name: LazyTensor((tensor,)) for name, tensor in (adapters or {}).items()}
-    tensors = _of_kind(tensors | given, targets)
+    tensors = _of_kind(tensors | given | _reshaped_patches(given, shapes), targets)
     source = str(path) if base is None else f"{path} on the base {base}"
     all_adapters = {name for name in shapes if is_adapter(name)}
     # Adapters must be all present or all new; only some present means another layer_range.
@@ -155,8 +155,7 @@ def _read_one(path: Path, shapes: Shapes) -> tuple[Stored, Dropped]:
         plain = WRAPPED.sub(r".\1", name)
         if name not in tensors and plain in tensors:
             tensors[name] = tensors.pop(plain)
-    if PATCH_WEIGHT in tensors and PATCH_WEIGHT in shapes:
-        tensors[PATCH_WEIGHT] = _reshape_patch(tensors[PATCH_WEIGHT], shapes[PATCH_WEIGHT])
+    tensors |= _reshaped_patches(tensors, shapes)
     dropped = {"tensors of other parts": others, "recomputed tables": recomputed, "unused tables": unused}
     return tensors, {reason: names for reason, names in dropped.items() if names}
 
@@ -178,6 +177,13 @@ def _cure(names: Mapping[str, object]) -> str:
     if any(name.startswith(("encoder.", "decoder.")) for name in names):
         return "it is an autoencoder: first_stage_config.params.ckpt_path names it, args.load names the transformer"
     return "give the transformer's weights in the SAT layout (docs/checkpoints.md)"
+
+
+def _reshaped_patches(tensors: Stored, shapes: Shapes) -> Stored:
+    """Return the patch projection and its adapters in the layout of a network of `shapes`."""
+    return {
+        name: _reshape_patch(tensors[name], shapes[name]) for name in PATCH_WEIGHTS if name in tensors.keys() & shapes
+    }
 
 
 def _reshape_patch(patch: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:

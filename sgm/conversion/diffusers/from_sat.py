@@ -6,6 +6,7 @@ Components are first planned from names and shapes; then tensors are computed an
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, merge_adapters, with_adapters
-from sgm.weights.architecture import POSITION_TABLE
+from sgm.weights.adapters import is_adapter, merge_adapters, scale_numerator, with_adapters
+from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
+from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
@@ -184,9 +186,11 @@ def _transformer(
         _require_computed(compute(own[POSITION_TABLE]), params)
     if any(map(is_adapter, own)):
         lora_params = params["modules"]["lora_config"].get("params") or {}
-        alpha = lora_params.get("lora_alpha", 1)
+        alpha = scale_numerator(lora_params)
         if adapters == "keep":
-            kept = lora.adapters_to_diffusers(own, alpha=alpha)
+            released = partial(released_patch, geometry.patch_size)
+            patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
+            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha)
         if dtype is not None:  # round once, directly to `dtype`
             own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
         own = merge_adapters(own, alpha=alpha, strength=float(adapters == "merge"))

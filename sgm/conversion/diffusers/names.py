@@ -18,10 +18,10 @@ from sgm.util import InputError
 from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.lazy import LazyTensor, Tensors
-from sgm.weights.lora.names import OUTPUT, QKV_PARTS
+from sgm.weights.lora.names import MODULATION, NORM_CHUNKS, OUTPUT, QKV_PARTS
 from sgm.weights.match import UNUSED_TABLES
 
-QKV, MODULATION = "transformer.layers.{}.attention.query_key_value", "mixins.adaln_layer.adaLN_modulations.{}.1"
+QKV = "transformer.layers.{}.attention.query_key_value"
 _BLOCK = "transformer_blocks.{}."
 # SAT modules → diffusers modules; {} is the layer.
 MODULES = {
@@ -46,15 +46,13 @@ MODULES = {
     MODULATION: (_BLOCK + "norm1.linear", _BLOCK + "norm2.linear"),
 }
 DIFFUSERS_PATCH, _DIFFUSERS_POSITIONS = "patch_embed.proj.weight", "patch_embed.pos_embedding"
-# Indices of the twelve modulation chunks of a block, for its first and second norm.
-_NORMS = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10, 11))
 _LAYER = re.compile(r"(transformer\.layers|mixins\.adaln_layer\.\w+|transformer_blocks)\.(\d+)\b")
 
 
 def _split(ours: str, index: int, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor of the module at `index` in `MODULES` from the tensor of our module."""
     if ours == MODULATION:
-        return torch.cat([tensor.chunk(12)[chunk] for chunk in _NORMS[index]])
+        return torch.cat([tensor.chunk(12)[chunk] for chunk in NORM_CHUNKS[index]])
     return tensor.chunk(len(MODULES[ours]))[index]
 
 
@@ -63,7 +61,7 @@ def _join(ours: str, *tensors: torch.Tensor) -> torch.Tensor:
     if ours != MODULATION:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     first, second = tensors
-    chunks = dict(zip(_NORMS[0] + _NORMS[1], [*first.chunk(6), *second.chunk(6)], strict=True))
+    chunks = dict(zip(NORM_CHUNKS[0] + NORM_CHUNKS[1], [*first.chunk(6), *second.chunk(6)], strict=True))
     return torch.cat([chunks[index] for index in range(12)])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sgm.config.load import ConfigError, Problem
 from sgm.util import nearest
-from sgm.weights.adapters import is_adapter
+from sgm.weights.adapters import adapter_layer, is_adapter
 from sgm.weights.files import PREFIX
 
 # Prefixes in the reference's YAML files for modules that are never trained here.
@@ -97,7 +97,7 @@ def _check(names: Sequence[str], adapters: Sequence[str], has_lora: bool) -> Non
 def _describe(network: nn.Module, names: Sequence[str], adapters: Sequence[str]) -> str:
     if adapters:
         lora = network.get_submodule("mixins.lora")
-        layers = len({name.split(".layers.")[1].split(".")[0] for name in adapters})
+        layers = len({adapter_layer(name) for name in adapters} - {None})
         return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g} in {layers} layers, {len(adapters)} matrices"
     parts = sorted({".".join(name.split(".")[:2]) for name in names})
     return f"{len(names)} tensors of {', '.join(parts)}"

@@ -11,6 +11,7 @@ from sgm.weights.adapters import AdapterInfo, Pair, adapter_pairs, is_adapter, r
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
 from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
+from sgm.weights.lora.names import groups_of
 from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
@@ -38,6 +39,11 @@ class Lora:
     def layers(self) -> tuple[int, ...]:
         """The layers that have adapters, ascending."""
         return ranks_and_layers(self.tensors)[1]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What has adapters, see `sgm.weights.lora.names.GROUPS`."""
+        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
 
     def has_effect(self) -> bool:
         """Whether any B is not zero, as all are before any training."""

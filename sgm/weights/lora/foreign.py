@@ -10,11 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sgm.io import parse_json
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.files import read_entry, read_shards
-from sgm.weights.lora.names import FILE, HEADER_KEY, PARTS, LoraName, parse_lora_name, sat_name
+from sgm.weights.lazy import AnyTensor, LazyTensor
+from sgm.weights.lora.names import (
+    FILE,
+    HEADER_KEY,
+    MODULES,
+    PATCH,
+    LoraName,
+    groups_of,
+    module_name,
+    parse_lora_name,
+    sat_name,
+)
 from sgm.weights.stored import StoredTensor, require_floating
 
 logger = get_logger(__name__)
@@ -27,32 +40,39 @@ _FINETRAINERS_KEY = "lora_config"
 # Initialisations that also change the base: the adapters do not match the released one.
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
-Module = tuple[int, str]  # layer and module within the block, e.g. (0, "attn1.to_q")
+Pair = tuple[AnyTensor, AnyTensor]
+Module = tuple[int | None, str]  # layer and module within the block, e.g. (0, "attn1.to_q"); None outside of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersLora:
-    """LoRA adapters on attention modules of a CogVideoXTransformer3DModel.
+    """LoRA adapters on modules of a CogVideoXTransformer3DModel.
 
     Attributes:
         path: their file.
         rank: r.
         alpha: numerator of the scale alpha / r.
-        pairs: A [r, D] and B [D, r] of each adapted module; memory-mapped, and checked when they are computed.
+        pairs: A [r, D_in] and B [D_out, r] of each adapted module; memory-mapped, and checked when they are computed.
+            A of patches of one frame is that of a convolution, [r, C, p, p].
     """
 
     path: Path
     rank: int
     alpha: float
-    pairs: Mapping[Module, tuple[StoredTensor, StoredTensor]]
+    pairs: Mapping[Module, Pair]
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that have adapters, ascending."""
-        return tuple(sorted({layer for layer, _ in self.pairs}))
+        return tuple(sorted({layer for layer, _ in self.pairs if layer is not None}))
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def groups(self) -> tuple[str, ...]:
+        """The groups of the adapted modules, see `sgm.weights.lora.names.GROUPS`."""
+        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
+
+    @property
+    def tensors(self) -> dict[str, AnyTensor]:
         """The matrices by SAT's names."""
         return {
             sat_name(layer, part, kind): matrix
@@ -97,10 +117,18 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
         missing = [side for side in "AB" if side not in matrices]
         if missing:
             raise InputError(f"{file} lacks lora_{missing[0]} of {_name(module)}; copy or save it again")
-        pairs[module] = (matrices["A"], matrices["B"])
+        b = matrices["B"]
+        is_convolution = len(matrices["A"].shape) == 4 == len(b.shape) and b.shape[2:] == (1, 1)
+        pairs[module] = (matrices["A"], LazyTensor((b,), _flat) if is_convolution else b)
+    if all(layer is None for layer, _ in pairs):
+        raise InputError(f"{file} adapts {listed(map(_name, pairs))} only, and no layer; train some of a layer too")
     rank = _rank(file, pairs)
     stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
     return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha, option), pairs=pairs)
+
+
+def _flat(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.flatten(1)
 
 
 def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
@@ -120,21 +148,22 @@ def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
             other = own[known.side].name
             raise InputError(f"{file} holds {name} twice, under other names ({other}); save one adapter in a file")
         own[known.side] = content[name]
-    others = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in PARTS}
+    others = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in MODULES}
     if others:
         raise InputError(
-            f"{file} adapts {listed(sorted(others))}; SAT has adapters on {', '.join(PARTS)} only, and leaving others "
-            f"out, e.g. {next(iter(others.values()))}, would change the result: train with these target modules alone, "
-            "or merge the LoRA with diffusers"
+            f"{file} adapts {listed(sorted(others))}; SAT has adapters on {', '.join(MODULES)} only, and leaving "
+            f"others out, e.g. {next(iter(others.values()))}, would change the result: train with these target modules "
+            "alone, or merge the LoRA with diffusers"
         )
     require_floating({each.name: each for own in found.values() for side, each in own.items() if side != "alpha"})
     return found
 
 
-def _rank(file: Path, pairs: Mapping[Module, tuple[StoredTensor, StoredTensor]]) -> int:
+def _rank(file: Path, pairs: Mapping[Module, Pair]) -> int:
     ranks: dict[int, list[str]] = {}
     for module, (a, b) in pairs.items():
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        dims = (2, 4) if module[1] == PATCH else (2,)
+        if len(a.shape) not in dims or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise InputError(
                 f"{file}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {_name(module)} have no rank in "
                 "common; expected [r, D] and [D, r]"
@@ -260,7 +289,7 @@ def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int
 
 
 def _name(module: Module) -> str:
-    return f"transformer_blocks.{module[0]}.{module[1]}"
+    return module_name(*module)
 
 
 def listed(names: Iterable[str]) -> str:

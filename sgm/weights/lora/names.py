@@ -1,26 +1,61 @@
 """Names of LoRA tensors as training tools write them, brought to one form.
 
-All adapt modules of a CogVideoXTransformer3DModel, ``transformer_blocks.<i>.<module>``:
+All adapt modules of a CogVideoXTransformer3DModel, ``transformer_blocks.<i>.<module>`` or ``patch_embed.<module>``:
 
 | written by | names |
 |---|---|
 | diffusers, finetrainers | ``transformer.<...>.lora_A.weight``; formerly ``lora.down.weight``, ``_lora.down.weight`` |
 | PEFT | ``base_model.model.<...>.lora_A.<adapter>.weight``, with any name of the adapter |
-| ComfyUI | ``diffusion_model.<...>.lora_A.weight``, with ``<...>.alpha`` |
+| ComfyUI | ``diffusion_model.<...>.lora_A.weight``, with ``<...>.alpha``; or ``diffusion_model.blocks.<i>.q<...>`` |
 | kohya's scripts, VideoX-Fun | ``lora_unet_<...>.lora_down.weight``, with ``_`` for dots, and ``<...>.alpha`` |
 | wrappers (DDP, compile, FSDP, checkpointing) | any of these with ``module.``, ``_orig_mod.`` and the like, anywhere |
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from sgm.util import InputError
+
 QKV_PARTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 OUTPUT = "attn1.to_out.0"
-PARTS = (*QKV_PARTS, OUTPUT)  # modules that SAT adapts
-# Adapted projections of a SAT layer → modules of a diffusers block, one per pair, in order.
-TARGETS = {"attention.query_key_value": QKV_PARTS, "attention.dense": (OUTPUT,)}
-_PLACES = {part: (target, index) for target, parts in TARGETS.items() for index, part in enumerate(parts)}
+PARTS = (*QKV_PARTS, OUTPUT)  # modules that SAT's own adapters are on
+MODULATION = "mixins.adaln_layer.adaLN_modulations.{}.1"
+PATCH = "patch_embed.proj"
+# What ``lora_config.params.targets`` names → projections in SAT, {} the layer → modules in diffusers, one per pair.
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {
+        "transformer.layers.{}.attention.query_key_value": QKV_PARTS,
+        "transformer.layers.{}.attention.dense": (OUTPUT,),
+    },
+    "ff": {
+        "transformer.layers.{}.mlp.dense_h_to_4h": ("ff.net.0.proj",),
+        "transformer.layers.{}.mlp.dense_4h_to_h": ("ff.net.2",),
+    },
+    "adaln": {MODULATION: ("norm1.linear", "norm2.linear")},
+    "patch": {"mixins.patch_embed.proj": (PATCH,)},
+    "text": {"mixins.patch_embed.text_proj": ("patch_embed.text_proj",)},
+}
+IN_LAYERS = ("attention", "ff", "adaln")  # the others are once in a network
+PROJECTIONS = {projection: parts for group in GROUPS.values() for projection, parts in group.items()}
+MODULES = tuple(part for parts in PROJECTIONS.values() for part in parts)
+# Chunks of a block's modulation, of twelve, that the first and the second pair adapt: those of the norms of diffusers.
+NORM_CHUNKS = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10, 11))
+# Modules of a block → those of ComfyUI's own model, whose blocks are ``blocks.<i>``; others have the same names.
+COMFYUI = {
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    OUTPUT: "attn_out",
+    "attn1.norm_q": "norm_q",
+    "attn1.norm_k": "norm_k",
+    "ff.net.0.proj": "ff_proj",
+    "ff.net.2": "ff_out",
+}
+_PLACES = {part: (name, index) for name, parts in PROJECTIONS.items() for index, part in enumerate(parts)}
+_GROUP_OF = {projection: group for group, own in GROUPS.items() for projection in own}
+LAYER = re.compile(r"(?:(?:^|\.)layers|\.adaLN_modulations)\.(\d+)\.")
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
 Side = Literal["A", "B", "alpha"]
@@ -31,8 +66,10 @@ _WRAPPERS = re.compile(
 )
 _PREFIX = re.compile(r"^(?:(?:base_model|model|transformer|diffusion_model|unet|pipe|dit|network|lora)\.)*")
 _FLAT_PREFIX = re.compile(r"^(?:lora|lycoris)_(?:(?:unet|transformer(?!_blocks)|dit|model)_+)*")
-_MODULES = {part.replace(".", "_"): part for part in PARTS} | {OUTPUT.removesuffix(".0"): OUTPUT}
-_BLOCK = re.compile(r"transformer_blocks[._](\d+)[._](.+)")
+_MODULES = {part.replace(".", "_"): part for part in MODULES} | {OUTPUT.removesuffix(".0"): OUTPUT}
+_OF_COMFYUI = {theirs: part for part, theirs in COMFYUI.items()}
+_BLOCK = re.compile(r"(?:(transformer_)?blocks[._](\d+)[._])?(.+)")
+_TENSOR = re.compile(r"transformer_blocks\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _ENDS: dict[str, Side] = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B"}
 _END = re.compile(
     r"(?P<module>.+?)(?:"
@@ -44,8 +81,8 @@ _METHODS = {
     r"lora_magnitude_vector|dora_scale": "it is DoRA, which has no counterpart in SAT; train plain LoRA",
     r"\.hada_": "it is LoHa, and SAT has plain LoRA only; train plain LoRA",
     r"\.lokr_": "it is LoKr, and SAT has plain LoRA only; train plain LoRA",
-    r"\.lora_mid": "it is the middle of a convolution's LoRA, and SAT adapts attention only; train plain LoRA",
-    r"lora_embedding_": "it adapts an embedding, and SAT adapts attention only; train without it",
+    r"\.lora_mid": "it is the middle of a convolution's LoRA, which is not supported; train plain LoRA",
+    r"lora_embedding_": "it adapts a table of embeddings, and there is none; train without it",
     r"modules_to_save|\.diff(_b)?$": "it holds trained weights besides LoRA; merge them into the base with their tool",
     r"\.bias$": "it is a bias, which SAT's LoRA has not; train with bias 'none'",
     r"^lora_te|text_encoder|encoder\.block": "it adapts a text encoder, which is not trained here; train without it",
@@ -55,17 +92,55 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class LoraName:
-    """What a tensor is: a matrix, or the alpha, of a module in a block."""
+    """What a tensor is: a matrix, or the alpha, of a module in a block, or outside of them (layer None)."""
 
-    layer: int
+    layer: int | None
     module: str
     side: Side
 
 
-def sat_name(layer: int, part: str, kind: str) -> str:
-    """Return SAT's name of the matrix "A" or "B" of a module in `PARTS`."""
-    target, index = _PLACES[part]
-    return f"transformer.layers.{layer}.{target}.matrix_{kind}.{index}"
+def sat_name(layer: int | None, part: str, kind: str) -> str:
+    """Return SAT's name of the matrix "A" or "B" of a module in `MODULES`."""
+    projection, index = _PLACES[part]
+    return f"{projection.format(layer)}.matrix_{kind}.{index}"
+
+
+def part_of(name: str) -> str:
+    """Return the module in `MODULES` of a matrix by SAT's name."""
+    projection, _, end = name.rpartition(".matrix_")
+    return PROJECTIONS[projection_of(projection)[1]][int(end.rpartition(".")[2])]
+
+
+def module_name(layer: int | None, part: str) -> str:
+    """Return the name of a module in diffusers."""
+    return part if layer is None else f"transformer_blocks.{layer}.{part}"
+
+
+def comfyui_name(name: str) -> str:
+    """Return the name in ComfyUI's own model of a module or tensor of diffusers."""
+    if match := _TENSOR.fullmatch(name):
+        return f"blocks.{match[1]}.{COMFYUI.get(match[2], match[2])}{match[3] or ''}"
+    return re.sub(r"^(time|ofs)_embedding\.", r"\1_embedding_", name)
+
+
+def projection_of(name: str) -> tuple[int | None, str]:
+    """Return the layer of an adapted projection of SAT, and its name in `PROJECTIONS`.
+
+    Raises:
+        InputError: there are no adapters on it.
+    """
+    match = LAYER.search(f"{name}.")
+    projection = name if match is None else f"{name[: match.start(1)]}{{}}{name[match.end(1) :]}"
+    if projection not in PROJECTIONS:
+        known = ", ".join(each.rpartition("{}.")[2] for each in PROJECTIONS)
+        raise InputError(f"there are adapters on {name}; only those on {known} can be used")
+    return None if match is None else int(match[1]), projection
+
+
+def groups_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the groups of adapted projections, in the order of `GROUPS`."""
+    found = {_GROUP_OF[projection_of(name)[1]] for name in names}
+    return tuple(group for group in GROUPS if group in found)
 
 
 def parse_lora_name(name: str) -> LoraName | str:
@@ -79,8 +154,10 @@ def parse_lora_name(name: str) -> LoraName | str:
         return "it is no matrix or alpha of a LoRA; expected e.g. transformer_blocks.0.attn1.to_q.lora_A.weight"
     path = end["module"]
     block = _BLOCK.fullmatch(_FLAT_PREFIX.sub("", _PREFIX.sub("", path, count=1), count=1))
-    if block is None:
+    layer, module = (None, "") if block is None else (block[2], block[3].replace(".processor.", "."))
+    known = _MODULES if block is None or block[1] else {**_MODULES, **_OF_COMFYUI}
+    module = known.get(module, module)
+    if (layer is None) != module.startswith("patch_embed"):
         return "it is on no transformer_blocks.<i> of a CogVideoX transformer, but on another part or another model"
-    module = block[2].replace(".processor.", ".")
     side = "alpha" if end["alpha"] else _ENDS[end["side"] or end["old"]]
-    return LoraName(int(block[1]), _MODULES.get(module, module), side)
+    return LoraName(None if layer is None else int(layer), module, side)

@@ -10,6 +10,7 @@ with the layer and with the step: fᵢ = strength of the layer × schedule at th
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,16 +24,18 @@ from sgm.config.args import LoraArgs
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.values import spelled
 from sgm.log import get_logger
+from sgm.modules.geometry import normalize_patch_size
 from sgm.util import InputError, default
-from sgm.weights.adapters import LORA_TARGET, adapters_alone, is_adapter, read_adapter_info
+from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, adapters_alone, is_adapter, read_adapter_info
 from sgm.weights.files import find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor
 from sgm.weights.lora.files import Lora, read_any_lora
-from sgm.weights.lora.names import PARTS, sat_name
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, PARTS, PATCH, part_of, sat_name
 
 logger = get_logger(__name__)
 
 _GROUP = re.compile(r"(\d+)(?:-(\d+))?")
+_OUTSIDE = "embeddings"  # the group of strengths outside of the layers
 _MODULES = "model.network_config.params.modules"
 
 
@@ -43,12 +46,18 @@ class Scaled:
     Attributes:
         lora: its adapters.
         strengths: factor of each layer of the network; 0 where it has no adapters.
+        outside: factor outside of the layers, of the projections of patches and text; 0 without adapters there.
         schedule: (share of the steps, factor), ascending; linear in between, constant before and after.
     """
 
     lora: Lora
     strengths: Sequence[float]
+    outside: float = 0.0
     schedule: Sequence[tuple[float, float]] = ()
+
+    def strength(self, layer: int | None) -> float:
+        """Return the strength of a layer, or outside of the layers."""
+        return self.outside if layer is None else self.strengths[layer]
 
     def at(self, share: float) -> float:
         """Return the factor of the schedule at a share of the steps; of two points at one share, the later begins."""
@@ -68,11 +77,11 @@ class LoraStack:
 
     Attributes:
         members: those with an effect anywhere.
-        hidden_size: D of the network.
+        shapes: (D_in, D_out) of each module of diffusers that may have adapters, by its name in a block.
     """
 
     members: Sequence[Scaled]
-    hidden_size: int
+    shapes: Mapping[str, tuple[int, int]]
 
     @property
     def rank(self) -> int:
@@ -85,13 +94,23 @@ class LoraStack:
         return self.members[0].lora.alpha if len(self.members) == 1 else float(self.rank)
 
     @property
-    def layers(self) -> list[int]:
-        """The layers in which any LoRA has an effect, ascending."""
-        return [
-            layer
-            for layer, factors in enumerate(zip(*(m.strengths for m in self.members), strict=True))
-            if any(factors)
-        ]
+    def layers(self) -> list[int | None]:
+        """The layers in which any LoRA has an effect, ascending; then None if one has outside of them."""
+        factors = enumerate(zip(*(m.strengths for m in self.members), strict=True))
+        outside = [None] if any(member.outside for member in self.members) else []
+        return [*(layer for layer, own in factors if any(own)), *outside]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What has adapters, see `sgm.weights.lora.names.GROUPS`."""
+        found = {group for member in self.members for group in member.lora.groups}
+        return tuple(group for group in GROUPS if group in found)
+
+    def params(self) -> dict[str, Any]:
+        """Return the parameters of the ``lora_config`` of a network with these adapters."""
+        inside = [layer for layer in self.layers if layer is not None]
+        params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "layer_range": inside}
+        return params if self.groups == DEFAULT_GROUPS else params | {"targets": list(self.groups)}
 
     @property
     def changes(self) -> bool:
@@ -103,7 +122,7 @@ class LoraStack:
         scale, columns = self.alpha / self.rank, []
         for member in self.members:
             own = member.at(share) * ((member.lora.alpha / member.lora.rank) / scale)
-            column = torch.tensor([member.strengths[layer] * own for layer in self.layers])
+            column = torch.tensor([member.strength(layer) * own for layer in self.layers])
             columns.append(column[:, None].expand(-1, member.lora.rank))
         return torch.cat(columns, dim=1)
 
@@ -112,9 +131,13 @@ class LoraStack:
         return {
             sat_name(layer, part, kind): self._joined(layer, part, kind)
             for layer in self.layers
-            for part in PARTS
+            for part in self._parts(layer)
             for kind in "AB"
         }
+
+    def _parts(self, layer: int | None) -> list[str]:
+        groups = [group for group in self.groups if (group in IN_LAYERS) == (layer is not None)]
+        return [part for group in groups for parts in GROUPS[group].values() for part in parts]
 
     def scaled(self) -> dict[str, LazyTensor]:
         """Return the matrices as in `tensors`, with the factors of the first step in B."""
@@ -122,14 +145,15 @@ class LoraStack:
         for layer, factors in zip(self.layers, self.factors(0.0), strict=True):
             if bool((factors == 1).all()):
                 continue
-            for name in (sat_name(layer, part, "B") for part in PARTS):
+            for name in (sat_name(layer, part, "B") for part in self._parts(layer)):
                 result[name] = LazyTensor((result[name], factors), _columns)
         return result
 
-    def _joined(self, layer: int, part: str, kind: str) -> LazyTensor:
+    def _joined(self, layer: int | None, part: str, kind: str) -> LazyTensor:
         name, dim = sat_name(layer, part, kind), 0 if kind == "A" else 1
         found = [(member.lora.tensors.get(name), member.lora.rank) for member in self.members]
-        shapes = [(rank, self.hidden_size) if kind == "A" else (self.hidden_size, rank) for _, rank in found]
+        tail = next((tuple(each.shape[1:]) for each, _ in found if each is not None), (self.shapes[part][0],))
+        shapes = [(rank, *tail) if kind == "A" else (self.shapes[part][1], rank) for _, rank in found]
         pieces = [torch.zeros(shape) if each is None else each for (each, _), shape in zip(found, shapes, strict=True)]
         return LazyTensor((pieces[0],)) if len(pieces) == 1 else LazyTensor(tuple(pieces), partial(_cat, dim))
 
@@ -137,11 +161,12 @@ class LoraStack:
         """Yield a text for each LoRA: its file, rank, alpha, layers and strength."""
         for member in self.members:
             lora, own = member.lora, sorted({member.strengths[layer] for layer in member.lora.layers})
+            what = "" if lora.groups == DEFAULT_GROUPS else f" ({', '.join(lora.groups)})"
             strength = f"{own[0]:g}" if len(own) == 1 else f"{own[0]:g} to {own[-1]:g}, by layer"
             steps = "; ".join(f"{factor:g} at {share:g}" for share, factor in member.schedule)
             yield (
                 f"{lora.path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} of {len(member.strengths)} "
-                f"layers; strength {strength}{f', of the steps {steps}' if steps else ''}"
+                f"layers{what}; strength {strength}{f', of the steps {steps}' if steps else ''}"
             )
 
 
@@ -172,10 +197,14 @@ def stack_of(config: Config) -> LoraStack | None:
             problems.append(Problem(f"{place}.path", "", str(error), "give another LoRA, or remove this entry"))
     if problems:
         raise ConfigError(config.located(problems))
-    used = [m for m in members if any(m.strengths) and (not m.schedule or any(factor for _, factor in m.schedule))]
-    stack = LoraStack(members=used, hidden_size=params["hidden_size"])
-    if stack.rank > stack.hidden_size:
-        found = f"have {stack.rank} ranks together, more than the hidden size {stack.hidden_size}"
+    used = [
+        m
+        for m in members
+        if any((*m.strengths, m.outside)) and (not m.schedule or any(factor for _, factor in m.schedule))
+    ]
+    stack = LoraStack(members=used, shapes=_shapes(params))
+    if stack.rank > params["hidden_size"]:
+        found = f"have {stack.rank} ranks together, more than the hidden size {params['hidden_size']}"
         cure = "merge some into the weights first: tools/merge_lora_weight.py"
         raise ConfigError(config.located([Problem("args.loras", "", found, cure)]))
     return stack if used else None
@@ -195,8 +224,8 @@ def with_loras(config: Config) -> Config:
     if stack is None:
         return config
     model = copy.deepcopy(config.model)
-    params = {"r": stack.rank, "lora_alpha": stack.alpha, "layer_range": stack.layers}
-    model["network_config"]["params"]["modules"]["lora_config"] = {"target": LORA_TARGET, "params": params}
+    section = {"target": LORA_TARGET, "params": stack.params()}
+    model["network_config"]["params"]["modules"]["lora_config"] = section
     return dataclasses.replace(config, model=model, merged={**config.merged, "model": model})
 
 
@@ -249,25 +278,28 @@ class _Base:
 def _scaled(entry: LoraArgs, place: str, params: Mapping[str, Any], base: _Base) -> Scaled:
     """Read an entry of ``args.loras``."""
     lora = read_any_lora(entry.path, alpha=entry.alpha, option=f"{place}.alpha")
-    _require_fitting(lora, params["num_layers"], params["hidden_size"])
+    _require_fitting(lora, params["num_layers"], _shapes(params))
     base.require(lora)
     strengths = [float(layer in lora.layers) for layer in range(params["num_layers"])]
-    given = layer_strengths(entry.strength, f"{place}.strength", lora, params["num_layers"])
+    given, outside = layer_strengths(entry.strength, f"{place}.strength", lora, params["num_layers"])
     schedule = entry.schedule or ()
     if list(shares := [share for share, _ in schedule]) != sorted(shares):
         cure = "give [share, factor] in the order of the steps, shares ascending from 0 to 1"
         raise ConfigError(
             [Problem(f"{place}.schedule", "", f"is {spelled([list(point) for point in schedule])}", cure)]
         )
-    return Scaled(lora=lora, strengths=[a * b for a, b in zip(strengths, given, strict=True)], schedule=schedule)
+    strengths = [a * b for a, b in zip(strengths, given, strict=True)]
+    return Scaled(lora=lora, strengths=strengths, outside=outside, schedule=schedule)
 
 
-def layer_strengths(strength: float | Mapping[str, float], place: str, lora: Lora, num_layers: int) -> list[float]:
-    """Return the strength of each layer.
+def layer_strengths(
+    strength: float | Mapping[str, float], place: str, lora: Lora, num_layers: int
+) -> tuple[list[float], float]:
+    """Return the strength of each layer, and outside of them (0 where the LoRA has nothing).
 
     Args:
-        strength: of all layers, or by groups of layers: ``{"0-14": 1.0, "15": 0.5}``, which name every layer that the
-            LoRA has.
+        strength: of all, or by groups of layers: ``{"0-14": 1.0, "15": 0.5, "embeddings": 1.0}``, which name every
+            layer that the LoRA has, and the projections outside of them if it adapts those.
         place: of `strength`, for messages.
         lora: whose strength it is.
         num_layers: of the network.
@@ -275,10 +307,17 @@ def layer_strengths(strength: float | Mapping[str, float], place: str, lora: Lor
     Raises:
         ConfigError: a group is not of that form, layers are missing, or named twice.
     """
+    has_outside = not set(lora.groups) <= set(IN_LAYERS)
     if not isinstance(strength, Mapping):
-        return [float(strength)] * num_layers
+        return [float(strength)] * num_layers, float(strength) * has_outside
     found: dict[int, float] = {}
+    if (_OUTSIDE in strength) != has_outside:
+        what = "adapts the projections of patches or text" if has_outside else "has no adapters outside of the layers"
+        cure = f"{'give' if has_outside else 'remove'} the strength of '{_OUTSIDE}'"
+        raise ConfigError([Problem(place, "", f"is by layers, and {lora.path} {what}", cure)])
     for group, value in strength.items():
+        if group == _OUTSIDE:
+            continue
         match = _GROUP.fullmatch(group.replace(" ", ""))
         layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not layers or layers[-1] >= num_layers:
@@ -293,17 +332,34 @@ def layer_strengths(strength: float | Mapping[str, float], place: str, lora: Lor
         said = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         cure = "give their strength too, 0 for none"
         raise ConfigError([Problem(place, "", f"leaves out layers with adapters: {said}", cure)])
-    return [found.get(layer, 0.0) for layer in range(num_layers)]
+    return [found.get(layer, 0.0) for layer in range(num_layers)], strength.get(_OUTSIDE, 0.0)
 
 
-def _require_fitting(lora: Lora, num_layers: int, hidden_size: int) -> None:
+def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return (D_in, D_out) of each module that may have adapters, from the parameters of a network."""
+    size, modules = params["hidden_size"], params["modules"]
+    patch = params["in_channels"] * math.prod(normalize_patch_size(params["patch_size"]))
+    text = (modules["patch_embed_config"].get("params") or {}).get("text_hidden_size", 0)
+    others = {PATCH: (patch, size), "patch_embed.text_proj": (text, size)}
+    return block_shapes(size, params["time_embed_dim"]) | others
+
+
+def block_shapes(size: int, time_embed_dim: int) -> dict[str, tuple[int, int]]:
+    """Return (D_in, D_out) of the modules of a block of a hidden size."""
+    ff = {"ff.net.0.proj": (size, 4 * size), "ff.net.2": (4 * size, size)}
+    modulation = dict.fromkeys(GROUPS["adaln"][MODULATION], (time_embed_dim, 6 * size))
+    return dict.fromkeys(PARTS, (size, size)) | ff | modulation
+
+
+def _require_fitting(lora: Lora, num_layers: int, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a LoRA of a network of another depth or width."""
     cure = "give a LoRA of this model, or the YAML and weights of the model that it was trained on"
     if lora.layers[-1] >= num_layers:
         raise InputError(f"{lora.path} adapts layer {lora.layers[-1]}, and the model has {num_layers}; {cure}")
     for name, tensor in lora.tensors.items():
-        expected = (lora.rank, hidden_size) if ".matrix_A." in name else (hidden_size, lora.rank)
-        if tuple(tensor.shape) != expected:
+        size_in, size_out = shapes[part_of(name)]
+        expected = (lora.rank, size_in) if ".matrix_A." in name else (size_out, lora.rank)
+        if (tensor.shape[0], math.prod(tensor.shape[1:])) != expected:
             raise InputError(
                 f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
                 f"{expected}; {cure}"

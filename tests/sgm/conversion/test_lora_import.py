@@ -176,9 +176,9 @@ def test_names_of_other_tools_are_brought_to_one_form(tmp_path, tool, alpha):
         ("transformer_blocks.0.attn1.to_q.lora_B.bias", "bias"),
         ("transformer_blocks.0.attn1.to_q.weight", "no matrix or alpha"),
         ("diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight", "another model"),
-        ("lora_unet__transformer_blocks_0_ff_net_0_proj.lora_down.weight", "adapts ff_net_0_proj"),
+        ("lora_unet__transformer_blocks_0_attn1_norm_q.lora_down.weight", "adapts attn1_norm_q"),
         ("diffusion_model.transformer_blocks.0.attn1.to_q.lora_up.weight", "twice, under other names"),
-        ("transformer.transformer_blocks.0.norm1.linear.lora_A.weight", "adapts norm1.linear"),
+        ("transformer.transformer_blocks.0.norm1.norm.lora_A.weight", "adapts norm1.norm"),
     ],
 )
 def test_a_name_that_cannot_be_taken_is_said_with_the_reason(tmp_path, name, reason):
@@ -218,11 +218,14 @@ def test_the_style_of_comfyui_has_its_names_and_alphas(model, tmp_path):
     import_lora(model(), written(tmp_path / "x.safetensors", pairs()), tmp_path / "sat", alpha=6)
     file = export_lora(tmp_path / "sat", tmp_path / "comfy", style="comfyui")
     tensors = load_file(file)
-    block = "diffusion_model.transformer_blocks.1.attn1.to_out.0"
+    block = "diffusion_model.blocks.1.attn_out"
     assert {f"{block}.lora_A.weight", f"{block}.lora_B.weight", f"{block}.alpha"} <= tensors.keys()
     assert len(tensors) == 2 * 4 * 3 and all(n.startswith("diffusion_model.") for n in tensors)
     save_file(tensors, file)  # without the header, as tools that rewrite it do
     assert read_diffusers_lora(file).alpha == 6
+    import_lora(model(), file, tmp_path / "back")
+    before, after = (read_tensors(find_weights(tmp_path / name)) for name in ("sat", "back"))
+    assert equal(before, after)
 
 
 # --- Round trips.
@@ -406,9 +409,9 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
     [
         (pairs(parts=("to_q", "ff")), None, r"adapts attn1.ff; SAT has adapters on attn1.to_q, .* only"),
         (
-            pairs() | {"transformer_blocks.0.ff.net.0.proj.lora_A.weight": torch.ones(4, 32)},
+            pairs() | {f"transformer_blocks.0.attn1.norm_q.lora_{kind}.weight": torch.ones(4, 4) for kind in "AB"},
             None,
-            "adapts ff.net.0.proj;",
+            "adapts attn1.norm_q;",
         ),
         (
             pairs() | {"proj_out.lora_A.weight": torch.ones(4, 32)},

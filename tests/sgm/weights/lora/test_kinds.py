@@ -1,0 +1,220 @@
+"""Adapters on every projection and of every kind, beside diffusers and PEFT. Tiny complete networks."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import LoraConfig
+from torch import nn
+
+from benchmarks.diffusers_peer import network_peer, run_network_peer
+from benchmarks.models import NetworkSize, build_network, network_section
+from sgm.config.load import ConfigError, load_config
+from sgm.conversion.diffusers.from_sat import pipeline_of
+from sgm.conversion.diffusers.verify import peer_rope
+from sgm.conversion.lora import export_lora
+from sgm.conversion.lora_import import import_lora
+from sgm.conversion.lora_merge import merge_loras, sum_loras
+from sgm.modules.lora import scale_adapters
+from sgm.training.optim.trainable import choose_trainable
+from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.weights.adapters import describe_adapters, is_adapter, read_adapter_info, with_adapters
+from sgm.weights.checkpoint import load_network, save_network
+from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.lora.several import stack_of, with_loras
+
+RANK, ALPHA, ALL = 4, 3, ("attention", "ff", "adaln", "patch", "text")
+MODEL = yaml.safe_load((Path(__file__).parents[3] / "data/golden/dit_t2v_5b_lora/model.yaml").read_text())["model"]
+SIZE = NetworkSize(
+    hidden_size=32,
+    num_attention_heads=2,
+    num_layers=2,
+    time_embed_dim=16,
+    latents=(2, 4, 6),
+    text_length=3,
+    text_hidden_size=8,
+)
+
+
+class Case:
+    """A tiny model with random adapters in `folder`: the run folder `run`, its `base`, and their configuration."""
+
+    def __init__(self, folder, model="cogvideox_5b", **params):
+        self.folder = folder
+        self.section = network_section(model, SIZE)
+        self.plain = build_network(self.section)
+        save_network(folder / "base", 1, self.plain, patch_size=self.plain.patch_size)
+        self.params = {"r": RANK, "lora_alpha": ALPHA, **params}
+        config = self.config(**self.params)
+        self.info = describe_adapters(config)
+        self.network = instantiate_from_config(config.model["network_config"]).eval()
+        load_network(self.network, folder / "base")
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in self.network.named_parameters():
+            if ".matrix_" in name:
+                nn.init.normal_(parameter, 0, 0.2, generator=generator)
+        adapters = {name: t for name, t in self.network.state_dict().items() if is_adapter(name)}
+        save_network(folder / "run", 5, adapters, patch_size=self.plain.patch_size, adapters=self.info)
+
+    def config(self, words=(), **params):
+        section = copy.deepcopy(self.section)
+        if params:
+            target = "sat.model.finetune.lora2.LoraMixin"
+            section["params"]["modules"]["lora_config"] = {"target": target, "params": params}
+        args = {"load": str(self.folder / "base"), "input_type": "cli"}
+        content = {"args": args, "model": {**MODEL, "network_config": section}}
+        (self.folder / "model.yaml").write_text(json.dumps(content))
+        return load_config([self.folder / "model.yaml"], list(words), mode="inference")
+
+    def sampled(self, *loras, load=None):
+        """Return the network that sampling builds with ``args.loras``, or of another ``args.load``."""
+        config = self.config([f"args.loras={json.dumps(list(loras))}", f"args.load={load or self.folder / 'base'}"])
+        config = with_loras(with_adapters(config))
+        stack = stack_of(config)
+        with without_allocating():
+            network = instantiate_from_config(config.model["network_config"])
+        load_network(network, config.args.load, adapters=stack and stack.tensors())
+        if stack is not None:
+            scale_adapters(network, stack.layers, stack.factors(0.0), torch.device("cpu"))
+        return network.eval()
+
+    def pipe(self):
+        return CogVideoXPipeline(None, None, None, network_peer(self.plain), None)
+
+    @torch.no_grad()
+    def output(self, network):
+        draws = torch.Generator().manual_seed(1)
+        x = torch.randn(1, 2, self.plain.in_channels, 4, 6, generator=draws)
+        context = torch.randn(1, 3, 8, generator=draws)
+        if hasattr(network, "mixins"):
+            return network(x, torch.tensor([500]), context)
+        return run_network_peer(network, x, torch.tensor([500]), context, rope=peer_rope(network, x))
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """Adapters on every projection."""
+    return Case(tmp_path_factory.mktemp("every"), targets=ALL, rank_stabilized=True)
+
+
+def test_every_projection_is_adapted_and_recorded(every):
+    names = {name.rpartition(".matrix_")[0] for name in every.network.state_dict() if is_adapter(name)}
+    assert len(names) == 2 * 5 + 2
+    assert read_adapter_info(every.folder / "run") == every.info
+    assert every.info.groups == ALL and every.info.alpha == ALPHA * RANK**0.5
+    assert (every.output(every.network) - every.output(every.plain)).abs().max() > 1e-2
+
+
+def test_diffusers_computes_the_same_from_the_export(every, tmp_path):
+    export_lora(every.folder / "run", tmp_path / "out")
+    pipe = every.pipe()
+    pipe.load_lora_weights(str(tmp_path / "out"), adapter_name="a")
+    close(every.output(pipe.transformer), every.output(every.network))
+    pipe.transformer.set_adapters(["a"], [0.5])
+    half = every.sampled({"path": str(every.folder / "run"), "strength": 0.5})
+    close(every.output(half), every.output(pipe.transformer))
+    import_lora(every.config(), tmp_path / "out", tmp_path / "back")
+    ours, theirs = (read_tensors(find_weights(folder)) for folder in (every.folder / "run", tmp_path / "back"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("how", ["merge", "keep"])
+def test_the_transformer_of_a_pipeline_has_them(every, tmp_path, how):
+    config = every.config([f"args.load={every.folder / 'run'}"], **every.params)
+    pipeline = pipeline_of(config, without=["vae", "text_encoder", "tokenizer", "scheduler"], adapters=how)
+    pipeline.write(tmp_path / "out")
+    pipe = every.pipe()
+    pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    if how == "keep":
+        pipe.load_lora_weights(str(tmp_path / "out"))
+    close(every.output(pipe.transformer), every.output(every.network))
+
+
+def test_sampling_reads_the_targets_from_the_file(every):
+    assert torch.equal(every.output(every.sampled(load=every.folder / "run")), every.output(every.network))
+    lora = {"path": str(every.folder / "run")}
+    assert torch.equal(every.output(every.sampled(lora)), every.output(every.network))
+    assert torch.equal(every.output(every.sampled(lora | {"strength": 0})), every.output(every.plain))
+
+
+def test_merged_and_summed_they_compute_the_same(every, tmp_path):
+    merge_loras([every.folder / "run"], tmp_path / "merged", strengths=[0.5])
+    half = every.sampled({"path": str(every.folder / "run"), "strength": 0.5})
+    close(every.output(every.sampled(load=tmp_path / "merged")), every.output(half))
+    sum_loras([every.folder / "run"] * 2, tmp_path / "sum", strengths=[0.25, 0.25], rank=RANK)
+    close(every.output(every.sampled(load=tmp_path / "sum")), every.output(half))
+
+
+def test_training_changes_the_adapters_alone(every):
+    network = copy.deepcopy(every.network).train()
+    trained = choose_trainable(network, {"not_trainable_prefixes": ["all"]})
+    assert all(map(is_adapter, trained.names)) and len(trained.names) == 2 * (2 * (4 + 2 + 2) + 2)
+    assert f"alpha {every.info.alpha:g} in 2 layers" in trained.description
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    draws = torch.Generator().manual_seed(1)
+    x, context = torch.randn(1, 2, 16, 4, 6, generator=draws), torch.randn(1, 3, 8, generator=draws)
+    losses = []
+    for _ in range(4):
+        loss = network(x, torch.tensor([500]), context).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]) != is_adapter(name), name
+
+
+def test_rslora_is_that_of_peft(every):
+    """alpha / √r: adapters of the attention with the same matrices, in PEFT's own layers."""
+    own = {"targets": ["attention"], "rank_stabilized": True}
+    network = instantiate_from_config(every.config(**every.params | own).model["network_config"]).eval()
+    load_network(network, every.folder / "base")
+    peer = network_peer(every.plain)
+    peer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules=["to_q", "to_out.0"]))
+    theirs = dict(peer.named_parameters())
+    for name, parameter in network.named_parameters():
+        if ".matrix_B." in name:
+            parameter.data.zero_()
+    for layer in range(2):
+        attention = network.transformer.layers[layer].attention
+        for module, adapter in (("to_q", attention.query_key_value), ("to_out.0", attention.dense)):
+            for kind, matrix in (("A", adapter.matrix_A[0]), ("B", adapter.matrix_B[0])):
+                nn.init.normal_(matrix, 0, 0.2)
+                theirs[f"transformer_blocks.{layer}.attn1.{module}.lora_{kind}.default.weight"].data.copy_(matrix.data)
+    close(every.output(network), every.output(peer))
+    assert (every.output(network) - every.output(every.plain)).abs().max() > 1e-3
+
+
+def test_strengths_by_layer_name_the_embeddings_too(every):
+    lora = {"path": str(every.folder / "run"), "strength": {"0": 0, "1": 0}}
+    with pytest.raises(
+        ConfigError, match="(?s)adapts the projections of patches or text.*give the strength of 'embeddi"
+    ):
+        every.sampled(lora)
+    network = every.sampled({**lora, "strength": {"0": 0, "1": 0, "embeddings": 1}})
+    assert not any(".layers." in name for name in network.state_dict() if is_adapter(name))
+    assert (every.output(network) - every.output(every.plain)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"targets": ["mlp"]}, r"targets.*mlp.*give.*attention"),
+        ({"targets": ["patch"]}, "targets is .*patch.*at least one of attention, ff, adaln"),
+        ({"targets": ["ff", "ff"]}, "targets is .*each once"),
+        ({"targets": ["ff"], "lora_dropout": 0.1}, "lora_dropout is 0.1; give 0 with targets beside attention"),
+    ],
+)
+def test_what_does_not_work_is_refused(every, params, said):
+    with pytest.raises(InputError, match=f"(?s){said}"), without_allocating():
+        instantiate_from_config(every.config(**every.params | params).model["network_config"])
