@@ -1,6 +1,5 @@
 """Measure network and VAE of a run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -104,11 +103,6 @@ def network_usage(
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 
-    def store_weights(network: Any, _: LiveBytes) -> None:
-        storage = storage_of(config)
-        for layer in linear_layers(itertools.chain(*network.blocks)) if storage else ():
-            store(layer, storage)
-
     def run(network: Any) -> torch.Tensor:
         if config.args.network_offload != "blocks":
             return forward(network)
@@ -135,7 +129,9 @@ def network_usage(
         # Networks of other depths, and with other numbers of recomputed blocks, are measured at the same small depths.
         learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
         settings = [params_here, settings_of(config, trains=trained is not None), str(mesh), video, batch, str(dtype)]
-        work = partial(usage, network, run, dtype, mesh, trained=trained, prepare=store_weights)
+        work = partial(
+            usage, network, run, dtype, mesh, trained=trained, prepare=partial(_store_blocks, storage_of(config))
+        )
         return _remembered([section["target"], *settings, learned], work)
 
     depth = params.get("num_layers")
@@ -156,6 +152,12 @@ def network_usage(
         if (found.weights, found.trained) == whole:
             return found
     return measured(None)
+
+
+def _store_blocks(storage: Storage | None, network: Any, _: LiveBytes) -> None:
+    if storage is not None:
+        for layer in linear_layers(module for block in network.blocks for module in block):
+            store(layer, storage)
 
 
 def _transformer_args(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:

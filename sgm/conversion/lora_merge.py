@@ -3,6 +3,7 @@
 The sum of adapters is one adapter of the summed rank (`sgm.weights.lora.several`), so merging several is merging one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
