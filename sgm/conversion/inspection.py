@@ -366,7 +366,7 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     lora = LoraFacts(
         rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
-        layers=tuple(sorted({each.layer for each in known.values()})),
+        layers=tuple(sorted({each.layer for each in known.values() if each.layer is not None})),
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
     )
     widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
