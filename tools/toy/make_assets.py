@@ -38,14 +38,14 @@ logger = get_logger("toy")
 
 T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
 STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality")
-# Prompts of the demo: four held-out combinations, each also with an image, and two that training sees.
+# Prompts of the demo: four held-out combinations, each also with an image, and two that training sees, with a size.
 UNSEEN = (
     ("red", "square", "up"),
     ("green", "triangle", "down"),
     ("yellow", "square", "right"),
     ("cyan", "circle", "left"),
 )
-SEEN = (("blue", "square", "down"), ("magenta", "circle", "up"))
+SEEN = (("blue", "square", "down", "small"), ("magenta", "circle", "up", "big"))
 MEASURED = 2000  # seed of the clips and samples of quality.json; while the recipe was chosen, others were looked at
 WORK = "work"  # folder of the states of trainings
 NUM_THREADS = 1  # of torch, in each worker of training; part of the recipe: with another number, sums round differently
@@ -67,7 +67,7 @@ class Recipe:
 
     clips_per_combination: int = 1
     vae: training.VaeRecipe = field(default_factory=training.VaeRecipe)
-    encoded_clips: int = 1920
+    encoded_clips: int = 1440
     t2v: training.NetworkRecipe = field(default_factory=training.NetworkRecipe)
     i2v: training.NetworkRecipe = field(default_factory=lambda: training.NetworkRecipe(cycles=((1200, 1e-3),)))
     samples: int = 72
@@ -142,7 +142,12 @@ def make_vae(out: Path, recipe: Recipe, seed: int) -> None:
 def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -> None:
     """Train the transformers that `stages` names on the same encoded clips, and save them in float16."""
     engine = quality.load_engine(T2V, overrides(out)[T2V], with_network=False)
-    clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
+    encoded = out / WORK / f"clips_{seed}.pt"
+    if encoded.is_file():
+        clips = training.EncodedClips(**torch.load(encoded, weights_only=True))
+    else:
+        clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
+        clips.save(encoded)
     logger.info("standard deviation of the latents %.3f; model.scale_factor %.3f", clips.std, engine.scale_factor)
     for name, config, network_recipe in (("t2v", T2V, recipe.t2v), ("i2v", I2V, recipe.i2v)):
         if name not in stages:
