@@ -39,6 +39,7 @@ class VaeCycle:
         latent_noise: most noise that the decoder gets beside that of the posterior, as a standard deviation. It learns
             to forgive errors of the networks, and the encoder to tell shapes apart by more than that.
         edge_weight: weight of the L1 error of the differences between neighbours, which sharpens edges.
+        decoder_only: the encoder stays as it is, and with it the latents.
     """
 
     crop_steps: int = 800
@@ -47,6 +48,7 @@ class VaeCycle:
     crop_frames: int = scene.NUM_FRAMES
     latent_noise: float = 0.0
     edge_weight: float = 0.0
+    decoder_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,22 +155,20 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
     The loss is L1 + L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
     scale.
     """
-    parameters = list(vae.parameters())
     state = progress.load()
-    first, errors, started = 0, [], time.monotonic()
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+    first, errors, started, optimizer = 0, [], time.monotonic(), None
     if state:
         first = state["step"]
         vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
 
     def work(job: tuple[torch.Tensor, int, float, VaeCycle]) -> Gradients:
         video, noise_seed, weight, cycle = job
         generator = torch.Generator().manual_seed(noise_seed)
         video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
-            distribution = vae.regularization.distribution(vae.encode_moments(video).float())
-            latents = distribution.sample(generator=generator)
+            with torch.set_grad_enabled(not cycle.decoder_only):
+                distribution = vae.regularization.distribution(vae.encode_moments(video).float())
+                latents = distribution.sample(generator=generator)
             level = cycle.latent_noise * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
             latents = latents + level * torch.randn(latents.shape, generator=generator)
             difference = vae.decode(latents).float() - video
@@ -177,13 +177,15 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
         if cycle.edge_weight:
             loss = loss + cycle.edge_weight * sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4))
         figures = [weight * difference.detach().square().mean().item() / 4.0, weight * kl.item()]
-        return list(torch.autograd.grad(weight * loss, parameters)), figures
+        return list(torch.autograd.grad(weight * loss, _trained(vae, cycle))), figures
 
     schedule = [(i, cycle) for cycle in recipe.cycles for i in range(cycle.crop_steps + cycle.full_steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         for step, (i, cycle) in list(enumerate(schedule))[first:]:
-            if i == 0:
-                optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+            if i == 0 or optimizer is None:
+                optimizer = torch.optim.Adam(_trained(vae, cycle), betas=(0.9, 0.99))
+                if i and state:
+                    optimizer.load_state_dict(state["optimizer"])
             rng = np.random.default_rng([seed, 1, step])
             halves = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
             total = sum(map(len, halves))
@@ -198,6 +200,10 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
                 errors.clear()
             is_last = step + 1 == recipe.num_steps
             progress.save({"step": step + 1, "model": vae.state_dict()}, optimizer, is_last=is_last)
+
+
+def _trained(vae: nn.Module, cycle: VaeCycle) -> list[torch.Tensor]:
+    return list((vae.decoder if cycle.decoder_only else vae).parameters())
 
 
 def _vae_batch(recipe: VaeRecipe, cycle: VaeCycle, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
@@ -222,7 +228,7 @@ class NetworkRecipe:
         text_dropout: fraction of samples with zeroed text embedding, for classifier-free guidance.
     """
 
-    cycles: tuple[tuple[int, float], ...] = ((4400, 1.5e-3), (3200, 1e-3))
+    cycles: tuple[tuple[int, float], ...] = ((4400, 1.5e-3), (2400, 1e-3))
     batch_size: int = 16
     weight_decay: float = 0.01
     ema_decay: float = 0.995
@@ -296,12 +302,10 @@ def train_network(
     parameters = [p for p in network.parameters() if p.requires_grad]
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     state = progress.load()
-    first, losses, started = 0, [], time.monotonic()
-    optimizer = _adamw(parameters, recipe)
+    first, losses, started, optimizer = 0, [], time.monotonic(), None
     if state:
         first, average = state["step"], state["average"]
         network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
 
     def work(job: tuple[torch.Tensor, dict[str, torch.Tensor], int]) -> Gradients:
         latents, cond, noise_seed = job
@@ -314,8 +318,10 @@ def train_network(
     schedule = [(i, steps, lr) for steps, lr in recipe.cycles for i in range(steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         for step, (i, steps, lr) in list(enumerate(schedule))[first:]:
-            if i == 0:
-                optimizer = _adamw(parameters, recipe)
+            if i == 0 or optimizer is None:
+                optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+                if i and state:
+                    optimizer.load_state_dict(state["optimizer"])
             generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
             chosen = torch.randint(len(clips.captions), (recipe.batch_size,), generator=generator)
             context = table[caption_ids[chosen]]
@@ -344,10 +350,6 @@ def train_network(
 def _float32_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     with torch.autocast(q.device.type, enabled=False):
         return torch_attention(q.float(), k.float(), v.float())
-
-
-def _adamw(parameters: list[torch.Tensor], recipe: NetworkRecipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
 
 
 def _training_batch(
