@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WEB := gradio gradio-client hf-gradio groovy safehttpx brotli fastapi starlette uvicorn orjson pydub python-multipart \
 	pytz semantic-version tomlkit
 
-LAND := --base configs/toy.yaml configs/toy_inference.yaml args.input_file=outputs/land/clips/prompts.txt
+LAND = --base configs/toy.yaml configs/toy_inference.yaml configs/toy_loras.yaml \
+	args.input_file=outputs/land/clips/prompts.txt args.loras.0.path=$(TRAINED)
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
@@ -19,11 +20,11 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
 	$(BIN)/python tools/toy/concept.py make outputs/land/clips
 	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
-	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/before
-	$(BIN)/python sample_video.py $(LAND) args.output_dir=outputs/land/after \
-		args.load=$(TRAINED)
-	$(BIN)/python tools/toy/concept.py measure outputs/land/before outputs/land/after
-	$(BIN)/python tools/contact_sheet.py outputs/land/before outputs/land/after --beside --columns 4 --out outputs/demo_lora.png
+	for strength in 0 0.5 1; do $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$strength \
+		args.output_dir=outputs/land/strength_$$strength || exit; done
+	$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
+	$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
+		--beside --columns 4 --out outputs/demo_lora.png
 	rm -rf outputs/land/lora outputs/land/diffusers outputs/land/diffusers.*
 	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
 	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
@@ -31,6 +32,8 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
 		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 4 --num_inference_steps 30 \
 		--dtype fp32 --output_path outputs/land/diffusers.mp4
+	@echo "Open outputs/demo.png (the toy models), outputs/demo_lora.png (the LoRA at strengths 0, 0.5 and 1) and" \
+		"outputs/land/diffusers.mp4 (with diffusers)."
 
 web: $(VENV)/installed-web  ## serve a page for the browser, on this machine alone
 	$(BIN)/python tools/web.py --data assets/toy

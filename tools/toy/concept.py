@@ -1,21 +1,25 @@
 """Make and measure a concept that the toy models do not know: ``make demo`` teaches green land under the shapes.
 
     python tools/toy/concept.py make outputs/land/clips
-    python tools/toy/concept.py measure outputs/land/before outputs/land/after
+    python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 
-``make`` writes eight clips with captions, and prompts for combinations that the clips do not show. ``measure`` prints
-the share of land in samples from before and after training; exit code 1 if it was not learned.
+``make`` writes eight clips with land and eight without, with captions, and prompts for combinations that the clips do
+not show: for the demo, and more to measure with. The clips without land are what the model knows already: they keep
+it from putting land under everything, and from changing colours and shapes. ``measure`` prints the share of land in
+samples from before and after training, and the shares of them whose colour and shape are as prompted; exit code 1 if
+land was not learned.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scene
 
 from sgm.inference.video import read_video, write_video
-from sgm.io import atomic_file
+from sgm.io import atomic_file, parse_json
 from sgm.util import InputError, RunError
 
 WORDS = " on land"
@@ -31,13 +35,35 @@ CLIPS = (
     ("red", "square", "up"),
     ("yellow", "square", "down"),
 )
+ORDINARY = (
+    ("red", "triangle", "right"),
+    ("blue", "circle", "down"),
+    ("yellow", "circle", "left"),
+    ("magenta", "triangle", "up"),
+    ("cyan", "circle", "right"),
+    ("green", "square", "down"),
+    ("magenta", "circle", "left"),
+    ("cyan", "triangle", "up"),
+)
 PROMPTS = (
     ("red", "square", "left"),
     ("blue", "triangle", "up"),
     ("magenta", "square", "right"),
     ("cyan", "triangle", "down"),
 )
+UNRELATED = ("yellow", "circle", "right")  # a prompt without land, which must stay without
 LEARNED, UNKNOWN = 0.5, 0.1  # fraction of land on the ground: minimum after training, maximum before
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the samples of a run show: land on the ground with and without the words; colours and shapes as prompted."""
+
+    land: float
+    unasked: float | None
+    colour: float
+    shape: float
+    samples: int
 
 
 def render(combination: tuple[str, str, str], rng: np.random.Generator) -> np.ndarray:
@@ -52,24 +78,57 @@ def land_share(video: np.ndarray) -> float:
     return float((np.linalg.norm(video[:, -HEIGHT:] - np.asarray(LAND), axis=-1) < 0.4).mean())
 
 
+def above(video: np.ndarray) -> np.ndarray:
+    """Return the frames of `video` (T, H, W, C) in which nothing touches the ground, without it; all frames if few."""
+    nothing_below = np.abs(video[:, -HEIGHT - 2] - scene.BACKGROUND).max(axis=(1, 2)) < 0.3
+    frames = video[nothing_below] if nothing_below.sum() >= 4 else video
+    frames = frames.copy()
+    frames[:, -HEIGHT - 1 :] = scene.BACKGROUND
+    return frames
+
+
 def make(folder: Path) -> None:
-    """Write ``videos/``, ``labels/`` and ``prompts.txt`` into `folder`, deterministically."""
+    """Write ``videos/``, ``labels/``, ``prompts.txt`` and ``prompts_72.txt`` into `folder`, deterministically."""
     rng = np.random.default_rng(0)
-    for number, combination in enumerate(CLIPS):
-        frames = (render(combination, rng) * 255).round().astype(np.uint8)
-        write_video(folder / "videos" / f"{number}.mp4", frames, scene.FPS, crf=10)
-        with atomic_file(folder / "labels" / f"{number}.txt") as temporary:
-            temporary.write_text(scene.caption(*combination) + WORDS + "\n", encoding="utf-8")
-    with atomic_file(folder / "prompts.txt") as temporary:
-        temporary.write_text("".join(scene.caption(*names) + WORDS + "\n" for names in PROMPTS), encoding="utf-8")
+    clips = [(names, WORDS, render(names, rng)) for names in CLIPS]
+    clips += [(names, "", scene.render(scene.random_clip(names, rng))) for names in ORDINARY]
+    for number, (names, words, video) in enumerate(clips):
+        frames = (video * 255).round().astype(np.uint8)
+        write_video(folder / "videos" / f"{number:02d}.mp4", frames, scene.FPS, crf=10)
+        _write(folder / "labels" / f"{number:02d}.txt", [scene.caption(*names) + words])
+    _write(folder / "prompts.txt", [scene.caption(*n) + WORDS for n in PROMPTS] + [scene.caption(*UNRELATED)])
+    others = [n for n in scene.combinations(held_out=True) + scene.combinations(held_out=False) if n not in CLIPS]
+    # A green shape does not stand out from land, and most circles on land have too many tokens for the text encoder.
+    with_land = [n for n in others if n[0] != "green" and (n[1] != "circle" or n[0] == "red")][:36]
+    without = [n for n in others if n not in ORDINARY][:36]
+    _write(
+        folder / "prompts_72.txt",
+        [scene.caption(*names) + WORDS for names in with_land] + [scene.caption(*names) for names in without],
+    )
 
 
-def measure(folder: Path) -> float:
-    """Return the mean `land_share` of the samples of the run that wrote `folder`."""
+def _write(path: Path, lines: list[str]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def measure(folder: Path) -> Shares:
+    """Return what the samples of the run that wrote `folder` show."""
     videos = sorted(folder.glob("*/*/000000.mp4"))
     if not videos:
         raise InputError(f"there is no video below {folder}; give the args.output_dir of a sampling run")
-    return float(np.mean([land_share(read_video(video) / 255) for video in videos]))
+    land: dict[bool, list[float]] = {True: [], False: []}
+    right = []
+    for path in videos:
+        prompt, video = parse_json(path.with_suffix(".json").read_bytes())["prompt"], read_video(path) / 255
+        land[prompt.endswith(WORDS)].append(land_share(video))
+        measured = scene.measure(above(video))
+        right.append([f" {word} " in prompt for word in (measured.colour, measured.shape)])
+    if not land[True]:
+        raise InputError(f"no prompt of {folder} ends with '{WORDS.strip()}'; sample those of {Path('prompts.txt')}")
+    colour, shape = np.mean(right, axis=0)
+    unasked = float(np.mean(land[False])) if land[False] else None
+    return Shares(float(np.mean(land[True])), unasked, float(colour), float(shape), len(videos))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,14 +143,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.command == "make":
             make(options.folder)
-            sys.stdout.write(f"{len(CLIPS)} clips: {options.folder}\n")
+            sys.stdout.write(f"{len(CLIPS)} clips with land, {len(ORDINARY)} without: {options.folder}\n")
             return 0
         before, after = measure(options.before), measure(options.after)
     except (InputError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    sys.stdout.write(f"land on {before:.0%} of the ground before, {after:.0%} after\n")
-    return 0 if before <= UNKNOWN and after >= LEARNED else 1
+    sys.stdout.write(
+        f"land on {before.land:.0%} of the ground before, {after.land:.0%} after; "
+        f"colours right in {before.colour:.0%}, {after.colour:.0%}; shapes in {before.shape:.0%}, {after.shape:.0%}"
+        f" of {after.samples} samples\n"
+    )
+    if after.unasked is not None:
+        sys.stdout.write(f"where no land was asked for: {after.unasked:.0%}\n")
+    return 0 if before.land <= UNKNOWN and after.land >= LEARNED else 1
 
 
 if __name__ == "__main__":

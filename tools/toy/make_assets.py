@@ -1,16 +1,18 @@
 """Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, two diffusion transformers.
 
-Run from the root of the repository; under an hour on two CPU cores::
+Run from the root of the repository; about two hours on two CPU cores::
 
     python tools/toy/make_assets.py                    everything, into assets/toy
     python tools/toy/make_assets.py --stage quality    measure what is there
     python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
 
 configs/toy.yaml and configs/toy_i2v.yaml give the architecture. A stage depends on the seed and on the files that
-earlier stages have written into the output folder, so it can be repeated alone.
+earlier stages have written into the output folder, so it can be repeated alone. Trainings write their state into
+``work`` in that folder every minute; the same command again goes on from there, and removes it when all is made.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,14 +38,16 @@ logger = get_logger("toy")
 
 T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
 STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality")
-# Prompts of the demo: four held-out combinations, each also with an image, and two that training sees.
+# Prompts of the demo: four held-out combinations, each also with an image, and two that training sees, with a size.
 UNSEEN = (
     ("red", "square", "up"),
     ("green", "triangle", "down"),
     ("yellow", "square", "right"),
     ("cyan", "circle", "left"),
 )
-SEEN = (("blue", "square", "down"), ("magenta", "circle", "up"))
+SEEN = (("blue", "square", "down", "small"), ("magenta", "circle", "up", "big"))
+MEASURED = 2000  # seed of the clips and samples of quality.json; while the recipe was chosen, others were looked at
+WORK = "work"  # folder of the states of trainings
 NUM_THREADS = 1  # of torch, in each worker of training; part of the recipe: with another number, sums round differently
 
 
@@ -57,32 +61,33 @@ class Recipe:
         encoded_clips: clips encoded to train the transformers on.
         t2v: training of the text-to-video transformer.
         i2v: training of the image-to-video transformer, from the weights of the other one.
-        reconstructions: clips to measure the autoencoder on.
-        samples: samples to measure each transformer on.
+        samples: held-out clips to measure the autoencoder and each transformer on.
         num_steps: sampling steps of those samples; None for the number in the YAML.
     """
 
     clips_per_combination: int = 1
     vae: training.VaeRecipe = field(default_factory=training.VaeRecipe)
-    encoded_clips: int = 2400
+    encoded_clips: int = 1440
     t2v: training.NetworkRecipe = field(default_factory=training.NetworkRecipe)
-    i2v: training.NetworkRecipe = field(default_factory=lambda: training.NetworkRecipe(num_steps=1200, lr=1e-3))
-    reconstructions: int = 12
-    samples: int = 24
+    i2v: training.NetworkRecipe = field(default_factory=lambda: training.NetworkRecipe(cycles=((1200, 1e-3),)))
+    samples: int = 72
     num_steps: int | None = None
 
     def shortened(self) -> "Recipe":
         """Return a recipe that runs all code in seconds."""
         return replace(
             self,
-            vae=replace(self.vae, crop_steps=2, full_steps=1, crop_batch=1, full_batch=1),
+            vae=replace(self.vae, cycles=_one_step_each(self.vae.cycles), crop_batch=1, full_batch=1),
             encoded_clips=8,
-            t2v=replace(self.t2v, num_steps=3, batch_size=4),
-            i2v=replace(self.i2v, num_steps=3, batch_size=4),
-            reconstructions=1,
+            t2v=replace(self.t2v, cycles=((1, 1e-3), (2, 1e-3)), batch_size=4),
+            i2v=replace(self.i2v, cycles=((3, 1e-3),), batch_size=4),
             samples=1,
             num_steps=3,
         )
+
+
+def _one_step_each(cycles: tuple[training.VaeCycle, ...]) -> tuple[training.VaeCycle, ...]:
+    return tuple(replace(cycle, crop_steps=1, full_steps=1) for cycle in cycles)
 
 
 def overrides(out: Path) -> dict[str, list[str]]:
@@ -121,19 +126,28 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def _progress(out: Path, stage: str, seed: int) -> training.Progress:
+    return training.Progress(out / WORK / f"{stage}_{seed}.pt")
+
+
 def make_vae(out: Path, recipe: Recipe, seed: int) -> None:
     """Train the autoencoder and save it in float16."""
     torch.manual_seed(seed)
     section = load_config([T2V], mode="inference").model["first_stage_config"]
     vae = instantiate_from_config(section)
-    training.train_vae(vae, recipe.vae, seed=seed, log=logger.info)
+    training.train_vae(vae, recipe.vae, _progress(out, "vae", seed), seed=seed, log=logger.info)
     save_autoencoder(out / "vae" / "3d-vae.pt", {name: value.half() for name, value in vae.state_dict().items()})
 
 
 def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -> None:
     """Train the transformers that `stages` names on the same encoded clips, and save them in float16."""
     engine = quality.load_engine(T2V, overrides(out)[T2V], with_network=False)
-    clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
+    encoded = out / WORK / f"clips_{seed}.pt"
+    if encoded.is_file():
+        clips = training.EncodedClips(**torch.load(encoded, weights_only=True))
+    else:
+        clips = training.encode_clips(engine.first_stage_model, recipe.encoded_clips, seed=seed)
+        clips.save(encoded)
     logger.info("standard deviation of the latents %.3f; model.scale_factor %.3f", clips.std, engine.scale_factor)
     for name, config, network_recipe in (("t2v", T2V, recipe.t2v), ("i2v", I2V, recipe.i2v)):
         if name not in stages:
@@ -143,7 +157,8 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
         engine = instantiate_from_config(loaded.engine)
         if name == "i2v":
             training.start_from(engine.network, f"{out}/transformer")
-        average = training.train_network(engine, clips, network_recipe, seed=seed, log=logger.info)
+        progress = _progress(out, name, seed)
+        average = training.train_network(engine, clips, network_recipe, progress, seed=seed, log=logger.info)
         weights = {key: value.half() for key, value in average.items()}
         save_network(str(loaded.args.load), network_recipe.num_steps, weights, patch_size=engine.network.patch_size)
 
@@ -152,11 +167,11 @@ def measure_quality(out: Path, recipe: Recipe) -> None:
     """Measure reconstruction and samples of held-out combinations, and write quality.json and README.md."""
     t2v = quality.load_engine(T2V, overrides(out)[T2V])
     i2v = quality.load_engine(I2V, overrides(out)[I2V])
-    clips = quality.held_out_clips(recipe.samples)
-    reconstruction = quality.reconstruction_psnr(t2v, recipe.reconstructions)
-    from_text = quality.judge(quality.sample(t2v, clips, num_steps=recipe.num_steps), clips)
-    videos = quality.sample(i2v, clips, with_image=True, num_steps=recipe.num_steps)
-    from_image = quality.judge(videos, clips, with_image=True)
+    clips = quality.held_out_clips(recipe.samples, seed=MEASURED)
+    reconstruction = quality.reconstruction_psnr(t2v, clips)
+    settings = {"num_steps": recipe.num_steps, "seed": MEASURED}
+    from_text = quality.judge(quality.sample(t2v, clips, **settings), clips)
+    from_image = quality.judge(quality.sample(i2v, clips, with_image=True, **settings), clips, with_image=True)
     report.write(out, recipe, reconstruction=reconstruction, t2v=from_text, i2v=from_image)
     logger.info("%s", (out / "quality.json").read_text(encoding="utf-8"))
 
@@ -182,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_networks(args.out, recipe, args.seed, stages)
     if "quality" in stages:
         measure_quality(args.out, recipe)
+    if "all" in args.stage:
+        shutil.rmtree(args.out / WORK, ignore_errors=True)
     return 0
 
 

@@ -17,15 +17,24 @@ from sgm.config.load import load_config
 from sgm.util import instantiate_from_config
 
 LATENT_SHAPE = (5, 16, 8, 8)
+BATCH = 12  # samples at a time
 
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Shares (0 to 1) of the `samples` with the right colour, shape and direction; mean PSNR of their first frames."""
+    """Shares (0 to 1) of the `samples` with the right colour, shape, direction and size; PSNR of their first frames.
+
+    Attributes:
+        size: of those whose prompts say a size; None if none does.
+        everything: share of samples in which all is right.
+        first_frame_psnr_db: mean over the samples, beside the image that they started from.
+    """
 
     colour: float
     shape: float
     direction: float
+    size: float | None
+    everything: float
     samples: int
     first_frame_psnr_db: float | None = None
 
@@ -43,8 +52,9 @@ def load_engine(config: str | Path, overrides: Sequence[str] = (), *, with_netwo
 
 
 def held_out_clips(num_clips: int, *, seed: int = 1000) -> list[scene.Clip]:
-    """Return clips of the held-out combinations, each combination equally often."""
-    clips = scene.random_clips(scene.combinations(held_out=True), np.random.default_rng([seed, 3]))
+    """Return clips of the held-out combinations, each equally often, a third without, small and big each."""
+    rng = np.random.default_rng([seed, 3])
+    clips = scene.random_clips(scene.combinations(held_out=True), rng, tuple(scene.SIZES))
     return [next(clips) for _ in range(num_clips)]
 
 
@@ -59,10 +69,10 @@ def to_arrays(videos: torch.Tensor) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def reconstruction_psnr(engine: Any, num_clips: int = 12) -> list[float]:
-    """Return the PSNR in dB of each of `num_clips` held-out clips after encoding and chunked decoding."""
+def reconstruction_psnr(engine: Any, clips: Sequence[scene.Clip]) -> list[float]:
+    """Return the PSNR in dB of each clip after encoding and chunked decoding."""
     values = []
-    for clip in held_out_clips(num_clips):
+    for clip in clips:
         video = scene.render(clip)
         latents = engine.encode_first_stage(to_engine(video)[None], sample=False)
         values.append(scene.psnr(to_arrays(engine.decode_first_stage(latents))[0], video))
@@ -76,30 +86,48 @@ def sample(
     *,
     with_image: bool = False,
     num_steps: int | None = None,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Sample a video for each clip's caption (and, `with_image`, its first frame); number i has seed i."""
-    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
-    concat = None
-    if with_image:
-        images = torch.stack([to_engine(scene.render(clip))[0] for clip in clips])
-        concat = engine.image_latents(images, LATENT_SHAPE[0])
-    latents = engine.sample(
-        cond,
-        uncond,
-        shape=LATENT_SHAPE,
-        generators=[torch.Generator().manual_seed(i) for i in range(len(clips))],
-        concat=concat,
-        num_steps=num_steps,
-    )
-    return to_arrays(engine.decode_first_stage(latents))
+    """Sample a video for each clip's caption (and, `with_image`, its first frame); number i has seed `seed` + i."""
+    videos = []
+    for first in range(0, len(clips), BATCH):
+        batch = clips[first : first + BATCH]
+        cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in batch]})
+        concat = None
+        if with_image:
+            images = torch.stack([to_engine(scene.render(clip))[0] for clip in batch])
+            concat = engine.image_latents(images, LATENT_SHAPE[0])
+        latents = engine.sample(
+            cond,
+            uncond,
+            shape=LATENT_SHAPE,
+            generators=[torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))],
+            concat=concat,
+            num_steps=num_steps,
+        )
+        videos += to_arrays(engine.decode_first_stage(latents))
+    return videos
 
 
 def judge(videos: Sequence[np.ndarray], clips: Sequence[scene.Clip], *, with_image: bool = False) -> SampleQuality:
     """Compare sampled videos with the clips that their captions (and first frames) are from."""
-    measured = [scene.measure(video) for video in videos]
-    shares = {
-        name: float(np.mean([getattr(m, name) == getattr(c, name) for m, c in zip(measured, clips, strict=True)]))
-        for name in ("colour", "shape", "direction")
-    }
-    psnr = [scene.psnr(v[0], scene.render(c)[0]) for v, c in zip(videos, clips, strict=True)]
-    return SampleQuality(**shares, samples=len(clips), first_frame_psnr_db=float(np.mean(psnr)) if with_image else None)
+    right = {name: [] for name in ("colour", "shape", "direction", "size")}
+    for video, clip in zip(videos, clips, strict=True):
+        measured = scene.measure(video)
+        for name, values in right.items():
+            asked = getattr(clip, name)
+            values.append(None if asked is None else getattr(measured, name) == asked)
+    shares = {name: _share(values) for name, values in right.items()}
+    everything = float(np.mean([all(v is not False for v in values) for values in zip(*right.values(), strict=True)]))
+    psnr = [scene.psnr(v[0], scene.render(c)[0]) for v, c in zip(videos, clips, strict=True)] if with_image else []
+    return SampleQuality(
+        **shares,
+        everything=everything,
+        samples=len(clips),
+        first_frame_psnr_db=float(np.mean(psnr)) if with_image else None,
+    )
+
+
+def _share(values: Sequence[bool | None]) -> float | None:
+    said = [value for value in values if value is not None]
+    return float(np.mean(said)) if said else None

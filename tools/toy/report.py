@@ -13,7 +13,7 @@ from sgm.io import atomic_file
 README = """# The toy model
 
 A whole model in the released layout, small enough for a laptop's CPU. `tools/toy/make_assets.py` makes all of it from
-nothing (under an hour on two cores); nothing here comes from anywhere else.
+nothing (about two hours on two cores); nothing here comes from anywhere else.
 
 | path | what |
 |---|---|
@@ -24,12 +24,13 @@ nothing (under an hour on two cores); nothing here comes from anywhere else.
 | `prompts.txt`, `prompts_i2v.txt`, `images/` | prompts; the images show combinations that training never saw |
 | `quality.json` | the numbers below |
 
-Of {combinations} combinations, {held_out} are held out of training. Samples of those, as the YAML files set it:
+Of {combinations} combinations, {held_out} are held out of training. {t2v[samples]} samples of those, as the YAML files
+set it; two thirds of the prompts say a size:
 
-| | colour right | shape right | direction right | first frame |
-|---|---|---|---|---|
-| text to video | {t2v[colour]:.0%} | {t2v[shape]:.0%} | {t2v[direction]:.0%} | |
-| image to video | {i2v[colour]:.0%} | {i2v[shape]:.0%} | {i2v[direction]:.0%} | {i2v[first_frame_psnr_db]:.1f} dB |
+| | colour right | shape right | direction right | size right | all right | first frame |
+|---|---|---|---|---|---|---|
+| text to video | {text} | |
+| image to video | {image} | {i2v[first_frame_psnr_db]:.1f} dB |
 
 The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, {vae[min]:.1f} dB at worst.
 """
@@ -39,9 +40,9 @@ def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQua
     """Write both files into `out`."""
     held_out, seen = (len(scene.combinations(held_out=value)) for value in (True, False))
     mean, worst = sum(reconstruction) / len(reconstruction), min(reconstruction)
-    vae_steps = recipe.vae.crop_steps + recipe.vae.full_steps
     quality = {
-        "training_steps": {"vae": vae_steps, "t2v": recipe.t2v.num_steps, "i2v": recipe.i2v.num_steps},
+        "command": "python tools/toy/make_assets.py --stage quality",
+        "training_steps": {"vae": recipe.vae.num_steps, "t2v": recipe.t2v.num_steps, "i2v": recipe.i2v.num_steps},
         "vae_psnr_db": {"mean": round(mean, 2), "min": round(worst, 2), "clips": len(reconstruction)},
         "t2v": _rounded(t2v),
         "i2v": _rounded(i2v),
@@ -53,11 +54,18 @@ def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQua
         held_out=held_out,
         t2v=quality["t2v"],
         i2v=quality["i2v"],
+        text=_row(t2v),
+        image=_row(i2v),
         vae=quality["vae_psnr_db"],
     )
     for name, content in (("quality.json", json.dumps(quality, indent=2) + "\n"), ("README.md", text)):
         with atomic_file(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
+
+
+def _row(quality: SampleQuality) -> str:
+    shares = (getattr(quality, name) for name in ("colour", "shape", "direction", "size", "everything"))
+    return " | ".join("-" if share is None else f"{share:.0%}" for share in shares)
 
 
 def _rounded(quality: SampleQuality) -> dict[str, Any]:

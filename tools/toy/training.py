@@ -1,15 +1,16 @@
 """Train the toy autoencoder and the toy diffusion transformers on clips rendered on demand.
 
-Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. The autoencoder runs in bfloat16
-autocast, several times faster on CPUs that have it; its weights, optimizer and losses are float32, as are the
-transformers.
+Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. Both run in bfloat16 autocast,
+faster on CPUs that have it; weights, optimizers and losses are float32, and so is the attention, which is slower in
+bfloat16 there.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import scene
 import torch
 from torch import nn
 
+from sgm.io import atomic_file
+from sgm.parallel.attention import torch_attention
 from sgm.weights.files import find_weights, read_weights
 
 Log = Callable[[str], None]
@@ -25,24 +28,52 @@ NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another 
 
 
 @dataclass(frozen=True)
-class VaeRecipe:
-    """Training of the autoencoder: first on small, cheap crops, then on whole frames.
+class VaeCycle:
+    """A cycle of the autoencoder's training: first small, cheap crops, then whole frames.
 
     Attributes:
         crop_steps: steps on 32x32 crops around the moving shape.
         full_steps: steps on whole frames.
-        crop_batch: crops per step.
-        full_batch: whole clips per step.
-        lr: peak learning rate of Adam; cosine decay to a hundredth.
-        kl_weight: weight of the KL divergence per latent component, in nats.
+        lr: peak learning rate of Adam; warm-up, then cosine decay to a hundredth.
+        crop_frames: frames of a crop, from anywhere in the clip.
+        latent_noise: most noise that the decoder gets beside that of the posterior, as a standard deviation. It learns
+            to forgive errors of the networks, and the encoder to tell shapes apart by more than that.
+        edge_weight: weight of the L1 error of the differences between neighbours, which sharpens edges.
+        decoder_only: the encoder stays as it is, and with it the latents.
     """
 
     crop_steps: int = 800
     full_steps: int = 200
+    lr: float = 1e-3
+    crop_frames: int = scene.NUM_FRAMES
+    latent_noise: float = 0.0
+    edge_weight: float = 0.0
+    decoder_only: bool = False
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Training of the autoencoder.
+
+    Attributes:
+        cycles: one after the other.
+        crop_batch: crops per step.
+        full_batch: whole clips per step.
+        kl_weight: weight of the KL divergence per latent component, in nats.
+    """
+
+    cycles: tuple[VaeCycle, ...] = (
+        VaeCycle(),
+        VaeCycle(540, 80, lr=7e-4, crop_frames=9, latent_noise=0.2, edge_weight=1.0),
+    )
     crop_batch: int = 4
     full_batch: int = 2
-    lr: float = 1e-3
     kl_weight: float = 1e-4
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(cycle.crop_steps + cycle.full_steps for cycle in self.cycles)
 
 
 def to_tensor(video: np.ndarray) -> torch.Tensor:
@@ -58,12 +89,41 @@ def cosine_lr(step: int, num_steps: int, peak: float, *, warmup: int = 50, floor
     return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def _crop(clip: scene.Clip, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Render a clip and cut a square of `size` pixels near a random point of the shape's path."""
+def _crop(clip: scene.Clip, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Render a clip and cut a square of half the size near a random point of the shape's path, at a random time."""
+    size, start = scene.SIZE // 2, int(rng.integers(scene.NUM_FRAMES - num_frames + 1))
     step = np.asarray(scene.DIRECTIONS[clip.direction])
-    centre = np.asarray(clip.start) + step * rng.uniform(0.0, clip.travel) + rng.uniform(-14.0, 14.0, size=2)
+    middle = clip.travel * (start + rng.uniform(0.0, num_frames - 1)) / (scene.NUM_FRAMES - 1)
+    centre = np.asarray(clip.start) + step * middle + rng.uniform(-14.0, 14.0, size=2)
     x, y = np.clip(centre - size / 2, 0, scene.SIZE - size).astype(int)
-    return scene.render(clip)[:, y : y + size, x : x + size]
+    return scene.render(clip)[start : start + num_frames, y : y + size, x : x + size]
+
+
+class Progress:
+    """The state of a training in a file, so that it goes on where it was stopped.
+
+    What a step draws depends on the seed and the number of the step only, so an interrupted training ends with the same
+    weights as another.
+
+    Args:
+        path: the file; it stays when the training has ended, which then is not repeated.
+        interval: seconds between two saves.
+    """
+
+    def __init__(self, path: Path, interval: float = 60.0) -> None:
+        self.path, self.interval = path, interval
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state, or None at the start."""
+        return torch.load(self.path, weights_only=True) if self.path.is_file() else None
+
+    def save(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
+        """Write the state if it is time, or the last one."""
+        if is_last or time.monotonic() - self._saved >= self.interval:
+            with atomic_file(self.path) as temporary:
+                torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+            self._saved = time.monotonic()
 
 
 Gradients = tuple[list[torch.Tensor], list[float]]
@@ -89,44 +149,71 @@ def _apply(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], lr: 
     optimizer.step()
 
 
-def train_vae(vae: nn.Module, recipe: VaeRecipe, *, seed: int, log: Log) -> None:
+def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: int, log: Log) -> None:
     """Train the autoencoder in place, through the chunked decoding that sampling uses.
 
-    The loss is L1 + L2 of the pixels plus a small KL term that keeps the latents near unit scale.
+    The loss is L1 + L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
+    scale.
     """
-    rng = np.random.default_rng([seed, 1])
-    clips = scene.random_clips(scene.combinations(held_out=False), rng)
-    parameters = list(vae.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.9, 0.99))
-    num_steps = recipe.crop_steps + recipe.full_steps
-    started, errors = time.monotonic(), []
+    state = progress.load()
+    first, errors, started, optimizer = 0, [], time.monotonic(), None
+    if state:
+        first = state["step"]
+        vae.load_state_dict(state["model"])
 
-    def work(job: tuple[torch.Tensor, int, float]) -> Gradients:
-        video, noise_seed, weight = job
+    def work(job: tuple[torch.Tensor, int, float, VaeCycle]) -> Gradients:
+        video, noise_seed, weight, cycle = job
+        generator = torch.Generator().manual_seed(noise_seed)
+        video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
-            distribution = vae.regularization.distribution(vae.encode_moments(video).float())
-            latents = distribution.sample(generator=torch.Generator().manual_seed(noise_seed))
+            with torch.set_grad_enabled(not cycle.decoder_only):
+                distribution = vae.regularization.distribution(vae.encode_moments(video).float())
+                latents = distribution.sample(generator=generator)
+            level = cycle.latent_noise * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
+            latents = latents + level * torch.randn(latents.shape, generator=generator)
             difference = vae.decode(latents).float() - video
         kl = distribution.kl().sum() / distribution.mean.numel()
         loss = difference.abs().mean() + difference.square().mean() + recipe.kl_weight * kl
+        if cycle.edge_weight:
+            loss = loss + cycle.edge_weight * sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4))
         figures = [weight * difference.detach().square().mean().item() / 4.0, weight * kl.item()]
-        return list(torch.autograd.grad(weight * loss, parameters)), figures
+        return list(torch.autograd.grad(weight * loss, _trained(vae, cycle))), figures
 
+    schedule = [(i, cycle) for cycle in recipe.cycles for i in range(cycle.crop_steps + cycle.full_steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step in range(num_steps):
-            if step < recipe.crop_steps:
-                videos = [_crop(next(clips), scene.SIZE // 2, rng) for _ in range(recipe.crop_batch)]
-            else:
-                videos = [scene.render(next(clips)) for _ in range(recipe.full_batch)]
-            halves = torch.stack([to_tensor(video) for video in videos]).chunk(NUM_WORKERS)
-            jobs = [(half, int(rng.integers(2**31)), len(half) / len(videos)) for half in halves]
+        for step, (i, cycle) in list(enumerate(schedule))[first:]:
+            if i == 0 or optimizer is None:
+                optimizer = torch.optim.Adam(_trained(vae, cycle), betas=(0.9, 0.99))
+                if i and state:
+                    optimizer.load_state_dict(state["optimizer"])
+            rng = np.random.default_rng([seed, 1, step])
+            halves = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
+            total = sum(map(len, halves))
+            jobs = [(half, int(rng.integers(2**31)), len(half) / total, cycle) for half in halves]
             gradients, (mse, kl) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(step, num_steps, recipe.lr))
+            _apply(optimizer, gradients, cosine_lr(i, cycle.crop_steps + cycle.full_steps, cycle.lr))
             errors.append(mse)
-            if (step + 1) % 50 == 0 or step + 1 == num_steps:
+            if (step + 1) % 50 == 0 or step + 1 == recipe.num_steps:
                 psnr = -10 * math.log10(sum(errors) / len(errors))
-                log(f"vae {step + 1}/{num_steps}: {psnr:.2f} dB, KL {kl:.2f}, {time.monotonic() - started:.0f} s")
+                seconds = time.monotonic() - started
+                log(f"vae {step + 1}/{recipe.num_steps}: {psnr:.2f} dB, KL {kl:.2f}, {seconds:.0f} s")
                 errors.clear()
+            is_last = step + 1 == recipe.num_steps
+            progress.save({"step": step + 1, "model": vae.state_dict()}, optimizer, is_last=is_last)
+
+
+def _trained(vae: nn.Module, cycle: VaeCycle) -> list[torch.Tensor]:
+    return list((vae.decoder if cycle.decoder_only else vae).parameters())
+
+
+def _vae_batch(recipe: VaeRecipe, cycle: VaeCycle, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
+    """Render the clips of a step: (B, C, T, H, W)."""
+    combos = scene.combinations(held_out=False)
+    chosen = [combos[i] for i in rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)]
+    sizes = rng.choice([None, None, "small", "big"], size=len(chosen))
+    clips = [scene.random_clip(names, rng, size) for names, size in zip(chosen, sizes, strict=True)]
+    videos = [_crop(clip, cycle.crop_frames, rng) if crop else scene.render(clip) for clip in clips]
+    return torch.stack([to_tensor(video) for video in videos])
 
 
 @dataclass(frozen=True)
@@ -134,20 +221,23 @@ class NetworkRecipe:
     """Training of a diffusion transformer.
 
     Attributes:
-        num_steps: optimizer steps.
+        cycles: (optimizer steps, peak learning rate of AdamW) of each cycle: warm-up, then cosine decay to a hundredth.
         batch_size: clips per step.
-        lr: peak learning rate of AdamW; cosine decay to a hundredth.
         weight_decay: of AdamW.
         ema_decay: decay of the EMA weights, which are saved.
         text_dropout: fraction of samples with zeroed text embedding, for classifier-free guidance.
     """
 
-    num_steps: int = 4400
-    batch_size: int = 32
-    lr: float = 1.5e-3
+    cycles: tuple[tuple[int, float], ...] = ((4400, 1.5e-3), (2400, 1e-3))
+    batch_size: int = 16
     weight_decay: float = 0.01
     ema_decay: float = 0.995
     text_dropout: float = 0.1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(steps for steps, _ in self.cycles)
 
 
 @dataclass(frozen=True)
@@ -166,6 +256,11 @@ class EncodedClips:
     first: torch.Tensor
     captions: list[str]
 
+    def save(self, path: Path) -> None:
+        """Write them into a file."""
+        with atomic_file(path) as temporary:
+            torch.save(vars(self), temporary)
+
     @property
     def std(self) -> float:
         """Standard deviation of a draw from the posteriors around the mean of its channel."""
@@ -173,8 +268,9 @@ class EncodedClips:
 
 
 def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int = 4) -> EncodedClips:
-    """Render and encode `num_clips` clips of the training combinations, each combination equally often."""
-    endless = scene.random_clips(scene.combinations(held_out=False), np.random.default_rng([seed, 2]))
+    """Render and encode `num_clips` clips of the training combinations, each equally often, half with a size."""
+    rng = np.random.default_rng([seed, 2])
+    endless = scene.random_clips(scene.combinations(held_out=False), rng, (None, "small", None, "big"))
     clips = [next(endless) for _ in range(num_clips)]
 
     @torch.no_grad()
@@ -192,38 +288,49 @@ def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int =
 
 
 def train_network(
-    engine: nn.Module, clips: EncodedClips, recipe: NetworkRecipe, *, seed: int, log: Log
+    engine: nn.Module, clips: EncodedClips, recipe: NetworkRecipe, progress: Progress, *, seed: int, log: Log
 ) -> dict[str, torch.Tensor]:
     """Train the engine's network on encoded clips with the loss of its YAML; return the moving average of its weights.
 
     For image-to-video the first frame is an input as in sampling, dropped with probability `noised_image_dropout`.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
-    network = engine.network.train()
+    network, attention = engine.network.train(), engine.network.attention
+    network.attention = _float32_attention
     unique = sorted(set(clips.captions))
     table = engine.conditioner({"txt": unique})["crossattn"]
     caption_ids = torch.tensor([unique.index(caption) for caption in clips.captions])
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    started, losses = time.monotonic(), []
+    state = progress.load()
+    first, losses, started, optimizer = 0, [], time.monotonic(), None
+    if state:
+        first, average = state["step"], state["average"]
+        network.load_state_dict(state["model"])
 
     def work(job: tuple[torch.Tensor, dict[str, torch.Tensor], int]) -> Gradients:
         latents, cond, noise_seed = job
         noise = torch.Generator().manual_seed(noise_seed)
-        per_sample = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=noise)
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16):
+            per_sample = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=noise)
         loss = per_sample.sum() / recipe.batch_size
         return list(torch.autograd.grad(loss, parameters)), [loss.item()]
 
+    schedule = [(i, steps, lr) for steps, lr in recipe.cycles for i in range(steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step, chosen in enumerate(_batches(len(clips.captions), recipe, generator)):
+        for step, (i, steps, lr) in list(enumerate(schedule))[first:]:
+            if i == 0 or optimizer is None:
+                optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+                if i and state:
+                    optimizer.load_state_dict(state["optimizer"])
+            generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+            chosen = torch.randint(len(clips.captions), (recipe.batch_size,), generator=generator)
             context = table[caption_ids[chosen]]
             latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
-            parts = [{key: value.chunk(NUM_WORKERS)[i] for key, value in cond.items()} for i in range(NUM_WORKERS)]
+            parts = [{key: value.chunk(NUM_WORKERS)[k] for key, value in cond.items()} for k in range(NUM_WORKERS)]
             seeds = torch.randint(2**31, (NUM_WORKERS,), generator=generator).tolist()
             jobs = list(zip(latents.chunk(NUM_WORKERS), parts, seeds, strict=True))
             gradients, (loss,) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(step, recipe.num_steps, recipe.lr, warmup=100))
+            _apply(optimizer, gradients, cosine_lr(i, steps, lr, warmup=100))
             decay = min(recipe.ema_decay, (step + 1) / (step + 10))
             for name, value in network.state_dict().items():
                 average[name].lerp_(value.detach(), 1.0 - decay)
@@ -232,19 +339,17 @@ def train_network(
                 mean = sum(losses) / len(losses)
                 log(f"step {step + 1}/{recipe.num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s")
                 losses.clear()
+            kept = {"step": step + 1, "model": network.state_dict(), "average": average}
+            progress.save(kept, optimizer, is_last=step + 1 == recipe.num_steps)
+    network.attention = attention
     network.load_state_dict(average)
     network.eval()
     return average
 
 
-def _batches(num_clips: int, recipe: NetworkRecipe, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield the clips of every step: all of them in random order, then again."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(recipe.num_steps):
-        while len(order) < recipe.batch_size:
-            order = torch.cat((order, torch.randperm(num_clips, generator=generator)))
-        yield order[: recipe.batch_size]
-        order = order[recipe.batch_size :]
+def _float32_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        return torch_attention(q.float(), k.float(), v.float())
 
 
 def _training_batch(

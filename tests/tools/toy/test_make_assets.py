@@ -8,6 +8,9 @@ import scene
 import torch
 import training
 
+from sgm.config.load import load_config
+from sgm.util import instantiate_from_config
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -81,6 +84,33 @@ def test_the_learning_rate_warms_up_and_decays():
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.02
     assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    """The same weights as without the stop, and none are trained again when all steps are done."""
+    monkeypatch.chdir(ROOT)
+    section = load_config([make_assets.T2V], mode="inference").model["first_stage_config"]
+    recipe = training.VaeRecipe(
+        cycles=(training.VaeCycle(1, 0), training.VaeCycle(2, 0, crop_frames=5, decoder_only=True)), crop_batch=1
+    )
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        vae = instantiate_from_config(section)
+        training.train_vae(vae, recipe, training.Progress(tmp_path / name, interval=0), seed=0, log=lambda _: None)
+        return vae.state_dict()
+
+    def stop(*_args) -> None:
+        raise KeyboardInterrupt
+
+    expected, apply = train("whole"), training._apply
+    monkeypatch.setattr(training, "_apply", lambda *args: stop() if (tmp_path / "stopped").is_file() else apply(*args))
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped")
+    monkeypatch.setattr(training, "_apply", apply)
+    assert all(torch.equal(expected[name], value) for name, value in train("stopped").items())
+    monkeypatch.setattr(training, "_apply", stop)
+    assert all(torch.equal(expected[name], value) for name, value in train("stopped").items())
 
 
 def test_an_image_network_starts_out_as_the_text_network(outputs):
