@@ -30,6 +30,7 @@ from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lora.several import stack_of, with_loras
 from sgm.weights.match import UNUSED_TABLES
+from sgm.weights.offload import Offload
 
 RANK, ALPHA, ALL = 4, 3, ("attention", "ff", "adaln", "patch", "text")
 MODEL = yaml.safe_load((Path(__file__).parents[3] / "data/golden/dit_t2v_5b_lora/model.yaml").read_text())["model"]
@@ -198,6 +199,14 @@ def test_sampling_reads_the_targets_from_the_file(every):
     lora = {"path": str(every.folder / "run")}
     assert torch.equal(every.output(every.sampled(lora)), every.output(every.network))
     assert torch.equal(every.output(every.sampled(lora | {"strength": 0})), every.output(every.plain))
+
+
+def test_offloaded_blocks_bring_the_adapters_of_all_projections(every):
+    network, expected = every.sampled(load=every.folder / "run"), every.output(every.network)
+    offload = Offload(network.requires_grad_(False), torch.device("cpu"), network.blocks)
+    network.use_blocks_within(offload.block)
+    with offload:
+        assert torch.equal(every.output(network), expected)
 
 
 def test_merged_and_summed_they_compute_the_same(every, tmp_path):
