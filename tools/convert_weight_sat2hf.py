@@ -5,6 +5,8 @@
         --transformer_ckpt_path ckpts/my-run --vae_ckpt_path vae/3d-vae.pt --text_encoder_path t5-v1_1-xxl \
         --output_path my-model --dtype bf16
 
+    python tools/convert_weight_sat2hf.py --base configs/toy.yaml --style comfyui --output_path outputs/toy_comfyui
+
 Paths that are not given come from the model YAML. Tensors are written one by one: a conversion needs little more memory
 than the largest file. docs/conversion.md has the tables of tensor names.
 """
@@ -22,14 +24,20 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 def convert(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     from sgm.config.load import load_config
-    from sgm.conversion.diffusers.from_sat import pipeline_of
+    from sgm.conversion.diffusers.from_sat import pipeline_of, write_comfyui
     from sgm.conversion.diffusers.verify import require_diffusers, verify
     from sgm.conversion.family import base_files
     from sgm.conversion.writing import check_new_folder
-    from sgm.util import PRECISIONS
+    from sgm.util import PRECISIONS, InputError
     from sgm.weights.adapters import with_adapters
 
     check_new_folder(options.output_path)
+    is_comfyui = options.style == "comfyui"
+    if is_comfyui and (options.verify or options.lora == "keep" or options.max_shard_size is not None):
+        raise InputError(
+            "--style comfyui writes one file of the transformer with adapters merged: leave out --verify, --lora keep "
+            "and --max_shard_size; tools/export_sat_lora_weight.py --style comfyui writes adapters"
+        )
     if options.verify:
         require_diffusers()
     paths = {
@@ -43,11 +51,16 @@ def convert(options: argparse.Namespace) -> None:
     config = with_adapters(load_config(base, overrides, mode="inference", trust=options.trust))
     pipeline = pipeline_of(
         config,
-        without=options.without,
+        without=[part for part in PARTS if part != "transformer"] if is_comfyui else options.without,
         dtype=PRECISIONS.get(options.dtype),
         adapters=options.lora,
         fold_image_scale=options.fold_image_scale,
+        title=options.title or options.output_path.name,
+        style=options.style,
     )
+    if is_comfyui:
+        sys.stdout.write(f"wrote {write_comfyui(pipeline.parts[0], options.output_path)}\n")
+        return
 
     def check(folder: Path) -> None:
         for name, difference in verify(config, folder).items():
@@ -55,7 +68,8 @@ def convert(options: argparse.Namespace) -> None:
             sys.stdout.write(f"{label}: largest difference {difference:.2e}\n")
 
     parts = ", ".join(part.name for part in pipeline.parts)
-    pipeline.write(options.output_path, max_shard_size=options.max_shard_size, check=check if options.verify else None)
+    size = options.max_shard_size or "5GB"
+    pipeline.write(options.output_path, max_shard_size=size, check=check if options.verify else None)
     sys.stdout.write(f"wrote {options.output_path}: {pipeline.cls} of {parts}\n")
     if pipeline.lora is not None:
         sys.stdout.write(f"its adapters: pipe.load_lora_weights('{options.output_path}')\n")
@@ -73,15 +87,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="to create")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of transformer and T5; else as they are")
-    parser.add_argument(
-        "--max_shard_size", type=file_size, default="5GB", metavar="SIZE", help="of a weight file (5GB)"
-    )
+    parser.add_argument("--max_shard_size", type=file_size, metavar="SIZE", help="of a weight file (5GB)")
     parser.add_argument(
         "--lora", choices=("merge", "keep"), default="merge", help="adapters: in the weights, or in their own file"
     )
     parser.add_argument(
         "--fold_image_scale", action="store_true", help="1.5-5B-I2V: let diffusers compute exactly what SAT does"
     )
+    parser.add_argument(
+        "--style", choices=("diffusers", "comfyui"), default="diffusers", help="a pipeline, or one file for ComfyUI"
+    )
+    parser.add_argument("--title", help="of the transformer, that other tools show (the name of the folder)")
     parser.add_argument("--verify", action="store_true", help="run both implementations and compare (float32)")
     return run_command(
         convert,

@@ -28,6 +28,7 @@ def export(options: argparse.Namespace) -> None:
         style=options.style,
         key_prefix=options.key_prefix,
         alpha=options.alpha,
+        title=options.title,
     )
     sys.stdout.write(f"wrote {file}\n")
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--key_prefix", help="of the names (transformer., or diffusion_model. for comfyui)")
     parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the checkpoint does not record it")
+    parser.add_argument("--title", help="that other tools show (the name of the folder)")
     return run_command(export, parser.parse_args(argv))
 
 

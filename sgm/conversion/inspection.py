@@ -11,16 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 from sgm.conversion.diffusers.to_sat import read_json
+from sgm.conversion.modelspec import CONFIG_DIGEST, KEYS, PREFIX
 from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size, refusing_denied
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
-from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_tensors, verify_file
+from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_metadata, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
 from sgm.weights.lora.names import FILE as LORA_FILE
-from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, parse_lora_name
+from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, is_comfyui, parse_lora_name
 
 _MODELS = {
     "toy": "toy",
@@ -86,6 +87,7 @@ class Inspection:
         architecture: of a transformer.
         lora: of LoRA matrices.
         state: of a training state.
+        metadata: what the header says by the ModelSpec convention, see `sgm.conversion.modelspec`.
         iterations: iteration folders of a run or of the SAT layout.
         parts: components of a pipeline; of a run, its newest weights and its state.
         tensors: shape and dtype by name; empty if there are parts.
@@ -102,6 +104,7 @@ class Inspection:
     architecture: Architecture | None = None
     lora: LoraFacts | None = None
     state: StateFacts | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
     iterations: tuple[str, ...] = ()
     parts: tuple["Inspection", ...] = ()
     tensors: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict, repr=False)
@@ -146,6 +149,11 @@ class Inspection:
             ema = ", with moving averages" if self.state.ema else ""
             ranks = f"{self.state.ranks} rank{'s' if self.state.ranks > 1 else ''}"
             yield "state", f"iteration {self.state.iteration}, ZeRO stage {self.state.zero_stage}, {ranks}{ema}"
+        if title := self.metadata.get(f"{PREFIX}title"):
+            known = [self.metadata.get(PREFIX + name) for name in ("architecture", "resolution")]
+            yield "title", f"{title} ({', '.join(filter(None, known))})"
+        if digest := self.metadata.get(CONFIG_DIGEST):
+            yield "trained", f"with the configuration of digest {digest[:12]}"
         if self.iterations:
             yield "iterations", ", ".join(self.iterations)
         yield "precision", ", ".join(sorted(self.dtypes)) or "none"
@@ -270,11 +278,13 @@ def _weights(path: Path) -> Inspection:
     tensors: dict[str, AnyTensor] = {}
     for file in files:
         tensors |= read_tensors(file)
+    header = read_metadata(files[0])
+    described = {name: text for name, text in header.items() if name.startswith(PREFIX) or name in KEYS}
     if any(map(_LORA.fullmatch, tensors)):
-        return _foreign_lora(path, files[0], tensors)
+        return dataclasses.replace(_foreign_lora(path, files[0], tensors), metadata=described)
     adapters = read_adapter_info(files[0]) if len(files) == 1 else None
     iterations = _iterations(path) if (path / "latest").is_file() else ()
-    return dataclasses.replace(_described(path, tensors, adapters=adapters), iterations=iterations)
+    return dataclasses.replace(_described(path, tensors, adapters=adapters), iterations=iterations, metadata=described)
 
 
 # Order matters: a run folder contains a state and weights, and a state looks like SAT weights.
@@ -320,12 +330,14 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
     shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
     lora = _sat_lora(network, adapters)
     if lora is not None and adapters_alone(network):
-        width = next(shape[1] for name, shape in shapes.items() if ".matrix_A." in name)
+        width = next((shape[1] for name, shape in shapes.items() if ".query_key_value.matrix_A." in name), 0)
         return _counted(path, "SAT adapters (LoRA)", tensors, lora=lora, candidates=_models(width, lora.layers))
     found = describe_architecture(shapes)
     return _counted(
         path,
-        "diffusers transformer" if of_diffusers else "SAT network" + (" with LoRA" if lora else ""),
+        ("ComfyUI" if is_comfyui(tensors) else "diffusers") + " transformer"
+        if of_diffusers
+        else "SAT network" + (" with LoRA" if lora else ""),
         tensors,
         candidates=() if found is None else _models(found.hidden_size, range(found.num_layers), found),
         generation=None if found is None else {1: "1.0", 2: "1.5"}.get(found.temporal_patch or 0),

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from sgm.conversion.modelspec import lora_metadata
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
@@ -91,6 +92,7 @@ def export_lora(
     style: Style = "diffusers",
     key_prefix: str | None = None,
     alpha: float | None = None,
+    title: str | None = None,
 ) -> Path:
     """Write the adapters of a checkpoint as a diffusers LoRA file.
 
@@ -100,6 +102,7 @@ def export_lora(
         style: whose names and alphas: in the header for diffusers, as tensors for ComfyUI.
         key_prefix: of the names; None for that of the style.
         alpha: see `read_lora`.
+        title: in the header, see `sgm.conversion.modelspec`; None for the name of the folder.
 
     Returns:
         The file.
@@ -114,9 +117,13 @@ def export_lora(
     lora = read_lora(path, alpha=alpha)
     warn_without_effect(lora)
     tensors, metadata = adapters_to_diffusers(lora.tensors, alpha=lora.alpha, key_prefix=prefix, style=style)
+    named: str = default(title, Path(folder).name)
+    described = lora_metadata(
+        lora.path, rank=lora.rank, alpha=lora.alpha, info=lora.info, title=named, implementation=style
+    )
     num_pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     with new_folder(folder, need_bytes=total_bytes(tensors)) as temporary:
-        write_safetensors(temporary / FILE, tensors, metadata=metadata)
+        write_safetensors(temporary / FILE, tensors, metadata=described | metadata)
     if style == "diffusers" and prefix != KEY_PREFIX:
         logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", prefix, KEY_PREFIX)
     logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)

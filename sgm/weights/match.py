@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sgm.util import InputError
-from sgm.weights.adapters import WRAPPED, find_base, is_adapter, read_adapter_info
+from sgm.weights.adapters import DEFAULT_GROUPS, WRAPPED, find_base, is_adapter, read_adapter_info
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
 from sgm.weights.files import PREFIX, find_weights, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
@@ -134,6 +134,8 @@ def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Stored
         params = "{r: ..., lora_alpha: ...} of their training"
         if info is not None:
             params = f"{{r: {info.rank}, lora_alpha: {info.alpha:g}, layer_range: {list(info.layers)}}}"
+            if info.groups != DEFAULT_GROUPS:
+                params = f"{params[:-1]}, targets: [{', '.join(info.groups)}]}}"
         raise InputError(f"{path} holds LoRA adapters alone, and the network has no lora_config; add one with {params}")
     base_tensors, dropped = _read_one(base, shapes)
     # Adapters in the base are replaced by those of the file, which continue their training.

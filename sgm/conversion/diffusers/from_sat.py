@@ -16,6 +16,7 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
+from sgm.conversion.modelspec import model_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
@@ -29,7 +30,9 @@ from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.lora.names import comfyui_name
 from sgm.weights.match import match_autoencoder, match_network
+from sgm.weights.stored import checked_ahead
 
 logger = get_logger(__name__)
 
@@ -118,6 +121,19 @@ class Pipeline:
                 check(temporary)
 
 
+def write_comfyui(transformer: Part, folder: str | Path) -> Path:
+    """Write a transformer with ComfyUI's names as one file, for its folder ``models/diffusion_models``; return it.
+
+    Raises:
+        InputError: the folder exists, cannot be written to, or does not fit on the disk.
+    """
+    name = f"{Path(folder).absolute().name}.safetensors"
+    with new_folder(folder, need_bytes=total_bytes(transformer.tensors)) as temporary:
+        with checked_ahead(transformer.tensors.values()):
+            write_safetensors(temporary / name, transformer.tensors, metadata=transformer.metadata)
+    return Path(folder) / name
+
+
 def pipeline_of(
     config: Config,
     *,
@@ -125,6 +141,8 @@ def pipeline_of(
     dtype: torch.dtype | None = None,
     adapters: Literal["merge", "keep"] = "merge",
     fold_image_scale: bool = False,
+    title: str = "CogVideoX",
+    style: lora.Style = "diffusers",
 ) -> Pipeline:
     """Describe the pipeline of a model YAML; weights are found and checked, not read.
 
@@ -134,6 +152,8 @@ def pipeline_of(
         dtype: of transformer and text encoder; None keeps that of their files. The autoencoder is float32.
         adapters: merge LoRA adapters into the transformer, or write them to a separate file.
         fold_image_scale: see `_fold`.
+        title: of the transformer, see `sgm.conversion.modelspec`.
+        style: whose names the transformer has.
 
     Raises:
         InputError: files are missing, damaged or do not fit, or diffusers has no such model.
@@ -144,7 +164,9 @@ def pipeline_of(
     parts: list[Part] = []
     kept = None
     if "transformer" not in without:
-        part, kept = _transformer(config, dtype=dtype, adapters=adapters, fold_image_scale=fold_image_scale)
+        part, kept = _transformer(
+            config, dtype=dtype, adapters=adapters, fold_image_scale=fold_image_scale, title=title, style=style
+        )
         parts.append(part)
     if "vae" not in without:
         parts.append(_vae(config))
@@ -169,7 +191,7 @@ def _scales_image_latents(config: Config) -> bool:
 
 
 def _transformer(
-    config: Config, *, dtype: torch.dtype | None, adapters: str, fold_image_scale: bool
+    config: Config, *, dtype: torch.dtype | None, adapters: str, fold_image_scale: bool, title: str, style: lora.Style
 ) -> tuple[Part, tuple[Mapping[str, LazyTensor], Mapping[str, str]] | None]:
     """Describe the transformer, and the adapters if written separately."""
     params, geometry = config.model["network_config"]["params"], _geometry(config)
@@ -198,7 +220,10 @@ def _transformer(
         own, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
     )
     tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
-    metadata = {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
+    metadata = model_metadata(config.model, title=title, implementation=style)
+    metadata |= {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
+    if style == "comfyui":
+        tensors = {comfyui_name(name): tensor for name, tensor in tensors.items()}
     cls = ("diffusers", "CogVideoXTransformer3DModel")
     return Part("transformer", cls, {"config.json": description}, tensors, metadata=metadata), kept
 

@@ -21,6 +21,7 @@ from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, describe_adapters, is_adapter, read_adapter_info
 from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_weights, weights_digest
 from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lora.names import diffusers_name, is_comfyui
 from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
@@ -155,7 +156,7 @@ def find_files(path: Path) -> list[Path]:
 
 
 def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """Return the tensors of the transformer by SAT's names without prefix, and whether they had names of diffusers.
+    """Return the tensors of the transformer by SAT's names without prefix, and whether they had other names.
 
     Args:
         tensors: of a file, which may hold other models, too.
@@ -164,6 +165,8 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
     Raises:
         InputError: there is no CogVideoX transformer.
     """
+    if is_comfyui(tensors):
+        tensors = {diffusers_name(name): tensor for name, tensor in tensors.items()}
     for pattern in (_DIFFUSERS_NAME, _SAT_NAME):
         found = next((match for name in tensors if (match := pattern.match(name))), None)
         if found is None:
@@ -181,7 +184,7 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
         return {name: t if isinstance(t, LazyTensor) else LazyTensor((t,)) for name, t in own.items()}, False
     raise InputError(
         f"{path} holds no CogVideoX transformer, neither in SAT's names (mixins., transformer.layers.) nor in those of "
-        f"diffusers (transformer_blocks.), but e.g. '{next(iter(tensors), 'nothing')}'"
+        f"diffusers (transformer_blocks.) or ComfyUI (blocks.), but e.g. '{next(iter(tensors), 'nothing')}'"
     )
 
 

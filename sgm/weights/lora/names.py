@@ -123,6 +123,19 @@ def comfyui_name(name: str) -> str:
     return re.sub(r"^(time|ofs)_embedding\.", r"\1_embedding_", name)
 
 
+def is_comfyui(names: Iterable[str]) -> bool:
+    """Whether tensors of a transformer have the names of ComfyUI's own model."""
+    return any(re.fullmatch(r"(model\.diffusion_model\.)?blocks\.\d+\.ff_proj\.weight", name) for name in names)
+
+
+def diffusers_name(name: str) -> str:
+    """Return the name in diffusers of a tensor of ComfyUI's own model."""
+    name = name.removeprefix("model.diffusion_model.")
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)(\.weight|\.bias)", name):
+        return f"transformer_blocks.{match[1]}.{_OF_COMFYUI.get(match[2], match[2])}{match[3]}"
+    return re.sub(r"^(time|ofs)_embedding_linear", r"\1_embedding.linear", name)
+
+
 def projection_of(name: str) -> tuple[int | None, str]:
     """Return the layer of an adapted projection of SAT, and its name in `PROJECTIONS`.
 

@@ -9,16 +9,19 @@ import torch
 import yaml
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.config.load import ConfigError, load_config
-from sgm.conversion.diffusers.from_sat import pipeline_of
+from sgm.conversion.diffusers.from_sat import pipeline_of, write_comfyui
 from sgm.conversion.diffusers.verify import peer_rope
+from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
 from sgm.conversion.lora_merge import merge_loras, sum_loras
+from sgm.conversion.trainers.sources import read_source
 from sgm.modules.lora import scale_adapters
 from sgm.training.optim.trainable import choose_trainable
 from sgm.util import InputError, instantiate_from_config, without_allocating
@@ -26,6 +29,8 @@ from sgm.weights.adapters import describe_adapters, is_adapter, read_adapter_inf
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lora.several import stack_of, with_loras
+from sgm.weights.match import UNUSED_TABLES
+from sgm.weights.offload import Offload
 
 RANK, ALPHA, ALL = 4, 3, ("attention", "ff", "adaln", "patch", "text")
 MODEL = yaml.safe_load((Path(__file__).parents[3] / "data/golden/dit_t2v_5b_lora/model.yaml").read_text())["model"]
@@ -126,6 +131,57 @@ def test_diffusers_computes_the_same_from_the_export(every, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_headers_say_what_files_are_and_are_the_same_each_time(every, tmp_path):
+    (every.folder / "run" / "config.yaml").write_text(yaml.safe_dump(every.config(**every.params).merged))
+    files = [export_lora(every.folder / "run", tmp_path / name, title="Green land") for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    found = inspect_checkpoint(files[0])
+    assert found.metadata == {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "cogvideox/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "Green land",
+        "modelspec.resolution": "48x32",
+        "modelspec.prediction_type": "v",
+        "ss_sd_model_name": "base",
+        "base_digest": every.info.base_digest,
+        "ss_network_dim": "4",
+        "ss_network_alpha": "6",
+        "training_config_digest": every.config(**every.params).digest,
+    }
+    assert "Green land (cogvideox/lora, 48x32)" in found.table() and found.to_json()["metadata"] == found.metadata
+    (every.folder / "run" / "config.yaml").unlink()
+    bare = inspect_checkpoint(export_lora(every.folder / "run", tmp_path / "bare", style="comfyui")).metadata
+    assert bare["modelspec.title"] == "bare" and bare["modelspec.implementation"] == "comfyui"
+    assert "modelspec.resolution" not in bare and "training_config_digest" not in bare
+
+
+def test_a_transformer_for_comfyui_has_its_names(every, tmp_path):
+    names = {"without": ["vae", "text_encoder", "tokenizer", "scheduler"]}
+    (part,) = pipeline_of(every.config(), **names, title="Tiny", style="comfyui").parts
+    (same,) = pipeline_of(every.config(), **names).parts
+    file = write_comfyui(part, tmp_path / "tiny")
+    assert file.name == "tiny.safetensors"
+    tensors = load_file(file)
+    block = {n.split(".", 2)[2].rpartition(".")[0] for n in tensors if n.startswith("blocks.1.")}
+    linear = {"q", "k", "v", "attn_out", "ff_proj", "ff_out", "norm1.linear", "norm2.linear"}
+    assert block == linear | {"norm_q", "norm_k", "norm1.norm", "norm2.norm"}
+    rest = {name.rpartition(".")[0] for name in tensors if not name.startswith("blocks.")}
+    assert rest == {
+        *("patch_embed.proj", "patch_embed.text_proj", "time_embedding_linear_1", "time_embedding_linear_2"),
+        *("norm_final", "norm_out.linear", "norm_out.norm", "proj_out"),
+    }
+    q = same.tensors["transformer_blocks.1.attn1.to_q.weight"].compute()
+    assert torch.equal(tensors["blocks.1.q.weight"], q)
+    found = inspect_checkpoint(file)
+    assert found.kind == "ComfyUI transformer" and found.metadata["modelspec.title"] == "Tiny"
+    assert found.architecture.num_layers == 2
+    back, expected = read_source(file).tensors, every.plain.state_dict()
+    assert back.keys() == expected.keys() - {*UNUSED_TABLES}
+    for name, tensor in back.items():
+        assert torch.equal(tensor.compute().view_as(expected[name]), expected[name]), name
+
+
 @pytest.mark.parametrize("how", ["merge", "keep"])
 def test_the_transformer_of_a_pipeline_has_them(every, tmp_path, how):
     config = every.config([f"args.load={every.folder / 'run'}"], **every.params)
@@ -143,6 +199,14 @@ def test_sampling_reads_the_targets_from_the_file(every):
     lora = {"path": str(every.folder / "run")}
     assert torch.equal(every.output(every.sampled(lora)), every.output(every.network))
     assert torch.equal(every.output(every.sampled(lora | {"strength": 0})), every.output(every.plain))
+
+
+def test_offloaded_blocks_bring_the_adapters_of_all_projections(every):
+    network, expected = every.sampled(load=every.folder / "run"), every.output(every.network)
+    offload = Offload(network.requires_grad_(False), torch.device("cpu"), network.blocks)
+    network.use_blocks_within(offload.block)
+    with offload:
+        assert torch.equal(every.output(network), expected)
 
 
 def test_merged_and_summed_they_compute_the_same(every, tmp_path):
@@ -218,3 +282,8 @@ def test_strengths_by_layer_name_the_embeddings_too(every):
 def test_what_does_not_work_is_refused(every, params, said):
     with pytest.raises(InputError, match=f"(?s){said}"), without_allocating():
         instantiate_from_config(every.config(**every.params | params).model["network_config"])
+
+
+def test_adapters_in_sats_layout_are_described(every):
+    found = inspect_checkpoint(every.folder / "run")
+    assert found.kind == "SAT adapters (LoRA)" and found.lora.layers == (0, 1) and found.lora.alpha == 6

@@ -1,0 +1,91 @@
+"""Metadata of exported files by the ModelSpec convention, and the keys of kohya's scripts for LoRA.
+
+Other tools show a model's title, architecture and resolution from ``modelspec.*`` in the header of its file, and rank
+and alpha of a LoRA from ``ss_network_*``. There is no date: the same input gives the same file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgm.config.load import digest_of
+from sgm.log import get_logger
+from sgm.modules.geometry import Geometry
+from sgm.weights.adapters import AdapterInfo
+from sgm.weights.architecture import CONFIGS
+from sgm.weights.files import find_weights
+
+logger = get_logger(__name__)
+
+PREFIX = "modelspec."
+BASE, BASE_DIGEST, CONFIG_DIGEST = "ss_sd_model_name", "base_digest", "training_config_digest"
+RANK, ALPHA = "ss_network_dim", "ss_network_alpha"
+KEYS = (BASE, BASE_DIGEST, RANK, ALPHA, CONFIG_DIGEST)
+
+
+def model_metadata(model: Mapping[str, Any], *, title: str, implementation: str = "diffusers") -> dict[str, str]:
+    """Return the metadata of a transformer.
+
+    Args:
+        model: the ``model`` section of its configuration.
+        title: of the model.
+        implementation: whose names the tensors have.
+    """
+    params = model["network_config"]["params"]
+    return {
+        f"{PREFIX}sai_model_spec": "1.0.0",
+        f"{PREFIX}architecture": _architecture(params),
+        f"{PREFIX}implementation": implementation,
+        f"{PREFIX}title": title,
+        f"{PREFIX}resolution": f"{8 * params['latent_width']}x{8 * params['latent_height']}",
+        f"{PREFIX}prediction_type": "v",
+    }
+
+
+def lora_metadata(
+    path: Path, *, rank: int, alpha: float, info: AdapterInfo | None, title: str, implementation: str
+) -> dict[str, str]:
+    """Return the metadata of a LoRA.
+
+    Args:
+        path: its weights file. In a run folder, the configuration beside it tells architecture, resolution and digest.
+        rank: r.
+        alpha: numerator of the scale.
+        info: what the file says of itself.
+        title: of the LoRA.
+        implementation: whose names the tensors have.
+    """
+    own = {f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}architecture": "cogvideox"}
+    config = _run_config(path)
+    if config is not None:
+        own = model_metadata(config["model"], title=title, implementation=implementation)
+        size = ((config.get("data") or {}).get("params") or {}).get("video_size")
+        own |= {f"{PREFIX}resolution": f"{size[1]}x{size[0]}"} if size else {}
+        own[CONFIG_DIGEST] = digest_of(config)
+    own |= {f"{PREFIX}implementation": implementation, f"{PREFIX}title": title}
+    own[f"{PREFIX}architecture"] += "/lora"
+    recorded = {} if info is None else {BASE: Path(info.base).name, BASE_DIGEST: info.base_digest}
+    return own | recorded | {RANK: str(rank), ALPHA: f"{alpha:g}"}
+
+
+def _architecture(params: Mapping[str, Any]) -> str:
+    """Return the identifier of an architecture: the name of the model with these shapes."""
+    geometry = Geometry.from_network(params)
+    key = (params["hidden_size"], params["num_layers"], params["in_channels"], geometry.patch_size[0])
+    name = CONFIGS.get(key, "")
+    return name.replace("_", "-") if name.startswith("cogvideox") else "-".join(filter(None, ("cogvideox", name)))
+
+
+def _run_config(path: Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that saved a weights file; None without one."""
+    file = find_weights(path).absolute().parent.parent / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return config if config["model"]["network_config"]["params"]["hidden_size"] else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        logger.warning("%s is no configuration of a run, and not described in the header: %s", file, error)
+        return None
