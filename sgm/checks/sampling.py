@@ -398,6 +398,12 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
                 "args.strength", cure, partial(built.first_step, args.noise_strength, args.num_steps)
             ):
                 raise ConfigError(found)
+        if args.inversion is not None and not hasattr(built, "invert"):
+            found = f"is given, and {type(built).__name__} has no method invert: its steps cannot be undone"
+            cure = (
+                "set model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler, or remove it"
+            )
+            raise ConfigError([Problem("args.inversion", "", found, cure)])
         if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
             raise InputError(
                 f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "

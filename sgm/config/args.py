@@ -50,6 +50,7 @@ class SamplingArgs:
     image: Name | None = None
     video: Name | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    inversion: Name | None = None
     start: Name | None = None
     end: Name | None = None
     held_frames: Annotated[int, Field(ge=5, le=10_000)] | None = None
@@ -159,6 +160,11 @@ class SamplingArgs:
     def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.strength is not None and self.video is None:
             yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
+        if self.inversion is not None and self.video is None:
+            yield "inversion", "is given, and there is no video to invert", "set args.video=<file>, or remove it"
+        if self.inversion is not None and self.cfg_parallel_size > 1:
+            cure = "remove it, or share a sample by sequence_parallel_size=2 instead of cfg_parallel_size"
+            yield "inversion", "would leave the rank of the other branch without work", cure
         held = [name for name in ("start", "end") if getattr(self, name) is not None]
         if self.held_frames is not None and not held:
             found = f"is {self.held_frames}, and there is no clip to hold"
@@ -311,7 +317,7 @@ class TrainingArgs(SamplingArgs):
         if self.loras:
             cure = "remove it; to train on top of adapters, merge them first: tools/merge_lora_weight.py"
             yield "loras", "is given, and is for sampling", cure
-        for name in ("prompt", "image", "video", "strength", "start", "end", "held_frames"):
+        for name in ("prompt", "image", "video", "strength", "inversion", "start", "end", "held_frames"):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         for name in ("prompt_enhancer", "prompt_enhancer_model"):

@@ -155,8 +155,9 @@ def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
     negative = Prompt(-1, default(config.args.negative_prompt, ""))
     if not config.args.allow_unknown_text:
         check_words(prompts or (), conditioner)
-        if reasons := texts_without_words(conditioner, [negative.text]):
-            raise ConfigError([Problem("args.negative_prompt", "", reasons[negative.text], WORDS_CURE)])
+        for key, text in (("negative_prompt", negative.text), ("inversion", default(config.args.inversion, ""))):
+            if reasons := texts_without_words(conditioner, [text]):
+                raise ConfigError([Problem(f"args.{key}", "", reasons[text], WORDS_CURE)])
     all_prompts = [*(prompts or ()), negative]
     texts = list(dict.fromkeys(prompt.text for prompt in all_prompts))
     finders = (getattr(conditioner, name, None) for name in ("unknown_texts", "cut_texts"))

@@ -22,7 +22,7 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "video strength start end held_frames loras weights text_encoder_weights guidance_interval step_cache "
+    "video strength inversion start end held_frames loras weights text_encoder_weights guidance_interval step_cache "
     "step_cache_threshold attention"
 ).split()
 

@@ -128,6 +128,7 @@ class SamplingRun:
         self._is_loaded = engine is not None
         self._network_in_use = default(network_in_use, nullcontext())
         self._uncond: dict[str, torch.Tensor] | None = None
+        self._described: dict[str, torch.Tensor] | None = None  # the text of args.inversion
         self._clips: EncodedClips | None = None
 
     def _build(self) -> SATVideoDiffusionEngine:
@@ -306,6 +307,8 @@ class SamplingRun:
                 if self._uncond is None:
                     both = conditioner.get_unconditional_conditioning(batch, {key: [negative] for key in keys})
                     cond, self._uncond = map(_on_cpu, both)
+                    if self.args.inversion is not None:
+                        self._described = _on_cpu(conditioner({key: [self.args.inversion] for key in keys}))
                 else:
                     cond = _on_cpu(conditioner(batch))
                 encoded.append((cond, self._uncond))
@@ -383,6 +386,10 @@ class SamplingRun:
         timings: Timings,
     ) -> torch.Tensor:
         start = clock()
+        inputs = dict(clips.inputs)
+        if self._described is not None:
+            described = self._described.items()
+            inputs["inversion"] = {name: _repeat(value, samples, self.device) for name, value in described}
         latents = self.engine.sample(
             cond,
             uncond,
@@ -393,7 +400,7 @@ class SamplingRun:
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
             progress=partial(progress, description="steps"),
-            **clips.inputs,
+            **inputs,
         )
         timings.sample = clock() - start
         return latents

@@ -408,6 +408,7 @@ class SATVideoDiffusionEngine(nn.Module):
         concat: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
         strength: float = 1.0,
+        inversion: Mapping[str, torch.Tensor] | None = None,
         start: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
         num_steps: int | None = None,
@@ -426,6 +427,8 @@ class SATVideoDiffusionEngine(nn.Module):
             concat: image latents from `image_latents`, of the padded length.
             source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
             strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
+            inversion: conditions that describe `source`, each (B, ...): its noise is found by
+                `VideoDDIMSampler.invert`, but for that of the last step, which is drawn.
             start: latents (B or 1, t, C, H, W) that the result begins with.
             end: latents (B or 1, t, C, H, W) that it ends with.
             num_steps: overrides the configured number of steps.
@@ -444,10 +447,8 @@ class SATVideoDiffusionEngine(nn.Module):
         x = to_device(noise, self.device)
         first_step = 0 if source is None else self.sampler.first_step(strength, num_steps)
         if source is not None:
-            level = self.sampler.schedule(num_steps).alphas_cumprod_sqrt[first_step]
-            # Padding in front repeats the first frame, as in training.
-            source = torch.cat((source[:, :1].expand(-1, padding, -1, -1, -1), source), dim=1)
-            x = level * source.to(x) + (1 - level**2) ** 0.5 * x
+            levels = self.sampler.schedule(num_steps).alphas_cumprod_sqrt
+            x = self._noised(source, x, levels[first_step if inversion is None else -2], padding)
         cond, uncond = dict(cond), None if uncond is None else dict(uncond)
         if concat is not None:
             cond["concat"] = concat
@@ -455,9 +456,13 @@ class SATVideoDiffusionEngine(nn.Module):
                 uncond["concat"] = concat
         optional: dict[str, Any] = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
         optional |= {"first_step": first_step} if first_step else {}
+        before_step: dict[str, Any] = {}
         if self.loras is not None:
             self._set_strengths(0.0)
-            optional |= {"before_step": self._set_strengths} if self.loras.changes else {}
+            before_step = {"before_step": self._set_strengths} if self.loras.changes else {}
+        if inversion is not None:
+            given = {"num_steps": num_steps, "first_step": first_step, "progress": progress, **before_step}
+            x = self.sampler.invert(self._denoise, x, inversion, **given, **self.network_kwargs(len(x), x.device))
         cache = self.step_cache
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):
@@ -471,9 +476,16 @@ class SATVideoDiffusionEngine(nn.Module):
                 generators=generators,
                 progress=progress,
                 **optional,
+                **before_step,
                 **self.network_kwargs(len(x), x.device),
             )
         return latents[:, padding:]
+
+    @staticmethod
+    def _noised(source: torch.Tensor, noise: torch.Tensor, level: float, padding: int) -> torch.Tensor:
+        """Return `source` (B or 1, T, C, H, W) at a noise level; padding in front repeats its first frame."""
+        source = torch.cat((source[:, :1].expand(-1, padding, -1, -1, -1), source), dim=1)
+        return level * source.to(noise) + (1 - level**2) ** 0.5 * noise
 
     def _set_strengths(self, share: float) -> None:
         """Set the strengths of the network's adapters at a share of the steps."""

@@ -19,6 +19,8 @@ from sgm.util import InputError, default, instantiate_from_config
 DenoiseFn = Callable[..., torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
 
+INVERSION_ITERATIONS = 3  # of a fixed point that is nearly found after two
+
 
 @dataclass(frozen=True)
 class SamplingSchedule:
@@ -199,6 +201,51 @@ class VideoDDIMSampler(VideoSampler):
     def update(self, state: StepState, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
         """Return the sample at the next level."""
         return apply_step(ddim_weights(state.a, state.a_next), state.x, state.denoised)
+
+    def invert(
+        self,
+        denoise_fn: DenoiseFn,
+        x: torch.Tensor,
+        cond: Cond,
+        *,
+        num_steps: int | None = None,
+        first_step: int = 0,
+        num_iterations: int = INVERSION_ITERATIONS,
+        progress: Progress | None = None,
+        before_step: Callable[[float], object] | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the sample from which the steps lead to `x` without guidance, that of `first_step`.
+
+        A step takes y = sample · x + denoised · D(x) from x, see `ddim_weights`; its inverse is the fixed point of
+        x ← (y − denoised · D(x)) / sample, found from y (Pan et al. 2023, "Effective Real Image Editing with
+        Accelerated Iterative Diffusion Inversion").
+
+        Args:
+            denoise_fn: as in a call.
+            x: a sample (B, T, C, H, W) before the last step, whose result is clean: it does not know its noise.
+            cond: conditions, each (B, ...).
+            num_steps: overrides the configured number of steps.
+            first_step: how far to go back.
+            num_iterations: network evaluations for each step.
+            progress: wraps the sequence of step numbers.
+            before_step: called with the share of the steps that are before one, before each.
+            **model_kwargs: further inputs of the network.
+        """
+        schedule = self.schedule(num_steps)
+        levels, num = schedule.alphas_cumprod_sqrt, len(schedule.timesteps)
+        steps = range(num - 2, first_step - 1, -1)
+        sample = x.float()
+        for i in progress(steps) if progress is not None and self.verbose else steps:
+            if before_step is not None:
+                before_step(i / num)
+            weights, after = ddim_weights(levels[i], levels[i + 1]), sample
+            level = torch.full((len(x),), levels[i], device=x.device)
+            timestep = torch.full((len(x),), schedule.timesteps[i], device=x.device)
+            for _ in range(num_iterations):
+                denoised = denoise_fn(sample, level, cond, idx=timestep, **model_kwargs).float()
+                sample = (after - weights.denoised * denoised) / weights.sample
+        return sample.to(x.dtype)
 
 
 def _repeat_batch(value: Any, batch: int, repeated: int) -> Any:

@@ -282,6 +282,7 @@ def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
     [
         (["args.num_steps=2000"], ["model.sampler_config", "2000"]),
         (["args.video=x.mp4", "args.strength=0.1"], ["args.strength", "0.1 leaves none of 2 steps; give 0.5 or more"]),
+        (["args.video=x.mp4", "args.inversion=x"], ["args.inversion", "has no method invert", "VideoDDIMSampler"]),
         (["model.sampler_config=null"], ["model.sampler_config", "is missing"]),
         (["model.conditioner_config=null"], ["model.conditioner_config", "is missing"]),
         (["model.conditioner_config.params.emb_models=[]"], ["emb_models", "is empty"]),

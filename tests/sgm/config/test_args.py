@@ -88,6 +88,8 @@ def test_adapters_that_change_with_the_step_and_skipped_blocks_exclude_each_othe
         ({"start": "a", "held_frames": 8}, "held_frames"),
         ({"start": "a", "video": "b"}, "video"),
         ({"start": "a", "image": "b"}, "image"),
+        ({"inversion": "a"}, "inversion"),
+        ({"video": "a", "inversion": "b", "cfg_parallel_size": 2}, "inversion"),
     ):
         assert [problem[0] for problem in SamplingArgs(prompt="x", **given).problems()] == [key]
     (found,) = SamplingArgs(strength=0.5, prompt="x").problems()

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 import dit_video_concat
 from sgm.models import training_inputs as inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.training.step import weighted_mean
 from sgm.util import InputError
 
@@ -306,3 +307,23 @@ def test_held_latents_stay_and_the_others_are_fitted_to_them(make_engine, name):
     assert torch.equal(held[:, :1], start) and torch.equal(held[:, 2:], end)
     assert (held[:, 1] - free[:, 1]).abs().max() > 1e-6
     assert torch.equal(one[:, 0], start[:1, 0].expand(2, -1, -1, -1)), "one clip for both samples"
+
+
+@torch.no_grad()
+def test_a_video_is_sampled_from_its_own_noise(make_engine):
+    engine = make_engine("dit_t2v_2b")
+    engine.sampler = VideoDDIMSampler(
+        discretization_config={"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"},
+        num_steps=4,
+    )
+    cond = {"crossattn": torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))}
+    source = torch.randn(1, 1, 16, 8, 12, generator=torch.Generator().manual_seed(2))
+
+    def sample(**given):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        return engine.sample(cond, None, shape=(1, 16, 8, 12), generators=generators, source=source, **given)
+
+    one_step = sample(strength=0.25)
+    for strength in (0.5, 1.0):
+        found = sample(strength=strength, inversion=cond)
+        assert (found - one_step).abs().max() < 0.1 * (sample(strength=strength) - one_step).abs().max()

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import held_frames
+import inversion
 import pytest
 import quality
 
@@ -16,6 +17,21 @@ def test_the_recorded_figures_reach_their_bars_and_the_page_shows_them():
     for name, row in (("continuation", "continuation"), ("first_and_last", "first and last picture")):
         shares = " | ".join(f"{found[name][key]:.0%}" for key in ("colour", "motion"))
         assert f"| {row} | {shares} |" in page
+
+
+def test_the_recorded_inversion_gives_a_clip_back_and_the_page_shows_it():
+    found = json.loads((ROOT / "assets/toy/inversion.json").read_text())
+    assert found["psnr_db"] > found["autoencoder_psnr_db"] - 1.5
+    page = (ROOT / "docs/from_video.md").read_text()
+    for value in (f"{found['psnr_db']:.1f} dB", f"{found['autoencoder_psnr_db']:.1f} dB", f"{found['motion']:.0%}"):
+        assert f"| {value} |" in page
+
+
+@pytest.mark.slow
+def test_a_clip_comes_back_from_its_noise(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = inversion.measured(quality.load_engine("configs/toy.yaml", [inversion.DDIM]), 4, 0.6)
+    assert found["psnr_db"] > found["autoencoder_psnr_db"] - 1.5
 
 
 @pytest.mark.slow

@@ -221,3 +221,19 @@ def test_impossible_configuration_is_refused(params: dict, message: str) -> None
                 "params": {"discretization_config": DISCRETIZATION, "num_steps": 8, **params},
             }
         )
+
+
+def test_inversion_undoes_the_steps_of_ddim():
+    def denoise(x, levels, cond, *, idx):
+        seen.append((levels.tolist(), idx.tolist()))
+        return 0.8 * torch.tanh(x)
+
+    sampler, x, seen = build(VideoDDIMSampler), torch.randn(SHAPE), []
+    noise = sampler.invert(denoise, x, {}, num_iterations=40)
+    schedule = sampler.schedule()
+    assert seen[::40] == [
+        ([schedule.alphas_cumprod_sqrt[i]] * 2, [schedule.timesteps[i]] * 2) for i in range(6, -1, -1)
+    ]
+    torch.testing.assert_close(sampler(denoise, noise, {}), 0.8 * torch.tanh(x), rtol=0, atol=1e-5)
+    half = sampler.invert(denoise, x, {}, num_iterations=40, first_step=4)
+    torch.testing.assert_close(sampler(denoise, half, {}, first_step=4), 0.8 * torch.tanh(x), rtol=0, atol=1e-5)
