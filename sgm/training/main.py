@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sgm import cli
-from sgm.log import get_logger
+from sgm.log import get_logger, is_rank_zero
 
 EXAMPLES = (
     "python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml",
@@ -38,22 +39,7 @@ def run(options: argparse.Namespace) -> int | None:
 
     config = load_config(options.base, options.overrides, mode="train", trust=options.trust)
     if options.check:
-        from sgm.checks.planner import written_without_files
-        from sgm.training.inputs.buckets import bucket_report, plan_buckets
-        from sgm.training.inputs.precompute import before_encoding
-        from sgm.training.prepare import memory_report, prepare
-
-        args: Any = config.args
-        ahead = args.precomputed if args.precompute else {}
-        write = partial(cli.write_findings, options)
-        with written_without_files(lambda: memory_report(config, options.card), write):
-            plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
-        write(plan.report(options.card))
-        if ahead:
-            sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
-        if plan.division is not None:
-            buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
-            sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
+        _check(config, options)
         return None
     import sgm.distributed
     from sgm.training.run import train
@@ -65,6 +51,48 @@ def run(options: argparse.Namespace) -> int | None:
             return None
         sgm.distributed.barrier()  # a launcher ends the others as soon as one rank has another code than 0
         return summary.exit_code
+
+
+def _check(config: Any, options: argparse.Namespace) -> None:
+    """Check the run, and print the findings; those of several ranks are the same, and rank zero prints them."""
+    from sgm.checks.planner import written_without_files
+    from sgm.training.inputs.buckets import bucket_report, plan_buckets
+    from sgm.training.inputs.precompute import before_encoding
+    from sgm.training.prepare import memory_report, prepare
+
+    ahead = config.args.precomputed if config.args.precompute else {}
+    write = partial(cli.write_findings, options)
+    with written_without_files(lambda: memory_report(config, options.card), write):
+        plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
+    if is_rank_zero():
+        write(plan.report(options.card))
+        if ahead:
+            sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
+        if plan.division is not None:
+            buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
+            sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
+    _check_nodes(plan)
+
+
+def _check_nodes(plan: Any) -> None:
+    """Compare the ranks that a launcher started, and print the table on rank zero."""
+    import sgm.distributed
+    from sgm.checks.nodes import check_nodes, listing_digest
+    from sgm.weights.files import find_weights
+
+    if not sgm.distributed.is_launched():
+        return
+    sgm.distributed.configure(plan.args)
+    with sgm.distributed.explain_lost_ranks():
+        sgm.distributed.initialize()
+        digests = {"the configuration": plan.config.digest[:12], "the clips": plan.data.digest[:12]}
+        digests["the captions"] = plan.data.captions_digest[:12]
+        if plan.args.load is not None:
+            digests["args.load"] = listing_digest(find_weights(plan.args.load).parent)
+        table = check_nodes({"args.save": Path(plan.args.save)}, digests)
+        if is_rank_zero():
+            sys.stdout.write(table + "\n")
+        sgm.distributed.barrier()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

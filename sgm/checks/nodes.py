@@ -1,0 +1,240 @@
+"""Check the ranks of several machines before training: what differs, what is broken, what is slow, and where.
+
+Every rank describes itself and takes part in small measurements; all get the descriptions of all, and `judge` names the
+ranks that differ from the others.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import sgm.distributed
+from sgm.util import InputError
+
+MAX_SKEW_S = 5  # of clocks: file times, and the names of runs
+SLOW = 0.7  # of the median of the others
+_PACKAGES = ("torch", "deepspeed")
+_ROOT = Path(__file__).parents[2]
+_MESSAGE = 1 << 22  # numbers that a rank sends in a measurement
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of itself.
+
+    Attributes:
+        host: its machine.
+        alike: what must be the same on all ranks: versions, digests of files.
+        clock: seconds since 1970, when all ranks left a barrier.
+        unseen: shared folders in which it does not find what rank zero has just written.
+        reduced: whether an all-reduce gave the right sum.
+        wrong_senders: ranks whose part of an all-to-all came wrong.
+        speeds: quantity → speed in its unit; see `UNITS`.
+    """
+
+    host: str
+    alike: Mapping[str, str]
+    clock: float = 0.0
+    unseen: Sequence[str] = ()
+    reduced: bool = True
+    wrong_senders: Sequence[int] = ()
+    speeds: Mapping[str, float] = field(default_factory=dict)
+
+
+# A slow rank shows in its own products and in what it exchanges with its neighbours, and not in collectives of all.
+UNITS = {"matmul": "TFLOPS", "neighbours": "GB/s", "all-reduce": "GB/s", "all-to-all": "GB/s"}
+_OF_A_RANK = ("matmul", "neighbours")
+
+
+def check_nodes(shared: Mapping[str, Path], digests: Mapping[str, str]) -> str:
+    """Measure and compare all ranks; return a table. Collective: all ranks call it.
+
+    Args:
+        shared: name → folder that all ranks must share, or that will be made in a parent of it.
+        digests: name → digest of something that all ranks must have alike.
+
+    Raises:
+        InputError: a rank differs or gives wrong results; the message names it.
+    """
+    reports = [Report(**each) for each in sgm.distributed.all_gather_objects(vars(_own_report(shared, digests)))]
+    table, broken = judge(reports)
+    if broken:
+        raise InputError("\n".join(["the machines of this run do not fit together:", *broken, table]))
+    return table
+
+
+def judge(reports: Sequence[Report]) -> tuple[str, list[str]]:
+    """Return a table of the ranks, with slow ones marked, and what is broken, each with its rank and machine."""
+    names = [f"rank {rank} on {report.host}" for rank, report in enumerate(reports)]
+    broken = list(_differences(reports, names))
+    middle = statistics.median(report.clock for report in reports)
+    for name, report in zip(names, reports, strict=True):
+        if abs(skew := report.clock - middle) > MAX_SKEW_S:
+            broken.append(f"  {name}: its clock is {skew:+.1f} s off; set it by NTP")
+        broken += [f"  {name}: {folder} is not the folder that rank 0 sees; mount it there" for folder in report.unseen]
+    broken += _wrong_results(reports, names)
+    rows = [["rank", "machine", *(f"{name}, {unit}" for name, unit in UNITS.items()), "clock, s"]]
+    slow = _slow(reports)
+    for rank, report in enumerate(reports):
+        marks = [f"{report.speeds.get(name, 0):.3g}{' (slow)' * ((rank, name) in slow)}" for name in UNITS]
+        rows.append([str(rank), report.host, *marks, f"{report.clock - middle:+.2f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for rank, name in sorted(slow):
+        others = statistics.median(_others(reports, rank, name))
+        lines.append(
+            f"slow: {names[rank]}: {name} {reports[rank].speeds[name]:.3g} {UNITS[name]}, and the others' median is "
+            f"{others:.3g}; look for other work, heat and the network there"
+        )
+    return "\n".join(lines), broken
+
+
+def _differences(reports: Sequence[Report], names: Sequence[str]) -> Iterator[str]:
+    """Yield what a rank has otherwise than most of them; in a tie, than rank zero."""
+    for what in reports[0].alike:
+        values = [report.alike.get(what, "missing") for report in reports]
+        most = Counter(values).most_common()[0][1]
+        usual = next(value for value in values if values.count(value) == most)
+        for name, value in zip(names, values, strict=True):
+            if value != usual:
+                yield f"  {name}: {what} is {value}, and {usual} on {most} of {len(values)} ranks"
+
+
+def _wrong_results(reports: Sequence[Report], names: Sequence[str]) -> Iterator[str]:
+    """Yield the ranks that get or send wrong values: a sender if others agree on it, else the receiver."""
+    accused = Counter(sender for report in reports for sender in report.wrong_senders)
+    guilty = {rank for rank, times in accused.items() if times > len(reports) / 2}
+    for rank in sorted(guilty):
+        yield f"  {names[rank]}: what it sends in an all-to-all arrives wrong at {accused[rank]} ranks; take it out"
+    for name, report in zip(names, reports, strict=True):
+        if left := sorted(set(report.wrong_senders) - guilty):
+            yield f"  {name}: it gets wrong values in an all-to-all, from ranks {left}; take it out"
+    if failed := [name for name, report in zip(names, reports, strict=True) if not report.reduced]:
+        yield f"  {', '.join(failed)}: an all-reduce gives a wrong sum there; take out what is named above, or these"
+
+
+def _others(reports: Sequence[Report], rank: int, name: str) -> list[float]:
+    return [report.speeds[name] for other, report in enumerate(reports) if other != rank and name in report.speeds]
+
+
+def _slow(reports: Sequence[Report]) -> set[tuple[int, str]]:
+    """Return rank and quantity of those much below the median of the others."""
+    found = set()
+    for rank, report in enumerate(reports):
+        for name in _OF_A_RANK:
+            others = _others(reports, rank, name)
+            if others and name in report.speeds and report.speeds[name] < SLOW * statistics.median(others):
+                found.add((rank, name))
+    return found
+
+
+def _own_report(shared: Mapping[str, Path], digests: Mapping[str, str]) -> Report:
+    """Describe this rank, and take part in the measurements. Collective."""
+    alike = {"Python": platform.python_version(), "this project's code": _code_digest(), **digests}
+    for package in _PACKAGES:
+        alike[package] = importlib.metadata.version(package)
+    unseen = [f"{name} ({folder})" for name, folder in shared.items() if not _is_shared(folder)]
+    device, rank, size = sgm.distributed.device(), sgm.distributed.rank(), sgm.distributed.world_size()
+    message = torch.full((_MESSAGE // size * size,), rank + 1.0, device=device)
+    received = torch.empty_like(message)
+    speeds, nbytes = {"matmul": _matmul_speed(device)}, message.nbytes / 1e9
+
+    dist.all_reduce(total := message.clone())
+    reduced = bool((total == size * (size + 1) / 2).all())
+    dist.all_to_all_single(received, message)
+    parts = received.view(size, -1)
+    wrong = [sender for sender in range(size) if not bool((parts[sender] == sender + 1).all())]
+    moved = nbytes * (size - 1) / size  # of a rank, to others
+    speeds["all-reduce"] = 2 * moved / _seconds(lambda: dist.all_reduce(total), device)
+    speeds["all-to-all"] = moved / _seconds(lambda: dist.all_to_all_single(received, message), device)
+    # A slow neighbour slows one direction, and a slow rank both.
+    ways = [_seconds(lambda step=step: _shift(message, received, step), device) for step in (1, -1)]
+    speeds["neighbours"] = nbytes / min(ways)
+    sgm.distributed.barrier()
+    return Report(platform.node(), alike, time.time(), unseen, reduced, wrong, speeds)
+
+
+def _shift(message: torch.Tensor, received: torch.Tensor, step: int) -> None:
+    """Send to the rank that is `step` further, and receive from the one before."""
+    rank, size = sgm.distributed.rank(), sgm.distributed.world_size()
+    operations = [
+        dist.P2POp(dist.isend, message, (rank + step) % size),
+        dist.P2POp(dist.irecv, received, (rank - step) % size),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest time of `work`, which all ranks begin together."""
+    found = []
+    for _ in range(_REPEATS):
+        sgm.distributed.barrier()
+        _synchronize(device)
+        begun = time.perf_counter()
+        work()
+        _synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _matmul_speed(device: torch.device) -> float:
+    """Return the TFLOPS of a product of square matrices."""
+    side, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    torch.mm(matrix, matrix)  # kernels are loaded
+    return 2 * side**3 / 1e12 / _seconds(lambda: torch.mm(matrix, matrix), device)
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether this rank reads in `folder`, or its nearest parent, what rank zero writes there now. Collective."""
+    token = path = None
+    if sgm.distributed.rank() == 0:
+        place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+        token, path = os.urandom(16).hex(), place / f".node-check-{os.getpid()}"
+        with contextlib.suppress(OSError):  # read-only: its digests are compared
+            path.write_text(token, encoding="utf-8")
+        if not path.exists():
+            path = None
+    token, path = sgm.distributed.broadcast_from_rank_zero((token, path))
+    try:
+        return path is None or path.read_text(encoding="utf-8") == token
+    except OSError:
+        return False
+    finally:
+        sgm.distributed.barrier()
+        if path is not None and sgm.distributed.rank() == 0:
+            path.unlink()
+
+
+def listing_digest(folder: Path) -> str:
+    """Return a digest of names and sizes in a folder, or of a file."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    listing = [f"{path.name} {path.stat().st_size if path.is_file() else ''}" for path in paths]
+    return hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def _code_digest() -> str:
+    """Return a digest of the Python files of this project."""
+    found = hashlib.sha256()
+    packages = [path for name in ("sgm", "vae_modules") for path in (_ROOT / name).rglob("*.py")]
+    for path in sorted([*_ROOT.glob("*.py"), *packages]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:12]

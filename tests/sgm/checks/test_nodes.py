@@ -1,0 +1,82 @@
+"""The check of the machines of a run: faulty ranks, injected, are named."""
+
+import dataclasses
+
+import pytest
+
+from sgm.checks import nodes
+from sgm.checks.nodes import Report, judge, listing_digest
+from tests.processes import run
+
+TOY = ("configs/toy_lora.yaml", "configs/toy_sft.yaml")
+SPEEDS = {"matmul": 400.0, "neighbours": 40.0, "all-reduce": 30.0, "all-to-all": 20.0}
+
+
+def ranks(num: int = 4, **faults) -> list[Report]:
+    """Return the reports of ranks on two machines, the third of them with `faults`."""
+    found = [
+        Report(f"node{rank // 2}", {"torch": "2.13.0", "the clips": "ab"}, 100.0, speeds=SPEEDS) for rank in range(num)
+    ]
+    found[2] = dataclasses.replace(found[2], **faults)
+    return found
+
+
+def test_ranks_that_are_alike_pass():
+    table, broken = judge(ranks())
+    assert broken == [] and "slow" not in table
+    assert table.splitlines()[0].split()[:2] == ["rank", "machine"] and len(table.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"alike": {"torch": "2.9.0", "the clips": "ab"}}, "torch is 2.9.0, and 2.13.0 on 3 of 4 ranks"),
+        ({"alike": {"torch": "2.13.0"}}, "the clips is missing, and ab on 3 of 4 ranks"),
+        ({"clock": 160.0}, "its clock is +60.0 s off"),
+        ({"unseen": ["args.save (ckpts)"]}, "args.save (ckpts) is not the folder that rank 0 sees"),
+        ({"reduced": False}, "an all-reduce gives a wrong sum there"),
+        ({"wrong_senders": [0, 1]}, "it gets wrong values in an all-to-all, from ranks [0, 1]"),
+    ],
+)
+def test_a_broken_rank_is_named(faults, said):
+    _, (line,) = judge(ranks(**faults))
+    assert line.startswith("  rank 2 on node1: ") and said in line
+
+
+def test_a_rank_that_sends_wrong_values_is_named_not_those_that_get_them():
+    found = [dataclasses.replace(report, wrong_senders=[3]) for report in ranks()]
+    _, (line,) = judge(found)
+    assert line.startswith("  rank 3 on node1: what it sends in an all-to-all arrives wrong at 4 ranks")
+
+
+@pytest.mark.parametrize("name", ["matmul", "neighbours"])
+def test_a_slow_rank_is_named_and_does_not_stop_the_run(name):
+    table, broken = judge(ranks(speeds=SPEEDS | {name: SPEEDS[name] / 2}))
+    assert broken == [] and f"slow: rank 2 on node1: {name} {SPEEDS[name] / 2:.3g}" in table
+    assert table.count("(slow)") == 1
+
+
+def test_collectives_are_as_slow_on_all_ranks():
+    assert "slow" not in judge(ranks(speeds=SPEEDS | {"all-reduce": 1.0}))[0]
+
+
+def test_a_listing_changes_with_names_and_sizes(tmp_path):
+    (tmp_path / "a").write_text("1")
+    before = listing_digest(tmp_path)
+    (tmp_path / "a").write_text("12")
+    assert len({before, listing_digest(tmp_path), listing_digest(tmp_path / "a")}) >= 2
+    assert listing_digest(tmp_path) != before
+
+
+def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
+    assert nodes._is_shared(tmp_path / "runs" / "new") and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(nodes.sgm.distributed, "broadcast_from_rank_zero", lambda value: ("another", value[1]))
+    assert not nodes._is_shared(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_ranks_of_this_machine(tmp_path):
+    done = run("train_video.py", ["--base", *TOY, f"args.save={tmp_path / 'runs'}", "--check"], 2)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("rank  machine") :].splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["0", "1"] and not (tmp_path / "runs").exists()
