@@ -418,6 +418,11 @@ def _write_failure(path: Path, error: BaseException, number: int | None, need_by
     return WriteError(f"could not write {path}: {reason}{said}; {free}; {cure}, or choose another folder")
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an error says; of the system's errors, without number and path, which messages name themselves."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 @contextlib.contextmanager
 def refusing_denied() -> Iterator[None]:
     """Context: turn a PermissionError into an InputError that names the path and the missing right."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.cli import add_trust, run_command, tool_parser
-from sgm.io import atomic_file, parse_json, require_writable, write_json
+from sgm.io import atomic_file, parse_json, reason_of, require_writable, write_json
 from sgm.log import get_logger
 from sgm.project import SOURCES
 from sgm.util import InputError, RunError, default
@@ -92,7 +92,9 @@ class Run:
         except FileNotFoundError:
             return
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{self.folder / RECORD} cannot be read ({error}); remove this folder") from error
+            raise InputError(
+                f"{self.folder / RECORD} cannot be read ({reason_of(error)}); remove this folder"
+            ) from error
         if digest != self.digest:
             raise InputError(
                 f"{self.folder} was trained with another configuration (a file of --base, or an override, has changed "

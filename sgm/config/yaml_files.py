@@ -15,7 +15,7 @@ import yaml
 from sgm.config.places import place_of
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.config.values import shortened
-from sgm.io import denied_text
+from sgm.io import denied_text, reason_of
 from sgm.project import packaged, project, shipped
 from sgm.util import InputError, nearest
 
@@ -268,7 +268,7 @@ def _read_file(
     except PermissionError as error:
         found, _, cure = denied_text(error).partition("; ")
     except (OSError, UnicodeDecodeError) as error:
-        found, cure = f"cannot be read: {error}", "give a readable YAML file in UTF-8"
+        found, cure = f"cannot be read: {reason_of(error)}", "give a readable YAML file in UTF-8"
     except yaml.MarkedYAMLError as error:
         mark, start = error.problem_mark or error.context_mark, error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)

@@ -14,7 +14,7 @@ from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.modelspec import CONFIG_DIGEST, KEYS, PREFIX
 from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
-from sgm.io import readable_size, refusing_denied
+from sgm.io import readable_size, reason_of, refusing_denied
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
@@ -173,7 +173,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
                 raise InputError(f"there is nothing at {path}; give a file or folder of weights")
             return next(found for look in DETECTORS if (found := look(path)) is not None)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}; correct the path or its permissions") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; correct the path or its permissions") from error
 
 
 def verify_checkpoint(path: str | Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Write the output of a conversion: files of one tensor at a time, folders atomically."""
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -52,6 +53,8 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
                 folder.rmdir()
             temporary.rename(folder)
     except (RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(f"{folder} was written by another process meanwhile; choose another folder") from error
         if isinstance(error, RunError) and error.__cause__ is None:
             raise  # not about files
         # Another process filled the disk. The message is about the folder that was asked for, not the hidden one.

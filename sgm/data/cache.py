@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.data.rows import ClipFile, listed
-from sgm.io import parse_json, write_json
+from sgm.io import parse_json, reason_of, write_json
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
@@ -314,7 +314,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
             tensor = file.get_tensor(f"{place:06d}")
             problem = "" if checksums.fit(f"{place:06d}", tensor) else "is damaged: its bytes changed (checksum)"
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            problem = f"cannot be read: {error}"
+            problem = f"cannot be read: {reason_of(error)}"
         if problem := problem or finite_problem(tensor, cure="encode it anew"):
             raise RunError(
                 f"{path}: the cached {self.description.kind} of '{key}': this {problem}; run {TOOL} --verify "

@@ -18,7 +18,7 @@ from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.inference.language_models import CHAT, ChatModel, Endpoint, Message, Writer, read_folder
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt
-from sgm.io import parse_json, write_json
+from sgm.io import parse_json, reason_of, write_json
 from sgm.log import control_characters, get_logger
 from sgm.util import InputError, default, instantiate_from_config
 
@@ -196,7 +196,7 @@ def _recorded(record: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise InputError(f"{record} cannot be read ({error}); correct it, or remove it") from error
+        raise InputError(f"{record} cannot be read ({reason_of(error)}); correct it, or remove it") from error
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("enhanced"), str) for entry in entries
     ):

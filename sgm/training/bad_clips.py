@@ -9,7 +9,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.values import misfit
 from sgm.data.cache import listed
 from sgm.data.clips.check import RowReport, summary_text, write_report
-from sgm.io import parse_json, write_json
+from sgm.io import parse_json, reason_of, write_json
 from sgm.log import get_logger
 from sgm.training.inputs.clips import Data
 from sgm.util import InputError, RunError
@@ -195,7 +195,7 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         return content["at_start"], content["in_training"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"the bad clips of {folder} cannot be read: {error}; restore {FILE}, or use args.resume=none"
+            f"the bad clips of {folder} cannot be read: {reason_of(error)}; restore {FILE}, or use args.resume=none"
         ) from error
 
 

@@ -26,7 +26,7 @@ import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit
-from sgm.io import LOCK, atomic_file, parse_json, refusing_denied, try_lock_folder, write_json
+from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.training.optim.optimizer import settings_of
 from sgm.training.repartition import CURE, SavedState, load_repartitioned
@@ -354,8 +354,8 @@ def _read_point(run: Path) -> ResumePoint:
         return point
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the resume state cannot be read: {path}: {error}; restore the file, or use args.resume=none, or "
-            "args.resume=RUN_FOLDER for another run"
+            f"the resume state cannot be read: {path}: {reason_of(error)}; restore the file, or use "
+            "args.resume=none, or args.resume=RUN_FOLDER for another run"
         ) from error
 
 

@@ -109,7 +109,7 @@ class AdapterInfo:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(entry, dict) or entry.keys() != names:
-            found = f"holds {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
+            found = f"holds {sorted(entry)}" if isinstance(entry, dict) else f"is {spelled(entry)}"
             raise InputError(f"{path}: its entry '{ENTRY}' {found}, expected {sorted(names)}; save the adapters anew")
         try:
             found = _INFO.validate_python(entry)

@@ -21,11 +21,12 @@ from sgm.io import (
     atomic_file,
     denied_text,
     lock_folder,
+    reason_of,
     remove_leftovers,
     require_writable,
     write_json,
 )
-from sgm.training import bad_clips
+from sgm.training import bad_clips, state
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import header_checksums
 from sgm.weights.files import read_entry, read_file
@@ -111,6 +112,14 @@ def test_the_limit_of_files_is_found_by_writing_and_said_once(tmp_path, small_di
     with small_disk(10_000), pytest.raises(RunError, match=said) as caught, atomic_file(tmp_path / "x"):
         raise RuntimeError("hidden by a library")
     assert not isinstance(caught.value, WriteError), "another folder would not help"
+
+
+def test_the_number_and_path_of_an_error_of_the_system_are_left_out(tmp_path):
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "latest").write_text("4")
+    with pytest.raises(InputError, match="resume.json: No such file or directory; restore the file"):
+        state._read_point(tmp_path)
+    assert reason_of(ValueError("it is malformed")) == "it is malformed"
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):

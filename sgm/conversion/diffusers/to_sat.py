@@ -25,7 +25,7 @@ from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.family import shipped_file
 from sgm.conversion.writing import new_folder, total_bytes, write_network
-from sgm.io import parse_json
+from sgm.io import parse_json, reason_of
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
@@ -113,8 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}{nearest_path(path)}; correct the path, or download it again") from error
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {said}; copy or download it again") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; copy or download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected an object; copy or download it again")
     return content

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sgm.io import parse_json
+from sgm.io import parse_json, reason_of
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.files import read_entry, read_shards
@@ -262,7 +262,7 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             yield _PEFT_CONFIG, dict(parse_json(beside.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{beside} cannot be read: {error}; copy or save it again") from error
+            raise InputError(f"{beside} cannot be read: {reason_of(error)}; copy or save it again") from error
 
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:

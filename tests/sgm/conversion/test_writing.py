@@ -68,6 +68,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, small_disk):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_another_process_wrote_meanwhile(tmp_path):
+    with pytest.raises(InputError, match="out was written by another process meanwhile"), new_folder(tmp_path / "out"):
+        (tmp_path / "out" / "a").mkdir(parents=True)
+
+
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     with new_folder(tmp_path / "out") as new:
         (new / "a").write_text("1")
