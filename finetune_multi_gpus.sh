@@ -4,6 +4,8 @@
 #   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
 # On each of two machines, NODE_RANK=0 on the one whose address is MASTER_ADDR:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
+# On one to four machines, whichever are there, without numbers; MASTER_ADDR is one that stays:
+#   NNODES=1:4 MAX_RESTARTS=3 MASTER_ADDR=node0 bash finetune_multi_gpus.sh ...
 # NPROC_PER_NODE defaults to the number of accelerators, or 2 on a CPU. MAX_RESTARTS (0) is how often all processes are
 # restarted after one fails; with args.resume=auto they resume from the newest checkpoint.
 # Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py
@@ -34,13 +36,16 @@ nodes=${NNODES:-1}
 launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
 if [[ "$nodes" == 1 ]]; then
     launch+=(--standalone)
+elif [[ "$nodes" == *:* ]]; then
+    launch+=(--nnodes "$nodes" --rdzv_id "${RUN_ID:-cogvideox}" --rdzv_backend c10d)
+    launch+=(--rdzv_endpoint "${MASTER_ADDR:?the address of a machine that stays}:${MASTER_PORT:-29500}")
 else
     launch+=(--nnodes "$nodes" --node_rank "${NODE_RANK:?the number of this machine, from 0}")
     launch+=(--master_addr "${MASTER_ADDR:?the address of machine 0}" --master_port "${MASTER_PORT:-29500}")
 fi
 
-# One process checks the input first: one message instead of one per process.
-check=(env "WORLD_SIZE=$((NPROC_PER_NODE * nodes))" "$PYTHON" train_video.py "${words[@]}" --check)
+# One process checks the input first, for the fewest machines: one message instead of one per process.
+check=(env "WORLD_SIZE=$((NPROC_PER_NODE * ${nodes%%:*}))" "$PYTHON" train_video.py "${words[@]}" --check)
 for word in "$@"; do
     case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac
 done

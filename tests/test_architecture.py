@@ -299,6 +299,7 @@ ALLOWED_HOSTS = re.compile(
     r"http://www\.apache\.org/licenses/.*|apache\.org"  # the licence
     r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, for its detection
     r"|yaml\.org"  # in the name of a YAML tag
+    r"|kubeflow\.org|nvidia\.com"  # in names of Kubernetes kinds and resources
     r"|file://.*|(https?://)?127\.0\.0\.1.*"
     r"|env://"  # torch's URL for a rendezvous by environment variables
 )

@@ -18,7 +18,7 @@ from sgm.io import write_json
 from tests.processes import forked_env, forked_python
 
 ROOT = Path(__file__).parents[1]
-UNSET = {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+UNSET = {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RUN_ID"}
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -182,3 +182,6 @@ def test_several_machines_are_named(recorder):
     two = run("bash", "finetune_multi_gpus.sh", **given, NNODES="2", NODE_RANK="1", MASTER_ADDR="node0")
     where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"
     assert two.stdout.startswith(f"{launcher} {where} train_video.py --base configs/toy_lora.yaml")
+    some = run("bash", "finetune_multi_gpus.sh", **given, NNODES="1:4", MAX_RESTARTS="3", MASTER_ADDR="node0")
+    where = "--nnodes 1:4 --rdzv_id cogvideox --rdzv_backend c10d --rdzv_endpoint node0:29500 train_video.py"
+    assert f" --max_restarts 3 {where} " in some.stdout
