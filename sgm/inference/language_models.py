@@ -225,10 +225,12 @@ class Endpoint:
 
 def _network_reason(error: BaseException) -> str:
     """Return what the system said about a failed connection; libraries wrap it in their own errors."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        nested = [getattr(arg, "reason", arg) for arg in inner.args if isinstance(arg, BaseException)]
-        inner = next(filter(None, [*nested, inner.__cause__, inner.__context__]), None)
-    return str(error)
+    return _said_by_system(error) or str(error)
+
+
+def _said_by_system(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    wrapped = [getattr(argument, "reason", argument) for argument in error.args]
+    inner = [each for each in (*wrapped, error.__cause__, error.__context__) if isinstance(each, BaseException)]
+    return next(filter(None, map(_said_by_system, inner)), "")

@@ -118,6 +118,10 @@ def test_image_missing_or_unreadable(run, tmp_path, content):
     expect(run(model="dit_i2v_5b"), 2, str(image))
 
 
+def test_blank_prompt(run):
+    expect(run("args.prompt='   '", "--check"), 2, "args.prompt is blank; write what the video shows")
+
+
 def test_empty_prompt_file(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n \n")
     expect(run(), 2, "prompts.txt")

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 import sgm.inference.enhance
@@ -214,6 +215,16 @@ def test_an_endpoint_gets_the_key_only_from_those_who_typed_its_address(endpoint
             load_config(bases, ["args.prompt=a", *words], mode="inference")
 
 
+def _unreachable() -> str:
+    inner = OSError(111, "Connection refused")
+    outer = requests.ConnectionError(RuntimeError("a pool with an address and retries"))
+    outer.__context__ = inner
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
+        patch.setattr(requests.Session, "post", lambda *_, **__: (_ for _ in ()).throw(outer))
+        Endpoint("http://127.0.0.1:1/v1", "m", with_key=False).answer([])
+    return str(caught.value)
+
+
 def test_what_an_endpoint_says_wrong_is_reported(endpoint):
     url = f"http://127.0.0.1:{endpoint.server_port}/v1/"
     for model, error, said in (
@@ -223,8 +234,10 @@ def test_what_an_endpoint_says_wrong_is_reported(endpoint):
     ):
         with pytest.raises(error, match=said):
             Endpoint(url, model, with_key=False).answer([])
-    with pytest.raises(InputError, match="no address"):
-        Endpoint("file://x", "m", with_key=False)
+    for wrong in ("file://x", "http://127.0.0.1:99999/v1", "http://127.0.0.1:0/v1", "http://127.0.0.1:b/v1"):
+        with pytest.raises(InputError, match="no address"):
+            Endpoint(wrong, "m", with_key=False)
+    assert "/v1/chat/completions cannot be reached: Connection refused; start it" in _unreachable()
     assert [path for path, *_ in endpoint.asked] == ["/v1/chat/completions"] * 3
 
 
