@@ -115,11 +115,16 @@ class Inspection:
         return self.candidates[0] if len(self.candidates) == 1 else None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
-        """Return plain values under the names of the attributes; `tensors` includes those of all tensors."""
+        """Return plain values under the names of the attributes; `tensors` includes those of all tensors.
+
+        Files of others and of training have no ``metadata``.
+        """
         content: dict[str, Any] = {"path": self.path, "kind": self.kind, "model": self.model}
         content |= dataclasses.asdict(dataclasses.replace(self, parts=(), tensors={}))
         content["parts"] = [part.to_json(tensors=tensors) for part in self.parts]
         del content["tensors"]
+        if not self.metadata:
+            del content["metadata"]
         if tensors:
             content["tensors"] = {name: {"shape": list(s), "dtype": dtype} for name, (s, dtype) in self.tensors.items()}
         return content

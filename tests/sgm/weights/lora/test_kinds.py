@@ -25,7 +25,7 @@ from sgm.conversion.trainers.sources import read_source
 from sgm.modules.lora import scale_adapters
 from sgm.training.optim.trainable import choose_trainable
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import describe_adapters, is_adapter, read_adapter_info, with_adapters
+from sgm.weights.adapters import check_lora_params, describe_adapters, is_adapter, read_adapter_info, with_adapters
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lora.several import stack_of, with_loras
@@ -287,3 +287,11 @@ def test_what_does_not_work_is_refused(every, params, said):
 def test_adapters_in_sats_layout_are_described(every):
     found = inspect_checkpoint(every.folder / "run")
     assert found.kind == "SAT adapters (LoRA)" and found.lora.layers == (0, 1) and found.lora.alpha == 6
+
+
+def test_shards_have_adapters_of_attention_alone():
+    check_lora_params({"r": 4}, 2, 32, shards=2)
+    with pytest.raises(
+        InputError, match=r"targets is \[\"ff\"\], and args.model_parallel_size above 1.*attention only"
+    ):
+        check_lora_params({"r": 4, "targets": ["ff"]}, 2, 32, shards=2)
