@@ -205,7 +205,7 @@ def default_lr(model: Mapping[str, Any], optimizer: str = DEFAULT_OPTIMIZER) -> 
         return FULL_LR
     params = model["network_config"]["params"]["modules"]["lora_config"].get("params") or {}
     rank, alpha = params.get("r"), params.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+    if not (isinstance(rank, int) and isinstance(alpha, int | float)):
         return LORA_LR
     scaled = alpha * (rank**0.5 if params.get("rank_stabilized") else 1) >= rank / 2
     return SCALED_LORA_LR if scaled else LORA_LR
