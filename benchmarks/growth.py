@@ -26,7 +26,7 @@ from benchmarks.models import NetworkSize, build_network, network_section
 from benchmarks.runs import random, sampling_config
 from data_video import SFTDataset
 from sgm.checks.estimate import sampling_estimate, training_estimate
-from sgm.checks.fake_run import build
+from sgm.checks.meta_run import build
 from sgm.config.load import load_config
 from sgm.data.buckets.assign import clip_sizes
 from sgm.data.buckets.config import parse_buckets

@@ -3,7 +3,7 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --only vae cards
 
-Networks and VAE run on meta tensors (see `sgm.checks.fake_run`): shapes and types flow, numbers do not. T5, optimizer
+Networks and VAE run on meta tensors (see `sgm.checks.meta_run`): shapes and types flow, numbers do not. T5, optimizer
 and DeepSpeed's buffers are formulas (`sgm.checks.estimate`). Workspaces of kernels and unused memory of the allocator
 are not counted: leave a tenth of a card free.
 """
@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.models import vae_section
 from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
-from sgm.checks.fake_run import build, usage
 from sgm.checks.measure import network_usage, once, with_equal_parts_once
+from sgm.checks.meta_run import build, usage
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.models import CONFIGS, build_network, build_vae
 from sgm.checks.estimate import sampling_estimate, training_estimate
-from sgm.checks.fake_run import LiveBytes, build
 from sgm.checks.measure import decode_usage, encode_usage
+from sgm.checks.meta_run import LiveBytes, build
 from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import Config, load_config
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs

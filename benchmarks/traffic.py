@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.models import network_section
-from sgm.checks.fake_run import DEVICE, build, usage
+from sgm.checks.meta_run import DEVICE, build, usage
 from sgm.distributed import Mesh
 
 MODELS = {"cogvideox_2b": (13, 60, 90), "cogvideox_5b": (13, 60, 90), "cogvideox1.5_5b": (22, 96, 170)}

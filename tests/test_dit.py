@@ -11,7 +11,7 @@ from torch import nn
 import dit_video_concat
 from benchmarks.diffusers_peer import network_peer
 from benchmarks.models import NetworkSize, build_network, network_section
-from sgm.checks.fake_run import simulated_ranks
+from sgm.checks.meta_run import simulated_ranks
 from sgm.modules import block, host_activations, in_place
 from sgm.parallel import token_shards
 from sgm.parallel.mesh import Mesh

@@ -1,6 +1,6 @@
 """Estimate memory and traffic per rank before weights are read, or there at all.
 
-Network and VAE run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run. Weights, optimizer
+Network and VAE run on meta tensors (`sgm.checks.meta_run`), at the size and in the dtype of the run. Weights, optimizer
 state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.fake_run import Usage
 from sgm.checks.frozen import base_storage, frozen_problems
 from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, vae_dtype
 from sgm.checks.mesh import mesh_of
+from sgm.checks.meta_run import Usage
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError

@@ -1,4 +1,4 @@
-"""Measure network and VAE of a run on meta tensors (`sgm.checks.fake_run`), at the size and in the dtype of the run."""
+"""Measure network and VAE of a run on meta tensors (`sgm.checks.meta_run`), at the size and in the dtype of the run."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from sgm.checks.fake_run import DEVICE, HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
+from sgm.checks.meta_run import DEVICE, HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
 from sgm.checks.sampling import params_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of

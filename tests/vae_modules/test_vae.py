@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import CONFIGS, build_vae, randomize, vae_section
-from sgm.checks.fake_run import LiveBytes
 from sgm.checks.measure import with_equal_parts_once
+from sgm.checks.meta_run import LiveBytes
 from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper

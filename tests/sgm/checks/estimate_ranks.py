@@ -16,7 +16,7 @@ import torch._dynamo  # checkpoint does it; once there are groups, that would ke
 import torch.distributed as dist
 
 import sgm.distributed
-from sgm.checks.fake_run import LiveBytes
+from sgm.checks.meta_run import LiveBytes
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config

@@ -15,8 +15,8 @@ from sgm.checks.estimate import (
     t5_bytes,
     training_estimate,
 )
-from sgm.checks.fake_run import LiveBytes, build, usage
 from sgm.checks.measure import decode_usage, encode_usage, network_usage
+from sgm.checks.meta_run import LiveBytes, build, usage
 from sgm.checks.planner import sampling_rows, training_rows
 from sgm.checks.sampling import as_table
 from sgm.config.load import load_config

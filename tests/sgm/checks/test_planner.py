@@ -9,7 +9,7 @@ import yaml
 
 from sgm.checks import planner
 from sgm.checks.estimate import Estimate, sampling_estimate
-from sgm.checks.fake_run import build
+from sgm.checks.meta_run import build
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, Change, card_rows, config_with, fit, with_preset
 from sgm.config.load import ConfigError, Problem, load_config
 from sgm.inference.main import main as sample

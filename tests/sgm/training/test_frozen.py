@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sgm.training.build
-from sgm.checks.fake_run import build
 from sgm.checks.frozen import base_storage
 from sgm.checks.measure import network_usage
+from sgm.checks.meta_run import build
 from sgm.config.load import ConfigError, load_config
 from sgm.conversion.lora import FILE
 from sgm.training.metrics import read_metrics

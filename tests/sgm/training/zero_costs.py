@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sgm.distributed
-from sgm.checks.fake_run import LiveBytes
+from sgm.checks.meta_run import LiveBytes
 from sgm.training.optim.average import keep_average
 from sgm.training.step import start_deepspeed
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import NetworkSize, build_network, network_section
-from sgm.checks.fake_run import LiveBytes
+from sgm.checks.meta_run import LiveBytes
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, num_bytes, store
 
