@@ -65,7 +65,8 @@ def test_the_parameters_are_those_of_the_constructor(target):
 @pytest.mark.parametrize("target", [name for name in TARGETS if not name.endswith("Mixin")])
 def test_every_target_builds(target, named):
     with without_allocating():
-        made = instantiate_from_config({"target": target, "params": named[target][0]})
+        # A file that is merged over another may name the class alone.
+        made = instantiate_from_config({"target": target, "params": max(named[target], key=len)})
     assert type(made) is get_obj_from_str(target)
 
 
