@@ -157,7 +157,8 @@ def test_what_the_targets_do():
     assert "inference.sh" in rules["demo"]
     steps = re.findall(r"tools/(\w+)\.py|(\w+)\.sh|(sample_video)\.py", rules["demo"])
     names = ["".join(step) for step in steps]
-    assert names.count("sample_video") == 2 and names.count("contact_sheet") == 2
+    assert names.count("sample_video") == 1 and names.count("contact_sheet") == 2
+    assert "for strength in 0 0.5 1; do" in rules["demo"]
     assert names[-3:] == ["export_sat_lora_weight", "convert_weight_sat2hf", "load_cogvideox_lora"]
     assert "-m pytest" in rules["test"] and "benchmarks.bench" in rules["bench"]
     assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))
