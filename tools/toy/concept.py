@@ -3,7 +3,7 @@
     python tools/toy/concept.py make outputs/land/clips
     python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 
-``make`` writes eight clips with land and eight without, with captions, and prompts for combinations that the clips do
+``make`` writes sixteen clips with land and eight without, with captions, and prompts for combinations that the clips do
 not show: for the demo, and more to measure with. The clips without land are what the model knows already: they keep
 it from putting land under everything, and from changing colours and shapes. ``measure`` prints the share of land in
 samples from before and after training, and the shares of them whose colour and shape are as prompted; exit code 1 if
@@ -34,12 +34,20 @@ CLIPS = (
     ("blue", "triangle", "right"),
     ("red", "square", "up"),
     ("yellow", "square", "down"),
+    ("cyan", "triangle", "right"),
+    ("magenta", "triangle", "left"),
+    ("yellow", "triangle", "left"),
+    ("red", "triangle", "down"),
+    ("cyan", "square", "up"),
+    ("magenta", "square", "left"),
+    ("blue", "square", "down"),
+    ("magenta", "triangle", "up"),
 )
 ORDINARY = (
     ("red", "triangle", "right"),
     ("blue", "circle", "down"),
     ("yellow", "circle", "left"),
-    ("magenta", "triangle", "up"),
+    ("magenta", "triangle", "right"),
     ("cyan", "circle", "right"),
     ("green", "square", "down"),
     ("magenta", "circle", "left"),
@@ -99,8 +107,8 @@ def make(folder: Path) -> None:
     _write(folder / "prompts.txt", [scene.caption(*n) + WORDS for n in PROMPTS] + [scene.caption(*UNRELATED)])
     others = [n for n in scene.combinations(held_out=True) + scene.combinations(held_out=False) if n not in CLIPS]
     # A green shape does not stand out from land, and most circles on land have too many tokens for the text encoder.
-    with_land = [n for n in others if n[0] != "green" and (n[1] != "circle" or n[0] == "red")][:36]
-    without = [n for n in others if n not in ORDINARY][:36]
+    with_land = [n for n in others if n[0] != "green" and (n[1] != "circle" or n[0] == "red")][:28]
+    without = [n for n in others if n not in ORDINARY][:44]
     _write(
         folder / "prompts_72.txt",
         [scene.caption(*names) + WORDS for names in with_land] + [scene.caption(*names) for names in without],

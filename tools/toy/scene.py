@@ -3,9 +3,8 @@
 Numpy only. Videos are float32 arrays (T, H, W, C) in [0, 1]; positions and sizes are in pixels, x right and y down.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +22,12 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.20, 0.90, 0.90),
 }
 SHAPES = ("circle", "square", "triangle")
-# Range of the radius, in pixels, by the word for it.
-SIZES: dict[str | None, tuple[float, float]] = {None: (8.0, 12.0), "small": (7.5, 9.0), "big": (12.0, 14.0)}
-SMALL = 20.0  # pixels: small shapes are lower (up to 18), big ones higher (from 21.6, a square)
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One moving shape: colour, shape, direction and perhaps size as in its caption, radius, place and speed."""
+    """One moving shape: colour, shape and direction as in its caption, size, place and speed."""
 
     colour: str
     shape: str
@@ -39,12 +35,11 @@ class Clip:
     radius: float  # half of the shape's extent
     start: tuple[float, float]  # centre in the first frame, x and y
     travel: float  # distance between the first and the last centre
-    size: str | None = None  # "small", "big", or not said
 
     @property
     def caption(self) -> str:
         """The sentence that the text encoder reads."""
-        return caption(self.colour, self.shape, self.direction, self.size)
+        return caption(self.colour, self.shape, self.direction)
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,12 @@ class Measurement:
     colour: str | None
     shape: str | None
     direction: str | None
-    size: str | None  # the word that fits better
     travel: float
 
 
-def caption(colour: str, shape: str, direction: str, size: str | None = None) -> str:
-    """Return the sentence for a combination, and a size if it is said."""
-    return f"a {f'{size} ' if size else ''}{colour} {shape} moves {direction}"
+def caption(colour: str, shape: str, direction: str) -> str:
+    """Return the sentence for a combination."""
+    return f"a {colour} {shape} moves {direction}"
 
 
 def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
@@ -77,24 +71,22 @@ def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
     return [name for name in names if (name in hidden) == held_out]
 
 
-def random_clip(combination: tuple[str, str, str], rng: np.random.Generator, size: str | None = None) -> Clip:
-    """Draw radius (of that size), place and speed for a combination; the shape stays inside the frame."""
+def random_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> Clip:
+    """Draw size, place and speed for a combination; the shape stays inside the frame."""
     colour, shape, direction = combination
-    radius = float(rng.uniform(*SIZES[size]))
+    radius = float(rng.uniform(8.0, 12.0))
     travel = float(rng.uniform(20.0, 30.0))
     low, high = radius + 2.0, SIZE - radius - 2.0
     step = DIRECTIONS[direction]
     start = [float(rng.uniform(low - min(0, s) * travel, high - max(0, s) * travel)) for s in step]
-    return Clip(colour, shape, direction, radius, (start[0], start[1]), travel, size)
+    return Clip(colour, shape, direction, radius, (start[0], start[1]), travel)
 
 
-def random_clips(
-    combos: list[tuple[str, str, str]], rng: np.random.Generator, sizes: Sequence[str | None] = (None,)
-) -> Iterator[Clip]:
-    """Yield clips endlessly: all combinations in random order, then again, each time with the next of `sizes`."""
-    for size in itertools.cycle(sizes):
+def random_clips(combos: list[tuple[str, str, str]], rng: np.random.Generator) -> Iterator[Clip]:
+    """Yield clips endlessly: all combinations in random order, then again."""
+    while True:
         for i in rng.permutation(len(combos)):
-            yield random_clip(combos[i], rng, size)
+            yield random_clip(combos[i], rng)
 
 
 def render(clip: Clip) -> np.ndarray:
@@ -132,11 +124,9 @@ def measure(video: np.ndarray) -> Measurement:
     mask = difference > 0.3
     visible = mask.sum(axis=(1, 2)) >= 40
     if visible.mean() < 0.75:
-        return Measurement(None, None, None, None, 0.0)
+        return Measurement(None, None, None, 0.0)
     direction, travel = _measure_direction(difference * mask, visible)
-    shape, height = _measure_shape(mask[visible])
-    size = "small" if height < SMALL else "big"
-    return Measurement(_measure_colour(video, mask), shape, direction, size, travel)
+    return Measurement(_measure_colour(video, mask), _measure_shape(mask[visible]), direction, travel)
 
 
 def _measure_colour(video: np.ndarray, mask: np.ndarray) -> str | None:
@@ -161,17 +151,15 @@ def _measure_direction(weights: np.ndarray, visible: np.ndarray) -> tuple[str | 
     return next(name for name, vector in DIRECTIONS.items() if vector == step), float(main)
 
 
-def _measure_shape(mask: np.ndarray) -> tuple[str, float]:
-    """Return the shape and its height in pixels."""
-    fills, tops, heights = [], [], []
+def _measure_shape(mask: np.ndarray) -> str | None:
+    fills, tops = [], []
     for frame in mask:
         rows, columns = np.flatnonzero(frame.any(axis=1)), np.flatnonzero(frame.any(axis=0))
         box = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         fills.append(box.mean())
         tops.append(box[: max(1, len(box) // 4)].mean())
-        heights.append(len(box))
     # A square fills its bounding box, a circle pi/4 of it, a triangle half of it and least at its top.
-    fill, top, height = (float(np.median(values)) for values in (fills, tops, heights))
+    fill, top = float(np.median(fills)), float(np.median(tops))
     if fill > 0.89:
-        return "square", height
-    return "triangle" if fill < 0.68 and top < 0.4 else "circle", height
+        return "square"
+    return "triangle" if fill < 0.68 and top < 0.4 else "circle"

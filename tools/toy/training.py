@@ -28,52 +28,29 @@ NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another 
 
 
 @dataclass(frozen=True)
-class VaeCycle:
-    """A cycle of the autoencoder's training: first small, cheap crops, then whole frames.
+class VaeRecipe:
+    """Training of the autoencoder: first on small, cheap crops, then on whole frames.
 
     Attributes:
         crop_steps: steps on 32x32 crops around the moving shape.
         full_steps: steps on whole frames.
-        lr: peak learning rate of Adam; warm-up, then cosine decay to a hundredth.
-        crop_frames: frames of a crop, from anywhere in the clip.
-        latent_noise: most noise that the decoder gets beside that of the posterior, as a standard deviation. It learns
-            to forgive errors of the networks, and the encoder to tell shapes apart by more than that.
-        edge_weight: weight of the L1 error of the differences between neighbours, which sharpens edges.
-        decoder_only: the encoder stays as it is, and with it the latents.
+        crop_batch: crops per step.
+        full_batch: whole clips per step.
+        lr: peak learning rate of Adam; cosine decay to a hundredth.
+        kl_weight: weight of the KL divergence per latent component, in nats.
     """
 
     crop_steps: int = 800
     full_steps: int = 200
-    lr: float = 1e-3
-    crop_frames: int = scene.NUM_FRAMES
-    latent_noise: float = 0.0
-    edge_weight: float = 0.0
-    decoder_only: bool = False
-
-
-@dataclass(frozen=True)
-class VaeRecipe:
-    """Training of the autoencoder.
-
-    Attributes:
-        cycles: one after the other.
-        crop_batch: crops per step.
-        full_batch: whole clips per step.
-        kl_weight: weight of the KL divergence per latent component, in nats.
-    """
-
-    cycles: tuple[VaeCycle, ...] = (
-        VaeCycle(),
-        VaeCycle(540, 80, lr=7e-4, crop_frames=9, latent_noise=0.2, edge_weight=1.0),
-    )
     crop_batch: int = 4
     full_batch: int = 2
+    lr: float = 1e-3
     kl_weight: float = 1e-4
 
     @property
     def num_steps(self) -> int:
-        """Steps of all cycles."""
-        return sum(cycle.crop_steps + cycle.full_steps for cycle in self.cycles)
+        """Steps on crops and whole frames."""
+        return self.crop_steps + self.full_steps
 
 
 def to_tensor(video: np.ndarray) -> torch.Tensor:
@@ -89,14 +66,12 @@ def cosine_lr(step: int, num_steps: int, peak: float, *, warmup: int = 50, floor
     return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def _crop(clip: scene.Clip, num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Render a clip and cut a square of half the size near a random point of the shape's path, at a random time."""
-    size, start = scene.SIZE // 2, int(rng.integers(scene.NUM_FRAMES - num_frames + 1))
+def _crop(clip: scene.Clip, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Render a clip and cut a square of `size` pixels near a random point of the shape's path."""
     step = np.asarray(scene.DIRECTIONS[clip.direction])
-    middle = clip.travel * (start + rng.uniform(0.0, num_frames - 1)) / (scene.NUM_FRAMES - 1)
-    centre = np.asarray(clip.start) + step * middle + rng.uniform(-14.0, 14.0, size=2)
+    centre = np.asarray(clip.start) + step * rng.uniform(0.0, clip.travel) + rng.uniform(-14.0, 14.0, size=2)
     x, y = np.clip(centre - size / 2, 0, scene.SIZE - size).astype(int)
-    return scene.render(clip)[start : start + num_frames, y : y + size, x : x + size]
+    return scene.render(clip)[:, y : y + size, x : x + size]
 
 
 class Progress:
@@ -152,67 +127,52 @@ def _apply(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], lr: 
 def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: int, log: Log) -> None:
     """Train the autoencoder in place, through the chunked decoding that sampling uses.
 
-    The loss is L1 + L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
-    scale.
+    The loss is L1 + L2 of the pixels plus a small KL term that keeps the latents near unit scale.
     """
-    state = progress.load()
-    first, errors, started, optimizer = 0, [], time.monotonic(), None
-    if state:
+    parameters = list(vae.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.9, 0.99))
+    first, errors, started = 0, [], time.monotonic()
+    if state := progress.load():
         first = state["step"]
         vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
 
-    def work(job: tuple[torch.Tensor, int, float, VaeCycle]) -> Gradients:
-        video, noise_seed, weight, cycle = job
-        generator = torch.Generator().manual_seed(noise_seed)
+    def work(job: tuple[torch.Tensor, int, float]) -> Gradients:
+        video, noise_seed, weight = job
         video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
-            with torch.set_grad_enabled(not cycle.decoder_only):
-                distribution = vae.regularization.distribution(vae.encode_moments(video).float())
-                latents = distribution.sample(generator=generator)
-            level = cycle.latent_noise * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
-            latents = latents + level * torch.randn(latents.shape, generator=generator)
+            distribution = vae.regularization.distribution(vae.encode_moments(video).float())
+            latents = distribution.sample(generator=torch.Generator().manual_seed(noise_seed))
             difference = vae.decode(latents).float() - video
         kl = distribution.kl().sum() / distribution.mean.numel()
         loss = difference.abs().mean() + difference.square().mean() + recipe.kl_weight * kl
-        if cycle.edge_weight:
-            loss = loss + cycle.edge_weight * sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4))
         figures = [weight * difference.detach().square().mean().item() / 4.0, weight * kl.item()]
-        return list(torch.autograd.grad(weight * loss, _trained(vae, cycle))), figures
+        return list(torch.autograd.grad(weight * loss, parameters)), figures
 
-    schedule = [(i, cycle) for cycle in recipe.cycles for i in range(cycle.crop_steps + cycle.full_steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step, (i, cycle) in list(enumerate(schedule))[first:]:
-            if i == 0 or optimizer is None:
-                optimizer = torch.optim.Adam(_trained(vae, cycle), betas=(0.9, 0.99))
-                if i and state:
-                    optimizer.load_state_dict(state["optimizer"])
+        for step in range(first, recipe.num_steps):
             rng = np.random.default_rng([seed, 1, step])
-            halves = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
+            halves = _vae_batch(recipe, rng, crop=step < recipe.crop_steps).chunk(NUM_WORKERS)
             total = sum(map(len, halves))
-            jobs = [(half, int(rng.integers(2**31)), len(half) / total, cycle) for half in halves]
+            jobs = [(half, int(rng.integers(2**31)), len(half) / total) for half in halves]
             gradients, (mse, kl) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(i, cycle.crop_steps + cycle.full_steps, cycle.lr))
+            _apply(optimizer, gradients, cosine_lr(step, recipe.num_steps, recipe.lr))
             errors.append(mse)
-            if (step + 1) % 50 == 0 or step + 1 == recipe.num_steps:
+            is_last = step + 1 == recipe.num_steps
+            if (step + 1) % 50 == 0 or is_last:
                 psnr = -10 * math.log10(sum(errors) / len(errors))
                 seconds = time.monotonic() - started
                 log(f"vae {step + 1}/{recipe.num_steps}: {psnr:.2f} dB, KL {kl:.2f}, {seconds:.0f} s")
                 errors.clear()
-            is_last = step + 1 == recipe.num_steps
             progress.save({"step": step + 1, "model": vae.state_dict()}, optimizer, is_last=is_last)
 
 
-def _trained(vae: nn.Module, cycle: VaeCycle) -> list[torch.Tensor]:
-    return list((vae.decoder if cycle.decoder_only else vae).parameters())
-
-
-def _vae_batch(recipe: VaeRecipe, cycle: VaeCycle, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
+def _vae_batch(recipe: VaeRecipe, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
     """Render the clips of a step: (B, C, T, H, W)."""
     combos = scene.combinations(held_out=False)
-    chosen = [combos[i] for i in rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)]
-    sizes = rng.choice([None, None, "small", "big"], size=len(chosen))
-    clips = [scene.random_clip(names, rng, size) for names, size in zip(chosen, sizes, strict=True)]
-    videos = [_crop(clip, cycle.crop_frames, rng) if crop else scene.render(clip) for clip in clips]
+    chosen = rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)
+    clips = [scene.random_clip(combos[i], rng) for i in chosen]
+    videos = [_crop(clip, scene.SIZE // 2, rng) if crop else scene.render(clip) for clip in clips]
     return torch.stack([to_tensor(video) for video in videos])
 
 
@@ -221,23 +181,20 @@ class NetworkRecipe:
     """Training of a diffusion transformer.
 
     Attributes:
-        cycles: (optimizer steps, peak learning rate of AdamW) of each cycle: warm-up, then cosine decay to a hundredth.
+        num_steps: optimizer steps.
         batch_size: clips per step.
+        lr: peak learning rate of AdamW; cosine decay to a hundredth.
         weight_decay: of AdamW.
         ema_decay: decay of the EMA weights, which are saved.
         text_dropout: fraction of samples with zeroed text embedding, for classifier-free guidance.
     """
 
-    cycles: tuple[tuple[int, float], ...] = ((4400, 1.5e-3), (2400, 1e-3))
-    batch_size: int = 16
+    num_steps: int = 4400
+    batch_size: int = 32
+    lr: float = 1.5e-3
     weight_decay: float = 0.01
     ema_decay: float = 0.995
     text_dropout: float = 0.1
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all cycles."""
-        return sum(steps for steps, _ in self.cycles)
 
 
 @dataclass(frozen=True)
@@ -268,9 +225,9 @@ class EncodedClips:
 
 
 def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int = 4) -> EncodedClips:
-    """Render and encode `num_clips` clips of the training combinations, each equally often, half with a size."""
+    """Render and encode `num_clips` clips of the training combinations, each equally often."""
     rng = np.random.default_rng([seed, 2])
-    endless = scene.random_clips(scene.combinations(held_out=False), rng, (None, "small", None, "big"))
+    endless = scene.random_clips(scene.combinations(held_out=False), rng)
     clips = [next(endless) for _ in range(num_clips)]
 
     @torch.no_grad()
@@ -301,11 +258,12 @@ def train_network(
     caption_ids = torch.tensor([unique.index(caption) for caption in clips.captions])
     parameters = [p for p in network.parameters() if p.requires_grad]
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    state = progress.load()
-    first, losses, started, optimizer = 0, [], time.monotonic(), None
-    if state:
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    first, losses, started = 0, [], time.monotonic()
+    if state := progress.load():
         first, average = state["step"], state["average"]
         network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
 
     def work(job: tuple[torch.Tensor, dict[str, torch.Tensor], int]) -> Gradients:
         latents, cond, noise_seed = job
@@ -315,13 +273,8 @@ def train_network(
         loss = per_sample.sum() / recipe.batch_size
         return list(torch.autograd.grad(loss, parameters)), [loss.item()]
 
-    schedule = [(i, steps, lr) for steps, lr in recipe.cycles for i in range(steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step, (i, steps, lr) in list(enumerate(schedule))[first:]:
-            if i == 0 or optimizer is None:
-                optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-                if i and state:
-                    optimizer.load_state_dict(state["optimizer"])
+        for step in range(first, recipe.num_steps):
             generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
             chosen = torch.randint(len(clips.captions), (recipe.batch_size,), generator=generator)
             context = table[caption_ids[chosen]]
@@ -330,17 +283,18 @@ def train_network(
             seeds = torch.randint(2**31, (NUM_WORKERS,), generator=generator).tolist()
             jobs = list(zip(latents.chunk(NUM_WORKERS), parts, seeds, strict=True))
             gradients, (loss,) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(i, steps, lr, warmup=100))
+            _apply(optimizer, gradients, cosine_lr(step, recipe.num_steps, recipe.lr, warmup=100))
             decay = min(recipe.ema_decay, (step + 1) / (step + 10))
             for name, value in network.state_dict().items():
                 average[name].lerp_(value.detach(), 1.0 - decay)
             losses.append(loss)
-            if (step + 1) % 100 == 0 or step + 1 == recipe.num_steps:
+            is_last = step + 1 == recipe.num_steps
+            if (step + 1) % 100 == 0 or is_last:
                 mean = sum(losses) / len(losses)
                 log(f"step {step + 1}/{recipe.num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s")
                 losses.clear()
             kept = {"step": step + 1, "model": network.state_dict(), "average": average}
-            progress.save(kept, optimizer, is_last=step + 1 == recipe.num_steps)
+            progress.save(kept, optimizer, is_last=is_last)
     network.attention = attention
     network.load_state_dict(average)
     network.eval()

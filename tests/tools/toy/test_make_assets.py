@@ -90,9 +90,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """The same weights as without the stop, and none are trained again when all steps are done."""
     monkeypatch.chdir(ROOT)
     section = load_config([make_assets.T2V], mode="inference").model["first_stage_config"]
-    recipe = training.VaeRecipe(
-        cycles=(training.VaeCycle(1, 0), training.VaeCycle(2, 0, crop_frames=5, decoder_only=True)), crop_batch=1
-    )
+    recipe = training.VaeRecipe(crop_steps=2, full_steps=0, crop_batch=1)
 
     def train(name: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

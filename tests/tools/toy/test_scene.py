@@ -34,10 +34,9 @@ def test_rendered_clips_are_what_the_data_set_holds():
     assert video.max() <= 1.0
 
 
-@pytest.mark.parametrize("size", scene.SIZES)
-def test_the_shape_never_touches_the_border(size):
+def test_the_shape_never_touches_the_border():
     for seed, combination in enumerate(ALL):
-        video = scene.render(scene.random_clip(combination, np.random.default_rng(seed), size))
+        video = scene.render(clip_of(combination, seed))
         border = np.concatenate([video[:, [0, -1]].ravel(), video[:, :, [0, -1]].ravel()])
         assert np.allclose(border, scene.BACKGROUND), combination
 
@@ -58,21 +57,6 @@ def test_measuring_reads_back_every_caption(noise):
         assert (measured.colour, measured.shape, measured.direction) == combination
 
 
-@pytest.mark.parametrize("size", ["small", "big"])
-def test_measuring_reads_back_sizes(size):
-    for seed, combination in enumerate(ALL[::5]):
-        clip = scene.random_clip(combination, np.random.default_rng(seed), size)
-        assert clip.caption == f"a {size} {scene.caption(*combination)[2:]}"
-        measured = scene.measure(scene.render(clip))
-        assert (measured.colour, measured.shape, measured.direction, measured.size) == (*combination, size)
-
-
-def test_clips_take_sizes_in_turns():
-    clips = scene.random_clips(ALL, np.random.default_rng(0), (None, "big"))
-    sizes = [next(clips).size for _ in range(3 * len(ALL))]
-    assert sizes == [None] * len(ALL) + ["big"] * len(ALL) + [None] * len(ALL)
-
-
 def test_measured_travel_is_the_rendered_one():
     clip = clip_of(("blue", "square", "down"))
     assert scene.measure(scene.render(clip)).travel == pytest.approx(clip.travel, abs=0.5)
@@ -80,7 +64,7 @@ def test_measured_travel_is_the_rendered_one():
 
 def test_an_empty_clip_shows_nothing():
     video = np.full((17, 64, 64, 3), scene.BACKGROUND, dtype=np.float32)
-    assert scene.measure(video) == scene.Measurement(None, None, None, None, 0.0)
+    assert scene.measure(video) == scene.Measurement(None, None, None, 0.0)
 
 
 def test_a_shape_that_stands_still_has_no_direction():
