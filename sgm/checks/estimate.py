@@ -139,8 +139,8 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if plan.image2video or args.encodes_clips:
-            held = args.num_held if args.start or args.end else 1
-            frames = plan.video_frames if args.video is not None else held
+            known = args.num_held if args.start or args.end else 1
+            frames = plan.video_frames if args.video is not None else known
             encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": encoded.peak}
         if not args.only_save_latents:

@@ -437,3 +437,9 @@ def test_the_rows_of_the_document_are_those_of_check(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = parallel_table.config_of("5B", ("parallel/sample_8",), "inference")
     assert as_table(sampling_rows(config, torch.bfloat16)) in DOCUMENT
+
+
+def test_an_image_to_video_run_holds_the_vae_while_it_encodes_and_decodes():
+    config = load_config([f"configs/{name}.yaml" for name in ("toy_i2v", "toy_inference")], mode="inference")
+    phases = sampling_estimate(config, torch.float32).phases
+    assert phases["encode"]["VAE"] == phases["decode"]["VAE"] == phases["network"]["VAE"] > 2**20
