@@ -122,4 +122,6 @@ def quiet_dependencies() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("sat", "DeepSpeed", "transformers", "torch.distributed", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        if logger.level != logging.ERROR:  # setting a level visits all loggers there are
+            logger.setLevel(logging.ERROR)
