@@ -125,7 +125,7 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    network = once(network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
+    network = once(network_usage, config, (plan.latents_at_once, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
@@ -305,7 +305,7 @@ def _validation_usage(
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
     together = max(samples, args.eval_batch_size or batch)
-    network = once(network_usage, config, (plan.latents, *size), together, dtype).peak
+    network = once(network_usage, config, (plan.latents_at_once, *size), together, dtype).peak
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
         peaks.append(once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)

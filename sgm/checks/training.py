@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 
-from sgm.checks.sampling import size_problems
+from sgm.checks.sampling import params_of, scaling_problems, size_problems, with_scaling
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets
 from sgm.data.buckets.config import parse_buckets
@@ -11,6 +11,11 @@ from sgm.modules.geometry import Geometry
 from sgm.util import default, get_obj_from_str
 
 _DATA = "data.params"
+
+
+def geometry_of(config: Config) -> Geometry:
+    """Return the shapes of clips that a network can be trained on."""
+    return with_scaling(config.args, Geometry.from_network(params_of(config.model["network_config"])))
 
 
 def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
@@ -29,6 +34,7 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
+    problems += scaling_problems(geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
     try:
         fitted_buckets(config, geometry)
@@ -45,6 +51,14 @@ def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
     """
     given = (config.data.get("params") or {}).get("buckets")
     return None if given is None else parse_buckets(given).supported_by(geometry)
+
+
+def longest_latents(config: Config, geometry: Geometry) -> int | None:
+    """Return the latent frames of the longest training clip; None if the data section does not say."""
+    buckets = fitted_buckets(config, geometry)
+    given = (config.data.get("params") or {}).get("max_num_frames")
+    frames = max((bucket.frames for bucket in buckets.buckets), default=given) if buckets is not None else given
+    return None if frames is None else (frames - 1) // geometry.time_compression + 1
 
 
 def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:
@@ -79,12 +93,13 @@ def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str
 
 
 def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
-    legal = geometry.legal_frames()
-    if frames is None or frames in legal:
+    if frames is None or geometry.frames_are_legal(frames):
         return []
+    legal = geometry.legal_frames()
     closest = min(legal, key=lambda count: abs(count - frames))
     step = geometry.time_compression
     cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
-        cure += f"; rotary positions have no limit, so model.network_config.params.num_frames={frames} allows it"
+        cure += "; args.time_scaling=riflex scales rotary positions to more; if the weights were trained on so many, "
+        cure += f"model.network_config.params.num_frames={frames} allows it"
     return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network does not support", cure)]

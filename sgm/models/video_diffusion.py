@@ -7,6 +7,7 @@ frames, ``F`` video frames.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import register_dataclass
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
+from sgm.modules.diffusionmodules.windows import TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.modules.lora import scale_adapters
@@ -143,6 +145,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.lora_train = lora_train
         self.ofs = ofs
         self.step_cache: StepCache | None = None  # of the network, for sampling
+        self.windows: TimeWindows | None = None  # in which clips are denoised when sampling; None: whole
         self.loras: LoraStack | None = None  # whose strengths the adapters of the network get, for sampling
         self.run_device: torch.device | None = None  # set if parameters are offloaded between forward passes
 
@@ -516,4 +519,6 @@ class SATVideoDiffusionEngine(nn.Module):
         return denoise
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
-        return self.denoiser(self.model, x, levels, cond, **kwargs)
+        denoise = partial(self.denoiser, self.model)
+        windows = self.windows
+        return (denoise if windows is None else partial(windows.denoise, denoise))(x, levels, cond, **kwargs)
