@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 
 from sgm.checks.sampling import params_of, scaling_problems, size_problems, with_scaling
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets
 from sgm.data.buckets.config import parse_buckets
@@ -41,6 +43,39 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def takes_pairs(config: Config) -> bool:
+    """Whether the loss compares pairs of clips, see `sgm.modules.diffusionmodules.preference`."""
+    target = (config.model.get("loss_fn_config") or {}).get("target")
+    return target is not None and getattr(get_obj_from_str(target), "takes_pairs", False)
+
+
+def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]:
+    """Yield what contradicts training on pairs, or pairs without such a loss."""
+    args, data, path = config.args, config.data.get("params") or {}, "model.loss_fn_config.target"
+    assert isinstance(args, TrainingArgs)
+    column = data.get("rejected_column")
+    if not takes_pairs(config):
+        if column is not None:
+            found = f"is {column}, and the loss takes no pairs of clips"
+            cure = "remove it, or add configs/loss/preferences.yaml"
+            yield Problem(f"{_DATA}.rejected_column", "", found, cure)
+        return
+    loss = config.model["loss_fn_config"]["target"].rpartition(".")[2]
+    if not trains_adapters:
+        found = f"is {loss}, whose reference is the network without its adapters, and all weights are trained"
+        yield Problem(path, "", found, "train a LoRA: add a lora_config, as in the shipped *_lora.yaml files")
+    if column is None:
+        found = f"is missing, and {loss} compares pairs of clips"
+        cure = "name the column of a manifest with the clips that are not preferred, such as rejected"
+        yield Problem(f"{_DATA}.rejected_column", "", found, cure)
+    for key in ("latent_cache", "precompute"):
+        if getattr(args, key):
+            found = f"is given, and a cache has no rejected clips, which {loss} needs"
+            yield Problem(f"args.{key}", "", found, "remove it; args.text_cache works")
+    if config.model.get("latent_input"):
+        yield Problem("model.latent_input", "", f"is true, and {loss} takes videos", "set it to false")
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:

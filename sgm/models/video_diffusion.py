@@ -21,7 +21,7 @@ from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.windows import TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
-from sgm.modules.lora import scale_adapters
+from sgm.modules.lora import scale_adapters, without_adapters
 from sgm.modules.step_cache import DEFAULT_THRESHOLDS, StepCache
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
@@ -43,6 +43,7 @@ class TrainingInputs:
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
         seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
+        rejected: clean latents of the clip that is not preferred to each of `latents`, of a loss that takes pairs.
     """
 
     latents: torch.Tensor
@@ -50,6 +51,7 @@ class TrainingInputs:
     idx: torch.Tensor
     noise: torch.Tensor
     seeds: torch.Tensor | None = None
+    rejected: torch.Tensor | None = None
 
 
 register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_group`
@@ -373,10 +375,13 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""
+        pairs: dict[str, Any] = {}
+        seeds = inputs.seeds
+        if inputs.rejected is not None:
+            pairs = {"rejected": inputs.rejected, "reference": partial(without_adapters, self.network)}
+            seeds = None if seeds is None else seeds.repeat(2)
         if hasattr(self.network, "adapter_dropout"):
-            self.network.adapter_dropout.seeds = (
-                inputs.seeds
-            )  # kept, since blocks may be recomputed in the backward pass
+            self.network.adapter_dropout.seeds = seeds  # kept, since blocks may be recomputed in the backward pass
         return self.require_loss()(
             self.model,
             self.denoiser,
@@ -384,6 +389,7 @@ class SATVideoDiffusionEngine(nn.Module):
             inputs.cond,
             idx=inputs.idx,
             noise=inputs.noise,
+            **pairs,
             **self.network_kwargs(len(inputs.latents), inputs.latents.device),
         )
 

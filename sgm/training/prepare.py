@@ -26,7 +26,7 @@ from sgm.checks.sampling import (
     scaling_warnings,
     schedule_problems,
 )
-from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents
+from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config, trains_adapters
 from sgm.config.load import Config, ConfigError, Problem, digest_of
@@ -284,6 +284,7 @@ class _Checks:
             record("wandb", "args.wandb", import_wandb)
         record("trainable", "model.network_config", self._check_network)
         if "trainable" in self.facts and "dtype" in self.facts:
+            self.problems += pair_problems(config, trains_adapters=self.facts["trainable"].adapters)
             self.problems += frozen_problems(config, trains_adapters=self.facts["trainable"].adapters)
             self.problems += device_problems(config, self.facts["network"])
         record("adapters", "args.load", lambda: describe_adapters(config))
