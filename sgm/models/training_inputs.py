@@ -77,7 +77,7 @@ def training_inputs(
             rejected.append(_clean_latents(engine, other, posterior, encoded=False))
     latents, conds, steps, noises, seeds = zip(*samples, strict=True)
     joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-    others = torch.cat(rejected) if pairs else None
+    others = {"rejected": torch.cat(rejected)} if pairs else {}
     return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises), torch.cat(seeds), others)
 
 

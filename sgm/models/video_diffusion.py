@@ -6,7 +6,7 @@ frames, ``F`` video frames.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -43,7 +43,8 @@ class TrainingInputs:
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
         seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
-        rejected: clean latents of the clip that is not preferred to each of `latents`, of a loss that takes pairs.
+        of_loss: further inputs of the loss by name, (B, ...): ``rejected``, the latents of the clips that are not
+            preferred, of a loss that takes pairs.
     """
 
     latents: torch.Tensor
@@ -51,7 +52,7 @@ class TrainingInputs:
     idx: torch.Tensor
     noise: torch.Tensor
     seeds: torch.Tensor | None = None
-    rejected: torch.Tensor | None = None
+    of_loss: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_group`
@@ -375,10 +376,10 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""
-        pairs: dict[str, Any] = {}
+        more: dict[str, Any] = dict(inputs.of_loss)
         seeds = inputs.seeds
-        if inputs.rejected is not None:
-            pairs = {"rejected": inputs.rejected, "reference": partial(without_adapters, self.network)}
+        if "rejected" in more:
+            more["reference"] = partial(without_adapters, self.network)
             seeds = None if seeds is None else seeds.repeat(2)
         if hasattr(self.network, "adapter_dropout"):
             self.network.adapter_dropout.seeds = seeds  # kept, since blocks may be recomputed in the backward pass
@@ -389,7 +390,7 @@ class SATVideoDiffusionEngine(nn.Module):
             inputs.cond,
             idx=inputs.idx,
             noise=inputs.noise,
-            **pairs,
+            **more,
             **self.network_kwargs(len(inputs.latents), inputs.latents.device),
         )
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sgm.modules.diffusionmodules.windows import TimeWindows
+from sgm.util import InputError
 from tests.geometries import PATCHED, ROTARY, SINCOS
 from tests.sgm.checks.test_sampling import refusal
 from tests.sgm.models.test_video_diffusion import make_engine  # noqa: F401 - a fixture
@@ -93,3 +94,24 @@ def test_a_window_that_holds_the_clip_changes_nothing_and_shorter_ones_serve_eve
 )
 def test_lengths_that_no_window_or_scaling_has(geometry, given, text):
     assert text in refusal(geometry, **given)
+
+
+def test_a_network_scales_positions_of_longer_clips_alone(make_engine):  # noqa: F811
+    network = make_engine("dit_t2v_1.5").network
+    patch, (num, height, width) = network.patch_size, network.grid
+    text = torch.randn(1, network.mixins["pos_embed"].text_length, network.mixins["patch_embed"].text_proj.in_features)
+
+    def output(scaling, factor):
+        torch.manual_seed(0)
+        x = torch.randn(1, factor * num * patch[0], network.in_channels, height * patch[1], width * patch[2])
+        network.use_time_scaling(scaling)
+        try:
+            with torch.no_grad():
+                return network(x, torch.tensor([500]), text)
+        finally:
+            network.use_time_scaling("extrapolate")
+
+    assert torch.equal(output("interpolate", 1), output("extrapolate", 1))
+    assert not torch.allclose(output("interpolate", 2), output("extrapolate", 2), atol=1e-5)
+    with pytest.raises(InputError, match=r"args\.time_scaling is riflex"):
+        make_engine("dit_t2v_2b").network.use_time_scaling("riflex")
