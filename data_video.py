@@ -151,7 +151,7 @@ class SFTDataset:
         if self._cache is None:
             frames, unpadded = self._frames(row.path, augmentation, num_frames)
             if row.rejected is not None:
-                sample["rejected"] = self._frames(row.rejected, augmentation, num_frames)[0]
+                sample["rejected"] = self._rejected(row.path, row.rejected, augmentation, num_frames)
             return {**sample, "mp4": frames, "num_frames": unpadded, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
@@ -176,6 +176,15 @@ class SFTDataset:
         if len(distinct) < len(selection.indices):
             frames = frames[[distinct.index(frame) for frame in selection.indices]]
         return frames, selection.num_frames
+
+    def _rejected(
+        self, clip: ClipFile, rejected: ClipFile, augmentation: "_Augmentation", num_frames: int
+    ) -> torch.Tensor:
+        """Decode the clip to which `clip` is preferred; errors name `clip`, which stands for the pair."""
+        try:
+            return self._frames(rejected, augmentation, num_frames)[0]
+        except ClipError as error:
+            raise ClipError(clip, f"its rejected clip {error.path} {error.reason}") from error
 
     def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
         if generator is None:

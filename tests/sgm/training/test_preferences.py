@@ -62,8 +62,9 @@ def test_a_rejected_clip_that_is_missing_or_damaged_is_named(pairs, tmp_path):
     found = [report.problems[0] for report in data.check()]
     assert found[0].startswith(f"its rejected clip {tmp_path / 'bad.mp4'} ")
     assert found[1].startswith(f"its rejected clip {tmp_path / 'gone.mp4'} does not exist") and ":2" in found[1]
-    with pytest.raises(ClipError, match="bad.mp4"):
+    with pytest.raises(ClipError, match="its rejected clip .*bad.mp4") as caught:
         data.sample(0, None)
+    assert caught.value.path == str(tmp_path / "0.mp4"), "the bad clip that is left out of later runs"
 
 
 def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pairs):
