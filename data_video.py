@@ -57,6 +57,8 @@ class SFTDataset:
         caption_column: column, or file of lines, of captions; None selects it by its usual names.
         video_column: likewise for clips.
         image_column: likewise for first images.
+        rejected_column: column of clips to which those of `video_column` are preferred, for a loss that takes pairs;
+            samples then have ``rejected``, of the shape and with the augmentation of ``mp4``. None: there are none.
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
@@ -84,6 +86,7 @@ class SFTDataset:
         caption_column: str | None = None,
         video_column: str | None = None,
         image_column: str | None = None,
+        rejected_column: str | None = None,
         buckets: list[Any] | dict[Any, Any] | None = None,
         drop_partial: bool = False,
     ) -> None:
@@ -108,7 +111,7 @@ class SFTDataset:
         self.reshape_mode = reshape_mode
         self.random_flip = _probability("random_flip", random_flip)
         self.caption_dropout = _probability("caption_dropout", caption_dropout)
-        columns = Columns(caption_column, video_column, image_column)
+        columns = Columns(caption_column, video_column, image_column, rejected_column)
         self.rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
         if id_token:
             self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
@@ -146,7 +149,9 @@ class SFTDataset:
         caption = "" if augmentation.drop_caption else row.caption
         sample = {"txt": caption, "fps": self.fps, "path": str(row.path)}
         if self._cache is None:
-            frames, unpadded = self._frames(row, augmentation, num_frames)
+            frames, unpadded = self._frames(row.path, augmentation, num_frames)
+            if row.rejected is not None:
+                sample["rejected"] = self._rejected(row.path, row.rejected, augmentation, num_frames)
             return {**sample, "mp4": frames, "num_frames": unpadded, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
@@ -155,22 +160,31 @@ class SFTDataset:
             sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
         elif self._cache.first_frames:
             image = _image(row, augmentation)
-            sample["image"] = self._frames(row, augmentation, 1)[0][0] if image is None else image
+            sample["image"] = self._frames(row.path, augmentation, 1)[0][0] if image is None else image
         return sample
 
-    def _frames(self, row: Row, augmentation: "_Augmentation", num_frames: int) -> tuple[torch.Tensor, int]:
+    def _frames(self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int) -> tuple[torch.Tensor, int]:
         """Decode a clip: (F, 3, H, W), and the number of frames without padding."""
-        scanned = scan(row.path)
+        scanned = scan(clip)
         end = scanned.times[0] + scanned.info.duration
         try:
             selection = select_frames(scanned.times, fps=self.fps, max_num_frames=num_frames, skip=self.skip, end=end)
         except ValueError as error:
-            raise ClipError(row.path, str(error)) from error
+            raise ClipError(clip, str(error)) from error
         distinct = sorted(set(selection.indices))
-        frames = augmentation.apply(read_frames(row.path, distinct, scanned))
+        frames = augmentation.apply(read_frames(clip, distinct, scanned))
         if len(distinct) < len(selection.indices):
             frames = frames[[distinct.index(frame) for frame in selection.indices]]
         return frames, selection.num_frames
+
+    def _rejected(
+        self, clip: ClipFile, rejected: ClipFile, augmentation: "_Augmentation", num_frames: int
+    ) -> torch.Tensor:
+        """Decode the clip to which `clip` is preferred; errors name `clip`, which stands for the pair."""
+        try:
+            return self._frames(rejected, augmentation, num_frames)[0]
+        except ClipError as error:
+            raise ClipError(clip, f"its rejected clip {error.path} {error.reason}") from error
 
     def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
         if generator is None:

@@ -184,14 +184,23 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         super().__init__(grid=grid, text_length=text_length)
         self.head_dim = hidden_size_head
         self.theta = theta
+        self.time_scaling = "extrapolate"
         if learnable_pos_embed:
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + math.prod(grid), hidden_size))
         self._rotation: tuple[Any, Any] = (None, None)
 
     def once_per_forward(self, *, grid: Grid, tokens: TokenShards, device: torch.device) -> dict[str, Any]:
         """Return ``rotation``: cosines and sines (S, head_dim) of this rank's tokens, float32; the last are cached."""
-        if self._rotation[0] != (key := (grid, tokens.num_text, tokens.group, device)):
-            tables = rope_table_3d(grid, self.head_dim, num_text=tokens.num_text, theta=self.theta, device=device)
+        if self._rotation[0] != (key := (grid, tokens.num_text, tokens.group, device, self.time_scaling)):
+            tables = rope_table_3d(
+                grid,
+                self.head_dim,
+                num_text=tokens.num_text,
+                theta=self.theta,
+                device=device,
+                time_scaling=self.time_scaling,
+                trained=self.grid[0],
+            )
             self._rotation = key, tuple(tokens.shard_table(table, 0) for table in tables)
         return {"rotation": self._rotation[1]}
 
@@ -505,6 +514,13 @@ class DiffusionTransformer(BaseModel):
         """Let every block run, and be recomputed, within ``context(index)``: see `sgm.weights.offload`."""
         mixin: Any = self.mixins["adaln_layer"]
         mixin.block_context = context
+
+    def use_time_scaling(self, name: str) -> None:
+        """Scale rotary positions of clips longer than `num_frames`, see `sgm.modules.embeddings.TIME_SCALINGS`."""
+        mixin: Any = self.mixins["pos_embed"]
+        if not hasattr(mixin, "time_scaling"):
+            raise InputError(f"args.time_scaling is {name}, and {type(mixin).__name__} has no rotary positions")
+        mixin.time_scaling = name
 
     def use_step_cache(self, kind: str, threshold: float) -> StepCache:
         """Skip blocks when sampling, see `sgm.modules.step_cache`; return what decides."""

@@ -201,7 +201,7 @@ def test_only_its_users_import_sat():
 
 def test_every_module_is_reachable():
     """Reached from a script, from a class name in a shipped YAML file, or as part of a reached package."""
-    configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs").glob("*.yaml")]
+    configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs").rglob("*.yaml")]
     targets = {target.rpartition(".")[0] for config in configs for target in targets_in(config)}
     targets.add("sgm.models.video_diffusion")  # the class of the model section, see sgm.config.targets
     todo = [m for m in sources() if m.partition(".")[0] in SCRIPTS or m in targets]

@@ -44,6 +44,8 @@ NOT_RUN = {
     r"python tools/toy/from_video\.py": "takes minutes; the slow test_from_video.py measures one strength",
     r"python tools/toy/inversion\.py": "takes minutes; test_held_frames.py compares its figures with the page",
     r"python tools/toy/held_frames\.py": "takes minutes; test_held_frames.py compares its figures with this page",
+    r"python tools/toy/long_clips\.py": "takes minutes; test_long_clips.py compares its figures with the page",
+    r".*\b(outputs/preferences|configs/toy_preferences)\b": "build on each other; test_preferences.py runs them",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",

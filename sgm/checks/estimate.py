@@ -17,6 +17,7 @@ from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, 
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import Usage
 from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
+from sgm.checks.training import takes_pairs
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
@@ -125,7 +126,7 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
-    network = once(network_usage, config, (plan.latents, *size), args.batch_size * _branches(config), dtype)
+    network = once(network_usage, config, (plan.latents_at_once, *size), args.batch_size * _branches(config), dtype)
     text = text_encoder_bytes(config)
     stays = {"text encoder": text.device if args.text_encoder_offload == "none" else 0.0}
     # Blocks that pass through the device are counted in the peak, as what they are copied to.
@@ -194,7 +195,7 @@ def training_estimate(
     frames, size = clip
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     latents = (frames - 1) // geometry.time_compression + 1
-    batch = section["train_micro_batch_size_per_gpu"]
+    batch = section["train_micro_batch_size_per_gpu"] * (1 + takes_pairs(config))
     network = once(network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
     zero, ranks = section["zero_optimization"], max(sgm.distributed.world_size() // mesh.tensor, 1)
@@ -304,8 +305,8 @@ def _validation_usage(
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
-    together = max(samples, args.eval_batch_size or batch)
-    network = once(network_usage, config, (plan.latents, *size), together, dtype).peak
+    together = max(samples, (args.eval_batch_size or 0) * (1 + takes_pairs(config)) or batch)
+    network = once(network_usage, config, (plan.latents_at_once, *size), together, dtype).peak
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
         peaks.append(once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)

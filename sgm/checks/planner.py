@@ -13,10 +13,9 @@ import torch
 from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
 from sgm.checks.mesh import mesh_of
 from sgm.checks.sampling import params_of
-from sgm.checks.training import with_largest_bucket
+from sgm.checks.training import geometry_of, with_largest_bucket
 from sgm.config.load import Config, ConfigError, load_config
 from sgm.distributed import device
-from sgm.modules.geometry import Geometry
 from sgm.util import InputError
 from sgm.weights.adapters import with_adapters
 from sgm.weights.lora.several import with_loras
@@ -293,7 +292,7 @@ def training_rows(
         text_encoder: whether the text encoder is loaded.
         card: as in `sampling_rows`.
     """
-    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    geometry = geometry_of(config)
     rows = {"ranks": rank_row(mesh_of(config))}
     if getattr(config.args, "checkpoint_activations", None) == "auto":
         room = room_for(card)
@@ -343,7 +342,7 @@ def recomputed_blocks(
     if room is None:
         return 0
     params = params_of(config.model["network_config"])
-    largest, _ = with_largest_bucket(config, Geometry.from_network(params))
+    largest, _ = with_largest_bucket(config, geometry_of(config))
     if clip_of(largest) is None:
         raise InputError("args.checkpoint_activations=auto: data.params do not say how large clips are; give true")
 

@@ -6,7 +6,7 @@ Every finding is a `Problem` with the YAML path of its cause; all are reported t
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
+from sgm.modules.diffusionmodules.windows import TimeWindows
 from sgm.modules.geometry import Geometry
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import require_attention
@@ -45,6 +46,7 @@ class SamplingPlan:
         size: (height, width) in pixels; None if it depends on each image (see `Geometry.size_for_image`).
         fps: frames per second.
         image2video: whether each sample starts from an image.
+        windows: in which the network denoises it; None: whole.
     """
 
     latents: int
@@ -53,6 +55,12 @@ class SamplingPlan:
     size: tuple[int, int] | None
     fps: int
     image2video: bool
+    windows: TimeWindows | None = None
+
+    @property
+    def latents_at_once(self) -> int:
+        """Latent frames that the network takes at once, without padding."""
+        return self.latents if self.windows is None else min(self.latents, self.windows.length)
 
     @property
     def seconds(self) -> float:
@@ -67,9 +75,11 @@ def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
         ConfigError: a frame count, size or kind of input is not supported by the network; names the nearest legal ones.
     """
     problems = [
+        *_window_problems(args, geometry),
         *_frame_problems(args, geometry),
         *size_problems("args.sampling_image_size", args.sampling_image_size, geometry),
         *_input_problems(args, geometry),
+        *scaling_problems(with_scaling(args, geometry)),
     ]
     if problems:
         raise ConfigError(problems)
@@ -86,12 +96,66 @@ def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
         size=size,
         fps=args.sampling_fps,
         image2video=geometry.image_conditioned,
+        windows=None if args.time_window is None else _windows(args, geometry.patch_size[0]),
     )
+
+
+def with_scaling(args: SamplingArgs, geometry: Geometry) -> Geometry:
+    """Return the shapes of a network that ``args.time_scaling`` gives longer clips."""
+    return replace(geometry, longer=args.time_scaling is not None)
+
+
+def scaling_problems(geometry: Geometry) -> list[Problem]:
+    """Return a problem of ``args.time_scaling`` if the network has no rotary positions for all lengths."""
+    if not (geometry.longer and geometry.fixed_size):
+        return []
+    found = f"is given, and the {geometry.positions} positions of this network are a table of fixed length"
+    return [Problem("args.time_scaling", "", found, "remove it; to sample longer clips, set args.time_window")]
+
+
+def scaling_warnings(args: SamplingArgs, geometry: Geometry, longest: int) -> Iterator[str]:
+    """Yield what is hardly meant of ``args.time_scaling`` if the network takes up to `longest` latents at once."""
+    trained = geometry.max_latents
+    if args.time_scaling is not None and geometry.padded_latents(longest) <= geometry.padded_latents(trained):
+        yield (
+            f"args.time_scaling is {args.time_scaling}, and has no effect: no clip is longer than "
+            f"{_NETWORK}.num_frames, {geometry.video_frames(trained)} frames"
+        )
+    elif args.time_scaling == "extrapolate":
+        yield (
+            f"args.time_scaling is extrapolate: positions of {geometry.video_frames(longest)} frames, and the network "
+            f"was trained on {geometry.video_frames(trained)}; clips tend to repeat. args.time_scaling=riflex avoids it"
+        )
+
+
+def _windows(args: SamplingArgs, patch: int) -> TimeWindows:
+    assert args.time_window is not None
+    half = args.time_window // (2 * patch) * patch
+    return TimeWindows(args.time_window, default(args.time_window_overlap, half), patch)
+
+
+def _window_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    if args.time_window is None:
+        return
+    patch, longest = geometry.patch_size[0], geometry.padded_latents(geometry.max_latents)
+    windows = _windows(args, patch)
+    frames = f"{patch} latent frames, the temporal patch" if patch > 1 else "1 latent frame"
+    if windows.length % patch or windows.length < 2 * patch:
+        cure = f"give a multiple of {frames}, and {2 * patch} or more, such as {longest}"
+        yield Problem("args.time_window", "", f"is {windows.length}", cure)
+    elif windows.length > longest and (args.time_scaling is None or geometry.fixed_size):
+        found = f"is {windows.length} latent frames, and the network was trained on {longest} at once"
+        yield Problem("args.time_window", "", found, f"give {longest} or fewer")
+    if windows.overlap % patch or not patch <= windows.overlap < windows.length:
+        cure = f"give a multiple of {frames}, less than time_window {windows.length}; null is half of it"
+        yield Problem("args.time_window_overlap", "", f"is {windows.overlap}", cure)
 
 
 def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
     wanted, legal = args.sampling_num_frames, geometry.legal_latents()
-    if wanted is None or geometry.kept_latents(wanted) in legal:
+    if wanted is None or args.time_window is not None:
+        return
+    if with_scaling(args, geometry).frames_are_legal(geometry.video_frames(geometry.kept_latents(wanted))):
         return
     kept = geometry.kept_latents(wanted)
     closest = min(legal, key=lambda latents: abs(latents - kept))
@@ -102,9 +166,12 @@ def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
     if wanted in geometry.legal_frames():
         latents = (wanted - 1) // geometry.time_compression + 1
         cure += f"; if you mean {wanted} video frames, write {latents}"
-    elif not geometry.fixed_size and kept > legal[-1]:
+    if not geometry.fixed_size and kept > legal[-1]:
         longest = kept - (kept % 2 == 0 and geometry.patch_size[0] == 2)  # 42 of the reference: 41 with a padding frame
-        cure += f"; rotary positions have no limit, so {_NETWORK}.num_frames={geometry.video_frames(longest)} allows it"
+        cure += "; args.time_scaling=riflex scales rotary positions to more; if the weights were trained on so many, "
+        cure += f"{_NETWORK}.num_frames={geometry.video_frames(longest)} allows it"
+    if kept > legal[-1]:
+        cure += f"; args.time_window={geometry.padded_latents(legal[-1])} denoises longer clips in windows"
     found = f"{wanted} latent frames ({geometry.video_frames(kept)} video frames) are more than the network supports"
     yield Problem("args.sampling_num_frames", "", found, cure)
 
@@ -266,6 +333,8 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
     collect("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
     if "geometry" in facts:
         collect("plan", "args", lambda: check_sampling(args, facts["geometry"]))
+        if "plan" in facts and config.mode == "inference":
+            warn_once(logger, scaling_warnings(args, facts["geometry"], facts["plan"].latents_at_once))
         problems += check_shapes(config, facts["geometry"])
     collect("device", "args.device", lambda: resolve_device(args))
     if "device" in facts:
@@ -453,12 +522,21 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         "task": "image to video" if plan.image2video else "text to video",
         "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
         f"{plan.seconds:.1f} s",
+        **_window_row(plan),
         "sampler": f"{args.num_steps or sampler.get('num_steps')} steps, guidance {guidance}",
         "legal frames": f"{_listed(geometry.legal_frames())} ({_listed(geometry.legal_latents())} latent frames)",
         "legal sizes": f"{most[0]}x{most[1]} only" if geometry.fixed_size else legal_sizes,
         "results": args.output_dir,
     }
     return as_table(rows)
+
+
+def _window_row(plan: SamplingPlan) -> dict[str, str]:
+    windows = plan.windows
+    if windows is None or plan.padded_latents <= windows.length:
+        return {}
+    num = len(windows.starts(plan.padded_latents))
+    return {"windows": f"{num} of {windows.length} latent frames, {windows.overlap} shared with the next"}
 
 
 def cudnn_row(dtype: torch.dtype, device: torch.device) -> dict[str, str]:

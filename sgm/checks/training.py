@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 
-from sgm.checks.sampling import size_problems
+from sgm.checks.sampling import params_of, scaling_problems, size_problems, with_scaling
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets
 from sgm.data.buckets.config import parse_buckets
@@ -11,6 +13,11 @@ from sgm.modules.geometry import Geometry
 from sgm.util import default, get_obj_from_str
 
 _DATA = "data.params"
+
+
+def geometry_of(config: Config) -> Geometry:
+    """Return the shapes of clips that a network can be trained on."""
+    return with_scaling(config.args, Geometry.from_network(params_of(config.model["network_config"])))
 
 
 def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
@@ -29,12 +36,46 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
+    problems += scaling_problems(geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def takes_pairs(config: Config) -> bool:
+    """Whether the loss compares pairs of clips, see `sgm.modules.diffusionmodules.preference`."""
+    target = (config.model.get("loss_fn_config") or {}).get("target")
+    return target is not None and getattr(get_obj_from_str(target), "takes_pairs", False)
+
+
+def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]:
+    """Yield what contradicts training on pairs, or pairs without such a loss."""
+    args, data, path = config.args, config.data.get("params") or {}, "model.loss_fn_config.target"
+    assert isinstance(args, TrainingArgs)
+    column = data.get("rejected_column")
+    if not takes_pairs(config):
+        if column is not None:
+            found = f"is {column}, and the loss takes no pairs of clips"
+            cure = "remove it, or add configs/loss/preferences.yaml"
+            yield Problem(f"{_DATA}.rejected_column", "", found, cure)
+        return
+    loss = config.model["loss_fn_config"]["target"].rpartition(".")[2]
+    if not trains_adapters:
+        found = f"is {loss}, whose reference is the network without its adapters, and all weights are trained"
+        yield Problem(path, "", found, "train a LoRA: add a lora_config, as in the shipped *_lora.yaml files")
+    if column is None:
+        found = f"is missing, and {loss} compares pairs of clips"
+        cure = "name the column of a manifest with the clips that are not preferred, such as rejected"
+        yield Problem(f"{_DATA}.rejected_column", "", found, cure)
+    for key in ("latent_cache", "precompute"):
+        if getattr(args, key):
+            found = f"is given, and a cache has no rejected clips, which {loss} needs"
+            yield Problem(f"args.{key}", "", found, "remove it; args.text_cache works")
+    if config.model.get("latent_input"):
+        yield Problem("model.latent_input", "", f"is true, and {loss} takes videos", "set it to false")
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
@@ -45,6 +86,14 @@ def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:
     """
     given = (config.data.get("params") or {}).get("buckets")
     return None if given is None else parse_buckets(given).supported_by(geometry)
+
+
+def longest_latents(config: Config, geometry: Geometry) -> int | None:
+    """Return the latent frames of the longest training clip; None if the data section does not say."""
+    buckets = fitted_buckets(config, geometry)
+    given = (config.data.get("params") or {}).get("max_num_frames")
+    frames = max((bucket.frames for bucket in buckets.buckets), default=given) if buckets is not None else given
+    return None if frames is None else (frames - 1) // geometry.time_compression + 1
 
 
 def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str]:
@@ -79,12 +128,13 @@ def with_largest_bucket(config: Config, geometry: Geometry) -> tuple[Config, str
 
 
 def _frame_problems(frames: int | None, geometry: Geometry) -> list[Problem]:
-    legal = geometry.legal_frames()
-    if frames is None or frames in legal:
+    if frames is None or geometry.frames_are_legal(frames):
         return []
+    legal = geometry.legal_frames()
     closest = min(legal, key=lambda count: abs(count - frames))
     step = geometry.time_compression
     cure = f"nearest legal: {_DATA}.max_num_frames={closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
     if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
-        cure += f"; rotary positions have no limit, so model.network_config.params.num_frames={frames} allows it"
+        cure += "; args.time_scaling=riflex scales rotary positions to more; if the weights were trained on so many, "
+        cure += f"model.network_config.params.num_frames={frames} allows it"
     return [Problem(f"{_DATA}.max_num_frames", "", f"is {frames}, which the network does not support", cure)]

@@ -65,6 +65,9 @@ class SamplingArgs:
     sampling_image_size: tuple[Width, Width] | None = None
     sampling_num_frames: AtLeast1 | None = None
     sampling_fps: Annotated[int, Field(ge=1, le=1000)] = 8
+    time_scaling: Literal["riflex", "interpolate", "ntk", "extrapolate"] | None = None
+    time_window: AtLeast1 | None = None
+    time_window_overlap: AtLeast1 | None = None
     latent_channels: AtLeast1 | None = None
     # Sampling
     num_steps: AtLeast1 | None = None
@@ -191,6 +194,12 @@ class SamplingArgs:
         if self.guidance_interval is not None and self.cfg_parallel_size > 1:
             cure = "remove it, or share a sample by sequence_parallel_size=2 instead of cfg_parallel_size"
             yield "guidance_interval", "would leave the rank of the other branch without work", cure
+        if self.time_window_overlap is not None and self.time_window is None:
+            found = f"is {self.time_window_overlap}, and there is no time_window"
+            yield "time_window_overlap", found, "set args.time_window=<latent frames>, or remove it"
+        if self.step_cache is not None and self.time_window is not None:
+            found = f"is {self.step_cache}, which compares the forward passes of steps; each window has its own"
+            yield "step_cache", found, "remove one of them"
         if self.step_cache_threshold is not None and self.step_cache is None:
             found = f"is {self.step_cache_threshold:g}, and there is no step_cache"
             yield "step_cache_threshold", found, "set args.step_cache=first_block, or remove it"

@@ -286,8 +286,9 @@ class _Collated(Dataset):
         except RunError as error:
             return error
         batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
-        if "mp4" in batch:
-            batch["mp4"] = torch.stack(batch["mp4"])
+        for key in ("mp4", "rejected"):
+            if key in batch:
+                batch[key] = torch.stack(batch[key])
         failures = [failure for sample in samples for failure in sample["failures"]]
         return batch | {"weight": list(wanted.weights), "failures": failures}
 
@@ -297,7 +298,8 @@ class _Collated(Dataset):
         if clip is None or self.clip_dtype in (None, clip.dtype):
             return sample
         first = clip[0].clone() if image is None else image  # a view would take the whole clip along
-        return sample | {"mp4": clip.to(self.clip_dtype), "image": first}
+        clips = {key: sample[key].to(self.clip_dtype) for key in ("mp4", "rejected") if key in sample}
+        return sample | clips | {"image": first}
 
 
 def _unchanged(batch: Any) -> Any:

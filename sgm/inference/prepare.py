@@ -107,7 +107,7 @@ def memory_report(config: Config, card: float | None) -> str:
 def _mesh_problems(config: Config) -> list[Problem]:
     geometry = Geometry.from_network(config.model["network_config"]["params"])
     plan = check_sampling(config.args, geometry)
-    patches = None if plan.size is None else geometry.num_patches(plan.latents, plan.size)
+    patches = None if plan.size is None else geometry.num_patches(plan.latents_at_once, plan.size)
     return check_mesh(config, num_patches=patches)
 
 

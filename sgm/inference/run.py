@@ -121,6 +121,7 @@ class SamplingRun:
         else:
             self.dtype = next(engine.network.parameters()).dtype
             self.engine = engine
+        self.engine.windows = self.plan.windows
         self.engine.use_step_cache(self.args.step_cache, self.args.step_cache_threshold)
         suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
         self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
@@ -243,6 +244,8 @@ class SamplingRun:
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
         self.engine.network.attention = attention_named(default(args.attention, "auto"))
+        if args.time_scaling is not None:
+            self.engine.network.use_time_scaling(args.time_scaling)
         if waits:
             self._offload_network()
         self._is_loaded = True

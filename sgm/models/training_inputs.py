@@ -40,7 +40,8 @@ def training_inputs(
         engine: the model.
         batch: the conditioner's texts, and under `input_key` videos (B, F, 3, H, W) in −1..1, or with `latent_input`
             unscaled latents (B, T, C, H, W). Instead of these, ``moments``: B of (2C, T, H, W). Optional ``image``: B
-            of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise.
+            of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise. And
+            ``rejected`` for a loss that takes pairs: videos as under `input_key`, for which the same is drawn.
         generators: one CPU generator per sample.
         rank: data-parallel rank, for a loss with ``uniform_sampling``.
         num_ranks: number of data-parallel ranks.
@@ -48,7 +49,8 @@ def training_inputs(
     """
     loss_fn, conditioner, device = engine.require_loss(), engine.require_conditioner(), engine.device
     encoded = "moments" in batch
-    samples = []
+    pairs = getattr(loss_fn, "takes_pairs", False)
+    samples, rejected = [], []
     for i, generator in enumerate(generators):
         cond = dict(conditioner({key: [batch[key][i]] for key in engine.text_keys}, generator=generator))
         clip = batch["moments" if encoded else engine.input_key][i][None]
@@ -70,9 +72,13 @@ def training_inputs(
         latents = _clean_latents(engine, clip, posterior, encoded=encoded)
         seed = to_device(torch.randint(2**32, (1,), generator=generator), device)
         samples.append((latents, cond, step, noise, seed))
+        if pairs:
+            other = to_device(batch["rejected"][i][None], device)
+            rejected.append(_clean_latents(engine, other, posterior, encoded=False))
     latents, conds, steps, noises, seeds = zip(*samples, strict=True)
     joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises), torch.cat(seeds))
+    others = {"rejected": torch.cat(rejected)} if pairs else {}
+    return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises), torch.cat(seeds), others)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ frames, ``F`` video frames.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,9 +18,10 @@ from torch.utils._pytree import register_dataclass
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
+from sgm.modules.diffusionmodules.windows import TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
-from sgm.modules.lora import scale_adapters
+from sgm.modules.lora import scale_adapters, without_adapters
 from sgm.modules.step_cache import DEFAULT_THRESHOLDS, StepCache
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, to_device, without_allocating
 from sgm.weights.checkpoint import LoadReport, load_autoencoder, load_network
@@ -41,6 +43,8 @@ class TrainingInputs:
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
         seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
+        of_loss: further inputs of the loss by name, (B, ...): ``rejected``, the latents of the clips that are not
+            preferred, of a loss that takes pairs.
     """
 
     latents: torch.Tensor
@@ -48,6 +52,7 @@ class TrainingInputs:
     idx: torch.Tensor
     noise: torch.Tensor
     seeds: torch.Tensor | None = None
+    of_loss: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 register_dataclass(TrainingInputs)  # for `sgm.distributed.broadcast_in_sample_group`
@@ -143,6 +148,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.lora_train = lora_train
         self.ofs = ofs
         self.step_cache: StepCache | None = None  # of the network, for sampling
+        self.windows: TimeWindows | None = None  # in which clips are denoised when sampling; None: whole
         self.loras: LoraStack | None = None  # whose strengths the adapters of the network get, for sampling
         self.run_device: torch.device | None = None  # set if parameters are offloaded between forward passes
 
@@ -370,10 +376,13 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""
+        more: dict[str, Any] = dict(inputs.of_loss)
+        seeds = inputs.seeds
+        if "rejected" in more:
+            more["reference"] = partial(without_adapters, self.network)
+            seeds = None if seeds is None else seeds.repeat(2)
         if hasattr(self.network, "adapter_dropout"):
-            self.network.adapter_dropout.seeds = (
-                inputs.seeds
-            )  # kept, since blocks may be recomputed in the backward pass
+            self.network.adapter_dropout.seeds = seeds  # kept, since blocks may be recomputed in the backward pass
         return self.require_loss()(
             self.model,
             self.denoiser,
@@ -381,6 +390,7 @@ class SATVideoDiffusionEngine(nn.Module):
             inputs.cond,
             idx=inputs.idx,
             noise=inputs.noise,
+            **more,
             **self.network_kwargs(len(inputs.latents), inputs.latents.device),
         )
 
@@ -516,4 +526,6 @@ class SATVideoDiffusionEngine(nn.Module):
         return denoise
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
-        return self.denoiser(self.model, x, levels, cond, **kwargs)
+        denoise = partial(self.denoiser, self.model)
+        windows = self.windows
+        return (denoise if windows is None else partial(windows.denoise, denoise))(x, levels, cond, **kwargs)

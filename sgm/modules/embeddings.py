@@ -4,6 +4,7 @@ Legend: ``B T C H W`` video latents, ``t h w`` the grid of patches, ``N = t·h·
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,41 @@ def _over_grid(grid: Grid, *tables: tuple[int, torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
+def _one_period(frequencies: torch.Tensor, trained: int, length: int) -> torch.Tensor:
+    """RIFLEx (Zhao et al. 2025, equation 8): the component that would repeat first has no more than 0.9 of a period.
+
+    In training, components of shorter periods repeat within a clip, and so tell neighbours apart only; the first whose
+    period holds a trained clip tells where in the clip a frame is. Beyond its period it would say "from the start".
+    """
+    slower = frequencies * trained <= 2 * math.pi
+    if not slower.any():
+        return frequencies
+    intrinsic = int(slower.int().argmax())
+    scaled = frequencies.clone()
+    scaled[intrinsic] = frequencies[intrinsic].clamp(max=0.9 * 2 * math.pi / length)
+    return scaled
+
+
+def _interpolated(frequencies: torch.Tensor, trained: int, length: int) -> torch.Tensor:
+    """Position interpolation (Chen et al. 2023): all positions of a clip within those of training."""
+    return frequencies * (trained / length)
+
+
+def _of_larger_base(frequencies: torch.Tensor, trained: int, length: int) -> torch.Tensor:
+    """NTK-aware scaling (bloc97 2023): the slowest component as interpolated, the fastest as it is."""
+    share = torch.linspace(0, 1, len(frequencies), device=frequencies.device)
+    return frequencies * (trained / length) ** share
+
+
+# Name of ``args.time_scaling`` → frequencies of the time axis, for clips longer than those of training.
+TIME_SCALINGS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
+    "riflex": _one_period,
+    "interpolate": _interpolated,
+    "ntk": _of_larger_base,
+    "extrapolate": lambda frequencies, trained, length: frequencies,
+}
+
+
 def rope_table_3d(
     grid: Grid,
     head_dim: int,
@@ -81,6 +117,8 @@ def rope_table_3d(
     num_text: int = 0,
     theta: float = 10000.0,
     device: torch.device | None = None,
+    time_scaling: str = "extrapolate",
+    trained: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of 3D rotary positions (Su et al. 2021, applied to three axes).
 
@@ -93,6 +131,9 @@ def rope_table_3d(
         num_text: text tokens in front of the patches.
         theta: base of the wavelengths.
         device: device of the tables.
+        time_scaling: what becomes of the frequencies of the time axis, see `TIME_SCALINGS`, if `grid` is longer there
+            than `trained`.
+        trained: patches of the longest clip of training along time; None: no clip is longer.
 
     Returns:
         Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle; the sine is negative for
@@ -103,6 +144,8 @@ def rope_table_3d(
     axes = []
     for axis, dim in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+        if axis == 0 and trained is not None and grid[0] > trained:
+            frequencies = TIME_SCALINGS[time_scaling](frequencies, trained, grid[0])
         axes.append((axis, torch.outer(torch.arange(grid[axis], dtype=torch.float32, device=device), frequencies)))
     angles = _over_grid(grid, *axes)
     angles = torch.cat((angles.new_zeros(num_text, head_dim // 2), angles))

@@ -5,6 +5,7 @@ them into patches of (time, height, width). With a temporal patch of 2 the netwo
 frames: an odd count is padded at the front by one, which is dropped after sampling; an even count is not padded.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -31,6 +32,7 @@ class Geometry:
         in_channels: channels of the network's input.
         out_channels: channels of its output and of the latents.
         positions: ``sincos``, ``learned`` or ``rotary``.
+        longer: clips may be longer than those of training, as ``args.time_scaling`` says how.
     """
 
     patch_size: PatchSize
@@ -41,6 +43,7 @@ class Geometry:
     in_channels: int
     out_channels: int
     positions: str
+    longer: bool = False
 
     @classmethod
     def from_network(cls, params: Mapping[str, Any]) -> Self:
@@ -107,8 +110,13 @@ class Geometry:
         return list(range(1, self.max_latents + 1))
 
     def legal_frames(self) -> list[int]:
-        """Legal numbers of video frames, ascending."""
+        """Legal numbers of video frames of clips that are not `longer`, ascending."""
         return [self.video_frames(latents) for latents in self.legal_latents()]
+
+    def frames_are_legal(self, frames: int) -> bool:
+        """Whether a clip may have `frames` video frames."""
+        longest = math.inf if self.longer and not self.fixed_size else self.video_frames(self.max_latents)
+        return 1 <= frames <= longest and (frames - 1) % self.time_compression == 0
 
     def size_is_legal(self, height: int, width: int) -> bool:
         """Whether `height` × `width` pixels is a legal size."""

@@ -9,6 +9,7 @@ Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -188,6 +189,20 @@ def use_adapters(network: nn.Module) -> Dropout:
 def adapters_of(network: nn.Module) -> list[tuple[str, Adapter]]:
     """Return the adapted layers of a network and their names."""
     return [(name, module) for name, module in network.named_modules() if isinstance(module, Adapter)]
+
+
+@contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """Context in which a network is that without its adapters."""
+    adapters = [adapter for _, adapter in adapters_of(network)]
+    before = [adapter.is_off for adapter in adapters]
+    for adapter in adapters:
+        adapter.is_off = True
+    try:
+        yield
+    finally:
+        for adapter, is_off in zip(adapters, before, strict=True):
+            adapter.is_off = is_off
 
 
 def scale_adapters(network: Any, layers: Sequence[int | None], factors: torch.Tensor, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training.inputs.shared import shared_batch, shared_inputs
-from sgm.training.metrics import LossByQuarter
+from sgm.training.metrics import LossByQuarter, PairValues
 from sgm.util import RunError, default, instantiate_from_config
 
 logger = get_logger(__name__)
@@ -119,6 +119,7 @@ class Evaluation:
         mine = range(rank, self.num_samples, size)
         # With in_step, ranks with fewer samples compute a dummy sample that is not counted.
         rounds = -(-self.num_samples // size)
+        pairs = PairValues(self.engine.require_loss(), sgm.distributed.device())
         with evaluation_mode(self.engine.network):
             for start in range(0, rounds, self.batch_size):
                 numbers = list(mine[start : start + self.batch_size])
@@ -129,8 +130,12 @@ class Evaluation:
                     losses = self.engine.training_losses(inputs)
                 if numbers:
                     quarters.add(inputs.idx, losses)
-        quarters.reduce(sgm.distributed.all_reduce_)
-        return {f"validation_{name}": value for name, value in quarters.values().items()}
+                    pairs.add(losses)
+        values = {}
+        for kept in (quarters, pairs):
+            kept.reduce(sgm.distributed.all_reduce_)
+            values |= kept.values()
+        return {f"validation_{name}": value for name, value in values.items()}
 
     def _inputs(self, numbers: list[int]) -> Any:
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
@@ -145,7 +150,9 @@ class Evaluation:
         clips = [self._clip(number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
-        batch[self.engine.input_key] = torch.stack([clip[self.engine.input_key] for clip in clips])
+        for key in (self.engine.input_key, "rejected"):
+            if key in clips[0]:
+                batch[key] = torch.stack([clip[key] for clip in clips])
         return batch
 
     def _clip(self, number: int) -> Mapping[str, Any]:

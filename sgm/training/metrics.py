@@ -147,7 +147,10 @@ def _by_quarter(values: Mapping[str, float]) -> str:
         for name, value in values.items()
         if (found := _QUARTER.fullmatch(name.removeprefix("validation_")))
     ]
-    return f"loss {values['validation_loss']:.4f}" + (f" (timesteps {', '.join(quarters)})" if quarters else "")
+    text = f"loss {values['validation_loss']:.4f}" + (f" (timesteps {', '.join(quarters)})" if quarters else "")
+    if "validation_accuracy" in values:  # of pairs, see `PairValues`
+        text += f", {values['validation_accuracy']:.0%} of pairs preferred, margin {values['validation_margin']:.3g}"
+    return text
 
 
 def _to_line(values: Mapping[str, float | None]) -> str:
@@ -253,6 +256,31 @@ class LossByQuarter:
         """Set sums and counts to zero."""
         self._sums = torch.zeros_like(self._sums)
         self._counts = torch.zeros_like(self._counts)
+
+
+class PairValues:
+    """Means of what a loss that takes pairs says of them, see `DiffusionDPOLoss`; none of other losses."""
+
+    def __init__(self, loss_fn: Any, device: torch.device) -> None:
+        self._values_of = getattr(loss_fn, "validation_values", None)
+        self._names = [] if self._values_of is None else list(self._values_of(torch.ones(1)))
+        self._sums = torch.zeros(len(self._names) + 1, device=device)  # the last counts
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Add the losses (B,) of pairs."""
+        if self._values_of is not None:
+            found = self._values_of(losses.detach())
+            self._sums += torch.stack([*found.values(), torch.ones_like(losses)]).sum(1)
+
+    def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
+        """Apply `reduction`, e.g. an in-place all-reduce, to the sums."""
+        if self._names:
+            reduction(self._sums)
+
+    def values(self) -> dict[str, float]:
+        """Return the mean of each value by its name."""
+        *sums, count = self._sums.tolist()
+        return {name: total / count for name, total in zip(self._names, sums, strict=True)} if count else {}
 
 
 def smooth(values: list[float], span: float) -> list[float]:

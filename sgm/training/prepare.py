@@ -23,9 +23,10 @@ from sgm.checks.sampling import (
     cudnn_row,
     params_of,
     problems_of,
+    scaling_warnings,
     schedule_problems,
 )
-from sgm.checks.training import check_training_data, fitted_buckets
+from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config, trains_adapters
 from sgm.config.load import Config, ConfigError, Problem, digest_of
@@ -35,8 +36,7 @@ from sgm.data.buckets.plan import Division
 from sgm.data.rows import listed
 from sgm.distributed import Mesh
 from sgm.io import require_writable
-from sgm.log import get_logger
-from sgm.modules.geometry import Geometry
+from sgm.log import get_logger, warn_once
 from sgm.training.bad_clips import clips_left_out, usable
 from sgm.training.evaluate import validation_prompts
 from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
@@ -262,11 +262,13 @@ class _Checks:
         self.problems += check_files(config)
         self._check_sections()
         self.problems += schedule_problems(config)
-        record("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
+        record("geometry", _NETWORK, lambda: geometry_of(config))
         if geometry := self.facts.get("geometry"):
             self.problems += check_shapes(config, geometry)
             self.problems += check_training_data(config, geometry)
             record("buckets", BUCKETS, lambda: fitted_buckets(config, geometry))
+            if "buckets" in self.facts and (longest := longest_latents(config, geometry)) is not None:
+                warn_once(logger, scaling_warnings(args, geometry, longest))
             if args.eval_interval is not None:
                 record("samples", "args", lambda: check_sampling(args, geometry))
         record("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
@@ -282,6 +284,7 @@ class _Checks:
             record("wandb", "args.wandb", import_wandb)
         record("trainable", "model.network_config", self._check_network)
         if "trainable" in self.facts and "dtype" in self.facts:
+            self.problems += pair_problems(config, trains_adapters=self.facts["trainable"].adapters)
             self.problems += frozen_problems(config, trains_adapters=self.facts["trainable"].adapters)
             self.problems += device_problems(config, self.facts["network"])
         record("adapters", "args.load", lambda: describe_adapters(config))

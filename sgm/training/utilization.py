@@ -90,6 +90,8 @@ class Work:
 
     def add(self, inputs: TrainingInputs, num_samples: int) -> None:
         """Add samples of the same shape as those of `inputs`."""
+        if "rejected" in inputs.of_loss:
+            num_samples *= 2  # the forward passes of the reference are not counted, as those of recomputed blocks
         shape = inputs.latents.shape
         patches = shape[1] * shape[3] * shape[4] // math.prod(getattr(self._network, "patch_size", (1, 1, 1)))
         tokens = patches + inputs.cond["crossattn"].shape[1]

@@ -235,12 +235,14 @@ Buckets = FixedBuckets | ClassBuckets
 
 def _frame_problems(frames: int, geometry: Geometry, place: str) -> list[Problem]:
     """Return a problem with the nearest legal count if a network does not support a frame count."""
-    legal = geometry.legal_frames()
-    if frames in legal:
+    if geometry.frames_are_legal(frames):
         return []
+    legal = geometry.legal_frames()
     closest = min(legal, key=lambda count: abs(count - frames))
     step = geometry.time_compression
     cure = f"nearest legal: {closest}; legal: 1 + multiples of {step}, up to {legal[-1]}"
+    if frames > legal[-1] and (frames - 1) % step == 0 and not geometry.fixed_size:
+        cure += "; args.time_scaling=riflex allows longer ones"
     return [Problem(place, "", f"{frames} frames are no length that the network can take", cure)]
 
 

@@ -90,8 +90,13 @@ def check_rows(
                 decode_all(row.path, scanned)
             if row.image is not None:
                 probe(row.image)
+            if row.rejected is not None:
+                other = scan(row.rejected)
+                end = other.times[0] + other.info.duration
+                select_frames(other.times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip, end=end)
         except ClipError as error:
-            problems.append(error.reason if error.path == str(row.path) else f"its image {error.path} {error.reason}")
+            part = {str(row.path): "", str(row.rejected): f"its rejected clip {error.path} "}
+            problems.append(part.get(error.path, f"its image {error.path} ") + error.reason)
         except ValueError as error:
             problems.append(str(error))
         if buckets is not None:  # buckets are assigned from the columns

@@ -37,6 +37,7 @@ class Columns:
     caption: str | None = None
     video: str | None = None  # clips: videos, or pictures as videos of one frame
     image: str | None = None  # first images for image-to-video
+    rejected: str | None = None  # clips to which those of `video` are preferred; None: there are none
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
         InputError: one is missing; the message lists the existing ones.
     """
     there = f"its columns are {', '.join(table.columns)}"
-    for key, name in (("caption", columns.caption), ("video", columns.video), ("image", columns.image)):
+    for key, name in (
+        ("caption", columns.caption),
+        ("video", columns.video),
+        ("image", columns.image),
+        ("rejected", columns.rejected),
+    ):
         if name is not None and name not in table.columns:
             hint = nearest(name, list(table.columns))
             raise InputError(f"'{table.path}' has no column '{name}' (data.params.{key}_column); {there}{hint}")
@@ -112,7 +118,7 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
         if name is None:
             cure = f"set data.params.{key}_column to the one that holds the {key}s"
             raise InputError(f"'{table.path}' has no column of {key}s ({', '.join(names)}); {there}; {cure}")
-    return Columns(caption, video, image if image != video else None)
+    return Columns(caption, video, image if image != video else None, columns.rejected)
 
 
 def _row(
@@ -133,14 +139,17 @@ def _row(
     picture = None
     if columns.image is not None and record.get(columns.image) not in (None, ""):
         picture = _file(record, columns.image, files)
+    rejected = None if columns.rejected is None else _file(record, columns.rejected, files)
     problem = None
     if isinstance(clip, Path) and not files.has(clip):
         problem = f"does not exist; {where(columns.video)} names it"
     elif isinstance(picture, Path) and not files.has(picture):
         problem = f"its image {picture} does not exist; {where(columns.image or '')} names it"
+    elif isinstance(rejected, Path) and not files.has(rejected):
+        problem = f"its rejected clip {rejected} does not exist; {where(columns.rejected or '')} names it"
     elif not caption and not allow_missing_captions:
         problem = f"its caption, {where(columns.caption)}, is empty; write one, or set allow_missing_captions: true"
-    return Row(clip, caption, problem, picture, _info(record))
+    return Row(clip, caption, problem, picture, _info(record), rejected)
 
 
 def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:

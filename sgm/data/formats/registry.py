@@ -60,7 +60,7 @@ def list_rows(
         if columns != Columns():
             raise InputError(
                 f"'{path}' is a folder of clips and captions, which has no columns; remove data.params.caption_column, "
-                "video_column and image_column, or set data.params.format"
+                "video_column, image_column and rejected_column, or set data.params.format"
             )
         return list_folder(path, allow_missing_captions=allow_missing_captions)
     return table_rows(_table(path, format, columns), columns, allow_missing_captions=allow_missing_captions)

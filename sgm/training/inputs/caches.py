@@ -12,7 +12,7 @@ import torch
 
 import sgm.distributed
 from sgm.checks.sampling import params_of
-from sgm.checks.training import fitted_buckets
+from sgm.checks.training import fitted_buckets, geometry_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.config.precision import autoencoder_dtype, precision_name
@@ -20,7 +20,6 @@ from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind
 from sgm.data.clips.decode import READER
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.geometry import Geometry
 from sgm.training.inputs.clips import Data
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.files import weights_digest
@@ -148,7 +147,7 @@ def require_repeatable(config: Config, datasets: Sequence[Any]) -> None:
 
 
 def _buckets(config: Config) -> Buckets | None:
-    return fitted_buckets(config, Geometry.from_network(params_of(config.model["network_config"])))
+    return fitted_buckets(config, geometry_of(config))
 
 
 def shapes_of(config: Config, dataset: Any) -> dict[str, tuple[int, int, int] | str | None]:

@@ -18,8 +18,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import sgm.distributed
-from sgm.checks.sampling import check_files, params_of
-from sgm.checks.training import check_training_data
+from sgm.checks.sampling import check_files
+from sgm.checks.training import check_training_data, geometry_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError
 from sgm.config.precision import resolve_training_precision
@@ -72,7 +72,7 @@ def plan_jobs(
     """
     args = config.args
     assert isinstance(args, TrainingArgs)
-    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    geometry = geometry_of(config)
     if problems := [*check_files(config), *check_training_data(config, geometry)]:
         raise ConfigError(config.located(problems))
     datasets = [open_folder(config, folder) for folder in args.train_data]

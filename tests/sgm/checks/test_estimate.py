@@ -443,3 +443,13 @@ def test_an_image_to_video_run_holds_the_vae_while_it_encodes_and_decodes():
     config = load_config([f"configs/{name}.yaml" for name in ("toy_i2v", "toy_inference")], mode="inference")
     phases = sampling_estimate(config, torch.float32).phases
     assert phases["encode"]["VAE"] == phases["decode"]["VAE"] == phases["network"]["VAE"] > 2**20
+
+
+def test_the_network_takes_a_window_at_once_however_long_the_clip():
+    def activations(*settings):
+        config = with_model(*(f"args.{setting}" for setting in (*settings, "only_save_latents=true")))
+        return sampling_estimate(config, torch.bfloat16).phases["network"]["activations"]
+
+    windows = [activations("time_window=5", f"sampling_num_frames={num}") for num in (9, 17)]
+    assert windows[0] == windows[1] == activations("sampling_num_frames=5")
+    assert activations("time_scaling=riflex", "sampling_num_frames=9") > 1.5 * windows[0]

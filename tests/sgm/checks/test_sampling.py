@@ -7,7 +7,14 @@ import pytest
 import torch
 import yaml
 
-from sgm.checks.sampling import check_files, check_sampling, check_shapes, dry_run, schedule_problems
+from sgm.checks.sampling import (
+    check_files,
+    check_sampling,
+    check_shapes,
+    dry_run,
+    scaling_warnings,
+    schedule_problems,
+)
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
@@ -331,3 +338,30 @@ def test_the_dry_run_of_a_released_model_is_quick_and_counts(load, tmp_path):
     unused_table = 64 * 3072
     assert f"{5_570_283_072 - missing + unused_table:,} parameters, 42 layers" in report
     assert "215,583,907 parameters" in report and "bf16 on cpu" in report
+
+
+# Longer clips
+
+
+@pytest.mark.parametrize(
+    ("args", "longest", "text"),
+    [
+        ({"time_scaling": "extrapolate"}, 25, "args.time_scaling=riflex avoids it"),
+        ({"time_scaling": "riflex"}, 13, "has no effect"),
+        ({"time_scaling": "riflex"}, 25, None),
+        ({}, 13, None),
+    ],
+)
+def test_scalings_that_are_hardly_meant_are_named(args, longest, text):
+    found = "".join(scaling_warnings(SamplingArgs(**args), ROTARY, longest))
+    assert text in found if text else not found
+
+
+def test_scaled_positions_and_windows_allow_longer_clips():
+    scaled = check_sampling(SamplingArgs(sampling_num_frames=25, time_scaling="riflex"), ROTARY)
+    assert (scaled.latents, scaled.video_frames, scaled.latents_at_once, scaled.windows) == (25, 97, 25, None)
+    assert "args.time_scaling=riflex" in refusal(sampling_num_frames=25)
+    for geometry, window in ((ROTARY, 13), (SINCOS, 13), (PATCHED, 22)):
+        plan = check_sampling(SamplingArgs(sampling_num_frames=41, time_window=window), geometry)
+        assert (plan.latents, plan.latents_at_once, plan.windows.overlap) == (41, window, {13: 6, 22: 10}[window])
+    assert check_sampling(SamplingArgs(time_window=13), ROTARY).latents_at_once == 13

@@ -67,3 +67,13 @@ def test_sizes(geometry, size, text):
 def test_both_are_reported_together():
     text = problems(SINCOS, max_num_frames=50, video_size=[64, 64])
     assert "data.params.max_num_frames: " in text and "data.params.video_size: " in text
+
+
+def test_scaled_positions_allow_longer_clips_and_buckets():
+    longer = replace(ROTARY, longer=True)
+    assert "args.time_scaling=riflex" in problems(ROTARY, max_num_frames=97)
+    assert problems(longer, max_num_frames=97) == ""
+    buckets = ["49x480x720", "97x480x720"]
+    assert "97 frames" in problems(ROTARY, buckets=buckets) and "time_scaling" in problems(ROTARY, buckets=buckets)
+    assert problems(longer, buckets=buckets) == "" and "98 frames" in problems(longer, buckets=["98x480x720"])
+    assert "args.time_scaling" in problems(replace(SINCOS, longer=True))

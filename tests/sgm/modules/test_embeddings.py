@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sgm.modules.embeddings import (
+    TIME_SCALINGS,
     _rotate_real,
     patchify,
     rope_table_3d,
@@ -116,3 +117,37 @@ def test_odd_sizes_are_refused():
         rope_table_3d(GRID, 24)
     with pytest.raises(ValueError, match="multiple of 16, got 40"):
         sincos_positions_3d(GRID, 40)
+
+
+@pytest.mark.parametrize("scaling", list(TIME_SCALINGS))
+def test_positions_of_trained_lengths_are_not_scaled(scaling):
+    plain = rope_table_3d((13, 2, 3), 64)
+    for found in (
+        rope_table_3d((13, 2, 3), 64, time_scaling=scaling, trained=13),
+        tuple(table[: 13 * 6] for table in rope_table_3d((25, 2, 3), 64, time_scaling="extrapolate", trained=13)),
+    ):
+        assert all(map(torch.equal, found, plain))
+
+
+def test_longer_clips_scale_the_frequencies_of_time_as_published():
+    """CogVideoX: 13 latent frames, 8 components of time, of which RIFLEx changes the second (k = 2)."""
+
+    def frequencies(scaling, length=25, trained=13):
+        cos, sin = rope_table_3d((length, 1, 1), 64, time_scaling=scaling, trained=trained)
+        plain = rope_table_3d((length, 1, 1), 64)
+        assert torch.equal(cos[:, 16:], plain[0][:, 16:]), "rows and columns stay"
+        return torch.atan2(sin[1, 1:16:2], cos[1, 1:16:2])
+
+    plain = 10000.0 ** (-torch.arange(8) / 8)
+    torch.testing.assert_close(frequencies("extrapolate"), plain)
+    torch.testing.assert_close(frequencies("interpolate"), plain * 13 / 25)
+    riflex = plain.clone()
+    riflex[1] = 0.9 * 2 * math.pi / 25
+    torch.testing.assert_close(frequencies("riflex"), riflex)
+    torch.testing.assert_close(frequencies("riflex", length=17), plain), "within 0.9 of a period nothing repeats"
+    # Of 33 trained frames, the third: 62.8 frames is the first period that holds them.
+    riflex = plain.clone()
+    riflex[2] = 0.9 * 2 * math.pi / 65
+    torch.testing.assert_close(frequencies("riflex", length=65, trained=33), riflex)
+    base = 10000.0 * (25 / 13) ** (16 / 14)  # the base that NTK-aware scaling changes
+    torch.testing.assert_close(frequencies("ntk"), base ** (-torch.arange(8) / 8))

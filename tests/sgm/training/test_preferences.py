@@ -1,0 +1,103 @@
+"""Training on pairs of clips: what is read, how it goes on, and what is refused."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data_video import SFTDataset
+from sgm.checks.training import pair_problems
+from sgm.config.args import TrainingArgs
+from sgm.data.clips.decode import ClipError
+from sgm.training.metrics import read_metrics
+from sgm.util import InputError
+from sgm.weights.files import find_weights, read_tensors
+from tests.sgm.training.conftest import CAPTIONS
+
+LORA = "dit_t2v_5b_lora"
+LOSS = "sgm.modules.diffusionmodules.preference.DiffusionDPOLoss"
+PAIRS = [
+    f"model.loss_fn_config.target={LOSS}",
+    "data.params.rejected_column=rejected",
+    "model.network_config.params.modules.lora_config.params.lora_dropout=0.5",
+]
+SIZE = {"video_size": (16, 32), "max_num_frames": 5, "skip_frms_num": 0}
+
+
+@pytest.fixture(scope="module")
+def pairs(clips):
+    """Write a manifest beside the clips: of each caption, one clip is preferred to another."""
+    rows = [
+        {"caption": CAPTIONS[k], "video": f"videos/00{2 * k}.mp4", "rejected": f"videos/00{2 * k + 1}.mp4"}
+        for k in range(3)
+    ]
+    path = clips / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_sample_has_both_clips_with_one_augmentation(pairs):
+    data = SFTDataset(data_dir=pairs, rejected_column="rejected", reshape_mode="random", random_flip=0.5, **SIZE)
+    alone = SFTDataset(data_dir=pairs.parent, reshape_mode="random", random_flip=0.5, **SIZE)
+    sample = data.sample(1, torch.Generator().manual_seed(3))
+    others = [alone.sample(index, torch.Generator().manual_seed(3)) for index in (2, 3)]
+    assert torch.equal(sample["mp4"], others[0]["mp4"]) and torch.equal(sample["rejected"], others[1]["mp4"])
+    assert "rejected" not in SFTDataset(data_dir=pairs, **SIZE)[0]
+    with pytest.raises(InputError, match="data.params.rejected_column.*did you mean 'rejected'"):
+        SFTDataset(data_dir=pairs, rejected_column="rejectd", **SIZE)
+    with pytest.raises(InputError, match="rejected_column"):
+        SFTDataset(data_dir=pairs.parent, rejected_column="rejected", **SIZE)
+
+
+def test_a_rejected_clip_that_is_missing_or_damaged_is_named(pairs, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    for number in range(2):
+        (tmp_path / f"{number}.mp4").symlink_to(pairs.parent / "videos" / f"00{number}.mp4")
+    rows = [{"caption": "a", "video": "0.mp4", "rejected": "bad.mp4"}]
+    rows += [{"caption": "b", "video": "1.mp4", "rejected": "gone.mp4"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = SFTDataset(data_dir=tmp_path, rejected_column="rejected", **SIZE)
+    found = [report.problems[0] for report in data.check()]
+    assert found[0].startswith(f"its rejected clip {tmp_path / 'bad.mp4'} ")
+    assert found[1].startswith(f"its rejected clip {tmp_path / 'gone.mp4'} does not exist") and ":2" in found[1]
+    with pytest.raises(ClipError, match="its rejected clip .*bad.mp4") as caught:
+        data.sample(0, None)
+    assert caught.value.path == str(tmp_path / "0.mp4"), "the bad clip that is left out of later runs"
+
+
+def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pairs):
+    given = [*PAIRS, f"args.train_data=[{pairs}]", f"args.valid_data=[{pairs}]", "args.train_iters=2"]
+    given += ["deepspeed.zero_optimization.stage=2", "deepspeed.gradient_accumulation_steps=2"]
+    evaluated = ["args.eval_interval=2", "args.strict_eval=true", "args.only_log_video_latents=true"]
+    straight = job(LORA, *given, *evaluated, "args.valid_prompts=[a red circle]", save="straight").folder
+    job(LORA, *given, "args.exit_interval=1")
+    resumed = job(LORA, *given, "args.resume=auto", "args.checkpoint_activations=true").folder
+    one, two = (read_tensors(find_weights(run)) for run in (straight, resumed))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    (last,) = [row for row in read_metrics(straight / "metrics.jsonl") if "validation_margin" in row]
+    assert 0 <= last["validation_accuracy"] <= 1 and last["validation_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "data", "model", "adapters", "path", "text"),
+    [
+        ({}, {}, {}, True, "data.params.rejected_column", "is missing"),
+        ({}, {"rejected_column": "r"}, {}, False, "model.loss_fn_config.target", "train a LoRA"),
+        ({"latent_cache": "c"}, {"rejected_column": "r"}, {}, True, "args.latent_cache", "args.text_cache works"),
+        ({"precompute": True}, {"rejected_column": "r"}, {}, True, "args.precompute", "no rejected clips"),
+        ({}, {"rejected_column": "r"}, {"latent_input": True}, True, "model.latent_input", "takes videos"),
+        ({}, {"rejected_column": "r"}, {"loss_fn_config": None}, True, "data.params.rejected_column", "no pairs"),
+        ({}, {"rejected_column": "r"}, {}, True, None, ""),
+    ],
+)
+def test_what_contradicts_pairs_is_refused(args, data, model, adapters, path, text):
+    config = SimpleNamespace(
+        args=replace(TrainingArgs(train_iters=1), **args),
+        data={"params": data},
+        model={"loss_fn_config": {"target": LOSS}, **model},
+    )
+    found = list(pair_problems(config, trains_adapters=adapters))
+    assert [problem.path for problem in found] == [path][: path is not None]
+    assert all(text in str(problem) for problem in found)
