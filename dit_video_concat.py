@@ -73,23 +73,38 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         patch_size: (time, height, width).
         text_hidden_size: size of the text embeddings.
         bias: give the patch projection a bias.
+        control_channels: C of a control's latents, which come last; their columns are a matrix of their own, at first 0.
     """
 
     def __init__(
-        self, *, in_channels: int, hidden_size: int, patch_size: PatchSize, text_hidden_size: Width, bias: bool = True
+        self,
+        *,
+        in_channels: int,
+        hidden_size: int,
+        patch_size: PatchSize,
+        text_hidden_size: Width,
+        bias: bool = True,
+        control_channels: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.channels = [in_channels, control_channels]
         self.proj = nn.Linear(in_channels * math.prod(patch_size), hidden_size, bias=bias)
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+        if control_channels:
+            self.control_proj = nn.Linear(control_channels * math.prod(patch_size), hidden_size, bias=False)
+            nn.init.zeros_(self.control_proj.weight)
 
     def word_embedding_forward(
         self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
         # Split before the first weight: see the gradients in sgm.parallel.sequence.
-        patches = tokens.shard(patchify(x, self.patch_size))
-        return torch.cat((self.text_proj(tokens.shard(context)), self.proj(patches)), dim=1)
+        latents, control = x.split(self.channels, dim=2)
+        patches = self.proj(tokens.shard(patchify(latents, self.patch_size)))
+        if self.channels[1]:
+            patches = patches + self.control_proj(tokens.shard(patchify(control, self.patch_size)))
+        return torch.cat((self.text_proj(tokens.shard(context)), patches), dim=1)
 
 
 class _PositionTable(BaseMixin):
@@ -342,7 +357,7 @@ class DiffusionTransformer(BaseModel):
         latent_width: W of the largest latents.
         latent_height: H of the largest latents.
         patch_size: one integer (height and width within a frame) or [time, height, width].
-        in_channels: C of the input, image latents included.
+        in_channels: C of the input, image latents included, without those of a control.
         out_channels: C of the output.
         hidden_size: D.
         num_layers: blocks.
@@ -357,6 +372,7 @@ class DiffusionTransformer(BaseModel):
         ofs_embed_dim: size of the embedding of ``ofs`` (1.5 I2V), equal to `time_embed_dim`; None without it.
         use_SwiGLU: gate the MLP (Shazeer 2020) instead of GELU; no released model does.
         use_RMSNorm: RMS norms in the blocks instead of layer norms; no released model does.
+        control_channels: C of the latents of a control video: 0, or `out_channels`; see docs/control.md.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
@@ -392,6 +408,7 @@ class DiffusionTransformer(BaseModel):
         ofs_embed_dim: Width | None = None,
         use_SwiGLU: bool = False,  # noqa: N803
         use_RMSNorm: bool = False,  # noqa: N803
+        control_channels: AtLeast0 = 0,
     ) -> None:
         if hidden_size % num_attention_heads:
             raise InputError(
@@ -401,6 +418,8 @@ class DiffusionTransformer(BaseModel):
             raise InputError(
                 f"ofs_embed_dim={ofs_embed_dim} must equal time_embed_dim={time_embed_dim}: both embeddings are added"
             )
+        if control_channels not in (0, out_channels):
+            raise InputError(f"control_channels={control_channels} is neither 0 nor out_channels={out_channels}")
         args = TransformerArgs.parse(transformer_args)
         sgm.distributed.initialize()
         tensor_shard = Shard(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
@@ -423,8 +442,8 @@ class DiffusionTransformer(BaseModel):
         super().__init__(None, transformer=transformer)
         self.tensor_shard = tensor_shard  # this rank's shard of the layers, see sgm.parallel.tensor
         self.attention: Attention = torch_attention
-        self.patch_size = normalize_patch_size(patch_size)
-        self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
+        self.hidden_size, self.patch_size = hidden_size, normalize_patch_size(patch_size)
+        self.in_channels, self.out_channels, self.control_channels = in_channels, out_channels, control_channels
         self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
         self.ofs_embed_dim, self.time_compressed_rate = ofs_embed_dim, time_compressed_rate
         if ofs_embed_dim is not None:
@@ -446,6 +465,7 @@ class DiffusionTransformer(BaseModel):
                 "num_layers": num_layers,
                 "patch_size": self.patch_size,
                 "in_channels": in_channels,
+                "control_channels": control_channels or None,
                 "out_channels": out_channels,
                 "grid": self.grid,
                 **dict(zip(INTERPOLATION, interpolation, strict=True)),
@@ -472,6 +492,8 @@ class DiffusionTransformer(BaseModel):
             if not issubclass(cls, BaseMixin):
                 raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
             accepted = inspect.signature(cls).parameters
+            if name == "patch_embed" and self.control_channels and "control_channels" not in accepted:
+                raise InputError(f"network_config.params.control_channels: {cls.__name__} takes none; remove it")
             for key in (key for key in _OF_THE_NETWORK & own.keys() if own[key] != defaults[key]):
                 found = f"is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
                 raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
@@ -530,7 +552,7 @@ class DiffusionTransformer(BaseModel):
         """Predict v (released models), or the target of the denoiser's scaling.
 
         Args:
-            x: (B, T, C_in, H, W) noisy latents, image latents already concatenated on C.
+            x: (B, T, C_in, H, W) noisy latents, those of image and control already concatenated on C.
             timesteps: (B,) in 0..999.
             context: (B, L, D_text) text embeddings.
             ofs: (B,), required by models with `ofs_embed_dim`; always 2.0 in released models.
@@ -559,10 +581,11 @@ class DiffusionTransformer(BaseModel):
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
         """Check shapes; return the grid of patches of `x`."""
-        if x.ndim != 5 or x.shape[2] != self.in_channels:
+        channels = self.in_channels + self.control_channels
+        if x.ndim != 5 or x.shape[2] != channels:
             raise InputError(
-                f"the network takes (B, T, {self.in_channels}, H, W), got {tuple(x.shape)}; image-to-video models take "
-                "the noisy latents and the image latents concatenated on the channel axis"
+                f"the network takes (B, T, {channels}, H, W), got {tuple(x.shape)}; image-to-video models take the "
+                "noisy latents and the image latents concatenated on the channel axis, then those of a control"
             )
         size = (x.shape[1], x.shape[3], x.shape[4])
         (t, rest_t), (h, rest_h), (w, rest_w) = map(divmod, size, self.patch_size)

@@ -22,7 +22,7 @@ from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config
-from sgm.weights.adapters import is_adapter
+from sgm.weights.adapters import is_added
 
 # T5 v1.1 XXL, the text encoder of all released models, in 16 bits: assumed if its folder is not there yet.
 T5_XXL = {
@@ -187,7 +187,7 @@ def training_estimate(
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    if problems := list(frozen_problems(config, trains_adapters=all(map(is_adapter, trained)))):
+    if problems := list(frozen_problems(config, trains_adapters=all(map(is_added, trained)))):
         raise ConfigError(problems)
     clip = clip_of(config)
     assert clip is not None, "checked by the caller"
@@ -242,7 +242,7 @@ def training_estimate(
         "activations": network.host,
         "optimizer": host,
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
-        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_adapter, trained))),
+        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
     }
     return Estimate(phases, host=waits, traffic=traffic)
 

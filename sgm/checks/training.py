@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from sgm.checks.sampling import size_problems
 from sgm.config.load import Config, ConfigError, Problem
@@ -30,11 +32,22 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
+    problems += _control_problems(params, geometry)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def _control_problems(params: Mapping[str, Any], geometry: Geometry) -> list[Problem]:
+    """Return the contradiction of a network and data of which only one has a control."""
+    given = params.get("control")
+    if given is None or bool(given) == bool(geometry.control_channels):
+        return []
+    path, channels = f"{_DATA}.control", f"control_channels is {geometry.control_channels}"
+    cure = "take configs/control.yaml, which sets both, or remove both"
+    return [Problem(path, "", f"is {str(given).lower()}, and the network's {channels}", cure)]
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:

@@ -297,7 +297,8 @@ class _Collated(Dataset):
         if clip is None or self.clip_dtype in (None, clip.dtype):
             return sample
         first = clip[0].clone() if image is None else image  # a view would take the whole clip along
-        return sample | {"mp4": clip.to(self.clip_dtype), "image": first}
+        converted = {name: sample[name].to(self.clip_dtype) for name in ("mp4", "control") if name in sample}
+        return sample | converted | {"image": first}
 
 
 def _unchanged(batch: Any) -> Any:

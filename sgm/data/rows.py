@@ -53,6 +53,7 @@ class Row:
     problem: str | None = None  # why it cannot be used
     image: ClipFile | None = None  # first image of image-to-video; None is the first frame
     info: VideoInfo | None = None  # metadata in the columns of the data set, not yet checked
+    control: ClipFile | None = None  # clip that shows the network what to follow, frame by frame
 
 
 def suffix(file: str | ClipFile) -> str:

@@ -31,6 +31,7 @@ class Geometry:
         in_channels: channels of the network's input.
         out_channels: channels of its output and of the latents.
         positions: ``sincos``, ``learned`` or ``rotary``.
+        control_channels: further channels of its input, for a control video; 0 without.
     """
 
     patch_size: PatchSize
@@ -41,6 +42,7 @@ class Geometry:
     in_channels: int
     out_channels: int
     positions: str
+    control_channels: int = 0
 
     @classmethod
     def from_network(cls, params: Mapping[str, Any]) -> Self:
@@ -63,6 +65,7 @@ class Geometry:
             in_channels=_count(params, "in_channels"),
             out_channels=_count(params, "out_channels"),
             positions="sincos" if sincos else "learned" if learned else "rotary",
+            control_channels=params.get("control_channels") or 0,
         )
 
     @property

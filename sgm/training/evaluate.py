@@ -145,6 +145,8 @@ class Evaluation:
         clips = [self._clip(number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
+        if "control" in clips[0]:
+            batch["control"] = [clip["control"] for clip in clips]
         batch[self.engine.input_key] = torch.stack([clip[self.engine.input_key] for clip in clips])
         return batch
 
