@@ -73,7 +73,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         patch_size: (time, height, width).
         text_hidden_size: size of the text embeddings.
         bias: give the patch projection a bias.
-        control_channels: C of a control's latents, which come last; their columns are a matrix of their own, at first 0.
+        control_channels: C of a control's latents, the last; their columns are a matrix of their own, at first zero.
     """
 
     def __init__(

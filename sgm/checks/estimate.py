@@ -134,13 +134,15 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     phases: dict[str, Mapping[str, float]] = {"text": {"text encoder": text.device}} if text.stored else {}
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
-    if plan.image2video or args.encodes_clips or not args.only_save_latents:
+    encodes_whole = args.video is not None or geometry.control_channels > 0
+    encodes = plan.image2video or args.encodes_clips or encodes_whole
+    if encodes or not args.only_save_latents:
         decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
-        if plan.image2video or args.encodes_clips:
+        if encodes:
             known = args.num_held if args.start or args.end else 1
-            frames = plan.video_frames if args.video is not None else known
+            frames = plan.video_frames if encodes_whole else known
             encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": encoded.peak}
         if not args.only_save_latents:

@@ -1,10 +1,10 @@
 """Cache of encoder outputs on disk; docs/precomputing.md describes the files.
 
 A folder has up to four kinds of results: ``latents``, mean and log-variance of clips; ``images`` and ``controls``,
-likewise of the first images of image-to-video and of control clips; ``text``, embeddings of captions. Each kind has a description, ``latents.json``, and
-shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. Shards are
-written atomically: a kind is complete when no shard is missing, and its bytes are independent of interruptions and of
-the number of processes.
+likewise of the first images of image-to-video and of control clips; ``text``, embeddings of captions. Each kind has a
+description, ``latents.json``, and shards, ``latents-00000.safetensors``. The description is written first and assigns
+results to shards. Shards are written atomically: a kind is complete when no shard is missing, and its bytes are
+independent of interruptions and of the number of processes.
 
 The header of a shard says which one it is, and has a checksum of every result. Sizes and headers of all shards are
 checked when a cache is opened, and results when they are read.

@@ -471,7 +471,9 @@ class SATVideoDiffusionEngine(nn.Module):
             before_step = {"before_step": self._set_strengths} if self.loras.changes else {}
         if inversion is not None:
             given = {"num_steps": num_steps, "first_step": first_step, "progress": progress, **before_step}
-            x = self.sampler.invert(self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device))
+            x = self.sampler.invert(
+                self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device)
+            )
         cache = self.step_cache
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):

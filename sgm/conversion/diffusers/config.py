@@ -112,7 +112,7 @@ def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "attention_head_dim": hidden // heads,
         "num_layers": params["num_layers"],
-        "in_channels": params["in_channels"],
+        "in_channels": params["in_channels"] + (params.get("control_channels") or 0),
         "out_channels": params["out_channels"],
         "time_embed_dim": params["time_embed_dim"],
         "ofs_embed_dim": params.get("ofs_embed_dim"),

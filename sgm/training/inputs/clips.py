@@ -175,4 +175,6 @@ def _without(dataset: Any, paths: Collection[str]) -> Any:
 
 def _stamped(rows: Iterable[Any], stamp: Callable[[Any], Any]) -> list[Any]:
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly
-        return list(pool.map(stamp, [file for row in rows for file in (row.path, row.image, row.control) if file is not None]))
+        return list(
+            pool.map(stamp, [file for row in rows for file in (row.path, row.image, row.control) if file is not None])
+        )
