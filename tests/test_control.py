@@ -16,6 +16,7 @@ from data_video import SFTDataset
 from sgm.checks.planner import sampling_rows
 from sgm.config.load import ConfigError, load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
+from sgm.conversion.diffusers.to_sat import sat_model_of
 from sgm.conversion.diffusers.verify import verify
 from sgm.inference.prepare import prepare
 from sgm.inference.prompts import parse_prompts
@@ -137,6 +138,8 @@ def test_diffusers_computes_what_a_network_with_a_control_does(trained, tmp_path
     peer = yaml.safe_load((tmp_path / "pipe/transformer/config.json").read_text())
     index = yaml.safe_load((tmp_path / "pipe/model_index.json").read_text())
     assert (peer["in_channels"], index["_class_name"]) == (32, "CogVideoXFunControlPipeline")
+    with pytest.raises(InputError, match="which is not imported"):
+        sat_model_of({"transformer": tmp_path / "pipe" / "transformer"})
 
 
 def test_what_diffusers_has_no_place_for_is_said(trained):

@@ -14,7 +14,7 @@ import torch
 
 from sgm.config.load import Config
 from sgm.conversion import lora
-from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
+from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
 from sgm.conversion.modelspec import model_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
@@ -193,7 +193,7 @@ def _pipeline_class(geometry: Geometry) -> str:
             "the network takes an image and a control video, and diffusers has no pipeline with both; it can only be "
             "sampled here"
         )
-    return "CogVideoXFunControlPipeline"
+    return CONTROL_PIPELINE
 
 
 def _geometry(config: Config) -> Geometry:
