@@ -418,8 +418,6 @@ class DiffusionTransformer(BaseModel):
             raise InputError(
                 f"ofs_embed_dim={ofs_embed_dim} must equal time_embed_dim={time_embed_dim}: both embeddings are added"
             )
-        if control_channels not in (0, out_channels):
-            raise InputError(f"control_channels={control_channels} is neither 0 nor out_channels={out_channels}")
         args = TransformerArgs.parse(transformer_args)
         sgm.distributed.initialize()
         tensor_shard = Shard(sgm.distributed.tensor_parallel_rank(), sgm.distributed.tensor_parallel_size())
@@ -465,7 +463,6 @@ class DiffusionTransformer(BaseModel):
                 "num_layers": num_layers,
                 "patch_size": self.patch_size,
                 "in_channels": in_channels,
-                "control_channels": control_channels or None,
                 "out_channels": out_channels,
                 "grid": self.grid,
                 **dict(zip(INTERPOLATION, interpolation, strict=True)),
@@ -476,6 +473,9 @@ class DiffusionTransformer(BaseModel):
 
     def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Build the mixins; parameters missing in the YAML come from `defaults`."""
+        if (control := self.control_channels) not in (0, self.out_channels):
+            raise InputError(f"control_channels={control} is neither 0 nor out_channels={self.out_channels}")
+        defaults = {**defaults, "control_channels": control or None}
         self.adapter_dropout = Dropout()
         known = [f"{name}_config" for name in MIXINS]
         for name in modules:
