@@ -250,7 +250,7 @@ def test_training_inputs_from_a_cache_are_those_of_the_clips(tmp_path):
     for name in "ab":
         root = folder_with_clip(tmp_path / "data", name)
         clip(root / "control" / f"{name}.mp4", shift=30)
-    bases = [CONFIGS / f"{name}.yaml" for name in ("toy", "toy_sft", "control")]
+    bases = [CONFIGS / f"{name}.yaml" for name in ("toy", "toy_sft", "control/video")]
     overrides = [f"args.train_data=[{root}]", "args.eval_interval=null", "data.params.max_num_frames=5"]
     config = load_config(bases, [*overrides, "args.split='1,0,0'"], mode="train")
     run_jobs(plan_jobs(config, ("latents",)), tmp_path / "cache")
@@ -275,7 +275,7 @@ def test_training_inputs_from_a_cache_are_those_of_the_clips(tmp_path):
 
 
 def test_a_network_and_data_of_which_one_has_a_control_are_refused(tmp_path):
-    bases = [CONFIGS / f"{name}.yaml" for name in ("toy", "toy_sft", "control")]
+    bases = [CONFIGS / f"{name}.yaml" for name in ("toy", "toy_sft", "control/video")]
     config = load_config(bases, [f"args.train_data=[{folder_with_clip(tmp_path)}]", "data.params.control=false"],
                          mode="train")  # fmt: skip
     with pytest.raises(ConfigError, match=r"data\.params\.control.*is false, and the network's control_channels is 16"):
@@ -297,7 +297,7 @@ def test_lines_name_a_control_after_prompt_and_image():
 
 
 def sampling(tmp_path, *overrides, control=True):
-    bases = [CONFIGS / name for name in ("toy.yaml", "toy_inference.yaml", "control.yaml")][: 2 + control]
+    bases = [CONFIGS / name for name in ("toy.yaml", "toy_inference.yaml", "control/video.yaml")][: 2 + control]
     more = ["args.prompt=a red circle moves up", "args.sampling_num_frames=2", "args.num_steps=1"]
     places = [f"args.output_dir={tmp_path}", "args.only_save_latents=true"]
     return load_config(bases, [*more, *places, *overrides], mode="inference")

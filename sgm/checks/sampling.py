@@ -130,7 +130,9 @@ def _input_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
     for key in ("control", "control_strength"):
         if getattr(args, key) is not None and not geometry.control_channels:
             found = "is given, and the network takes no control (control_channels is 0)"
-            yield Problem(f"args.{key}", "", found, "add configs/control.yaml and weights that were trained with it")
+            yield Problem(
+                f"args.{key}", "", found, "add configs/control/video.yaml and weights that were trained with it"
+            )
     channels = f"in_channels {geometry.in_channels}, out_channels {geometry.out_channels}"
     if args.image2video is True and not geometry.image_conditioned:
         found = f"is true, but the network takes no image ({channels})"

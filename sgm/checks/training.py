@@ -46,7 +46,7 @@ def _control_problems(params: Mapping[str, Any], geometry: Geometry) -> list[Pro
     if given is None or bool(given) == bool(geometry.control_channels):
         return []
     path, channels = f"{_DATA}.control", f"control_channels is {geometry.control_channels}"
-    cure = "take configs/control.yaml, which sets both, or remove both"
+    cure = "take configs/control/video.yaml, which sets both, or remove both"
     return [Problem(path, "", f"is {str(given).lower()}, and the network's {channels}", cure)]
 
 

@@ -91,7 +91,7 @@ def match_network(
         if not allow_missing_adapters:
             raise InputError(
                 f"{source} holds no weights for a control video, and the configuration has control_channels; give "
-                "weights that were trained with it, or remove configs/control.yaml"
+                "weights that were trained with it, or remove configs/control/video.yaml"
             )
         new_adapters |= {CONTROL_WEIGHT}
     zeroed = {name for name in UNUSED_TABLES if name in shapes and name not in tensors}
@@ -224,7 +224,7 @@ def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
         return
     lines = [f"{source} does not fit the configured network:"]
     if CONTROL_WEIGHT in file_shapes and CONTROL_WEIGHT not in expected:
-        lines.insert(0, f"{source} takes a control video, and the configuration none; add configs/control.yaml")
+        lines.insert(0, f"{source} takes a control video, and the configuration none; add configs/control/video.yaml")
     if built and found and built.kind() != found.kind():
         what = "a LoRA" if lora else "the weights"
         lines.insert(0, f"{what} of {found.kind()}, and the configuration builds {built.kind()}; {found.config_hint()}")

@@ -26,7 +26,7 @@ from sgm.training.main import main as train
 from sgm.util import RunError
 
 OVERLAP = 0.7
-CONFIGS = ("configs/toy_lora.yaml", "configs/toy_sft.yaml", "configs/control.yaml")
+CONFIGS = ("configs/toy_lora.yaml", "configs/toy_sft.yaml", "configs/control/video.yaml")
 
 
 def outlines(video: np.ndarray) -> np.ndarray:
