@@ -72,7 +72,9 @@ def trained(family, tmp_path):  # noqa: F811
     return make
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if "i2v" in name or "2b" in name else [pytest.mark.slow]) for name in FAMILIES]
+)
 @torch.no_grad()
 def test_an_untrained_control_leaves_the_network_as_it_is_bit_for_bit(family, name):  # noqa: F811
     config = load(family(name))
