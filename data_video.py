@@ -57,7 +57,8 @@ class SFTDataset:
         caption_column: column, or file of lines, of captions; None selects it by its usual names.
         video_column: likewise for clips.
         image_column: likewise for first images.
-        control: each clip has a control, a clip that the network follows frame by frame, see docs/control.md.
+        control: each clip has a control, a clip that the network follows frame by frame, see docs/control.md; training
+            sets it where the network takes one.
         control_column: column, or file of lines, of controls.
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.

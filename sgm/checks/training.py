@@ -2,8 +2,6 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 from sgm.checks.sampling import size_problems
 from sgm.config.load import Config, ConfigError, Problem
@@ -32,7 +30,7 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
-    problems += _control_problems(params, geometry)
+    problems += _control_problems(config, "control" in signature.parameters, geometry)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
@@ -40,14 +38,17 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def _control_problems(params: Mapping[str, Any], geometry: Geometry) -> list[Problem]:
+def _control_problems(config: Config, has_controls: bool, geometry: Geometry) -> list[Problem]:
     """Return the contradiction of a network and data of which only one has a control."""
-    given = params.get("control")
+    given = (config.data.get("params") or {}).get("control")
+    channels = f"the network's control_channels is {geometry.control_channels}"
+    if geometry.control_channels and not has_controls:
+        found = f"has no parameter control, and {channels}"
+        return [Problem("data.target", "", found, "take data_video.SFTDataset, or remove control_channels")]
     if given is None or bool(given) == bool(geometry.control_channels):
         return []
-    path, channels = f"{_DATA}.control", f"control_channels is {geometry.control_channels}"
-    cure = "take configs/control/video.yaml, which sets both, or remove both"
-    return [Problem(path, "", f"is {str(given).lower()}, and the network's {channels}", cure)]
+    cure = "remove it: clips have a control if the network takes one (configs/control/video.yaml)"
+    return [Problem(f"{_DATA}.control", "", f"is {str(given).lower()}, and {channels}", cure)]
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:

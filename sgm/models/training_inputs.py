@@ -157,7 +157,7 @@ def _control_condition(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any]
     elif "control" in batch:
         latents = engine.encode_first_stage(to_device(batch["control"][i][None], engine.device), sample=False)
     else:
-        raise InputError("the network takes a control video, and the data have none; set data.params.control=true")
+        raise InputError("the network takes a control video, and the samples of the data have none, under control")
     return engine.padded(latents)
 
 
