@@ -16,8 +16,8 @@ from pydantic import Field
 from sgm.config.values import AtLeast1, Share, Width
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
-from sgm.data.clips.check import RowReport, check_rows, row_reports
-from sgm.data.clips.decode import ClipError, read_frames, scan
+from sgm.data.clips.check import RowReport, check_rows, control_problem, row_reports
+from sgm.data.clips.decode import ClipError, Scan, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, covering_size, stretch
@@ -36,7 +36,7 @@ class SFTDataset:
 
     ``dataset[i]`` decodes clip i without random augmentation: ``mp4`` (F, 3, H, W) float32 in [-1, 1], ``txt`` the
     caption, ``num_frames`` the frames without padding, ``fps``, ``path``, and ``image`` (3, H, W) in [-1, 1], the first
-    image of image-to-video, or None. Training calls `sample`.
+    image of image-to-video, or None; with `control` also ``control``, like ``mp4``. Training calls `sample`.
 
     Args:
         data_dir: folder, manifest or archive; training passes each of ``args.train_data`` and ``args.valid_data``.
@@ -59,6 +59,9 @@ class SFTDataset:
         image_column: likewise for first images.
         rejected_column: column of clips to which those of `video_column` are preferred, for a loss that takes pairs;
             samples then have ``rejected``, of the shape and with the augmentation of ``mp4``. None: there are none.
+        control: each clip has a control, a clip that the network follows frame by frame, see docs/control.md; training
+            sets it where the network takes one.
+        control_column: column, or file of lines, of controls.
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
@@ -87,6 +90,8 @@ class SFTDataset:
         video_column: str | None = None,
         image_column: str | None = None,
         rejected_column: str | None = None,
+        control: bool = False,
+        control_column: str | None = None,
         buckets: list[Any] | dict[Any, Any] | None = None,
         drop_partial: bool = False,
     ) -> None:
@@ -111,8 +116,12 @@ class SFTDataset:
         self.reshape_mode = reshape_mode
         self.random_flip = _probability("random_flip", random_flip)
         self.caption_dropout = _probability("caption_dropout", caption_dropout)
-        columns = Columns(caption_column, video_column, image_column, rejected_column)
+        if control_column is not None and not control:
+            raise InputError("data.params.control_column has no effect without data.params.control=true; remove it")
+        self.control = control
+        columns = Columns(caption_column, video_column, image_column, rejected_column, control_column)
         self.rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
+        self.rows = [_with_control(row) if control else replace(row, control=None) for row in self.rows]
         if id_token:
             self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
         self._cache: _Cache | None = None
@@ -152,10 +161,12 @@ class SFTDataset:
             frames, unpadded = self._frames(row.path, augmentation, num_frames)
             if row.rejected is not None:
                 sample["rejected"] = self._rejected(row.path, row.rejected, augmentation, num_frames)
+            if self.control:
+                sample["control"] = self._frames(row.path, augmentation, num_frames, control_of=row)[0]
             return {**sample, "mp4": frames, "num_frames": unpadded, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
-        sample["moments"] = self._cache.moments(row.path, (num_frames, height, width))
+        sample |= self._cache.moments(row.path, (num_frames, height, width))
         if self._cache.images is not None:
             sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
         elif self._cache.first_frames:
@@ -163,8 +174,10 @@ class SFTDataset:
             sample["image"] = self._frames(row.path, augmentation, 1)[0][0] if image is None else image
         return sample
 
-    def _frames(self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int) -> tuple[torch.Tensor, int]:
-        """Decode a clip: (F, 3, H, W), and the number of frames without padding."""
+    def _frames(
+        self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int, *, control_of: Row | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """Decode a clip, or the same frames of its control: (F, 3, H, W), and the number of frames without padding."""
         scanned = scan(clip)
         end = scanned.times[0] + scanned.info.duration
         try:
@@ -172,7 +185,10 @@ class SFTDataset:
         except ValueError as error:
             raise ClipError(clip, str(error)) from error
         distinct = sorted(set(selection.indices))
-        frames = augmentation.apply(read_frames(clip, distinct, scanned))
+        pictures = (
+            read_frames(clip, distinct, scanned) if control_of is None else _control(control_of, distinct, scanned)
+        )
+        frames = augmentation.apply(pictures)
         if len(distinct) < len(selection.indices):
             frames = frames[[distinct.index(frame) for frame in selection.indices]]
         return frames, selection.num_frames
@@ -204,15 +220,17 @@ class SFTDataset:
         """Captions of the clips, in order."""
         return [row.caption for row in self.rows]
 
-    def cache_keys(self, *, images: bool = False) -> dict[str, str]:
-        """Return path → key in a cache of each usable clip, or of its first image.
+    def cache_keys(self, *, images: bool = False, controls: bool = False) -> dict[str, str]:
+        """Return path → key in a cache of each usable clip, of its first image, or of its control.
 
         Raises:
             InputError: a file is missing.
         """
         key = ClipKeys(self.folder)
         rows = [row for row in self.rows if not row.problem]
-        return {str(row.path): key(row.path, row.image if images else None) for row in rows}
+        return {
+            str(row.path): key(row.path, row.image if images else row.control if controls else None) for row in rows
+        }
 
     def cached(
         self,
@@ -222,6 +240,8 @@ class SFTDataset:
         images: CachedTensors | None,
         image_keys: Mapping[str, str],
         first_frames: bool,
+        controls: CachedTensors | None = None,
+        control_keys: Mapping[str, str] | None = None,
     ) -> Self:
         """Return a copy whose samples have ``moments`` (2z, T, h, w) instead of ``mp4``.
 
@@ -233,9 +253,11 @@ class SFTDataset:
             images: moments of first images; samples then have ``image_moments`` (2z, 1, h, w).
             image_keys: path → key in `images`.
             first_frames: without `images`, decode the first image as ``image``.
+            controls: moments of controls; samples then have ``control_moments``, like ``moments``.
+            control_keys: path → key in `controls`.
         """
         chosen = copy.copy(self)
-        chosen._cache = _Cache(latents, keys, images, image_keys, first_frames)
+        chosen._cache = _Cache(latents, keys, images, image_keys, first_frames, controls, control_keys or {})
         return chosen
 
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
@@ -316,11 +338,17 @@ class _Cache:
     images: CachedTensors | None
     image_keys: Mapping[str, str]
     first_frames: bool
+    controls: CachedTensors | None
+    control_keys: Mapping[str, str]
 
     def _entries(self, clip: ClipFile) -> list[tuple[CachedTensors, str]]:
         """Return cache and key of the results of a clip."""
-        entries = [(self.latents, self.keys[str(clip)])]
-        return entries if self.images is None else [*entries, (self.images, self.image_keys[str(clip)])]
+        kinds = (
+            (self.latents, self.keys),
+            (self.images, self.image_keys),
+            (self.controls, self.control_keys),
+        )
+        return [(cache, keys[str(clip)]) for cache, keys in kinds if cache is not None]
 
     def failure(self, clip: ClipFile) -> str | None:
         """Return why a clip could not be encoded, or None."""
@@ -340,20 +368,28 @@ class _Cache:
                 lines.append(f"{clip}: {there} in '{cache.folder}', {shape} now")
         return lines
 
-    def moments(self, clip: ClipFile, shape: tuple[int, int, int]) -> torch.Tensor:
-        """Return the moments of a clip at a shape (F, H, W).
+    def moments(self, clip: ClipFile, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+        """Return the moments of a clip at a shape (F, H, W), and those of its control, by their names in a sample.
 
         Raises:
             RunError: the cache has another shape of the clip, or left it out.
         """
-        moments, found = self.latents.get(self.keys[str(clip)]), "is left out of"
+        moments = {"moments": self._moments(clip, self.latents, self.keys, shape)}
+        if self.controls is not None:
+            moments["control_moments"] = self._moments(clip, self.controls, self.control_keys, shape)
+        return moments
+
+    def _moments(
+        self, clip: ClipFile, cache: CachedTensors, keys: Mapping[str, str], shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        moments, found = cache.get(keys[str(clip)]), "is left out of"
         if moments is not None:
             frames = (moments.shape[1] - 1) * TIME_COMPRESSION + 1
             cached = (frames, *(8 * side for side in moments.shape[2:]))
             if cached == tuple(shape):
                 return moments
             found = f"is {'x'.join(map(str, cached))} in"
-        found = f"{clip} {found} {self.latents.folder}, and {'x'.join(map(str, shape))} is asked for"
+        found = f"{clip} {found} {cache.folder}, and {'x'.join(map(str, shape))} is asked for"
         raise RunError(f"{found}; train without args.latent_cache")
 
 
@@ -384,6 +420,26 @@ class _Augmentation:
         out.copy_(stretch(frames, self.size) if stretches else cover_crop(frames, self.size, self.place))
         if not is_scaled:  # a crop in bytes is a quarter of one in floats
             out.div_(127.5).sub_(1)
+
+
+def _with_control(row: Row) -> Row:
+    """Return a row whose problem is a missing control, if it has no other and no control."""
+    if row.control is not None or row.problem:
+        return row
+    cure = "put it into the folder control/ beside videos/, under the name of the clip, or name it in a column control"
+    return replace(row, problem=f"its control is missing; {cure}")
+
+
+def _control(row: Row, indices: Sequence[int], clip: Scan) -> np.ndarray:
+    """Return frames of the control of a clip (T, h, w, 3) uint8."""
+    assert row.control is not None, "a row without one has a problem"
+    try:
+        scanned = scan(row.control)
+        if problem := control_problem(clip.info, scanned.info):
+            raise ClipError(row.control, problem)
+        return read_frames(row.control, indices, scanned)
+    except ClipError as error:
+        raise ClipError(row.path, f"its control {error.path} {error.reason}") from error
 
 
 def _image(row: Row, augmentation: _Augmentation) -> torch.Tensor | None:

@@ -34,13 +34,14 @@ from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_posit
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu
+from sgm.modules.linears import embedding_mlp, use_plain_linears, zero_linear
 from sgm.modules.lora import Dropout, use_adapters
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import torch_attention
 from sgm.parallel.sequence import Attention
 from sgm.parallel.tensor import HeadNorm, average_gradients, mark_tensor_parallel, shard_adapters
 from sgm.parallel.token_shards import TokenShards
-from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import, without_allocating
+from sgm.util import InputError, get_obj_from_str, instantiate_from_config, nearest, prepare_import
 from sgm.weights.adapters import check_lora_params
 from sgm.weights.partition import Shard
 
@@ -48,7 +49,6 @@ prepare_import()
 
 from sat.model.base_model import BaseMixin, BaseModel  # noqa: E402
 from sat.model.transformer import BaseTransformer  # noqa: E402
-from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from sat.ops.layernorm import RMSNorm  # noqa: E402
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")
@@ -73,23 +73,38 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         patch_size: (time, height, width).
         text_hidden_size: size of the text embeddings.
         bias: give the patch projection a bias.
+        control_channels: C of a control's latents, the last; their columns are a matrix of their own, at first zero.
     """
 
     def __init__(
-        self, *, in_channels: int, hidden_size: int, patch_size: PatchSize, text_hidden_size: Width, bias: bool = True
+        self,
+        *,
+        in_channels: int,
+        hidden_size: int,
+        patch_size: PatchSize,
+        text_hidden_size: Width,
+        bias: bool = True,
+        control_channels: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.channels = [in_channels, control_channels]
         self.proj = nn.Linear(in_channels * math.prod(patch_size), hidden_size, bias=bias)
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+        if control_channels:
+            self.control_proj = nn.Linear(control_channels * math.prod(patch_size), hidden_size, bias=False)
+            nn.init.zeros_(self.control_proj.weight)
 
     def word_embedding_forward(
         self, x: torch.Tensor, *, context: torch.Tensor, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
         """(B, T, C, H, W) and (B, L, text size) → (B, S, D)."""
         # Split before the first weight: see the gradients in sgm.parallel.sequence.
-        patches = tokens.shard(patchify(x, self.patch_size))
-        return torch.cat((self.text_proj(tokens.shard(context)), self.proj(patches)), dim=1)
+        latents, control = x.split(self.channels, dim=2)
+        patches = self.proj(tokens.shard(patchify(latents, self.patch_size)))
+        if self.channels[1]:
+            patches = patches + self.control_proj(tokens.shard(patchify(control, self.patch_size)))
+        return torch.cat((self.text_proj(tokens.shard(context)), patches), dim=1)
 
 
 class _PositionTable(BaseMixin):
@@ -211,18 +226,6 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         return attend(rotate(q, *rotation), rotate(k, *rotation), v, tokens=tokens)
 
 
-def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Zero-initialised linear layer: an untrained block is the identity."""
-    linear = nn.Linear(in_features, out_features)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _embedding_mlp(in_features: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-
 class AdaLNMixin(BaseMixin):
     """The transformer block: adaLN-Zero (Peebles & Xie 2023) with separate modulation for text and video.
 
@@ -255,7 +258,7 @@ class AdaLNMixin(BaseMixin):
         self.block_context: Any = nullcontext  # of its number: brings its weights, see sgm.weights.offload
         self.step_cache: StepCache | None = None
         self.adaLN_modulations = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
+            nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
         self.qk_ln = qk_ln
         if qk_ln:
@@ -319,8 +322,8 @@ class FinalLayerMixin(BaseMixin):
         super().__init__()
         self.patch_size = patch_size
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=elementwise_affine, eps=1e-6)
-        self.linear = _zero_linear(hidden_size, math.prod(patch_size) * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), _zero_linear(time_embed_dim, 2 * hidden_size))
+        self.linear = zero_linear(hidden_size, math.prod(patch_size) * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(
         self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, tokens: TokenShards, **_: Any
@@ -329,17 +332,6 @@ class FinalLayerMixin(BaseMixin):
         shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, self.norm_final(average_gradients(x)), 1 + scale)
         return unpatchify(tokens.gather(self.linear(x)), grid, self.patch_size)
-
-
-def _use_plain_linears(transformer: nn.Module, shard: Shard) -> None:
-    """Put `nn.Linear`, which libraries recognise, in the place of SAT's layers unless they are sharded."""
-    for parent in list(transformer.modules()) if shard.size == 1 else ():
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-                with without_allocating():
-                    plain = nn.Linear(layer.input_size, layer.output_size, bias=layer.bias is not None)
-                plain.weight, plain.bias = layer.weight, layer.bias
-                setattr(parent, name, plain)
 
 
 class DiffusionTransformer(BaseModel):
@@ -351,7 +343,7 @@ class DiffusionTransformer(BaseModel):
         latent_width: W of the largest latents.
         latent_height: H of the largest latents.
         patch_size: one integer (height and width within a frame) or [time, height, width].
-        in_channels: C of the input, image latents included.
+        in_channels: C of the input, image latents included, without those of a control.
         out_channels: C of the output.
         hidden_size: D.
         num_layers: blocks.
@@ -366,6 +358,7 @@ class DiffusionTransformer(BaseModel):
         ofs_embed_dim: size of the embedding of ``ofs`` (1.5 I2V), equal to `time_embed_dim`; None without it.
         use_SwiGLU: gate the MLP (Shazeer 2020) instead of GELU; no released model does.
         use_RMSNorm: RMS norms in the blocks instead of layer norms; no released model does.
+        control_channels: C of the latents of a control video: 0, or `out_channels`; see docs/control.md.
     """
 
     IGNORED_PARAMS: ClassVar[dict[str, str]] = {
@@ -401,6 +394,7 @@ class DiffusionTransformer(BaseModel):
         ofs_embed_dim: Width | None = None,
         use_SwiGLU: bool = False,  # noqa: N803
         use_RMSNorm: bool = False,  # noqa: N803
+        control_channels: AtLeast0 = 0,
     ) -> None:
         if hidden_size % num_attention_heads:
             raise InputError(
@@ -432,12 +426,12 @@ class DiffusionTransformer(BaseModel):
         super().__init__(None, transformer=transformer)
         self.tensor_shard = tensor_shard  # this rank's shard of the layers, see sgm.parallel.tensor
         self.attention: Attention = torch_attention
-        self.patch_size = normalize_patch_size(patch_size)
-        self.in_channels, self.out_channels, self.hidden_size = in_channels, out_channels, hidden_size
-        self.time_embed = _embedding_mlp(hidden_size, time_embed_dim)
+        self.hidden_size, self.patch_size = hidden_size, normalize_patch_size(patch_size)
+        self.in_channels, self.out_channels, self.control_channels = in_channels, out_channels, control_channels
+        self.time_embed = embedding_mlp(hidden_size, time_embed_dim)
         self.ofs_embed_dim, self.time_compressed_rate = ofs_embed_dim, time_compressed_rate
         if ofs_embed_dim is not None:
-            self.ofs_embed = _embedding_mlp(ofs_embed_dim, ofs_embed_dim)
+            self.ofs_embed = embedding_mlp(ofs_embed_dim, ofs_embed_dim)
         latent_frames = (num_frames - 1) // time_compressed_rate + 1
         self.grid: Grid = (
             -(-latent_frames // self.patch_size[0]),  # an odd count is padded at the front
@@ -465,6 +459,9 @@ class DiffusionTransformer(BaseModel):
 
     def _add_mixins(self, modules: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Build the mixins; parameters missing in the YAML come from `defaults`."""
+        if (control := self.control_channels) not in (0, self.out_channels):
+            raise InputError(f"control_channels={control} is neither 0 nor out_channels={self.out_channels}")
+        defaults = {**defaults, "control_channels": control or None}
         self.adapter_dropout = Dropout()
         known = [f"{name}_config" for name in MIXINS]
         for name in modules:
@@ -481,6 +478,8 @@ class DiffusionTransformer(BaseModel):
             if not issubclass(cls, BaseMixin):
                 raise InputError(f"network_config.params.modules.{name}_config: {cls.__name__} is no mixin of SAT")
             accepted = inspect.signature(cls).parameters
+            if name == "patch_embed" and self.control_channels and "control_channels" not in accepted:
+                raise InputError(f"network_config.params.control_channels: {cls.__name__} takes none; remove it")
             for key in (key for key in _OF_THE_NETWORK & own.keys() if own[key] != defaults[key]):
                 found = f"is {spelled(own[key])}, and that of the network {defaults[key]}; remove it"
                 raise InputError(f"network_config.params.modules.{name}_config.params.{key} {found}")
@@ -491,7 +490,7 @@ class DiffusionTransformer(BaseModel):
             else:
                 self.add_mixin(name, instantiate_from_config(section, **extra), reinit=True)
         # After the adapters, whose initial values are drawn as on several ranks: beside SAT's layers.
-        _use_plain_linears(self.transformer, self.tensor_shard)
+        use_plain_linears(self.transformer, self.tensor_shard)
         mark_tensor_parallel(self.named_parameters())
 
     def _add_lora(self, section: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
@@ -546,7 +545,7 @@ class DiffusionTransformer(BaseModel):
         """Predict v (released models), or the target of the denoiser's scaling.
 
         Args:
-            x: (B, T, C_in, H, W) noisy latents, image latents already concatenated on C.
+            x: (B, T, C_in, H, W) noisy latents, those of image and control already concatenated on C.
             timesteps: (B,) in 0..999.
             context: (B, L, D_text) text embeddings.
             ofs: (B,), required by models with `ofs_embed_dim`; always 2.0 in released models.
@@ -575,10 +574,11 @@ class DiffusionTransformer(BaseModel):
 
     def _check_input(self, x: torch.Tensor, ofs: torch.Tensor | None) -> Grid:
         """Check shapes; return the grid of patches of `x`."""
-        if x.ndim != 5 or x.shape[2] != self.in_channels:
+        channels = self.in_channels + self.control_channels
+        if x.ndim != 5 or x.shape[2] != channels:
             raise InputError(
-                f"the network takes (B, T, {self.in_channels}, H, W), got {tuple(x.shape)}; image-to-video models take "
-                "the noisy latents and the image latents concatenated on the channel axis"
+                f"the network takes (B, T, {channels}, H, W), got {tuple(x.shape)}; image-to-video models take the "
+                "noisy latents and the image latents concatenated on the channel axis, then those of a control"
             )
         size = (x.shape[1], x.shape[3], x.shape[4])
         (t, rest_t), (h, rest_h), (w, rest_w) = map(divmod, size, self.patch_size)

@@ -68,9 +68,10 @@ def built(family: str) -> dict[str, torch.Tensor]:
 
 
 def with_four_heads() -> torch.nn.Module:
-    """Return a network with random weights, or this rank's shard of it."""
+    """Return a network with a control and random weights, or this rank's shard of it."""
     config = network_config(GOLDEN / FAMILY)
     config.params.num_attention_heads = 4
+    config.params.control_channels = config.params.out_channels
     for section in config.params.modules.values():
         if "hidden_size_head" in (section.get("params") or {}):
             section.params.hidden_size_head = config.params.hidden_size // 4
@@ -82,12 +83,18 @@ def with_four_heads() -> torch.nn.Module:
     return network.train()
 
 
+def of_four_heads() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the inputs of `with_four_heads`; the control is the latents backwards."""
+    x, timesteps, context = load(GOLDEN / FAMILY)[1]
+    return torch.cat((x, x[:, :, :16].flip(1)), dim=2), timesteps, context
+
+
 def alone() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Return the single-rank results by case, divided among the ranks; called before the mesh is initialized."""
     found = {}
     for case in (*FAMILIES, FOUR_HEADS)[dist.get_rank() :: dist.get_world_size()]:
         if case == FOUR_HEADS:
-            found[case] = train(with_four_heads(), load(GOLDEN / FAMILY)[1])
+            found[case] = train(with_four_heads(), of_four_heads())
         else:
             network, inputs, io = load(GOLDEN / case)
             found[case] = train(network.train(), inputs) | {"built": built(case), "output": {"": io["output"]}}
@@ -104,8 +111,11 @@ def largest(own: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def compare(case: str, ring: bool, recomputed: int, expected) -> dict[str, float]:
-    golden, inputs, _ = load(GOLDEN / (FAMILY if case == FOUR_HEADS else case))
-    network: Any = with_four_heads() if case == FOUR_HEADS else golden
+    network: Any
+    if case == FOUR_HEADS:
+        network, inputs = with_four_heads(), of_four_heads()
+    else:
+        network, inputs, _ = load(GOLDEN / case)
     network.ring_attention = ring
     network.get_mixin("adaln_layer").recomputed_layers = recomputed
     found = train(network.train(), inputs)

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 import sgm.distributed
 from sgm.util import InputError
-from tests.shared_layers import FAMILY, with_four_heads
+from tests.shared_layers import of_four_heads, with_four_heads
 from tests.test_dit_golden import FAMILIES, GOLDEN, load
 
 
@@ -63,7 +63,7 @@ def check(size: int) -> dict[str, dict[str, float]]:
             name = f"DiT {family}, {'ring' if ring else 'Ulysses'}"
             found[name] = compare(network, inputs, ring, alone, io["output"])
     # The golden networks have two heads; on three ranks, these four are sharded unevenly.
-    network, inputs = with_four_heads(), load(GOLDEN / FAMILY)[1]
+    network, inputs = with_four_heads(), of_four_heads()
     alone = run_alone(network, inputs)
     found["DiT of four heads, Ulysses"] = compare(network, inputs, False, alone, None)
     network, (x, timesteps, context), _ = load(GOLDEN / FAMILIES[2])

@@ -43,6 +43,7 @@ NOT_RUN = {
     r"python tools/toy/make_assets\.py": "takes hours",
     r"python tools/toy/from_video\.py": "takes minutes; the slow test_from_video.py measures one strength",
     r"python tools/toy/inversion\.py": "takes minutes; test_held_frames.py compares its figures with the page",
+    r"python tools/toy/control\.py": "takes minutes; test_toy_control.py compares its figures with the page",
     r"python tools/toy/held_frames\.py": "takes minutes; test_held_frames.py compares its figures with this page",
     r"python tools/toy/long_clips\.py": "takes minutes; test_long_clips.py compares its figures with the page",
     r".*\b(outputs/preferences|configs/toy_preferences)\b": "build on each other; test_preferences.py runs them",

@@ -23,7 +23,7 @@ from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config
-from sgm.weights.adapters import is_adapter
+from sgm.weights.adapters import is_added
 
 # T5 v1.1 XXL, the text encoder of all released models, in 16 bits: assumed if its folder is not there yet.
 T5_XXL = {
@@ -135,13 +135,15 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     phases: dict[str, Mapping[str, float]] = {"text": {"text encoder": text.device}} if text.stored else {}
     used = "blocks in use and activations" if args.network_offload == "blocks" else "activations"
     phases["network"], video = {**weights, used: network.peak}, 0.0
-    if plan.image2video or args.encodes_clips or not args.only_save_latents:
+    encodes_whole = args.video is not None or geometry.control_channels > 0
+    encodes = plan.image2video or args.encodes_clips or encodes_whole
+    if encodes or not args.only_save_latents:
         decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
-        if plan.image2video or args.encodes_clips:
+        if encodes:
             known = args.num_held if args.start or args.end else 1
-            frames = plan.video_frames if args.video is not None else known
+            frames = plan.video_frames if encodes_whole else known
             encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": encoded.peak}
         if not args.only_save_latents:
@@ -188,7 +190,7 @@ def training_estimate(
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    if problems := list(frozen_problems(config, trains_adapters=all(map(is_adapter, trained)))):
+    if problems := list(frozen_problems(config, trains_adapters=all(map(is_added, trained)))):
         raise ConfigError(problems)
     clip = clip_of(config)
     assert clip is not None, "checked by the caller"
@@ -243,7 +245,7 @@ def training_estimate(
         "activations": network.host,
         "optimizer": host,
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
-        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_adapter, trained))),
+        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
     }
     return Estimate(phases, host=waits, traffic=traffic)
 

@@ -99,7 +99,7 @@ def network_usage(
     transformer = params["transformer_args"] = _transformer_args(config, params)
     modules, geometry = params.get("modules") or {}, Geometry.from_network(params)
     area = (side // SPATIAL_COMPRESSION for side in video[1:])
-    latents = batch, geometry.padded_latents(video[0]), geometry.in_channels, *area
+    latents = batch, geometry.padded_latents(video[0]), geometry.in_channels + geometry.control_channels, *area
     text = params_of(modules.get("pos_embed_config")).get("text_length", 0)
     text_size = params_of(modules.get("patch_embed_config")).get("text_hidden_size", 0)
 

@@ -194,6 +194,12 @@ def _input_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]
     if args.video is not None and geometry.image_conditioned:
         found = "is given, and the network makes videos from an image"
         yield Problem("args.video", "", found, "remove it, or use a text-to-video model")
+    for key in ("control", "control_strength"):
+        if getattr(args, key) is not None and not geometry.control_channels:
+            found = "is given, and the network takes no control (control_channels is 0)"
+            yield Problem(
+                f"args.{key}", "", found, "add configs/control/video.yaml and weights that were trained with it"
+            )
     channels = f"in_channels {geometry.in_channels}, out_channels {geometry.out_channels}"
     if args.image2video is True and not geometry.image_conditioned:
         found = f"is true, but the network takes no image ({channels})"
@@ -236,7 +242,10 @@ def check_files(config: Config) -> list[Problem]:
 def _needs_vae(config: Config) -> bool:
     """Whether a run decodes latents, or encodes an image or a video."""
     args = config.args
-    return not args.only_save_latents or bool(config.model.get("noised_image_input")) or args.encodes_clips
+    encodes = config.model.get("noised_image_input") or params_of(config.model["network_config"]).get(
+        "control_channels"
+    )
+    return not args.only_save_latents or bool(encodes) or args.encodes_clips
 
 
 def _input_file_problems(config: Config) -> list[Problem]:
@@ -519,7 +528,8 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         "VAE": f"{counts['first_stage_config']:,} parameters" if "first_stage_config" in counts else "none",
         "precision": f"{precision_name(facts['dtype'])} on {facts['device']}",
         **cudnn_row(facts["dtype"], facts["device"]),
-        "task": "image to video" if plan.image2video else "text to video",
+        "task": ("image to video" if plan.image2video else "text to video")
+        + (", with a control" if geometry.control_channels else ""),
         "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
         f"{plan.seconds:.1f} s",
         **_window_row(plan),

@@ -38,6 +38,7 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     problems = _frame_problems(params.get("max_num_frames"), geometry)
     problems += scaling_problems(geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
+    problems += _control_problems(config, "control" in signature.parameters, geometry)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
@@ -66,6 +67,9 @@ def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]
     if not trains_adapters:
         found = f"is {loss}, whose reference is the network without its adapters, and all weights are trained"
         yield Problem(path, "", found, "train a LoRA: add a lora_config, as in the shipped *_lora.yaml files")
+    if params_of(config.model["network_config"]).get("control_channels"):
+        found = f"is given, and the reference of {loss} would have the columns that are trained for a control"
+        yield Problem("model.network_config.params.control_channels", "", found, "remove configs/control/video.yaml")
     if column is None:
         found = f"is missing, and {loss} compares pairs of clips"
         cure = "name the column of a manifest with the clips that are not preferred, such as rejected"
@@ -76,6 +80,19 @@ def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]
             yield Problem(f"args.{key}", "", found, "remove it; args.text_cache works")
     if config.model.get("latent_input"):
         yield Problem("model.latent_input", "", f"is true, and {loss} takes videos", "set it to false")
+
+
+def _control_problems(config: Config, has_controls: bool, geometry: Geometry) -> list[Problem]:
+    """Return the contradiction of a network and data of which only one has a control."""
+    given = (config.data.get("params") or {}).get("control")
+    channels = f"the network's control_channels is {geometry.control_channels}"
+    if geometry.control_channels and not has_controls:
+        found = f"has no parameter control, and {channels}"
+        return [Problem("data.target", "", found, "take data_video.SFTDataset, or remove control_channels")]
+    if given is None or bool(given) == bool(geometry.control_channels):
+        return []
+    cure = "remove it: clips have a control if the network takes one (configs/control/video.yaml)"
+    return [Problem(f"{_DATA}.control", "", f"is {str(given).lower()}, and {channels}", cure)]
 
 
 def fitted_buckets(config: Config, geometry: Geometry) -> Buckets | None:

@@ -54,6 +54,8 @@ class SamplingArgs:
     start: Name | None = None
     end: Name | None = None
     held_frames: Annotated[int, Field(ge=5, le=10_000)] | None = None
+    control: Name | None = None
+    control_strength: Annotated[float, Field(ge=0, le=10)] | None = None
     input_type: Literal["txt", "cli"] = "cli"
     input_file: Name | None = None
     image2video: bool | None = None
@@ -326,7 +328,18 @@ class TrainingArgs(SamplingArgs):
         if self.loras:
             cure = "remove it; to train on top of adapters, merge them first: tools/merge_lora_weight.py"
             yield "loras", "is given, and is for sampling", cure
-        for name in ("prompt", "image", "video", "strength", "inversion", "start", "end", "held_frames"):
+        for name in (
+            "prompt",
+            "image",
+            "video",
+            "strength",
+            "inversion",
+            "start",
+            "end",
+            "held_frames",
+            "control",
+            "control_strength",
+        ):
             if getattr(self, name) is not None:
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         for name in ("prompt_enhancer", "prompt_enhancer_model"):

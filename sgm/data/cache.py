@@ -1,10 +1,10 @@
 """Cache of encoder outputs on disk; docs/precomputing.md describes the files.
 
-A folder has up to three kinds of results: ``latents``, mean and log-variance of clips; ``images``, likewise of the
-first images of image-to-video; ``text``, embeddings of captions. Each kind has a description, ``latents.json``, and
-shards, ``latents-00000.safetensors``. The description is written first and assigns results to shards. Shards are
-written atomically: a kind is complete when no shard is missing, and its bytes are independent of interruptions and of
-the number of processes.
+A folder has up to four kinds of results: ``latents``, mean and log-variance of clips; ``images`` and ``controls``,
+likewise of the first images of image-to-video and of control clips; ``text``, embeddings of captions. Each kind has a
+description, ``latents.json``, and shards, ``latents-00000.safetensors``. The description is written first and assigns
+results to shards. Shards are written atomically: a kind is complete when no shard is missing, and its bytes are
+independent of interruptions and of the number of processes.
 
 The header of a shard says which one it is, and has a checksum of every result. Sizes and headers of all shards are
 checked when a cache is opened, and results when they are read.
@@ -33,8 +33,8 @@ from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
 
-Kind = Literal["latents", "images", "text"]
-KINDS: tuple[Kind, ...] = ("latents", "images", "text")
+Kind = Literal["latents", "images", "controls", "text"]
+KINDS: tuple[Kind, ...] = ("latents", "images", "controls", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"the same command of {TOOL} writes it again"
@@ -402,14 +402,14 @@ class ClipKeys:
         self._name = folder.resolve().name
         self._sizes: dict[Path, int] = {}
 
-    def __call__(self, clip: ClipFile, image: ClipFile | None = None) -> str:
-        """Return the key of a clip, or of its first image.
+    def __call__(self, clip: ClipFile, part: ClipFile | None = None) -> str:
+        """Return the key of a clip, or of its first image or its control.
 
         Raises:
             InputError: a file does not exist.
         """
         key = f"{self._name}/{self._entry(clip)}"
-        return key if image is None else f"{key} with {self._entry(image)}"
+        return key if part is None else f"{key} with {self._entry(part)}"
 
     def _entry(self, file: ClipFile) -> str:
         path = os.path.relpath(Path(str(file)).absolute(), self._folder)

@@ -298,7 +298,8 @@ class _Collated(Dataset):
         if clip is None or self.clip_dtype in (None, clip.dtype):
             return sample
         first = clip[0].clone() if image is None else image  # a view would take the whole clip along
-        clips = {key: sample[key].to(self.clip_dtype) for key in ("mp4", "rejected") if key in sample}
+        names = ("mp4", "rejected", "control")
+        clips = {name: sample[name].to(self.clip_dtype) for name in names if name in sample}
         return sample | clips | {"image": first}
 
 

@@ -54,6 +54,7 @@ class Row:
     image: ClipFile | None = None  # first image of image-to-video; None is the first frame
     info: VideoInfo | None = None  # metadata in the columns of the data set, not yet checked
     rejected: ClipFile | None = None  # a clip of the same caption, to which this one is preferred
+    control: ClipFile | None = None  # clip that shows the network what to follow, frame by frame
 
 
 def suffix(file: str | ClipFile) -> str:

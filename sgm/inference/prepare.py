@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from sgm.distributed import Mesh, resolve_device
 from sgm.inference.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
-from sgm.inference.source_video import check_clip
+from sgm.inference.source_video import check_clip, check_whole
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
+from sgm.project import shipped
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import with_adapters
 from sgm.weights.lora.several import with_loras
@@ -89,7 +90,7 @@ def prepare(config: Config) -> Prepared:
     if config.args.prompt_enhancer is not None:
         problems += problems_of("args.prompt_enhancer", "name another", partial(check_enhancer, config.args))
     if not problems:
-        problems += _clip_problems(config, notes)
+        problems += _clip_problems(config, prompts or (), notes)
     if not problems:  # they would be those of the text encoder again
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
@@ -120,24 +121,33 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
         return None
     geometry = Geometry.from_network(config.model["network_config"]["params"])
     image2video = geometry.image_conditioned and args.start is None  # which gives the image
+    control = geometry.control_channels > 0 and args.control is None
     if args.prompt is not None:
         line = args.prompt if args.image is None else f"{args.prompt}{IMAGE_SEPARATOR}{args.image}"
         if not args.prompt.strip():
             raise InputError("args.prompt is blank; write what the video shows")
+        if control:
+            raise InputError("the network takes a control video: give args.control=<file> beside args.prompt")
         prompts = parse_prompts([line], image2video=image2video, source="args.prompt")
     else:
         assert args.input_file is not None, "the configuration is refused without it"
-        prompts = read_prompts(args.input_file, image2video=image2video)
+        prompts = read_prompts(args.input_file, image2video=image2video, control=control)
     check_images(prompts)
-    return prompts
+    return prompts if args.control is None else [replace(p, control=Path(shipped(args.control))) for p in prompts]
 
 
-def _clip_problems(config: Config, notes: list[str]) -> list[Problem]:
+def _clip_problems(config: Config, prompts: Sequence[Prompt], notes: list[str]) -> list[Problem]:
     """Return the problems of the clips that sampling is given, and note what is taken of them."""
     problems: list[Problem] = []
+    plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
+    source = "args.input_file" if config.args.control is None else "args.control"
+    for path in dict.fromkeys(str(prompt.control) for prompt in prompts if prompt.control is not None):
+        cure = "name another clip, or correct args.sampling_num_frames or args.sampling_fps"
+        problems += problems_of(
+            source, cure, lambda path=path: notes.append(f"control: {check_whole(path, plan)}, shown to both branches")
+        )
     for key in ("video", "start", "end"):
         if getattr(config.args, key) is not None:
-            plan = check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
             cure = f"correct args.{key}, args.sampling_num_frames or args.sampling_fps"
             check = partial(check_clip, config.args, plan, key)
             problems += problems_of(f"args.{key}", cure, lambda check=check, key=key: notes.append(f"{key}: {check()}"))

@@ -38,6 +38,7 @@ class Prompt:
         index: number of the prompt, from 0; part of the output folder's name.
         text: the text.
         image: the first frame, for image to video.
+        control: the clip to follow, for a network with a control.
         original: what the user wrote, if a language model wrote `text`.
         enhancer: the name of that model.
     """
@@ -45,6 +46,7 @@ class Prompt:
     index: int
     text: str
     image: Path | None = None
+    control: Path | None = None
     original: str | None = None
     enhancer: str | None = None
 
@@ -54,8 +56,8 @@ class Prompt:
         return default(self.original, self.text)
 
 
-def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
-    """Read a prompt file in UTF-8; see `parse_prompts`. Image paths may be relative to the file's folder.
+def read_prompts(input_file: str | Path, *, image2video: bool, control: bool = False) -> list[Prompt]:
+    """Read a prompt file in UTF-8; see `parse_prompts`. Paths may be relative to the file's folder.
 
     Raises:
         InputError: the file is unreadable or has no prompts, or lines are malformed.
@@ -71,20 +73,23 @@ def read_prompts(input_file: str | Path, *, image2video: bool) -> list[Prompt]:
             f"prompt file '{file}' (args.input_file) cannot be read: {error.strerror}; name a text file with one "
             "prompt a line"
         ) from error
-    prompts = parse_prompts(lines, image2video=image2video, source=str(file), folder=file.parent)
+    prompts = parse_prompts(lines, image2video=image2video, control=control, source=str(file), folder=file.parent)
     if not prompts:
         raise InputError(f"prompt file '{file}' (args.input_file) holds no prompt; write one prompt a line")
     return prompts
 
 
-def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folder: Path | None = None) -> list[Prompt]:
+def parse_prompts(
+    lines: Sequence[str], *, image2video: bool, source: str, folder: Path | None = None, control: bool = False
+) -> list[Prompt]:
     """Parse prompts, one a line; skip blank lines. Images are not opened; see `check_images`.
 
     Args:
         lines: one prompt each.
         image2video: whether lines are ``prompt@@image``.
         source: origin of the lines, for messages.
-        folder: searched for relative image paths after the working directory.
+        folder: searched for relative paths after the working directory.
+        control: whether lines end with ``@@control``, a clip.
 
     Raises:
         InputError: all malformed lines.
@@ -96,7 +101,7 @@ def parse_prompts(lines: Sequence[str], *, image2video: bool, source: str, folde
         if not line:
             continue
         try:
-            prompts.append(_parse(line, len(prompts), image2video=image2video, folder=folder))
+            prompts.append(_parse(line, len(prompts), image2video=image2video, control=control, folder=folder))
         except InputError as error:
             problems.append(f"{source}:{number}: {error}")
         else:
@@ -111,6 +116,7 @@ def read_prompts_cli(
     image2video: bool,
     input: Callable[[str], str] | None = None,
     *,
+    control: bool = False,
     ready: Callable[[Prompt], Prompt] | None = None,
 ) -> Iterator[Prompt]:
     """Read prompts from the terminal until an empty line, ``exit`` or the end of input; ask again after a bad line.
@@ -118,10 +124,12 @@ def read_prompts_cli(
     Args:
         image2video: whether to ask for ``prompt@@image``.
         input: shows a question and returns a line; the built-in ``input`` by default.
+        control: whether to ask for ``@@control`` too.
         ready: returns a prompt as it is sampled; raises an InputError for one that cannot be.
     """
     ask = input or builtins.input
-    form = f"English prompt{IMAGE_SEPARATOR}image file" if image2video else "English prompt"
+    files = _files_of(image2video, control)
+    form = IMAGE_SEPARATOR.join(["English prompt", *(f"{name} file" for name in files)])
     index = 0
     while True:
         try:
@@ -134,7 +142,7 @@ def read_prompts_cli(
         if not line or line == "exit":
             return
         try:
-            prompt = _parse(line, index, image2video=image2video, folder=None)
+            prompt = _parse(line, index, image2video=image2video, control=control, folder=None)
             check_images([prompt])
             if ready is not None:
                 prompt = ready(prompt)
@@ -222,10 +230,25 @@ def output_folder_name(index: int, text: str) -> str:
     return f"{index}_{text}".rstrip("._ ")
 
 
-def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> Prompt:
+def _files_of(image2video: bool, control: bool) -> tuple[str, ...]:
+    """Return what a line names after its prompt, in order."""
+    return ("image",) * image2video + ("control",) * control
+
+
+def _parse(line: str, index: int, *, image2video: bool, control: bool, folder: Path | None) -> Prompt:
     if problem := no_character(line):  # also Python's stand-in for what is not UTF-8
         raise InputError(f"the line holds {problem}; {_CURE}")
     parts = [part.strip() for part in line.split(IMAGE_SEPARATOR)]
+    files = _files_of(image2video, control)
+    if control and (len(parts) != len(files) + 1 or not all(parts)):
+        form = IMAGE_SEPARATOR.join(["prompt", *files])
+        raise InputError(
+            f"'{line.strip()}' is not of the form {form}, which this model needs; write the prompt, then after each "
+            f"'{IMAGE_SEPARATOR}' the path of a file: {', '.join(files)}. args.control gives one control to all prompts"
+        )
+    if control:
+        found = [_find_file(part, folder, name) for name, part in zip(files, parts[1:], strict=True)]
+        return Prompt(index, parts[0], image=found[0] if image2video else None, control=found[-1])
     if not image2video:
         if len(parts) > 1:
             raise InputError(
@@ -238,10 +261,10 @@ def _parse(line: str, index: int, *, image2video: bool, folder: Path | None) -> 
             f"'{line.strip()}' is not of the form prompt{IMAGE_SEPARATOR}image, which image to video needs; write "
             f"the prompt, one '{IMAGE_SEPARATOR}' and the path of an image, or set image2video: false"
         )
-    return Prompt(index, parts[0], _find_image(parts[1], folder))
+    return Prompt(index, parts[0], _find_file(parts[1], folder, "image"))
 
 
-def _find_image(text: str, folder: Path | None) -> Path:
+def _find_file(text: str, folder: Path | None, kind: str) -> Path:
     """Return the path named by `text`, in `folder` if it exists only there; does not check that it exists."""
     try:
         image = Path(text).expanduser()
@@ -250,7 +273,8 @@ def _find_image(text: str, folder: Path | None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"'{text[:60]}' cannot be the path of an image ({reason}); the order is prompt{IMAGE_SEPARATOR}image"
+            f"'{text[:60]}' cannot be the path of {'an' if kind == 'image' else 'a'} {kind} ({reason}); the order is "
+            f"prompt{IMAGE_SEPARATOR}{kind}"
         ) from error
     return Path(shipped(str(image)))
 

@@ -22,8 +22,8 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "video strength inversion start end held_frames loras weights text_encoder_weights guidance_interval step_cache "
-    "step_cache_threshold attention time_scaling time_window time_window_overlap"
+    "video strength inversion start end held_frames control_strength loras weights text_encoder_weights "
+    "guidance_interval step_cache step_cache_threshold attention time_scaling time_window time_window_overlap"
 ).split()
 
 
@@ -41,6 +41,7 @@ class Timings:
     text: float = 0.0
     image: float = 0.0
     video: float = 0.0
+    control: float = 0.0
     sample: float = 0.0
     decode: float = 0.0
 

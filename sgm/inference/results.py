@@ -44,7 +44,8 @@ class Results:
     def identity(self, prompt: Prompt, k: int) -> dict[str, Any]:
         """Return name → value of everything that decides a sample, as its record holds it."""
         image = None if prompt.image is None else str(prompt.image)
-        return {"prompt": prompt.text, "image": image, "seed": self.args.seed + k, **self.settings}
+        control = {} if prompt.control is None else {"control": str(prompt.control)}
+        return {"prompt": prompt.text, "image": image, **control, "seed": self.args.seed + k, **self.settings}
 
     def finished(self, prompt: Prompt, k: int) -> Path | None:
         """Return the finished result of a sample with these settings, or None."""

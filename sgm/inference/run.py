@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ from sgm.inference.prompts import (
 )
 from sgm.inference.record import Summary, Timings, clock, later_settings, result_digest
 from sgm.inference.results import Results
-from sgm.inference.source_video import EncodedClips, encode_clips, start_size
+from sgm.inference.source_video import EncodedClips, check_whole, encode_clips, load_whole, start_size
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.parallel.attention import attention_named
+from sgm.project import shipped
 from sgm.util import RunError, default, instantiate_from_config, peak_memory
 from sgm.weights.lora.several import stack_of
 from sgm.weights.offload import Offload
@@ -131,6 +133,7 @@ class SamplingRun:
         self._uncond: dict[str, torch.Tensor] | None = None
         self._described: dict[str, torch.Tensor] | None = None  # the text of args.inversion
         self._clips: EncodedClips | None = None
+        self._controls: dict[tuple[Any, ...], torch.Tensor] = {}  # the latents of the last control
 
     def _build(self) -> SATVideoDiffusionEngine:
         """Build the model on the meta device; the text encoder is assigned to the real one."""
@@ -193,7 +196,8 @@ class SamplingRun:
     def sample_typed(self) -> None:
         """Sample prompts from the terminal, one by one."""
         done = []
-        for prompt in read_prompts_cli(image2video=self._asks_for_image, ready=self._ready):
+        control = self.geometry.control_channels > 0 and self.args.control is None
+        for prompt in read_prompts_cli(image2video=self._asks_for_image, control=control, ready=self._ready):
             done.append(prompt)
             if missing := self._missing(prompt):
                 encoded, seconds = self._encode([prompt])
@@ -215,6 +219,10 @@ class SamplingRun:
             (prompt,) = enhanced(self.config, [prompt], self.device)
         if not self.args.allow_unknown_text:
             check_words([prompt], self.engine.conditioner)
+        if self.args.control is not None:
+            prompt = replace(prompt, control=Path(shipped(self.args.control)))
+        if prompt.control is not None:
+            check_whole(str(prompt.control), self.plan)
         return prompt
 
     def _load(self) -> None:
@@ -239,7 +247,8 @@ class SamplingRun:
         for row in () if stack is None else stack.rows():
             logger.info("LoRA of %s", row)
         warn_once(logger, report.warnings)
-        if self.plan.image2video or args.encodes_clips or not args.only_save_latents:
+        encodes = self.plan.image2video or args.encodes_clips or self.geometry.control_channels > 0
+        if encodes or not args.only_save_latents:
             logger.info("%s", self.engine.load_first_stage(dtype=self.dtype, device=self.device))
             self._configure_vae(self.engine.first_stage_model)
         self.engine.network.ring_attention = args.ring_attention
@@ -324,8 +333,9 @@ class SamplingRun:
         size = self._size(prompt)
         clips = self._encoded_clips(size, timings)
         concat = self._image_condition(prompt, clips, len(drawn), timings)
+        control = self._control(prompt, clips.size, timings)
         with self._network_in_use:
-            latents = self._sample_latents(cond, uncond, clips, drawn, concat, timings)
+            latents = self._sample_latents(cond, uncond, clips, drawn, {"concat": concat, "control": control}, timings)
         if not samples:
             return
         if not torch.isfinite(latents).all():
@@ -379,13 +389,25 @@ class SamplingRun:
         timings.image = clock() - start
         return concat
 
+    def _control(self, prompt: Prompt, size: tuple[int, int], timings: Timings) -> torch.Tensor | None:
+        """Return the latents (1, T, C, H, W) of the control of a prompt; those of the last one are kept."""
+        if prompt.control is None:
+            return None
+        if (key := (prompt.control, size)) not in self._controls:
+            start = clock()
+            frames = load_whole(str(prompt.control), self.plan, size)[None]
+            latents = self.engine.encode_first_stage(frames.to(self.device), sample=False)
+            self._controls = {key: latents * default(self.args.control_strength, 1.0)}
+            timings.control = clock() - start
+        return self._controls[key]
+
     def _sample_latents(
         self,
         cond: Mapping[str, torch.Tensor],
         uncond: Mapping[str, torch.Tensor],
         clips: EncodedClips,
         samples: list[int],
-        concat: torch.Tensor | None,
+        beside: Mapping[str, torch.Tensor | None],
         timings: Timings,
     ) -> torch.Tensor:
         start = clock()
@@ -398,7 +420,7 @@ class SamplingRun:
             uncond,
             shape=(self.plan.latents, self.geometry.out_channels, clips.size[0] // 8, clips.size[1] // 8),
             generators=[torch.Generator().manual_seed(self.args.seed + k) for k in samples],
-            concat=concat,
+            **beside,
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,

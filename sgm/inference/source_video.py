@@ -1,4 +1,4 @@
-"""The clips that sampling is given: ``args.video`` to change, ``args.start`` and ``args.end`` to hold.
+"""The clips that sampling is given: ``args.video`` to change, ``args.start`` and ``args.end`` to hold, and controls.
 
 Legend: T frames, H, W pixels.
 """
@@ -89,9 +89,18 @@ def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "st
 
 
 def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
-    path, (_, indices, info) = str(args.video), _selected(args, plan)
-    seconds = f"{plan.video_frames} frames at {plan.fps} fps, from {indices[0]} to {indices[-1]} of {info.num_frames}"
-    return f"{path} ({info.height}x{info.width}): {seconds}; strength {args.noise_strength:g}"
+    return f"{check_whole(str(args.video), plan)}; strength {args.noise_strength:g}"
+
+
+def check_whole(path: str, plan: SamplingPlan) -> str:
+    """Check that a clip can be read and is as long as the result; return a description.
+
+    Raises:
+        InputError: it is missing, damaged or too short.
+    """
+    _, indices, info = _selected(path, plan)
+    taken = f"{plan.video_frames} frames at {plan.fps} fps, from {indices[0]} to {indices[-1]} of {info.num_frames}"
+    return f"{path} ({info.height}x{info.width}): {taken}"
 
 
 def start_size(args: SamplingArgs) -> tuple[int, int]:
@@ -112,7 +121,7 @@ def encode_clips(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int], 
         return engine.encode_first_stage(frames[None].to(engine.device), sample=False)
 
     if args.video is not None:
-        inputs = {"source": encode(load_source(args, plan, size)), "strength": args.noise_strength}
+        inputs = {"source": encode(load_whole(str(args.video), plan, size)), "strength": args.noise_strength}
         return EncodedClips(size, inputs)
     made: dict[str, Any] = {"inputs": {}}
     if args.start is not None:
@@ -152,14 +161,14 @@ def held_clip(args: SamplingArgs, plan: SamplingPlan, key: HeldKey) -> HeldClip:
     return HeldClip(path, scanned, indices, num, latents)
 
 
-def load_source(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int]) -> torch.Tensor:
-    """Return the frames of ``args.video`` for the result, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1].
+def load_whole(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Tensor:
+    """Return the frames of a clip for those of the result, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1].
 
     Raises:
-        InputError: as `check_clip`.
+        InputError: as `check_whole`.
     """
-    scanned, indices, _ = _selected(args, plan)
-    return torch.cat([*_resized(str(args.video), indices, scanned, size)])
+    scanned, indices, _ = _selected(path, plan)
+    return torch.cat([*_resized(path, indices, scanned, size)])
 
 
 def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int, int]) -> Iterator[torch.Tensor]:
@@ -200,9 +209,8 @@ def _indices(path: str, scanned: "Scan", fps: int, most: int) -> tuple[int, ...]
     return chosen.indices[: chosen.num_frames]
 
 
-def _selected(args: SamplingArgs, plan: SamplingPlan):
-    """Return the scan of ``args.video``, the frames that the result begins from, and its metadata."""
-    path = str(args.video)
+def _selected(path: str, plan: SamplingPlan):
+    """Return the scan of a clip, the frames for those of the result, and its metadata."""
     scanned = _scan(path)
     indices = _indices(path, scanned, plan.fps, plan.video_frames)
     if len(indices) < plan.video_frames:

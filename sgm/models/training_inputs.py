@@ -40,7 +40,8 @@ def training_inputs(
         engine: the model.
         batch: the conditioner's texts, and under `input_key` videos (B, F, 3, H, W) in −1..1, or with `latent_input`
             unscaled latents (B, T, C, H, W). Instead of these, ``moments``: B of (2C, T, H, W). Optional ``image``: B
-            of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise. And
+            of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise. For a
+            network with a control ``control``: B of (F, 3, H, W), or ``control_moments``: B of (2C, T, H, W). And
             ``rejected`` for a loss that takes pairs: videos as under `input_key`, for which the same is drawn.
         generators: one CPU generator per sample.
         rank: data-parallel rank, for a loss with ``uniform_sampling``.
@@ -69,6 +70,8 @@ def training_inputs(
         posterior = None if posterior is None else to_device(posterior, device)
         if image is not None:
             cond["concat"] = _image_condition(engine, batch, i, clip, image, size)
+        if getattr(engine.network, "control_channels", 0):
+            cond["control"] = _control_condition(engine, batch, i)
         latents = _clean_latents(engine, clip, posterior, encoded=encoded)
         seed = to_device(torch.randint(2**32, (1,), generator=generator), device)
         samples.append((latents, cond, step, noise, seed))
@@ -150,8 +153,18 @@ def _clean_latents(
         latents = clip.float() * engine.scale_factor
     else:
         latents = engine.encode_first_stage(clip, noise=noise)
-    padding = engine.front_padding(latents.shape[1])
-    return torch.cat((latents[:, :1].expand(-1, padding, -1, -1, -1), latents), dim=1) if padding else latents
+    return engine.padded(latents)
+
+
+def _control_condition(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], i: int) -> torch.Tensor:
+    """Return the latents of the control of clip `i`: the mean of the posterior, as in sampling."""
+    if "control_moments" in batch:
+        latents = engine.latents_of(to_device(batch["control_moments"][i][None], engine.device), sample=False)
+    elif "control" in batch:
+        latents = engine.encode_first_stage(to_device(batch["control"][i][None], engine.device), sample=False)
+    else:
+        raise InputError("the network takes a control video, and the samples of the data have none, under control")
+    return engine.padded(latents)
 
 
 def _image_condition(

@@ -39,7 +39,7 @@ class TrainingInputs:
 
     Attributes:
         latents: clean latents (B, T, C, H, W), float32, padded to full temporal patches.
-        cond: ``crossattn`` (B, L, D_text) and, for image-to-video, ``concat`` (B, T, C, H, W).
+        cond: ``crossattn`` (B, L, D_text) and, for image-to-video, ``concat`` (B, T, C, H, W); ``control`` likewise.
         idx: timesteps (B,), int64.
         noise: of the shape of `latents`, float32.
         seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
@@ -366,6 +366,11 @@ class SATVideoDiffusionEngine(nn.Module):
         rest = first.new_zeros(first.shape[0], num_latents - 1, *first.shape[2:])
         return torch.cat((first.expand(-1, 1 + padding, -1, -1, -1), rest), dim=1)
 
+    def padded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Repeat the first of the latents (B, T, C, H, W) in front, to full temporal patches."""
+        padding = self.front_padding(latents.shape[1])
+        return torch.cat((latents[:, :1].expand(-1, padding, -1, -1, -1), latents), dim=1) if padding else latents
+
     def front_padding(self, num_latents: int) -> int:
         """Front padding of `num_latents` latent frames to full temporal patches."""
         return -num_latents % self.network.patch_size[0]
@@ -416,6 +421,7 @@ class SATVideoDiffusionEngine(nn.Module):
         shape: tuple[int, int, int, int],
         generators: Sequence[torch.Generator],
         concat: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
         strength: float = 1.0,
         inversion: Mapping[str, torch.Tensor] | None = None,
@@ -435,6 +441,8 @@ class SATVideoDiffusionEngine(nn.Module):
             generators: one CPU generator per sample, for its initial noise and then the noise of the steps; a sample
                 depends only on its own seed.
             concat: image latents from `image_latents`, of the padded length.
+            control: latents (B or 1, T, C, H, W) of a clip to follow, without padding; both branches of guidance, and
+                an inversion, see them.
             source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
             strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
             inversion: conditions that describe `source`, each (B, ...): its noise is found by
@@ -460,10 +468,11 @@ class SATVideoDiffusionEngine(nn.Module):
             levels = self.sampler.schedule(num_steps).alphas_cumprod_sqrt
             x = self._noised(source, x, levels[first_step if inversion is None else -2], padding)
         cond, uncond = dict(cond), None if uncond is None else dict(uncond)
-        if concat is not None:
-            cond["concat"] = concat
-            if uncond is not None:
-                uncond["concat"] = concat
+        beside = {} if concat is None else {"concat": concat}
+        if control is not None:
+            beside["control"] = self.padded(control).to(x).expand(len(x), -1, -1, -1, -1)
+        cond |= beside
+        uncond = None if uncond is None else uncond | beside
         optional: dict[str, Any] = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
         optional |= {"first_step": first_step} if first_step else {}
         before_step: dict[str, Any] = {}
@@ -472,7 +481,9 @@ class SATVideoDiffusionEngine(nn.Module):
             before_step = {"before_step": self._set_strengths} if self.loras.changes else {}
         if inversion is not None:
             given = {"num_steps": num_steps, "first_step": first_step, "progress": progress, **before_step}
-            x = self.sampler.invert(self._denoise, x, inversion, **given, **self.network_kwargs(len(x), x.device))
+            x = self.sampler.invert(
+                self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device)
+            )
         cache = self.step_cache
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):

@@ -33,6 +33,7 @@ class Geometry:
         out_channels: channels of its output and of the latents.
         positions: ``sincos``, ``learned`` or ``rotary``.
         longer: clips may be longer than those of training, as ``args.time_scaling`` says how.
+        control_channels: further channels of its input, for a control video; 0 without.
     """
 
     patch_size: PatchSize
@@ -44,6 +45,7 @@ class Geometry:
     out_channels: int
     positions: str
     longer: bool = False
+    control_channels: int = 0
 
     @classmethod
     def from_network(cls, params: Mapping[str, Any]) -> Self:
@@ -66,6 +68,7 @@ class Geometry:
             in_channels=_count(params, "in_channels"),
             out_channels=_count(params, "out_channels"),
             positions="sincos" if sincos else "learned" if learned else "rotary",
+            control_channels=params.get("control_channels") or 0,
         )
 
     @property

@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 import sgm.distributed
+from sgm.checks.sampling import check_sampling
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.run import SamplingRun
-from sgm.inference.video import to_uint8
+from sgm.inference.source_video import check_whole
+from sgm.inference.video import to_uint8, write_video
 from sgm.log import get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
@@ -47,12 +49,16 @@ def validation_prompts(config: Config) -> list[Prompt] | None:
     given = config.args.valid_prompts
     if given is None:
         return None
-    image2video = Geometry.from_network(config.model["network_config"]["params"]).image_conditioned
+    geometry = Geometry.from_network(config.model["network_config"]["params"])
+    image2video, control = geometry.image_conditioned, geometry.control_channels > 0
     if isinstance(given, str):
-        prompts = read_prompts(given, image2video=image2video)
+        prompts = read_prompts(given, image2video=image2video, control=control)
     else:
-        prompts = parse_prompts(given, image2video=image2video, source="args.valid_prompts")
+        prompts = parse_prompts(given, image2video=image2video, source="args.valid_prompts", control=control)
     check_images(prompts)
+    for prompt in prompts:
+        if prompt.control is not None:
+            check_whole(str(prompt.control), check_sampling(config.args, geometry))
     if not config.args.allow_unknown_text:
         check_words(prompts, instantiate_from_config(config.model["conditioner_config"]))
     return prompts
@@ -150,6 +156,8 @@ class Evaluation:
         clips = [self._clip(number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
+        if "control" in clips[0]:
+            batch["control"] = [clip["control"] for clip in clips]
         for key in (self.engine.input_key, "rejected"):
             if key in clips[0]:
                 batch[key] = torch.stack([clip[key] for clip in clips])
@@ -203,5 +211,9 @@ class Evaluation:
                 image.parent.mkdir(parents=True, exist_ok=True)
                 first = clip["mp4"][:1] if clip.get("image") is None else clip["image"][None]
                 Image.fromarray(to_uint8(first)[0].numpy()).save(image)
-            prompts.append(Prompt(i, clip["txt"], image))
+            control = None
+            if "control" in clip:
+                control = folder / f"control_{i}_rank{sgm.distributed.data_parallel_rank()}.mp4"
+                write_video(control, to_uint8(clip["control"]), self.args.sampling_fps)
+            prompts.append(Prompt(i, clip["txt"], image, control))
         return prompts

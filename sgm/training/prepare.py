@@ -331,6 +331,9 @@ class _Checks:
         elif model.get("latent_input") and self.config.data.get("target") == "data_video.SFTDataset":
             found = "is true, but data_video.SFTDataset gives videos"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
+        if model.get("latent_input") and params_of(model["network_config"]).get("control_channels"):
+            found = "is true, and a control is encoded as its clip is"
+            self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         if args.async_save and offload.get("device") == "nvme":
             found = "is true, and DeepSpeed copies a state on NVMe itself, before training goes on"

@@ -42,6 +42,7 @@ from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.util import InputError, default
+from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, find_weights, read_entry, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, meta
 from sgm.weights.lora.names import (
@@ -166,6 +167,15 @@ def adapter_layer(name: str) -> int | None:
 def is_adapter(name: str) -> bool:
     """Whether a tensor is a LoRA matrix, by its name with or without prefix."""
     return _ADAPTER.search(name) is not None
+
+
+def is_added(name: str) -> bool:
+    """Whether a tensor is trained beside a frozen base, and saved without it: LoRA matrices, and a control's columns.
+
+    Args:
+        name: with or without prefix.
+    """
+    return is_adapter(name) or name.removeprefix(PREFIX) == CONTROL_WEIGHT
 
 
 def short_names(groups: Iterable[str]) -> tuple[str, ...]:
@@ -310,8 +320,8 @@ def read_adapter_info(load: str | Path) -> AdapterInfo | None:
 
 
 def adapters_alone(names: Iterable[str]) -> bool:
-    """Whether all tensors of a checkpoint are LoRA matrices."""
-    return all(map(is_adapter, names))
+    """Whether a checkpoint lacks its base: all its tensors are LoRA matrices, or the columns of a control."""
+    return all(map(is_added, names))
 
 
 def find_base(path: Path, base: str | Path | None = None, *, option: str = "args.base=") -> Path | None:

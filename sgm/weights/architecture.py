@@ -6,6 +6,7 @@ from dataclasses import dataclass
 PATCH_WEIGHT = "mixins.patch_embed.proj.weight"
 # Those that released files hold as convolutions: also beside adapters, and of them.
 PATCH_WEIGHTS = (PATCH_WEIGHT, *(f"mixins.patch_embed.proj.{name}" for name in ("original.weight", "matrix_A.0")))
+CONTROL_WEIGHT = "mixins.patch_embed.control_proj.weight"  # columns of the patch projection for a control video
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 
 # (hidden size, layers, input channels, temporal patch) of the shipped model configurations.

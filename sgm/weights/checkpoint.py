@@ -22,7 +22,7 @@ from torch import nn
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
-from sgm.weights.architecture import PATCH_WEIGHTS
+from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import AnyTensor, Tensors, compute
@@ -41,7 +41,7 @@ class LoadReport:
         num_tensors: tensors taken from the file and its base.
         file_dtype: their dtypes there, e.g. ``"bfloat16"``.
         dropped: names in the file that the module does not have, by reason.
-        new_adapters: LoRA matrices missing in the file, initialised.
+        new_adapters: LoRA matrices and the columns of a control missing in the file, initialised.
         missing: other tensors missing in the file, unchanged.
         base: base checkpoint of an adapters-only file.
         warnings: for the caller to log.
@@ -63,8 +63,10 @@ class LoadReport:
         on_base = f" on the base {self.base}" if self.base else ""
         parts = [f"loaded {self.num_tensors:,} tensors ({self.file_dtype}) from {self.path}{on_base}"]
         parts += [f"left out {len(names):,} {reason}" for reason, names in self.dropped.items()]
-        if self.new_adapters:
-            parts.append(f"initialised {len(self.new_adapters):,} LoRA matrices that the file does not hold")
+        if matrices := sum(map(is_adapter, self.new_adapters)):
+            parts.append(f"initialised {matrices:,} LoRA matrices that the file does not hold")
+        if CONTROL_WEIGHT in self.new_adapters:
+            parts.append("the columns of the control start at zero")
         parts += [self.stored] if self.stored else []
         return "; ".join(parts)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from sgm.util import InputError
 from sgm.weights.adapters import DEFAULT_GROUPS, WRAPPED, find_base, is_adapter, read_adapter_info
-from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
+from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
 from sgm.weights.files import PREFIX, find_weights, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.partition import UNSHARDED, Shard, unsharded_shape
@@ -36,7 +36,7 @@ class Match:
         targets: parameters and persistent buffers of the module, by name.
         tensors: unsharded tensors from the files, under the names and in the layout of the module.
         dropped: names in the files that the module does not have, by reason.
-        new_adapters: LoRA matrices to initialise.
+        new_adapters: LoRA matrices to initialise, and the columns of a control.
         zeroed: unused tables that the file lacks, to be filled with zeros.
         missing: other tensors that the files lack, which keep their values.
         base: base checkpoint of an adapters-only file.
@@ -87,6 +87,13 @@ def match_network(
             f"{path} holds no LoRA, but the configuration has a lora_config; use the one without it, or "
             "args.force_inference=true to sample the base model"
         )
+    if CONTROL_WEIGHT in shapes and CONTROL_WEIGHT not in tensors:
+        if not allow_missing_adapters:
+            raise InputError(
+                f"{source} holds no weights for a control video, and the configuration has control_channels; give "
+                "weights that were trained with it, or remove configs/control/video.yaml"
+            )
+        new_adapters |= {CONTROL_WEIGHT}
     zeroed = {name for name in UNUSED_TABLES if name in shapes and name not in tensors}
     missing = shapes.keys() - tensors.keys() - new_adapters - zeroed if allow_missing else set()
     expected = {name: shape for name, shape in shapes.items() if name not in new_adapters | zeroed | missing}
@@ -216,6 +223,8 @@ def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
     if not problems and not missing and not unexpected:
         return
     lines = [f"{source} does not fit the configured network:"]
+    if CONTROL_WEIGHT in file_shapes and CONTROL_WEIGHT not in expected:
+        lines.insert(0, f"{source} takes a control video, and the configuration none; add configs/control/video.yaml")
     if built and found and built.kind() != found.kind():
         what = "a LoRA" if lora else "the weights"
         lines.insert(0, f"{what} of {found.kind()}, and the configuration builds {built.kind()}; {found.config_hint()}")

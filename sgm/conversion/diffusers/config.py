@@ -43,6 +43,7 @@ _FIXED_VAE = {
 }
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _Positive = Annotated[float, Field(gt=0, le=1_000_000)]
+CONTROL_PIPELINE = "CogVideoXFunControlPipeline"  # of networks with a control
 _NEEDED_OF_TRANSFORMER = ("patch_size", "in_channels", "out_channels", "num_attention_heads", "attention_head_dim")
 _NEEDED_OF_TRANSFORMER += ("num_layers", "time_embed_dim")
 _TRANSFORMER_TYPES: Mapping[str, Any] = {
@@ -112,7 +113,7 @@ def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "attention_head_dim": hidden // heads,
         "num_layers": params["num_layers"],
-        "in_channels": params["in_channels"],
+        "in_channels": params["in_channels"] + (params.get("control_channels") or 0),
         "out_channels": params["out_channels"],
         "time_embed_dim": params["time_embed_dim"],
         "ofs_embed_dim": params.get("ofs_embed_dim"),

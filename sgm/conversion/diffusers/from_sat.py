@@ -14,7 +14,7 @@ import torch
 
 from sgm.config.load import Config
 from sgm.conversion import lora
-from sgm.conversion.diffusers.config import scheduler_config, transformer_config, vae_config
+from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
 from sgm.conversion.modelspec import model_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
@@ -177,8 +177,23 @@ def pipeline_of(
     if "scheduler" not in without:
         schedule = {"scheduler_config.json": scheduler_config(config.model)}
         parts.append(Part("scheduler", ("diffusers", "CogVideoXDDIMScheduler"), schedule))
-    image2video = _geometry(config).image_conditioned
-    return Pipeline("CogVideoXImageToVideoPipeline" if image2video else "CogVideoXPipeline", parts, kept)
+    return Pipeline(_pipeline_class(_geometry(config)), parts, kept)
+
+
+def _pipeline_class(geometry: Geometry) -> str:
+    """Return the pipeline of diffusers for a network.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not geometry.control_channels:
+        return "CogVideoXImageToVideoPipeline" if geometry.image_conditioned else "CogVideoXPipeline"
+    if geometry.image_conditioned:
+        raise InputError(
+            "the network takes an image and a control video, and diffusers has no pipeline with both; it can only be "
+            "sampled here"
+        )
+    return CONTROL_PIPELINE
 
 
 def _geometry(config: Config) -> Geometry:
@@ -210,6 +225,11 @@ def _transformer(
         lora_params = params["modules"]["lora_config"].get("params") or {}
         alpha = scale_numerator(lora_params)
         if adapters == "keep":
+            if geometry.control_channels:
+                raise InputError(
+                    "the adapters were trained with a control, whose columns of the patch projection no LoRA file of "
+                    "diffusers can hold; merge them into the transformer"
+                )
             released = partial(released_patch, geometry.patch_size)
             patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
             kept = lora.adapters_to_diffusers(own | patch, alpha=alpha)

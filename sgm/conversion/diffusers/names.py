@@ -5,7 +5,8 @@ CogVideoXTransformer3DModel and AutoencoderKLCogVideoX. docs/conversion.md shows
 
 Three layouts also differ. SAT fuses query, key and value in one matrix. The twelve chunks of a block's modulation
 (shift, scale, gate of attention and of MLP for video, then the same for text) are ordered by norm in diffusers. The
-patch projection is a matrix in SAT, and a convolution in diffusers if the temporal patch is 1.
+patch projection is a matrix in SAT, and a convolution in diffusers if the temporal patch is 1; the columns of a control
+are a matrix of their own in SAT.
 """
 
 import re
@@ -15,7 +16,7 @@ from functools import partial
 import torch
 
 from sgm.util import InputError
-from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE
+from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHT, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.names import MODULATION, NORM_CHUNKS, OUTPUT, QKV_PARTS
@@ -65,6 +66,11 @@ def _join(ours: str, *tensors: torch.Tensor) -> torch.Tensor:
     return torch.cat([chunks[index] for index in range(12)])
 
 
+def _whole_patch(patch_size: tuple[int, int, int], *parts: torch.Tensor) -> torch.Tensor:
+    """Return the patch projection with the columns of a control last; in both layouts channels come first."""
+    return released_patch(patch_size, torch.cat([part.flatten(1) for part in parts], dim=1))
+
+
 def _parse(name: str) -> tuple[str, str, str]:
     """Return module with {} for the layer, layer, and kind (weight or bias)."""
     module, _, kind = name.rpartition(".")
@@ -98,12 +104,13 @@ def network_to_diffusers(
             if learned_positions:
                 result[_DIFFUSERS_POSITIONS] = LazyTensor((tensor,))
         elif name == PATCH_WEIGHT:
-            result[DIFFUSERS_PATCH] = LazyTensor((tensor,), partial(released_patch, patch_size))
+            parts = (tensor, tensors[CONTROL_WEIGHT]) if CONTROL_WEIGHT in tensors else (tensor,)
+            result[DIFFUSERS_PATCH] = LazyTensor(parts, partial(_whole_patch, patch_size))
         elif module in MODULES:
             for index, theirs in enumerate(MODULES[module]):
                 make: Callable[..., torch.Tensor] = partial(_split, module, index)
                 result[f"{theirs.format(layer)}.{kind}"] = LazyTensor((tensor,), make)
-        elif name not in UNUSED_TABLES:
+        elif name not in (*UNUSED_TABLES, CONTROL_WEIGHT):
             unknown.append(name)
     _refuse(unknown, "diffusers")
     return result

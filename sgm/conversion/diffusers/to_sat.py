@@ -20,7 +20,7 @@ import yaml
 
 from sgm.config.precision import precision_name
 from sgm.config.references import escaped
-from sgm.conversion.diffusers.config import model_yaml
+from sgm.conversion.diffusers.config import CONTROL_PIPELINE, model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.family import shipped_file
@@ -192,6 +192,7 @@ def sat_model_of(
     Raises:
         InputError: a component is incomplete, damaged, or not CogVideoX.
     """
+    _refuse_control(parts)
     stored = {name: read_stored(parts[name]) for name in ("transformer", "vae") if name in parts}
     configs = {name: part.config for name, part in stored.items() if part.config is not None}
     if "scheduler" in parts:
@@ -210,6 +211,13 @@ def sat_model_of(
         autoencoder = _autoencoder(stored["vae"], base)
     files = _t5_files(parts["text_encoder"], parts.get("tokenizer")) if "text_encoder" in parts else None
     return SatModel(base, network, autoencoder, files)
+
+
+def _refuse_control(parts: Mapping[str, Path]) -> None:
+    """Refuse a pipeline whose further channels are those of a control, and would be taken for an image's."""
+    index = parts["transformer"].parent / "model_index.json" if "transformer" in parts else None
+    if index is not None and index.is_file() and read_json(index).get("_class_name") == CONTROL_PIPELINE:
+        raise InputError(f"{index} is that of a {CONTROL_PIPELINE}, which is not imported: see docs/control.md")
 
 
 def _shipped(transformer: Stored) -> Path:

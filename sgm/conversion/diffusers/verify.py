@@ -131,7 +131,8 @@ def _inputs(params: Mapping[str, Any], geometry: Geometry) -> tuple[torch.Tensor
     modules = params["modules"]
     length = modules["pos_embed_config"]["params"]["text_length"]
     size = modules["patch_embed_config"]["params"]["text_hidden_size"]
-    x = torch.randn(1, pt if geometry.fixed_size else 2 * pt, geometry.in_channels, height, width, generator=generator)
+    shape = (pt if geometry.fixed_size else 2 * pt, geometry.in_channels + geometry.control_channels, height, width)
+    x = torch.randn(1, *shape, generator=generator)
     return x, torch.tensor([500]), torch.randn(1, length, size, generator=generator)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
 from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
-from sgm.data.rows import Row, VideoInfo
+from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
 from sgm.log import is_rank_zero
 
@@ -94,9 +94,10 @@ def check_rows(
                 other = scan(row.rejected)
                 end = other.times[0] + other.info.duration
                 select_frames(other.times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip, end=end)
+            if row.control is not None:
+                problems += _control_problems(row.control, info, decode=decode)
         except ClipError as error:
-            part = {str(row.path): "", str(row.rejected): f"its rejected clip {error.path} "}
-            problems.append(part.get(error.path, f"its image {error.path} ") + error.reason)
+            problems.append(error.reason if error.path == str(row.path) else part_problem(row, error))
         except ValueError as error:
             problems.append(str(error))
         if buckets is not None:  # buckets are assigned from the columns
@@ -114,6 +115,33 @@ def check_rows(
         found = pool.map(check, rows)
         bar = tqdm(found, "check clips", total=len(rows), leave=False, disable=None if is_rank_zero() else True)
         return list(bar)
+
+
+def _control_problems(control: ClipFile, info: VideoInfo, *, decode: bool) -> list[str]:
+    """Return the problem of a control beside its clip, if any; raise a ClipError if it is unreadable."""
+    scanned = scan(control)
+    if decode:
+        decode_all(control, scanned)
+    problem = control_problem(info, scanned.info)
+    return [f"its control {control} {problem}"] if problem else []
+
+
+def control_problem(clip: VideoInfo, control: VideoInfo) -> str | None:
+    """Return why a control cannot be read with the frames and crop of its clip; None if it can."""
+    if control.num_frames != clip.num_frames:
+        return f"has {control.num_frames} frames, and the clip {clip.num_frames}; make it from the frames of the clip"
+    if clip.num_frames > 1 and not math.isclose(control.fps, clip.fps, rel_tol=_SAME_FPS):
+        return f"runs at {control.fps:.4g} fps, and the clip at {clip.fps:.4g}; write it at that rate"
+    if abs(control.height * clip.width / clip.height - control.width) > 1:
+        shapes = f"{control.height}x{control.width}, and the clip {clip.height}x{clip.width}"
+        return f"is {shapes}: another shape, so that crops differ; give the ratio of the clip, at any size"
+    return None
+
+
+def part_problem(row: Row, error: ClipError) -> str:
+    """Return what is wrong with the image, the control or the rejected clip of a clip."""
+    parts = {str(row.control): "control", str(row.rejected): "rejected clip"}
+    return f"its {parts.get(error.path, 'image')} {error.path} {error.reason}"
 
 
 def _bucket_shape(info: VideoInfo, buckets: Buckets, fps: float, skip: tuple[int, int]) -> tuple[int, int, int] | None:

@@ -1,13 +1,17 @@
-"""A folder of clips and captions: ``videos/a/b.mp4`` with ``labels/a/b.txt``, or the caption beside the clip."""
+"""A folder of clips and captions: ``videos/a/b.mp4`` with ``labels/a/b.txt``, or the caption beside the clip.
+
+A clip may have a control: ``control/a/b.mp4``.
+"""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from sgm.data.rows import VIDEO_SUFFIXES, Row, is_picture, one_line, require_file
+from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Files, Row, is_picture, one_line, require_file
 from sgm.io import denied_text
 from sgm.util import InputError, nearest_path, no_character
 
-VIDEOS, LABELS = "videos", "labels"
+VIDEOS, LABELS, CONTROL = "videos", "labels", "control"
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
@@ -35,23 +39,42 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
             f"data folder '{root}' holds no clips ({', '.join(VIDEO_SUFFIXES)}); put them into {root / VIDEOS} and "
             f"their captions, a text file each, into {root / LABELS}"
         )
-    return [_row(clip, caption_path(clip, root), allow_missing_captions) for clip in clips]
+    files = Files(root)
+    return [
+        replace(_row(clip, caption_path(clip, root), allow_missing_captions), control=_control(clip, root, files))
+        for clip in clips
+    ]
 
 
 def caption_path(clip: Path, root: Path) -> Path:
     """Return the path of a clip's caption: the last folder ``videos`` below `root` becomes ``labels``."""
+    return _beside(clip, root, LABELS).with_suffix(".txt")
+
+
+def _beside(clip: Path, root: Path, folder: str) -> Path:
+    """Return the path of a clip with another folder in the place of the last ``videos`` below `root`."""
     parts = list(clip.relative_to(root).parts)
     folders = parts[:-1]
     if VIDEOS in folders:
-        parts[len(folders) - 1 - folders[::-1].index(VIDEOS)] = LABELS
-    return root.joinpath(*parts).with_suffix(".txt")
+        parts[len(folders) - 1 - folders[::-1].index(VIDEOS)] = folder
+    return root.joinpath(*parts)
+
+
+def _control(clip: Path, root: Path, files: Files) -> Path | None:
+    """Return the control of a clip, of the same name with any suffix; None without one."""
+    path = _beside(clip, root, CONTROL)
+    if path == clip:
+        return None
+    names = (path, *(path.with_suffix(suffix) for suffix in VIDEO_SUFFIXES + PICTURE_SUFFIXES))
+    return next((name for name in names if files.has(name)), None)
 
 
 def _clips(root: Path) -> list[Path]:
     found, seen = [], set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
+        controls = {CONTROL} if VIDEOS in inner else set()
+        inner[:] = [] if real in seen else [n for n in inner if not n.startswith(".") and n not in controls]
         if real not in seen:  # links can form a cycle
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)

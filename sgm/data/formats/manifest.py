@@ -22,9 +22,11 @@ from sgm.util import InputError, nearest, no_character
 CAPTION_NAMES = ("caption", "prompt", "text", "txt")
 VIDEO_NAMES = ("video", "video_path", "path", "file", "file_name", "filename", "file_path")
 IMAGE_NAMES = ("image", "image_path")
+CONTROL_NAMES = ("control", "control_path", "control_video")
 CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_FILES = ("videos.txt", "video.txt")
 IMAGE_FILES = ("images.txt", "image.txt")
+CONTROL_FILES = ("controls.txt", "control.txt")
 _INFO = ("num_frames", "fps", "height", "width")
 _MOST = 2**31 - 1  # of frames, pixels of a side, and frames per second, in arrays of integers
 _BETWEEN_VALUES = re.compile(r"[\s,:]*")
@@ -38,6 +40,7 @@ class Columns:
     video: str | None = None  # clips: videos, or pictures as videos of one frame
     image: str | None = None  # first images for image-to-video
     rejected: str | None = None  # clips to which those of `video` are preferred; None: there are none
+    control: str | None = None  # clips to follow
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,7 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
         InputError: one is missing; the message lists the existing ones.
     """
     there = f"its columns are {', '.join(table.columns)}"
-    for key, name in (
-        ("caption", columns.caption),
-        ("video", columns.video),
-        ("image", columns.image),
-        ("rejected", columns.rejected),
-    ):
+    for key, name in vars(columns).items():
         if name is not None and name not in table.columns:
             hint = nearest(name, list(table.columns))
             raise InputError(f"'{table.path}' has no column '{name}' (data.params.{key}_column); {there}{hint}")
@@ -113,12 +111,13 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
 
     caption = columns.caption or first(CAPTION_NAMES + CAPTION_FILES)
     image = columns.image or first(IMAGE_NAMES + IMAGE_FILES)
+    control = columns.control or first(CONTROL_NAMES + CONTROL_FILES)
     video = columns.video or first(VIDEO_NAMES + VIDEO_FILES) or image
     for key, name, names in (("caption", caption, CAPTION_NAMES), ("video", video, VIDEO_NAMES)):
         if name is None:
             cure = f"set data.params.{key}_column to the one that holds the {key}s"
             raise InputError(f"'{table.path}' has no column of {key}s ({', '.join(names)}); {there}; {cure}")
-    return Columns(caption, video, image if image != video else None, columns.rejected)
+    return Columns(caption, video, image if image != video else None, columns.rejected, control)
 
 
 def _row(
@@ -136,9 +135,10 @@ def _row(
     caption = one_line(caption or "")
     if wrong := no_character(caption):
         raise _CellError(columns.caption, f"{columns.caption} holds {wrong}; correct it")
-    picture = None
-    if columns.image is not None and record.get(columns.image) not in (None, ""):
-        picture = _file(record, columns.image, files)
+    picture, control = (
+        _file(record, name, files) if name is not None and record.get(name) not in (None, "") else None
+        for name in (columns.image, columns.control)
+    )
     rejected = None if columns.rejected is None else _file(record, columns.rejected, files)
     problem = None
     if isinstance(clip, Path) and not files.has(clip):
@@ -147,9 +147,11 @@ def _row(
         problem = f"its image {picture} does not exist; {where(columns.image or '')} names it"
     elif isinstance(rejected, Path) and not files.has(rejected):
         problem = f"its rejected clip {rejected} does not exist; {where(columns.rejected or '')} names it"
+    elif isinstance(control, Path) and not files.has(control):
+        problem = f"its control {control} does not exist; {where(columns.control or '')} names it"
     elif not caption and not allow_missing_captions:
         problem = f"its caption, {where(columns.caption)}, is empty; write one, or set allow_missing_captions: true"
-    return Row(clip, caption, problem, picture, _info(record), rejected)
+    return Row(clip, caption, problem, picture, _info(record), rejected, control)
 
 
 def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
@@ -208,6 +210,7 @@ def read_lines(root: Path, columns: Columns) -> Table:
         "caption": columns.caption or first(CAPTION_FILES),
         "video": columns.video or first(VIDEO_FILES) or first(IMAGE_FILES),
         "image": columns.image or first(IMAGE_FILES),
+        "control": columns.control or first(CONTROL_FILES),
     }
     for kind, names_of in (("caption", CAPTION_FILES), ("video", VIDEO_FILES)):
         if names[kind] is None:

@@ -103,7 +103,7 @@ def _samples(archive: Path, columns: Columns, faults: Faults) -> Iterator[tuple[
     except (tarfile.TarError, OSError) as error:
         cure = "copy it again; it must not be compressed, as its files are read by offset"
         faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
-    has_parts = any("." in name for name in (columns.caption, columns.video, columns.image) if name)
+    has_parts = any("." in name for name in vars(columns).values() if name)
     for key, files in found.items():
         named = {key: files} if has_parts or columns.video in files else _split_names(key, files)
         yield from ((f"{archive}, {name}", own) for name, own in named.items())

@@ -57,7 +57,7 @@ class TimeWindows:
             denoise_fn: as in `VideoSampler`, for a window.
             x: (B, T, C, H, W), padding included.
             levels: (B,).
-            cond: conditions; ``concat`` (B, T, C', H, W) is divided as `x` is.
+            cond: conditions; ``concat`` and ``control`` (B, T, C', H, W) are divided as `x` is.
             **kwargs: further arguments of `denoise_fn`.
         """
         num_latents = x.shape[1]
@@ -73,4 +73,4 @@ class TimeWindows:
 
 
 def _within(cond: Cond, frames: slice) -> Mapping[str, torch.Tensor]:
-    return {name: value[:, frames] if name == "concat" else value for name, value in cond.items()}
+    return {name: value[:, frames] if name in ("concat", "control") else value for name, value in cond.items()}

@@ -37,15 +37,15 @@ class OpenAIWrapper(nn.Module):
         Args:
             x: scaled noised latents (B, T, C, H, W).
             timesteps: (B,).
-            cond: ``crossattn``, the text (B, L, D_text), and optionally ``concat``, image latents (B, T, C', H, W)
-                concatenated after the channels of `x`.
+            cond: ``crossattn``, the text (B, L, D_text), and optionally ``concat``, image latents (B, T, C', H, W),
+                and ``control``, those of a control video, both concatenated after the channels of `x`.
             ofs: (B,), for networks with this embedding.
 
         Returns:
             The network's output (B, T, C_out, H, W).
         """
         dtype = next((p.dtype for p in self.diffusion_model.parameters() if p.is_floating_point()), x.dtype)
-        parts = [x, cond["concat"]] if "concat" in cond else [x]
+        parts = [x, *(cond[name] for name in ("concat", "control") if name in cond)]
         latents = torch.cat([part.to(dtype) for part in parts], dim=2)
         # With guidance parallelism, each of two ranks computes one branch: half of the batch.
         group = sgm.distributed.cfg_group()

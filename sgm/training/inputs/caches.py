@@ -89,9 +89,21 @@ def open_latents(
         images = CachedTensors(latents.folder, "images")
         image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
+    controls, control_keys = None, keys
+    if params_of(config.model["network_config"]).get("control_channels"):
+        controls = CachedTensors(latents.folder, "controls")
+        control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
+        controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))
     cached = [
-        dataset.cached(latents, of_clips, images=images, image_keys=of_images, first_frames=has_image)
-        for dataset, of_clips, of_images in zip(data.sources, keys, image_keys, strict=True)
+        dataset.cached(
+            latents,
+            of_clips,
+            images=images,
+            image_keys=of_images,
+            first_frames=has_image,
+            **({} if controls is None else {"controls": controls, "control_keys": of_controls}),
+        )
+        for dataset, of_clips, of_images, of_controls in zip(data.sources, keys, image_keys, control_keys, strict=True)
     ]
     return data.with_cached(cached), latents, images
 
@@ -179,7 +191,7 @@ def clip_source(config: Config, dataset: Any, dtype: torch.dtype, kind: Kind) ->
     encoder = {name: value for name, value in params.items() if name not in _NOT_ENCODING}
     buckets = _buckets(config)
     shapes: dict[str, Any] = {"video_size": list(dataset.video_size)}
-    if kind == "latents":
+    if kind != "images":
         shapes |= {"max_num_frames": dataset.max_num_frames, "fps": dataset.fps}
     if buckets is not None:
         shapes = {"fps": dataset.fps, "buckets": _rules(buckets)}

@@ -144,7 +144,10 @@ def open_folder(config: Config, folder: str) -> Any:
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
-    dataset = instantiate_from_config(config.data, data_dir=folder)
+    # A network with a control needs it of every clip; said once, in its own section.
+    takes = (config.model["network_config"].get("params") or {}).get("control_channels")
+    more = {"control": True} if takes and "control" not in (config.data.get("params") or {}) else {}
+    dataset = instantiate_from_config(config.data, data_dir=folder, **more)
     if odd := [caption for caption in getattr(dataset, "captions", ()) if control_characters(caption)]:
         text = "%s: %d captions hold control characters, which text encoders drop; the first: %s"
         logger.warning(text, folder, len(odd), odd[0][:80])
@@ -175,4 +178,5 @@ def _without(dataset: Any, paths: Collection[str]) -> Any:
 
 def _stamped(rows: Iterable[Any], stamp: Callable[[Any], Any]) -> list[Any]:
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly
-        return list(pool.map(stamp, [file for row in rows for file in (row.path, row.image, row.rejected) if file]))
+        files = [file for row in rows for file in (row.path, row.image, row.rejected, row.control) if file is not None]
+        return list(pool.map(stamp, files))

@@ -79,6 +79,8 @@ def plan_jobs(
     rows = [report for dataset in datasets if hasattr(dataset, "row_reports") for report in dataset.row_reports()]
     for path, reason in unusable(rows, args).items():
         logger.warning("left out %s: %s", path, reason)
+    if geometry.control_channels and "latents" in kinds:  # neither is of use without the other
+        kinds = [*kinds, "controls"]
     jobs = []
     for kind in kinds:
         if kind == "text":
@@ -226,9 +228,11 @@ class _Clip:
             return self.shape
         frames, *size = self.shape
         try:
-            sample = self.dataset.sample(self.index, None, (frames if kind == "latents" else 1, *size))
+            sample = self.dataset.sample(self.index, None, (1 if kind == "images" else frames, *size))
         except ClipError as error:
             return error.reason
+        if kind == "controls":
+            return sample["control"]
         return sample["image"][None] if kind == "images" and sample["image"] is not None else sample["mp4"]
 
 
@@ -272,7 +276,8 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     clips: dict[str, _Clip] = {}
     left_out: dict[str, None] = {}
     for dataset in datasets:
-        keys = dataset.cache_keys(images=kind == "images")
+        given = {"images": {"images": True}, "controls": {"controls": True}}.get(kind, {})
+        keys = dataset.cache_keys(**given)
         shapes = sgm.distributed.run_on_rank_zero(partial(shapes_of, config, dataset))
         for index, path in enumerate(dataset.paths):
             if path not in keys:  # the data set cannot use it
@@ -295,7 +300,7 @@ def _num_elements(shape: Shape | str, geometry: Geometry, kind: Kind) -> int:
     """Return the number of elements in the moments of a clip."""
     if isinstance(shape, str):
         return 0
-    frames, height, width = shape if kind == "latents" else (1, *shape[1:])
+    frames, height, width = (1, *shape[1:]) if kind == "images" else shape
     latents = (frames - 1) // geometry.time_compression + 1
     return 2 * geometry.out_channels * latents * (height // 8) * (width // 8)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sgm.config.load import ConfigError, Problem
 from sgm.util import nearest
-from sgm.weights.adapters import adapter_layer, is_adapter
+from sgm.weights.adapters import adapter_layer, is_adapter, is_added
 from sgm.weights.files import PREFIX
 
 # Prefixes in the reference's YAML files for modules that are never trained here.
@@ -56,7 +56,7 @@ def choose_trainable(network: nn.Module, model: Mapping[str, Any]) -> Trainable:
     frozen = set()
     for prefix in prefixes:
         own = prefix.removeprefix(PREFIX)
-        hit = {name for name in parameters if (not is_adapter(name) if prefix == ALL else name.startswith(own))}
+        hit = {name for name in parameters if (not is_added(name) if prefix == ALL else name.startswith(own))}
         if not hit and prefix != ALL and not prefix.startswith(OUTSIDE):
             roots = sorted({name.partition(".")[0] for name in parameters})
             found = f"'{prefix}' is the beginning of no parameter of the network{nearest(own, roots)}"
@@ -83,8 +83,7 @@ def _check(names: Sequence[str], adapters: Sequence[str], has_lora: bool) -> Non
     elif not names:
         found = "leaves nothing to train: the base weights are frozen and there is no lora_config"
         cure = "take the model's _lora.yaml file, or remove the prefixes to train all weights"
-    elif adapters and len(adapters) < len(names):
-        others = [name for name in names if not is_adapter(name)]
+    elif adapters and (others := [name for name in names if not is_added(name)]):
         found = f"would train {len(others):,} tensors of the base model beside the LoRA adapters, e.g. {others[0]}"
         cure = f"set {_PATH}=[all] to train the adapters only, or remove modules.lora_config to train everything"
     elif has_lora and not adapters:
@@ -98,6 +97,8 @@ def _describe(network: nn.Module, names: Sequence[str], adapters: Sequence[str])
     if adapters:
         lora = network.get_submodule("mixins.lora")
         layers = len({adapter_layer(name) for name in adapters} - {None})
-        return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g} in {layers} layers, {len(adapters)} matrices"
+        beside = ", and the columns of the control" if len(adapters) < len(names) else ""
+        shown = f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g} in {layers} layers, {len(adapters)} matrices"
+        return shown + beside
     parts = sorted({".".join(name.split(".")[:2]) for name in names})
     return f"{len(names)} tensors of {', '.join(parts)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, Pair, adapter_pairs, is_adapter, ranks_and_layers, read_adapter_info
+from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
 from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
@@ -95,7 +96,13 @@ def read_lora(path: str | Path, *, alpha: float | None = None, option: str = "--
         InputError: LoRA is missing or incomplete, or alpha is unknown or contradicts the file.
     """
     file = find_weights(path)
-    matrices = {name: tensor for name, tensor in network_of(file).items() if is_adapter(name)}
+    network = network_of(file)
+    if CONTROL_WEIGHT in network:
+        raise InputError(
+            f"{file} holds the columns of a control beside its LoRA, for which several LoRAs or files of other tools "
+            "have no place; sample it with args.load, or merge it with tools/convert_weight_sat2hf.py"
+        )
+    matrices = {name: tensor for name, tensor in network.items() if is_adapter(name)}
     if not matrices:
         raise InputError(f"{file} holds no LoRA matrices; give the folder or file that a LoRA training saved")
     rank, info = common_rank(adapter_pairs(matrices, str(file)), str(file)), read_adapter_info(file)

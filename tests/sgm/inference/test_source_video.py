@@ -11,7 +11,7 @@ from PIL import Image
 from sgm.checks.sampling import SamplingPlan
 from sgm.config.args import SamplingArgs
 from sgm.inference.main import main
-from sgm.inference.source_video import check_clip, encode_clips, load_source
+from sgm.inference.source_video import check_clip, encode_clips, load_whole
 from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
 
@@ -33,7 +33,7 @@ def clip(tmp_path):
 
 @pytest.mark.parametrize(("latents", "fps", "greys"), [(3, 8, range(20, 200, 20)), (2, 4, range(20, 200, 40))])
 def test_frames_are_those_of_the_result_in_rate_and_size(clip, latents, fps, greys):
-    frames = load_source(clip, plan(latents, fps), (16, 24))
+    frames = load_whole(str(clip.video), plan(latents, fps), (16, 24))
     assert frames.shape == (4 * latents - 3, 3, 16, 24)
     found = (frames.mean(dim=(1, 2, 3)) + 1) * 127.5
     torch.testing.assert_close(found, torch.tensor([float(grey) for grey in greys]), rtol=0, atol=3)
