@@ -394,12 +394,12 @@ class ClipKeys:
     The data folder may move; a replaced clip is detected.
 
     Args:
-        folder: of the data set.
+        folder: of the data set, or its URL: the same clips have the same keys afar.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
-        self._name = folder.resolve().name
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = folder if isinstance(folder, str) else folder.absolute()
+        self._name = folder.rpartition("/")[2] if isinstance(folder, str) else folder.resolve().name
         self._sizes: dict[Path, int] = {}
 
     def __call__(self, clip: ClipFile, image: ClipFile | None = None) -> str:
@@ -412,7 +412,10 @@ class ClipKeys:
         return key if image is None else f"{key} with {self._entry(image)}"
 
     def _entry(self, file: ClipFile) -> str:
-        path = os.path.relpath(Path(str(file)).absolute(), self._folder)
+        if isinstance(self._folder, str):
+            path = str(file).removeprefix(f"{self._folder}/")
+        else:
+            path = os.path.relpath(Path(str(file)).absolute(), self._folder)
         try:
             return f"{Path(path).as_posix()}, {self._size(file)} bytes"
         except OSError as error:

@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, Subset
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
+from sgm.data.remote.store import configure
 from sgm.data.order import derive_seed, split_indices
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
@@ -144,6 +145,8 @@ def open_folder(config: Config, folder: str) -> Any:
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
+    if isinstance(args := config.args, TrainingArgs):
+        configure(args.remote_cache, args.remote_cache_gb, args.remote_retries)
     dataset = instantiate_from_config(config.data, data_dir=folder)
     if odd := [caption for caption in getattr(dataset, "captions", ()) if control_characters(caption)]:
         text = "%s: %d captions hold control characters, which text encoders drop; the first: %s"
