@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,8 +161,12 @@ def look_up(url: str, store: Store | None = None) -> RemoteFile:
     store = store or current()
 
     def work() -> RemoteFile:
+        from fsspec.asyn import sync
+
         system, name = filesystem(url)
-        return _described(url, system.info(name), store)
+        found = _described(url, system.info(name), store)
+        is_http = url.lower().startswith(("http://", "https://"))
+        return replace(found, ranges=sync(system.loop, _sends_ranges, system, url)) if is_http else found
 
     return retried(url, store.retries, work)
 
@@ -172,8 +176,15 @@ def _described(url: str, info: Mapping[str, Any], store: Store) -> RemoteFile:
         raise RefusedError(f"{url}: the server does not say its size; serve it with a Content-Length")
     content = [f"{name}={info[name]}" for name in _CHANGES if info.get(name)]
     times = [f"{name}={info[name]}" for name in _TIMES if info.get(name)]
-    ranges = url.partition(":")[0].lower() not in ("http", "https") or bool(info.get("partial"))
-    return RemoteFile(url, int(info["size"]), " ".join(content or times), ranges, store)
+    return RemoteFile(url, int(info["size"]), " ".join(content or times), True, store)
+
+
+async def _sends_ranges(system: Any, url: str) -> bool:
+    """Ask a server of HTTP for one byte: some that send parts do not say so, and some send all."""
+    session = await system.set_session()
+    async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
+        answer.raise_for_status()
+        return answer.status == 206
 
 
 def root_of(url: str, suffix: str = ".tar") -> str:
@@ -272,7 +283,8 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
+    own = "code" if type(error).__module__.startswith("gcsfs") else "status"  # aiohttp has codes for broken answers
+    found = getattr(error, own, None) or getattr(response, "status_code", None)
     return found if isinstance(found, int) else None
 
 
