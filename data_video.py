@@ -192,6 +192,8 @@ class SFTDataset:
     def prefetch(self, index: int) -> None:
         """Read what sample `index` needs from afar, if anything, so that it is here when it is needed."""
         row = self.rows[index]
+        if self._cache is not None:
+            self._cache.prefetch(row.path)
         files = (row.path, row.image) if self._cache is None else (row.image,) if self._cache.first_frames else ()
         for file in files:
             if isinstance(file, Member) and isinstance(file.container, RemoteFile):
@@ -200,6 +202,8 @@ class SFTDataset:
     @property
     def is_remote(self) -> bool:
         """Whether samples are read from afar."""
+        if self._cache is not None and self._cache.is_remote:
+            return True
         return not isinstance(self._root, Path)
 
     @property
@@ -338,6 +342,17 @@ class _Cache:
     def lacks(self, clip: ClipFile) -> bool:
         """Return whether a clip was not encoded: it failed, or fits no bucket."""
         return str(clip) in self.keys and any(key not in cache for cache, key in self._entries(clip))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether results are read from afar."""
+        return self.latents.is_remote
+
+    def prefetch(self, clip: ClipFile) -> None:
+        """Read the results of a clip from afar, so that they are here when they are needed."""
+        if str(clip) in self.keys:
+            for cache, key in self._entries(clip):
+                cache.prefetch(key)
 
     def wrong_shapes(self, clip: ClipFile, shape: str) -> list[str]:
         """Return a line for each cache that lacks a clip at shape FxHxW."""

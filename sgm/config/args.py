@@ -374,6 +374,9 @@ class TrainingArgs(SamplingArgs):
                     continue
                 if problem := url_problem(text):
                     yield name, *problem
+                elif self.precompute and name.endswith("_cache") and name != "remote_cache":
+                    cure = "encode with tools/prepare_dataset.py --out FOLDER --upload URL before, and set it to false"
+                    yield "precompute", f"is true, and {name} is the URL {text}", cure
                 elif name in ("save", "remote_cache"):
                     yield name, f"is {text}, and it is written to as files are", "name a folder of this machine"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sgm.data.remote.store import RefusedError, RemoteError, Store, current
+from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store, current
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
 from sgm.util import InputError, RunError
@@ -28,6 +28,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SILENCE_S = 60  # without a byte, after which a request failed
 _CHANGES = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Digest", "Last-Modified", "LastModified")
 _TIMES = ("last_modified", "mtime", "created")
+_MISSING = "there is no such object; correct the URL"
 _AGAIN = (408, 425, 429)  # answers of HTTP below 500 after which a request is repeated
 
 
@@ -251,7 +252,8 @@ def retried(url: str, retries: int, work: Callable[[], Result]) -> Result:
         except Exception as error:  # each library has errors of its own
             said = _said(error)
             if cure := _cure(url, error):
-                raise RefusedError(f"{url}: {said}; {cure}") from None  # the message of the cause may have a signed address
+                kind = MissingError if cure == _MISSING else RefusedError
+                raise kind(f"{url}: {said}; {cure}") from None  # the message of the cause may have a signed address
             if attempt > retries:
                 raise RemoteError(
                     f"{url}: {attempt} attempts failed, the last one: {said}; see that the network and the server "
@@ -300,10 +302,10 @@ def _cure(url: str, error: Exception) -> str:
     if status is not None:
         if status >= 500 or status in _AGAIN:
             return ""
-        return "there is no such object; correct the URL" if status == 404 else "correct the URL"
+        return _MISSING if status == 404 else "correct the URL"
     last = causes[-1]
     if isinstance(last, FileNotFoundError):
-        return "there is no such object; correct the URL"
+        return _MISSING
     if isinstance(last, IsADirectoryError | NotADirectoryError):
         return "give the folder without a suffix, or an object in it"
     if isinstance(last, NotImplementedError | ValueError | TypeError):

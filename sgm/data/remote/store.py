@@ -9,6 +9,7 @@ has one open reads on.
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ class RefusedError(RemoteError, InputError):
     """The same, where trying again does not help: something given is wrong."""
 
     exit_code = InputError.exit_code
+
+
+class MissingError(RefusedError):
+    """There is no such object."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,12 @@ class Store:
     def has(self, key: str) -> bool:
         """Return whether an entry is there."""
         return self._path(key).exists()
+
+    def free(self) -> int:
+        """Return the bytes that entries can take: those free on the disk, and those of the entries there."""
+        folder = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        used = sum(path.stat().st_size for path in self.folder.glob("entries/*/[!.]*"))
+        return shutil.disk_usage(folder).free + used
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()[:40]

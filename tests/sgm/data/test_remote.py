@@ -1,5 +1,6 @@
 """Data sets behind URLs: the samples of local ones, whatever the server does; bounded, exact, without secrets."""
 
+import copy
 import io
 import tarfile
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from data_video import SFTDataset
+from sgm.data.cache import CachedTensors, Description, begin, upload_cache, write_shard
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.data.remote import objects
@@ -329,3 +331,48 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
 def test_a_remote_file_has_a_stamp_that_changes_with_its_content(tmp_path):
     before, after = (RemoteFile("s3://b/x", 10, tag, True, Store(tmp_path)) for tag in ("one", "two"))
     assert before.stamp[0] == 10 and before.stamp != after.stamp
+
+
+@pytest.fixture
+def bucket():
+    """An empty bucket in memory."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.makedirs("/bucket", exist_ok=True)
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def finished_cache(folder: Path) -> Description:
+    source = {"precision": "fp32"}
+    description = Description("latents", "fp32", source, (("a", "b"), ("c",)), ("1x8x8",) * 3)
+    begin(folder, description)
+    write_shard(folder, description, 0, [torch.arange(6.0).view(2, 3), "is damaged"])
+    write_shard(folder, description, 1, [torch.full((4,), 7.0)])
+    return description
+
+
+def test_a_cache_is_uploaded_once_and_read_by_result(bucket, tmp_path):
+    configure(str(tmp_path / "store"), 1, 0)
+    description, url = finished_cache(tmp_path / "cache"), "memory://bucket/cache"
+    assert upload_cache(tmp_path / "cache", url, [description]) == 4
+    assert upload_cache(tmp_path / "cache", url, [description]) == 0
+    local, remote = CachedTensors(tmp_path / "cache", "latents"), CachedTensors(url, "latents")
+    assert remote.is_remote and remote.failures == local.failures == {"b": "is damaged"} and [*remote] == [*local]
+    remote.prefetch("c")
+    bucket.rm("/bucket/cache/latents-00001.safetensors")
+    assert all(torch.equal(copy.copy(remote)[key], local[key]) for key in local), "c is here"
+    with pytest.raises(InputError, match="1 of 2 shards of latents are missing"):
+        CachedTensors(url, "latents")
+    bucket.pipe("/bucket/cache/latents-00001.safetensors", b"something else")
+    with pytest.raises(InputError, match="latents-00001.safetensors is damaged"):
+        CachedTensors(url, "latents")
+    with pytest.raises(InputError, match="'memory://bucket/none' has no text.json"):
+        CachedTensors("memory://bucket/none", "text")
+
+
+def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
+    description = finished_cache(tmp_path / "cache")
+    with pytest.raises(RemoteError, match=f"{server.url}/cache/latents-0000"):
+        upload_cache(tmp_path / "cache", f"{server.url}/cache", [description])
