@@ -376,3 +376,44 @@ def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
     description = finished_cache(tmp_path / "cache")
     with pytest.raises(RemoteError, match=f"{server.url}/cache/latents-0000"):
         upload_cache(tmp_path / "cache", f"{server.url}/cache", [description])
+
+
+@pytest.fixture
+def s3(monkeypatch, tmp_path):
+    """A bucket of a local server of S3, and credentials for it in the environment."""
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra remote")
+    pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
+    configure(str(tmp_path / "store"), 1, 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = s3fs.S3FileSystem()
+    system.mkdir("bucket")
+    yield system
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path, monkeypatch):
+    s3.put(str(shards), "bucket/", recursive=True)
+    assert_same(dataset("s3://bucket/clips"), dataset(shards))
+    description = finished_cache(tmp_path / "cache")
+    assert upload_cache(tmp_path / "cache", "s3://bucket/cache", [description]) == 4
+    assert torch.equal(CachedTensors("s3://bucket/cache", "latents")["c"], torch.full((4,), 7.0))
+    with pytest.raises(InputError, match=r"s3://bucket/none.tar: .*no such object"):
+        dataset("s3://bucket/none.tar")
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
+    assert b"the-secret" not in kept and b"the-key" not in kept
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    type(s3).clear_instance_cache()
+    with pytest.raises(InputError, match=r"s3://bucket/clips/001.tar: .*credentials"):
+        dataset("s3://bucket/clips/001.tar")
