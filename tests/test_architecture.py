@@ -303,6 +303,8 @@ ALLOWED_HOSTS = re.compile(
     r"|yaml\.org"  # in the name of a YAML tag
     r"|kubeflow\.org|nvidia\.com"  # in names of Kubernetes kinds and resources
     r"|file://.*|(https?://)?127\.0\.0\.1.*"
+    r"|(https?|gs|hf)://[`,]?|(gs|https)://my-.*|hf://datasets/me/.*"  # data behind URLs: protocols, and examples
+    r"|(memory|nosuch)://.*|https://([^@/]*@)?host/.*|http://(\{host\}|\*+@).*"  # of its tests
     r"|env://"  # torch's URL for a rendezvous by environment variables
 )
 

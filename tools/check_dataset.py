@@ -109,7 +109,9 @@ def work(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DATA", help="folders, manifests, archives, URLs: as args.train_data")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DATA", help="folders, manifests, archives, URLs: as args.train_data"
+    )
     parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="files with a data section")
     add_trust(parser)
     params = parser.add_argument_group("parameters of the data section, which override those of --base")

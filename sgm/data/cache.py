@@ -498,7 +498,9 @@ def upload_cache(folder: Path, url: str, descriptions: Sequence[Description]) ->
     """
     names = _names(folder)
     shards = [each.shard(number) for each in descriptions for number in range(len(each.shards))]
-    failed = [name for each in descriptions for number in range(len(each.shards)) if (name := each.failed(number)) in names]
+    failed = [
+        name for each in descriptions for number in range(len(each.shards)) if (name := each.failed(number)) in names
+    ]
 
     def same(name: str, there: RemoteFolder) -> bool:
         if name not in shards:

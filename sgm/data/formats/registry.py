@@ -58,9 +58,7 @@ def list_rows(
     if is_url(data_dir):
         if format not in ("auto", "webdataset"):
             raise InputError(f"{redacted(str(data_dir))}: a URL names tar files; remove data.params.format={format}")
-        return table_rows(
-            read_archives(str(data_dir), columns), columns, allow_missing_captions=allow_missing_captions
-        )
+        return table_rows(read_archives(str(data_dir), columns), columns, allow_missing_captions=allow_missing_captions)
     path = local_path(data_dir)
     if format == "auto":
         format = detect(path)

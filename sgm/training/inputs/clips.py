@@ -10,9 +10,9 @@ from torch.utils.data import ConcatDataset, Subset
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
+from sgm.data.order import derive_seed, split_indices
 from sgm.data.remote.objects import RemoteFile
 from sgm.data.remote.store import configure, current
-from sgm.data.order import derive_seed, split_indices
 from sgm.io import readable_size
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words

@@ -2,12 +2,14 @@
 
 import copy
 import io
+import re
 import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -21,6 +23,7 @@ from sgm.data.order import TrainingOrder
 from sgm.data.remote import objects
 from sgm.data.remote.objects import RemoteFile, look_up
 from sgm.data.remote.store import RefusedError, RemoteError, Store, configure
+from sgm.training.main import main
 from sgm.urls import is_url, redacted, url_problem
 from sgm.util import InputError
 
@@ -87,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(send=True)
 
     def answer(self, *, send: bool) -> None:
-        server = self.server
+        server = cast(Server, self.server)
         fault = server.faults.pop(0) if send and server.faults else None
         path = server.folder / self.path.lstrip("/")
         if isinstance(fault, int) or not path.is_file():
@@ -135,7 +138,7 @@ def server(the_server, tmp_path, monkeypatch):
     return the_server
 
 
-def dataset(data_dir: object) -> SFTDataset:
+def dataset(data_dir: str | Path) -> SFTDataset:
     return SFTDataset(data_dir=data_dir, **SETTINGS)
 
 
@@ -184,7 +187,9 @@ def test_failures_that_pass_change_nothing(faults, server, shards, monkeypatch, 
     assert len(warned) == len(faults) and f"{server.url}/clips/001.tar: attempt 1 of 4 failed" in warned[0]
 
 
-@pytest.mark.parametrize("fault, said", [(500, "4 attempts failed"), (403, "wants credentials"), (404, "no such object")])
+@pytest.mark.parametrize(
+    "fault, said", [(500, "4 attempts failed"), (403, "wants credentials"), (404, "no such object")]
+)
 def test_failures_that_stay_name_url_cause_and_cure(fault, said, server):
     remote = dataset(f"{server.url}/clips/001.tar")
     server.faults = [fault] * 4
@@ -208,8 +213,7 @@ def test_a_changed_object_is_noticed(server, shards):
 
 def numbers_and_clips(data: SFTDataset, first: int) -> list[tuple[int, str, torch.Tensor]]:
     stream = SampleStream([data], TrainingOrder([len(data)], seed=3))
-    settings = {"rank": 0, "world": 1, "micro_batch": 2, "num_workers": 0}
-    batches = make_loader(stream, first=first, stop=12, **settings)
+    batches = make_loader(stream, first=first, stop=12, rank=0, world=1, micro_batch=2, num_workers=0)
     return [
         (number, Path(path).name, pixels)
         for batch in batches
@@ -300,9 +304,13 @@ def test_urls_with_secrets_are_refused_without_showing_them(url, secret, shown):
 
 
 def test_harmless_urls_are_not_changed():
-    for url in ("s3://bucket/clips/{000..999}.tar", "hf://datasets/me/set@main/a.tar", "https://host/x.tar?download=true"):
+    for url in (
+        "s3://bucket/clips/{000..999}.tar",
+        "hf://datasets/me/set@main/a.tar",
+        "https://host/x.tar?download=true",
+    ):
         assert is_url(url) and redacted(url) == url and url_problem(url) is None
-    assert not is_url("my_clips") and not is_url("file:///data") and not is_url("C:\\clips")
+    assert not is_url("my_clips") and not is_url("file:///data") and not is_url("C:clips")
     assert "chain" in (url_problem("simplecache::s3://bucket/x.tar") or "")[1 - 1]
 
 
@@ -331,6 +339,24 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
 def test_a_remote_file_has_a_stamp_that_changes_with_its_content(tmp_path):
     before, after = (RemoteFile("s3://b/x", 10, tag, True, Store(tmp_path)) for tag in ("one", "two"))
     assert before.stamp[0] == 10 and before.stamp != after.stamp
+
+
+def test_the_check_of_a_run_looks_up_the_shards(server, tmp_path, capsys):
+    root = Path(__file__).parents[3]
+    bases = [str(root / "configs" / name) for name in ("toy_lora.yaml", "toy_sft.yaml", "remote.yaml")]
+    given = [f"args.train_data=[{server.url}/clips/{{000..001}}.tar]", "args.eval_interval=null", "args.split=1,0,0"]
+    given += [f"args.remote_cache={tmp_path}/kept", "args.train_iters=2", f"args.save={tmp_path}/runs"]
+    assert main(["--base", *bases, *given, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"afar +2 shards, 41.0 kB: all of them answer\n", shown), shown
+    assert re.search(rf"kept here +up to 200.0 GB in {tmp_path}/kept, where", shown)
+    assert not [*(tmp_path / "kept").glob("entries/*/*")], "no clip was read"
+    secret = [f"args.train_data=[{server.url.replace('//', '//me:hidden@')}/clips/000.tar]", *given[1:]]
+    assert main(["--base", *bases, *secret, "--check"]) == 2
+    seen = capsys.readouterr()
+    assert "hidden" not in seen.out + seen.err and "args.train_data is http://***@" in seen.err
+    assert main(["--base", *bases, given[0].replace("000..001", "001..002"), *given[1:], "--check"]) == 2
+    assert "002.tar: " in (said := capsys.readouterr().err) and "no such object" in said
 
 
 @pytest.fixture
@@ -382,10 +408,8 @@ def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
 def s3(monkeypatch, tmp_path):
     """A bucket of a local server of S3, and credentials for it in the environment."""
     s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra remote")
-    pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto = pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
