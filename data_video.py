@@ -43,7 +43,8 @@ class SFTDataset:
     image of image-to-video, or None. Training calls `sample`.
 
     Args:
-        data_dir: folder, manifest, archive, or URL of archives; training passes each of ``args.train_data`` and ``args.valid_data``.
+        data_dir: folder, manifest, archive, or URL of archives; training passes each of ``args.train_data`` and
+            ``args.valid_data``.
         video_size: (H, W) in pixels.
         fps: frames selected per second of the clip.
         max_num_frames: F, one of 1, 5, 9, ...; shorter clips repeat the last frame.

@@ -1,4 +1,4 @@
-"""Objects behind a URL, read with fsspec: a range at a time, again after failures, and kept in the store of this machine.
+"""Objects behind URLs, read with fsspec: a range at a time, again after failures, and kept in a store of this machine.
 
 Credentials are those of the environment, as the library of each protocol finds them.
 """
