@@ -70,8 +70,8 @@ class RemoteFile:
             return file.read(size)
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Read what `read` will, so that it is here then; failures are left to `read`, which says them."""
-        key, num_bytes, fetch = self._entry(offset, size)
+        """Read what `read` will, so that it is here then; failures are left to `read`, which says and repeats them."""
+        key, num_bytes, fetch = replace(self, store=replace(self.store, retries=0))._entry(offset, size)
         if not self.store.has(key):
             with contextlib.suppress(RunError, InputError):
                 self.store.open(key, num_bytes, fetch).close()
