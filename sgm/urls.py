@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>.,;:)\]]")  # not the mark after it
 _QUERY = re.compile(r"[?&#]([^=&#\s]*)(?:=[^&#\s]*)?")
 _HARMLESS = frozenset({"download", "raw", "dl", "versionid", "generation"})  # keys of a query that are no secrets
 _HIDDEN = "***"
@@ -26,7 +26,7 @@ def local_path(text: str | Path) -> Path:
 
 def url_problem(url: str) -> tuple[str, str] | None:
     """Return why a URL is refused, without its secrets, and the cure; None if it is not."""
-    shown = redacted(url)
+    shown = _without_secrets(url)
     if shown != url:
         return f"is {shown}, and would leave a secret in files and logs", FROM_ENVIRONMENT
     if "::" in url.partition("://")[0]:

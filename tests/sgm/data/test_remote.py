@@ -302,6 +302,7 @@ def test_urls_with_secrets_are_refused_without_showing_them(url, secret, shown):
         dataset(url)
     assert secret not in str(caught.value) and "environment" in str(caught.value)
     assert redacted(f"see '{url}', and more") == f"see '{shown}', and more"
+    assert redacted(redacted(f"is {url}, and")) == f"is {shown}, and"
 
 
 def test_harmless_urls_are_not_changed():
