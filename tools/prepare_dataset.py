@@ -3,7 +3,8 @@
     python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache
 
 With args.latent_cache and args.text_cache, training needs no decoding, VAE or T5. The same command continues after an
-interruption, and tries failed clips again; with --verify it also reads all results, and mends damaged ones.
+interruption, and tries failed clips again; with --verify it also reads all results, and mends damaged ones. --upload
+copies the finished cache to a URL, which training reads as well.
 
 Exit codes: 0 all clips are encoded, 1 some failed, 2 wrong input.
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgm import cli
+from sgm.urls import is_url, local_path, redacted, url_problem
 
 EXAMPLES = (
     "python tools/prepare_dataset.py --base configs/toy_lora.yaml configs/toy_sft.yaml --out outputs/toy_cache",
@@ -26,7 +28,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; ``section.key=value`` may appear anywhere."""
 
     def more(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the cache")
+        parser.add_argument("--out", type=_folder, required=True, metavar="FOLDER", help="the cache")
+        parser.add_argument("--upload", metavar="URL", help="copy the finished cache there, such as s3://bucket/cache")
         parser.add_argument("--vae", action="store_true", help="latents of clips; without a switch: --vae --text")
         parser.add_argument("--text", action="store_true", help="embeddings of captions")
         parser.add_argument("--images", action="store_true", help="latents of the first images of image-to-video")
@@ -45,11 +48,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
 
+def _folder(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"a cache is written here first: --out FOLDER --upload {redacted(text)}")
+    return local_path(text)
+
+
 def run(options: argparse.Namespace) -> None:
     """Encode, or check; the number of failures is written to ``options.num_failed``."""
     import sgm.distributed  # after parsing, so that --help is fast
     from sgm.config.load import load_config
-    from sgm.data.cache import Kind
+    from sgm.data.cache import Kind, upload_cache
+    from sgm.data.remote.folder import RemoteFolder
     from sgm.data.rows import listed
     from sgm.io import readable_size
     from sgm.training.inputs.precompute import plan_jobs, run_jobs
@@ -57,6 +67,10 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 < options.shard_mb <= 1e6:
         raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0 and at most 1,000,000")
+    if options.upload is not None and not is_url(options.upload):
+        raise InputError(f"--upload is '{options.upload}'; give a URL such as s3://bucket/cache, or only --out")
+    if options.upload is not None and (problem := url_problem(options.upload)):
+        raise InputError(f"--upload {problem[0]}; {problem[1]}")
     config = load_config(options.base, options.overrides, mode="encode", trust=options.trust)
     switches: dict[Kind, bool] = {"text": options.text, "latents": options.vae, "images": options.images}
     kinds: list[Kind] = [kind for kind, on in switches.items() if on] or ["text", "latents"]
@@ -66,6 +80,13 @@ def run(options: argparse.Namespace) -> None:
         jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
         failures = {} if options.check else run_jobs(jobs, options.out, verify=options.verify)
     options.num_failed = len(failures)
+    descriptions = [job.description for job in jobs]
+    if options.upload is not None and sgm.distributed.rank() == 0:
+        if options.check:
+            RemoteFolder(options.upload).look_up(f"{each.kind}.json" for each in descriptions)
+        else:
+            num = upload_cache(options.out, options.upload, descriptions)
+            sys.stdout.write(f"{options.upload}: {num:,} files copied, the others were there\n")
     if sgm.distributed.rank() == 0:
         for job in jobs:
             num, shards = sum(1 for _ in job.description.keys()), len(job.description.shards)

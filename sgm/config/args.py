@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sgm.config.refused import REFUSED
 from sgm.config.values import AtLeast0, AtLeast1, Name, Positive, Share, Width, spelled
+from sgm.urls import is_url, url_problem
 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
@@ -243,6 +244,9 @@ class TrainingArgs(SamplingArgs):
     split: str = "1,0,0"
     num_workers: _Workers = 2
     prefetch_factor: Annotated[int, Field(ge=1, le=1024)] = 2
+    remote_cache: Name | None = None
+    remote_cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 50.0
+    remote_retries: Annotated[int, Field(ge=0, le=100)] = 5
     max_bad_share: Share = 0.1
     check_clips: Literal["auto", "all", "none"] = "auto"
     latent_cache: Name | None = None
@@ -384,7 +388,22 @@ class TrainingArgs(SamplingArgs):
                 or_null = "" if name == "train_data" else ", or null to use args.split"
                 yield name, "names no folder", f"give args.{name}=[<folder with videos/ and labels/>]{or_null}"
 
+    def _url_problems(self) -> Iterator[tuple[str, str, str]]:
+        for name in ("train_data", "valid_data", "latent_cache", "text_cache", "save", "remote_cache"):
+            value = getattr(self, name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if not is_url(text):
+                    continue
+                if problem := url_problem(text):
+                    yield name, *problem
+                elif self.precompute and name.endswith("_cache") and name != "remote_cache":
+                    cure = "encode with tools/prepare_dataset.py --out FOLDER --upload URL before, and set it to false"
+                    yield "precompute", f"is true, and {name} is the URL {text}", cure
+                elif name in ("save", "remote_cache"):
+                    yield name, f"is {text}, and it is written to as files are", "name a folder of this machine"
+
     def _data_problems(self) -> Iterator[tuple[str, str, str]]:
+        yield from self._url_problems()
         weights = self.train_data_weights
         yield from self._folder_problems("train_data", "valid_data")
         if weights is not None and self.train_data and len(weights) != len(self.train_data):
@@ -416,6 +435,7 @@ class EncodingArgs(TrainingArgs):
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield invalid combinations: the key, what was found, and the fix."""
         yield from self._folder_problems("train_data")
+        yield from self._url_problems()
 
 
 def names_of(cls: type[SamplingArgs]) -> list[str]:

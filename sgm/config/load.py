@@ -29,6 +29,7 @@ from sgm.config.targets import ENGINE_TARGET, check_params, check_sections, trus
 from sgm.config.values import misfit, spelled
 from sgm.config.yaml_files import ConfigError, KeyPath, Merged, Problem, dotted, read_merged
 from sgm.log import control_characters, get_logger, warn_once
+from sgm.urls import is_url
 from sgm.util import PRECISIONS, Target, get_obj_from_str, nearest, no_character
 
 __all__ = ["TRAINING_ARGS", "Config", "ConfigError", "Problem", "SamplingArgs", "TrainingArgs", "load_config"]
@@ -43,6 +44,7 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 
 _MAX_INTEGER = 2**63 - 1
 _PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
+_CHOICES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # of a URL: {000..099}, {a,b}
 _FREE_TEXT = ("prompt", "negative_prompt", "valid_prompts")  # keys in which braces are legal
 
 
@@ -326,7 +328,8 @@ def _check_placeholders(sections: Mapping[str, Mapping[str, Any]], merged: Merge
         for path, text in _strings(sections[section], (section,)):
             unused = mode == "inference" and section == "args" and path[1] in TRAINING_ARGS
             unused |= mode == "encode" and section == "args" and path[1] != "train_data"
-            if unused or not _PLACEHOLDER.search(text) or any(key in _FREE_TEXT for key in path):
+            plain = _CHOICES.sub("", text) if is_url(text) else text
+            if unused or not _PLACEHOLDER.search(plain) or any(key in _FREE_TEXT for key in path):
                 continue
             cure = f"put the real value there, in the file or with {dotted(path)}=..."
             merged.add(path, f"still holds a placeholder: {spelled(text)}", cure)

@@ -10,12 +10,14 @@ The header of a shard says which one it is, and has a checksum of every result. 
 checked when a cache is opened, and results when they are read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,17 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from sgm.data.remote.folder import RemoteFolder, RemoteTensors, upload
+from sgm.data.remote.folder import read_header as remote_header
 from sgm.data.rows import ClipFile, listed
 from sgm.io import parse_json, reason_of, write_json
+from sgm.urls import is_url, local_path
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
 
 Kind = Literal["latents", "images", "controls", "text"]
+Folder = Path | RemoteFolder
 KINDS: tuple[Kind, ...] = ("latents", "images", "controls", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
@@ -75,26 +81,33 @@ class Description:
         content = [self.kind, number, self.dtype, self.source, self.shards[number]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def problems(self, folder: Path) -> dict[int, str]:
+    def problems(self, folder: Folder) -> dict[int, str]:
         """Return number → problem of the shards that `folder` lacks, or whose size or header is wrong."""
+        if isinstance(folder, RemoteFolder):
+            folder.look_up(self.shard(number) for number in range(len(self.shards)))
         found = {number: self.problem(folder, number) for number in range(len(self.shards))}
         return {number: problem for number, problem in found.items() if problem}
 
-    def problem(self, folder: Path, number: int) -> str:
+    def problem(self, folder: Folder, number: int) -> str:
         """Return why a shard in `folder` cannot be used, by its size and header; empty if it can."""
-        path = folder / self.shard(number)
+        name = self.shard(number)
         try:
-            raw = read_header(path)
+            if isinstance(folder, RemoteFolder):
+                raw, there = remote_header(file := folder.file(name)), file.size
+            else:
+                raw, there = read_header(folder / name), (folder / name).stat().st_size
             checksums = header_checksums(raw)
             header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
             size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)
-            if path.stat().st_size != size:
-                return f"it has {path.stat().st_size:,} bytes, and its header says {size:,}"
+            if there != size:
+                return f"it has {there:,} bytes, and its header says {size:,}"
             if checksums is None or metadata.get("shard") != self.identity(number):
                 return "it is another shard, or was not written by this tool"
         except FileNotFoundError:
             return _MISSING
+        except RunError:  # it cannot be had now
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error) or type(error).__name__
         return ""
@@ -115,18 +128,18 @@ class Description:
         failed = [number for number in range(len(self.shards)) if self.failed(number) in there]
         return sorted({*missing, *failed, *damaged})
 
-    def failures(self, folder: Path) -> dict[str, str]:
+    def failures(self, folder: Folder) -> dict[str, str]:
         """Return key → reason of the failures in `folder`.
 
         Raises:
             InputError: a file of failures is damaged.
         """
         failures: dict[str, str] = {}
-        there = _names(folder)
+        there = _names(folder, map(self.failed, range(len(self.shards))))
         for number in range(len(self.shards)):
             if (name := self.failed(number)) in there:
                 try:
-                    failures |= _FAILURES.validate_json((folder / name).read_bytes())
+                    failures |= _FAILURES.validate_json(_content(folder, name))
                 except (OSError, ValueError) as error:
                     raise InputError(f"{folder / name} cannot be read: {_reason(error)}; {_REWRITE}") from error
         return failures
@@ -224,15 +237,16 @@ def read_shard(folder: Path, description: Description, number: int) -> dict[str,
     }
 
 
-def read_description(folder: Path, kind: Kind) -> Description:
+def read_description(folder: Folder, kind: Kind) -> Description:
     """Read the description of one kind.
 
     Raises:
         InputError: it is missing, damaged or of another version.
     """
-    path = folder / f"{kind}.json"
+    name = f"{kind}.json"
+    path = folder / name
     try:
-        text = path.read_bytes()
+        text = _content(folder, name)
         written = _VERSION.validate_json(text).get("format")
         if written != _FORMAT:
             raise ValueError(f"it has the format {written}, and this version reads {_FORMAT}")
@@ -245,9 +259,11 @@ def read_description(folder: Path, kind: Kind) -> Description:
             raise ValueError(f"{len(found.shapes)} shapes of {sum(map(len, found.shards))} clips")
         return found
     except FileNotFoundError as error:
-        there = [name for name in KINDS if (folder / f"{name}.json").is_file()]
+        there = [other for other in KINDS if has_kind(folder, other)]
         found = f"it holds {', '.join(there)} only" if there else "it is no folder that this tool wrote"
-        raise InputError(f"'{folder}' has no {path.name}: {found}; {TOOL} makes it") from error
+        raise InputError(f"'{folder}' has no {name}: {found}; {TOOL} makes it") from error
+    except RunError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {_reason(error)}; remove it: {_REWRITE}") from error
 
@@ -258,7 +274,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     Each process memory-maps a shard on first use.
 
     Args:
-        folder: of the cache.
+        folder: of the cache, or its URL.
         kind: of results.
 
     Attributes:
@@ -270,7 +286,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder: Folder = RemoteFolder(str(folder)) if is_url(folder) else local_path(folder)
         self.description = read_description(self.folder, kind)
         problems, num = self.description.problems(self.folder), len(self.description.shards)
         missing = [number for number, problem in problems.items() if problem == _MISSING]
@@ -294,6 +310,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         }
         self._dtype = PRECISIONS[self.description.source["precision"]]
         self._open: OrderedDict[int, Any] = OrderedDict()
+        self._opening = threading.Lock()  # of threads that read ahead
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Return a result.
@@ -305,14 +322,12 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         number, place = self._places[key]
         path = self.folder / self.description.shard(number)
         try:
-            if number not in self._open:
-                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or Checksums({})
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            file, checksums = self._open[number]
+            with self._opening:
+                file, checksums = self._opened(number)
             tensor = file.get_tensor(f"{place:06d}")
             problem = "" if checksums.fit(f"{place:06d}", tensor) else "is damaged: its bytes changed (checksum)"
+        except RunError:
+            raise
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             problem = f"cannot be read: {reason_of(error)}"
         if problem := problem or finite_problem(tensor, cure="encode it anew"):
@@ -321,6 +336,34 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 "with the same configuration, which writes damaged results again"
             )
         return tensor.to(self._dtype)
+
+    def _opened(self, number: int) -> Any:
+        """Return the tensors and the checksums of a shard."""
+        if number not in self._open:
+            name = self.description.shard(number)
+            if isinstance(self.folder, RemoteFolder):
+                raw = remote_header(file := self.folder.file(name))
+                self._open[number] = RemoteTensors(file, raw), header_checksums(raw) or Checksums({})
+            else:
+                path = self.folder / name
+                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or Checksums({})
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether results are read from afar."""
+        return isinstance(self.folder, RemoteFolder)
+
+    def prefetch(self, key: str) -> None:
+        """Read a result from afar, so that it is here when it is asked for; failures are left to that."""
+        if self.is_remote and key in self._places:
+            number, place = self._places[key]
+            with self._opening, contextlib.suppress(RunError):
+                tensors, _ = self._opened(number)
+            tensors.prefetch(f"{place:06d}")
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -333,7 +376,11 @@ class CachedTensors(Mapping[str, torch.Tensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without open files; a worker process opens its own."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_opening": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, with a lock of its own."""
+        self.__dict__.update(state, _opening=threading.Lock())
 
     def require(self, keys: Iterable[str], source: Mapping[str, Any]) -> None:
         """Check that this cache matches the current run.
@@ -394,12 +441,12 @@ class ClipKeys:
     The data folder may move; a replaced clip is detected.
 
     Args:
-        folder: of the data set.
+        folder: of the data set, or its URL: the same clips have the same keys afar.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
-        self._name = folder.resolve().name
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = folder if isinstance(folder, str) else folder.absolute()
+        self._name = folder.rpartition("/")[2] if isinstance(folder, str) else folder.resolve().name
         self._sizes: dict[Path, int] = {}
 
     def __call__(self, clip: ClipFile, part: ClipFile | None = None) -> str:
@@ -412,7 +459,10 @@ class ClipKeys:
         return key if part is None else f"{key} with {self._entry(part)}"
 
     def _entry(self, file: ClipFile) -> str:
-        path = os.path.relpath(Path(str(file)).absolute(), self._folder)
+        if isinstance(self._folder, str):
+            path = str(file).removeprefix(f"{self._folder}/")
+        else:
+            path = os.path.relpath(Path(str(file)).absolute(), self._folder)
         try:
             return f"{Path(path).as_posix()}, {self._size(file)} bytes"
         except OSError as error:
@@ -434,5 +484,40 @@ def _without_size(key: str) -> str:
     return re.sub(r", \d+ bytes", "", key)
 
 
-def _names(folder: Path) -> set[str]:
+def has_kind(folder: Folder, kind: Kind) -> bool:
+    """Return whether a cache has results of a kind."""
+    name = f"{kind}.json"
+    return folder.has(name) if isinstance(folder, RemoteFolder) else (folder / name).is_file()
+
+
+def upload_cache(folder: Path, url: str, descriptions: Sequence[Description]) -> int:
+    """Copy a finished cache to a URL, its descriptions last; return the number of files that were not there.
+
+    Raises:
+        RemoteError: it cannot be written.
+    """
+    names = _names(folder)
+    shards = [each.shard(number) for each in descriptions for number in range(len(each.shards))]
+    failed = [
+        name for each in descriptions for number in range(len(each.shards)) if (name := each.failed(number)) in names
+    ]
+
+    def same(name: str, there: RemoteFolder) -> bool:
+        if name not in shards:
+            return there.read(name) == (folder / name).read_bytes()
+        size = (folder / name).stat().st_size  # the header has the checksums of the content
+        return there.file(name).size == size and remote_header(there.file(name)) == read_header(folder / name)
+
+    return upload(folder, url, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)
+
+
+def _content(folder: Folder, name: str) -> bytes:
+    return folder.read(name) if isinstance(folder, RemoteFolder) else (folder / name).read_bytes()
+
+
+def _names(folder: Folder, names: Iterable[str] = ()) -> set[str]:
+    """Return the names of the files in a folder; of one afar, those among `names`."""
+    if isinstance(folder, RemoteFolder):
+        folder.look_up(names := [*names])
+        return {name for name in names if folder.has(name)}
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

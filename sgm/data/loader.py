@@ -8,7 +8,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ from sgm.util import RunError
 
 MAX_ATTEMPTS = 10  # clips tried for one sample
 _PARENT_CHECK_S = 2.0
+_SAMPLES_AHEAD, _THREADS_AHEAD = 64, 8  # read from afar before the loader asks for them
 _CAN_WAIT_FOR_SIGNALS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 
@@ -32,7 +35,8 @@ class ClipDataset(Protocol):
     ``dataset[i]`` returns ``{"mp4": (F, 3, H, W) float32 in [-1, 1], "txt": str, "num_frames": int, "fps": float,
     "path": str}`` and optionally more, or raises a ClipError. ``moments`` of a cache may replace ``mp4``. A data set
     with random augmentation also has ``sample(i, generator)``, called instead with a generator seeded per sample;
-    for buckets it needs ``sample(i, generator, (F, H, W))``.
+    for buckets it needs ``sample(i, generator, (F, H, W))``. One whose ``is_remote`` is true has ``prefetch(i)``, which
+    reads what a clip needs from afar ahead of its sample.
     """
 
     def __len__(self) -> int:
@@ -94,6 +98,17 @@ class SampleStream(Dataset):
             f"sample {number}: none of the {len(failures)} clips tried for it can be used; repair or remove them "
             f"(tools/check_dataset.py finds all bad ones):\n{tried}"
         )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether samples are read from afar, so that `prefetch` has an effect."""
+        return any(getattr(dataset, "is_remote", False) for dataset in self.datasets)
+
+    def prefetch(self, number: int) -> None:
+        """Read what sample `number` needs from afar; a failure is left to `sample`."""
+        dataset, clip = self.order[number]
+        if getattr(self.datasets[dataset], "is_remote", False):
+            self.datasets[dataset].prefetch(clip)  # type: ignore[attr-defined]
 
     def _decode(self, dataset: int, clip: int, number: int, shape: tuple[int, int, int] | None) -> dict[str, Any]:
         """Decode a clip, with the random numbers of sample `number`."""
@@ -244,6 +259,8 @@ def _loader(
     prefetch_factor: int,
     clip_dtype: torch.dtype | None,
 ) -> SampleLoader:
+    if stream.is_remote:
+        batches = _Ahead(batches, stream)
     # One pass is the whole run, so persistent_workers has no use.
     loader = DataLoader(
         _Collated(stream, clip_dtype),
@@ -271,6 +288,33 @@ class _Batches(Sampler[RankBatch]):
 
     def __len__(self) -> int:
         return self.num
+
+
+@dataclass(frozen=True)
+class _Ahead(Sampler[RankBatch]):
+    """The same batches; what the ones after them need from afar is read meanwhile, in threads of this process.
+
+    The loader asks for a batch before it is needed; this one looks further ahead, by a number of samples.
+    """
+
+    batches: Sampler[RankBatch]
+    stream: SampleStream
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        waiting: deque[tuple[RankBatch, list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(_THREADS_AHEAD, "prefetch")  # its threads start after the loader's workers
+        try:
+            for batch in self.batches:
+                waiting.append((batch, [pool.submit(self.stream.prefetch, number) for number in batch.numbers]))
+                if sum(len(futures) for _, futures in waiting) > _SAMPLES_AHEAD:
+                    yield waiting.popleft()[0]
+            while waiting:
+                yield waiting.popleft()[0]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 class _Collated(Dataset):

@@ -4,10 +4,10 @@ import io
 import ntpath
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sgm.util import InputError
 
@@ -21,8 +21,8 @@ class Embedded(Protocol):
     """A clip inside another file. ``str()`` is its name, with the suffix of a picture or video."""
 
     @property
-    def container(self) -> Path:
-        """The file or folder that contains it."""
+    def container(self) -> Any:
+        """The file or folder that contains it: a path, or an object afar with a ``stamp``."""
         ...
 
     def read(self) -> bytes:
@@ -105,13 +105,18 @@ def one_line(text: str) -> str:
 class Faults:
     """Collects faults of a data set, to report them together."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: object) -> None:
         self.source = source
         self._found: list[str] = []
 
     def add(self, where: str, fault: str) -> None:
         """Add a fault; `where` is file and line."""
         self._found.append(f"{where}: {fault}")
+
+    def extend(self, others: "Iterable[Faults]") -> None:
+        """Add the faults of parts of the data set."""
+        for other in others:
+            self._found += other._found
 
     def refuse(self) -> None:
         """Raise an InputError if there is a fault."""
@@ -128,7 +133,7 @@ def listed(lines: Sequence[str], shown: int = 10) -> str:
 class Files:
     """The files below a folder; each folder is listed once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: object) -> None:
         self.root = root
         self._names: dict[str, frozenset[str]] = {}
 
@@ -138,7 +143,7 @@ class Files:
         Raises:
             ValueError: the name is empty, absolute, or outside of the folder.
         """
-        path = self.root / self.inside(name)
+        path = Path(str(self.root)) / self.inside(name)
         # A colon or backslash is legal here, and a sign of a list written on Windows.
         if (name.startswith("\\") or ntpath.splitdrive(name)[0]) and not self.has(path):
             raise ValueError(_absolute(name, self.root))
@@ -168,5 +173,5 @@ class Files:
         return name in self._names[folder]
 
 
-def _absolute(name: str, root: Path) -> str:
+def _absolute(name: str, root: object) -> str:
     return f"'{name}' is an absolute path; give it relative to '{root}'"

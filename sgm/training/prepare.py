@@ -457,6 +457,7 @@ class _Checks:
             "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
             **cudnn_row(facts["dtype"], sgm.distributed.device()),
             "data": str(data),
+            **data.afar_rows(),
             **({"left out": listed(left_out).strip()} if left_out else {}),
             **facts["caches"].report(),
             "batch": batches,

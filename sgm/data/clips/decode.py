@@ -264,6 +264,8 @@ def open_video(
             else:
                 stream.thread_type = thread_type
             yield container, stream
+    except RunError:  # also of a clip afar that cannot be had now, which is no fault of the clip
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ClipError(path, _reason(error)) from error
 

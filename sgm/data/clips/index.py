@@ -117,8 +117,10 @@ def stamps() -> Callable[[ClipFile], tuple[int, int] | None]:
     return lambda clip: known(clip if isinstance(clip, Path) else clip.container)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Any) -> tuple[int, int] | None:
     """Return size and modification time of a file, or of the files of a container; None if it cannot be read."""
+    if not isinstance(path, Path):
+        return path.stamp
     try:
         found = [part.stat() for part in _parts(path)]
         return sum(part.st_size for part in found), max(part.st_mtime_ns for part in found)

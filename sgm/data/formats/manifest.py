@@ -47,8 +47,8 @@ class Columns:
 class Table:
     """A manifest, not yet checked."""
 
-    path: Path  # file or folder, for messages
-    root: Path  # folder of relative paths
+    path: Path | str  # file, folder or URL, for messages
+    root: Path | str  # folder of relative paths
     columns: Sequence[str]
     records: Iterator[tuple[int, Mapping[str, Any]]]  # line number, and column → value
     where: Callable[[int, str], str]  # (line number, column) → location for messages

@@ -20,6 +20,7 @@ from sgm.data.formats.manifest import (
 )
 from sgm.data.formats.webdataset import read_archives, tar_files
 from sgm.data.rows import Row
+from sgm.urls import is_url, local_path, redacted
 from sgm.util import InputError, nearest, nearest_path
 
 MANIFEST = "metadata"  # name of the manifest of a folder, without suffix
@@ -42,7 +43,7 @@ def list_rows(
     """Return the rows of a data set in any format, without opening clips.
 
     Args:
-        data_dir: a folder, a manifest, or an archive.
+        data_dir: a folder, a manifest, an archive, or a URL of archives.
         format: one of `FORMATS`.
         columns: names of the columns; a folder of clips and captions has none.
         allow_missing_captions: accept a missing or empty caption as an empty one.
@@ -53,7 +54,12 @@ def list_rows(
     if format not in FORMATS:
         hint = nearest(format, list(FORMATS))
         raise InputError(f"data.params.format is '{format}'; give one of {', '.join(FORMATS)}{hint}")
-    path, columns = Path(data_dir).expanduser(), columns or Columns()
+    columns = columns or Columns()
+    if is_url(data_dir):
+        if format not in ("auto", "webdataset"):
+            raise InputError(f"{redacted(str(data_dir))}: a URL names tar files; remove data.params.format={format}")
+        return table_rows(read_archives(str(data_dir), columns), columns, allow_missing_captions=allow_missing_captions)
+    path = local_path(data_dir)
     if format == "auto":
         format = detect(path)
     if format == "folder":

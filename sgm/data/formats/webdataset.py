@@ -2,27 +2,33 @@
 
 In names like ``take 1.5x.mp4`` the dot belongs to the name: see `_split_names`. Suffixes are read in lower case.
 
-Archives are not unpacked: decoding processes read members at their offset.
+Archives are not unpacked: decoding processes read members at their offset, of archives behind a URL too.
 """
 
+import contextlib
 import reprlib
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sgm.data.formats.manifest import CAPTION_NAMES, Columns, Table
+from sgm.data.remote.objects import THREADS, RemoteFile, each_looked_up, expanded
+from sgm.data.remote.tar_index import members_of
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files, require_file
 from sgm.io import JSONError, parse_json
 from sgm.util import InputError
+
+Archive = Path | RemoteFile
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """A file inside an archive."""
 
-    container: Path  # the archive
+    container: Archive
     name: str
     offset: int  # of its first byte
     size: int  # in bytes
@@ -37,6 +43,8 @@ class Member:
         Raises:
             OSError: the archive cannot be read.
         """
+        if isinstance(self.container, RemoteFile):
+            return self.container.read(self.offset, self.size)
         with self.container.open("rb") as archive:
             return self.read_from(archive)
 
@@ -46,28 +54,33 @@ class Member:
         return archive.read(self.size)
 
 
-def read_archives(path: Path, columns: Columns) -> Table:
-    """Read one tar file, or those of a folder, as a table; columns are file suffixes and keys of JSON files.
+def read_archives(path: Path | str, columns: Columns) -> Table:
+    """Read one tar file, or those of a folder or URL, as a table; columns are file suffixes and keys of JSON files.
 
     A caption is a text file, or the value of a key.
 
     Raises:
         InputError: there is no archive, or one is damaged, compressed, or has duplicate files.
+        RemoteError: a URL cannot be read.
     """
-    archives = tar_files(path) if path.is_dir() else [path]
+    if isinstance(path, str):
+        archives: Sequence[Archive] = each_looked_up(expanded(path))
+    else:
+        archives = tar_files(path) if path.is_dir() else [path]
     if not archives:
         raise InputError(f"'{path}' holds no archives (*.tar)")
     faults = Faults(path)
-    samples = {archive: list(_samples(archive, columns, faults)) for archive in archives}
+    with ThreadPoolExecutor(THREADS if isinstance(path, str) else 1) as pool:
+        samples = [*pool.map(lambda archive: _samples(archive, columns), archives)]
+        faults.extend(each for each, _, _ in samples)
+        faults.refuse()
+        places = [where for _, found, _ in samples for where, _ in found]
+        if not places:
+            raise InputError(f"'{path}' holds no samples; a sample is a video and a caption (000001.mp4, 000001.txt)")
+        read = [*pool.map(lambda each: _records(each[1], each[2], columns), samples)]
+    faults.extend(each for each, _ in read)
     faults.refuse()
-    places = [where for found in samples.values() for where, _ in found]
-    if not places:
-        raise InputError(f"'{path}' holds no samples; a sample is a video and a caption (000001.mp4, 000001.txt)")
-    records: list[dict[str, Any]] = []
-    for archive, found in samples.items():
-        with archive.open("rb") as file:
-            records += [_record(where, files, columns, file, faults) for where, files in found]
-    faults.refuse()
+    records = [record for _, of_archive in read for record in of_archive]
     names = list(dict.fromkeys(name for record in records for name in record))
     return Table(path, path, names, iter(enumerate(records)), lambda number, _: places[number])
 
@@ -77,36 +90,69 @@ def tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar" and not path.name.startswith("."))
 
 
-def _samples(archive: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield the name of each sample in messages, and suffix → file."""
-    found: dict[str, dict[str, Member]] = {}
-    names = Files(archive)
+Sample = tuple[str, dict[str, Member]]  # its name in messages, and suffix → file
+
+
+def _samples(archive: Archive, columns: Columns) -> tuple[Faults, list[Sample], dict[int, bytes]]:
+    """Return the faults and the samples of an archive, and the content of members that is known, by offset."""
+    faults, found = Faults(archive), dict[str, dict[str, Member]]()
+    names, known = Files(archive), dict[int, bytes]()
     try:
-        require_file(archive)
-        with tarfile.open(archive, "r:") as file:
-            for entry in file:
-                folder, _, base = entry.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                inner, dot, last = ending.rpartition(".")
-                ending = inner + dot + last.lower()
-                if not entry.isfile() or not stem or not ending:
-                    continue
-                try:
-                    names.inside(entry.name)
-                except ValueError as error:
-                    faults.add(str(archive), str(error))
-                key = f"{folder}/{stem}" if folder else stem
-                files = found.setdefault(key, {})
-                if ending in files:
-                    faults.add(f"{archive}, {entry.name}", "comes twice; keep one of them")
-                files[ending] = Member(archive, entry.name, entry.offset_data, entry.size)
+        for name, offset, size, content in _members(archive):
+            folder, _, base = name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            inner, dot, last = ending.rpartition(".")
+            ending = inner + dot + last.lower()
+            if not stem or not ending:
+                continue
+            try:
+                names.inside(name)
+            except ValueError as error:
+                faults.add(str(archive), str(error))
+            key = f"{folder}/{stem}" if folder else stem
+            files = found.setdefault(key, {})
+            if ending in files:
+                faults.add(f"{archive}, {name}", "comes twice; keep one of them")
+            files[ending] = Member(archive, name, offset, size)
+            if content is not None:
+                known[offset] = content
     except (tarfile.TarError, OSError) as error:
         cure = "copy it again; it must not be compressed, as its files are read by offset"
         faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
     has_parts = any("." in name for name in vars(columns).values() if name)
+    samples: list[Sample] = []
     for key, files in found.items():
         named = {key: files} if has_parts or columns.video in files else _split_names(key, files)
-        yield from ((f"{archive}, {name}", own) for name, own in named.items())
+        samples += [(f"{archive}, {name}", own) for name, own in named.items()]
+    return faults, samples, known
+
+
+def _members(archive: Archive) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """Yield name, offset, size and, where it is known, content of the files in an archive."""
+    if isinstance(archive, RemoteFile):
+        yield from members_of(archive)
+        return
+    require_file(archive)
+    with tarfile.open(archive, "r:") as file:
+        yield from ((entry.name, entry.offset_data, entry.size, None) for entry in file if entry.isfile())
+
+
+def _records(
+    samples: Sequence[Sample], known: Mapping[int, bytes], columns: Columns
+) -> tuple[Faults, list[dict[str, Any]]]:
+    """Return the faults and the records of the samples of an archive."""
+    faults = Faults("")
+    with contextlib.ExitStack() as stack:
+        opened: list[BinaryIO] = []
+
+        def read(member: Member) -> bytes:
+            if isinstance(member.container, RemoteFile):
+                return known[member.offset] if member.offset in known else member.read()
+            if not opened:  # the archive of all samples, once
+                opened.append(stack.enter_context(member.container.open("rb")))
+            return member.read_from(opened[0])
+
+        return faults, [_record(where, files, columns, read, faults) for where, files in samples]
 
 
 def _split_names(key: str, files: dict[str, Member]) -> dict[str, dict[str, Member]]:
@@ -129,13 +175,13 @@ def _split_names(key: str, files: dict[str, Member]) -> dict[str, dict[str, Memb
 
 
 def _record(
-    where: str, files: Mapping[str, Member], columns: Columns, archive: BinaryIO, faults: Faults
+    where: str, files: Mapping[str, Member], columns: Columns, read: Callable[[Member], bytes], faults: Faults
 ) -> dict[str, Any]:
     """Return column → value of a sample."""
     record: dict[str, Any] = dict(files)
     if "json" in files:
         try:
-            content = parse_json(record.pop("json").read_from(archive))
+            content = parse_json(read(record.pop("json")))
         except JSONError as error:
             faults.add(f"{files['json']}", f"is not a JSON object: {error}")
         else:
@@ -154,7 +200,7 @@ def _record(
     for name in [columns.caption] if columns.caption else CAPTION_NAMES:
         if name in files:
             try:
-                record[name] = files[name].read_from(archive).decode("utf-8-sig")
+                record[name] = read(files[name]).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 faults.add(str(files[name]), f"is not UTF-8 text (byte {error.start})")
     if columns.caption is None:

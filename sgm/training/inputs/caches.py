@@ -17,7 +17,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.config.precision import autoencoder_dtype, precision_name
 from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
-from sgm.data.cache import CachedTensors, Kind
+from sgm.data.cache import CachedTensors, Kind, has_kind
 from sgm.data.clips.decode import READER
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.training.inputs.clips import Data
@@ -85,8 +85,8 @@ def open_latents(
     keys = [dataset.cache_keys() for dataset in data.sources]
     latents.require(_values(keys), clip_source(config, data.sources[0], dtype, "latents"))
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
-    if has_image and (latents.folder / "images.json").is_file():
-        images = CachedTensors(latents.folder, "images")
+    if has_image and has_kind(latents.folder, "images"):
+        images = CachedTensors(str(latents.folder), "images")
         image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
     controls, control_keys = None, keys

@@ -11,6 +11,9 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
 from sgm.data.order import derive_seed, split_indices
+from sgm.data.remote.objects import RemoteFile
+from sgm.data.remote.store import configure, current
+from sgm.io import readable_size
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.util import InputError, instantiate_from_config
@@ -106,6 +109,21 @@ class Data:
         first, *rest = self.valid
         return ConcatDataset(self.valid) if rest else first
 
+    def afar_rows(self) -> dict[str, str]:
+        """Return rows of the report on what is read from afar: name → text; none if nothing is."""
+        clips = (getattr(row.path, "container", None) for each in self.sources for row in getattr(each, "rows", ()))
+        shards = {file.url: file for file in clips if isinstance(file, RemoteFile)}
+        if not shards:
+            return {}
+        size, store = readable_size(sum(file.size for file in shards.values())), current()
+        whole = sum(not file.ranges for file in shards.values())
+        parts = f", {whole:,} of them whole, as their server sends no parts" if whole else ""
+        room = readable_size(store.max_bytes)
+        return {
+            "afar": f"{len(shards):,} shards, {size}: all of them answer{parts}",
+            "kept here": f"up to {room} in {store.folder}, where {readable_size(store.free())} can be used",
+        }
+
     def __str__(self) -> str:
         """Return one line for the report."""
         return f"{self.num_train:,} training clips, {sum(map(len, self.valid)):,} validation clips"
@@ -144,6 +162,8 @@ def open_folder(config: Config, folder: str) -> Any:
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
+    if isinstance(args := config.args, TrainingArgs):
+        configure(args.remote_cache, args.remote_cache_gb, args.remote_retries)
     # A network with a control needs it of every clip; said once, in its own section.
     takes = (config.model["network_config"].get("params") or {}).get("control_channels")
     more = {"control": True} if takes and "control" not in (config.data.get("params") or {}) else {}

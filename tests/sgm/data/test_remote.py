@@ -1,0 +1,442 @@
+"""Data sets behind URLs: the samples of local ones, whatever the server does; bounded, exact, without secrets."""
+
+import copy
+import io
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from data_video import SFTDataset
+from sgm.config.load import load_config
+from sgm.data.cache import CachedTensors, Description, begin, upload_cache, write_shard
+from sgm.data.loader import SampleStream, make_loader
+from sgm.data.order import TrainingOrder
+from sgm.data.remote import objects
+from sgm.data.remote.objects import RemoteFile, look_up
+from sgm.data.remote.store import RefusedError, RemoteError, Store, configure
+from sgm.training.main import main
+from sgm.training.prepare import prepare
+from sgm.urls import is_url, redacted, url_problem
+from sgm.util import InputError
+
+SETTINGS = {"video_size": (48, 64), "fps": 8, "max_num_frames": 5, "skip_frms_num": 0}
+
+
+def clip(value: int) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in range(5):
+            pixels = np.full((48, 64, 3), value + frame, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Two shards of three clips in a folder here."""
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    folder.mkdir()
+    for shard in range(2):
+        clips = {f"{n}.mp4": clip(100 * shard + 30 * n) for n in range(3)}
+        captions = {f"{n}.txt": b"clip %d of %d" % (n, shard) for n in range(3)}
+        (folder / f"{shard:03d}.tar").write_bytes(archive(dict(sorted((clips | captions).items()))))
+    return folder
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder; `faults` are used up one a request for content: a status, or 'cut', or 'slow'."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.ranges, self.requests = folder, [], True, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with ranges, and an ETag of the content."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+    def do_HEAD(self) -> None:
+        self.answer(send=False)
+
+    def do_GET(self) -> None:
+        self.answer(send=True)
+
+    def answer(self, *, send: bool) -> None:
+        server = cast(Server, self.server)
+        fault = server.faults.pop(0) if send and server.faults else None
+        path = server.folder / self.path.lstrip("/")
+        if isinstance(fault, int) or not path.is_file():
+            self.send_response(fault or 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content, status = path.read_bytes(), 200
+        etag = str(hash(content))
+        if server.ranges and (wanted := self.headers.get("Range")):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            content, status = content[int(first) : int(last or len(content)) + 1], 206
+        server.requests.append((self.command, self.path, len(content)))
+        if fault == "slow":
+            time.sleep(0.4)
+        self.send_response(status)
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(content)))
+        if server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if send:
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        if fault == "cut":
+            self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def the_server(shards):
+    pytest.importorskip("aiohttp", reason="http:// needs the extra remote")
+    server = Server(shards.parent)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def server(the_server, tmp_path, monkeypatch):
+    """The server in good order, with an empty store here."""
+    the_server.faults, the_server.ranges, the_server.requests = [], True, []
+    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
+    configure(str(tmp_path / "store"), 1, 3)
+    return the_server
+
+
+def dataset(data_dir: str | Path) -> SFTDataset:
+    return SFTDataset(data_dir=data_dir, **SETTINGS)
+
+
+def assert_same(remote: SFTDataset, local: SFTDataset) -> None:
+    assert remote.captions == local.captions
+    assert [*remote.cache_keys().values()] == [*local.cache_keys().values()]
+    for index in range(len(local)):
+        assert torch.equal(remote[index]["mp4"], local[index]["mp4"])
+
+
+@pytest.mark.parametrize("name", ["", "/", "/{000..001}.tar", "/*.tar"])
+def test_a_url_gives_the_samples_of_the_folder(name, shards, tmp_path):
+    import fsspec
+
+    configure(str(tmp_path), 1, 0)
+    system = fsspec.filesystem("memory")
+    system.put(str(shards), "/bucket/clips", recursive=True)
+    try:
+        assert_same(dataset(f"memory://bucket/clips{name}"), dataset(f"file://{shards}"))
+    finally:
+        system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_http_is_read_by_clip_or_whole_and_once(ranges, server, shards):
+    server.ranges = ranges
+    url = f"{server.url}/clips/{{000..001}}.tar"
+    assert_same(dataset(url), dataset(shards))
+    server.requests.clear()
+    assert_same(dataset(url), dataset(shards))  # from the index and the store
+    gets = [name for command, name, _ in server.requests if command == "GET"]
+    assert sorted(gets) == ["/clips/000.tar", "/clips/001.tar"], "each server is asked once whether it sends parts"
+    entries = [*Path(dataset(url).rows[0].path.container.store.folder).glob("entries/*/*")]  # type: ignore[union-attr]
+    assert len(entries) == (6 if ranges else 2)
+
+
+@pytest.mark.parametrize("faults", [[500, 503], ["cut", "cut"], [429, "cut"], ["slow"]], ids=str)
+def test_failures_that_pass_change_nothing(faults, server, shards, monkeypatch, caplog):
+    monkeypatch.setattr(objects, "_SILENCE_S", 0.2)
+    local, remote = dataset(shards), dataset(f"{server.url}/clips/{{000..001}}.tar")
+    server.faults = list(faults)
+    with caplog.at_level("WARNING", "sgm"):
+        assert torch.equal(remote[4]["mp4"], local[4]["mp4"])
+    assert server.faults == []
+    warned = [record.getMessage() for record in caplog.records if "attempt" in record.getMessage()]
+    assert len(warned) == len(faults) and f"{server.url}/clips/001.tar: attempt 1 of 4 failed" in warned[0]
+
+
+@pytest.mark.parametrize(
+    "fault, said", [(500, "4 attempts failed"), (403, "wants credentials"), (404, "no such object")]
+)
+def test_failures_that_stay_name_url_cause_and_cure(fault, said, server):
+    remote = dataset(f"{server.url}/clips/001.tar")
+    server.faults = [fault] * 4
+    with pytest.raises(RemoteError, match=said) as caught:
+        remote[0]
+    assert caught.value.exit_code == (1 if fault == 500 else 2) and f"{server.url}/clips/001.tar: " in str(caught.value)
+    assert len(server.faults) == (0 if fault == 500 else 3), "only what may pass is asked for again"
+
+
+def test_a_changed_object_is_noticed(server, shards):
+    target = shards.parent / "changing.tar"
+    target.write_bytes((shards / "000.tar").read_bytes())
+    url = f"{server.url}/changing.tar"
+    before = dataset(url)
+    assert before.captions[0] == "clip 0 of 0"
+    target.write_bytes((shards / "001.tar").read_bytes())
+    with pytest.raises(RemoteError, match="changed since this run looked it up"):
+        before[0]
+    assert dataset(url).captions[0] == "clip 0 of 1"
+
+
+def numbers_and_clips(data: SFTDataset, first: int, num_workers: int = 0) -> list[tuple[int, str, torch.Tensor]]:
+    stream = SampleStream([data], TrainingOrder([len(data)], seed=3))
+    batches = make_loader(stream, first=first, stop=12, rank=0, world=1, micro_batch=2, num_workers=num_workers)
+    return [
+        (number, Path(path).name, pixels)
+        for batch in batches
+        for number, path, pixels in zip(batch["number"], batch["path"], batch["mp4"], strict=True)
+    ]
+
+
+def test_a_resumed_run_sees_the_clips_of_a_local_one_in_their_order(server, shards, tmp_path):
+    local = numbers_and_clips(dataset(shards), 0)
+    remote = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar"), 0, num_workers=1)
+    configure(str(tmp_path / "of another machine"), 1, 3)
+    server.faults = [None, None, None, 500, "cut"]  # the first two say that the server sends parts
+    resumed = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar"), 6)
+    for (number, name, pixels), (same, its, seen) in zip(local, remote[:6] + resumed, strict=True):
+        assert (number, name) == (same, its) and torch.equal(pixels, seen)
+
+
+def test_what_comes_next_is_read_ahead(server, shards):
+    remote = dataset(f"{server.url}/clips/{{000..001}}.tar")
+    stream = SampleStream([remote], TrainingOrder([6], seed=3))
+    batches = iter(make_loader(stream, first=0, stop=6, rank=0, world=1, micro_batch=1, num_workers=0))
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len([*(remote.rows[0].path.container.store.folder / "entries").glob("*/[!.]*")]) < 6:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, "the later samples were not read ahead"
+        time.sleep(0.01)
+
+
+def test_the_store_stays_within_its_bound_and_keeps_the_latest(tmp_path):
+    store, calls = Store(tmp_path, max_bytes=1000), []
+
+    def read(key: str) -> bytes:
+        def fetch(path: Path) -> None:
+            calls.append(key)
+            assert sum(file.stat().st_size for file in tmp_path.glob("entries/*/*")) <= 1000
+            path.write_bytes(key.encode() * 100)
+
+        with store.open(key, 300, fetch) as file:
+            return file.read()
+
+    for key in ("aaa", "bbb", "ccc", "aaa", "ddd", "aaa"):
+        assert read(key) == key.encode() * 100
+        time.sleep(0.002)
+    assert calls == ["aaa", "bbb", "ccc", "ddd"], "the one that was used longest ago makes room"
+    assert not store.has("bbb")
+    with pytest.raises(RefusedError, match="remote_cache_gb is 1e-06 GB, and one object needs 2.0 kB"):
+        store.open("large", 2000, lambda path: None)
+
+
+def test_one_of_many_readers_fetches_and_a_failed_one_leaves_nothing(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def fetch(path: Path) -> None:
+        calls.append(path)
+        time.sleep(0.02)
+        path.write_bytes(b"done")
+
+    def read(_: int) -> bytes:
+        with store.open("key", 4, fetch) as file:
+            return file.read()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(read, range(8))} == {b"done"}
+    assert len(calls) == 1
+
+    def fail(path: Path) -> None:
+        raise RemoteError("gone")
+
+    with pytest.raises(RemoteError, match="gone"):
+        store.open("other", 4, fail)
+    assert not store.has("other") and len([*tmp_path.glob("entries/*/*")]) == 1
+
+
+@pytest.mark.parametrize(
+    "url, secret, shown",
+    [
+        ("s3://KEY:se/cr@t@bucket/clips", "cr@t", "s3://***@bucket/clips"),
+        ("https://token@host/x.tar", "token", "https://***@host/x.tar"),
+        ("https://host/x.tar?X-Amz-Signature=abc&download=1", "abc", "https://host/x.tar?***"),
+        ("https://host/x.tar?sig", "sig", "https://host/x.tar?***"),
+    ],
+)
+def test_urls_with_secrets_are_refused_without_showing_them(url, secret, shown):
+    with pytest.raises(InputError) as caught:
+        dataset(url)
+    assert secret not in str(caught.value) and "environment" in str(caught.value)
+    assert redacted(f"see '{url}', and more") == f"see '{shown}', and more"
+    assert redacted(redacted(f"is {url}, and")) == f"is {shown}, and"
+
+
+def test_harmless_urls_are_not_changed():
+    for url in (
+        "s3://bucket/clips/{000..999}.tar",
+        "hf://datasets/me/set@main/a.tar",
+        "https://host/x.tar?download=true",
+    ):
+        assert is_url(url) and redacted(url) == url and url_problem(url) is None
+    assert not is_url("my_clips") and not is_url("file:///data") and not is_url("C:clips")
+    assert "chain" in (url_problem("simplecache::s3://bucket/x.tar") or "")[1 - 1]
+
+
+@pytest.mark.parametrize(
+    "url, said",
+    [("nosuch://bucket/x.tar", "Protocol not known"), ("memory://none/x.tar", "no such object")],
+)
+def test_wrong_urls_are_input_errors(url, said, tmp_path):
+    configure(str(tmp_path), 1, 3)
+    with pytest.raises(InputError, match=said):
+        dataset(url)
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    import fsspec
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    configure(str(tmp_path), 1, 3)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(InputError, match=r"Install s3fs.*cogvideox-sat\[remote\]"):
+        look_up("s3://bucket/x.tar")
+
+
+def test_a_remote_file_has_a_stamp_that_changes_with_its_content(tmp_path):
+    before, after = (RemoteFile("s3://b/x", 10, tag, True, Store(tmp_path)) for tag in ("one", "two"))
+    assert before.stamp[0] == 10 and before.stamp != after.stamp
+
+
+def test_the_check_of_a_run_looks_up_the_shards(server, tmp_path, capsys):
+    root = Path(__file__).parents[3]
+    bases = [str(root / "configs" / name) for name in ("toy_lora.yaml", "toy_sft.yaml", "remote.yaml")]
+    given = [f"args.train_data=['{server.url}/clips/{{000..001}}.tar']", "args.eval_interval=null", "args.split=1,0,0"]
+    given += [f"args.remote_cache={tmp_path}/kept", "args.train_iters=2", f"args.save={tmp_path}/runs"]
+    rows = prepare(load_config(bases, given, mode="train")).rows
+    assert rows["afar"] == "2 shards, 41.0 kB: all of them answer"
+    assert rows["kept here"].startswith(f"up to 200.0 GB in {tmp_path}/kept, where ")
+    assert not [*(tmp_path / "kept").glob("entries/*/*")], "no clip was read"
+    secret = [f"args.train_data=[{server.url.replace('//', '//me:hidden@')}/clips/000.tar]", *given[1:]]
+    assert main(["--base", *bases, *secret, "--check"]) == 2
+    seen = capsys.readouterr()
+    assert "hidden" not in seen.out + seen.err and "http://***@127.0.0.1" in seen.err and "leave a secret" in seen.err
+
+
+@pytest.fixture
+def bucket():
+    """An empty bucket in memory."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.makedirs("/bucket", exist_ok=True)
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def finished_cache(folder: Path) -> Description:
+    source = {"precision": "fp32"}
+    description = Description("latents", "fp32", source, (("a", "b"), ("c",)), ("1x8x8",) * 3)
+    begin(folder, description)
+    write_shard(folder, description, 0, [torch.arange(6.0).view(2, 3), "is damaged"])
+    write_shard(folder, description, 1, [torch.full((4,), 7.0)])
+    return description
+
+
+def test_a_cache_is_uploaded_once_and_read_by_result(bucket, tmp_path):
+    configure(str(tmp_path / "store"), 1, 0)
+    description, url = finished_cache(tmp_path / "cache"), "memory://bucket/cache"
+    assert upload_cache(tmp_path / "cache", url, [description]) == 4
+    assert upload_cache(tmp_path / "cache", url, [description]) == 0
+    local, remote = CachedTensors(tmp_path / "cache", "latents"), CachedTensors(url, "latents")
+    assert remote.is_remote and remote.failures == local.failures == {"b": "is damaged"} and [*remote] == [*local]
+    remote.prefetch("c")
+    bucket.rm("/bucket/cache/latents-00001.safetensors")
+    assert all(torch.equal(copy.copy(remote)[key], local[key]) for key in local), "c is here"
+    with pytest.raises(InputError, match="1 of 2 shards of latents are missing"):
+        CachedTensors(url, "latents")
+    bucket.pipe("/bucket/cache/latents-00001.safetensors", b"something else")
+    with pytest.raises(InputError, match="latents-00001.safetensors is damaged"):
+        CachedTensors(url, "latents")
+    with pytest.raises(InputError, match="'memory://bucket/none' has no text.json"):
+        CachedTensors("memory://bucket/none", "text")
+
+
+def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
+    description = finished_cache(tmp_path / "cache")
+    with pytest.raises(RemoteError, match=f"{server.url}/cache/latents-0000"):
+        upload_cache(tmp_path / "cache", f"{server.url}/cache", [description])
+
+
+@pytest.fixture
+def s3(monkeypatch, tmp_path):
+    """A bucket of a local server of S3, and credentials for it in the environment."""
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra remote")
+    moto = pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
+    configure(str(tmp_path / "store"), 1, 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = s3fs.S3FileSystem()
+    system.mkdir("bucket")
+    yield system
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path, monkeypatch):
+    s3.put(str(shards), "bucket/", recursive=True)
+    assert_same(dataset("s3://bucket/clips"), dataset(shards))
+    description = finished_cache(tmp_path / "cache")
+    assert upload_cache(tmp_path / "cache", "s3://bucket/cache", [description]) == 4
+    assert torch.equal(CachedTensors("s3://bucket/cache", "latents")["c"], torch.full((4,), 7.0))
+    with pytest.raises(InputError, match=r"s3://bucket/none.tar: .*no such object"):
+        dataset("s3://bucket/none.tar")
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
+    assert b"the-secret" not in kept and b"the-key" not in kept
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    type(s3).clear_instance_cache()
+    with pytest.raises(InputError, match=r"s3://bucket/clips/001.tar: .*credentials"):
+        dataset("s3://bucket/clips/001.tar")
