@@ -80,6 +80,9 @@ def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pa
     assert 0 <= last["validation_accuracy"] <= 1 and last["validation_loss"] > 0
 
 
+CONTROLLED = {"network_config": {"params": {"control_channels": 16}}}
+
+
 @pytest.mark.parametrize(
     ("args", "data", "model", "adapters", "path", "text"),
     [
@@ -89,6 +92,7 @@ def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pa
         ({"precompute": True}, {"rejected_column": "r"}, {}, True, "args.precompute", "no rejected clips"),
         ({}, {"rejected_column": "r"}, {"latent_input": True}, True, "model.latent_input", "takes videos"),
         ({}, {"rejected_column": "r"}, {"loss_fn_config": None}, True, "data.params.rejected_column", "no pairs"),
+        ({}, {"rejected_column": "r"}, CONTROLLED, True, "model.network_config.params.control_channels", "reference"),
         ({}, {"rejected_column": "r"}, {}, True, None, ""),
     ],
 )

@@ -38,11 +38,13 @@ def test_neighbours_add_up_to_one_and_no_later_window_decides_its_first_patch():
     seen = []
 
     def number(x, levels, cond, **_):
+        assert torch.equal(cond["concat"], cond["control"]) and cond["crossattn"].shape == (1, 3)
         seen.append(cond["concat"][0, :, 0, 0, 0].tolist())
         return torch.full_like(x, len(seen))
 
     concat = torch.arange(8.0).view(1, 8, 1, 1, 1)
-    found = TimeWindows(4, 2, 1).denoise(number, torch.zeros(1, 8, 1, 1, 1), torch.zeros(1), {"concat": concat})
+    cond = {"concat": concat, "control": concat, "crossattn": torch.zeros(1, 3)}
+    found = TimeWindows(4, 2, 1).denoise(number, torch.zeros(1, 8, 1, 1, 1), torch.zeros(1), cond)
     assert seen == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
     assert found.flatten().tolist() == [1, 1, 1, 1.5, 2, 2.5, 3, 3]
 
