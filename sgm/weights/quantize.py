@@ -92,7 +92,12 @@ def _store_in_eight_bits(layer: nn.Linear, storage: Storage) -> None:
         # float16 where rows are long.
         steps = PerGroup(layer.in_features // 2) if layer.in_features >= 512 else PerRow()
         config = Int8WeightOnlyConfig(granularity=steps, set_inductor_config=False)
+    zero = ~layer.weight.data.any(dim=1, keepdim=True)  # rows that training leaves so, as the last block's for text
     quantize_(layer, config)
+    if storage == "fp8":  # torchao divides rows of zeros by their scale, which is zero too
+        numbers, scales = plain_parts(layer.weight)
+        numbers.view(torch.uint8).masked_fill_(zero, 0)
+        scales.masked_fill_(zero, 1)
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -90,6 +90,19 @@ def test_long_rows_of_large_numbers_do_not_overflow_in_float16():
     torch.testing.assert_close(layer(x), x.new_full((1, 4), 8 * 4096), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("storage", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_zeros_stay_so(storage, dtype):
+    """As those of the last block that scale and shift text, whose result no output depends on."""
+    layer = torch.nn.Linear(64, 4, dtype=dtype)
+    layer.weight.data[1] = 0
+    x, bias = torch.ones(2, 64, dtype=dtype, requires_grad=True), layer.bias.data.clone()
+    store(layer, storage)
+    out = layer(x)
+    out.sum().backward()
+    assert torch.equal(out[:, 1], bias[1].expand(2)) and out.isfinite().all() and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
 def test_adapters_beside_and_merged_before(storage, tmp_path):
     section = network_section("cogvideox_5b", SIZE)
