@@ -78,7 +78,7 @@ def test_cancelling_ends_the_whole_group_of_its_owner_alone(tmp_path, queue):
     assert queue.cancel("me")
     with pytest.raises(CancelledError):
         list(seen)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # killed, and gone soon
     assert list(later) == [None], "the next one runs"
 
 

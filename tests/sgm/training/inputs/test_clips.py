@@ -41,6 +41,7 @@ def test_control_characters_in_captions_are_mentioned(monkeypatch, caplog):
     rows = Clips([Row(None, caption) for caption in ("one", "a \x1b[31mred ball", "\x07")])
     monkeypatch.setattr(clips, "instantiate_from_config", lambda *_, **__: rows)
     with caplog.at_level(logging.WARNING, logger="sgm"):
-        open_folder(SimpleNamespace(data={"target": "x"}, args=SimpleNamespace(allow_unknown_text=True)), "videos")
+        args, model = SimpleNamespace(allow_unknown_text=True), {"network_config": {}}
+        open_folder(SimpleNamespace(data={"target": "x"}, args=args, model=model), "videos")
     (message,) = caplog.messages
     assert message.startswith("videos: 2 captions hold control characters") and message.endswith("a \x1b[31mred ball")
