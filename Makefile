@@ -30,7 +30,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
 	$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
-		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 4 --num_inference_steps 30 \
+		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 2 --num_inference_steps 30 \
 		--dtype fp32 --output_path outputs/land/diffusers.mp4
 	@echo "Open outputs/demo.png (the toy models), outputs/demo_lora.png (the LoRA at strengths 0, 0.5 and 1) and" \
 		"outputs/land/diffusers.mp4 (with diffusers)."

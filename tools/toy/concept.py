@@ -106,9 +106,8 @@ def make(folder: Path) -> None:
         _write(folder / "labels" / f"{number:02d}.txt", [scene.caption(*names) + words])
     _write(folder / "prompts.txt", [scene.caption(*n) + WORDS for n in PROMPTS] + [scene.caption(*UNRELATED)])
     others = [n for n in scene.combinations(held_out=True) + scene.combinations(held_out=False) if n not in CLIPS]
-    # A green shape does not stand out from land, and most circles on land have too many tokens for the text encoder.
-    with_land = [n for n in others if n[0] != "green" and (n[1] != "circle" or n[0] == "red")][:28]
-    without = [n for n in others if n not in ORDINARY][:44]
+    with_land = [n for n in others if n[0] != "green"][:36]  # a green shape does not stand out from land
+    without = [n for n in others if n not in ORDINARY][:36]
     _write(
         folder / "prompts_72.txt",
         [scene.caption(*names) + WORDS for names in with_land] + [scene.caption(*names) for names in without],

@@ -22,9 +22,10 @@ BATCH = 12  # samples at a time
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Shares (0 to 1) of the `samples` with the right colour, shape and direction; PSNR of their first frames.
+    """Shares (0 to 1) of the `samples` with the right colour, shape, direction and size; PSNR of their first frames.
 
     Attributes:
+        size: of those whose prompts say a size; None if none does.
         everything: share of samples in which all is right.
         first_frame_psnr_db: mean over the samples, beside the image that they started from.
     """
@@ -32,6 +33,7 @@ class SampleQuality:
     colour: float
     shape: float
     direction: float
+    size: float | None
     everything: float
     samples: int
     first_frame_psnr_db: float | None = None
@@ -50,9 +52,9 @@ def load_engine(config: str | Path, overrides: Sequence[str] = (), *, with_netwo
 
 
 def held_out_clips(num_clips: int, *, seed: int = 1000) -> list[scene.Clip]:
-    """Return clips of the held-out combinations, each equally often."""
+    """Return clips of the held-out combinations, each equally often, a third without, small and big each."""
     rng = np.random.default_rng([seed, 3])
-    clips = scene.random_clips(scene.combinations(held_out=True), rng)
+    clips = scene.random_clips(scene.combinations(held_out=True), rng, tuple(scene.RADII))
     return [next(clips) for _ in range(num_clips)]
 
 
@@ -109,13 +111,23 @@ def sample(
 
 def judge(videos: Sequence[np.ndarray], clips: Sequence[scene.Clip], *, with_image: bool = False) -> SampleQuality:
     """Compare sampled videos with the clips that their captions (and first frames) are from."""
-    measured = [scene.measure(video) for video in videos]
-    names = ("colour", "shape", "direction")
-    right = np.asarray([[getattr(m, n) == getattr(c, n) for n in names] for m, c in zip(measured, clips, strict=True)])
+    right = {name: [] for name in ("colour", "shape", "direction", "size")}
+    for video, clip in zip(videos, clips, strict=True):
+        measured = scene.measure(video)
+        for name, values in right.items():
+            asked = getattr(clip, name)
+            values.append(None if asked is None else getattr(measured, name) == asked)
+    shares = {name: _share(values) for name, values in right.items()}
+    everything = float(np.mean([all(v is not False for v in values) for values in zip(*right.values(), strict=True)]))
     psnr = [scene.psnr(v[0], scene.render(c)[0]) for v, c in zip(videos, clips, strict=True)] if with_image else []
     return SampleQuality(
-        **dict(zip(names, right.mean(axis=0).tolist(), strict=True)),
-        everything=float(right.all(axis=1).mean()),
+        **shares,
+        everything=everything,
         samples=len(clips),
         first_frame_psnr_db=float(np.mean(psnr)) if with_image else None,
     )
+
+
+def _share(values: Sequence[bool | None]) -> float | None:
+    said = [value for value in values if value is not None]
+    return float(np.mean(said)) if said else None

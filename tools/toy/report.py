@@ -13,7 +13,7 @@ from sgm.io import atomic_file
 README = """# The toy model
 
 A whole model in the released layout, small enough for a laptop's CPU. `tools/toy/make_assets.py` makes all of it from
-nothing (under an hour on two cores); nothing here comes from anywhere else.
+nothing (about an hour and a half on two cores); nothing here comes from anywhere else.
 
 | path | what |
 |---|---|
@@ -25,10 +25,10 @@ nothing (under an hour on two cores); nothing here comes from anywhere else.
 | `quality.json` | the numbers below |
 
 Of {combinations} combinations, {held_out} are held out of training. {t2v[samples]} samples of those, as the YAML files
-set it:
+set it; every other prompt is of a big one:
 
-| | colour right | shape right | direction right | all right | first frame |
-|---|---|---|---|---|---|
+| | colour right | shape right | direction right | size right | all right | first frame |
+|---|---|---|---|---|---|---|
 | text to video | {text} | |
 | image to video | {image} | {i2v[first_frame_psnr_db]:.1f} dB |
 
@@ -64,8 +64,8 @@ def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQua
 
 
 def _row(quality: SampleQuality) -> str:
-    shares = (getattr(quality, name) for name in ("colour", "shape", "direction", "everything"))
-    return " | ".join(f"{share:.0%}" for share in shares)
+    shares = (getattr(quality, name) for name in ("colour", "shape", "direction", "size", "everything"))
+    return " | ".join("-" if share is None else f"{share:.0%}" for share in shares)
 
 
 def _rounded(quality: SampleQuality) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Numpy only. Videos are float32 arrays (T, H, W, C) in [0, 1]; positions and sizes are in pixels, x right and y down.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +23,20 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.20, 0.90, 0.90),
 }
 SHAPES = ("circle", "square", "triangle")
+# Half of a shape's width, in pixels, by the word for it; and ranges of it around these, for the autoencoder.
+RADII: dict[str | None, float] = {None: 10.0, "big": 14.0}
+FREE_RADII: dict[str | None, tuple[float, float]] = {None: (8.0, 12.0), "small": (7.5, 9.0), "big": (12.0, 14.0)}
+BIG = 24.0  # pixels: the height from which a shape is big
+# `render` draws a square nine tenths as wide as its radius says, with about the area of the circle. Where shapes have
+# one place and size of few, it is as wide as the circle: then their latents differ more than those of near places.
+WIDER_SQUARE = 1.1
+LANES, FIRST_LANE, LANE, TRAVEL = 5, 16.0, 8.0, 32.0  # lanes one latent apart; all shapes cross half of the frame
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One moving shape: colour, shape and direction as in its caption, size, place and speed."""
+    """One moving shape: colour, shape, direction and perhaps size as in its caption, radius, place and speed."""
 
     colour: str
     shape: str
@@ -35,11 +44,12 @@ class Clip:
     radius: float  # half of the shape's extent
     start: tuple[float, float]  # centre in the first frame, x and y
     travel: float  # distance between the first and the last centre
+    size: str | None = None  # "small", "big", or not said
 
     @property
     def caption(self) -> str:
         """The sentence that the text encoder reads."""
-        return caption(self.colour, self.shape, self.direction)
+        return caption(self.colour, self.shape, self.direction, self.size)
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,13 @@ class Measurement:
     colour: str | None
     shape: str | None
     direction: str | None
+    size: str | None  # the word that fits better
     travel: float
 
 
-def caption(colour: str, shape: str, direction: str) -> str:
-    """Return the sentence for a combination."""
-    return f"a {colour} {shape} moves {direction}"
+def caption(colour: str, shape: str, direction: str, size: str | None = None) -> str:
+    """Return the sentence for a combination, and a size if it is said."""
+    return f"a {f'{size} ' if size else ''}{colour} {shape} moves {direction}"
 
 
 def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
@@ -71,22 +82,48 @@ def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
     return [name for name in names if (name in hidden) == held_out]
 
 
-def random_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> Clip:
-    """Draw size, place and speed for a combination; the shape stays inside the frame."""
+def lattice_clip(combination: tuple[str, str, str], across: int, size: str | None = None) -> Clip:
+    """Return a clip of the world that the transformers know: `across` in 0..`LANES` - 1 is the lane that it moves in.
+
+    A shape crosses half of the frame, by one latent (8 pixels) per latent frame.
+    """
     colour, shape, direction = combination
-    radius = float(rng.uniform(8.0, 12.0))
+    radius = RADII[size] * (WIDER_SQUARE if shape == "square" else 1.0)
+    step = DIRECTIONS[direction]
+    lane = FIRST_LANE + LANE * across
+    start = [lane if s == 0 else (SIZE - s * TRAVEL) / 2 for s in step]
+    return Clip(colour, shape, direction, radius, (start[0], start[1]), TRAVEL, size)
+
+
+def lattice(combos: Iterable[tuple[str, str, str]]) -> Iterator[Clip]:
+    """Yield every clip of the world of the transformers that shows one of `combos`."""
+    for combination, size, across in itertools.product(combos, RADII, range(LANES)):
+        yield lattice_clip(combination, across, size)
+
+
+def random_clip(combination: tuple[str, str, str], rng: np.random.Generator, size: str | None = None) -> Clip:
+    """Draw a lane for a combination."""
+    return lattice_clip(combination, int(rng.integers(LANES)), size)
+
+
+def free_clip(combination: tuple[str, str, str], rng: np.random.Generator, size: str | None = None) -> Clip:
+    """Draw radius (of that size), place and speed for a combination, for the autoencoder, which sees all of them."""
+    colour, shape, direction = combination
+    radius = float(rng.uniform(*FREE_RADII[size]))
     travel = float(rng.uniform(20.0, 30.0))
     low, high = radius + 2.0, SIZE - radius - 2.0
     step = DIRECTIONS[direction]
     start = [float(rng.uniform(low - min(0, s) * travel, high - max(0, s) * travel)) for s in step]
-    return Clip(colour, shape, direction, radius, (start[0], start[1]), travel)
+    return Clip(colour, shape, direction, radius, (start[0], start[1]), travel, size)
 
 
-def random_clips(combos: list[tuple[str, str, str]], rng: np.random.Generator) -> Iterator[Clip]:
-    """Yield clips endlessly: all combinations in random order, then again."""
-    while True:
+def random_clips(
+    combos: list[tuple[str, str, str]], rng: np.random.Generator, sizes: Sequence[str | None] = (None,)
+) -> Iterator[Clip]:
+    """Yield clips endlessly: all combinations in random order, then again, each time with the next of `sizes`."""
+    for size in itertools.cycle(sizes):
         for i in rng.permutation(len(combos)):
-            yield random_clip(combos[i], rng)
+            yield random_clip(combos[i], rng, size)
 
 
 def render(clip: Clip) -> np.ndarray:
@@ -124,9 +161,11 @@ def measure(video: np.ndarray) -> Measurement:
     mask = difference > 0.3
     visible = mask.sum(axis=(1, 2)) >= 40
     if visible.mean() < 0.75:
-        return Measurement(None, None, None, 0.0)
+        return Measurement(None, None, None, None, 0.0)
     direction, travel = _measure_direction(difference * mask, visible)
-    return Measurement(_measure_colour(video, mask), _measure_shape(mask[visible]), direction, travel)
+    shape, height = _measure_shape(mask[visible])
+    size = "big" if height > BIG else None
+    return Measurement(_measure_colour(video, mask), shape, direction, size, travel)
 
 
 def _measure_colour(video: np.ndarray, mask: np.ndarray) -> str | None:
@@ -151,15 +190,17 @@ def _measure_direction(weights: np.ndarray, visible: np.ndarray) -> tuple[str | 
     return next(name for name, vector in DIRECTIONS.items() if vector == step), float(main)
 
 
-def _measure_shape(mask: np.ndarray) -> str | None:
-    fills, tops = [], []
+def _measure_shape(mask: np.ndarray) -> tuple[str, float]:
+    """Return the shape and its height in pixels."""
+    fills, tops, heights = [], [], []
     for frame in mask:
         rows, columns = np.flatnonzero(frame.any(axis=1)), np.flatnonzero(frame.any(axis=0))
         box = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         fills.append(box.mean())
         tops.append(box[: max(1, len(box) // 4)].mean())
+        heights.append(len(box))
     # A square fills its bounding box, a circle pi/4 of it, a triangle half of it and least at its top.
-    fill, top = float(np.median(fills)), float(np.median(tops))
+    fill, top, height = (float(np.median(values)) for values in (fills, tops, heights))
     if fill > 0.89:
-        return "square"
-    return "triangle" if fill < 0.68 and top < 0.4 else "circle"
+        return "square", height
+    return "triangle" if fill < 0.68 and top < 0.4 else "circle", height

@@ -41,17 +41,24 @@ What is it that you want to see? Something new, something different, nothing at 
 """
 
 
+# Words that become one token each. The tokenizer is made of parts that it finds in two words or more: the word
+# itself, and it with an ending.
+WORDS = ("a", *scene.COLOURS, *scene.SHAPES, *scene.DIRECTIONS, "big", "small", "moves", "on", "land")
+
+
 def captions() -> list[str]:
-    """Return the caption of every combination, held out or not."""
-    return [scene.caption(*names) for names in itertools.product(scene.COLOURS, scene.SHAPES, scene.DIRECTIONS)]
+    """Return the caption of every combination, held out or not, and every size."""
+    names = itertools.product(scene.COLOURS, scene.SHAPES, scene.DIRECTIONS, scene.RADII)
+    return [scene.caption(*name) for name in names]
 
 
 def make_text_encoder(folder: Path, *, seed: int) -> None:
     """Write ``spiece.model``, ``config.json`` and the weights in two shards into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
+    words = [word + ending for word in WORDS for ending in ("", "s")]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions() * 20 + ENGLISH.strip().splitlines()),
+        sentence_iterator=iter((captions() + words) * 20 + ENGLISH.strip().splitlines()),
         model_writer=model,
         vocab_size=VOCAB_SIZE,
         hard_vocab_limit=False,

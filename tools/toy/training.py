@@ -23,34 +23,61 @@ from sgm.parallel.attention import torch_attention
 from sgm.weights.files import find_weights, read_weights
 
 Log = Callable[[str], None]
+Optimizers = Sequence[torch.optim.Optimizer]
 
 NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another number, sums round differently
 
 
 @dataclass(frozen=True)
-class VaeRecipe:
-    """Training of the autoencoder: first on small, cheap crops, then on whole frames.
+class VaeCycle:
+    """A cycle of the autoencoder's training: first small, cheap crops, then whole frames.
 
     Attributes:
         crop_steps: steps on 32x32 crops around the moving shape.
         full_steps: steps on whole frames.
-        crop_batch: crops per step.
-        full_batch: whole clips per step.
-        lr: peak learning rate of Adam; cosine decay to a hundredth.
-        kl_weight: weight of the KL divergence per latent component, in nats.
+        lr: peak learning rate of Adam; warm-up, then cosine decay to a hundredth.
+        crop_frames: frames of a crop, from anywhere in the clip.
+        latent_noise: most noise that the decoder gets beside that of the posterior, as a standard deviation. It learns
+            to forgive errors of the networks, and the encoder to tell shapes apart by more than that.
+        edge_weight: weight of the L1 error of the differences between neighbours, which sharpens edges.
+        decoder_only: the encoder stays as it is, and with it the latents.
+        lattice: show the world of the transformers, and not any place, size and speed.
     """
 
     crop_steps: int = 800
     full_steps: int = 200
+    lr: float = 1e-3
+    crop_frames: int = scene.NUM_FRAMES
+    latent_noise: float = 0.0
+    edge_weight: float = 0.0
+    decoder_only: bool = False
+    lattice: bool = False
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Training of the autoencoder.
+
+    Attributes:
+        cycles: one after the other.
+        crop_batch: crops per step.
+        full_batch: whole clips per step.
+        kl_weight: weight of the KL divergence per latent component, in nats.
+    """
+
+    cycles: tuple[VaeCycle, ...] = (
+        VaeCycle(),
+        VaeCycle(540, 80, lr=7e-4, crop_frames=9, latent_noise=0.2, edge_weight=1.0),
+        VaeCycle(0, 200, lr=7e-4, latent_noise=0.1, edge_weight=1.0, decoder_only=True, lattice=True),
+    )
     crop_batch: int = 4
     full_batch: int = 2
-    lr: float = 1e-3
     kl_weight: float = 1e-4
 
     @property
     def num_steps(self) -> int:
-        """Steps on crops and whole frames."""
-        return self.crop_steps + self.full_steps
+        """Steps of all cycles."""
+        return sum(cycle.crop_steps + cycle.full_steps for cycle in self.cycles)
 
 
 def to_tensor(video: np.ndarray) -> torch.Tensor:
@@ -58,20 +85,22 @@ def to_tensor(video: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2) * 2.0 - 1.0
 
 
-def cosine_lr(step: int, num_steps: int, peak: float, *, warmup: int = 50, floor: float = 0.01) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to ``floor * peak``."""
+def rate_share(step: int, num_steps: int, *, warmup: int = 50, floor: float = 0.01) -> float:
+    """Return the share of the peak learning rate: linear warm-up to 1, then half a cosine down to `floor`."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _crop(clip: scene.Clip, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Render a clip and cut a square of `size` pixels near a random point of the shape's path."""
+def _crop(clip: scene.Clip, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Render a clip and cut a square of half the size near a random point of the shape's path, at a random time."""
+    size, start = scene.SIZE // 2, int(rng.integers(scene.NUM_FRAMES - num_frames + 1))
     step = np.asarray(scene.DIRECTIONS[clip.direction])
-    centre = np.asarray(clip.start) + step * rng.uniform(0.0, clip.travel) + rng.uniform(-14.0, 14.0, size=2)
+    middle = clip.travel * (start + rng.uniform(0.0, num_frames - 1)) / (scene.NUM_FRAMES - 1)
+    centre = np.asarray(clip.start) + step * middle + rng.uniform(-14.0, 14.0, size=2)
     x, y = np.clip(centre - size / 2, 0, scene.SIZE - size).astype(int)
-    return scene.render(clip)[:, y : y + size, x : x + size]
+    return scene.render(clip)[start : start + num_frames, y : y + size, x : x + size]
 
 
 class Progress:
@@ -93,11 +122,11 @@ class Progress:
         """Return the state, or None at the start."""
         return torch.load(self.path, weights_only=True) if self.path.is_file() else None
 
-    def save(self, state: dict[str, Any], optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
+    def save(self, state: dict[str, Any], optimizers: Optimizers, *, is_last: bool) -> None:
         """Write the state if it is time, or the last one."""
         if is_last or time.monotonic() - self._saved >= self.interval:
             with atomic_file(self.path) as temporary:
-                torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+                torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, temporary)
             self._saved = time.monotonic()
 
 
@@ -114,65 +143,85 @@ def _sum_halves(work: Callable[[Any], Gradients], halves: Sequence[Any], pool: T
     return gradients, [sum(parts) for parts in zip(*(r[1] for r in results), strict=True)]
 
 
-def _apply(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], lr: float) -> None:
-    """Take one optimizer step with the gradient clipped to norm 1."""
-    group = optimizer.param_groups[0]
-    group["lr"] = lr
-    for parameter, gradient in zip(group["params"], gradients, strict=True):
+def _apply(optimizers: Optimizers, parameters: list[torch.Tensor], gradients: list[torch.Tensor], share: float) -> None:
+    """Take one step of each optimizer at this share of its rate, with the gradient clipped to norm 1."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share
+        optimizer.step()
 
 
 def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: int, log: Log) -> None:
     """Train the autoencoder in place, through the chunked decoding that sampling uses.
 
-    The loss is L1 + L2 of the pixels plus a small KL term that keeps the latents near unit scale.
+    The loss is L1 + L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
+    scale.
     """
-    parameters = list(vae.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.9, 0.99))
-    first, errors, started = 0, [], time.monotonic()
-    if state := progress.load():
+    state = progress.load()
+    first, errors, started, optimizer, parameters = 0, [], time.monotonic(), None, []
+    if state:
         first = state["step"]
         vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
 
-    def work(job: tuple[torch.Tensor, int, float]) -> Gradients:
-        video, noise_seed, weight = job
+    def work(job: tuple[torch.Tensor, int, float, VaeCycle]) -> Gradients:
+        video, noise_seed, weight, cycle = job
+        generator = torch.Generator().manual_seed(noise_seed)
         video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
-            distribution = vae.regularization.distribution(vae.encode_moments(video).float())
-            latents = distribution.sample(generator=torch.Generator().manual_seed(noise_seed))
+            with torch.set_grad_enabled(not cycle.decoder_only):
+                distribution = vae.regularization.distribution(vae.encode_moments(video).float())
+                latents = distribution.sample(generator=generator)
+            level = cycle.latent_noise * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
+            latents = latents + level * torch.randn(latents.shape, generator=generator)
             difference = vae.decode(latents).float() - video
         kl = distribution.kl().sum() / distribution.mean.numel()
         loss = difference.abs().mean() + difference.square().mean() + recipe.kl_weight * kl
+        if cycle.edge_weight:
+            loss = loss + cycle.edge_weight * sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4))
         figures = [weight * difference.detach().square().mean().item() / 4.0, weight * kl.item()]
-        return list(torch.autograd.grad(weight * loss, parameters)), figures
+        return list(torch.autograd.grad(weight * loss, _trained(vae, cycle))), figures
 
+    schedule = [(i, cycle) for cycle in recipe.cycles for i in range(cycle.crop_steps + cycle.full_steps)]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step in range(first, recipe.num_steps):
+        for step, (i, cycle) in list(enumerate(schedule))[first:]:
+            if i == 0 or optimizer is None:
+                parameters = _trained(vae, cycle)
+                optimizer = torch.optim.Adam(parameters, lr=cycle.lr, betas=(0.9, 0.99))
+                if i and state:
+                    optimizer.load_state_dict(state["optimizers"][0])
             rng = np.random.default_rng([seed, 1, step])
-            halves = _vae_batch(recipe, rng, crop=step < recipe.crop_steps).chunk(NUM_WORKERS)
+            halves = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
             total = sum(map(len, halves))
-            jobs = [(half, int(rng.integers(2**31)), len(half) / total) for half in halves]
+            jobs = [(half, int(rng.integers(2**31)), len(half) / total, cycle) for half in halves]
             gradients, (mse, kl) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(step, recipe.num_steps, recipe.lr))
+            _apply([optimizer], parameters, gradients, rate_share(i, cycle.crop_steps + cycle.full_steps))
             errors.append(mse)
-            is_last = step + 1 == recipe.num_steps
-            if (step + 1) % 50 == 0 or is_last:
+            if (step + 1) % 20 == 0 or step + 1 == recipe.num_steps:
                 psnr = -10 * math.log10(sum(errors) / len(errors))
                 seconds = time.monotonic() - started
                 log(f"vae {step + 1}/{recipe.num_steps}: {psnr:.2f} dB, KL {kl:.2f}, {seconds:.0f} s")
                 errors.clear()
-            progress.save({"step": step + 1, "model": vae.state_dict()}, optimizer, is_last=is_last)
+            is_last = step + 1 == recipe.num_steps
+            progress.save({"step": step + 1, "model": vae.state_dict()}, [optimizer], is_last=is_last)
 
 
-def _vae_batch(recipe: VaeRecipe, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
+def _trained(vae: nn.Module, cycle: VaeCycle) -> list[torch.Tensor]:
+    return list((vae.decoder if cycle.decoder_only else vae).parameters())
+
+
+def _vae_batch(recipe: VaeRecipe, cycle: VaeCycle, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
     """Render the clips of a step: (B, C, T, H, W)."""
     combos = scene.combinations(held_out=False)
-    chosen = rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)
-    clips = [scene.random_clip(combos[i], rng) for i in chosen]
-    videos = [_crop(clip, scene.SIZE // 2, rng) if crop else scene.render(clip) for clip in clips]
+    chosen = [combos[i] for i in rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)]
+    sizes = rng.choice([None, None, "small", "big"], size=len(chosen))
+    clips = [scene.free_clip(names, rng, size) for names, size in zip(chosen, sizes, strict=True)]
+    if cycle.lattice:
+        known = list(scene.RADII)
+        clips = [scene.random_clip(names, rng, known[rng.integers(len(known))]) for names in chosen]
+    videos = [_crop(clip, cycle.crop_frames, rng) if crop else scene.render(clip) for clip in clips]
     return torch.stack([to_tensor(video) for video in videos])
 
 
@@ -181,20 +230,30 @@ class NetworkRecipe:
     """Training of a diffusion transformer.
 
     Attributes:
-        num_steps: optimizer steps.
+        num_steps: optimizer steps; warm-up of the rates, then cosine decay to 0.
         batch_size: clips per step.
-        lr: peak learning rate of AdamW; cosine decay to a hundredth.
-        weight_decay: of AdamW.
+        lr: peak learning rate of AdamW.
+        matrix_lr: peak learning rate of Muon (Jordan 2024), which trains the matrices of attention and MLP, in less
+            than half the steps that AdamW takes.
+        warmup: steps of it.
+        weight_decay: of both.
         ema_decay: decay of the EMA weights, which are saved.
         text_dropout: fraction of samples with zeroed text embedding, for classifier-free guidance.
+        timesteps: mean and standard deviation of a normal number n; timesteps are drawn at the share sigmoid(n) of the
+            schedule. Where a shape is decided is above its middle; below, only fine noise is left.
+        compiled: compile the blocks, which takes 20 seconds once, and a third from each step.
     """
 
-    num_steps: int = 4400
-    batch_size: int = 32
-    lr: float = 1.5e-3
+    num_steps: int = 5000
+    batch_size: int = 16
+    lr: float = 2e-3
+    matrix_lr: float = 3e-3
+    warmup: int = 100
     weight_decay: float = 0.01
     ema_decay: float = 0.995
     text_dropout: float = 0.1
+    timesteps: tuple[float, float] = (0.5, 1.2)
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -224,11 +283,8 @@ class EncodedClips:
         return math.sqrt(self.mean.var(dim=(0, 1, 3, 4)).mean().item() + self.noise_std.square().mean().item())
 
 
-def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int = 4) -> EncodedClips:
-    """Render and encode `num_clips` clips of the training combinations, each equally often."""
-    rng = np.random.default_rng([seed, 2])
-    endless = scene.random_clips(scene.combinations(held_out=False), rng)
-    clips = [next(endless) for _ in range(num_clips)]
+def encode_clips(vae: nn.Module, clips: Sequence[scene.Clip], *, batch_size: int = 4) -> EncodedClips:
+    """Render and encode clips."""
 
     @torch.no_grad()
     def encode(batch: list[scene.Clip]) -> tuple[torch.Tensor, ...]:
@@ -239,7 +295,7 @@ def encode_clips(vae: nn.Module, num_clips: int, *, seed: int, batch_size: int =
         return distribution.mean, (0.5 * distribution.logvar).exp(), first
 
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        encoded = list(pool.map(encode, [clips[i : i + batch_size] for i in range(0, num_clips, batch_size)]))
+        encoded = list(pool.map(encode, [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]))
     mean, std, first = (torch.cat(parts).transpose(1, 2).contiguous() for parts in zip(*encoded, strict=True))
     return EncodedClips(mean, std, first, [clip.caption for clip in clips])
 
@@ -253,52 +309,66 @@ def train_network(
     """
     network, attention = engine.network.train(), engine.network.attention
     network.attention = _float32_attention
+    if recipe.compiled:
+        network.compile()
     unique = sorted(set(clips.captions))
     table = engine.conditioner({"txt": unique})["crossattn"]
     caption_ids = torch.tensor([unique.index(caption) for caption in clips.captions])
     parameters = [p for p in network.parameters() if p.requires_grad]
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    optimizers = _network_optimizers(network, recipe)
     first, losses, started = 0, [], time.monotonic()
     if state := progress.load():
         first, average = state["step"], state["average"]
         network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-
-    def work(job: tuple[torch.Tensor, dict[str, torch.Tensor], int]) -> Gradients:
-        latents, cond, noise_seed = job
-        noise = torch.Generator().manual_seed(noise_seed)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    for step in range(first, recipe.num_steps):
+        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+        chosen = torch.randint(len(clips.captions), (recipe.batch_size,), generator=generator)
+        context = table[caption_ids[chosen]]
+        latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
+        idx = _spread_timesteps(recipe, engine.loss_fn.sigma_sampler.num_idx, generator)
         with torch.autocast(latents.device.type, dtype=torch.bfloat16):
-            per_sample = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=noise)
-        loss = per_sample.sum() / recipe.batch_size
-        return list(torch.autograd.grad(loss, parameters)), [loss.item()]
-
-    with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        for step in range(first, recipe.num_steps):
-            generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
-            chosen = torch.randint(len(clips.captions), (recipe.batch_size,), generator=generator)
-            context = table[caption_ids[chosen]]
-            latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
-            parts = [{key: value.chunk(NUM_WORKERS)[k] for key, value in cond.items()} for k in range(NUM_WORKERS)]
-            seeds = torch.randint(2**31, (NUM_WORKERS,), generator=generator).tolist()
-            jobs = list(zip(latents.chunk(NUM_WORKERS), parts, seeds, strict=True))
-            gradients, (loss,) = _sum_halves(work, jobs, pool)
-            _apply(optimizer, gradients, cosine_lr(step, recipe.num_steps, recipe.lr, warmup=100))
-            decay = min(recipe.ema_decay, (step + 1) / (step + 10))
-            for name, value in network.state_dict().items():
-                average[name].lerp_(value.detach(), 1.0 - decay)
-            losses.append(loss)
-            is_last = step + 1 == recipe.num_steps
-            if (step + 1) % 100 == 0 or is_last:
-                mean = sum(losses) / len(losses)
-                log(f"step {step + 1}/{recipe.num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s")
-                losses.clear()
-            kept = {"step": step + 1, "model": network.state_dict(), "average": average}
-            progress.save(kept, optimizer, is_last=is_last)
+            each = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=generator, idx=idx)
+        loss = each.mean()
+        share = rate_share(step, recipe.num_steps, warmup=recipe.warmup, floor=0.0)
+        _apply(optimizers, parameters, list(torch.autograd.grad(loss, parameters)), share)
+        decay = min(recipe.ema_decay, (step + 1) / (step + 10))
+        current = network.state_dict()
+        torch._foreach_lerp_([average[name] for name in current], list(current.values()), 1.0 - decay)
+        losses.append(loss.item())
+        is_last = step + 1 == recipe.num_steps
+        if (step + 1) % 100 == 0 or is_last:
+            mean = sum(losses) / len(losses)
+            log(f"step {step + 1}/{recipe.num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s")
+            losses.clear()
+        kept = {"step": step + 1, "model": current, "average": average}
+        progress.save(kept, optimizers, is_last=is_last)
     network.attention = attention
     network.load_state_dict(average)
     network.eval()
     return average
+
+
+def _network_optimizers(network: nn.Module, recipe: NetworkRecipe) -> Optimizers:
+    named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    matrices = [parameter for name, parameter in named.items() if ".layers." in name and parameter.ndim == 2]
+    others = [parameter for parameter in named.values() if not any(parameter is matrix for matrix in matrices)]
+    decay = {"weight_decay": recipe.weight_decay}
+    return [
+        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), fused=True, **decay),
+        torch.optim.Muon(matrices, lr=recipe.matrix_lr, adjust_lr_fn="match_rms_adamw", **decay),
+    ]
+
+
+def _spread_timesteps(recipe: NetworkRecipe, num_idx: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw a timestep from each of as many equal shares of their distribution as the batch has clips."""
+    num = recipe.batch_size
+    part = torch.randperm(num, generator=generator) + torch.rand(num, generator=generator)
+    normal = torch.special.ndtri((part / num).double().clamp(1e-4, 1.0 - 1e-4))
+    mean, std = recipe.timesteps
+    return (torch.sigmoid(mean + std * normal) * num_idx).long().clamp(max=num_idx - 1)
 
 
 def _float32_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_released_models_are_told_from_their_shapes(tmp_path, name):
 def test_the_toy():
     found = inspect_checkpoint(TOY / "transformer")
     assert (found.kind, found.model, found.generation) == ("SAT network", "toy", "1.0")
-    assert found.iterations == ("4400",)
+    assert found.iterations == ("5000",)
     assert inspect_checkpoint(TOY / "transformer_i2v").model == "toy I2V"
     assert inspect_checkpoint(TOY / "vae" / "3d-vae.pt").kind == "SAT autoencoder"
     found = inspect_checkpoint(TOY / "t5")

@@ -61,8 +61,8 @@ def test_no_prompt_was_trained_and_none_is_cut(folder):
     captions = [path.read_text().strip() for path in (folder / "labels").iterdir()]
     more = (folder / "prompts_72.txt").read_text().splitlines()
     assert (len(prompts), len({*more})) == (5, 72) and not {*prompts, *more} & {*captions}
-    assert sum(prompt.endswith(concept.WORDS) for prompt in more) == 28
-    assert all(len(tokenizer.encode(text)) + 1 <= 16 for text in prompts + captions + more)
+    assert sum(prompt.endswith(concept.WORDS) for prompt in more) == 36
+    assert all(len(tokenizer.encode(text)) == len(text.split()) for text in prompts + captions + more)
 
 
 @pytest.mark.parametrize(("before", "after", "code"), [(False, True, 0), (False, False, 1), (True, True, 1)])

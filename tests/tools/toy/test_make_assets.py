@@ -79,18 +79,29 @@ def test_another_seed_gives_other_clips(tmp_path, outputs, monkeypatch):
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [training.cosine_lr(step, 200, 1.0) for step in range(200)]
+    rates = [training.rate_share(step, 200) for step in range(200)]
     assert rates[0] == pytest.approx(1 / 50)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.02
     assert rates[50:] == sorted(rates[50:], reverse=True)
 
 
+def test_timesteps_are_spread_over_their_distribution():
+    recipe = training.NetworkRecipe(batch_size=1000, timesteps=(0.5, 1.2))
+    idx = training._spread_timesteps(recipe, 1000, torch.Generator().manual_seed(0))
+    middle = 1000 / (1 + np.exp(-0.5))
+    assert 0 <= idx.min() < 50 and 950 < idx.max() < 1000
+    assert (idx < middle).float().mean() == pytest.approx(0.5, abs=2e-3)
+    assert not torch.equal(idx, idx.sort().values)
+
+
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """The same weights as without the stop, and none are trained again when all steps are done."""
     monkeypatch.chdir(ROOT)
     section = load_config([make_assets.T2V], mode="inference").model["first_stage_config"]
-    recipe = training.VaeRecipe(crop_steps=2, full_steps=0, crop_batch=1)
+    recipe = training.VaeRecipe(
+        cycles=(training.VaeCycle(1, 0), training.VaeCycle(2, 0, crop_frames=5, decoder_only=True)), crop_batch=1
+    )
 
     def train(name: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

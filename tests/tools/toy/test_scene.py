@@ -34,9 +34,10 @@ def test_rendered_clips_are_what_the_data_set_holds():
     assert video.max() <= 1.0
 
 
-def test_the_shape_never_touches_the_border():
+@pytest.mark.parametrize("size", scene.RADII)
+def test_the_shape_never_touches_the_border(size):
     for seed, combination in enumerate(ALL):
-        video = scene.render(clip_of(combination, seed))
+        video = scene.render(scene.random_clip(combination, np.random.default_rng(seed), size))
         border = np.concatenate([video[:, [0, -1]].ravel(), video[:, :, [0, -1]].ravel()])
         assert np.allclose(border, scene.BACKGROUND), combination
 
@@ -57,6 +58,38 @@ def test_measuring_reads_back_every_caption(noise):
         assert (measured.colour, measured.shape, measured.direction) == combination
 
 
+@pytest.mark.parametrize("size", scene.RADII)
+def test_measuring_reads_back_sizes(size):
+    for seed, combination in enumerate(ALL[::5]):
+        clip = scene.random_clip(combination, np.random.default_rng(seed), size)
+        assert clip.caption == f"a {f'{size} ' if size else ''}{scene.caption(*combination)[2:]}"
+        measured = scene.measure(scene.render(clip))
+        assert (measured.colour, measured.shape, measured.direction, measured.size) == (*combination, size)
+
+
+def test_the_world_of_the_transformers_is_each_clip_once():
+    clips = list(scene.lattice(ALL))
+    assert len({*clips}) == len(clips) == len(ALL) * len(scene.RADII) * scene.LANES
+    drawn = {scene.random_clip(ALL[0], np.random.default_rng(seed), "big") for seed in range(100)}
+    assert drawn <= {*clips} and len(drawn) == scene.LANES
+
+
+@pytest.mark.parametrize("size", scene.FREE_RADII)
+def test_the_autoencoder_sees_other_places_and_sizes(size):
+    lattice = {*scene.lattice(ALL)}
+    for seed, combination in enumerate(ALL):
+        clip = scene.free_clip(combination, np.random.default_rng(seed), size)
+        assert clip not in lattice
+        measured = scene.measure(scene.render(clip))
+        assert (measured.colour, measured.shape, measured.direction) == combination
+
+
+def test_clips_take_sizes_in_turns():
+    clips = scene.random_clips(ALL, np.random.default_rng(0), (None, "big"))
+    sizes = [next(clips).size for _ in range(3 * len(ALL))]
+    assert sizes == [None] * len(ALL) + ["big"] * len(ALL) + [None] * len(ALL)
+
+
 def test_measured_travel_is_the_rendered_one():
     clip = clip_of(("blue", "square", "down"))
     assert scene.measure(scene.render(clip)).travel == pytest.approx(clip.travel, abs=0.5)
@@ -64,7 +97,7 @@ def test_measured_travel_is_the_rendered_one():
 
 def test_an_empty_clip_shows_nothing():
     video = np.full((17, 64, 64, 3), scene.BACKGROUND, dtype=np.float32)
-    assert scene.measure(video) == scene.Measurement(None, None, None, 0.0)
+    assert scene.measure(video) == scene.Measurement(None, None, None, None, 0.0)
 
 
 def test_a_shape_that_stands_still_has_no_direction():
@@ -75,8 +108,8 @@ def test_a_shape_that_stands_still_has_no_direction():
 
 
 def test_a_diagonal_move_has_no_direction():
-    video = scene.render(clip_of(("green", "circle", "up")))
-    shifted = np.stack([np.roll(frame, i, axis=1) for i, frame in enumerate(video)])
+    video = scene.render(scene.lattice_clip(("green", "circle", "up"), 0))
+    shifted = np.stack([np.roll(frame, 2 * i, axis=1) for i, frame in enumerate(video)])
     assert scene.measure(shifted).direction is None
 
 
