@@ -225,7 +225,8 @@ class SFTDataset:
         row = self.rows[index]
         if self._cache is not None:
             self._cache.prefetch(row.path)
-        files = (row.path, row.image) if self._cache is None else (row.image,) if self._cache.first_frames else ()
+        clips = (row.path, row.image, row.rejected, row.control)
+        files = clips if self._cache is None else (row.image,) if self._cache.first_frames else ()
         for file in files:
             if isinstance(file, Member) and isinstance(file.container, RemoteFile):
                 file.container.prefetch(file.offset, file.size)

@@ -91,7 +91,7 @@ def open_latents(
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
     controls, control_keys = None, keys
     if params_of(config.model["network_config"]).get("control_channels"):
-        controls = CachedTensors(latents.folder, "controls")
+        controls = CachedTensors(str(latents.folder), "controls")
         control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
         controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))
     cached = [
