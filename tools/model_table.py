@@ -23,8 +23,8 @@ _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def model_files() -> list[Path]:
-    """Return the shipped model configurations: those with a network."""
-    found = [path for path in CONFIGS.glob("*.yaml") if "network_config:" in path.read_text(encoding="utf-8")]
+    """Return the shipped model configurations: those with all of a model."""
+    found = [path for path in CONFIGS.glob("*.yaml") if "denoiser_config:" in path.read_text(encoding="utf-8")]
     return sorted(found, key=lambda path: (path.stem.startswith("toy"), "1.5" in path.stem, path.stem))
 
 
