@@ -232,7 +232,7 @@ def test_archives_are_opened_once_to_list_them(tmp_path, monkeypatch):
 def test_faults_in_archives(tmp_path):
     root = format_files.archives(tmp_path)
     whole = (root / "001.tar").read_bytes()
-    (root / "001.tar").write_bytes(whole[: len(whole) // 2])
+    (root / "001.tar").write_bytes(whole[:2000])  # inside of the first clip; the end is padding
     assert f"{root}/001.tar: is not a tar file, or a damaged one (unexpected end of data)" in refusal(root)
     (root / "001.tar").write_bytes(b"no tar file")
     assert f"{root}/001.tar: is not a tar file, or a damaged one" in refusal(root)
