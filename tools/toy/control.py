@@ -43,7 +43,8 @@ def outlines(video: np.ndarray) -> np.ndarray:
 
 def make(folder: Path, num_clips: int) -> None:
     """Write ``videos/``, ``control/`` and ``labels/`` into `folder`, deterministically."""
-    clips = scene.random_clips(scene.combinations(held_out=False), np.random.default_rng(5))
+    combinations, sizes = scene.combinations(held_out=False), tuple(scene.RADII)
+    clips = scene.random_clips(combinations, np.random.default_rng(5), sizes)
     for number in range(num_clips):
         clip = next(clips)
         video = scene.render(clip)

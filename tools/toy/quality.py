@@ -52,7 +52,7 @@ def load_engine(config: str | Path, overrides: Sequence[str] = (), *, with_netwo
 
 
 def held_out_clips(num_clips: int, *, seed: int = 1000) -> list[scene.Clip]:
-    """Return clips of the held-out combinations, each equally often, a third without, small and big each."""
+    """Return clips of the held-out combinations, each equally often; every other round of them is big."""
     rng = np.random.default_rng([seed, 3])
     clips = scene.random_clips(scene.combinations(held_out=True), rng, tuple(scene.RADII))
     return [next(clips) for _ in range(num_clips)]
