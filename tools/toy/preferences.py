@@ -23,7 +23,7 @@ from sgm.cli import run_command, tool_parser
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, write_json
 
-CHOSEN, REJECTED = 14.0, 8.0  # half of the extent of shapes, in pixels; those of the toy, of no said size, are between
+CHOSEN, REJECTED = 12.0, 8.0  # half of the extent of shapes, in pixels; those of the toy are between them
 NUM_PAIRS, NUM_VALID = 32, 8
 PARTS = {"train": NUM_PAIRS, "valid": NUM_VALID}
 
@@ -81,8 +81,7 @@ def shown(engine: Any, clips: list[scene.Clip], *, num_steps: int | None = None)
 
 def measured(run: Path, num_clips: int, *, num_steps: int | None = None) -> dict[str, Any]:
     """Return what samples show before and after the run in a folder of runs, and what its validation said."""
-    unseen = scene.random_clips(scene.combinations(held_out=True), np.random.default_rng(11))
-    clips = [next(unseen) for _ in range(num_clips)]  # whose captions say no size
+    clips = quality.held_out_clips(num_clips, seed=11)
     folder = max(run.glob("*/metrics.jsonl")).parent
     engines = {
         "before": quality.load_engine("configs/toy.yaml"),
