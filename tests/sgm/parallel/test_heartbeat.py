@@ -50,7 +50,8 @@ def test_the_phase_of_a_stuck_rank_is_named(results):
 
 def test_a_stuck_rank_ends_too(results):
     assert results["stuck"]["codes"] == [1, 1]
-    assert "error: rank 1 " in results["stuck"]["messages"][1]
+    # On a busy machine rank 0 may have ended before rank 1 looks.
+    assert re.search(r"error: (rank 1 |rank 0.* is gone)", results["stuck"]["messages"][1])
 
 
 def test_ranks_that_end_apart_or_pause_raise_no_alarm(results):
