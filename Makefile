@@ -18,6 +18,7 @@ TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
 	bash inference.sh
 	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
+	rm -rf outputs/land
 	$(BIN)/python tools/toy/concept.py make outputs/land/clips
 	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
 	for strength in 0 0.5 1; do $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$strength \
@@ -25,7 +26,6 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 	$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png
-	rm -rf outputs/land/lora outputs/land/diffusers outputs/land/diffusers.*
 	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
 	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
