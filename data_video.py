@@ -4,7 +4,8 @@ Legend: F frames, H W pixels.
 """
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +19,7 @@ from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
 from sgm.data.clips.check import RowReport, check_rows, control_problem, row_reports
 from sgm.data.clips.decode import ClipError, Scan, read_frames, scan
-from sgm.data.clips.frames import TIME_COMPRESSION, num_frames_4k1, select_frames
+from sgm.data.clips.frames import TIME_COMPRESSION, Selection, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.transform import cover_crop, covering_size, stretch
 from sgm.data.formats.manifest import Columns
@@ -168,12 +169,15 @@ class SFTDataset:
         caption = "" if augmentation.drop_caption else row.caption
         sample = {"txt": caption, "fps": self.fps, "path": str(row.path)}
         if self._cache is None:
-            frames, unpadded = self._frames(row.path, augmentation, num_frames)
+            scanned, selection = self._selected(row.path, num_frames)
+            sample["mp4"] = _arranged(lambda indices: read_frames(row.path, indices, scanned), selection, augmentation)
             if row.rejected is not None:
-                sample["rejected"] = self._rejected(row.path, row.rejected, augmentation, num_frames)
+                with _errors_of_part(row, "rejected clip"):
+                    sample["rejected"] = self._frames(row.rejected, augmentation, num_frames)
             if self.control:
-                sample["control"] = self._frames(row.path, augmentation, num_frames, control_of=row)[0]
-            return {**sample, "mp4": frames, "num_frames": unpadded, "image": _image(row, augmentation)}
+                with _errors_of_part(row, "control"):
+                    sample["control"] = _arranged(_control_reader(row, scanned), selection, augmentation)
+            return {**sample, "num_frames": selection.num_frames, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
         sample |= self._cache.moments(row.path, (num_frames, height, width))
@@ -181,36 +185,24 @@ class SFTDataset:
             sample["image_moments"] = self._cache.images[self._cache.image_keys[str(row.path)]]
         elif self._cache.first_frames:
             image = _image(row, augmentation)
-            sample["image"] = self._frames(row.path, augmentation, 1)[0][0] if image is None else image
+            sample["image"] = self._frames(row.path, augmentation, 1)[0] if image is None else image
         return sample
 
-    def _frames(
-        self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int, *, control_of: Row | None = None
-    ) -> tuple[torch.Tensor, int]:
-        """Decode a clip, or the same frames of its control: (F, 3, H, W), and the number of frames without padding."""
+    def _frames(self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int) -> torch.Tensor:
+        """Decode a clip: (F, 3, H, W)."""
+        scanned, selection = self._selected(clip, num_frames)
+        return _arranged(lambda indices: read_frames(clip, indices, scanned), selection, augmentation)
+
+    def _selected(self, clip: ClipFile, num_frames: int) -> tuple[Scan, Selection]:
+        """Return the scan of a clip, and the frames that a sample takes of it."""
         scanned = scan(clip)
         end = scanned.times[0] + scanned.info.duration
         try:
-            selection = select_frames(scanned.times, fps=self.fps, max_num_frames=num_frames, skip=self.skip, end=end)
+            return scanned, select_frames(
+                scanned.times, fps=self.fps, max_num_frames=num_frames, skip=self.skip, end=end
+            )
         except ValueError as error:
             raise ClipError(clip, str(error)) from error
-        distinct = sorted(set(selection.indices))
-        pictures = (
-            read_frames(clip, distinct, scanned) if control_of is None else _control(control_of, distinct, scanned)
-        )
-        frames = augmentation.apply(pictures)
-        if len(distinct) < len(selection.indices):
-            frames = frames[[distinct.index(frame) for frame in selection.indices]]
-        return frames, selection.num_frames
-
-    def _rejected(
-        self, clip: ClipFile, rejected: ClipFile, augmentation: "_Augmentation", num_frames: int
-    ) -> torch.Tensor:
-        """Decode the clip to which `clip` is preferred; errors name `clip`, which stands for the pair."""
-        try:
-            return self._frames(rejected, augmentation, num_frames)[0]
-        except ClipError as error:
-            raise ClipError(clip, f"its rejected clip {error.path} {error.reason}") from error
 
     def _augmentation(self, generator: torch.Generator | None, size: tuple[int, int]) -> "_Augmentation":
         if generator is None:
@@ -469,26 +461,42 @@ def _with_control(row: Row) -> Row:
     return replace(row, problem=f"its control is missing; {cure}")
 
 
-def _control(row: Row, indices: Sequence[int], clip: Scan) -> np.ndarray:
-    """Return frames of the control of a clip (T, h, w, 3) uint8."""
-    assert row.control is not None, "a row without one has a problem"
+def _arranged(
+    read: Callable[[Sequence[int]], np.ndarray], selection: Selection, augmentation: _Augmentation
+) -> torch.Tensor:
+    """Return the selected frames (F, 3, H, W), each of them read and augmented once."""
+    distinct = sorted(set(selection.indices))
+    frames = augmentation.apply(read(distinct))
+    if len(distinct) < len(selection.indices):
+        frames = frames[[distinct.index(frame) for frame in selection.indices]]
+    return frames
+
+
+def _control_reader(row: Row, clip: Scan) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return what reads frames of the control of a clip: indices → (T, h, w, 3) uint8."""
+    control = row.control
+    assert control is not None, "a row without one has a problem"
+    scanned = scan(control)
+    if problem := control_problem(clip.info, scanned.info):
+        raise ClipError(control, problem)
+    return lambda indices: read_frames(control, indices, scanned)
+
+
+@contextmanager
+def _errors_of_part(row: Row, part: str) -> Iterator[None]:
+    """Context: errors name the clip, whose `part` is at fault."""
     try:
-        scanned = scan(row.control)
-        if problem := control_problem(clip.info, scanned.info):
-            raise ClipError(row.control, problem)
-        return read_frames(row.control, indices, scanned)
+        yield
     except ClipError as error:
-        raise ClipError(row.path, f"its control {error.path} {error.reason}") from error
+        raise ClipError(row.path, f"its {part} {error.path} {error.reason}") from error
 
 
 def _image(row: Row, augmentation: _Augmentation) -> torch.Tensor | None:
     """Return the first image of image-to-video (3, H, W), or None."""
     if row.image is None:
         return None
-    try:
+    with _errors_of_part(row, "image"):
         return augmentation.apply(read_frames(row.image, [0], scan(row.image)))[0]
-    except ClipError as error:
-        raise ClipError(row.path, f"its image {error.path} {error.reason}") from error
 
 
 def _frame_count(name: str, value: float) -> int:

@@ -242,10 +242,8 @@ def check_files(config: Config) -> list[Problem]:
 def _needs_vae(config: Config) -> bool:
     """Whether a run decodes latents, or encodes an image or a video."""
     args = config.args
-    encodes = config.model.get("noised_image_input") or params_of(config.model["network_config"]).get(
-        "control_channels"
-    )
-    return not args.only_save_latents or bool(encodes) or args.encodes_clips
+    encodes = bool(config.model.get("noised_image_input")) or takes_control(config) or args.encodes_clips
+    return not args.only_save_latents or encodes
 
 
 def _input_file_problems(config: Config) -> list[Problem]:
@@ -285,6 +283,11 @@ def _check_text_encoder(config: Config) -> None:
 def params_of(section: Any) -> Mapping[str, Any]:
     """Return the parameters of a ``{target, params}`` section; empty if it is missing."""
     return (section or {}).get("params") or {}
+
+
+def takes_control(config: Config) -> bool:
+    """Whether the network takes a control video."""
+    return bool(params_of(config.model.get("network_config")).get("control_channels"))
 
 
 def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 
-from sgm.checks.sampling import params_of, scaling_problems, size_problems, with_scaling
+from sgm.checks.sampling import params_of, scaling_problems, size_problems, takes_control, with_scaling
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets
@@ -67,7 +67,7 @@ def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]
     if not trains_adapters:
         found = f"is {loss}, whose reference is the network without its adapters, and all weights are trained"
         yield Problem(path, "", found, "train a LoRA: add a lora_config, as in the shipped *_lora.yaml files")
-    if params_of(config.model.get("network_config")).get("control_channels"):
+    if takes_control(config):
         found = f"is given, and the reference of {loss} would have the columns that are trained for a control"
         yield Problem("model.network_config.params.control_channels", "", found, "remove configs/control/video.yaml")
     if column is None:

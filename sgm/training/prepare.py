@@ -25,6 +25,7 @@ from sgm.checks.sampling import (
     problems_of,
     scaling_warnings,
     schedule_problems,
+    takes_control,
 )
 from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
 from sgm.config.args import TrainingArgs
@@ -331,7 +332,7 @@ class _Checks:
         elif model.get("latent_input") and self.config.data.get("target") == "data_video.SFTDataset":
             found = "is true, but data_video.SFTDataset gives videos"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
-        if model.get("latent_input") and params_of(model["network_config"]).get("control_channels"):
+        if model.get("latent_input") and takes_control(self.config):
             found = "is true, and a control is encoded as its clip is"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}

@@ -86,18 +86,19 @@ def store(layer: nn.Linear, storage: Storage, *, device: torch.device | None = N
 def _store_in_eight_bits(layer: nn.Linear, storage: Storage) -> None:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
 
-    config: Any = Float8WeightOnlyConfig(set_inductor_config=False)
     if storage == "int8":
         # Of one step a row, torchao scales the product: a second tensor as large as the output, and too large for
         # float16 where rows are long.
         steps = PerGroup(layer.in_features // 2) if layer.in_features >= 512 else PerRow()
-        config = Int8WeightOnlyConfig(granularity=steps, set_inductor_config=False)
+        config: Any = Int8WeightOnlyConfig(granularity=steps, set_inductor_config=False)
+        quantize_(layer, config)
+        return
     zero = ~layer.weight.data.any(dim=1, keepdim=True)  # rows that training leaves so, as the last block's for text
+    config = Float8WeightOnlyConfig(set_inductor_config=False)
     quantize_(layer, config)
-    if storage == "fp8":  # torchao divides rows of zeros by their scale, which is zero too
-        numbers, scales = plain_parts(layer.weight)
-        numbers.view(torch.uint8).masked_fill_(zero, 0)
-        scales.masked_fill_(zero, 1)
+    numbers, scales = plain_parts(layer.weight)
+    numbers.view(torch.uint8).masked_fill_(zero, 0)  # torchao divides rows of zeros by their scale, which is zero too
+    scales.masked_fill_(zero, 1)
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -70,16 +70,7 @@ def shares(engine: Any, num_clips: int, *, num_steps: int | None = None) -> dict
     if engine.network.control_channels:
         shown = torch.stack([quality.to_engine(outlines(video)) for video in sources])
         control = engine.encode_first_stage(shown, sample=False)
-    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in wanted]})
-    latents = engine.sample(
-        cond,
-        uncond,
-        shape=quality.LATENT_SHAPE,
-        generators=[torch.Generator().manual_seed(number) for number in range(num_clips)],
-        control=control,
-        num_steps=num_steps,
-    )
-    videos = quality.to_arrays(engine.decode_first_stage(latents))
+    videos = quality.sample_together(engine, wanted, control=control, num_steps=num_steps)
     overlaps = [overlap(video, source) for video, source in zip(videos, sources, strict=True)]
     colours = [scene.measure(video).colour == clip.colour for video, clip in zip(videos, wanted, strict=True)]
     return {

@@ -39,26 +39,23 @@ def centres(video: np.ndarray) -> np.ndarray:
     return np.stack([weights.sum(axis=1) @ grid / total, weights.sum(axis=2) @ grid / total], axis=1)
 
 
+def judged(
+    videos: Sequence[np.ndarray], wanted: Sequence[scene.Clip], sources: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Return the shares of videos with the colour of the wanted clips, and with the motion of their sources."""
+    colours = [scene.measure(video).colour == clip.colour for video, clip in zip(videos, wanted, strict=True)]
+    apart = [np.abs(centres(video) - centres(clip)).mean() for video, clip in zip(videos, sources, strict=True)]
+    return float(np.mean(colours)), float(np.mean([distance < NEAR for distance in apart]))
+
+
 @torch.no_grad()
 def shares(engine: Any, num_clips: int, strength: float, *, num_steps: int | None = None) -> tuple[float, float]:
     """Return the shares of clips with the right colour, and whose motion stays."""
     clips = quality.held_out_clips(num_clips, seed=7)
     wanted, sources = other_colours(clips), [scene.render(clip) for clip in clips]
     source = engine.encode_first_stage(torch.stack([quality.to_engine(video) for video in sources]), sample=False)
-    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in wanted]})
-    latents = engine.sample(
-        cond,
-        uncond,
-        shape=quality.LATENT_SHAPE,
-        generators=[torch.Generator().manual_seed(number) for number in range(num_clips)],
-        source=source,
-        strength=strength,
-        num_steps=num_steps,
-    )
-    videos = quality.to_arrays(engine.decode_first_stage(latents))
-    colours = [scene.measure(video).colour == clip.colour for video, clip in zip(videos, wanted, strict=True)]
-    apart = [np.abs(centres(video) - centres(clip)).mean() for video, clip in zip(videos, sources, strict=True)]
-    return float(np.mean(colours)), float(np.mean([distance < NEAR for distance in apart]))
+    videos = quality.sample_together(engine, wanted, source=source, strength=strength, num_steps=num_steps)
+    return judged(videos, wanted, sources)
 
 
 def measure(options: argparse.Namespace) -> None:

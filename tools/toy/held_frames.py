@@ -35,7 +35,7 @@ def continuation(engine: Any, num_clips: int, *, num_steps: int | None = None) -
     whole = [scene.render(clip) for clip in clips]
     held = torch.stack([quality.to_engine(video[:NUM_HELD]) for video in whole])
     start = engine.encode_first_stage(held, sample=False)
-    new = [video[NUM_HELD:] for video in _sampled(engine, clips, num_steps=num_steps, start=start)]
+    new = [video[NUM_HELD:] for video in quality.sample_together(engine, clips, num_steps=num_steps, start=start)]
     paths = [
         (from_video.centres(video), from_video.centres(clip[NUM_HELD:])) for video, clip in zip(new, whole, strict=True)
     ]
@@ -60,7 +60,7 @@ def first_and_last(engine: Any, num_clips: int, *, num_steps: int | None = None)
     first, last = (torch.stack([quality.to_engine(video)[place] for video in whole])[:, None] for place in (0, -1))
     start = engine.encode_first_stage(first, sample=False)
     end = engine.encode_first_stage(last.expand(-1, STILL + 1, -1, -1, -1), sample=False)[:, 1:]
-    videos = _sampled(engine, clips, num_steps=num_steps, start=start, end=end)
+    videos = quality.sample_together(engine, clips, num_steps=num_steps, start=start, end=end)
     colours, ends, even = [], [], []
     for video, clip, given in zip(videos, clips, whole, strict=True):
         path, wanted = from_video.centres(video), from_video.centres(given)
@@ -69,20 +69,6 @@ def first_and_last(engine: Any, num_clips: int, *, num_steps: int | None = None)
         ends.append(max(np.abs(path[place] - wanted[place]).max() for place in (0, -1)) < NEAR)
         even.append(np.abs(path[1:-STILL] - straight[1:-1]).mean() < from_video.NEAR)
     return {name: float(np.mean(found)) for name, found in (("colour", colours), ("ends", ends), ("motion", even))}
-
-
-@torch.no_grad()
-def _sampled(engine: Any, clips: list[scene.Clip], *, num_steps: int | None, **held: torch.Tensor) -> list[np.ndarray]:
-    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
-    latents = engine.sample(
-        cond,
-        uncond,
-        shape=quality.LATENT_SHAPE,
-        generators=[torch.Generator().manual_seed(number) for number in range(len(clips))],
-        num_steps=num_steps,
-        **held,
-    )
-    return quality.to_arrays(engine.decode_first_stage(latents))
 
 
 def measure(options: argparse.Namespace) -> None:

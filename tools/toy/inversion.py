@@ -29,32 +29,22 @@ def measured(engine: Any, num_clips: int, strength: float, *, num_steps: int | N
     clips = quality.held_out_clips(num_clips, seed=7)
     wanted, videos = from_video.other_colours(clips), [scene.render(clip) for clip in clips]
     source = engine.encode_first_stage(torch.stack([quality.to_engine(video) for video in videos]), sample=False)
-    encode = engine.conditioner.get_unconditional_conditioning
-    (described, uncond), (changed, _) = (encode({"txt": [clip.caption for clip in c]}) for c in (clips, wanted))
-    common = {
-        "shape": quality.LATENT_SHAPE,
-        "source": source,
-        "inversion": described,
-        "num_steps": num_steps,
-    }
-
-    def sampled(cond: Any, **given: Any) -> list[np.ndarray]:
-        generators = [torch.Generator().manual_seed(number) for number in range(num_clips)]
-        return quality.to_arrays(
-            engine.decode_first_stage(engine.sample(cond, uncond, generators=generators, **common, **given))
-        )
+    described, _ = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
+    given = {"source": source, "inversion": described, "num_steps": num_steps}
 
     def psnr(found: list[np.ndarray]) -> float:
         return float(np.mean([scene.psnr(video, clip) for video, clip in zip(found, videos, strict=True)]))
 
-    others = sampled(changed, strength=strength)
-    colours = [scene.measure(video).colour == clip.colour for video, clip in zip(others, wanted, strict=True)]
-    apart = [np.abs(from_video.centres(o) - from_video.centres(v)).mean() for o, v in zip(others, videos, strict=True)]
+    others = quality.sample_together(engine, wanted, strength=strength, **given)
+    back = quality.sample_together(
+        engine, clips, strength=1.0, scale=0.0, **given
+    )  # without guidance: see `DynamicCFG`
+    colour, motion = from_video.judged(others, wanted, videos)
     return {
-        "psnr_db": psnr(sampled(described, strength=1.0, scale=0.0)),  # without guidance: see `DynamicCFG`
+        "psnr_db": psnr(back),
         "autoencoder_psnr_db": psnr(quality.to_arrays(engine.decode_first_stage(source))),
-        "colour": float(np.mean(colours)),
-        "motion": float(np.mean([distance < from_video.NEAR for distance in apart])),
+        "colour": colour,
+        "motion": motion,
     }
 
 

@@ -16,7 +16,6 @@ import from_video
 import numpy as np
 import quality
 import scene
-import torch
 
 from sgm.cli import run_command, tool_parser
 from sgm.io import write_json
@@ -30,21 +29,13 @@ WAYS: dict[str, tuple[str, TimeWindows | None]] = {
 JUMP = 4.0  # pixels between frames; shapes of training move less than 2
 
 
-@torch.no_grad()
 def measured(engine: Any, way: str, num_frames: int, num_clips: int, *, num_steps: int | None = None) -> dict[str, Any]:
     """Return the shares of clips with the right colour, the right shape, without jumps, and whose motion goes on."""
     scaling, engine.windows = WAYS[way]
     engine.network.use_time_scaling(scaling)
     clips = quality.held_out_clips(num_clips, seed=7)
-    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
-    latents = engine.sample(
-        cond,
-        uncond,
-        shape=((num_frames - 1) // 4 + 1, *quality.LATENT_SHAPE[1:]),
-        generators=[torch.Generator().manual_seed(number) for number in range(num_clips)],
-        num_steps=num_steps,
-    )
-    videos = quality.to_arrays(engine.decode_first_stage(latents))
+    shape = ((num_frames - 1) // 4 + 1, *quality.LATENT_SHAPE[1:])
+    videos = quality.sample_together(engine, clips, shape=shape, num_steps=num_steps)
     found = [_judged(video, clip) for video, clip in zip(videos, clips, strict=True)]
     return {name: round(float(np.mean([one[name] for one in found])), 4) for name in found[0]}
 

@@ -80,6 +80,22 @@ def reconstruction_psnr(engine: Any, clips: Sequence[scene.Clip]) -> list[float]
 
 
 @torch.no_grad()
+def sample_together(engine: Any, clips: Sequence[scene.Clip], *, seed: int = 0, **given: Any) -> list[np.ndarray]:
+    """Sample a video for each clip's caption, all at once; number i has seed `seed` + i.
+
+    Args:
+        engine: see `load_engine`.
+        clips: whose captions are the prompts.
+        seed: of the first one.
+        **given: further arguments of the engine's `sample`.
+    """
+    cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
+    latents = engine.sample(cond, uncond, generators=generators, **{"shape": LATENT_SHAPE} | given)
+    return to_arrays(engine.decode_first_stage(latents))
+
+
+@torch.no_grad()
 def sample(
     engine: Any,
     clips: Sequence[scene.Clip],
@@ -92,20 +108,11 @@ def sample(
     videos = []
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]
-        cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in batch]})
         concat = None
         if with_image:
             images = torch.stack([to_engine(scene.render(clip))[0] for clip in batch])
             concat = engine.image_latents(images, LATENT_SHAPE[0])
-        latents = engine.sample(
-            cond,
-            uncond,
-            shape=LATENT_SHAPE,
-            generators=[torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))],
-            concat=concat,
-            num_steps=num_steps,
-        )
-        videos += to_arrays(engine.decode_first_stage(latents))
+        videos += sample_together(engine, batch, seed=seed + first, concat=concat, num_steps=num_steps)
     return videos
 
 

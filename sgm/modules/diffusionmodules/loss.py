@@ -67,6 +67,18 @@ class VideoDiffusionLoss:
             noise = noise + self.offset_noise_level * append_dims(offset, x.ndim)
         return to_device(noise, x.device)
 
+    def given_or_drawn(
+        self,
+        x: torch.Tensor,
+        generator: torch.Generator | None,
+        idx: torch.Tensor | None,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return timesteps (B,) and noise for `x` on its device; those that are None are drawn, timesteps first."""
+        drawn = idx if idx is not None else self.sigma_sampler.draw_idx(len(x), generator=generator)
+        noise = to_device(noise, x.device) if noise is not None else self.draw_noise(x, generator)
+        return to_device(drawn, x.device), noise
+
     def __call__(
         self,
         network: Callable[..., torch.Tensor],
@@ -91,9 +103,7 @@ class VideoDiffusionLoss:
             noise: noise of the shape of `x`, instead of drawn noise.
             **model_kwargs: further inputs of the network.
         """
-        drawn = idx if idx is not None else self.sigma_sampler.draw_idx(len(x), generator=generator)
-        idx = to_device(drawn, x.device)
-        noise = to_device(noise, x.device) if noise is not None else self.draw_noise(x, generator)
+        idx, noise = self.given_or_drawn(x, generator, idx, noise)
         levels = self.sigma_sampler.levels(idx)
         a = append_dims(levels, x.ndim)
         noised = a * x.float() + (1 - a**2) ** 0.5 * noise.float()

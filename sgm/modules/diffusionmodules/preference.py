@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from sgm.config.values import Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
-from sgm.util import to_device
 
 _MOST = 80.0  # margin of a float32 loss that is not 0 yet
 
@@ -85,11 +84,10 @@ class DiffusionDPOLoss(VideoDiffusionLoss):
         """
         if rejected is None or reference is None:
             raise ValueError("DiffusionDPOLoss needs the rejected clips, and a reference")
-        drawn = idx if idx is not None else self.sigma_sampler.draw_idx(len(x), generator=generator)
-        noise = to_device(noise, x.device) if noise is not None else self.draw_noise(x, generator)
+        idx, noise = self.given_or_drawn(x, generator, idx, noise)
         both = {
             "cond": {name: torch.cat((value, value)) for name, value in cond.items()},
-            "idx": to_device(drawn, x.device).repeat(2),
+            "idx": idx.repeat(2),
             "noise": torch.cat((noise, noise)),
             **{name: torch.cat((value, value)) for name, value in model_kwargs.items()},
         }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import sgm.distributed
-from sgm.checks.sampling import params_of
+from sgm.checks.sampling import params_of, takes_control
 from sgm.checks.training import fitted_buckets, geometry_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
@@ -90,7 +90,7 @@ def open_latents(
         image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
     controls, control_keys = None, keys
-    if params_of(config.model["network_config"]).get("control_channels"):
+    if takes_control(config):
         controls = CachedTensors(str(latents.folder), "controls")
         control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
         controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
+from sgm.checks.sampling import takes_control
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
@@ -165,8 +166,7 @@ def open_folder(config: Config, folder: str) -> Any:
     if isinstance(args := config.args, TrainingArgs):
         configure(args.remote_cache, args.remote_cache_gb, args.remote_retries)
     # A network with a control needs it of every clip; said once, in its own section.
-    takes = (config.model["network_config"].get("params") or {}).get("control_channels")
-    more = {"control": True} if takes and "control" not in (config.data.get("params") or {}) else {}
+    more = {"control": True} if takes_control(config) and "control" not in (config.data.get("params") or {}) else {}
     dataset = instantiate_from_config(config.data, data_dir=folder, **more)
     if odd := [caption for caption in getattr(dataset, "captions", ()) if control_characters(caption)]:
         text = "%s: %d captions hold control characters, which text encoders drop; the first: %s"
