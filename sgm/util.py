@@ -8,7 +8,8 @@ import re
 import resource
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,47 @@ def prepare_import() -> None:
         sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType] (Python's way to hide a module)
         importlib.import_module("sat.model.finetune.lora2")
         del sys.modules["bitsandbytes"]
+
+
+class _NoCompiler(types.ModuleType):
+    """Stands for ``torch._dynamo`` while nothing is compiled: what is excluded from compiling runs as it is.
+
+    Anything else asked of it loads torch's compiler.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch._dynamo")
+        self.excluded: list[Any] = []
+
+    def disable(self, function: Any, *_: Any, **__: Any) -> Any:
+        self.excluded.append(function)
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Context in which nothing is compiled, and torch's compiler is not loaded, which takes longer than a dry run.
+
+    Torch's optimizers, and its operators on meta tensors, load it only to be excluded from compiling.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    sys.modules["torch._dynamo"] = stand_in = _NoCompiler()
+    try:
+        yield
+    finally:
+        if sys.modules.get("torch._dynamo") is stand_in:
+            del sys.modules["torch._dynamo"]
+        for function in stand_in.excluded:  # where torch keeps what `disable` returned
+            vars(function).pop("__dynamo_disable", None)
 
 
 def peak_memory(device: torch.device) -> int:

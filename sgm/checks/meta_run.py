@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgm.distributed
 from sgm.distributed import Mesh
-from sgm.util import instantiate_from_config, without_allocating
+from sgm.util import instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.quantize import num_bytes
 
 _COPY_INTO = torch.ops.aten.copy_.default
@@ -286,7 +286,7 @@ def usage(
         live = LiveBytes(HOST)
         prepare(module, live)
         stored = num_bytes([module])
-        with live, torch.set_grad_enabled(trained is not None):
+        with live, torch.set_grad_enabled(trained is not None), without_compiler():
             out = work(module)
             result = out.nbytes
             if out.requires_grad:

@@ -46,7 +46,7 @@ from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.state import ResumePoint, find_resume_point
-from sgm.util import InputError, default, instantiate_from_config, without_allocating
+from sgm.util import InputError, default, instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.adapters import describe_adapters, keep_alpha, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
@@ -389,7 +389,8 @@ class _Checks:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
         if not trains_adapters(self.config.model):
             stand_in.append(("bias", torch.nn.Parameter(torch.zeros(1))))
-        optimizer = make_optimizer(section, stand_in, ema_decay=self.args.ema_decay, zero=zero)
+        with without_compiler():
+            optimizer = make_optimizer(section, stand_in, ema_decay=self.args.ema_decay, zero=zero)
         if kind_of(section["type"]).own_rate and self.args.lr_decay_style != "constant":
             found = f"is {self.args.lr_decay_style}, and {section['type']} finds or averages its rate over the run"
             raise ConfigError([Problem("args.lr_decay_style", "", found, "set args.lr_decay_style=constant")])

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from sgm.util import (
     nearest_path,
     require_packages,
     without_allocating,
+    without_compiler,
 )
 
 
@@ -186,3 +188,30 @@ def test_checking_a_model_imports_no_more_than_it_needs():
     )
     done = run_python(code)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_what_is_excluded_from_compiling_runs_without_the_compiler(monkeypatch):
+    def double(x):
+        return 2 * x
+
+    real = importlib.import_module("torch._dynamo")
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    monkeypatch.delattr(torch, "_dynamo")
+    excluded = torch._disable_dynamo(double)
+    with without_compiler():
+        assert excluded(3) == 6 and sys.modules["torch._dynamo"] is not real
+    assert "torch._dynamo" not in sys.modules
+    assert not hasattr(double, "__dynamo_disable")  # a later compile asks the compiler again
+
+    with without_compiler():  # anything else loads it
+        monkeypatch.setattr("sgm.util.importlib.import_module", {"torch._dynamo": real}.__getitem__)
+        assert sys.modules["torch._dynamo"].config is real.config
+        assert "torch._dynamo" not in sys.modules
+    monkeypatch.undo()
+    assert sys.modules["torch._dynamo"] is real
+
+
+def test_a_loaded_compiler_stays():
+    real = importlib.import_module("torch._dynamo")
+    with without_compiler():
+        assert sys.modules["torch._dynamo"] is real
