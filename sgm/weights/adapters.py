@@ -43,7 +43,7 @@ from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.util import InputError, default
 from sgm.weights.architecture import CONTROL_WEIGHT
-from sgm.weights.files import PREFIX, find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.files import PREFIX, find_weights, once_a_version, read_entry, read_names, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, meta
 from sgm.weights.lora.names import (
     GROUPS,
@@ -314,7 +314,11 @@ def read_adapter_info(load: str | Path) -> AdapterInfo | None:
     Raises:
         InputError: there is no such file, or it is damaged.
     """
-    path = find_weights(load)
+    return _adapter_info(find_weights(load))
+
+
+@once_a_version
+def _adapter_info(path: Path) -> AdapterInfo | None:
     entry = read_entry(path, ENTRY)
     return None if entry is None else AdapterInfo.from_entry(entry, path)
 
@@ -336,14 +340,14 @@ def find_base(path: Path, base: str | Path | None = None, *, option: str = "args
     Raises:
         InputError: the base is missing, is not the recorded one, or is not needed.
     """
-    if not adapters_alone(read_tensors(path)):
+    if not adapters_alone(read_names(path)):
         if base is not None:
             raise InputError(f"{path} holds a whole network, not adapters alone; remove {option}{base}")
         return None
     info = read_adapter_info(path)
     found = find_weights(_recorded_base(path, info, option) if base is None else base)
     cure = f"{option}<folder or file>"
-    if adapters_alone(read_tensors(found)):
+    if adapters_alone(read_names(found)):
         raise InputError(f"{found}, named as the base of {path}, holds adapters alone; give their base with {cure}")
     digest = weights_digest(found)
     if info is not None and digest != info.base_digest:
@@ -488,7 +492,7 @@ def with_adapters(config: Config) -> Config:
 
 
 def _holds_adapters(load: str | None) -> bool:
-    return load is not None and any(map(is_adapter, read_tensors(find_weights(load))))
+    return load is not None and any(map(is_adapter, read_names(find_weights(load))))
 
 
 def keep_alpha(config: Config, alpha: float, reason: str) -> Config:

@@ -4,15 +4,16 @@ The SAT layout is described in docs/checkpoints.md.
 """
 
 import contextlib
+import functools
 import hashlib
 import pickle
 import re
 import stat
 import struct
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +45,8 @@ _OBJECTS_CURE = (
 _DIGEST_ELEMENTS = 1024
 _QUICK = 1 << 27  # archives of this size are compared with their CRC-32 in less than 0.1 s
 CONTAINERS = ("module", "state_dict")  # keys that hold the tensors in torch.save files
+
+_T = TypeVar("_T")
 
 # As the format names them.
 _SAFETENSORS_DTYPES = {
@@ -142,6 +145,42 @@ def _latest_weights(folder: Path) -> Path:
     if name not in iterations:
         raise InputError(f"{folder / name} has no {WEIGHTS}.pt or .safetensors{present}; complete it, or edit {latest}")
     return find_weights(folder / name)
+
+
+def once_a_version(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
+    """Let `read` be called once for each content of a weights file and its shards, told by inode, size and time.
+
+    The start of a run asks for names, adapters and digest of the same files again and again. What `read` returns must
+    not change, and holds no tensors.
+    """
+
+    @functools.lru_cache(maxsize=16)
+    def of_version(path: Path, _: tuple[tuple[int, ...], ...]) -> _T:
+        return read(path)
+
+    @functools.wraps(read)
+    def remembered(path: Path) -> _T:
+        try:
+            found = [file.stat() for file in shard_files(path)]
+        except OSError:  # which `read` reports
+            return read(path)
+        return of_version(path, tuple((x.st_dev, x.st_ino, x.st_size, x.st_mtime_ns) for x in found))
+
+    return remembered
+
+
+def read_names(path: str | Path) -> frozenset[str]:
+    """Return the names of the tensors of a network; `path` is its file, or the first shard.
+
+    Raises:
+        InputError: as :func:`read_tensors`.
+    """
+    return _names(Path(path))
+
+
+@once_a_version
+def _names(path: Path) -> frozenset[str]:
+    return frozenset(read_tensors(path))
 
 
 def read_tensors(path: str | Path) -> Tensors:
@@ -357,6 +396,11 @@ def weights_digest(path: str | Path) -> str:
     Raises:
         InputError: the file cannot be read, see :func:`read_tensors`.
     """
+    return _digest(Path(path))
+
+
+@once_a_version
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(path).items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
-from sgm.weights.files import find_weights, read_entry, read_tensors, weights_digest
+from sgm.weights.files import find_weights, read_entry, read_names, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.partition import Shard, partition_of, take_shard
 
@@ -364,3 +364,17 @@ def test_a_dtype_that_only_the_library_knows_is_read(tmp_path):
     save_file({"rare": rare, "usual": torch.ones(2)}, tmp_path / "a.safetensors")
     found = read_tensors(tmp_path / "a.safetensors")
     assert found["rare"].dtype == rare.dtype and torch.equal(found["usual"], torch.ones(2))
+
+
+def test_names_and_digest_are_those_of_the_file_as_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    before = read_names(path), weights_digest(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("sgm.weights.files.read_file", lambda _: pytest.fail("the file was read again"))
+        assert (read_names(path), weights_digest(path)) == before
+    save_file({"b": torch.ones(2)}, path)
+    assert read_names(path) == {"b"} and weights_digest(path) != before[1]
+    path.unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        read_names(path)
