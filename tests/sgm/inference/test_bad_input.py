@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -232,25 +231,10 @@ def test_arguments_in_any_order():
     assert set(options.overrides) == {"args.a=1", "args.b=2", "args.c=4", "args.seed=3"}
 
 
-def test_help_imports_nothing_heavy():
-    code = """
-import sys
-from sgm.inference.main import main
-try:
-    main(["--help"])
-except SystemExit:
-    heavy = {"torch", "pydantic", "omegaconf", "deepspeed", "sat"} & sys.modules.keys()
-    sys.exit(" ".join(heavy) or 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--check" in done.stdout
-
-
-def test_checking_a_released_model_without_its_weights_is_wrong_input():
-    command = [sys.executable, "sample_video.py", "--base", "configs/cogvideox_5b.yaml", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_checking_a_released_model_without_its_weights_is_wrong_input(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["--base", "configs/cogvideox_5b.yaml", "--check"]) == 2
+    assert "args.load" in capsys.readouterr().err
 
 
 def test_missing_lora_is_refused_unless_forced(tiny_model, tmp_path, capsys, golden):

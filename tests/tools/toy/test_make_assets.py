@@ -35,6 +35,7 @@ def content(file: Path):
     return file.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_released_layout_is_complete(outputs):
     files = {str(file.relative_to(outputs[0])) for file in outputs[0].rglob("*") if file.is_file()}
     expected = {
@@ -55,6 +56,7 @@ def test_the_released_layout_is_complete(outputs):
     assert expected <= files
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(outputs):
     one, two = ({str(f.relative_to(o)): f for f in sorted(o.rglob("*")) if f.is_file()} for o in outputs)
     assert one.keys() - two.keys() == {"README.md", "quality.json"}
@@ -63,6 +65,7 @@ def test_the_same_seed_gives_the_same_files(outputs):
     assert not differing
 
 
+@pytest.mark.slow
 def test_written_clips_show_what_their_captions_say(outputs):
     for label in sorted((outputs[0] / "labels").glob("*.txt"))[:6]:
         frames = iio.imread(outputs[0] / "videos" / f"{label.stem}.mp4")
@@ -71,6 +74,7 @@ def test_written_clips_show_what_their_captions_say(outputs):
         assert caption == label.read_text(encoding="utf-8").strip()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_clips(tmp_path, outputs, monkeypatch):
     monkeypatch.chdir(ROOT)
     make_assets.main(["--fast", "--stage", "clips", "--seed", "1", "--out", str(tmp_path)])
@@ -122,6 +126,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     assert all(torch.equal(expected[name], value) for name, value in train("stopped").items())
 
 
+@pytest.mark.slow
 def test_an_image_network_starts_out_as_the_text_network(outputs):
     """Three steps with zero-initialised image weights: the text part still dominates, and the image part has moved."""
     load = [

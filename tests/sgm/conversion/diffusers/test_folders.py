@@ -150,7 +150,7 @@ class DiffusersSchedule(ZeroSNRDDPMDiscretization):
         return ZeroSNRDDPMDiscretization().levels(1000)[::-1][self.timesteps(n).numpy()][::-1]
 
 
-STEPS = 10
+STEPS = 4
 
 
 @pytest.mark.parametrize("name", ["toy", "toy_i2v"])
