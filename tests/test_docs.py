@@ -48,6 +48,7 @@ NOT_RUN = {
     r"python tools/toy/long_clips\.py": "takes minutes; test_long_clips.py compares its figures with the page",
     r".*\b(outputs/preferences|configs/toy_preferences)\b": "build on each other; test_preferences.py runs them",
     r"python tools/model_table\.py --write README\.md": "writes into the project; the table is compared instead",
+    r".*\bcheckpoints/5b/model\.yaml": "needs what the command before it writes",
     r".*\bconfigs/cogvideox": "needs released weights",
     r".*\bargs\.load=\S+-\d\d-\d\d-\d\d-\d\d": "needs a run that was trained",
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
@@ -57,7 +58,6 @@ NOT_RUN = {
     r"python tools/contact_sheet\.py outputs/land": "works on what the demo trains; test_video.py draws such pictures",
     r"hf download": "downloads",
     r"python \w+\.py --help": "shows what test_key_help.py compares",
-    r".*\bcheckpoints/5b/model\.yaml": "needs what the command before it writes",
     r"bash inference\.sh$": "the fixture `demo` has run it",
     # test_the_example_of_conversion_runs and test_prepare_dataset.py run them in order.
     r".*\boutputs/example\b": "one command builds on another",

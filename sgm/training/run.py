@@ -380,6 +380,7 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Log the validation loss and sample the validation prompts."""
         assert self.evaluation is not None
+        started = time.perf_counter()
         logger.info(
             "evaluating after iteration %d: the loss of %d validation samples, then videos",
             self.iteration,
@@ -392,7 +393,7 @@ class TrainingRun:
             self.summary.samples += self.evaluation.sample(self.iteration)
         self.saver.keep_if_best(self.iteration, values["validation_loss"])
         self.summary.best = self.saver.best
-        self._logged_at = time.perf_counter()  # steps are timed without evaluation
+        self._logged_at += time.perf_counter() - started  # steps are timed without evaluation
 
 
 class _NotFiniteError(RunError):

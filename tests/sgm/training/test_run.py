@@ -1,5 +1,6 @@
 """Train tiny networks in this process: files, length, precision, accumulation, resume."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -537,6 +538,22 @@ def overfit(tmp_path_factory):
 def test_one_clip_is_learned(overfit, monkeypatch, name, iterations, lr):
     monkeypatch.chdir(ROOT)  # the toy files have relative paths
     assert overfit(name, iterations, lr) < overfit(name, 1, 0.0) / 2
+
+
+def test_steps_are_timed_without_evaluations_between_two_lines(monkeypatch):
+    run = SimpleNamespace(
+        evaluation=SimpleNamespace(num_samples=1, losses=lambda: {"validation_loss": 1.0}, sample=lambda _: []),
+        parts=SimpleNamespace(deepspeed=None),
+        saver=SimpleNamespace(keep_if_best=lambda *_: None, best=None),
+        summary=SimpleNamespace(samples=[]),
+        metrics=None,
+        iteration=3,
+        _logged_at=10.0,
+    )
+    monkeypatch.setattr("sgm.training.run.evaluation_weights", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("sgm.training.run.time.perf_counter", iter((20.0, 25.0)).__next__)
+    TrainingRun._evaluate(run)  # pyright: ignore[reportArgumentType]
+    assert run._logged_at == 15.0, "the five seconds of the evaluation do not count, the ten before it do"
 
 
 @pytest.mark.parametrize(
