@@ -55,6 +55,7 @@ _sample_groups: dict[int, Any] = {}
 # "sequence" and "cfg" → this rank's group along that axis of the mesh, if its size is above 1.
 _axes: dict[str, Any] = {}
 _timeout = timedelta(minutes=30)
+_device: torch.device | None = None  # of this process, if it was configured
 _peers: Peers | None = None
 _progress: tuple[int, str, float] | None = None  # of this process: iteration, phase, and since when
 _store: Any = None  # of all ranks
@@ -65,10 +66,16 @@ _num_settled = 0  # exchanges of `settle`
 def configure(args: SamplingArgs) -> None:
     """Apply the settings of this process; call before `initialize`.
 
-    These are the timeout of collectives, ``args.distributed_timeout``, and whether float32 products may be computed
-    with fewer bits, ``args.allow_tf32``.
+    These are the device, ``args.device``, the timeout of collectives, ``args.distributed_timeout``, and whether float32
+    products may be computed with fewer bits, ``args.allow_tf32``.
+
+    Raises:
+        ConfigError: ``args.device`` names one that is not available.
     """
-    global _timeout
+    global _timeout, _device
+    _device = None if args.device is None else resolve_device(args)
+    if _device is not None and _device.type != "cpu" and _device.index is not None:
+        torch.accelerator.set_device_index(_device)
     _timeout = timedelta(seconds=args.distributed_timeout)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
 
@@ -464,7 +471,9 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def device() -> torch.device:
-    """Return the device of this process: its accelerator if one is available, otherwise the CPU."""
+    """Return the device of this process: that of `configure`, its accelerator if there is one, otherwise the CPU."""
+    if _device is not None and (_device.type == "cpu" or _device.index is not None):
+        return _device
     # A build with accelerator support reports its device type even without a device.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
@@ -484,6 +493,8 @@ def resolve_device(args: SamplingArgs) -> torch.device:
         found = torch.device(args.device)
         if torch.empty(0, device=found).is_meta:
             raise RuntimeError("it holds no values")
+        if found.index is not None and found.type != "cpu" and world_size() > 1:
+            raise RuntimeError("it is one device, and each of several ranks takes its own: leave out the number")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"'{args.device}' cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"
         cure = "remove args.device to use this machine's default, or set args.device=cpu"

@@ -345,7 +345,7 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
     collect("geometry", _NETWORK, lambda: Geometry.from_network(params_of(config.model["network_config"])))
     if "geometry" in facts:
         collect("plan", "args", lambda: check_sampling(args, facts["geometry"]))
-        if "plan" in facts and config.mode == "inference":
+        if "plan" in facts:
             warn_once(logger, scaling_warnings(args, facts["geometry"], facts["plan"].latents_at_once))
         problems += check_shapes(config, facts["geometry"])
     collect("device", "args.device", lambda: resolve_device(args))
@@ -357,25 +357,24 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
                 cure = f"install it, or remove args.{name}"
                 problems += problems_of(f"args.{name}", cure, partial(require_usable, storage, facts["device"]))
     if {"geometry", "dtype"} <= facts.keys():
-        problems += _speed_problems(config, facts)
+        problems += speed_problems(config, facts["geometry"], facts["device"], facts["dtype"])
     return facts, problems
 
 
-def _speed_problems(config: Config, facts: Mapping[str, Any]) -> list[Problem]:
-    """Return the settings of speed that this network or device cannot have."""
+def speed_problems(config: Config, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> list[Problem]:
+    """Return the settings of speed that this network or device cannot have, in sampling or training."""
     args, network = config.args, params_of(config.model["network_config"])
     if not {"hidden_size", "num_attention_heads", "num_layers"} <= network.keys():
         return []  # reported when the network is built
     problems = []
     if args.attention is not None:
         head_dim = network["hidden_size"] // network["num_attention_heads"]
-        training, device, dtype = config.mode == "train", facts["device"], facts["dtype"]
+        training = config.mode == "train"
         check = partial(
             require_attention, args.attention, device=device, dtype=dtype, head_dim=head_dim, gradients=training
         )
         problems += problems_of("args.attention", "remove it, or give another", check)
     if args.step_cache is not None:
-        geometry = facts["geometry"]
         shape = (network["hidden_size"], network["num_layers"], geometry.in_channels, geometry.patch_size[0])
         check = partial(StepCache, args.step_cache, default(args.step_cache_threshold, 0.0), shape)
         problems += problems_of("args.step_cache", "give another, or remove it", check)
@@ -462,37 +461,45 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
     if large:
         counts[part] = sum(parameter.numel() for parameter in built.parameters())
     if part == "network_config":
-        _check_blocks(config, built)
+        check_abilities(config, built)
     if part == "network_config" and args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
         stack = stack_of(config)
         adapters = None if stack is None else stack.tensors()
         match_network(built, args.load, base=args.base, adapters=adapters, allow_missing_adapters=args.force_inference)
     elif part == "first_stage_config":
-        _check_memory_savers(config, built)
+        check_memory_savers(config, built)
         if Path(str(built.ckpt_path)).is_file():
             match_autoencoder(built, built.ckpt_path, ignore_keys=built.ignore_keys)
     elif part == "sampler_config":
-        built.timesteps(args.num_steps)
-        if args.video is not None:
-            cure = "give more steps, or a larger strength"
-            if found := problems_of(
-                "args.strength", cure, partial(built.first_step, args.noise_strength, args.num_steps)
-            ):
-                raise ConfigError(found)
-        if args.inversion is not None and not hasattr(built, "invert"):
-            found = f"is given, and {type(built).__name__} has no method invert: its steps cannot be undone"
-            cure = (
-                "set model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler, or remove it"
-            )
-            raise ConfigError([Problem("args.inversion", "", found, cure)])
-        if args.guidance_scale is not None and not hasattr(built.guider, "scale"):
-            raise InputError(
-                f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
-                "guider_config"
-            )
+        check_sampler(args, built)
 
 
-def _check_memory_savers(config: Config, vae: Any) -> None:
+def check_sampler(args: SamplingArgs, sampler: Any) -> None:
+    """Refuse settings that a sampler cannot follow.
+
+    Raises:
+        ConfigError: the first of them.
+        InputError: its schedule does not have that many steps.
+    """
+    sampler.timesteps(args.num_steps)
+    if args.video is not None:
+        cure = "give more steps, or a larger strength"
+        if found := problems_of(
+            "args.strength", cure, partial(sampler.first_step, args.noise_strength, args.num_steps)
+        ):
+            raise ConfigError(found)
+    if args.inversion is not None and not hasattr(sampler, "invert"):
+        found = f"is given, and {type(sampler).__name__} has no method invert: its steps cannot be undone"
+        cure = "set model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler, or remove it"
+        raise ConfigError([Problem("args.inversion", "", found, cure)])
+    if args.guidance_scale is not None and not hasattr(sampler.guider, "scale"):
+        raise InputError(
+            f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
+            "guider_config"
+        )
+
+
+def check_memory_savers(config: Config, vae: Any) -> None:
     """Refuse tiling and slicing for a VAE that has no ``enable_tiling`` or ``enable_slicing``."""
     for name in ("tiling", "slicing"):
         if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
@@ -500,9 +507,13 @@ def _check_memory_savers(config: Config, vae: Any) -> None:
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
 
 
-def _check_blocks(config: Config, network: Any) -> None:
-    """Refuse settings that treat a network block by block, for one that does not name its blocks."""
+def check_abilities(config: Config, network: Any) -> None:
+    """Refuse settings for which a network of another class lacks a method, or does not name its blocks."""
     args = config.args
+    for name in ("step_cache", "time_scaling"):
+        if (value := getattr(args, name)) is not None and not hasattr(network, f"use_{name}"):
+            found = f"is {value}, but {type(network).__name__} has no method use_{name}"
+            raise ConfigError([Problem(f"args.{name}", "", found, "remove it, or add that method")])
     for name, value in {"weights": args.weights, "network_offload": args.network_offload}.items():
         if value in ("int8", "fp8", "nf4", "blocks") and not hasattr(network, "blocks"):
             found = f"is {value}, but {type(network).__name__} has no property blocks"

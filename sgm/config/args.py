@@ -222,8 +222,8 @@ class SamplingArgs:
 class TrainingArgs(SamplingArgs):
     """The ``args`` section of a training run; docs/configuration.md explains every key.
 
-    The keys of `SamplingArgs` apply to samples at evaluation, except `mode`, `load`, `base`, `fp16`, `bf16` and
-    `device`, which configure training itself, and `seed`, which applies to every random draw.
+    The keys of `SamplingArgs` apply to samples at evaluation, except `mode`, `load`, `base`, `fp16` and `bf16`, which
+    configure training itself, and `seed`, which applies to every random draw.
     """
 
     # Keys in files for SAT without effect here, with the reason.
@@ -326,6 +326,9 @@ class TrainingArgs(SamplingArgs):
         if self.text_encoder_weights is not None:
             found = f"is {self.text_encoder_weights}, and training keeps the text encoder as it is"
             yield "text_encoder_weights", found, "set it when sampling"
+        if self.device is not None:
+            cure = "remove it; CUDA_VISIBLE_DEVICES, or its like, says what a process sees (-1: the CPU alone)"
+            yield "device", f"is {self.device}, which is for sampling: training takes the device that it sees", cure
         if self.memory is not None:
             cure = "remove it, and add the settings that --check --card says, or a file of configs/memory"
             yield "memory", f"is {self.memory}, which chooses settings of sampling", cure

@@ -21,6 +21,7 @@ import sgm.distributed
 from sgm.checks.estimate import memory_text
 from sgm.checks.planner import room_on, with_preset
 from sgm.checks.sampling import SamplingPlan, check_sampling
+from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
@@ -272,11 +273,7 @@ class SamplingRun:
             network.use_blocks_within(offload.block)
 
     def _configure_vae(self, vae: Any) -> None:
-        """Enable tiling and slicing as configured; `sgm.checks.sampling` has refused unsupported settings."""
-        if self.args.vae_tiling:
-            vae.enable_tiling()
-        if self.args.vae_slicing or (self.args.vae_slicing is None and hasattr(vae, "enable_slicing")):
-            vae.enable_slicing()
+        enable_memory_savers(vae, self.args)
         if hasattr(vae, "decodes_everywhere"):
             vae.decodes_everywhere = False
 
@@ -467,10 +464,18 @@ class SamplingRun:
             for prompt in prompts
             for k in range(self.args.batch_size)
         ]
-        rows = [(caption, read_video(path)) for caption, path in samples if path is not None]
+        rows = ((caption, read_video(path)) for caption, path in samples if path is not None)
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)
+
+
+def enable_memory_savers(vae: Any, args: SamplingArgs) -> None:
+    """Enable tiling and slicing as configured; `sgm.checks.sampling` has refused unsupported settings."""
+    if args.vae_tiling:
+        vae.enable_tiling()
+    if args.vae_slicing or (args.vae_slicing is None and hasattr(vae, "enable_slicing")):
+        vae.enable_slicing()
 
 
 def _on_cpu(cond: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,12 @@ def write_latents(path: str | Path, latents: torch.Tensor) -> None:
             save_torch(tensors, temporary)
 
 
-def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:
+def contact_sheet(entries: Iterable[tuple[str, Frames]], path: str | Path, *, columns: int = 5) -> None:
     """Draw videos as one PNG: a row each, a caption above evenly spaced frames.
 
     Args:
-        entries: caption and frames (T, H, W, 3) uint8 of each video; sizes may differ.
+        entries: caption and frames (T, H, W, 3) uint8 of each video; sizes may differ. Of a generator, one video is in
+            memory at a time.
         path: the file, ending with ``.png``.
         columns: maximum number of frames per video.
 
@@ -115,9 +116,9 @@ def contact_sheet(entries: Sequence[tuple[str, Frames]], path: str | Path, *, co
         ValueError: `entries` is empty, or frames have another shape or type.
         RunError: the file could not be written.
     """
-    if not entries or columns < 1:
-        raise ValueError(f"expected videos and columns, got {len(entries)} videos and {columns} columns")
-    rows = [_row(caption, _as_array(frames), columns) for caption, frames in entries]
+    rows = [_row(caption, _as_array(frames), columns) for caption, frames in entries] if columns > 0 else []
+    if not rows:
+        raise ValueError(f"expected videos and columns, got {len(rows)} videos and {columns} columns")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:

@@ -52,8 +52,12 @@ def training_inputs(
     encoded = "moments" in batch
     pairs = getattr(loss_fn, "takes_pairs", False)
     samples, rejected = [], []
-    for i, generator in enumerate(generators):
-        cond = dict(conditioner({key: [batch[key][i]] for key in engine.text_keys}, generator=generator))
+    with conditioner.keep_loaded():  # each generator draws first whether its text is dropped
+        conds = [
+            dict(conditioner({key: [batch[key][i]] for key in engine.text_keys}, generator=generator))
+            for i, generator in enumerate(generators)
+        ]
+    for i, (generator, cond) in enumerate(zip(generators, conds, strict=True)):
         clip = batch["moments" if encoded else engine.input_key][i][None]
         size = _latent_size(engine, clip, encoded=encoded)
         # Everything is drawn and sent before the clip is encoded, so that the device never waits for the host.

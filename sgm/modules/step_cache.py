@@ -143,7 +143,8 @@ class StepCache:
     def _choose(self, signal: torch.Tensor, group: Group) -> list[int]:
         """Return the rows to compute, and remember the `signal` (B, ...) of this step."""
         every = list(range(len(signal)))
-        if self._signal is None or self._residual is None or self._steps_left <= 0:
+        # The polynomials are negative near 0, so that sums may stay below a threshold of 0.
+        if self._signal is None or self._residual is None or self._steps_left <= 0 or self.threshold == 0:
             self._signal, self._summed = signal, [0.0] * len(signal)
             return every
         changes = _relative_changes(signal, self._signal, None if self._fitted else group)

@@ -1,7 +1,8 @@
 """Validation: the loss at fixed timesteps and noise, and sample videos."""
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
-from sgm.inference.run import SamplingRun
+from sgm.inference.run import SamplingRun, enable_memory_savers
 from sgm.inference.source_video import check_whole
 from sgm.inference.video import to_uint8, write_video
 from sgm.log import get_logger
@@ -73,6 +74,19 @@ def evaluation_mode(network: torch.nn.Module):
         yield
     finally:
         network.train(was_training)
+
+
+@contextmanager
+def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs) -> Iterator[None]:
+    """Context in which the VAE is tiled and sliced as samples are; in training, tiles would change encoded clips."""
+    vae = engine.first_stage_model
+    if vae is not None:
+        engine.first_stage_model = copy.copy(vae)  # shares its weights
+        enable_memory_savers(engine.first_stage_model, args)
+    try:
+        yield
+    finally:
+        engine.first_stage_model = vae
 
 
 class Evaluation:
@@ -191,7 +205,7 @@ class Evaluation:
             digest=f"{self.config.digest}-{iteration}",
             network_in_use=self.network_in_use,
         )
-        with evaluation_mode(self.engine.network):
+        with evaluation_mode(self.engine.network), _sampling_vae(self.engine, self.args):
             prompts = validation_prompts(self.config)
             if prompts is None:
                 reads = sgm.distributed.sample_rank() == 0

@@ -17,7 +17,10 @@ from sgm.checks.planner import config_with, recomputed_blocks, room_on, training
 from sgm.checks.sampling import (
     SamplingPlan,
     as_table,
+    check_abilities,
     check_files,
+    check_memory_savers,
+    check_sampler,
     check_sampling,
     check_shapes,
     cudnn_row,
@@ -25,6 +28,7 @@ from sgm.checks.sampling import (
     problems_of,
     scaling_warnings,
     schedule_problems,
+    speed_problems,
     takes_control,
 )
 from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
@@ -276,6 +280,8 @@ class _Checks:
         self._check_mesh()
         if "dtype" in self.facts:
             dtype = self.facts["dtype"]
+            if geometry:
+                self.problems += speed_problems(config, geometry, sgm.distributed.device(), dtype)
             section = config.deepspeed
             record("deepspeed", "deepspeed", lambda: engine_config(section, world_size=self.data_ranks, dtype=dtype))
         record("optimizer", "deepspeed.optimizer", self._check_optimizer)
@@ -293,6 +299,10 @@ class _Checks:
         for part in ("denoiser_config", "loss_fn_config", "sampler_config"):
             if config.model.get(part) is not None:
                 record(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
+        if args.eval_interval is not None and (sampler := self.facts.get("sampler_config")) is not None:
+            self.problems += problems_of(
+                "args", "correct it, for samples at evaluation", lambda: check_sampler(args, sampler)
+            )
         record("data", "args.train_data", lambda: open_data(config))
         writable = partial(require_writable, args.save, f"{args.experiment_name}-00-00-00-00")
         self.problems += problems_of("args.save", "name another folder", writable)
@@ -335,7 +345,17 @@ class _Checks:
         if model.get("latent_input") and takes_control(self.config):
             found = "is true, and a control is encoded as its clip is"
             self.problems.append(Problem("model.latent_input", "", found, "set model.latent_input=false"))
-        offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
+        transformer = params_of(model.get("network_config")).get("transformer_args") or {}
+        if transformer.get("skip_init") and (args.load is None or args.force_train):
+            path = "model.network_config.params.transformer_args.skip_init"
+            found = "is true, and weights that no file holds would start from what is in memory"
+            self.problems.append(Problem(path, "", found, "set it to false"))
+        zero = self.config.deepspeed["zero_optimization"]
+        if args.step_cache is not None and zero["stage"] == 3:
+            found = f"is {args.step_cache}, and ZeRO stage 3 gathers the weights of a block on all ranks at once"
+            cure = "remove it, or set deepspeed.zero_optimization.stage=2: ranks may skip other blocks"
+            self.problems.append(Problem("args.step_cache", "", found, cure))
+        offload = zero.get("offload_optimizer") or {}
         if args.async_save and offload.get("device") == "nvme":
             found = "is true, and DeepSpeed copies a state on NVMe itself, before training goes on"
             self.problems.append(Problem("args.async_save", "", found, "set args.async_save=false"))
@@ -369,6 +389,7 @@ class _Checks:
         args = self.args
         with without_allocating():
             network = instantiate_from_config(self.config.model["network_config"])
+        check_abilities(self.config, network)
         self._check_activations(network)
         if args.load is not None and not problems_of("", "", partial(find_weights, args.load)):
             match_network(network, args.load, base=args.base, allow_missing=args.force_train)
@@ -405,6 +426,7 @@ class _Checks:
             return
         with without_allocating():
             vae = instantiate_from_config(section)
+        check_memory_savers(self.config, vae)
         if Path(str(vae.ckpt_path)).is_file():
             match_autoencoder(vae, vae.ckpt_path, ignore_keys=vae.ignore_keys)
 

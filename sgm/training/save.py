@@ -211,7 +211,7 @@ class Saver:
         self.finish()  # before the former best is removed
         if sgm.distributed.rank() == 0:
             self.best = iteration, loss
-            self._remove_old()
+            self._remove_old(iteration)
             logger.info(
                 "the validation loss is the lowest yet; args.keep_best keeps %s", self.parts.folder / str(iteration)
             )
@@ -256,7 +256,7 @@ class Saver:
     def _set_latest(self, iteration: int) -> None:
         """On rank zero, make complete weights the newest ones, and remove old checkpoints."""
         write_latest(self.parts.folder, iteration)
-        self._remove_old()
+        self._remove_old(iteration)
 
     def _write(
         self, iteration: int, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor] | None
@@ -273,13 +273,15 @@ class Saver:
                 logger, ["the adapters are still without effect: every B matrix is zero; is the learning rate 0?"]
             )
 
-    def _remove_old(self) -> None:
-        """Remove all checkpoints but the newest ``keep_last`` and the best one."""
+    def _remove_old(self, newest: int) -> None:
+        """Remove all checkpoints but the last ``keep_last`` up to the `newest` and the best one."""
         if self.args.keep_last is None:
             return
         folder = self.parts.folder
-        kept = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
-        for old in kept[self.args.keep_last :]:
+        numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+        # Larger ones are of a save that was killed before its state was complete, from which nobody resumes.
+        kept = sorted((number for number in numbers if number <= newest), reverse=True)[: self.args.keep_last]
+        for old in {*numbers} - {*kept}:
             if self.best is not None and old == self.best[0]:
                 continue
             for name in (str(old), f"{old}-ema"):
@@ -310,13 +312,13 @@ def _are_finite(weights: dict[str, torch.Tensor]) -> bool:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().clone()
+    return tensor.to("cpu", copy=True)
 
 
 def gather_parameters(
     engine: Any, names: Sequence[str], copy: Callable[[torch.Tensor], torch.Tensor] = _copied
 ) -> dict[str, torch.Tensor]:
-    """Gather parameters by their names in the network, and `copy` them on writing ranks; other ranks get none.
+    """Gather parameters and buffers by their names, and `copy` them on writing ranks; other ranks get none.
 
     Collective, since ZeRO-3 shards every parameter. With tensor parallelism, each writing rank gets its shard of the
     layers.
@@ -330,4 +332,7 @@ def gather_parameters(
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 if is_writing_rank():
                     tensors[name] = copy(parameter.detach())
+    for name, buffer in engine.module.named_buffers():
+        if (name := name.removeprefix(PREFIX)) in wanted and is_writing_rank():
+            tensors[name] = copy(buffer)
     return tensors

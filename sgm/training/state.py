@@ -467,9 +467,10 @@ def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: b
     for group, current in zip(optimizer.param_groups, settings, strict=True):
         group.update(current)
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
-    rank = sgm.distributed.rank()
-    if with_rng and rank < point.world_size:  # additional ranks keep their fresh generators
-        _restore_rng(read_checked(point.folder / f"rng_{rank:02d}.pt", torch.device("cpu")))
+    # Additional ranks, and those of another tensor parallel size, whose ranks draw alike, keep their fresh generators.
+    rng = point.folder / f"rng_{sgm.distributed.rank():02d}.pt"
+    if with_rng and rng.is_file() and point.tensor == now.tensor:
+        _restore_rng(read_checked(rng, torch.device("cpu")))
 
 
 def _load_of_other_ranks(engine: Any, point: ResumePoint, now: ResumePoint) -> None:

@@ -4,6 +4,7 @@ Shapes: latents are (B, T, C, H, W). The arithmetic between network calls is alw
 corrections accumulate over the steps.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,9 @@ class VideoSampler(ABC):
             InputError: no step is left.
         """
         num = default(num_steps, self.num_steps)
-        if not (left := min(int(num * strength), num)):
-            raise InputError(f"a strength of {strength:g} leaves none of {num} steps; give {1 / num:.2g} or more")
+        if not (left := min(int(num * strength + 1e-9), num)):  # 0.58 · 50 is just below 29
+            least = math.ceil(1000 / num) / 1000
+            raise InputError(f"a strength of {strength:g} leaves none of {num} steps; give {least:g} or more")
         return num - left
 
     def __call__(

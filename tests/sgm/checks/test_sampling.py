@@ -2,11 +2,13 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import sgm.distributed
 from sgm.checks.sampling import (
     check_files,
     check_sampling,
@@ -146,6 +148,27 @@ def test_devices():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=f"args.device: '{name}' cannot be used.*\n.*args.device=cpu"):
             resolve_device(SamplingArgs(device=name))
+
+
+def test_the_configured_device_is_that_of_the_process(monkeypatch):
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr("sgm.distributed._device", None)
+    try:
+        assert sgm.distributed.device() == torch.device("cuda:3")
+        sgm.distributed.configure(SamplingArgs(device="cpu"))
+        assert sgm.distributed.device() == torch.device("cpu"), "groups, clocks and arguments of kernels go by it"
+    finally:
+        sgm.distributed.configure(SamplingArgs())
+    assert sgm.distributed.device() == torch.device("cuda:3")
+
+
+def test_ranks_do_not_share_one_device(monkeypatch):
+    monkeypatch.setattr("sgm.distributed.world_size", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(is_meta=False))
+    with pytest.raises(ConfigError, match="each of several ranks takes its own"):
+        resolve_device(SamplingArgs(device="cuda:1"))
 
 
 # Files, shapes and the dry run

@@ -129,9 +129,7 @@ def test_image_to_video_trains_on_the_image_of_the_data_else_on_the_first_frame(
     engine, video = make_engine("dit_i2v_5b"), torch.rand(3, 5, 3, 64, 96) * 2 - 1
     shown = []
     monkeypatch.setattr(engine, "image_latents", lambda image, _: shown.append(image) or torch.zeros(1, 2, 16, 8, 12))
-    monkeypatch.setattr(
-        type(engine), "require_conditioner", lambda _: lambda *_, **__: {"crossattn": torch.zeros(1, 6, 8)}
-    )
+    monkeypatch.setattr(engine.conditioner, "forward", lambda *_, **__: {"crossattn": torch.zeros(1, 6, 8)})
     monkeypatch.setattr(type(engine), "text_keys", [])
     monkeypatch.setattr(inputs, "_clean_latents", lambda *_, **__: torch.zeros(1, 2, 16, 8, 12))
     other = torch.rand(3, 64, 96)
@@ -273,6 +271,10 @@ def test_a_video_is_denoised_from_the_step_that_the_strength_gives(make_engine):
     assert (half - source).abs().mean() < (from_noise - source).abs().mean()
     with pytest.raises(InputError, match="a strength of 0.2 leaves none of 4 steps; give 0.25 or more"):
         sample(source=source, strength=0.2)
+    assert engine.sampler.first_step(0.58, 50) == 21, "29 of 50, though 0.58 * 50 is less in binary"
+    with pytest.raises(InputError, match="give 0.034 or more"):
+        engine.sampler.first_step(0.01, 30)
+    assert engine.sampler.first_step(0.034, 30) == 29
 
 
 @torch.no_grad()
@@ -327,3 +329,13 @@ def test_a_video_is_sampled_from_its_own_noise(make_engine):
     for strength in (0.5, 1.0):
         found = sample(strength=strength, inversion=cond)
         assert (found - one_step).abs().max() < 0.1 * (sample(strength=strength) - one_step).abs().max()
+
+
+def test_the_text_encoder_comes_to_the_device_once_for_a_batch(make_engine, monkeypatch):
+    engine = make_engine("dit_t2v_2b", fresh=True)
+    (embedder,) = engine.conditioner.embedders
+    embedder.offload, left = "release", []
+    monkeypatch.setattr(embedder, "release", lambda: left.append(embedder.is_loaded))
+    batch = {"mp4": torch.zeros(3, 5, 3, 64, 96), "txt": ["a red circle", "a blue square", "a green triangle"]}
+    inputs.training_inputs(engine, batch, [torch.Generator().manual_seed(k) for k in range(3)])
+    assert left == [True]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.models import build_vae, vae_section
+from sgm.config.args import TrainingArgs
 from sgm.config.load import load_config
 from sgm.inference.run import sample
-from sgm.training.evaluate import Evaluation, evaluation_mode, validation_timestep
+from sgm.training.evaluate import Evaluation, _sampling_vae, evaluation_mode, validation_timestep
 from sgm.training.metrics import read_metrics
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
@@ -228,3 +231,14 @@ def test_sharded_samples_equal_whole_ones(two_ranks):
         whole, sharded = (load_file(two_ranks(run) / "samples" / name) for run in ("strict", "sharded"))
         for key in whole:
             torch.testing.assert_close(sharded[key], whole[key], rtol=0, atol=1e-5)
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips():
+    engine = SimpleNamespace(first_stage_model=build_vae(vae_section("cogvideox_5b", ch=32, num_res_blocks=1)))
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae

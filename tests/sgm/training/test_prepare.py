@@ -131,6 +131,22 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
         (FULL, ["args.resume=nowhere"], "args.resume", "holds no resume/latest"),
         (FULL, ["data.params.max_num_frames=6"], "data.params.max_num_frames", "nearest legal"),
         (FULL, ["deepspeed.fp16.enabled=true", "model.precision=fp16"], "fp16", "a CPU cannot do"),
+        (FULL, ["args.device=cpu"], "args.device", "for sampling: training takes the device that it sees"),
+        (FULL, ["args.attention=sage"], "args.attention", "sage"),
+        (FULL, ["args.eval_interval=1", "args.num_steps=100000"], "args", "100000"),
+        (FULL, ["args.step_cache=teacache", "args.eval_interval=1"], "args.step_cache", "fitted for the released"),
+        (
+            FULL,
+            ["args.step_cache=first_block", "args.eval_interval=1", "deepspeed.zero_optimization.stage=3"],
+            "args.step_cache",
+            "gathers the weights of a block on all ranks at once",
+        ),
+        (
+            FULL,
+            ["args.mode=pretrain", "args.load=null", "model.network_config.params.transformer_args.skip_init=true"],
+            "skip_init",
+            "start from what is in memory",
+        ),
         (FULL, ["args.eval_interval=1", "args.valid_data=null"], "args.eval_interval", "nothing to evaluate on"),
     ],
 )
