@@ -15,7 +15,7 @@ from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
-from sgm.inference.enhance import check_enhancer
+from sgm.inference.language.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
 from sgm.inference.source_video import check_clip, check_whole

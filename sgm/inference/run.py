@@ -24,7 +24,7 @@ from sgm.checks.sampling import SamplingPlan, check_sampling
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
-from sgm.inference.enhance import enhanced
+from sgm.inference.language.enhance import enhanced
 from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.progress import progress
 from sgm.inference.prompts import (
