@@ -41,6 +41,7 @@ from sgm.inference.source_video import EncodedClips, check_whole, encode_clips, 
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.windows import led_in
 from sgm.modules.geometry import Geometry
 from sgm.parallel.attention import attention_named
 from sgm.project import shipped
@@ -351,7 +352,8 @@ class SamplingRun:
             saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
             start = clock()
-            videos = [clips.joined(frames) for frames in self.engine.decode_each(latents, to_uint8)]
+            decoded = self.engine.decode_each(led_in(latents) if self.plan.loop else latents, to_uint8)
+            videos = [clips.joined(frames[-self.plan.video_frames :]) for frames in decoded]
             timings.decode = clock() - start
             saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None
@@ -424,6 +426,7 @@ class SamplingRun:
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
+            loop=self.plan.loop,
             progress=partial(progress, description="steps"),
             **inputs,
         )

@@ -18,7 +18,7 @@ from torch.utils._pytree import register_dataclass
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
-from sgm.modules.diffusionmodules.windows import TimeWindows
+from sgm.modules.diffusionmodules.windows import TimeLoop, TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.modules.lora import scale_adapters, without_adapters
@@ -430,6 +430,7 @@ class SATVideoDiffusionEngine(nn.Module):
         num_steps: int | None = None,
         scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        loop: bool = False,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Sample latents, from noise or from a noised video, all of them or with some held.
@@ -452,6 +453,9 @@ class SATVideoDiffusionEngine(nn.Module):
             num_steps: overrides the configured number of steps.
             scale: overrides the configured guidance scale.
             guidance_interval: see `VideoSampler`.
+            loop: let the last latent frame lead into the first, see `TimeLoop`; all of them hold as many video frames,
+                so nothing is padded, and T is a multiple of the temporal patch. Not with `concat`, `control`, `source`,
+                `start` or `end`.
             progress: wraps the sequence of steps, as tqdm does.
 
         Returns:
@@ -459,7 +463,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if self.sampler is None:
             raise InputError("the model section has no sampler_config; add one to sample")
-        padding = self.front_padding(shape[0])
+        padding = 0 if loop else self.front_padding(shape[0])
         padded = (shape[0] + padding, *shape[1:])
         noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators])
         x = to_device(noise, self.device)
@@ -484,11 +488,14 @@ class SATVideoDiffusionEngine(nn.Module):
             x = self.sampler.invert(
                 self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device)
             )
+        denoise = self._holding(start, end, padding)
+        if loop:
+            denoise = partial(TimeLoop(self.network.patch_size[0]).denoise, denoise)
         cache = self.step_cache
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):
             latents = self.sampler(
-                self._holding(start, end, padding),
+                denoise,
                 x,
                 cond,
                 uncond,
