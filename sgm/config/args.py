@@ -51,6 +51,7 @@ class SamplingArgs:
     image: Name | None = None
     video: Name | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    mask: Name | None = None
     inversion: Name | None = None
     start: Name | None = None
     end: Name | None = None
@@ -167,6 +168,8 @@ class SamplingArgs:
     def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.strength is not None and self.video is None:
             yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
+        if self.mask is not None and self.video is None:
+            yield "mask", "is given, and there is no video to paint on", "set args.video=<file>, or remove it"
         if self.inversion is not None and self.video is None:
             yield "inversion", "is given, and there is no video to invert", "set args.video=<file>, or remove it"
         if self.inversion is not None and self.cfg_parallel_size > 1:
@@ -343,6 +346,7 @@ class TrainingArgs(SamplingArgs):
             "image",
             "video",
             "strength",
+            "mask",
             "inversion",
             "start",
             "end",

@@ -146,7 +146,7 @@ def _clip_problems(config: Config, prompts: Sequence[Prompt], notes: list[str]) 
         problems += problems_of(
             source, cure, lambda path=path: notes.append(f"control: {check_whole(path, plan)}, shown to both branches")
         )
-    for key in ("video", "start", "end"):
+    for key in ("video", "mask", "start", "end"):
         if getattr(config.args, key) is not None:
             cure = f"correct args.{key}, args.sampling_num_frames or args.sampling_fps"
             check = partial(check_clip, config.args, plan, key)

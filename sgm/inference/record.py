@@ -22,7 +22,7 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "video strength inversion start end held_frames control_strength loras weights text_encoder_weights "
+    "video strength mask inversion start end held_frames control_strength loras weights text_encoder_weights "
     "guidance_interval step_cache step_cache_threshold attention time_scaling time_window time_window_overlap loop"
 ).split()
 

@@ -424,6 +424,7 @@ class SATVideoDiffusionEngine(nn.Module):
         control: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
         strength: float = 1.0,
+        mask: torch.Tensor | None = None,
         inversion: Mapping[str, torch.Tensor] | None = None,
         start: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
@@ -446,6 +447,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 an inversion, see them.
             source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
             strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
+            mask: bool (B or 1, T, 1, H, W): where the result is sampled; elsewhere it is `source`.
             inversion: conditions that describe `source`, each (B, ...): its noise is found by
                 `VideoDDIMSampler.invert`, but for that of the last step, which is drawn.
             start: latents (B or 1, t, C, H, W) that the result begins with.
@@ -489,6 +491,8 @@ class SATVideoDiffusionEngine(nn.Module):
                 self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device)
             )
         denoise = self._holding(start, end, padding)
+        if source is not None and mask is not None:
+            denoise = partial(self._keep, denoise, self.padded(source), self.padded(mask))
         if loop:
             denoise = partial(TimeLoop(self.network.patch_size[0]).denoise, denoise)
         cache = self.step_cache
@@ -542,6 +546,20 @@ class SATVideoDiffusionEngine(nn.Module):
             return torch.cat([part.repeat(len(x) // len(part), 1, 1, 1, 1) for part in parts], dim=1)
 
         return denoise
+
+    @staticmethod
+    def _keep(
+        denoise_fn: Callable[..., torch.Tensor],
+        source: torch.Tensor,
+        mask: torch.Tensor,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return what `denoise_fn` answers where `mask` is true, and elsewhere the answer that is known: `source`."""
+        denoised = denoise_fn(x, *args, **kwargs)
+        mask, source = (each.repeat(len(x) // len(each), 1, 1, 1, 1).to(x.device) for each in (mask, source))
+        return torch.where(mask, denoised, source.to(denoised))
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
         denoise = partial(self.denoiser, self.model)
