@@ -275,7 +275,7 @@ def test_the_library_names_no_accelerator():
 def test_the_library_stays_off_the_network():
     users = {(m, name.partition(".")[0]) for m in library() for name in imports(m)}
     # One function of it, which assigns names to files; the endpoint that a user names; the data behind a user's URL.
-    allowed = {("sgm.conversion.writing", "huggingface_hub"), ("sgm.inference.language_models", "requests")}
+    allowed = {("sgm.conversion.writing", "huggingface_hub"), ("sgm.inference.language.models", "requests")}
     allowed |= {("sgm.data.remote.objects", "aiohttp")}
     assert [user for user in sorted(users - allowed) if user[1] in NETWORK_MODULES] == []
 

@@ -29,7 +29,7 @@ from sgm import distributed
 from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
-from sgm.inference.language_models import Kind, read_folder
+from sgm.inference.language.models import Kind, read_folder
 from sgm.io import atomic_file, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.util import PRECISIONS, InputError

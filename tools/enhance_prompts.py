@@ -23,8 +23,8 @@ def work(options: argparse.Namespace) -> None:
     """Write the enhanced prompts."""
     from sgm.config.load import load_config  # after parsing, so that --help is fast
     from sgm.distributed import device
-    from sgm.inference.enhance import enhance
-    from sgm.inference.language_models import ChatModel, Endpoint
+    from sgm.inference.language.enhance import enhance
+    from sgm.inference.language.models import ChatModel, Endpoint
     from sgm.inference.prompts import IMAGE_SEPARATOR, read_prompts
     from sgm.io import atomic_file, require_writable
     from sgm.util import PRECISIONS, InputError, instantiate_from_config

@@ -138,7 +138,7 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     encodes_whole = args.video is not None or geometry.control_channels > 0
     encodes = plan.image2video or args.encodes_clips or encodes_whole
     if encodes or not args.only_save_latents:
-        decoded = once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype))
+        decoded = once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype))
         held = decoded.weights * vae_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if encodes:
@@ -311,7 +311,7 @@ def _validation_usage(
     network = once(network_usage, config, (plan.latents_at_once, *size), together, dtype).peak
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(once(decode_usage, config, (args.batch_size, plan.latents, *size), vae_dtype(dtype)).peak)
+        peaks.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)).peak)
     return network, max(peaks)
 
 

@@ -19,7 +19,7 @@ from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_n
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger, warn_once
-from sgm.modules.diffusionmodules.windows import TimeWindows
+from sgm.modules.diffusionmodules.windows import LEAD_IN, TimeWindows
 from sgm.modules.geometry import Geometry
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import require_attention
@@ -47,6 +47,7 @@ class SamplingPlan:
         fps: frames per second.
         image2video: whether each sample starts from an image.
         windows: in which the network denoises it; None: whole.
+        loop: whether its last frame leads into its first; the network then takes its last patch in front of it too.
     """
 
     latents: int
@@ -56,11 +57,18 @@ class SamplingPlan:
     fps: int
     image2video: bool
     windows: TimeWindows | None = None
+    loop: bool = False
 
     @property
     def latents_at_once(self) -> int:
         """Latent frames that the network takes at once, without padding."""
-        return self.latents if self.windows is None else min(self.latents, self.windows.length)
+        taken = self.padded_latents if self.loop else self.latents
+        return taken if self.windows is None else min(taken, self.windows.length)
+
+    @property
+    def decoded_latents(self) -> int:
+        """Latent frames that the VAE decodes."""
+        return self.latents + LEAD_IN * self.loop
 
     @property
     def seconds(self) -> float:
@@ -79,6 +87,7 @@ def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
         *_frame_problems(args, geometry),
         *size_problems("args.sampling_image_size", args.sampling_image_size, geometry),
         *_input_problems(args, geometry),
+        *_loop_problems(args, geometry),
         *scaling_problems(with_scaling(args, geometry)),
     ]
     if problems:
@@ -89,14 +98,18 @@ def check_sampling(args: SamplingArgs, geometry: Geometry) -> SamplingPlan:
     if size is None:
         free = geometry.image_conditioned and geometry.patch_size[0] > 1 and not geometry.fixed_size
         size = None if free else geometry.default_size()
+    padded = geometry.padded_latents(latents)
+    if args.loop:  # one patch of those that the network takes is in front of it
+        latents = padded - geometry.patch_size[0]
     return SamplingPlan(
         latents=latents,
-        padded_latents=geometry.padded_latents(latents),
-        video_frames=geometry.video_frames(latents),
+        padded_latents=padded,
+        video_frames=geometry.time_compression * latents if args.loop else geometry.video_frames(latents),
         size=size,
         fps=args.sampling_fps,
         image2video=geometry.image_conditioned,
         windows=None if args.time_window is None else _windows(args, geometry.patch_size[0]),
+        loop=args.loop,
     )
 
 
@@ -149,6 +162,19 @@ def _window_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem
     if windows.overlap % patch or not patch <= windows.overlap < windows.length:
         cure = f"give a multiple of {frames}, less than time_window {windows.length}; null is half of it"
         yield Problem("args.time_window_overlap", "", f"is {windows.overlap}", cure)
+
+
+def _loop_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
+    if not args.loop:
+        return
+    takes = "an image" if geometry.image_conditioned else "a control" if geometry.control_channels else None
+    if takes is not None:
+        found = f"is true, and the network takes {takes}, which belongs to one frame; a loop begins with any"
+        yield Problem("args.loop", "", found, "set it to false, or use a text-to-video model")
+    wanted, patch = default(args.sampling_num_frames, geometry.max_latents), geometry.patch_size[0]
+    if geometry.padded_latents(geometry.kept_latents(wanted)) < 2 * patch:
+        found = f"is {wanted}, of which a loop has {'none' if patch == 1 else 'too few'}"
+        yield Problem("args.sampling_num_frames", "", found, f"give {patch + 1} or more")
 
 
 def _frame_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem]:
@@ -544,7 +570,8 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
         **cudnn_row(facts["dtype"], facts["device"]),
         "task": ("image to video" if plan.image2video else "text to video")
         + (", with a control" if geometry.control_channels else ""),
-        "sample": f"{plan.video_frames} frames ({plan.latents} latent) of {size} at {plan.fps} fps, "
+        "sample": f"{plan.video_frames} frames{' in a loop' * plan.loop} ({plan.latents} latent) of {size} "
+        f"at {plan.fps} fps, "
         f"{plan.seconds:.1f} s",
         **_window_row(plan),
         "sampler": f"{args.num_steps or sampler.get('num_steps')} steps, guidance {guidance}",

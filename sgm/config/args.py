@@ -51,6 +51,7 @@ class SamplingArgs:
     image: Name | None = None
     video: Name | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    mask: Name | None = None
     inversion: Name | None = None
     start: Name | None = None
     end: Name | None = None
@@ -71,6 +72,7 @@ class SamplingArgs:
     time_scaling: Literal["riflex", "interpolate", "ntk", "extrapolate"] | None = None
     time_window: AtLeast1 | None = None
     time_window_overlap: AtLeast1 | None = None
+    loop: bool = False
     latent_channels: AtLeast1 | None = None
     # Sampling
     num_steps: AtLeast1 | None = None
@@ -166,6 +168,8 @@ class SamplingArgs:
     def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.strength is not None and self.video is None:
             yield "strength", f"is {self.strength:g}, and there is no video", "set args.video=<file>, or remove it"
+        if self.mask is not None and self.video is None:
+            yield "mask", "is given, and there is no video to paint on", "set args.video=<file>, or remove it"
         if self.inversion is not None and self.video is None:
             yield "inversion", "is given, and there is no video to invert", "set args.video=<file>, or remove it"
         if self.inversion is not None and self.cfg_parallel_size > 1:
@@ -178,6 +182,10 @@ class SamplingArgs:
         if self.num_held % 4 != 1:
             below = self.num_held - (self.num_held - 1) % 4
             yield "held_frames", f"is {self.num_held}", f"give 4k + 1 frames, such as {below} or {below + 4}"
+        for name in ("video", "start", "end", "image", "control"):
+            if self.loop and getattr(self, name) is not None:
+                cure = "remove one of them: every frame of a loop is sampled from the prompt"
+                yield "loop", f"is true, and {name} is given", cure
         if self.video is not None and held:
             cure = f"keep video to change a clip, or {' and '.join(held)} to hold frames"
             yield "video", f"is given, and {' and '.join(held)} too", cure
@@ -200,9 +208,10 @@ class SamplingArgs:
         if self.time_window_overlap is not None and self.time_window is None:
             found = f"is {self.time_window_overlap}, and there is no time_window"
             yield "time_window_overlap", found, "set args.time_window=<latent frames>, or remove it"
-        if self.step_cache is not None and self.time_window is not None:
-            found = f"is {self.step_cache}, which compares the forward passes of steps; each window has its own"
-            yield "step_cache", found, "remove one of them"
+        for name, why in (("time_window", "each window has its own"), ("loop", "a loop begins elsewhere at each")):
+            if self.step_cache is not None and getattr(self, name):
+                found = f"is {self.step_cache}, which compares the forward passes of steps; {why}"
+                yield "step_cache", found, f"remove it, or {name}"
         if self.step_cache_threshold is not None and self.step_cache is None:
             found = f"is {self.step_cache_threshold:g}, and there is no step_cache"
             yield "step_cache_threshold", found, "set args.step_cache=first_block, or remove it"
@@ -340,14 +349,16 @@ class TrainingArgs(SamplingArgs):
             "image",
             "video",
             "strength",
+            "mask",
             "inversion",
             "start",
             "end",
             "held_frames",
             "control",
             "control_strength",
+            "loop",
         ):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, False):
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
         for name in ("prompt_enhancer", "prompt_enhancer_model"):
             if getattr(self, name) is not None:

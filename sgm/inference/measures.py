@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sgm.inference.language_models import Kind, read_folder
+from sgm.inference.language.models import Kind, read_folder
 from sgm.util import InputError
 from sgm.weights.files import read_file
 

@@ -15,7 +15,7 @@ from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device
-from sgm.inference.enhance import check_enhancer
+from sgm.inference.language.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
 from sgm.inference.source_video import check_clip, check_whole
@@ -146,7 +146,7 @@ def _clip_problems(config: Config, prompts: Sequence[Prompt], notes: list[str]) 
         problems += problems_of(
             source, cure, lambda path=path: notes.append(f"control: {check_whole(path, plan)}, shown to both branches")
         )
-    for key in ("video", "start", "end"):
+    for key in ("video", "mask", "start", "end"):
         if getattr(config.args, key) is not None:
             cure = f"correct args.{key}, args.sampling_num_frames or args.sampling_fps"
             check = partial(check_clip, config.args, plan, key)

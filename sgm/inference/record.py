@@ -22,8 +22,8 @@ RESULT_ARGS = (
 ).split()
 # Those left out where they are not set, so that records of older versions stay valid.
 _LATER_RESULT_ARGS = (
-    "video strength inversion start end held_frames control_strength loras weights text_encoder_weights "
-    "guidance_interval step_cache step_cache_threshold attention time_scaling time_window time_window_overlap"
+    "video strength mask inversion start end held_frames control_strength loras weights text_encoder_weights "
+    "guidance_interval step_cache step_cache_threshold attention time_scaling time_window time_window_overlap loop"
 ).split()
 
 
@@ -81,6 +81,7 @@ def later_settings(args: SamplingArgs) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in _LATER_RESULT_ARGS}
     given["strength"] = None if args.video is None else args.noise_strength
     given["held_frames"] = None if args.start is None and args.end is None else args.num_held
+    given["loop"] = args.loop or None
     as_json = TypeAdapter(Any)
     return {
         name: as_json.dump_python(value, mode="json", exclude_none=True)

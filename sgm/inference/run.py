@@ -25,7 +25,7 @@ from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
-from sgm.inference.enhance import enhanced
+from sgm.inference.language.enhance import enhanced
 from sgm.inference.prepare import make_folder, prepare
 from sgm.inference.progress import progress
 from sgm.inference.prompts import (
@@ -42,6 +42,7 @@ from sgm.inference.source_video import EncodedClips, check_whole, encode_clips, 
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.windows import led_in
 from sgm.modules.geometry import Geometry
 from sgm.parallel.attention import attention_named
 from sgm.project import shipped
@@ -348,7 +349,8 @@ class SamplingRun:
             saves = [lambda path, one=one: write_latents(path, one) for one in latents]
         else:
             start = clock()
-            videos = [clips.joined(frames) for frames in self.engine.decode_each(latents, to_uint8)]
+            decoded = self.engine.decode_each(led_in(latents) if self.plan.loop else latents, to_uint8)
+            videos = [clips.joined(frames[-self.plan.video_frames :]) for frames in decoded]
             timings.decode = clock() - start
             saves = [lambda path, frames=frames: write_video(path, frames, self.plan.fps) for frames in videos]
         failure = None
@@ -421,6 +423,7 @@ class SamplingRun:
             num_steps=self.args.num_steps,
             scale=self.args.guidance_scale,
             guidance_interval=self.args.guidance_interval,
+            loop=self.plan.loop,
             progress=partial(progress, description="steps"),
             **inputs,
         )

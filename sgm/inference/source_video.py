@@ -1,4 +1,4 @@
-"""The clips that sampling is given: ``args.video`` to change, ``args.start`` and ``args.end`` to hold, and controls.
+"""The clips that sampling is given: ``args.video`` to change and its mask, others to hold, and controls.
 
 Legend: T frames, H, W pixels.
 """
@@ -13,7 +13,9 @@ import torch
 
 from sgm.checks.sampling import SamplingPlan
 from sgm.config.args import SamplingArgs
+from sgm.data.clips.frames import TIME_COMPRESSION
 from sgm.inference.video import to_uint8
+from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.util import InputError, nearest_path
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class EncodedClips:
         return frames if self.before is None else torch.cat((self.before, frames[self.num_held :]))
 
 
-def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "start", "end"]) -> str:
+def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "mask", "start", "end"]) -> str:
     """Check that the clip of a key can be read and is long enough; return a description.
 
     Raises:
@@ -73,6 +75,8 @@ def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "st
     """
     if key == "video":
         return _check_source(args, plan)
+    if key == "mask":
+        return _check_mask(args, plan)
     clip = held_clip(args, plan, key)
     held = sum(held_clip(args, plan, name).latents for name in ("start", "end") if getattr(args, name) is not None)
     if held >= plan.latents:
@@ -90,6 +94,12 @@ def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "st
 
 def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
     return f"{check_whole(str(args.video), plan)}; strength {args.noise_strength:g}"
+
+
+def _check_mask(args: SamplingArgs, plan: SamplingPlan) -> str:
+    assert plan.size is not None, "a network that takes a video has one size"
+    share = load_mask(str(args.mask), plan, plan.size).float().mean().item()
+    return f"{args.mask}: {share:.0%} of the video is sampled anew"
 
 
 def check_whole(path: str, plan: SamplingPlan) -> str:
@@ -121,7 +131,10 @@ def encode_clips(args: SamplingArgs, plan: SamplingPlan, size: tuple[int, int], 
         return engine.encode_first_stage(frames[None].to(engine.device), sample=False)
 
     if args.video is not None:
-        inputs = {"source": encode(load_whole(str(args.video), plan, size)), "strength": args.noise_strength}
+        inputs: dict[str, Any] = {"strength": args.noise_strength}
+        inputs["source"] = encode(load_whole(str(args.video), plan, size))
+        if args.mask is not None:
+            inputs["mask"] = load_mask(args.mask, plan, size)
         return EncodedClips(size, inputs)
     made: dict[str, Any] = {"inputs": {}}
     if args.start is not None:
@@ -169,6 +182,41 @@ def load_whole(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Te
     """
     scanned, indices, _ = _selected(path, plan)
     return torch.cat([*_resized(path, indices, scanned, size)])
+
+
+def load_mask(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Tensor:
+    """Return where latents are sampled: bool (1, T, 1, H/8, W/8), true if any of their pixels is white.
+
+    Args:
+        path: a picture, for all frames, or a video, whose frames are taken as those of a clip (`load_whole`).
+        plan: of the run.
+        size: (H, W) of the result in pixels.
+
+    Raises:
+        InputError: it cannot be read, is too short, or is black or white throughout.
+    """
+    scanned = _scan(path)
+    if scanned.info.num_frames == 1:
+        frames = torch.cat([*_resized(path, (0,), scanned, size)]).expand(plan.video_frames, -1, -1, -1)
+    else:
+        frames = load_whole(path, plan, size)
+    mask = latent_mask(frames.mean(dim=1) > 0)
+    for throughout, colour, effect in (
+        (bool(mask.all()), "white", "nothing of the video stays"),
+        (not bool(mask.any()), "black", "nothing is sampled"),
+    ):
+        if throughout:
+            cure = "paint white what is to be sampled, and the rest black"
+            raise InputError(f"{path} is {colour} throughout, so {effect}; {cure}")
+    return mask
+
+
+def latent_mask(pixels: torch.Tensor) -> torch.Tensor:
+    """(T, H, W) bool of frames → (1, T', 1, H/8, W/8) of latents: true if any of their pixels is."""
+    # The first latent frame holds one frame, the others four.
+    pixels = torch.cat((pixels[:1].expand(TIME_COMPRESSION - 1, -1, -1), pixels)).unflatten(0, (-1, TIME_COMPRESSION))
+    cells = pixels.any(dim=1).unflatten(2, (-1, SPATIAL_COMPRESSION)).unflatten(1, (-1, SPATIAL_COMPRESSION))
+    return cells.any(dim=4).any(dim=2)[None, :, None]
 
 
 def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int, int]) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import register_dataclass
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.config.values import AtLeast1, Name, Positive, Share
 from sgm.log import get_logger, warn_once
-from sgm.modules.diffusionmodules.windows import TimeWindows
+from sgm.modules.diffusionmodules.windows import TimeLoop, TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.modules.lora import scale_adapters, without_adapters
@@ -424,12 +424,14 @@ class SATVideoDiffusionEngine(nn.Module):
         control: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
         strength: float = 1.0,
+        mask: torch.Tensor | None = None,
         inversion: Mapping[str, torch.Tensor] | None = None,
         start: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
         num_steps: int | None = None,
         scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        loop: bool = False,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Sample latents, from noise or from a noised video, all of them or with some held.
@@ -445,6 +447,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 an inversion, see them.
             source: latents (B, T, C, H, W) to start from, noised, see `encode_first_stage`.
             strength: share of the steps that run then (Meng et al. 2022, SDEdit): 1 starts from noise alone.
+            mask: bool (B or 1, T, 1, H, W): where the result is sampled; elsewhere it is `source`.
             inversion: conditions that describe `source`, each (B, ...): its noise is found by
                 `VideoDDIMSampler.invert`, but for that of the last step, which is drawn.
             start: latents (B or 1, t, C, H, W) that the result begins with.
@@ -452,6 +455,9 @@ class SATVideoDiffusionEngine(nn.Module):
             num_steps: overrides the configured number of steps.
             scale: overrides the configured guidance scale.
             guidance_interval: see `VideoSampler`.
+            loop: let the last latent frame lead into the first, see `TimeLoop`; all of them hold as many video frames,
+                so nothing is padded, and T is a multiple of the temporal patch. Not with `concat`, `control`, `source`,
+                `start` or `end`.
             progress: wraps the sequence of steps, as tqdm does.
 
         Returns:
@@ -459,7 +465,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if self.sampler is None:
             raise InputError("the model section has no sampler_config; add one to sample")
-        padding = self.front_padding(shape[0])
+        padding = 0 if loop else self.front_padding(shape[0])
         padded = (shape[0] + padding, *shape[1:])
         noise = torch.stack([torch.randn(padded, generator=generator) for generator in generators])
         x = to_device(noise, self.device)
@@ -484,11 +490,16 @@ class SATVideoDiffusionEngine(nn.Module):
             x = self.sampler.invert(
                 self._denoise, x, {**inversion, **beside}, **given, **self.network_kwargs(len(x), x.device)
             )
+        denoise = self._holding(start, end, padding)
+        if source is not None and mask is not None:
+            denoise = partial(self._keep, denoise, self.padded(source), self.padded(mask))
+        if loop:
+            denoise = partial(TimeLoop(self.network.patch_size[0]).denoise, denoise)
         cache = self.step_cache
         num = 0 if cache is None else default(num_steps, self.sampler.num_steps) - first_step
         with nullcontext() if cache is None else cache.sampling(num, len(x)):
             latents = self.sampler(
-                self._holding(start, end, padding),
+                denoise,
                 x,
                 cond,
                 uncond,
@@ -535,6 +546,20 @@ class SATVideoDiffusionEngine(nn.Module):
             return torch.cat([part.repeat(len(x) // len(part), 1, 1, 1, 1) for part in parts], dim=1)
 
         return denoise
+
+    @staticmethod
+    def _keep(
+        denoise_fn: Callable[..., torch.Tensor],
+        source: torch.Tensor,
+        mask: torch.Tensor,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return what `denoise_fn` answers where `mask` is true, and elsewhere the answer that is known: `source`."""
+        denoised = denoise_fn(x, *args, **kwargs)
+        mask, source = (each.repeat(len(x) // len(each), 1, 1, 1, 1).to(x.device) for each in (mask, source))
+        return torch.where(mask, denoised, source.to(denoised))
 
     def _denoise(self, x: torch.Tensor, levels: torch.Tensor, cond: Mapping[str, torch.Tensor], **kwargs: Any):
         denoise = partial(self.denoiser, self.model)

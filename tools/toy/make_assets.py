@@ -47,6 +47,7 @@ UNSEEN = (
 )
 SEEN = (("blue", "square", "down"), ("magenta", "circle", "up", "big"))
 MEASURED = 2000  # seed of the clips and samples of quality.json; while the recipe was chosen, others were looked at
+MASKED = 2  # the clip for which images/mask.png is
 WORK = "work"  # folder of the states of trainings
 NUM_THREADS = 1  # of torch, in each worker of training; part of the recipe: with another number, sums round differently
 
@@ -108,6 +109,10 @@ def make_clips(out: Path, recipe: Recipe, seed: int) -> None:
         clip = next(clips)
         write_video(out / "videos" / f"{i:06d}.mp4", _to_uint8(scene.render(clip)), scene.FPS)
         _write_text(out / "labels" / f"{i:06d}.txt", clip.caption)
+        if i == MASKED:
+            where = scene.around(scene.render(clip)).any(axis=0)
+            with atomic_file(out / "images" / "mask.png") as temporary:
+                Image.fromarray(_to_uint8(where)).save(temporary)
     _write_text(out / "prompts.txt", "\n".join(scene.caption(*names) for names in UNSEEN + SEEN))
     rng, lines = np.random.default_rng([seed, 4]), []
     for names in UNSEEN:

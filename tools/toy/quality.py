@@ -14,6 +14,7 @@ import scene
 import torch
 
 from sgm.config.load import load_config
+from sgm.modules.diffusionmodules.windows import led_in
 from sgm.util import instantiate_from_config
 
 LATENT_SHAPE = (5, 16, 8, 8)
@@ -87,12 +88,15 @@ def sample_together(engine: Any, clips: Sequence[scene.Clip], *, seed: int = 0, 
         engine: see `load_engine`.
         clips: whose captions are the prompts.
         seed: of the first one.
-        **given: further arguments of the engine's `sample`.
+        **given: further arguments of the engine's `sample`; a `loop` is decoded as such.
     """
     cond, uncond = engine.conditioner.get_unconditional_conditioning({"txt": [clip.caption for clip in clips]})
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
     latents = engine.sample(cond, uncond, generators=generators, **{"shape": LATENT_SHAPE} | given)
-    return to_arrays(engine.decode_first_stage(latents))
+    if not given.get("loop"):
+        return to_arrays(engine.decode_first_stage(latents))
+    num_frames = engine.network.time_compressed_rate * latents.shape[1]
+    return to_arrays(engine.decode_first_stage(led_in(latents))[:, -num_frames:])
 
 
 @torch.no_grad()

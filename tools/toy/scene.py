@@ -149,6 +149,19 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) 
     return np.maximum(dy - radius, np.abs(dx) * normal[0] + (dy + radius) * normal[1])
 
 
+def around(video: np.ndarray, margin: int = 4) -> np.ndarray:
+    """Return the pixels of the shape in `video` (T, H, W, C), and those up to `margin` from it: bool (T, H, W)."""
+    near = np.abs(video - BACKGROUND).max(axis=-1) > 0.05
+    for axis in (1, 2):
+        for _ in range(margin):
+            before, after = ((slice(None),) * axis + (part,) for part in (slice(None, -1), slice(1, None)))
+            wider = near.copy()
+            wider[after] |= near[before]
+            wider[before] |= near[after]
+            near = wider
+    return near
+
+
 def psnr(video: np.ndarray, reference: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio in dB of two arrays in [0, 1]."""
     error = float(np.mean((np.asarray(video, dtype=np.float64) - reference) ** 2))

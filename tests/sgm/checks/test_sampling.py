@@ -388,3 +388,17 @@ def test_scaled_positions_and_windows_allow_longer_clips():
         plan = check_sampling(SamplingArgs(sampling_num_frames=41, time_window=window), geometry)
         assert (plan.latents, plan.latents_at_once, plan.windows.overlap) == (41, window, {13: 6, 22: 10}[window])
     assert check_sampling(SamplingArgs(time_window=13), ROTARY).latents_at_once == 13
+
+
+def test_a_loop_has_four_frames_for_every_latent_frame_behind_the_first_patch():
+    for geometry, latents in ((ROTARY, 12), (PATCHED, 20)):
+        plan = check_sampling(SamplingArgs(loop=True), geometry)
+        assert (plan.latents, plan.video_frames, plan.decoded_latents) == (latents, 4 * latents, latents + 4)
+        assert plan.latents_at_once == plan.padded_latents == latents + geometry.patch_size[0]
+    long = check_sampling(SamplingArgs(loop=True, sampling_num_frames=25, time_window=13), ROTARY)
+    assert (long.latents, long.latents_at_once) == (24, 13)
+    assert "is 1, of which a loop has none" in refusal(loop=True, sampling_num_frames=1)
+    assert "give 3 or more" in refusal(PATCHED, loop=True, sampling_num_frames=2)
+    assert "args.loop: is true, and the network takes an image" in refusal(IMAGE, loop=True)
+    with_control = replace(ROTARY, control_channels=16)
+    assert "args.loop: is true, and the network takes a control" in refusal(with_control, loop=True)

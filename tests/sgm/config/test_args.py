@@ -91,6 +91,10 @@ def test_adapters_that_change_with_the_step_and_skipped_blocks_exclude_each_othe
         ({"inversion": "a"}, "inversion"),
         ({"time_window_overlap": 2}, "time_window_overlap"),
         ({"time_window": 5, "step_cache": "first_block"}, "step_cache"),
+        ({"loop": True, "step_cache": "first_block"}, "step_cache"),
+        ({"loop": True, "video": "a"}, "loop"),
+        ({"loop": True, "end": "a"}, "loop"),
+        ({"mask": "a"}, "mask"),
         ({"video": "a", "inversion": "b", "cfg_parallel_size": 2}, "inversion"),
     ):
         assert [problem[0] for problem in SamplingArgs(prompt="x", **given).problems()] == [key]

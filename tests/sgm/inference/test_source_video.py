@@ -1,6 +1,7 @@
 """The video that sampling starts from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from sgm.checks.sampling import SamplingPlan
 from sgm.config.args import SamplingArgs
 from sgm.inference.main import main
-from sgm.inference.source_video import check_clip, encode_clips, load_whole
+from sgm.inference.source_video import check_clip, encode_clips, latent_mask, load_mask, load_whole
 from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
 
@@ -82,6 +83,34 @@ def test_the_last_frames_of_a_clip_are_continued_and_the_first_ones_end_it(clip)
         "held: its last 5 frames, in 2 of 5 latent frames; written: 9 frames of it at 8 fps, then 12 new ones" in said
     )
     assert "held: its first 5 frames, in 1 of 5 latent frames" in check_clip(args, plan(5), "end")
+
+
+def test_a_latent_is_sampled_if_any_of_its_pixels_is():
+    pixels = torch.zeros(9, 16, 24, dtype=torch.bool)
+    pixels[0, 3, 3] = pixels[4, 15, 7] = pixels[5, 8, 16] = True
+    assert latent_mask(pixels).shape == (1, 3, 1, 2, 3)
+    assert latent_mask(pixels)[0, :, 0].nonzero().tolist() == [[0, 0, 0], [1, 1, 0], [2, 1, 2]]
+
+
+def test_masks_are_pictures_or_videos_with_something_to_sample_and_something_to_keep(clip, tmp_path):
+    """Of the clip, the outer quarters are cropped away; its frames 6 to 8 are lighter than half."""
+    assert load_mask(str(clip.video), plan(3), (16, 24))[0, :, 0, 0, 0].tolist() == [False, False, True]
+    args = replace(clip, mask=str(clip.video))
+    assert check_clip(args, plan(3), "mask").endswith("clip.mp4: 33% of the video is sampled anew")
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[16:, 32:] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    mask = load_mask(str(tmp_path / "mask.png"), plan(3), (16, 24))
+    assert mask.nonzero().tolist() == [[0, t, 0, 1, 2] for t in range(3)]
+    inputs = encode_clips(replace(clip, mask=str(tmp_path / "mask.png")), plan(3), (16, 24), Encoder()).inputs
+    assert torch.equal(inputs["mask"], mask) and inputs["strength"] == 0.5 and inputs["source"].shape[1] == 3
+    for value, said in (
+        (0, "is black throughout, so nothing is sampled"),
+        (255, "is white throughout, so nothing of the"),
+    ):
+        Image.fromarray(np.full_like(picture, value)).save(tmp_path / "plain.png")
+        with pytest.raises(InputError, match=said):
+            check_clip(replace(clip, mask=str(tmp_path / "plain.png")), plan(3), "mask")
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,30 @@ def test_held_latents_stay_and_the_others_are_fitted_to_them(make_engine, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["dit_t2v_2b", "dit_t2v_1.5"])
+def test_outside_of_a_mask_the_source_stays(make_engine, name):
+    engine = make_engine(name)
+    cond = {"crossattn": torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))}
+    uncond = {"crossattn": torch.zeros(2, 6, 24)}
+    source = torch.randn(1, 3, 16, 8, 12, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 3, 1, 8, 12, dtype=torch.bool)
+    mask[:, 1:, :, 2:6, 3:9] = True
+
+    def sample(source, **given):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        given |= {"source": source, "shape": (3, 16, 8, 12), "generators": generators, "num_steps": 3}
+        return engine.sample(cond, uncond, **given)
+
+    made = sample(source, mask=mask)
+    kept, painted = ~mask.expand_as(made), mask.expand_as(made)
+    assert torch.equal(made[kept], source.expand_as(made)[kept])
+    assert torch.equal(made, sample(source.expand_as(made), mask=mask.expand(2, -1, -1, -1, -1)))
+    others = sample(torch.where(mask, 7.0, source), mask=mask)
+    assert torch.equal(made, others), "from pure noise, nothing of the source within the mask is seen"
+    assert (made - sample(source))[painted].abs().max() > 1e-6, "the network fits it to what stays"
+
+
+@torch.no_grad()
 def test_a_video_is_sampled_from_its_own_noise(make_engine):
     engine = make_engine("dit_t2v_2b")
     engine.sampler = VideoDDIMSampler(

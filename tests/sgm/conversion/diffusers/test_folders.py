@@ -16,6 +16,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
+    DiffusionPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -128,13 +129,18 @@ def test_the_converted_autoencoder_decodes_odd_counts_alike(converted, num_laten
 
 
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox1.5_5b_i2v"])
-def test_the_folder_loads_as_a_pipeline(converted, name):
+def test_the_folder_loads_as_a_pipeline(converted, name, tmp_path):
     _, there, _ = converted(name)
     cls = CogVideoXImageToVideoPipeline if "i2v" in name else CogVideoXPipeline
-    pipe = cls.from_pretrained(there, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(there, local_files_only=True)
+    assert type(pipe) is cls
     assert json.loads((there / "model_index.json").read_text())["_class_name"] == cls.__name__
     assert isinstance(pipe.text_encoder, T5EncoderModel) and pipe.tokenizer("a red circle")["input_ids"]
     assert pipe.scheduler.config.snr_shift_scale == (3.0 if name == "cogvideox_2b" else 1.0)
+    again = shutil.copytree(there / "transformer", tmp_path / "transformer")
+    pipe.transformer.save_config(again)  # as CogKit does with a folder of a transformer alone
+    loaded = type(pipe.transformer).from_pretrained(again).state_dict()
+    assert equal(loaded, pipe.transformer.state_dict())
     assert pipe.vae.dtype == torch.float32 and pipe.vae_scaling_factor_image == (1.15258426 if "2b" in name else 0.7)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgm.modules.diffusionmodules.windows import TimeWindows
+from sgm.modules.diffusionmodules.windows import TimeLoop, TimeWindows, led_in
 from sgm.util import InputError
 from tests.geometries import PATCHED, ROTARY, SINCOS
 from tests.sgm.checks.test_sampling import refusal
@@ -49,6 +49,21 @@ def test_neighbours_add_up_to_one_and_no_later_window_decides_its_first_patch():
     assert found.flatten().tolist() == [1, 1, 1, 1.5, 2, 2.5, 3, 3]
 
 
+@pytest.mark.parametrize(("patch", "first"), [(1, [[3, 0, 1, 2, 3], [0, 1, 2, 3, 0]]), (2, [[2, 3, 0, 1, 2, 3]])])
+def test_a_loop_begins_elsewhere_at_each_step_and_answers_stay_in_place(patch, first):
+    loop, seen = TimeLoop(patch), []
+    x = torch.arange(4.0).view(1, 4, 1, 1, 1)
+
+    def answer(x, levels, cond, **_):
+        seen.append(x.flatten().tolist())
+        return torch.cat((torch.full_like(x[:, :patch], -1), 10 * x[:, patch:]), dim=1)
+
+    for _ in range(5):
+        assert torch.equal(loop.denoise(answer, x, torch.zeros(1), {}), 10 * x)
+    assert seen[: len(first)] == first and seen[4] == seen[0] != seen[1]
+    assert led_in(x, 6).flatten().tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["dit_t2v_2b", "dit_i2v_5b", "dit_t2v_1.5"])
 def test_a_window_that_holds_the_clip_changes_nothing_and_shorter_ones_serve_every_family(make_engine, name):  # noqa: F811
     engine = make_engine(name)
@@ -58,12 +73,12 @@ def test_a_window_that_holds_the_clip_changes_nothing_and_shorter_ones_serve_eve
     width_text = network.mixins["patch_embed"].text_proj.in_features
     text = torch.randn(1, network.mixins["pos_embed"].text_length, width_text)
 
-    def sampled(num_latents, windows):
+    def sampled(num_latents, windows, **more):
         engine.windows = windows
         concat = torch.randn(1, num_latents, 16, height, width) if network.in_channels == 32 else None
         shape = (num_latents, 16, height, width)
         generators = [torch.Generator().manual_seed(1)]
-        given = {"concat": concat, "num_steps": 2, "generators": generators}
+        given = {"concat": concat, "num_steps": 2, "generators": generators, **more}
         try:
             return engine.sample({"crossattn": text}, {"crossattn": 0 * text}, shape=shape, **given)
         finally:
@@ -75,6 +90,10 @@ def test_a_window_that_holds_the_clip_changes_nothing_and_shorter_ones_serve_eve
     assert torch.equal(sampled(num, TimeWindows(num, network.patch_size[0], network.patch_size[0])), whole)
     longer = sampled(2 * num - 1, TimeWindows(num, network.patch_size[0], network.patch_size[0]))
     assert longer.shape[1] == 2 * num - 1 and longer.isfinite().all()
+    if network.in_channels == 16:
+        patch = network.patch_size[0]
+        looped = sampled(2 * num, TimeWindows(num, patch, patch), loop=True)
+        assert looped.shape[1] == 2 * num and looped.isfinite().all()
 
 
 @pytest.mark.parametrize(

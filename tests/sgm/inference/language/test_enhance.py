@@ -11,18 +11,18 @@ import pytest
 import requests
 import torch
 
-import sgm.inference.enhance
+import sgm.inference.language.enhance
 import sgm.inference.prepare
 from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
-from sgm.inference.enhance import RECORD, answer_text, enhance, enhanced
-from sgm.inference.language_models import ENDPOINT_KEY, ChatModel, Endpoint
+from sgm.inference.language.enhance import RECORD, answer_text, enhance, enhanced
+from sgm.inference.language.models import ENDPOINT_KEY, ChatModel, Endpoint
 from sgm.inference.main import main
 from sgm.inference.prompts import Prompt
 from sgm.modules.encoders.t5_folder import UnknownText
 from sgm.util import InputError, RunError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import enhance_prompts  # noqa: E402
@@ -128,7 +128,7 @@ def test_what_never_fits_is_refused(tmp_path):
 
 
 def test_a_run_samples_the_enhanced_prompt_and_records_both(tiny_model, chat_model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sgm.inference.enhance, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(sgm.inference.language.enhance, "MAX_NEW_TOKENS", 2)
     monkeypatch.setattr(sgm.inference.prepare, "sampling_rows", lambda *_: {})  # estimates take a second
     (tmp_path / "p.txt").write_text("一只猫\n", encoding="utf-8")
     words = ["--base", str(tiny_model("dit_t2v_2b")), f"args.input_file={tmp_path / 'p.txt'}", SHORT]

@@ -16,7 +16,7 @@ import torch
 
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
-from sgm.inference.language_models import CHAT, ChatModel, Endpoint, Message, Writer, read_folder
+from sgm.inference.language.models import CHAT, ChatModel, Endpoint, Message, Writer, read_folder
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt
 from sgm.io import parse_json, reason_of, write_json
 from sgm.log import control_characters, get_logger
