@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.sampling import check_sampling
+from sgm.checks.sampling_plan import check_sampling
 from sgm.config.load import load_config
 from sgm.modules.geometry import Geometry
 from tests.processes import ROOT

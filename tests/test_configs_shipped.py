@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sgm.checks.sampling import check_sampling, check_shapes
+from sgm.checks.sampling import check_shapes
+from sgm.checks.sampling_plan import check_sampling
 from sgm.checks.training import check_training_data
 from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import TRAINING_ARGS, ConfigError, SamplingArgs, load_config

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from sgm.checks.sampling import check_sampling
+from sgm.checks.sampling_plan import check_sampling
 from sgm.config.load import Config, load_config
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating

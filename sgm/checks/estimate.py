@@ -16,7 +16,8 @@ from sgm.checks.frozen import base_storage, frozen_problems
 from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, vae_dtype
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import Usage
-from sgm.checks.sampling import SamplingPlan, check_sampling, params_of
+from sgm.checks.sampling import params_of
+from sgm.checks.sampling_plan import SamplingPlan, check_sampling
 from sgm.checks.training import takes_pairs
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError

@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 
-from sgm.checks.sampling import params_of, scaling_problems, size_problems, takes_control, with_scaling
+from sgm.checks.sampling import params_of, takes_control
+from sgm.checks.sampling_plan import scaling_problems, size_problems, with_scaling
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.data.buckets.assign import Bucket, Buckets

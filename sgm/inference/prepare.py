@@ -11,7 +11,8 @@ import torch
 import sgm.distributed
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, sampling_rows
-from sgm.checks.sampling import as_table, check_sampling, dry_run, problems_of
+from sgm.checks.sampling import as_table, dry_run, problems_of
+from sgm.checks.sampling_plan import check_sampling
 from sgm.config.load import Config, ConfigError, Problem
 from sgm.config.precision import resolve_precision
 from sgm.distributed import Mesh, resolve_device

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sgm.distributed
 from sgm.checks.estimate import memory_text
 from sgm.checks.planner import room_on, with_preset
-from sgm.checks.sampling import SamplingPlan, check_sampling
+from sgm.checks.sampling_plan import SamplingPlan, check_sampling
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sgm.checks.sampling import SamplingPlan
+from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
 from sgm.data.clips.frames import TIME_COMPRESSION
 from sgm.inference.video import to_uint8

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import sgm.distributed
-from sgm.checks.sampling import check_sampling
+from sgm.checks.sampling_plan import check_sampling
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError

@@ -15,22 +15,20 @@ from sgm.checks.frozen import base_storage, device_problems, frozen_problems
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, recomputed_blocks, room_on, training_rows
 from sgm.checks.sampling import (
-    SamplingPlan,
     as_table,
     check_abilities,
     check_files,
     check_memory_savers,
     check_sampler,
-    check_sampling,
     check_shapes,
     cudnn_row,
     params_of,
     problems_of,
-    scaling_warnings,
     schedule_problems,
     speed_problems,
     takes_control,
 )
+from sgm.checks.sampling_plan import SamplingPlan, check_sampling, scaling_warnings
 from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config, trains_adapters

@@ -9,14 +9,8 @@ import torch
 import yaml
 
 import sgm.distributed
-from sgm.checks.sampling import (
-    check_files,
-    check_sampling,
-    check_shapes,
-    dry_run,
-    scaling_warnings,
-    schedule_problems,
-)
+from sgm.checks.sampling import check_files, check_shapes, dry_run, schedule_problems
+from sgm.checks.sampling_plan import check_sampling, scaling_warnings
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device

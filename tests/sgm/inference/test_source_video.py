@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sgm.checks.sampling import SamplingPlan
+from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
 from sgm.inference.main import main
 from sgm.inference.source_video import check_clip, encode_clips, latent_mask, load_mask, load_whole

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-from sgm.checks.sampling import check_sampling
+from sgm.checks.sampling_plan import check_sampling
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.to_sat import sat_model_of
