@@ -16,7 +16,15 @@ from sgm.conversion.trainers.sources import find_files, find_state, network_tens
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size, reason_of, refusing_denied
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
+from sgm.weights.adapters import (
+    TITLES,
+    AdapterInfo,
+    Kind,
+    adapters_alone,
+    kind_of,
+    ranks_and_layers,
+    read_adapter_info,
+)
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_metadata, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
@@ -46,12 +54,14 @@ class LoraFacts:
         alpha: numerator of the scale; None if unknown.
         layers: layers with adapters, ascending.
         base: checkpoint they were trained on, as recorded in the file.
+        kind: the method.
     """
 
     rank: int
     alpha: float | None
     layers: tuple[int, ...]
     base: str | None
+    kind: Kind = "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +159,7 @@ class Inspection:
         if self.lora is not None:
             alpha = "unknown" if self.lora.alpha is None else f"{self.lora.alpha:g}"
             base = f", of {self.lora.base}" if self.lora.base else ""
-            yield "LoRA", f"rank {self.lora.rank}, alpha {alpha}, {len(self.lora.layers)} layers{base}"
+            yield TITLES[self.lora.kind], f"rank {self.lora.rank}, alpha {alpha}, {len(self.lora.layers)} layers{base}"
         if self.state is not None:
             ema = ", with moving averages" if self.state.ema else ""
             ranks = f"{self.state.ranks} rank{'s' if self.state.ranks > 1 else ''}"
@@ -336,13 +346,15 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
     lora = _sat_lora(network, adapters)
     if lora is not None and adapters_alone(network):
         width = next((shape[1] for name, shape in shapes.items() if ".query_key_value.matrix_A." in name), 0)
-        return _counted(path, "SAT adapters (LoRA)", tensors, lora=lora, candidates=_models(width, lora.layers))
+        return _counted(
+            path, f"SAT adapters ({TITLES[lora.kind]})", tensors, lora=lora, candidates=_models(width, lora.layers)
+        )
     found = describe_architecture(shapes)
     return _counted(
         path,
         ("ComfyUI" if is_comfyui(tensors) else "diffusers") + " transformer"
         if of_diffusers
-        else "SAT network" + (" with LoRA" if lora else ""),
+        else "SAT network" + (f" with {TITLES[lora.kind]}" if lora else ""),
         tensors,
         candidates=() if found is None else _models(found.hidden_size, range(found.num_layers), found),
         generation=None if found is None else {1: "1.0", 2: "1.5"}.get(found.temporal_patch or 0),
@@ -363,7 +375,7 @@ def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | Non
     if not ranks:
         return None
     alpha, base = (None, None) if adapters is None else (adapters.alpha, adapters.base)
-    return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base)
+    return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base, kind=kind_of(tensors))
 
 
 def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
@@ -377,14 +389,17 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
     alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
     first = next(iter(matches))
-    kinds = {"base_model.": "LoRA of PEFT", "diffusion_model.": "LoRA for ComfyUI", "lora_": "LoRA of kohya's scripts"}
-    kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "LoRA for diffusers")
-    kind = "LoRA of PEFT" if config.is_file() else kind
+    sides = [each.side for each in map(parse_lora_name, tensors) if isinstance(each, LoraName)]
+    method: Kind = "dora" if "magnitude" in sides else "lora"
+    kinds = {"base_model.": "of PEFT", "diffusion_model.": "for ComfyUI", "lora_": "of kohya's scripts"}
+    kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "for diffusers")
+    kind = f"{TITLES[method]} {'of PEFT' if config.is_file() else kind}"
     lora = LoraFacts(
         rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
         layers=tuple(sorted({each.layer for each in known.values() if each.layer is not None})),
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
+        kind=method,
     )
     widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()

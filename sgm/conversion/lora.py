@@ -8,12 +8,14 @@ three pairs; diffusers adapts its three modules by one pair each. Pairs map one 
     transformer.layers.<i>.attention.dense.matrix_{A,B}.0
     transformer_blocks.<i>.attn1.to_out.0.lora_{A,B}.weight
 
-Those of other projections map likewise (`sgm.weights.lora.names.GROUPS`); patches of one frame are a convolution.
+Those of other projections map likewise (`sgm.weights.lora.names.GROUPS`); patches of one frame are a convolution. The
+magnitudes of DoRA are ``lora_magnitude_vector`` for diffusers, and ``dora_scale`` for ComfyUI.
 Names of the network are without the prefix ``model.diffusion_model.``. For the other direction see
 `sgm.conversion.lora_import`, for merging `sgm.conversion.lora_merge`.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +25,24 @@ from sgm.conversion.modelspec import lora_metadata
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
-from sgm.weights.adapters import adapter_pairs
+from sgm.weights.adapters import TITLES, adapter_pairs
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.files import any_element, common_rank, read_lora, warn_without_effect
+from sgm.weights.lora.merging import magnitudes_of
 from sgm.weights.lora.names import FILE, HEADER_KEY, PATCH, PROJECTIONS, comfyui_name, module_name, projection_of
 
 logger = get_logger(__name__)
 
 KEY_PREFIX = "transformer."  # prefix of names in diffusers pipelines
 Style = Literal["diffusers", "comfyui"]
+# Ends of the names, and shapes, of magnitudes: of a style, and whether of a convolution.
+_MAGNITUDE: dict[tuple[Style, bool], tuple[str, tuple[int, ...]]] = {
+    ("diffusers", False): ("lora_magnitude_vector", (-1,)),
+    ("diffusers", True): ("lora_magnitude_vector", (1, -1, 1, 1)),
+    ("comfyui", False): ("dora_scale", (-1, 1)),
+    ("comfyui", True): ("dora_scale", (-1, 1, 1, 1)),
+}
 STYLES: dict[Style, str] = {"diffusers": KEY_PREFIX, "comfyui": "diffusion_model."}  # prefixes of names
 
 
@@ -41,10 +51,10 @@ def adapters_to_diffusers(
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Translate LoRA adapters to the names and header that ``load_lora_weights`` of diffusers reads.
 
-    All-zero pairs are skipped: `sgm.conversion.lora_import` adds them for modules without adapters.
+    All-zero pairs of LoRA are skipped: `sgm.conversion.lora_import` adds them for modules without adapters.
 
     Args:
-        tensors: including the LoRA matrices.
+        tensors: including the LoRA matrices, and the magnitudes of DoRA.
         alpha: numerator of the scale.
         key_prefix: of the names, also in the header.
         style: ``"comfyui"`` names modules as its own model, and writes a tensor ``<module>.alpha`` for each pair, which
@@ -56,14 +66,14 @@ def adapters_to_diffusers(
     Raises:
         InputError: matrices without a partner, with several LoRA ranks, or all zero.
     """
-    pairs = adapter_pairs(tensors, "the checkpoint")
+    pairs, magnitudes = adapter_pairs(tensors, "the checkpoint"), magnitudes_of(tensors)
     rank = common_rank(pairs, "the checkpoint")
     result: dict[str, LazyTensor] = {}
     modules = []
     for projection, own in pairs.items():
         layer, target = projection_of(projection)
-        for part, pair in zip(PROJECTIONS[target], own, strict=True):
-            if not any(any_element(matrix) for matrix in pair):
+        for index, (part, pair) in enumerate(zip(PROJECTIONS[target], own, strict=True)):
+            if not magnitudes and not any(any_element(matrix) for matrix in pair):
                 continue
             # Full names: short ones could match modules of other layers.
             name = module_name(layer, part)
@@ -74,10 +84,15 @@ def adapters_to_diffusers(
             result[f"{key_prefix}{modules[-1]}.lora_B.weight"] = LazyTensor((b,), _convolution) if is_convolution else b
             if style == "comfyui":
                 result[f"{key_prefix}{modules[-1]}.alpha"] = LazyTensor((torch.tensor(float(alpha)),))
+            if magnitudes:
+                end, shape = _MAGNITUDE[style, is_convolution]
+                vector = LazyTensor((magnitudes[projection][index],), partial(torch.reshape, shape=shape))
+                result[f"{key_prefix}{modules[-1]}.{end}"] = vector
     if not result:
         raise InputError("every LoRA matrix is zero: there is nothing to write; give the adapters of a training")
     alpha = int(alpha) if float(alpha).is_integer() else alpha
     config = {"r": rank, "lora_alpha": alpha, "target_modules": modules, "bias": "none"}
+    config |= {"use_dora": True} if magnitudes else {}
     return result, {HEADER_KEY: json.dumps({key_prefix + name: value for name, value in config.items()})}
 
 
@@ -126,5 +141,6 @@ def export_lora(
         write_safetensors(temporary / FILE, tensors, metadata=described | metadata)
     if style == "diffusers" and prefix != KEY_PREFIX:
         logger.warning("names begin with '%s': pipelines of diffusers take those with '%s'", prefix, KEY_PREFIX)
-    logger.info("%s: LoRA of rank %d, alpha %g, %d pairs", lora.path, lora.rank, lora.alpha, num_pairs)
+    said = (lora.path, TITLES[lora.kind], lora.rank, lora.alpha, num_pairs)
+    logger.info("%s: %s of rank %d, alpha %g, %d pairs", *said)
     return Path(folder) / FILE

@@ -26,6 +26,7 @@ from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import AnyTensor, Tensors, compute
+from sgm.weights.lora.dora import initial_magnitude, is_magnitude
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
 from sgm.weights.quantize import Storage, linear_layers, store, stored_text
@@ -132,7 +133,9 @@ def load_network(
     used = [match.tensors[name] for name in match.targets if name in match.tensors]
     with checked_ahead(_computed(used) if whole else ()):
         for name, old in match.targets.items():
-            if name in match.new_adapters:
+            if name in match.new_adapters and is_magnitude(name):
+                value = initial_magnitude(network, name)  # its weight comes before it
+            elif name in match.new_adapters:
                 value = initial_matrix(name, old.shape, match.shard, generator)
             elif name in match.zeroed:
                 value = torch.zeros(old.shape)

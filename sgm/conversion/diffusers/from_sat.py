@@ -24,12 +24,13 @@ from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, merge_adapters, scale_numerator, with_adapters
+from sgm.weights.adapters import is_adapter, scale_numerator, with_adapters
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.lora.merging import merge_adapters
 from sgm.weights.lora.names import comfyui_name
 from sgm.weights.match import match_autoencoder, match_network
 from sgm.weights.stored import checked_ahead

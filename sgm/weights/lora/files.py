@@ -7,7 +7,16 @@ from pathlib import Path
 
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, Pair, adapter_pairs, is_adapter, ranks_and_layers, read_adapter_info
+from sgm.weights.adapters import (
+    AdapterInfo,
+    Kind,
+    Pair,
+    adapter_pairs,
+    is_adapter,
+    kind_of,
+    ranks_and_layers,
+    read_adapter_info,
+)
 from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
 from sgm.weights.lazy import AnyTensor, Tensors, compute
@@ -26,7 +35,8 @@ class Lora:
         path: the file.
         rank: r.
         alpha: numerator of the scale.
-        tensors: the matrices by SAT's names, lazy. In files of other tools, some projections of a layer may have none.
+        tensors: matrices, and magnitudes of DoRA, by SAT's names, lazy. In files of other tools, some
+            projections of a layer may have none.
         info: what the file says of itself, its base too; None in files of other tools and of the reference.
     """
 
@@ -44,7 +54,12 @@ class Lora:
     @property
     def groups(self) -> tuple[str, ...]:
         """What has adapters, see `sgm.weights.lora.names.GROUPS`."""
-        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
+        return groups_of(self.tensors)
+
+    @property
+    def kind(self) -> Kind:
+        """The method."""
+        return kind_of(self.tensors)
 
     def has_effect(self) -> bool:
         """Whether any B is not zero, as all are before any training."""

@@ -6,7 +6,7 @@ Their names are brought to one form by `sgm.weights.lora.names`. The rank is inf
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,14 @@ class DiffusersLora:
         alpha: numerator of the scale alpha / r.
         pairs: A [r, D_in] and B [D_out, r] of each adapted module; memory-mapped, and checked when they are computed.
             A of patches of one frame is that of a convolution, [r, C, p, p].
+        magnitudes: of DoRA, [D_out] of each adapted module; empty for LoRA.
     """
 
     path: Path
     rank: int
     alpha: float
     pairs: Mapping[Module, Pair]
+    magnitudes: Mapping[Module, AnyTensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -69,16 +71,17 @@ class DiffusersLora:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of the adapted modules, see `sgm.weights.lora.names.GROUPS`."""
-        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
+        return groups_of(self.tensors)
 
     @property
     def tensors(self) -> dict[str, AnyTensor]:
-        """The matrices by SAT's names."""
-        return {
+        """The matrices and magnitudes by SAT's names."""
+        matrices = {
             sat_name(layer, part, kind): matrix
             for (layer, part), pair in self.pairs.items()
             for kind, matrix in zip("AB", pair, strict=True)
         }
+        return matrices | {sat_name(*module, "magnitude"): own for module, own in self.magnitudes.items()}
 
 
 def find_lora(path: str | Path) -> Path:
@@ -122,9 +125,34 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
         pairs[module] = (matrices["A"], LazyTensor((b,), _flat) if is_convolution else b)
     if all(layer is None for layer, _ in pairs):
         raise InputError(f"{file} adapts {listed(map(_name, pairs))} only, and no layer; train some of a layer too")
-    rank = _rank(file, pairs)
+    rank, magnitudes = _rank(file, pairs), _magnitudes(file, found)
+    for source, config in _configs(file):
+        if config.get("use_dora") and not magnitudes:
+            raise InputError(f"{file} is DoRA according to {source}, and holds no magnitudes; copy or save it again")
     stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
-    return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha, option), pairs=pairs)
+    alpha = _alpha(file, rank, pairs, stored, alpha, option)
+    return DiffusersLora(path=file, rank=rank, alpha=alpha, pairs=pairs, magnitudes=magnitudes)
+
+
+def _magnitudes(file: Path, found: Mapping[Module, Mapping[str, StoredTensor]]) -> dict[Module, AnyTensor]:
+    """Return the magnitudes of all modules; empty for LoRA."""
+    having = [module for module, own in found.items() if "magnitude" in own]
+    if having and (without := [module for module in found if module not in having]):
+        raise InputError(
+            f"{file} has magnitudes of DoRA on {_name(having[0])} and none on {_name(without[0])}; save it again, or "
+            "train all of them as DoRA"
+        )
+    result: dict[Module, AnyTensor] = {}
+    for module in having:
+        vector, num = found[module]["magnitude"], found[module]["B"].shape[0]
+        # Of PEFT, LyCORIS and both with convolutions.
+        if tuple(vector.shape) not in ((num,), (num, 1), (1, num, 1, 1), (num, 1, 1, 1)):
+            raise InputError(
+                f"{file}: {vector.name} has the shape {tuple(vector.shape)}, expected {num} magnitudes, one for each "
+                "output; those of inputs, which LyCORIS makes without wd_on_output, are another method: train with it"
+            )
+        result[module] = LazyTensor((vector,), torch.flatten)
+    return result
 
 
 def _flat(matrix: torch.Tensor) -> torch.Tensor:
@@ -132,7 +160,7 @@ def _flat(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
-    """Return the tensors "A", "B" and "alpha" of each adapted module."""
+    """Return the tensors "A", "B", "alpha" and "magnitude" of each adapted module."""
     (content,) = read_shards(file)
     parsed = {name: parse_lora_name(name) for name in content}
     unknown = {name: reason for name, reason in parsed.items() if isinstance(reason, str)}
@@ -267,8 +295,6 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
     """Refuse methods not visible in the matrices, and contradicting values."""
-    if config.get("use_dora"):
-        raise InputError(f"{file} is DoRA according to {source}, which has no counterpart in SAT; train plain LoRA")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_OTHER_BASE):
         raise InputError(

@@ -17,11 +17,12 @@ from sgm.conversion.diffusers.verify import peer_rope
 from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora
 from sgm.conversion.lora_merge import merge_loras
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import AdapterInfo, is_adapter, merge_adapters
+from sgm.weights.adapters import AdapterInfo, is_adapter
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor
 from sgm.weights.lora.files import read_lora
+from sgm.weights.lora.merging import merge_adapters
 
 RANK, ALPHA = 4, 3
 QKV, DENSE = (f"transformer.layers.0.attention.{name}" for name in ("query_key_value", "dense"))
