@@ -1,11 +1,16 @@
-"""Training adapters that are not LoRA: exact resume, and what is refused."""
+"""Training adapters that are not LoRA: exact resume, memory, and what is refused."""
 
 import pytest
+import torch
 
+from sgm.checks.measure import network_usage
+from sgm.checks.meta_run import build
 from sgm.config.load import ConfigError, load_config
+from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare
 from sgm.weights.adapters import kind_of, read_adapter_info
-from tests.sgm.training.test_frozen import FULL, LORA, OFFLOAD, equal, losses, weights
+from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
+from tests.sgm.training.test_frozen import FULL, LORA, OFFLOAD, TOY, VIDEO, equal, losses, weights
 
 SECTION = "model.network_config.params.modules.lora_config"
 DORA = [
@@ -40,3 +45,20 @@ def test_weights_with_adapters_of_another_kind_are_refused(training_yaml, tmp_pa
     words = [f"{SECTION}.params.kind=dora", f"args.save={tmp_path}"]
     with pytest.raises(ConfigError, match="holds LoRA, and the configuration says kind: dora"):
         prepare(load_config(training_yaml(LORA), words, mode="train"))
+
+
+def test_memory_counts_magnitudes_and_what_their_gradients_keep():
+    """Six layers of a released width, on meta tensors."""
+    found = {}
+    for kind in ("lora", "dora"):
+        section = network_section(model="cogvideox_5b_lora", layers=6)
+        section["params"]["modules"]["lora_config"]["params"]["kind"] = kind
+        names = frozenset(choose_trainable(build(section), {"lora_train": True}).names)
+        config = load_config(TOY, mode="train")
+        config.model["network_config"] = section
+        found[kind] = network_usage(config, VIDEO, BATCH, torch.bfloat16, trained=names)
+        width = section["params"]["hidden_size"]
+    lora, dora = found["lora"], found["dora"]
+    assert dora.trained - lora.trained == 6 * 4 * width
+    tokens = BATCH * (16 + LATENTS[0] * LATENTS[2] * LATENTS[3] // 4)
+    assert dora.peak - lora.peak >= 6 * 4 * width * tokens, "the outputs of the projections, at least a byte each"
