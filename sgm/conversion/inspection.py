@@ -21,6 +21,7 @@ from sgm.weights.adapters import (
     AdapterInfo,
     Kind,
     adapters_alone,
+    is_adapter,
     kind_of,
     ranks_and_layers,
     read_adapter_info,
@@ -28,6 +29,7 @@ from sgm.weights.adapters import (
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_metadata, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
+from sgm.weights.lora.foreign import read_diffusers_lora
 from sgm.weights.lora.names import FILE as LORA_FILE
 from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, is_comfyui, parse_lora_name
 
@@ -42,7 +44,8 @@ _MODELS = {
 }
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
-_LORA = re.compile(r".+(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?")  # one of each pair
+# One tensor of each adapted module.
+_LORA = re.compile(r".+(?:(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?|\.lokr_w2(?:_b)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +348,7 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
     shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
     lora = _sat_lora(network, adapters)
     if lora is not None and adapters_alone(network):
-        width = next((shape[1] for name, shape in shapes.items() if ".query_key_value.matrix_A." in name), 0)
+        width = _width(shapes)
         return _counted(
             path, f"SAT adapters ({TITLES[lora.kind]})", tensors, lora=lora, candidates=_models(width, lora.layers)
         )
@@ -363,6 +366,18 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
     )
 
 
+def _width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden size of adapters by SAT's names, of their attention; 0 if unknown."""
+    for name, shape in shapes.items():
+        if ".query_key_value.matrix_A." in name:
+            return shape[1]
+        if ".query_key_value.lokr_w1.0" in name:
+            whole, last = (shapes.get(name.replace("lokr_w1", kind)) for kind in ("lokr_w2", "lokr_w2_b"))
+            second = whole or last
+            return shape[1] * second[1] if second else 0
+    return 0
+
+
 def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None = None) -> tuple[str, ...]:
     """Return the shipped models with this hidden size and these layers; with `found`, those with exactly this shape."""
     exact = found and (found.hidden_size, found.num_layers, found.in_channels, found.temporal_patch)
@@ -372,10 +387,11 @@ def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None 
 
 def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | None:
     ranks, layers = ranks_and_layers(tensors)
-    if not ranks:
+    if not layers or not any(map(is_adapter, tensors)):
         return None
     alpha, base = (None, None) if adapters is None else (adapters.alpha, adapters.base)
-    return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base, kind=kind_of(tensors))
+    rank = max(ranks) if adapters is None else adapters.rank
+    return LoraFacts(rank=rank, alpha=alpha, layers=layers, base=base, kind=kind_of(tensors))
 
 
 def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
@@ -390,7 +406,7 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
     first = next(iter(matches))
     sides = [each.side for each in map(parse_lora_name, tensors) if isinstance(each, LoraName)]
-    method: Kind = "dora" if "magnitude" in sides else "lora"
+    method: Kind = "dora" if "magnitude" in sides else "lokr" if "lokr_w2" in sides or "lokr_w2_b" in sides else "lora"
     kinds = {"base_model.": "of PEFT", "diffusion_model.": "for ComfyUI", "lora_": "of kohya's scripts"}
     kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "for diffusers")
     kind = f"{TITLES[method]} {'of PEFT' if config.is_file() else kind}"
@@ -401,6 +417,10 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
         kind=method,
     )
+    if method == "lokr":
+        other = read_diffusers_lora(file)
+        lora = dataclasses.replace(lora, rank=other.rank, alpha=other.alpha)
+        return _counted(path, kind, tensors, lora=lora)
     widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
     return _counted(path, kind, tensors, lora=lora, candidates=candidates)

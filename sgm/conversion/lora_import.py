@@ -22,7 +22,7 @@ from sgm.weights.lazy import Tensors, compute
 from sgm.weights.lora.dora import base_magnitude
 from sgm.weights.lora.files import network_of
 from sgm.weights.lora.foreign import DiffusersLora, listed, read_diffusers_lora
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, sat_name
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, part_of, sat_name
 from sgm.weights.match import match_network
 
 logger = get_logger(__name__)
@@ -73,11 +73,12 @@ def import_lora(
         base_digest=weights_digest(base_file),
         targets=short_names(lora.groups),
         kind=kind_of(lora.tensors),
+        factor=lora.factor,
     )
     network = _network(config, info, lora)
     match_network(network, base_file)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items() if is_adapter(name)}
-    tensors = _to_sat(lora, shapes, network_of(base_file))
+    tensors = _to_sat(lora, shapes, network_of(base_file)) if lora.pairs else _kronecker_to_sat(lora, shapes)
     with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_network(temporary, 1, tensors, patch_size=network.patch_size, adapters=info)
     said = (lora.path, TITLES[info.kind], lora.rank, lora.alpha, len(lora.layers))
@@ -97,6 +98,24 @@ def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
     section["params"]["modules"]["lora_config"] = {"target": LORA_TARGET, "params": info.lora_params(num_layers)}
     with without_allocating():
         return instantiate_from_config(section)
+
+
+def _kronecker_to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return the matrices of LoKr by SAT's names; zero for modules without."""
+    for name, tensor in lora.tensors.items():
+        if tuple(tensor.shape) != shapes.get(name):
+            raise InputError(
+                f"{lora.path}: {name} would have the shape {tuple(tensor.shape)}, and the model needs "
+                f"{shapes.get(name, 'none there')}; give the YAML of the model that the LoKr was trained on"
+            )
+    found = {name: compute(tensor) for name, tensor in lora.tensors.items()}
+    dtype = next(iter(found.values())).dtype
+    without = {part_of(name) for name in shapes.keys() - found.keys()}
+    if without:
+        logger.info(
+            "%s has no adapters on some %s; they are zero and have no effect", lora.path, listed(sorted(without))
+        )
+    return {name: found[name] if name in found else torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
 def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]], base: Tensors) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
 from sgm.weights.lora.files import Lora, find_any_lora, is_sat, network_of, read_any_lora, warn_without_effect
-from sgm.weights.lora.merging import merge_adapters
+from sgm.weights.lora.merging import kronecker_changes, merge_adapters
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
 
@@ -82,13 +82,30 @@ def merge_loras(
     factors = _strengths(strengths, len(paths))
     loras = read_loras(paths, alpha)
     network = {name: t for name, t in network_of(_base_file(loras, base)).items() if not is_adapter(name)}
-    stack = stack_of_loras(loras, factors, {WRAPPED.sub(r".\1", name): tensor for name, tensor in network.items()})
-    tensors = network | stack.scaled() if stack.members else network
-    merged = merge_adapters(tensors, alpha=stack.alpha, shares=stack.shares(0.0))
+    merged = _merged(network, loras, factors)
     with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
         write_network(temporary, 1, merged, file_format=file_format)
     _log(loras, factors, "merged into the base")
     return Path(folder) / "1" / f"{WEIGHTS}.{file_format}"
+
+
+def _merged(network: Tensors, loras: Sequence[Lora], factors: Sequence[float]) -> dict[str, LazyTensor]:
+    """Return a network with adapters merged into the weights."""
+    plain = {WRAPPED.sub(r".\1", name): tensor for name, tensor in network.items()}
+    changes: dict[str, LazyTensor] = {}
+    others = []
+    for lora, factor in zip(loras, factors, strict=True):
+        if lora.kind != "lokr":
+            others.append((lora, factor))
+            continue
+        own = kronecker_changes(lora.tensors, scale=factor * lora.alpha / lora.rank) if factor else {}
+        for name, change in own.items():
+            changes[name] = LazyTensor((changes[name], change), torch.add) if name in changes else change
+    if not others:
+        return merge_adapters(plain, alpha=1, changes=changes)
+    stack = stack_of_loras([lora for lora, _ in others], [factor for _, factor in others], plain)
+    tensors = plain | stack.scaled() if stack.members else plain
+    return merge_adapters(tensors, alpha=stack.alpha, shares=stack.shares(0.0), changes=changes)
 
 
 def sum_loras(
@@ -186,6 +203,7 @@ def average_loras(
         layers=first.layers,
         targets=targets,
         kind=first.kind,
+        factor=first.factor,
     )
     return _write(folder, {name: tensor.compute() for name, tensor in lazy.items()}, info, loras, weights)
 

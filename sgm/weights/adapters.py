@@ -9,7 +9,7 @@ for each third of its rows, and the projection after the attention by one::
 
 Other projections have adapters by ``targets``, see `sgm.weights.lora.names`. rsLoRA (Kalajdzievski 2023) scales by
 alpha / √r; files record the numerator of alpha / r, alpha·√r. DoRA has magnitudes too, ``magnitude.<j>`` beside the
-matrices, see `sgm.weights.lora.dora`.
+matrices, see `sgm.weights.lora.dora`; LoKr has others, see `sgm.weights.lora.lokr`.
 
 | step | where |
 |---|---|
@@ -45,8 +45,17 @@ from sgm.util import InputError, default
 from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, find_weights, read_entry, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, Tensors, meta
-from sgm.weights.lora.dora import is_magnitude
-from sgm.weights.lora.names import ADAPTER, GROUPS, IN_LAYERS, LAYER, PROJECTIONS, groups_of, projection_of
+from sgm.weights.lora.lokr import W1, W2_B
+from sgm.weights.lora.names import (
+    ADAPTER,
+    GROUPS,
+    IN_LAYERS,
+    LAYER,
+    PROJECTIONS,
+    groups_of,
+    projection_of,
+    starts_at_zero,
+)
 from sgm.weights.partition import Shard, take_shard, unsharded_shape
 
 logger = get_logger(__name__)
@@ -64,8 +73,9 @@ _SHIPPED = re.compile(r"\bcogvideox\S*_lora\.yaml\b")
 _LORA_PARAMS = "model.network_config.params.modules.lora_config.params"
 
 Pair = tuple[AnyTensor, AnyTensor]
-Kind = Literal["lora", "dora"]
-TITLES: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA"}
+Kind = Literal["lora", "dora", "lokr"]
+TITLES: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
+_OPTIONAL = {"kind", "factor"}  # in the entry of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,7 @@ class AdapterInfo:
         base_digest: its :func:`sgm.weights.files.weights_digest`.
         targets: the projections that have adapters, by the last part of their names in `PROJECTIONS`.
         kind: the method. Not written for LoRA, so that its files stay as they were.
+        factor: of LoKr, see `sgm.weights.lora.lokr.factors_of`; not written for others.
     """
 
     rank: int
@@ -89,12 +100,13 @@ class AdapterInfo:
     base_digest: str
     targets: tuple[str, ...] = ("query_key_value", "dense")
     kind: Kind = "lora"
+    factor: int = -1
 
     def to_entry(self) -> dict[str, Any]:
         """Return the plain values to be saved."""
         values = dataclasses.asdict(self)
-        if self.kind == "lora":
-            del values["kind"]
+        for name in {"lora": ("kind", "factor"), "dora": ("factor",), "lokr": ()}[self.kind]:
+            del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -104,8 +116,8 @@ class AdapterInfo:
         Raises:
             InputError: it was not written by `to_entry`.
         """
-        names = {field.name for field in dataclasses.fields(cls)} - {"kind"}
-        if not isinstance(entry, dict) or entry.keys() - {"kind"} != names:
+        names = {field.name for field in dataclasses.fields(cls)} - _OPTIONAL
+        if not isinstance(entry, dict) or entry.keys() - _OPTIONAL != names:
             found = f"holds {sorted(entry)}" if isinstance(entry, dict) else f"is {spelled(entry)}"
             raise InputError(f"{path}: its entry '{ENTRY}' {found}, expected {sorted(names)}; save the adapters anew")
         try:
@@ -136,6 +148,8 @@ class AdapterInfo:
             params["targets"] = list(self.groups)
         if self.kind != "lora":
             params["kind"] = self.kind
+        if self.kind == "lokr":
+            params["factor"] = self.factor
         if self.layers != tuple(range(num_layers)):
             params["layer_range"] = list(self.layers)
         return params
@@ -145,7 +159,7 @@ class AdapterInfo:
         ranks, layers = ranks_and_layers(tensors)
         if (kind := kind_of(tensors)) != self.kind:
             return f"the adapters are described as {TITLES[self.kind]}, and their tensors are of {TITLES[kind]}"
-        if (ranks, layers) == ({self.rank}, self.layers):
+        if ranks <= {self.rank} and (ranks or self.kind == "lokr") and layers == self.layers:
             found = groups_of(name.removeprefix(PREFIX) for name in tensors)
             said = f"the LoRA is described as one of {', '.join(self.groups)}, and its matrices are of"
             return None if found == self.groups else f"{said} {', '.join(found)}"
@@ -165,13 +179,14 @@ def adapter_layer(name: str) -> int | None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor is one of an adapter, a LoRA matrix or magnitudes, by its name with or without prefix."""
+    """Whether a tensor is one of an adapter, a matrix or magnitudes, by its name with or without prefix."""
     return ADAPTER.fullmatch(name) is not None
 
 
 def kind_of(names: Iterable[str]) -> Kind:
     """Return the kind of the adapters among tensors, by their names with or without prefix."""
-    return "dora" if any(map(is_magnitude, names)) else "lora"
+    kinds = {match[2] for name in names if (match := ADAPTER.fullmatch(name))}
+    return "dora" if "magnitude" in kinds else "lokr" if W1 in kinds else "lora"
 
 
 def is_added(name: str) -> bool:
@@ -193,15 +208,16 @@ def _short(projection: str) -> str:
 
 
 def ranks_and_layers(tensors: Tensors) -> tuple[set[int], tuple[int, ...]]:
-    """Return the ranks of all LoRA matrices among `tensors`, and their layers, ascending."""
-    ranks = {meta(tensor).shape[0] for name, tensor in tensors.items() if is_adapter(name) and ".matrix_A." in name}
+    """Return the ranks of all matrices among `tensors`, and their layers, ascending; of whole w2 there is no rank."""
+    named = {name: match[2] for name in tensors if (match := ADAPTER.fullmatch(name))}
+    ranks = {meta(tensors[name]).shape[0] for name, kind in named.items() if kind in ("matrix_A", W2_B)}
     return ranks, tuple(sorted({layer for name in tensors if (layer := adapter_layer(name)) is not None}))
 
 
 def initial_matrix(
     name: str, shape: Sequence[int], shard: Shard, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return a LoRA matrix before training, float32: A uniform as in He et al. 2015 with a = √5, B zero.
+    """Return a matrix before training, float32: uniform as in He et al. 2015 with a = √5, or zero, as B is.
 
     Args:
         name: of the matrix.
@@ -210,7 +226,7 @@ def initial_matrix(
         generator: CPU generator; None uses torch's global one.
     """
     whole = torch.zeros(unsharded_shape(name, shape, shard.size))
-    if ".matrix_A." in name:
+    if not starts_at_zero(name):
         nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
     return take_shard(name, whole, shard)
 
@@ -324,7 +340,7 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
         InputError: the first wrong one.
     """
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
-    groups, kind = _groups(params), default(params.get("kind"), "lora")
+    groups, kind, factor = _groups(params), default(params.get("kind"), "lora"), params.get("factor")
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
@@ -332,6 +348,9 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
     for name, legal, expected in (
         ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
+        ("factor", factor is None or factor == -1 or factor > 0, "a number above 0, or -1 for the nearest to the root"),
+        ("factor", factor in (None, -1) or kind == "lokr", "none: it is of kind: lokr"),
+        ("targets", kind != "lokr" or "patch" not in groups, "others than patch for kind: lokr, or another kind"),
         ("kind", kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
@@ -355,8 +374,8 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
         )
     if shards > 1 and kind != "lora":
         raise InputError(
-            f"{_LORA_PARAMS}.kind is {kind}, which needs whole rows of the weights, and args.model_parallel_size above "
-            "1 shards them; set it to 1, and share clips by args.sequence_parallel_size instead"
+            f"{_LORA_PARAMS}.kind is {kind}, which is for whole weights, and args.model_parallel_size above 1 shards "
+            "them; set it to 1, and share clips by args.sequence_parallel_size instead"
         )
 
 
@@ -397,6 +416,7 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
         layers=_layers(params, config.model),
         targets=short_names(group for group in GROUPS if group in _groups(params)),
         kind=default(params.get("kind"), "lora"),
+        factor=default(params.get("factor"), -1),
         base=str(base),
         base_digest=weights_digest(default(base_file, path)),
     )
@@ -460,6 +480,7 @@ def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
         "layer_range": (list(_layers(params, config.model)), list(info.layers)),
         "targets": (sorted(_groups(params)), sorted(info.groups)),
         "kind": (default(params.get("kind"), "lora"), info.kind),
+        "factor": (default(params.get("factor"), -1), info.factor),
     }
     for name, (configured, trained) in pairs.items():
         if configured != trained:

@@ -233,10 +233,10 @@ def _transformer(
                 )
             released = partial(released_patch, geometry.patch_size)
             patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
-            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha)
+            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha, rank=lora_params["r"])
         if dtype is not None:  # round once, directly to `dtype`
             own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
-        own = merge_adapters(own, alpha=alpha, strength=float(adapters == "merge"))
+        own = merge_adapters(own, alpha=alpha, rank=lora_params["r"], strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
         own, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
     )

@@ -10,21 +10,31 @@ from sgm.util import InputError
 from sgm.weights.adapters import WRAPPED, Pair, adapter_pairs, is_adapter
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 from sgm.weights.lora.dora import gains, parts_of, row_norms
+from sgm.weights.lora.lokr import changes_of, is_kronecker
 from sgm.weights.lora.names import MODULATION, NORM_CHUNKS, projection_of
 
 
 def merge_adapters(
-    tensors: Tensors, *, alpha: float, strength: float = 1.0, shares: Mapping[str, torch.Tensor] | None = None
+    tensors: Tensors,
+    *,
+    alpha: float,
+    rank: int | None = None,
+    strength: float = 1.0,
+    shares: Mapping[str, torch.Tensor] | None = None,
+    changes: Mapping[str, LazyTensor] | None = None,
 ) -> dict[str, LazyTensor]:
     """Merge adapters into the weights, summed in float32 and rounded to the dtype of W once.
 
-    LoRA gives W + strength·(alpha / r)·B·A. DoRA gives W + strength·(g·V - W), see `sgm.weights.lora.dora`.
+    LoRA gives W + strength·(alpha / r)·B·A. DoRA gives W + strength·(g·V - W), see `sgm.weights.lora.dora`, and LoKr
+    W + strength·(alpha / r)·w1 ⊗ w2.
 
     Args:
         tensors: a network with adapters. Adapted projections are named with or without ``.original``.
         alpha: numerator of the scale.
+        rank: r of LoKr, whose matrices do not tell it.
         strength: 0 gives the network without its adapters, bit for bit.
         shares: h (D_out,) of projections to which h·W is added too, see `sgm.weights.lora.several`.
+        changes: ΔW (D_out, D_in) that is added too, by projection.
 
     Returns:
         The network without ``.original`` in its names; tensors without adapters are unchanged.
@@ -33,6 +43,10 @@ def merge_adapters(
         InputError: matrices without a partner or a weight, or with mismatched shapes.
     """
     pairs, magnitudes = adapter_pairs(tensors, "the checkpoint"), magnitudes_of(tensors)
+    added = dict(changes or {})
+    if rank is not None:
+        added |= kronecker_changes(tensors, scale=strength * alpha / rank)
+    assert added or not any(map(is_kronecker, tensors)), "the caller gives the rank of LoKr"
     result = {}
     for name, tensor in tensors.items():
         if is_adapter(name):
@@ -40,24 +54,68 @@ def merge_adapters(
         plain = WRAPPED.sub(r".\1", name)
         module, _, kind = plain.rpartition(".")
         own = pairs.pop(module, None) if kind == "weight" else None
-        if own is None or strength == 0:
+        change = added.pop(module, None) if kind == "weight" else None
+        if strength == 0 or (own is None and change is None):
             result[plain] = LazyTensor((tensor,))
             continue
-        require_fitting(module, tensor, own)
-        matrices = [matrix for pair in own for matrix in pair]
-        modulates, scale = projection_of(module)[1] == MODULATION, alpha / matrices[0].shape[0]
-        if module in magnitudes:
-            make = partial(_decomposed, scale, strength, modulates, len(own))
-            result[plain] = LazyTensor((tensor, *matrices, *magnitudes[module]), make)
-        else:
-            share = (shares or {}).get(module)
-            more = () if share is None else (share,)
-            result[plain] = LazyTensor(
-                (tensor, *more, *matrices), partial(_add_products, strength * scale, modulates, bool(more))
-            )
-    if pairs:
-        raise InputError(f"the checkpoint has adapters on {next(iter(pairs))} and no weight there; give the whole base")
+        if change is not None:
+            require_shape(module, tensor, change)
+            whole = LazyTensor((tensor,), to_dtype=torch.float32)
+            made = whole if own is None else _merged(module, whole, own, magnitudes, alpha, strength, shares)
+            result[plain] = LazyTensor((made, change), _add, to_dtype=tensor.dtype)
+        elif own is not None:
+            result[plain] = _merged(module, tensor, own, magnitudes, alpha, strength, shares)
+    if left := [*pairs, *added]:
+        raise InputError(f"the checkpoint has adapters on {left[0]} and no weight there; give the whole base")
     return result
+
+
+def _merged(
+    module: str,
+    tensor: AnyTensor,
+    own: list[Pair],
+    magnitudes: Mapping[str, list[AnyTensor]],
+    alpha: float,
+    strength: float,
+    shares: Mapping[str, torch.Tensor] | None,
+) -> LazyTensor:
+    """Return a weight with the matrices of LoRA, and of DoRA the magnitudes, of its projection."""
+    require_fitting(module, tensor, own)
+    matrices = [matrix for pair in own for matrix in pair]
+    modulates, scale = projection_of(module)[1] == MODULATION, alpha / matrices[0].shape[0]
+    if module in magnitudes:
+        make = partial(_decomposed, scale, strength, modulates, len(own))
+        return LazyTensor((tensor, *matrices, *magnitudes[module]), make)
+    share = (shares or {}).get(module)
+    more = () if share is None else (share,)
+    return LazyTensor((tensor, *more, *matrices), partial(_add_products, strength * scale, modulates, bool(more)))
+
+
+def kronecker_changes(tensors: Tensors, *, scale: float) -> dict[str, LazyTensor]:
+    """Return scale·w1 ⊗ w2 (D_out, D_in) float32 of each projection with LoKr, in the order of its rows.
+
+    Args:
+        tensors: by names without prefix.
+        scale: strength·alpha / r.
+    """
+    return changes_of(tensors, scale, _in_rows)
+
+
+def _in_rows(projection: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    return in_order(parts) if projection_of(projection)[1] == MODULATION else torch.cat(parts)
+
+
+def _add(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return weight + change.view_as(weight)
+
+
+def require_shape(projection: str, weight: AnyTensor, change: AnyTensor) -> None:
+    """Raise InputError unless a change is of the shape of a weight."""
+    if (weight.shape[0], math.prod(weight.shape[1:])) != tuple(change.shape):
+        raise InputError(
+            f"the LoKr of {projection} changes a weight {tuple(change.shape)}, and there it is {tuple(weight.shape)}; "
+            "give the base that it was trained on"
+        )
 
 
 def magnitudes_of(tensors: Tensors) -> dict[str, list[AnyTensor]]:

@@ -11,7 +11,8 @@ All adapt modules of a CogVideoXTransformer3DModel, ``transformer_blocks.<i>.<mo
 | wrappers (DDP, compile, FSDP, checkpointing) | any of these with ``module.``, ``_orig_mod.`` and the like, anywhere |
 
 DoRA adds a magnitude for each output: ``<...>.lora_magnitude_vector`` in PEFT and diffusers, ``<...>.dora_scale`` in
-kohya's scripts, LyCORIS and ComfyUI.
+kohya's scripts, LyCORIS and ComfyUI. The matrices of LoKr are ``<...>.lokr_w1``, ``lokr_w2``, ``lokr_w2_a`` and so on
+in all of them.
 """
 
 import re
@@ -61,9 +62,9 @@ _GROUP_OF = {projection: group for group, own in GROUPS.items() for projection i
 LAYER = re.compile(r"(?:(?:^|\.)layers|\.adaLN_modulations)\.(\d+)\.")
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
-Side = Literal["A", "B", "alpha", "magnitude"]
+Side = Literal["A", "B", "alpha", "magnitude", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"]
 # Tensors of an adapter by SAT's names: projection, kind and number of the pair.
-ADAPTER = re.compile(r"(.+)\.(matrix_A|matrix_B|magnitude)\.(\d+)")
+ADAPTER = re.compile(r"(.+)\.(matrix_A|matrix_B|magnitude|lokr_w1|lokr_w2|lokr_w2_a|lokr_w2_b)\.(\d+)")
 _KINDS = {"A": "matrix_A", "B": "matrix_B", "magnitude": "magnitude"}
 
 # What wrapping leaves between the parts of a name; "module" also in front.
@@ -78,16 +79,19 @@ _BLOCK = re.compile(r"(?:(transformer_)?blocks[._](\d+)[._])?(.+)")
 _TENSOR = re.compile(r"transformer_blocks\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _ENDS: dict[str, Side] = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B"}
 _ENDS |= {"alpha": "alpha", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}
+_ENDS |= {"lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b"}
+_ENDS |= {"lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b"}
 _END = re.compile(
     r"(?P<module>.+?)(?:"
     r"\.(?P<side>lora_A|lora_B)(?:\.(?:.+\.)?weight)?"
     r"|(?:\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<old>down|up)(?:\.weight)?"
     r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.(?:.+\.)?weight)?"
+    r"|\.(?P<lokr>lokr_w[12](?:_[ab])?)"
     r"|\.(?P<one>alpha|dora_scale))"
 )
 _METHODS = {
-    r"\.hada_": "it is LoHa, and there are LoRA and DoRA only; train one of them",
-    r"\.lokr_": "it is LoKr, and there are LoRA and DoRA only; train one of them",
+    r"\.hada_": "it is LoHa, and there are LoRA, DoRA and LoKr only; train one of them",
+    r"\.lokr_t2": "it is the middle of a convolution's LoKr, which is not supported; train without use_tucker",
     r"\.lora_mid": "it is the middle of a convolution's LoRA, which is not supported; train plain LoRA",
     r"lora_embedding_": "it adapts a table of embeddings, and there is none; train without it",
     r"modules_to_save|\.diff(_b)?$": "it holds trained weights besides LoRA; merge them into the base with their tool",
@@ -107,9 +111,15 @@ class LoraName:
 
 
 def sat_name(layer: int | None, part: str, kind: str) -> str:
-    """Return SAT's name of the matrix "A" or "B", or of the "magnitude", of a module in `MODULES`."""
+    """Return SAT's name of the matrix "A" or "B", the "magnitude", or "lokr_w1" and so on, of a module in `MODULES`."""
     projection, index = _PLACES[part]
-    return f"{projection.format(layer)}.{_KINDS[kind]}.{index}"
+    return f"{projection.format(layer)}.{_KINDS.get(kind, kind)}.{index}"
+
+
+def starts_at_zero(name: str) -> bool:
+    """Whether a tensor of an adapter is zero before training, so that the adapter has no effect, by its name."""
+    match = ADAPTER.fullmatch(name)
+    return match is not None and match[2] in ("matrix_B", "lokr_w2", "lokr_w2_b")
 
 
 def part_of(name: str) -> str:
@@ -181,5 +191,5 @@ def parse_lora_name(name: str) -> LoraName | str:
     module = known.get(module, module)
     if (layer is None) != module.startswith("patch_embed"):
         return "it is on no transformer_blocks.<i> of a CogVideoX transformer, but on another part or another model"
-    side = _ENDS[end["side"] or end["old"] or end["magnitude"] or end["one"]]
+    side = _ENDS[end["side"] or end["old"] or end["magnitude"] or end["lokr"] or end["one"]]
     return LoraName(None if layer is None else int(layer), module, side)

@@ -9,7 +9,7 @@ with the layer and with the step: fᵢ = strength of the layer × schedule at th
 
 What a DoRA adds is g·(W + s·B·A) - W (`sgm.weights.lora.dora`), and g is known when sampling starts: it is a LoRA with
 the matrix g·B, and a share g - 1 of W beside it. The shares h = Σ strength·(g - 1) of all are one vector for each
-projection.
+projection. LoKr has no small rank: one is sampled alone, with its strength, and several are merged.
 """
 
 import copy
@@ -30,13 +30,24 @@ from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.modules.geometry import normalize_patch_size
 from sgm.util import InputError, default
-from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, adapters_alone, is_adapter, read_adapter_info
+from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, TITLES, adapters_alone, is_adapter, read_adapter_info
 from sgm.weights.files import find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.dora import Gains, is_magnitude
 from sgm.weights.lora.files import Lora, network_of, read_any_lora
+from sgm.weights.lora.lokr import shapes_of
 from sgm.weights.lora.merging import in_order
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, PARTS, PATCH, part_of, sat_name
+from sgm.weights.lora.names import (
+    ADAPTER,
+    GROUPS,
+    IN_LAYERS,
+    MODULATION,
+    PARTS,
+    PATCH,
+    part_of,
+    projection_of,
+    sat_name,
+)
 
 logger = get_logger(__name__)
 
@@ -118,6 +129,11 @@ class LoraStack:
         return self.members[0].lora.alpha if len(self.members) == 1 else float(self.rank)
 
     @property
+    def kronecker(self) -> Lora | None:
+        """The LoKr, which is alone; None of others."""
+        return next((member.lora for member in self.members if member.lora.kind == "lokr"), None)
+
+    @property
     def layers(self) -> list[int | None]:
         """The layers in which any LoRA has an effect, ascending; then None if one has outside of them."""
         factors = enumerate(zip(*(m.strengths for m in self.members), strict=True))
@@ -134,6 +150,7 @@ class LoraStack:
         """Return the parameters of the ``lora_config`` of a network with these adapters."""
         inside = [layer for layer in self.layers if layer is not None]
         params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "layer_range": inside}
+        params |= {"kind": "lokr", "factor": self.kronecker.factor} if self.kronecker else {}
         return params if self.groups == DEFAULT_GROUPS else params | {"targets": list(self.groups)}
 
     @property
@@ -167,6 +184,13 @@ class LoraStack:
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Return the matrices of all LoRAs as one, by SAT's names, lazy; zero where a LoRA has none."""
+        if (lora := self.kronecker) is not None:
+            return {
+                name: LazyTensor((lora.tensors.get(name, torch.zeros(shape)),))
+                for layer in self.layers
+                for part in self._parts(layer)
+                for name, shape in kronecker_shapes(lora, layer, part, self.shapes[part]).items()
+            }
         return {
             sat_name(layer, part, kind): self._joined(layer, part, kind)
             for layer in self.layers
@@ -201,7 +225,7 @@ class LoraStack:
         for member in self.members:
             lora, own = member.lora, sorted({member.strengths[layer] for layer in member.lora.layers})
             what = "" if lora.groups == DEFAULT_GROUPS else f" ({', '.join(lora.groups)})"
-            kind = "" if member.gains is None else "DoRA of "
+            kind = "DoRA of " if member.gains else "LoKr of " if lora.kind == "lokr" else ""
             strength = f"{own[0]:g}" if len(own) == 1 else f"{own[0]:g} to {own[-1]:g}, by layer"
             steps = "; ".join(f"{factor:g} at {share:g}" for share, factor in member.schedule)
             yield (
@@ -216,6 +240,12 @@ def _columns(b: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 def _cat(dim: int, *tensors: torch.Tensor) -> torch.Tensor:
     return torch.cat(tensors, dim)
+
+
+def kronecker_shapes(lora: Lora, layer: int | None, part: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the matrices of a module with LoKr, by SAT's names; its size is (D_in, D_out)."""
+    shapes = shapes_of(size[1], size[0], lora.rank, lora.factor)
+    return {sat_name(layer, part, kind): shape for kind, shape in shapes.items()}
 
 
 def stack_of(config: Config) -> LoraStack | None:
@@ -243,6 +273,10 @@ def stack_of(config: Config) -> LoraStack | None:
         if any((*m.strengths, m.outside)) and (not m.schedule or any(factor for _, factor in m.schedule))
     ]
     stack = LoraStack(members=used, shapes=_shapes(params))
+    if stack.kronecker is not None and len(used) > 1:
+        found = f"holds a LoKr beside others, {stack.kronecker.path}, which can be sampled alone only"
+        cure = "merge some into the weights first: tools/merge_lora_weight.py takes all kinds"
+        raise ConfigError(config.located([Problem("args.loras", "", found, cure)]))
     if stack.rank > params["hidden_size"]:
         found = f"have {stack.rank} ranks together, more than the hidden size {params['hidden_size']}"
         cure = "merge some into the weights first: tools/merge_lora_weight.py"
@@ -304,13 +338,14 @@ class _Base:
 
     def under(self, member: Scaled) -> Scaled:
         """Return a LoRA on the weights of this base, which DoRA depends on."""
-        if member.lora.kind == "lora":
-            return member
-        if self._shards > 1:
+        kind = member.lora.kind
+        if kind != "lora" and self._shards > 1:
             raise InputError(
-                f"{member.lora.path} is DoRA, which needs whole rows of the weights, and args.model_parallel_size "
+                f"{member.lora.path} is {TITLES[kind]}, which is for whole weights, and args.model_parallel_size "
                 "above 1 shards them; share videos by args.sequence_parallel_size instead"
             )
+        if kind != "dora":
+            return member
         if self.path is None:
             raise InputError(f"{member.lora.path} is DoRA, which depends on the weights of args.load; give them")
         self._weights = self._weights or network_of(self.path)
@@ -411,11 +446,26 @@ def _require_fitting(lora: Lora, num_layers: int, shapes: Mapping[str, tuple[int
     cure = "give a LoRA of this model, or the YAML and weights of the model that it was trained on"
     if lora.layers[-1] >= num_layers:
         raise InputError(f"{lora.path} adapts layer {lora.layers[-1]}, and the model has {num_layers}; {cure}")
+    if lora.kind == "lokr":
+        _require_fitting_kronecker(lora, shapes, cure)
+        return
     for name, tensor in lora.tensors.items():
         size_in, size_out = shapes[part_of(name)]
         expected = (lora.rank, size_in) if ".matrix_A." in name else (size_out, lora.rank)
         expected = (size_out, 1) if is_magnitude(name) else expected
         if (tensor.shape[0], math.prod(tensor.shape[1:])) != expected:
+            raise InputError(
+                f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
+                f"{expected}; {cure}"
+            )
+
+
+def _require_fitting_kronecker(lora: Lora, shapes: Mapping[str, tuple[int, int]], cure: str) -> None:
+    for name, tensor in lora.tensors.items():
+        match, part = ADAPTER.fullmatch(name), part_of(name)
+        assert match is not None, "a name of SAT"
+        expected = kronecker_shapes(lora, projection_of(match[1])[0], part, shapes[part]).get(name)
+        if tuple(tensor.shape) != expected:
             raise InputError(
                 f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
                 f"{expected}; {cure}"

@@ -433,7 +433,7 @@ def test_lazy_tensors_and_plain_names_are_taken_and_nothing_is_computed_early():
 def test_logging_says_what_was_written(saved, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="sgm"):
         export_lora(saved(build_network(section())), tmp_path / "out")
-    assert "LoRA of rank 4, alpha 3, 8 pairs" in caplog.text
+    assert "LoRA of rank 4, alpha 3, 8 modules" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", ["nan", "int", "bool", "complex", "flip"])

@@ -171,7 +171,7 @@ def test_names_of_other_tools_are_brought_to_one_form(tmp_path, tool, alpha):
     [
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
         ("transformer_blocks.0.attn1.to_q.hada_w1_a", "LoHa"),
-        ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_w1", "LoKr"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_t2", "middle of a convolution's LoKr"),
         ("transformer_blocks.0.attn1.to_q.lora_B.bias", "bias"),
         ("transformer_blocks.0.attn1.to_q.weight", "no matrix or alpha"),
         ("diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight", "another model"),

@@ -99,7 +99,7 @@ def test_the_lora_of_the_toy_puts_land_under_a_shape(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dora"])
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
 def test_adapters_of_other_kinds_learn_it_too(folder, tmp_path, monkeypatch, kind):
     """The command in docs/adapters.md."""
     monkeypatch.chdir(ROOT)

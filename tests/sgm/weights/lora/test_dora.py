@@ -212,9 +212,9 @@ def test_a_layer_on_a_weight_in_fewer_bits_is_that_of_the_numbers_it_stands_for(
 
 
 def test_what_does_not_work_is_refused(every, plain, tmp_path):
-    with pytest.raises(InputError, match="kind is 'doora'; give one of lora, dora"):
+    with pytest.raises(InputError, match="kind is 'doora'; give one of lora, dora, lokr"):
         check_lora_params({"r": 4, "kind": "doora"}, 2, 32)
-    with pytest.raises(InputError, match="kind is dora, which needs whole rows .*model_parallel_size above 1"):
+    with pytest.raises(InputError, match="kind is dora, which is for whole weights.*model_parallel_size above 1"):
         check_lora_params({"r": 4, "kind": "dora"}, 2, 32, shards=2)
     words = [f"args.load={every.folder / 'run'}"]
     with pytest.raises(ConfigError, match=r"kind \(.*: is lora, but the adapters in .* were trained with dora"):
@@ -225,5 +225,5 @@ def test_what_does_not_work_is_refused(every, plain, tmp_path):
     assert kind_of(tensors) == "lora"
     assert "described as DoRA, and their tensors are of LoRA" in every.info.mismatch(tensors)
     config = [f"args.loras=[{{path: {every.folder / 'run'}}}]", "args.model_parallel_size=2"]
-    with pytest.raises(ConfigError, match="is DoRA, which needs whole rows of the weights"):
+    with pytest.raises(ConfigError, match="is DoRA, which is for whole weights"):
         stack_of(every.config(config))

@@ -60,7 +60,7 @@ class Case:
         load_network(self.network, folder / "base")
         generator = torch.Generator().manual_seed(2)
         for name, parameter in self.network.named_parameters():
-            if ".matrix_" in name:
+            if ".matrix_" in name or ".lokr_" in name:
                 nn.init.normal_(parameter, 0, 0.2, generator=generator)
             elif ".magnitude." in name:
                 parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
