@@ -147,10 +147,8 @@ def _add_magnitudes(adapter: Any) -> None:
     """Add the magnitudes of DoRA to a layer; those of loaded weights are set when they are loaded."""
     rows = parts_of(adapter.original.weight, len(adapter.matrix_B), modulates=getattr(adapter, "modulates", False))
     dtype = adapter.matrix_B[0].dtype
-    adapter.magnitude, adapter.is_dora = (
-        nn.ParameterList([nn.Parameter(row_norms(own).to(dtype)) for own in rows]),
-        True,
-    )
+    adapter.magnitude = nn.ParameterList([nn.Parameter(row_norms(own).to(dtype)) for own in rows])
+    adapter.is_dora = True
 
 
 def _use_kronecker(adapter: Any, factor: int) -> None:
