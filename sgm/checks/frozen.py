@@ -44,8 +44,18 @@ def frozen_problems(config: Config, *, trains_adapters: bool) -> Iterator[Proble
             yield Problem(path, "", found, "remove it, or set deepspeed.zero_optimization.stage to 2 or less")
     if storage is not None:
         yield from _storage_problems(args, storage)
+    yield from _kind_problems(config)
     if offload == "blocks":
         yield from _block_problems(config, args)
+
+
+def _kind_problems(config: Config) -> Iterator[Problem]:
+    modules = params_of(config.model["network_config"]).get("modules") or {}
+    kind = params_of(modules.get("lora_config")).get("kind")
+    if kind == "dora" and config.deepspeed["zero_optimization"]["stage"] == 3:
+        found = "is dora, which needs whole rows of the frozen weights, and ZeRO stage 3 shards them"
+        path = "model.network_config.params.modules.lora_config.params.kind"
+        yield Problem(path, "", found, "set deepspeed.zero_optimization.stage to 2 or less, or train a LoRA")
 
 
 def device_problems(config: Config, network: Any) -> Iterator[Problem]:

@@ -16,10 +16,20 @@ from sgm.conversion.trainers.sources import find_files, find_state, network_tens
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size, reason_of, refusing_denied
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, adapters_alone, ranks_and_layers, read_adapter_info
+from sgm.weights.adapters import (
+    TITLES,
+    AdapterInfo,
+    Kind,
+    adapters_alone,
+    is_adapter,
+    kind_of,
+    ranks_and_layers,
+    read_adapter_info,
+)
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
 from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_metadata, read_tensors, verify_file
 from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
+from sgm.weights.lora.foreign import read_diffusers_lora
 from sgm.weights.lora.names import FILE as LORA_FILE
 from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, is_comfyui, parse_lora_name
 
@@ -34,7 +44,8 @@ _MODELS = {
 }
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
-_LORA = re.compile(r".+(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?")  # one of each pair
+# One tensor of each adapted module.
+_LORA = re.compile(r".+(?:(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?|\.lokr_w2(?:_b)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +57,14 @@ class LoraFacts:
         alpha: numerator of the scale; None if unknown.
         layers: layers with adapters, ascending.
         base: checkpoint they were trained on, as recorded in the file.
+        kind: the method.
     """
 
     rank: int
     alpha: float | None
     layers: tuple[int, ...]
     base: str | None
+    kind: Kind = "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +162,7 @@ class Inspection:
         if self.lora is not None:
             alpha = "unknown" if self.lora.alpha is None else f"{self.lora.alpha:g}"
             base = f", of {self.lora.base}" if self.lora.base else ""
-            yield "LoRA", f"rank {self.lora.rank}, alpha {alpha}, {len(self.lora.layers)} layers{base}"
+            yield TITLES[self.lora.kind], f"rank {self.lora.rank}, alpha {alpha}, {len(self.lora.layers)} layers{base}"
         if self.state is not None:
             ema = ", with moving averages" if self.state.ema else ""
             ranks = f"{self.state.ranks} rank{'s' if self.state.ranks > 1 else ''}"
@@ -335,20 +348,34 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
     shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
     lora = _sat_lora(network, adapters)
     if lora is not None and adapters_alone(network):
-        width = next((shape[1] for name, shape in shapes.items() if ".query_key_value.matrix_A." in name), 0)
-        return _counted(path, "SAT adapters (LoRA)", tensors, lora=lora, candidates=_models(width, lora.layers))
+        width = _width(shapes)
+        return _counted(
+            path, f"SAT adapters ({TITLES[lora.kind]})", tensors, lora=lora, candidates=_models(width, lora.layers)
+        )
     found = describe_architecture(shapes)
     return _counted(
         path,
         ("ComfyUI" if is_comfyui(tensors) else "diffusers") + " transformer"
         if of_diffusers
-        else "SAT network" + (" with LoRA" if lora else ""),
+        else "SAT network" + (f" with {TITLES[lora.kind]}" if lora else ""),
         tensors,
         candidates=() if found is None else _models(found.hidden_size, range(found.num_layers), found),
         generation=None if found is None else {1: "1.0", 2: "1.5"}.get(found.temporal_patch or 0),
         architecture=found,
         lora=lora,
     )
+
+
+def _width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden size of adapters by SAT's names, of their attention; 0 if unknown."""
+    for name, shape in shapes.items():
+        if ".query_key_value.matrix_A." in name:
+            return shape[1]
+        if ".query_key_value.lokr_w1.0" in name:
+            whole, last = (shapes.get(name.replace("lokr_w1", kind)) for kind in ("lokr_w2", "lokr_w2_b"))
+            second = whole or last
+            return shape[1] * second[1] if second else 0
+    return 0
 
 
 def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None = None) -> tuple[str, ...]:
@@ -360,10 +387,11 @@ def _models(hidden_size: int, layers: Sequence[int], found: Architecture | None 
 
 def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | None:
     ranks, layers = ranks_and_layers(tensors)
-    if not ranks:
+    if not layers or not any(map(is_adapter, tensors)):
         return None
     alpha, base = (None, None) if adapters is None else (adapters.alpha, adapters.base)
-    return LoraFacts(rank=max(ranks), alpha=alpha, layers=layers, base=base)
+    rank = max(ranks) if adapters is None else adapters.rank
+    return LoraFacts(rank=rank, alpha=alpha, layers=layers, base=base, kind=kind_of(tensors))
 
 
 def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
@@ -377,15 +405,22 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
     alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
     first = next(iter(matches))
-    kinds = {"base_model.": "LoRA of PEFT", "diffusion_model.": "LoRA for ComfyUI", "lora_": "LoRA of kohya's scripts"}
-    kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "LoRA for diffusers")
-    kind = "LoRA of PEFT" if config.is_file() else kind
+    sides = [each.side for each in map(parse_lora_name, tensors) if isinstance(each, LoraName)]
+    method: Kind = "dora" if "magnitude" in sides else "lokr" if "lokr_w2" in sides or "lokr_w2_b" in sides else "lora"
+    kinds = {"base_model.": "of PEFT", "diffusion_model.": "for ComfyUI", "lora_": "of kohya's scripts"}
+    kind = next((kind for lead, kind in kinds.items() if first.startswith(lead)), "for diffusers")
+    kind = f"{TITLES[method]} {'of PEFT' if config.is_file() else kind}"
     lora = LoraFacts(
         rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
         layers=tuple(sorted({each.layer for each in known.values() if each.layer is not None})),
         base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
+        kind=method,
     )
+    if method == "lokr":
+        other = read_diffusers_lora(file)
+        lora = dataclasses.replace(lora, rank=other.rank, alpha=other.alpha)
+        return _counted(path, kind, tensors, lora=lora)
     widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
     return _counted(path, kind, tensors, lora=lora, candidates=candidates)

@@ -15,12 +15,14 @@ from sgm.config.load import Config
 from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.log import get_logger
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import LORA_TARGET, AdapterInfo, is_adapter, short_names
+from sgm.weights.adapters import LORA_TARGET, TITLES, AdapterInfo, is_adapter, kind_of, short_names
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
-from sgm.weights.lazy import compute
+from sgm.weights.lazy import Tensors, compute
+from sgm.weights.lora.dora import base_magnitude
+from sgm.weights.lora.files import network_of
 from sgm.weights.lora.foreign import DiffusersLora, listed, read_diffusers_lora
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, sat_name
+from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, part_of, sat_name
 from sgm.weights.match import match_network
 
 logger = get_logger(__name__)
@@ -70,14 +72,17 @@ def import_lora(
         base=str(base),
         base_digest=weights_digest(base_file),
         targets=short_names(lora.groups),
+        kind=kind_of(lora.tensors),
+        factor=lora.factor,
     )
     network = _network(config, info, lora)
     match_network(network, base_file)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items() if is_adapter(name)}
-    tensors = _to_sat(lora, shapes)
+    tensors = _to_sat(lora, shapes, network_of(base_file)) if lora.pairs else _kronecker_to_sat(lora, shapes)
     with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_network(temporary, 1, tensors, patch_size=network.patch_size, adapters=info)
-    logger.info("%s: LoRA of rank %d, alpha %g, %d layers", lora.path, lora.rank, lora.alpha, len(lora.layers))
+    said = (lora.path, TITLES[info.kind], lora.rank, lora.alpha, len(lora.layers))
+    logger.info("%s: %s of rank %d, alpha %g, %d layers", *said)
     return Path(folder) / "1" / f"{WEIGHTS}.pt"
 
 
@@ -95,8 +100,26 @@ def _network(config: Config, info: AdapterInfo, lora: DiffusersLora) -> Any:
         return instantiate_from_config(section)
 
 
-def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return the matrices by SAT's names; zero for modules without adapters."""
+def _kronecker_to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return the matrices of LoKr by SAT's names; zero for modules without."""
+    for name, tensor in lora.tensors.items():
+        if tuple(tensor.shape) != shapes.get(name):
+            raise InputError(
+                f"{lora.path}: {name} would have the shape {tuple(tensor.shape)}, and the model needs "
+                f"{shapes.get(name, 'none there')}; give the YAML of the model that the LoKr was trained on"
+            )
+    found = {name: compute(tensor) for name, tensor in lora.tensors.items()}
+    dtype = next(iter(found.values())).dtype
+    without = {part_of(name) for name in shapes.keys() - found.keys()}
+    if without:
+        logger.info(
+            "%s has no adapters on some %s; they are zero and have no effect", lora.path, listed(sorted(without))
+        )
+    return {name: found[name] if name in found else torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]], base: Tensors) -> dict[str, torch.Tensor]:
+    """Return the tensors by SAT's names; matrices are zero, and magnitudes those of the base, without adapters."""
     places = [
         (layer, part)
         for group in lora.groups
@@ -118,4 +141,13 @@ def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         logger.info("%s has no adapters on %s; they are zero and have no effect", lora.path, listed(zeros))
     dtype = next(iter(found.values())).dtype
     names = [sat_name(layer, part, kind) for layer, part in places for kind in "AB"]
-    return {name: found[name] if name in found else torch.zeros(shapes[name], dtype=dtype) for name in names}
+    tensors = {name: found[name] if name in found else torch.zeros(shapes[name], dtype=dtype) for name in names}
+    for layer, part in places if lora.magnitudes else ():
+        name, own = sat_name(layer, part, "magnitude"), lora.magnitudes.get((layer, part))
+        if own is not None and tuple(own.shape) != shapes[name]:
+            raise InputError(
+                f"{lora.path}: the magnitudes of {module_name(layer, part)} are {own.shape[0]}, and the model needs "
+                f"{shapes[name][0]}; give the YAML of the model that the DoRA was trained on"
+            )
+        tensors[name] = base_magnitude(base, name).to(dtype) if own is None else compute(own)
+    return tensors

@@ -16,18 +16,20 @@ from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, wr
 from sgm.log import get_logger
 from sgm.util import InputError, default
 from sgm.weights.adapters import (
+    TITLES,
+    WRAPPED,
     AdapterInfo,
     adapters_alone,
     find_base,
     is_adapter,
-    merge_adapters,
     read_adapter_info,
     short_names,
 )
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
-from sgm.weights.lazy import LazyTensor, Tensors, compute
+from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
 from sgm.weights.lora.files import Lora, find_any_lora, is_sat, network_of, read_any_lora, warn_without_effect
+from sgm.weights.lora.merging import kronecker_changes, merge_adapters
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
 
@@ -80,12 +82,30 @@ def merge_loras(
     factors = _strengths(strengths, len(paths))
     loras = read_loras(paths, alpha)
     network = {name: t for name, t in network_of(_base_file(loras, base)).items() if not is_adapter(name)}
-    stack = stack_of_loras(loras, factors)
-    merged = merge_adapters(network | stack.scaled() if stack.members else network, alpha=stack.alpha)
+    merged = _merged(network, loras, factors)
     with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
         write_network(temporary, 1, merged, file_format=file_format)
     _log(loras, factors, "merged into the base")
     return Path(folder) / "1" / f"{WEIGHTS}.{file_format}"
+
+
+def _merged(network: Tensors, loras: Sequence[Lora], factors: Sequence[float]) -> dict[str, LazyTensor]:
+    """Return a network with adapters merged into the weights."""
+    plain = {WRAPPED.sub(r".\1", name): tensor for name, tensor in network.items()}
+    changes: dict[str, LazyTensor] = {}
+    others = []
+    for lora, factor in zip(loras, factors, strict=True):
+        if lora.kind != "lokr":
+            others.append((lora, factor))
+            continue
+        own = kronecker_changes(lora.tensors, scale=factor * lora.alpha / lora.rank) if factor else {}
+        for name, change in own.items():
+            changes[name] = LazyTensor((changes[name], change), torch.add) if name in changes else change
+    if not others:
+        return merge_adapters(plain, alpha=1, changes=changes)
+    stack = stack_of_loras([lora for lora, _ in others], [factor for _, factor in others], plain)
+    tensors = plain | stack.scaled() if stack.members else plain
+    return merge_adapters(tensors, alpha=stack.alpha, shares=stack.shares(0.0), changes=changes)
 
 
 def sum_loras(
@@ -116,6 +136,11 @@ def sum_loras(
     check_new_folder(folder)
     factors = _strengths(strengths, len(paths))
     loras = read_loras(paths, alpha)
+    if others := [lora for lora in loras if lora.kind != "lora"]:
+        raise InputError(
+            f"{others[0].path} is {TITLES[others[0].kind]}, whose change of a weight has no small rank: no LoRA is the "
+            "sum; merge it into the base (--result network), which tools/extract_lora.py can approximate then"
+        )
     stack = stack_of_loras(loras, factors)
     if not stack.members:
         raise InputError("every strength is 0, and nothing is left; give another --strength")
@@ -171,7 +196,15 @@ def average_loras(
     make = partial(_mean, [weight / sum(weights) for weight in weights])
     lazy = {name: LazyTensor(tuple(lora.tensors[name] for lora in loras), make) for name in first.tensors}
     targets = short_names(first.groups)
-    info = replace(_info(loras, base), rank=first.rank, alpha=first.alpha, layers=first.layers, targets=targets)
+    info = replace(
+        _info(loras, base),
+        rank=first.rank,
+        alpha=first.alpha,
+        layers=first.layers,
+        targets=targets,
+        kind=first.kind,
+        factor=first.factor,
+    )
     return _write(folder, {name: tensor.compute() for name, tensor in lazy.items()}, info, loras, weights)
 
 
@@ -186,8 +219,15 @@ def average_weights(decay: float, num: int) -> list[float]:
     return [decay ** (num - 1), *((1 - decay) * decay ** (num - 1 - index) for index in range(1, num))]
 
 
-def stack_of_loras(loras: Sequence[Lora], strengths: Sequence[float]) -> LoraStack:
+def stack_of_loras(
+    loras: Sequence[Lora], strengths: Sequence[float], base: Mapping[str, AnyTensor] | None = None
+) -> LoraStack:
     """Return LoRAs with one strength each as one, without those of strength 0.
+
+    Args:
+        loras: the LoRAs.
+        strengths: of each.
+        base: the weights that they are for, by the names of the network; of LoRAs alone they are not needed.
 
     Raises:
         InputError: they are of networks of different widths.
@@ -202,7 +242,7 @@ def stack_of_loras(loras: Sequence[Lora], strengths: Sequence[float]) -> LoraSta
             lora=lora,
             strengths=[strength * (layer in lora.layers) for layer in range(depth)],
             outside=0.0 if set(lora.groups) <= set(IN_LAYERS) else strength,
-        )
+        ).on(default(base, {}))
         for lora, strength in zip(loras, strengths, strict=True)
         if strength
     ]

@@ -522,7 +522,8 @@ class SATVideoDiffusionEngine(nn.Module):
     def _set_strengths(self, share: float) -> None:
         """Set the strengths of the network's adapters at a share of the steps."""
         assert self.loras is not None
-        scale_adapters(self.network, self.loras.layers, self.loras.factors(share), self.device)
+        factors, shares = self.loras.factors(share), self.loras.shares(share)
+        scale_adapters(self.network, self.loras.layers, factors, self.device, shares)
 
     def _holding(
         self, start: torch.Tensor | None, end: torch.Tensor | None, padding: int

@@ -1,14 +1,15 @@
-"""SAT's LoRA on more projections, and its layer with fewer products and passes.
+"""SAT's LoRA on more projections, as DoRA and as LoKr, and its layer with fewer products and passes.
 
 y = W·x + b + scaling·B·A·x (Hu et al. 2021). SAT computes A·x part by part, three for queries, keys and values, then
 scales, joins and adds the results. Here the matrices A of a layer are one product, and each B·(A·x) is accumulated into
 its part of the output, by the product itself. Of frozen weights nothing is kept for the backward pass; names, shapes
-and initial values are SAT's.
+and initial values are SAT's. DoRA scales the outputs of that, see `sgm.weights.lora.dora`;
+LoKr has other matrices, see `sgm.weights.lora.lokr`.
 
 Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,8 +21,12 @@ from torch.autograd.function import once_differentiable
 
 import sgm.distributed
 from sgm.util import prepare_import
-from sgm.weights.adapters import in_order, scale_numerator
+from sgm.weights.adapters import Kind, initial_matrix, scale_numerator
+from sgm.weights.lora.dora import gains, parts_of, plain_weight, row_norms
+from sgm.weights.lora.lokr import KINDS, product, shapes_of
+from sgm.weights.lora.merging import in_order
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, projection_of
+from sgm.weights.partition import UNSHARDED
 
 prepare_import()
 
@@ -92,6 +97,9 @@ class AdapterMixin(LoraMixin):
         cross_attention: adapt that of decoders, which these networks have not.
         targets: what has adapters: the keys of `sgm.weights.lora.names.GROUPS`.
         rank_stabilized: scale by alpha / √r, not alpha / r (rsLoRA, Kalajdzievski 2023).
+        kind: ``dora`` trains a magnitude for each output too (DoRA, Liu et al. 2024); ``lokr`` a Kronecker product in
+            the place of B·A (LoKr, Yeh et al. 2024).
+        factor: of LoKr, see `sgm.weights.lora.lokr.factors_of`.
     """
 
     def __init__(
@@ -105,10 +113,12 @@ class AdapterMixin(LoraMixin):
         cross_attention: bool = True,
         targets: Sequence[Literal["attention", "ff", "adaln", "patch", "text"]] = ("attention",),
         rank_stabilized: bool = False,
+        kind: Kind = "lora",
+        factor: int = -1,
     ) -> None:
         alpha: Any = scale_numerator({"r": r, "lora_alpha": lora_alpha, "rank_stabilized": rank_stabilized})
         super().__init__(layer_num, int(r), alpha, lora_dropout, layer_range, qlora, cross_attention)
-        self.targets = tuple(targets)
+        self.targets, self.kind, self.factor = tuple(targets), kind, factor
 
     def reinit(self, parent_model: Any = None) -> None:
         """Put adapters into the network."""
@@ -118,6 +128,11 @@ class AdapterMixin(LoraMixin):
             for layer in self.layer_range if group in IN_LAYERS else (None,):
                 for projection, parts in GROUPS[group].items():
                     self._adapt(parent_model, projection.format(layer), len(parts), projection == MODULATION)
+        for module in [each for each in parent_model.modules() if isinstance(each, LoraLinear)]:
+            if self.kind == "dora":
+                _add_magnitudes(module)
+            elif self.kind == "lokr":
+                _use_kronecker(module, self.factor)
 
     def _adapt(self, network: nn.Module, name: str, parts: int, modulates: bool) -> None:
         owner, _, leaf = name.rpartition(".")
@@ -128,20 +143,47 @@ class AdapterMixin(LoraMixin):
         setattr(parent, leaf, adapter)
 
 
+def _add_magnitudes(adapter: Any) -> None:
+    """Add the magnitudes of DoRA to a layer; those of loaded weights are set when they are loaded."""
+    rows = parts_of(adapter.original.weight, len(adapter.matrix_B), modulates=getattr(adapter, "modulates", False))
+    dtype = adapter.matrix_B[0].dtype
+    adapter.magnitude = nn.ParameterList([nn.Parameter(row_norms(own).to(dtype)) for own in rows])
+    adapter.is_dora = True
+
+
+def _use_kronecker(adapter: Any, factor: int) -> None:
+    """Put the matrices of LoKr in the place of those of LoRA."""
+    num, original = adapter.partition, adapter.original
+    outputs, inputs = original.weight.shape[0] // num, original.weight[0].numel()
+    for kind, shape in shapes_of(outputs, inputs, adapter.r, factor).items():
+        name = f"projection.{kind}.0"
+        matrices = [initial_matrix(name, shape, UNSHARDED).to(original.weight) for _ in range(num)]
+        setattr(adapter, kind, nn.ParameterList(map(nn.Parameter, matrices)))
+    del adapter.matrix_A, adapter.matrix_B
+    adapter.is_lokr = True
+
+
 class Adapter(LoraLinear):
     """SAT's layer with another forward pass, and a factor for each row of A.
 
     Attributes:
+        is_dora: whether it has magnitudes.
+        magnitude: one vector for each part.
+        is_lokr: whether it has the matrices of LoKr, and none of LoRA.
         modulates: whether it is the modulation of a block, of which each pair adapts every other part.
         dropout: of all layers.
         number: of this layer; a tensor, so that all blocks are compiled as one.
-        factors: (P·r,); None: all are 1.
+        factors: (P·r,), of LoKr (1,); None: all are 1.
+        shares: h (D_out,), of which h·W·x is added too: of DoRA that was put into LoRA, see `sgm.weights.lora.several`.
         is_off: all factors are 0.
     """
 
     dropout: Dropout
     number: torch.Tensor
     factors: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+    magnitude: nn.ParameterList
+    is_dora = is_lokr = False
     is_off = False
     modulates = False
 
@@ -149,6 +191,10 @@ class Adapter(LoraLinear):
         out = self.original(x)
         if self.is_off:
             return out
+        if self.is_lokr:
+            return self._with_kronecker(out, self._dropped(x))
+        if self.shares is not None:
+            out = out + self.shares.to(out.dtype) * self._without_bias(out)
         low = F.linear(self._dropped(x), torch.cat(tuple(self.matrix_A)))
         if (group := sgm.distributed.layer_groups()) is not None:  # shards: inputs are shared, or outputs are summed
             is_row = isinstance(self.original, RowParallelLinear)
@@ -158,8 +204,30 @@ class Adapter(LoraLinear):
         if torch.compiler.is_compiling() or self.modulates:
             parts = zip(low.chunk(len(self.matrix_B), -1), self.matrix_B, strict=True)
             products = [F.linear(part, matrix) for part, matrix in parts]
-            return out + self.scaling * (in_order(products, -1) if self.modulates else torch.cat(products, -1))
-        return _AddProducts.apply(out, low, self.scaling, *self.matrix_B)
+            out = out + self.scaling * (in_order(products, -1) if self.modulates else torch.cat(products, -1))
+        else:
+            out = _AddProducts.apply(out, low, self.scaling, *self.matrix_B)
+        if not self.is_dora:
+            return out
+        return out + (self._gains() - 1).to(out.dtype) * self._without_bias(out)
+
+    def _with_kronecker(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        lists: list[nn.ParameterList] = [getattr(self, kind) for kind in KINDS if kind in self._modules]
+        products = [product(x, *matrices) for matrices in zip(*lists, strict=True)]
+        change = in_order(products, -1) if self.modulates else torch.cat(products, -1)
+        if self.factors is not None:
+            change = (change * self.factors).to(change.dtype)  # the product in float32
+        return out + self.scaling * change
+
+    def _without_bias(self, out: torch.Tensor) -> torch.Tensor:
+        return out if self.original.bias is None else out - self.original.bias
+
+    def _gains(self) -> torch.Tensor:
+        """Return g (D_out,) of DoRA, float32."""
+        rows = parts_of(plain_weight(self.original), len(self.magnitude), modulates=self.modulates)
+        own = zip(self.magnitude, rows, self.matrix_A, self.matrix_B, strict=True)
+        found = [gains(m, row_norms(weight, a, b, self.scaling)) for m, weight, a, b in own]
+        return in_order(found) if self.modulates else torch.cat(found)
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not isinstance(self.lora_dropout, nn.Dropout) or self.dropout.seeds is None:
@@ -205,7 +273,13 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
             adapter.is_off = is_off
 
 
-def scale_adapters(network: Any, layers: Sequence[int | None], factors: torch.Tensor, device: torch.device) -> None:
+def scale_adapters(
+    network: Any,
+    layers: Sequence[int | None],
+    factors: torch.Tensor,
+    device: torch.device,
+    shares: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Multiply what each row of A adds, in inference: Σ fₖ·bₖ·aₖᵀ for the columns b of B and the rows a of A.
 
     Args:
@@ -213,6 +287,7 @@ def scale_adapters(network: Any, layers: Sequence[int | None], factors: torch.Te
         layers: that have them; None for those outside of the layers.
         factors: (number of layers, r) on the CPU.
         device: on which the network runs.
+        shares: h of projections, see `Adapter`.
     """
     off = (factors == 0).all(dim=1).tolist()
     given = None if bool((factors == 1).all()) else factors.to(device)
@@ -220,7 +295,12 @@ def scale_adapters(network: Any, layers: Sequence[int | None], factors: torch.Te
     for name, adapter in adapters_of(network):
         row = rows[projection_of(name)[0]]
         adapter.is_off = off[row]
-        adapter.factors = None if given is None else given[row].repeat(len(adapter.matrix_B))
+        if given is None or adapter.is_lokr:
+            adapter.factors = None if given is None else given[row][:1]
+        else:
+            adapter.factors = given[row].repeat(len(adapter.matrix_B))
+        own = (shares or {}).get(name)
+        adapter.shares = None if own is None else own.to(device)
 
 
 class _AddProducts(torch.autograd.Function):

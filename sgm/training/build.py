@@ -112,7 +112,7 @@ def build(config: Config, plan: Plan) -> Parts:
         plan.resume.check(now)
         if not plan.resume.is_divided_like(now):
             plan.resume.open().require_divisible(plan.deepspeed["zero_optimization"])
-        changed = ("optimizer_settings", "lora_rank", "lora_alpha", "start_number")
+        changed = ("optimizer_settings", "lora_rank", "lora_alpha", "lora_kind", "start_number")
         changed += ("world_size", "tensor", "trained", "order", "global_batch")
         point = replace(plan.resume, **{name: getattr(now, name) for name in changed})
     with ExitStack() as hidden, ExitStack() as unlocking:
@@ -275,6 +275,7 @@ def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> Resu
         optimizer_settings=plan.optimizer_settings,
         lora_rank=None if adapters is None else adapters.rank,
         lora_alpha=None if adapters is None else float(adapters.alpha),
+        lora_kind=None if adapters is None else adapters.kind,
         start_number=next_start_number(args) if writes else 0,
         global_batch=plan.global_batch if plan.division is None else None,
     )

@@ -29,6 +29,7 @@ from sgm.training.state import (
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
 from sgm.weights.files import PREFIX
+from sgm.weights.lora.names import starts_at_zero
 
 logger = get_logger(__name__)
 
@@ -268,10 +269,11 @@ class Saver:
             smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)
         save_network(parts.folder, iteration, weights, adapters=parts.adapters, **written)
-        if parts.plan.trainable.adapters and not any(t.any() for name, t in weights.items() if ".matrix_B." in name):
-            warn_once(
-                logger, ["the adapters are still without effect: every B matrix is zero; is the learning rate 0?"]
+        if parts.plan.trainable.adapters and not any(t.any() for name, t in weights.items() if starts_at_zero(name)):
+            said = (
+                "the adapters are still without effect: every B matrix is zero, or w2 of LoKr; is the learning rate 0?"
             )
+            warn_once(logger, [said])
 
     def _remove_old(self, newest: int) -> None:
         """Remove all checkpoints but the last ``keep_last`` up to the `newest` and the best one."""

@@ -84,6 +84,7 @@ class ResumePoint:
         optimizer_settings: all settings of the optimizer, defaults included; None if unknown.
         lora_rank: rank of the adapters; None without or if unknown.
         lora_alpha: their alpha; None without or if unknown.
+        lora_kind: their method; None without or if unknown.
         global_batch: samples of an iteration; None with buckets or if unknown.
         start_number: of the start that saved it: above those of all earlier starts of its experiment, so that the run
             that was started or resumed last is known without file times, which copies and clocks change.
@@ -112,6 +113,7 @@ class ResumePoint:
     optimizer_settings: dict[str, Any] | None = None
     lora_rank: AtLeast0 | None = None
     lora_alpha: FiniteFloat | None = None
+    lora_kind: str | None = None
     start_number: AtLeast0 = 0
     global_batch: AtLeast1 | None = None
 
@@ -140,6 +142,9 @@ class ResumePoint:
         if None not in (self.lora_rank, now.lora_rank) and self.lora_rank != now.lora_rank:
             fixed["lora_rank"] = "model.network_config.params.modules.lora_config.params.r"
             fixed.pop("trained", None)  # differs with the rank
+        if None not in (self.lora_kind, now.lora_kind) and self.lora_kind != now.lora_kind:
+            fixed["lora_kind"] = "model.network_config.params.modules.lora_config.params.kind"
+            fixed.pop("trained", None)
         changes = [
             (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
         ]

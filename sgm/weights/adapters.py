@@ -8,7 +8,8 @@ for each third of its rows, and the projection after the attention by one::
     transformer.layers.<i>.attention.dense.matrix_{A,B}.0
 
 Other projections have adapters by ``targets``, see `sgm.weights.lora.names`. rsLoRA (Kalajdzievski 2023) scales by
-alpha / √r; files record the numerator of alpha / r, alpha·√r.
+alpha / √r; files record the numerator of alpha / r, alpha·√r. DoRA has magnitudes too, ``magnitude.<j>`` beside the
+matrices, see `sgm.weights.lora.dora`; LoKr has others, see `sgm.weights.lora.lokr`.
 
 | step | where |
 |---|---|
@@ -18,7 +19,7 @@ alpha / √r; files record the numerator of alpha / r, alpha·√r.
 | saved alone, with an `AdapterInfo` | sgm.weights.checkpoint.save_network |
 | loaded on their base (`find_base`) | sgm.weights.checkpoint.load_network |
 | several at once, with strengths | sgm.weights.lora.several, `scale_adapters` of sgm.modules.lora |
-| merged into the weights | `merge_adapters` |
+| merged into the weights | sgm.weights.lora.merging |
 | exported to and imported from diffusers | sgm.conversion.lora, sgm.conversion.lora_import |
 
 The file format is described in docs/checkpoints.md.
@@ -30,9 +31,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -44,16 +44,17 @@ from sgm.log import get_logger
 from sgm.util import InputError, default
 from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, find_weights, once_a_version, read_entry, read_names, weights_digest
-from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, meta
+from sgm.weights.lazy import AnyTensor, Tensors, meta
+from sgm.weights.lora.lokr import W1, W2_B
 from sgm.weights.lora.names import (
+    ADAPTER,
     GROUPS,
     IN_LAYERS,
     LAYER,
-    MODULATION,
-    NORM_CHUNKS,
     PROJECTIONS,
     groups_of,
     projection_of,
+    starts_at_zero,
 )
 from sgm.weights.partition import Shard, take_shard, unsharded_shape
 
@@ -67,12 +68,14 @@ DEFAULT_GROUPS = ("attention",)
 # Names of adapted weights, which SAT wraps.
 WRAPPED = re.compile(r"\.original\.(weight|bias)$")
 
-_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
 _MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 _SHIPPED = re.compile(r"\bcogvideox\S*_lora\.yaml\b")
 _LORA_PARAMS = "model.network_config.params.modules.lora_config.params"
 
 Pair = tuple[AnyTensor, AnyTensor]
+Kind = Literal["lora", "dora", "lokr"]
+TITLES: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
+_OPTIONAL = {"kind", "factor"}  # in the entry of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ class AdapterInfo:
         base: checkpoint they were trained on, as given in ``args.load``.
         base_digest: its :func:`sgm.weights.files.weights_digest`.
         targets: the projections that have adapters, by the last part of their names in `PROJECTIONS`.
+        kind: the method. Not written for LoRA, so that its files stay as they were.
+        factor: of LoKr, see `sgm.weights.lora.lokr.factors_of`; not written for others.
     """
 
     rank: int
@@ -94,12 +99,15 @@ class AdapterInfo:
     base: str
     base_digest: str
     targets: tuple[str, ...] = ("query_key_value", "dense")
+    kind: Kind = "lora"
+    factor: int = -1
 
     def to_entry(self) -> dict[str, Any]:
         """Return the plain values to be saved."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        values = dataclasses.asdict(self)
+        for name in {"lora": ("kind", "factor"), "dora": ("factor",), "lokr": ()}[self.kind]:
+            del values[name]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_entry(cls, entry: Any, path: Path) -> "AdapterInfo":
@@ -108,8 +116,8 @@ class AdapterInfo:
         Raises:
             InputError: it was not written by `to_entry`.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(entry, dict) or entry.keys() != names:
+        names = {field.name for field in dataclasses.fields(cls)} - _OPTIONAL
+        if not isinstance(entry, dict) or entry.keys() - _OPTIONAL != names:
             found = f"holds {sorted(entry)}" if isinstance(entry, dict) else f"is {spelled(entry)}"
             raise InputError(f"{path}: its entry '{ENTRY}' {found}, expected {sorted(names)}; save the adapters anew")
         try:
@@ -138,6 +146,10 @@ class AdapterInfo:
         params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha}
         if self.groups != DEFAULT_GROUPS:
             params["targets"] = list(self.groups)
+        if self.kind != "lora":
+            params["kind"] = self.kind
+        if self.kind == "lokr":
+            params["factor"] = self.factor
         if self.layers != tuple(range(num_layers)):
             params["layer_range"] = list(self.layers)
         return params
@@ -145,8 +157,10 @@ class AdapterInfo:
     def mismatch(self, tensors: Tensors) -> str | None:
         """Return how the matrices in `tensors` differ from this description; None if they do not."""
         ranks, layers = ranks_and_layers(tensors)
-        if (ranks, layers) == ({self.rank}, self.layers):
-            found = groups_of(_ADAPTER.sub("", name.removeprefix(PREFIX)) for name in tensors if is_adapter(name))
+        if (kind := kind_of(tensors)) != self.kind:
+            return f"the adapters are described as {TITLES[self.kind]}, and their tensors are of {TITLES[kind]}"
+        if ranks <= {self.rank} and (ranks or self.kind == "lokr") and layers == self.layers:
+            found = groups_of(name.removeprefix(PREFIX) for name in tensors)
             said = f"the LoRA is described as one of {', '.join(self.groups)}, and its matrices are of"
             return None if found == self.groups else f"{said} {', '.join(found)}"
         return (
@@ -159,14 +173,20 @@ _INFO = TypeAdapter(AdapterInfo)
 
 
 def adapter_layer(name: str) -> int | None:
-    """Return the layer of a LoRA matrix, by its name with or without prefix; None outside of the layers."""
+    """Return the layer of a tensor of an adapter, by its name with or without prefix; None outside of the layers."""
     match = LAYER.search(name)
     return int(match[1]) if match is not None and is_adapter(name) else None
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor is a LoRA matrix, by its name with or without prefix."""
-    return _ADAPTER.search(name) is not None
+    """Whether a tensor is one of an adapter, a matrix or magnitudes, by its name with or without prefix."""
+    return ADAPTER.fullmatch(name) is not None
+
+
+def kind_of(names: Iterable[str]) -> Kind:
+    """Return the kind of the adapters among tensors, by their names with or without prefix."""
+    kinds = {match[2] for name in names if (match := ADAPTER.fullmatch(name))}
+    return "dora" if "magnitude" in kinds else "lokr" if W1 in kinds else "lora"
 
 
 def is_added(name: str) -> bool:
@@ -188,15 +208,16 @@ def _short(projection: str) -> str:
 
 
 def ranks_and_layers(tensors: Tensors) -> tuple[set[int], tuple[int, ...]]:
-    """Return the ranks of all LoRA matrices among `tensors`, and their layers, ascending."""
-    ranks = {meta(tensor).shape[0] for name, tensor in tensors.items() if is_adapter(name) and ".matrix_A." in name}
+    """Return the ranks of all matrices among `tensors`, and their layers, ascending; of whole w2 there is no rank."""
+    named = {name: match[2] for name in tensors if (match := ADAPTER.fullmatch(name))}
+    ranks = {meta(tensors[name]).shape[0] for name, kind in named.items() if kind in ("matrix_A", W2_B)}
     return ranks, tuple(sorted({layer for name in tensors if (layer := adapter_layer(name)) is not None}))
 
 
 def initial_matrix(
     name: str, shape: Sequence[int], shard: Shard, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return a LoRA matrix before training, float32: A uniform as in He et al. 2015 with a = √5, B zero.
+    """Return a matrix before training, float32: uniform as in He et al. 2015 with a = √5, or zero, as B is.
 
     Args:
         name: of the matrix.
@@ -205,12 +226,9 @@ def initial_matrix(
         generator: CPU generator; None uses torch's global one.
     """
     whole = torch.zeros(unsharded_shape(name, shape, shard.size))
-    if ".matrix_A." in name:
+    if not starts_at_zero(name):
         nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
     return take_shard(name, whole, shard)
-
-
-# --- Merging.
 
 
 def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
@@ -239,70 +257,6 @@ def adapter_pairs(tensors: Tensors, source: str) -> dict[str, list[Pair]]:
             )
         result[projection] = [(matrices["A", index], matrices["B", index]) for index in range(num)]
     return result
-
-
-def merge_adapters(tensors: Tensors, *, alpha: float, strength: float = 1.0) -> dict[str, LazyTensor]:
-    """Merge LoRA adapters into the weights: W + strength·(alpha / r)·B·A in float32, rounded to the dtype of W once.
-
-    Args:
-        tensors: a network with adapters. Adapted projections are named with or without ``.original``.
-        alpha: numerator of the scale.
-        strength: 0 gives the network without its adapters, bit for bit.
-
-    Returns:
-        The network without ``.original`` in its names; tensors without adapters are unchanged.
-
-    Raises:
-        InputError: matrices without a partner or a weight, or with mismatched shapes.
-    """
-    pairs = adapter_pairs(tensors, "the checkpoint")
-    result = {}
-    for name, tensor in tensors.items():
-        if is_adapter(name):
-            continue
-        plain = WRAPPED.sub(r".\1", name)
-        module, _, kind = plain.rpartition(".")
-        own = pairs.pop(module, None) if kind == "weight" else None
-        if own is None or strength == 0:
-            result[plain] = LazyTensor((tensor,))
-            continue
-        _require_fitting(module, tensor, own)
-        matrices = [matrix for pair in own for matrix in pair]
-        add = partial(_add_products, strength * alpha / matrices[0].shape[0], projection_of(module)[1] == MODULATION)
-        result[plain] = LazyTensor((tensor, *matrices), add)
-    if pairs:
-        raise InputError(f"the checkpoint has adapters on {next(iter(pairs))} and no weight there; give the whole base")
-    return result
-
-
-def _require_fitting(projection: str, weight: AnyTensor, pairs: list[Pair]) -> None:
-    """Raise InputError unless the pairs of a projection add up to the shape of its weight."""
-    shapes = [((a.shape[0], math.prod(a.shape[1:])), tuple(b.shape)) for a, b in pairs]
-    rows = sum(b[0] for _, b in shapes)
-    columns = {a[1] for a, _ in shapes}
-    if (weight.shape[0], math.prod(weight.shape[1:])) != (rows, *columns) or any(a[0] != b[1] for a, b in shapes):
-        listed = ", ".join(f"A {a} B {b}" for a, b in shapes)
-        raise InputError(
-            f"the adapters of {projection} ({listed}) do not fit its weight {tuple(weight.shape)}; give the base that "
-            "they were trained on"
-        )
-
-
-def _add_products(scale: float, modulates: bool, weight: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
-    """Return a weight with scale·B·A of each pair added to its rows."""
-    products = [b.float() @ a.float().flatten(1) for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
-    whole = in_order(products) if modulates else torch.cat(products)
-    return (weight.float() + scale * whole.view_as(weight)).to(weight.dtype)
-
-
-def in_order(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """Return rows of a block's modulation, of its two pairs, in the order of SAT; see `NORM_CHUNKS`."""
-    chunks = {
-        i: chunk
-        for own, part in zip(NORM_CHUNKS, parts, strict=True)
-        for i, chunk in zip(own, part.chunk(6, dim), strict=True)
-    }
-    return torch.cat([chunks[index] for index in range(12)], dim)
 
 
 # --- Adapter files and their base.
@@ -390,7 +344,7 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
         InputError: the first wrong one.
     """
     rank, alpha, dropout, layers = map(params.get, ("r", "lora_alpha", "lora_dropout", "layer_range"))
-    groups = _groups(params)
+    groups, kind, factor = _groups(params), default(params.get("kind"), "lora"), params.get("factor")
     in_range = layers is None or (
         isinstance(layers, Sequence) and all(i in range(num_layers) and layers.count(i) == 1 for i in layers)
     )
@@ -398,6 +352,10 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
     for name, legal, expected in (
         ("r", isinstance(rank, int) and 0 < rank <= most, f"a whole number from 1 to the hidden size {most}"),
         ("lora_alpha", alpha is None or alpha > 0, "a number above 0"),
+        ("factor", factor is None or factor == -1 or factor > 0, "a number above 0, or -1 for the nearest to the root"),
+        ("factor", factor in (None, -1) or kind == "lokr", "none: it is of kind: lokr"),
+        ("targets", kind != "lokr" or "patch" not in groups, "others than patch for kind: lokr, or another kind"),
+        ("kind", kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
         ("lora_dropout", dropout is None or 0 <= dropout < 1, "a number from 0 to below 1"),
         ("layer_range", in_range, f"a list of layers from 0 to {num_layers - 1}, each once"),
         (
@@ -417,6 +375,11 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
         raise InputError(
             f"{_LORA_PARAMS}.targets is {spelled(params.get('targets'))}, and args.model_parallel_size above 1 shards "
             "adapters of attention only; set it to 1, and share clips by args.sequence_parallel_size instead"
+        )
+    if shards > 1 and kind != "lora":
+        raise InputError(
+            f"{_LORA_PARAMS}.kind is {kind}, which is for whole weights, and args.model_parallel_size above 1 shards "
+            "them; set it to 1, and share clips by args.sequence_parallel_size instead"
         )
 
 
@@ -456,6 +419,8 @@ def describe_adapters(config: Config) -> AdapterInfo | None:
         alpha=scale_numerator(params),
         layers=_layers(params, config.model),
         targets=short_names(group for group in GROUPS if group in _groups(params)),
+        kind=default(params.get("kind"), "lora"),
+        factor=default(params.get("factor"), -1),
         base=str(base),
         base_digest=weights_digest(default(base_file, path)),
     )
@@ -518,6 +483,8 @@ def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
         "lora_alpha": (scale_numerator(params), info.alpha),
         "layer_range": (list(_layers(params, config.model)), list(info.layers)),
         "targets": (sorted(_groups(params)), sorted(info.groups)),
+        "kind": (default(params.get("kind"), "lora"), info.kind),
+        "factor": (default(params.get("factor"), -1), info.factor),
     }
     for name, (configured, trained) in pairs.items():
         if configured != trained:

@@ -21,11 +21,13 @@ from torch import nn
 
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
-from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter, ranks_and_layers
+from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter
 from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS
 from sgm.weights.checksums import save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import AnyTensor, Tensors, compute
+from sgm.weights.lora.dora import initial_magnitude, is_magnitude
+from sgm.weights.lora.names import starts_at_zero
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
 from sgm.weights.quantize import Storage, linear_layers, store, stored_text
@@ -132,7 +134,9 @@ def load_network(
     used = [match.tensors[name] for name in match.targets if name in match.tensors]
     with checked_ahead(_computed(used) if whole else ()):
         for name, old in match.targets.items():
-            if name in match.new_adapters:
+            if name in match.new_adapters and is_magnitude(name):
+                value = initial_magnitude(network, name)  # its weight comes before it
+            elif name in match.new_adapters:
                 value = initial_matrix(name, old.shape, match.shard, generator)
             elif name in match.zeroed:
                 value = torch.zeros(old.shape)
@@ -248,9 +252,10 @@ def _report(match: Match) -> LoadReport:
 
 
 def _warnings(match: Match, missing: Sequence[str]) -> Iterable[str]:
-    trained = [tensor for name, tensor in match.tensors.items() if is_adapter(name) and ".matrix_B." in name]
+    trained = [tensor for name, tensor in match.tensors.items() if starts_at_zero(name)]
     if trained and not any(bool(compute(tensor).any()) for tensor in trained):
-        yield f"the adapters in {match.path} have no effect: every matrix B is zero, as before any training"
+        what = "every matrix B is zero, or w2 of LoKr, as before any training"
+        yield f"the adapters in {match.path} have no effect: {what}"
     if missing:
         more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
         yield f"{match.path} lacks {len(missing):,} tensors, which keep their values: {', '.join(missing[:10])}{more}"
@@ -341,7 +346,7 @@ def _remove_replaced(path: Path, shard: Shard) -> None:
 def _require_described(tensors: Mapping[str, torch.Tensor], adapters: AdapterInfo | None) -> None:
     """Refuse to save adapters without a description, or with a wrong one."""
     if adapters is None:
-        if ranks_and_layers(tensors)[0] and adapters_alone(tensors):
+        if any(map(is_adapter, tensors)) and adapters_alone(tensors):
             raise ValueError("adapters alone cannot be loaded without their description; pass `adapters`")
     elif problem := adapters.mismatch(tensors):
         raise ValueError(f"`adapters` does not describe the tensors: {problem}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sgm.util import InputError
-from sgm.weights.adapters import DEFAULT_GROUPS, WRAPPED, find_base, is_adapter, read_adapter_info
+from sgm.weights.adapters import TITLES, WRAPPED, find_base, is_adapter, kind_of, read_adapter_info
 from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
 from sgm.weights.files import PREFIX, find_weights, read_weights
 from sgm.weights.lazy import LazyTensor, Tensors
@@ -140,9 +140,9 @@ def _read_network(path: Path, base: Path | None, shapes: Shapes) -> tuple[Stored
         info = read_adapter_info(path)
         params = "{r: ..., lora_alpha: ...} of their training"
         if info is not None:
-            params = f"{{r: {info.rank}, lora_alpha: {info.alpha:g}, layer_range: {list(info.layers)}}}"
-            if info.groups != DEFAULT_GROUPS:
-                params = f"{params[:-1]}, targets: [{', '.join(info.groups)}]}}"
+            given = info.lora_params(0) | {"lora_alpha": f"{info.alpha:g}"}
+            listed = {name: f"[{', '.join(map(str, v))}]" if isinstance(v, list) else v for name, v in given.items()}
+            params = f"{{{', '.join(f'{name}: {value}' for name, value in listed.items())}}}"
         raise InputError(f"{path} holds LoRA adapters alone, and the network has no lora_config; add one with {params}")
     base_tensors, dropped = _read_one(base, shapes)
     # Adapters in the base are replaced by those of the file, which continue their training.
@@ -212,6 +212,12 @@ def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
         raise InputError(
             f"{source} holds LoRA matrices (rank {found.lora_rank}), e.g. {lora[0]}, and the configuration "
             f"has no lora_config; {found.config_hint()}"
+        )
+    kinds = kind_of(expected), kind_of(tensors)
+    if lora and any(map(is_adapter, expected)) and kinds[0] != kinds[1]:
+        raise InputError(
+            f"{source} holds {TITLES[kinds[1]]}, and the configuration says kind: {kinds[0]} in its lora_config; set "
+            f"{kinds[1]}, or merge the adapters first to train others: tools/merge_lora_weight.py"
         )
     problems = [
         f"{name} has the shape {file_shapes[name]} in the file, expected {shape}"

@@ -24,12 +24,13 @@ from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, merge_adapters, scale_numerator, with_adapters
+from sgm.weights.adapters import is_adapter, scale_numerator, with_adapters
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.lora.merging import merge_adapters
 from sgm.weights.lora.names import comfyui_name
 from sgm.weights.match import match_autoencoder, match_network
 from sgm.weights.stored import checked_ahead
@@ -232,10 +233,10 @@ def _transformer(
                 )
             released = partial(released_patch, geometry.patch_size)
             patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
-            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha)
+            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha, rank=lora_params["r"])
         if dtype is not None:  # round once, directly to `dtype`
             own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
-        own = merge_adapters(own, alpha=alpha, strength=float(adapters == "merge"))
+        own = merge_adapters(own, alpha=alpha, rank=lora_params["r"], strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
         own, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"
     )

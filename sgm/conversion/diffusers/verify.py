@@ -16,7 +16,7 @@ from sgm.conversion.diffusers.from_sat import FOLDED, position_table
 from sgm.conversion.lora import FILE
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, RunError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import with_adapters
+from sgm.weights.adapters import is_adapter, with_adapters
 from sgm.weights.checkpoint import load_autoencoder, load_network
 from sgm.weights.files import read_file, read_metadata
 
@@ -84,7 +84,7 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     if geometry.positions == "sincos":  # diffusers computes it; do not use the rounded table of a 16-bit file
         network.get_mixin("pos_embed").pos_embedding.copy_(position_table(section["params"]))
     ours = network(x, timesteps, context, ofs=ofs)
-    is_merged = any(".matrix_A." in name for name in network.state_dict())
+    is_merged = any(map(is_adapter, network.state_dict()))
     del network
 
     peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

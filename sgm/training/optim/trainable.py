@@ -8,8 +8,9 @@ from torch import nn
 
 from sgm.config.load import ConfigError, Problem
 from sgm.util import nearest
-from sgm.weights.adapters import adapter_layer, is_adapter, is_added
+from sgm.weights.adapters import TITLES, adapter_layer, is_adapter, is_added, kind_of
 from sgm.weights.files import PREFIX
+from sgm.weights.lora.dora import is_magnitude
 
 # Prefixes in the reference's YAML files for modules that are never trained here.
 OUTSIDE = ("first_stage_model", "conditioner", "denoiser", "loss_fn", "sampler")
@@ -98,7 +99,9 @@ def _describe(network: nn.Module, names: Sequence[str], adapters: Sequence[str])
         lora = network.get_submodule("mixins.lora")
         layers = len({adapter_layer(name) for name in adapters} - {None})
         beside = ", and the columns of the control" if len(adapters) < len(names) else ""
-        shown = f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g} in {layers} layers, {len(adapters)} matrices"
+        kind, vectors = kind_of(adapters), sum(map(is_magnitude, adapters))
+        shown = f"{TITLES[kind]} of rank {lora.r}, alpha {lora.lora_alpha:g} in {layers} layers, "
+        shown += f"{len(adapters) - vectors} matrices" + (f" and {vectors} magnitudes" if vectors else "")
         return shown + beside
     parts = sorted({".".join(name.split(".")[:2]) for name in names})
     return f"{len(names)} tensors of {', '.join(parts)}"

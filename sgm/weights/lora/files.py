@@ -7,12 +7,22 @@ from pathlib import Path
 
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.adapters import AdapterInfo, Pair, adapter_pairs, is_adapter, ranks_and_layers, read_adapter_info
+from sgm.weights.adapters import (
+    AdapterInfo,
+    Kind,
+    Pair,
+    adapter_pairs,
+    is_adapter,
+    kind_of,
+    ranks_and_layers,
+    read_adapter_info,
+)
 from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
 from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
-from sgm.weights.lora.names import groups_of
+from sgm.weights.lora.lokr import completed, in_parts
+from sgm.weights.lora.names import groups_of, starts_at_zero
 from sgm.weights.stored import require_floating
 
 logger = get_logger(__name__)
@@ -26,8 +36,10 @@ class Lora:
         path: the file.
         rank: r.
         alpha: numerator of the scale.
-        tensors: the matrices by SAT's names, lazy. In files of other tools, some projections of a layer may have none.
+        tensors: matrices, and magnitudes of DoRA, by SAT's names, lazy. In files of other tools, some
+            projections of a layer may have none.
         info: what the file says of itself, its base too; None in files of other tools and of the reference.
+        factor: of LoKr.
     """
 
     path: Path
@@ -35,6 +47,7 @@ class Lora:
     alpha: float
     tensors: Tensors
     info: AdapterInfo | None = None
+    factor: int = -1
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -44,11 +57,16 @@ class Lora:
     @property
     def groups(self) -> tuple[str, ...]:
         """What has adapters, see `sgm.weights.lora.names.GROUPS`."""
-        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
+        return groups_of(self.tensors)
+
+    @property
+    def kind(self) -> Kind:
+        """The method."""
+        return kind_of(self.tensors)
 
     def has_effect(self) -> bool:
-        """Whether any B is not zero, as all are before any training."""
-        return any(any_element(tensor) for name, tensor in self.tensors.items() if ".matrix_B." in name)
+        """Whether any matrix that starts at zero is not zero."""
+        return any(any_element(tensor) for name, tensor in self.tensors.items() if starts_at_zero(name))
 
 
 def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str = "--alpha") -> Lora:
@@ -65,7 +83,13 @@ def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str =
     if is_sat(find_any_lora(path)):
         return read_lora(path, alpha=alpha, option=option)
     other = read_diffusers_lora(path, alpha=alpha, option=option)
-    return Lora(path=other.path, rank=other.rank, alpha=other.alpha, tensors=other.tensors)
+    return Lora(
+        path=other.path,
+        rank=other.rank,
+        alpha=other.alpha,
+        tensors=completed(other.tensors),
+        factor=other.factor,
+    )
 
 
 def find_any_lora(path: str | Path) -> Path:
@@ -105,9 +129,16 @@ def read_lora(path: str | Path, *, alpha: float | None = None, option: str = "--
     matrices = {name: tensor for name, tensor in network.items() if is_adapter(name)}
     if not matrices:
         raise InputError(f"{file} holds no LoRA matrices; give the folder or file that a LoRA training saved")
-    rank, info = common_rank(adapter_pairs(matrices, str(file)), str(file)), read_adapter_info(file)
+    info = read_adapter_info(file)
+    if kind_of(matrices) == "lokr":
+        if info is None:
+            raise InputError(f"{file} holds LoKr and does not say its rank and factor; give a file that was saved here")
+        rank, factor = info.rank, info.factor
+        in_parts(matrices)
+    else:
+        rank, factor = common_rank(adapter_pairs(matrices, str(file)), str(file)), -1
     alpha = _alpha(Lora(path=file, rank=rank, alpha=0, tensors=matrices, info=info), alpha, option)
-    return Lora(path=file, rank=rank, alpha=alpha, tensors=matrices, info=info)
+    return Lora(path=file, rank=rank, alpha=alpha, tensors=matrices, info=info, factor=factor)
 
 
 def network_of(file: Path) -> Tensors:
@@ -149,9 +180,12 @@ def _alpha(lora: Lora, given: float | None, option: str) -> float:
 
 
 def warn_without_effect(lora: Lora) -> None:
-    """Log a warning if every B is zero."""
+    """Log a warning if it is as before training."""
     if not lora.has_effect():
-        logger.warning("the adapters in %s have no effect: every matrix B is zero, as before any training", lora.path)
+        logger.warning(
+            "the adapters in %s have no effect: every matrix B is zero, or w2 of LoKr, as before any training",
+            lora.path,
+        )
 
 
 def common_rank(pairs: Mapping[str, list[Pair]], source: str) -> int:

@@ -6,7 +6,7 @@ Their names are brought to one form by `sgm.weights.lora.names`. The rank is inf
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.files import read_entry, read_shards
 from sgm.weights.lazy import AnyTensor, LazyTensor
+from sgm.weights.lora.lokr import read_kronecker
 from sgm.weights.lora.names import (
     FILE,
     HEADER_KEY,
@@ -54,30 +55,45 @@ class DiffusersLora:
         alpha: numerator of the scale alpha / r.
         pairs: A [r, D_in] and B [D_out, r] of each adapted module; memory-mapped, and checked when they are computed.
             A of patches of one frame is that of a convolution, [r, C, p, p].
+        magnitudes: of DoRA, [D_out] of each adapted module; empty for others.
+        kronecker: of LoKr, the matrices of each adapted module, which has no pair then; empty for others.
+        factor: of LoKr.
     """
 
     path: Path
     rank: int
     alpha: float
     pairs: Mapping[Module, Pair]
+    magnitudes: Mapping[Module, AnyTensor] = field(default_factory=dict)
+    kronecker: Mapping[Module, Mapping[str, AnyTensor]] = field(default_factory=dict)
+    factor: int = -1
+
+    @property
+    def modules(self) -> list[Module]:
+        """The adapted modules."""
+        return [*self.pairs, *self.kronecker]
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that have adapters, ascending."""
-        return tuple(sorted({layer for layer, _ in self.pairs if layer is not None}))
+        return tuple(sorted({layer for layer, _ in self.modules if layer is not None}))
 
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of the adapted modules, see `sgm.weights.lora.names.GROUPS`."""
-        return groups_of(name.rpartition(".matrix_")[0] for name in self.tensors)
+        return groups_of(self.tensors)
 
     @property
     def tensors(self) -> dict[str, AnyTensor]:
-        """The matrices by SAT's names."""
-        return {
+        """The matrices and magnitudes by SAT's names."""
+        matrices = {
             sat_name(layer, part, kind): matrix
             for (layer, part), pair in self.pairs.items()
             for kind, matrix in zip("AB", pair, strict=True)
+        }
+        matrices |= {sat_name(*module, "magnitude"): own for module, own in self.magnitudes.items()}
+        return matrices | {
+            sat_name(*module, kind): tensor for module, own in self.kronecker.items() for kind, tensor in own.items()
         }
 
 
@@ -112,6 +128,8 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
     """
     file = find_lora(path)
     found = _matrices(file)
+    if any(side.startswith("lokr_") for own in found.values() for side in own):
+        return _read_kronecker(file, found, alpha, option)
     pairs = {}
     for module, matrices in found.items():
         missing = [side for side in "AB" if side not in matrices]
@@ -122,9 +140,82 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
         pairs[module] = (matrices["A"], LazyTensor((b,), _flat) if is_convolution else b)
     if all(layer is None for layer, _ in pairs):
         raise InputError(f"{file} adapts {listed(map(_name, pairs))} only, and no layer; train some of a layer too")
-    rank = _rank(file, pairs)
+    rank, magnitudes = _rank(file, pairs), _magnitudes(file, found)
+    for source, config in _configs(file):
+        if config.get("use_dora") and not magnitudes:
+            raise InputError(f"{file} is DoRA according to {source}, and holds no magnitudes; copy or save it again")
     stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
-    return DiffusersLora(path=file, rank=rank, alpha=_alpha(file, rank, pairs, stored, alpha, option), pairs=pairs)
+    alpha = _alpha(file, rank, pairs, stored, alpha, option)
+    return DiffusersLora(path=file, rank=rank, alpha=alpha, pairs=pairs, magnitudes=magnitudes)
+
+
+def _read_kronecker(
+    file: Path, found: Mapping[Module, Mapping[str, StoredTensor]], given: float | None, option: str
+) -> DiffusersLora:
+    """Describe a LoKr, with a scale of 1: its own is multiplied into w1.
+
+    PEFT scales by alpha / r. LyCORIS and ComfyUI do so where a matrix has the rank, and by 1 elsewhere.
+    """
+    if given is not None:
+        raise InputError(f"{file} is LoKr, whose scale is in the file; leave {option} out")
+    if no_layer := [module for module in found if module[1] == PATCH]:
+        raise InputError(f"{file} has LoKr on {_name(no_layer[0])}, which is not supported; train without it")
+    if all(layer is None for layer, _ in found):
+        raise InputError(f"{file} adapts {listed(map(_name, found))} only, and no layer; train some of a layer too")
+    config = dict(next((own for source, own in _configs(file) if source == _PEFT_CONFIG), {}))
+    if patterns := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+        raise InputError(f"{file} has a {patterns[0]} according to {_PEFT_CONFIG}; train with one rank and alpha")
+    matrices, scales = {}, {}
+    for module, own in found.items():
+        if others := own.keys() & {"A", "B", "magnitude"}:
+            raise InputError(
+                f"{file} holds {own[others.pop()].name} beside LoKr of the same module; save one adapter in a file"
+            )
+        name = _name(module)
+        matrices[name] = {side: tensor for side, tensor in own.items() if side != "alpha"}
+        sizes = [own[side].shape[axis] for side, axis in (("lokr_w1_b", 0), ("lokr_w2_b", 0)) if side in own]
+        if config:
+            scales[name] = _positive(file, config.get("alpha")) / _positive(file, config.get("r"))
+        elif "alpha" in own and sizes:
+            scales[name] = _positive(file, _number(own["alpha"])) / sizes[-1]
+        else:
+            scales[name] = 1.0
+    rank, factor, parts = read_kronecker(str(file), matrices, scales)
+    return DiffusersLora(
+        path=file,
+        rank=rank,
+        alpha=float(rank),
+        pairs={},
+        kronecker={module: parts[_name(module)] for module in found},
+        factor=factor,
+    )
+
+
+def _positive(file: Path, value: Any) -> float:
+    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise InputError(f"{file} is LoKr with an alpha or rank of {value!r}; expected numbers above 0; save it again")
+    return float(value)
+
+
+def _magnitudes(file: Path, found: Mapping[Module, Mapping[str, StoredTensor]]) -> dict[Module, AnyTensor]:
+    """Return the magnitudes of all modules; empty for LoRA."""
+    having = [module for module, own in found.items() if "magnitude" in own]
+    if having and (without := [module for module in found if module not in having]):
+        raise InputError(
+            f"{file} has magnitudes of DoRA on {_name(having[0])} and none on {_name(without[0])}; save it again, or "
+            "train all of them as DoRA"
+        )
+    result: dict[Module, AnyTensor] = {}
+    for module in having:
+        vector, num = found[module]["magnitude"], found[module]["B"].shape[0]
+        # Of PEFT, LyCORIS and both with convolutions.
+        if tuple(vector.shape) not in ((num,), (num, 1), (1, num, 1, 1), (num, 1, 1, 1)):
+            raise InputError(
+                f"{file}: {vector.name} has the shape {tuple(vector.shape)}, expected {num} magnitudes, one for each "
+                "output; those of inputs, which LyCORIS makes without wd_on_output, are another method: train with it"
+            )
+        result[module] = LazyTensor((vector,), torch.flatten)
+    return result
 
 
 def _flat(matrix: torch.Tensor) -> torch.Tensor:
@@ -132,7 +223,7 @@ def _flat(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
-    """Return the tensors "A", "B" and "alpha" of each adapted module."""
+    """Return the tensors of each adapted module: "A", "B", "alpha", "magnitude", or those of LoKr."""
     (content,) = read_shards(file)
     parsed = {name: parse_lora_name(name) for name in content}
     unknown = {name: reason for name, reason in parsed.items() if isinstance(reason, str)}
@@ -267,8 +358,6 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
     """Refuse methods not visible in the matrices, and contradicting values."""
-    if config.get("use_dora"):
-        raise InputError(f"{file} is DoRA according to {source}, which has no counterpart in SAT; train plain LoRA")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_OTHER_BASE):
         raise InputError(

@@ -9,6 +9,10 @@ All adapt modules of a CogVideoXTransformer3DModel, ``transformer_blocks.<i>.<mo
 | ComfyUI | ``diffusion_model.<...>.lora_A.weight``, with ``<...>.alpha``; or ``diffusion_model.blocks.<i>.q<...>`` |
 | kohya's scripts, VideoX-Fun | ``lora_unet_<...>.lora_down.weight``, with ``_`` for dots, and ``<...>.alpha`` |
 | wrappers (DDP, compile, FSDP, checkpointing) | any of these with ``module.``, ``_orig_mod.`` and the like, anywhere |
+
+DoRA adds a magnitude for each output: ``<...>.lora_magnitude_vector`` in PEFT and diffusers, ``<...>.dora_scale`` in
+kohya's scripts, LyCORIS and ComfyUI. The matrices of LoKr are ``<...>.lokr_w1``, ``lokr_w2``, ``lokr_w2_a`` and so on
+in all of them.
 """
 
 import re
@@ -58,7 +62,10 @@ _GROUP_OF = {projection: group for group, own in GROUPS.items() for projection i
 LAYER = re.compile(r"(?:(?:^|\.)layers|\.adaLN_modulations)\.(\d+)\.")
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
-Side = Literal["A", "B", "alpha"]
+Side = Literal["A", "B", "alpha", "magnitude", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"]
+# Tensors of an adapter by SAT's names: projection, kind and number of the pair.
+ADAPTER = re.compile(r"(.+)\.(matrix_A|matrix_B|magnitude|lokr_w1|lokr_w2|lokr_w2_a|lokr_w2_b)\.(\d+)")
+_KINDS = {"A": "matrix_A", "B": "matrix_B", "magnitude": "magnitude"}
 
 # What wrapping leaves between the parts of a name; "module" also in front.
 _WRAPPERS = re.compile(
@@ -71,16 +78,20 @@ _OF_COMFYUI = {theirs: part for part, theirs in COMFYUI.items()}
 _BLOCK = re.compile(r"(?:(transformer_)?blocks[._](\d+)[._])?(.+)")
 _TENSOR = re.compile(r"transformer_blocks\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _ENDS: dict[str, Side] = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B"}
+_ENDS |= {"alpha": "alpha", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}
+_ENDS |= {"lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b"}
+_ENDS |= {"lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b"}
 _END = re.compile(
     r"(?P<module>.+?)(?:"
     r"\.(?P<side>lora_A|lora_B)(?:\.(?:.+\.)?weight)?"
     r"|(?:\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<old>down|up)(?:\.weight)?"
-    r"|\.(?P<alpha>alpha))"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.(?:.+\.)?weight)?"
+    r"|\.(?P<lokr>lokr_w[12](?:_[ab])?)"
+    r"|\.(?P<one>alpha|dora_scale))"
 )
 _METHODS = {
-    r"lora_magnitude_vector|dora_scale": "it is DoRA, which has no counterpart in SAT; train plain LoRA",
-    r"\.hada_": "it is LoHa, and SAT has plain LoRA only; train plain LoRA",
-    r"\.lokr_": "it is LoKr, and SAT has plain LoRA only; train plain LoRA",
+    r"\.hada_": "it is LoHa, and there are LoRA, DoRA and LoKr only; train one of them",
+    r"\.lokr_t2": "it is the middle of a convolution's LoKr, which is not supported; train without use_tucker",
     r"\.lora_mid": "it is the middle of a convolution's LoRA, which is not supported; train plain LoRA",
     r"lora_embedding_": "it adapts a table of embeddings, and there is none; train without it",
     r"modules_to_save|\.diff(_b)?$": "it holds trained weights besides LoRA; merge them into the base with their tool",
@@ -92,7 +103,7 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class LoraName:
-    """What a tensor is: a matrix, or the alpha, of a module in a block, or outside of them (layer None)."""
+    """What a tensor is: a matrix, the alpha or the magnitudes of a module in a block, or outside (layer None)."""
 
     layer: int | None
     module: str
@@ -100,15 +111,22 @@ class LoraName:
 
 
 def sat_name(layer: int | None, part: str, kind: str) -> str:
-    """Return SAT's name of the matrix "A" or "B" of a module in `MODULES`."""
+    """Return SAT's name of the matrix "A" or "B", the "magnitude", or "lokr_w1" and so on, of a module in `MODULES`."""
     projection, index = _PLACES[part]
-    return f"{projection.format(layer)}.matrix_{kind}.{index}"
+    return f"{projection.format(layer)}.{_KINDS.get(kind, kind)}.{index}"
+
+
+def starts_at_zero(name: str) -> bool:
+    """Whether a tensor of an adapter is zero before training, so that the adapter has no effect, by its name."""
+    match = ADAPTER.fullmatch(name)
+    return match is not None and match[2] in ("matrix_B", "lokr_w2", "lokr_w2_b")
 
 
 def part_of(name: str) -> str:
-    """Return the module in `MODULES` of a matrix by SAT's name."""
-    projection, _, end = name.rpartition(".matrix_")
-    return PROJECTIONS[projection_of(projection)[1]][int(end.rpartition(".")[2])]
+    """Return the module in `MODULES` of a tensor of an adapter by SAT's name."""
+    match = ADAPTER.fullmatch(name)
+    assert match is not None, "the caller looked for adapters"
+    return PROJECTIONS[projection_of(match[1])[1]][int(match[3])]
 
 
 def module_name(layer: int | None, part: str) -> str:
@@ -151,8 +169,9 @@ def projection_of(name: str) -> tuple[int | None, str]:
 
 
 def groups_of(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the groups of adapted projections, in the order of `GROUPS`."""
-    found = {_GROUP_OF[projection_of(name)[1]] for name in names}
+    """Return the groups of projections with adapters, by the names of their tensors, in the order of `GROUPS`."""
+    projections = {match[1] for name in names if (match := ADAPTER.fullmatch(name))}
+    found = {_GROUP_OF[projection_of(name)[1]] for name in projections}
     return tuple(group for group in GROUPS if group in found)
 
 
@@ -172,5 +191,5 @@ def parse_lora_name(name: str) -> LoraName | str:
     module = known.get(module, module)
     if (layer is None) != module.startswith("patch_embed"):
         return "it is on no transformer_blocks.<i> of a CogVideoX transformer, but on another part or another model"
-    side = "alpha" if end["alpha"] else _ENDS[end["side"] or end["old"]]
+    side = _ENDS[end["side"] or end["old"] or end["magnitude"] or end["lokr"] or end["one"]]
     return LoraName(None if layer is None else int(layer), module, side)

@@ -6,6 +6,10 @@ Adapters of the ranks r₁, r₂, ... are one adapter of the rank r₁ + r₂ + 
 
 so the network has the layers of one LoRA, whichever files they come from, and the factors f, one a row of A, change
 with the layer and with the step: fᵢ = strength of the layer × schedule at the step × alphaᵢ/rᵢ.
+
+What a DoRA adds is g·(W + s·B·A) - W (`sgm.weights.lora.dora`), and g is known when sampling starts: it is a LoRA with
+the matrix g·B, and a share g - 1 of W beside it. The shares h = Σ strength·(g - 1) of all are one vector for each
+projection. LoKr has no small rank: one is sampled alone, with its strength, and several are merged.
 """
 
 import copy
@@ -26,11 +30,24 @@ from sgm.config.values import spelled
 from sgm.log import get_logger
 from sgm.modules.geometry import normalize_patch_size
 from sgm.util import InputError, default
-from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, adapters_alone, is_adapter, read_adapter_info
+from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, TITLES, adapters_alone, is_adapter, read_adapter_info
 from sgm.weights.files import find_weights, read_tensors, weights_digest
-from sgm.weights.lazy import LazyTensor
-from sgm.weights.lora.files import Lora, read_any_lora
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, PARTS, PATCH, part_of, sat_name
+from sgm.weights.lazy import LazyTensor, Tensors
+from sgm.weights.lora.dora import Gains, is_magnitude
+from sgm.weights.lora.files import Lora, network_of, read_any_lora
+from sgm.weights.lora.lokr import shapes_of
+from sgm.weights.lora.merging import in_order
+from sgm.weights.lora.names import (
+    ADAPTER,
+    GROUPS,
+    IN_LAYERS,
+    MODULATION,
+    PARTS,
+    PATCH,
+    part_of,
+    projection_of,
+    sat_name,
+)
 
 logger = get_logger(__name__)
 
@@ -48,12 +65,30 @@ class Scaled:
         strengths: factor of each layer of the network; 0 where it has no adapters.
         outside: factor outside of the layers, of the projections of patches and text; 0 without adapters there.
         schedule: (share of the steps, factor), ascending; linear in between, constant before and after.
+        gains: of a DoRA, whose `lora` has them in its matrices.
     """
 
     lora: Lora
     strengths: Sequence[float]
     outside: float = 0.0
     schedule: Sequence[tuple[float, float]] = ()
+    gains: Gains | None = None
+
+    def on(self, base: Tensors) -> "Scaled":
+        """Return the same for the weights of a base, as LoRA and gains if it is a DoRA."""
+        if self.lora.kind != "dora":
+            return self
+        gains = Gains(self.lora.tensors, base, self.lora.alpha / self.lora.rank, str(self.lora.path))
+        return dataclasses.replace(
+            self, lora=dataclasses.replace(self.lora, tensors=gains.put_into(self.lora.tensors)), gains=gains
+        )
+
+    def share(self, layer: int | None, part: str, at: float) -> torch.Tensor | None:
+        """Return strength·(g - 1) of a module at a share of the steps; None without any."""
+        name, factor = sat_name(layer, part, "B"), self.at(at) * self.strength(layer)
+        if self.gains is None or not factor or name not in self.lora.tensors:
+            return None
+        return factor * (self.gains.of(name) - 1)
 
     def strength(self, layer: int | None) -> float:
         """Return the strength of a layer, or outside of the layers."""
@@ -94,6 +129,11 @@ class LoraStack:
         return self.members[0].lora.alpha if len(self.members) == 1 else float(self.rank)
 
     @property
+    def kronecker(self) -> Lora | None:
+        """The LoKr, which is alone; None of others."""
+        return next((member.lora for member in self.members if member.lora.kind == "lokr"), None)
+
+    @property
     def layers(self) -> list[int | None]:
         """The layers in which any LoRA has an effect, ascending; then None if one has outside of them."""
         factors = enumerate(zip(*(m.strengths for m in self.members), strict=True))
@@ -110,6 +150,7 @@ class LoraStack:
         """Return the parameters of the ``lora_config`` of a network with these adapters."""
         inside = [layer for layer in self.layers if layer is not None]
         params: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "layer_range": inside}
+        params |= {"kind": "lokr", "factor": self.kronecker.factor} if self.kronecker else {}
         return params if self.groups == DEFAULT_GROUPS else params | {"targets": list(self.groups)}
 
     @property
@@ -126,8 +167,30 @@ class LoraStack:
             columns.append(column[:, None].expand(-1, member.lora.rank))
         return torch.cat(columns, dim=1)
 
+    def shares(self, share: float) -> dict[str, torch.Tensor]:
+        """Return h (D_out,) of the projections with DoRA at a share of the steps, float32 on the CPU."""
+        result = {}
+        for layer in self.layers if any(member.gains for member in self.members) else ():
+            for group in (group for group in self.groups if (group in IN_LAYERS) == (layer is not None)):
+                for projection, parts in GROUPS[group].items():
+                    own = [self._share(layer, part, share) for part in parts]
+                    whole = in_order(own) if projection == MODULATION else torch.cat(own)
+                    result |= {projection.format(layer): whole} if whole.any() else {}
+        return result
+
+    def _share(self, layer: int | None, part: str, at: float) -> torch.Tensor:
+        shares = [own for member in self.members if (own := member.share(layer, part, at)) is not None]
+        return torch.stack(shares).sum(0) if shares else torch.zeros(self.shapes[part][1])
+
     def tensors(self) -> dict[str, LazyTensor]:
         """Return the matrices of all LoRAs as one, by SAT's names, lazy; zero where a LoRA has none."""
+        if (lora := self.kronecker) is not None:
+            return {
+                name: LazyTensor((lora.tensors.get(name, torch.zeros(shape)),))
+                for layer in self.layers
+                for part in self._parts(layer)
+                for name, shape in kronecker_shapes(lora, layer, part, self.shapes[part]).items()
+            }
         return {
             sat_name(layer, part, kind): self._joined(layer, part, kind)
             for layer in self.layers
@@ -162,11 +225,12 @@ class LoraStack:
         for member in self.members:
             lora, own = member.lora, sorted({member.strengths[layer] for layer in member.lora.layers})
             what = "" if lora.groups == DEFAULT_GROUPS else f" ({', '.join(lora.groups)})"
+            kind = "DoRA of " if member.gains else "LoKr of " if lora.kind == "lokr" else ""
             strength = f"{own[0]:g}" if len(own) == 1 else f"{own[0]:g} to {own[-1]:g}, by layer"
             steps = "; ".join(f"{factor:g} at {share:g}" for share, factor in member.schedule)
             yield (
-                f"{lora.path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} of {len(member.strengths)} "
-                f"layers{what}; strength {strength}{f', of the steps {steps}' if steps else ''}"
+                f"{lora.path}: {kind}rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} of "
+                f"{len(member.strengths)} layers{what}; strength {strength}{f', of the steps {steps}' if steps else ''}"
             )
 
 
@@ -176,6 +240,12 @@ def _columns(b: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 def _cat(dim: int, *tensors: torch.Tensor) -> torch.Tensor:
     return torch.cat(tensors, dim)
+
+
+def kronecker_shapes(lora: Lora, layer: int | None, part: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the matrices of a module with LoKr, by SAT's names; its size is (D_in, D_out)."""
+    shapes = shapes_of(size[1], size[0], lora.rank, lora.factor)
+    return {sat_name(layer, part, kind): shape for kind, shape in shapes.items()}
 
 
 def stack_of(config: Config) -> LoraStack | None:
@@ -190,7 +260,7 @@ def stack_of(config: Config) -> LoraStack | None:
     for index, entry in enumerate(config.args.loras):
         place = f"args.loras.{index}"
         try:
-            members.append(_scaled(entry, place, params, base))
+            members.append(base.under(_scaled(entry, place, params, base)))
         except ConfigError as error:
             problems += error.problems
         except InputError as error:
@@ -203,6 +273,10 @@ def stack_of(config: Config) -> LoraStack | None:
         if any((*m.strengths, m.outside)) and (not m.schedule or any(factor for _, factor in m.schedule))
     ]
     stack = LoraStack(members=used, shapes=_shapes(params))
+    if stack.kronecker is not None and len(used) > 1:
+        found = f"holds a LoKr beside others, {stack.kronecker.path}, which can be sampled alone only"
+        cure = "merge some into the weights first: tools/merge_lora_weight.py takes all kinds"
+        raise ConfigError(config.located([Problem("args.loras", "", found, cure)]))
     if stack.rank > params["hidden_size"]:
         found = f"have {stack.rank} ranks together, more than the hidden size {params['hidden_size']}"
         cure = "merge some into the weights first: tools/merge_lora_weight.py"
@@ -255,11 +329,27 @@ def _tried(work: Callable[[], Any]) -> Any:
 
 
 class _Base:
-    """The weights that adapters are for; looked at only if a LoRA names its own."""
+    """The weights that adapters are for; looked at only if a LoRA names its own, or is DoRA."""
 
     def __init__(self, config: Config) -> None:
-        load, self._digest = config.args.load, ""
+        load, self._digest, self._shards = config.args.load, "", config.args.model_parallel_size
+        self._weights: Tensors = {}
         self.path: Path | None = None if load is None else _tried(lambda: find_weights(load))
+
+    def under(self, member: Scaled) -> Scaled:
+        """Return a LoRA on the weights of this base, which DoRA depends on."""
+        kind = member.lora.kind
+        if kind != "lora" and self._shards > 1:
+            raise InputError(
+                f"{member.lora.path} is {TITLES[kind]}, which is for whole weights, and args.model_parallel_size "
+                "above 1 shards them; share videos by args.sequence_parallel_size instead"
+            )
+        if kind != "dora":
+            return member
+        if self.path is None:
+            raise InputError(f"{member.lora.path} is DoRA, which depends on the weights of args.load; give them")
+        self._weights = self._weights or network_of(self.path)
+        return member.on(self._weights)
 
     def require(self, lora: Lora) -> None:
         """Refuse a LoRA that was trained on other weights."""
@@ -356,10 +446,26 @@ def _require_fitting(lora: Lora, num_layers: int, shapes: Mapping[str, tuple[int
     cure = "give a LoRA of this model, or the YAML and weights of the model that it was trained on"
     if lora.layers[-1] >= num_layers:
         raise InputError(f"{lora.path} adapts layer {lora.layers[-1]}, and the model has {num_layers}; {cure}")
+    if lora.kind == "lokr":
+        _require_fitting_kronecker(lora, shapes, cure)
+        return
     for name, tensor in lora.tensors.items():
         size_in, size_out = shapes[part_of(name)]
         expected = (lora.rank, size_in) if ".matrix_A." in name else (size_out, lora.rank)
+        expected = (size_out, 1) if is_magnitude(name) else expected
         if (tensor.shape[0], math.prod(tensor.shape[1:])) != expected:
+            raise InputError(
+                f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
+                f"{expected}; {cure}"
+            )
+
+
+def _require_fitting_kronecker(lora: Lora, shapes: Mapping[str, tuple[int, int]], cure: str) -> None:
+    for name, tensor in lora.tensors.items():
+        match, part = ADAPTER.fullmatch(name), part_of(name)
+        assert match is not None, "a name of SAT"
+        expected = kronecker_shapes(lora, projection_of(match[1])[0], part, shapes[part]).get(name)
+        if tuple(tensor.shape) != expected:
             raise InputError(
                 f"{lora.path} is for another model: its {name} has the shape {tuple(tensor.shape)}, and this one needs "
                 f"{expected}; {cure}"

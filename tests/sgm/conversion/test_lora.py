@@ -17,11 +17,12 @@ from sgm.conversion.diffusers.verify import peer_rope
 from sgm.conversion.lora import FILE, HEADER_KEY, adapters_to_diffusers, export_lora
 from sgm.conversion.lora_merge import merge_loras
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import AdapterInfo, is_adapter, merge_adapters
+from sgm.weights.adapters import AdapterInfo, is_adapter
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor
 from sgm.weights.lora.files import read_lora
+from sgm.weights.lora.merging import merge_adapters
 
 RANK, ALPHA = 4, 3
 QKV, DENSE = (f"transformer.layers.0.attention.{name}" for name in ("query_key_value", "dense"))
@@ -432,7 +433,7 @@ def test_lazy_tensors_and_plain_names_are_taken_and_nothing_is_computed_early():
 def test_logging_says_what_was_written(saved, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="sgm"):
         export_lora(saved(build_network(section())), tmp_path / "out")
-    assert "LoRA of rank 4, alpha 3, 8 pairs" in caplog.text
+    assert "LoRA of rank 4, alpha 3, 8 modules" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", ["nan", "int", "bool", "complex", "flip"])

@@ -171,8 +171,7 @@ def test_names_of_other_tools_are_brought_to_one_form(tmp_path, tool, alpha):
     [
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
         ("transformer_blocks.0.attn1.to_q.hada_w1_a", "LoHa"),
-        ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_w1", "LoKr"),
-        ("transformer_blocks.0.attn1.to_q.dora_scale", "DoRA"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_t2", "middle of a convolution's LoKr"),
         ("transformer_blocks.0.attn1.to_q.lora_B.bias", "bias"),
         ("transformer_blocks.0.attn1.to_q.weight", "no matrix or alpha"),
         ("diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight", "another model"),
@@ -422,9 +421,14 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
         (
             pairs() | {"transformer_blocks.0.attn1.to_q.lora_magnitude_vector": torch.ones(32)},
             None,
-            "magnitude.* cannot be taken: it is DoRA",
+            "magnitudes of DoRA on .*to_q and none on .*to_k",
         ),
-        (pairs(), {HEADER_KEY: {"transformer.use_dora": True}}, "is DoRA according to its header"),
+        (pairs(), {HEADER_KEY: {"transformer.use_dora": True}}, "is DoRA according to its header.*no magnitudes"),
+        (
+            pairs(parts=("to_q",), layers=[0]) | {"transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(1, 32)},
+            None,
+            r"dora_scale has the shape \(1, 32\), expected 32 magnitudes, one for each output.*wd_on_output",
+        ),
         (
             pairs(),
             {HEADER_KEY: {"transformer.r": 8}},

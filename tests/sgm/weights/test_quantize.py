@@ -10,9 +10,10 @@ from torch import nn
 
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, merge_adapters
+from sgm.weights.adapters import is_adapter
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.lazy import compute
+from sgm.weights.lora.merging import merge_adapters
 from sgm.weights.partition import Shard
 from sgm.weights.quantize import linear_layers, num_bytes, require_usable, store
 

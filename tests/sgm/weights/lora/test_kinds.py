@@ -60,8 +60,10 @@ class Case:
         load_network(self.network, folder / "base")
         generator = torch.Generator().manual_seed(2)
         for name, parameter in self.network.named_parameters():
-            if ".matrix_" in name:
+            if ".matrix_" in name or ".lokr_" in name:
                 nn.init.normal_(parameter, 0, 0.2, generator=generator)
+            elif ".magnitude." in name:
+                parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
         adapters = {name: t for name, t in self.network.state_dict().items() if is_adapter(name)}
         save_network(folder / "run", 5, adapters, patch_size=self.plain.patch_size, adapters=self.info)
 
@@ -84,7 +86,7 @@ class Case:
             network = instantiate_from_config(config.model["network_config"])
         load_network(network, config.args.load, adapters=stack and stack.tensors())
         if stack is not None:
-            scale_adapters(network, stack.layers, stack.factors(0.0), torch.device("cpu"))
+            scale_adapters(network, stack.layers, stack.factors(0.0), torch.device("cpu"), stack.shares(0.0))
         return network.eval()
 
     def pipe(self):
@@ -93,8 +95,9 @@ class Case:
     @torch.no_grad()
     def output(self, network):
         draws = torch.Generator().manual_seed(1)
-        x = torch.randn(1, 2, self.plain.in_channels, 4, 6, generator=draws)
-        context = torch.randn(1, 3, 8, generator=draws)
+        dtype = next(network.parameters()).dtype
+        x = torch.randn(1, 2, self.plain.in_channels, 4, 6, generator=draws).to(dtype)
+        context = torch.randn(1, 3, 8, generator=draws).to(dtype)
         if hasattr(network, "mixins"):
             return network(x, torch.tensor([500]), context)
         return run_network_peer(network, x, torch.tensor([500]), context, rope=peer_rope(network, x))
