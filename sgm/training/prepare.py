@@ -214,14 +214,16 @@ def agree(plan: Plan) -> Plan:
         "their captions": plan.data.captions_digest[:12],
         "the sizes of its parallel groups": str(plan.mesh),
     }
-    first, *others = sgm.distributed.all_gather_objects(own)
-    differ = [
-        f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
-        for rank, other in enumerate(others, start=1)
-        for name in own
-        if other[name] != first[name]
-    ]
-    if differ:
+    differs = torch.tensor([float(sgm.distributed.broadcast_from_rank_zero(own) != own)])
+    # What all ranks found is gathered only if some differ: with a thousand, everyone would read a thousand answers.
+    if sgm.distributed.all_reduce_(differs.to(sgm.distributed.device()), largest=True).item():
+        first, *others = sgm.distributed.all_gather_objects(own)
+        differ = [
+            f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
+            for rank, other in enumerate(others, start=1)
+            for name in own
+            if other[name] != first[name]
+        ]
         raise InputError(
             "the ranks do not agree:\n" + "\n".join(differ) + "\nstart all of them with the same command, the same "
             "files in the same places, and args.save on a file system that they share"
