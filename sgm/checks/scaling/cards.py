@@ -52,6 +52,8 @@ class Card:
         attention: share that attention attains.
         convolutions: share that the VAE's convolutions attain.
         memory_bandwidth: that kernels which only read and write attain.
+        state_bandwidth: that those attain which update weights, gradients and optimizer state; null: the same. On a
+            CPU activations stay in its caches, and state does not.
         kernel_seconds: of the host for each kernel, if the device waits for them.
         per_node: cards in a machine.
         intra_bandwidth: of a card to the others in its machine.
@@ -74,6 +76,7 @@ class Card:
     attention: _Share
     convolutions: _Share
     memory_bandwidth: _Positive
+    state_bandwidth: _Positive | None = None
     kernel_seconds: _Seconds = 0.0
     per_node: _Count = 8
     intra_bandwidth: _Positive

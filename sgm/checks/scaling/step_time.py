@@ -35,6 +35,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
+from sgm.util import default
 from sgm.weights.adapters import is_added
 
 # Part of an iteration → what limits it.
@@ -176,8 +177,8 @@ class _Work:
         parts = dict.fromkeys(LIMITS, 0.0)
         parts["products"] = k * cost.products / (card.peak * card.products)
         parts["attention"] = k * cost.attention / (card.peak * card.attention)
-        parts["traffic"] = k * (cost.moved + self._accumulated()) / card.memory_bandwidth
-        parts["optimizer"] = self._optimizer_bytes() / card.memory_bandwidth
+        parts["traffic"] = k * cost.moved / card.memory_bandwidth
+        parts["optimizer"] = self._state_bytes() / default(card.state_bandwidth, card.memory_bandwidth)
         parts["kernels"] = k * cost.kernels * card.kernel_seconds
         parts["groups"] = k * self._group_seconds(self.network, attention=parts["attention"] / k)
         if vae and not self.config.model.get("latent_input"):
@@ -206,16 +207,20 @@ class _Work:
         modules = params_of(self.config.model["network_config"]).get("modules") or {}
         return params_of(modules.get("pos_embed_config")).get("text_length", 0)
 
-    def _accumulated(self) -> float:
-        """Return the bytes moved to add the gradients of a batch to those before, and into buckets."""
-        return 5 * self.dtype.itemsize * self.network.trained
-
-    def _optimizer_bytes(self) -> float:
-        """Return the bytes that norm, clipping and update move, on the device."""
-        zero, width = self.section["zero_optimization"], self.dtype.itemsize
+    def _state_bytes(self) -> float:
+        """Return the bytes that gradients, clipping and the update move, on the device, and stage 3 for its weights."""
+        zero, width, k, usage = self.section["zero_optimization"], self.dtype.itemsize, self.batches, self.network
+        stage = zero["stage"]
+        moved = 3 * width * usage.trained * (k - 1)  # added to those of the batches before
+        if stage:  # copied into a bucket, averaged, copied out
+            moved += 6 * width * usage.trained * (k if stage >= 2 else 1)
+        if stage == 3:  # copied from what is gathered, for the forward and for the backward pass
+            moved += 2 * 3 * width * usage.weights * k
         if is_offloaded(zero, "optimizer"):
-            return 0.0
-        return self._updated() * (3 * width + 28 + 2 * self._moments() + 12 * (self.args.ema_decay is not None))
+            return moved
+        # Norm, clipping and update; in 16 bits and with ZeRO also to float32 and back.
+        update = 3 * width + 12 + 2 * self._moments() + (16 if stage or width == 2 else 0)
+        return moved + self._updated() * (update + 12 * (self.args.ema_decay is not None))
 
     def _updated(self) -> float:
         """Return the parameters that this rank's optimizer updates."""

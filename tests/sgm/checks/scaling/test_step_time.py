@@ -62,16 +62,25 @@ def test_what_the_network_computes_and_moves(seconds, trained):
     assert found["attention"] == pytest.approx(usage.cost.attention / 2e9)
     found = seconds(memory_bandwidth=1e9)
     assert set(found) == {"traffic", "optimizer"}
-    assert found["traffic"] == pytest.approx((usage.cost.moved + 5 * 4 * usage.trained) / 1e9)
-    assert found["optimizer"] == pytest.approx(usage.trained * (12 + 28 + 16) / 1e9)
+    assert found["traffic"] == pytest.approx(usage.cost.moved / 1e9)
+    assert found["optimizer"] == pytest.approx(usage.trained * (6 * 4 + 12 + 28 + 16) / 1e9)
+    state = [f"{ZERO}.stage={stage}" for stage in (0, 1, 2, 3)]
+    steps = "deepspeed.gradient_accumulation_steps=2"
+    moved = [seconds(stage, steps, state_bandwidth=1e9)["optimizer"] for stage in state]
+    update, numbers = 12 + 28 + 16, usage.trained / 1e9
+    assert moved[0] == pytest.approx(numbers * (12 + update - 16))
+    assert moved[1] == pytest.approx(numbers * (12 + 24 + update))
+    assert moved[2] == pytest.approx(numbers * (12 + 48 + update))
+    assert moved[3] == pytest.approx(numbers * (12 + 48 + update) + 48 * usage.weights / 1e9)
     assert seconds(kernel_seconds=1e-5) == {"kernels": pytest.approx(usage.cost.kernels * 1e-5)}
     twice = seconds("deepspeed.gradient_accumulation_steps=2", peak=2e9, products=0.5)
     assert twice["products"] == pytest.approx(2 * usage.cost.products / 1e9)
 
 
-def test_ranks_share_the_optimizer_and_cores(seconds):
+def test_ranks_share_the_optimizer_and_cores(seconds, trained):
     one, four = (seconds(ranks=ranks, memory_bandwidth=1e9)["optimizer"] for ranks in (1, 4))
-    assert four == pytest.approx(one / 4)
+    usage = network_usage(config_of(), (5, 64, 64), 1, torch.float32, trained=trained)
+    assert one - four == pytest.approx(3 / 4 * usage.trained * (12 + 28 + 16) / 1e9)
     alone, shared = (seconds(ranks=4, peak=1e9, slots=slots)["products"] for slots in (None, 2))
     assert shared == pytest.approx(2 * alone)
 
