@@ -18,16 +18,14 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from benchmarks.models import network_section
+from sgm.checks.cost import moved_bytes
 from sgm.checks.meta_run import DEVICE, build, usage
 from sgm.distributed import Mesh
 
 MODELS = {"cogvideox_2b": (13, 60, 90), "cogvideox_5b": (13, 60, 90), "cogvideox1.5_5b": (22, 96, 170)}
 LORA = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 128}}
-_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
-_NO_KERNEL = {"detach", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "alias", "device"}
 
 
 class Passes(TorchDispatchMode):
@@ -43,19 +41,9 @@ class Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
-        is_other = name in _PRODUCTS or "scaled_dot_product" in name
-        if not (is_view or is_other or name in _NO_KERNEL):
-            moved = (args, {key: value for key, value in (kwargs or {}).items() if key != "out"}, out)
-            self.bytes[name] += sum(_bytes(leaf) for leaf in tree_iter(moved) if isinstance(leaf, torch.Tensor))
+        if (moved := moved_bytes(func, args, kwargs or {}, out)) is not None:
+            self.bytes[func.overloadpacket.__name__] += moved
         return out
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes that a kernel reads of a tensor: expanded dimensions count once."""
-    lengths = (length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return math.prod(lengths) * tensor.element_size()
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,12 @@ def parse(
     add_trust(parser)
     parser.add_argument("--check", action="store_true", help=check)
     if card:
-        parser.add_argument("--card", metavar="SIZE", help="with --check: plan for a card of this memory, such as 24gb")
+        kinds = ", or of a name such as h100" if training else ""
+        text = f"with --check: plan for a card of this memory, such as 24gb{kinds}"
+        parser.add_argument("--card", metavar="SIZE", help=text)
+    if card and training:
+        text = "with --check: recommend mesh, ZeRO stage and micro batch for so many devices, and predict the speed"
+        parser.add_argument("--devices", metavar="NUM", help=text)
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
     if more is not None:
         more(parser)
@@ -75,7 +80,9 @@ def parse(
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_keys_for(unknown)}")
     if card and options.card is not None:
-        options.card = _card(parser, options)
+        options.card = _card(parser, options, names=training)
+    if getattr(options, "devices", None) is not None:
+        options.devices = _devices(parser, options)
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     moved = [word for word in options.base if is_override(word) and not os.path.exists(word)]
     files = [word for word in options.overrides if word.endswith((".yaml", ".yml")) and not is_override(word)]
@@ -124,14 +131,24 @@ def _keys_for(unknown: Sequence[str]) -> str:
     return f"; settings are written as {', '.join(f'{home}=...' for home in homes)}" if homes else ""
 
 
-def _card(parser: argparse.ArgumentParser, options: argparse.Namespace) -> float:
-    """Return the GiB of ``--card``."""
+def _card(parser: argparse.ArgumentParser, options: argparse.Namespace, *, names: bool) -> float | str:
+    """Return the GiB of ``--card``; with `names`, a word that is no size as it is."""
     found = re.fullmatch(r"(\d{1,5}(?:\.\d+)?)\s*(?:gi?b?)?", options.card.strip().lower())
-    if found is None or not float(found[1]):
+    is_size = found is not None and float(found[1]) > 0
+    if not is_size and (not names or found is not None):
         parser.error(f"--card {options.card!r} is no size; give the memory of the card, such as --card 24gb")
     if not options.check:
         parser.error("--card only plans: give --check as well")
-    return float(found[1])
+    return float(found[1]) if found is not None else options.card
+
+
+def _devices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Return the number of ``--devices``."""
+    if re.fullmatch(r"[1-9]\d{0,4}", options.devices.strip()) is None:
+        parser.error(f"--devices {options.devices!r} is no number of devices; give 1 to 99999, such as --devices 64")
+    if not options.check:
+        parser.error("--devices only plans: give --check as well")
+    return int(options.devices)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,26 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextmanager
+def planned(num: int) -> Iterator[None]:
+    """Context in which `world_size` is that of a run that is planned, for checks in a single process.
+
+    Raises:
+        InputError: a launcher has started several processes.
+    """
+    if is_launched():
+        raise InputError("--devices plans in one process; give the command without torchrun")
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(num)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+
+
 _mesh: Mesh | None = None
 # n → group of the first n ranks of this sample group, None if this rank is not in it: a short video has fewer chunks
 # than ranks.

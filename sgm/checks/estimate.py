@@ -225,7 +225,7 @@ def training_estimate(
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
     # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients, and
     # for the buffers in which they are reduced.
-    gradients = 0.0 if _is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
+    gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     room = min(network.kept, gradients)
     buffers = max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"])
     held = {**_without(resident, stepping + room), "buffers": buffers, "weights in use": live}
@@ -240,13 +240,13 @@ def training_estimate(
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
-    traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=_block(config, total), width=width)
+    traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=_block(config, total), width=width).total
     waits = {
         "frozen weights": frozen * (away or args.network_offload == "blocks"),
         "activations": network.host,
         "optimizer": host,
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
-        "save": _saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
+        "save": args.async_save * saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
     }
     return Estimate(phases, host=waits, traffic=traffic)
 
@@ -256,7 +256,8 @@ def _block(config: Config, total: float) -> float:
     return total / params_of(config.model["network_config"]).get("num_layers", 1)
 
 
-def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    """Whether an ``offload_*`` of a ZeRO section names a device."""
     return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
 
@@ -267,31 +268,37 @@ def _state_bytes(
     zero, counts = section["zero_optimization"], (network.weights, network.trained, ranks)
     given: dict[str, Any] = {
         "ema": args.ema_decay is not None,
-        "offload": _is_offloaded(zero, "optimizer"),
+        "offload": is_offloaded(zero, "optimizer"),
         "width": width,
         "moments": MOMENT_BYTES.get(section["optimizer"]["type"], 8),
     }
     device, host = bytes_per_rank(*counts, zero["stage"], **given)
     stepping = device - bytes_per_rank(*counts, zero["stage"], **given, step=False)[0]
-    if zero["stage"] == 3 and given["offload"] and not _is_offloaded(zero, "param"):
+    if zero["stage"] == 3 and given["offload"] and not is_offloaded(zero, "param"):
         device = width * network.weights / ranks  # the formula assumes both on the CPU
         host -= device
     return device, host, stepping
 
 
-def _saved_bytes(
+def saved_bytes(
     args: TrainingArgs, section: Mapping[str, Any], network: Usage, ranks: int, width: int, adapters: bool
 ) -> float:
-    """Return the bytes of what rank zero, which also writes weights, copies for ``args.async_save``."""
-    if not args.async_save:
-        return 0.0
-    trained, stage = network.trained, section["zero_optimization"]["stage"]
+    """Return the bytes that rank zero, which also writes weights, saves, and copies before for ``args.async_save``."""
+    trained = network.trained
     weights = width * (trained if adapters and not args.save_full else network.weights)
     averages = 4 * trained * (args.ema_decay is not None)
+    return weights + averages + state_bytes(args, section, network, ranks, width)
+
+
+def state_bytes(
+    args: TrainingArgs, section: Mapping[str, Any], network: Usage, ranks: int, width: int, *, first: bool = True
+) -> float:
+    """Return the bytes that a rank saves to resume from; up to stage 2, the `first` one saves the whole weights too."""
+    trained, stage = network.trained, section["zero_optimization"]["stage"]
     moments = MOMENT_BYTES.get(section["optimizer"]["type"], 8)
     numbers = (4 if stage or width == 2 else 0) + moments + 4 * (args.ema_decay is not None)
     share = trained / ranks
-    return weights + averages + width * (share if stage == 3 else trained) + numbers * (share if stage else trained)
+    return width * (share if stage == 3 else trained * first) + numbers * (share if stage else trained * first)
 
 
 def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
@@ -356,10 +363,28 @@ def bytes_per_rank(
     return weights + (width * trained if stage == 1 else 0), state
 
 
+@dataclass(frozen=True)
+class ZeroTraffic:
+    """What ZeRO sends, in bytes of a rank and iteration.
+
+    Attributes:
+        reduced: gradients, in the backward pass or after it.
+        gathered: weights; at stage 3 around their use, else after the optimizer.
+    """
+
+    reduced: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.reduced + self.gathered
+
+
 def zero_traffic(
     total: float, trained: float, ranks: int, section: Mapping[str, Any], *, block: float, width: int
-) -> float:
-    """Return the bytes sent by a rank per iteration to reduce gradients and gather weights.
+) -> ZeroTraffic:
+    """Return what a rank sends per iteration to reduce gradients and gather weights.
 
     Args:
         total: parameters of this rank's network.
@@ -372,13 +397,14 @@ def zero_traffic(
     zero, batches = section["zero_optimization"], section["gradient_accumulation_steps"]
     fetches = 3 if zero.get("stage3_max_live_parameters", 1e9) < block else 2
     once = not zero.get("use_multi_rank_bucket_allreduce", True)
-    numbers = {
-        0: 2 * trained,
-        1: 3 * trained,
-        2: ((1 if once else 2) * batches + 1) * trained,
-        3: batches * (fetches * total + trained),
+    reduced, gathered = {
+        0: (2 * trained, 0),
+        1: (2 * trained, trained),
+        2: ((1 if once else 2) * batches * trained, trained),
+        3: (batches * trained, batches * fetches * total),
     }[zero["stage"]]
-    return numbers * width * (ranks - 1) / ranks
+    share = width * (ranks - 1) / ranks
+    return ZeroTraffic(reduced * share, gathered * share)
 
 
 def _buffers(zero: Mapping[str, Any], learned: float, width: int) -> float:

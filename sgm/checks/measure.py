@@ -183,14 +183,19 @@ def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
     def line(begin: float, a: float, b: float) -> float:
         return begin + steps * (b - a)
 
+    def lines(begin: Mapping[str, float], a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {axis: line(begin.get(axis, 0), a.get(axis, 0), num) for axis, num in b.items()}
+
     return Usage(
         weights=line(start.weights, first.weights, second.weights),
         trained=line(start.trained, first.trained, second.trained),
         peak=line(start.peak, first.peak, second.peak),
-        sent={axis: line(start.sent.get(axis, 0), first.sent.get(axis, 0), num) for axis, num in second.sent.items()},
+        sent=lines(start.sent, first.sent, second.sent),
         stored=line(start.stored, first.stored, second.stored),
         host=line(start.host, first.host, second.host),
         kept=steps * max(second.peak - first.peak, 0),
+        messages=lines(start.messages, first.messages, second.messages),
+        cost=start.cost.plus(second.cost.plus(first.cost, -1), steps),
     )
 
 

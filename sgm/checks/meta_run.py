@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgm.distributed
+from sgm.checks.cost import Cost, cost_of
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.quantize import num_bytes
@@ -44,6 +45,8 @@ class Usage:
         stored: bytes of the parameters, as they are stored.
         host: peak of the live bytes on `HOST`.
         kept: bytes of `peak` that blocks of a deep network keep for their backward pass, freed block by block.
+        messages: name in `AXES` → number of transfers.
+        cost: of the kernels.
     """
 
     weights: float
@@ -54,6 +57,8 @@ class Usage:
     stored: float = 0
     host: float = 0
     kept: float = 0
+    messages: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
 
 _results: dict[Any, Any] = {}  # call of an operator → its result, both as `_described`
@@ -138,11 +143,13 @@ class LiveBytes(TorchDispatchMode):
         peak: largest `live` so far.
         host: bytes in host memory.
         host_peak: largest `host` so far.
+        cost: of the kernels so far.
     """
 
     def __init__(self, host: torch.device | None = None) -> None:
         super().__init__()
         self.live = self.peak = self.host = self.host_peak = 0
+        self.cost = Cost()
         self._host = host
         self._known: set[int] = set()
 
@@ -152,6 +159,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = _run(func, args, kwargs or {})
+        if (cost := cost_of(func, args, kwargs or {}, made)) is not None:
+            self.cost = self.cost.plus(cost)
         given = None
         for x in _tensors(made):
             if (key := (storage := x.untyped_storage())._cdata) not in self._known:
@@ -174,19 +183,22 @@ class LiveBytes(TorchDispatchMode):
 
         A call that leaves more or less behind than its result is no such call, and the next one is run as well.
         """
-        known: dict[Any, tuple[int, dict[str, Any]]] = {}  # key → bytes beside those before the call, and the result's
+        # key → bytes beside those before the call, the result's shape, and the cost
+        known: dict[Any, tuple[int, dict[str, Any], Cost]] = {}
 
         def run(*args: Any) -> torch.Tensor:
-            key, before, highest = key_of(*args), self.live, self.peak
+            key, before, highest, spent = key_of(*args), self.live, self.peak, self.cost
             if key in known:
-                more, like = known[key]
+                more, like, cost = known[key]
                 made = torch.empty(**like)
+                self.cost = spent.plus(cost)
             else:
                 self.peak = before
                 made = function(*args)
                 more = self.peak - before
                 if self.live - before == made.untyped_storage().nbytes() == made.nbytes:
-                    known[key] = more, {"size": made.shape, "dtype": made.dtype, "device": made.device}
+                    like = {"size": made.shape, "dtype": made.dtype, "device": made.device}
+                    known[key] = more, like, self.cost.plus(spent, -1)
             self.peak = max(highest, before + more)
             return made
 
@@ -243,15 +255,20 @@ class CountingGroup(dist.ProcessGroup):
 
 
 @contextmanager
-def simulated_ranks(mesh: Mesh) -> Iterator[Counter]:
-    """Context in which this process acts as the first rank of `mesh`; yields its sent bytes by axis."""
+def simulated_ranks(mesh: Mesh) -> Iterator[tuple[Counter, Counter]]:
+    """Context in which this process acts as the first rank of `mesh`; yields its bytes and transfers by axis."""
     sent: Counter = Counter()
+    messages: Counter = Counter()
 
     def make_group(axis: str, size: int) -> dist.ProcessGroup:
-        return CountingGroup(size, lambda num: sent.update({AXES[axis]: num}))
+        def add(num: float) -> None:
+            sent.update({AXES[axis]: num})
+            messages.update([AXES[axis]])
+
+        return CountingGroup(size, add)
 
     with sgm.distributed.simulate(mesh, make_group):
-        yield sent
+        yield sent, messages
 
 
 def build(section: Mapping[str, Any]) -> Any:
@@ -280,7 +297,7 @@ def usage(
         prepare: called with the module and the count, before anything is counted.
     """
     learned = trained or frozenset()
-    with simulated_ranks(mesh) as sent, _fused_attention():
+    with simulated_ranks(mesh) as (sent, messages), _fused_attention():
         _set_weights(module, dtype, learned)
         module.train(trained is not None)
         live = LiveBytes(HOST)
@@ -292,7 +309,17 @@ def usage(
             if out.requires_grad:
                 out.float().square().mean().backward()
     weights, num_trained = num_parameters(module, learned)
-    return Usage(weights, num_trained, live.peak, dict(sent), result, stored, live.host_peak)
+    return Usage(
+        weights,
+        num_trained,
+        live.peak,
+        dict(sent),
+        result,
+        stored,
+        live.host_peak,
+        messages=dict(messages),
+        cost=live.cost,
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Heartbeats: when a rank is lost, the others report it and exit.
 
 A background thread of every rank writes heartbeats into the job's store (held by the launcher or rank zero) and reads
-those of the others. The first rank that fails, or finds another one lost, records the reason in the store; the others
-report it and exit with code 1.
+those of its neighbours and of rank zero: if each of a thousand ranks read all, the store would give out a million a
+second. The first rank that fails, or finds another one lost, records the reason in the store; the others report it and
+exit with code 1. The heartbeats of all are read to name a rank that is stuck, or to say what each is doing.
 
 Why not torchrun and the timeout of collectives alone: a rank that waits outside a collective would never end if its
 launcher was killed or does not exist; a lost machine would be noticed only after the full timeout; and errors of gloo
@@ -10,12 +11,14 @@ and NCCL do not name the rank.
 """
 
 import atexit
+import contextlib
 import os
 import platform
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
@@ -26,8 +29,15 @@ from sgm.cli import Terminated, raise_terminated
 from sgm.util import RunError
 
 _WORKS, _WAITS, _DONE = "works", "waits", "done"  # states of a rank; waits: a collective failed
+_NEIGHBOURS = 4  # on each side, whose heartbeats a rank reads
 _SUSPECT_TICKS = 5  # allowed missed heartbeats after a failed collective
 _CURE = "start the same command again (training goes on with args.resume=auto)"
+
+
+def watched_by(rank: int, size: int) -> list[int]:
+    """Return the ranks whose heartbeats `rank` of `size` ranks reads: its neighbours, itself and rank zero."""
+    near = {(rank + step) % size for step in range(-_NEIGHBOURS, _NEIGHBOURS + 1)}
+    return sorted(near | {0})
 
 
 class Progress(NamedTuple):
@@ -63,7 +73,8 @@ class Peers:
     def __init__(self, *, rank: int, size: int, timeout: timedelta) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         seconds = timeout.total_seconds()
-        self._rank, self._address, self._keys = rank, f"{host}:{port}", [str(each) for each in range(size)]
+        self._rank, self._size, self._address = rank, size, f"{host}:{port}"
+        self._watched = watched_by(rank, size)
         self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._tick, self._grace = min(seconds / 4, 10) / _SUSPECT_TICKS, min(seconds / 4, 5)
         self._max_missed = round(min(seconds / 2, 120) / self._tick)
@@ -74,7 +85,9 @@ class Peers:
         self._state, self._count, self._reason, self._lost = _WORKS, 0, "", ""
         self._doing: tuple[int, str, float] | None = None  # iteration, phase, and since when
         self._send()
-        self._beats, self._num_received = self._receive(), 0
+        self._beats: dict[int, list[str]] = {}  # those that were read last, by rank
+        self._receive(self._watched)
+        self._num_received = 0
         self._store_failed = False
         self._changed, self._found, self._closed = threading.Event(), threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
@@ -100,14 +113,24 @@ class Peers:
 
     def progress(self) -> list[Progress]:
         """Return what all ranks are doing, by their last heartbeats, without those that do not say."""
+        self._receive_all()
         return [
             Progress(self._name(rank), int(beat[4]), beat[5], float(beat[6]))
-            for rank, beat in enumerate(self._beats)
+            for rank, beat in sorted(self._beats.items())
             if len(beat) > 4
         ]
 
-    def _receive(self) -> list[list[str]]:
-        return [value.decode().split(" ") for value in self._store.multi_get(self._keys)]
+    def _receive(self, ranks: Iterable[int]) -> None:
+        """Read the heartbeats of some ranks."""
+        ranks = list(ranks)
+        values = self._store.multi_get([str(rank) for rank in ranks])
+        found = {rank: value.decode().split(" ") for rank, value in zip(ranks, values, strict=True)}
+        self._beats = {**self._beats, **found}
+
+    def _receive_all(self) -> None:
+        """Read the heartbeats of all ranks, as far as the store answers."""
+        with contextlib.suppress(RuntimeError):
+            self._receive(range(self._size))
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (process {self._beats[rank][1]} on {self._beats[rank][2]})"
@@ -117,15 +140,16 @@ class Peers:
         return f", {float(beat[6]):.0f} s in {beat[5]} of iteration {beat[4]}," if len(beat) > 4 else ""
 
     def _others(self, *states: str) -> list[int]:
-        return [rank for rank, beat in enumerate(self._beats) if rank != self._rank and beat[0] in states]
+        return [rank for rank, beat in sorted(self._beats.items()) if rank != self._rank and beat[0] in states]
 
     def _exchange(self) -> None:
         """Thread: exchange heartbeats until this rank is done or a reason to exit is recorded."""
         try:
             while True:
-                is_last = self._state == _DONE and not (self._holds_store and self._others(_WORKS, _WAITS))
+                waits_for_all = self._state == _DONE and self._holds_store
+                is_last = self._state == _DONE and not (waits_for_all and self._others(_WORKS, _WAITS))
                 self._send()
-                self._beats = self._receive()
+                self._receive(range(self._size) if waits_for_all and not is_last else self._watched)
                 if self._reason:
                     self._store.compare_set("reason", "", self._reason)
                 elif self._store.check(["reason"]):
@@ -142,7 +166,7 @@ class Peers:
 
     def _watch(self) -> None:
         """Thread: count missed heartbeats; end the process if its main thread hangs."""
-        missed, missed_answers, beats, num_received = [0] * len(self._keys), 0, self._beats, 0
+        missed, missed_answers, beats, num_received = dict.fromkeys(self._watched, 0), 0, self._beats, 0
         # Ticks, not wall time: a process that was suspended must not consider all others lost.
         while not self._lost:
             if self._closed.wait(self._tick) or self._reason:
@@ -151,7 +175,7 @@ class Peers:
                 missed_answers += 1
             else:
                 former, beats, num_received, missed_answers = beats, self._beats, self._num_received, 0
-                missed = [0 if new != old else n + 1 for n, new, old in zip(missed, beats, former, strict=True)]
+                missed = {rank: 0 if beats[rank] != former[rank] else n + 1 for rank, n in missed.items()}
             if lost := self._find_lost(missed, missed_answers):
                 self._lost = self._reason = self._lost or lost
                 self._changed.set()
@@ -163,10 +187,10 @@ class Peers:
             sys.stderr.flush()
         os._exit(1)
 
-    def _find_lost(self, missed: list[int], missed_answers: int) -> str:
+    def _find_lost(self, missed: dict[int, int], missed_answers: int) -> str:
         """Return a message naming the lost rank or launcher; empty if none is lost."""
         for rank in self._others(_WORKS, _WAITS):
-            if missed[rank] >= self._max_missed:
+            if missed.get(rank, 0) >= self._max_missed:
                 seconds = f"{missed[rank] * self._tick:.0f} s"
                 return f"{self._name(rank)} is gone: no heartbeat for {seconds}; its own message says why; {_CURE}"
         store_is_lost = self._store_failed or missed_answers >= self._max_missed
@@ -184,6 +208,8 @@ class Peers:
             self._state, self._max_missed = _WAITS, _SUSPECT_TICKS
             self._found.wait(2 * _SUSPECT_TICKS * self._tick)
             lost = self._lost
+            if not lost and "timed out" in str(cause).lower():
+                self._receive_all()
             if not lost and "timed out" in str(cause).lower() and (stuck := self._others(_WORKS)):
                 names = ", ".join(self._name(rank) + self._where(rank) for rank in stuck)
                 lost = f"{names} is stuck: it did not come to the collective that failed here; {_CURE}"

@@ -15,6 +15,7 @@ EXAMPLES = (
     "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]",
     "torchrun --standalone --nproc_per_node 8 train_video.py --base configs/cogvideox_5b.yaml configs/sft.yaml",
     "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml --check",
+    "python train_video.py --base configs/cogvideox_5b.yaml configs/sft.yaml --check --devices 64 --card h100",
 )
 
 logger = get_logger(__name__)
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int | None:
 
     config = load_config(options.base, options.overrides, mode="train", trust=options.trust)
     if options.check:
-        _check(config, options)
+        _check_for(config, options)
         return None
     import sgm.distributed
     from sgm.training.run import train
@@ -53,8 +54,32 @@ def run(options: argparse.Namespace) -> int | None:
         return summary.exit_code
 
 
-def _check(config: Any, options: argparse.Namespace) -> None:
-    """Check the run, and print the findings; those of several ranks are the same, and rank zero prints them."""
+def _check_for(config: Any, options: argparse.Namespace) -> None:
+    """Check the run, as one of so many processes as ``--devices`` says."""
+    import sgm.distributed
+    from sgm.checks.scaling.cards import card_named
+    from sgm.checks.scaling.recommend import check_devices
+
+    card = card_named(options.card)
+    if options.card is not None:
+        options.card = card.memory
+    if options.devices is None:
+        _check(config, options)
+        return
+    check_devices(options.devices, card)
+    options.card = card.memory
+    with sgm.distributed.planned(options.devices):
+        _check(config, options, card)
+
+
+def _check(config: Any, options: argparse.Namespace, devices: Any = None) -> None:
+    """Check the run, and print the findings; those of several ranks are the same, and rank zero prints them.
+
+    Args:
+        config: of the run.
+        options: of the command line, with the GiB of a card.
+        devices: the card of each rank to recommend settings for, if the number of ranks is only planned.
+    """
     from sgm.checks.planner import written_without_files
     from sgm.training.inputs.buckets import bucket_report, plan_buckets
     from sgm.training.inputs.precompute import before_encoding
@@ -62,10 +87,10 @@ def _check(config: Any, options: argparse.Namespace) -> None:
 
     ahead = config.args.precomputed if config.args.precompute else {}
     write = partial(cli.write_findings, options)
-    with written_without_files(lambda: memory_report(config, options.card), write):
+    with written_without_files(lambda: memory_report(config, options.card, devices), write):
         plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
     if is_rank_zero():
-        write(plan.report(options.card))
+        write(plan.report(options.card, devices))
         if ahead:
             sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
         if plan.division is not None:

@@ -29,6 +29,8 @@ from sgm.checks.sampling import (
     takes_control,
 )
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling, scaling_warnings
+from sgm.checks.scaling.cards import Card
+from sgm.checks.scaling.recommend import STAGES, Planner, scaling_rows
 from sgm.checks.training import check_training_data, fitted_buckets, geometry_of, longest_latents, pair_problems
 from sgm.config.args import TrainingArgs
 from sgm.config.deepspeed_section import engine_config, trains_adapters
@@ -97,25 +99,53 @@ class Plan:
     base_storage: Storage | None
     rows: Mapping[str, str]
 
-    def report(self, card: float | None = None) -> str:
+    def report(self, card: float | None = None, devices: Card | None = None) -> str:
         """Return a summary of the plan with estimates of memory and traffic, which take seconds.
 
         Args:
             card: GiB of the card to plan for; None takes the accelerator, if there is one.
+            devices: the card of each rank for which to recommend settings, and to predict the speed.
         """
         loaded = {"vae": bool(self.caches.vae), "text_encoder": bool(self.caches.text_encoder)}
         return as_table(
-            {**self.rows, **training_rows(self.config, self.dtype, self.trainable.names, **loaded, card=card)}
+            {**self.rows, **_planned_rows(self.config, self.dtype, self.trainable, card, devices, **loaded)}
         )
 
 
-def memory_report(config: Config, card: float | None) -> str:
-    """Return the estimates of a run whose weights or clips are not there yet."""
+def memory_report(config: Config, card: float | None, devices: Card | None = None) -> str:
+    """Return the estimates of a run whose weights or clips are not there yet; arguments as of `Plan.report`."""
     config = config_with(config)
     with without_allocating():
         trainable = choose_trainable(instantiate_from_config(config.model["network_config"]), config.model)
     dtype = resolve_training_precision(config, "")  # of any accelerator
-    return as_table(training_rows(config, dtype, trainable.names, card=card))
+    return as_table(_planned_rows(config, dtype, trainable, card, devices))
+
+
+def _planned_rows(
+    config: Config,
+    dtype: torch.dtype,
+    trainable: Trainable,
+    card: float | None,
+    devices: Card | None,
+    **loaded: bool,
+) -> dict[str, str]:
+    """Return the rows about memory and traffic, and about devices that are planned for."""
+    rows = training_rows(config, dtype, trainable.names, card=card, **loaded)
+    if devices is None:
+        return rows
+    planner = Planner(config, dtype, trainable.names, devices, stages=_legal_stages(config), **loaded)
+    return rows | scaling_rows(planner)
+
+
+def _legal_stages(config: Config) -> list[int]:
+    """Return the stages of ZeRO at which the optimizer works."""
+    section, zero = config.deepspeed["optimizer"], config.deepspeed["zero_optimization"]
+
+    def works(stage: int) -> bool:
+        stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
+        return not problems_of("", "", lambda: make_optimizer(section, stand_in, zero={**zero, "stage": stage}))
+
+    return [stage for stage in STAGES if works(stage)]
 
 
 def prepare(config: Config, *, check_clips: bool = False) -> Plan:
@@ -186,14 +216,16 @@ def agree(plan: Plan) -> Plan:
         "their captions": plan.data.captions_digest[:12],
         "the sizes of its parallel groups": str(plan.mesh),
     }
-    first, *others = sgm.distributed.all_gather_objects(own)
-    differ = [
-        f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
-        for rank, other in enumerate(others, start=1)
-        for name in own
-        if other[name] != first[name]
-    ]
-    if differ:
+    differs = torch.tensor([float(sgm.distributed.broadcast_from_rank_zero(own) != own)])
+    # What all ranks found is gathered only if some differ: with a thousand, everyone would read a thousand answers.
+    if sgm.distributed.all_reduce_(differs.to(sgm.distributed.device()), largest=True).item():
+        first, *others = sgm.distributed.all_gather_objects(own)
+        differ = [
+            f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
+            for rank, other in enumerate(others, start=1)
+            for name in own
+            if other[name] != first[name]
+        ]
         raise InputError(
             "the ranks do not agree:\n" + "\n".join(differ) + "\nstart all of them with the same command, the same "
             "files in the same places, and args.save on a file system that they share"

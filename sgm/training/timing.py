@@ -161,8 +161,10 @@ class StallWatch:
         """Return a warning at this time; None without a stall, or if it is known."""
         usual = max(self._steps, default=None)
         limit = _FIRST_STALL if usual is None else max(_LEAST_STALL, _STALL_FACTOR * usual)
-        ranks = self._progress()
-        if self._warned or now - self._last < limit or any(each.phase == EVALUATE for each in ranks):
+        if self._warned or now - self._last < limit:
+            return None
+        ranks = self._progress()  # of all ranks, so only when there is a stall
+        if any(each.phase == EVALUATE for each in ranks):
             return None
         self._warned = True
         return stall_message(ranks, now - self._last, usual)

@@ -9,27 +9,9 @@ from typing import Any
 
 import torch
 
+from sgm.checks.cost import sample_flops
+from sgm.checks.scaling.cards import PEAKS
 from sgm.models.video_diffusion import TrainingInputs
-
-# Dense FLOP/s in 16 bits by the name that the driver gives, from the data sheets; the first that fits counts.
-PEAKS = {
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "MI300X": 1307e12,
-    "MI250X": 383e12,
-}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None) -> float | None:
@@ -41,38 +23,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None) -
     properties = getattr(torch.get_device_module(device), "get_device_properties", None)
     words = str(properties(device).name).replace("-", " ").split() if properties is not None else []
     return next((flops for name, flops in PEAKS.items() if set(name.split()) <= set(words)), None)
-
-
-def sample_flops(network: Any, num_tokens: int, *, trains_all: bool) -> float | None:
-    """Return the FLOPs of the blocks for a sample, forward and backward; None for a network of another kind.
-
-    With S tokens, n blocks of hidden size D and W elements in their weights, the forward pass takes 2·S·W for products
-    with weights and 4·n·S²·D for attention. The backward pass takes 2·S·W for the gradients of tokens, the same again
-    for those of weights if they are trained, and 8·n·S²·D. Adapters and embeddings, about a hundredth, are not counted.
-
-    Args:
-        network: the whole network, also if its layers are shards.
-        num_tokens: S.
-        trains_all: whether gradients of the weights are computed.
-    """
-    layers = getattr(getattr(network, "transformer", None), "layers", None)
-    hidden_size = getattr(network, "hidden_size", None)
-    if layers is None or hidden_size is None:
-        return None
-    weights = sum(_size(module) for module in layers.modules())
-    products = 2 * num_tokens * weights
-    attention = 4 * len(layers) * num_tokens**2 * hidden_size
-    return products * (3 if trains_all else 2) + attention * 3
-
-
-def _size(module: Any) -> int:
-    """Return the elements of a linear layer, all shards together; 0 for other modules."""
-    for sides in (("in_features", "out_features"), ("input_size", "output_size")):  # torch's, SAT's
-        found = [getattr(module, side, None) for side in sides]
-        if None not in found:
-            rows, columns = found
-            return int(rows or 0) * int(columns or 0)
-    return 0
 
 
 class Work:

@@ -2,9 +2,11 @@
 
 import json
 import re
+from datetime import timedelta
 
 import pytest
 
+from sgm.parallel import heartbeat
 from tests.processes import run
 
 
@@ -72,3 +74,51 @@ def test_ranks_that_found_different_things_end_with_a_message(results):
         assert "rank 1 has the resume point run after iteration 1, and rank 0 has run after iteration 0" in message
         assert "rank 1 has their captions 1, and rank 0 has 0" in message
         assert "groups" not in message and "the clips" not in message and "start all of them with the same" in message
+
+
+class Store:
+    """The store of a run in which all ranks send heartbeats, counting the keys that are read."""
+
+    def __init__(self, *_, **__):
+        self.values, self.num_read = {}, 0
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def multi_get(self, keys):
+        self.num_read += len(keys)
+        return [self.values.get(key, f"works 7 machine 1 3 data {key}.0".encode()) for key in keys]
+
+    def check(self, keys):
+        return False
+
+
+@pytest.mark.parametrize("rank", [0, 5, 40])
+def test_a_rank_reads_as_much_of_64_ranks_as_of_a_thousand(monkeypatch, rank):
+    for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(heartbeat, "PrefixStore", lambda _, store: store)
+    monkeypatch.setattr(heartbeat, "TCPStore", Store)
+    monkeypatch.setattr(heartbeat.threading.Thread, "start", lambda _: None)
+    monkeypatch.setattr(heartbeat.atexit, "register", lambda _: None)
+    read = {}
+    for size in (64, 1024):
+        peers = heartbeat.Peers(rank=rank, size=size, timeout=timedelta(minutes=30))
+        peers._closed.wait = lambda seconds: True
+        peers._state, peers._holds_store = heartbeat._DONE, False  # one more exchange
+        peers._exchange()
+        read[size] = peers._store.num_read
+        assert {0, (rank + 1) % size, (rank - 1) % size} <= set(peers._watched)
+        assert [each.name.split()[1] for each in peers.progress()] == [
+            str(other) for other in range(size) if other != rank
+        ]
+        assert peers._store.num_read == read[size] + size, "all are read where all are asked for"
+        if peers._handles_sigterm:
+            heartbeat.signal.signal(heartbeat.signal.SIGTERM, heartbeat.signal.SIG_DFL)
+    assert read[64] == read[1024] <= 20
+
+
+def test_every_rank_is_watched_by_others():
+    for size in (2, 3, 9, 10, 1024):
+        watched = [rank for other in range(size) for rank in heartbeat.watched_by(other, size)]
+        assert all(watched.count(rank) >= min(size, 9) for rank in (0, 1, size // 2, size - 1))

@@ -3,8 +3,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sgm.distributed
+from sgm.checks.cost import sample_flops
 from sgm.config.load import load_config
-from sgm.training.utilization import Work, peak_flops, sample_flops
+from sgm.training.utilization import Work, peak_flops
 from sgm.util import instantiate_from_config
 
 

@@ -1,0 +1,317 @@
+"""Compare the model of step times with real trainings on one, two and four gloo ranks of this machine.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --only 2-zero2 4-zero2 --card my_card.json
+    python -m benchmarks.scaling --calibrate my_card.json
+
+Trains networks with random weights of the toy's kind on the CPU, a thread a rank, and predicts their iterations with a
+card whose figures are measured here, on other work: products, attention, elementwise operators, an update of weights,
+a tiny network, the toy's VAE and clips, and gloo between two processes. All seconds are those of processors, all
+threads of a rank together, since other work on a machine changes how long a step lasts, and hardly what it takes. Of
+ranks that share cores, the prediction is ranks / cores times as long as that of ranks with cores of their own, and so
+is the time of the measured ones. Cases of clips encode them in each step, the others read clips and captions from a
+cache.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
+from data_video import SFTDataset
+from sgm.checks.cost import Cost
+from sgm.checks.meta_run import LiveBytes, build
+from sgm.checks.scaling.cards import Card, card_named
+from sgm.checks.scaling.step_time import Prediction, predict
+from sgm.config.load import load_config
+from sgm.distributed import planned
+from sgm.training.optim.trainable import choose_trainable
+from sgm.util import RunError, prepare_import
+
+ROOT = Path(__file__).parents[1]
+RECORD, STEPS, WARMUP = "SCALING_RECORD", 8, 3  # variable with the folder for the seconds of each rank
+BASES = ["configs/toy.yaml", "configs/toy_sft.yaml"]
+_NETWORK, _ZERO = "model.network_config.params", "deepspeed.zero_optimization"
+SETTINGS = (
+    *("args.mode=pretrain", "args.load=null", "args.eval_interval=null", "args.valid_prompts=null"),
+    *("args.num_workers=0", "args.save_interval=100000", f"args.train_iters={STEPS}", "args.resume=none"),
+    *(f"{_NETWORK}.hidden_size=512", f"{_NETWORK}.num_layers=4", f"{_NETWORK}.num_attention_heads=16"),
+    "deepspeed.train_micro_batch_size_per_gpu=4",
+)
+SEQUENCE = ("args.sequence_parallel_size=2",)
+# Name → ranks and settings.
+CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "1-clips": (1, (f"{_ZERO}.stage=2",)),
+    "2-clips": (2, (f"{_ZERO}.stage=2",)),
+    "1-zero0": (1, (f"{_ZERO}.stage=0",)),
+    "1-zero2": (1, (f"{_ZERO}.stage=2",)),
+    "2-zero1": (2, (f"{_ZERO}.stage=1",)),
+    "2-zero2": (2, (f"{_ZERO}.stage=2",)),
+    "2-zero3": (2, (f"{_ZERO}.stage=3",)),
+    "2-tokens": (2, (f"{_ZERO}.stage=1", *SEQUENCE)),
+    "2-layers": (2, (f"{_ZERO}.stage=1", "args.model_parallel_size=2")),
+    "4-zero2": (4, (f"{_ZERO}.stage=2",)),
+    "4-zero3": (4, (f"{_ZERO}.stage=3",)),
+    "4-tokens": (4, (f"{_ZERO}.stage=2", *SEQUENCE)),
+}
+
+
+def busy_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Return the fewest processor seconds of some runs, after one that is not measured."""
+    work()
+    found = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        work()
+        found.append(time.process_time() - begun)
+    return min(found)
+
+
+def counted(work: Callable[[], object]) -> Cost:
+    """Return what the kernels of a run cost."""
+    with LiveBytes() as live:
+        work()
+    return live.cost
+
+
+def calibrate() -> Card:
+    """Measure the figures of this machine's CPU, of a core, in float32."""
+    products = _rate(_products(), "products")
+    attention = _rate(_attention(), "attention")
+    bandwidth = _rate(_elementwise(), "moved")
+    state = 8_000_000 * (4 * 8 + 28) / busy_seconds(_update())
+    tiny = _tiny_network()
+    kernel = busy_seconds(tiny) / counted(tiny).kernels
+    encode = _encode()
+    cost = counted(encode)
+    rest = busy_seconds(encode) - cost.products / products - cost.moved / bandwidth - cost.kernels * kernel
+    if rest <= 0:
+        raise RunError("the VAE took less than its operators beside convolutions: the machine is too busy to measure")
+    gloo = gloo_figures()
+    clips = SFTDataset(data_dir=ROOT / "assets/toy", video_size=(64, 64), fps=8, max_num_frames=17)
+    pixels = 17 * 64 * 64 / busy_seconds(lambda: clips[0])
+    return Card(
+        name="core of this CPU",
+        memory=4,
+        peak=products,
+        products=1.0,
+        attention=min(attention / products, 1.0),
+        convolutions=min(cost.convolutions / rest / products, 1.0),
+        memory_bandwidth=bandwidth,
+        state_bandwidth=state,
+        kernel_seconds=kernel,
+        per_node=1024,
+        intra_bandwidth=gloo["bandwidth"],
+        intra_latency=gloo["latency"],
+        inter_bandwidth=gloo["bandwidth"],
+        inter_latency=gloo["latency"],
+        host_bandwidth=bandwidth,
+        disk_bandwidth=1e9,
+        shared_bandwidth=1e9,
+        cores=1,
+        clip_pixels=pixels,
+        overlaps=False,  # DeepSpeed has no streams on a CPU
+        slots=len(os.sched_getaffinity(0)),
+    )
+
+
+def _rate(work: Callable[[], object], kind: str) -> float:
+    return getattr(counted(work), kind) / busy_seconds(work)
+
+
+def _products() -> Callable[[], object]:
+    """Return the products of an MLP of the trained networks, forward and backward."""
+    x, w = torch.randn(384, 512, requires_grad=True), torch.randn(512, 2048, requires_grad=True)
+    return lambda: torch.autograd.backward(x @ w, torch.ones(384, 2048))
+
+
+def _attention() -> Callable[[], object]:
+    q, k, v = (torch.randn(4, 16, 96, 32, requires_grad=True) for _ in range(3))
+    ones = torch.ones_like(q)
+    return lambda: torch.autograd.backward(functional.scaled_dot_product_attention(q, k, v), ones)
+
+
+def _elementwise() -> Callable[[], object]:
+    """Return operators like those of a block between its products, forward and backward."""
+    x, scale = torch.randn(4, 96, 512, requires_grad=True), torch.randn(4, 1, 512, requires_grad=True)
+    wide, ones = torch.randn(4, 96, 2048, requires_grad=True), torch.ones(4, 96, 512)
+
+    def work() -> None:
+        normed = functional.layer_norm(x, (512,)) * (1 + scale) + scale
+        parts = torch.cat([normed[:, :16], normed[:, 16:]], 1)
+        torch.autograd.backward([torch.addcmul(x, parts, scale)], [ones])
+        torch.autograd.backward(functional.gelu(wide, approximate="tanh"), torch.ones_like(wide))
+
+    return work
+
+
+def _update() -> Callable[[], object]:
+    """Return an update of more weights than caches hold, whose gradients pass through new buffers as in ZeRO."""
+    weight = torch.nn.Parameter(torch.ones(8_000_000))
+    weight.grad = gradient = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+
+    def work() -> None:
+        bucket = gradient.clone()
+        gradient.copy_(bucket.mul_(0.5).clone())
+        optimizer.step()
+
+    return work
+
+
+def _tiny_network() -> Callable[[], object]:
+    """Return a step of a network so small that starting its kernels takes all the time."""
+    size = NetworkSize(32, 2, 4, 32, latents=(1, 2, 2), text_length=2, text_hidden_size=8)
+    network = build_network(network_section("toy", size)).train()
+    x, text = torch.randn(1, 1, network.in_channels, 2, 2), torch.randn(1, 2, 8)
+    return lambda: network(x, torch.tensor([500]), text).square().mean().backward()
+
+
+def _encode() -> Callable[[], object]:
+    vae, clip = build_vae(vae_section("toy")), torch.randn(1, 3, 9, 32, 32)
+
+    @torch.no_grad()
+    def work() -> None:
+        vae.encode_moments(clip)
+
+    return work
+
+
+def gloo_figures() -> dict[str, float]:
+    """Return bandwidth and latency of all-reduces between two processes, in processor seconds of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        _launch(2, ["-m", "benchmarks.scaling", "--gloo", folder])
+        return json.loads((Path(folder) / "0.json").read_text())
+
+
+def _gloo_rank(folder: Path) -> None:
+    """Measure all-reduces of this rank."""
+    dist.init_process_group("gloo")
+    large, small = torch.ones(4_000_000), torch.ones(4)
+    few = busy_seconds(lambda: [dist.all_reduce(small) for _ in range(200)]) / 200
+    much = busy_seconds(lambda: dist.all_reduce(large))
+    # Of two ranks, each sends as much as there is; a message passes the ring of two twice.
+    figures = {"bandwidth": large.nbytes / (much - few), "latency": few / 4}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _launch(ranks: int, words: Sequence[str], **env: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
+    where = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(done.stderr[-2000:])
+
+
+def measure(case: str, cache: Path) -> tuple[float, float]:
+    """Train a case; return the seconds of an iteration: of processors, as ranks share them, and by the clock.
+
+    Args:
+        case: of `CASES`.
+        cache: folder of encoded clips and captions, which the first case that needs it fills.
+    """
+    ranks, settings = CASES[case]
+    if "clips" not in case:
+        settings += ("args.precompute=true", f"args.latent_cache={cache}", f"args.text_cache={cache}")
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["-m", "benchmarks.scaling", "--train", folder, "--base", *BASES, *SETTINGS, *settings]
+        _launch(ranks, [*words, f"args.save={folder}/runs"])
+        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    assert len(found) == ranks
+    cores = len(os.sched_getaffinity(0))
+    busy = sum(min(rank["busy"][WARMUP:]) for rank in found)
+    return busy / min(ranks, cores), min(found[0]["clock"][WARMUP:])
+
+
+def _train_rank(folder: Path, words: Sequence[str]) -> int:
+    """Train as ``train_video.py`` does, and record the seconds of each iteration of this rank."""
+    from sgm.training.main import main as train
+    from sgm.training.run import TrainingRun
+
+    seconds: dict[str, list[float]] = {"busy": [], "clock": []}
+    step = TrainingRun._guarded_step
+
+    def timed(self: TrainingRun, batches: Any) -> bool:
+        begun = time.process_time(), time.perf_counter()
+        stop = step(self, batches)
+        seconds["busy"].append(time.process_time() - begun[0])
+        seconds["clock"].append(time.perf_counter() - begun[1])
+        return stop
+
+    TrainingRun._guarded_step = timed
+    code = train(words)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seconds))
+    return code
+
+
+def predicted(case: str, card: Card) -> Prediction:
+    """Predict a case."""
+    ranks, settings = CASES[case]
+    with planned(ranks):
+        config = load_config(BASES, [*SETTINGS, *settings], mode="train")
+        trained = choose_trainable(build(config.model["network_config"]), config.model).names
+        encodes = "clips" in case
+        return predict(config, torch.float32, trained, card, vae=encodes, text_encoder=encodes)
+
+
+def rows(cases: Sequence[str], card: Card) -> list[str]:
+    """Measure cases, and return the lines of a table."""
+    lines = ["| ranks and setup | predicted, s | measured, s | error | by the clock, s | largest parts |"]
+    lines.append("|" + "---|" * 6)
+    with tempfile.TemporaryDirectory() as cache:
+        for case in cases:
+            found, (busy, clock) = predicted(case, card), measure(case, Path(cache))
+            parts = sorted(found.seconds.items(), key=lambda item: -item[1])[:4]
+            shown = ", ".join(f"{name} {seconds / found.step:.0%}" for name, seconds in parts)
+            figures = f"{found.step:.3f} | {busy:.3f} | {found.step / busy - 1:+.0%} | {clock:.3f}"
+            lines.append(f"| {case} | {figures} | {shown} |")
+            sys.stderr.write(f"{lines[-1]}\n")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate, predict and measure; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--calibrate", type=Path, metavar="JSON", help="only measure the card, and write it")
+    parser.add_argument("--card", metavar="JSON", help="a card that was measured before")
+    parser.add_argument("--gloo", type=Path, help=argparse.SUPPRESS)  # of the ranks that this starts
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    options, words = parser.parse_known_args(argv)
+    if options.gloo:
+        _gloo_rank(options.gloo)
+        return 0
+    if options.train:
+        return _train_rank(options.train, words)
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    torch.set_num_threads(1)
+    prepare_import()
+    try:
+        card = card_named(options.card) if options.card else calibrate()
+        if options.calibrate:
+            options.calibrate.write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+            return 0
+        sys.stdout.write("\n".join([json.dumps(asdict(card)), "", *rows(options.only, card), ""]))
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""What a rank does at the start of a run grows with the number of ranks only where torch asks for it."""
+
+import pytest
+
+from benchmarks import control
+
+
+def test_a_heartbeat_reads_as_much_of_64_ranks_as_of_a_thousand():
+    assert [control.beats(ranks)["keys"] for ranks in (64, 1024)] == [9, 9]
+
+
+@pytest.mark.slow
+def test_the_table_of_simulated_ranks(capsys):
+    assert control.main(["--ranks", "64", "1024"]) == 0
+    few, many = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:])
+    assert (few[0], many[0]) == ("64", "1024")
+    assert few[4] == many[4] == "3", "collectives that compare plans"
+    assert few[6] == many[6] == "9"

@@ -1,0 +1,42 @@
+"""The model of step times beside real trainings: cases, calibration and table."""
+
+import json
+
+import pytest
+
+from benchmarks import scaling
+from sgm.checks.scaling.cards import CARDS, card_named
+
+
+def test_every_case_is_predicted():
+    found = {case: scaling.predicted(case, CARDS["h100"]) for case in ("1-clips", "1-zero2", "2-layers", "4-tokens")}
+    assert {name for name, each in found.items() if each.seconds["VAE"]} == {"1-clips"}
+    assert {name for name, each in found.items() if each.seconds["groups"]} == {"2-layers", "4-tokens"}
+    assert [each.samples for each in found.values()] == [4, 4, 4, 8]
+    assert all(ranks == int(case[0]) for case, (ranks, _) in scaling.CASES.items())
+
+
+def test_the_table_compares_what_is_predicted_and_measured(monkeypatch):
+    card = CARDS["h100"]
+    step = scaling.predicted("1-zero2", card).step
+    monkeypatch.setattr(scaling, "measure", lambda case, cache: (step / 1.5, 9.0))
+    line = scaling.rows(["1-zero2"], card)[2]
+    assert line.startswith(f"| 1-zero2 | {step:.3f} | {step / 1.5:.3f} | +50% | 9.000 | ")
+
+
+def test_a_measured_card_is_written_for_check(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "gloo_figures", lambda: {"bandwidth": 1e9, "latency": 1e-4})
+    seconds = iter([1.0, 1.0, 1.0, 1.0, 1e-6, 1e4, 1.0])  # the tiny network, the VAE and a clip are last
+    monkeypatch.setattr(scaling, "busy_seconds", lambda work: next(seconds))
+    assert scaling.main(["--calibrate", str(tmp_path / "own.json")]) == 0
+    card = card_named(str(tmp_path / "own.json"))
+    assert card.peak == 3 * 2 * 384 * 512 * 2048, "FLOPs of a forward and a backward pass, in a second"
+    assert (card.intra_bandwidth, card.overlaps) == (1e9, False) and card.slots >= 1
+
+
+@pytest.mark.slow
+def test_ranks_record_the_seconds_of_their_iterations(tmp_path):
+    busy, clock = scaling.measure("2-zero2", tmp_path / "cache")
+    assert busy > 0 < clock
+    assert set(scaling.gloo_figures()) == {"bandwidth", "latency"}
+    assert json.dumps(list(scaling.CASES))
