@@ -7,13 +7,13 @@ Type, limits, choices and default of a control come from the annotation of its k
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from sgm.config.args import SamplingArgs
+from sgm.config.args import LoraArgs, SamplingArgs
 from sgm.config.values import misfit
 from sgm.util import InputError
 
@@ -61,13 +61,13 @@ _HINTS = typing.get_type_hints(SamplingArgs, include_extras=True)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingArgs)}
 
 
-def control(name: str) -> Control:
-    """Return the control of a key of ``args``."""
-    schema = TypeAdapter(_HINTS[name]).json_schema()
+def control(name: str, hint: Any, default: Any) -> Control:
+    """Return the control of a key with an annotation and a default."""
+    schema = TypeAdapter(hint).json_schema()
     schema = next(option for option in schema.get("anyOf", [schema]) if option.get("type") != "null")
     choices = tuple(schema.get("enum", filter(None, [schema.get("const")])))
     if choices:
-        return Control(name, "choice", choices=choices, default=_DEFAULTS[name])
+        return Control(name, "choice", choices=choices, default=default)
     number = schema["prefixItems"][0] if "prefixItems" in schema else schema
     return Control(
         name,
@@ -75,11 +75,13 @@ def control(name: str) -> Control:
         least=number.get("minimum"),
         most=number.get("maximum"),
         whole=number["type"] == "integer",
-        default=_DEFAULTS[name],
+        default=default,
     )
 
 
-CONTROLS = {name: control(name) for name in (*BASIC, *MORE)}
+CONTROLS = {name: control(name, _HINTS[name], _DEFAULTS[name]) for name in (*BASIC, *MORE)}
+_STRENGTH = LoraArgs.model_fields["strength"]
+STRENGTH = control("strength", _STRENGTH.annotation, _STRENGTH.default)  # of an entry of args.loras
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -96,6 +98,21 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
     if wrong:
         raise InputError("\n".join(f"args.{name} {found}; {cure}" for name, (found, cure) in wrong.items()))
     return [override(f"args.{name}", value) for name, value in given.items()]
+
+
+def loras_override(loras: Sequence[tuple[str, Any]]) -> list[str]:
+    """Return the override of ``args.loras`` for paths with strengths, without which they have the default.
+
+    Raises:
+        InputError: a strength does not fit.
+    """
+    entries = []
+    for index, (path, given) in enumerate(loras):
+        strength = STRENGTH.default if given is None else _number(given)
+        if found := misfit(strength, typing.get_args(_STRENGTH.annotation)[0]):
+            raise InputError(f"args.loras.{index}.strength {found[0]}; {found[1]}")
+        entries.append({"path": path, "strength": strength})
+    return [override("args.loras", entries)] if entries else []
 
 
 def override(key: str, value: Any) -> str:

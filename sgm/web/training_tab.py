@@ -1,5 +1,6 @@
 """The tab of trainings: what is checked before one, its command, and the curves and samples of its folder."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,9 @@ import gradio as gr
 
 from sgm.util import InputError, RunError
 from sgm.web import trainings
+from sgm.web.browsers import owner_of
 from sgm.web.choices import Folders, Model, inside, presets
-from sgm.web.jobs import CancelledError, Job, Jobs
+from sgm.web.jobs import CancelledError, Command, Job, Jobs
 from sgm.web.sessions import Sessions
 from sgm.web.trainings import Training
 from sgm.web.view import View, failed, plain, working
@@ -111,11 +113,11 @@ class TrainingTab:
         try:
             training = self._training(language, model, recipe, data, memory)
             yield gr.skip(), gr.skip(), training.command
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job(str(request.session_hash), training.words(check=True), Path(folder))
-                for _ in self.queue.submit(job):
-                    yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
-                yield "", job.log(), gr.skip()
+            command = Command(training.words(check=True), Path(tempfile.mkdtemp(prefix="cogvideox-web-")))
+            job = self.queue.submit(Job(owner_of(request), [command], shutil.rmtree))
+            for _ in self.queue.watch(job):
+                yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
+            yield "", job.log(), gr.skip()
         except CancelledError:
             yield plain(say(language, "state.cancelled")), gr.skip(), gr.skip()
         except (InputError, RunError) as error:

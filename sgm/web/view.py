@@ -1,5 +1,6 @@
 """Components of the page with words in the chosen language, and what a run shows while it works."""
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ STYLE = """
 .status { padding: 0.5rem 0; } .status progress { width: 100%; }
 .status pre, pre.message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .thumbnail img { max-width: 100%; max-height: 12rem; }
+img.preview { width: 100%; image-rendering: auto; border-radius: 4px; }
 """
+WIDTH = 120  # pixels that a component needs at least beside others: two fit on a telephone
 MOST_SHOWN = 1_000_000  # limits beyond it say nothing to a person
 
 
@@ -49,13 +52,12 @@ class View:
             gr.update(**{name: value(language) for name, value in in_language.items()}) for _, in_language in self._made
         ]
 
-    def control(self, control: Control, value: Any) -> list[Any]:
-        """Return the components of a control: one, or two for a pair."""
-        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": 120}
-        words: dict[str, Words] = {
-            "label": f"control.{control.name}",
-            "info": lambda language: hint(language, control),
-        }
+    def control(self, control: Control, value: Any, **fixed: Any) -> list[Any]:
+        """Return the components of a control: one, or two for a pair; `fixed` parameters replace its own."""
+        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": WIDTH, **fixed}
+        words: dict[str, Words] = {"label": f"control.{control.name}"}
+        if "info" not in fixed:
+            words["info"] = lambda language: hint(language, control)
         if control.kind == "pair":
             with gr.Row(elem_id=same.pop("elem_id")):
                 return [
@@ -100,12 +102,27 @@ def failed(language: str, error: Exception, *, wrong_input: bool) -> str:
     return f'<div class="status" role="alert"><b>{as_html(head)}</b><pre>{as_html(str(error))}</pre></div>'
 
 
-def working(language: str, progress: Progress | None, *, ahead: int = 0, part: int = 1, parts: int = 1) -> str:
-    """Return what a job does, with a bar."""
+def working(
+    language: str,
+    progress: Progress | None,
+    *,
+    ahead: int = 0,
+    part: int = 1,
+    parts: int = 1,
+    preview: bytes | None = None,
+) -> str:
+    """Return what a job does, with a bar and the picture of its preview, a JPEG."""
     text, share = _phase(language, progress, ahead)
     counted = f"{say(language, 'state.of', part=part, parts=parts)}: " if parts > 1 else ""
     bar = "<progress></progress>" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
-    return f'<div class="status">{as_html(counted + text)}{bar}</div>'
+    return f'<div class="status">{as_html(counted + text)}{bar}{_picture(language, preview)}</div>'
+
+
+def _picture(language: str, preview: bytes | None) -> str:
+    if preview is None:
+        return ""
+    content = base64.b64encode(preview).decode()
+    return f'<img class="preview" alt="{as_html(say(language, "preview.alt"))}" src="data:image/jpeg;base64,{content}">'
 
 
 def _phase(language: str, progress: Progress | None, ahead: int) -> tuple[str, float | None]:

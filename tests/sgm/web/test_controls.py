@@ -9,7 +9,7 @@ import sgm.web
 from sgm.config.args import SamplingArgs, names_of
 from sgm.config.load import load_config
 from sgm.util import InputError
-from sgm.web.controls import BASIC, CONTROLS, MORE, overrides
+from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH, overrides
 from sgm.web.words import WORDS, has, say
 
 MODEL = "configs/toy.yaml"
@@ -24,6 +24,7 @@ def test_kinds_and_limits_are_those_of_the_annotations():
     assert CONTROLS["sampling_image_size"].kind == "pair" and CONTROLS["sampling_image_size"].whole
     assert CONTROLS["guidance_interval"].kind == "pair" and not CONTROLS["guidance_interval"].whole
     assert CONTROLS["vae_tiling"].kind == "switch"
+    assert (STRENGTH.kind, STRENGTH.least, STRENGTH.most, STRENGTH.default) == ("number", -100, 100, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_all_wrong_values_are_told_as_for_yaml():
 
 def test_both_languages_have_all_words():
     assert all(english.strip() and chinese.strip() for english, chinese in WORDS.values())
-    for name, control in CONTROLS.items():
+    for name, control in {**CONTROLS, STRENGTH.name: STRENGTH}.items():
         parts = ("first", "second") if control.kind == "pair" else ("control",)
         assert all(has(f"{part}.{name}") for part in parts), f"{name} has no label"
     fields = [{part.partition("}")[0] for part in words.split("{")[1:]} for pair in WORDS.values() for words in pair]
@@ -77,5 +78,7 @@ def test_no_words_are_left_over():
     written = {key: len(re.findall(rf"[\"']{re.escape(key)}[\"']", source)) for key in WORDS}
     used = [key for key, count in written.items() if not key.startswith(computed) and count < 2]
     assert used == []
-    stale = [key for key in WORDS if key.startswith(computed) and key.partition(".")[2] not in CONTROLS]
+    stale = [
+        key for key in WORDS if key.startswith(computed) and key.partition(".")[2] not in {*CONTROLS, STRENGTH.name}
+    ]
     assert stale == []

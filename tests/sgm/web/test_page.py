@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,6 +13,8 @@ from sgm.web import jobs, main
 from sgm.web.choices import Folders
 from sgm.web.controls import BASIC, CONTROLS
 from tests.processes import forked_python
+
+LAND = Path("assets/toy_land")
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra web is not installed")
 
@@ -26,7 +29,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     for name in ("outputs", "runs"):
         (folder / name).mkdir()
-    page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs",), data=(Path("assets/toy"),)))
+    page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs", LAND), data=(Path("assets/toy"),)))
     page.address = page.launch("127.0.0.1", None)
     yield page
     page.close()
@@ -40,30 +43,35 @@ def client(page):
     client.close()
 
 
-def given(page, model="toy", load="", language="en", **values):
+def given(page, model="toy", load="", language="en", loras=(), **values):
     """Return the inputs of a sampling."""
     sampling = page._sampling
     known = {name: control.default for name, control in CONTROLS.items()}
     wanted = {**known, **sampling.models[model].values, "prompt": "a red circle moves left", "num_steps": 2, **values}
-    return [language, model, load, "", "", *sampling.flat_values(wanted)]
+    return [language, model, load, "", "", True, *sampling.lora_values(loras), *sampling.flat_values(wanted)]
 
 
 def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
-    job = client.submit("en", "", "", 1, None, *given(page)[1:], api_name="/compare")
+    inputs = given(page, loras=[(str(LAND), 1.0)])
+    job = client.submit("en", "", 0.5, "", 1, None, *inputs[1:], api_name="/compare")
     status, *_, log = job.result()
     assert "Done" in status and "wrote " in log and page.queue._unfinished == {}
     states = [update[0] for update in job.outputs() if isinstance(update[0], str)]
     assert any("1 of 2: Step" in state for state in states) and any("2 of 2" in state for state in states)
+    assert any('src="data:image/jpeg;base64,' in state for state in states), "a preview"
     updates = [video for _, *videos, _ in job.outputs() for video in videos if video and video.get("value")]
     served = {video["value"] for video in updates}  # each is sent once
     assert len(served) == 2 and all(Path(path).read_bytes()[4:8] == b"ftyp" for path in served)
-    videos = sorted(page._sampling.folders.outputs.rglob("*.mp4"))
-    assert len(videos) == 2 and not [*page._sampling.folders.outputs.rglob("progress.json")]
+    videos = sorted(page._sampling.folders.outputs.rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
+    assert len(videos) == 2
+    assert {path.name for path in videos[0].parents[2].iterdir() if path.is_file()} == {".owner", "log.txt"}
     shown, record, said = client.predict("en", str(videos[0]), api_name="/show")
     assert record["num_steps"] == 2 and record["seed"] == 42 and said == "" and shown
+    assert record["loras"] == [f"path {LAND}, strength 1.0"]
     reused = client.predict("zh", str(videos[1]), api_name="/reuse")
-    assert "生成" in reused[0] and reused[1] == "toy"  # without the group, which has no value
-    values = page._sampling.values_of(reused[5:])
+    assert "生成" in reused[0] and reused[2] == "toy"  # without the group, which has no value
+    assert reused[7:11] == (str(LAND), 0.5, "", 1.0), "the strength of the right side"
+    values = page._sampling.values_of(reused[15:])
     assert (values["num_steps"], values["prompt"]) == (1, "a red circle moves left")
     # Neither the project nor the folders are served, only copies that somebody was shown.
     for path in (videos[0], Path("README.md").resolve(), Path("assets/toy/vae/3d-vae.pt").resolve()):
@@ -77,6 +85,8 @@ def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
         ({"num_steps": 0}, "args.num_steps is 0; give a whole number of at least 1"),
         ({"load": "/etc"}, "is not in the folders of this page"),
         ({"load": "../.."}, "is not in the folders of this page"),
+        ({"loras": [("/etc", 1.0)]}, "is not in the folders of this page"),
+        ({"loras": [(str(LAND), 200)]}, "args.loras.0.strength is 200; give a number from -100 to 100"),
         ({"model": "toy_i2v"}, "This model needs an image"),
         ({"model": "toy_i2v", "language": "zh"}, "此模型需要一张图片"),
         ({"prompt": "<script>", "guidance_scale": -1}, "args.guidance_scale is -1"),
@@ -99,22 +109,6 @@ def test_no_other_file_is_history_run_or_data(page, client, path):
         client.predict("en", "toy_lora", "toy_sft", path, "", api_name="/check")[0],
     ]
     assert all("is not in the folders of this page" in said for said in refused)
-
-
-def test_cancelling_ends_the_process(page, client):
-    job = client.submit(*given(page, num_steps=1000), api_name="/sample")
-    end = time.monotonic() + 60
-    while not any("Step" in str(update[0]) for update in job.outputs()):
-        assert time.monotonic() < end and not job.done()
-        time.sleep(0.01)
-    (running,) = page.queue._unfinished.values()
-    process = psutil.Process(running._process.pid)
-    other = gradio_client.Client(page.address, verbose=False, analytics_enabled=False)
-    assert "nothing to cancel" in other.predict("en", api_name="/cancel") and process.is_running()
-    other.close()
-    assert "Cancelled" in client.predict("en", api_name="/cancel")
-    assert "Cancelled" in job.result()[0]
-    assert not psutil.pid_exists(process.pid) and not running.folder.exists()
 
 
 def test_an_upload_is_served_to_nobody(page, client, tmp_path):
@@ -152,3 +146,83 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
     assert main.main(["--configs", str(tmp_path), "--outputs", str(tmp_path)]) == 2
     assert "no model file" in capsys.readouterr().err
+
+
+class Browser:
+    """A browser that keeps its cookie, as a client of the page's functions; a window each."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.cookies = dict(requests.get(page.address, timeout=10).cookies)
+        self.windows = []
+
+    def window(self):
+        header = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        made = gradio_client.Client(
+            self.page.address, verbose=False, analytics_enabled=False, headers={"Cookie": header} if header else None
+        )
+        self.windows.append(made)
+        return made
+
+    def close(self) -> None:
+        for window in self.windows:
+            window.close()
+
+
+@pytest.fixture
+def browsers(page):
+    made = [Browser(page), Browser(page)]
+    yield made
+    for browser in made:
+        browser.close()
+
+
+def test_a_browser_finds_again_what_it_makes_and_no_other_does(page, browsers):
+    mine, other = browsers
+    first, others = mine.window(), other.window()
+    assert [*mine.cookies] == ["cogvideox-browser"] and mine.cookies != other.cookies
+    job = first.submit(*given(page, seed=7), api_name="/sample")
+    wait(job, "Step")
+    (running,) = page.queue._unfinished.values()
+    first.close()  # the window is closed while it samples
+    second = mine.window()
+    again = second.submit("zh", api_name="/again")
+    assert "nothing to cancel" in others.predict("en", api_name="/cancel")
+    status, video, *_ = again.result()
+    assert "完成" in status and video and not running.cancelled
+    path = str(next(running.folder.rglob("*.mp4")))
+    assert second.predict("en", path, api_name="/show")[1]["seed"] == 7
+    for call in ("/show", "/reuse"):
+        assert any(
+            "no finished video of this browser" in str(part) for part in others.predict("en", path, api_name=call)
+        )
+    assert path in offered(page, mine) and path not in offered(page, other)
+
+
+def test_two_browsers_wait_for_each_other_and_cancel_their_own(page, browsers):
+    first, second = (browser.window() for browser in browsers)
+    mine = first.submit(*given(page, num_steps=1000), api_name="/sample")
+    wait(mine, "Step")
+    (running,) = page.queue._unfinished.values()
+    process = psutil.Process(running._process.pid)
+    waiting = second.submit(*given(page, seed=8), api_name="/sample")
+    wait(waiting, "Waiting: 1 before this one")
+    assert "Cancelled" in second.predict("en", api_name="/cancel") and process.is_running()
+    assert "nothing to cancel" in second.predict("en", api_name="/cancel") and process.is_running()
+    assert "Cancelled" in first.predict("en", api_name="/cancel")
+    assert "Cancelled" in mine.result()[0] and "Cancelled" in waiting.result()[0]
+    assert not psutil.pid_exists(process.pid) and not running.folder.exists()
+
+
+def wait(job, words):
+    end = time.monotonic() + 60
+    while not any(words in str(update[0]) for update in job.outputs()):
+        assert time.monotonic() < end and not job.done(), job.outputs()[-1:]
+        time.sleep(0.01)
+
+
+def offered(page, browser):
+    """Return the finished videos that a browser elsewhere is offered."""
+    request = SimpleNamespace(cookies=browser.cookies, session_hash="any", client=SimpleNamespace(host="10.0.0.1"))
+    listed, _ = page._history.offer(request, "en", None)
+    return [value for _, value in listed["choices"]]
