@@ -4,8 +4,10 @@ Type, limits, choices and default of a control come from the annotation of its k
 `sgm.web.words`. Values are checked by the same rules as those in YAML, with the same messages.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +110,7 @@ def loras_override(loras: Sequence[tuple[str, Any]]) -> list[str]:
     """
     entries = []
     for index, (path, given) in enumerate(loras):
-        strength = STRENGTH.default if given is None else _number(given)
+        strength = STRENGTH.default if number(given) is None else number(given)
         if found := misfit(strength, typing.get_args(_STRENGTH.annotation)[0]):
             raise InputError(f"args.loras.{index}.strength {found[0]}; {found[1]}")
         entries.append({"path": path, "strength": strength})
@@ -123,14 +125,18 @@ def override(key: str, value: Any) -> str:
 def _typed(control: Control, value: Any) -> Any:
     """Return the value of a control as YAML has it; None if it was left empty."""
     if control.kind == "pair":
-        numbers = [_number(entry) for entry in value or ()]
+        numbers = [number(entry) for entry in value or ()]
         return None if all(entry is None for entry in numbers) else numbers
     if control.kind in ("text", "choice"):
         text = str(value or "")
         return text if text.strip() else None
-    return value if control.kind == "switch" else _number(value)
+    return value if control.kind == "switch" else number(value)
 
 
-def _number(value: Any) -> Any:
-    """Return a number of the browser, where 7 may be 7.0."""
+def number(value: Any) -> Any:
+    """Return a number of the browser, where 7 may be 7.0 or text. Other text stays, for a message; empty is None."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value) if math.isfinite(float(value)) else value
+        value = value if not isinstance(value, str) or value.strip() else None
     return int(value) if isinstance(value, float) and value.is_integer() else value

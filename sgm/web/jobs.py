@@ -174,6 +174,8 @@ class Jobs:
         last = (0, None)
         yield None
         while not job.ended.done():
+            if job.cancelled and self.position(job):  # it will not start when its turn comes
+                raise CancelledError("cancelled")
             now = (job.part, job.progress)
             if now != last and (now[1] is not None or now[0] != last[0]):
                 last = now
@@ -182,8 +184,8 @@ class Jobs:
         job.ended.result()
 
     def unfinished(self, owner: str) -> list[Job]:
-        """Return the jobs of an owner that run or wait, in the order of asking."""
-        return [job for job in list(self._unfinished.values()) if job.owner == owner]
+        """Return the jobs of an owner that run or wait and are not cancelled, in the order of asking."""
+        return [job for job in list(self._unfinished.values()) if job.owner == owner and not job.cancelled]
 
     def position(self, job: Job) -> int:
         """Return how many jobs are before this one; 0: it is running or over."""

@@ -19,7 +19,7 @@ from sgm.web.jobs import Jobs
 from sgm.web.sample_tab import SampleTab
 from sgm.web.sessions import Sessions
 from sgm.web.training_tab import TrainingTab
-from sgm.web.view import STYLE, View
+from sgm.web.view import STYLE, WIDTH, View
 from sgm.web.words import LANGUAGES
 
 TITLE = "CogVideoX SAT"
@@ -51,11 +51,17 @@ class Page:
 
     def _build(self) -> gr.Blocks:
         with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-            with gr.Row():
+            with gr.Row(elem_id="head"):
                 gr.Markdown(f"# {TITLE}")
                 choices = [(name, language) for language, name in LANGUAGES.items()]
                 language = self.view.make(
-                    gr.Radio, {"label": "language"}, choices=choices, value="en", min_width=120, elem_id="language"
+                    gr.Radio,
+                    {"label": "language"},
+                    choices=choices,
+                    value="en",
+                    container=False,
+                    min_width=WIDTH,
+                    elem_id="language",
                 )
             with gr.Tabs():
                 with self.view.make(gr.Tab, {"label": "tab.sample"}, id="sample"):

@@ -11,17 +11,18 @@ from sgm.util import InputError, RunError
 from sgm.web import videos
 from sgm.web.browsers import owner_of
 from sgm.web.choices import Folders, Model, find_loras, find_trained, inside, presets
-from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH
+from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH, number
 from sgm.web.jobs import CancelledError, Job, Jobs
 from sgm.web.sessions import Sessions, thumbnail
 from sgm.web.videos import Request
-from sgm.web.view import WIDTH, View, failed, plain, working
+from sgm.web.view import HIDDEN, WIDTH, View, Words, failed, plain, working
 from sgm.web.words import say
 
 # What may differ on the right of a comparison; the other settings are those on the left.
 COMPARED = ("num_steps", "guidance_scale")
 MAX_LORAS = 4  # on the page; a file of the command line takes any number
 Lora = tuple[Path, float | None]  # with its strength; None: the default
+SHOW_STATUS = "() => { if (innerWidth <= 640) document.getElementById('status').scrollIntoView({block: 'center'}) }"
 NONE = "none"  # on the right of a comparison: without LoRAs, or the model's own weights
 
 
@@ -49,7 +50,7 @@ class SampleTab:
             with gr.Column(scale=1, min_width=300):
                 self._build_settings(first)
             with gr.Column(scale=1, min_width=300):
-                with gr.Row():
+                with gr.Row(elem_id="actions"):
                     run = self.view.make(gr.Button, {"value": "run"}, variant="primary", elem_id="run", min_width=WIDTH)
                     cancel = self.view.make(
                         gr.Button, {"value": "cancel"}, variant="stop", elem_id="cancel", min_width=WIDTH
@@ -64,7 +65,7 @@ class SampleTab:
                         {"label": "video.second"},
                         loop=True,
                         autoplay=True,
-                        visible=False,
+                        visible=HIDDEN,
                         elem_id="second",
                         min_width=WIDTH,
                     )
@@ -75,6 +76,8 @@ class SampleTab:
         quiet: Any = {"outputs": self.outputs, "concurrency_limit": None, "show_progress": "hidden"}
         run.click(self.sample, [language, *self.given], api_name="sample", **quiet)
         both.click(self.compare, [language, *compared, *self.given], api_name="compare", **quiet)
+        for button in (run, both):  # on a telephone the status is far below
+            button.click(None, js=SHOW_STATUS, api_visibility="private")
         cancel.click(self.cancel, [language], [status], api_name="cancel", concurrency_limit=None)
         self.model.input(self.use_model, [self.model], [self.image_group, *self.flat], api_visibility="private")
         self.upload.upload(self.take_image, [language, self.upload], [self.upload, self.picture], api_name="image")
@@ -134,11 +137,13 @@ class SampleTab:
             with gr.Row():
                 more = [("lora.none", NONE)]
                 lora = self._weights("lora", find_loras, "compare.same", more, elem_id="compare-lora", scale=2)
-                (strength,) = self.view.control(STRENGTH, None, elem_id="compare-strength")
+                (strength,) = self.view.control(STRENGTH, None, empty="compare.same", elem_id="compare-strength")
             speed = self._preset("speed", "compare.same")
             with gr.Row():
                 numbers = [
-                    self.view.control(CONTROLS[name], None, elem_id=f"compare-{name}", info=None)[0]
+                    self.view.control(CONTROLS[name], None, empty="compare.same", elem_id=f"compare-{name}", info=None)[
+                        0
+                    ]
                     for name in COMPARED
                 ]
             both = self.view.make(gr.Button, {"value": "run.both"}, elem_id="both")
@@ -160,7 +165,8 @@ class SampleTab:
             return [*said, *((str(path), str(path)) for path in find(self.folders.runs))]
 
         # A path may be typed as well; `inside` decides.
-        words = {"label": label, "choices": choices}
+        words: dict[str, Words] = {"label": label, "choices": choices}
+        words |= {"info": "lora.says"} if find is find_loras and not more else {}
         return self.view.make(gr.Dropdown, words, value="", allow_custom_value=True, min_width=WIDTH, **fixed)
 
     def _preset(self, kind: str, none: str) -> Any:
@@ -179,7 +185,7 @@ class SampleTab:
         request: gr.Request,
         language: str,
         lora: str,
-        strength: float | None,
+        strength: Any,
         speed: str,
         steps: Any,
         scale: Any,
@@ -190,14 +196,14 @@ class SampleTab:
         def both(window: str) -> list[Request]:
             left = self._request(window, language, *given)
             right = self._request(window, language, *given[:3], speed or given[3], *given[4:])
-            loras = self._compared(language, left.loras, lora, strength)
+            loras = self._compared(language, left.loras, lora, number(strength))
             numbers = dict(zip(COMPARED, (steps, scale), strict=True))
-            changed = {name: value for name, value in numbers.items() if value is not None}
+            changed = {name: value for name, value in numbers.items() if number(value) is not None}
             return [left, dataclasses.replace(right, loras=loras, values={**right.values, **changed})]
 
         yield from self._run(request, language, both)
 
-    def _compared(self, language: str, left: Sequence[Lora], lora: str, strength: float | None) -> Sequence[Lora]:
+    def _compared(self, language: str, left: Sequence[Lora], lora: str, strength: Any) -> Sequence[Lora]:
         """Return the LoRAs on the right of a comparison.
 
         Raises:
@@ -213,7 +219,7 @@ class SampleTab:
         self, request: gr.Request, language: str, asked: Callable[[str], list[Request]]
     ) -> Iterator[tuple[Any, ...]]:
         """Queue what is asked for, and show it."""
-        yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=False), ""
+        yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=HIDDEN), ""
         commands, owner = [], owner_of(request)
         try:
             for one in asked(str(request.session_hash)):

@@ -13,6 +13,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "tab.training": ("Training", "训练"),
     "model": ("Model", "模型"),
     "lora": ("LoRA adapter", "LoRA 权重"),
+    "lora.says": ("A row for another one follows.", "选择后出现下一行，可叠加多个。"),
     "lora.none": ("none", "无"),
     "control.strength": ("Strength", "强度"),
     "load": ("Trained weights instead of the model's", "用训练得到的权重代替模型权重"),
@@ -71,8 +72,8 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "hint.negative_prompt": ("What the video should not show.", "不希望出现的内容。"),
     "hint.sampling_num_frames": (
-        "4 video frames each, and 1 for the first; see docs/configuration.md.",
-        "每个对应 4 帧视频，第一个对应 1 帧；见 docs/configuration.md。",
+        "The first is 1 frame of the video, each other one 4.",
+        "第一个对应 1 帧视频，其余每个对应 4 帧。",
     ),
     "hint.guidance_interval": (
         "Shares of the steps; outside of them there is no guidance.",
@@ -82,7 +83,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "hint.weights": ("Less memory; results change a little.", "省显存；结果略有变化。"),
     "hint.vae_tiling": ("Less memory; seams may differ slightly.", "省显存；接缝处可能略有差异。"),
     "range": ("From {least} to {most}.", "{least} 到 {most}。"),
-    "empty": ("Empty: as in the model's file.", "留空：使用模型文件中的值。"),
+    "empty": ("as in the model's file", "同模型文件"),
     "state.waiting": ("Waiting: {ahead} before this one", "排队中：前面还有 {ahead} 个"),
     "state.starting": ("Starting, checking the settings", "正在启动并检查设置"),
     "state.text": ("Reading the prompt", "正在编码提示词"),

@@ -33,6 +33,8 @@ def test_kinds_and_limits_are_those_of_the_annotations():
         ("prompt", 'a: [b] # "c" {d}\n 猫 🐈', None),
         ("negative_prompt", "null", None),
         ("num_steps", 7.0, 7),
+        ("num_steps", " 7", 7),
+        ("guidance_interval", ["0", "0.5"], (0, 0.5)),
         ("guidance_scale", 4.5, None),
         ("sampling_image_size", [64.0, 64], (64, 64)),
         ("step_cache", "first_block", None),
@@ -46,7 +48,14 @@ def test_a_value_reaches_the_run_as_it_was_entered(name, value, typed):
 
 
 def test_what_is_empty_stays_as_in_the_file():
-    empty = {"num_steps": None, "sampling_image_size": [None, None], "negative_prompt": " ", "weights": ""}
+    empty = {
+        "num_steps": " ",
+        "guidance_scale": None,
+        "guidance_interval": ["", ""],
+        "sampling_image_size": [None, None],
+        "negative_prompt": " ",
+        "weights": "",
+    }
     assert overrides({"prompt": "a cat", **empty}) == ['args.prompt="a cat"']
 
 
@@ -56,6 +65,8 @@ def test_all_wrong_values_are_told_as_for_yaml():
         overrides({"prompt": "a cat", **wrong})
     said = str(caught.value).splitlines()
     assert [line.split()[0] for line in said] == [f"args.{name}" for name in wrong]
+    with pytest.raises(InputError, match="args.num_steps is '7x'; give a whole number.*\nargs.guidance_scale is 'nan'"):
+        overrides({"prompt": "a cat", "num_steps": "7x", "guidance_scale": "nan"})
     assert "is 2.5; give a whole number of at least 1" in said[0] and "from 0 to 1,000" in said[1]
     with pytest.raises(InputError, match="write what the video shows"):
         overrides({"prompt": "  "})

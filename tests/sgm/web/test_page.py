@@ -1,5 +1,11 @@
-"""The page as a client over HTTP sees it: the toy is sampled, and what must not work does not."""
+"""The page as a client over HTTP sees it, and as a person in Chromium: what must work does, and what must not does not.
 
+The tests in Chromium need playwright, which is in the extra dev, and a browser: Debian's package chromium, `playwright
+install chromium`, or any other that the environment variable CHROMIUM names. Screenshots go to the folder SCREENSHOTS.
+"""
+
+import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +20,7 @@ from sgm.web.choices import Folders
 from sgm.web.controls import BASIC, CONTROLS
 from tests.processes import forked_python
 
-LAND = Path("assets/toy_land")
+LAND, OTHER = Path("assets/toy_land"), "same_land"  # two LoRAs
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra web is not installed")
 
@@ -29,6 +35,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     for name in ("outputs", "runs"):
         (folder / name).mkdir()
+    shutil.copytree(LAND, folder / "runs" / OTHER)
     page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs", LAND), data=(Path("assets/toy"),)))
     page.address = page.launch("127.0.0.1", None)
     yield page
@@ -72,7 +79,7 @@ def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
     assert "生成" in reused[0] and reused[2] == "toy"  # without the group, which has no value
     assert reused[7:11] == (str(LAND), 0.5, "", 1.0), "the strength of the right side"
     values = page._sampling.values_of(reused[15:])
-    assert (values["num_steps"], values["prompt"]) == (1, "a red circle moves left")
+    assert (values["num_steps"], values["prompt"]) == ("1", "a red circle moves left")
     # Neither the project nor the folders are served, only copies that somebody was shown.
     for path in (videos[0], Path("README.md").resolve(), Path("assets/toy/vae/3d-vae.pt").resolve()):
         assert requests.get(f"{page.address}gradio_api/file={path}", timeout=10).status_code in (403, 404)
@@ -226,3 +233,152 @@ def offered(page, browser):
     request = SimpleNamespace(cookies=browser.cookies, session_hash="any", client=SimpleNamespace(host="10.0.0.1"))
     listed, _ = page._history.offer(request, "en", None)
     return [value for _, value in listed["choices"]]
+
+
+# --- In Chromium.
+
+
+def chromium() -> str:
+    """Return the path of a browser; the test is skipped without one."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright of the extra dev is not installed")
+    named = os.environ.get("CHROMIUM")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None and not named:
+        with api.sync_playwright() as playwright:
+            own = playwright.chromium.executable_path
+        found = own if Path(own).exists() else None
+    if found is None:
+        pytest.skip("there is no Chromium: apt-get install chromium, playwright install chromium, or set CHROMIUM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tab():
+    """A tab of a browser; all tests use it one after the other."""
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Tests may run as root, for whom Chromium has no sandbox; the page is our own.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(viewport={"width": 1200, "height": 900}, locale="en-US")
+        context.set_default_timeout(30_000)
+        tab = context.new_page()
+        tab.failures = []
+        tab.on("pageerror", lambda error: tab.failures.append(str(error)))
+        yield tab
+        browser.close()
+
+
+@pytest.fixture
+def window(tab, page, shots, request):
+    """The page, loaded anew and ready; its end is kept as a picture, for those that fail too."""
+    tab.set_viewport_size({"width": 1200, "height": 900})
+    tab.goto(page.address)
+    tab.locator("#run").wait_for()
+    tab.wait_for_function("document.querySelector('#control-num_steps :is(input, textarea)')?.value !== ''")
+    yield tab
+    tab.screenshot(path=shots / f"end_of_{request.node.name}.png")
+    assert tab.failures == []
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    """The folder for screenshots."""
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fill(window, **values):
+    for name, value in values.items():
+        window.locator(f"#control-{name} :is(textarea, input)").first.fill(str(value))
+
+
+def choose(window, place, option):
+    window.locator(f"#{place} input").click()
+    window.get_by_role("option", name=option, exact=True).click()
+
+
+def status(window):
+    return window.locator("#status")
+
+
+def test_a_person_sees_our_message_for_a_wrong_size(window, shots):
+    fill(window, prompt="a red circle moves left", sampling_image_size=60)
+    window.locator("#run").click()
+    status(window).get_by_role("alert").wait_for()
+    assert "nearest legal: args.sampling_image_size=[64,64]" in status(window).inner_text()
+    window.screenshot(path=shots / "wrong_size.png")
+
+
+def test_a_person_compares_two_loras(window, shots, page):
+    fill(window, prompt="a red circle moves left above green land", num_steps=6)
+    choose(window, "lora-0", str(LAND))
+    window.locator("#lora-1").wait_for()  # the row for the next one
+    assert not window.locator("#lora-2").is_visible()
+    window.locator("#compare").get_by_role("button").first.click()
+    choose(window, "compare-lora", str(page._sampling.folders.runs[0] / OTHER))
+    window.locator("#compare-strength :is(input, textarea)").fill("0.5")
+    window.locator("#more").get_by_role("button").first.click()  # what is empty there stays empty
+    window.locator("#control-step_cache_threshold").wait_for()
+    window.locator("#both").click()
+    window.locator("img.preview").wait_for()
+    window.screenshot(path=shots / "preview.png")
+    for place in ("video", "second"):
+        window.wait_for_function(f"document.querySelector('#{place} video')?.videoWidth === 64")
+    assert "Done" in status(window).inner_text()
+    window.screenshot(path=shots / "compared.png")
+    window.get_by_role("tab", name="History").click()
+    window.wait_for_function("document.querySelector('#history input')?.value.includes('same_land 0.5')")
+    window.locator("#reuse").click()
+    window.get_by_text("The settings are in the tab Sample.").wait_for()
+    window.screenshot(path=shots / "history.png")
+    window.get_by_role("tab", name="Sample").click()
+    window.wait_for_function(f"document.querySelector('#lora-0 input')?.value.includes('{OTHER}')")
+    assert window.locator("#strength-0 input").input_value() == "0.5"
+
+
+def test_a_person_reloads_while_it_samples_and_cancels(window, page):
+    fill(window, prompt="a red circle moves left", num_steps=1000)
+    window.locator("#run").click()
+    window.locator("#status progress[value]").wait_for()
+    (running,) = page.queue._unfinished.values()
+    window.reload()
+    window.locator("#status progress[value]").wait_for()
+    assert page.queue.unfinished(running.owner) == [running] and not running.cancelled
+    window.locator("#cancel").click()
+    status(window).get_by_text("Cancelled.").wait_for()
+    running.ended.exception(timeout=30)
+    assert not running.folder.exists()
+
+
+def test_a_person_reads_the_page_in_either_language(window, shots):
+    window.get_by_text("中文").click()
+    window.locator("#run", has_text="生成").wait_for()
+    window.reload()
+    window.locator("#run", has_text="生成").wait_for()
+    assert window.locator("#compare").inner_text().startswith("对比"), "the choice is kept"
+    window.screenshot(path=shots / "chinese.png", full_page=True)
+    window.get_by_text("English").click()
+    window.locator("#run", has_text="Sample").wait_for()
+
+
+def test_a_person_with_a_telephone_has_all_of_it(window, shots):
+    window.set_viewport_size({"width": 375, "height": 740})
+    for number, name in enumerate(("sample", "history", "training")):
+        window.get_by_role("tab").nth(number).click()
+        window.locator({"sample": "#run", "history": "#reuse", "training": "#check"}[name]).wait_for()
+        wide = "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent && "
+        wide += "(e.getBoundingClientRect().right > 375 || e.getBoundingClientRect().left < 0)).length"
+        assert window.evaluate("document.documentElement.scrollWidth") == 375
+        assert window.evaluate(wide) == 0, f"{name}: nothing is cut off"
+        window.screenshot(path=shots / f"telephone_{name}.png", full_page=True)
+    window.get_by_role("tab").first.click()
+    button = window.locator("#run").bounding_box()
+    assert button["y"] + button["height"] <= 740 and button["height"] >= 36, "it is in reach without scrolling"
+    fill(window, prompt="", sampling_image_size=64)
+    window.locator("#run").click()
+    status(window).get_by_role("alert").wait_for()
+    window.wait_for_function("document.querySelector('#status').getBoundingClientRect().top < 740")
