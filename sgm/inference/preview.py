@@ -2,8 +2,8 @@
 
 The VAE decodes three latent frames of the denoised latents, the first, the middle and the last, each alone, as if a
 clip began with it. Of the causal VAE that is the first frame of the video, and nearly a frame of the four that another
-latent frame stands for: 30 to 37 dB on clips of the toy. It needs no table of colours for each VAE, and less memory
-than the forward pass before it. Only looking is done: no random number is drawn, and samples are bit-equal.
+latent frame stands for: 30 to 37 dB on clips of the toy. It needs no table of colours for each VAE, and as much memory
+as a step of the 2B model, less than one of the others. No random number is drawn: samples are bit-equal.
 """
 
 import contextlib

@@ -3,8 +3,9 @@
 import hashlib
 import ipaddress
 import secrets
-from http.cookies import SimpleCookie
 from typing import Any
+
+from starlette.requests import HTTPConnection
 
 COOKIE = "cogvideox-browser"
 _LASTING = f"Max-Age={365 * 24 * 3600}; Path=/; HttpOnly; SameSite=Lax"
@@ -18,8 +19,7 @@ class Browsers:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request."""
-        given = dict(scope.get("headers", ())).get(b"cookie", b"").decode("latin-1")
-        if scope["type"] != "http" or scope["path"] != "/" or COOKIE in SimpleCookie(given):
+        if scope["type"] != "http" or scope["path"] != "/" or COOKIE in HTTPConnection(scope).cookies:
             return await self.app(scope, receive, send)
 
         async def with_cookie(message: Any) -> None:

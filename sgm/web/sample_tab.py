@@ -22,7 +22,8 @@ from sgm.web.words import say
 COMPARED = ("num_steps", "guidance_scale")
 MAX_LORAS = 4  # on the page; a file of the command line takes any number
 Lora = tuple[Path, float | None]  # with its strength; None: the default
-SHOW_STATUS = "() => { if (innerWidth <= 640) document.getElementById('status').scrollIntoView({block: 'center'}) }"
+SHOW_STATUS = """() => document.getElementById("status").scrollIntoView(
+    {block: innerWidth > 640 ? "nearest" : "center"})"""
 NONE = "none"  # on the right of a comparison: without LoRAs, or the model's own weights
 
 
@@ -76,7 +77,7 @@ class SampleTab:
         quiet: Any = {"outputs": self.outputs, "concurrency_limit": None, "show_progress": "hidden"}
         run.click(self.sample, [language, *self.given], api_name="sample", **quiet)
         both.click(self.compare, [language, *compared, *self.given], api_name="compare", **quiet)
-        for button in (run, both):  # on a telephone the status is far below
+        for button in (run, both):  # the status may be out of sight, on a telephone far below
             button.click(None, js=SHOW_STATUS, api_visibility="private")
         cancel.click(self.cancel, [language], [status], api_name="cancel", concurrency_limit=None)
         self.model.input(self.use_model, [self.model], [self.image_group, *self.flat], api_visibility="private")

@@ -13,7 +13,7 @@ from sgm.web.words import as_html, has, say
 Words = str | Callable[[str], Any]  # a key of the words, or language → value
 
 STYLE = """
-.status { padding: 0.5rem 0; } .status progress { width: 100%; }
+.status { padding: 0.5rem 0; overflow-wrap: anywhere; } .status progress { width: 100%; }
 .status pre, pre.message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .thumbnail img { max-width: 100%; max-height: 12rem; }
 img.preview { width: 100%; border-radius: 4px; }

@@ -13,7 +13,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "tab.training": ("Training", "训练"),
     "model": ("Model", "模型"),
     "lora": ("LoRA adapter", "LoRA 权重"),
-    "lora.says": ("A row for another one follows.", "选择后出现下一行，可叠加多个。"),
+    "lora.says": ("Several can be added, one a row.", "可添加多个，每行一个。"),
     "lora.none": ("none", "无"),
     "control.strength": ("Strength", "强度"),
     "load": ("Trained weights instead of the model's", "用训练得到的权重代替模型权重"),

@@ -230,7 +230,7 @@ def wait(job, words):
 
 def offered(page, browser):
     """Return the finished videos that a browser elsewhere is offered."""
-    request = SimpleNamespace(cookies=browser.cookies, session_hash="any", client=SimpleNamespace(host="10.0.0.1"))
+    request = SimpleNamespace(cookies=browser.cookies, session_hash="any", client=SimpleNamespace(host="elsewhere"))
     listed, _ = page._history.offer(request, "en", None)
     return [value for _, value in listed["choices"]]
 
@@ -329,7 +329,7 @@ def test_a_person_compares_two_loras(window, shots, page):
     for place in ("video", "second"):
         window.wait_for_function(f"document.querySelector('#{place} video')?.videoWidth === 64")
     assert "Done" in status(window).inner_text()
-    window.screenshot(path=shots / "compared.png")
+    window.screenshot(path=shots / "compared.png", full_page=True)
     window.get_by_role("tab", name="History").click()
     window.wait_for_function("document.querySelector('#history input')?.value.includes('same_land 0.5')")
     window.locator("#reuse").click()
