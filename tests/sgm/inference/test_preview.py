@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sgm.config.load import ConfigError, load_config
@@ -10,6 +11,7 @@ from sgm.inference.main import main
 from sgm.inference.preview import MAX_SIDE, Preview
 from sgm.util import instantiate_from_config
 from tests.conftest import GOLDEN
+from vae_modules.autoencoder import Tiling
 
 VAE = GOLDEN / "vae"
 
@@ -96,19 +98,18 @@ def test_what_cannot_be_shown_is_refused(overrides, said):
 
 def test_a_frame_is_decoded_without_other_ranks(monkeypatch):
     """Ranks that share a clip along time are at the next step, and would never come."""
-    import yaml
-
     section = yaml.safe_load((VAE / "first_stage.yaml").read_text())["first_stage_config"]
     section["params"]["cp_size"] = 2
     torch.manual_seed(0)
     vae = instantiate_from_config(section)
-    latents = torch.randn(1, 16, 3, 8, 12)
+    latents = torch.randn(1, 16, 2, 4, 6)
     with torch.no_grad():
         monkeypatch.setattr(vae, "_num_ranks", lambda: 1)
         expected = vae.decode(latents)
-        vae.enable_tiling(type(vae.tiling)() if vae.tiling else None)
+        vae.enable_tiling(Tiling(size=(32, 32), overlap=16))
         tiled = vae.decode(latents)
         monkeypatch.setattr(vae, "_num_ranks", lambda: pytest.fail("asks for the ranks"))
         assert torch.equal(vae.decode_on_this_rank(latents), tiled)
+        assert not torch.equal(tiled, expected)
         vae.tiling = None
         assert torch.equal(vae.decode_on_this_rank(latents), expected)

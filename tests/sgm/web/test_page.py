@@ -4,6 +4,7 @@ The tests in Chromium need playwright, which is in the extra dev, and a browser:
 install chromium`, or any other that the environment variable CHROMIUM names. Screenshots go to the folder SCREENSHOTS.
 """
 
+import json
 import os
 import shutil
 import time
@@ -22,6 +23,9 @@ from tests.processes import forked_python
 
 LAND, OTHER = Path("assets/toy_land"), "same_land"  # two LoRAs
 
+KINDS = {"training", "validation"}
+
+gradio = pytest.importorskip("gradio", reason="the extra web is not installed")
 gradio_client = pytest.importorskip("gradio_client", reason="the extra web is not installed")
 
 
@@ -155,6 +159,29 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
     assert "no model file" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_is_followed(page):
+    run = page._sampling.folders.runs[0] / "followed"
+    request = SimpleNamespace(session_hash="follower")
+    (run / "samples" / "10").mkdir(parents=True)
+    lines = [{"iteration": 10, "loss": 1.5}, {"iteration": 10, "validation_loss": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    watching = page._training
+    state, curves = watching.watch("en", str(run))
+    assert "Iteration 10" in state and curves["visible"] is True and set(curves["value"]["kind"]) == KINDS
+    nothing, newest = watching.samples(request, str(run), "of another run")
+    assert nothing["value"] == [] and nothing["visible"] == "hidden" and newest == ""
+    for number in ("10", "20"):
+        video = run / "samples" / number / "000000.mp4"
+        video.parent.mkdir(exist_ok=True)
+        video.touch()
+        video.with_suffix(".json").write_text('{"prompt": "a"}')
+        os.utime(video, (int(number), int(number)))
+        shown, newest = watching.samples(request, str(run), newest)
+        assert len(shown["value"]) == int(number) // 10 and shown["visible"] is True and newest == str(video)
+    assert watching.samples(request, str(run), newest)[0] == gradio.skip(), "videos do not begin again"
+    shutil.rmtree(run)
+
+
 class Browser:
     """A browser that keeps its cookie, as a client of the page's functions; a window each."""
 
@@ -262,7 +289,7 @@ def tab():
     with sync_playwright() as playwright:
         # Tests may run as root, for whom Chromium has no sandbox; the page is our own.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        context = browser.new_context(viewport={"width": 1200, "height": 900}, locale="en-US")
+        context = browser.new_context(viewport={"width": 1100, "height": 800}, locale="en-US")
         context.set_default_timeout(30_000)
         tab = context.new_page()
         tab.failures = []
@@ -274,10 +301,10 @@ def tab():
 @pytest.fixture
 def window(tab, page, shots, request):
     """The page, loaded anew and ready; its end is kept as a picture, for those that fail too."""
-    tab.set_viewport_size({"width": 1200, "height": 900})
+    tab.set_viewport_size({"width": 1100, "height": 800})
     tab.goto(page.address)
     tab.locator("#run").wait_for()
-    tab.wait_for_function("document.querySelector('#control-num_steps :is(input, textarea)')?.value !== ''")
+    until(tab, "document.querySelector('#control-num_steps :is(input, textarea)')?.value !== ''")
     yield tab
     tab.screenshot(path=shots / f"end_of_{request.node.name}.png")
     assert tab.failures == []
@@ -289,6 +316,10 @@ def shots(tmp_path_factory):
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def until(window, condition):
+    window.wait_for_function(condition, polling=200)  # by default at each frame, which then has to be drawn
 
 
 def fill(window, **values):
@@ -305,16 +336,8 @@ def status(window):
     return window.locator("#status")
 
 
-def test_a_person_sees_our_message_for_a_wrong_size(window, shots):
-    fill(window, prompt="a red circle moves left", sampling_image_size=60)
-    window.locator("#run").click()
-    status(window).get_by_role("alert").wait_for()
-    assert "nearest legal: args.sampling_image_size=[64,64]" in status(window).inner_text()
-    window.screenshot(path=shots / "wrong_size.png")
-
-
 def test_a_person_compares_two_loras(window, shots, page):
-    fill(window, prompt="a red circle moves left above green land", num_steps=6)
+    fill(window, prompt="a red circle moves left above green land", num_steps=3)
     choose(window, "lora-0", str(LAND))
     window.locator("#lora-1").wait_for()  # the row for the next one
     assert not window.locator("#lora-2").is_visible()
@@ -327,19 +350,20 @@ def test_a_person_compares_two_loras(window, shots, page):
     window.locator("img.preview").wait_for()
     window.screenshot(path=shots / "preview.png")
     for place in ("video", "second"):
-        window.wait_for_function(f"document.querySelector('#{place} video')?.videoWidth === 64")
+        until(window, f"document.querySelector('#{place} video')?.videoWidth === 64")
     assert "Done" in status(window).inner_text()
     window.screenshot(path=shots / "compared.png", full_page=True)
     window.get_by_role("tab", name="History").click()
-    window.wait_for_function("document.querySelector('#history input')?.value.includes('same_land 0.5')")
+    until(window, "document.querySelector('#history input')?.value.includes('same_land 0.5')")
     window.locator("#reuse").click()
     window.get_by_text("The settings are in the tab Sample.").wait_for()
     window.screenshot(path=shots / "history.png")
     window.get_by_role("tab", name="Sample").click()
-    window.wait_for_function(f"document.querySelector('#lora-0 input')?.value.includes('{OTHER}')")
+    until(window, f"document.querySelector('#lora-0 input')?.value.includes('{OTHER}')")
     assert window.locator("#strength-0 input").input_value() == "0.5"
 
 
+@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
 def test_a_person_reloads_while_it_samples_and_cancels(window, page):
     fill(window, prompt="a red circle moves left", num_steps=1000)
     window.locator("#run").click()
@@ -354,7 +378,13 @@ def test_a_person_reloads_while_it_samples_and_cancels(window, page):
     assert not running.folder.exists()
 
 
-def test_a_person_reads_the_page_in_either_language(window, shots):
+@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
+def test_a_person_reads_page_and_messages_in_either_language(window, shots):
+    fill(window, prompt="a red circle moves left", sampling_image_size=60)
+    window.locator("#run").click()
+    status(window).get_by_role("alert").wait_for()
+    assert "nearest legal: args.sampling_image_size=[64,64]" in status(window).inner_text()
+    window.screenshot(path=shots / "wrong_size.png")
     window.get_by_text("中文").click()
     window.locator("#run", has_text="生成").wait_for()
     window.reload()
@@ -381,4 +411,4 @@ def test_a_person_with_a_telephone_has_all_of_it(window, shots):
     fill(window, prompt="", sampling_image_size=64)
     window.locator("#run").click()
     status(window).get_by_role("alert").wait_for()
-    window.wait_for_function("document.querySelector('#status').getBoundingClientRect().top < 740")
+    until(window, "document.querySelector('#status').getBoundingClientRect().top < 740")
