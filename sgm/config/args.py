@@ -18,6 +18,8 @@ from sgm.urls import is_url, url_problem
 
 _MAX_SEED = 2**63 - 1  # a signed 64-bit integer, for torch's generators
 
+PICTURES = (".jpg", ".png", ".webp")  # kinds of a preview
+
 _Batch = Annotated[int, Field(ge=1, le=10_000)]
 # Between evaluations or checkpoints.
 Interval = AtLeast1 | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5} epochs?$", description="text such as '2 epochs'")]
@@ -88,6 +90,7 @@ class SamplingArgs:
     skip_existing: bool = True
     overwrite: bool = False
     contact_sheet: bool = False
+    preview: Name | None = None
     # How it is computed
     fp16: bool | None = None
     bf16: bool | None = None
@@ -158,6 +161,12 @@ class SamplingArgs:
                 "is given without a prompt",
                 "give args.prompt too, or write prompt@@image into input_file",
             )
+        if self.preview is not None and not self.preview.lower().endswith(PICTURES):
+            cure = f"end the name with {', '.join(PICTURES)}"
+            yield "preview", f"is '{self.preview}', which names no kind of picture", cure
+        if self.preview is not None and self.only_save_latents:
+            cure = "remove one of them"
+            yield "preview", "is given, and with only_save_latents there is no VAE to decode it", cure
         if self.enhances_by_endpoint and self.prompt_enhancer_model is None:
             found = "is missing, and prompt_enhancer is the address of an endpoint"
             yield "prompt_enhancer_model", found, "give the name of a model that it serves"
@@ -357,6 +366,7 @@ class TrainingArgs(SamplingArgs):
             "control",
             "control_strength",
             "loop",
+            "preview",
         ):
             if getattr(self, name) not in (None, False):
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"

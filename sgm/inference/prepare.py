@@ -87,6 +87,9 @@ def prepare(config: Config) -> Prepared:
     folders = [sample_folder(output, prompt, 0).relative_to(output) for prompt in prompts or ()]
     writable = partial(require_writable, output, *(f"{folder}/000000.mp4" for folder in folders))
     problems += problems_of("args.output_dir", "name another folder", writable)
+    if (preview := config.args.preview) is not None:
+        writable = partial(require_writable, Path(preview).parent, Path(preview).name)
+        problems += problems_of("args.preview", "name another picture", writable)
     notes: list[str] = []
     if config.args.prompt_enhancer is not None:
         problems += problems_of("args.prompt_enhancer", "name another", partial(check_enhancer, config.args))

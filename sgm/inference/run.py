@@ -27,6 +27,7 @@ from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
 from sgm.inference.language.enhance import enhanced
 from sgm.inference.prepare import make_folder, prepare
+from sgm.inference.preview import Preview
 from sgm.inference.progress import progress
 from sgm.inference.prompts import (
     Prompt,
@@ -40,7 +41,7 @@ from sgm.inference.record import Summary, Timings, clock, later_settings, result
 from sgm.inference.results import Results
 from sgm.inference.source_video import EncodedClips, check_whole, encode_clips, load_whole, start_size
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
-from sgm.log import get_logger, warn_once
+from sgm.log import get_logger, is_rank_zero, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.windows import led_in
 from sgm.modules.geometry import Geometry
@@ -67,6 +68,8 @@ def sample(config: Config) -> Summary:
     prepared = prepare(config)
     config, prompts = prepared.config, prepared.prompts
     make_folder(Path(config.args.output_dir))
+    if config.args.preview is not None:
+        Path(config.args.preview).parent.mkdir(parents=True, exist_ok=True)
     sgm.distributed.initialize(mesh=prepared.mesh)
     if config.args.memory is not None:
         config = _with_preset(config, prepared.dtype)
@@ -132,6 +135,8 @@ class SamplingRun:
         self.summary = Summary()
         self._is_loaded = engine is not None
         self._network_in_use = default(network_in_use, nullcontext())
+        shown = None if self.args.preview is None or not is_rank_zero() else Path(self.args.preview)
+        self._preview = None if shown is None else Preview(shown, self.engine.decode_alone)
         self._uncond: dict[str, torch.Tensor] | None = None
         self._described: dict[str, torch.Tensor] | None = None  # the text of args.inversion
         self._clips: EncodedClips | None = None
@@ -414,6 +419,9 @@ class SamplingRun:
         if self._described is not None:
             described = self._described.items()
             inputs["inversion"] = {name: _repeat(value, samples, self.device) for name, value in described}
+        if self._preview is not None:
+            self._preview.begin()
+            inputs["after_step"] = self._preview
         latents = self.engine.sample(
             cond,
             uncond,

@@ -342,6 +342,17 @@ class SATVideoDiffusionEngine(nn.Module):
             videos += map(torch.cat, zip(*map(converted, chunks), strict=True))
         return videos
 
+    @torch.no_grad()
+    def decode_alone(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode single latent frames (B, C, H, W), each as if a clip began with it: pictures (B, 3, 8H, 8W).
+
+        One after the other, on this rank alone: the others may be at something else.
+        """
+        vae, dtype = self._require_first_stage(), self.first_stage_dtype
+        decode = getattr(vae, "decode_on_this_rank", vae.decode)
+        clips = rearrange(latents / self.scale_factor, "b c h w -> b c 1 h w").to(dtype)
+        return torch.cat([decode(clip)[:, :, 0].float() for clip in clips.split(1)])
+
     def image_latents(self, image: torch.Tensor, num_latents: int) -> torch.Tensor:
         """Condition of image-to-video: the first frame's latents, then zeros.
 
@@ -433,6 +444,7 @@ class SATVideoDiffusionEngine(nn.Module):
         guidance_interval: tuple[float, float] | None = None,
         loop: bool = False,
         progress: Progress | None = None,
+        after_step: Callable[[torch.Tensor], object] | None = None,
     ) -> torch.Tensor:
         """Sample latents, from noise or from a noised video, all of them or with some held.
 
@@ -459,6 +471,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 so nothing is padded, and T is a multiple of the temporal patch. Not with `concat`, `control`, `source`,
                 `start` or `end`.
             progress: wraps the sequence of steps, as tqdm does.
+            after_step: called with the denoised latents (B, T, C, H, W) after each step, without padding.
 
         Returns:
             (B, T, C, H, W) float32, in the network's scale.
@@ -481,6 +494,8 @@ class SATVideoDiffusionEngine(nn.Module):
         uncond = None if uncond is None else uncond | beside
         optional: dict[str, Any] = {} if guidance_interval is None else {"guidance_interval": guidance_interval}
         optional |= {"first_step": first_step} if first_step else {}
+        if after_step is not None:
+            optional["after_step"] = lambda denoised: after_step(denoised[:, padding:])
         before_step: dict[str, Any] = {}
         if self.loras is not None:
             self._set_strengths(0.0)

@@ -1,7 +1,7 @@
 """What can be chosen on the page: models, trained weights, presets, and the folders that it may read."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import yaml
 from sgm.log import get_logger
 from sgm.project import shipped
 from sgm.util import InputError
+from sgm.weights.adapters import read_adapter_info
+from sgm.weights.files import read_tensors
 
 logger = get_logger(__name__)
 
@@ -115,6 +117,41 @@ def find_folders(folders: Sequence[Path], name: str) -> list[Path]:
             for path in folder.glob("/".join(["*"] * depth + [name])):
                 found[path.parent] = path.stat().st_mtime
     return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def find_loras(folders: Sequence[Path]) -> list[Path]:
+    """Return the LoRAs in `folders`, for ``args.loras``, newest first: folders of trainings, then files of others."""
+    runs = find_folders(folders, LATEST)
+    files = {
+        path: path.stat().st_mtime
+        for folder in folders
+        for depth in range(MAX_DEPTH)
+        for path in folder.glob("/".join(["*"] * depth + ["*.safetensors"]))
+        if not any(path.is_relative_to(run) for run in runs)
+    }
+    others = [path for path in sorted(files, key=files.__getitem__, reverse=True) if _holds(_names_lora, path)]
+    return [*(run for run in runs if _holds(_has_adapters, run)), *others]
+
+
+def find_trained(folders: Sequence[Path]) -> list[Path]:
+    """Return the folders of trained weights in `folders` that are no LoRAs, for ``args.load``, the newest first."""
+    return [run for run in find_folders(folders, LATEST) if not _holds(_has_adapters, run)]
+
+
+def _holds(question: Callable[[Path], bool], path: Path) -> bool:
+    """Ask about weights; no to those that cannot be read: sampling with them says why."""
+    try:
+        return question(path)
+    except (InputError, OSError):
+        return False
+
+
+def _has_adapters(run: Path) -> bool:
+    return read_adapter_info(run) is not None
+
+
+def _names_lora(file: Path) -> bool:
+    return any("lora" in name.lower() for name in read_tensors(file))
 
 
 def presets(configs: Path, kind: str) -> dict[str, Path]:

@@ -4,16 +4,18 @@ Type, limits, choices and default of a control come from the annotation of its k
 `sgm.web.words`. Values are checked by the same rules as those in YAML, with the same messages.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from sgm.config.args import SamplingArgs
+from sgm.config.args import LoraArgs, SamplingArgs
 from sgm.config.values import misfit
 from sgm.util import InputError
 
@@ -61,13 +63,13 @@ _HINTS = typing.get_type_hints(SamplingArgs, include_extras=True)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingArgs)}
 
 
-def control(name: str) -> Control:
-    """Return the control of a key of ``args``."""
-    schema = TypeAdapter(_HINTS[name]).json_schema()
+def control(name: str, hint: Any, default: Any) -> Control:
+    """Return the control of a key with an annotation and a default."""
+    schema = TypeAdapter(hint).json_schema()
     schema = next(option for option in schema.get("anyOf", [schema]) if option.get("type") != "null")
     choices = tuple(schema.get("enum", filter(None, [schema.get("const")])))
     if choices:
-        return Control(name, "choice", choices=choices, default=_DEFAULTS[name])
+        return Control(name, "choice", choices=choices, default=default)
     number = schema["prefixItems"][0] if "prefixItems" in schema else schema
     return Control(
         name,
@@ -75,11 +77,13 @@ def control(name: str) -> Control:
         least=number.get("minimum"),
         most=number.get("maximum"),
         whole=number["type"] == "integer",
-        default=_DEFAULTS[name],
+        default=default,
     )
 
 
-CONTROLS = {name: control(name) for name in (*BASIC, *MORE)}
+CONTROLS = {name: control(name, _HINTS[name], _DEFAULTS[name]) for name in (*BASIC, *MORE)}
+_STRENGTH = LoraArgs.model_fields["strength"]
+STRENGTH = control("strength", _STRENGTH.annotation, _STRENGTH.default)  # of an entry of args.loras
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -98,6 +102,21 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
     return [override(f"args.{name}", value) for name, value in given.items()]
 
 
+def loras_override(loras: Sequence[tuple[str, Any]]) -> list[str]:
+    """Return the override of ``args.loras`` for paths with strengths, without which they have the default.
+
+    Raises:
+        InputError: a strength does not fit.
+    """
+    entries = []
+    for index, (path, given) in enumerate(loras):
+        strength = STRENGTH.default if number(given) is None else number(given)
+        if found := misfit(strength, typing.get_args(_STRENGTH.annotation)[0]):
+            raise InputError(f"args.loras.{index}.strength {found[0]}; {found[1]}")
+        entries.append({"path": path, "strength": strength})
+    return [override("args.loras", entries)] if entries else []
+
+
 def override(key: str, value: Any) -> str:
     """Return ``key=value``; text is quoted, so that nothing in it means anything to YAML."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
@@ -106,14 +125,18 @@ def override(key: str, value: Any) -> str:
 def _typed(control: Control, value: Any) -> Any:
     """Return the value of a control as YAML has it; None if it was left empty."""
     if control.kind == "pair":
-        numbers = [_number(entry) for entry in value or ()]
+        numbers = [number(entry) for entry in value or ()]
         return None if all(entry is None for entry in numbers) else numbers
     if control.kind in ("text", "choice"):
         text = str(value or "")
         return text if text.strip() else None
-    return value if control.kind == "switch" else _number(value)
+    return value if control.kind == "switch" else number(value)
 
 
-def _number(value: Any) -> Any:
-    """Return a number of the browser, where 7 may be 7.0."""
+def number(value: Any) -> Any:
+    """Return a number of the browser, where 7 may be 7.0 or text. Other text stays, for a message; empty is None."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value) if math.isfinite(float(value)) else value
+        value = value if not isinstance(value, str) or value.strip() else None
     return int(value) if isinstance(value, float) and value.is_integer() else value

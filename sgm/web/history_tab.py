@@ -1,5 +1,6 @@
 """The tab of finished videos: looked at again, and their settings used again."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -7,8 +8,9 @@ import gradio as gr
 from sgm.inference.results import read_record
 from sgm.util import InputError
 from sgm.web import videos
+from sgm.web.browsers import is_near, owner_of
 from sgm.web.choices import inside
-from sgm.web.sample_tab import SampleTab
+from sgm.web.sample_tab import MAX_LORAS, SampleTab, small
 from sgm.web.videos import Video
 from sgm.web.view import View, failed, plain
 from sgm.web.words import say
@@ -48,29 +50,31 @@ class HistoryTab:
         reuse.click(
             self.reuse,
             [language, chosen],
-            [state, tab_of_sampling.image_group, *tab_of_sampling.choices, *tab_of_sampling.flat],
+            [state, tab_of_sampling.image_group, tab_of_sampling.picture, *tab_of_sampling.given],
             api_name="reuse",
         )
 
-    def offer(self, language: str, chosen: str | None) -> tuple[Any, str]:
+    def offer(self, request: gr.Request, language: str, chosen: str | None) -> tuple[Any, str]:
         """Offer the finished videos, the newest if none is chosen."""
-        found = [
-            (f"{video.caption}  ({video.when})", str(video.path)) for video in videos.finished(self.folders.outputs)
-        ]
+        listed = videos.finished(self.folders.outputs, lambda path: self._may_see(request, path))
+        found = [(f"{video.caption}  ({video.when})", str(video.path)) for video in listed]
         if not found:
             return gr.update(choices=[], value=None), plain(say(language, "history.none"))
         return gr.update(choices=found, value=chosen or found[0][1]), ""
 
-    def _video(self, path: str | None) -> Video:
+    def _may_see(self, request: gr.Request, path: Path) -> bool:
+        return videos.belongs(path, self.folders.outputs, owner_of(request), near=is_near(request))
+
+    def _video(self, request: gr.Request, path: str | None) -> Video:
         """Return a finished video of the output folder.
 
         Raises:
-            InputError: it is none.
+            InputError: it is none, or of another browser.
         """
         found = inside(path or "", [self.folders.outputs])
-        record = read_record(found)
+        record = read_record(found) if self._may_see(request, found) else None
         if found.suffix != ".mp4" or record is None or "prompt" not in record:
-            raise InputError(f"'{path}' is no finished video of {self.folders.outputs}")
+            raise InputError(f"'{path}' is no finished video of this browser in {self.folders.outputs}")
         return Video(found, record)
 
     def show(self, request: gr.Request, language: str, path: str | None) -> tuple[Any, Any, str]:
@@ -78,27 +82,42 @@ class HistoryTab:
         if not path:
             return None, None, ""
         try:
-            video = self._video(path)
+            video = self._video(request, path)
         except InputError as error:
             return None, None, failed(language, error, wrong_input=True)
-        return self.sessions.shown(str(request.session_hash), video.path), dict(video.record), ""
+        record = dict(video.record)
+        if "loras" in record:  # as text: programs that use the page take mappings with a path for files to fetch
+            record["loras"] = [", ".join(f"{key} {value}" for key, value in lora.items()) for lora in record["loras"]]
+        return self.sessions.shown(str(request.session_hash), video.path), record, ""
 
-    def reuse(self, language: str, path: str | None) -> list[Any]:
+    def reuse(self, request: gr.Request, language: str, path: str | None) -> list[Any]:
         """Put the settings of a video into the tab that samples."""
         sampling = self.sampling
         try:
-            video = self._video(path)
+            video = self._video(request, path)
         except InputError as error:
-            nothing = [gr.skip()] * (1 + len(sampling.choices) + len(sampling.flat))
+            nothing = [gr.skip()] * (2 + len(sampling.given))
             return [failed(language, error, wrong_input=True), *nothing]
         known = videos.settings_of(video, sampling.models, self.folders)
         said = [say(language, "history.used")]
-        model, group = gr.skip(), gr.skip()
+        model, group, picture = gr.skip(), gr.skip(), gr.skip()
         if known["model"] is None:
             said.append(say(language, "history.model"))
         else:
             model, group = known["model"], gr.update(visible=sampling.models[known["model"]].image2video)
-        if video.record.get("image"):
-            said.append(say(language, "history.image"))
-        chosen = [known[name] or "" for name in ("load", "memory", "speed")]
-        return [plain(" ".join(said)), group, model, *chosen, *sampling.flat_values(known)]
+        if image := video.record.get("image"):
+            picture = self._picture(request, image)
+            said += [say(language, "history.image")] if picture == "" else []
+        loras = videos.plain_loras(known["loras"], MAX_LORAS)
+        said += [say(language, "history.loras")] if loras is None else []
+        chosen = [*(known[name] or "" for name in ("load", "memory", "speed")), gr.skip()]
+        values = [*sampling.lora_values(loras or []), *sampling.flat_values(known)]
+        return [plain(" ".join(said)), group, picture, model, *chosen, *values]
+
+    def _picture(self, request: gr.Request, image: str) -> str:
+        """Take the image of a video again; empty if it is gone, or not this browser's."""
+        try:
+            found = inside(image, [self.folders.outputs])
+        except InputError:
+            return ""
+        return small(self.sessions.keep(str(request.session_hash), found)) if self._may_see(request, found) else ""

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from sgm.inference.progress import PROGRESS_FILE, Progress, read_progress
@@ -18,52 +19,85 @@ from sgm.util import InputError, RunError
 
 PYTHON = sys.executable
 POLL_SECONDS, GRACE_SECONDS = 0.1, 10  # between looks at a job; before a process that does not end is killed
-LOG, PROGRESS = "log.txt", "progress.json"
+LOG, PROGRESS, PREVIEW = "log.txt", "progress.json", "preview.jpg"
 _ERROR = re.compile(r"(?ms)^error: (.*)\Z")
 _LAST_LINES = 5  # of a log without a message
 
 
 class CancelledError(RunError):
-    """The session has ended its job."""
+    """Its owner has ended a job."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A script of this project with its arguments.
+
+    Attributes:
+        words: the script and its arguments.
+        folder: an existing one, for its messages.
+    """
+
+    words: Sequence[str]
+    folder: Path
 
 
 class Job:
-    """A script of this project that runs for a session; its messages go to ``log.txt`` in `folder`.
+    """Commands that run one after the other; messages of each go to ``log.txt`` in its folder.
 
     Args:
-        owner: the session.
-        words: the script and its arguments.
-        folder: an existing one.
+        owner: whose it is, see `sgm.web.browsers.owner_of`.
+        commands: the first that fails ends the job.
+        tidy: called with the folder of each, once the job has ended.
     """
 
-    def __init__(self, owner: str, words: Sequence[str], folder: Path) -> None:
-        self.owner, self.words, self.folder = owner, list(words), folder
+    def __init__(self, owner: str, commands: Sequence[Command], tidy: Callable[[Path], object] | None = None) -> None:
+        self.owner, self.commands, self.tidy = owner, list(commands), tidy
+        self.part = 0  # the command that runs, or the last that ran
         self.cancelled = False
+        self.ended: Future[None] = Future()  # of `run`; a queue sets it
         self._process: subprocess.Popen[bytes] | None = None
+        self._log: str | None = None  # once the job has ended
         self._lock = threading.Lock()
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the command that runs, or the last that ran."""
+        return self.commands[self.part].folder
+
     def run(self) -> None:
-        """Start the process, and wait for its end.
+        """Start the processes, and wait for the end of each.
 
         Raises:
             InputError: wrong input, in the words of the script.
-            RunError: the script failed.
+            RunError: a script failed.
             CancelledError: `end` was called.
         """
+        try:
+            for part in range(len(self.commands)):
+                self.part = part
+                self._run_one()
+        finally:
+            self._log = self.log()
+            if self.tidy is not None:
+                for command in self.commands:
+                    self.tidy(command.folder)
+
+    def _run_one(self) -> None:
         try:
             with self._lock:
                 process = None if self.cancelled else self._start()
                 self._process = process
             code = process.wait() if process is not None else 0
         finally:
-            (self.folder / PROGRESS).unlink(missing_ok=True)
+            for name in (PROGRESS, PREVIEW):
+                (self.folder / name).unlink(missing_ok=True)
         if self.cancelled:
             raise CancelledError("cancelled")
         if code:
             raise (InputError if code == InputError.exit_code else RunError)(message_in(self.log()))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        script, *arguments = self.words
+        script, *arguments = self.commands[self.part].words
         env = {**os.environ, PROGRESS_FILE: str(self.folder / PROGRESS)}
         with (self.folder / LOG).open("wb") as log:
             return subprocess.Popen(
@@ -76,7 +110,7 @@ class Job:
             )
 
     def end(self) -> None:
-        """End the process and those that it has started; without a process, the job will not start."""
+        """End the process and those that it has started; what has not begun will not start."""
         with self._lock:
             self.cancelled = True
             process = self._process
@@ -93,8 +127,16 @@ class Job:
         """Where the process is; None before it counts."""
         return read_progress(self.folder / PROGRESS)
 
+    @property
+    def preview(self) -> bytes | None:
+        """The picture that the process writes of what it makes; None before there is one."""
+        with contextlib.suppress(OSError):
+            return (self.folder / PREVIEW).read_bytes()
+
     def log(self) -> str:
-        """Return the messages so far."""
+        """Return the messages so far, of the command that runs or the last that ran."""
+        if self._log is not None:
+            return self._log
         try:
             return (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -108,36 +150,42 @@ def message_in(log: str) -> str:
 
 
 class Jobs:
-    """The queue of all sessions: one job runs, the others wait in the order of asking."""
+    """The queue of all browsers: one job runs, the others wait in the order of asking."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._unfinished: dict[Future[None], Job] = {}
 
-    def submit(self, job: Job) -> Iterator[Progress | None]:
-        """Queue a job, and yield its progress each time that it changes, until it has ended.
+    def submit(self, job: Job) -> Job:
+        """Queue a job. It goes on if nobody watches; `cancel` ends it."""
+        job.ended = self._worker.submit(job.run)
+        self._unfinished[job.ended] = job
+        job.ended.add_done_callback(self._unfinished.pop)
+        return job
 
-        The job goes on if nobody asks for its progress any more; `cancel` ends it.
+    def watch(self, job: Job) -> Iterator[Progress | None]:
+        """Yield the progress of a job each time that it or the command changes, until the job has ended.
 
         Raises:
             InputError: wrong input, in the words of the script.
-            RunError: the script failed.
+            RunError: a script failed.
             CancelledError: `cancel` ended it.
         """
-        future = self._worker.submit(job.run)
-        self._unfinished[future] = job
-        future.add_done_callback(self._unfinished.pop)
-        return self._watch(job, future)
-
-    def _watch(self, job: Job, future: Future[None]) -> Iterator[Progress | None]:
-        last = None
-        yield last
-        while not future.done():
-            if (now := job.progress) is not None and now != last:
+        last = (0, None)
+        yield None
+        while not job.ended.done():
+            if job.cancelled and self.position(job):  # it will not start when its turn comes
+                raise CancelledError("cancelled")
+            now = (job.part, job.progress)
+            if now != last and (now[1] is not None or now[0] != last[0]):
                 last = now
-                yield last
+                yield now[1]
             time.sleep(POLL_SECONDS)
-        future.result()
+        job.ended.result()
+
+    def unfinished(self, owner: str) -> list[Job]:
+        """Return the jobs of an owner that run or wait and are not cancelled, in the order of asking."""
+        return [job for job in list(self._unfinished.values()) if job.owner == owner and not job.cancelled]
 
     def position(self, job: Job) -> int:
         """Return how many jobs are before this one; 0: it is running or over."""
@@ -145,14 +193,14 @@ class Jobs:
         return waiting.index(job) if job in waiting else 0
 
     def cancel(self, owner: str) -> bool:
-        """End the jobs of a session; return whether there were any."""
-        found = [job for job in list(self._unfinished.values()) if job.owner == owner]
-        for job in found:
+        """End the jobs of an owner; return whether there were any."""
+        found = self.unfinished(owner)
+        for job in reversed(found):  # those that wait first, so that none starts
             job.end()
         return bool(found)
 
     def close(self) -> None:
         """End all jobs, with the page."""
-        for job in list(self._unfinished.values()):
+        for job in reversed(list(self._unfinished.values())):
             job.end()
         self._worker.shutdown()

@@ -15,7 +15,8 @@ from sgm.util import InputError
 logger = get_logger(__name__)
 
 HOST, PORT = "127.0.0.1", None
-OUTPUTS, RUNS = "outputs/web", ("ckpts", "outputs")  # folders of trained weights that are looked into if they exist
+# Folders of trained weights are looked into if they exist; the last is the toy's LoRA.
+OUTPUTS, RUNS = "outputs/web", ("ckpts", "outputs", "assets/toy_land")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--configs", default="configs", metavar="FOLDER", help="model files and presets")
     parser.add_argument(
-        "--runs", nargs="+", metavar="FOLDER", help=f"LoRAs, and trainings to watch; {' and '.join(RUNS)} by default"
+        "--runs", nargs="+", metavar="FOLDER", help=f"LoRAs, and trainings to watch; {', '.join(RUNS)} by default"
     )
     parser.add_argument("--data", nargs="+", metavar="FOLDER", default=[], help="clips for training")
     return parser.parse_args(argv)
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
     from sgm.web.choices import Folders
     from sgm.web.page import Page, existing  # after parsing, so that --help is fast
 
-    runs = [folder for folder in RUNS if Path(folder).is_dir()] if options.runs is None else options.runs
+    known = [shipped(folder) for folder in RUNS]
+    runs = [folder for folder in known if Path(folder).is_dir()] if options.runs is None else options.runs
     require_writable(options.outputs)
     folders = Folders(
         outputs=Path(options.outputs),

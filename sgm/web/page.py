@@ -9,15 +9,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from gradio.themes import Default
+from starlette.middleware import Middleware
 
 from sgm.util import InputError
+from sgm.web.browsers import Browsers, owner_of
 from sgm.web.choices import Folders, find_models
 from sgm.web.history_tab import HistoryTab
 from sgm.web.jobs import Jobs
 from sgm.web.sample_tab import SampleTab
 from sgm.web.sessions import Sessions
 from sgm.web.training_tab import TrainingTab
-from sgm.web.view import STYLE, View
+from sgm.web.view import STYLE, WIDTH, View
 from sgm.web.words import LANGUAGES
 
 TITLE = "CogVideoX SAT"
@@ -38,6 +40,7 @@ class Page:
         self.models = find_models(folders.configs)
         sampling = {name: model for name, model in self.models.items() if not model.adapters}
         self.queue, self.sessions, self.view = Jobs(), Sessions(), View()
+        self._languages: dict[str, str] = {}  # chosen by browsers
         self._cached = tempfile.TemporaryDirectory(prefix="cogvideox-web-")
         self.cache = self._cached.name  # of gradio: what browsers have sent and been shown
         os.environ["GRADIO_TEMP_DIR"] = self.cache
@@ -48,11 +51,17 @@ class Page:
 
     def _build(self) -> gr.Blocks:
         with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-            with gr.Row():
+            with gr.Row(elem_id="head"):
                 gr.Markdown(f"# {TITLE}")
                 choices = [(name, language) for language, name in LANGUAGES.items()]
                 language = self.view.make(
-                    gr.Radio, {"label": "language"}, choices=choices, value="en", min_width=120, elem_id="language"
+                    gr.Radio,
+                    {"label": "language"},
+                    choices=choices,
+                    value="en",
+                    container=False,
+                    min_width=WIDTH,
+                    elem_id="language",
                 )
             with gr.Tabs():
                 with self.view.make(gr.Tab, {"label": "tab.sample"}, id="sample"):
@@ -62,20 +71,27 @@ class Page:
                 with self.view.make(gr.Tab, {"label": "tab.training"}, id="training") as training:
                     self._training.build(language, training)
             quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-            language.input(self.view.updates, [language], self.view.components, **quiet)
-            blocks.load(self._greet, None, [language, *self.view.components], **quiet)
+            language.input(self._speak, [language], self.view.components, **quiet)
+            greeted = blocks.load(self._greet, None, [language, *self.view.components], **quiet)
+            again = {"outputs": self._sampling.outputs, "concurrency_limit": None, "show_progress": "hidden"}
+            greeted.then(self._sampling.again, [language], api_name="again", **again)
             blocks.unload(self._leave)
         return blocks
 
+    def _speak(self, request: gr.Request, language: str) -> list[Any]:
+        """Show the page in a language, also when this browser comes again."""
+        self._languages[owner_of(request)] = language
+        return self.view.updates(language)
+
     def _greet(self, request: gr.Request) -> list[Any]:
-        """Show the page in the language of the browser."""
+        """Show the page in the language that was chosen, or that of the browser."""
         wanted = (request.headers or {}).get("accept-language", "")
-        language = "zh" if wanted.lower().startswith("zh") else "en"
+        own = "zh" if wanted.lower().startswith("zh") else "en"
+        language = self._languages.get(owner_of(request), own)
         return [language, *self.view.updates(language)]
 
     def _leave(self, request: gr.Request) -> None:
-        """Forget a session whose window was closed: its uploads, and what it was waiting for."""
-        self.queue.cancel(str(request.session_hash))
+        """Forget the uploads of a window that was closed; what it has asked for is sampled all the same."""
         self.sessions.forget(str(request.session_hash))
 
     def launch(self, host: str, port: int | None) -> str:
@@ -99,6 +115,7 @@ class Page:
                 allowed_paths=[],  # files are served as copies that a session was shown
                 max_file_size=MAX_UPLOAD,
                 footer_links=[],
+                app_kwargs={"middleware": [Middleware(Browsers)]},
                 theme=plain,  # fonts of the browser's machine
                 css=STYLE,
             )

@@ -1,23 +1,30 @@
 """The tab that samples: settings, progress, cancelling, and two settings side by side."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from sgm.util import InputError, RunError
 from sgm.web import videos
-from sgm.web.choices import LATEST, Folders, Model, find_folders, inside, presets
-from sgm.web.controls import BASIC, CONTROLS, MORE
+from sgm.web.browsers import owner_of
+from sgm.web.choices import Folders, Model, find_loras, find_trained, inside, presets
+from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH, number
 from sgm.web.jobs import CancelledError, Job, Jobs
 from sgm.web.sessions import Sessions, thumbnail
 from sgm.web.videos import Request
-from sgm.web.view import View, failed, plain, working
+from sgm.web.view import HIDDEN, WIDTH, View, Words, failed, plain, working
 from sgm.web.words import say
 
 # What may differ on the right of a comparison; the other settings are those on the left.
 COMPARED = ("num_steps", "guidance_scale")
+MAX_LORAS = 4  # on the page; a file of the command line takes any number
+Lora = tuple[Path, float | None]  # with its strength; None: the default
+SHOW_STATUS = """() => document.getElementById("status").scrollIntoView(
+    {block: innerWidth > 640 ? "nearest" : "center"})"""
+NONE = "none"  # on the right of a comparison: without LoRAs, or the model's own weights
 
 
 class SampleTab:
@@ -44,34 +51,42 @@ class SampleTab:
             with gr.Column(scale=1, min_width=300):
                 self._build_settings(first)
             with gr.Column(scale=1, min_width=300):
-                with gr.Row():
-                    run = self.view.make(gr.Button, {"value": "run"}, variant="primary", elem_id="run")
-                    cancel = self.view.make(gr.Button, {"value": "cancel"}, variant="stop", elem_id="cancel")
+                with gr.Row(elem_id="actions"):
+                    run = self.view.make(gr.Button, {"value": "run"}, variant="primary", elem_id="run", min_width=WIDTH)
+                    cancel = self.view.make(
+                        gr.Button, {"value": "cancel"}, variant="stop", elem_id="cancel", min_width=WIDTH
+                    )
                 status = gr.HTML(elem_id="status")
                 with gr.Row():
                     first_video = self.view.make(
-                        gr.Video, {"label": "video"}, loop=True, autoplay=True, elem_id="video"
+                        gr.Video, {"label": "video"}, loop=True, autoplay=True, elem_id="video", min_width=WIDTH
                     )
                     second_video = self.view.make(
-                        gr.Video, {"label": "video.second"}, loop=True, autoplay=True, visible=False, elem_id="second"
+                        gr.Video,
+                        {"label": "video.second"},
+                        loop=True,
+                        autoplay=True,
+                        visible=HIDDEN,
+                        elem_id="second",
+                        min_width=WIDTH,
                     )
                 both, compared = self._build_comparison()
                 with self.view.make(gr.Accordion, {"label": "log"}, open=False):
                     log = gr.Code(language=None, lines=1, max_lines=20, show_label=False)
-        outputs = [status, first_video, second_video, log]
-        given = [language, *self.choices, *self.flat]
-        run.click(self.sample, given, outputs, api_name="sample", concurrency_limit=None, show_progress="hidden")
-        both.click(
-            self.compare,
-            [language, *compared, *self.choices, *self.flat],
-            outputs,
-            api_name="compare",
-            concurrency_limit=None,
-            show_progress="hidden",
-        )
+        self.outputs = [status, first_video, second_video, log]
+        quiet: Any = {"outputs": self.outputs, "concurrency_limit": None, "show_progress": "hidden"}
+        run.click(self.sample, [language, *self.given], api_name="sample", **quiet)
+        both.click(self.compare, [language, *compared, *self.given], api_name="compare", **quiet)
+        for button in (run, both):  # the status may be out of sight, on a telephone far below
+            button.click(None, js=SHOW_STATUS, api_visibility="private")
         cancel.click(self.cancel, [language], [status], api_name="cancel", concurrency_limit=None)
         self.model.input(self.use_model, [self.model], [self.image_group, *self.flat], api_visibility="private")
         self.upload.upload(self.take_image, [language, self.upload], [self.upload, self.picture], api_name="image")
+
+    @property
+    def given(self) -> list[Any]:
+        """The components whose values decide a sampling, after the language: what `_request` takes."""
+        return [*self.choices, *self.loras, *self.flat]
 
     def _build_settings(self, first: Model) -> None:
         self.model = self.view.make(
@@ -83,7 +98,7 @@ class SampleTab:
                 gr.UploadButton, {"label": "image"}, file_types=["image"], type="filepath", elem_id="upload"
             )
             self.picture = gr.HTML(elem_id="picture")
-        self.load = self._trained("load", "load.none")
+        self._build_loras()
         numbers = [name for name in BASIC if CONTROLS[name].kind in ("whole", "number")]
         self.components |= {name: self._control(name, first) for name in BASIC[1:] if name not in numbers}
         for pair in (numbers[:2], numbers[2:]):
@@ -91,90 +106,180 @@ class SampleTab:
                 self.components |= {name: self._control(name, first) for name in pair}
         with gr.Row():
             self.memory, self.speed = (self._preset(kind, "preset.none") for kind in ("memory", "speed"))
-        with self.view.make(gr.Accordion, {"label": "more"}, open=False):
+        preview = self.view.make(gr.Checkbox, {"label": "preview", "info": "preview.says"}, value=True)
+        with self.view.make(gr.Accordion, {"label": "more"}, open=False, elem_id="more"):
+            load = self._weights("load", find_trained, "load.none")
             self.components |= {name: self._control(name, first) for name in MORE}
         self.flat = [component for parts in self.components.values() for component in parts]
-        self.choices = [self.model, self.load, self.memory, self.speed]
+        self.choices = [self.model, load, self.memory, self.speed, preview]
+
+    def _build_loras(self) -> None:
+        """Make the rows of LoRAs with strengths; each appears once the one before it is chosen."""
+        self.loras, rows = [], []
+        for index in range(MAX_LORAS):
+            with gr.Row(visible=index == 0) as row:
+                path = self._weights("lora", find_loras, "lora.none", elem_id=f"lora-{index}", scale=2)
+                (strength,) = self.view.control(STRENGTH, STRENGTH.default, elem_id=f"strength-{index}")
+            rows.append(row)
+            self.loras += [path, strength]
+        paths = self.loras[::2]
+        gr.on(
+            [path.change for path in paths],
+            lambda *chosen: [gr.update(visible=any(chosen[index:])) for index in range(len(chosen) - 1)],
+            paths,
+            rows[1:],
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
     def _build_comparison(self) -> tuple[Any, list[Any]]:
         with self.view.make(gr.Accordion, {"label": "compare"}, open=False, elem_id="compare"):
             self.view.make(gr.Markdown, {"value": "compare.says"})
-            load = self._trained("load", "compare.same", more=[("load.none", "none")])
+            with gr.Row():
+                more = [("lora.none", NONE)]
+                lora = self._weights("lora", find_loras, "compare.same", more, elem_id="compare-lora", scale=2)
+                (strength,) = self.view.control(STRENGTH, None, empty="compare.same", elem_id="compare-strength")
             speed = self._preset("speed", "compare.same")
             with gr.Row():
-                numbers = [self.view.make(gr.Number, {"label": f"control.{name}"}, value=None) for name in COMPARED]
+                numbers = [
+                    self.view.control(CONTROLS[name], None, empty="compare.same", elem_id=f"compare-{name}", info=None)[
+                        0
+                    ]
+                    for name in COMPARED
+                ]
             both = self.view.make(gr.Button, {"value": "run.both"}, elem_id="both")
-        return both, [load, speed, *numbers]
+        return both, [lora, strength, speed, *numbers]
 
     def _control(self, name: str, model: Model) -> list[Any]:
         return self.view.control(CONTROLS[name], model.values.get(name, CONTROLS[name].default))
 
-    def _trained(self, label: str, none: str, more: Sequence[tuple[str, str]] = ()) -> Any:
+    def _weights(
+        self,
+        label: str,
+        find: Callable[[Sequence[Path]], list[Path]],
+        none: str,
+        more: Sequence[tuple[str, str]] = (),
+        **fixed: Any,
+    ) -> Any:
         def choices(language: str) -> list[tuple[str, str]]:
             said = [(say(language, key), value) for key, value in ((none, ""), *more)]
-            return [*said, *((str(path), str(path)) for path in find_folders(self.folders.runs, LATEST))]
+            return [*said, *((str(path), str(path)) for path in find(self.folders.runs))]
 
         # A path may be typed as well; `inside` decides.
-        words = {"label": label, "choices": choices}
-        return self.view.make(gr.Dropdown, words, value="", allow_custom_value=True)
+        words: dict[str, Words] = {"label": label, "choices": choices}
+        words |= {"info": "lora.says"} if find is find_loras and not more else {}
+        return self.view.make(gr.Dropdown, words, value="", allow_custom_value=True, min_width=WIDTH, **fixed)
 
     def _preset(self, kind: str, none: str) -> Any:
         names = list(self.files[kind])
         words = {"label": kind, "choices": lambda language: [(say(language, none), ""), *((n, n) for n in names)]}
-        return self.view.make(gr.Dropdown, words, value="", min_width=120)
+        return self.view.make(gr.Dropdown, words, value="", min_width=WIDTH)
 
     # --- Handlers: what the browser sends is checked here, since anybody can send anything.
 
     def sample(self, request: gr.Request, language: str, *given: Any) -> Iterator[tuple[Any, ...]]:
         """Sample one video."""
-        yield from self._run(request, language, lambda owner: [self._request(owner, language, *given)])
+        yield from self._run(request, language, lambda window: [self._request(window, language, *given)])
 
     def compare(
-        self, request: gr.Request, language: str, load: str, speed: str, steps: Any, scale: Any, *given: Any
+        self,
+        request: gr.Request,
+        language: str,
+        lora: str,
+        strength: Any,
+        speed: str,
+        steps: Any,
+        scale: Any,
+        *given: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Sample with the settings, and with some changed, at the same seed."""
 
-        def both(owner: str) -> list[Request]:
-            left = self._request(owner, language, *given)
-            model, first_load, memory, first_speed, *flat = given
-            load_now = {"": first_load, "none": ""}.get(load, load)
-            right = self._request(owner, language, model, load_now, memory, speed or first_speed, *flat)
+        def both(window: str) -> list[Request]:
+            left = self._request(window, language, *given)
+            right = self._request(window, language, *given[:3], speed or given[3], *given[4:])
+            loras = self._compared(language, left.loras, lora, number(strength))
             numbers = dict(zip(COMPARED, (steps, scale), strict=True))
-            changed = {name: value for name, value in numbers.items() if value is not None}
-            return [left, dataclasses.replace(right, values={**right.values, **changed})]
+            changed = {name: value for name, value in numbers.items() if number(value) is not None}
+            return [left, dataclasses.replace(right, loras=loras, values={**right.values, **changed})]
 
         yield from self._run(request, language, both)
 
-    def _run(self, request: gr.Request, language: str, asked: Any) -> Iterator[tuple[Any, ...]]:
-        """Yield status, the two videos and the log, while what is asked for is sampled one after the other."""
-        owner, job, folder = str(request.session_hash), None, None
-        yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=False), ""
+    def _compared(self, language: str, left: Sequence[Lora], lora: str, strength: Any) -> Sequence[Lora]:
+        """Return the LoRAs on the right of a comparison.
+
+        Raises:
+            InputError: a strength is given, and no LoRA that it could be of.
+        """
+        if strength is not None and (lora == NONE or not (lora or left)):
+            raise InputError(say(language, "compare.strength"))
+        if lora:
+            return [] if lora == NONE else [(inside(lora, self.folders.runs), strength)]
+        return left if strength is None else [(left[0][0], strength), *left[1:]]
+
+    def _run(
+        self, request: gr.Request, language: str, asked: Callable[[str], list[Request]]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Queue what is asked for, and show it."""
+        yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=HIDDEN), ""
+        commands, owner = [], owner_of(request)
         try:
-            wanted = asked(owner)
-            for part, one in enumerate(wanted, start=1):
-                folder = videos.new_folder(self.folders.outputs)
-                job = Job(owner, one.words(folder), folder)
-                for now in self.queue.submit(job):
-                    ahead = self.queue.position(job)
-                    shown = working(language, now, ahead=ahead, part=part, parts=len(wanted))
-                    yield shown, gr.skip(), gr.skip(), gr.skip()
-                path = videos.finished(folder)[0].path
-                video = gr.update(value=self.sessions.shown(owner, path), visible=True)
-                places = (video, gr.skip()) if part == 1 else (gr.skip(), video)
-                yield plain(say(language, "state.done", path=path)), *places, job.log()
-        except CancelledError:
-            yield plain(say(language, "state.cancelled")), gr.skip(), gr.skip(), job.log() if job else ""
+            for one in asked(str(request.session_hash)):
+                commands.append(one.command(self.folders.outputs, owner))
+        except InputError as error:
+            for command in commands:
+                videos.discard_if_empty(command.folder)
+            yield failed(language, error, wrong_input=True), gr.skip(), gr.skip(), ""
+            return
+        job = self.queue.submit(Job(owner, commands, videos.discard_if_empty))
+        yield from self._watch(request, language, job)
+
+    def again(self, request: gr.Request, language: str) -> Iterator[tuple[Any, ...]]:
+        """Show what this browser is sampling, after its window was loaded again."""
+        for job in self.queue.unfinished(owner_of(request)):
+            if job.commands[0].words[0] == videos.SCRIPT:
+                yield from self._watch(request, language, job)
+                return
+        yield (gr.skip(),) * len(self.outputs)
+
+    def _watch(self, request: gr.Request, language: str, job: Job) -> Iterator[tuple[Any, ...]]:
+        """Yield status, the two videos and the log, while the commands of a job run one after the other."""
+        parts, shown, failure = len(job.commands), 0, None
+        try:
+            for now in self.queue.watch(job):
+                for part in range(shown, job.part):
+                    yield self._made(request, language, job, part)
+                shown, ahead = job.part, self.queue.position(job)
+                status = working(language, now, ahead=ahead, part=job.part + 1, parts=parts, preview=job.preview)
+                yield status, gr.skip(), gr.skip(), gr.skip()
         except (InputError, RunError) as error:
-            said = failed(language, error, wrong_input=isinstance(error, InputError))
-            yield said, gr.skip(), gr.skip(), job.log() if job else ""
-        finally:
-            if folder is not None:
-                videos.discard_if_empty(folder)
+            failure = error
+        for part in range(shown, parts if failure is None else job.part):
+            yield self._made(request, language, job, part)
+        if isinstance(failure, CancelledError):
+            yield plain(say(language, "state.cancelled")), gr.skip(), gr.skip(), job.log()
+        elif failure is not None:
+            said = failed(language, failure, wrong_input=isinstance(failure, InputError))
+            yield said, gr.skip(), gr.skip(), job.log()
+
+    def _made(self, request: gr.Request, language: str, job: Job, part: int) -> tuple[Any, ...]:
+        """Show the video of a command that has ended."""
+        path = videos.finished(job.commands[part].folder)[0].path
+        video = gr.update(value=self.sessions.shown(str(request.session_hash), path), visible=True)
+        places = (video, gr.skip()) if part == 0 else (gr.skip(), video)
+        return plain(say(language, "state.done", path=path)), *places, job.log()
 
     def _request(
-        self, owner: str, language: str, model: str, load: str, memory: str, speed: str, *flat: Any
+        self,
+        window: str,
+        language: str,
+        model: str,
+        load: str,
+        memory: str,
+        speed: str,
+        preview: bool,
+        *more: Any,
     ) -> Request:
-        """Return what is asked for.
+        """Return what is asked for; `more` are the LoRAs with their strengths and the values of all controls.
 
         Raises:
             InputError: a choice is none of those offered, or a needed image is missing.
@@ -182,7 +287,7 @@ class SampleTab:
         if model not in self.models:
             raise InputError(f"'{model}' is no model of this page; its models are {', '.join(self.models)}")
         chosen = self.models[model]
-        image = self.sessions.image(owner) if chosen.image2video else None
+        image = self.sessions.image(window) if chosen.image2video else None
         if chosen.image2video and image is None:
             raise InputError(say(language, "image.none"))
         files = []
@@ -191,7 +296,13 @@ class SampleTab:
                 raise InputError(f"'{name}' is no preset in configs/{kind}; there are {', '.join(self.files[kind])}")
             files += [self.files[kind][name]] if name else []
         path = inside(load, self.folders.runs) if load else None
-        return Request(chosen, self.values_of(flat), image, path, files)
+        pairs, flat = more[: 2 * MAX_LORAS], more[2 * MAX_LORAS :]
+        loras = [
+            (inside(lora, self.folders.runs), strength)
+            for lora, strength in zip(pairs[::2], pairs[1::2], strict=True)
+            if lora
+        ]
+        return Request(chosen, self.values_of(flat), image, path, files, loras, bool(preview))
 
     def values_of(self, flat: Sequence[Any]) -> dict[str, Any]:
         """Return control → value, of the values of all components."""
@@ -216,9 +327,14 @@ class SampleTab:
         return result
 
     def cancel(self, request: gr.Request, language: str) -> str:
-        """End the jobs of a session."""
-        ended = self.queue.cancel(str(request.session_hash))
+        """End the jobs of a browser."""
+        ended = self.queue.cancel(owner_of(request))
         return plain(say(language, "state.cancelled" if ended else "state.nothing"))
+
+    def lora_values(self, loras: Sequence[tuple[str, float]]) -> list[Any]:
+        """Return the values of the rows of LoRAs."""
+        empty = [("", STRENGTH.default)] * (MAX_LORAS - len(loras))
+        return [value for pair in [*loras, *empty] for value in pair]
 
     def use_model(self, name: str) -> list[Any]:
         """Show the settings of a model's file."""
@@ -226,9 +342,14 @@ class SampleTab:
         return [gr.update(visible=model.image2video), *self.flat_values(model.values)]
 
     def take_image(self, request: gr.Request, language: str, upload: str) -> tuple[Any, str]:
-        """Keep an upload for its session; show it small."""
+        """Keep an upload for its window; show it small."""
         try:
             path = self.sessions.take(str(request.session_hash), upload)
         except InputError as error:
             return gr.update(value=None), failed(language, error, wrong_input=True)
-        return gr.update(value=None), f'<div class="thumbnail"><img alt="" src="{thumbnail(path)}"></div>'
+        return gr.update(value=None), small(path)
+
+
+def small(picture: Path) -> str:
+    """Return a picture for the page."""
+    return f'<div class="thumbnail"><img alt="" src="{thumbnail(picture)}"></div>'

@@ -46,6 +46,12 @@ class Sessions:
             raise InputError(f"'{upload.name}' cannot be read as a picture: {error}") from error
         return kept
 
+    def keep(self, session: str, picture: Path) -> Path:
+        """Keep a copy of a picture in the place of an upload."""
+        for old in self.folder(session).glob("image*"):
+            old.unlink()
+        return Path(shutil.copyfile(picture, self.folder(session) / f"image{picture.suffix}"))
+
     def shown(self, session: str, file: Path) -> str:
         """Return a copy of a file of the given folders, which the page may serve: the folders themselves are not."""
         copy = self.folder(session) / "shown" / file.parent.parent.parent.name / file.parent.parent.name / file.name

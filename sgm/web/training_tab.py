@@ -1,5 +1,6 @@
 """The tab of trainings: what is checked before one, its command, and the curves and samples of its folder."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ import gradio as gr
 
 from sgm.util import InputError, RunError
 from sgm.web import trainings
+from sgm.web.browsers import owner_of
 from sgm.web.choices import Folders, Model, inside, presets
-from sgm.web.jobs import CancelledError, Job, Jobs
+from sgm.web.jobs import CancelledError, Command, Job, Jobs
 from sgm.web.sessions import Sessions
 from sgm.web.trainings import Training
-from sgm.web.view import View, failed, plain, working
+from sgm.web.view import HIDDEN, View, failed, plain, working
 from sgm.web.words import say
 
 SECONDS = 5  # between looks at a run
@@ -54,8 +56,17 @@ class TrainingTab:
             memory = make(gr.Dropdown, words, value="")
         check = make(gr.Button, {"value": "train.check"}, variant="primary", elem_id="check")
         status = gr.HTML(elem_id="check_status")
-        says = make(gr.Code, {"label": "train.says"}, language=None, lines=1, max_lines=30)
-        command = make(gr.Code, {"label": "train.command"}, language="shell", lines=1, elem_id="command")
+        # What has no content yet takes no place.
+        says = make(gr.Code, {"label": "train.says"}, language=None, lines=1, max_lines=30, visible=HIDDEN)
+        command = make(
+            gr.Code,
+            {"label": "train.command"},
+            language="shell",
+            lines=1,
+            wrap_lines=True,
+            visible=HIDDEN,
+            elem_id="command",
+        )
         given = [language, model, recipe, data, memory]
         outputs = [status, says, command]
         check.click(self.check, given, outputs, api_name="check", concurrency_limit=None, show_progress="hidden")
@@ -69,16 +80,28 @@ class TrainingTab:
             )
             again = make(gr.Button, {"value": "train.refresh"}, min_width=80)
         state = gr.HTML()
-        curves = make(gr.LinePlot, {"title": "train.curve"}, x="iteration", y="loss", color="kind", height=300)
-        gallery = make(gr.Gallery, {"label": "train.samples"}, columns=4, height="auto")
+        curves = make(
+            gr.LinePlot,
+            {"title": "train.curve"},
+            x="iteration",
+            y="loss",
+            color="kind",
+            height=300,
+            visible=HIDDEN,
+            elem_id="curves",
+        )
+        gallery = make(
+            gr.Gallery, {"label": "train.samples"}, columns=4, height="auto", visible=HIDDEN, elem_id="samples"
+        )
+        newest = gr.State("")
         timer = gr.Timer(SECONDS, active=False)
         listed = {"inputs": [language, run], "outputs": [run, state, timer], "api_visibility": "private"}
         tab.select(self.offer, **listed)
         again.click(self.offer, **listed)
         curve = {"inputs": [language, run], "outputs": [state, curves], "show_progress": "hidden"}
-        run.change(self.watch, **curve, api_name="watch").then(self.samples, [run], [gallery], api_visibility="private")
-        timer.tick(self.watch, **curve, api_visibility="private")
-        again.click(self.samples, [run], [gallery], api_visibility="private")
+        samples = {"outputs": [gallery, newest], "show_progress": "hidden", "api_visibility": "private"}
+        run.change(self.watch, **curve, api_name="watch").then(self.samples, [run, newest], **samples)
+        timer.tick(self.watch, **curve, api_visibility="private").then(self.samples, [run, newest], **samples)
 
     def _first_model(self) -> str:
         ready = [model.name for model in self.models.values() if model.ready and model.adapters]
@@ -107,15 +130,15 @@ class TrainingTab:
         self, request: gr.Request, language: str, model: str, recipe: str, data: str | None, memory: str
     ) -> Iterator[tuple[Any, Any, Any]]:
         """Show the command, and what ``--check`` says of it."""
-        yield working(language, None), "", ""
+        yield working(language, None), gr.update(visible=HIDDEN), gr.update(visible=HIDDEN)
         try:
             training = self._training(language, model, recipe, data, memory)
-            yield gr.skip(), gr.skip(), training.command
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job(str(request.session_hash), training.words(check=True), Path(folder))
-                for _ in self.queue.submit(job):
-                    yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
-                yield "", job.log(), gr.skip()
+            yield gr.skip(), gr.skip(), gr.update(value=training.command, visible=True)
+            command = Command(training.words(check=True), Path(tempfile.mkdtemp(prefix="cogvideox-web-")))
+            job = self.queue.submit(Job(owner_of(request), [command], shutil.rmtree))
+            for _ in self.queue.watch(job):
+                yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
+            yield "", gr.update(value=job.log(), visible=True), gr.skip()
         except CancelledError:
             yield plain(say(language, "state.cancelled")), gr.skip(), gr.skip()
         except (InputError, RunError) as error:
@@ -135,20 +158,24 @@ class TrainingTab:
         try:
             points = list(trainings.curve(inside(run, self.folders.runs)))
         except InputError as error:
-            return failed(language, error, wrong_input=True), None
+            return failed(language, error, wrong_input=True), gr.update(visible=HIDDEN)
         if not points:
-            return plain(say(language, "train.none")), None
+            return plain(say(language, "train.none")), gr.update(visible=HIDDEN)
         import pandas  # a dependency of gradio
 
         last = max(points, key=lambda point: point["iteration"])
         state = say(language, "train.state", iteration=last["iteration"], loss=f"{last['loss']:.4f}")
         shown = [{**point, "kind": say(language, point["kind"])} for point in points]
-        return plain(state), pandas.DataFrame(shown)
+        return plain(state), gr.update(value=pandas.DataFrame(shown), visible=True)
 
-    def samples(self, request: gr.Request, run: str | None) -> list[tuple[str, str]]:
-        """Show the sample videos of the evaluations of a run."""
+    def samples(self, request: gr.Request, run: str | None, newest: str) -> tuple[Any, str]:
+        """Show the sample videos of the evaluations of a run, if there are others than that with `newest`."""
         try:
             found = trainings.samples(inside(run or "", self.folders.runs))[:MAX_SAMPLES]
         except InputError:
-            return []  # `watch` says it
-        return [(self.sessions.shown(str(request.session_hash), video.path), video.caption) for video in found]
+            found = []  # `watch` says it
+        now = str(found[0].path) if found else ""
+        if now == newest:
+            return gr.skip(), newest
+        made = [(self.sessions.shown(str(request.session_hash), video.path), video.caption) for video in found]
+        return gr.update(value=made, visible=True if made else HIDDEN), now

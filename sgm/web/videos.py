@@ -1,10 +1,11 @@
 """Videos asked for, and those finished: commands of sampling, and the sidecars of the output folder as history."""
 
+import dataclasses
 import json
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from sgm.inference.results import read_record
 from sgm.io import refusing_denied
 from sgm.web.choices import Folders, Model, presets
-from sgm.web.controls import CONTROLS, override, overrides
-from sgm.web.jobs import LOG
+from sgm.web.controls import CONTROLS, STRENGTH, loras_override, override, overrides
+from sgm.web.jobs import PREVIEW, Command
 
 MAX_HISTORY = 60
 SCRIPT = "sample_video.py"
+OWNER = ".owner"  # file: whose the results in its folder are
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Request:
         image: the first frame, for image to video.
         load: trained weights instead of the model's own.
         presets: files of ``configs/memory`` and ``configs/speed``.
+        loras: with their strengths; None: 1.
+        preview: whether a picture of the video is wanted while it is made.
     """
 
     model: Model
@@ -36,6 +40,8 @@ class Request:
     image: Path | None = None
     load: Path | None = None
     presets: Sequence[Path] = ()
+    loras: Sequence[tuple[Path, float | None]] = ()
+    preview: bool = False
 
     def words(self, output: Path) -> list[str]:
         """Return the command, as words, for results in a folder.
@@ -44,21 +50,29 @@ class Request:
             InputError: a value does not fit.
         """
         files = [str(self.model.file), *map(str, self.presets)]
-        more = {"args.load": self.load, "args.image": self.image, "args.output_dir": output}
+        preview = output / PREVIEW if self.preview else None
+        more = {"args.load": self.load, "args.image": self.image, "args.output_dir": output, "args.preview": preview}
         given = [override(key, str(path)) for key, path in more.items() if path is not None]
-        return [SCRIPT, "--base", *files, *overrides(self.values), *given]
+        loras = loras_override([(str(path), strength) for path, strength in self.loras])
+        return [SCRIPT, "--base", *files, *overrides(self.values), *loras, *given]
 
+    def command(self, outputs: Path, owner: str) -> Command:
+        """Return the command with a new folder in `outputs` for its results, which are the owner's.
 
-def new_folder(outputs: Path) -> Path:
-    """Make a folder for the results of one command.
+        An image is copied into it: the command, and "use these again", outlive the window that has sent it.
 
-    Raises:
-        InputError: `outputs` is not writable.
-    """
-    folder = outputs / f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{secrets.token_hex(2)}"
-    with refusing_denied():
-        folder.mkdir(parents=True)
-    return folder
+        Raises:
+            InputError: a value does not fit, or `outputs` is not writable.
+        """
+        folder = outputs / f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{secrets.token_hex(2)}"
+        kept = None if self.image is None else folder / self.image.name
+        words = dataclasses.replace(self, image=kept).words(folder)
+        with refusing_denied():
+            folder.mkdir(parents=True)
+            (folder / OWNER).write_text(owner, encoding="utf-8")
+            if kept is not None:
+                shutil.copyfile(str(self.image), kept)
+        return Command(words, folder)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,11 @@ class Video:
         """What distinguishes it."""
         asked = self.record.get("original_prompt") or self.record["prompt"]
         kept = {name: self.record.get(name) for name in ("seed", "num_steps", "guidance_scale")}
-        return ", ".join([asked, *(f"{name} {value}" for name, value in kept.items() if value is not None)])
+        loras = [
+            f"{Path(str(entry.get('path'))).name} {entry.get('strength', STRENGTH.default)}"
+            for entry in self.record.get("loras") or ()
+        ]
+        return ", ".join([asked, *loras, *(f"{name} {value}" for name, value in kept.items() if value is not None)])
 
     @property
     def when(self) -> str:
@@ -86,9 +104,20 @@ class Video:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.path.stat().st_mtime))
 
 
-def finished(folder: Path) -> list[Video]:
-    """Return the finished videos in a folder and the folders in it, the newest first."""
-    found = [path for path in folder.rglob("*.mp4") if path.with_suffix(".json").is_file()]
+def belongs(path: Path, outputs: Path, owner: str, *, near: bool) -> bool:
+    """Whether a file in `outputs` may be shown to an owner: their own, or nobody's on this machine (`near`)."""
+    root, file = outputs.resolve(), path.resolve()
+    if not file.is_relative_to(root):
+        return False
+    for folder in file.parents:
+        if folder.is_relative_to(root) and (folder / OWNER).is_file():
+            return (folder / OWNER).read_text(encoding="utf-8") == owner
+    return near  # made by the command line
+
+
+def finished(folder: Path, shown: Callable[[Path], bool] = Path.is_file) -> list[Video]:
+    """Return the finished videos in a folder and the folders in it, the newest first, of those that are shown."""
+    found = [path for path in folder.rglob("*.mp4") if path.with_suffix(".json").is_file() and shown(path)]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     videos = [(path, read_record(path)) for path in found[:MAX_HISTORY]]
     return [Video(path, record) for path, record in videos if record is not None and "prompt" in record]
@@ -120,7 +149,16 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
     known["load"] = (
         record.get("load") if any(str(word).startswith("args.load=") for word in record.get("overrides", ())) else None
     )
+    known["loras"] = record.get("loras") or []
     return known
+
+
+def plain_loras(loras: Sequence[Mapping[str, Any]], most: int) -> list[tuple[str, float]] | None:
+    """Return path and strength of the entries of ``args.loras``; None if they are more, or say more than that."""
+    entries = [(str(entry.get("path")), entry.get("strength", STRENGTH.default)) for entry in loras]
+    are_plain = all(set(entry) <= {"path", "strength"} for entry in loras)
+    fits = are_plain and len(entries) <= most and all(isinstance(value, int | float) for _, value in entries)
+    return entries if fits else None
 
 
 def _read(text: str) -> Any:
@@ -132,6 +170,6 @@ def _read(text: str) -> Any:
 
 
 def discard_if_empty(folder: Path) -> None:
-    """Remove the folder of a command that left nothing but its messages."""
-    if not any(path.is_file() and path.name != LOG for path in folder.rglob("*")):
+    """Remove the folder of a command that made no video."""
+    if not any(folder.rglob("*.mp4")):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Components of the page with words in the chosen language, and what a run shows while it works."""
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,21 @@ from sgm.web.words import as_html, has, say
 Words = str | Callable[[str], Any]  # a key of the words, or language → value
 
 STYLE = """
-.status { padding: 0.5rem 0; } .status progress { width: 100%; }
+.status { padding: 0.5rem 0; overflow-wrap: anywhere; } .status progress { width: 100%; }
 .status pre, pre.message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .thumbnail img { max-width: 100%; max-height: 12rem; }
+img.preview { width: 100%; border-radius: 4px; }
+#head { align-items: center; } #head h1 { white-space: nowrap; } #head .wrap { justify-content: flex-end; }
+.form > .block { display: flex; flex-direction: column; justify-content: flex-end; } /* boxes of a row on one line */
+@media (max-width: 640px) {
+  #head h1 { font-size: 1.1rem; }
+  #actions { position: fixed; bottom: 0; left: 0; z-index: 1000; padding: 0.5rem; }
+  #actions { background: var(--body-background-fill); }
+  .gradio-container { padding-bottom: 4rem; }
+}
 """
+WIDTH = 120  # pixels that a component needs at least beside others: two fit on a telephone
+HIDDEN: Any = "hidden"  # until there is something to show; gradio does not bring back all that is not visible
 MOST_SHOWN = 1_000_000  # limits beyond it say nothing to a person
 
 
@@ -49,19 +61,20 @@ class View:
             gr.update(**{name: value(language) for name, value in in_language.items()}) for _, in_language in self._made
         ]
 
-    def control(self, control: Control, value: Any) -> list[Any]:
-        """Return the components of a control: one, or two for a pair."""
-        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": 120}
-        words: dict[str, Words] = {
-            "label": f"control.{control.name}",
-            "info": lambda language: hint(language, control),
-        }
-        if control.kind == "pair":
-            with gr.Row(elem_id=same.pop("elem_id")):
-                return [
-                    self.make(gr.Number, {**words, "label": f"{part}.{control.name}"}, value=each, **same)
-                    for part, each in zip(("first", "second"), value or (None, None), strict=True)
-                ]
+    def control(self, control: Control, value: Any, *, empty: str = "empty", **fixed: Any) -> list[Any]:
+        """Return the components of a control: one, or two for a pair.
+
+        Args:
+            control: of a key.
+            value: at first.
+            empty: key of the words in a number that may be left empty; it is entered as text, since gradio's numbers
+                turn into 0.
+            **fixed: parameters that replace its own.
+        """
+        same: dict[str, Any] = {"elem_id": f"control-{control.name}", "min_width": WIDTH, **fixed}
+        words: dict[str, Words] = {"label": f"control.{control.name}"}
+        if "info" not in fixed:
+            words["info"] = lambda language: hint(language, control)
         if control.kind == "switch":
             return [self.make(gr.Checkbox, words, value=bool(value), **same)]
         if control.kind == "choice":
@@ -72,7 +85,16 @@ class View:
             return [self.make(gr.Dropdown, words, value=value or "", **same)]
         if control.kind == "text":
             return [self.make(gr.Textbox, words, value=value or "", lines=3 if control.name == "prompt" else 1, **same)]
-        return [self.make(gr.Number, words, value=value, **same)]
+        enter: Any = gr.Number
+        if value is None or control.default is None:
+            enter, words["placeholder"] = gr.Textbox, empty
+        if control.kind != "pair":
+            return [self.make(enter, words, value=value, **same)]
+        with gr.Row(elem_id=same.pop("elem_id")):
+            return [
+                self.make(enter, {**words, "label": f"{part}.{control.name}"}, value=each, **same)
+                for part, each in zip(("first", "second"), value or (None, None), strict=True)
+            ]
 
 
 def _spoken(words: Words) -> Callable[[str], Any]:
@@ -80,12 +102,10 @@ def _spoken(words: Words) -> Callable[[str], Any]:
 
 
 def hint(language: str, control: Control) -> str:
-    """Return what is said below a control: its meaning, its limits, and what an empty one means."""
+    """Return what is said below a control: its meaning and its limits."""
     parts = [say(language, f"hint.{control.name}")] if has(f"hint.{control.name}") else []
     if control.least is not None and control.most is not None and control.most < MOST_SHOWN:
         parts.append(say(language, "range", least=f"{control.least:g}", most=f"{control.most:g}"))
-    if control.default is None and control.kind in ("whole", "number", "pair"):
-        parts.append(say(language, "empty"))
     return " ".join(parts)
 
 
@@ -100,12 +120,27 @@ def failed(language: str, error: Exception, *, wrong_input: bool) -> str:
     return f'<div class="status" role="alert"><b>{as_html(head)}</b><pre>{as_html(str(error))}</pre></div>'
 
 
-def working(language: str, progress: Progress | None, *, ahead: int = 0, part: int = 1, parts: int = 1) -> str:
-    """Return what a job does, with a bar."""
+def working(
+    language: str,
+    progress: Progress | None,
+    *,
+    ahead: int = 0,
+    part: int = 1,
+    parts: int = 1,
+    preview: bytes | None = None,
+) -> str:
+    """Return what a job does, with a bar and the picture of its preview, a JPEG."""
     text, share = _phase(language, progress, ahead)
     counted = f"{say(language, 'state.of', part=part, parts=parts)}: " if parts > 1 else ""
     bar = "<progress></progress>" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
-    return f'<div class="status">{as_html(counted + text)}{bar}</div>'
+    return f'<div class="status">{as_html(counted + text)}{bar}{_picture(language, preview)}</div>'
+
+
+def _picture(language: str, preview: bytes | None) -> str:
+    if preview is None:
+        return ""
+    content = base64.b64encode(preview).decode()
+    return f'<img class="preview" alt="{as_html(say(language, "preview.alt"))}" src="data:image/jpeg;base64,{content}">'
 
 
 def _phase(language: str, progress: Progress | None, ahead: int) -> tuple[str, float | None]:

@@ -121,6 +121,7 @@ class VideoSampler(ABC):
         generators: Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
         before_step: Callable[[float], object] | None = None,
+        after_step: Callable[[torch.Tensor], object] | None = None,
         first_step: int = 0,
         **model_kwargs: Any,
     ) -> torch.Tensor:
@@ -139,6 +140,7 @@ class VideoSampler(ABC):
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
             progress: wraps the sequence of step numbers, as tqdm does.
             before_step: called with the share of the steps that are done, before each.
+            after_step: called with the denoised latents (B, T, C, H, W), float32, after each; it must not change them.
             first_step: begin there, with `x` at its noise level instead of noise; shares of the steps count those
                 before, and the guider gets the number of those that run.
             **model_kwargs: further inputs of the network; tensors of length B are repeated for guidance.
@@ -176,6 +178,8 @@ class VideoSampler(ABC):
             a_previous = levels[i - 1] if i > first_step else None
             state = StepState(sample, denoised, previous, a_previous, levels[i], levels[i + 1])
             sample, previous = self.update(state, generators), denoised
+            if after_step is not None:
+                after_step(denoised)
         return sample.to(x.dtype)
 
     @abstractmethod

@@ -11,7 +11,7 @@ import pytest
 from sgm.inference.progress import PROGRESS_FILE, Progress, progress, read_progress
 from sgm.util import InputError, RunError
 from sgm.web import jobs
-from sgm.web.jobs import CancelledError, Job, Jobs, message_in
+from sgm.web.jobs import CancelledError, Command, Job, Jobs, message_in
 
 COUNTS = """
 import json, os, sys, time
@@ -41,12 +41,16 @@ def queue(monkeypatch):
     queue.close()
 
 
-def job(tmp_path, code, *arguments, owner="me") -> Job:
+def command(tmp_path, code, *arguments) -> Command:
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(code)
-    return Job(owner, [str(script), *map(str, arguments)], folder)
+    return Command([str(script), *map(str, arguments)], folder)
+
+
+def job(tmp_path, code, *arguments, owner="me") -> Job:
+    return Job(owner, [command(tmp_path, code, *arguments)])
 
 
 def wait_for(condition):
@@ -58,7 +62,7 @@ def wait_for(condition):
 
 def test_jobs_run_one_after_the_other_and_tell_their_progress(tmp_path, queue):
     first, second = job(tmp_path, COUNTS, tmp_path / "go"), job(tmp_path, COUNTS, tmp_path / "go")
-    seen, later = queue.submit(first), queue.submit(second)
+    seen, later = [queue.watch(queue.submit(each)) for each in (first, second)]
     assert next(seen) is None and next(seen) == Progress("steps", 1, 2)
     assert next(later) is None and second.progress is None, "it waits"
     assert (queue.position(first), queue.position(second)) == (0, 1)
@@ -70,7 +74,7 @@ def test_jobs_run_one_after_the_other_and_tell_their_progress(tmp_path, queue):
 
 def test_cancelling_ends_the_whole_group_of_its_owner_alone(tmp_path, queue):
     mine, others = job(tmp_path, SLEEPS, tmp_path / "began"), job(tmp_path, FAILS, 0, owner="you")
-    seen, later = queue.submit(mine), queue.submit(others)
+    seen, later = [queue.watch(queue.submit(each)) for each in (mine, others)]
     wait_for((tmp_path / "began").exists)
     process = psutil.Process(mine._process.pid)
     (child,) = process.children()
@@ -84,7 +88,7 @@ def test_cancelling_ends_the_whole_group_of_its_owner_alone(tmp_path, queue):
 
 def test_a_cancelled_job_that_waits_never_starts(tmp_path, queue):
     running, waiting = job(tmp_path, COUNTS, tmp_path / "go"), job(tmp_path, FAILS, 0, owner="you")
-    seen, later = queue.submit(running), queue.submit(waiting)
+    seen, later = [queue.watch(queue.submit(each)) for each in (running, waiting)]
     assert queue.cancel("you")
     (tmp_path / "go").touch()
     list(seen)
@@ -93,11 +97,28 @@ def test_a_cancelled_job_that_waits_never_starts(tmp_path, queue):
     assert waiting.log() == "" and waiting._process is None
 
 
+def test_commands_of_a_job_run_in_order_and_the_first_that_fails_ends_it(tmp_path, queue):
+    tidied = []
+    parts = [command(tmp_path, COUNTS, tmp_path / "go"), command(tmp_path, FAILS, 1), command(tmp_path, FAILS, 0)]
+    both = queue.submit(Job("me", parts, tidied.append))
+    seen = queue.watch(both)
+    assert next(seen) is None and next(seen) == Progress("steps", 1, 2) and queue.unfinished("me") == [both]
+    (both.folder / jobs.PREVIEW).write_bytes(b"picture")
+    assert both.preview == b"picture" and tidied == [] and queue.unfinished("you") == []
+    again = queue.watch(both)  # another window
+    (tmp_path / "go").touch()
+    for watched in (seen, again):
+        with pytest.raises(RunError, match="no size"):
+            list(watched)
+    assert both.part == 1 and tidied == [part.folder for part in parts] and queue.unfinished("me") == []
+    assert not (parts[0].folder / jobs.PREVIEW).exists() and not (parts[2].folder / jobs.LOG).exists()
+
+
 def test_a_process_that_ignores_the_signal_is_killed(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.05)
     code = f"import signal\nsignal.signal({int(signal.SIGTERM)}, signal.SIG_IGN)\n{SLEEPS}"
     stubborn = job(tmp_path, code, tmp_path / "began")
-    seen = queue.submit(stubborn)
+    seen = queue.watch(queue.submit(stubborn))
     wait_for((tmp_path / "began").exists)
     threading.Thread(target=queue.cancel, args=["me"]).start()
     with pytest.raises(CancelledError):
@@ -109,7 +130,7 @@ def test_a_process_that_ignores_the_signal_is_killed(tmp_path, queue, monkeypatc
 def test_a_failure_is_told_in_the_words_of_the_command(tmp_path, queue, code, error):
     failing = job(tmp_path, FAILS, code)
     with pytest.raises(error) as caught:
-        list(queue.submit(failing))
+        list(queue.watch(queue.submit(failing)))
     assert str(caught.value) == "no size\n  -> 64x64" and type(caught.value) is error
     assert failing.log().startswith("wrote 1\n")
 

@@ -1,7 +1,15 @@
-"""The page as a client over HTTP sees it: the toy is sampled, and what must not work does not."""
+"""The page as a client over HTTP sees it, and as a person in Chromium: what must work does, and what must not does not.
 
+The tests in Chromium need playwright, which is in the extra dev, and a browser: Debian's package chromium, `playwright
+install chromium`, or any other that the environment variable CHROMIUM names. Screenshots go to the folder SCREENSHOTS.
+"""
+
+import json
+import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,6 +21,11 @@ from sgm.web.choices import Folders
 from sgm.web.controls import BASIC, CONTROLS
 from tests.processes import forked_python
 
+LAND, OTHER = Path("assets/toy_land"), "same_land"  # two LoRAs
+
+KINDS = {"training", "validation"}
+
+gradio = pytest.importorskip("gradio", reason="the extra web is not installed")
 gradio_client = pytest.importorskip("gradio_client", reason="the extra web is not installed")
 
 
@@ -26,7 +39,8 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     for name in ("outputs", "runs"):
         (folder / name).mkdir()
-    page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs",), data=(Path("assets/toy"),)))
+    shutil.copytree(LAND, folder / "runs" / OTHER)
+    page = Page(Folders(outputs=folder / "outputs", runs=(folder / "runs", LAND), data=(Path("assets/toy"),)))
     page.address = page.launch("127.0.0.1", None)
     yield page
     page.close()
@@ -40,31 +54,36 @@ def client(page):
     client.close()
 
 
-def given(page, model="toy", load="", language="en", **values):
+def given(page, model="toy", load="", language="en", loras=(), **values):
     """Return the inputs of a sampling."""
     sampling = page._sampling
     known = {name: control.default for name, control in CONTROLS.items()}
     wanted = {**known, **sampling.models[model].values, "prompt": "a red circle moves left", "num_steps": 2, **values}
-    return [language, model, load, "", "", *sampling.flat_values(wanted)]
+    return [language, model, load, "", "", True, *sampling.lora_values(loras), *sampling.flat_values(wanted)]
 
 
 def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
-    job = client.submit("en", "", "", 1, None, *given(page)[1:], api_name="/compare")
+    inputs = given(page, loras=[(str(LAND), 1.0)])
+    job = client.submit("en", "", 0.5, "", 1, None, *inputs[1:], api_name="/compare")
     status, *_, log = job.result()
     assert "Done" in status and "wrote " in log and page.queue._unfinished == {}
     states = [update[0] for update in job.outputs() if isinstance(update[0], str)]
     assert any("1 of 2: Step" in state for state in states) and any("2 of 2" in state for state in states)
+    assert any('src="data:image/jpeg;base64,' in state for state in states), "a preview"
     updates = [video for _, *videos, _ in job.outputs() for video in videos if video and video.get("value")]
     served = {video["value"] for video in updates}  # each is sent once
     assert len(served) == 2 and all(Path(path).read_bytes()[4:8] == b"ftyp" for path in served)
-    videos = sorted(page._sampling.folders.outputs.rglob("*.mp4"))
-    assert len(videos) == 2 and not [*page._sampling.folders.outputs.rglob("progress.json")]
+    videos = sorted(page._sampling.folders.outputs.rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
+    assert len(videos) == 2
+    assert {path.name for path in videos[0].parents[2].iterdir() if path.is_file()} == {".owner", "log.txt"}
     shown, record, said = client.predict("en", str(videos[0]), api_name="/show")
     assert record["num_steps"] == 2 and record["seed"] == 42 and said == "" and shown
+    assert record["loras"] == [f"path {LAND}, strength 1.0"]
     reused = client.predict("zh", str(videos[1]), api_name="/reuse")
-    assert "生成" in reused[0] and reused[1] == "toy"  # without the group, which has no value
-    values = page._sampling.values_of(reused[5:])
-    assert (values["num_steps"], values["prompt"]) == (1, "a red circle moves left")
+    assert "生成" in reused[0] and reused[2] == "toy"  # without the group, which has no value
+    assert reused[7:11] == (str(LAND), 0.5, "", 1.0), "the strength of the right side"
+    values = page._sampling.values_of(reused[15:])
+    assert (values["num_steps"], values["prompt"]) == ("1", "a red circle moves left")
     # Neither the project nor the folders are served, only copies that somebody was shown.
     for path in (videos[0], Path("README.md").resolve(), Path("assets/toy/vae/3d-vae.pt").resolve()):
         assert requests.get(f"{page.address}gradio_api/file={path}", timeout=10).status_code in (403, 404)
@@ -77,6 +96,8 @@ def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
         ({"num_steps": 0}, "args.num_steps is 0; give a whole number of at least 1"),
         ({"load": "/etc"}, "is not in the folders of this page"),
         ({"load": "../.."}, "is not in the folders of this page"),
+        ({"loras": [("/etc", 1.0)]}, "is not in the folders of this page"),
+        ({"loras": [(str(LAND), 200)]}, "args.loras.0.strength is 200; give a number from -100 to 100"),
         ({"model": "toy_i2v"}, "This model needs an image"),
         ({"model": "toy_i2v", "language": "zh"}, "此模型需要一张图片"),
         ({"prompt": "<script>", "guidance_scale": -1}, "args.guidance_scale is -1"),
@@ -99,22 +120,6 @@ def test_no_other_file_is_history_run_or_data(page, client, path):
         client.predict("en", "toy_lora", "toy_sft", path, "", api_name="/check")[0],
     ]
     assert all("is not in the folders of this page" in said for said in refused)
-
-
-def test_cancelling_ends_the_process(page, client):
-    job = client.submit(*given(page, num_steps=1000), api_name="/sample")
-    end = time.monotonic() + 60
-    while not any("Step" in str(update[0]) for update in job.outputs()):
-        assert time.monotonic() < end and not job.done()
-        time.sleep(0.01)
-    (running,) = page.queue._unfinished.values()
-    process = psutil.Process(running._process.pid)
-    other = gradio_client.Client(page.address, verbose=False, analytics_enabled=False)
-    assert "nothing to cancel" in other.predict("en", api_name="/cancel") and process.is_running()
-    other.close()
-    assert "Cancelled" in client.predict("en", api_name="/cancel")
-    assert "Cancelled" in job.result()[0]
-    assert not psutil.pid_exists(process.pid) and not running.folder.exists()
 
 
 def test_an_upload_is_served_to_nobody(page, client, tmp_path):
@@ -152,3 +157,258 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
     assert main.main(["--configs", str(tmp_path), "--outputs", str(tmp_path)]) == 2
     assert "no model file" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_is_followed(page):
+    run = page._sampling.folders.runs[0] / "followed"
+    request = SimpleNamespace(session_hash="follower")
+    (run / "samples" / "10").mkdir(parents=True)
+    lines = [{"iteration": 10, "loss": 1.5}, {"iteration": 10, "validation_loss": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    watching = page._training
+    state, curves = watching.watch("en", str(run))
+    assert "Iteration 10" in state and curves["visible"] is True and set(curves["value"]["kind"]) == KINDS
+    nothing, newest = watching.samples(request, str(run), "of another run")
+    assert nothing["value"] == [] and nothing["visible"] == "hidden" and newest == ""
+    for number in ("10", "20"):
+        video = run / "samples" / number / "000000.mp4"
+        video.parent.mkdir(exist_ok=True)
+        video.touch()
+        video.with_suffix(".json").write_text('{"prompt": "a"}')
+        os.utime(video, (int(number), int(number)))
+        shown, newest = watching.samples(request, str(run), newest)
+        assert len(shown["value"]) == int(number) // 10 and shown["visible"] is True and newest == str(video)
+    assert watching.samples(request, str(run), newest)[0] == gradio.skip(), "videos do not begin again"
+    shutil.rmtree(run)
+
+
+class Browser:
+    """A browser that keeps its cookie, as a client of the page's functions; a window each."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.cookies = dict(requests.get(page.address, timeout=10).cookies)
+        self.windows = []
+
+    def window(self):
+        header = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        made = gradio_client.Client(
+            self.page.address, verbose=False, analytics_enabled=False, headers={"Cookie": header} if header else None
+        )
+        self.windows.append(made)
+        return made
+
+    def close(self) -> None:
+        for window in self.windows:
+            window.close()
+
+
+@pytest.fixture
+def browsers(page):
+    made = [Browser(page), Browser(page)]
+    yield made
+    for browser in made:
+        browser.close()
+
+
+def test_a_browser_finds_again_what_it_makes_and_no_other_does(page, browsers):
+    mine, other = browsers
+    first, others = mine.window(), other.window()
+    assert [*mine.cookies] == ["cogvideox-browser"] and mine.cookies != other.cookies
+    job = first.submit(*given(page, seed=7), api_name="/sample")
+    wait(job, "Step")
+    (running,) = page.queue._unfinished.values()
+    first.close()  # the window is closed while it samples
+    second = mine.window()
+    again = second.submit("zh", api_name="/again")
+    assert "nothing to cancel" in others.predict("en", api_name="/cancel")
+    status, video, *_ = again.result()
+    assert "完成" in status and video and not running.cancelled
+    path = str(next(running.folder.rglob("*.mp4")))
+    assert second.predict("en", path, api_name="/show")[1]["seed"] == 7
+    for call in ("/show", "/reuse"):
+        assert any(
+            "no finished video of this browser" in str(part) for part in others.predict("en", path, api_name=call)
+        )
+    assert path in offered(page, mine) and path not in offered(page, other)
+
+
+def test_two_browsers_wait_for_each_other_and_cancel_their_own(page, browsers):
+    first, second = (browser.window() for browser in browsers)
+    mine = first.submit(*given(page, num_steps=1000), api_name="/sample")
+    wait(mine, "Step")
+    (running,) = page.queue._unfinished.values()
+    process = psutil.Process(running._process.pid)
+    waiting = second.submit(*given(page, seed=8), api_name="/sample")
+    wait(waiting, "Waiting: 1 before this one")
+    assert "Cancelled" in second.predict("en", api_name="/cancel") and process.is_running()
+    assert "nothing to cancel" in second.predict("en", api_name="/cancel") and process.is_running()
+    assert "Cancelled" in first.predict("en", api_name="/cancel")
+    assert "Cancelled" in mine.result()[0] and "Cancelled" in waiting.result()[0]
+    assert not psutil.pid_exists(process.pid) and not running.folder.exists()
+
+
+def wait(job, words):
+    end = time.monotonic() + 60
+    while not any(words in str(update[0]) for update in job.outputs()):
+        assert time.monotonic() < end and not job.done(), job.outputs()[-1:]
+        time.sleep(0.01)
+
+
+def offered(page, browser):
+    """Return the finished videos that a browser elsewhere is offered."""
+    request = SimpleNamespace(cookies=browser.cookies, session_hash="any", client=SimpleNamespace(host="elsewhere"))
+    listed, _ = page._history.offer(request, "en", None)
+    return [value for _, value in listed["choices"]]
+
+
+# --- In Chromium.
+
+
+def chromium() -> str:
+    """Return the path of a browser; the test is skipped without one."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright of the extra dev is not installed")
+    named = os.environ.get("CHROMIUM")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None and not named:
+        with api.sync_playwright() as playwright:
+            own = playwright.chromium.executable_path
+        found = own if Path(own).exists() else None
+    if found is None:
+        pytest.skip("there is no Chromium: apt-get install chromium, playwright install chromium, or set CHROMIUM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tab():
+    """A tab of a browser; all tests use it one after the other."""
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Tests may run as root, for whom Chromium has no sandbox; the page is our own.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(viewport={"width": 1100, "height": 800}, locale="en-US")
+        context.set_default_timeout(30_000)
+        tab = context.new_page()
+        tab.failures = []
+        tab.on("pageerror", lambda error: tab.failures.append(str(error)))
+        yield tab
+        browser.close()
+
+
+@pytest.fixture
+def window(tab, page, shots, request):
+    """The page, loaded anew and ready; its end is kept as a picture, for those that fail too."""
+    tab.set_viewport_size({"width": 1100, "height": 800})
+    tab.goto(page.address)
+    tab.locator("#run").wait_for()
+    until(tab, "document.querySelector('#control-num_steps :is(input, textarea)')?.value !== ''")
+    yield tab
+    tab.screenshot(path=shots / f"end_of_{request.node.name}.png")
+    assert tab.failures == []
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    """The folder for screenshots."""
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def until(window, condition):
+    window.wait_for_function(condition, polling=200)  # by default at each frame, which then has to be drawn
+
+
+def fill(window, **values):
+    for name, value in values.items():
+        window.locator(f"#control-{name} :is(textarea, input)").first.fill(str(value))
+
+
+def choose(window, place, option):
+    window.locator(f"#{place} input").click()
+    window.get_by_role("option", name=option, exact=True).click()
+
+
+def status(window):
+    return window.locator("#status")
+
+
+def test_a_person_compares_two_loras(window, shots, page):
+    fill(window, prompt="a red circle moves left above green land", num_steps=3)
+    choose(window, "lora-0", str(LAND))
+    window.locator("#lora-1").wait_for()  # the row for the next one
+    assert not window.locator("#lora-2").is_visible()
+    window.locator("#compare").get_by_role("button").first.click()
+    choose(window, "compare-lora", str(page._sampling.folders.runs[0] / OTHER))
+    window.locator("#compare-strength :is(input, textarea)").fill("0.5")
+    window.locator("#more").get_by_role("button").first.click()  # what is empty there stays empty
+    window.locator("#control-step_cache_threshold").wait_for()
+    window.locator("#both").click()
+    window.locator("img.preview").wait_for()
+    window.screenshot(path=shots / "preview.png")
+    for place in ("video", "second"):
+        until(window, f"document.querySelector('#{place} video')?.videoWidth === 64")
+    assert "Done" in status(window).inner_text()
+    window.screenshot(path=shots / "compared.png", full_page=True)
+    window.get_by_role("tab", name="History").click()
+    until(window, "document.querySelector('#history input')?.value.includes('same_land 0.5')")
+    window.locator("#reuse").click()
+    window.get_by_text("The settings are in the tab Sample.").wait_for()
+    window.screenshot(path=shots / "history.png")
+    window.get_by_role("tab", name="Sample").click()
+    until(window, f"document.querySelector('#lora-0 input')?.value.includes('{OTHER}')")
+    assert window.locator("#strength-0 input").input_value() == "0.5"
+
+
+@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
+def test_a_person_reloads_while_it_samples_and_cancels(window, page):
+    fill(window, prompt="a red circle moves left", num_steps=1000)
+    window.locator("#run").click()
+    window.locator("#status progress[value]").wait_for()
+    (running,) = page.queue._unfinished.values()
+    window.reload()
+    window.locator("#status progress[value]").wait_for()
+    assert page.queue.unfinished(running.owner) == [running] and not running.cancelled
+    window.locator("#cancel").click()
+    status(window).get_by_text("Cancelled.").wait_for()
+    running.ended.exception(timeout=30)
+    assert not running.folder.exists()
+
+
+@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
+def test_a_person_reads_page_and_messages_in_either_language(window, shots):
+    fill(window, prompt="a red circle moves left", sampling_image_size=60)
+    window.locator("#run").click()
+    status(window).get_by_role("alert").wait_for()
+    assert "nearest legal: args.sampling_image_size=[64,64]" in status(window).inner_text()
+    window.screenshot(path=shots / "wrong_size.png")
+    window.get_by_text("中文").click()
+    window.locator("#run", has_text="生成").wait_for()
+    window.reload()
+    window.locator("#run", has_text="生成").wait_for()
+    assert window.locator("#compare").inner_text().startswith("对比"), "the choice is kept"
+    window.screenshot(path=shots / "chinese.png", full_page=True)
+    window.get_by_text("English").click()
+    window.locator("#run", has_text="Sample").wait_for()
+
+
+def test_a_person_with_a_telephone_has_all_of_it(window, shots):
+    window.set_viewport_size({"width": 375, "height": 740})
+    for number, name in enumerate(("sample", "history", "training")):
+        window.get_by_role("tab").nth(number).click()
+        window.locator({"sample": "#run", "history": "#reuse", "training": "#check"}[name]).wait_for()
+        wide = "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent && "
+        wide += "(e.getBoundingClientRect().right > 375 || e.getBoundingClientRect().left < 0)).length"
+        assert window.evaluate("document.documentElement.scrollWidth") == 375
+        assert window.evaluate(wide) == 0, f"{name}: nothing is cut off"
+        window.screenshot(path=shots / f"telephone_{name}.png", full_page=True)
+    window.get_by_role("tab").first.click()
+    button = window.locator("#run").bounding_box()
+    assert button["y"] + button["height"] <= 740 and button["height"] >= 36, "it is in reach without scrolling"
+    fill(window, prompt="", sampling_image_size=64)
+    window.locator("#run").click()
+    status(window).get_by_role("alert").wait_for()
+    until(window, "document.querySelector('#status').getBoundingClientRect().top < 740")

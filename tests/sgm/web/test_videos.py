@@ -5,16 +5,20 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from sgm.config.load import load_config
 from sgm.training import main as training
 from sgm.util import InputError
 from sgm.web import trainings, videos
-from sgm.web.choices import LATEST, Folders, find_folders, find_models, inside, presets
+from sgm.web.choices import LATEST, Folders, find_folders, find_loras, find_models, find_trained, inside, presets
 from sgm.web.sessions import Sessions, thumbnail
 from sgm.web.trainings import Training
-from sgm.web.videos import Request
+from sgm.web.videos import Request, belongs
 
+OWNERS = ("me", "you")
 CONFIGS = Path("configs")
 
 
@@ -47,9 +51,13 @@ def test_models_and_presets_are_those_of_the_folder(models, tmp_path):
 def test_a_request_is_a_command_that_loads(models, tmp_path):
     values = {"prompt": "a red circle; $(x) `y`", "num_steps": 3, "seed": 5}
     speed = presets(CONFIGS, "speed")["fast"]
-    script, base, *words = Request(models["toy"], values, load=Path("runs/a b"), presets=[speed]).words(tmp_path)
+    loras = [(Path("runs/x y"), 0.5), (Path("z.safetensors"), None)]
+    request = Request(models["toy"], values, load=Path("runs/a b"), presets=[speed], loras=loras, preview=True)
+    script, base, *words = request.words(tmp_path)
     assert (script, base, words[:2]) == ("sample_video.py", "--base", ["configs/toy.yaml", str(speed)])
     args = load_config(words[:2], words[2:], mode="inference").args
+    assert [(lora.path, lora.strength) for lora in args.loras] == [("runs/x y", 0.5), ("z.safetensors", 1.0)]
+    assert args.preview == str(tmp_path / "preview.jpg")
     assert (args.prompt, args.load, args.output_dir) == (values["prompt"], "runs/a b", str(tmp_path))
     assert (args.num_steps, args.seed, args.step_cache_threshold, args.asks_for_prompts) == (3, 5, 0.3, False)
 
@@ -72,11 +80,15 @@ def test_the_history_gives_settings_back(models, tmp_path):
     folders = Folders(outputs=tmp_path, configs=CONFIGS)
     values = {"prompt": 'say "hi"', "sampling_image_size": [32, 64], "num_steps": 3, "seed": 5, "vae_tiling": True}
     files = [presets(CONFIGS, "memory")["8gb"]]
-    words = Request(models["toy"], values, load=Path("runs/x"), presets=files).words(tmp_path)
+    loras = [(Path("runs/y"), 0.5)]
+    words = Request(models["toy"], values, load=Path("runs/x"), presets=files, loras=loras).words(tmp_path)
     made = {"height": 32, "width": 64, "num_steps": 3, "guidance_scale": 4, "negative_prompt": "", "load": "runs/x"}
     record = {"prompt": values["prompt"], "seed": 5, "configs": words[2:4], "overrides": words[4:], **made}
     path = video(tmp_path / "one", **record)
     (found,) = videos.finished(tmp_path)
+    (lora,) = load_config(words[2:4], words[4:], mode="inference").args.loras
+    with_lora = videos.Video(path, {**record, "loras": [{"path": lora.path, "strength": lora.strength}]})
+    assert with_lora.caption == 'say "hi", y 0.5, seed 5, num_steps 3, guidance_scale 4'
     assert found.path == path and found.caption == 'say "hi", seed 5, num_steps 3, guidance_scale 4' and found.when
     known = videos.settings_of(found, models, folders)
     again = {"model": "toy", "load": "runs/x", "memory": "8gb", "speed": None, "sampling_num_frames": 5}
@@ -92,6 +104,60 @@ def test_the_history_gives_settings_back(models, tmp_path):
     assert known["negative_prompt"] == "blurry, dark"
 
 
+def test_loras_come_back_as_far_as_the_page_can_show_them(models, tmp_path):
+    folders = Folders(outputs=tmp_path, configs=CONFIGS)
+
+    def again(loras):
+        video_of = videos.Video(tmp_path, {"prompt": "a", "loras": loras})
+        return videos.plain_loras(videos.settings_of(video_of, models, folders)["loras"], 2)
+
+    assert again(None) == [] and again([{"path": "a", "strength": 0.5}, {"path": "b"}]) == [("a", 0.5), ("b", 1.0)]
+    assert again([{"path": "a"}] * 3) is None, "there are two rows"
+    assert again([{"path": "a", "strength": {"0-5": 1.0}}]) is None
+    assert again([{"path": "a", "strength": 1.0, "schedule": [[0.0, 1.0]]}]) is None
+
+
+def test_a_video_belongs_to_its_browser(models, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "mine.png")
+    request = Request(models["toy_i2v"], {"prompt": "a"}, image=tmp_path / "mine.png")
+    outputs = tmp_path / "outputs"
+    command = request.command(outputs, "me")
+    copy = command.folder / "mine.png"
+    assert copy.is_file() and f'args.image="{copy}"' in command.words
+    mine, nobodys = video(command.folder), video(outputs / "by hand")
+    for near in (True, False):
+        seen = {owner: [belongs(path, outputs, owner, near=near) for path in (mine, copy, nobodys)] for owner in OWNERS}
+        assert seen == {"me": [True, True, near], "you": [False, False, near]}
+    listed = videos.finished(outputs, lambda path: belongs(path, outputs, "you", near=False))
+    assert listed == [] and len(videos.finished(outputs)) == 2
+    assert not belongs(tmp_path / "mine.png", outputs, "me", near=True), "it is outside"
+    inner = outputs / "link"
+    inner.symlink_to(command.folder)
+    assert not belongs(inner / mine.relative_to(command.folder), outputs, "you", near=True)
+    with pytest.raises(InputError, match=r"args.num_steps is 0"):
+        Request(models["toy"], {"prompt": "a", "num_steps": 0}).command(outputs, "me")
+    assert len([*outputs.iterdir()]) == 3, "what is refused leaves no folder"
+
+
+@pytest.mark.parametrize("strength", [101, "much", True])
+def test_a_strength_that_does_not_fit_is_told(models, tmp_path, strength):
+    request = Request(models["toy"], {"prompt": "a"}, loras=[(Path("x"), 1.0), (Path("y"), strength)])
+    with pytest.raises(InputError, match=r"args\.loras\.1\.strength is .*; give a number from -100 to 100$"):
+        request.words(tmp_path)
+
+
+def test_loras_and_whole_weights_are_told_apart(tmp_path):
+    save_file({"lora_A.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "latents.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no header")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / LATEST).write_text("7")
+    folders = [tmp_path, Path("assets")]
+    assert find_loras(folders) == [Path("assets/toy_land"), tmp_path / "other.safetensors"]
+    whole = {tmp_path / "empty", Path("assets/toy/transformer"), Path("assets/toy/transformer_i2v")}
+    assert {*find_trained(folders)} == whole
+
+
 def test_unfinished_and_strange_files_are_no_history(tmp_path):
     video(tmp_path / "one").with_suffix(".json").unlink()
     video(tmp_path / "two").with_suffix(".json").write_text("[1]")
@@ -100,9 +166,10 @@ def test_unfinished_and_strange_files_are_no_history(tmp_path):
 
 
 def test_a_folder_with_nothing_but_messages_is_removed(tmp_path):
-    empty, kept = videos.new_folder(tmp_path), videos.new_folder(tmp_path)
-    assert empty != kept
-    (empty / "log.txt").touch()
+    empty, kept = tmp_path / "empty", tmp_path / "kept"
+    empty.mkdir()
+    for name in ("log.txt", "image.png", ".owner"):
+        (empty / name).touch()
     video(kept)
     for folder in (empty, kept):
         videos.discard_if_empty(folder)
@@ -110,14 +177,15 @@ def test_a_folder_with_nothing_but_messages_is_removed(tmp_path):
 
 
 def test_uploads_belong_to_their_session(tmp_path):
-    from PIL import Image
-
     sessions = Sessions()
     sent = tmp_path / "mine.PNG"
     Image.new("RGB", (640, 320), "red").save(sent)
     kept = sessions.take("../../one", sent)
     assert not sent.exists() and sessions.image("../../one") == kept and sessions.image("two") is None
     assert kept.is_relative_to(sessions.root) and thumbnail(kept).startswith("data:image/jpeg;base64,")
+    Image.new("RGB", (8, 8), "blue").save(old := tmp_path / "old.jpg")
+    copied = sessions.keep("../../one", old)
+    assert sessions.image("../../one") == copied and not kept.exists(), "one picture a window"
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(InputError, match="'text.jpg' cannot be read as a picture"):
         sessions.take("../../one", tmp_path / "text.jpg")

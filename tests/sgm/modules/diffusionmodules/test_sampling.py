@@ -195,6 +195,14 @@ def test_progress_wraps_the_steps_only_when_verbose() -> None:
     assert wrapped == [8]
 
 
+@pytest.mark.parametrize("cls", SAMPLERS)
+def test_the_denoised_latents_of_every_step_can_be_looked_at(cls: type[VideoSampler]) -> None:
+    sampler, noise, seen = build(cls, num_steps=3, guider_config=VANILLA), torch.randn(SHAPE), []
+    result = sampler(gaussian_denoiser, noise, {}, {}, generators=generators(1, 2), after_step=seen.append)
+    assert torch.equal(result, sampler(gaussian_denoiser, noise, {}, {}, generators=generators(1, 2)))
+    assert [x.shape for x in seen] == [SHAPE] * 3 and torch.equal(seen[-1], result), "the last step ends at them"
+
+
 def test_result_has_the_dtype_of_the_noise_while_the_steps_are_float32() -> None:
     dtypes = set()
 
