@@ -47,7 +47,8 @@ class Passes(TorchDispatchMode):
         is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
         is_other = name in _PRODUCTS or "scaled_dot_product" in name
         if not (is_view or is_other or name in _NO_KERNEL):
-            moved = (args, {key: value for key, value in (kwargs or {}).items() if key != "out"}, out)
+            results = {argument.name for argument in func._schema.arguments if argument.is_out}  # counted as `out`
+            moved = (args, {key: value for key, value in (kwargs or {}).items() if key not in results}, out)
             self.bytes[name] += sum(_bytes(leaf) for leaf in tree_iter(moved) if isinstance(leaf, torch.Tensor))
         return out
 
