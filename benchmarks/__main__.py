@@ -33,7 +33,7 @@ PARTS: Mapping[str, Sequence[str]] = {
     "peaks": ("benchmarks.gpu", "--size", "tiny", "--only", "full step", "--json", f"{FOLDER}/gpu.json"),
     "start": ("benchmarks.start_time", "--runs", "3"),
     "loading": ("benchmarks.loading", "--gb", "0.5", "--runs", "3"),
-    "saves": ("benchmarks.saves", "--gb", "0.5", "--saves", "3", "--interval", "4"),
+    "saves": ("benchmarks.saves", "--gb", "0.3", "--saves", "2", "--interval", "3"),
     "data": ("benchmarks.data", "--clips", "2", "--rounds", "2", "--gb", "1"),
     "growth": ("benchmarks.growth",),
 }
