@@ -47,9 +47,8 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/installed-dev  ## time network and VAE against diffusers, and the start of commands
-	$(BIN)/python -m benchmarks.bench
-	$(BIN)/python -m benchmarks.start_time
+bench: $(VENV)/installed-dev  ## print the figures of docs/benchmarks.md that a CPU has, in ten minutes
+	$(BIN)/python -m benchmarks
 
 bench-gpu: $(VENV)/installed-dev  ## time and measure the released sizes on an accelerator, beside diffusers; goes on where it was cut off
 	$(BIN)/python -m benchmarks.gpu

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import sgm.distributed
 from sgm.config.transformer_args import TransformerArgs
@@ -34,6 +33,7 @@ from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_posit
 from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu
+from sgm.modules.kept_attention import KeptAttention, recomputed
 from sgm.modules.linears import embedding_mlp, use_plain_linears, zero_linear
 from sgm.modules.lora import Dropout, use_adapters
 from sgm.modules.step_cache import StepCache
@@ -240,6 +240,7 @@ class AdaLNMixin(BaseMixin):
     """
 
     transformer: Any  # set by SAT
+    keeps_attention = False  # of recomputed blocks
 
     def __init__(
         self,
@@ -270,6 +271,8 @@ class AdaLNMixin(BaseMixin):
     def layer_forward(self, x: torch.Tensor, mask: Any, *, layer_id: Any, **hook_args: Any) -> torch.Tensor:
         """One block: tokens (B, S, D) and time embedding (B, E) → tokens (B, S, D), of the last block (B, N, D)."""
         index, layers = int(layer_id), self.transformer.layers
+        recomputes = index < self.recomputed_layers and torch.is_grad_enabled()
+        kept = KeptAttention() if recomputes and self.keeps_attention else None
         block = partial(
             self.block,
             layer=layers[index],
@@ -277,6 +280,7 @@ class AdaLNMixin(BaseMixin):
             norms=(self.query_layernorm_list[index], self.key_layernorm_list[index]) if self.qk_ln else None,
             attention_fn=self.transformer.hooks.get("attention_fn", attend),
             keeps_text=index < len(layers) - 1,  # of the last block, text is not read after attention
+            around_attention=None if kept is None else kept.context,
         )
 
         def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
@@ -287,11 +291,7 @@ class AdaLNMixin(BaseMixin):
         if self.step_cache is not None and self.step_cache.in_use:
             group, num_text = hook_args["tokens"].group, hook_args["num_text"]
             return self.step_cache.block(index, run, x, emb=hook_args["emb"], num_text=num_text, group=group)
-        if index >= self.recomputed_layers or not torch.is_grad_enabled():
-            return run(x)
-        # SAT's own checkpointing is reentrant: it needs an input with a gradient, and hides the block from hooks and
-        # compilers. No determinism check, as ZeRO-3 frees parameters between the two passes.
-        return checkpoint(run, x, use_reentrant=False, determinism_check="none")
+        return recomputed(run, x, kept) if recomputes else run(x)
 
     def block_modules(self, index: int) -> list[nn.Module]:
         """Return the modules of a block, wherever they are registered."""
@@ -527,6 +527,11 @@ class DiffusionTransformer(BaseModel):
         mixin: Any = self.mixins["adaln_layer"]
         mixin.step_cache = StepCache(kind, threshold, shape)
         return mixin.step_cache
+
+    def keep_attention(self) -> None:
+        """Let recomputed blocks keep the output of attention, see `sgm.modules.kept_attention`."""
+        mixin: Any = self.mixins["adaln_layer"]
+        mixin.keeps_attention = True
 
     def offload_activations(self, device: torch.device, host: torch.device) -> None:
         """Let tensors for the backward pass wait on `host`; `device` is that of the network."""

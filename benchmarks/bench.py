@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 import sgm.distributed
 from benchmarks.diffusers_peer import network_peer, run_network_peer, vae_peer
@@ -130,7 +132,7 @@ class Setup:
             for index in range(self.repeats):
                 pair = [("ours", ours), ("theirs", theirs)]
                 for name, function in pair if index % 2 else reversed(pair):
-                    seconds[name].append(self._seconds(function))
+                    seconds[name].append(self.seconds(function))
         finally:
             gc.enable()
         medians = [statistics.median(values) for values in seconds.values()]
@@ -141,9 +143,10 @@ class Setup:
     def alone(self, work: Callable[[], object]) -> float:
         """Return the median time of a function, whose first call is not timed."""
         work()
-        return statistics.median(self._seconds(work) for _ in range(self.repeats))
+        return statistics.median(self.seconds(work) for _ in range(self.repeats))
 
-    def _seconds(self, function: Callable[[], object]) -> float:
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Return the seconds of a call."""
         clock = time.process_time if self.cpu_time else time.perf_counter
         self.wait()
         start = clock()
@@ -227,6 +230,21 @@ def vae_results(case: VaeCase, setup: Setup) -> Iterator[Result]:
         lambda: vae.decode(latents),
         lambda: peer.decode(latents).sample,
     )
+
+
+def kernels_of_a_block() -> int:
+    """Return how many kernels a compiled block of the 5B has in its forward pass, beside products and attention."""
+    from torch._inductor.utils import run_and_get_code  # lazy: imports the code generator
+
+    size = NetworkSize(32, 2, 2, 16, latents=(4, 4, 6), text_length=3, text_hidden_size=8)
+    network = build_network(network_section("cogvideox_5b", size))
+    x, context = torch.randn(1, 4, network.in_channels, 4, 6), torch.randn(1, size.text_length, size.text_hidden_size)
+    torch._dynamo.reset()  # code is generated once
+    network.compile()
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(lambda: network(x, torch.tensor([500]), context))
+    torch._dynamo.reset()
+    return len(re.findall(r"^\w+ = async_compile", code, re.MULTILINE))
 
 
 def _shape(lengths: tuple[int, ...]) -> str:
@@ -316,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             "\n".join(f"{r.what}: first calls {r.first_calls[0]:.0f} s and {r.first_calls[1]:.0f} s" for r in results)
         )
+        print(f"{kernels_of_a_block()} kernels in a compiled block, forward, beside products and attention", flush=True)
     if args.json:
         content = {"environment": facts, "sizes": sizes, "results": [asdict(result) for result in results]}
         args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

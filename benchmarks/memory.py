@@ -255,6 +255,7 @@ def _short(setting: str) -> str:
 STEPS = {
     "nothing recomputed": ("args.checkpoint_activations=false",),
     "recomputed": ("args.checkpoint_activations=true",),
+    "recomputed, attention kept": ("args.checkpoint_activations=true", "args.keep_attention=true"),
     "recomputed, offloaded": ("args.checkpoint_activations=true", "args.offload_activations=true"),
     "and `base_weights=int8`": (
         "args.checkpoint_activations=true",

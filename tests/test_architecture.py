@@ -39,6 +39,7 @@ LAYERS = {
     "sgm.modules.block_ops": 1,
     "sgm.modules.lora": 1,
     "sgm.modules.host_activations": 1,
+    "sgm.modules.kept_attention": 1,
     "sgm.modules.linears": 1,
     "sgm.modules.step_cache": 1,
     "dit_video_concat": 2,

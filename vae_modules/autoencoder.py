@@ -24,6 +24,7 @@ from vae_modules.regularizers import DiagonalGaussianRegularizer
 
 DECODE_CHUNK = 2  # latent frames
 PIECE_FRAMES = 4  # of the video, as many elements as the largest input of a convolution has: 2 frames and the 2 before
+PIECE_ELEMENTS = 2**24  # or as many, of small frames: each piece reads all weights
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             return self.max_elements  # the backward pass keeps all activations
         batch, _, _, height, width = x.shape
         frame = batch * network.width * round(height * width * max(1.0, scale) ** 2)
-        return min(self.max_elements, PIECE_FRAMES * frame)
+        return min(self.max_elements, max(PIECE_FRAMES * frame, PIECE_ELEMENTS))
 
     def _num_ranks(self) -> int:
         """Return the context parallel size."""

@@ -72,7 +72,8 @@ def moved_bytes(operator: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in operator._schema.returns)
     if is_view or name in _PRODUCTS or name in _NO_KERNEL or "scaled_dot_product" in name:
         return None
-    moved = (args, {key: value for key, value in kwargs.items() if key != "out"}, out)
+    results = {argument.name for argument in operator._schema.arguments if argument.is_out}  # counted as `out`
+    moved = (args, {key: value for key, value in kwargs.items() if key not in results}, out)
     return sum(_bytes(leaf) for leaf in tree_iter(moved) if isinstance(leaf, torch.Tensor))
 
 

@@ -4,6 +4,7 @@ Network and VAE run on meta tensors (`sgm.checks.meta_run`), at the size and in 
 state, DeepSpeed's buffers and its traffic are formulas, since DeepSpeed allocates those tensors only in a real engine.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ MOMENT_BYTES = {
     "prodigyopt.Prodigy": 16,
     "torch.optim.SGD": 4,
 }
+STEPS_AT_ONCE = ("prodigyopt.Prodigy",)  # others: `sgm.training.optim.slices`
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,7 @@ def training_estimate(
     clip = clip_of(config)
     assert clip is not None, "checked by the caller"
     frames, size = clip
-    geometry = Geometry.from_network(params_of(config.model["network_config"]))
-    latents = (frames - 1) // geometry.time_compression + 1
+    latents = (frames - 1) // Geometry.from_network(params_of(config.model["network_config"])).time_compression + 1
     batch = section["train_micro_batch_size_per_gpu"] * (1 + takes_pairs(config))
     network = once(network_usage, config, (latents, *size), batch, dtype, trained=frozenset(trained))
     total, learned, width = network.weights, network.trained, dtype.itemsize
@@ -217,22 +218,23 @@ def training_estimate(
         "buffers": _buffers(zero, learned, width) if zero["stage"] == 3 else 0.0,  # of others in the backward pass only
     }
     phases: dict[str, dict[str, float]] = {}
+    gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
+    before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
     if vae and config.model.get("first_stage_config") is not None:
         encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
-            phases["encode"] = {**_without(resident, frozen * away), "activations": encoded.peak}
+            phases["encode"] = {**_without(resident, before), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
     # Gradients come while activations go: block by block, what is kept for a block makes room for its gradients, and
     # for the buffers in which they are reduced.
-    gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     room = min(network.kept, gradients)
     buffers = max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"])
     held = {**_without(resident, stepping + room), "buffers": buffers, "weights in use": live}
     phases["network"] = {**held, "activations": network.peak}
     phases["optimizer"] = _without(resident, frozen * away)
     if text.stored:
-        phases = {"text": {**_without(resident, frozen * away), "text encoder": text.device}, **phases}
+        phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
         sampled, others = _validation_usage(config, batch, dtype, phases)
@@ -272,6 +274,8 @@ def _state_bytes(
         "width": width,
         "moments": MOMENT_BYTES.get(section["optimizer"]["type"], 8),
     }
+    if section["optimizer"]["type"] in STEPS_AT_ONCE:
+        given["slices"] = math.inf
     device, host = bytes_per_rank(*counts, zero["stage"], **given)
     stepping = device - bytes_per_rank(*counts, zero["stage"], **given, step=False)[0]
     if zero["stage"] == 3 and given["offload"] and not is_offloaded(zero, "param"):
@@ -340,6 +344,7 @@ def bytes_per_rank(
     width: int = 2,
     moments: float = 8,
     step: bool = True,
+    slices: float = 2**26,
 ) -> tuple[float, float]:
     """Return (device, host) bytes of weights, gradients and optimizer state, in its step or before."""
     share = trained / ranks
@@ -352,8 +357,8 @@ def bytes_per_rank(
         reduced = width * (trained + (min(trained, 5e8) if ranks > 1 else 0))
         stepping = {
             0: max((width + copy) * trained, reduced),
-            1: max(width * (trained + share), (width + 4) * share),
-            2: (width + 4) * share,
+            1: max(width * (trained + share), width * share + 4 * min(share, slices)),
+            2: width * share + 4 * min(share, slices),
             3: (2 * width + (4 if width == 2 else 0)) * share,  # flattened, then converted to float32
         }
         return weights + state + (stepping[stage] if step else gradients), 0

@@ -22,6 +22,7 @@ from sgm.weights.quantize import Storage, linear_layers, store
 NETWORK_ARGS = (
     "network_offload",
     "offload_activations",
+    "keep_attention",
     "sequence_attention",
     "model_parallel_size",
     "sequence_parallel_size",
@@ -55,7 +56,7 @@ def settings_of(config: Config, *, trains: bool) -> dict[str, Any]:
     settings = {name: getattr(config.args, name, None) for name in NETWORK_ARGS}
     settings |= {"network_offload": settings["network_offload"] == "blocks", "storage": storage_of(config)}
     if not trains:  # nothing is kept for a backward pass
-        del settings["offload_activations"]
+        del settings["offload_activations"], settings["keep_attention"]
     return settings
 
 
@@ -117,6 +118,8 @@ def network_usage(
         x, context = (torch.empty(size, dtype=dtype, device=DEVICE) for size in (latents, (batch, text, text_size)))
         if trained is not None and getattr(config.args, "offload_activations", False):
             network.offload_activations(DEVICE, HOST)
+        if trained is not None and getattr(config.args, "keep_attention", None):
+            network.keep_attention()
         one = torch.ones(batch, device=DEVICE)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)

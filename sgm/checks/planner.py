@@ -12,8 +12,10 @@ import torch
 
 from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
 from sgm.checks.mesh import mesh_of
+from sgm.checks.recomputation import attention_share, cheapest, kept_attention_problem
 from sgm.checks.sampling import params_of
 from sgm.checks.training import geometry_of, with_largest_bucket
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, load_config
 from sgm.distributed import device
 from sgm.util import InputError
@@ -296,10 +298,12 @@ def training_rows(
     rows = {"ranks": rank_row(mesh_of(config))}
     if getattr(config.args, "checkpoint_activations", None) == "auto":
         room = room_for(card)
-        number = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder)
+        number, keeps = recomputed_blocks(config, dtype, trained, room, vae=vae, text_encoder=text_encoder)
         depth = params_of(config.model["network_config"])["num_layers"]
-        rows["recomputed"] = f"{number} of {depth} blocks (args.checkpoint_activations=auto)"
-        config = config_with(config, [f"args.checkpoint_activations={number or 'false'}"])
+        beside = " without their attention" if number and keeps else ""
+        rows["recomputed"] = f"{number} of {depth} blocks{beside} (args.checkpoint_activations=auto)"
+        chosen = [f"args.checkpoint_activations={number or 'false'}", f"args.keep_attention={bool(number and keeps)}"]
+        config = config_with(config, [setting.lower() for setting in chosen])
     alone, largest = with_largest_bucket(config, geometry)
     rows |= {"largest bucket": largest} if largest else {}
     if clip_of(alone) is None:
@@ -320,10 +324,8 @@ def recomputed_blocks(
     *,
     vae: bool = True,
     text_encoder: bool = True,
-) -> int:
-    """Return the fewest blocks to recompute so that a training run fits: ``args.checkpoint_activations: auto``.
-
-    With the first k of n blocks recomputed, memory falls linearly with k from 0 to n − 1.
+) -> tuple[int, bool]:
+    """Return what ``args.checkpoint_activations: auto`` recomputes: see `cheapest` for the choice.
 
     Args:
         config: as in `training_rows`, like all others.
@@ -334,29 +336,35 @@ def recomputed_blocks(
         text_encoder: whether the text encoder is loaded.
 
     Returns:
-        All blocks if that is not enough either.
+        The number of blocks, and whether their attention is kept.
 
     Raises:
         InputError: memory cannot be estimated.
     """
+    args, params = config.args, params_of(config.model["network_config"])
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
     if room is None:
-        return 0
-    params = params_of(config.model["network_config"])
-    largest, _ = with_largest_bucket(config, geometry_of(config))
-    if clip_of(largest) is None:
+        return 0, bool(args.keep_attention)
+    largest, _ = with_largest_bucket(config, geometry := geometry_of(config))
+    if (clip := clip_of(largest)) is None:
         raise InputError("args.checkpoint_activations=auto: data.params do not say how large clips are; give true")
 
-    def peak(recomputes: bool | int) -> float:
-        changed = replace(largest, args=replace(largest.args, checkpoint_activations=recomputes))
+    def peak(recomputed: int, keeps: bool) -> float:
+        changes = {"checkpoint_activations": recomputed or False, "keep_attention": keeps}
+        changed = replace(largest, args=replace(largest.args, **changes))
         estimate = training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder)
         return estimate.device["network"]
 
-    depth = params["num_layers"]
-    if (most := peak(False)) <= room:
-        return 0
-    if depth == 1 or (one := peak(depth - 1)) > room:
-        return depth
-    return depth - 1 - int((room - one) / ((most - one) / (depth - 1)))
+    choices = (True, False) if kept_attention_problem(config) is None else (False,)
+    text = params_of((params.get("modules") or {}).get("pos_embed_config")).get("text_length", 0)
+    tokens = text + geometry.num_patches((clip[0] - 1) // geometry.time_compression + 1, clip[1])
+    return cheapest(
+        params["num_layers"],
+        room,
+        peak,
+        keeps=choices if args.keep_attention is None else (args.keep_attention,),
+        share=attention_share(tokens, params["hidden_size"]),
+    )
 
 
 def _memory_rows(

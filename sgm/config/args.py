@@ -287,6 +287,7 @@ class TrainingArgs(SamplingArgs):
     # How it is computed
     base_weights: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     checkpoint_activations: bool | AtLeast1 | Literal["auto"] | None = None
+    keep_attention: bool | None = None
     offload_activations: bool = False
     ema_decay: Share | None = None
     max_skipped_steps: AtLeast1 = 5

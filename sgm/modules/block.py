@@ -1,7 +1,8 @@
 """The transformer block as functions of its modules: run as they are, or compiled once for all blocks.
 
 A compiled block is one graph. Nothing in it depends on the number of the block, a prompt, a step or a branch of
-guidance. Where ranks share tokens, attention communicates and stays outside: two graphs, before and after it.
+guidance. Where ranks share tokens, attention communicates, and where its output is kept, it is replaced. Then it stays
+outside: two graphs, before and after it.
 
 Legend: ``B`` samples, ``S`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from sgm.modules.block_ops import add_gated, modulated_norm
-from sgm.modules.in_place import in_pieces
+from sgm.modules.in_place import gelu, in_pieces, linear_after_gelu
 
 
 def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dict[str, Any], **given: Any) -> Any:
@@ -24,7 +25,8 @@ def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dic
         x: tokens.
         attention_fn: q, k, v (B, S, heads, head_dim) → the same shape.
         hook_args: for `attention_fn`; with ``emb`` (B, E) and ``num_text``.
-        given: the modules, see `before_attention`, and ``keeps_text``, see `after_attention`.
+        given: the modules, see `before_attention`; ``keeps_text``, see `after_attention`; and ``around_attention``,
+            which makes a context of attention, or None.
     """
     return _around(before_attention, after_attention, x, attention_fn, hook_args, **given)
 
@@ -35,7 +37,11 @@ def _around(
     layer, keeps_text, num_text = given["layer"], given["keeps_text"], hook_args["num_text"]
     qkv, factors = before(x, layer, given["modulation"], given["norms"], hook_args["emb"], num_text)
     # No reference to what is used up stays: the MLP that follows needs the memory.
-    attended = [attention_fn(*qkv, **hook_args)]
+    if given["around_attention"] is None:
+        attended = [attention_fn(*qkv, **hook_args)]
+    else:
+        with given["around_attention"]():
+            attended = [attention_fn(*qkv, **hook_args)]
     del qkv
     return after(x, attended.pop(), layer, factors, num_text, keeps_text)
 
@@ -101,6 +107,8 @@ def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """SAT's MLP, without its lookup by layer number."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        if not mlp.is_gated_mlp and mlp.activation_func is gelu:
+            return linear_after_gelu(mlp.dense_4h_to_h, mlp.dense_h_to_4h(x))
         inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
         return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
 
@@ -123,7 +131,7 @@ class CompiledBlock:
         """Run a block; the last one computes the text as well, so that its graph is that of the others."""
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first block of a frozen network, likewise
-        if hook_args["tokens"].size == 1:
+        if hook_args["tokens"].size == 1 and given["around_attention"] is None:
             self._whole = self._whole or self._compiled(transformer_block, given["layer"])
             run = self._whole
         else:

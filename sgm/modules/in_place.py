@@ -1,4 +1,4 @@
-"""Functions for the largest tensors of network and VAE: in place under `no_grad`, in pieces with gradients.
+"""Functions for the largest tensors of network and VAE: in place under `no_grad`, else in pieces, or not kept.
 
 Compilers plan memory by themselves.
 
@@ -6,10 +6,12 @@ Legend: ``B`` samples, ``S`` tokens, ``D`` hidden size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 TOKENS_OF_A_PIECE = 4096  # enough to keep an accelerator busy
 
@@ -23,6 +25,38 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU; overwrites its input under `no_grad`."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def linear_after_gelu(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return linear(gelu(x)); of a layer that is trained, x is kept for the backward pass, and gelu(x) computed again.
+
+    Plain layers alone are known well enough: adapters, shards and hooks, such as those of ZeRO-3, have their own ways.
+    """
+    is_plain = type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
+    if not is_plain or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
+        return linear(gelu(x))
+    return _LinearAfterGelu.apply(x, linear.weight, linear.bias)
+
+
+class _LinearAfterGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grads[0].flatten(0, -2)
+        of_x = of_weight = None
+        if needs_weight:
+            of_weight = grad.T @ F.gelu(x, approximate="tanh").flatten(0, -2)
+        if needs_x:
+            of_x = (grad @ weight).view_as(x)
+            torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate="tanh", grad_input=of_x)
+        return of_x, of_weight, grad.sum(0) if needs_bias else None
 
 
 def in_pieces(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

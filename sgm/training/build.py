@@ -379,6 +379,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
     engine.network.attention = attention_named(default(args.attention, "auto"))
     if args.time_scaling is not None:
         engine.network.use_time_scaling(args.time_scaling)
+    if args.keep_attention:
+        engine.network.keep_attention()
     if args.offload_activations:
         engine.network.offload_activations(device, torch.device("cpu"))
     if plan.caches.vae:

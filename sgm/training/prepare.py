@@ -14,6 +14,7 @@ import sgm.distributed
 from sgm.checks.frozen import base_storage, device_problems, frozen_problems
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, recomputed_blocks, room_on, training_rows
+from sgm.checks.recomputation import kept_attention_problem
 from sgm.checks.sampling import (
     as_table,
     check_abilities,
@@ -234,7 +235,7 @@ def agree(plan: Plan) -> Plan:
 
 
 def with_recomputation(plan: Plan) -> Plan:
-    """Return the plan with a number of blocks for ``args.checkpoint_activations: auto``: that of the smallest device.
+    """Return the plan with what ``args.checkpoint_activations: auto`` finds for the smallest device.
 
     Collective, like `agree`.
     """
@@ -248,10 +249,12 @@ def with_recomputation(plan: Plan) -> Plan:
         vae=bool(plan.caches.vae),
         text_encoder=bool(plan.caches.text_encoder),
     )
-    number = max(sgm.distributed.all_gather_objects(own))
+    numbers, keeps = zip(*sgm.distributed.all_gather_objects(own), strict=True)
+    number, keep = max(numbers), all(keeps)
     depth = params_of(plan.config.model["network_config"])["num_layers"]
-    logger.info("args.checkpoint_activations=auto: %d of %d blocks are recomputed", number, depth)
-    return replace(plan, args=replace(plan.args, checkpoint_activations=number))
+    beside = " without their attention" if number and keep else ""
+    logger.info("args.checkpoint_activations=auto: %d of %d blocks are recomputed%s", number, depth, beside)
+    return replace(plan, args=replace(plan.args, checkpoint_activations=number, keep_attention=keep))
 
 
 def _plain(value: Any) -> Any:
@@ -434,6 +437,8 @@ class _Checks:
         if self.args.offload_activations and not hasattr(network, "offload_activations"):
             found = f"is true, but {type(network).__name__} has no method offload_activations"
             raise ConfigError([Problem("args.offload_activations", "", found, "remove it, or add that method")])
+        if self.args.keep_attention and (problem := kept_attention_problem(self.config)) is not None:
+            raise ConfigError([problem])
 
     def _check_optimizer(self) -> dict[str, Any]:
         section, zero = self.config.deepspeed["optimizer"], self.config.deepspeed["zero_optimization"]

@@ -2,8 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import nn
 import sgm.distributed
 from sgm.log import get_logger, warn_once
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
+from sgm.training.optim.optimizer import steps_in_slices
+from sgm.training.optim.slices import SlicedStep
 from sgm.util import to_device
 
 logger = get_logger(__name__)
@@ -66,33 +67,9 @@ def start_deepspeed(
         mpu=sgm.distributed.layer_groups(),
     )
     zero: Any = engine.optimizer
-    if hasattr(zero, "_get_preflattened_grad_partition") and not zero.cpu_offload:
-        ready = zero._get_preflattened_grad_partition
-        zero._get_preflattened_grad_partition = partial(_flat_gradients, zero, ready)
+    if hasattr(zero, "_get_preflattened_grad_partition") and not zero.cpu_offload and steps_in_slices(optimizer):
+        SlicedStep(zero)
     return engine
-
-
-def _flat_gradients(zero: Any, ready: Callable[[int], torch.Tensor | None], group: int) -> torch.Tensor:
-    """Return the gradients of this rank's partition of a group, flat in the dtype of its weights, and free the others.
-
-    DeepSpeed's ZeRO 1 and 2 would flatten all, then convert all, and hold three copies; here it is one at a time. It
-    asks its optimizer, `zero`, for gradients that are flat already. Those accumulated in float32 are, and `ready`, its
-    own answer, has them.
-    """
-    if (given := ready(group)) is not None:
-        return given
-    gradients, weights = zero.averaged_gradients[group], zero.single_partition_of_fp32_groups[group]
-    zero.free_grad_in_param_list(zero.params_in_partition[group])
-    zero.all_grad_tensors[group] = None
-    flat = torch.empty_like(weights, requires_grad=False)
-    begin = 0
-    gradients.reverse()
-    while gradients:
-        gradient = gradients.pop().flatten()
-        flat[begin : begin + gradient.numel()] = gradient
-        begin += gradient.numel()
-    flat[begin:].zero_()
-    return flat
 
 
 def gradient_norm_before_step(engine: Any) -> torch.Tensor | None:

@@ -60,9 +60,11 @@ def test_both_sides_are_compiled(tiny_cases, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(DiffusionTransformer, "compile", lambda network: compiled.append("ours"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, fullgraph: compiled.append(type(module).__name__))
+    monkeypatch.setattr(bench, "kernels_of_a_block", lambda: 6)
     assert bench.main(["--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "1"]) == 0
     assert compiled == ["ours", "CogVideoXBlock"] * 2
-    assert "cogvideox_2b compiled 2×4×4 forward: first calls " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cogvideox_2b compiled 2×4×4 forward: first calls " in printed and "\n6 kernels in a compiled" in printed
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--compile"])
 

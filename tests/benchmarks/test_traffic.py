@@ -6,7 +6,7 @@ from benchmarks import traffic
 
 
 # Beside the passes of a block of the 5B: LoRA keeps no product's output, and no input of a frozen layer.
-@pytest.mark.parametrize(("task", "forward", "passes", "saved"), [("full", 40, 130, 20.2), ("LoRA", 40, 130, 14)])
+@pytest.mark.parametrize(("task", "forward", "passes", "saved"), [("full", 40, 130, 16.5), ("LoRA", 40, 130, 14)])
 def test_a_block_stays_below_its_bars(task, forward, passes, saved):
     found = traffic.block_traffic("cogvideox_5b", task=task)
     assert 20 < found.forward <= forward

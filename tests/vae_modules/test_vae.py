@@ -13,6 +13,7 @@ from sgm.checks.measure import with_equal_parts_once
 from sgm.checks.meta_run import LiveBytes
 from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
+from vae_modules import autoencoder
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
 from vae_modules.layers import (
     CausalConv3d,
@@ -225,8 +226,9 @@ KERNELS = ("convolution", "native_group_norm", "upsample_nearest2d", "upsample_n
 
 
 @torch.no_grad()
-def test_the_decoder_does_not_copy_its_largest_tensors(vae):
-    """Neither by itself nor inside of kernels, which copy an input that is not contiguous."""
+def test_the_decoder_does_not_copy_its_largest_tensors(vae, monkeypatch):
+    """Neither by itself nor inside of kernels, which copy an input that is not contiguous. Pieces as of large clips."""
+    monkeypatch.setattr(autoencoder, "PIECE_ELEMENTS", 0)
     with Operators() as operators:
         vae.decode(random(1, 16, 4, 2, 3))
     largest = max(made.numel() for _, _, made in operators.calls)
@@ -461,6 +463,28 @@ def test_clips_that_cannot_be_encoded_are_refused(vae, shape, message):
 def test_tiles_that_do_not_work_are_refused(size, overlap):
     with pytest.raises(InputError, match="multiples of 8"):
         Tiling(size=size, overlap=overlap)
+
+
+@torch.no_grad()
+def test_small_frames_are_one_piece_and_those_of_released_sizes_are_a_few(vae):
+    small, large = torch.empty(1, 3, 9, 48, 48, device="meta"), torch.empty(1, 3, 9, 480, 720, device="meta")
+    width = vae.encoder.width
+    assert vae._max_elements(small, vae.encoder, 1 / 8) == 2**24 > 9 * width * 48 * 48
+    assert vae._max_elements(large, vae.encoder, 1 / 8) == max(2**24, 4 * width * 480 * 720)
+
+
+@pytest.mark.parametrize(("channels", "height", "summed"), [(96, 16, True), (96, 44, False), (64, 100, True)])
+def test_large_inputs_of_many_channels_are_left_to_torch(channels, height, summed):
+    conv, shapes = Conv3d(channels, channels, 3, padding=(0, 1, 1)), []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            shapes.extend([args[1].ndim] if func is torch.ops.aten.convolution.default else [])
+            return func(*args, **(kwargs or {}))
+
+    with Operators(), torch.no_grad():
+        conv(torch.zeros(1, channels, 5, height, 2))
+    assert shapes == ([4, 4, 4] if summed else [5])
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, (0, 1, 1)), (3, 1)])

@@ -71,8 +71,17 @@ KINDS = {
 
 def kind_of(name: str) -> Kind:
     """Return what the optimizer of a YAML name needs."""
-    paths = [f"{cls.__module__}.{cls.__qualname__}." for cls in resolve_optimizer(name).__mro__]
+    return _kind(resolve_optimizer(name))
+
+
+def _kind(cls: type) -> Kind:
+    paths = [f"{base.__module__}.{base.__qualname__}." for base in cls.__mro__]
     return next((kind for root, kind in KINDS.items() if any(path.startswith(f"{root}.") for path in paths)), Kind())
+
+
+def steps_in_slices(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ZeRO 1 and 2 may let it update a part of its parameters after the other."""
+    return not _kind(type(optimizer)).sums
 
 
 @functools.cache

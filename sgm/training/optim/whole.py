@@ -41,9 +41,15 @@ class WholeMatrices(torch.optim.Optimizer):
         cls: the optimizer.
         params: its other parameters.
 
+    Attributes:
+        gradients: slice of the vector of the group that steps → its gradients, which are then made for one parameter at
+            a time; None takes those of the vector.
+
     Raises:
         ValueError: `cls` refuses a parameter.
     """
+
+    gradients: Callable[[slice], Tensor] | None = None
 
     def __init__(
         self, groups: list[dict[str, Any]], cls: Callable[..., torch.optim.Optimizer], params: Mapping[str, Any]
@@ -71,32 +77,34 @@ class WholeMatrices(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, flat: Tensor, group: dict[str, Any], number: int) -> None:
-        pieces, inner = self._pieces[number], self._inner[number]
-        size = self._shared_sizes[number]
+        pieces, size = self._pieces[number], self._shared_sizes[number]
+        values, whole_gradient = flat.detach(), flat.grad
+        assert whole_gradient is not None
+        gradients = self.gradients or whole_gradient.__getitem__
         shared = torch.zeros(2, size, dtype=flat.dtype, device=sgm.distributed.device()) if size else None
-        for piece in pieces:
-            shape = piece.whole.shape
-            if piece.shared is None:
-                piece.whole.data = flat.detach()[piece.place].view(shape)
-                piece.whole.grad = flat.grad[piece.place].view(shape)  # pyright: ignore[reportOptionalSubscript]
-            else:
-                assert shared is not None
-                for row, source in zip(shared, (flat.detach(), flat.grad), strict=True):
-                    row[piece.shared][piece.part] = source[piece.place]  # pyright: ignore[reportOptionalSubscript]
         if shared is not None:
-            dist.all_reduce(shared)
             for piece in pieces:
                 if piece.shared is not None:
-                    value, gradient = (row[piece.shared].view(piece.whole.shape).to(flat.device) for row in shared)
-                    piece.whole.data, piece.whole.grad = value, gradient
-        for inner_group in inner.param_groups:
-            inner_group.update({name: group[name] for name in self.defaults if name in group})
-        if pieces:
-            inner.step()
+                    shared[0, piece.shared][piece.part] = values[piece.place]
+                    shared[1, piece.shared][piece.part] = gradients(piece.place)
+            dist.all_reduce(shared)
+        (inner_group,) = self._inner[number].param_groups
+        inner_group.update({name: group[name] for name in self.defaults if name in group})
+        everything = inner_group["params"]
         for piece in pieces:
-            piece.whole.grad = None
+            whole = piece.whole
+            if piece.shared is None:
+                whole.data, gradient = values[piece.place].view(whole.shape), gradients(piece.place)
+            else:
+                assert shared is not None
+                whole.data, gradient = (row[piece.shared].view(whole.shape).to(flat.device) for row in shared)
+            whole.grad = gradient.view(whole.shape)
+            inner_group["params"] = [whole]
+            self._inner[number].step()
+            whole.grad = None
             if piece.shared is not None:
-                flat.detach()[piece.place] = piece.whole.detach().flatten()[piece.part]
+                values[piece.place] = whole.detach().flatten()[piece.part]
+        inner_group["params"] = everything
 
     def _divide(self) -> None:
         """Find what this rank holds, once DeepSpeed has sliced the parameters. Collective."""

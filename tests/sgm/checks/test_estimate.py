@@ -130,22 +130,26 @@ def test_of_equal_calls_one_is_run_and_all_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "layers", "recomputed"),
+    ("model", "dtype", "layers", "recomputed", "keeps"),
     [
-        ("cogvideox_5b", torch.bfloat16, 6, 6),
-        ("cogvideox_5b_lora", torch.bfloat16, 6, 0),
-        ("cogvideox_5b_lora", torch.float32, 9, 3),
-        ("cogvideox_2b", torch.float32, 6, 0),
+        ("cogvideox_5b", torch.bfloat16, 6, 6, False),
+        ("cogvideox_5b_lora", torch.bfloat16, 6, 6, True),
+        ("cogvideox_5b_lora", torch.bfloat16, 6, 0, False),
+        ("cogvideox_5b_lora", torch.float32, 9, 3, False),
+        ("cogvideox_2b", torch.float32, 6, 0, False),
     ],
 )
-def test_the_peak_of_training(model, dtype, layers, recomputed):
+def test_the_peak_of_training(model, dtype, layers, recomputed, keeps):
     """All layers in real memory; the estimate measures two and three, or four and five if some are not recomputed."""
     network = make_network(model=model, layers=layers, dtype=dtype)
     network.get_mixin("adaln_layer").recomputed_layers = recomputed
+    if keeps:
+        network.keep_attention()
     with LiveBytes() as live:
         network(*inputs(dtype)).float().square().mean().backward()
     section = network_section(model=model, layers=layers)
-    config = with_model(f"args.checkpoint_activations={recomputed or 'false'}", mode="train", network_config=section)
+    options = (f"args.checkpoint_activations={recomputed or 'false'}", f"args.keep_attention={keeps}")
+    config = with_model(*options, mode="train", network_config=section)
     found = network_usage(config, VIDEO, BATCH, dtype, trained=trained_names(network))
     assert found.peak == pytest.approx(live.peak, rel=0.05)
     assert found.weights == sum(p.numel() for p in network.parameters())

@@ -11,6 +11,7 @@ from sgm.checks import planner
 from sgm.checks.estimate import Estimate, sampling_estimate
 from sgm.checks.meta_run import build
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, Change, card_rows, config_with, fit, with_preset
+from sgm.checks.recomputation import cheapest, kept_attention_problem
 from sgm.config.load import ConfigError, Problem, load_config
 from sgm.inference.main import main as sample
 from sgm.inference.run import _with_preset
@@ -183,21 +184,78 @@ def test_the_card_of_this_machine_is_planned_for_if_it_has_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("room", "number"), [(None, 0), (31, 0), (30, 0), (29, 1), (28, 1), (25, 3), (22, 4), (21.9, 5), (5, 5)]
+    ("keeps", "room", "number"),
+    [
+        *((False, room, number) for room, number in ((None, 0), (31, 0), (30, 0), (29, 1), (28, 1), (25, 3))),
+        *((False, room, number) for room, number in ((22, 4), (21.9, 5), (5, 5))),
+        *((True, room, number) for room, number in ((None, 0), (30, 0), (29, 1), (28, 2), (26, 4), (25, 5), (5, 5))),
+    ],
 )
-def test_the_fewest_blocks_are_recomputed(room, number, monkeypatch):
-    """Five blocks: each takes 2 where it is recomputed and 4 where not."""
-    config = load_config(TOY_TRAINING, ["model.network_config.params.num_layers=5"], mode="train")
+def test_the_fewest_blocks_are_recomputed(keeps, room, number, monkeypatch):
+    """Five blocks: each takes 2 where it is recomputed, 3 where its attention is kept, and 4 where it is not."""
+    config = load_config(
+        TOY_TRAINING,
+        [
+            "model.network_config.params.num_layers=5",
+            f"args.keep_attention={keeps}",
+            "args.checkpoint_activations=auto",
+        ],
+        mode="train",
+    )
 
     def estimate(config, *_, **__):
         recomputed = {False: 0}.get(config.args.checkpoint_activations, config.args.checkpoint_activations)
-        return Estimate({"network": {"all": 10 + 4 * (5 - recomputed) + 2 * recomputed}, "text": {"all": 99}})
+        size = 2 + config.args.keep_attention
+        return Estimate({"network": {"all": 10 + 4 * (5 - recomputed) + size * recomputed}, "text": {"all": 99}})
 
     monkeypatch.setattr(planner, "training_estimate", estimate)
-    assert planner.recomputed_blocks(config, torch.float32, (), room) == number
+    assert planner.recomputed_blocks(config, torch.float32, (), room) == (number, keeps)
 
 
-def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(monkeypatch):
+@pytest.mark.parametrize(
+    ("room", "share", "choice"),
+    [
+        (54, 0.5, (0, False)),
+        (45, 0.5, (3, True)),
+        (45, 0.1, (3, True)),
+        (36, 0.1, (5, False)),  # six without their attention cost 5.4
+        (36, 0.5, (6, True)),
+        (24, 0.5, (10, True)),
+        (23, 0.5, (8, False)),  # with all ten, attention does not fit
+        (1, 0.5, (10, False)),
+    ],
+)
+def test_attention_is_kept_where_that_is_cheaper(room, share, choice):
+    """Ten blocks: each takes 1 where it is recomputed, 2 where its attention is kept, and 5 where it is not."""
+
+    def peak(number, keeps):
+        return 4 + 5 * (10 - number) + (1 + keeps) * number
+
+    assert cheapest(10, room, peak, keeps=(True, False), share=share) == choice
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["args.checkpoint_activations=false"], "no block is recomputed"),
+        (["args.checkpoint_activations=1", "args.attention=math"], "the output of the attention 'math' cannot be kept"),
+        (["args.sequence_parallel_size=2", "args.sequence_attention=ring"], "ring attention calls a kernel for each"),
+        (["args.sequence_parallel_size=2"], None),
+        (["args.attention=flash"], None),
+        (["model.network_config.target=torch.nn.Identity"], "Identity has no keep_attention"),
+    ],
+)
+def test_attention_that_cannot_be_kept_is_refused(settings, said):
+    given = ["args.checkpoint_activations=true", "args.keep_attention=true", *settings]
+    config = load_config(TOY_TRAINING, [setting for setting in given if "target" not in setting], mode="train")
+    if "target" in settings[0]:
+        config.model["network_config"]["target"] = "torch.nn.Identity"
+    problem = kept_attention_problem(config)
+    assert problem is None if said is None else said in str(problem)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(keeps, monkeypatch):
     plan = SimpleNamespace(
         config=load_config(TOY_TRAINING, mode="train"),
         args=load_config(TOY_TRAINING, ["args.checkpoint_activations=auto"], mode="train").args,
@@ -205,10 +263,10 @@ def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(monkeyp
         trainable=SimpleNamespace(names=()),
         caches=SimpleNamespace(vae=True, text_encoder=True),
     )
-    monkeypatch.setattr(prepare, "recomputed_blocks", lambda *_, **__: 1)
-    monkeypatch.setattr(prepare.sgm.distributed, "all_gather_objects", lambda own: [own, 2, 0])
+    monkeypatch.setattr(prepare, "recomputed_blocks", lambda *_, **__: (1, True))
+    monkeypatch.setattr(prepare.sgm.distributed, "all_gather_objects", lambda own: [own, (2, keeps), (1, True)])
     monkeypatch.setattr(prepare, "replace", lambda plan, **changes: changes["args"] if "args" in changes else changes)
-    assert prepare.with_recomputation(plan) == {"checkpoint_activations": 2}
+    assert prepare.with_recomputation(plan) == {"checkpoint_activations": 2, "keep_attention": keeps}
 
 
 def test_auto_says_how_many_blocks_are_recomputed_on_a_card(monkeypatch):
