@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from sgm.data.remote.folder import RemoteFolder, RemoteTensors, upload
 from sgm.data.remote.folder import read_header as remote_header
+from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, listed
 from sgm.io import parse_json, reason_of, write_json
 from sgm.urls import is_url, local_path
@@ -276,6 +277,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     Args:
         folder: of the cache, or its URL.
         kind: of results.
+        store: that keeps what is read from a URL; None is that of the user's cache.
 
     Attributes:
         failures: key → reason of failed results, which are not in the mapping.
@@ -285,8 +287,9 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         InputError: the cache is missing or incomplete.
     """
 
-    def __init__(self, folder: str | Path, kind: Kind) -> None:
-        self.folder: Folder = RemoteFolder(str(folder)) if is_url(folder) else local_path(folder)
+    def __init__(self, folder: str | Path, kind: Kind, *, store: Store | None = None) -> None:
+        remote = is_url(folder)
+        self.folder: Folder = RemoteFolder(str(folder), store or Store()) if remote else local_path(folder)
         self.description = read_description(self.folder, kind)
         problems, num = self.description.problems(self.folder), len(self.description.shards)
         missing = [number for number, problem in problems.items() if problem == _MISSING]
@@ -490,8 +493,8 @@ def has_kind(folder: Folder, kind: Kind) -> bool:
     return folder.has(name) if isinstance(folder, RemoteFolder) else (folder / name).is_file()
 
 
-def upload_cache(folder: Path, url: str, descriptions: Sequence[Description]) -> int:
-    """Copy a finished cache to a URL, its descriptions last; return the number of files that were not there.
+def upload_cache(folder: Path, there: RemoteFolder, descriptions: Sequence[Description]) -> int:
+    """Copy a finished cache to a folder afar, descriptions last; return the number of files that were not there.
 
     Raises:
         RemoteError: it cannot be written.
@@ -502,13 +505,13 @@ def upload_cache(folder: Path, url: str, descriptions: Sequence[Description]) ->
         name for each in descriptions for number in range(len(each.shards)) if (name := each.failed(number)) in names
     ]
 
-    def same(name: str, there: RemoteFolder) -> bool:
+    def same(name: str) -> bool:
         if name not in shards:
             return there.read(name) == (folder / name).read_bytes()
         size = (folder / name).stat().st_size  # the header has the checksums of the content
         return there.file(name).size == size and remote_header(there.file(name)) == read_header(folder / name)
 
-    return upload(folder, url, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)
+    return upload(folder, there, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)
 
 
 def _content(folder: Folder, name: str) -> bytes:

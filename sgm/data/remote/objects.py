@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store, current
+from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
 from sgm.util import InputError, RunError
@@ -153,13 +153,12 @@ def _options(protocol: str) -> dict[str, Any]:
     return {}
 
 
-def look_up(url: str, store: Store | None = None) -> RemoteFile:
-    """Return an object, by its size and fingerprint.
+def look_up(url: str, store: Store) -> RemoteFile:
+    """Return an object, by its size and fingerprint; `store` keeps what is read of it.
 
     Raises:
         RemoteError: it does not exist, or cannot be reached.
     """
-    store = store or current()
 
     def work() -> RemoteFile:
         from fsspec.asyn import sync
@@ -198,11 +197,12 @@ def root_of(url: str, suffix: str = ".tar") -> str:
     return f"{scheme}://{'/'.join(parts[:fixed])}"
 
 
-def expanded(url: str, suffix: str = ".tar") -> list[str]:
+def expanded(url: str, retries: int, suffix: str = ".tar") -> list[str]:
     """Return the URLs of the objects that a URL names, in order.
 
     Args:
         url: of an object, or a folder; or with ``{000..099}``, ``{a,b}`` or ``*`` in its place.
+        retries: how often a request that failed is repeated.
         suffix: of the objects of a folder.
 
     Raises:
@@ -212,14 +212,14 @@ def expanded(url: str, suffix: str = ".tar") -> list[str]:
 
     root, url = root_of(url, suffix), url.rstrip("/")
     if root == url:
-        return _matching(root, f"{root}/*{suffix}")
+        return _matching(root, f"{root}/*{suffix}", retries)
     found: list[str] = []
     for pattern in braceexpand.braceexpand(url) if "{" in url else [url]:
-        found += _matching(root, pattern) if "*" in pattern or "[" in pattern else [pattern]
+        found += _matching(root, pattern, retries) if "*" in pattern or "[" in pattern else [pattern]
     return list(dict.fromkeys(found))
 
 
-def _matching(root: str, pattern: str) -> list[str]:
+def _matching(root: str, pattern: str, retries: int) -> list[str]:
     def work() -> list[str]:
         system, name = filesystem(pattern)
         system.invalidate_cache()
@@ -227,12 +227,11 @@ def _matching(root: str, pattern: str) -> list[str]:
         names = (str(each).removeprefix(f"{inside}/") for each in system.glob(name))
         return sorted(f"{root}/{each}" for each in names if not posixpath.basename(each).startswith("."))
 
-    return retried(pattern, current().retries, work)
+    return retried(pattern, retries, work)
 
 
-def each_looked_up(urls: list[str]) -> list[RemoteFile]:
+def each_looked_up(urls: list[str], store: Store) -> list[RemoteFile]:
     """Return objects, looked up several at a time."""
-    store = current()
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda url: look_up(url, store), urls))
 
