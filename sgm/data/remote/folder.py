@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 class RemoteFolder:
     """The files below a URL; each is looked up once, and what is read of them kept in `store`."""
 
+    is_remote = True
+
     def __init__(self, url: str, store: Store) -> None:
         self.url, self.store = url.rstrip("/"), store
         self._files: dict[str, RemoteFile | None] = {}
@@ -48,32 +50,40 @@ class RemoteFolder:
         except MissingError:
             return None
 
-    def has(self, name: str) -> bool:
-        """Return whether there is such a file."""
-        self.look_up([name])
-        return self._files[name] is not None
+    def among(self, names: Iterable[str]) -> set[str]:
+        """Return the names of files that are there; raises as `look_up` does."""
+        self.look_up(names := [*names])
+        return {name for name in names if self._files[name] is not None}
 
-    def file(self, name: str) -> RemoteFile:
-        """Return a file.
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
 
         Raises:
             FileNotFoundError: there is none.
+            RemoteError: it cannot be read.
         """
+        found = self._file(name)
+        return found.read(0, found.size)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; raises as `read` does."""
+        return self._file(name).size
+
+    def header(self, name: str) -> bytes:
+        """Return the JSON in the header of a safetensors file; raises as `read` does."""
+        file = self._file(name)
+        length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+        return file.read(8, max(0, min(length, file.size - 8)))
+
+    def tensors(self, name: str, header: bytes) -> "RemoteTensors":
+        """Return the tensors of a safetensors file; raises as `read` does."""
+        return RemoteTensors(self._file(name), header)
+
+    def _file(self, name: str) -> RemoteFile:
         self.look_up([name])
         if (found := self._files[name]) is None:
             raise FileNotFoundError(f"{self.url}/{name}")
         return found
-
-    def read(self, name: str) -> bytes:
-        """Return the content of a file; raises as `file` does."""
-        found = self.file(name)
-        return found.read(0, found.size)
-
-
-def read_header(file: RemoteFile) -> bytes:
-    """Return the JSON in the header of a safetensors file."""
-    length = int.from_bytes(file.read(0, min(8, file.size)), "little")
-    return file.read(8, max(0, min(length, file.size - 8)))
 
 
 class RemoteTensors:
@@ -112,7 +122,7 @@ def upload(folder: Path, there: RemoteFolder, groups: Sequence[Sequence[str]], s
     """
 
     def copy(name: str) -> bool:
-        if there.has(name) and same(name):
+        if there.among([name]) and same(name):
             return False
 
         def work() -> None:

@@ -387,6 +387,11 @@ def test_a_cache_is_uploaded_once_and_read_by_result(bucket, tmp_path):
     remote.prefetch("c")
     bucket.rm("/bucket/cache/latents-00001.safetensors")
     assert all(torch.equal(copy.copy(remote)[key], local[key]) for key in local), "c is here"
+    (tmp_path / "store").rename(tmp_path / "lost")
+    late = copy.deepcopy(remote)
+    late.prefetch("c")
+    with pytest.raises(RemoteError, match="latents-00001.safetensors: .*no such object"):
+        late["c"]
     with pytest.raises(InputError, match="1 of 2 shards of latents are missing"):
         CachedTensors(url, "latents", store=store)
     bucket.pipe("/bucket/cache/latents-00001.safetensors", b"something else")
