@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sgm.data.remote.ranges import marks_of_part, read_range
 from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
@@ -95,23 +96,39 @@ class RemoteFile:
     def _fetch(self, start: int, stop: int, path: Path) -> None:
         def work() -> None:
             system, name = filesystem(self.url)
-            system.invalidate_cache()
-            now = _described(self.url, system.info(name), self.store)
-            if (now.size, now.fingerprint) != (self.size, self.fingerprint):
-                raise RemoteError(
-                    f"{self.url} changed since this run looked it up; start again (args.resume=auto goes on from the "
-                    "last checkpoint), and leave the shards of a run as they are"
-                )
-            if not self.ranges:
-                system.get_file(name, str(path))
-                _require_whole(path.stat().st_size, self.size)
-                return
-            content = system.cat_file(name, start=start, end=stop)
+            content = read_range(system, name, self.url, start, stop, self._told) if self.ranges else None
+            if content is None:
+                system.invalidate_cache()
+                now = _described(self.url, system.info(name), self.store)
+                self._require((now.size, now.fingerprint) == (self.size, self.fingerprint))
+                if not self.ranges:
+                    system.get_file(name, str(path))
+                    _require_whole(path.stat().st_size, self.size)
+                    return
+                content = system.cat_file(name, start=start, end=stop)
             _require_whole(len(content), stop - start)
             with path.open("r+b") as file:
                 file.write(content)
 
         retried(self.url, self.store.retries, work)
+
+    def _told(self, size: int | None, marks: Mapping[str, str]) -> bool:
+        """Return whether an answer tells which version it is of, by the size and the marks of the whole object.
+
+        Raises:
+            RemoteError: it is of another one.
+        """
+        then = f" {self.fingerprint} "
+        known = [f" {name}={mark} " for name, mark in marks.items() if f" {name}=" in then]
+        self._require(size in (None, self.size) and all(mark in then for mark in known))
+        return bool(known)
+
+    def _require(self, unchanged: bool) -> None:
+        if not unchanged:
+            raise RemoteError(
+                f"{self.url} changed since this run looked it up; start again (args.resume=auto goes on from the "
+                "last checkpoint), and leave the shards of a run as they are"
+            )
 
 
 def _require_whole(got: int, size: int) -> None:
@@ -161,12 +178,12 @@ def look_up(url: str, store: Store) -> RemoteFile:
     """
 
     def work() -> RemoteFile:
-        from fsspec.asyn import sync
-
         system, name = filesystem(url)
-        found = _described(url, system.info(name), store)
-        is_http = url.lower().startswith(("http://", "https://"))
-        return replace(found, ranges=sync(system.loop, _sends_ranges, system, url)) if is_http else found
+        info = system.info(name)
+        if not url.lower().startswith(("http://", "https://")):
+            return _described(url, info, store)
+        marks = marks_of_part(system, name)  # those of parts, which some servers make in another way
+        return replace(_described(url, {**info, **(marks or {})}, store), ranges=marks is not None)
 
     return retried(url, store.retries, work)
 
@@ -177,14 +194,6 @@ def _described(url: str, info: Mapping[str, Any], store: Store) -> RemoteFile:
     content = [f"{name}={info[name]}" for name in _CHANGES if info.get(name)]
     times = [f"{name}={info[name]}" for name in _TIMES if info.get(name)]
     return RemoteFile(url, int(info["size"]), " ".join(content or times), True, store)
-
-
-async def _sends_ranges(system: Any, url: str) -> bool:
-    """Ask a server of HTTP for one byte: some that send parts do not say so, and some send all."""
-    session = await system.set_session()
-    async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
-        answer.raise_for_status()
-        return answer.status == 206
 
 
 def root_of(url: str, suffix: str = ".tar") -> str:

@@ -2,10 +2,12 @@
 
 import copy
 import io
+import os
 import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import cast
@@ -67,13 +69,16 @@ def shards(tmp_path_factory) -> Path:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` are used up one a request for content: a status, or 'cut', or 'slow'."""
+    """Serves a folder; `faults` are used up one a request for content: a status, or 'cut', or 'slow'.
+
+    `marks` are the headers that tell a version, and `requests` those that were answered.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.ranges, self.requests = folder, [], True, []
+        self.folder, self.faults, self.ranges, self.requests, self.marks = folder, [], True, [], ("ETag",)
         self.url, self.store = f"http://127.0.0.1:{self.server_port}", Store()
 
 
@@ -101,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         content, status = path.read_bytes(), 200
-        etag = str(hash(content))
+        marks = {"ETag": f'"{hash(content)}"', "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True)}
+        whole = len(content)
         if server.ranges and (wanted := self.headers.get("Range")):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             content, status = content[int(first) : int(last or len(content)) + 1], 206
@@ -109,7 +115,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(0.4)
         self.send_response(status)
-        self.send_header("ETag", etag)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}")
+        for name in server.marks:
+            self.send_header(name, marks[name])
         self.send_header("Content-Length", str(len(content)))
         if server.ranges:
             self.send_header("Accept-Ranges", "bytes")
@@ -134,7 +143,7 @@ def the_server(shards):
 @pytest.fixture
 def server(the_server, tmp_path, monkeypatch):
     """The server in good order, with an empty store here."""
-    the_server.faults, the_server.ranges, the_server.requests = [], True, []
+    the_server.faults, the_server.ranges, the_server.requests, the_server.marks = [], True, [], ("ETag",)
     monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
     the_server.store = Store(tmp_path / "store", retries=3)
     return the_server
@@ -201,13 +210,26 @@ def test_failures_that_stay_name_url_cause_and_cure(fault, said, server):
     assert len(server.faults) == (0 if fault == 500 else 3), "only what may pass is asked for again"
 
 
-def test_a_changed_object_is_noticed(server, shards):
+@pytest.mark.parametrize("marks, asked", [(("ETag",), 0), (("Last-Modified",), 0), ((), 1)], ids=str)
+def test_a_sample_takes_one_request_where_the_answer_tells_its_version(marks, asked, server):
+    server.marks = marks
+    remote = dataset(f"{server.url}/clips/000.tar", server.store)
+    server.requests.clear()
+    remote[1]
+    commands = [command for command, _, _ in server.requests]
+    assert commands == (["GET", "HEAD", "GET"] if asked else ["GET"])
+
+
+@pytest.mark.parametrize("marks", [("ETag",), ("Last-Modified",), ()], ids=str)
+def test_a_changed_object_is_noticed(marks, server, shards):
+    server.marks = marks
     target = shards.parent / "changing.tar"
     target.write_bytes((shards / "000.tar").read_bytes())
     url = f"{server.url}/changing.tar"
     before = dataset(url, server.store)
     assert before.captions[0] == "clip 0 of 0"
-    target.write_bytes((shards / "001.tar").read_bytes())
+    target.write_bytes((shards / "001.tar").read_bytes() + b"\0" * (0 if marks else 512))  # else by its size
+    os.utime(target, (10**9, 10**9))
     with pytest.raises(RemoteError, match="changed since this run looked it up"):
         before[0]
     assert dataset(url, server.store).captions[0] == "clip 0 of 1"
