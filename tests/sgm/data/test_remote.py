@@ -432,9 +432,10 @@ def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
 @pytest.fixture
 def s3(monkeypatch):
     """A bucket of a local server of S3, and credentials for it in the environment."""
-    s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra remote")
-    moto = pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
@@ -446,8 +447,26 @@ def s3(monkeypatch):
     system = s3fs.S3FileSystem()
     system.mkdir("bucket")
     yield system
+    system.rm("bucket", recursive=True)
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_s3_is_asked_once_for_a_sample_and_a_changed_object_is_noticed(s3, shards, tmp_path, monkeypatch):
+    asked, call = [], type(s3)._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        asked.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    s3.put(str(shards), "bucket/", recursive=True)
+    remote = dataset("s3://bucket/clips/001.tar", Store(tmp_path / "store", retries=1))
+    monkeypatch.setattr(type(s3), "_call_s3", counted)
+    assert torch.equal(remote[1]["mp4"], dataset(shards)[4]["mp4"])
+    assert asked == ["get_object"]
+    s3.put(str(shards / "000.tar"), "bucket/clips/001.tar")
+    with pytest.raises(RemoteError, match="changed since this run looked it up"):
+        remote[2]
 
 
 def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path, monkeypatch):
