@@ -63,6 +63,8 @@ def list_rows(
             raise InputError(f"{redacted(str(data_dir))}: a URL names tar files; remove data.params.format={format}")
         table = read_archives(str(data_dir), columns, store)
         return table_rows(table, columns, allow_missing_captions=allow_missing_captions)
+    if not str(data_dir).strip():
+        raise InputError("the data set has no name; give a folder, manifest, archive or URL, or . for this folder")
     path = local_path(data_dir)
     if format == "auto":
         format = detect(path)

@@ -19,7 +19,7 @@ from sgm.data.remote.objects import THREADS, RemoteFile, each_looked_up, expande
 from sgm.data.remote.store import Store
 from sgm.data.remote.tar_index import members_of
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files, require_file
-from sgm.io import JSONError, parse_json
+from sgm.io import JSONError, parse_json, reason_of
 from sgm.util import InputError
 
 Archive = Path | RemoteFile
@@ -123,9 +123,9 @@ def _samples(archive: Archive, columns: Columns) -> tuple[Faults, list[Sample], 
             files[ending] = Member(archive, name, offset, size)
             if content is not None:
                 known[offset] = content
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: odd numbers in headers
         cure = "copy it again; it must not be compressed, as its files are read by offset"
-        faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
+        faults.add(str(archive), f"is not a tar file, or a damaged one ({reason_of(error)}); {cure}")
     has_parts = any("." in name for name in vars(columns).values() if name)
     samples: list[Sample] = []
     for key, files in found.items():

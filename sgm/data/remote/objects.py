@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from sgm.data.remote.ranges import marks_of_part, read_range
 from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store
+from sgm.io import reason_of
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
 from sgm.util import InputError, RunError
@@ -277,8 +278,8 @@ def retried(url: str, retries: int, work: Callable[[], Result]) -> Result:
 
 def _said(error: Exception) -> str:
     """Return what an error says, on one line, without secrets."""
-    last = [*_causes(error)][-1]
-    text = redacted(" ".join(str(last).split())) or type(last).__name__
+    last: Any = [*_causes(error)][-1]
+    text = redacted(" ".join(reason_of(last).split())) or type(last).__name__
     return text if type(last).__name__ in text else f"{type(last).__name__}: {text}"
 
 

@@ -12,6 +12,7 @@ from sgm.checks.sampling import (
     check_sampling,
     check_shapes,
     dry_run,
+    problems_of,
     scaling_warnings,
     schedule_problems,
 )
@@ -365,3 +366,9 @@ def test_scaled_positions_and_windows_allow_longer_clips():
         plan = check_sampling(SamplingArgs(sampling_num_frames=41, time_window=window), geometry)
         assert (plan.latents, plan.latents_at_once, plan.windows.overlap) == (41, window, {13: 6, 22: 10}[window])
     assert check_sampling(SamplingArgs(time_window=13), ROTARY).latents_at_once == 13
+
+
+def test_a_path_that_is_too_long_is_a_problem_of_its_key():
+    (found,) = problems_of("args.resume", "correct it", Path("long/" * 1000).is_dir)
+    assert found.path == "args.resume" and found.found.startswith("File name too long: long/long/")
+    assert len(found.found) < 200 and found.cure == "give another path"
