@@ -26,7 +26,7 @@ from sgm.data.formats.manifest import Columns
 from sgm.data.formats.registry import list_rows
 from sgm.data.formats.webdataset import Member
 from sgm.data.remote.objects import RemoteFile, root_of
-from sgm.data.remote.store import current
+from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.urls import is_url, local_path
 from sgm.util import InputError, RunError, default
@@ -71,6 +71,8 @@ class SFTDataset:
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
+        store: that keeps what is read from a URL; None is that of the user's cache. Training passes that of
+            ``args.remote_cache``.
 
     Raises:
         InputError: a parameter is invalid, or the data set is malformed.
@@ -100,6 +102,7 @@ class SFTDataset:
         control_column: str | None = None,
         buckets: list[Any] | dict[Any, Any] | None = None,
         drop_partial: bool = False,
+        store: Store | None = None,
     ) -> None:
         if len(video_size) != 2 or min(video_size) < 1:
             raise InputError(f"data.params.video_size is {list(video_size)}; give [height, width] in pixels")
@@ -126,14 +129,17 @@ class SFTDataset:
             raise InputError("data.params.control_column has no effect without data.params.control=true; remove it")
         self.control = control
         columns = Columns(caption_column, video_column, image_column, rejected_column, control_column)
-        self.rows = list_rows(data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions)
+        store = store or Store()
+        self.rows = list_rows(
+            data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions, store=store
+        )
         self.rows = [_with_control(row) if control else replace(row, control=None) for row in self.rows]
         if id_token:
             self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
         self._cache: _Cache | None = None
         if is_url(data_dir):
             self._root: Path | str = root_of(str(data_dir))
-            self.folder = current().folder / "clips"  # of the index of their metadata
+            self.folder = store.folder / "clips"  # of the index of their metadata
             self.folder.mkdir(parents=True, exist_ok=True)
         else:
             path = local_path(data_dir)

@@ -71,7 +71,6 @@ setup(
     extras_require={
         "diffusers": ["diffusers>=0.42,<0.43", "peft>=0.17", "accelerate>=1.5"],
         "remote": ["aiohttp>=3.10,<4", "s3fs>=2025.3", "gcsfs>=2025.3"],  # data behind https://, s3:// and gs://
-        "s3_tests": ["s3fs>=2025.3", "moto[server]>=5.1,<6"],  # a local server of S3, for tests/sgm/data/test_remote.py
         "scenes": ["scenedetect-headless>=0.7,<0.8"],  # tools/split_video.py
         "evaluate": ["torchmetrics>=1.8,<2", "opencv-python-headless>=4.10,<6"],  # tools/evaluate.py
         "wandb": ["wandb>=0.19,<1"],
@@ -93,6 +92,10 @@ setup(
             # chromium, or name one in the environment variable CHROMIUM. Without one these tests are skipped.
             "playwright>=1.50,<2",
             "aiohttp>=3.10,<4",  # tests of data behind URLs
+            "s3fs>=2025.3",
+            "moto[s3]>=5.1,<6",  # a local server of S3, with what its extra "server" wants for that service alone
+            "flask>=3,<4",
+            "flask-cors>=5,<7",
             "torchmetrics>=1.8,<2",
             "opencv-python-headless>=4.10,<6",
             "bitsandbytes>=0.50,<1",

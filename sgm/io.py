@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 _TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
+_NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
 LOCK = ".lock"  # the locked file of a folder
 _HIDDEN_LOCK = "lock"  # that of a hidden folder
 _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
@@ -331,6 +332,25 @@ class JSONError(ValueError):
     def __init__(self, line: int, fault: str) -> None:
         super().__init__(f"line {line}: {fault}")
         self.line, self.fault = line, fault
+
+
+class NotAFileError(OSError):
+    """A path names something else than a file."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"it is a {kind}, not a file")
+
+
+def require_regular(path: str | Path) -> None:
+    """Check that a path names a file, without opening it: a pipe may keep a reader waiting, and a device never ends.
+
+    Raises:
+        NotAFileError: it is a pipe, socket, device or folder.
+        OSError: it does not exist, or may not be reached.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(next((name for check, name in _NOT_FILES.items() if check(mode)), "device"))
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -68,6 +68,8 @@ PEERS = {
     "sgm.modules.encoders": "encoders",
     "sgm.modules": "encoders",
 }
+# What is computed or done once in a process, and would be again without them.
+MEMOS = {"sgm.checks.meta_run._results", "sgm.checks.measure._measured", "sgm.io._cleaned"}
 SAT_USERS = ("dit_video_concat", "sgm.modules.linears", "sgm.modules.lora", "sgm.distributed")
 
 MAX_LINES, MAX_FUNCTION = 600, 60
@@ -255,6 +257,21 @@ def test_the_library_never_prints():
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
 
     assert findings(prints) == [], "use sgm.log.get_logger"
+
+
+def test_only_the_owner_of_process_groups_has_state_of_the_process():
+    """No `global`, and no empty container in a module, which something would fill; but for memos."""
+
+    def names(module):
+        for node in ast.walk(tree(module)):
+            yield from node.names if isinstance(node, ast.Global) else ()
+        for node in tree(module).body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            if value is not None and ast.unparse(value) in ("[]", "{}", "list()", "dict()", "set()", "OrderedDict()"):
+                yield ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+
+    found = {f"{module}.{name}" for module in library() if module != "sgm.distributed" for name in names(module)}
+    assert found == MEMOS
 
 
 def test_the_library_names_no_accelerator():

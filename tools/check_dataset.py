@@ -21,7 +21,7 @@ from sgm.config.targets import check_sections, trusting
 from sgm.config.yaml_files import Merged, read_merged
 from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text, table, write_report
 from sgm.data.clips.decode import ClipError
-from sgm.data.remote.store import configure
+from sgm.data.remote.store import make_store, store_param
 from sgm.inference.video import contact_sheet, to_uint8
 from sgm.io import require_writable
 from sgm.util import InputError, RunError, instantiate_from_config
@@ -92,8 +92,11 @@ def work(options: argparse.Namespace) -> None:
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     section = data_section(options.base, given, options.trust)
-    configure(options.remote_cache, options.remote_cache_gb, options.remote_retries)
-    datasets = [instantiate_from_config(section, data_dir=folder) for folder in options.folders]
+    store = make_store(options.remote_cache, options.remote_cache_gb, options.remote_retries)
+    datasets = [
+        instantiate_from_config(section, data_dir=folder, **store_param(section, folder, store))
+        for folder in options.folders
+    ]
     reports = check(datasets, section["target"], rows_only=options.rows_only, decode=options.decode)
     options.has_bad = bad_share(reports) > 0
     parts = (table(reports), summary_text(reports), histograms(reports))

@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 # Together they name every part of a model.
 EXAMPLE = ("configs/cogvideox_5b_i2v_lora.yaml", "configs/sft.yaml")
 LORA = "model.network_config.params.modules.lora_config.params"
-_BUILT = ("allocate", "data_dir")  # parameters that no YAML file gives
+_BUILT = ("allocate", "data_dir", "store")  # parameters that no YAML file gives
 
 
 def all_keys() -> dict[str, Key]:

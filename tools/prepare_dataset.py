@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from sgm.data.remote.folder import RemoteFolder
     from sgm.data.rows import listed
     from sgm.io import readable_size
+    from sgm.training.inputs.clips import store_of
     from sgm.training.inputs.precompute import plan_jobs, run_jobs
     from sgm.util import InputError
 
@@ -82,10 +83,11 @@ def run(options: argparse.Namespace) -> None:
     options.num_failed = len(failures)
     descriptions = [job.description for job in jobs]
     if options.upload is not None and sgm.distributed.rank() == 0:
+        there = RemoteFolder(options.upload, store_of(config))
         if options.check:
-            RemoteFolder(options.upload).look_up(f"{each.kind}.json" for each in descriptions)
+            there.look_up(f"{each.kind}.json" for each in descriptions)
         else:
-            num = upload_cache(options.out, options.upload, descriptions)
+            num = upload_cache(options.out, there, descriptions)
             sys.stdout.write(f"{options.upload}: {num:,} files copied, the others were there\n")
     if sgm.distributed.rank() == 0:
         for job in jobs:

@@ -4,6 +4,7 @@ Every finding is a `Problem` with the YAML path of its cause; all are reported t
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling, listed_numbers, scaling_warnings
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
+from sgm.config.values import shortened
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger, warn_once
@@ -114,6 +116,10 @@ def problems_of(path: str, cure: str, check: Callable[[], Any]) -> list[Problem]
         return [Problem(path, "", str(error), cure)]
     except PermissionError as error:
         return [Problem(path, "", denied_text(error), cure)]
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        return [Problem(path, "", f"{error.strerror}: {shortened(str(error.filename))}", "give another path")]
     return []
 
 

@@ -90,6 +90,7 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
     },
     "data.params": {
         "data_dir": Refused("is set for each folder", "remove it; set args.train_data and args.valid_data"),
+        "store": Refused("is set by the run", "remove it; set args.remote_cache"),
     },
     "deepspeed": _each("is not supported in the deepspeed section", _DEEPSPEED),
     "deepspeed.zero_optimization": _each(

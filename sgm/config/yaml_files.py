@@ -15,7 +15,7 @@ import yaml
 from sgm.config.places import place_of
 from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
 from sgm.config.values import shortened
-from sgm.io import denied_text, reason_of
+from sgm.io import NotAFileError, denied_text, reason_of, require_regular
 from sgm.project import packaged, project, shipped
 from sgm.util import InputError, nearest
 
@@ -92,6 +92,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _first in "-+0123456789":  # 16:9 is text, and no number to the base of 60
+    _Loader.yaml_implicit_resolvers[_first].insert(
+        0, (_TAG + "str", re.compile(r"^[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?$"))
+    )
 _Loader.add_implicit_resolver(
     _TAG + "float",
     re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$"),
@@ -263,11 +267,14 @@ def _read_file(
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or (f"; {path.parent} holds {', '.join(siblings)}" if siblings else "")
         found, cure = "the file does not exist", f"correct the path given to {option}{hint}"
-    except IsADirectoryError:
-        found, cure = "is a folder, not a YAML file", "name the file inside it"
+    except NotAFileError as error:
+        cure = "name the file inside it" if path.is_dir() else "write its content into a file"
+        found = str(error).removeprefix("it ").replace("not a file", "not a YAML file")
     except PermissionError as error:
         found, _, cure = denied_text(error).partition("; ")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        found, cure = f"is not UTF-8 text (byte {error.start})", "give a readable YAML file in UTF-8"
+    except (OSError, ValueError) as error:  # ValueError: a name with U+0000
         found, cure = f"cannot be read: {reason_of(error)}", "give a readable YAML file in UTF-8"
     except yaml.MarkedYAMLError as error:
         mark, start = error.problem_mark or error.context_mark, error.context_mark
@@ -286,7 +293,8 @@ def _read_file(
 
 
 def _text_of(path: Path) -> str:
-    with path.open("rb") as file:  # a device has no size, and no end
+    require_regular(path)
+    with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise yaml.YAMLError(f"is larger than {MAX_BYTES / 1e6:g} MB, so it is no configuration")

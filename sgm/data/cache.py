@@ -10,7 +10,6 @@ The header of a shard says which one it is, and has a checksum of every result. 
 checked when a cache is opened, and results when they are read.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -26,20 +25,19 @@ from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sgm.data.remote.folder import RemoteFolder, RemoteTensors, upload
-from sgm.data.remote.folder import read_header as remote_header
+from sgm.data.cache_folder import CacheFolder, LocalFolder, cache_folder
+from sgm.data.remote.folder import RemoteFolder, upload
+from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, listed
 from sgm.io import parse_json, reason_of, write_json
-from sgm.urls import is_url, local_path
 from sgm.util import PRECISIONS, InputError, RunError
-from sgm.weights.checksums import Checksums, header_checksums, read_header, safetensors_checksums, write_safetensors
+from sgm.weights.checksums import Checksums, header_checksums, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
 
 Kind = Literal["latents", "images", "controls", "text"]
-Folder = Path | RemoteFolder
 KINDS: tuple[Kind, ...] = ("latents", "images", "controls", "text")
 SHARD_BYTES = 256 * 10**6
 TOOL = "tools/prepare_dataset.py"
@@ -81,21 +79,17 @@ class Description:
         content = [self.kind, number, self.dtype, self.source, self.shards[number]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def problems(self, folder: Folder) -> dict[int, str]:
+    def problems(self, folder: CacheFolder) -> dict[int, str]:
         """Return number → problem of the shards that `folder` lacks, or whose size or header is wrong."""
-        if isinstance(folder, RemoteFolder):
-            folder.look_up(self.shard(number) for number in range(len(self.shards)))
+        folder.among(map(self.shard, range(len(self.shards))))
         found = {number: self.problem(folder, number) for number in range(len(self.shards))}
         return {number: problem for number, problem in found.items() if problem}
 
-    def problem(self, folder: Folder, number: int) -> str:
+    def problem(self, folder: CacheFolder, number: int) -> str:
         """Return why a shard in `folder` cannot be used, by its size and header; empty if it can."""
         name = self.shard(number)
         try:
-            if isinstance(folder, RemoteFolder):
-                raw, there = remote_header(file := folder.file(name)), file.size
-            else:
-                raw, there = read_header(folder / name), (folder / name).stat().st_size
+            raw, there = folder.header(name), folder.size(name)
             checksums = header_checksums(raw)
             header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
@@ -114,32 +108,33 @@ class Description:
 
     def missing(self, folder: Path) -> list[int]:
         """Return the numbers of shards that `folder` does not have, or whose size or header is wrong."""
-        return list(self.problems(folder))
+        return list(self.problems(LocalFolder(folder)))
 
     def unfinished(self, folder: Path, *, verify: bool = False) -> list[int]:
         """Return the numbers of shards that are missing or have failures; with `verify`, or damaged results."""
-        there, missing = _names(folder), self.problems(folder)
-        damaged = [
+        here, numbers = LocalFolder(folder), range(len(self.shards))
+        missing, there = self.problems(here), here.among(map(self.failed, numbers))
+        failed = {number for number in numbers if self.failed(number) in there}
+        damaged = {
             number
-            for number in range(len(self.shards) if verify else 0)
-            if number not in missing and self.failed(number) not in there
+            for number in numbers
+            if verify and number not in failed.union(missing)
             if len(read_shard(folder, self, number)) < len(self.shards[number])
-        ]
-        failed = [number for number in range(len(self.shards)) if self.failed(number) in there]
-        return sorted({*missing, *failed, *damaged})
+        }
+        return sorted(failed.union(missing, damaged))
 
-    def failures(self, folder: Folder) -> dict[str, str]:
+    def failures(self, folder: CacheFolder) -> dict[str, str]:
         """Return key → reason of the failures in `folder`.
 
         Raises:
             InputError: a file of failures is damaged.
         """
         failures: dict[str, str] = {}
-        there = _names(folder, map(self.failed, range(len(self.shards))))
+        there = folder.among(map(self.failed, range(len(self.shards))))
         for number in range(len(self.shards)):
             if (name := self.failed(number)) in there:
                 try:
-                    failures |= _FAILURES.validate_json(_content(folder, name))
+                    failures |= _FAILURES.validate_json(folder.read(name))
                 except (OSError, ValueError) as error:
                     raise InputError(f"{folder / name} cannot be read: {_reason(error)}; {_REWRITE}") from error
         return failures
@@ -173,7 +168,7 @@ def begin(folder: Path, description: Description, *, name: str = "--out") -> Non
     if not path.is_file():
         write_json(path, {"format": _FORMAT, **dataclasses.asdict(description)})
         return
-    there = read_description(folder, description.kind)
+    there = read_description(LocalFolder(folder), description.kind)
     now = {**description.source, "dtype": description.dtype}
     found = differences({**there.source, "dtype": there.dtype}, now)
     if not found and there != description:
@@ -227,7 +222,7 @@ def write_shard(
 def read_shard(folder: Path, description: Description, number: int) -> dict[str, torch.Tensor]:
     """Return key → result of a shard in the stored dtype, without damaged ones; none if the file is missing."""
     path = folder / description.shard(number)
-    if description.problem(folder, number):
+    if description.problem(LocalFolder(folder), number):
         return {}
     checksums = safetensors_checksums(path) or Checksums({})
     return {
@@ -237,7 +232,7 @@ def read_shard(folder: Path, description: Description, number: int) -> dict[str,
     }
 
 
-def read_description(folder: Folder, kind: Kind) -> Description:
+def read_description(folder: CacheFolder, kind: Kind) -> Description:
     """Read the description of one kind.
 
     Raises:
@@ -246,7 +241,7 @@ def read_description(folder: Folder, kind: Kind) -> Description:
     name = f"{kind}.json"
     path = folder / name
     try:
-        text = _content(folder, name)
+        text = folder.read(name)
         written = _VERSION.validate_json(text).get("format")
         if written != _FORMAT:
             raise ValueError(f"it has the format {written}, and this version reads {_FORMAT}")
@@ -276,6 +271,7 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     Args:
         folder: of the cache, or its URL.
         kind: of results.
+        store: that keeps what is read from a URL; None is that of the user's cache.
 
     Attributes:
         failures: key → reason of failed results, which are not in the mapping.
@@ -285,8 +281,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         InputError: the cache is missing or incomplete.
     """
 
-    def __init__(self, folder: str | Path, kind: Kind) -> None:
-        self.folder: Folder = RemoteFolder(str(folder)) if is_url(folder) else local_path(folder)
+    def __init__(self, folder: str | Path, kind: Kind, *, store: Store | None = None) -> None:
+        self.folder = cache_folder(folder, store)
         self.description = read_description(self.folder, kind)
         problems, num = self.description.problems(self.folder), len(self.description.shards)
         missing = [number for number, problem in problems.items() if problem == _MISSING]
@@ -341,12 +337,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         """Return the tensors and the checksums of a shard."""
         if number not in self._open:
             name = self.description.shard(number)
-            if isinstance(self.folder, RemoteFolder):
-                raw = remote_header(file := self.folder.file(name))
-                self._open[number] = RemoteTensors(file, raw), header_checksums(raw) or Checksums({})
-            else:
-                path = self.folder / name
-                self._open[number] = safe_open(path, framework="pt"), safetensors_checksums(path) or Checksums({})
+            raw = self.folder.header(name)
+            self._open[number] = self.folder.tensors(name, raw), header_checksums(raw) or Checksums({})
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
@@ -355,14 +347,17 @@ class CachedTensors(Mapping[str, torch.Tensor]):
     @property
     def is_remote(self) -> bool:
         """Whether results are read from afar."""
-        return isinstance(self.folder, RemoteFolder)
+        return self.folder.is_remote
 
     def prefetch(self, key: str) -> None:
         """Read a result from afar, so that it is here when it is asked for; failures are left to that."""
         if self.is_remote and key in self._places:
             number, place = self._places[key]
-            with self._opening, contextlib.suppress(RunError):
-                tensors, _ = self._opened(number)
+            try:
+                with self._opening:
+                    tensors, _ = self._opened(number)
+            except (RunError, OSError, ValueError):
+                return
             tensors.prefetch(f"{place:06d}")
 
     def __contains__(self, key: object) -> bool:
@@ -484,40 +479,24 @@ def _without_size(key: str) -> str:
     return re.sub(r", \d+ bytes", "", key)
 
 
-def has_kind(folder: Folder, kind: Kind) -> bool:
+def has_kind(folder: CacheFolder, kind: Kind) -> bool:
     """Return whether a cache has results of a kind."""
-    name = f"{kind}.json"
-    return folder.has(name) if isinstance(folder, RemoteFolder) else (folder / name).is_file()
+    return bool(folder.among([f"{kind}.json"]))
 
 
-def upload_cache(folder: Path, url: str, descriptions: Sequence[Description]) -> int:
-    """Copy a finished cache to a URL, its descriptions last; return the number of files that were not there.
+def upload_cache(folder: Path, there: RemoteFolder, descriptions: Sequence[Description]) -> int:
+    """Copy a finished cache to a folder afar, descriptions last; return the number of files that were not there.
 
     Raises:
         RemoteError: it cannot be written.
     """
-    names = _names(folder)
-    shards = [each.shard(number) for each in descriptions for number in range(len(each.shards))]
-    failed = [
-        name for each in descriptions for number in range(len(each.shards)) if (name := each.failed(number)) in names
-    ]
+    here, numbers = LocalFolder(folder), [(each, number) for each in descriptions for number in range(len(each.shards))]
+    shards = [each.shard(number) for each, number in numbers]
+    failed = sorted(here.among(each.failed(number) for each, number in numbers))
 
-    def same(name: str, there: RemoteFolder) -> bool:
+    def same(name: str) -> bool:
         if name not in shards:
-            return there.read(name) == (folder / name).read_bytes()
-        size = (folder / name).stat().st_size  # the header has the checksums of the content
-        return there.file(name).size == size and remote_header(there.file(name)) == read_header(folder / name)
+            return there.read(name) == here.read(name)
+        return there.size(name) == here.size(name) and there.header(name) == here.header(name)  # it has checksums
 
-    return upload(folder, url, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)
-
-
-def _content(folder: Folder, name: str) -> bytes:
-    return folder.read(name) if isinstance(folder, RemoteFolder) else (folder / name).read_bytes()
-
-
-def _names(folder: Folder, names: Iterable[str] = ()) -> set[str]:
-    """Return the names of the files in a folder; of one afar, those among `names`."""
-    if isinstance(folder, RemoteFolder):
-        folder.look_up(names := [*names])
-        return {name for name in names if folder.has(name)}
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return upload(folder, there, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)

@@ -3,17 +3,17 @@
 import io
 import ntpath
 import os
-import stat
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sgm.io import require_regular
 from sgm.util import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
 _SHOWN = 5  # faults that a message lists
 
 
@@ -78,28 +78,26 @@ def opened(file: str | ClipFile) -> str | io.BytesIO:
     return os.path.abspath(file) if isinstance(file, str | Path) else io.BytesIO(file.read())
 
 
-class NotAFileError(OSError):
-    """A path names something else than a file."""
-
-
 def require_file(file: str | ClipFile) -> None:
-    """Check that a clip is a file, without opening it: opening a pipe waits for ever.
+    """Check that a clip is a file, if it is not inside of one, as `sgm.io.require_regular` does.
 
     Raises:
         NotAFileError: it is a pipe, socket, device or folder.
         OSError: it does not exist, or may not be reached.
     """
-    if not isinstance(file, str | Path):
-        return
-    mode = os.stat(file).st_mode
-    if not stat.S_ISREG(mode):
-        name = next((name for check, name in _NOT_FILES.items() if check(mode)), "device")
-        raise NotAFileError(f"it is a {name}, not a file")
+    if isinstance(file, str | Path):
+        require_regular(file)
 
 
 def one_line(text: str) -> str:
     """Return text without line breaks and repeated spaces."""
     return " ".join(text.split())
+
+
+def caption_of(text: str) -> str:
+    """Return a caption on one line; empty if no character of it is visible, such as U+200B."""
+    text = one_line(text)
+    return text if any(unicodedata.category(each)[0] not in "CZ" for each in text) else ""
 
 
 class Faults:

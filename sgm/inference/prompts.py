@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sgm.data.clips.pictures import PictureError, picture_size, read_picture
+from sgm.io import reason_of, require_regular
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.project import shipped
@@ -64,13 +65,14 @@ def read_prompts(input_file: str | Path, *, image2video: bool, control: bool = F
     """
     file = Path(input_file).expanduser()
     try:
+        require_regular(file)
         # Not splitlines, which also splits at characters that are legal in a prompt, such as U+2028.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise InputError(
-            f"prompt file '{file}' (args.input_file) cannot be read: {error.strerror}; name a text file with one "
+            f"prompt file '{file}' (args.input_file) cannot be read: {reason_of(error)}; name a text file with one "
             "prompt a line"
         ) from error
     prompts = parse_prompts(lines, image2video=image2video, control=control, source=str(file), folder=file.parent)

@@ -6,6 +6,7 @@ The SAT layout is described in docs/checkpoints.md.
 import contextlib
 import functools
 import hashlib
+import os
 import pickle
 import re
 import stat
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sgm.config.values import shortened
 from sgm.io import parse_json, refusing_denied
 from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
@@ -82,6 +84,8 @@ def find_weights(load: str | Path) -> Path:
     load = Path(load)
     if load.is_file():
         return load
+    if load.exists() and not load.is_dir():
+        raise InputError(f"{load} is no file, but a pipe, socket or device; give a weights file")
     if not load.is_dir():
         cure = "give a weights file, or the folder that holds 'latest'"
         raise InputError(f"there is no checkpoint at {load}{nearest_path(load)}; {cure}")
@@ -139,8 +143,8 @@ def _latest_weights(folder: Path) -> Path:
             cure = f"expected {folder}/<iteration>/{WEIGHTS}.pt and a file 'latest' with <iteration> in it"
         raise InputError(f"{folder} has no file 'latest'{present}; {cure}")
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not name or not (folder / name).is_dir():
-        problem = f"names the folder '{name}', which does not exist" if name else "is empty"
+    if not name or not os.path.isdir(folder / name):  # a Path raises errors of names that are too long
+        problem = f"names the folder '{shortened(name)}', which does not exist" if name else "is empty"
         raise InputError(f"{latest} {problem}{present}; write the name of an iteration folder into it")
     if name not in iterations:
         raise InputError(f"{folder / name} has no {WEIGHTS}.pt or .safetensors{present}; complete it, or edit {latest}")
@@ -522,6 +526,10 @@ def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} holds no tensors by name but a {type(content).__name__}; give a checkpoint file")
     if wrong := [name for name in content if not isinstance(name, str)]:
         raise InputError(f"{path} holds tensors by other keys than names, e.g. {wrong[0]}; give a checkpoint file")
+    if empty := [name for name, value in content.items() if isinstance(value, torch.Tensor) and value.is_meta]:
+        raise InputError(
+            f"{path} holds no values of {empty[0]}: it was saved from the meta device; save loaded weights"
+        )
     wrong = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise InputError(

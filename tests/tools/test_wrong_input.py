@@ -3,7 +3,10 @@
 import importlib
 import json
 import os
+import tarfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -31,9 +34,26 @@ def folder(tmp_path):
         "manifest/clips.jsonl": b'{"path": NaN, "text": null}\n',
         "mine/clips.jsonl": b'{"path": "a.mp4", "text": "my own caption"}\n',
     }
+    content |= {
+        "blank/clips.jsonl": '{"path": "a.mp4", "text": "\u200b \u00a0"}\n'.encode(),
+        "blank/a.mp4": b"",
+        "splits/dataset_dict.json": b'{"splits": 5}',
+        "lost/state.json": b'{"_data_files": [{"filename": "../none"}]}',
+        "lost/dataset_info.json": b"{}",
+        "list/a.mp4": b"ffconcat version 1.0\nfile '/a.mp4'\n",
+        "list/a.txt": b"red",
+        "huge/a.mp4": b"YUV4MPEG2 W65535 H65535 F8:1\nFRAME\n",
+        "huge/a.txt": b"red",
+    }
     for name, data in content.items():
         (path := tmp_path / name).parent.mkdir(exist_ok=True)
         path.write_bytes(data)
+    for name, value in {"size": "99999999999999", "GNU.sparse.map": "0,x"}.items():
+        with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+            (entry := tarfile.TarInfo("a.mp4")).pax_headers = {name: value}
+            archive.addfile(entry)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["path", "caption", "caption"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     for name in ("nameless", "many"):
         torch.save({"proj_out.weight": torch.zeros(2)}, tmp_path / name / "diffusion_pytorch_model.bin")
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
@@ -68,6 +88,11 @@ HF2SAT = "convert_weight_hf2sat --output_path out"
         (f"{CHECK} --json nameless", "nameless is a folder; name a file in it"),
         ("check_dataset manifest/clips.jsonl --video_size 64 64", "path is NaN; give the path of a file"),
         ("check_dataset loop --video_size 64 64", "it is a symbolic link to loop, which leads nowhere"),
+        ("check_dataset splits --video_size 64 64", "has a dataset_dict.json and no folder of a split"),
+        ("check_dataset lost --video_size 64 64", "datasets.load_from_disk: No such file or directory"),
+        ("check_dataset size.tar --video_size 64 64", "size.tar: is not a tar file, or a damaged one ("),
+        ("check_dataset GNU.sparse.map.tar --video_size 64 64", "GNU.sparse.map.tar: is not a tar file, or a damaged"),
+        ("check_dataset twice.parquet --video_size 64 64", "'twice.parquet' names the column 'caption' twice"),
         (f"{HF2SAT} --model_path nothing", "there is no nothing/model_index.json; correct the path"),
         (f"{HF2SAT} --transformer_path index", "weight_map does not give the file of each tensor"),
         (f"{HF2SAT} --transformer_path nameless", "its config.json lacks 'patch_size'"),
@@ -86,6 +111,25 @@ def test_it_is_named_with_the_cure(command, said, folder, monkeypatch, capsys):
     text = capsys.readouterr().err
     assert said in text and "Errno" not in text and "trust_remote_code" not in text
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()} == before
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("blank/clips.jsonl", "its caption, blank/clips.jsonl:1, is empty"),
+        ("list", "is not a video, or a damaged one"),
+        ("huge", "is not a video, or a damaged one"),
+    ],
+)
+def test_a_clip_that_is_none_is_named_in_the_report(data, said, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert importlib.import_module("tools.check_dataset").main([data, "--video_size", "64", "64"]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_a_data_set_without_a_name_is_refused(capsys):
+    assert importlib.import_module("tools.check_dataset").main(["", "--video_size", "64", "64"]) == 2
+    assert "the data set has no name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["0", "abc", "-5GB", "0GB", "5", "5PB", "nanGB"])

@@ -8,6 +8,7 @@ with square pixels, deinterlaced, transparent parts over white.
 Legend: T frames, N frames of a clip, H W pixels of an upright frame.
 """
 
+import errno
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -288,7 +289,9 @@ def _too_large(path: str | ClipFile, height: int, width: int) -> ClipError:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
+    # Lists of other files are refused as EPERM, frames of impossible sizes as EBUSY; a missing right is EACCES.
+    odd = isinstance(error, av.error.FFmpegError) and error.errno in (errno.EPERM, errno.EBUSY)
+    if odd or isinstance(error, av.error.InvalidDataError | av.error.EOFError):
         return "is not a video, or a damaged one; copy or encode it again"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps
 
-from sgm.data.rows import NotAFileError, require_file
+from sgm.data.rows import require_file
+from sgm.io import NotAFileError
 
 # Pixel formats that hold one picture. Pillow runs Ghostscript for EPS, and others hold instructions or thumbnails.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")

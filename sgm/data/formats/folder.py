@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Files, Row, is_picture, one_line, require_file
+from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Files, Row, caption_of, is_picture, require_file
 from sgm.io import denied_text
 from sgm.util import InputError, nearest_path, no_character
 
@@ -100,7 +100,7 @@ def _refuse(error: OSError) -> None:
 def _row(clip: Path, caption: Path, allow_missing: bool) -> Row:
     try:
         require_file(caption)
-        text = one_line(caption.read_text(encoding="utf-8-sig"))
+        text = caption_of(caption.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         return Row(clip, "", f"caption {caption} is not UTF-8 text (byte {error.start}); save it as UTF-8")
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sgm.data.formats.manifest import Table
 from sgm.data.rows import suffix
+from sgm.io import reason_of
 from sgm.util import InputError
 
 _BATCH = 4096
@@ -40,6 +41,8 @@ def read_dataset(folder: Path) -> Table:
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if not splits:
+            raise InputError(f"'{folder}' has a dataset_dict.json and no folder of a split; save the data set again")
         raise InputError(f"'{folder}' holds the splits {', '.join(splits)}; give one: '{folder / splits[0]}'")
     table = _table(folder)
     scalars = [name for name in table.column_names if not _holds_bytes(table.schema.field(name).type)]
@@ -82,4 +85,4 @@ def _table(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder)).data.table  # type: ignore[union-attr]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of odd JSON files
-        raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: {error}") from error
+        raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: {reason_of(error)}") from error

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sgm.data.rows import ClipFile, Faults, Files, Row, VideoInfo, one_line
-from sgm.io import JSONError, excessive_json, parse_json
+from sgm.data.rows import ClipFile, Faults, Files, Row, VideoInfo, caption_of, one_line
+from sgm.io import JSONError, excessive_json, parse_json, reason_of, require_regular
 from sgm.util import InputError, nearest, no_character
 
 CAPTION_NAMES = ("caption", "prompt", "text", "txt")
@@ -132,7 +132,7 @@ def _row(
     caption = record.get(columns.caption)
     if not isinstance(caption, str | None):
         raise _CellError(columns.caption, f"{columns.caption} is {_shown(caption)}; give text")
-    caption = one_line(caption or "")
+    caption = caption_of(caption or "")
     if wrong := no_character(caption):
         raise _CellError(columns.caption, f"{columns.caption} holds {wrong}; correct it")
     picture, control = (
@@ -364,6 +364,10 @@ def read_parquet(path: Path) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"'{path}' is not a Parquet file, or a damaged one: {error}") from error
 
+    names = content.schema_arrow.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"'{path}' names the column '{twice[0]}' twice; rename or remove one")
+
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         try:
@@ -374,7 +378,7 @@ def read_parquet(path: Path) -> Table:
             said = f"is damaged after row {number}: {one_line(str(error))}; copy or write it again"
             raise InputError(f"'{path}' {said}") from error
 
-    return Table(path, path.parent, content.schema_arrow.names, records(), lambda row, _: f"{path}, row {row}")
+    return Table(path, path.parent, names, records(), lambda row, _: f"{path}, row {row}")
 
 
 def _shown(value: Any, *, quoted: bool = True) -> str:
@@ -395,10 +399,11 @@ def _text_table(path: Path, columns: Sequence[str], records: Sequence[tuple[int,
 def _text(path: Path, *, newline: str | None = None) -> str:
     """Read a file; `newline` as for `open`: an empty one keeps line ends, which may be part of a quoted name."""
     try:
+        require_regular(path)
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+        raise InputError(f"'{path}' cannot be read: {reason_of(error)}") from error

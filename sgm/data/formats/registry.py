@@ -19,6 +19,7 @@ from sgm.data.formats.manifest import (
     table_rows,
 )
 from sgm.data.formats.webdataset import read_archives, tar_files
+from sgm.data.remote.store import Store
 from sgm.data.rows import Row
 from sgm.urls import is_url, local_path, redacted
 from sgm.util import InputError, nearest, nearest_path
@@ -39,6 +40,7 @@ def list_rows(
     format: str = "auto",
     columns: Columns | None = None,
     allow_missing_captions: bool = False,
+    store: Store | None = None,
 ) -> list[Row]:
     """Return the rows of a data set in any format, without opening clips.
 
@@ -47,6 +49,7 @@ def list_rows(
         format: one of `FORMATS`.
         columns: names of the columns; a folder of clips and captions has none.
         allow_missing_captions: accept a missing or empty caption as an empty one.
+        store: that keeps what is read from a URL; None is that of the user's cache.
 
     Raises:
         InputError: the data set is malformed; the message names file and line.
@@ -58,7 +61,10 @@ def list_rows(
     if is_url(data_dir):
         if format not in ("auto", "webdataset"):
             raise InputError(f"{redacted(str(data_dir))}: a URL names tar files; remove data.params.format={format}")
-        return table_rows(read_archives(str(data_dir), columns), columns, allow_missing_captions=allow_missing_captions)
+        table = read_archives(str(data_dir), columns, store)
+        return table_rows(table, columns, allow_missing_captions=allow_missing_captions)
+    if not str(data_dir).strip():
+        raise InputError("the data set has no name; give a folder, manifest, archive or URL, or . for this folder")
     path = local_path(data_dir)
     if format == "auto":
         format = detect(path)

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 
 from sgm.data.formats.manifest import CAPTION_NAMES, Columns, Table
 from sgm.data.remote.objects import THREADS, RemoteFile, each_looked_up, expanded
+from sgm.data.remote.store import Store
 from sgm.data.remote.tar_index import members_of
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files, require_file
-from sgm.io import JSONError, parse_json
+from sgm.io import JSONError, parse_json, reason_of
 from sgm.util import InputError
 
 Archive = Path | RemoteFile
@@ -54,17 +55,23 @@ class Member:
         return archive.read(self.size)
 
 
-def read_archives(path: Path | str, columns: Columns) -> Table:
+def read_archives(path: Path | str, columns: Columns, store: Store | None = None) -> Table:
     """Read one tar file, or those of a folder or URL, as a table; columns are file suffixes and keys of JSON files.
 
     A caption is a text file, or the value of a key.
+
+    Args:
+        path: a file or folder, or a URL as text.
+        columns: names of the columns.
+        store: that keeps what is read from a URL; None is that of the user's cache.
 
     Raises:
         InputError: there is no archive, or one is damaged, compressed, or has duplicate files.
         RemoteError: a URL cannot be read.
     """
     if isinstance(path, str):
-        archives: Sequence[Archive] = each_looked_up(expanded(path))
+        store = store or Store()
+        archives: Sequence[Archive] = each_looked_up(expanded(path, store.retries), store)
     else:
         archives = tar_files(path) if path.is_dir() else [path]
     if not archives:
@@ -116,9 +123,9 @@ def _samples(archive: Archive, columns: Columns) -> tuple[Faults, list[Sample], 
             files[ending] = Member(archive, name, offset, size)
             if content is not None:
                 known[offset] = content
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: odd numbers in headers
         cure = "copy it again; it must not be compressed, as its files are read by offset"
-        faults.add(str(archive), f"is not a tar file, or a damaged one ({error}); {cure}")
+        faults.add(str(archive), f"is not a tar file, or a damaged one ({reason_of(error)}); {cure}")
     has_parts = any("." in name for name in vars(columns).values() if name)
     samples: list[Sample] = []
     for key, files in found.items():

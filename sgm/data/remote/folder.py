@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load
 
 from sgm.data.remote.objects import THREADS, MissingError, RemoteFile, filesystem, look_up, retried
-from sgm.data.remote.store import current
+from sgm.data.remote.store import Store
 from sgm.io import parse_json
 from sgm.log import get_logger
 
@@ -18,10 +18,12 @@ logger = get_logger(__name__)
 
 
 class RemoteFolder:
-    """The files below a URL; each is looked up once."""
+    """The files below a URL; each is looked up once, and what is read of them kept in `store`."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    is_remote = True
+
+    def __init__(self, url: str, store: Store) -> None:
+        self.url, self.store = url.rstrip("/"), store
         self._files: dict[str, RemoteFile | None] = {}
 
     def __str__(self) -> str:
@@ -44,36 +46,44 @@ class RemoteFolder:
 
     def _looked_up(self, name: str) -> RemoteFile | None:
         try:
-            return look_up(f"{self.url}/{name}")
+            return look_up(f"{self.url}/{name}", self.store)
         except MissingError:
             return None
 
-    def has(self, name: str) -> bool:
-        """Return whether there is such a file."""
-        self.look_up([name])
-        return self._files[name] is not None
+    def among(self, names: Iterable[str]) -> set[str]:
+        """Return the names of files that are there; raises as `look_up` does."""
+        self.look_up(names := [*names])
+        return {name for name in names if self._files[name] is not None}
 
-    def file(self, name: str) -> RemoteFile:
-        """Return a file.
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
 
         Raises:
             FileNotFoundError: there is none.
+            RemoteError: it cannot be read.
         """
+        found = self._file(name)
+        return found.read(0, found.size)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; raises as `read` does."""
+        return self._file(name).size
+
+    def header(self, name: str) -> bytes:
+        """Return the JSON in the header of a safetensors file; raises as `read` does."""
+        file = self._file(name)
+        length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+        return file.read(8, max(0, min(length, file.size - 8)))
+
+    def tensors(self, name: str, header: bytes) -> "RemoteTensors":
+        """Return the tensors of a safetensors file; raises as `read` does."""
+        return RemoteTensors(self._file(name), header)
+
+    def _file(self, name: str) -> RemoteFile:
         self.look_up([name])
         if (found := self._files[name]) is None:
             raise FileNotFoundError(f"{self.url}/{name}")
         return found
-
-    def read(self, name: str) -> bytes:
-        """Return the content of a file; raises as `file` does."""
-        found = self.file(name)
-        return found.read(0, found.size)
-
-
-def read_header(file: RemoteFile) -> bytes:
-    """Return the JSON in the header of a safetensors file."""
-    length = int.from_bytes(file.read(0, min(8, file.size)), "little")
-    return file.read(8, max(0, min(length, file.size - 8)))
 
 
 class RemoteTensors:
@@ -98,22 +108,21 @@ class RemoteTensors:
         return self._start + start, stop - start
 
 
-def upload(folder: Path, url: str, groups: Sequence[Sequence[str]], same: Callable[[str, RemoteFolder], bool]) -> int:
+def upload(folder: Path, there: RemoteFolder, groups: Sequence[Sequence[str]], same: Callable[[str], bool]) -> int:
     """Copy files to a URL, group after group, those that are not there yet; return the number of copied ones.
 
     Args:
         folder: of the files.
-        url: of the folder there.
+        there: the folder that they are copied to.
         groups: names of files; the last group marks that all is there.
-        same: whether a file there, in the given folder, has the content of the one here.
+        same: whether a file there has the content of the one here.
 
     Raises:
         RemoteError: it cannot be written.
     """
-    there = RemoteFolder(url)
 
     def copy(name: str) -> bool:
-        if there.has(name) and same(name, there):
+        if there.among([name]) and same(name):
             return False
 
         def work() -> None:
@@ -124,7 +133,7 @@ def upload(folder: Path, url: str, groups: Sequence[Sequence[str]], same: Callab
             if (size := system.info(target)["size"]) != (folder / name).stat().st_size:
                 raise OSError(f"{size:,} bytes arrived")
 
-        retried(f"{there.url}/{name}", current().retries, work)
+        retried(f"{there.url}/{name}", there.store.retries, work)
         logger.info("copied %s to %s", folder / name, there.url)
         return True
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store, current
+from sgm.data.remote.ranges import marks_of_part, read_range
+from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store
+from sgm.io import reason_of
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
 from sgm.util import InputError, RunError
@@ -95,23 +97,39 @@ class RemoteFile:
     def _fetch(self, start: int, stop: int, path: Path) -> None:
         def work() -> None:
             system, name = filesystem(self.url)
-            system.invalidate_cache()
-            now = _described(self.url, system.info(name), self.store)
-            if (now.size, now.fingerprint) != (self.size, self.fingerprint):
-                raise RemoteError(
-                    f"{self.url} changed since this run looked it up; start again (args.resume=auto goes on from the "
-                    "last checkpoint), and leave the shards of a run as they are"
-                )
-            if not self.ranges:
-                system.get_file(name, str(path))
-                _require_whole(path.stat().st_size, self.size)
-                return
-            content = system.cat_file(name, start=start, end=stop)
+            content = read_range(system, name, self.url, start, stop, self._told) if self.ranges else None
+            if content is None:
+                system.invalidate_cache()
+                now = _described(self.url, system.info(name), self.store)
+                self._require((now.size, now.fingerprint) == (self.size, self.fingerprint))
+                if not self.ranges:
+                    system.get_file(name, str(path))
+                    _require_whole(path.stat().st_size, self.size)
+                    return
+                content = system.cat_file(name, start=start, end=stop)
             _require_whole(len(content), stop - start)
             with path.open("r+b") as file:
                 file.write(content)
 
         retried(self.url, self.store.retries, work)
+
+    def _told(self, size: int | None, marks: Mapping[str, str]) -> bool:
+        """Return whether an answer tells which version it is of, by the size and the marks of the whole object.
+
+        Raises:
+            RemoteError: it is of another one.
+        """
+        then = f" {self.fingerprint} "
+        known = [f" {name}={mark} " for name, mark in marks.items() if f" {name}=" in then]
+        self._require(size in (None, self.size) and all(mark in then for mark in known))
+        return bool(known)
+
+    def _require(self, unchanged: bool) -> None:
+        if not unchanged:
+            raise RemoteError(
+                f"{self.url} changed since this run looked it up; start again (args.resume=auto goes on from the "
+                "last checkpoint), and leave the shards of a run as they are"
+            )
 
 
 def _require_whole(got: int, size: int) -> None:
@@ -153,21 +171,20 @@ def _options(protocol: str) -> dict[str, Any]:
     return {}
 
 
-def look_up(url: str, store: Store | None = None) -> RemoteFile:
-    """Return an object, by its size and fingerprint.
+def look_up(url: str, store: Store) -> RemoteFile:
+    """Return an object, by its size and fingerprint; `store` keeps what is read of it.
 
     Raises:
         RemoteError: it does not exist, or cannot be reached.
     """
-    store = store or current()
 
     def work() -> RemoteFile:
-        from fsspec.asyn import sync
-
         system, name = filesystem(url)
-        found = _described(url, system.info(name), store)
-        is_http = url.lower().startswith(("http://", "https://"))
-        return replace(found, ranges=sync(system.loop, _sends_ranges, system, url)) if is_http else found
+        info = system.info(name)
+        if not url.lower().startswith(("http://", "https://")):
+            return _described(url, info, store)
+        marks = marks_of_part(system, name)  # those of parts, which some servers make in another way
+        return replace(_described(url, {**info, **(marks or {})}, store), ranges=marks is not None)
 
     return retried(url, store.retries, work)
 
@@ -180,14 +197,6 @@ def _described(url: str, info: Mapping[str, Any], store: Store) -> RemoteFile:
     return RemoteFile(url, int(info["size"]), " ".join(content or times), True, store)
 
 
-async def _sends_ranges(system: Any, url: str) -> bool:
-    """Ask a server of HTTP for one byte: some that send parts do not say so, and some send all."""
-    session = await system.set_session()
-    async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
-        answer.raise_for_status()
-        return answer.status == 206
-
-
 def root_of(url: str, suffix: str = ".tar") -> str:
     """Return the folder of the objects that a URL names, see `expanded`."""
     scheme, _, rest = url.rstrip("/").partition("://")
@@ -198,11 +207,12 @@ def root_of(url: str, suffix: str = ".tar") -> str:
     return f"{scheme}://{'/'.join(parts[:fixed])}"
 
 
-def expanded(url: str, suffix: str = ".tar") -> list[str]:
+def expanded(url: str, retries: int, suffix: str = ".tar") -> list[str]:
     """Return the URLs of the objects that a URL names, in order.
 
     Args:
         url: of an object, or a folder; or with ``{000..099}``, ``{a,b}`` or ``*`` in its place.
+        retries: how often a request that failed is repeated.
         suffix: of the objects of a folder.
 
     Raises:
@@ -212,14 +222,14 @@ def expanded(url: str, suffix: str = ".tar") -> list[str]:
 
     root, url = root_of(url, suffix), url.rstrip("/")
     if root == url:
-        return _matching(root, f"{root}/*{suffix}")
+        return _matching(root, f"{root}/*{suffix}", retries)
     found: list[str] = []
     for pattern in braceexpand.braceexpand(url) if "{" in url else [url]:
-        found += _matching(root, pattern) if "*" in pattern or "[" in pattern else [pattern]
+        found += _matching(root, pattern, retries) if "*" in pattern or "[" in pattern else [pattern]
     return list(dict.fromkeys(found))
 
 
-def _matching(root: str, pattern: str) -> list[str]:
+def _matching(root: str, pattern: str, retries: int) -> list[str]:
     def work() -> list[str]:
         system, name = filesystem(pattern)
         system.invalidate_cache()
@@ -227,12 +237,11 @@ def _matching(root: str, pattern: str) -> list[str]:
         names = (str(each).removeprefix(f"{inside}/") for each in system.glob(name))
         return sorted(f"{root}/{each}" for each in names if not posixpath.basename(each).startswith("."))
 
-    return retried(pattern, current().retries, work)
+    return retried(pattern, retries, work)
 
 
-def each_looked_up(urls: list[str]) -> list[RemoteFile]:
+def each_looked_up(urls: list[str], store: Store) -> list[RemoteFile]:
     """Return objects, looked up several at a time."""
-    store = current()
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda url: look_up(url, store), urls))
 
@@ -269,8 +278,8 @@ def retried(url: str, retries: int, work: Callable[[], Result]) -> Result:
 
 def _said(error: Exception) -> str:
     """Return what an error says, on one line, without secrets."""
-    last = [*_causes(error)][-1]
-    text = redacted(" ".join(str(last).split())) or type(last).__name__
+    last: Any = [*_causes(error)][-1]
+    text = redacted(" ".join(reason_of(last).split())) or type(last).__name__
     return text if type(last).__name__ in text else f"{type(last).__name__}: {text}"
 
 

@@ -8,15 +8,17 @@ has one open reads on.
 
 import contextlib
 import hashlib
+import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sgm.io import atomic_file, flock, readable_size
-from sgm.util import InputError, RunError
+from sgm.urls import is_url
+from sgm.util import InputError, RunError, get_obj_from_str
 
 KEY = "args.remote_cache_gb"
 _SPARE = 10  # a tenth of the bound is free after entries are removed, so that the folder is seldom listed
@@ -37,6 +39,11 @@ class MissingError(RefusedError):
     """There is no such object."""
 
 
+def default_folder() -> Path:
+    """Return the folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-sat" / "remote"
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of entries.
@@ -47,7 +54,7 @@ class Store:
         retries: how often a request that failed is repeated.
     """
 
-    folder: Path
+    folder: Path = field(default_factory=default_folder)
     max_bytes: int = 50 * 10**9
     retries: int = 5
 
@@ -144,20 +151,14 @@ class Store:
         return used
 
 
-def default_folder() -> Path:
-    """Return the folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-sat" / "remote"
-
-
-_store: list[Store] = []
-
-
-def configure(folder: str | None, gigabytes: float, retries: int) -> None:
-    """Set the store that `current` returns in this process."""
+def make_store(folder: str | None, gigabytes: float, retries: int) -> Store:
+    """Return the store of ``args.remote_cache``, ``remote_cache_gb`` and ``remote_retries``."""
     path = default_folder() if folder is None else Path(folder).expanduser()
-    _store[:] = [Store(path.absolute(), int(gigabytes * 1e9), retries)]
+    return Store(path.absolute(), int(gigabytes * 1e9), retries)
 
 
-def current() -> Store:
-    """Return the store of this process."""
-    return _store[0] if _store else Store(default_folder())
+def store_param(section: Mapping[str, Any], data_dir: str, store: Store) -> dict[str, Store]:
+    """Return the parameter `store` for the data set of a section, if `data_dir` is a URL and its class takes one."""
+    if not is_url(data_dir) or "target" not in section:
+        return {}
+    return {"store": store} if "store" in inspect.signature(get_obj_from_str(section["target"])).parameters else {}

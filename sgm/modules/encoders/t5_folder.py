@@ -3,6 +3,7 @@
 transformers, safetensors and sentencepiece are imported when they are needed.
 """
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,9 @@ class UnknownText:
         return ", ".join(f"'{character}'" for character in self.characters[:_SHOWN]) + more
 
 
+_SIZES = {"d_model": 10**5, "d_ff": 10**6, "d_kv": 10**5, "num_heads": 10**4, "num_layers": 10**3, "vocab_size": 10**7}
+
+
 @dataclass(frozen=True)
 class T5Folder:
     """A T5 encoder and its tokenizer on disk."""
@@ -62,6 +66,10 @@ class T5Folder:
             raise InputError(f"{file} is not readable JSON ({error}); copy it again from text_encoder/") from error
         if not isinstance(config, dict) or not isinstance(config.get("d_model"), int):
             raise InputError(f"{file} describes no T5 (it has no 'd_model'); copy config.json from text_encoder/")
+        for name, most in _SIZES.items():
+            if not isinstance(size := config.get(name, 1), int) or not 1 <= size <= most:
+                cure = f"expected a whole number from 1 to {most:,}; copy it again from text_encoder/"
+                raise InputError(f"{file}: {name} is {reprlib.repr(size)}; {cure}")
         return config
 
     @cached_property

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind, has_kind
 from sgm.data.clips.decode import READER
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.training.inputs.clips import Data
+from sgm.training.inputs.clips import Data, store_of
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.files import weights_digest
 
@@ -81,17 +82,18 @@ def open_latents(
     if config.model.get("latent_input"):
         raise InputError("the data are latents already (model.latent_input); remove args.latent_cache")
     require_repeatable(config, data.sources)
-    latents = CachedTensors(config.args.latent_cache, "latents")
+    opened = partial(CachedTensors, config.args.latent_cache, store=store_of(config))
+    latents = opened("latents")
     keys = [dataset.cache_keys() for dataset in data.sources]
     latents.require(_values(keys), clip_source(config, data.sources[0], dtype, "latents"))
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
     if has_image and has_kind(latents.folder, "images"):
-        images = CachedTensors(str(latents.folder), "images")
+        images = opened("images")
         image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
     controls, control_keys = None, keys
     if takes_control(config):
-        controls = CachedTensors(str(latents.folder), "controls")
+        controls = opened("controls")
         control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
         controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))
     cached = [
@@ -121,7 +123,7 @@ def open_text(config: Config, data: Data) -> CachedTensors | None:
     assert isinstance(config.args, TrainingArgs)
     if config.args.text_cache is None:
         return None
-    text = CachedTensors(config.args.text_cache, "text")
+    text = CachedTensors(config.args.text_cache, "text", store=store_of(config))
     conditioner = instantiate_from_config(config.model["conditioner_config"])
     text.require(texts(data.sources, conditioner), text_source(conditioner))
     return text

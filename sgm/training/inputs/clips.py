@@ -13,7 +13,7 @@ from sgm.config.load import Config, digest_of
 from sgm.data.clips.index import stamps
 from sgm.data.order import derive_seed, split_indices
 from sgm.data.remote.objects import RemoteFile
-from sgm.data.remote.store import configure, current
+from sgm.data.remote.store import Store, make_store, store_param
 from sgm.io import readable_size
 from sgm.log import control_characters, get_logger
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
@@ -116,7 +116,7 @@ class Data:
         shards = {file.url: file for file in clips if isinstance(file, RemoteFile)}
         if not shards:
             return {}
-        size, store = readable_size(sum(file.size for file in shards.values())), current()
+        size, store = readable_size(sum(file.size for file in shards.values())), next(iter(shards.values())).store
         whole = sum(not file.ranges for file in shards.values())
         parts = f", {whole:,} of them whole, as their server sends no parts" if whole else ""
         room = readable_size(store.max_bytes)
@@ -155,6 +155,14 @@ def open_data(config: Config) -> Data:
     return data
 
 
+def store_of(config: Config) -> Store:
+    """Return the store that keeps what this run reads from URLs."""
+    args = config.args
+    if not isinstance(args, TrainingArgs):
+        return Store()
+    return make_store(args.remote_cache, args.remote_cache_gb, args.remote_retries)
+
+
 def open_folder(config: Config, folder: str) -> Any:
     """Return the data set of the ``data`` section for a folder.
 
@@ -163,10 +171,9 @@ def open_folder(config: Config, folder: str) -> Any:
     """
     if not config.data:
         raise InputError("there is no data section; add one as in configs/sft.yaml (target: data_video.SFTDataset)")
-    if isinstance(args := config.args, TrainingArgs):
-        configure(args.remote_cache, args.remote_cache_gb, args.remote_retries)
     # A network with a control needs it of every clip; said once, in its own section.
     more = {"control": True} if takes_control(config) and "control" not in (config.data.get("params") or {}) else {}
+    more |= store_param(config.data, folder, store_of(config))
     dataset = instantiate_from_config(config.data, data_dir=folder, **more)
     if odd := [caption for caption in getattr(dataset, "captions", ()) if control_characters(caption)]:
         text = "%s: %d captions hold control characters, which text encoders drop; the first: %s"

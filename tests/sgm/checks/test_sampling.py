@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import sgm.distributed
-from sgm.checks.sampling import check_files, check_shapes, dry_run, schedule_problems
+from sgm.checks.sampling import check_files, check_shapes, dry_run, problems_of, schedule_problems
 from sgm.checks.sampling_plan import check_sampling, scaling_warnings
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
@@ -396,3 +396,9 @@ def test_a_loop_has_four_frames_for_every_latent_frame_behind_the_first_patch():
     assert "args.loop: is true, and the network takes an image" in refusal(IMAGE, loop=True)
     with_control = replace(ROTARY, control_channels=16)
     assert "args.loop: is true, and the network takes a control" in refusal(with_control, loop=True)
+
+
+def test_a_path_that_is_too_long_is_a_problem_of_its_key():
+    (found,) = problems_of("args.resume", "correct it", Path("long/" * 1000).is_dir)
+    assert found.path == "args.resume" and found.found.startswith("File name too long: long/long/")
+    assert len(found.found) < 200 and found.cure == "give another path"

@@ -174,6 +174,7 @@ def test_a_training_run_is_typed_and_complete():
         ("deepspeed.gradient_clip=1", "did you mean 'gradient_clipping'"),
         ("data.params.fsp=8", "did you mean 'fps'"),
         ("data.params.data_dir=x", "args.train_data"),
+        ("data.params.store=x", "args.remote_cache"),
         ("data.params.video_size=null", "a list of 2"),
         ("data.target=data_video.SFTDatase", "did you mean 'SFTDataset'"),
     ],

@@ -1,5 +1,6 @@
 """YAML files and overrides are read and merged; what is no YAML is refused with its place."""
 
+import os
 import time
 
 import pytest
@@ -190,8 +191,18 @@ def test_small_files_stay_small(write, text):
     assert str(path) in message and "1 problem " in message
 
 
-def test_a_file_without_an_end():
-    assert "larger than 2 MB" in complaint(["/dev/zero"])
+def test_only_files_are_read(tmp_path):
+    """A pipe would keep the reader waiting, and a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device, not a YAML file" in complaint(["/dev/zero"])
+    assert "is a named pipe, not a YAML file" in complaint([tmp_path / "pipe"])
+    assert "null" in complaint(["a\0b"])
+    (tmp_path / "large.yaml").write_text("#" * 2_000_001)
+    assert "larger than 2 MB" in complaint([tmp_path / "large.yaml"])
+
+
+def test_a_ratio_is_no_number_to_the_base_of_60(write):
+    assert "args.seed" in (said := complaint([TOY, write("args:\n  seed: 16:9\n")])) and "is '16:9'" in said
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
+from sgm.data.cache_folder import LocalFolder
 from sgm.data.formats.webdataset import Member
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import write_safetensors
@@ -69,7 +70,7 @@ def test_a_shard_with_failures_is_unfinished_and_rewritten_atomically(tmp_path, 
     given = description()
     write(tmp_path, given, b="is damaged")
     assert given.unfinished(tmp_path) == [0] and given.missing(tmp_path) == []
-    assert given.failures(tmp_path) == {"b": "is damaged"}
+    assert given.failures(LocalFolder(tmp_path)) == {"b": "is damaged"}
     assert read_shard(tmp_path, given, 0).keys() == {"a"} and read_shard(tmp_path, given, 1).keys() == {"c"}
 
     def die(*_, **__):

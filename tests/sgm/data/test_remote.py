@@ -2,10 +2,12 @@
 
 import copy
 import io
+import os
 import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import cast
@@ -21,8 +23,9 @@ from sgm.data.cache import CachedTensors, Description, begin, upload_cache, writ
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.data.remote import objects
+from sgm.data.remote.folder import RemoteFolder
 from sgm.data.remote.objects import RemoteFile, look_up
-from sgm.data.remote.store import RefusedError, RemoteError, Store, configure
+from sgm.data.remote.store import RefusedError, RemoteError, Store
 from sgm.training.main import main
 from sgm.training.prepare import prepare
 from sgm.urls import is_url, redacted, url_problem
@@ -66,14 +69,17 @@ def shards(tmp_path_factory) -> Path:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` are used up one a request for content: a status, or 'cut', or 'slow'."""
+    """Serves a folder; `faults` are used up one a request for content: a status, or 'cut', or 'slow'.
+
+    `marks` are the headers that tell a version, and `requests` those that were answered.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.ranges, self.requests = folder, [], True, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.folder, self.faults, self.ranges, self.requests, self.marks = folder, [], True, [], ("ETag",)
+        self.url, self.store = f"http://127.0.0.1:{self.server_port}", Store()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         content, status = path.read_bytes(), 200
-        etag = str(hash(content))
+        marks = {"ETag": f'"{hash(content)}"', "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True)}
+        whole = len(content)
         if server.ranges and (wanted := self.headers.get("Range")):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             content, status = content[int(first) : int(last or len(content)) + 1], 206
@@ -108,7 +115,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(0.4)
         self.send_response(status)
-        self.send_header("ETag", etag)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}")
+        for name in server.marks:
+            self.send_header(name, marks[name])
         self.send_header("Content-Length", str(len(content)))
         if server.ranges:
             self.send_header("Accept-Ranges", "bytes")
@@ -133,14 +143,14 @@ def the_server(shards):
 @pytest.fixture
 def server(the_server, tmp_path, monkeypatch):
     """The server in good order, with an empty store here."""
-    the_server.faults, the_server.ranges, the_server.requests = [], True, []
+    the_server.faults, the_server.ranges, the_server.requests, the_server.marks = [], True, [], ("ETag",)
     monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
-    configure(str(tmp_path / "store"), 1, 3)
+    the_server.store = Store(tmp_path / "store", retries=3)
     return the_server
 
 
-def dataset(data_dir: str | Path) -> SFTDataset:
-    return SFTDataset(data_dir=data_dir, **SETTINGS)
+def dataset(data_dir: str | Path, store: Store | None = None) -> SFTDataset:
+    return SFTDataset(data_dir=data_dir, store=store, **SETTINGS)
 
 
 def assert_same(remote: SFTDataset, local: SFTDataset) -> None:
@@ -154,11 +164,11 @@ def assert_same(remote: SFTDataset, local: SFTDataset) -> None:
 def test_a_url_gives_the_samples_of_the_folder(name, shards, tmp_path):
     import fsspec
 
-    configure(str(tmp_path), 1, 0)
+    store = Store(tmp_path, retries=0)
     system = fsspec.filesystem("memory")
     system.put(str(shards), "/bucket/clips", recursive=True)
     try:
-        assert_same(dataset(f"memory://bucket/clips{name}"), dataset(f"file://{shards}"))
+        assert_same(dataset(f"memory://bucket/clips{name}", store), dataset(f"file://{shards}"))
     finally:
         system.rm("/bucket", recursive=True)
 
@@ -167,19 +177,19 @@ def test_a_url_gives_the_samples_of_the_folder(name, shards, tmp_path):
 def test_http_is_read_by_clip_or_whole_and_once(ranges, server, shards):
     server.ranges = ranges
     url = f"{server.url}/clips/{{000..001}}.tar"
-    assert_same(dataset(url), dataset(shards))
+    assert_same(dataset(url, server.store), dataset(shards))
     server.requests.clear()
-    assert_same(dataset(url), dataset(shards))  # from the index and the store
+    assert_same(dataset(url, server.store), dataset(shards))  # from the index and the store
     gets = [name for command, name, _ in server.requests if command == "GET"]
     assert sorted(gets) == ["/clips/000.tar", "/clips/001.tar"], "each server is asked once whether it sends parts"
-    entries = [*Path(dataset(url).rows[0].path.container.store.folder).glob("entries/*/*")]  # type: ignore[union-attr]
+    entries = [*Path(dataset(url, server.store).rows[0].path.container.store.folder).glob("entries/*/*")]  # type: ignore[union-attr]
     assert len(entries) == (6 if ranges else 2)
 
 
 @pytest.mark.parametrize("faults", [[500, 503], ["cut", "cut"], [429, "cut"], ["slow"]], ids=str)
 def test_failures_that_pass_change_nothing(faults, server, shards, monkeypatch, caplog):
     monkeypatch.setattr(objects, "_SILENCE_S", 0.2)
-    local, remote = dataset(shards), dataset(f"{server.url}/clips/{{000..001}}.tar")
+    local, remote = dataset(shards), dataset(f"{server.url}/clips/{{000..001}}.tar", server.store)
     server.faults = list(faults)
     with caplog.at_level("WARNING", "sgm"):
         assert torch.equal(remote[4]["mp4"], local[4]["mp4"])
@@ -192,7 +202,7 @@ def test_failures_that_pass_change_nothing(faults, server, shards, monkeypatch, 
     "fault, said", [(500, "4 attempts failed"), (403, "wants credentials"), (404, "no such object")]
 )
 def test_failures_that_stay_name_url_cause_and_cure(fault, said, server):
-    remote = dataset(f"{server.url}/clips/001.tar")
+    remote = dataset(f"{server.url}/clips/001.tar", server.store)
     server.faults = [fault] * 4
     with pytest.raises(RemoteError, match=said) as caught:
         remote[0]
@@ -200,16 +210,29 @@ def test_failures_that_stay_name_url_cause_and_cure(fault, said, server):
     assert len(server.faults) == (0 if fault == 500 else 3), "only what may pass is asked for again"
 
 
-def test_a_changed_object_is_noticed(server, shards):
+@pytest.mark.parametrize("marks, asked", [(("ETag",), 0), (("Last-Modified",), 0), ((), 1)], ids=str)
+def test_a_sample_takes_one_request_where_the_answer_tells_its_version(marks, asked, server):
+    server.marks = marks
+    remote = dataset(f"{server.url}/clips/000.tar", server.store)
+    server.requests.clear()
+    remote[1]
+    commands = [command for command, _, _ in server.requests]
+    assert commands == (["GET", "HEAD", "GET"] if asked else ["GET"])
+
+
+@pytest.mark.parametrize("marks", [("ETag",), ("Last-Modified",), ()], ids=str)
+def test_a_changed_object_is_noticed(marks, server, shards):
+    server.marks = marks
     target = shards.parent / "changing.tar"
     target.write_bytes((shards / "000.tar").read_bytes())
     url = f"{server.url}/changing.tar"
-    before = dataset(url)
+    before = dataset(url, server.store)
     assert before.captions[0] == "clip 0 of 0"
-    target.write_bytes((shards / "001.tar").read_bytes())
+    target.write_bytes((shards / "001.tar").read_bytes() + b"\0" * (0 if marks else 512))  # else by its size
+    os.utime(target, (10**9, 10**9))
     with pytest.raises(RemoteError, match="changed since this run looked it up"):
         before[0]
-    assert dataset(url).captions[0] == "clip 0 of 1"
+    assert dataset(url, server.store).captions[0] == "clip 0 of 1"
 
 
 def numbers_and_clips(data: SFTDataset, first: int, num_workers: int = 0) -> list[tuple[int, str, torch.Tensor]]:
@@ -224,16 +247,16 @@ def numbers_and_clips(data: SFTDataset, first: int, num_workers: int = 0) -> lis
 
 def test_a_resumed_run_sees_the_clips_of_a_local_one_in_their_order(server, shards, tmp_path):
     local = numbers_and_clips(dataset(shards), 0)
-    remote = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar"), 0, num_workers=1)
-    configure(str(tmp_path / "of another machine"), 1, 3)
+    remote = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar", server.store), 0, num_workers=1)
+    server.store = Store(tmp_path / "of another machine", retries=3)
     server.faults = [None, None, None, 500, "cut"]  # the first two say that the server sends parts
-    resumed = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar"), 6)
+    resumed = numbers_and_clips(dataset(f"{server.url}/clips/{{000..001}}.tar", server.store), 6)
     for (number, name, pixels), (same, its, seen) in zip(local, remote[:6] + resumed, strict=True):
         assert (number, name) == (same, its) and torch.equal(pixels, seen)
 
 
 def test_what_comes_next_is_read_ahead(server, shards):
-    remote = dataset(f"{server.url}/clips/{{000..001}}.tar")
+    remote = dataset(f"{server.url}/clips/{{000..001}}.tar", server.store)
     stream = SampleStream([remote], TrainingOrder([6], seed=3))
     batches = iter(make_loader(stream, first=0, stop=6, rank=0, world=1, micro_batch=1, num_workers=0))
     next(batches)
@@ -297,9 +320,9 @@ def test_one_of_many_readers_fetches_and_a_failed_one_leaves_nothing(tmp_path):
         ("https://host/x.tar?sig", "sig", "https://host/x.tar?***"),
     ],
 )
-def test_urls_with_secrets_are_refused_without_showing_them(url, secret, shown):
+def test_urls_with_secrets_are_refused_without_showing_them(url, secret, shown, tmp_path):
     with pytest.raises(InputError) as caught:
-        dataset(url)
+        dataset(url, Store(tmp_path))
     assert secret not in str(caught.value) and "environment" in str(caught.value)
     assert redacted(f"see '{url}', and more") == f"see '{shown}', and more"
     assert redacted(redacted(f"is {url}, and")) == f"is {shown}, and"
@@ -321,9 +344,8 @@ def test_harmless_urls_are_not_changed():
     [("nosuch://bucket/x.tar", "Protocol not known"), ("memory://none/x.tar", "no such object")],
 )
 def test_wrong_urls_are_input_errors(url, said, tmp_path):
-    configure(str(tmp_path), 1, 3)
     with pytest.raises(InputError, match=said):
-        dataset(url)
+        dataset(url, Store(tmp_path))
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
@@ -332,10 +354,9 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     def missing(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    configure(str(tmp_path), 1, 3)
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(InputError, match=r"Install s3fs.*cogvideox-sat\[remote\]"):
-        look_up("s3://bucket/x.tar")
+        look_up("s3://bucket/x.tar", Store(tmp_path))
 
 
 def test_a_remote_file_has_a_stamp_that_changes_with_its_content(tmp_path):
@@ -379,36 +400,42 @@ def finished_cache(folder: Path) -> Description:
 
 
 def test_a_cache_is_uploaded_once_and_read_by_result(bucket, tmp_path):
-    configure(str(tmp_path / "store"), 1, 0)
-    description, url = finished_cache(tmp_path / "cache"), "memory://bucket/cache"
-    assert upload_cache(tmp_path / "cache", url, [description]) == 4
-    assert upload_cache(tmp_path / "cache", url, [description]) == 0
-    local, remote = CachedTensors(tmp_path / "cache", "latents"), CachedTensors(url, "latents")
+    store, url = Store(tmp_path / "store", retries=0), "memory://bucket/cache"
+    description, there = finished_cache(tmp_path / "cache"), RemoteFolder(url, store)
+    assert upload_cache(tmp_path / "cache", there, [description]) == 4
+    assert upload_cache(tmp_path / "cache", RemoteFolder(url, store), [description]) == 0
+    local, remote = CachedTensors(tmp_path / "cache", "latents"), CachedTensors(url, "latents", store=store)
     assert remote.is_remote and remote.failures == local.failures == {"b": "is damaged"} and [*remote] == [*local]
     remote.prefetch("c")
     bucket.rm("/bucket/cache/latents-00001.safetensors")
     assert all(torch.equal(copy.copy(remote)[key], local[key]) for key in local), "c is here"
+    (tmp_path / "store").rename(tmp_path / "lost")
+    late = copy.deepcopy(remote)
+    late.prefetch("c")
+    with pytest.raises(RemoteError, match="latents-00001.safetensors: .*no such object"):
+        late["c"]
     with pytest.raises(InputError, match="1 of 2 shards of latents are missing"):
-        CachedTensors(url, "latents")
+        CachedTensors(url, "latents", store=store)
     bucket.pipe("/bucket/cache/latents-00001.safetensors", b"something else")
     with pytest.raises(InputError, match="latents-00001.safetensors is damaged"):
-        CachedTensors(url, "latents")
+        CachedTensors(url, "latents", store=store)
     with pytest.raises(InputError, match="'memory://bucket/none' has no text.json"):
-        CachedTensors("memory://bucket/none", "text")
+        CachedTensors("memory://bucket/none", "text", store=store)
 
 
 def test_a_store_that_cannot_be_written_says_so(server, tmp_path):
     description = finished_cache(tmp_path / "cache")
     with pytest.raises(RemoteError, match=f"{server.url}/cache/latents-0000"):
-        upload_cache(tmp_path / "cache", f"{server.url}/cache", [description])
+        upload_cache(tmp_path / "cache", RemoteFolder(f"{server.url}/cache", server.store), [description])
 
 
 @pytest.fixture
-def s3(monkeypatch, tmp_path):
+def s3(monkeypatch):
     """A bucket of a local server of S3, and credentials for it in the environment."""
-    s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra remote")
-    moto = pytest.importorskip("moto.server", reason="the local server of S3 is moto[server]")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
@@ -416,27 +443,45 @@ def s3(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
-    configure(str(tmp_path / "store"), 1, 1)
     s3fs.S3FileSystem.clear_instance_cache()
     system = s3fs.S3FileSystem()
     system.mkdir("bucket")
     yield system
+    system.rm("bucket", recursive=True)
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path, monkeypatch):
+def test_s3_is_asked_once_for_a_sample_and_a_changed_object_is_noticed(s3, shards, tmp_path, monkeypatch):
+    asked, call = [], type(s3)._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        asked.append(method)
+        return await call(self, method, *args, **kwargs)
+
     s3.put(str(shards), "bucket/", recursive=True)
-    assert_same(dataset("s3://bucket/clips"), dataset(shards))
-    description = finished_cache(tmp_path / "cache")
-    assert upload_cache(tmp_path / "cache", "s3://bucket/cache", [description]) == 4
-    assert torch.equal(CachedTensors("s3://bucket/cache", "latents")["c"], torch.full((4,), 7.0))
+    remote = dataset("s3://bucket/clips/001.tar", Store(tmp_path / "store", retries=1))
+    monkeypatch.setattr(type(s3), "_call_s3", counted)
+    assert torch.equal(remote[1]["mp4"], dataset(shards)[4]["mp4"])
+    assert asked == ["get_object"]
+    s3.put(str(shards / "000.tar"), "bucket/clips/001.tar")
+    with pytest.raises(RemoteError, match="changed since this run looked it up"):
+        remote[2]
+
+
+def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path, monkeypatch):
+    store = Store(tmp_path / "store", retries=1)
+    s3.put(str(shards), "bucket/", recursive=True)
+    assert_same(dataset("s3://bucket/clips", store), dataset(shards))
+    description, there = finished_cache(tmp_path / "cache"), RemoteFolder("s3://bucket/cache", store)
+    assert upload_cache(tmp_path / "cache", there, [description]) == 4
+    assert torch.equal(CachedTensors("s3://bucket/cache", "latents", store=store)["c"], torch.full((4,), 7.0))
     with pytest.raises(InputError, match=r"s3://bucket/none.tar: .*no such object"):
-        dataset("s3://bucket/none.tar")
+        dataset("s3://bucket/none.tar", store)
     kept = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
     assert b"the-secret" not in kept and b"the-key" not in kept
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("HOME", str(tmp_path))
     type(s3).clear_instance_cache()
     with pytest.raises(InputError, match=r"s3://bucket/clips/001.tar: .*credentials"):
-        dataset("s3://bucket/clips/001.tar")
+        dataset("s3://bucket/clips/001.tar", store)

@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,13 @@ def test_unreadable_prompt_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt' is not UTF-8 text \(byte 1\)"):
         read_prompts(tmp_path / "latin.txt", image2video=False)
+
+
+def test_only_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "named pipe"), (Path("/dev/zero"), "device"), (tmp_path, "folder")):
+        with pytest.raises(InputError, match=f"cannot be read: it is a {kind}, not a file"):
+            read_prompts(path, image2video=False)
 
 
 def test_a_file_that_is_no_text_is_refused_and_control_characters_are_mentioned(tmp_path, caplog):

@@ -125,7 +125,13 @@ def test_the_parent_of_the_transformer_folder_names_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("latest", "message"),
-    [("2000", "names the folder '2000', which does not exist"), ("", "is empty"), ("bare", "bare has no mp_rank_00")],
+    [
+        ("2000", "names the folder '2000', which does not exist"),
+        ("9" * 5000, "names the folder '9+ ... 9+', which does not exist"),
+        ("", "is empty"),
+        ("bare", "bare has no mp_rank_00"),
+    ],
+    ids=["2000", "long", "empty", "bare"],
 )
 def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, message):
     make_iterations(tmp_path, "1000")
@@ -133,6 +139,15 @@ def test_a_latest_that_leads_nowhere_names_what_is_there(tmp_path, latest, messa
     (tmp_path / "latest").write_text(latest)
     with pytest.raises(InputError, match=message + ".*iterations here: 1000;"):
         find_weights(tmp_path)
+
+
+def test_a_pipe_and_tensors_without_values_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no file, but a pipe, socket or device"):
+        find_weights(tmp_path / "pipe")
+    torch.save({"module": {"a": torch.ones(2), "b": torch.ones(2, device="meta")}}, tmp_path / "meta.pt")
+    with pytest.raises(InputError, match="meta.pt holds no values of b: it was saved from the meta device"):
+        read_tensors(tmp_path / "meta.pt")
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):

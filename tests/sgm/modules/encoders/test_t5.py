@@ -275,6 +275,14 @@ def test_garbage_in_json_files(own_t5_dir):
     assert "index.json is not an index" in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "size"), [("num_layers", -1), ("num_layers", 10**6), ("d_kv", "x"), ("d_ff", 1.5)])
+def test_sizes_that_no_encoder_has(own_t5_dir, name, size):
+    config = json.loads((own_t5_dir / "config.json").read_text())
+    (own_t5_dir / "config.json").write_text(json.dumps(config | {name: size}))
+    with pytest.raises(InputError, match=f"config.json: {name} is '?{size}'?; expected a whole number from 1 to"):
+        FrozenT5Embedder(str(own_t5_dir)).check()
+
+
 def test_weights_of_another_size(own_t5_dir):
     config = json.loads((own_t5_dir / "config.json").read_text())
     for change in ({"d_ff": 128}, {"num_layers": 3}):
