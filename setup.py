@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 # Files beside the modules go into one folder of a wheel; sgm/project.py finds them there.
 FILES = ("tools", "configs", "assets")
-OF_THE_PROJECT = {"key_table", "model_table", "parallel_table"}  # tools that write its own files
+OF_THE_PROJECT = {"key_table", "model_table", "parallel_table", "scaling_table"}  # tools that write its own files
 TOOLS = sorted({path.stem for path in Path(__file__).parent.glob("tools/*.py")} - OF_THE_PROJECT)
 
 setup(

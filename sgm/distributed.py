@@ -134,7 +134,8 @@ def _start_launched() -> None:
     global _peers, _store
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # for groups created by SAT and DeepSpeed
         setattr(dist.distributed_c10d, name, _timeout)
-    if torch.accelerator.is_available():
+    own = device()
+    if own.type != "cpu" and torch.accelerator.device_count() > 1:  # of one, a launcher has shown each rank its own
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         # torchrun keeps its store across restarts, with the addresses of the old processes.

@@ -69,7 +69,12 @@ PEERS = {
     "sgm.modules": "encoders",
 }
 # What is computed or done once in a process, and would be again without them.
-MEMOS = {"sgm.checks.meta_run._results", "sgm.checks.measure._measured", "sgm.io._cleaned"}
+MEMOS = {
+    "sgm.checks.meta_run._results",
+    "sgm.checks.measure._measured",
+    "sgm.checks.scaling.step_time._flops",
+    "sgm.io._cleaned",
+}
 SAT_USERS = ("dit_video_concat", "sgm.modules.linears", "sgm.modules.lora", "sgm.distributed")
 
 MAX_LINES, MAX_FUNCTION = 600, 60

@@ -454,7 +454,8 @@ def write_sheet(runs: Sequence[Run], path: Path) -> int:
 
     from sgm.inference.video import contact_sheet
 
-    shown = [(run.name, results(run.folder / "videos")) for run in runs if (run.folder / "videos").is_dir()]
+    sampled = [run for run in runs if any((run.folder / "videos").rglob("*.mp4"))]  # others failed, or have no prompts
+    shown = [(run.name, results(run.folder / "videos")) for run in sampled]
     rows = [
         (f"{name}: {videos[number][0]}", videos[number][1])
         for number in range(max((len(videos) for _, videos in shown), default=0))

@@ -237,7 +237,7 @@ def training_estimate(
         phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others = _validation_usage(config, batch, dtype, phases)
+        sampled, others = _validation_usage(config, batch, (latents, *size), dtype, phases)
         if sampled < others - frozen * away:
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
@@ -310,17 +310,28 @@ def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
 
 
 def _validation_usage(
-    config: Config, batch: int, dtype: torch.dtype, phases: Mapping[str, Mapping[str, float]]
+    config: Config,
+    batch: int,
+    clip: tuple[int, int, int],
+    dtype: torch.dtype,
+    phases: Mapping[str, Mapping[str, float]],
 ) -> tuple[float, float]:
-    """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples."""
+    """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples.
+
+    The network computes the loss of `batch` clips (T, H, W), or of ``args.eval_batch_size``, and then samples.
+    """
     args = config.args
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
     geometry = Geometry.from_network(params_of(config.model["network_config"]))
     plan: SamplingPlan = check_sampling(args, geometry)
     size = default(plan.size, geometry.nearest_size(*FREE_SIZE))
     samples = args.batch_size * _branches(config)
-    together = max(samples, (args.eval_batch_size or 0) * (1 + takes_pairs(config)) or batch)
-    network = once(network_usage, config, (plan.latents_at_once, *size), together, dtype).peak
+    clips = (args.eval_batch_size or 0) * (1 + takes_pairs(config)) or batch
+    network = max(
+        once(network_usage, config, clip, clips, dtype).peak,
+        once(network_usage, config, (plan.latents_at_once, *size), samples, dtype).peak
+        + _step_cache_bytes(config, geometry, plan.latents, size, dtype),
+    )
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
     if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
         peaks.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)).peak)

@@ -14,7 +14,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION, Geometry
-from sgm.util import InputError
+from sgm.util import InputError, default
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import Storage, linear_layers, store
 
@@ -64,7 +64,7 @@ def _vae_part(config: Config, work: Any, _: bool) -> list[Any]:
     """Return what a measurement of encoding or decoding depends on."""
     section = config.model["first_stage_config"]
     if work is encode_usage:
-        return [section]
+        return [section, _encodes_tiles(config)]
     params = {name: value for name, value in params_of(section).items() if name != "encode_chunk"}
     channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
     together = config.model.get("en_and_decode_n_samples_a_time")
@@ -212,9 +212,10 @@ def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torc
     args = config.args
     channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
     batch, frames, height, width = latents
-    together = config.model.get("en_and_decode_n_samples_a_time") or (1 if args.vae_slicing else batch)
 
     def run(vae: Any) -> torch.Tensor:
+        sliced = default(args.vae_slicing, hasattr(vae, "enable_slicing"))
+        together = config.model.get("en_and_decode_n_samples_a_time") or (1 if sliced else batch)
         if hasattr(vae, "decodes_everywhere"):
             vae.decodes_everywhere = False
         if args.vae_tiling and hasattr(vae, "enable_tiling"):
@@ -234,10 +235,17 @@ def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype
     """Measure encoding one clip: frames, height, width."""
 
     def run(vae: Any) -> torch.Tensor:
+        if _encodes_tiles(config) and hasattr(vae, "enable_tiling"):
+            vae.enable_tiling()
         clip = torch.empty(1, video[0], 3, *video[1:], device=DEVICE)
         return vae.encode_moments(clip.transpose(1, 2).to(dtype))
 
     return _vae_usage(config, run, dtype)
+
+
+def _encodes_tiles(config: Config) -> bool:
+    """Whether clips are encoded in tiles: in sampling alone, since they change what training learns from."""
+    return config.args.vae_tiling and config.mode == "inference"
 
 
 def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype) -> Usage:

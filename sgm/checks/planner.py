@@ -61,7 +61,7 @@ def _phases(names: str) -> frozenset[str]:
 
 
 _LOWMEM = "pip install 'cogvideox-sat[lowmem]'"
-_TILES = "the VAE decodes tiles, which are blended"
+_TILES = "the VAE works in tiles, which are blended"
 
 # Exact ones first, and among them those that cost least.
 SAMPLING = (
@@ -69,7 +69,7 @@ SAMPLING = (
     Change("args.network_offload=cpu", _phases("encode decode"), "copies the network once a prompt"),
     Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
     Change("args.network_offload=blocks", _phases("network"), "copies the network in each step, while it computes"),
-    Change("args.vae_tiling=true", _phases("decode"), _TILES, exact=False),
+    Change("args.vae_tiling=true", _phases("encode decode"), _TILES, exact=False),
     Change("args.weights=int8", _phases("network decode"), "the network in 8 bits", exact=False, needs=_LOWMEM),
     Change("args.text_encoder_weights=int8", _phases("text"), "T5 in 8 bits", exact=False, needs=_LOWMEM),
 )
@@ -151,10 +151,13 @@ def written_without_files(report: Callable[[], str], write: Callable[[str], obje
 
 
 def room_on(device: torch.device) -> float | None:
-    """Return the bytes that a run may take on a device now; None for a CPU."""
+    """Return the bytes that a run may take on a device now; None for a CPU, and a device in the host's memory."""
     if device.type == "cpu":
         return None
-    free, total = torch.get_device_module(device).mem_get_info(device)
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):  # one that shares the host's memory
+        return None
+    free, total = module.mem_get_info(device)
     return min(free, ROOM * total)
 
 
@@ -187,7 +190,10 @@ def fit(estimate_of: EstimateOf, room: float, changes: Iterable[Change]) -> tupl
             chosen, current = [*chosen, change], found
     for change in chosen[:-1]:  # a later one may do the work of an earlier one
         fewer = [other for other in chosen if other is not change]
-        found = estimate_of([other.setting for other in fewer])
+        try:
+            found = estimate_of([other.setting for other in fewer])
+        except ConfigError:  # it makes a later one possible
+            continue
         if found.peak <= max(room, current.peak):
             chosen, current = fewer, found
     return chosen, current

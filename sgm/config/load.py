@@ -297,6 +297,7 @@ def _one_precision(section: Mapping[str, Any], merged: Merged) -> Mapping[str, A
         return section
     earlier, later = sorted(places, key=lambda name: merged.sources.index(places[name]))
     merged.warnings.append(f"args.{earlier} has no effect: {places[later]}, a later file, sets args.{later}")
+    merged.values["args"][earlier] = None  # also in the configuration that the run folder gets
     return {**section, earlier: None}
 
 

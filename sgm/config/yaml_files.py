@@ -135,6 +135,9 @@ class ConfigError(InputError):
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{count} in the configuration:", *(f"  - {problem}" for problem in problems)]))
 
+    def __reduce__(self) -> Any:  # to reach other ranks
+        return type(self), (self.problems,)
+
 
 def _in_the_project(problems: Sequence[Problem]) -> list[str]:
     """Return the relative paths that problems call missing, and that exist in the project's folder."""
@@ -345,7 +348,7 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
 
 def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     name, equals, text = override.partition("=")
-    keys = [int(key) if key.isdigit() else key for key in name.strip().split(".")]
+    keys = [int(key) if key.isdecimal() else key for key in name.strip().split(".")]
     keys[-1] = ALIASES.get(tuple(keys), keys[-1])
     source = f"command line: {shortened(override)}"
     cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"

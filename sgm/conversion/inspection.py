@@ -293,6 +293,8 @@ def _weights(path: Path) -> Inspection:
         files = sorted(path.glob("adapter_model.*"))
     else:
         files = find_files(path)
+    if not files:
+        raise InputError(f"{path} has an adapter_config.json and no adapter_model file beside it; copy both")
     tensors: dict[str, AnyTensor] = {}
     for file in files:
         tensors |= read_tensors(file)

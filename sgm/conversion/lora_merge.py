@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.nn.functional import pad
 
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
 from sgm.log import get_logger
@@ -22,13 +23,12 @@ from sgm.weights.adapters import (
     adapters_alone,
     find_base,
     is_adapter,
-    read_adapter_info,
     short_names,
 )
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
-from sgm.weights.lora.files import Lora, find_any_lora, is_sat, network_of, read_any_lora, warn_without_effect
+from sgm.weights.lora.files import Lora, is_sat, network_of, read_any_lora, records_alpha, warn_without_effect
 from sgm.weights.lora.merging import kronecker_changes, merge_adapters
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
@@ -39,17 +39,17 @@ _BASE = "--base_ckpt "
 
 
 def read_loras(paths: Sequence[str | Path], alpha: float | None) -> list[Lora]:
-    """Read LoRAs of any tool; of several, `alpha` is for those in the SAT layout that do not record it.
+    """Read LoRAs of any tool; of several, `alpha` is for those that do not record it.
 
     Raises:
         InputError: as `sgm.weights.lora.files.read_any_lora`.
     """
     loras = []
     for path in paths:
-        file = find_any_lora(path)
-        is_silent = is_sat(file) and read_adapter_info(file) is None
-        loras.append(read_any_lora(path, alpha=alpha if len(paths) == 1 or is_silent else None))
+        loras.append(read_any_lora(path, alpha=alpha if len(paths) == 1 or not records_alpha(path) else None))
         warn_without_effect(loras[-1])
+    if alpha is not None and len(paths) > 1 and all(map(records_alpha, paths)):
+        raise InputError(f"--alpha is {alpha:g}, and every one of these LoRAs records its own; remove --alpha")
     return loras
 
 
@@ -277,9 +277,11 @@ def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> di
         # The product has the singular values of the small one between the two orthogonal bases.
         left, right = torch.linalg.qr(tensors[name_b].double()), torch.linalg.qr(a.double().flatten(1).T)
         u, values, vt = torch.linalg.svd(scale * left.R @ right.R.T)
-        root = values[:rank].sqrt()
-        result[name_a] = ((right.Q @ vt.T[:, :rank]) * root).T.float().reshape(-1, *a.shape[1:])
-        result[name_b] = ((left.Q @ u[:, :rank]) * root).float()
+        num = min(rank, len(values))  # a projection may be narrower
+        root = values[:num].sqrt()
+        rows, columns = ((right.Q @ vt.T[:, :num]) * root).T.float(), ((left.Q @ u[:, :num]) * root).float()
+        result[name_a] = pad(rows, (0, 0, 0, rank - num)).reshape(-1, *a.shape[1:])
+        result[name_b] = pad(columns, (0, rank - num))
     return result
 
 

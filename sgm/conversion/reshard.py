@@ -17,6 +17,7 @@ from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import (
     CONTAINERS,
     SHARD_NAME,
+    file_format,
     find_weights,
     read_entry,
     read_metadata,
@@ -57,7 +58,7 @@ def reshard_checkpoint(path: str | Path, folder: str | Path, *, size: int) -> li
     _require_divisible(file, whole, size)
     _require_equal(file, read_shards(file))
     iteration = file.parent.name if SHARD_NAME.fullmatch(file.name) else "1"
-    relative = [Path(iteration) / shard_name(index, file.suffix.removeprefix(".")) for index in range(size)]
+    relative = [Path(iteration) / shard_name(index, file_format(file)) for index in range(size)]
     need_bytes = sum(meta(tensor).nbytes * (1 if partition_of(name) else size) for name, tensor in whole.items())
     extras = _extras(file)
     with new_folder(folder, need_bytes=need_bytes) as temporary:
@@ -101,7 +102,7 @@ def _require_equal(file: Path, shards: Sequence[Mapping[str, LazyTensor]]) -> No
 def _extras(file: Path) -> dict[str, Any]:
     """Return the extra entries of the first file, or its header metadata."""
     read_entry(file, ENTRY)  # raises if the shards describe their adapters differently
-    if file.suffix == ".safetensors":
+    if file_format(file) == "safetensors":
         return dict(read_metadata(file))
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     return {key: value for key, value in content.items() if key not in CONTAINERS and content.keys() & CONTAINERS}

@@ -330,7 +330,9 @@ class SATVideoDiffusionEngine(nn.Module):
 
         def converted(chunk: torch.Tensor) -> list[torch.Tensor]:
             self._require_video(chunk, latents, chunk.shape[2])
-            return [convert(one.float()) for one in rearrange(chunk, "b c t h w -> b t c h w")]
+            # A few frames at a time: of tiles, the chunk is the whole video, and float32 is twice as large.
+            whole = rearrange(chunk, "b c t h w -> b t c h w")
+            return [torch.cat([convert(frames.float()) for frames in one.split(8)]) for one in whole]
 
         videos: list[torch.Tensor] = []
         for part in latents.split(together):

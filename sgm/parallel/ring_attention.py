@@ -216,10 +216,11 @@ def _flash_backward(
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
     outs, sums = [], []
-    for queries in q.float().split(_query_chunk(q, k), dim=2):
-        scores = queries @ k.float().mT / math.sqrt(q.shape[-1])
+    q, k, v = (x.float() for x in (q, k, v))
+    for queries in q.split(_query_chunk(q, k), dim=2):
+        scores = queries @ k.mT / math.sqrt(q.shape[-1])
         sums.append(scores.logsumexp(-1))
-        outs.append(scores.softmax(-1) @ v.float())
+        outs.append(scores.softmax(-1) @ v)
     return torch.cat(outs, 2), torch.cat(sums, 2), ()
 
 

@@ -217,7 +217,7 @@ def ranks_and_layers(tensors: Tensors) -> tuple[set[int], tuple[int, ...]]:
 def initial_matrix(
     name: str, shape: Sequence[int], shard: Shard, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return a matrix before training, float32: uniform as in He et al. 2015 with a = √5, or zero, as B is.
+    """Return what is added to a network before training, float32: uniform as in He et al. 2015, a = √5, or zero.
 
     Args:
         name: of the matrix.
@@ -226,7 +226,7 @@ def initial_matrix(
         generator: CPU generator; None uses torch's global one.
     """
     whole = torch.zeros(unsharded_shape(name, shape, shard.size))
-    if not starts_at_zero(name):
+    if is_adapter(name) and not starts_at_zero(name):  # the columns of a control start at zero, too
         nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
     return take_shard(name, whole, shard)
 
@@ -389,6 +389,14 @@ def _groups(params: Mapping[str, Any]) -> Sequence[str]:
     return given if isinstance(given, str) else tuple(given)
 
 
+def _alpha_of(params: Mapping[str, Any], numerator: float) -> float:
+    """Return the ``lora_alpha`` for which `scale_numerator` is `numerator`."""
+    if not params.get("rank_stabilized"):
+        return numerator
+    alpha = numerator / math.sqrt(params["r"])
+    return float(round(alpha)) if math.isclose(alpha, round(alpha)) else alpha  # as it was typed
+
+
 def scale_numerator(params: Mapping[str, Any]) -> float:
     """Return the numerator of the scale, over r, of a ``lora_config``: its alpha, of rsLoRA alpha·√r."""
     alpha = default(params.get("lora_alpha"), 1)
@@ -460,13 +468,19 @@ def _holds_adapters(load: str | None) -> bool:
     return load is not None and any(map(is_adapter, read_names(find_weights(load))))
 
 
-def keep_alpha(config: Config, alpha: float, reason: str) -> Config:
+def keep_alpha(config: Config, numerator: float, reason: str) -> Config:
     """Return `config` with the alpha of its checkpoint, if its own is that of a shipped file, meant for new adapters.
 
     An alpha in any other file or on the command line stays.
+
+    Args:
+        config: with a ``lora_config``.
+        numerator: of the scale in the checkpoint, see `scale_numerator`.
+        reason: the beginning of a message.
     """
     params = _modules(config.model)["lora_config"].get("params") or {}
     source = config.origins.get(f"{_LORA_PARAMS}.lora_alpha", "")
+    alpha = _alpha_of(params, numerator)
     if params.get("lora_alpha") in (None, alpha) or not _SHIPPED.search(source):
         return config
     logger.info("%s alpha %g, which is used in place of that for new adapters in %s", reason, alpha, source)
@@ -480,7 +494,7 @@ def _differences(info: AdapterInfo, config: Config) -> Iterator[Problem]:
     params = _modules(config.model)["lora_config"].get("params") or {}
     pairs = {
         "r": (params.get("r"), info.rank),
-        "lora_alpha": (scale_numerator(params), info.alpha),
+        "lora_alpha": (default(params.get("lora_alpha"), 1), _alpha_of(params, info.alpha)),
         "layer_range": (list(_layers(params, config.model)), list(info.layers)),
         "targets": (sorted(_groups(params)), sorted(info.groups)),
         "kind": (default(params.get("kind"), "lora"), info.kind),

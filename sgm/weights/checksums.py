@@ -304,6 +304,8 @@ def header_checksums(raw: bytes) -> Checksums | None:
         return None
     header = parse_json(raw)
     metadata = header.pop("__metadata__")
+    if not {KEY, OLD_KEY} & metadata.keys():  # others write their header in this order, too
+        return None
     names = sorted(header, key=lambda name: header[name]["data_offsets"])
     key = OLD_KEY if OLD_KEY in metadata else KEY
     digits, length, hashed = metadata.get(key, ""), _DIGITS[key], _HASHES[key]()

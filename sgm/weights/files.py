@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -250,6 +250,8 @@ def verify_file(path: Path) -> bool:
         # The bytes of an archive are compared above, and again only to name the tensors of a damaged one.
         tensors = [*_read_stored(path, compare=bool(entry) or _is_safetensors(path, head)).values()]
     except InputError:
+        if _is_safetensors(path, head):
+            raise
         tensors = []  # a training state, of which only the bytes are compared
     with checked_ahead(tensors):
         for tensor in tensors:
@@ -432,6 +434,15 @@ def _read_head(path: Path) -> tuple[int, bytes]:
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run: git lfs pull")
     return size, head
+
+
+def file_format(path: Path) -> Literal["pt", "safetensors"]:
+    """Return the format of a weights file, by its content.
+
+    Raises:
+        InputError: there is no such file, or it is empty.
+    """
+    return "safetensors" if _is_safetensors(path, _read_head(path)[1]) else "pt"
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:

@@ -105,3 +105,16 @@ def test_shards_with_different_replicated_tensors_are_not_joined(golden, tmp_pat
     assert reshard(tmp_path / "two", tmp_path / "one", 1) == 2
     assert "time_embed.0.bias, which is replicated, differs" in capsys.readouterr().err
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize(("name", "written"), [("w.pth", "pt"), ("w.pt", "safetensors")])
+def test_the_format_goes_by_the_content(golden, tmp_path, name, written):
+    tensors = {
+        name: compute(each) for name, each in read_tensors(find_weights(golden / FAMILIES[0] / "transformer")).items()
+    }
+    if written == "pt":
+        torch.save({"module": tensors}, tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    assert reshard(tmp_path / name, tmp_path / "out", 2) == 0
+    assert find_weights(tmp_path / "out").suffix == f".{written}"

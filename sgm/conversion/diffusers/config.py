@@ -323,7 +323,11 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it is another scheduler.
     """
-    _require(config, {name: _FIXED_SCHEDULER[name] for name in ("prediction_type", "rescale_betas_zero_snr")}, "it")
+    _require(
+        config,
+        {name: _FIXED_SCHEDULER[name] for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")},
+        "it",
+    )
     _require_types(config, _SCHEDULER_TYPES, (), "scheduler_config.json")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_train_timesteps"}
     params = {

@@ -226,6 +226,11 @@ def _transformer(
         lora_params = params["modules"]["lora_config"].get("params") or {}
         alpha = scale_numerator(lora_params)
         if adapters == "keep":
+            if fold_image_scale and not {*PATCH_WEIGHTS[2:]}.isdisjoint(own):
+                raise InputError(
+                    "--fold_image_scale changes the patch projection, and --lora keep leaves adapters of it out of the "
+                    "transformer; merge them (--lora merge)"
+                )
             if geometry.control_channels:
                 raise InputError(
                     "the adapters were trained with a control, whose columns of the patch projection no LoRA file of "

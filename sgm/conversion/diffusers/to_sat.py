@@ -28,7 +28,7 @@ from sgm.conversion.writing import new_folder, total_bytes, write_network
 from sgm.io import parse_json, reason_of
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
-from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
+from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
 from sgm.weights.checksums import write_safetensors
@@ -202,8 +202,11 @@ def sat_model_of(
         template = _shipped(stored["transformer"]) if unknown else None
         base = model_yaml(configs, template=template)
         if "transformer" in stored:
-            own = next(iter(stored["transformer"].tensors.values())).dtype
-            base["model"]["precision"] = precision_name(default(dtype, own))
+            own = default(dtype, next(iter(stored["transformer"].tensors.values())).dtype)
+            if own not in PRECISIONS.values():
+                found = f"{parts['transformer']} is stored in {str(own).removeprefix('torch.')}"
+                raise InputError(f"{found}, in which no model is run; give the precision to write: --dtype bf16")
+            base["model"]["precision"] = precision_name(own)
     network = autoencoder = None
     if "transformer" in stored:
         network = _network(stored["transformer"], base, dtype)

@@ -20,7 +20,7 @@ from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
 from sgm.weights.adapters import is_adapter
-from sgm.weights.architecture import PATCH_WEIGHT, POSITION_TABLE, describe_architecture
+from sgm.weights.architecture import PATCH_WEIGHT, PATCH_WEIGHTS, POSITION_TABLE, describe_architecture
 
 logger = get_logger(__name__)
 
@@ -144,12 +144,13 @@ def _patch_size(source: Source, section: Mapping[str, Any] | None) -> tuple[int,
     if section is not None:
         return Geometry.from_network(section["params"]).patch_size
     shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
-    if len(shapes[PATCH_WEIGHT]) == 4:
-        return 1, shapes[PATCH_WEIGHT][2], shapes[PATCH_WEIGHT][3]
+    patch = next((shapes[name] for name in PATCH_WEIGHTS[:2] if name in shapes), ())  # with and without LoRA
+    if len(patch) == 4:
+        return 1, patch[2], patch[3]
     found = describe_architecture(shapes)
     if found is None or found.temporal_patch is None:
         raise InputError(
-            f"{source.path}: the shape {shapes[PATCH_WEIGHT]} of {PATCH_WEIGHT} does not tell the size of patches; "
+            f"{source.path}: the shape {patch} of {PATCH_WEIGHT} does not tell the size of patches; "
             "give the model with --base"
         )
     return found.temporal_patch, 2, 2  # as describe_architecture assumes

@@ -20,7 +20,7 @@ from sgm.weights.adapters import (
 from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
 from sgm.weights.lazy import AnyTensor, Tensors, compute
-from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
+from sgm.weights.lora.foreign import find_lora, read_diffusers_lora, records_scale
 from sgm.weights.lora.lokr import completed, in_parts
 from sgm.weights.lora.names import groups_of, starts_at_zero
 from sgm.weights.stored import require_floating
@@ -80,8 +80,9 @@ def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str =
     Raises:
         InputError: as `read_lora` and `sgm.weights.lora.foreign.read_diffusers_lora`.
     """
-    if is_sat(find_any_lora(path)):
-        return read_lora(path, alpha=alpha, option=option)
+    file = find_any_lora(path)
+    if is_sat(file):
+        return read_lora(file, alpha=alpha, option=option)
     other = read_diffusers_lora(path, alpha=alpha, option=option)
     return Lora(
         path=other.path,
@@ -101,6 +102,12 @@ def find_any_lora(path: str | Path) -> Path:
     folder = Path(path)
     sat = folder.is_dir() and ((folder / "latest").is_file() or any(folder.glob(f"{WEIGHTS}.*")))
     return find_weights(folder) if sat else find_lora(folder)
+
+
+def records_alpha(path: str | Path) -> bool:
+    """Return whether the file that `read_any_lora` reads says its alpha."""
+    file = find_any_lora(path)
+    return read_adapter_info(file) is not None if is_sat(file) else records_scale(file)
 
 
 def is_sat(file: Path) -> bool:

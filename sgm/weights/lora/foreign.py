@@ -149,6 +149,13 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
     return DiffusersLora(path=file, rank=rank, alpha=alpha, pairs=pairs, magnitudes=magnitudes)
 
 
+def records_scale(file: Path) -> bool:
+    """Return whether a LoRA file, or the configuration of PEFT beside it, says by what its product is scaled."""
+    found = _matrices(file).values()
+    in_tensors = any(side == "alpha" or side.startswith("lokr_") for own in found for side in own)
+    return in_tensors or any(config.get("lora_alpha") is not None for _, config in _configs(file))
+
+
 def _read_kronecker(
     file: Path, found: Mapping[Module, Mapping[str, StoredTensor]], given: float | None, option: str
 ) -> DiffusersLora:

@@ -40,6 +40,17 @@ def sizes(x: float, y: float, **savings: tuple[float, float]):
     return estimate_of
 
 
+def needing(setting, other, estimate_of):
+    """Return a function of estimates that refuses `setting` without another one."""
+
+    def checked(settings):
+        if setting in settings and other not in settings:
+            raise ConfigError([Problem(setting, "", f"needs {other}", "add it")])
+        return estimate_of(settings)
+
+    return checked
+
+
 @pytest.mark.parametrize(
     ("estimate_of", "chosen", "peak"),
     [
@@ -49,6 +60,7 @@ def sizes(x: float, y: float, **savings: tuple[float, float]):
         (sizes(12, 9, a=(1, 0), b=(4, 0)), ["b"], 9),  # b does a's work
         (sizes(12, 12, a=(1, 3), b=(1, 0)), ["a", "b"], 10),
         (sizes(20, 12, a=(1, 3), b=(1, 0), c=(0, 9)), ["a", "b"], 18),  # not enough, and c is not needed
+        (needing("b", "a", sizes(12, 9, a=(1, 0), b=(4, 0))), ["a", "b"], 9),  # b is refused without a
     ],
 )
 def test_the_fewest_settings_in_order_are_chosen(estimate_of, chosen, peak):

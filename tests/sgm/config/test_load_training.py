@@ -215,3 +215,12 @@ def test_keys_for_sat_without_effect_warn_with_the_reason():
 def test_keys_of_an_evaluation_that_is_off_warn_in_one_line():
     config = training("args.eval_interval=null", "args.eval_batch_size=2")
     assert config.warnings == ("no effect without args.eval_interval: args.valid_prompts, args.eval_batch_size",)
+
+
+def test_a_run_keeps_the_one_precision_that_was_taken(tmp_path):
+    for name in ("fp16", "bf16"):
+        (tmp_path / f"{name}.yaml").write_text(f"args: {{{name}: true}}\n")
+    config = load_config([TOY, SFT, tmp_path / "fp16.yaml", tmp_path / "bf16.yaml"], [], mode="train")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = load_config([tmp_path / "config.yaml"], [], mode="train")
+    assert (again.args.fp16, again.args.bf16) == (config.args.fp16, config.args.bf16) == (None, True)

@@ -1,11 +1,12 @@
 """YAML files and overrides are read and merged; what is no YAML is refused with its place."""
 
+import copy
 import os
 import time
 
 import pytest
 
-from sgm.config.load import ConfigError, load_config
+from sgm.config.load import ConfigError, Problem, load_config
 from sgm.inference.prepare import prepare
 from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy
 
@@ -230,3 +231,14 @@ def test_text_in_overrides_arrives_as_typed(typed, value):
 def test_what_yaml_would_drop_from_an_override_is_refused():
     text = override_complaint("args.negative_prompt='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
     assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text
+
+
+def test_an_error_of_the_configuration_reaches_other_ranks():
+    error = ConfigError([Problem("args.seed", "x.yaml:1", "is -1", "give 0 or more")])
+    again = copy.copy(error)  # as pickling, which sends it
+    assert str(again) == str(error) and again.problems == error.problems
+
+
+def test_a_superscript_is_no_number_of_an_entry():
+    with pytest.raises(ConfigError, match="args.²"):
+        load_config(["configs/toy.yaml"], ["args.²=1"], mode="inference")

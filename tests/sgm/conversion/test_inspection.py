@@ -221,3 +221,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path, make, said):
 def test_what_the_system_refuses_is_an_input_error():
     with pytest.raises(InputError, match="cannot be read: .*too long"):
         inspect_checkpoint("x" * 5000)
+
+
+def test_an_adapter_without_its_weights_is_told(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="has an adapter_config.json and no adapter_model file"):
+        inspect_checkpoint(tmp_path)

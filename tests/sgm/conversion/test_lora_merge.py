@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm.conversion.diffusers.names import network_to_diffusers
 from sgm.conversion.lora_extract import extract_lora
-from sgm.conversion.lora_merge import average_loras, average_weights, merge_loras, sum_loras
+from sgm.conversion.lora_merge import _reduced, average_loras, average_weights, merge_loras, read_loras, sum_loras
 from sgm.util import InputError
 from sgm.weights.adapters import TARGETS, AdapterInfo, is_adapter, read_adapter_info
 from sgm.weights.checkpoint import save_network
@@ -205,3 +205,34 @@ def test_models_that_have_no_difference_of_that_kind_are_refused(files):
         extract_lora(base, files / "deep", files / "out", rank=2)
     assert not (files / "out").exists()
     assert not any(map(is_adapter, network()))
+
+
+def test_alpha_is_for_all_that_record_none(tmp_path):
+    for name in ("a", "b"):
+        stem = "transformer.transformer_blocks.0.attn1.to_k"
+        save_file(
+            {f"{stem}.lora_A.weight": drawn(2, D, seed=7), f"{stem}.lora_B.weight": drawn(D, 2, seed=8)},
+            tmp_path / f"{name}.safetensors",
+        )
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    assert [lora.alpha for lora in read_loras(paths, 64)] == [64, 64]
+    assert [lora.alpha for lora in read_loras(paths, None)] == [2, 2]
+
+
+def test_alpha_that_no_file_needs_is_refused(files):
+    with pytest.raises(InputError, match="--alpha is 3, and every one of these LoRAs records its own"):
+        read_loras([files / "one", files / "three.safetensors"], 3)
+
+
+def test_a_rank_above_the_width_of_a_projection_is_filled_with_zeros():
+    pair = {"x.matrix_A.0": drawn(12, 4, seed=1), "x.matrix_B.0": drawn(9, 12, seed=2)}
+    found = _reduced(pair, 6, 0.5)
+    assert found["x.matrix_A.0"].shape == (6, 4) and found["x.matrix_B.0"].shape == (9, 6)
+    product = 0.5 * pair["x.matrix_B.0"] @ pair["x.matrix_A.0"]
+    torch.testing.assert_close(found["x.matrix_B.0"] @ found["x.matrix_A.0"], product, rtol=0, atol=1e-5)
+
+
+def test_a_folder_with_one_file_in_names_of_sat_is_read(files, tmp_path):
+    (folder := tmp_path / "alone").mkdir()
+    save_file({PREFIX + name: matrix for name, matrix in matrices(2, 2).items()}, folder / "lora.safetensors")
+    assert read_any_lora(folder, alpha=4).rank == 2

@@ -141,9 +141,13 @@ def test_the_contact_sheet_shows_earlier_results_too_and_outputs_are_listed_once
 ):
     captions = []
     draw = sgm.inference.run.contact_sheet
-    monkeypatch.setattr(
-        sgm.inference.run, "contact_sheet", lambda rows, path: captions.append([c for c, _ in rows]) or draw(rows, path)
-    )
+
+    def noted(rows, path):
+        rows = [*rows]
+        captions.append([caption for caption, _ in rows])
+        draw(rows, path)
+
+    monkeypatch.setattr(sgm.inference.run, "contact_sheet", noted)
     base, out = tiny_model("dit_t2v_2b"), tmp_path / "out"
     prompts = write_prompts(tmp_path / "p.txt", PROMPTS[:2])
     heights = []

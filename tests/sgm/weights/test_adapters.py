@@ -17,6 +17,7 @@ from sgm.weights.adapters import (
     find_base,
     is_adapter,
     read_adapter_info,
+    scale_numerator,
     with_adapters,
 )
 from sgm.weights.checkpoint import save_network
@@ -230,6 +231,20 @@ def test_the_alpha_of_a_shipped_file_is_for_new_adapters(tmp_path, override):
     with pytest.raises(ConfigError) as caught:  # its layers differ too
         with_adapters(config)
     assert ("lora_alpha" in str(caught.value)) == override
+
+
+def test_the_alpha_of_rslora_is_the_one_that_was_typed(tmp_path):
+    """Files record the numerator of the scale, alpha times the root of the rank."""
+    numerator = 32 * 4**0.5
+    saved(tmp_path / "run", 0, 1, alpha=numerator)
+    words = [f"args.load={tmp_path / 'run'}", "args.input_file=none.txt", f"{LORA}.params.r=4"]
+    words += [f"{LORA}.params.rank_stabilized=true", f"{LORA}.params.layer_range=[0,1]"]
+    config = load_config([Path("configs/cogvideox_5b_lora.yaml")], words, mode="inference")
+    params = lora_of(with_adapters(config))
+    assert (params["lora_alpha"], scale_numerator(params)) == (32, numerator)
+    typed = [*words, f"{LORA}.params.lora_alpha=8"]
+    with pytest.raises(ConfigError, match=r"is 8, but the adapters .* were trained with 32.0\n.*lora_alpha=32.0"):
+        with_adapters(load_config([Path("configs/cogvideox_5b_lora.yaml")], typed, mode="inference"))
 
 
 def test_training_describes_its_adapters(load):

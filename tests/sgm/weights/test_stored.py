@@ -225,3 +225,21 @@ def test_a_network_does_not_take_them(tmp_path, kind):
 def test_an_archive_has_the_checksums_that_torch_wrote(tmp_path):
     with zipfile.ZipFile(write(tmp_path / "x.pt")) as archive:
         assert all(info.CRC for info in archive.infolist()) and archive.testzip() is None
+
+
+def test_a_truncated_file_is_no_match_when_it_is_verified(tmp_path):
+    own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    write(own)
+    save_file(TENSORS, other)
+    for path in (own, other):
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(InputError, match="truncated or damaged"):
+            verify_file(path)
+
+
+def test_a_header_in_the_order_of_ours_is_not_taken_for_ours(tmp_path):
+    data = TENSORS["c"].numpy().tobytes()
+    header = {"__metadata__": {"by": "another"}, "c": {"dtype": "F32", "shape": [6], "data_offsets": [0, len(data)]}}
+    head = json.dumps(header).encode()
+    (path := tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+    assert torch.equal(read_weights(path)["c"].compute(), TENSORS["c"])
