@@ -274,6 +274,8 @@ def test_paths_in_a_command_exist(command):
         assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
     elif words[1] == "-m":
         file = words[2].replace(".", "/") + ".py"
+        if (ROOT / words[2]).is_dir():
+            file = f"{words[2]}/__main__.py"
         assert words[2] == "pytest" or (ROOT / file).is_file()
         if words[2] != "pytest":
             assert all(f'"{word}"' in (ROOT / file).read_text() for word in words if word.startswith("--"))
