@@ -242,3 +242,58 @@ def test_tiles_are_for_samples_and_not_for_encoded_clips():
         assert engine.first_stage_model.decoder is vae.decoder
         raise KeyError
     assert engine.first_stage_model is vae
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips(make_vae):
+    engine = SimpleNamespace(first_stage_model=make_vae())
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips(make_vae):
+    engine = SimpleNamespace(first_stage_model=make_vae())
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips(make_vae):
+    engine = SimpleNamespace(first_stage_model=make_vae())
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips(make_vae):
+    engine = SimpleNamespace(first_stage_model=make_vae())
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae
+
+
+def test_tiles_are_for_samples_and_not_for_encoded_clips(make_vae):
+    engine = SimpleNamespace(first_stage_model=make_vae())
+    vae, args = engine.first_stage_model, TrainingArgs(vae_tiling=True, train_data=("x",), save="y")
+    with pytest.raises(KeyError), _sampling_vae(engine, args):
+        assert engine.first_stage_model.tiling is not None and engine.first_stage_model.slicing
+        assert vae.tiling is None and not vae.slicing
+        assert engine.first_stage_model.decoder is vae.decoder
+        raise KeyError
+    assert engine.first_stage_model is vae
