@@ -88,61 +88,6 @@ def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial
     assert cache.share_run == 1
 
 
-def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial_is_negative_near_zero():
-    cache = StepCache("teacache", 0.0, (3072, 42, 16, 1))
-    cache._num_blocks = 3
-    blocks, emb = Blocks(cache), torch.ones(1, 4)
-    with cache.sampling(num_steps=4, num_samples=1):
-        for _ in range(4):
-            blocks.step(tokens(1), torch.ones(1), emb)
-            emb = emb * 1.001
-    assert cache.share_run == 1
-
-
-def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial_is_negative_near_zero():
-    cache = StepCache("teacache", 0.0, (3072, 42, 16, 1))
-    cache._num_blocks = 3
-    blocks, emb = Blocks(cache), torch.ones(1, 4)
-    with cache.sampling(num_steps=4, num_samples=1):
-        for _ in range(4):
-            blocks.step(tokens(1), torch.ones(1), emb)
-            emb = emb * 1.001
-    assert cache.share_run == 1
-
-
-def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial_is_negative_near_zero():
-    cache = StepCache("teacache", 0.0, (3072, 42, 16, 1))
-    cache._num_blocks = 3
-    blocks, emb = Blocks(cache), torch.ones(1, 4)
-    with cache.sampling(num_steps=4, num_samples=1):
-        for _ in range(4):
-            blocks.step(tokens(1), torch.ones(1), emb)
-            emb = emb * 1.001
-    assert cache.share_run == 1
-
-
-def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial_is_negative_near_zero():
-    cache = StepCache("teacache", 0.0, (3072, 42, 16, 1))
-    cache._num_blocks = 3
-    blocks, emb = Blocks(cache), torch.ones(1, 4)
-    with cache.sampling(num_steps=4, num_samples=1):
-        for _ in range(4):
-            blocks.step(tokens(1), torch.ones(1), emb)
-            emb = emb * 1.001
-    assert cache.share_run == 1
-
-
-def test_teacache_with_a_threshold_of_zero_runs_all_blocks_though_its_polynomial_is_negative_near_zero():
-    cache = StepCache("teacache", 0.0, (3072, 42, 16, 1))
-    cache._num_blocks = 3
-    blocks, emb = Blocks(cache), torch.ones(1, 4)
-    with cache.sampling(num_steps=4, num_samples=1):
-        for _ in range(4):
-            blocks.step(tokens(1), torch.ones(1), emb)
-            emb = emb * 1.001
-    assert cache.share_run == 1
-
-
 def test_teacache_sums_what_its_polynomial_says():
     cache = StepCache("teacache", 0.1, (1920, 30, 16, 1))
     cache._num_blocks = 3

@@ -14,11 +14,6 @@ import torch
 from sgm.config.args import TrainingArgs
 from sgm.training.metrics import read_metrics
 from sgm.training.save import Saver, gather_parameters
-from sgm.training.save import Saver, gather_parameters
-from sgm.training.save import Saver, gather_parameters
-from sgm.training.save import Saver, gather_parameters
-from sgm.training.save import Saver, gather_parameters
-from sgm.training.save import Saver, gather_parameters
 from sgm.training.state import checkpoint_engine, find_resume_point
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
@@ -41,96 +36,6 @@ class Harvest:
     inside: int = 0
     iterations: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
-
-
-def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
-    for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
-        (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
-    Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
-
-
-def test_buffers_are_saved_with_the_parameters():
-    network = torch.nn.Linear(2, 1)
-    network.register_buffer("table", torch.arange(3.0))
-    network.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = gather_parameters(SimpleNamespace(module=network), tuple(network.state_dict()))
-    assert found.keys() == {"weight", "bias", "table"}
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert found["table"].data_ptr() != network.table.data_ptr()
-
-
-def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
-    for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
-        (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
-    Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
-
-
-def test_buffers_are_saved_with_the_parameters():
-    network = torch.nn.Linear(2, 1)
-    network.register_buffer("table", torch.arange(3.0))
-    network.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = gather_parameters(SimpleNamespace(module=network), tuple(network.state_dict()))
-    assert found.keys() == {"weight", "bias", "table"}
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert found["table"].data_ptr() != network.table.data_ptr()
-
-
-def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
-    for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
-        (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
-    Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
-
-
-def test_buffers_are_saved_with_the_parameters():
-    network = torch.nn.Linear(2, 1)
-    network.register_buffer("table", torch.arange(3.0))
-    network.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = gather_parameters(SimpleNamespace(module=network), tuple(network.state_dict()))
-    assert found.keys() == {"weight", "bias", "table"}
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert found["table"].data_ptr() != network.table.data_ptr()
-
-
-def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
-    for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
-        (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
-    Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
-
-
-def test_buffers_are_saved_with_the_parameters():
-    network = torch.nn.Linear(2, 1)
-    network.register_buffer("table", torch.arange(3.0))
-    network.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = gather_parameters(SimpleNamespace(module=network), tuple(network.state_dict()))
-    assert found.keys() == {"weight", "bias", "table"}
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert found["table"].data_ptr() != network.table.data_ptr()
-
-
-def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
-    for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
-        (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
-    Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
-
-
-def test_buffers_are_saved_with_the_parameters():
-    network = torch.nn.Linear(2, 1)
-    network.register_buffer("table", torch.arange(3.0))
-    network.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = gather_parameters(SimpleNamespace(module=network), tuple(network.state_dict()))
-    assert found.keys() == {"weight", "bias", "table"}
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert found["table"].data_ptr() != network.table.data_ptr()
 
 
 def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
