@@ -43,6 +43,10 @@ def compare(network, inputs, ring: bool, alone, expected: torch.Tensor | None) -
     dist.all_reduce(weights, group=group)
     network.get_mixin("adaln_layer").recomputed_layers = 2
     recomputed = run(network, inputs)[2]
+    if not ring:
+        network.keep_attention()
+        assert torch.equal(run(network, inputs)[2], recomputed), "kept attention is that of its recomputation"
+        network.get_mixin("adaln_layer").keeps_attention = False
     dist.all_reduce(recomputed, group=group)
     return {
         "output": float((output - (alone[0] if expected is None else expected)).abs().max()),

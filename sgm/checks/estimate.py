@@ -50,7 +50,7 @@ MOMENT_BYTES = {
     "prodigyopt.Prodigy": 16,
     "torch.optim.SGD": 4,
 }
-STEPS_AT_ONCE = ("prodigyopt.Prodigy",)  # others: `sgm.training.optim.slices`
+STEPS_AT_ONCE = ("prodigyopt.", "bitsandbytes.")  # the others: `sgm.training.optim.slices`
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _state_bytes(
         "width": width,
         "moments": MOMENT_BYTES.get(section["optimizer"]["type"], 8),
     }
-    if section["optimizer"]["type"] in STEPS_AT_ONCE:
+    if section["optimizer"]["type"].startswith(STEPS_AT_ONCE):
         given["slices"] = math.inf
     device, host = bytes_per_rank(*counts, zero["stage"], **given)
     stepping = device - bytes_per_rank(*counts, zero["stage"], **given, step=False)[0]

@@ -27,7 +27,7 @@ from sgm.weights.adapters import (
 )
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
-from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute
+from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute, meta
 from sgm.weights.lora.files import Lora, is_sat, network_of, read_any_lora, records_alpha, warn_without_effect
 from sgm.weights.lora.merging import kronecker_changes, merge_adapters
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
@@ -185,7 +185,7 @@ def average_loras(
     loras = read_loras(paths, alpha)
     first = loras[0]
     for lora in loras[1:]:
-        if (lora.rank, lora.alpha, lora.tensors.keys()) != (first.rank, first.alpha, first.tensors.keys()):
+        if (lora.rank, lora.alpha, _matrix_shapes(lora)) != (first.rank, first.alpha, _matrix_shapes(first)):
             raise InputError(
                 f"{lora.path} (rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.tensors)} matrices) and {first.path} "
                 f"(rank {first.rank}, alpha {first.alpha:g}, {len(first.tensors)}) are not of one training; average "
@@ -283,6 +283,10 @@ def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> di
         result[name_a] = pad(rows, (0, 0, 0, rank - num)).reshape(-1, *a.shape[1:])
         result[name_b] = pad(columns, (0, rank - num))
     return result
+
+
+def _matrix_shapes(lora: Lora) -> dict[str, torch.Size]:
+    return {name: meta(tensor).shape for name, tensor in lora.tensors.items()}
 
 
 def _mean(weights: Sequence[float], *tensors: torch.Tensor) -> torch.Tensor:

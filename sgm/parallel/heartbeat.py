@@ -86,6 +86,7 @@ class Peers:
         self._doing: tuple[int, str, float] | None = None  # iteration, phase, and since when
         self._send()
         self._beats: dict[int, list[str]] = {}  # those that were read last, by rank
+        self._fresh: tuple[int, ...] = ()  # the ranks whose heartbeats were read last
         self._receive(self._watched)
         self._num_received = 0
         self._store_failed = False
@@ -125,7 +126,7 @@ class Peers:
         ranks = list(ranks)
         values = self._store.multi_get([str(rank) for rank in ranks])
         found = {rank: value.decode().split(" ") for rank, value in zip(ranks, values, strict=True)}
-        self._beats = {**self._beats, **found}
+        self._beats, self._fresh = {**self._beats, **found}, tuple(ranks)
 
     def _receive_all(self) -> None:
         """Read the heartbeats of all ranks, as far as the store answers."""
@@ -146,10 +147,12 @@ class Peers:
         """Thread: exchange heartbeats until this rank is done or a reason to exit is recorded."""
         try:
             while True:
-                waits_for_all = self._state == _DONE and self._holds_store
-                is_last = self._state == _DONE and not (waits_for_all and self._others(_WORKS, _WAITS))
+                state = self._state
+                waits_for_all = state == _DONE and self._holds_store
                 self._send()
-                self._receive(range(self._size) if waits_for_all and not is_last else self._watched)
+                # After a failure, the rank that caused it may be any; and the store stays until all are done.
+                self._receive(range(self._size) if waits_for_all or state == _WAITS else self._watched)
+                is_last = state == _DONE and not (waits_for_all and self._others(_WORKS, _WAITS))
                 if self._reason:
                     self._store.compare_set("reason", "", self._reason)
                 elif self._store.check(["reason"]):
@@ -166,7 +169,7 @@ class Peers:
 
     def _watch(self) -> None:
         """Thread: count missed heartbeats; end the process if its main thread hangs."""
-        missed, missed_answers, beats, num_received = dict.fromkeys(self._watched, 0), 0, self._beats, 0
+        missed, missed_answers, beats, num_received = {}, 0, self._beats, 0
         # Ticks, not wall time: a process that was suspended must not consider all others lost.
         while not self._lost:
             if self._closed.wait(self._tick) or self._reason:
@@ -175,7 +178,8 @@ class Peers:
                 missed_answers += 1
             else:
                 former, beats, num_received, missed_answers = beats, self._beats, self._num_received, 0
-                missed = {rank: 0 if beats[rank] != former[rank] else n + 1 for rank, n in missed.items()}
+                fresh = self._fresh
+                missed = {n: 0 if beats[n] != former.get(n) else missed.get(n, 0) + 1 for n in fresh if n in beats}
             if lost := self._find_lost(missed, missed_answers):
                 self._lost = self._reason = self._lost or lost
                 self._changed.set()

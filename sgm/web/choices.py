@@ -151,7 +151,7 @@ def _has_adapters(run: Path) -> bool:
 
 
 def _names_lora(file: Path) -> bool:
-    return any("lora" in name.lower() for name in read_tensors(file))
+    return any(kind in name.lower() for name in read_tensors(file) for kind in ("lora", "lokr"))
 
 
 def presets(configs: Path, kind: str) -> dict[str, Path]:

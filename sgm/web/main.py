@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
         address = page.launch(options.host, options.port)
         logger.info("open %s in a browser; Ctrl-C ends the page", address)
         if options.host != HOST:
-            logger.warning("--host %s: whoever reaches this machine can sample, and see all videos here", options.host)
+            found = "whoever reaches this machine can sample without a password, and see the samples of trainings"
+            logger.warning("--host %s: %s", options.host, found)
         threading.Event().wait()
     finally:
         page.close()

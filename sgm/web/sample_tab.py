@@ -246,10 +246,11 @@ class SampleTab:
         parts, shown, failure = len(job.commands), 0, None
         try:
             for now in self.queue.watch(job):
-                for part in range(shown, job.part):
+                current = job.part  # which another thread counts
+                for part in range(shown, current):
                     yield self._made(request, language, job, part)
-                shown, ahead = job.part, self.queue.position(job)
-                status = working(language, now, ahead=ahead, part=job.part + 1, parts=parts, preview=job.preview)
+                shown, ahead = current, self.queue.position(job)
+                status = working(language, now, ahead=ahead, part=current + 1, parts=parts, preview=job.preview)
                 yield status, gr.skip(), gr.skip(), gr.skip()
         except (InputError, RunError) as error:
             failure = error

@@ -15,7 +15,7 @@ from sgm.checks.scaling.cards import Card
 from sgm.checks.scaling.step_time import CURES, Prediction, predict
 from sgm.checks.training import fitted_buckets, geometry_of, with_largest_bucket
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, ConfigError
+from sgm.config.load import Config
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
@@ -123,6 +123,8 @@ class Planner:
         assert room is not None, "a card of that size"
         self.room = room
         zero = config.deepspeed["zero_optimization"]
+        if config.args.step_cache is not None:  # refused with stage 3, see `sgm.training.prepare`
+            stages = [stage for stage in stages if stage < 3]
         lowest = 3 if is_offloaded(zero, "param") else 1 if is_offloaded(zero, "optimizer") else 0
         self.stages = [stage for stage in stages if stage >= lowest]
 
@@ -157,11 +159,12 @@ class Planner:
         loaded: Mapping[str, Any] = {"vae": self.vae, "text_encoder": self.text_encoder}
         try:
             if _args(config).checkpoint_activations == "auto":
-                number = recomputed_blocks(config, self.dtype, self.trained, self.room, **loaded)
-                config = replace(config, args=replace(_args(config), checkpoint_activations=number or False))
+                number, keeps = recomputed_blocks(config, self.dtype, self.trained, self.room, **loaded)
+                chosen = {"checkpoint_activations": number or False, "keep_attention": bool(number) and keeps}
+                config = replace(config, args=replace(_args(config), **chosen))
             alone, _ = with_largest_bucket(config, self.geometry)
             found = predict(alone, self.dtype, self.trained, self.card, **loaded)
-        except ConfigError:
+        except InputError:  # not with this mesh: a kernel that ring attention does not call, for example
             return None
         return Choice(setup, found, found.estimate.peak <= self.room)
 

@@ -30,6 +30,7 @@ from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import read_weights
 from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.lora.dora import is_magnitude
 from sgm.weights.lora.merging import merge_adapters
 from sgm.weights.lora.names import comfyui_name
 from sgm.weights.match import match_autoencoder, match_network
@@ -240,7 +241,11 @@ def _transformer(
             patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
             kept = lora.adapters_to_diffusers(own | patch, alpha=alpha, rank=lora_params["r"])
         if dtype is not None:  # round once, directly to `dtype`
-            own = {name: LazyTensor((tensor,), to_dtype=torch.float32) for name, tensor in own.items()}
+            own = {
+                # Norms are rounded as the magnitudes of DoRA were, by their dtype.
+                name: tensor if is_magnitude(name) else LazyTensor((tensor,), to_dtype=torch.float32)
+                for name, tensor in own.items()
+            }
         own = merge_adapters(own, alpha=alpha, rank=lora_params["r"], strength=float(adapters == "merge"))
     tensors = network_to_diffusers(
         own, patch_size=geometry.patch_size, learned_positions=geometry.positions == "learned"

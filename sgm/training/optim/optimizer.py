@@ -81,7 +81,9 @@ def _kind(cls: type) -> Kind:
 
 def steps_in_slices(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ZeRO 1 and 2 may let it update a part of its parameters after the other."""
-    return not _kind(type(optimizer)).sums
+    cls = type(optimizer)
+    # bitsandbytes keeps statistics of blocks of a tensor, whose number a slice does not have.
+    return not (_kind(cls).sums or any(base.__module__.startswith("bitsandbytes.") for base in cls.__mro__))
 
 
 @functools.cache

@@ -215,12 +215,16 @@ def test_a_browser_finds_again_what_it_makes_and_no_other_does(page, browsers):
     mine, other = browsers
     first, others = mine.window(), other.window()
     assert [*mine.cookies] == ["cogvideox-browser"] and mine.cookies != other.cookies
-    job = first.submit(*given(page, seed=7), api_name="/sample")
+    job = first.submit(*given(page, seed=7, num_steps=20), api_name="/sample")
     wait(job, "Step")
     (running,) = page.queue._unfinished.values()
+    process = psutil.Process(running._process.pid)
+    process.suspend()
     first.close()  # the window is closed while it samples
     second = mine.window()
     again = second.submit("zh", api_name="/again")
+    wait(again, "")
+    process.resume()
     assert "nothing to cancel" in others.predict("en", api_name="/cancel")
     status, video, *_ = again.result()
     assert "完成" in status and video and not running.cancelled

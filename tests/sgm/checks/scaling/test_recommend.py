@@ -125,6 +125,12 @@ def test_clips_of_unknown_size_have_no_recommendation(planner):
     assert scaling_rows(plan)["  recommended"] == "nothing: data.params do not say how large clips are"
 
 
+def test_recomputation_and_step_caches_are_chosen_as_in_training(planner):
+    with sgm.distributed.planned(8):
+        assert planner("args.checkpoint_activations=auto").own() is not None
+        assert 3 not in planner("args.step_cache=first_block").stages
+
+
 # The command line
 
 TOY = ["--base", "configs/toy.yaml", "configs/toy_sft.yaml"]
