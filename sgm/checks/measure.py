@@ -9,12 +9,12 @@ import torch
 from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import DEVICE, HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
-from sgm.checks.sampling import params_of
+from sgm.checks.sampling import enable_memory_savers, params_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION, Geometry
-from sgm.util import InputError, default
+from sgm.util import InputError
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import Storage, linear_layers, store
 
@@ -214,12 +214,11 @@ def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torc
     batch, frames, height, width = latents
 
     def run(vae: Any) -> torch.Tensor:
-        sliced = default(args.vae_slicing, hasattr(vae, "enable_slicing"))
+        enable_memory_savers(vae, args)
+        sliced = getattr(vae, "slicing", False)  # as `decode_each` of the engine asks
         together = config.model.get("en_and_decode_n_samples_a_time") or (1 if sliced else batch)
         if hasattr(vae, "decodes_everywhere"):
             vae.decodes_everywhere = False
-        if args.vae_tiling and hasattr(vae, "enable_tiling"):
-            vae.enable_tiling()
         area = height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
         latents = torch.empty(min(together, batch), channels, frames, *area, dtype=dtype, device=DEVICE)
         if not hasattr(vae, "decode_in_chunks"):
@@ -235,8 +234,8 @@ def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype
     """Measure encoding one clip: frames, height, width."""
 
     def run(vae: Any) -> torch.Tensor:
-        if _encodes_tiles(config) and hasattr(vae, "enable_tiling"):
-            vae.enable_tiling()
+        if _encodes_tiles(config):
+            enable_memory_savers(vae, config.args)
         clip = torch.empty(1, video[0], 3, *video[1:], device=DEVICE)
         return vae.encode_moments(clip.transpose(1, 2).to(dtype))
 

@@ -327,6 +327,14 @@ def check_memory_savers(config: Config, vae: Any) -> None:
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
 
 
+def enable_memory_savers(vae: Any, args: SamplingArgs) -> None:
+    """Enable tiling and slicing of a VAE as a sampling run does: slicing also if nothing is said of it."""
+    if args.vae_tiling and hasattr(vae, "enable_tiling"):
+        vae.enable_tiling()
+    if default(args.vae_slicing, True) and hasattr(vae, "enable_slicing"):
+        vae.enable_slicing()
+
+
 def check_abilities(config: Config, network: Any) -> None:
     """Refuse settings for which a network of another class lacks a method, or does not name its blocks."""
     args = config.args

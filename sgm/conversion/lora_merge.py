@@ -42,14 +42,16 @@ def read_loras(paths: Sequence[str | Path], alpha: float | None) -> list[Lora]:
     """Read LoRAs of any tool; of several, `alpha` is for those that do not record it.
 
     Raises:
-        InputError: as `sgm.weights.lora.files.read_any_lora`.
+        InputError: as `sgm.weights.lora.files.read_any_lora`; or `alpha` is for none of several.
     """
-    loras = []
-    for path in paths:
-        loras.append(read_any_lora(path, alpha=alpha if len(paths) == 1 or not records_alpha(path) else None))
-        warn_without_effect(loras[-1])
-    if alpha is not None and len(paths) > 1 and all(map(records_alpha, paths)):
-        raise InputError(f"--alpha is {alpha:g}, and every one of these LoRAs records its own; remove --alpha")
+    alphas = [alpha] * len(paths)
+    if alpha is not None and len(paths) > 1:
+        alphas = [None if records_alpha(path) else alpha for path in paths]
+        if all(own is None for own in alphas):
+            raise InputError(f"--alpha is {alpha:g}, and every one of these LoRAs records its own; remove --alpha")
+    loras = [read_any_lora(path, alpha=own) for path, own in zip(paths, alphas, strict=True)]
+    for lora in loras:
+        warn_without_effect(lora)
     return loras
 
 

@@ -20,8 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sgm.distributed
 from sgm.checks.estimate import memory_text
 from sgm.checks.planner import room_on, with_preset
+from sgm.checks.sampling import enable_memory_savers
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling
-from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
 from sgm.config.precision import resolve_precision
 from sgm.distributed import resolve_device
@@ -479,14 +479,6 @@ class SamplingRun:
         name = "contact_sheet.png" if size == 1 else f"contact_sheet_rank{rank}.png"
         self.summary.sheet = Path(self.args.output_dir) / name
         contact_sheet(rows, self.summary.sheet)
-
-
-def enable_memory_savers(vae: Any, args: SamplingArgs) -> None:
-    """Enable tiling and slicing as configured; `sgm.checks.sampling` has refused unsupported settings."""
-    if args.vae_tiling:
-        vae.enable_tiling()
-    if args.vae_slicing or (args.vae_slicing is None and hasattr(vae, "enable_slicing")):
-        vae.enable_slicing()
 
 
 def _on_cpu(cond: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 import sgm.distributed
+from sgm.checks.sampling import enable_memory_savers
 from sgm.checks.sampling_plan import check_sampling
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
-from sgm.inference.run import SamplingRun, enable_memory_savers
+from sgm.inference.run import SamplingRun
 from sgm.inference.source_video import check_whole
 from sgm.inference.video import to_uint8, write_video
 from sgm.log import get_logger

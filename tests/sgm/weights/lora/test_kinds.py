@@ -103,6 +103,24 @@ class Case:
         return run_network_peer(network, x, torch.tensor([500]), context, rope=peer_rope(network, x))
 
 
+def require_adapters_alone_learn(network):
+    """Train a few steps: the loss falls, all tensors of adapters change, and no others."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    draws = torch.Generator().manual_seed(1)
+    x, context = torch.randn(1, 2, 16, 4, 6, generator=draws), torch.randn(1, 3, 8, generator=draws)
+    losses = []
+    for _ in range(4):
+        loss = network(x, torch.tensor([500]), context).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]) != is_adapter(name), name
+
+
 def close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
@@ -225,20 +243,7 @@ def test_training_changes_the_adapters_alone(every):
     trained = choose_trainable(network, {"not_trainable_prefixes": ["all"]})
     assert all(map(is_adapter, trained.names)) and len(trained.names) == 2 * (2 * (4 + 2 + 2) + 2)
     assert f"alpha {every.info.alpha:g} in 2 layers" in trained.description
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
-    draws = torch.Generator().manual_seed(1)
-    x, context = torch.randn(1, 2, 16, 4, 6, generator=draws), torch.randn(1, 3, 8, generator=draws)
-    losses = []
-    for _ in range(4):
-        loss = network(x, torch.tensor([500]), context).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses == sorted(losses, reverse=True)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]) != is_adapter(name), name
+    require_adapters_alone_learn(network)
 
 
 def test_rslora_is_that_of_peft(every):
