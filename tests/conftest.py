@@ -67,7 +67,8 @@ class ByFile(LoadFileScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Let workers, and the processes that their tests start, be forks of one server, so that imports are done once."""
-    os.environ[SHARED_SERVER] = forked_python()
+    given = (str(config.invocation_params.dir / name) for name in config.args)
+    os.environ[SHARED_SERVER] = forked_python(*given)
     for spec in specs:
         spec.python = os.environ[SHARED_SERVER]
 

@@ -1,11 +1,13 @@
-"""Run Python command lines in forks of a process with all imports done: ``python tests/fork_server.py SOCKET``.
+"""Run Python command lines in forks of a process with all imports done: ``python tests/fork_server.py SOCKET TESTS...``.
 
-Not a test. A client (`tests.fork_client`) sends its arguments, environment, working directory and standard streams; a
+Not a test. TESTS are the paths and names given to pytest, whose modules are imported too: pytest's workers are forks of
+this process, and each would rewrite the assertions of every module by itself. A client (`tests.fork_client`) sends its arguments, environment, working directory and standard streams; a
 fork of this process runs the command line with them. When the client is killed, its fork is killed too. The server
 exits at the end of its standard input, when the process that started it exits.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -29,6 +31,8 @@ PIDS = "FORK_SERVER_PIDS"  # environment variable: folder in which each fork cre
 def main() -> None:
     """Serve until standard input ends."""
     importlib.import_module("tests.imported")
+    if tests := sys.argv[2:]:
+        collect(tests)
     gc.freeze()  # garbage collection in a fork would copy the memory of imports
     os.fsync = lambda _: None  # as in tests/conftest.py
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap without waiting
@@ -41,6 +45,12 @@ def main() -> None:
                 listener.close()
                 return supervise(connection)
             connection.close()
+
+
+def collect(tests: list[str]) -> None:
+    """Import the modules of `tests` as pytest does; errors are left to the workers, which meet them again."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        importlib.import_module("pytest").main(["--collect-only", "-n0", "-p", "no:cacheprovider", *tests])
 
 
 def supervise(connection: socket.socket) -> None:

@@ -26,17 +26,18 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @functools.cache
-def forked_python() -> str:
+def forked_python(*tests: str) -> str:
     """Return the path of a ``python`` whose processes are forked from one with all imports done.
 
-    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests.
+    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests. The modules
+    of `tests` (arguments of pytest) are imported too.
     """
     if SHARED_SERVER in os.environ:
         return os.environ[SHARED_SERVER]
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(folder / "socket")],
+        [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(folder / "socket"), *tests],
         cwd=ROOT,
         env=ENV,
         stdin=subprocess.PIPE,  # closed when this process exits, which ends the server
