@@ -1,9 +1,10 @@
-"""Run Python command lines in forks of a process with all imports done: ``python tests/fork_server.py SOCKET TESTS...``.
+"""Run Python command lines in forks of a process with all imports done: ``python tests/fork_server.py SOCKET TESTS``.
 
-Not a test. TESTS are the paths and names given to pytest, whose modules are imported too: pytest's workers are forks of
-this process, and each would rewrite the assertions of every module by itself. A client (`tests.fork_client`) sends its arguments, environment, working directory and standard streams; a
-fork of this process runs the command line with them. When the client is killed, its fork is killed too. The server
-exits at the end of its standard input, when the process that started it exits.
+Not a test. TESTS are arguments of pytest, whose modules are imported too: pytest's workers are forks of this process,
+and each would rewrite the assertions of all modules by itself. A client (`tests.fork_client`) sends its arguments,
+environment, working directory and standard streams; a fork of this process runs the command line with them. When the
+client is killed, its fork is killed too. The server exits at the end of its standard input, when the process that
+started it exits.
 """
 
 import atexit

@@ -1,9 +1,9 @@
 """What work costs: FLOPs of products, bytes that other kernels move, and FLOPs of a model's samples by formula."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_iter
@@ -33,10 +33,13 @@ class Cost:
 
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
         """Return this and `times` another."""
-        return Cost(*(a + times * b for a, b in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> Iterator[float]:
-        return (getattr(self, each.name) for each in fields(self))
+        return Cost(
+            self.products + times * other.products,
+            self.attention + times * other.attention,
+            self.convolutions + times * other.convolutions,
+            self.moved + times * other.moved,
+            self.kernels + times * other.kernels,
+        )
 
 
 def cost_of(operator: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
@@ -48,15 +51,26 @@ def cost_of(operator: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
         kwargs: of the call.
         out: its result.
     """
-    name = operator.overloadpacket.__name__
-    if "scaled_dot_product" in name:
+    name, kind = operator.overloadpacket.__name__, _kind(operator)
+    if kind == "attention":
         return Cost(attention=_attention_flops(name, args), kernels=1)
-    if name in _PRODUCTS:
+    if kind == "product":
         packet = getattr(torch.ops.aten, name.removesuffix("_"))
         flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
         return Cost(**{"convolutions" if "convolution" in name else "products": flops}, kernels=1)
     moved = moved_bytes(operator, args, kwargs, out)
     return None if moved is None else Cost(moved=moved, kernels=1)
+
+
+@cache
+def _kind(operator: Any) -> Literal["product", "attention", "view", "other"]:
+    name = operator.overloadpacket.__name__
+    if "scaled_dot_product" in name:
+        return "attention"
+    if name in _PRODUCTS:
+        return "product"
+    is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in operator._schema.returns)
+    return "view" if is_view or name in _NO_KERNEL else "other"
 
 
 def _attention_flops(name: str, args: Any) -> float:
@@ -68,9 +82,7 @@ def _attention_flops(name: str, args: Any) -> float:
 
 def moved_bytes(operator: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     """Return the bytes that a kernel reads and writes; None for views, products and attention."""
-    name = operator.overloadpacket.__name__
-    is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in operator._schema.returns)
-    if is_view or name in _PRODUCTS or name in _NO_KERNEL or "scaled_dot_product" in name:
+    if _kind(operator) != "other":
         return None
     results = {argument.name for argument in operator._schema.arguments if argument.is_out}  # counted as `out`
     moved = (args, {key: value for key, value in kwargs.items() if key not in results}, out)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sgm.checks.frozen import base_storage
 from sgm.checks.mesh import mesh_of
-from sgm.checks.meta_run import DEVICE, HOST, LiveBytes, Usage, build, num_parameters, simulated_ranks, usage
+from sgm.checks.meta_run import DEVICE, HOST, LiveBytes, Usage, build, simulated_ranks, usage
 from sgm.checks.sampling import enable_memory_savers, params_of
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
+from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.geometry import SPATIAL_COMPRESSION, Geometry
 from sgm.util import InputError
@@ -29,7 +30,9 @@ NETWORK_ARGS = (
     "cfg_parallel_size",
 )
 
-_measured: dict[str, Usage] = {}  # by settings: plans and tables ask for the same ones again and again
+Result = TypeVar("Result")
+
+_measured: dict[str, Any] = {}  # by settings: plans and tables ask for the same ones again and again
 
 
 def once(work: Callable[..., Usage], config: Config, *given: Any, **named: Any) -> Usage:
@@ -39,7 +42,7 @@ def once(work: Callable[..., Usage], config: Config, *given: Any, **named: Any) 
     return _remembered([work.__name__, part, str(mesh_of(config)), values], lambda: work(config, *given, **named))
 
 
-def _remembered(settings: list[Any], work: Callable[[], Usage]) -> Usage:
+def _remembered(settings: list[Any], work: Callable[[], Result]) -> Result:
     if (key := digest_of(settings)) not in _measured:
         _measured[key] = work()
     return _measured[key]
@@ -143,8 +146,8 @@ def network_usage(
     offloads = getattr(config.args, "offload_activations", False)
     few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
     if isinstance(depth, int) and depth > few + 2 and skipped < depth:
-        with simulated_ranks(mesh):
-            whole = num_parameters(build(section), trained or frozenset())
+        sizes = _sizes_of(section, mesh)
+        whole = sum(sizes.values()), sum(size for name, size in sizes.items() if name in (trained or ()))
         try:
             first, second = measured(few, kept), measured(few + 1, kept)
             found = _continued(first, first, second, depth - few)
@@ -155,6 +158,16 @@ def network_usage(
         if (found.weights, found.trained) == whole:
             return found
     return measured(None)
+
+
+def _sizes_of(section: Mapping[str, Any], mesh: Mesh) -> dict[str, int]:
+    """Return the elements of every parameter of a network."""
+
+    def count() -> dict[str, int]:
+        with simulated_ranks(mesh):
+            return {name: parameter.numel() for name, parameter in build(section).named_parameters()}
+
+    return _remembered(["sizes", dict(section), str(mesh)], count)
 
 
 def _store_blocks(storage: Storage | None, network: Any, _: LiveBytes) -> None:

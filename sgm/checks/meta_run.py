@@ -61,31 +61,34 @@ class Usage:
     cost: Cost = field(default_factory=Cost)
 
 
-_results: dict[Any, Any] = {}  # call of an operator → its result, both as `_described`
+_results: dict[Any, tuple[Any, Cost | None]] = {}  # call → its result, both as `_described`, and its cost
 
 
-def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return ``operator(*args, **kwargs)``; of meta tensors, a call like an earlier one is not computed again.
+def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Cost | None]:
+    """Return ``operator(*args, **kwargs)`` and its cost; a call like an earlier one is not computed again.
 
     Torch finds the shapes of many results in Python, which takes milliseconds, and the layers of a network or VAE make
     the same calls again and again. Views share memory and are left to torch.
     """
-    if operator is _COPY_INTO and args[1].is_meta:
-        return args[0]  # a copy in host memory, which gets no values
+    if operator is _COPY_INTO and args[1].is_meta:  # into host memory: it gets no values
+        return args[0], cost_of(operator, args, kwargs, args[0])
     kind = _kind(operator)
     call = None if kind == "other" else _described((operator, *args, *kwargs.items()))
     if call is None:
-        return operator(*args, **kwargs)
+        made = operator(*args, **kwargs)
+        return made, cost_of(operator, args, kwargs, made)
     if (known := _results.get(call)) is not None:
-        return _made_like(known) if kind == "makes" else kwargs.get("out", args[0])
+        made, cost = known
+        return _made_like(made) if kind == "makes" else kwargs.get("out", args[0]), cost
     made = operator(*args, **kwargs)
+    cost = cost_of(operator, args, kwargs, made)
     if kind == "makes":
         is_alike = not _storages(made) & _storages((*args, *kwargs.values()))  # some views pretend to be none
     else:
         is_alike = call == _described((operator, *args, *kwargs.items()))  # an empty `out` is made larger
-    if is_alike:
-        _results[call] = _described(made)
-    return made
+    if is_alike and (described := _described(made)) is not None:
+        _results[call] = described, cost
+    return made, cost
 
 
 @cache
@@ -158,8 +161,8 @@ class LiveBytes(TorchDispatchMode):
         return False  # else each operator asks torch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = _run(func, args, kwargs or {})
-        if (cost := cost_of(func, args, kwargs or {}, made)) is not None:
+        made, cost = _run(func, args, kwargs or {})
+        if cost is not None:
             self.cost = self.cost.plus(cost)
         given = None
         for x in _tensors(made):
