@@ -29,8 +29,8 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def forked_python(*tests: str) -> str:
     """Return the path of a ``python`` whose processes are forked from one with all imports done.
 
-    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests. `tests`, of
-    the command line of pytest, are imported too.
+    Starting Python and importing torch, DeepSpeed and SAT takes several CPU seconds, longer than most tests. `tests`
+    (arguments of pytest) are imported too.
     """
     if SHARED_SERVER in os.environ:
         return os.environ[SHARED_SERVER]

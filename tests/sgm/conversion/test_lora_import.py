@@ -264,7 +264,7 @@ def test_a_peft_folder_computes_the_same_in_sat_and_comes_back_unchanged(model, 
     assert read_diffusers_lora(file).alpha == 10
 
 
-@pytest.mark.parametrize(("num_layers", "layers"), [(30, None), (42, [0, 41])])
+@pytest.mark.parametrize(("num_layers", "layers"), [pytest.param(30, None, marks=pytest.mark.slow), (42, [0, 41])])
 def test_any_depth_comes_back_unchanged(model, tmp_path, num_layers, layers):
     config = model(num_layers)
     tensors = pairs(layers=layers or range(num_layers))

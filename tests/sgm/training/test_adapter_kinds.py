@@ -24,7 +24,7 @@ def adapters(kind):
 @pytest.mark.parametrize(
     ("kind", "num", "settings"),
     [
-        ("dora", 8, []),
+        pytest.param("dora", 8, [], marks=pytest.mark.slow),
         ("dora", 8, ["model.precision=bf16", "args.base_weights=nf4", *OFFLOAD["blocks"]]),
         ("lokr", 16, ["deepspeed.zero_optimization.stage=2"]),
     ],

@@ -126,6 +126,7 @@ def test_wandb_is_not_imported_unless_asked(tmp_path, monkeypatch):
         metrics(tmp_path, wandb=True)
 
 
+@pytest.mark.slow  # seconds; the test before it shows what is logged
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -210,7 +210,7 @@ def test_a_split_sets_validation_clips_aside(job, monkeypatch):
 # How it is computed
 
 
-@pytest.mark.parametrize(("name", "more"), [(FULL, []), (LORA, [f"{DROPOUT}=0.5"])])
+@pytest.mark.parametrize(("name", "more"), [pytest.param(FULL, [], marks=SLOW), (LORA, [f"{DROPOUT}=0.5"])])
 def test_accumulation_equals_a_larger_batch(job, name, more):
     three = ["args.train_iters=3", *more]
     one = job(name, *three, "deepspeed.train_micro_batch_size_per_gpu=4", save="one").folder
@@ -235,7 +235,7 @@ def test_where_activations_are_changes_nothing(job, name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [(LORA, 2), (FULL, 0), *(pytest.param(*key, marks=SLOW) for key in ((LORA, 0), (FULL, 2)))]
+    ("name", "stage"), [(LORA, 2), *(pytest.param(*key, marks=SLOW) for key in ((LORA, 0), (FULL, 0), (FULL, 2)))]
 )
 def test_bf16_trains_and_resumes_bit_for_bit(job, name, stage):
     overrides = [
@@ -268,7 +268,7 @@ def test_dropout_of_adapters_has_an_effect(job):
     assert losses(without) != losses(with_)
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("evaluates", [pytest.param(False, marks=SLOW), True])
 def test_dropout_of_adapters_resumes_exactly(job, evaluates):
     overrides = ["args.train_iters=4", f"{DROPOUT}=0.5", "args.save_interval=2"]
     if evaluates:
@@ -321,8 +321,7 @@ def sampled(training_yaml, load: Path, folder: Path, name: str) -> dict[str, tor
     ("name", "stage"),
     [
         (LORA, 0),
-        (FULL, 2),
-        *(pytest.param(*key, marks=SLOW) for key in ((LORA, 2), (FULL, 0), ("dit_t2v_2b", 0), ("dit_t2v_2b", 2))),
+        *(pytest.param(name, stage, marks=SLOW) for name in (LORA, FULL, "dit_t2v_2b") for stage in (0, 2)),
     ],
 )
 def test_a_zero_learning_rate_leaves_the_samples_as_they_are(job, base, golden, training_yaml, tmp_path, name, stage):

@@ -277,7 +277,7 @@ def test_removed_weights_are_told_and_written_again(training_yaml, tmp_path, cap
     assert again.keys() == trained.keys() and all(torch.equal(again[name], trained[name]) for name in trained)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_settings_of_the_optimizer_changed_at_a_resume_take_effect(training_yaml, tmp_path, stage):
     """As in an optimizer that had them from the start, except for what the first iteration did."""
     common = [f"deepspeed.zero_optimization.stage={stage}", "args.train_iters=2", "args.lr_decay_style=constant"]

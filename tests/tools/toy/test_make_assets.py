@@ -99,6 +99,7 @@ def test_timesteps_are_spread_over_their_distribution():
     assert not torch.equal(idx, idx.sort().values)
 
 
+@pytest.mark.slow  # seconds, for a tool that nobody runs every day
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """The same weights as without the stop, and none are trained again when all steps are done."""
     monkeypatch.chdir(ROOT)

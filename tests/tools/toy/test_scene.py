@@ -49,7 +49,7 @@ def test_edges_are_anti_aliased():
     assert between.sum() > 20
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 def test_measuring_reads_back_every_caption(noise):
     rng = np.random.default_rng(7)
     for seed, combination in enumerate(ALL):
