@@ -25,7 +25,7 @@ def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dic
     Args:
         x: tokens.
         attention_fn: q, k, v (B, S, heads, head_dim) → the same shape.
-        hook_args: for `attention_fn`; with ``emb`` (B, E) and ``num_text``.
+        hook_args: for `attention_fn`; with ``emb`` (B, E) or (1, E) and ``num_text``.
         given: the modules, see `before_attention`; ``keeps_text``, see `after_attention`; and ``around_attention``,
             which makes a context of attention, or None.
     """
@@ -62,7 +62,7 @@ def before_attention(
         layer: SAT's layer.
         modulation: of adaLN.
         norms: of queries and keys.
-        emb: time embedding (B, E).
+        emb: time embedding (B, E), or without gradients that of all samples (1, E).
         num_text: L.
     """
     # For patches and for text: shift, scale, gate of the attention and of the MLP.
