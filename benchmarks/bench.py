@@ -259,7 +259,8 @@ def environment(setup: Setup) -> dict[str, str | int]:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     accelerator = "none"
     if setup.device.type != "cpu":
-        accelerator = str(torch.get_device_module(setup.device).get_device_properties(setup.device))
+        found = torch.get_device_module(setup.device).get_device_properties(setup.device)
+        accelerator = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"  # not its number, which another card lacks
     return {
         "cpu": name,
         "cores": os.cpu_count() or 0,

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --size tiny --only "5b, LoRA"      on any machine, in seconds
 
-Weights are random, in bfloat16. A row is written to a file as soon as it is known, and a second start goes on after the
-last one. Printed is the Markdown table for docs/benchmarks.md.
+Weights are random, in bfloat16. A row is written to a file as soon as it is known, and a second start does the others, at
+the end those that failed or ended the first. Printed is the Markdown table for docs/benchmarks.md.
 """
 
 import argparse
@@ -328,45 +328,53 @@ def facts(bench: Bench) -> dict[str, Any]:
     return {"size": bench.size, **environment(bench.setup), "accelerators": count, **packages}
 
 
-def known_rows(path: Path, here: Mapping[str, Any]) -> dict[str, Figures]:
-    """Return the rows of an earlier start on this machine.
+def known_rows(path: Path, here: Mapping[str, Any]) -> tuple[dict[str, Figures], dict[str, str]]:
+    """Return the rows of an earlier start on this machine, and those that failed or were cut off, with the reason.
 
     Raises:
         InputError: the file is of another machine, other versions or another size, or is no such file.
     """
     if not path.exists():
-        return {}
+        return {}, {}
     cure = "remove it, or give another file with --json"
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
         found = {name: Figures(**figures) for name, figures in content["rows"].items()}
-        then = dict(content["environment"])
+        then, failed = dict(content["environment"]), dict(content["failed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{path}' holds no rows of this benchmark ({error}); {cure}") from error
     changed = [f"{name} {then.get(name)!r}, now {value!r}" for name, value in here.items() if then.get(name) != value]
     if changed:
         raise InputError(f"'{path}' was measured elsewhere or otherwise ({'; '.join(changed)}); {cure}")
-    return found
+    return found, failed
 
 
-def measured(bench: Bench, path: Path, only: str) -> Iterator[tuple[str, Figures | None]]:
-    """Yield all rows whose name contains `only`, written to `path` one by one; None for one that failed."""
+def measured(bench: Bench, path: Path, only: str) -> Iterator[tuple[str, Figures | str]]:
+    """Yield all rows whose name contains `only`, written to `path` one by one; the reason for one that failed.
+
+    Rows that an earlier start failed at, or that ended it, come last.
+    """
     here = facts(bench)
-    known = known_rows(path, here)
-    for name, work in rows(bench).items():
-        if only.lower() not in name.lower():
-            continue
+    known, failed = known_rows(path, here)
+
+    def write() -> None:
+        content = {key: asdict(row) for key, row in known.items()}
+        write_json(path, {"environment": here, "rows": content, "failed": failed})
+
+    works = {name: work for name, work in rows(bench).items() if only.lower() in name.lower()}
+    for name in sorted(works, key=failed.__contains__):
         if name not in known:
+            failed[name] = "cut off"  # should this process not survive it
+            write()
             try:
-                known[name] = work()
-            except (RuntimeError, InputError) as error:  # out of memory, or what a device or torch cannot do
-                logger.error("%s: %s: %s", name, type(error).__name__, error)
-                yield name, None
-                continue
-            finally:
-                free_memory()
-            write_json(path, {"environment": here, "rows": {key: asdict(row) for key, row in known.items()}})
-        yield name, known[name]
+                known[name] = works[name]()
+                del failed[name]
+            except Exception as error:  # out of memory, or what a device, torch or a package cannot do
+                failed[name] = f"{type(error).__name__}: {error}"
+                logger.error("%s: %s", name, failed[name])
+            free_memory()
+            write()
+        yield name, known[name] if name in known else failed[name]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -388,8 +396,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(HEADER, flush=True)
         for name, found in measured(bench, args.json, args.only):
-            failed += found is None
-            print(line(name, found or Figures(note="failed, see above")), flush=True)
+            failed += isinstance(found, str)
+            reason = " ".join(str(found).replace("|", "/").split())[:200]
+            print(line(name, Figures(note=f"failed: {reason}") if isinstance(found, str) else found), flush=True)
     except InputError as error:
         parser.error(str(error))
     print(json.dumps(facts(bench), ensure_ascii=False))

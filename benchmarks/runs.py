@@ -177,7 +177,7 @@ class GuidedStep:
         frames, channels, height, width = shape_of(config, engine)
         self.inputs = (
             random(2, frames, channels, height, width, device=device, dtype=dtype),
-            torch.tensor([500, 500], device=device),
+            torch.tensor([500], device=device).expand(2),
             text_of(engine, 2),
         )
 

@@ -74,7 +74,8 @@ def block_traffic(
     Args:
         model: name of the released configuration.
         side: ours or diffusers.
-        task: full or LoRA: which weights are trained.
+        task: full or LoRA: which weights are trained; guided: a step of a sampler, with both branches in one batch,
+            without gradients.
         latents: (T, H, W); those of the longest clip unless given.
     """
     few, many = (_run(model, side, task, latents or MODELS[model], layers) for layers in (2, 3))
@@ -98,13 +99,14 @@ def _run(model: str, side: str, task: str, latents: tuple[int, int, int], layers
         module = network_peer(network)
         names = [name for name, _ in module.named_parameters()]
     counter, forward_bytes, saved = Passes(), 0, 0
+    batch = 2 if task == "guided" else 1
 
     def work(module: Any) -> torch.Tensor:
         nonlocal forward_bytes, saved
-        x = torch.empty(1, latents[0], network.in_channels, *latents[1:], dtype=torch.bfloat16, device=DEVICE)
-        context = torch.empty(1, length, width, dtype=torch.bfloat16, device=DEVICE)
-        step = torch.tensor([500], device=DEVICE)
-        given: dict[str, Any] = {} if network.ofs_embed_dim is None else {"ofs": torch.full((1,), 2.0, device=DEVICE)}
+        x = torch.empty(batch, latents[0], network.in_channels, *latents[1:], dtype=torch.bfloat16, device=DEVICE)
+        context = torch.empty(batch, length, width, dtype=torch.bfloat16, device=DEVICE)
+        step, ofs = (torch.tensor([value], device=DEVICE).expand(batch) for value in (500, 2.0))
+        given: dict[str, Any] = {} if network.ofs_embed_dim is None else {"ofs": ofs}
         if side == "diffusers":
             if module.config.use_rotary_positional_embeddings:
                 given |= {"rope": tuple(torch.empty(tokens - length, 64, device=DEVICE) for _ in range(2))}
@@ -116,12 +118,14 @@ def _run(model: str, side: str, task: str, latents: tuple[int, int, int], layers
         with counter:
             out, saved = _saved_bytes(module, forward)
             forward_bytes = counter.bytes.total()
+            if task == "guided":
+                return out
             out.square().mean().backward()
         return out.detach()
 
     trained = frozenset(name for name in names if task == "full" or "matrix_" in name)
-    usage(module, work, torch.bfloat16, Mesh(), trained=trained)
-    unit = tokens * network.hidden_size * 2
+    usage(module, work, torch.bfloat16, Mesh(), trained=None if task == "guided" else trained)
+    unit = batch * tokens * network.hidden_size * 2
     return Traffic({name: size / unit for name, size in counter.bytes.items()}, forward_bytes / unit, saved / unit)
 
 
@@ -147,9 +151,12 @@ def rows(model: str, latents: tuple[int, int, int] | None = None) -> Iterator[st
         (model, "ours", "full"),
         (model, "diffusers", "full"),
         (f"{model} LoRA r128", "ours", "LoRA"),
+        (f"{model} guided", "ours", "guided"),
+        (f"{model} guided", "diffusers", "guided"),
     ):
         found = block_traffic(model, side, task, latents)
-        yield f"| {name} | {side} | {found.forward:.1f} | {found.total:.1f} | {found.saved:.1f} |"
+        step = " | " if task == "guided" else f"{found.total:.1f} | {found.saved:.1f}"
+        yield f"| {name} | {side} | {found.forward:.1f} | {step} |"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -625,6 +625,38 @@ def test_compiling_serves_all_sizes_of_samples_that_ranks_share(compiled, ring):
         assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@torch.no_grad()
+def test_compiling_serves_a_cache_and_a_branch_for_each_rank(compiled):
+    network, sample = compiled(section()), None
+    for mesh, batch in ((Mesh(), 2), (Mesh(cfg=2), 2)):  # rows of both branches; of one, for two samples
+        with simulated_ranks(mesh):
+            sample = inputs(network, batch=batch)
+            expected = network(*sample)
+            with network.use_step_cache("first_block", 1e9).sampling(num_steps=3, num_samples=batch // (3 - mesh.cfg)):
+                for _ in range(3):
+                    torch.testing.assert_close(network(*sample), expected, rtol=0, atol=1e-5)
+            assert network.get_mixin("adaln_layer").step_cache.share_run == pytest.approx(5 / 6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@torch.no_grad()
+def test_compiling_leaves_the_attention_of_a_package_outside(compiled):
+    def of_a_package(q, k, v):
+        assert not torch.compiler.is_compiling()
+        return attention_named("auto")(q, k, v)
+
+    network = compiled(section())
+    for attention, number in ((attention_named("math"), 1), (of_a_package, 3)):
+        network.attention = attention
+        found = network(*inputs(network))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == number
+        assert not torch._dynamo.utils.counters["graph_break"]
+    plain = build_network(section())
+    plain.load_state_dict(network.state_dict())
+    torch.testing.assert_close(found, plain(*inputs(network)), rtol=0, atol=1e-6)
+
+
 def test_rotary_tables_and_shards_are_computed_once_for_all_layers(monkeypatch):
     made = []
     for place, name in ((dit_video_concat, "rope_table_3d"), (token_shards, "shard_sizes")):

@@ -162,8 +162,10 @@ class SharedStream(Stream):
         if kept is not None:
             self._kept[layer] = kept
         bounds = zip(itertools.accumulate(lengths, initial=0), lengths, strict=False)
-        windows = (whole[:, :, start : start + length + layer.history] for start, length in bounds)
-        return [layer.conv(window) for window in windows]
+        return [
+            layer.conv(whole[:, :, start : start + length + layer.history], repeats=self._piece.is_first and not start)
+            for start, length in bounds
+        ]
 
     def group_norm(self, norm: nn.GroupNorm, x: Pieces) -> Callable[[torch.Tensor], torch.Tensor]:
         """Normalise by the frames of a rank's piece, or with `shares_norms` by those of all ranks together."""

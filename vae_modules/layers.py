@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgm.modules.in_place import silu
+from vae_modules.convolutions import Conv3d, UpsamplingConv2d, as_clips, as_frames
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -76,15 +77,17 @@ class Stream:
         """Apply a causal convolution piece by piece; before the clip, its first frame repeats."""
         made = []
         for piece in x:
+            repeats = False
             if layer.history:
                 head = self._tails.pop(layer, None)
+                repeats = head is None
                 if head is None:
                     head = piece[:, :, :1].expand(-1, -1, layer.history, -1, -1)
                 piece = torch.cat((head, piece), dim=2)  # noqa: PLW2901 (the shorter one is freed)
                 del head
                 # For the next piece; a view would keep the whole window alive.
                 self._tails[layer] = piece[:, :, -layer.history :].clone()
-            made.append(layer.conv(piece))
+            made.append(layer.conv(piece, repeats=repeats))
             del piece  # before the next one is made
         if self.is_last:
             self._tails.pop(layer, None)
@@ -205,31 +208,6 @@ def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Ca
         return made if len(x) == 1 else made.view(x.shape)
 
     return run
-
-
-class Conv3d(nn.Conv3d):
-    """A 3D convolution; on a CPU in float32 the sum of 2D ones over the frames of the kernel, where that is faster.
-
-    `F.conv3d` leaves small inputs, as the toy's and the deepest levels' are, to a kernel that is up to eight times
-    slower. Of others with many channels it is faster, since the frames are not copied for each part of the sum.
-    """
-
-    SMALL = 20480  # torch's bound: batch·channels·frames·height
-    FEW = 96  # channels
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        """(B, C, T, H, W) → (B, C', T', H', W')."""
-        depth, num = self.kernel_size[0], input.shape[2] - self.kernel_size[0] + 1
-        plain = {*self.stride, *self.dilation, self.groups} == {1} and self.padding[0] == 0
-        summed = math.prod(input.shape[:-1]) <= self.SMALL or min(self.weight.shape[:2]) < self.FEW
-        is_float = input.is_cpu and input.dtype == self.weight.dtype == torch.float32
-        if depth == 1 or not (plain and summed and is_float):
-            return super().forward(input)
-        frames, bias, padding = input.transpose(1, 2), self.bias, self.padding[1:]
-        out = F.conv2d(frames[:, :num].flatten(0, 1), self.weight[:, :, 0], bias, padding=padding)
-        for t in range(1, depth):
-            out += F.conv2d(frames[:, t : t + num].flatten(0, 1), self.weight[:, :, t], padding=padding)
-        return _as_clips(out, len(input))
 
 
 class CausalConv3d(nn.Module):
@@ -368,16 +346,6 @@ class ResnetBlock3D(nn.Module):
         return h
 
 
-def _as_frames(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, H, W) → (B·T, C, H, W): a 2D convolution is faster than a 3D one of depth 1."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _as_clips(frames: torch.Tensor, batch: int) -> torch.Tensor:
-    """(B·T, C, H, W) → (B, C, T, H, W)."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
 class Downsample3D(nn.Module):
     """Halve height and width with a strided convolution; average pairs of frames first if `compress_time`."""
 
@@ -397,8 +365,8 @@ class Downsample3D(nn.Module):
         lengths = stream.lengths(frames, batch * channels * (height + 1) * (width + 1))
         made: Pieces = []
         for part in regrouped(parts, lengths):
-            shrunk = self.conv(F.pad(_as_frames(part), (0, 1, 0, 1)))
-            made += _as_clips(shrunk, batch).split(1, dim=2)
+            shrunk = self.conv(F.pad(as_frames(part), (0, 1, 0, 1)))
+            made += as_clips(shrunk, batch).split(1, dim=2)
         return made
 
     @staticmethod
@@ -415,7 +383,7 @@ class Upsample3D(nn.Module):
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
         self.compress_time = compress_time
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsamplingConv2d(channels)
 
     def forward(self, x: Pieces, stream: Stream) -> Pieces:
         """(B, C, T, H, W) → the frames of (B, C, T', 2H, 2W), T' = 2(T−1)+1 at the start of a clip, 2T later."""
@@ -423,8 +391,8 @@ class Upsample3D(nn.Module):
         lengths = stream.lengths(num_frames(x), batch * channels * 4 * height * width)
         made: Pieces = []
         for part in regrouped(drained(x), lengths):
-            large = self.conv(F.interpolate(_as_frames(part), scale_factor=2.0))
-            made += _as_clips(large, batch).split(1, dim=2)
+            large = self.conv(as_frames(part))
+            made += as_clips(large, batch).split(1, dim=2)
         if not self.compress_time:
             return made
         single = int(stream.is_first)  # the first frame of a clip is not doubled

@@ -123,7 +123,7 @@ def network_usage(
             network.offload_activations(DEVICE, HOST)
         if trained is not None and getattr(config.args, "keep_attention", None):
             network.keep_attention()
-        one = torch.ones(batch, device=DEVICE)
+        one = torch.ones(1, device=DEVICE).expand(batch)
         ofs = {} if params.get("ofs_embed_dim") is None else {"ofs": one}
         return OpenAIWrapper(network)(x, one, {"crossattn": context}, **ofs)
 

@@ -53,14 +53,18 @@ def _network_problems(config: Config, mesh: Mesh, fewest: int) -> Iterator[Probl
         found = f"is {mesh.tensor}, and {heads} heads cannot be shared out evenly"
         yield Problem("args.model_parallel_size", "", found, _give(n for n in legal if heads % n == 0))
         return
-    own_heads = heads // mesh.tensor
+    own_heads, args = heads // mesh.tensor, config.args
     if mesh.sequence > fewest:
         found = f"is {mesh.sequence}, and the smallest sample has {fewest} tokens of text or patches to share"
         yield Problem("args.sequence_parallel_size", "", found, _give(n for n in legal if n <= fewest))
-    elif config.args.sequence_attention == "ulysses" and own_heads < mesh.sequence:
+    elif args.sequence_attention == "ulysses" and own_heads < mesh.sequence:
         found = f"is {mesh.sequence}, but Ulysses attention needs a head per rank, and there are {own_heads}"
         cure = f"{_give(n for n in legal if n <= own_heads)}, or set args.sequence_attention=ring"
         yield Problem("args.sequence_parallel_size", "", found, cure)
+    elif args.sequence_attention == "auto" and own_heads < mesh.sequence and args.attention not in (None, "auto"):
+        found = f"is {args.attention}, and {own_heads} heads for {mesh.sequence} ranks need ring attention, "
+        cure = f"remove it, or {_give(n for n in legal if n <= own_heads)} as args.sequence_parallel_size"
+        yield Problem("args.attention", "", f"{found}which has kernels of its own", cure)
 
 
 def _guidance_problems(config: Config, mesh: Mesh) -> Iterator[Problem]:

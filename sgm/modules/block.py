@@ -1,8 +1,8 @@
 """The transformer block as functions of its modules: run as they are, or compiled once for all blocks.
 
 A compiled block is one graph. Nothing in it depends on the number of the block, a prompt, a step or a branch of
-guidance. Where ranks share tokens, attention communicates, and where its output is kept, it is replaced. Then it stays
-outside: two graphs, before and after it.
+guidance. Where ranks share tokens, attention communicates; where its output is kept, it is replaced; and a kernel of a
+package need not be one that torch can trace. Then it stays outside: two graphs, before and after it.
 
 Legend: ``B`` samples, ``S`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size.
 """
@@ -16,6 +16,7 @@ from torch import nn
 
 from sgm.modules.block_ops import add_gated, modulated_norm
 from sgm.modules.in_place import gelu, in_pieces, linear_after_gelu
+from sgm.parallel.attention import is_traceable
 
 
 def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dict[str, Any], **given: Any) -> Any:
@@ -24,7 +25,7 @@ def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dic
     Args:
         x: tokens.
         attention_fn: q, k, v (B, S, heads, head_dim) → the same shape.
-        hook_args: for `attention_fn`; with ``emb`` (B, E) and ``num_text``.
+        hook_args: for `attention_fn`; with ``emb`` (B, E) or (1, E) and ``num_text``.
         given: the modules, see `before_attention`; ``keeps_text``, see `after_attention`; and ``around_attention``,
             which makes a context of attention, or None.
     """
@@ -61,7 +62,7 @@ def before_attention(
         layer: SAT's layer.
         modulation: of adaLN.
         norms: of queries and keys.
-        emb: time embedding (B, E).
+        emb: time embedding (B, E), or without gradients that of all samples (1, E).
         num_text: L.
     """
     # For patches and for text: shift, scale, gate of the attention and of the MLP.
@@ -131,7 +132,8 @@ class CompiledBlock:
         """Run a block; the last one computes the text as well, so that its graph is that of the others."""
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first block of a frozen network, likewise
-        if hook_args["tokens"].size == 1 and given["around_attention"] is None:
+        tokens = hook_args["tokens"]
+        if tokens.size == 1 and is_traceable(tokens.attention) and given["around_attention"] is None:
             self._whole = self._whole or self._compiled(transformer_block, given["layer"])
             run = self._whole
         else:

@@ -7,7 +7,7 @@ plain expressions, since it fuses these with their neighbours.
 On an accelerator a pass over the hidden states takes longer than its arithmetic. `benchmarks/traffic.py` counts them.
 
 Legend: ``B`` samples, ``S = L + N`` tokens, ``L`` of text first, then ``N`` patches; ``D`` hidden size. Factors are
-(B, 2, D): those of the patches, then those of the text.
+(B, 2, D): those of the patches, then those of the text. Without gradients, factors (1, 2, D) are those of all samples.
 """
 
 from typing import Any
@@ -96,7 +96,7 @@ class _Normalised(torch.autograd.Function):
 
 def _norm(x: torch.Tensor, weight: Factors, bias: Factors, num_text: int, eps: float) -> tuple[torch.Tensor, ...]:
     """Return normalised tokens, and their means and reciprocal deviations (B, S, 1)."""
-    if len(x) > 1:
+    if len(weight) > 1:
         samples = zip(x.split(1), weight.split(1), bias.split(1), strict=True)
         results = [_norm(own, factors, addends, num_text, eps) for own, factors, addends in samples]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -59,6 +59,11 @@ def attention_named(kernel: str) -> Attention:
     return _CALLS[kernel](module)
 
 
+def is_traceable(attention: Attention) -> bool:
+    """Whether torch can compile a graph with this attention in it: calls of packages may break one."""
+    return attention is torch_attention or isinstance(attention, _Selected)
+
+
 class _Selected:
     """Attention by one of torch's kernels, which raises where that cannot be used."""
 

@@ -59,13 +59,16 @@ def test_a_second_start_goes_on_after_rows_that_are_known(tiny, monkeypatch, tmp
 
         return work
 
-    table = {"a": row("a"), "b": row("b", RuntimeError("out of memory")), "c": row("c", KeyboardInterrupt())}
+    table = {"a": row("a"), "b": row("b", AssertionError("no | memory")), "c": row("c", KeyboardInterrupt())}
+    table["d"] = row("d")
     monkeypatch.setattr(gpu, "rows", lambda _: table)
     with pytest.raises(KeyboardInterrupt):
         tiny()
-    assert "| b | " in capsys.readouterr().out
+    assert "| failed: AssertionError: no / memory |" in capsys.readouterr().out
+    failed = json.loads((tmp_path / "rows.json").read_text())["failed"]
+    assert failed == {"b": "AssertionError: no | memory", "c": "cut off"}
     code, rows, printed = tiny()
-    assert code == 0 and list(rows) == ["a", "b", "c"] and done == ["a", "b", "c", "b", "c"]
+    assert code == 0 and list(rows) == ["a", "d", "b", "c"] and done == ["a", "b", "c", "d", "b", "c"]
     assert printed.splitlines()[2] == "| a | 1000 ms |  |  | 1.00 |  | 2.00 | 0.500 | a |"
     path = tmp_path / "rows.json"
     content = json.loads(path.read_text())

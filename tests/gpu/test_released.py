@@ -110,7 +110,7 @@ def test_three_shapes_are_compiled_once(place, counters):
     with torch.no_grad():
         first = [step.network(shape, timesteps, text) for shape in shapes]
         graphs = counters["stats"]["unique_graphs"]
-        again = [step.network(shape, timesteps // 2 + 1, 2 * text) for shape in shapes]
+        again = [step.network(shape, (timesteps[:1] // 2 + 1).expand(2), 2 * text) for shape in shapes]
     assert 1 <= graphs <= 2 and counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert all(torch.isfinite(out).all() for out in (*first, *again))
 
@@ -209,6 +209,21 @@ def test_the_peak_of_a_guided_step_is_the_planners(size, settings):
 
 def test_the_peak_of_a_lora_step_is_the_planners(place):
     config = training_config(MODEL, place.size, lora=True)
+    assert peak_of_training(config, place) == pytest.approx(step_estimate(config, torch.bfloat16), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param("tiny", marks=pytest.mark.slow), pytest.param("released", marks=GPU)], indirect=True
+)
+def test_the_peak_of_a_full_step_is_the_planners(place):
+    """The smaller model, whose state of the optimizer a card of 80 GB holds."""
+    config = training_config("cogvideox_2b", place.size, lora=False)
+    near = 0.12 if place.is_tiny else 0.05  # DeepSpeed's buffers are a tenth of a tiny model
+    assert peak_of_training(config, place) == pytest.approx(step_estimate(config, torch.bfloat16), rel=near)
+
+
+def peak_of_training(config, place: Place) -> int:
+    """The most bytes in a step that is not the first."""
     with Peak(place.device) as peak:
         run = TrainingRun(config, place.device, torch.bfloat16)
         run.start()
@@ -216,7 +231,6 @@ def test_the_peak_of_a_lora_step_is_the_planners(place):
             run.step()  # makes the state of the optimizer
             peak.restart()
             run.step()
-            found = peak.bytes
+            return peak.bytes
         finally:
             run.close()
-    assert found == pytest.approx(step_estimate(config, torch.bfloat16), rel=0.05)

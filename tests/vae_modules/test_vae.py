@@ -13,11 +13,11 @@ from sgm.checks.measure import with_equal_parts_once
 from sgm.checks.meta_run import LiveBytes
 from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from vae_modules import autoencoder
+from vae_modules import autoencoder, convolutions
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
+from vae_modules.convolutions import Conv3d, UpsamplingConv2d
 from vae_modules.layers import (
     CausalConv3d,
-    Conv3d,
     Downsample3D,
     ResnetBlock3D,
     SpatialNorm3D,
@@ -508,3 +508,39 @@ def test_convolutions_by_frames_are_those_of_torch(kernel, padding):
     with Operators(), torch.no_grad():
         ours(x)
     assert [weight.ndim for weight in weights] == ([4, 4, 4] if padding == (0, 1, 1) else [5])
+
+
+@pytest.mark.parametrize(("frames", "repeats"), [(4, False), (7, False), (5, True), (4, True), (1, True)])
+@torch.no_grad()
+def test_frames_in_pairs_take_four_convolutions_and_lose_no_precision(frames, repeats, monkeypatch):
+    monkeypatch.setattr(convolutions, "BUFFER_ELEMENTS", 2 * 3 * 256)  # a pair at a time
+    conv, calls = Conv3d(3, 4, 3, padding=(0, 1, 1)), []
+    x = random(2, 3, frames + 2, 8, 32)
+    if repeats:
+        x[:, :, :2] = x[:, :, 2:3]
+    real = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **options: calls.append(args) or real(*args, **options))
+    found = conv(x, repeats=repeats)
+    exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=(0, 1, 1))
+    allowed = 2 * (F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)) - exact).abs().max()
+    assert (found - exact).abs().max() < allowed
+    pairs, single = divmod(frames - repeats, 2)
+    assert len(calls) == 4 * pairs + 3 * single + repeats
+
+
+@torch.no_grad()
+def test_enlarging_frames_takes_kernels_of_2x2():
+    conv = UpsamplingConv2d(3)
+    x, small = random(2, 3, 16, 12), random(1, 3, 6, 4)
+    shapes = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            shapes.extend([args[1].shape] if func is torch.ops.aten.convolution.default else [])
+            return func(*args, **(kwargs or {}))
+
+    for frames, kernels in ((x, (12, 3, 2, 2)), (small, (3, 3, 3, 3))):
+        expected = F.conv2d(F.interpolate(frames, scale_factor=2.0), conv.weight, conv.bias, padding=1)
+        with Operators():
+            torch.testing.assert_close(conv(frames), expected, rtol=0, atol=1e-6)
+        assert shapes.pop() == kernels

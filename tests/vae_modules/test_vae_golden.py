@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import load_autoencoder
+from vae_modules import convolutions
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "vae"
 
@@ -28,9 +29,11 @@ def io():
 
 @pytest.fixture(params=[None, 1, 50_000], ids=["whole", "frames", "pieces"])
 def split(vae, request, monkeypatch):
-    """Let kernels take whole chunks, single frames, or a few frames at a time."""
+    """Let kernels take whole chunks, single frames, or a few frames at a time; the last with combined weights."""
     if request.param is not None:
         monkeypatch.setattr(vae, "max_elements", request.param)
+    if request.param == 50_000:
+        monkeypatch.setattr(convolutions, "FEWEST_PIXELS", 1)
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])

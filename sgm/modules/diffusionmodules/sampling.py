@@ -166,7 +166,7 @@ class VideoSampler(ABC):
                 inputs,
                 torch.full((len(inputs),), levels[i], device=x.device),
                 both,
-                idx=torch.full((len(inputs),), schedule.timesteps[i], device=x.device),
+                idx=torch.tensor([schedule.timesteps[i]], device=x.device).expand(len(inputs)),
                 **{name: _repeat_batch(value, len(x), len(inputs)) for name, value in model_kwargs.items()},
             )
             denoised = guider.combine(
@@ -247,7 +247,7 @@ class VideoDDIMSampler(VideoSampler):
                 before_step(i / num)
             weights, after = ddim_weights(levels[i], levels[i + 1]), sample
             level = torch.full((len(x),), levels[i], device=x.device)
-            timestep = torch.full((len(x),), schedule.timesteps[i], device=x.device)
+            timestep = torch.tensor([schedule.timesteps[i]], device=x.device).expand(len(x))
             for _ in range(num_iterations):
                 denoised = denoise_fn(sample, level, cond, idx=timestep, **model_kwargs).float()
                 sample = (after - weights.denoised * denoised) / weights.sample
@@ -258,4 +258,6 @@ def _repeat_batch(value: Any, batch: int, repeated: int) -> Any:
     """Repeat a tensor of length `batch` to length `repeated`; leave everything else."""
     if batch == repeated or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
         return value
+    if value.stride(0) == 0:
+        return value[:1].expand(repeated, *value.shape[1:])  # still known to be the same for all
     return torch.cat([value] * (repeated // batch))

@@ -37,6 +37,11 @@ def test_the_mesh_is_read_from_the_configuration():
             "args.sequence_attention=ring",
         ),
         (
+            ["args.sequence_parallel_size=8", "args.attention=math"],
+            "args.attention",
+            "which has kernels of its own -> remove it, or give 1 or 2",
+        ),
+        (
             ["args.cfg_parallel_size=2", "model.sampler_config.params.guider_config=null"],
             "args.cfg_parallel_size",
             "no guidance",

@@ -9,7 +9,14 @@ import torch
 import yaml
 
 import sgm.distributed
-from sgm.checks.sampling import check_files, check_shapes, dry_run, problems_of, schedule_problems
+from sgm.checks.sampling import (
+    check_files,
+    check_shapes,
+    dry_run,
+    problems_of,
+    schedule_problems,
+    speed_problems,
+)
 from sgm.checks.sampling_plan import check_sampling, scaling_warnings
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
@@ -402,3 +409,12 @@ def test_a_path_that_is_too_long_is_a_problem_of_its_key():
     (found,) = problems_of("args.resume", "correct it", Path("long/" * 1000).is_dir)
     assert found.path == "args.resume" and found.found.startswith("File name too long: long/long/")
     assert len(found.found) < 200 and found.cure == "give another path"
+
+
+def test_compiling_needs_a_compiler(load, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    text = dry_run_refusal(load("args.compile=true", "args.device=cpu"))
+    assert "is true, and the C++ compiler 'no-such-compiler' is not found" in text
+    monkeypatch.setenv("CC", "nor-this-one")
+    (problem,) = speed_problems(load("args.compile=true"), ROTARY, torch.device("cuda"), torch.bfloat16)
+    assert "triton" in problem.found and problem.cure.startswith("install")
