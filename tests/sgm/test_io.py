@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,19 @@ def test_json_that_python_refuses_is_refused_by_its_fault(tmp_path, name, text, 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"line 1: .*{fault}"):
         READERS[name](tmp_path / name)
+
+
+def test_the_digest_of_a_large_file_sees_both_ends_and_pieces_between(tmp_path):
+    path, content = tmp_path / "a", bytearray(1 << 23)
+    path.write_bytes(content)
+    digest = partial(sgm.io.content_digest, whole=1 << 12, ends=1 << 10)
+    seen = {digest(path)}
+    for place in (0, 1023, 1024, 5 << 20, len(content) - 1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        seen.add(digest(path))
+    assert len(seen) == 6
+    path.write_bytes(content + b"0")
+    assert digest(path) not in seen, "the size counts"
+    path.with_name("b").write_bytes(path.read_bytes())
+    assert digest(path.with_name("b")) == digest(path), "the name does not"
