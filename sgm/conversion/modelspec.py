@@ -16,11 +16,12 @@ from sgm.modules.geometry import Geometry
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
 from sgm.weights.files import find_weights
+from sgm.weights.lora.names import BASE, BASE_DIGEST
 
 logger = get_logger(__name__)
 
 PREFIX = "modelspec."
-BASE, BASE_DIGEST, CONFIG_DIGEST = "ss_sd_model_name", "base_digest", "training_config_digest"
+CONFIG_DIGEST = "training_config_digest"
 RANK, ALPHA = "ss_network_dim", "ss_network_alpha"
 KEYS = (BASE, BASE_DIGEST, RANK, ALPHA, CONFIG_DIGEST)
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgm.conversion.diffusers.names import network_to_diffusers
+from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_extract import extract_lora
 from sgm.conversion.lora_merge import _reduced, average_loras, average_weights, merge_loras, read_loras, sum_loras
 from sgm.util import InputError
@@ -236,3 +237,22 @@ def test_a_folder_with_one_file_in_names_of_sat_is_read(files, tmp_path):
     (folder := tmp_path / "alone").mkdir()
     save_file({PREFIX + name: matrix for name, matrix in matrices(2, 2).items()}, folder / "lora.safetensors")
     assert read_any_lora(folder, alpha=4).rank == 2
+
+
+def test_a_base_that_is_not_the_recorded_one_must_be_asked_for(files):
+    """Of a SAT file, and of one that was exported from it, which says the digest of its base, and not where it is."""
+    save_network(files / "tuned", 1, network(seed=30), patch_size=2)
+    export_lora(files / "one", files / "exported")
+    for name in ("one", "exported"):
+        with pytest.raises(InputError, match="was trained on another base than .*tuned.*give the right one"):
+            merge_loras([files / name], files / "no", base=files / "tuned")
+        merge_loras([files / name], files / f"on {name}", base=files / "tuned", any_base=True)
+        require_close(deltas(files / f"on {name}", files / "tuned"), deltas(files / "one"))
+        sum_loras([files / name, files / "two"], files / f"sum {name}", base=files / "tuned", any_base=True)
+        assert read_adapter_info(files / f"sum {name}").base_digest == weights_digest(find_weights(files / "tuned"))
+    merge_loras([files / "exported"], files / "same", base=files / "base")
+    with pytest.raises(InputError, match="no LoRA records its base as a path"):
+        sum_loras([files / "exported"], files / "no")
+    with pytest.raises(InputError, match="was trained on another base than .*tuned.*--any_base"):
+        sum_loras([files / "exported"], files / "no", base=files / "tuned")
+    assert not (files / "no").exists()
