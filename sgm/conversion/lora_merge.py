@@ -93,7 +93,9 @@ def merge_loras(
     check_new_folder(folder)
     factors = _strengths(strengths, len(paths))
     loras = read_loras(paths, alpha)
-    network = {name: t for name, t in network_of(_base_file(loras, base, any_base=any_base)).items() if not is_adapter(name)}
+    network = {
+        name: t for name, t in network_of(_base_file(loras, base, any_base=any_base)).items() if not is_adapter(name)
+    }
     merged = _merged(network, loras, factors)
     with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
         write_network(temporary, 1, merged, file_format=file_format)
@@ -167,7 +169,9 @@ def sum_loras(
     total = default(rank, stack.rank)
     layers = tuple(layer for layer in stack.layers if layer is not None)
     targets = short_names(stack.groups)
-    info = replace(_info(loras, base, any_base=any_base), rank=total, alpha=scale * total, layers=layers, targets=targets)
+    info = replace(
+        _info(loras, base, any_base=any_base), rank=total, alpha=scale * total, layers=layers, targets=targets
+    )
     return _write(folder, tensors, info, loras, factors)
 
 
@@ -367,7 +371,9 @@ def _info(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool) -> 
         digest = weights_digest(_checked(loras, base, any_base=any_base))
         return AdapterInfo(rank=1, alpha=1.0, layers=(), base=str(base), base_digest=digest)
     if recorded is None or recorded.info is None:
-        raise InputError(f"no LoRA records its base as a path, which the result has to name; give it with {_BASE}<path>")
+        raise InputError(
+            f"no LoRA records its base as a path, which the result has to name; give it with {_BASE}<path>"
+        )
     return recorded.info
 
 

@@ -46,12 +46,13 @@ def model_metadata(model: Mapping[str, Any], *, title: str, implementation: str 
 
 
 def lora_metadata(
-    path: Path, *, rank: int, alpha: float, info: AdapterInfo | None, title: str, implementation: str
+    path: Path | None, *, rank: int, alpha: float, info: AdapterInfo | None, title: str, implementation: str
 ) -> dict[str, str]:
     """Return the metadata of a LoRA.
 
     Args:
-        path: its weights file. In a run folder, the configuration beside it tells architecture, resolution and digest.
+        path: its weights file, None if it was not trained. In a run folder, the configuration beside it tells
+            architecture, resolution and digest.
         rank: r.
         alpha: numerator of the scale.
         info: what the file says of itself.
@@ -59,7 +60,7 @@ def lora_metadata(
         implementation: whose names the tensors have.
     """
     own = {f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}architecture": "cogvideox"}
-    config = _run_config(path)
+    config = None if path is None else _run_config(path)
     if config is not None:
         own = model_metadata(config["model"], title=title, implementation=implementation)
         size = ((config.get("data") or {}).get("params") or {}).get("video_size")

@@ -70,7 +70,9 @@ class VideoDiffusionLoss:
         if min_snr_variant not in SNR_VARIANTS:
             raise InputError(f"min_snr_variant is {min_snr_variant!r}; expected one of {', '.join(SNR_VARIANTS)}")
         if min_snr_variant != "bound" and min_snr_value is None:
-            raise InputError(f"min_snr_variant is {min_snr_variant} without min_snr_value; set it too, to 5 for example")
+            raise InputError(
+                f"min_snr_variant is {min_snr_variant} without min_snr_value; set it too, to 5 for example"
+            )
         if offset_noise_level < 0:
             raise InputError(f"offset_noise_level is {offset_noise_level}; expected 0 or more")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
