@@ -1,6 +1,7 @@
 """Several LoRAs merged, and a LoRA extracted from two models. Matrices alone, no networks."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sgm.weights.adapters import TARGETS, AdapterInfo, is_adapter, read_adapter_
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import PREFIX, find_weights, read_metadata, read_tensors, weights_digest
 from sgm.weights.lora.files import read_any_lora
+from sgm.weights.lora.lokr import shapes_of
 from sgm.weights.lora.names import GROUPS
 
 D, LAYERS = 16, 2
@@ -310,3 +312,30 @@ def test_targets_without_a_block_are_refused(files):
     for targets, said in ((["patch"], "has patch; add one of attention, ff, adaln"), (["qkv"], "has qkv; expected")):
         with pytest.raises(InputError, match=f"--targets {said}"):
             extract_lora(files / "base", files / "base", files / "out", rank=2, targets=targets)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_the_average_of_other_kinds_keeps_kind_shapes_and_dtypes(files, kind):
+    """Of DoRA the magnitudes too, which may have another dtype than the matrices; of LoKr the factor."""
+    info = replace(read_adapter_info(files / "one"), kind=kind, factor=2 if kind == "lokr" else -1)
+    each = []
+    for seed in (1, 2):
+        tensors = {name: tensor.bfloat16() for name, tensor in matrices(2, seed).items()}
+        if kind == "dora":
+            ends = {name.replace("matrix_A", "magnitude") for name in tensors if "matrix_A" in name}
+            tensors |= {name: 1 + drawn(D, seed=seed) for name in ends}
+        else:
+            shapes = shapes_of(D, D, 2, 2)
+            stems = [name.split("matrix_A") for name in tensors if "matrix_A" in name]
+            tensors = {f"{a}{end}{b}": drawn(*shape, seed=seed) for a, b in stems for end, shape in shapes.items()}
+        each.append(tensors)
+        save_network(files / f"{kind}{seed}", 1, tensors, patch_size=2, adapters=info)
+    average_loras([files / f"{kind}1", files / f"{kind}2"], files / "soup", strengths=(3, 1))
+    found = read_any_lora(files / "soup")
+    assert (found.kind, found.factor, found.info) == (kind, info.factor, info) and found.tensors.keys() == each[
+        0
+    ].keys()
+    for name, tensor in found.tensors.items():
+        one, other = (tensors[name] for tensors in each)
+        mean = (0.75 * one.float() + 0.25 * other.float()).to(one.dtype)
+        assert tensor.compute().dtype == one.dtype and torch.equal(tensor.compute(), mean)
