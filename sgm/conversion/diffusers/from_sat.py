@@ -16,7 +16,7 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
-from sgm.conversion.modelspec import lora_metadata, model_metadata
+from sgm.conversion.modelspec import lora_metadata, model_metadata, scaling_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
@@ -261,6 +261,7 @@ def _transformer(
     )
     tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
     metadata = model_metadata(config.model, title=title, implementation=style)
+    metadata |= scaling_metadata(find_weights(config.args.load))
     metadata |= {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
     if style == "comfyui":
         tensors = {comfyui_name(name): tensor for name, tensor in tensors.items()}
