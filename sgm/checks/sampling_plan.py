@@ -123,9 +123,10 @@ def scaling_warnings(args: SamplingArgs, geometry: Geometry, longest: int) -> It
         for path in (args.load, *(entry.path for entry in args.loras)):
             scaling = None if path is None else _trained_scaling(path)
             if scaling not in (None, args.time_scaling):
+                own = default(args.time_scaling, "null")
                 yield (
-                    f"{path} was trained with args.time_scaling={scaling}, and it is {default(args.time_scaling, 'null')}: "
-                    "longer clips have other positions than in its training"
+                    f"{path} was trained with args.time_scaling={scaling}, and it is {own}: longer clips have other "
+                    "positions than in its training"
                 )
 
 
