@@ -7,7 +7,8 @@
 The result holds the adapters alone and names their base: sample it with the same YAML and args.load=ckpts/my-lora.
 Alpha is taken from the header of the file, from adapter_config.json beside it, or from its .alpha tensors.
 cogvideox-factory writes none: give the --lora_alpha of that training as --alpha; without it, alpha is the rank, as in
-diffusers. All adapters must be on attn1.to_q, to_k, to_v and to_out.0 and have the same rank and alpha.
+diffusers. Adapters may be on the modules that docs/adapters.md lists, of one rank and alpha. A file that was exported
+here records its base, and is refused on another one.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def convert(options: argparse.Namespace) -> None:
     overrides = ["args.input_type=cli"]  # no prompts are read
     overrides += [] if base is None else [f"args.load={json.dumps(base)}"]
     config = load_config(base_files(options.base, base), overrides, mode="inference", trust=options.trust)
-    file = import_lora(config, options.lora, options.output_path, base=base, alpha=options.alpha)
+    file = import_lora(
+        config, options.lora, options.output_path, base=base, alpha=options.alpha, any_base=options.any_base
+    )
     sys.stdout.write(f"wrote {file}\n")
 
 
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--transformer_ckpt_path", metavar="PATH", help="its checkpoint; else args.load of the YAML")
     parser.add_argument("--output_path", required=True, metavar="DIR", help="to create")
     parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the files do not record it")
+    parser.add_argument("--any_base", action="store_true", help="take a LoRA whose file records another base, too")
     return run_command(convert, parser.parse_args(argv))
 
 

@@ -36,7 +36,9 @@ def merge(options: argparse.Namespace) -> None:
     if options.ema_decay is not None:
         strengths = average_weights(options.ema_decay, len(options.sat_pt_path))
     given = (options.sat_pt_path, options.output_path)
-    common = {"base": options.base_ckpt, "alpha": options.alpha, "strengths": strengths}
+    if options.any_base and options.base_ckpt is None:
+        raise InputError("--any_base is given without a base; give it with --base_ckpt")
+    common = {"base": options.base_ckpt, "alpha": options.alpha, "strengths": strengths, "any_base": options.any_base}
     if options.result == "network":
         file = merge_loras(*given, **common, file_format=options.file_format or "pt")
     elif options.result == "sum":
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "--result", choices=("network", "sum", "average"), default="network", help="see above (network)"
     )
     parser.add_argument("--base_ckpt", metavar="PATH", help="base of the adapters, if it has moved or is not recorded")
+    parser.add_argument("--any_base", action="store_true", help="merge into it what was trained on another base, too")
     parser.add_argument("--strength", type=float, nargs="+", help="factor of all adapters, or of each (1)")
     parser.add_argument("--rank", type=int, help="of a sum: the nearest LoRA of this rank (the sum of all ranks)")
     parser.add_argument("--ema_decay", type=float, help="of an average: weights of a moving average, oldest first")

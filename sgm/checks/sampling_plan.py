@@ -8,7 +8,9 @@ from sgm.config.args import SamplingArgs
 from sgm.config.load import ConfigError, Problem
 from sgm.modules.diffusionmodules.windows import LEAD_IN, TimeWindows
 from sgm.modules.geometry import Geometry
-from sgm.util import default
+from sgm.util import InputError, default
+from sgm.weights.files import trained_scaling
+from sgm.weights.lora.files import find_any_lora
 
 _NETWORK = "model.network_config.params"
 
@@ -117,6 +119,23 @@ def scaling_warnings(args: SamplingArgs, geometry: Geometry, longest: int) -> It
             f"args.time_scaling is extrapolate: positions of {geometry.video_frames(longest)} frames, and the network "
             f"was trained on {geometry.video_frames(trained)}; clips tend to repeat. args.time_scaling=riflex avoids it"
         )
+    if geometry.padded_latents(longest) > geometry.padded_latents(trained):
+        for path in (args.load, *(entry.path for entry in args.loras)):
+            scaling = None if path is None else _trained_scaling(path)
+            if scaling not in (None, args.time_scaling):
+                own = default(args.time_scaling, "null")
+                yield (
+                    f"{path} was trained with args.time_scaling={scaling}, and it is {own}: longer clips have other "
+                    "positions than in its training"
+                )
+
+
+def _trained_scaling(path: str) -> str | None:
+    """Return the scaling that weights or adapters were trained with; None for files that cannot be read."""
+    try:
+        return trained_scaling(find_any_lora(path))
+    except InputError:
+        return None
 
 
 def _windows(args: SamplingArgs, patch: int) -> TimeWindows:

@@ -36,6 +36,7 @@ class LoraArgs(BaseModel):
     strength: _Strength | dict[str, _Strength] = 1.0
     schedule: Annotated[tuple[tuple[Share, _Strength], ...], Field(min_length=1)] | None = None
     alpha: Positive | None = None
+    any_base: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

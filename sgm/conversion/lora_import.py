@@ -20,7 +20,7 @@ from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import Tensors, compute
 from sgm.weights.lora.dora import base_magnitude
-from sgm.weights.lora.files import network_of
+from sgm.weights.lora.files import network_of, require_base
 from sgm.weights.lora.foreign import DiffusersLora, listed, read_diffusers_lora
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, part_of, sat_name
 from sgm.weights.match import match_network
@@ -35,6 +35,7 @@ def import_lora(
     *,
     base: str | Path | None = None,
     alpha: float | None = None,
+    any_base: bool = False,
 ) -> Path:
     """Write adapters of another training tool as an adapters-only SAT checkpoint.
 
@@ -46,6 +47,7 @@ def import_lora(
         folder: to create.
         base: the base checkpoint; None uses ``args.load`` of `config`.
         alpha: of the training, for files without it.
+        any_base: take adapters whose file records another base, too.
 
     Returns:
         The weights file.
@@ -65,6 +67,8 @@ def import_lora(
             f"{base_file}, named as the base, holds LoRA of its own; give the checkpoint without it, or merge it "
             "first: python tools/merge_lora_weight.py"
         )
+    if not any_base:
+        require_base(lora, base_file, "give that, or add --any_base if it is meant for these weights too")
     info = AdapterInfo(
         rank=lora.rank,
         alpha=lora.alpha,

@@ -28,7 +28,15 @@ from sgm.weights.adapters import (
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute, meta
-from sgm.weights.lora.files import Lora, is_sat, network_of, read_any_lora, records_alpha, warn_without_effect
+from sgm.weights.lora.files import (
+    Lora,
+    is_sat,
+    network_of,
+    read_any_lora,
+    records_alpha,
+    require_base,
+    warn_without_effect,
+)
 from sgm.weights.lora.merging import kronecker_changes, merge_adapters
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
@@ -63,6 +71,7 @@ def merge_loras(
     alpha: float | None = None,
     strengths: Sequence[float] = (1.0,),
     file_format: Literal["pt", "safetensors"] = "pt",
+    any_base: bool = False,
 ) -> Path:
     """Write a checkpoint in the SAT layout with adapters merged into the weights: summed in float32, rounded once.
 
@@ -73,6 +82,7 @@ def merge_loras(
         alpha: see `read_loras`.
         strengths: factor of each, or of all; 0 gives the network without them.
         file_format: ``"safetensors"`` is written with one tensor in memory at a time, ``"pt"`` with all.
+        any_base: take LoRAs that record another base than `base` too, as for a fine-tuned model.
 
     Returns:
         The weights file.
@@ -83,7 +93,9 @@ def merge_loras(
     check_new_folder(folder)
     factors = _strengths(strengths, len(paths))
     loras = read_loras(paths, alpha)
-    network = {name: t for name, t in network_of(_base_file(loras, base)).items() if not is_adapter(name)}
+    network = {
+        name: t for name, t in network_of(_base_file(loras, base, any_base=any_base)).items() if not is_adapter(name)
+    }
     merged = _merged(network, loras, factors)
     with new_folder(folder, need_bytes=total_bytes(merged)) as temporary:
         write_network(temporary, 1, merged, file_format=file_format)
@@ -118,6 +130,7 @@ def sum_loras(
     alpha: float | None = None,
     strengths: Sequence[float] = (1.0,),
     rank: int | None = None,
+    any_base: bool = False,
 ) -> Path:
     """Write one LoRA in the SAT layout that adds what several add.
 
@@ -128,6 +141,7 @@ def sum_loras(
         alpha: see `read_loras`.
         strengths: factor of each, or of all.
         rank: of the result, which then is the nearest of that rank; None for the sum of all ranks, which is exact.
+        any_base: see `merge_loras`.
 
     Returns:
         The weights file.
@@ -155,7 +169,9 @@ def sum_loras(
     total = default(rank, stack.rank)
     layers = tuple(layer for layer in stack.layers if layer is not None)
     targets = short_names(stack.groups)
-    info = replace(_info(loras, base), rank=total, alpha=scale * total, layers=layers, targets=targets)
+    info = replace(
+        _info(loras, base, any_base=any_base), rank=total, alpha=scale * total, layers=layers, targets=targets
+    )
     return _write(folder, tensors, info, loras, factors)
 
 
@@ -166,6 +182,7 @@ def average_loras(
     base: str | Path | None = None,
     alpha: float | None = None,
     strengths: Sequence[float] = (1.0,),
+    any_base: bool = False,
 ) -> Path:
     """Write the average of the matrices of several LoRAs, checkpoints of one run (Wortsman et al. 2022, model soups).
 
@@ -175,6 +192,7 @@ def average_loras(
         base: recorded in the result.
         alpha: see `read_loras`.
         strengths: weight of each, divided by their sum.
+        any_base: see `merge_loras`.
 
     Returns:
         The weights file.
@@ -199,7 +217,7 @@ def average_loras(
     lazy = {name: LazyTensor(tuple(lora.tensors[name] for lora in loras), make) for name in first.tensors}
     targets = short_names(first.groups)
     info = replace(
-        _info(loras, base),
+        _info(loras, base, any_base=any_base),
         rank=first.rank,
         alpha=first.alpha,
         layers=first.layers,
@@ -307,48 +325,56 @@ def _strengths(given: Sequence[float], num: int) -> list[float]:
     return list(given) * num if len(given) == 1 else list(given)
 
 
-def _recorded(loras: Sequence[Lora]) -> Lora | None:
-    """Return a LoRA that records the base of all; None if none does."""
-    known = [lora for lora in loras if lora.info is not None]
-    for lora in known[1:]:
-        if lora.info and known[0].info and lora.info.base_digest != known[0].info.base_digest:
+def _recorded(loras: Sequence[Lora], *, any_base: bool) -> Lora | None:
+    """Return a LoRA that says where the base of all is; None if none does."""
+    known = [lora for lora in loras if lora.base is not None]
+    for lora in () if any_base else known[1:]:
+        if lora.base and known[0].base and lora.base[1] != known[0].base[1]:
             raise InputError(
-                f"{known[0].path} was trained on '{known[0].info.base}' and {lora.path} on '{lora.info.base}', which "
-                "is another base; give LoRAs of one base, or export one, which records none then: "
-                "tools/export_sat_lora_weight.py"
+                f"{known[0].path} was trained on '{known[0].base[0]}' and {lora.path} on '{lora.base[0]}', which "
+                f"is another base; give LoRAs of one base, or the base with {_BASE}<path> --any_base"
             )
-    return known[0] if known else None
+    return next((lora for lora in known if lora.info is not None), None)
 
 
-def _base_file(loras: Sequence[Lora], base: str | Path | None) -> Path:
+def _base_file(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool) -> Path:
     """Return the file of the network that LoRAs are merged into."""
-    recorded = _recorded(loras)
+    recorded = _recorded(loras, any_base=any_base)
+    alone = recorded is not None and adapters_alone(read_tensors(recorded.path))
+    if base is not None and any_base and (alone or recorded is None):
+        return find_weights(base)
     if len(loras) == 1 and is_sat(loras[0].path):
         return find_base(loras[0].path, base, option=_BASE) or loras[0].path
-    if recorded is not None and adapters_alone(read_tensors(recorded.path)):
+    if recorded is not None and alone:
         found = find_base(recorded.path, base, option=_BASE)
         assert found is not None, "adapters alone have a base"
         return found
     if base is None:
         names = ", ".join(str(lora.path) for lora in loras)
         raise InputError(f"no file of adapters alone records its base among {names}; give it with {_BASE}<path>")
-    return find_weights(base)
+    return _checked(loras, base, any_base=any_base)
 
 
-def _info(loras: Sequence[Lora], base: str | Path | None) -> AdapterInfo:
-    """Return a description with the base of all LoRAs; its rank, alpha and layers are to be replaced."""
-    recorded = _recorded(loras)
-    if recorded is not None and recorded.info is not None:
-        if base is not None and (digest := weights_digest(find_weights(base))) != recorded.info.base_digest:
-            raise InputError(
-                f"{recorded.path} was trained on another base than {base}: that has the digest {digest[:12]}, and the "
-                f"file records {recorded.info.base_digest[:12]}; leave {_BASE}out, or give the right one"
-            )
-        return recorded.info if base is None else replace(recorded.info, base=str(base))
-    if base is None:
-        raise InputError(f"no LoRA records its base, which the result has to name; give it with {_BASE}<path>")
-    digest = weights_digest(find_weights(base))
-    return AdapterInfo(rank=1, alpha=1.0, layers=(), base=str(base), base_digest=digest)
+def _checked(loras: Sequence[Lora], base: str | Path, *, any_base: bool) -> Path:
+    """Return the weights file of a given base, which is that of all LoRAs that record one."""
+    file = find_weights(base)
+    for lora in () if any_base else loras:
+        cure = f"leave {_BASE}out, give the right one, or add --any_base if it is meant for these weights too"
+        require_base(lora, file, cure)
+    return file
+
+
+def _info(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool) -> AdapterInfo:
+    """Return a description with the base of all LoRAs; what it says of the adapters is to be replaced."""
+    recorded = _recorded(loras, any_base=any_base)
+    if base is not None:
+        digest = weights_digest(_checked(loras, base, any_base=any_base))
+        return AdapterInfo(rank=1, alpha=1.0, layers=(), base=str(base), base_digest=digest)
+    if recorded is None or recorded.info is None:
+        raise InputError(
+            f"no LoRA records its base as a path, which the result has to name; give it with {_BASE}<path>"
+        )
+    return recorded.info
 
 
 def _write(

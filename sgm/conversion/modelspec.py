@@ -8,21 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sgm.config.load import digest_of
 from sgm.log import get_logger
 from sgm.modules.geometry import Geometry
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
-from sgm.weights.files import find_weights
+from sgm.weights.files import find_weights, run_config, trained_scaling
+from sgm.weights.lora.names import BASE, BASE_DIGEST
 
 logger = get_logger(__name__)
 
 PREFIX = "modelspec."
-BASE, BASE_DIGEST, CONFIG_DIGEST = "ss_sd_model_name", "base_digest", "training_config_digest"
+CONFIG_DIGEST, TIME_SCALING = "training_config_digest", "training_time_scaling"
 RANK, ALPHA = "ss_network_dim", "ss_network_alpha"
-KEYS = (BASE, BASE_DIGEST, RANK, ALPHA, CONFIG_DIGEST)
+KEYS = (BASE, BASE_DIGEST, RANK, ALPHA, CONFIG_DIGEST, TIME_SCALING)
 
 
 def model_metadata(model: Mapping[str, Any], *, title: str, implementation: str = "diffusers") -> dict[str, str]:
@@ -45,12 +44,13 @@ def model_metadata(model: Mapping[str, Any], *, title: str, implementation: str 
 
 
 def lora_metadata(
-    path: Path, *, rank: int, alpha: float, info: AdapterInfo | None, title: str, implementation: str
+    path: Path | None, *, rank: int, alpha: float, info: AdapterInfo | None, title: str, implementation: str
 ) -> dict[str, str]:
     """Return the metadata of a LoRA.
 
     Args:
-        path: its weights file. In a run folder, the configuration beside it tells architecture, resolution and digest.
+        path: its weights file, None if it was not trained. In a run folder, the configuration beside it tells
+            architecture, resolution and digest.
         rank: r.
         alpha: numerator of the scale.
         info: what the file says of itself.
@@ -58,12 +58,13 @@ def lora_metadata(
         implementation: whose names the tensors have.
     """
     own = {f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}architecture": "cogvideox"}
-    config = _run_config(path)
+    config = None if path is None else run_config(find_weights(path))
     if config is not None:
         own = model_metadata(config["model"], title=title, implementation=implementation)
         size = ((config.get("data") or {}).get("params") or {}).get("video_size")
         own |= {f"{PREFIX}resolution": f"{size[1]}x{size[0]}"} if size else {}
         own[CONFIG_DIGEST] = digest_of(config)
+    own |= {} if path is None else scaling_metadata(find_weights(path))
     own |= {f"{PREFIX}implementation": implementation, f"{PREFIX}title": title}
     own[f"{PREFIX}architecture"] += "/lora"
     recorded = {} if info is None else {BASE: Path(info.base).name, BASE_DIGEST: info.base_digest}
@@ -78,14 +79,18 @@ def _architecture(params: Mapping[str, Any]) -> str:
     return name.replace("_", "-") if name.startswith("cogvideox") else "-".join(filter(None, ("cogvideox", name)))
 
 
-def _run_config(path: Path) -> dict[str, Any] | None:
-    """Return the configuration of the run that saved a weights file; None without one."""
-    file = find_weights(path).absolute().parent.parent / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return config if config["model"]["network_config"]["params"]["hidden_size"] else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        logger.warning("%s is no configuration of a run, and not described in the header: %s", file, error)
-        return None
+def scaling_metadata(path: Path) -> dict[str, str]:
+    """Return what the header says of the scaled positions that a weights file was trained with, and warn of them.
+
+    Other tools compute positions as they are.
+    """
+    scaling = trained_scaling(path)
+    if scaling is None:
+        return {}
+    logger.warning(
+        "%s was trained with args.time_scaling=%s, which other tools do not compute: there, clips longer than the "
+        "model's num_frames have other positions than in training",
+        path,
+        scaling,
+    )
+    return {TIME_SCALING: str(scaling)}

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from sgm.config.values import shortened
 from sgm.io import parse_json, refusing_denied
+from sgm.log import get_logger
 from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
     FINITE,
@@ -35,6 +37,8 @@ from sgm.weights.checksums import (
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
 from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
+
+logger = get_logger(__name__)
 
 PREFIX = "model.diffusion_model."  # prefix of network tensor names
 WEIGHTS = "mp_rank_00_model_states"
@@ -390,6 +394,28 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     with _safetensors_errors(path, size), safe_open(path, framework="pt") as file:
         return {name: text for name, text in (file.metadata() or {}).items() if name not in (KEY, OLD_KEY, FINITE)}
+
+
+def run_config(file: Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that saved a weights file, from the folder above its own; None without one.
+
+    A file there that is no configuration of a run is warned of.
+    """
+    path = file.absolute().parent.parent / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return config if config["model"]["network_config"]["params"]["hidden_size"] else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        logger.warning("%s is no configuration of a run, and is not read: %s", path, error)
+        return None
+
+
+def trained_scaling(file: Path) -> str | None:
+    """Return the ``args.time_scaling`` of the run that saved a weights file; None without one, or without a run."""
+    config = run_config(file)
+    return None if config is None else (config.get("args") or {}).get("time_scaling")
 
 
 def weights_digest(path: str | Path) -> str:

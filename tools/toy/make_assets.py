@@ -117,9 +117,11 @@ def make_clips(out: Path, recipe: Recipe, seed: int) -> None:
     rng, lines = np.random.default_rng([seed, 4]), []
     for names in UNSEEN:
         clip = scene.random_clip(names, rng)
-        path = out / "images" / f"{clip.colour}_{clip.shape}.png"
-        with atomic_file(path) as temporary:
-            Image.fromarray(_to_uint8(scene.render(clip))[0]).save(temporary)
+        frames, path = _to_uint8(scene.render(clip)), out / "images" / f"{clip.colour}_{clip.shape}.png"
+        # That of the last one is the end of a clip between two pictures.
+        for place, file in ((0, path), *([(-1, path.with_stem(f"{path.stem}_last"))] if names == UNSEEN[-1] else [])):
+            with atomic_file(file) as temporary:
+                Image.fromarray(frames[place]).save(temporary)
         lines.append(f"{clip.caption}@@{path.as_posix()}")
     _write_text(out / "prompts_i2v.txt", "\n".join(lines))
 

@@ -23,6 +23,7 @@ nothing (about an hour and a half on two cores); nothing here comes from anywher
 | `transformer/`, `transformer_i2v/` | text-to-video ({steps[t2v]} steps) and image-to-video ({steps[i2v]} steps more) |
 | `prompts.txt`, `prompts_i2v.txt`, `images/` | prompts; the images show combinations that training never saw |
 | `images/mask.png` | white where the shape of the third clip passes |
+| `images/cyan_circle_last.png` | where the cyan circle of its picture arrives |
 | `quality.json` | the numbers below |
 
 Of {combinations} combinations, {held_out} are held out of training. {t2v[samples]} samples of those, as the YAML files

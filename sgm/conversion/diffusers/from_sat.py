@@ -16,7 +16,7 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
-from sgm.conversion.modelspec import model_metadata
+from sgm.conversion.modelspec import lora_metadata, model_metadata, scaling_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
@@ -24,11 +24,11 @@ from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError, instantiate_from_config, without_allocating
-from sgm.weights.adapters import is_adapter, scale_numerator, with_adapters
+from sgm.weights.adapters import is_adapter, read_adapter_info, scale_numerator, with_adapters
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import read_weights
+from sgm.weights.files import find_weights, read_weights
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.lora.dora import is_magnitude
 from sgm.weights.lora.merging import merge_adapters
@@ -239,7 +239,16 @@ def _transformer(
                 )
             released = partial(released_patch, geometry.patch_size)
             patch = {name: LazyTensor((own[name],), released) for name in PATCH_WEIGHTS[2:] if name in own}
-            kept = lora.adapters_to_diffusers(own | patch, alpha=alpha, rank=lora_params["r"])
+            kept, header = lora.adapters_to_diffusers(own | patch, alpha=alpha, rank=lora_params["r"])
+            described = lora_metadata(
+                find_weights(config.args.load),
+                rank=lora_params["r"],
+                alpha=alpha,
+                info=read_adapter_info(config.args.load),
+                title=title,
+                implementation="diffusers",
+            )
+            kept = kept, described | header
         if dtype is not None:  # round once, directly to `dtype`
             own = {
                 # Norms are rounded as the magnitudes of DoRA were, by their dtype.
@@ -252,6 +261,7 @@ def _transformer(
     )
     tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
     metadata = model_metadata(config.model, title=title, implementation=style)
+    metadata |= scaling_metadata(find_weights(config.args.load))
     metadata |= {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
     if style == "comfyui":
         tensors = {comfyui_name(name): tensor for name, tensor in tensors.items()}

@@ -4,7 +4,7 @@ Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,), losses flo
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,23 @@ from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.util import InputError, append_dims, default, instantiate_from_config, to_device
 
 LOSS_TYPES = ("l2", "l1", "huber")
+SNR_VARIANTS = ("bound", "min_snr", "soft")
+
+
+def x0_weight(levels: torch.Tensor, *, value: float | None, variant: str) -> torch.Tensor:
+    """Return the weight of the squared error of x0 at `levels` √ᾱ (B,), float32 (B,).
+
+    1/(1−ᾱ) = SNR + 1 without a `value` γ, the weight of the squared error of v. With γ, by `variant`: ``bound``
+    min(SNR + 1, γ), that of the reference implementation; ``min_snr`` min(SNR, γ), Hang et al. 2023 (of v:
+    min(SNR, γ)/(SNR + 1)); ``soft`` SNR·γ/(SNR + γ), the same without a corner, Crowson et al. 2024.
+    """
+    whole = 1 / (1 - levels**2)
+    if value is None:
+        return whole
+    if variant == "bound":
+        return whole.clamp(max=value)
+    snr = levels**2 * whole
+    return snr.clamp(max=value) if variant == "min_snr" else snr * value / (snr + value)
 
 
 class VideoDiffusionLoss:
@@ -29,7 +46,11 @@ class VideoDiffusionLoss:
         huber_delta: δ, in units of v, which varies by about 1; None is 1.
         offset_noise_level: scale of one extra normal number per sample, added to all of its noise, so that the model
             learns to change the mean of a video.
-        min_snr_value: maximum weight. The weight is SNR + 1, so this clamps it as in Min-SNR (Hang et al. 2023).
+        min_snr_value: γ, which bounds the weight of clean timesteps; None leaves it 1/(1−ᾱ), which is SNR + 1.
+        min_snr_variant: how it does: ``bound`` clamps SNR + 1, as the reference implementation; ``min_snr`` weights the
+            error of x0 by min(SNR, γ), as Min-SNR (Hang et al. 2023) and as diffusers' trainers, which write it for v
+            as min(SNR, γ)/(SNR + 1); ``soft`` by SNR·γ/(SNR + γ) (Crowson et al. 2024). The last two give pure noise,
+            with SNR 0, no weight.
     """
 
     def __init__(
@@ -40,11 +61,18 @@ class VideoDiffusionLoss:
         offset_noise_level: NotNegative = 0.0,
         min_snr_value: Positive | None = None,
         huber_delta: Positive | None = None,
+        min_snr_variant: Literal["bound", "min_snr", "soft"] = "bound",
     ) -> None:
         if type not in LOSS_TYPES:
             raise InputError(f"loss type '{type}' is unknown; expected one of {', '.join(LOSS_TYPES)}")
         if huber_delta is not None and type != "huber":
             raise InputError(f"huber_delta is {huber_delta:g}, and the loss type {type} has none; set type to huber")
+        if min_snr_variant not in SNR_VARIANTS:
+            raise InputError(f"min_snr_variant is {min_snr_variant!r}; expected one of {', '.join(SNR_VARIANTS)}")
+        if min_snr_variant != "bound" and min_snr_value is None:
+            raise InputError(
+                f"min_snr_variant is {min_snr_variant} without min_snr_value; set it too, to 5 for example"
+            )
         if offset_noise_level < 0:
             raise InputError(f"offset_noise_level is {offset_noise_level}; expected 0 or more")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
@@ -55,7 +83,7 @@ class VideoDiffusionLoss:
             )
         self.type = type
         self.offset_noise_level = offset_noise_level
-        self.min_snr_value = min_snr_value
+        self.min_snr_value, self.min_snr_variant = min_snr_value, min_snr_variant
         self.huber_delta = default(huber_delta, 1.0)
 
     def draw_noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -109,7 +137,7 @@ class VideoDiffusionLoss:
         noised = a * x.float() + (1 - a**2) ** 0.5 * noise.float()
         error = denoiser(network, noised, levels, cond, idx=idx, **model_kwargs).float() - x.float()
         whole = 1 / (1 - levels**2)  # of squares; the error of v is √whole times that of x0
-        weight = whole.clamp(max=default(self.min_snr_value, float("inf")))
+        weight = x0_weight(levels, value=self.min_snr_value, variant=self.min_snr_variant)
         if self.type == "huber":
             of_v = (error * append_dims(whole, x.ndim) ** 0.5).flatten(1)
             # torch's has half the squares.

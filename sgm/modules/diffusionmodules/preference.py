@@ -6,7 +6,7 @@ Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,), losses flo
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class DiffusionDPOLoss(VideoDiffusionLoss):
             The T of the paper is part of it.
         offset_noise_level: see `VideoDiffusionLoss`.
         min_snr_value: see `VideoDiffusionLoss`.
+        min_snr_variant: see `VideoDiffusionLoss`.
     """
 
     takes_pairs: ClassVar[bool] = True
@@ -46,11 +47,13 @@ class DiffusionDPOLoss(VideoDiffusionLoss):
         beta: Positive = 2000.0,
         offset_noise_level: float = 0.0,
         min_snr_value: Positive | None = None,
+        min_snr_variant: Literal["bound", "min_snr", "soft"] = "bound",
     ) -> None:
         super().__init__(
             sigma_sampler_config=sigma_sampler_config,
             offset_noise_level=offset_noise_level,
             min_snr_value=min_snr_value,
+            min_snr_variant=min_snr_variant,
         )
         self.beta = beta
 

@@ -18,9 +18,9 @@ from sgm.weights.adapters import (
     read_adapter_info,
 )
 from sgm.weights.architecture import CONTROL_WEIGHT
-from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights
+from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights, weights_digest
 from sgm.weights.lazy import AnyTensor, Tensors, compute
-from sgm.weights.lora.foreign import find_lora, read_diffusers_lora, records_scale
+from sgm.weights.lora.foreign import DiffusersLora, find_lora, read_diffusers_lora, records_scale
 from sgm.weights.lora.lokr import completed, in_parts
 from sgm.weights.lora.names import groups_of, starts_at_zero
 from sgm.weights.stored import require_floating
@@ -38,8 +38,9 @@ class Lora:
         alpha: numerator of the scale.
         tensors: matrices, and magnitudes of DoRA, by SAT's names, lazy. In files of other tools, some
             projections of a layer may have none.
-        info: what the file says of itself, its base too; None in files of other tools and of the reference.
+        info: what the file says of itself; None in files of other tools and of the reference.
         factor: of LoKr.
+        base: name and digest of the weights that they were trained on; None if the file does not say.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Lora:
     tensors: Tensors
     info: AdapterInfo | None = None
     factor: int = -1
+    base: tuple[str, str] | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -90,7 +92,21 @@ def read_any_lora(path: str | Path, *, alpha: float | None = None, option: str =
         alpha=other.alpha,
         tensors=completed(other.tensors),
         factor=other.factor,
+        base=other.base,
     )
+
+
+def require_base(lora: Lora | DiffusersLora, base: Path, cure: str) -> None:
+    """Refuse a LoRA that records other weights than those in the file `base` as what it was trained on.
+
+    Raises:
+        InputError: with the `cure`.
+    """
+    if lora.base is not None and (digest := weights_digest(base)) != lora.base[1]:
+        raise InputError(
+            f"{lora.path} was trained on another base than {base}: that has the digest {digest[:12]}, and the file "
+            f"records {lora.base[1][:12]} for '{lora.base[0]}'; {cure}"
+        )
 
 
 def find_any_lora(path: str | Path) -> Path:
@@ -145,7 +161,8 @@ def read_lora(path: str | Path, *, alpha: float | None = None, option: str = "--
     else:
         rank, factor = common_rank(adapter_pairs(matrices, str(file)), str(file)), -1
     alpha = _alpha(Lora(path=file, rank=rank, alpha=0, tensors=matrices, info=info), alpha, option)
-    return Lora(path=file, rank=rank, alpha=alpha, tensors=matrices, info=info, factor=factor)
+    base = None if info is None else (info.base, info.base_digest)
+    return Lora(path=file, rank=rank, alpha=alpha, tensors=matrices, info=info, factor=factor, base=base)
 
 
 def network_of(file: Path) -> Tensors:

@@ -15,10 +15,12 @@ import torch
 from sgm.io import parse_json, reason_of
 from sgm.log import get_logger
 from sgm.util import InputError
-from sgm.weights.files import read_entry, read_shards
+from sgm.weights.files import read_entry, read_metadata, read_shards
 from sgm.weights.lazy import AnyTensor, LazyTensor
 from sgm.weights.lora.lokr import read_kronecker
 from sgm.weights.lora.names import (
+    BASE,
+    BASE_DIGEST,
     FILE,
     HEADER_KEY,
     MODULES,
@@ -58,6 +60,7 @@ class DiffusersLora:
         magnitudes: of DoRA, [D_out] of each adapted module; empty for others.
         kronecker: of LoKr, the matrices of each adapted module, which has no pair then; empty for others.
         factor: of LoKr.
+        base: name and digest of what they were trained on, in files that were exported here; None in others.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class DiffusersLora:
     magnitudes: Mapping[Module, AnyTensor] = field(default_factory=dict)
     kronecker: Mapping[Module, Mapping[str, AnyTensor]] = field(default_factory=dict)
     factor: int = -1
+    base: tuple[str, str] | None = None
 
     @property
     def modules(self) -> list[Module]:
@@ -146,7 +150,15 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
             raise InputError(f"{file} is DoRA according to {source}, and holds no magnitudes; copy or save it again")
     stored = {module: _number(matrices["alpha"]) for module, matrices in found.items() if "alpha" in matrices}
     alpha = _alpha(file, rank, pairs, stored, alpha, option)
-    return DiffusersLora(path=file, rank=rank, alpha=alpha, pairs=pairs, magnitudes=magnitudes)
+    return DiffusersLora(
+        path=file, rank=rank, alpha=alpha, pairs=pairs, magnitudes=magnitudes, base=_recorded_base(file)
+    )
+
+
+def _recorded_base(file: Path) -> tuple[str, str] | None:
+    header = read_metadata(file)
+    digest = header.get(BASE_DIGEST)
+    return None if digest is None else (header.get(BASE, "a base without name"), digest)
 
 
 def records_scale(file: Path) -> bool:
@@ -195,6 +207,7 @@ def _read_kronecker(
         pairs={},
         kronecker={module: parts[_name(module)] for module in found},
         factor=factor,
+        base=_recorded_base(file),
     )
 
 

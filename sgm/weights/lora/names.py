@@ -61,6 +61,7 @@ _PLACES = {part: (name, index) for name, parts in PROJECTIONS.items() for index,
 _GROUP_OF = {projection: group for group, own in GROUPS.items() for projection in own}
 LAYER = re.compile(r"(?:(?:^|\.)layers|\.adaLN_modulations)\.(\d+)\.")
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for
+BASE, BASE_DIGEST = "ss_sd_model_name", "base_digest"  # in the header: what the adapters were trained on
 HEADER_KEY = "lora_adapter_metadata"  # rank and alpha as JSON in the header, as diffusers writes them
 Side = Literal["A", "B", "alpha", "magnitude", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"]
 # Tensors of an adapter by SAT's names: projection, kind and number of the pair.

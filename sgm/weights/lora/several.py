@@ -31,10 +31,10 @@ from sgm.log import get_logger
 from sgm.modules.geometry import normalize_patch_size
 from sgm.util import InputError, default
 from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, TITLES, adapters_alone, is_adapter, read_adapter_info
-from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.dora import Gains, is_magnitude
-from sgm.weights.lora.files import Lora, network_of, read_any_lora
+from sgm.weights.lora.files import Lora, network_of, read_any_lora, require_base
 from sgm.weights.lora.lokr import shapes_of
 from sgm.weights.lora.merging import in_order
 from sgm.weights.lora.names import (
@@ -332,7 +332,7 @@ class _Base:
     """The weights that adapters are for; looked at only if a LoRA names its own, or is DoRA."""
 
     def __init__(self, config: Config) -> None:
-        load, self._digest, self._shards = config.args.load, "", config.args.model_parallel_size
+        load, self._shards = config.args.load, config.args.model_parallel_size
         self._weights: Tensors = {}
         self.path: Path | None = None if load is None else _tried(lambda: find_weights(load))
 
@@ -351,25 +351,19 @@ class _Base:
         self._weights = self._weights or network_of(self.path)
         return member.on(self._weights)
 
-    def require(self, lora: Lora) -> None:
+    def require(self, lora: Lora, place: str) -> None:
         """Refuse a LoRA that was trained on other weights."""
-        if lora.info is None or self.path is None:
-            return
-        self._digest = self._digest or weights_digest(self.path)
-        if self._digest != lora.info.base_digest:
-            raise InputError(
-                f"{lora.path} was trained on another base than {self.path} (args.load): that has the digest "
-                f"{self._digest[:12]}, and the LoRA records {lora.info.base_digest[:12]} for '{lora.info.base}'; set "
-                "args.load to that, or export the LoRA if it is meant for these weights too: "
-                "tools/export_sat_lora_weight.py writes no base"
-            )
+        if self.path is not None:
+            own = f"set args.load to that, or {place}.any_base=true if it is meant for these weights too"
+            require_base(lora, self.path, own)
 
 
 def _scaled(entry: LoraArgs, place: str, params: Mapping[str, Any], base: _Base) -> Scaled:
     """Read an entry of ``args.loras``."""
     lora = read_any_lora(entry.path, alpha=entry.alpha, option=f"{place}.alpha")
     _require_fitting(lora, params["num_layers"], _shapes(params))
-    base.require(lora)
+    if not entry.any_base:
+        base.require(lora, place)
     strengths = [float(layer in lora.layers) for layer in range(params["num_layers"])]
     given, outside = layer_strengths(entry.strength, f"{place}.strength", lora, params["num_layers"])
     schedule = entry.schedule or ()

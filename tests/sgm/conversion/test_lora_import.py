@@ -493,7 +493,13 @@ def test_the_base_must_be_that_of_the_model_and_without_lora(model, golden, tmp_
         import_lora(config, file, tmp_path / "sat", base=golden / "dit_t2v_5b_lora" / "transformer")
     with pytest.raises(InputError, match="there is no checkpoint at"):
         import_lora(config, file, tmp_path / "sat", base=tmp_path / "nowhere")
+    recording = written(tmp_path / "y.safetensors", pairs())
+    save_file(load_file(recording), recording, metadata={"base_digest": "0" * 64, "ss_sd_model_name": "theirs"})
+    with pytest.raises(InputError, match="on another base.*records 000000000000 for 'theirs'.*--any_base"):
+        import_lora(config, recording, tmp_path / "sat")
     assert not (tmp_path / "sat").exists()
+    import_lora(config, recording, tmp_path / "sat", any_base=True)
+    assert read_adapter_info(tmp_path / "sat").base_digest == weights_digest(find_weights(tmp_path / "base"))
 
 
 def test_modules_without_adapters_are_logged(model, tmp_path, caplog):

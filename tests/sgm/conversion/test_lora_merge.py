@@ -1,19 +1,23 @@
 """Several LoRAs merged, and a LoRA extracted from two models. Matrices alone, no networks."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sgm.conversion.diffusers.names import network_to_diffusers
+from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_extract import extract_lora
 from sgm.conversion.lora_merge import _reduced, average_loras, average_weights, merge_loras, read_loras, sum_loras
 from sgm.util import InputError
 from sgm.weights.adapters import TARGETS, AdapterInfo, is_adapter, read_adapter_info
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import PREFIX, find_weights, read_tensors, weights_digest
+from sgm.weights.files import PREFIX, find_weights, read_metadata, read_tensors, weights_digest
 from sgm.weights.lora.files import read_any_lora
+from sgm.weights.lora.lokr import shapes_of
+from sgm.weights.lora.names import GROUPS
 
 D, LAYERS = 16, 2
 OTHER = "transformer.layers.0.mlp.dense_h_to_4h.weight"
@@ -189,12 +193,13 @@ def test_what_a_lora_cannot_hold_is_measured(files):
     parts = [part for name, tensor in difference.items() if name != OTHER for part in tensor.split(D)]
     held = sum(torch.linalg.svdvals(part)[:3].square().sum().item() for part in parts)
     assert found.captured == pytest.approx(held / sum(part.square().sum().item() for part in parts), rel=1e-4)
-    assert re.search(r"holds \d+\.\d\d% of the difference.*\n.*1 other tensors.*dense_h_to_4h", str(found))
+    assert re.search(r"holds \d+\.\d\d% of the difference.*attention\n.*1 other tensors.*dense_h_to_4h", str(found))
+    assert found.further == {"ff": pytest.approx(found.outside)} and "further --targets" in str(found)
 
 
 def test_models_that_have_no_difference_of_that_kind_are_refused(files):
     base = files / "base"
-    with pytest.raises(InputError, match="do not differ in attention projections"):
+    with pytest.raises(InputError, match="do not differ in the projections of attention"):
         extract_lora(base, base, files / "out", rank=2)
     with pytest.raises(InputError, match="--rank is 17; give a number from 1 to the hidden size, 16"):
         extract_lora(base, base, files / "out", rank=17)
@@ -236,3 +241,101 @@ def test_a_folder_with_one_file_in_names_of_sat_is_read(files, tmp_path):
     (folder := tmp_path / "alone").mkdir()
     save_file({PREFIX + name: matrix for name, matrix in matrices(2, 2).items()}, folder / "lora.safetensors")
     assert read_any_lora(folder, alpha=4).rank == 2
+
+
+def test_a_base_that_is_not_the_recorded_one_must_be_asked_for(files):
+    """Of a SAT file, and of one that was exported from it, which says the digest of its base, and not where it is."""
+    save_network(files / "tuned", 1, network(seed=30), patch_size=2)
+    export_lora(files / "one", files / "exported")
+    for name in ("one", "exported"):
+        with pytest.raises(InputError, match="was trained on another base than .*tuned.*give the right one"):
+            merge_loras([files / name], files / "no", base=files / "tuned")
+        merge_loras([files / name], files / f"on {name}", base=files / "tuned", any_base=True)
+        require_close(deltas(files / f"on {name}", files / "tuned"), deltas(files / "one"))
+        sum_loras([files / name, files / "two"], files / f"sum {name}", base=files / "tuned", any_base=True)
+        assert read_adapter_info(files / f"sum {name}").base_digest == weights_digest(find_weights(files / "tuned"))
+    merge_loras([files / "exported"], files / "same", base=files / "base")
+    with pytest.raises(InputError, match="no LoRA records its base as a path"):
+        sum_loras([files / "exported"], files / "no")
+    with pytest.raises(InputError, match="was trained on another base than .*tuned.*--any_base"):
+        sum_loras([files / "exported"], files / "no", base=files / "tuned")
+    assert not (files / "no").exists()
+
+
+def whole_network(seed):
+    """Return all weights of a network of one layer that LoRA can adapt, and a bias that it cannot."""
+    shapes = {
+        "transformer.layers.0.attention.query_key_value": (3 * D, D),
+        "transformer.layers.0.attention.dense": (D, D),
+        "transformer.layers.0.mlp.dense_h_to_4h": (4 * D, D),
+        "transformer.layers.0.mlp.dense_4h_to_h": (D, 4 * D),
+        "mixins.adaln_layer.adaLN_modulations.0.1": (12 * D, 8),
+        "mixins.patch_embed.proj": (D, 2, 2, 2),
+        "mixins.patch_embed.text_proj": (D, 5),
+    }
+    tensors = {f"{name}.weight": drawn(*shape, seed=seed + index) for index, (name, shape) in enumerate(shapes.items())}
+    return tensors | {"mixins.patch_embed.text_proj.bias": drawn(D, seed=seed)}
+
+
+@pytest.mark.parametrize("layout", ["sat", "diffusers"])
+def test_all_targets_are_extracted_and_what_is_left_is_named(files, layout):
+    """At full rank the LoRA holds all of the difference but a bias, modulation and patches too."""
+    base, tuned = whole_network(40), whole_network(60)
+    if layout == "sat":
+        before, after = files / "small", files / "changed"
+        for path, tensors in ((before, base), (after, tuned)):
+            save_network(path, 1, tensors, patch_size=2)
+    else:
+        before, after = files / "small.safetensors", files / "changed.safetensors"
+        for path, tensors in ((before, base), (after, tuned)):
+            converted = network_to_diffusers(tensors, patch_size=(1, 2, 2), learned_positions=False)
+            save_file({name: tensor.compute() for name, tensor in converted.items()}, path)
+    found = extract_lora(before, after, files / "out", rank=D, targets=list(GROUPS))
+    assert found.captured == pytest.approx(1, abs=1e-5) and found.targets == tuple(GROUPS) and not found.further
+    assert found.left_out == ("mixins.patch_embed.text_proj.bias",)
+    if layout == "sat":
+        merge_loras([files / "out"], files / "back")
+        merged = read_tensors(find_weights(files / "back"))
+        merged = {name.removeprefix(PREFIX): tensor for name, tensor in merged.items()}
+        require_close(merged, {name: t for name, t in tuned.items() if name.endswith("weight")}, atol=1e-4)
+        some = extract_lora(before, after, files / "some", rank=2, targets=["ff", "attention"])
+        assert some.targets == ("attention", "ff") and list(some.further) == ["adaln", "patch", "text"]
+        assert sum(some.further.values()) < some.outside
+    else:
+        lora, header = read_any_lora(found.path), read_metadata(found.path)
+        assert set(lora.groups) == set(GROUPS)
+        assert header["ss_sd_model_name"] == "small.safetensors" and "base_digest" not in header
+        assert header["ss_network_dim"] == header["ss_network_alpha"] == str(D) and header["modelspec.title"] == "out"
+
+
+def test_targets_without_a_block_are_refused(files):
+    for targets, said in ((["patch"], "has patch; add one of attention, ff, adaln"), (["qkv"], "has qkv; expected")):
+        with pytest.raises(InputError, match=f"--targets {said}"):
+            extract_lora(files / "base", files / "base", files / "out", rank=2, targets=targets)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_the_average_of_other_kinds_keeps_kind_shapes_and_dtypes(files, kind):
+    """Of DoRA the magnitudes too, which may have another dtype than the matrices; of LoKr the factor."""
+    info = replace(read_adapter_info(files / "one"), kind=kind, factor=2 if kind == "lokr" else -1)
+    each = []
+    for seed in (1, 2):
+        tensors = {name: tensor.bfloat16() for name, tensor in matrices(2, seed).items()}
+        if kind == "dora":
+            ends = {name.replace("matrix_A", "magnitude") for name in tensors if "matrix_A" in name}
+            tensors |= {name: 1 + drawn(D, seed=seed) for name in ends}
+        else:
+            shapes = shapes_of(D, D, 2, 2)
+            stems = [name.split("matrix_A") for name in tensors if "matrix_A" in name]
+            tensors = {f"{a}{end}{b}": drawn(*shape, seed=seed) for a, b in stems for end, shape in shapes.items()}
+        each.append(tensors)
+        save_network(files / f"{kind}{seed}", 1, tensors, patch_size=2, adapters=info)
+    average_loras([files / f"{kind}1", files / f"{kind}2"], files / "soup", strengths=(3, 1))
+    found = read_any_lora(files / "soup")
+    assert (found.kind, found.factor, found.info) == (kind, info.factor, info) and found.tensors.keys() == each[
+        0
+    ].keys()
+    for name, tensor in found.tensors.items():
+        one, other = (tensors[name] for tensors in each)
+        mean = (0.75 * one.float() + 0.25 * other.float()).to(one.dtype)
+        assert tensor.compute().dtype == one.dtype and torch.equal(tensor.compute(), mean)

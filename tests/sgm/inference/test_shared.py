@@ -74,6 +74,16 @@ def test_ranks_that_share_branches_and_tokens_sample_the_same(tiny_model, tmp_pa
     assert ran[0] == ran[1] and all(0.4 < share < 1 for share in ran[0]), ran
 
 
+def test_ranks_that_share_tokens_sample_windows_as_one_does(tiny_model, tmp_path, sample):
+    """Three windows, each with its own division of the tokens."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    long = ["args.sampling_num_frames=5", "args.time_window=3", "args.time_window_overlap=2", "args.num_steps=2"]
+    base, long = tiny_model("dit_t2v_2b"), [*long, "args.only_save_latents=true"]
+    one = sample(base, "one", *long)
+    shared = sample(base, "shared", *long, "args.sequence_parallel_size=2", world=2)
+    assert [len(load_file(path)["latents"]) for path in one.values()] == [5] and latents_differ(one, shared) <= 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_branches_of_every_network(tiny_model, tmp_path, sample, family):

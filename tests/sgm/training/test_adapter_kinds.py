@@ -9,6 +9,8 @@ from sgm.config.load import ConfigError, load_config
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare
 from sgm.weights.adapters import kind_of, read_adapter_info
+from sgm.weights.files import PREFIX
+from sgm.weights.lora.names import GROUPS, groups_of
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
 from tests.sgm.training.test_frozen import FULL, LORA, OFFLOAD, TOY, VIDEO, equal, losses, weights
 
@@ -72,3 +74,19 @@ def test_memory_counts_magnitudes_and_what_their_gradients_keep():
     assert dora.trained - lora.trained == 6 * 4 * width
     tokens = BATCH * (16 + LATENTS[0] * LATENTS[2] * LATENTS[3] // 4)
     assert dora.peak - lora.peak >= 6 * 4 * width * tokens, "the outputs of the projections, at least a byte each"
+
+
+def test_a_run_with_all_targets_resumes_exactly(job):
+    """Of rank 4, scaled by alpha / √r: the file records the numerator of alpha / r, alpha·√r."""
+    params = "{r: 4, lora_alpha: 2, rank_stabilized: true, targets: [attention, ff, adaln, patch, text]}"
+    words = [f"{SECTION}={{target: sat.model.finetune.lora2.LoraMixin, params: {params}}}"]
+    words += ["model.not_trainable_prefixes=[all]", "args.lr_decay_iters=4", "deepspeed.optimizer.params.lr=1e-3"]
+    whole = job(FULL, "args.train_iters=2", *words, save="whole").folder
+    half = job(FULL, "args.train_iters=1", *words).folder
+    resumed = job(FULL, "args.train_iters=2", f"args.resume={half}", *words).folder
+    assert resumed == half and losses(resumed) == losses(whole) and equal(weights(resumed), weights(whole))
+    info, before, after = read_adapter_info(whole), weights(half / "1"), weights(whole)
+    assert info.alpha == 4 and info.groups == groups_of(name.removeprefix(PREFIX) for name in after) == tuple(GROUPS)
+    assert all(not torch.equal(before[name], tensor) for name, tensor in after.items() if ".matrix_B." in name)
+    with pytest.raises(ConfigError, match="was written with trained 17504, and now it is 4096"):
+        job(FULL, "args.train_iters=3", f"args.resume={half}", *words, f"{SECTION}.params.targets=[attention]")

@@ -6,13 +6,17 @@ import re
 import numpy as np
 import pytest
 
+from sgm.checks.sampling_plan import scaling_warnings
+from sgm.config.args import LoraArgs, SamplingArgs
 from sgm.config.load import ConfigError, load_config
+from sgm.conversion.lora import export_lora
 from sgm.inference.video import write_video
 from sgm.training.main import parse, run
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.util import InputError
-from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.files import find_weights, read_metadata, read_tensors
+from tests.geometries import ROTARY
 from tests.processes import only_run, train_all
 
 LORA = "dit_t2v_5b_lora"
@@ -165,3 +169,21 @@ def test_impossible_buckets_are_refused_before_clips_are_read(training_yaml, nam
     with pytest.raises(ConfigError, match=text) as error:
         train(config)
     assert str(error.value).startswith("1 problem in"), "told once"
+
+
+def test_longer_buckets_are_trained_with_scaled_positions_and_the_weights_say_so(job, settings, log, tmp_path):
+    """The network knows 5 frames. Losses of the bucket of 9 depend on the scaling, those of the bucket of 5 do not."""
+    more = ["model.network_config.params.num_frames=5", "data.params.buckets=[9x16x32,5x16x16]", "args.train_iters=4"]
+    more += ["deepspeed.train_micro_batch_size_per_gpu=4", "deepspeed.optimizer.params.lr=1e-12"]
+    names = ("interpolate", "extrapolate")
+    folders = {name: job(LORA, *settings, *more, f"args.time_scaling={name}", save=name).folder for name in names}
+    scaled, plain = (losses(folders[name]) for name in names)
+    apart = [abs(scaled[iteration] - plain[iteration]) > 1e-6 for iteration in plain]
+    assert any(apart) and not all(apart), (scaled, plain)
+    run_folder = folders["interpolate"]
+    given = ({"load": str(run_folder)}, True), ({"loras": (LoraArgs(path=str(run_folder)),)}, True), ({}, False)
+    for own, said in given:
+        found = "".join(scaling_warnings(SamplingArgs(time_scaling="ntk", **own), ROTARY, 25))
+        assert ("was trained with args.time_scaling=interpolate, and it is ntk" in found) == said
+    header = read_metadata(export_lora(run_folder, tmp_path / "lora"))
+    assert header["training_time_scaling"] == "interpolate" and "which other tools do not compute" in log.text

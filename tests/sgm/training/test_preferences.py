@@ -14,6 +14,7 @@ from sgm.data.clips.decode import ClipError
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
+from tests.processes import only_run, train_all
 from tests.sgm.training.conftest import CAPTIONS
 
 LORA = "dit_t2v_5b_lora"
@@ -67,9 +68,10 @@ def test_a_rejected_clip_that_is_missing_or_damaged_is_named(pairs, tmp_path):
     assert caught.value.path == str(tmp_path / "0.mp4"), "the bad clip that is left out of later runs"
 
 
-def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pairs):
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_pairs_resume_exactly_and_validation_says_how_many_are_preferred(job, pairs, stage):
     given = [*PAIRS, f"args.train_data=[{pairs}]", f"args.valid_data=[{pairs}]", "args.train_iters=2"]
-    given += ["deepspeed.zero_optimization.stage=2", "deepspeed.gradient_accumulation_steps=2"]
+    given += [f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_accumulation_steps=2"]
     evaluated = ["args.eval_interval=2", "args.strict_eval=true", "args.only_log_video_latents=true"]
     straight = job(LORA, *given, *evaluated, "args.valid_prompts=[a red circle]", save="straight").folder
     job(LORA, *given, "args.exit_interval=1")
@@ -105,3 +107,23 @@ def test_what_contradicts_pairs_is_refused(args, data, model, adapters, path, te
     found = list(pair_problems(config, trains_adapters=adapters))
     assert [problem.path for problem in found] == [path][: path is not None]
     assert all(text in str(problem) for problem in found)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_same_from_pairs_whether_weights_are_sharded_or_not(training_yaml, pairs, tmp_path):
+    """At stage 3 the pass of the reference gathers the weights of another set of modules, without the adapters."""
+    words = [*PAIRS[:2], f"args.train_data=[{pairs}]", f"args.valid_data=[{pairs}]", "args.train_iters=3"]
+    words += ["deepspeed.optimizer.params.lr=1e-2"]
+    content = [
+        {
+            "bases": training_yaml(LORA),
+            "overrides": [*words, f"deepspeed.zero_optimization.stage={stage}", f"args.save={tmp_path / str(stage)}"],
+        }
+        for stage in (0, 3)
+    ]
+    train_all(content, tmp_path, world=2)
+    whole, sharded = (
+        [row["loss"] for row in read_metrics(only_run(tmp_path / str(stage)) / "metrics.jsonl") if "loss" in row]
+        for stage in (0, 3)
+    )
+    assert len(whole) == 3 and whole == pytest.approx(sharded, abs=1e-5) and max(whole) - min(whole) > 1e-3

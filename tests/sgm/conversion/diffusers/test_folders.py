@@ -36,7 +36,7 @@ from sgm.modules.geometry import Geometry
 from sgm.util import InputError, RunError, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, read_adapter_info
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import find_weights, read_tensors, weights_digest
+from sgm.weights.files import find_weights, read_metadata, read_tensors, weights_digest
 from tests.processes import ROOT
 from tests.sgm.conversion.conftest import FAMILIES
 
@@ -473,3 +473,6 @@ def test_adapters_of_every_family_come_back_byte_by_byte(family, tmp_path, name)
     for adapters in ("merge", "keep"):
         pipeline_of(adapted, adapters=adapters, dtype=torch.float32, without=skip).write(tmp_path / adapters)
         assert verify(adapted, tmp_path / adapters)["transformer"] <= 2e-5
+    header = read_metadata(tmp_path / "keep" / "pytorch_lora_weights.safetensors")
+    expected = {"base_digest": digest, "ss_network_dim": "4", "modelspec.architecture": "cogvideox/lora"}
+    assert expected.items() <= header.items()

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -128,3 +130,31 @@ def test_the_huber_loss_is_that_of_the_error_of_v(bound) -> None:
 def test_a_delta_without_the_huber_loss_is_refused() -> None:
     with pytest.raises(InputError, match="huber_delta is 1, and the loss type l2 has none; set type to huber"):
         VideoDiffusionLoss(sigma_sampler_config=DISCRETE, huber_delta=1.0)
+
+
+@pytest.mark.parametrize("kind", ["l2", "huber"])
+def test_variants_of_min_snr_have_the_weights_of_their_papers(kind) -> None:
+    """``min_snr`` as diffusers' trainers weight the error of v; γ between the SNRs of the timesteps."""
+    from diffusers.training_utils import compute_snr
+
+    denoiser, idx, bound = video_denoiser(), torch.tensor([20, 300, 700, 999]), 5.0
+    x, noise, output = (torch.randn(4, *SHAPE[1:]) for _ in range(3))
+
+    def loss(**params):
+        whole = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, type=kind, **params)
+        return whole(lambda *_: output, denoiser, x, {}, idx=idx, noise=noise)
+
+    of_v = loss()
+    snr = compute_snr(SimpleNamespace(alphas_cumprod=denoiser.table.at(torch.arange(1000)).double() ** 2), idx)
+    assert snr[0] > bound > snr[1] and snr[-1] == 0
+    expected = {
+        "bound": (snr + 1).clamp(max=bound) / (snr + 1),
+        "min_snr": torch.stack([snr, torch.full_like(snr, bound)]).amin(dim=0) / (snr + 1),
+        "soft": snr * bound / (snr + bound) / (snr + 1),
+    }
+    for variant, weight in expected.items():
+        torch.testing.assert_close(
+            loss(min_snr_value=bound, min_snr_variant=variant), of_v * weight.float(), rtol=1e-4, atol=1e-7
+        )
+    with pytest.raises(InputError, match="min_snr_variant is soft without min_snr_value"):
+        loss(min_snr_variant="soft")

@@ -303,3 +303,26 @@ def test_shards_have_adapters_of_attention_alone():
         InputError, match=r"targets is \[\"ff\"\], and args.model_parallel_size above 1.*attention only"
     ):
         check_lora_params({"r": 4, "targets": ["ff"]}, 2, 32, shards=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [
+        ("cogvideox_5b_i2v", {"patch_embed.pos_embedding"}),
+        ("cogvideox1.5_5b_i2v", {f"ofs_embedding_linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")}),
+    ],
+)
+def test_image_models_for_comfyui_have_its_names_of_tables_and_ofs(tmp_path, model, own):
+    """The learned table of positions, and the embedding of ``ofs``; both come back."""
+    case = Case(tmp_path, model=model)
+    names = {"without": ["vae", "text_encoder", "tokenizer", "scheduler"]}
+    (part,) = pipeline_of(case.config(), **names, title="Tiny", style="comfyui").parts
+    file = write_comfyui(part, tmp_path / "tiny")
+    shared = {"patch_embed.proj", "patch_embed.text_proj", "time_embedding_linear_1", "time_embedding_linear_2"}
+    shared |= {"norm_final", "norm_out.linear", "norm_out.norm", "proj_out"}
+    rest = {n for n in load_file(file) if not n.startswith("blocks.") and n.rpartition(".")[0] not in shared}
+    assert rest == own
+    back, expected = read_source(file).tensors, case.plain.state_dict()
+    assert back.keys() == expected.keys() - {*UNUSED_TABLES}
+    for name, tensor in back.items():
+        assert torch.equal(tensor.compute().view_as(expected[name]), expected[name]), name

@@ -14,6 +14,7 @@ from benchmarks.diffusers_peer import network_peer, run_network_peer
 from benchmarks.models import build_network
 from sgm.config.load import ConfigError, load_config
 from sgm.conversion.diffusers.verify import peer_rope
+from sgm.conversion.lora import export_lora
 from sgm.modules.lora import scale_adapters
 from sgm.util import instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo, is_adapter
@@ -202,3 +203,17 @@ def test_what_does_not_fit_is_refused_by_name(config, files, entry, said):
     words = [word.replace("=", f"={files}/") for word in entry.pop("words", ())]
     with pytest.raises(ConfigError, match=rf"(?s){said}"):
         with_loras(config(entry, words=words))
+
+
+def test_an_exported_lora_is_refused_on_another_base_unless_asked_for(config, files, tmp_path):
+    export_lora(files / "sat", tmp_path / "exported")
+    entry = {"path": str(tmp_path / "exported")}
+    other = torch.load(find_weights(files / "base"), weights_only=True)
+    other["module"]["model.diffusion_model.time_embed.0.bias"] += 2
+    torch.save(other, tmp_path / "another")
+    words = [f"args.load={tmp_path / 'another'}"]
+    assert stack_of(config(entry)).rank == 3, "on the base of the training"
+    for path in (entry["path"], "sat"):
+        with pytest.raises(ConfigError, match=r"(?s)on another base than .*another.*args.loras.0.any_base=true"):
+            with_loras(config({"path": path}, words=words))
+        assert stack_of(config({"path": path, "any_base": True}, words=words)).rank == 3
