@@ -188,7 +188,7 @@ def training_estimate(
         config: of a checked run, with the size of clips in its data section.
         dtype: of the network.
         trained: names of the trained parameters.
-        vae: whether the VAE is loaded; not if caches hold all latents.
+        vae: whether the VAE encodes clips; if caches hold all latents, it only comes for the samples of evaluations.
         text_encoder: whether the text encoder is loaded.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
@@ -206,8 +206,9 @@ def training_estimate(
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
     stored = total * width if base_storage(config) is None else network.stored
     device, frozen = device + stored - total * width, stored - learned * width
+    has_vae = config.model.get("first_stage_config") is not None
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
-    away = args.network_offload == "cpu" and (vae or text_encoder)
+    away = args.network_offload == "cpu" and (vae or text_encoder or (has_vae and args.eval_interval is not None))
     device -= frozen * (args.network_offload == "blocks")
     text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
@@ -220,7 +221,7 @@ def training_estimate(
     phases: dict[str, dict[str, float]] = {}
     gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
-    if vae and config.model.get("first_stage_config") is not None:
+    if vae and has_vae:
         encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
@@ -237,7 +238,8 @@ def training_estimate(
         phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others = _validation_usage(config, batch, (latents, *size), dtype, phases)
+        sampled, others, comes = _validation_usage(config, batch, (latents, *size), dtype, phases)
+        held["VAE"] = max(resident.get("VAE", 0.0), comes)
         if sampled < others - frozen * away:
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
@@ -247,6 +249,7 @@ def training_estimate(
         "frozen weights": frozen * (away or args.network_offload == "blocks"),
         "activations": network.host,
         "optimizer": host,
+        "VAE": 0.0 if "VAE" in resident else phases.get("validation", {}).get("VAE", 0.0),
         "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
         "save": args.async_save * saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
     }
@@ -315,10 +318,11 @@ def _validation_usage(
     clip: tuple[int, int, int],
     dtype: torch.dtype,
     phases: Mapping[str, Mapping[str, float]],
-) -> tuple[float, float]:
-    """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples.
+) -> tuple[float, float, float]:
+    """Return peaks of activations at an evaluation, of the network and of the VAE, and the bytes of the VAE's weights.
 
-    The network computes the loss of `batch` clips (T, H, W), or of ``args.eval_batch_size``, and then samples.
+    The network computes the loss of `batch` clips (T, H, W), or of ``args.eval_batch_size``, and then samples. The VAE
+    encodes clips, if it does so in training, what the samples start from, and decodes these.
     """
     args = config.args
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -333,9 +337,16 @@ def _validation_usage(
         + _step_cache_bytes(config, geometry, plan.latents, size, dtype),
     )
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
-    if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)).peak)
-    return network, max(peaks)
+    if config.model.get("first_stage_config") is None:
+        return network, max(peaks), 0.0
+    usages = []
+    if plan.image2video or geometry.control_channels:
+        frames = plan.video_frames if geometry.control_channels else 1
+        usages.append(once(encode_usage, config, (frames, *size), vae_dtype(dtype)))
+    if not args.only_log_video_latents:
+        usages.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)))
+    weights = max((usage.weights for usage in usages), default=0) * vae_dtype(dtype).itemsize
+    return network, max(peaks + [usage.peak for usage in usages]), weights
 
 
 def _branches(config: Config) -> int:

@@ -2,13 +2,13 @@
 
 Meta tensors have shapes and dtypes but no data, so the real code runs at full size without memory. Every copy made by
 an operator is counted. Not counted: workspaces of kernels, buffers of NCCL, unused memory of the allocator. Attention
-is a fused kernel that keeps one number for each query.
+is a fused kernel that keeps one number for each query, unless a run asks for plain products.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -285,6 +285,7 @@ def usage(
     *,
     trained: frozenset[str] | None = None,
     prepare: Callable[[Any, LiveBytes], None] = lambda *_: None,
+    fused_attention: bool = True,
 ) -> Usage:
     """Run `work` with a module on meta tensors and count memory and traffic.
 
@@ -295,9 +296,10 @@ def usage(
         mesh: sizes of the groups of ranks.
         trained: names of the trained parameters; None for a run without gradients.
         prepare: called with the module and the count, before anything is counted.
+        fused_attention: False counts the scores of all pairs of tokens, as ``args.attention: math`` has them.
     """
     learned = trained or frozenset()
-    with simulated_ranks(mesh) as (sent, messages), _fused_attention():
+    with simulated_ranks(mesh) as (sent, messages), _fused_attention() if fused_attention else nullcontext():
         _set_weights(module, dtype, learned)
         module.train(trained is not None)
         live = LiveBytes(HOST)
