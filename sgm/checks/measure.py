@@ -209,6 +209,7 @@ def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
         sent=lines(start.sent, first.sent, second.sent),
         stored=line(start.stored, first.stored, second.stored),
         host=line(start.host, first.host, second.host),
+        pinned=line(start.pinned, first.pinned, second.pinned),
         kept=steps * max(second.peak - first.peak, 0),
         messages=lines(start.messages, first.messages, second.messages),
         cost=start.cost.plus(second.cost.plus(first.cost, -1), steps),

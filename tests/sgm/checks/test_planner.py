@@ -201,6 +201,13 @@ def test_training_is_planned_before_anything_is_downloaded(capsys, tmp_path):
     assert "it fits with" in found.out and "data folder 'datasets/train' does not exist" in found.err
 
 
+def test_a_run_from_caches_is_planned_before_they_are_there(capsys, tmp_path):
+    caches = [f"args.{name}={tmp_path / 'none'}" for name in ("latent_cache", "text_cache")]
+    assert train(["--base", *TOY_TRAINING, "--check", "--card", "8", f"args.save={tmp_path}", *caches]) == 2
+    found = capsys.readouterr()
+    assert "\n  network " in found.out and "\n  encode " not in found.out and "args.latent_cache" in found.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
