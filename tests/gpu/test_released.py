@@ -207,8 +207,9 @@ def test_the_peak_of_a_guided_step_is_the_planners(size, settings):
     assert step.peak() == pytest.approx(step.estimate(), rel=0.05)
 
 
-def test_the_peak_of_a_lora_step_is_the_planners(place):
-    config = training_config(MODEL, place.size, lora=True)
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_peak_of_a_training_step_is_the_planners(place, lora):
+    config = training_config(MODEL, place.size, lora=lora)
     with Peak(place.device) as peak:
         run = TrainingRun(config, place.device, torch.bfloat16)
         run.start()
