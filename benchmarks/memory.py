@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory
     python -m benchmarks.memory --only vae cards
+    python -m benchmarks.memory --write docs/memory.md
 
 Networks and VAE run on meta tensors (see `sgm.checks.meta_run`): shapes and types flow, numbers do not. T5, optimizer
 and DeepSpeed's buffers are formulas (`sgm.checks.estimate`). Workspaces of kernels and unused memory of the allocator
@@ -26,11 +27,11 @@ from benchmarks.models import vae_section
 from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.measure import network_usage, once, with_equal_parts_once
 from sgm.checks.meta_run import build, usage
-from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit
+from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, fit, recomputed_blocks
 from sgm.config.load import Config, load_config
 from sgm.distributed import Mesh
 from sgm.training.optim.trainable import choose_trainable
-from sgm.util import PRECISIONS
+from sgm.util import PRECISIONS, InputError
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,7 +115,7 @@ def estimate(
         model: a key of `CLIPS`.
         settings: ``section.key=value``.
         files: of configs/, without suffix, after those of model and task.
-        cached: clips and captions were encoded before training.
+        cached: clips, first frames and captions were encoded before training, those of validation too.
     """
     return _estimate(task, model, tuple(settings), tuple(files), cached)
 
@@ -175,10 +176,11 @@ def vae_peak(phase: str, model: str, how: str) -> tuple[float, float]:
 
 # Sampling
 
-EIGHT_BITS = {
+STORED = {
     "16 bits": (),
     "`int8`": ("args.weights=int8",),
     "`fp8`": ("args.weights=fp8",),
+    "`nf4`": ("args.weights=nf4",),
     "`int8` in blocks": ("args.weights=int8", "args.network_offload=blocks"),
 }
 
@@ -197,12 +199,17 @@ def sampling_row(preset: str, model: str) -> str:
     return line(f"`{preset}`", model, clip_text(model), device["text"], device["network"], device["decode"])
 
 
-def eight_bit_table(models: Collection[str]) -> Iterator[str]:
-    """Yield the lines of the table of the network in eight bits."""
-    yield from header("model", "video", *EIGHT_BITS)
+def stored_table(models: Collection[str]) -> Iterator[str]:
+    """Yield the lines of the table of the network in eight and in four bits."""
+    yield from header("model", "video", *STORED)
     for model in models:
-        phases = [estimate("sample", model, settings).phases["network"] for settings in EIGHT_BITS.values()]
-        yield line(model, clip_text(model), *(sum(phase.values()) - phase["VAE"] for phase in phases))
+        yield stored_row(model)
+
+
+def stored_row(model: str) -> str:
+    """Return a line of the table."""
+    phases = [estimate("sample", model, settings).phases["network"] for settings in STORED.values()]
+    return line(model, clip_text(model), *(sum(phase.values()) - phase["VAE"] for phase in phases))
 
 
 # Cards
@@ -292,6 +299,49 @@ def step_peak(model: str, how: str) -> float:
     return found.peak + (run.dtype.itemsize * found.trained if waits else found.stored)
 
 
+# Presets in training: GB of a card → the files with these settings
+TRAINING_PRESETS = {8: "`8gb`, `12gb`, `16gb`", 24: "`24gb`", 48: "`48gb`", 80: "`80gb`"}
+
+
+def preset_table(models: Collection[str]) -> Iterator[str]:
+    """Yield the lines of the table of presets in training of adapters, from clips and from caches."""
+    yield from header("preset", "model", "from", "recomputed", *TRAINING_PHASES, "host memory")
+    for card in TRAINING_PRESETS:
+        for model in models:
+            for cached in (False, True):
+                yield preset_row(card, model, cached)
+
+
+TRAINING_PHASES = {
+    "T5 encodes": "text",
+    "the VAE encodes": "encode",
+    "the network": "network",
+    "the optimizer": "optimizer",
+    "an evaluation": "validation",
+}
+
+
+def preset_row(card: int, model: str, cached: bool) -> str:
+    """Return a line of the table."""
+    recomputed, found = preset_peak(card, model, cached)
+    phases = [found.device.get(phase, "—") for phase in TRAINING_PHASES.values()]
+    source = "caches" if cached else "clips"
+    return line(TRAINING_PRESETS[card], f"{model}_lora", source, recomputed, *phases, float(sum(found.host.values())))
+
+
+@kept
+def preset_peak(card: int, model: str, cached: bool) -> tuple[str, Estimate]:
+    """Return how many blocks are recomputed, and the estimate."""
+    files, run = [f"memory/{card}gb"], training("LoRA", model, (), [f"memory/{card}gb"])
+    if run.config.args.checkpoint_activations != "auto":  # pyright: ignore[reportAttributeAccessIssue] (of training)
+        return "all", estimate("LoRA", model, files=files, cached=cached)
+    encodes = {"vae": not cached, "text_encoder": not cached}
+    number, keeps = recomputed_blocks(run.config, run.dtype, run.trained, ROOM * card * GIB, **encodes)
+    settings = f"args.checkpoint_activations={number or 'false'}", f"args.keep_attention={str(keeps).lower()}"
+    beside = " without attention" if number and keeps else ""
+    return f"{number or 'none'}{beside}", estimate("LoRA", model, settings, files=files, cached=cached)
+
+
 # Published figures
 
 OPTIMIZERS: Mapping[str, Sequence[str]] = {  # in the published table → files
@@ -304,7 +354,8 @@ OPTIMIZERS: Mapping[str, Sequence[str]] = {  # in the published table → files
 
 def published_table(models: Collection[str]) -> Iterator[str]:
     """Yield the lines of the table of figures that were published for another trainer, beside ours."""
-    yield from header("what", "optimizer", "batch", "rank", "recomputed", "published", "ours", "ratio")
+    compared = ("published", "ours", "ratio", "published with validation", "ours", "ratio")
+    yield from header("what", "optimizer", "batch", "rank", "recomputed", *compared)
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if f"cogvideox_{row['model']}" in models:
@@ -313,15 +364,17 @@ def published_table(models: Collection[str]) -> Iterator[str]:
 
 def published_row(row: Mapping[str, str]) -> str:
     """Return a line of the table."""
-    published, ours = row["before_validation"], published_peak(row)
-    share = "" if published == "OOM" else f"{ours / GIB / float(published):.2f}"
     recomputed, task = "yes" if row["grad_ckpt"] == "1" else "no", "LoRA" if row["kind"] == "lora" else "full"
-    shown = "> 80" if published == "OOM" else f"{float(published):.1f}"
-    return line(f"{row['model']}, {task}", row["optimizer"], row["batch"], row["rank"], recomputed, shown, ours, share)
+    cells = []
+    for name, ours in zip(("before_validation", "after_validation"), published_peaks(row), strict=True):
+        published = row[name]
+        given = "> 80" if published == "OOM" else f"{float(published):.1f}"
+        cells += [given, ours, "" if published == "OOM" else f"{ours / GIB / float(published):.2f}"]
+    return line(f"{row['model']}, {task}", row["optimizer"], row["batch"], row["rank"], recomputed, *cells)
 
 
-def published_peak(row: Mapping[str, str]) -> float:
-    """Return the most bytes on the device in our training step of the same settings, from caches."""
+def published_peaks(row: Mapping[str, str]) -> tuple[float, float]:
+    """Return the most bytes on the device in our training step of the same settings, from caches, and in the run."""
     settings = [
         f"args.checkpoint_activations={'true' if row['grad_ckpt'] == '1' else 'false'}",
         f"deepspeed.train_micro_batch_size_per_gpu={row['batch']}",
@@ -331,14 +384,15 @@ def published_peak(row: Mapping[str, str]) -> float:
     task: Task = "LoRA" if row["kind"] == "lora" else "full"
     files = OPTIMIZERS[row["optimizer"]]
     found = estimate(task, f"cogvideox_{row['model']}", settings, files=files, cached=True)
-    return max(found.device[phase] for phase in ("network", "optimizer"))
+    return max(found.device[phase] for phase in ("network", "optimizer")), found.peak
 
 
 TABLES: dict[str, Callable[[Collection[str]], Iterator[str]]] = {
     "vae": vae_table,
     "sampling": sampling_table,
-    "8bit": eight_bit_table,
+    "stored": stored_table,
     "step": step_table,
+    "training": preset_table,
     "cards": card_table,
     "published": published_table,
 }
@@ -352,19 +406,47 @@ def _measured(models: Sequence[str], tables: Sequence[str]) -> dict[tuple[Any, .
     return _results
 
 
+MARKS = "<!-- {}: written by benchmarks/memory.py -->\n\n", "\n\n<!-- end of {} -->"
+
+
+def write_tables(path: Path, tables: Mapping[str, Sequence[str]], *, dry: bool = False) -> None:
+    """Put the lines of tables between the marks of their names in a page; `dry` only looks for the marks.
+
+    Raises:
+        InputError: a mark is missing or repeated.
+    """
+    page = path.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        start, end = (mark.format(name) for mark in MARKS)
+        if page.count(start) != 1 or page.count(end) != 1:
+            raise InputError(f"{path} must hold the lines '{start.strip()}' and '{end.strip()}', each once")
+        before, _, rest = page.partition(start)
+        page = "".join([before, start, "\n".join(lines), end, rest.partition(end)[2]])
+    if not dry:
+        path.write_text(page, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables, measured by as many processes as there are cores and groups of models."""
+    """Print the tables, measured by as many processes as there are cores and groups of models, or write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="print some of the tables"
-    )
-    names = parser.parse_args(argv).only
-    workers = min(os.cpu_count() or 1, len(GROUPS))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_measured, GROUPS, [names] * len(GROUPS)):
-            _results.update(found)
-    for name in names:
-        sys.stdout.write("\n".join([*TABLES[name](CLIPS), "", ""]))
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="some of the tables")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables in this file")
+    options = parser.parse_args(argv)
+    try:
+        if options.write is not None:
+            write_tables(options.write, dict.fromkeys(options.only, ()), dry=True)  # before the work
+        workers = min(os.cpu_count() or 1, len(GROUPS))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for found in pool.map(_measured, GROUPS, [options.only] * len(GROUPS)):
+                _results.update(found)
+        tables = {name: list(TABLES[name](CLIPS)) for name in options.only}
+        if options.write is not None:
+            write_tables(options.write, tables)
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if options.write is None:
+        sys.stdout.writelines("\n".join([*lines, "", ""]) for lines in tables.values())
     return 0
 
 

@@ -64,7 +64,8 @@ class Peak:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._live = LiveBytes() if device.type == "cpu" else None
+        # Meta tensors, which DeepSpeed keeps of the parameters, have no memory, and are counted apart.
+        self._live = LiveBytes(torch.device("meta")) if device.type == "cpu" else None
         self._before = 0
 
     def __enter__(self) -> Self:

@@ -34,10 +34,12 @@ class Tiling:
     Attributes:
         size: (height, width) of a tile; multiples of 8.
         overlap: pixels that neighbours share, blended linearly; a multiple of 8.
+        above: pixels of a frame up to which it stays whole.
     """
 
     size: tuple[int, int] = (256, 384)
     overlap: int = 64
+    above: int = 0
 
     def __post_init__(self) -> None:
         if any(side % 8 or side <= self.overlap for side in self.size) or self.overlap % 8 or self.overlap <= 0:
@@ -100,9 +102,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
 
-    def enable_tiling(self, tiling: Tiling | None = None) -> None:
-        """Encode and decode in spatial tiles from now on; by default those of `Tiling`."""
-        self.tiling = tiling or Tiling()
+    def enable_tiling(self, tiling: Tiling | None = None, *, above: int = 0) -> None:
+        """Encode and decode in spatial tiles from now on, by default those of `Tiling`; `above`: of larger frames."""
+        self.tiling = tiling or Tiling(above=above)
 
     def enable_slicing(self) -> None:
         """Encode and decode one sample of the batch at a time from now on."""
@@ -202,9 +204,12 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return total.div_(weight).to(dtype)
 
     def _is_tiled(self, x: torch.Tensor, *, in_scale: int) -> bool:
-        """Whether `x`, with `in_scale` pixels per latent, is larger than a tile."""
-        sides = zip(x.shape[3:], self.tiling.size if self.tiling else (), strict=False)
-        return any(side * 8 > tile * in_scale for side, tile in sides)
+        """Whether `x`, with `in_scale` pixels per latent, is tiled: larger than a tile, and than what stays whole."""
+        if self.tiling is None:
+            return False
+        sides = [side * 8 // in_scale for side in x.shape[3:]]
+        larger = any(side > tile for side, tile in zip(sides, self.tiling.size, strict=True))
+        return larger and sides[0] * sides[1] > self.tiling.above
 
     def encode_tile(self, video: torch.Tensor) -> torch.Tensor:
         """`encode_moments` of all samples at once, without tiles."""

@@ -26,6 +26,7 @@ from sgm.distributed import Mesh
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config
 from sgm.weights.adapters import is_added
+from sgm.weights.offload import pinned_pieces
 
 # T5 v1.1 XXL, the text encoder of all released models, in 16 bits: assumed if its folder is not there yet.
 T5_XXL = {
@@ -157,8 +158,8 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
         "step cache": _step_cache_bytes(config, geometry, plan.latents, size, dtype),
     }
     host = {
-        "weights": network.stored * (args.network_offload != "none"),
-        "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+        "weights": network.pinned * (args.network_offload != "none"),
+        "text encoder": text.pinned * (args.text_encoder_offload in ("cpu", "blocks")),
     }
     return Estimate(phases, host=host, traffic=network.sent, video=video)
 
@@ -188,7 +189,7 @@ def training_estimate(
         config: of a checked run, with the size of clips in its data section.
         dtype: of the network.
         trained: names of the trained parameters.
-        vae: whether the VAE is loaded; not if caches hold all latents.
+        vae: whether the VAE encodes clips; if caches hold all latents, it only comes for the samples of evaluations.
         text_encoder: whether the text encoder is loaded.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
@@ -206,10 +207,11 @@ def training_estimate(
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
     stored = total * width if base_storage(config) is None else network.stored
     device, frozen = device + stored - total * width, stored - learned * width
+    has_vae = config.model.get("first_stage_config") is not None
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
-    away = args.network_offload == "cpu" and (vae or text_encoder)
+    away = args.network_offload == "cpu" and (vae or text_encoder or (has_vae and args.eval_interval is not None))
     device -= frozen * (args.network_offload == "blocks")
-    text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0)
+    text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
     leaves = args.text_encoder_offload in ("cpu", "blocks", *(["release"] if args.text_cache else []))
     resident = {
@@ -220,7 +222,7 @@ def training_estimate(
     phases: dict[str, dict[str, float]] = {}
     gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
-    if vae and config.model.get("first_stage_config") is not None:
+    if vae and has_vae:
         encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
@@ -237,17 +239,19 @@ def training_estimate(
         phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others = _validation_usage(config, batch, (latents, *size), dtype, phases)
+        sampled, others, comes = _validation_usage(config, batch, (latents, *size), dtype, phases)
+        held["VAE"] = max(resident.get("VAE", 0.0), comes)
         if sampled < others - frozen * away:
             held, sampled = _without(held, frozen * away), others
         phases["validation"] = {**held, "activations": sampled}
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=_block(config, total), width=width).total
     waits = {
-        "frozen weights": frozen * (away or args.network_offload == "blocks"),
+        "frozen weights": network.pinned * (away or args.network_offload == "blocks"),
         "activations": network.host,
         "optimizer": host,
-        "text encoder": text.stored * (args.text_encoder_offload in ("cpu", "blocks")),
+        "VAE": 0.0 if "VAE" in resident else phases.get("validation", {}).get("VAE", 0.0),
+        "text encoder": text.pinned * (args.text_encoder_offload in ("cpu", "blocks")),
         "save": args.async_save * saved_bytes(args, section, network, ranks, width, all(map(is_added, trained))),
     }
     return Estimate(phases, host=waits, traffic=traffic)
@@ -315,10 +319,11 @@ def _validation_usage(
     clip: tuple[int, int, int],
     dtype: torch.dtype,
     phases: Mapping[str, Mapping[str, float]],
-) -> tuple[float, float]:
-    """Return peaks of activations at an evaluation: of the network, and of encoding clips and decoding samples.
+) -> tuple[float, float, float]:
+    """Return peaks of activations at an evaluation, of the network and of the VAE, and the bytes of the VAE's weights.
 
-    The network computes the loss of `batch` clips (T, H, W), or of ``args.eval_batch_size``, and then samples.
+    The network computes the loss of `batch` clips (T, H, W), or of ``args.eval_batch_size``, and then samples. The VAE
+    encodes clips, if it does so in training, what the samples start from, and decodes these.
     """
     args = config.args
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -333,9 +338,16 @@ def _validation_usage(
         + _step_cache_bytes(config, geometry, plan.latents, size, dtype),
     )
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
-    if not args.only_log_video_latents and config.model.get("first_stage_config") is not None:
-        peaks.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)).peak)
-    return network, max(peaks)
+    if config.model.get("first_stage_config") is None:
+        return network, max(peaks), 0.0
+    usages = []
+    if plan.image2video or geometry.control_channels:
+        frames = plan.video_frames if geometry.control_channels else 1
+        usages.append(once(encode_usage, config, (frames, *size), vae_dtype(dtype)))
+    if not args.only_log_video_latents:
+        usages.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)))
+    weights = max((usage.weights for usage in usages), default=0) * vae_dtype(dtype).itemsize
+    return network, max(peaks + [usage.peak for usage in usages]), weights
 
 
 def _branches(config: Config) -> int:
@@ -442,10 +454,11 @@ def clip_of(config: Config) -> tuple[int, tuple[int, int]] | None:
 
 @dataclass(frozen=True)
 class TextBytes:
-    """Bytes of the text encoders: on the device while they encode, and as they are stored."""
+    """Bytes of the text encoders: on the device while they encode, as they are stored, and in pinned memory."""
 
     device: float
     stored: float
+    pinned: float
 
 
 def text_encoder_bytes(config: Config) -> TextBytes:
@@ -453,7 +466,7 @@ def text_encoder_bytes(config: Config) -> TextBytes:
 
     A T5 whose folder is missing is taken to be that of the released models, if the network takes its embeddings.
     """
-    args, found = config.args, [0.0, 0.0]
+    args, found = config.args, [0.0, 0.0, 0.0]
     section = config.model.get("conditioner_config")
     modules = params_of(config.model.get("network_config")).get("modules") or {}
     released = params_of(modules.get("patch_embed_config")).get("text_hidden_size") == T5_XXL["d_model"]
@@ -468,6 +481,7 @@ def text_encoder_bytes(config: Config) -> TextBytes:
             continue
         for index, blocks in enumerate((args.text_encoder_offload == "blocks", False)):
             found[index] += t5_bytes(*known, args.text_encoder_weights, blocks)
+        found[2] += pinned_t5_bytes(*known, args.text_encoder_weights)
     return TextBytes(*found)
 
 
@@ -480,12 +494,31 @@ def t5_bytes(t5: Mapping[str, Any], total: float, storage: str | None = None, bl
         storage: of the linear layers of its blocks, as in ``args.text_encoder_weights``.
         blocks: two blocks at most are on the device.
     """
-    missing = {"num_layers", "num_heads", "d_kv", "d_ff", "d_model", "vocab_size"} - t5.keys()
-    if missing or (storage is None and not blocks):
+    sizes = _t5_sizes(t5, total, storage)
+    if sizes is None:
         return total
+    rest, block, depth = sizes
+    return rest + sum(block) * (min(2, depth) if blocks else depth)
+
+
+def pinned_t5_bytes(t5: Mapping[str, Any], total: float, storage: str | None = None) -> float:
+    """Return the bytes of a T5 encoder that waits in host memory; arguments as of `t5_bytes`."""
+    sizes = _t5_sizes(t5, total, storage)
+    if sizes is None:
+        return total
+    rest, block, depth = sizes
+    # The norms make the numbers a little too large, which must not be rounded up.
+    return sum(pinned_pieces([int(rest)])[0]) + depth * sum(pinned_pieces([int(0.999 * size) for size in block])[0])
+
+
+def _t5_sizes(t5: Mapping[str, Any], total: float, storage: str | None) -> tuple[float, list[float], int] | None:
+    """Return the bytes outside of T5's blocks, those of each matrix of a block, and the number of blocks."""
+    if {"num_layers", "num_heads", "d_kv", "d_ff", "d_model", "vocab_size"} - t5.keys():
+        return None
     depth, size = t5["num_layers"], t5["d_model"]
-    matrices = 3 if str(t5.get("feed_forward_proj", "")).startswith("gated") else 2
-    linear = depth * size * (4 * t5["num_heads"] * t5["d_kv"] + matrices * t5["d_ff"])  # numbers
-    width = total / (linear + size * t5["vocab_size"])  # bytes of a number; the norms are a few thousand
-    rest, layers = total - linear * width, linear * (width if storage is None else 1 + 10 / size)
-    return rest + layers * (min(2 / depth, 1) if blocks else 1)
+    wide = 3 if str(t5.get("feed_forward_proj", "")).startswith("gated") else 2
+    numbers = [size * t5["num_heads"] * t5["d_kv"]] * 4 + [size * t5["d_ff"]] * wide
+    width = total / (depth * sum(numbers) + size * t5["vocab_size"])  # bytes; the norms are a few thousand numbers
+    rest = total - depth * sum(numbers) * width
+    kept = width if storage is None else 1 + 10 / size
+    return rest, [count * kept for count in numbers], depth

@@ -58,16 +58,22 @@ def settings_of(config: Config, *, trains: bool) -> dict[str, Any]:
     """Return the settings that change what is measured of the network, beside its section."""
     settings = {name: getattr(config.args, name, None) for name in NETWORK_ARGS}
     settings |= {"network_offload": settings["network_offload"] == "blocks", "storage": storage_of(config)}
+    settings["fused_attention"] = _is_fused(config)
     if not trains:  # nothing is kept for a backward pass
         del settings["offload_activations"], settings["keep_attention"]
     return settings
+
+
+def _is_fused(config: Config) -> bool:
+    """Whether attention is a kernel that makes no tensor of its scores; ``math`` makes several."""
+    return config.args.attention != "math"
 
 
 def _vae_part(config: Config, work: Any, _: bool) -> list[Any]:
     """Return what a measurement of encoding or decoding depends on."""
     section = config.model["first_stage_config"]
     if work is encode_usage:
-        return [section, _encodes_tiles(config)]
+        return [section, _encodes_tiles(config) and config.args.vae_tiling]
     params = {name: value for name, value in params_of(section).items() if name != "encode_chunk"}
     channels = Geometry.from_network(params_of(config.model["network_config"])).out_channels
     together = config.model.get("en_and_decode_n_samples_a_time")
@@ -136,7 +142,14 @@ def network_usage(
         learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
         settings = [params_here, settings_of(config, trains=trained is not None), str(mesh), video, batch, str(dtype)]
         work = partial(
-            usage, network, run, dtype, mesh, trained=trained, prepare=partial(_store_blocks, storage_of(config))
+            usage,
+            network,
+            run,
+            dtype,
+            mesh,
+            trained=trained,
+            prepare=partial(_store_blocks, storage_of(config)),
+            fused_attention=_is_fused(config),
         )
         return _remembered([section["target"], *settings, learned], work)
 
@@ -209,6 +222,7 @@ def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
         sent=lines(start.sent, first.sent, second.sent),
         stored=line(start.stored, first.stored, second.stored),
         host=line(start.host, first.host, second.host),
+        pinned=line(start.pinned, first.pinned, second.pinned),
         kept=steps * max(second.peak - first.peak, 0),
         messages=lines(start.messages, first.messages, second.messages),
         cost=start.cost.plus(second.cost.plus(first.cost, -1), steps),
@@ -257,7 +271,7 @@ def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype
 
 def _encodes_tiles(config: Config) -> bool:
     """Whether clips are encoded in tiles: in sampling alone, since they change what training learns from."""
-    return config.args.vae_tiling and config.mode == "inference"
+    return bool(config.args.vae_tiling) and config.mode == "inference"
 
 
 def _vae_usage(config: Config, run: Callable[[Any], torch.Tensor], dtype: torch.dtype) -> Usage:

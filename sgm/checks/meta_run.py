@@ -2,13 +2,14 @@
 
 Meta tensors have shapes and dtypes but no data, so the real code runs at full size without memory. Every copy made by
 an operator is counted. Not counted: workspaces of kernels, buffers of NCCL, unused memory of the allocator. Attention
-is a fused kernel that keeps one number for each query.
+is a fused kernel that keeps one number for each query, unless a run asks for plain products.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -24,7 +25,8 @@ import sgm.distributed
 from sgm.checks.cost import Cost, cost_of
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config, without_allocating, without_compiler
-from sgm.weights.quantize import num_bytes
+from sgm.weights.offload import pinned_pieces
+from sgm.weights.quantize import num_bytes, plain_parts
 
 _COPY_INTO = torch.ops.aten.copy_.default
 DEVICE = torch.device("meta")  # where the module runs
@@ -43,7 +45,8 @@ class Usage:
         sent: name in `AXES` → bytes sent.
         result: bytes of the module's result.
         stored: bytes of the parameters, as they are stored.
-        host: peak of the live bytes on `HOST`.
+        host: peak of the live bytes on `HOST`, as `pinned_bytes`.
+        pinned: bytes of the frozen parameters in pinned memory, block by block; see `sgm.weights.offload`.
         kept: bytes of `peak` that blocks of a deep network keep for their backward pass, freed block by block.
         messages: name in `AXES` → number of transfers.
         cost: of the kernels.
@@ -56,9 +59,15 @@ class Usage:
     result: float = 0
     stored: float = 0
     host: float = 0
+    pinned: float = 0
     kept: float = 0
     messages: Mapping[str, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
+
+
+def pinned_bytes(size: float) -> int:
+    """Return what a tensor of `size` bytes takes in pinned memory: torch's allocator rounds to a power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
 
 
 _results: dict[Any, tuple[Any, Cost | None]] = {}  # call → its result, both as `_described`, and its cost
@@ -144,7 +153,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: current bytes.
         peak: largest `live` so far.
-        host: bytes in host memory.
+        host: bytes in host memory, as `pinned_bytes`.
         host_peak: largest `host` so far.
         cost: of the kernels so far.
     """
@@ -209,7 +218,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, x: torch.Tensor, storage: torch.UntypedStorage, key: int) -> None:
         self._known.add(key)
-        place, size = "host" if x.device == self._host else "live", storage.nbytes()
+        place, size = ("host", pinned_bytes(storage.nbytes())) if x.device == self._host else ("live", storage.nbytes())
         setattr(self, place, getattr(self, place) + size)
         weakref.finalize(storage, self._forget, key, size, place)
 
@@ -288,6 +297,7 @@ def usage(
     *,
     trained: frozenset[str] | None = None,
     prepare: Callable[[Any, LiveBytes], None] = lambda *_: None,
+    fused_attention: bool = True,
 ) -> Usage:
     """Run `work` with a module on meta tensors and count memory and traffic.
 
@@ -298,14 +308,16 @@ def usage(
         mesh: sizes of the groups of ranks.
         trained: names of the trained parameters; None for a run without gradients.
         prepare: called with the module and the count, before anything is counted.
+        fused_attention: False counts the scores of all pairs of tokens, as ``args.attention: math`` has them.
     """
     learned = trained or frozenset()
-    with simulated_ranks(mesh) as (sent, messages), _fused_attention():
+    with simulated_ranks(mesh) as (sent, messages), _fused_attention() if fused_attention else nullcontext():
         _set_weights(module, dtype, learned)
         module.train(trained is not None)
         live = LiveBytes(HOST)
         prepare(module, live)
         stored = num_bytes([module])
+        pinned = _pinned_blocks(module)
         with live, torch.set_grad_enabled(trained is not None), without_compiler():
             out = work(module)
             result = out.nbytes
@@ -320,6 +332,7 @@ def usage(
         result,
         stored,
         live.host_peak,
+        pinned,
         messages=dict(messages),
         cost=live.cost,
     )
@@ -347,6 +360,18 @@ def _fused_attention() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = plain
+
+
+def _pinned_blocks(module: Any) -> int:
+    """Return the bytes of the frozen parameters in pinned memory, if each block waits alone."""
+    blocks = [nn.ModuleList(block) for block in getattr(module, "blocks", ())]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    found = 0
+    for parameters in (rest, *(block.parameters() for block in blocks)):
+        frozen = (parameter for parameter in parameters if not parameter.requires_grad)
+        found += sum(pinned_pieces([part.nbytes for parameter in frozen for part in plain_parts(parameter)])[0])
+    return found
 
 
 def num_parameters(module: nn.Module, trained: frozenset[str]) -> tuple[int, int]:

@@ -13,22 +13,25 @@ import torch
 from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
 from sgm.checks.mesh import mesh_of
 from sgm.checks.recomputation import attention_share, cheapest, kept_attention_problem
-from sgm.checks.sampling import params_of
+from sgm.checks.sampling import LARGE_FRAME, params_of
+from sgm.checks.sampling_plan import check_sampling
 from sgm.checks.training import geometry_of, with_largest_bucket
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, load_config
 from sgm.distributed import device
-from sgm.util import InputError
+from sgm.modules.geometry import FREE_SIZE, Geometry
+from sgm.util import InputError, default
 from sgm.weights.adapters import with_adapters
 from sgm.weights.lora.several import with_loras
 
 ROOM = 0.9  # of a card
 
-# Settings of files in configs/memory that matter to sampling, from the fastest to the smallest; all are exact.
+# Settings of files in configs/memory that matter to sampling, from the fastest to the smallest. All are exact, except
+# the tiles of frames above 480×720 pixels.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "80gb": {"network_offload": "none", "text_encoder_offload": "cpu"},
     "24gb": {"network_offload": "cpu", "text_encoder_offload": "blocks"},
-    "12gb": {"network_offload": "blocks", "text_encoder_offload": "blocks"},
+    "8gb": {"network_offload": "blocks", "text_encoder_offload": "blocks", "vae_tiling": "large"},
 }
 
 
@@ -132,6 +135,8 @@ _FILES = frozenset(
         "args.base",
         "args.input_file",
         "args.train_data",
+        "args.latent_cache",
+        "args.text_cache",
         "model.first_stage_config.params.ckpt_path",
         "model.conditioner_config",
     )
@@ -204,7 +209,9 @@ def _over(estimate: Estimate, room: float) -> frozenset[str]:
 
 
 def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple[Config, str]:
-    """Return the configuration of a sampling run with the first of `PRESETS` that fits, and its name.
+    """Return the configuration of a sampling run with the first of `PRESETS` that fits, and which one for a report.
+
+    A setting that the run gives itself stays: one on the command line, or in a file with another value than the default.
 
     Args:
         config: with ``args.memory: auto``.
@@ -216,15 +223,36 @@ def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple
     """
     peaks = {}
     for name, settings in PRESETS.items():
-        changed = replace(config, args=replace(config.args, memory=None, **settings))
+        chosen = {key: value for key, value in settings.items() if not _is_given(config, key)}
+        changed = replace(config, args=replace(config.args, memory=None, **chosen))
         if room is None or (peak := sampling_estimate(changed, dtype).peak) <= room:
-            return changed, name
+            return changed, _preset_text(changed, name, settings.keys() - chosen.keys())
         peaks[name] = peak
     smallest = min(peaks, key=lambda name: peaks[name])
     raise InputError(
-        f"args.memory=auto: no exact setting fits into {memory_text(room or 0)}: configs/memory/{smallest}.yaml takes "
-        f"{memory_text(peaks[smallest])}; --check says which approximate ones do"
+        f"args.memory=auto: no preset fits into {memory_text(room or 0)}: configs/memory/{smallest}.yaml takes "
+        f"{memory_text(peaks[smallest])}; remove args.memory, and see what --check says"
     )
+
+
+def _is_given(config: Config, name: str) -> bool:
+    """Whether a run has its own value of a key of ``args`` that presets set."""
+    on_command_line = any(override.partition("=")[0] == f"args.{name}" for override in config.overrides)
+    return on_command_line or getattr(config.args, name) != getattr(type(config.args), name)
+
+
+def _preset_text(config: Config, name: str, given: Collection[str]) -> str:
+    """Return which preset `config` has, whether it is exact, and which of its settings are `given` instead."""
+    tiles = config.args.vae_tiling == "large" and _is_large(config)
+    effect = "approximate: the VAE decodes in tiles" if tiles else "exact"
+    kept = ", ".join(f"args.{key}={getattr(config.args, key)}" for key in sorted(given))
+    return f"configs/memory/{name}.yaml, {effect}" + (f"; {kept} as given" if kept else "")
+
+
+def _is_large(config: Config) -> bool:
+    geometry = Geometry.from_network(params_of(config.model["network_config"]))
+    height, width = default(check_sampling(config.args, geometry).size, geometry.nearest_size(*FREE_SIZE))
+    return height * width > LARGE_FRAME
 
 
 def card_rows(
@@ -269,12 +297,13 @@ def sampling_rows(config: Config, dtype: torch.dtype, card: float | None = None)
     """
     rows = {"ranks": rank_row(mesh_of(config))}
     if config.args.memory is not None:
-        room = room_for(card)
-        config, preset = with_preset(config, dtype, room)
-        rows["preset"] = f"configs/memory/{preset}.yaml"
+        try:
+            config, rows["preset"] = with_preset(config, dtype, room_for(card))
+        except InputError as error:
+            rows["preset"] = str(error)
 
     def estimate_of(settings: Sequence[str]) -> Estimate:
-        return sampling_estimate(config_with(config, settings), dtype)
+        return sampling_estimate(config_with(config, settings) if settings else config, dtype)
 
     return rows | _memory_rows(estimate_of, card, SAMPLING, NEXT_OF_SAMPLING)
 

@@ -6,6 +6,7 @@ Every finding is a `Problem` with the YAML path of its cause; all are reported t
 import contextlib
 import errno
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
@@ -341,18 +342,25 @@ def check_sampler(args: SamplingArgs, sampler: Any) -> None:
         )
 
 
+# Pixels of a frame above which ``vae_tiling: large`` decodes in tiles: those of the first generation are not.
+LARGE_FRAME = 480 * 720
+
+
 def check_memory_savers(config: Config, vae: Any) -> None:
     """Refuse tiling and slicing for a VAE that has no ``enable_tiling`` or ``enable_slicing``."""
     for name in ("tiling", "slicing"):
         if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
             found = f"is true, but {type(vae).__name__} has no method enable_{name}"
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
+    if config.args.vae_tiling == "large" and "above" not in inspect.signature(vae.enable_tiling).parameters:
+        found = f"is large, but enable_tiling of {type(vae).__name__} takes no number of pixels, above"
+        raise ConfigError([Problem("args.vae_tiling", "", found, "set it to true or false, or add that parameter")])
 
 
 def enable_memory_savers(vae: Any, args: SamplingArgs) -> None:
     """Enable tiling and slicing of a VAE as a sampling run does: slicing also if nothing is said of it."""
     if args.vae_tiling and hasattr(vae, "enable_tiling"):
-        vae.enable_tiling()
+        vae.enable_tiling(**({"above": LARGE_FRAME} if args.vae_tiling == "large" else {}))
     if default(args.vae_slicing, True) and hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
 

@@ -102,7 +102,7 @@ class SamplingArgs:
     text_encoder_weights: Literal["int8", "fp8"] | None = None
     text_encoder_offload: Literal["none", "cpu", "blocks", "release"] = "release"
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash3", "sage", "xformers", "npu"] | None = None
-    vae_tiling: bool = False
+    vae_tiling: bool | Literal["large"] = False
     vae_slicing: bool | None = None
     compile: bool = False
     device: Name | None = None

@@ -90,8 +90,8 @@ def _with_preset(config: Config, dtype: torch.dtype) -> Config:
     """Choose the preset that fits on the device of every rank."""
     rooms = sgm.distributed.all_gather_objects(room_on(resolve_device(config.args)))
     room = min((room for room in rooms if room is not None), default=None)
-    config, name = with_preset(config, dtype, room)
-    logger.info("args.memory=auto: configs/memory/%s.yaml, for %s", name, _room_text(room))
+    config, chosen = with_preset(config, dtype, room)
+    logger.info("args.memory=auto, for %s: %s", _room_text(room), chosen)
     return config
 
 

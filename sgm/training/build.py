@@ -62,6 +62,7 @@ class Parts:
         adapters: description of the trained LoRA; None for other runs.
         loader: remaining batches of this rank; empty unless it is the first of its sample's group.
         valid_data: validation clips or None.
+        valid_inputs: the same for the loss, from a cache where it holds them.
         bad_clips: clips left out or replaced.
         folder: of the run.
         lock: on rank zero, locks the folder while it is open.
@@ -78,6 +79,7 @@ class Parts:
     adapters: AdapterInfo | None
     loader: Iterable[dict[str, Any]]
     valid_data: Any
+    valid_inputs: Any
     bad_clips: BadClips
     folder: Path
     lock: IO[str] | None
@@ -147,7 +149,7 @@ def build(config: Config, plan: Plan) -> Parts:
             folder = bad_clips.folder = sgm.distributed.run_on_rank_zero(partial(_publish, folder, args))
         logger.info("run folder: %s", folder)
         unlocking.pop_all()  # only a start that fails unlocks the folder here
-    encodes_clips = plan.caches.vae and not engine.latent_input
+    encodes_clips = plan.caches.encodes["vae"] and not engine.latent_input
     clip_dtype = engine.first_stage_dtype if encodes_clips else None  # the autoencoder would convert them
     return Parts(
         plan=plan,
@@ -156,6 +158,7 @@ def build(config: Config, plan: Plan) -> Parts:
         adapters=adapters,
         loader=_loader(plan, data, point, total, buckets, clip_dtype=clip_dtype),
         valid_data=data.validation if data.valid else None,
+        valid_inputs=data.validation_inputs if data.valid else None,
         bad_clips=bad_clips,
         folder=folder,
         lock=lock,
@@ -384,7 +387,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
     if args.offload_activations:
         engine.network.offload_activations(device, torch.device("cpu"))
     if plan.caches.vae:
-        logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=device))
+        place = torch.device("cpu") if plan.caches.vae_waits else device
+        logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=place))
     elif engine.first_stage_model is not None:
         engine.first_stage_model.to("meta")
     if engine.conditioner is not None:

@@ -78,16 +78,23 @@ def evaluation_mode(network: torch.nn.Module):
 
 
 @contextmanager
-def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs) -> Iterator[None]:
-    """Context in which the VAE is tiled and sliced as samples are; in training, tiles would change encoded clips."""
+def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs, *, waits: bool = False) -> Iterator[None]:
+    """Context in which the VAE is tiled and sliced as samples are; in training, tiles would change encoded clips.
+
+    If it `waits` in host memory, it comes to the device, and leaves.
+    """
     vae = engine.first_stage_model
     if vae is not None:
+        if waits:
+            vae.to(engine.device)
         engine.first_stage_model = copy.copy(vae)  # shares its weights
         enable_memory_savers(engine.first_stage_model, args)
     try:
         yield
     finally:
         engine.first_stage_model = vae
+        if vae is not None and waits:
+            vae.to("cpu")
 
 
 class Evaluation:
@@ -97,6 +104,8 @@ class Evaluation:
         config: checked training configuration.
         engine: the model.
         dataset: validation clips: ``dataset[i]`` gives a sample, see `data_video.SFTDataset`.
+        inputs: the same clips for the loss, with frames or from a cache; None takes `dataset`.
+        vae_waits: the VAE is in host memory, except while videos are sampled.
         folder: of the run; samples go to ``samples/<iteration>``.
         micro_batch: batch size unless ``args.eval_batch_size`` is set.
         in_step: whether all ranks must run the same number of forward passes, as with ZeRO-3.
@@ -109,6 +118,8 @@ class Evaluation:
         engine: SATVideoDiffusionEngine,
         dataset: Any,
         *,
+        inputs: Any = None,
+        vae_waits: bool = False,
         folder: Path,
         micro_batch: int,
         in_step: bool,
@@ -116,6 +127,7 @@ class Evaluation:
     ) -> None:
         assert isinstance(config.args, TrainingArgs)
         self.config, self.args, self.engine, self.dataset = config, config.args, engine, dataset
+        self.inputs, self.vae_waits = default(inputs, dataset), vae_waits
         self.folder, self.in_step = folder, in_step
         self.network_in_use = default(network_in_use, nullcontext())
         self.batch_size = config.args.eval_batch_size or micro_batch
@@ -168,22 +180,24 @@ class Evaluation:
         )
 
     def _batch(self, numbers: list[int]) -> dict[str, Any]:
-        clips = [self._clip(number) for number in numbers]
+        clips = [self._clip(self.inputs, number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
-        if "control" in clips[0]:
-            batch["control"] = [clip["control"] for clip in clips]
+        for key in ("control", "moments", "image_moments", "control_moments"):
+            if key in clips[0]:
+                batch[key] = [clip[key] for clip in clips]
         for key in (self.engine.input_key, "rejected"):
             if key in clips[0]:
                 batch[key] = torch.stack([clip[key] for clip in clips])
         return batch
 
-    def _clip(self, number: int) -> Mapping[str, Any]:
+    @staticmethod
+    def _clip(dataset: Any, number: int) -> Mapping[str, Any]:
         """Return validation clip `number`, or the next readable one."""
         failures = []
-        for offset in range(min(MAX_ATTEMPTS, len(self.dataset))):
+        for offset in range(min(MAX_ATTEMPTS, len(dataset))):
             try:
-                return self.dataset[(number + offset) % len(self.dataset)]
+                return dataset[(number + offset) % len(dataset)]
             except ClipError as error:
                 logger.warning("validation leaves out %s", error)
                 failures.append(str(error))
@@ -206,7 +220,7 @@ class Evaluation:
             digest=f"{self.config.digest}-{iteration}",
             network_in_use=self.network_in_use,
         )
-        with evaluation_mode(self.engine.network), _sampling_vae(self.engine, self.args):
+        with evaluation_mode(self.engine.network), _sampling_vae(self.engine, self.args, waits=self.vae_waits):
             prompts = validation_prompts(self.config)
             if prompts is None:
                 reads = sgm.distributed.sample_rank() == 0
@@ -219,7 +233,7 @@ class Evaluation:
         image2video = Geometry.from_network(self.config.model["network_config"]["params"]).image_conditioned
         prompts = []
         for i in range(min(self.batch_size, len(self.dataset))):
-            clip = self._clip(i)
+            clip = self._clip(self.dataset, i)
             image = None
             if image2video:
                 image = folder / f"first_frame_{i}_rank{sgm.distributed.data_parallel_rank()}.png"

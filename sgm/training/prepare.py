@@ -107,9 +107,9 @@ class Plan:
             card: GiB of the card to plan for; None takes the accelerator, if there is one.
             devices: the card of each rank for which to recommend settings, and to predict the speed.
         """
-        loaded = {"vae": bool(self.caches.vae), "text_encoder": bool(self.caches.text_encoder)}
+        encodes = self.caches.encodes
         return as_table(
-            {**self.rows, **_planned_rows(self.config, self.dtype, self.trainable, card, devices, **loaded)}
+            {**self.rows, **_planned_rows(self.config, self.dtype, self.trainable, card, devices, **encodes)}
         )
 
 
@@ -119,7 +119,10 @@ def memory_report(config: Config, card: float | None, devices: Card | None = Non
     with without_allocating():
         trainable = choose_trainable(instantiate_from_config(config.model["network_config"]), config.model)
     dtype = resolve_training_precision(config, "")  # of any accelerator
-    return as_table(_planned_rows(config, dtype, trainable, card, devices))
+    args = config.args
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    encodes = {"vae": args.latent_cache is None, "text_encoder": args.text_cache is None}
+    return as_table(_planned_rows(config, dtype, trainable, card, devices, **encodes))
 
 
 def _planned_rows(
@@ -246,8 +249,7 @@ def with_recomputation(plan: Plan) -> Plan:
         plan.dtype,
         plan.trainable.names,
         room_on(sgm.distributed.device()),
-        vae=bool(plan.caches.vae),
-        text_encoder=bool(plan.caches.text_encoder),
+        **plan.caches.encodes,
     )
     numbers, keeps = zip(*sgm.distributed.all_gather_objects(own), strict=True)
     number, keep = max(numbers), all(keeps)
@@ -472,8 +474,12 @@ class _Checks:
         record("text", "args.text_cache", lambda: open_text(config, facts["data"]))
         if not self.problems:
             facts["data"], latents, images = facts["latents"]
-            reasons = reasons_to_load(config, latents, images, facts["text"])
-            facts["caches"] = Caches(latents, images, facts["text"], *reasons)
+            prompts = [prompt.text for prompt in facts.get("prompts") or ()]
+            reasons = reasons_to_load(config, facts["data"], images, facts["text"], prompts)
+            facts["caches"] = found = Caches(latents, images, facts["text"], **reasons)
+            if self.args.network_offload == "cpu" and not (found.vae or found.text_encoder):
+                text = "args.network_offload=cpu has no effect: neither VAE nor T5 is loaded, so the network stays"
+                warn_once(logger, [text])
 
     def _division(self) -> Division | None:
         section = self.config.deepspeed

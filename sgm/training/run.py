@@ -158,6 +158,8 @@ class TrainingRun:
                 config,
                 parts.engine,
                 parts.valid_data,
+                inputs=parts.valid_inputs,
+                vae_waits=parts.plan.caches.vae_waits,
                 folder=parts.folder,
                 micro_batch=parts.deepspeed.train_micro_batch_size_per_gpu(),
                 in_step=parts.deepspeed.zero_optimization_stage() == 3,

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
+_ALIGNMENT = 256  # bytes: of each tensor in pinned memory
+
 
 @contextmanager
 def without_frozen(module: nn.Module) -> Iterator[None]:
@@ -114,18 +116,16 @@ class _Waiting:
         self._places: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # where the copies belong
         self._copies: dict[int, torch.Tensor] = {}  # id of a tensor of the host → its copy
         self._arrival: torch.Event | None = None
-        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # tied weights stay one tensor
-        for named in (named for module in modules for named in (module._parameters, module._buffers)):
-            held: dict[str, Any] = named
-            for name, tensor in held.items():
-                if tensor is not None and not tensor.requires_grad:
-                    if id(tensor) not in seen:
-                        seen[id(tensor)] = (
-                            tensor,
-                            tensor if stream is None else _mapped(tensor, torch.Tensor.pin_memory),
-                        )
-                    held[name] = seen[id(tensor)][1]
-                    self._places.append((held, name, held[name]))
+        named: list[dict[str, Any]] = [held for module in modules for held in (module._parameters, module._buffers)]
+        for held in named:
+            frozen = [name for name, tensor in held.items() if tensor is not None and not tensor.requires_grad]
+            self._places += [(held, name, held[name]) for name in frozen]
+        if stream is not None:
+            waiting = {id(tensor): tensor for _, _, tensor in self._places}  # tied weights stay one tensor
+            pinned = dict(zip(waiting, _pinned(list(waiting.values())), strict=True))
+            self._places = [(held, name, pinned[id(tensor)]) for held, name, tensor in self._places]
+            for held, name, tensor in self._places:
+                held[name] = tensor
 
     def start(self) -> None:
         """Start to copy, unless that was done."""
@@ -167,6 +167,45 @@ class _Waiting:
         if self._arrival is not None:
             torch.accelerator.current_stream(self._device).wait_event(self._arrival)
             self._arrival = None
+
+
+def pinned_pieces(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Plan pinned memory for tensors of some bytes: the bytes of its pieces, and piece and first byte of each tensor.
+
+    torch's allocator rounds what it pins to powers of two, which tensor by tensor would be up to twice the memory. So
+    pieces are powers of two, up to a GiB, that are filled from the largest tensor to the smallest.
+    """
+    needed = [max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT for size in sizes]
+    left, pieces, used, places = sum(needed), [], [], [(0, 0)] * len(needed)
+    for index in sorted(range(len(needed)), key=lambda index: -needed[index]):
+        size = needed[index]
+        piece = next((number for number, total in enumerate(pieces) if used[number] + size <= total), len(pieces))
+        if piece == len(pieces):
+            pieces.append(max(1 << (size - 1).bit_length(), min(1 << (left.bit_length() - 1), 2**30)))
+            used.append(0)
+        places[index] = piece, used[piece]
+        used[piece] += size
+        left -= size
+    return pieces, places
+
+
+def _pinned(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies of tensors in pinned memory."""
+    parts: list[torch.Tensor] = []
+    for tensor in tensors:
+        _mapped(tensor, lambda part: parts.append(part) or part)
+    sizes, places = pinned_pieces([part.nbytes for part in parts])
+    pieces, following = [_pinned_memory(size) for size in sizes], iter(places)
+
+    def copied(part: torch.Tensor) -> torch.Tensor:
+        piece, start = next(following)
+        return pieces[piece][start : start + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+
+    return [_mapped(tensor, copied) for tensor in tensors]
+
+
+def _pinned_memory(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _mapped(tensor: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

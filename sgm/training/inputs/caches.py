@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.config.precision import autoencoder_dtype, precision_name
 from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
-from sgm.data.cache import CachedTensors, Kind, has_kind
+from sgm.data.cache import KINDS, CachedTensors, Kind, has_kind
 from sgm.data.clips.decode import READER
 from sgm.data.contents import Contents
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -41,6 +41,7 @@ class Caches:
         text: embeddings of the training captions.
         vae: reason to load the autoencoder; empty if it is not loaded.
         text_encoder: reason to load the text encoder; empty if it is not loaded.
+        vae_waits: the autoencoder only serves samples of evaluations, and waits in host memory between them.
     """
 
     latents: CachedTensors | None
@@ -48,6 +49,12 @@ class Caches:
     text: CachedTensors | None
     vae: str
     text_encoder: str
+    vae_waits: bool = False
+
+    @property
+    def encodes(self) -> dict[str, bool]:
+        """Which encoders work beside training: ``vae`` for clips or first frames, and ``text_encoder``; see `Estimate`."""
+        return {"vae": bool(self.vae) and not self.vae_waits, "text_encoder": bool(self.text_encoder)}
 
     def report(self) -> dict[str, str]:
         """Return rows of the report: name → text."""
@@ -71,8 +78,10 @@ def open_latents(
 ) -> tuple[Data, CachedTensors | None, CachedTensors | None]:
     """Open ``args.latent_cache`` and check it against the configuration.
 
+    Validation clips are taken from it too, if it holds them all in the shape in which they are evaluated.
+
     Returns:
-        The data with training clips from the cache, the cache of clips, and the cache of first frames or None.
+        The data with clips from the cache, the cache of clips, and the cache of first frames or None.
 
     Raises:
         InputError: the cache is missing, unfinished, or for another configuration; or clips vary between epochs.
@@ -100,18 +109,38 @@ def open_latents(
         control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
         controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))
         _require_contents(controls, data.sources, "controls")
-    cached = [
-        dataset.cached(
-            latents,
-            of_clips,
-            images=images,
-            image_keys=of_images,
-            first_frames=has_image,
-            **({} if controls is None else {"controls": controls, "control_keys": of_controls}),
-        )
-        for dataset, of_clips, of_images, of_controls in zip(data.sources, keys, image_keys, control_keys, strict=True)
-    ]
-    return data.with_cached(cached), latents, images
+
+    def cached(dataset: Any, of_clips: Any, of_images: Any, of_controls: Any) -> Any:
+        given = {} if controls is None else {"controls": controls, "control_keys": of_controls}
+        return dataset.cached(latents, of_clips, images=images, image_keys=of_images, first_frames=has_image, **given)
+
+    train = [cached(*each) for each in zip(data.sources, keys, image_keys, control_keys, strict=True)]
+    valid: list[Any] | None = []
+    if _buckets(config) is not None:  # validation clips have one shape
+        valid = None
+    elif data.split is None:
+        valid = _cached_valid(data.valid, cached, latents, images, controls)
+    return data.with_cached(train, valid), latents, images
+
+
+def _cached_valid(
+    datasets: Sequence[Any], cached: Callable[..., Any], *caches: CachedTensors | None
+) -> list[Any] | None:
+    """Return validation data sets with samples from caches of clips, images and controls; None if those lack any."""
+    found = []
+    for dataset in datasets:
+        if not all(hasattr(dataset, name) for name in _NEEDED):
+            return None
+        keys = []
+        for cache, kind in zip(caches, KINDS[:3], strict=True):
+            keys.append({} if cache is None else dataset.cache_keys(**part_of(kind)))
+            if cache is None:
+                continue
+            if any(key not in cache for key in keys[-1].values()):
+                return None
+            _require_contents(cache, [dataset], kind)
+        found.append(cached(dataset, *keys))
+    return found
 
 
 def part_of(kind: Kind) -> dict[str, bool]:
@@ -279,13 +308,38 @@ def texts(datasets: Sequence[Any], conditioner: Any) -> list[str]:
     return list(dict.fromkeys(["", *dropped, *captions]))
 
 
-def reasons_to_load(config: Config, latents: Any, images: Any, text: Any) -> tuple[str, str]:
-    """Return the reasons to load autoencoder and text encoder despite these caches; empty if not loaded."""
-    assert isinstance(config.args, TrainingArgs)
-    if config.args.eval_interval is not None:
-        return "evaluation samples videos", "evaluation samples videos"
-    clips = "" if config.model.get("latent_input") else "clips are encoded"
-    if latents is not None:
-        noised = config.model.get("noised_image_input") and images is None
-        clips = "first frames are encoded, with noise" if noised else ""
-    return clips, "captions are encoded" if text is None else ""
+def reasons_to_load(config: Config, data: Data, images: Any, text: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of `Caches` that say why autoencoder and text encoder are loaded despite caches.
+
+    Args:
+        config: of the run.
+        data: from `open_latents`.
+        images: cache of first frames.
+        text: cache of captions.
+        prompts: of ``args.valid_prompts``.
+    """
+    args, model = config.args, config.model
+    assert isinstance(args, TrainingArgs)
+    cached, evaluates = args.latent_cache is not None, args.eval_interval is not None
+    takes_images = bool(model.get("noised_image_input"))
+    vae, vae_waits = "", False
+    if not (cached or model.get("latent_input")):
+        vae = "clips are encoded"
+    elif takes_images and images is None:
+        vae = "first frames are encoded, with noise"
+    elif evaluates and cached and not data.encoded:
+        vae = "evaluation encodes validation clips, which are not in the cache"
+    elif evaluates and (not args.only_log_video_latents or takes_images or takes_control(config)):
+        vae, vae_waits = "evaluation samples videos, and it waits in host memory between them", True
+    captions = "captions are encoded" if text is None else ""
+    if evaluates and text is not None:
+        lacks = [getattr(dataset, "captions", None) for dataset in data.valid]
+        needed = [
+            *prompts,
+            *filter(None, [args.negative_prompt]),
+            *(caption for each in lacks for caption in each or ()),
+        ]
+        unknown = [prompt for prompt in dict.fromkeys(needed) if prompt not in text]
+        if unknown or None in lacks:
+            captions = f"evaluation encodes {len(unknown) or 'its'} texts that are not in the cache"
+    return {"vae": vae, "text_encoder": captions, "vae_waits": vae_waits}

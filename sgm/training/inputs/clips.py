@@ -28,22 +28,25 @@ class Split:
 
     Attributes:
         pools: all clips of each of ``args.train_data``.
-        cached: the same clips, with samples from a cache; validation clips are always decoded.
+        cached: the same clips, with samples from a cache.
         draw: (index of the data set, number of its clips) → indices of training and of validation clips.
+        cached_valid: whether the cache serves validation clips too.
     """
 
     pools: tuple[Any, ...]
     cached: tuple[Any, ...]
     draw: Callable[[int, int], tuple[Sequence[int], Sequence[int]]]
+    cached_valid: bool = False
 
     def data(self) -> "Data":
         """Return the divided data."""
-        train, valid = [], []
+        train, valid, encoded = [], [], []
         for index, (pool, cached) in enumerate(zip(self.pools, self.cached, strict=True)):
             kept, held_out = self.draw(index, len(pool))
             train.append(_select(cached, kept))
             valid += [_select(pool, held_out)] if held_out else []
-        return Data(tuple(train), tuple(valid), self)
+            encoded += [_select(cached, held_out)] if held_out and self.cached_valid else []
+        return Data(tuple(train), tuple(valid), self, tuple(encoded))
 
 
 @dataclass(frozen=True)
@@ -54,30 +57,41 @@ class Data:
         train: one data set for each of ``args.train_data``.
         valid: for validation; may be empty.
         split: how both were drawn; None if they are data sets of their own.
+        encoded: the clips of `valid` with samples from a cache, for the loss; empty if they are decoded for it too.
     """
 
     train: tuple[Any, ...]
     valid: tuple[Any, ...]
     split: Split | None = field(default=None, repr=False)
+    encoded: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def sources(self) -> tuple[Any, ...]:
         """All clips of each of ``args.train_data``, those for validation included."""
         return self.train if self.split is None else self.split.pools
 
-    def with_cached(self, cached: Sequence[Any]) -> "Data":
-        """Return the data with training clips from `cached`, which has the clips of `sources`."""
+    def with_cached(self, cached: Sequence[Any], valid: Sequence[Any] | None) -> "Data":
+        """Return the data with training clips from `cached`, which has the clips of `sources`.
+
+        Args:
+            cached: has samples from a cache.
+            valid: the same of the clips of `valid`, unless those are drawn from `sources`; None decodes them.
+        """
         if self.split is None:
-            return replace(self, train=tuple(cached))
-        return replace(self.split, cached=tuple(cached)).data()
+            return replace(self, train=tuple(cached), encoded=tuple(valid or ()))
+        return replace(self.split, cached=tuple(cached), cached_valid=valid is not None).data()
 
     def without(self, paths: Collection[str]) -> "Data":
         """Return the data without these clips; a split is drawn again, from the clips that are left."""
         if not paths:
             return self
         if self.split is None:
-            valid = tuple(rest for dataset in self.valid if len(rest := _without(dataset, paths)))
-            return replace(self, train=tuple(_without(dataset, paths) for dataset in self.train), valid=valid)
+            valid, encoded = (
+                tuple(rest for dataset in sets if len(rest := _without(dataset, paths)))
+                for sets in (self.valid, self.encoded)
+            )
+            train = tuple(_without(dataset, paths) for dataset in self.train)
+            return replace(self, train=train, valid=valid, encoded=encoded)
         pools, cached = (
             tuple(_without(each, paths) for each in sets) for sets in (self.split.pools, self.split.cached)
         )
@@ -106,9 +120,13 @@ class Data:
 
     @property
     def validation(self) -> Any:
-        """All validation clips as one data set."""
-        first, *rest = self.valid
-        return ConcatDataset(self.valid) if rest else first
+        """All validation clips as one data set, of frames."""
+        return _joined(self.valid)
+
+    @property
+    def validation_inputs(self) -> Any:
+        """All validation clips as one data set, from a cache where it holds them."""
+        return _joined(self.encoded or self.valid)
 
     def afar_rows(self) -> dict[str, str]:
         """Return rows of the report on what is read from afar: name → text; none if nothing is."""
@@ -191,6 +209,11 @@ def _unknown_captions(config: Config, captions: Sequence[str]) -> dict[str, str]
     except (InputError, KeyError):  # refused by the checks of the model, which name the section or file
         return {}
     return {caption: f"{reason}; {WORDS_CURE}" for caption, reason in reasons.items()}
+
+
+def _joined(datasets: Sequence[Any]) -> Any:
+    first, *rest = datasets
+    return ConcatDataset(datasets) if rest else first
 
 
 def _select(dataset: Any, indices: Sequence[int]) -> Any:

@@ -379,6 +379,9 @@ def test_what_comes_from_caches_takes_no_memory():
     neither, cache = {"vae": False, "text_encoder": False}, "args.text_cache=here"
     assert set(phases()) == {"text", "encode", "network", "optimizer", "validation"}
     assert set(phases(cache, **neither)) == {"network", "optimizer", "validation"}
+    evaluated = phases(cache, **neither)
+    assert evaluated["validation"]["VAE"] == phases()["validation"]["VAE"] > 0 == evaluated["network"].get("VAE", 0)
+    assert phases(cache, "args.only_log_video_latents=true", **neither)["validation"]["VAE"] == 0
     assert set(phases(cache, vae=False)) == {"text", "network", "optimizer", "validation"}, (
         "loaded for evaluation, and released"
     )
@@ -447,6 +450,15 @@ def test_an_image_to_video_run_holds_the_vae_while_it_encodes_and_decodes():
     config = load_config([f"configs/{name}.yaml" for name in ("toy_i2v", "toy_inference")], mode="inference")
     phases = sampling_estimate(config, torch.float32).phases
     assert phases["encode"]["VAE"] == phases["decode"]["VAE"] == phases["network"]["VAE"] > 2**20
+
+
+def test_scores_of_attention_are_counted_where_no_kernel_hides_them():
+    def activations(*settings):
+        config = with_model("args.only_save_latents=true", *settings)
+        return sampling_estimate(config, torch.bfloat16).phases["network"]["activations"]
+
+    fused, flash, plain = (activations(*given) for given in ((), ("args.attention=flash",), ("args.attention=math",)))
+    assert fused == flash < plain / 2
 
 
 def test_the_network_takes_a_window_at_once_however_long_the_clip():

@@ -116,37 +116,63 @@ def test_every_setting_of_training_is_accepted(change):
 
 
 def test_the_presets_are_those_of_the_files():
-    for name, settings in PRESETS.items():
-        given = yaml.safe_load((ROOT / "configs" / "memory" / f"{name}.yaml").read_text(encoding="utf-8"))["args"]
-        assert {key: given[key] for key in settings} == settings
+    for card, name in {"8": "8", "12": "8", "16": "8", "24": "24", "48": "80", "80": "80"}.items():
+        given = yaml.safe_load((ROOT / "configs" / "memory" / f"{card}gb.yaml").read_text(encoding="utf-8"))["args"]
+        settings = PRESETS[f"{name}gb"]
+        assert {key: given.get(key) for key in PRESETS["8gb"]} == {key: settings.get(key) for key in PRESETS["8gb"]}
 
 
 # args.memory=auto
 
 
-@pytest.mark.parametrize(("room", "preset"), [(None, "80gb"), (20, "80gb"), (14.4, "24gb"), (7, "12gb")])
-def test_the_first_preset_that_fits_is_chosen(room, preset):
+@pytest.fixture
+def peaks(monkeypatch):
+    """Let runs take 15 GiB, 10 if the network leaves, 6 in blocks, and 4 if the VAE decodes in tiles, too."""
+
+    def estimate(config, _):
+        args = config.args
+        size = {"none": 15, "cpu": 10, "blocks": 6}[args.network_offload]
+        return Estimate({"decode": {"all": (size - 2 * bool(args.vae_tiling)) * GIB}})
+
+    monkeypatch.setattr(planner, "sampling_estimate", estimate)
+
+
+@pytest.mark.parametrize(("room", "preset"), [(None, "80gb"), (20, "80gb"), (14.4, "24gb"), (7, "8gb")])
+def test_the_first_preset_that_fits_is_chosen(room, preset, peaks):
     config = released("cogvideox_5b", "args.memory=auto")
-    found, name = with_preset(config, torch.bfloat16, None if room is None else room * GIB)
-    assert name == preset and found.args.memory is None
+    found, said = with_preset(config, torch.bfloat16, None if room is None else room * GIB)
+    assert said == f"configs/memory/{preset}.yaml, exact" and found.args.memory is None
     assert found.args == dataclasses.replace(config.args, memory=None, **PRESETS[preset])
 
 
-def test_a_card_without_room_for_any_preset_is_refused():
+def test_the_choice_says_whether_it_is_approximate_and_leaves_what_is_given(peaks):
+    config = released("cogvideox1.5_5b", "args.memory=auto")
+    assert with_preset(config, torch.bfloat16, 5 * GIB)[1].endswith("8gb.yaml, approximate: the VAE decodes in tiles")
+    for given in ("args.network_offload=none", "args.text_encoder_offload=none", "args.vae_tiling=true"):
+        kept, said = with_preset(released("cogvideox_5b", "args.memory=auto", given), torch.bfloat16, None)
+        name, _, value = given.removeprefix("args.").partition("=")
+        assert str(getattr(kept.args, name)).lower() == value and (given in said or name not in PRESETS["80gb"])
+    with pytest.raises(InputError, match="no preset fits"):
+        with_preset(released("cogvideox_5b", "args.memory=auto", "args.network_offload=none"), torch.bfloat16, 12 * GIB)
+
+
+def test_a_card_without_room_for_any_preset_is_refused_and_still_planned_for(peaks):
     config = released("cogvideox_5b", "args.memory=auto")
-    with pytest.raises(InputError, match=r"no exact setting fits into 2\.0 GiB: configs/memory/12gb\.yaml takes"):
+    with pytest.raises(InputError, match=r"no preset fits into 2\.0 GiB: configs/memory/8gb\.yaml takes 4\.0 GiB"):
         with_preset(config, torch.bfloat16, 2 * GIB)
+    rows = planner.sampling_rows(config, torch.bfloat16, card=2)
+    assert "no preset fits" in rows["preset"] and "does not fit" in rows["card"] and "the smallest" in rows
 
 
 def test_all_ranks_take_the_preset_of_the_one_with_the_least_room(monkeypatch, caplog):
     config = load_config(TOY, ["args.memory=auto"], mode="inference")
     monkeypatch.setattr("sgm.distributed.all_gather_objects", lambda room: [None, 2e6, 1e12])
-    with pytest.raises(InputError, match="no exact setting fits"):
+    with pytest.raises(InputError, match="no preset fits"):
         _with_preset(config, torch.float32)
     monkeypatch.setattr("sgm.distributed.all_gather_objects", lambda room: [None])
     with caplog.at_level("INFO", logger="sgm"):
         assert _with_preset(config, torch.float32).args.text_encoder_offload == "cpu"
-    assert "args.memory=auto: configs/memory/80gb.yaml" in caplog.text
+    assert "args.memory=auto, for a device that shares" in caplog.text and "memory/80gb.yaml, exact" in caplog.text
 
 
 def test_training_refuses_the_choice_for_sampling():
@@ -175,6 +201,13 @@ def test_training_is_planned_before_anything_is_downloaded(capsys, tmp_path):
     assert "it fits with" in found.out and "data folder 'datasets/train' does not exist" in found.err
 
 
+def test_a_run_from_caches_is_planned_before_they_are_there(capsys, tmp_path):
+    caches = [f"args.{name}={tmp_path / 'none'}" for name in ("latent_cache", "text_cache")]
+    assert train(["--base", *TOY_TRAINING, "--check", "--card", "8", f"args.save={tmp_path}", *caches]) == 2
+    found = capsys.readouterr()
+    assert "\n  network " in found.out and "\n  encode " not in found.out and "args.latent_cache" in found.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -192,7 +225,7 @@ def test_a_card_is_a_size_and_goes_with_check(words, said, capsys):
 def test_the_card_of_this_machine_is_planned_for_if_it_has_one(monkeypatch):
     monkeypatch.setattr(planner, "room_on", lambda device: 7 * GIB)
     rows = planner.sampling_rows(released("cogvideox_2b", "args.memory=auto"), torch.float16)
-    assert rows["preset"] == "configs/memory/24gb.yaml" and rows["card"].endswith("may take 7.0 GiB: it fits")
+    assert rows["preset"] == "configs/memory/24gb.yaml, exact" and rows["card"].endswith("may take 7.0 GiB: it fits")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +306,7 @@ def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(keeps, 
         args=load_config(TOY_TRAINING, ["args.checkpoint_activations=auto"], mode="train").args,
         dtype=torch.float32,
         trainable=SimpleNamespace(names=()),
-        caches=SimpleNamespace(vae=True, text_encoder=True),
+        caches=SimpleNamespace(encodes={"vae": True, "text_encoder": True}),
     )
     monkeypatch.setattr(prepare, "recomputed_blocks", lambda *_, **__: (1, True))
     monkeypatch.setattr(prepare.sgm.distributed, "all_gather_objects", lambda own: [own, (2, keeps), (1, True)])

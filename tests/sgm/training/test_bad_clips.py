@@ -150,7 +150,7 @@ def test_validation_clips_are_drawn_from_usable_ones(tmp_path):
     pool = toy(tmp_path / "set", bad=[0, 3])
     cached = copy.copy(pool)
     cached.fps = 7.0  # stands for a data set that reads from a cache
-    data = Split((pool,), (pool,), draw).data().with_cached([cached])
+    data = Split((pool,), (pool,), draw).data().with_cached([cached], None)
     args = TrainingArgs(train_data=("data",), load="weights", train_iters=1, max_bad_share=0.2)
     (tmp_path / "run").mkdir()
     found, _ = usable_data(data, args, tmp_path / "run", resumed=False)

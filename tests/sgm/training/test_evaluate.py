@@ -137,11 +137,11 @@ def test_strict_evaluation_takes_every_clip_once(job, three_clips, monkeypatch):
     numbers = []
     clip = Evaluation._clip
 
-    def record(evaluation, number):
+    def record(dataset, number):
         numbers.append(number)
-        return clip(evaluation, number)
+        return clip(dataset, number)
 
-    monkeypatch.setattr(Evaluation, "_clip", record)
+    monkeypatch.setattr(Evaluation, "_clip", staticmethod(record))
     overrides = [FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1", f"args.valid_data=[{three_clips}]"]
     job(LORA, *overrides, "args.strict_eval=true", "args.eval_iters=7")
     assert numbers == [0, 1, 2]

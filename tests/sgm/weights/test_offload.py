@@ -1,6 +1,7 @@
 """Weights that wait on the host: bit-equal results, at most two blocks on the device, and the order of copies."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from benchmarks.models import NetworkSize, build_network, network_section
 from sgm.checks.meta_run import LiveBytes
-from sgm.weights.offload import Offload
+from sgm.weights.offload import Offload, pinned_pieces
 from sgm.weights.quantize import linear_layers, num_bytes, store
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -101,10 +102,13 @@ def test_copies_overlap_and_are_waited_for(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: META)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: Stream("compute"))
     monkeypatch.setattr(torch, "Stream", lambda device: Stream("copies"))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(
+        "sgm.weights.offload._pinned_memory", lambda size: pinned.append(size) or torch.empty(size, dtype=torch.uint8)
+    )
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3)).requires_grad_(False)
+    before = [block.weight.clone() for block in blocks]
     offload = Offload(blocks, META, [[block] for block in blocks])
-    assert len(pinned) == 6
+    assert pinned == 3 * [512] and all(map(torch.equal, before, (block.weight for block in blocks)))
     copy = ["copies waits for compute", "on copies", "end"]
     wait = ["compute waits for the event of copies"]
     with offload.block(0):
@@ -116,3 +120,21 @@ def test_copies_overlap_and_are_waited_for(monkeypatch):
     said.clear()
     offload.__exit__()
     assert said == wait, "memory of a copy on its way is not given to others"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [
+        ([], []),
+        ([1], [256]),
+        ([2**20, 3 * 2**20] * 2, [2**23]),  # tensor by tensor 10 MiB
+        ([2**25] * 4 + [80 * 2**20] * 3, [2**28, 2**27]),  # a block of T5: 384 MiB for 368, and not 512
+        ([5 * 2**28] * 2, [2**31, 2**31]),
+    ],
+)
+def test_pinned_memory_is_filled_with_pieces_that_are_powers_of_two(sizes, pieces):
+    found, places = pinned_pieces(sizes)
+    assert found == pieces
+    spans = sorted((piece, start, start + size) for (piece, start), size in zip(places, sizes, strict=True))
+    assert all(end <= found[piece] for piece, _, end in spans)
+    assert all(one[0] < two[0] or one[2] <= two[1] for one, two in itertools.pairwise(spans))

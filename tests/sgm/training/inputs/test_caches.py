@@ -101,6 +101,42 @@ def test_cached_training_equals_training_on_clips_and_opens_nothing(job, trainin
     assert_equal_runs(plain, job("dit_t2v_5b_lora", *SHORT, *caches(cache), save="cached").folder)
 
 
+def test_evaluation_takes_clips_and_captions_from_the_cache(job, training_yaml, clips, tmp_path, monkeypatch):
+    """Of a part of the training data, or of a folder that was encoded with it; only samples need the VAE."""
+    evaluated = ("args.train_iters=1", "args.split=50,50,0", "args.valid_data=null", "args.eval_interval=1")
+    plain = job("dit_t2v_5b_lora", *evaluated, save="plain").folder
+    cache = precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", *evaluated)
+    places, load = [], SATVideoDiffusionEngine.load_first_stage
+    monkeypatch.setattr(SATVideoDiffusionEngine, "encode_first_stage", None)
+    monkeypatch.setattr(FrozenT5Embedder, "_model_on_device", None)
+    monkeypatch.setattr(
+        SATVideoDiffusionEngine,
+        "load_first_stage",
+        lambda engine, **given: places.append(given["device"].type) or load(engine, **given),
+    )
+    given = caches(cache)
+    cached = job("dit_t2v_5b_lora", *evaluated, *given, save="cached").folder
+    found = [
+        next(line["validation_loss"] for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line)
+        for run in (plain, cached)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and places == ["cpu"]
+    videos = [sorted(path.relative_to(run) for path in run.rglob("*.mp4")) for run in (plain, cached)]
+    assert videos[0] == videos[1] != []
+
+    def loaded(*settings):
+        config = load_config(training_yaml("dit_t2v_5b_lora"), [*evaluated, *given, *settings], mode="train")
+        return prepare(config).caches
+
+    own = loaded(f"args.valid_data=[{clips}]")
+    assert own.vae_waits and own.text_encoder == ""
+    assert loaded("args.only_log_video_latents=true").vae == ""
+    assert "1 texts that are not in the cache" in loaded("args.valid_prompts=[another]").text_encoder
+    other = tmp_path / "other"
+    shutil.copytree(clips, other)
+    assert "encodes validation clips" in loaded(f"args.valid_data=[{other}]").vae
+
+
 def test_latents_alone_and_text_alone_serve_image_to_video(job, training_yaml, pair, tmp_path, monkeypatch):
     """The noise on the first frame is that of training without caches."""
     short = (*SHORT, pair)
