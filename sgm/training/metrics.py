@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,7 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
     from matplotlib.figure import Figure  # lazy: half a second, for the end of a run
 
     figure = Figure(figsize=(12, 9), layout="constrained")  # not pyplot, which keeps figures and needs a display
-    quarters = sorted({name for line in lines for name in line if _QUARTER.fullmatch(name)}, key=_first_timestep)
+    quarters = [*quarters_of(lines).values()]
     rows: Any = [["loss"] * max(len(quarters), 1), *([quarters] if quarters else []), ["lr"] * max(len(quarters), 1)]
     axes = figure.subplot_mosaic(rows, sharex=True, height_ratios=(4, 3, 1) if quarters else (4, 1))
     for name in ("loss", *quarters):
@@ -321,8 +321,14 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _first_timestep(quarter: str) -> int:
-    return int(quarter.split("_")[1])
+def quarters_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Return number, from 0, → name of the training losses of quarters of the timesteps in lines of metrics."""
+    found = filter(None, map(_QUARTER.fullmatch, {name for line in lines for name in line}))
+    return dict(sorted((_quarter(int(name[1]), int(name[2])), name[0]) for name in found))
+
+
+def _quarter(first: int, last: int) -> int:
+    return round(first / (last - first + 1))
 
 
 def _draw_losses(axis: Any, lines: list[dict[str, Any]], name: str) -> None:
