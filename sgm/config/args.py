@@ -297,6 +297,9 @@ class TrainingArgs(SamplingArgs):
     eval_batch_size: _Batch | None = None
     strict_eval: bool = False
     valid_prompts: str | tuple[str, ...] | None = None
+    eval_measures: bool = False
+    eval_lpips: Name | None = None
+    eval_clip: Name | None = None
     # Results
     experiment_name: str = "finetune"
     save: Name = "ckpts"
@@ -391,6 +394,12 @@ class TrainingArgs(SamplingArgs):
         if self.ema_decay in (0, 1):
             effect = "never follows" if self.ema_decay else "always equals"
             yield "ema_decay", f"is {self.ema_decay:g}, which {effect} the weights", "give 0.9999, or null for none"
+        for name in ("eval_lpips", "eval_clip"):
+            if getattr(self, name) is not None and not self.eval_measures:
+                yield name, "is given, and eval_measures is false", "set args.eval_measures=true, or remove it"
+        if self.eval_measures and self.only_log_video_latents:
+            found = "is true, and only_log_video_latents too: there are no videos to measure"
+            yield "eval_measures", found, "remove one of them"
         if self.valid_prompts is not None and not self.valid_prompts:
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 
@@ -449,7 +458,7 @@ class TrainingArgs(SamplingArgs):
     @property
     def unused(self) -> list[str]:
         """Keys that are set without effect, since `eval_interval` is null."""
-        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "keep_best")
+        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "eval_measures", "keep_best")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
 
 

@@ -140,7 +140,8 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
     files = [str(name) for name in record.get("configs", ())]
     model = next((model for model in models.values() if str(model.file) in files), None)
     if model is not None:
-        made = model.latent_frames(record["num_frames"], loop=bool(record.get("loop"))) if "num_frames" in record else None
+        frames, loop = record.get("num_frames"), bool(record.get("loop"))
+        made = None if frames is None else model.latent_frames(frames, loop=loop)
         known["sampling_num_frames"] = default(made, model.values["sampling_num_frames"])
     for word in record.get("overrides", ()):
         key, _, value = str(word).partition("=")

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
 import sgm.distributed
 from sgm.checks.sampling import check_files
@@ -26,7 +25,7 @@ from sgm.config.precision import resolve_training_precision
 from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, read_shard, write_shard
 from sgm.data.clips.decode import ClipError
 from sgm.io import lock_folder, remove_leftovers, require_writable
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import bar, get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
 from sgm.training.bad_clips import unusable
 from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
@@ -163,9 +162,8 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     rank, world = sgm.distributed.rank(), sgm.distributed.world_size()
     description, failures, own = job.description, {}, unfinished[rank::world]
     num = sum(len(description.shards[shard]) for shard in own)
-    bar = tqdm(total=num, desc=description.kind, disable=None if is_rank_zero() and num else True)
     with ExitStack() as stack:
-        stack.enter_context(bar)
+        done = stack.enter_context(bar(what=description.kind, total=num, leave=True))
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
@@ -174,7 +172,7 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
             found: dict[str, str] = {}
             if encode is not None and start + rank < len(unfinished):
                 shard = unfinished[start + rank]
-                found = write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
+                found = write_shard(folder, description, shard, _results(folder, description, shard, encode, done))
             for more in sgm.distributed.all_gather_objects(found):
                 failures |= more
     for key, reason in failures.items() if is_rank_zero() else ():
@@ -183,14 +181,14 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
 
 
 def _results(
-    folder: Path, description: Description, shard: int, encode: Encode, bar: tqdm
+    folder: Path, description: Description, shard: int, encode: Encode, done: Any
 ) -> Iterator[torch.Tensor | str]:
     """Yield the results of a shard in order, read from an earlier run or encoded."""
     written = read_shard(folder, description, shard)
     encoded = encode([key for key in description.shards[shard] if key not in written])
     for key in description.shards[shard]:
         result = written[key] if key in written else next(encoded)
-        bar.update()
+        done.update()
         yield result
 
 
