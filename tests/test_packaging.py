@@ -159,6 +159,9 @@ def test_what_the_targets_do():
     names = ["".join(step) for step in steps]
     assert names.count("sample_video") == 1 and names.count("contact_sheet") == 2
     assert "for strength in 0 0.5 1; do" in rules["demo"]
+    assert re.findall(r'SAY\) "(\d) of 6: ', rules["demo"]) == [*"123456"], "each step is announced"
+    commands = [line for line in rules["demo"].splitlines() if not line.startswith(("\t\t", "\t$(SAY)"))]
+    assert all(line.startswith("\t@") for line in commands), "and its command is not echoed"
     assert names[-3:] == ["export_sat_lora_weight", "convert_weight_sat2hf", "load_cogvideox_lora"]
     assert "-m pytest" in rules["test"] and "-m benchmarks" in rules["bench"]
     assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))
