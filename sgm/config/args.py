@@ -67,6 +67,7 @@ class SamplingArgs:
     allow_unknown_text: bool = False
     prompt_enhancer: Name | None = None
     prompt_enhancer_model: Name | None = None
+    prompt_enhancer_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     # Size: pixels (height, width), latent frames, frames per second of the file
     sampling_image_size: tuple[Width, Width] | None = None
     sampling_num_frames: AtLeast1 | None = None
@@ -173,6 +174,11 @@ class SamplingArgs:
         if self.prompt_enhancer_model is not None and not self.enhances_by_endpoint:
             found = "is given, and prompt_enhancer is no address of an endpoint"
             yield "prompt_enhancer_model", found, "remove it, or set args.prompt_enhancer=http://127.0.0.1:8000/v1"
+
+        if self.prompt_enhancer_tokens is not None and (self.prompt_enhancer is None or self.enhances_by_endpoint):
+            why = "an endpoint limits its own answers" if self.enhances_by_endpoint else "there is no prompt_enhancer"
+            found = f"is given, and {why}"
+            yield "prompt_enhancer_tokens", found, "remove it, or set args.prompt_enhancer=<folder of a chat model>"
 
     def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.strength is not None and self.video is None:
@@ -374,7 +380,7 @@ class TrainingArgs(SamplingArgs):
         ):
             if getattr(self, name) not in (None, False):
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
-        for name in ("prompt_enhancer", "prompt_enhancer_model"):
+        for name in ("prompt_enhancer", "prompt_enhancer_model", "prompt_enhancer_tokens"):
             if getattr(self, name) is not None:
                 found = "is given, and is for sampling: training uses captions and valid_prompts as they are written"
                 yield name, found, "remove it; tools/enhance_prompts.py writes a file of prompts"
