@@ -1,10 +1,11 @@
 # `make demo` and `make test` do their own set-up in .venv, once. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
+INTERPRETERS ?= python3.11 python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo web test lint bench bench-gpu memory clean
+.PHONY: demo web test test-interpreters lint bench bench-gpu memory clean
 
 # gradio and what only it needs. All is pinned, so nothing is left to resolve; its own bound on pillow is below the
 # pillow of constraints.txt, with which it works.
@@ -49,6 +50,9 @@ web: $(VENV)/installed-web  ## serve a page for the browser, on this machine alo
 
 test: $(VENV)/installed-dev  ## run all tests
 	$(BIN)/python -m pytest
+
+test-interpreters:  ## install the wheel for every interpreter that is there, and run a short part of it; by hand, gigabytes
+	for python in $(INTERPRETERS); do bash tests/interpreter.sh "$$python" || exit; done
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff check .

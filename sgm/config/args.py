@@ -174,7 +174,6 @@ class SamplingArgs:
         if self.prompt_enhancer_model is not None and not self.enhances_by_endpoint:
             found = "is given, and prompt_enhancer is no address of an endpoint"
             yield "prompt_enhancer_model", found, "remove it, or set args.prompt_enhancer=http://127.0.0.1:8000/v1"
-
         if self.prompt_enhancer_tokens is not None and (self.prompt_enhancer is None or self.enhances_by_endpoint):
             why = "an endpoint limits its own answers" if self.enhances_by_endpoint else "there is no prompt_enhancer"
             found = f"is given, and {why}"
@@ -400,6 +399,9 @@ class TrainingArgs(SamplingArgs):
         if self.ema_decay in (0, 1):
             effect = "never follows" if self.ema_decay else "always equals"
             yield "ema_decay", f"is {self.ema_decay:g}, which {effect} the weights", "give 0.9999, or null for none"
+        yield from self._evaluation_problems()
+
+    def _evaluation_problems(self) -> Iterator[tuple[str, str, str]]:
         for name in ("eval_lpips", "eval_clip"):
             if getattr(self, name) is not None and not self.eval_measures:
                 yield name, "is given, and eval_measures is false", "set args.eval_measures=true, or remove it"
