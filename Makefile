@@ -1,10 +1,11 @@
 # `make demo` and `make test` do their own set-up in .venv, once. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
+INTERPRETERS ?= python3.11 python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo web test lint bench bench-gpu memory clean
+.PHONY: demo web test test-interpreters lint bench bench-gpu memory clean
 
 # gradio and what only it needs. All is pinned, so nothing is left to resolve; its own bound on pillow is below the
 # pillow of constraints.txt, with which it works.
@@ -15,21 +16,30 @@ LAND = --base configs/toy.yaml configs/toy_inference.yaml configs/toy_loras.yaml
 	args.input_file=outputs/land/clips/prompts.txt args.loras.0.path=$(TRAINED)
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 
+# What a step of the demo does, in the place of its command.
+SAY := @printf '\n== %s\n'
+
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
-	bash inference.sh
-	$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
-	rm -rf outputs/land
-	$(BIN)/python tools/toy/concept.py make outputs/land/clips
-	bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
-	for strength in 0 0.5 1; do $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$strength \
+	$(SAY) "1 of 6: sampling ten clips, six from text and four from an image"
+	@bash inference.sh
+	@$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
+	$(SAY) "2 of 6: making 24 clips, 16 of them with something that the toy does not know: green land"
+	@rm -rf outputs/land
+	@$(BIN)/python tools/toy/concept.py make outputs/land/clips
+	$(SAY) "3 of 6: training a LoRA on them, 300 iterations"
+	@bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
+	$(SAY) "4 of 6: sampling five prompts with the LoRA at strengths 0, 0.5 and 1"
+	@for strength in 0 0.5 1; do $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$strength \
 		args.output_dir=outputs/land/strength_$$strength || exit; done
-	$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
-	$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
+	@$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
+	@$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png
-	$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
-	$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
+	$(SAY) "5 of 6: converting model and LoRA to diffusers, and comparing the two implementations"
+	@$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
+	@$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
-	$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
+	$(SAY) "6 of 6: sampling with diffusers"
+	@$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
 		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 2 --num_inference_steps 30 \
 		--dtype fp32 --output_path outputs/land/diffusers.mp4
 	@echo "Open outputs/demo.png (the toy models), outputs/demo_lora.png (the LoRA at strengths 0, 0.5 and 1) and" \
@@ -40,6 +50,9 @@ web: $(VENV)/installed-web  ## serve a page for the browser, on this machine alo
 
 test: $(VENV)/installed-dev  ## run all tests
 	$(BIN)/python -m pytest
+
+test-interpreters:  ## install the wheel for every interpreter that is there, and run a short part of it; by hand, gigabytes
+	for python in $(INTERPRETERS); do bash tests/interpreter.sh "$$python" || exit; done
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff check .

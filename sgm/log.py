@@ -1,17 +1,20 @@
 """What a terminal shows: one logger, on rank zero, dependencies' errors only, and no control characters of others."""
 
 import contextlib
+import datetime
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Self, TextIO
 
 from sgm.urls import redacted
 
 # Control characters, line separators, marks that reverse the direction of text, and bytes of names that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LINE_SECONDS = 60.0  # between lines of `bar`
 _TO_UPPER_BAR = re.compile(r"(\x1b\[A)+")  # a whole write of tqdm: the cursor goes to the progress bar above
 
 
@@ -110,6 +113,64 @@ def configure_logging(*, debug: bool = False) -> None:
     logger.setLevel(logging.DEBUG if debug else logging.INFO if is_rank_zero() else logging.ERROR)
     if not debug:
         quiet_dependencies()
+
+
+def bar(
+    items: Iterable[Any] | None = None,
+    what: str = "",
+    *,
+    total: int | None = None,
+    leave: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Any:
+    """Return a progress bar of tqdm; where there is no terminal, what writes a line each minute. On rank zero only.
+
+    Args:
+        items: to iterate over, instead of calling `update`.
+        what: is counted.
+        total: of how many; None: those of `items`.
+        leave: whether the finished bar stays on the terminal.
+        clock: in seconds.
+    """
+    from tqdm import tqdm  # lazy: --help needs none
+
+    number = len(items) if total is None and isinstance(items, Collection) else total or 0
+    if is_rank_zero() and number and not sys.stderr.isatty():
+        return _Lines(items, what, number, clock)
+    shown = is_rank_zero() and number > 0
+    return tqdm(items, desc=what, total=number, leave=leave, disable=None if shown else True)
+
+
+class _Lines:
+    """Lines in the place of a bar: how much is done, and the time left."""
+
+    def __init__(self, items: Iterable[Any] | None, what: str, total: int, clock: Callable[[], float]) -> None:
+        self._items, self._what, self._clock = items, what, clock
+        self.n, self.total = 0, total
+        self._began = self._said = clock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items or ():
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        """Count; write a line if the last one is a minute old."""
+        self.n += n
+        now = self._clock()
+        if now - self._said >= LINE_SECONDS:
+            self._said = now
+            left = datetime.timedelta(seconds=round((now - self._began) / max(self.n, 1) * (self.total - self.n)))
+            get_logger(__name__).info("%s: %d of %d, about %s left", self._what, self.n, self.total, left)
+
+    def close(self) -> None:
+        """Write nothing more."""
 
 
 def every_rank_warns() -> None:

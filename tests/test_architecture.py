@@ -325,6 +325,7 @@ ALLOWED_HOSTS = re.compile(
     r"http://www\.apache\.org/licenses/.*|apache\.org"  # the licence
     r"|https://git-lfs.*|git-lfs\.github\.com|github\.com"  # the first line of a Git LFS pointer, for its detection
     r"|yaml\.org"  # in the name of a YAML tag
+    r"|0\.0\.0\.0"  # all addresses of the machine itself, as a server in a container listens
     r"|kubeflow\.org|nvidia\.com"  # in names of Kubernetes kinds and resources
     r"|file://.*|(https?://)?127\.0\.0\.1.*"
     r"|(https?|gs|hf)://[`,]?|(gs|https)://my-.*|hf://datasets/me/.*"  # data behind URLs: protocols, and examples

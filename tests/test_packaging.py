@@ -159,6 +159,9 @@ def test_what_the_targets_do():
     names = ["".join(step) for step in steps]
     assert names.count("sample_video") == 1 and names.count("contact_sheet") == 2
     assert "for strength in 0 0.5 1; do" in rules["demo"]
+    assert re.findall(r'SAY\) "(\d) of 6: ', rules["demo"]) == [*"123456"], "each step is announced"
+    commands = [line for line in rules["demo"].splitlines() if not line.startswith(("\t\t", "\t$(SAY)"))]
+    assert all(line.startswith("\t@") for line in commands), "and its command is not echoed"
     assert names[-3:] == ["export_sat_lora_weight", "convert_weight_sat2hf", "load_cogvideox_lora"]
     assert "-m pytest" in rules["test"] and "-m benchmarks" in rules["bench"]
     assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))
@@ -179,6 +182,33 @@ def test_everything_of_the_page_is_pinned(definition):
     assert needed - names - constraints().keys() - python_313 == set()
 
 
+def test_the_image_holds_the_page():
+    texts = {file: (ROOT / file).read_text() for file in ("Makefile", "Dockerfile")}
+    lists = {
+        "Makefile": re.search(r"^WEB := (.*?[^\\])\n", texts["Makefile"], flags=re.MULTILINE | re.DOTALL),
+        "Dockerfile": re.search(r'^ARG WEB="(.*?)"', texts["Dockerfile"], flags=re.MULTILINE | re.DOTALL),
+    }
+    names = {file: found[1].replace("\\", "").split() for file, found in lists.items() if found}
+    assert names["Makefile"] == names["Dockerfile"]
+
+
+ENGINE = next(filter(shutil.which, ("docker", "podman")), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ENGINE is None, reason="there is no container engine: docker or podman")
+def test_the_image_is_built_and_samples(tmp_path):
+    assert ENGINE is not None
+    tmp_path.chmod(0o777)  # the image's user is another
+    subprocess.run([ENGINE, "build", "--tag", "cogvideox-test", str(ROOT)], check=True)
+    run = [ENGINE, "run", "--rm", "--volume", f"{tmp_path}:/data", "cogvideox-test"]
+    configs = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml"]
+    subprocess.run([*run, "cogvideox-sample", *configs, "args.num_steps=2", "args.output_dir=videos"], check=True)
+    assert len(list(tmp_path.glob("videos/*/0/000000.mp4"))) == 6
+    shown = subprocess.run([*run, "cogvideox-web", "--configs", "nowhere"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 2 and "there is no folder" in shown.stderr, "gradio is there"
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize("target", ["demo", "web", "test", "lint", "bench"])
 def test_make_knows_every_step(target):
@@ -186,7 +216,12 @@ def test_make_knows_every_step(target):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", ["inference.sh", "finetune_single_gpu.sh", "finetune_multi_gpus.sh", ".ci/run"])
+INTERPRETER = "tests/interpreter.sh"
+
+
+@pytest.mark.parametrize(
+    "script", ["inference.sh", "finetune_single_gpu.sh", "finetune_multi_gpus.sh", ".ci/run", INTERPRETER]
+)
 def test_launchers_stop_at_the_first_failure(script):
     path = ROOT / script
     lines = path.read_text().splitlines()

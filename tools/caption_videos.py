@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import distributed
@@ -31,7 +31,7 @@ from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.data.formats.folder import caption_path, list_folder
 from sgm.inference.language.models import Kind, read_folder
 from sgm.io import atomic_file, require_writable
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import bar, get_logger, is_rank_zero
 from sgm.util import PRECISIONS, InputError
 
 logger = get_logger("caption_videos")
@@ -197,13 +197,13 @@ def work(options: argparse.Namespace) -> None:
         batches = read_ahead(clips[rank::size], options.batch_size, options.frames)
         num_batches = BATCHES_BETWEEN_REPORTS if size > 1 else 1
         num_reports = math.ceil(math.ceil(len(clips) / size) / (num_batches * options.batch_size))
-        bar = tqdm(total=len(clips), desc="captions", disable=None if rank == 0 else True)
-        with bar, logging_redirect_tqdm(loggers=[get_logger()]):
+        progress = bar(what="captions", total=len(clips), leave=True)
+        with progress, logging_redirect_tqdm(loggers=[get_logger()]):
             for _ in range(num_reports):
                 report = Report()
                 for batch in islice(batches, num_batches):
                     caption_batch(batch, captioner, options, report)
-                _add(distributed.all_gather_objects(report), done, bar)
+                _add(distributed.all_gather_objects(report), done, progress)
     options.num_failed = len(done.problems)
     if rank == 0:
         kept = num_clips - len(clips) - len(problems)
@@ -222,7 +222,7 @@ def _list_clips(options: argparse.Namespace) -> tuple[list[Path], list[str], int
         return error
 
 
-def _add(reports: Sequence[Report], done: Report, bar: tqdm) -> None:
+def _add(reports: Sequence[Report], done: Report, progress: Any) -> None:
     """Add the reports of all ranks to `done`, and log their problems."""
     for report in reports:
         done.num_written += report.num_written

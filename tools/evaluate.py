@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import sgm.distributed
 from sgm.cli import run_command, tool_parser
@@ -28,7 +27,7 @@ from sgm.data.rows import VIDEO_SUFFIXES
 from sgm.inference import measures
 from sgm.inference.measures import MEASURES
 from sgm.io import atomic_file, parse_json, require_writable, write_json
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import bar, get_logger
 from sgm.util import InputError
 
 logger = get_logger("evaluate")
@@ -188,7 +187,7 @@ def measure(
     videos: Sequence[Video], clip: measures.Clip | None, lpips: measures.Lpips | None, device: torch.device
 ) -> None:
     """Fill in the figures of all videos."""
-    for video in tqdm(videos, unit="video", disable=None if is_rank_zero() else True):
+    for video in bar(videos, "videos", leave=True):
         frames = frames_of(video.path)
         if video.reference is not None:
             video.figures |= measures.fidelity(frames, frames_of(video.reference), lpips, device=device)

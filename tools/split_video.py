@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import MAX_PIXELS, ClipError, Scan, each_frame, scan
@@ -29,7 +29,7 @@ from sgm.data.formats.folder import LABELS, VIDEOS
 from sgm.data.rows import VideoInfo, listed
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, json_bytes, parse_json, remove_leftovers, require_writable, write_json
-from sgm.log import get_logger, printable
+from sgm.log import bar, get_logger, printable
 from sgm.util import InputError
 
 logger = get_logger("split_video")
@@ -302,8 +302,8 @@ def split(path: Path, settings: Settings, out: Path) -> str:
     return f"{path}: {len(plan.clips)} clips, {num_new} of them new; {plan.dropped_seconds:.1f} s too short to use"
 
 
-def _progress(path: Path, what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"{printable(path.name)}: {what}", leave=False, disable=None, mininterval=0.5)
+def _progress(path: Path, what: str, total: int) -> Any:
+    return bar(what=f"{printable(path.name)}: {what}", total=total)
 
 
 def _require_detector() -> None:

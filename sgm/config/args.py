@@ -68,6 +68,7 @@ class SamplingArgs:
     allow_unknown_text: bool = False
     prompt_enhancer: Name | None = None
     prompt_enhancer_model: Name | None = None
+    prompt_enhancer_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     # Size: pixels (height, width), latent frames, frames per second of the file
     sampling_image_size: tuple[Width, Width] | None = None
     sampling_num_frames: AtLeast1 | None = None
@@ -174,6 +175,10 @@ class SamplingArgs:
         if self.prompt_enhancer_model is not None and not self.enhances_by_endpoint:
             found = "is given, and prompt_enhancer is no address of an endpoint"
             yield "prompt_enhancer_model", found, "remove it, or set args.prompt_enhancer=http://127.0.0.1:8000/v1"
+        if self.prompt_enhancer_tokens is not None and (self.prompt_enhancer is None or self.enhances_by_endpoint):
+            why = "an endpoint limits its own answers" if self.enhances_by_endpoint else "there is no prompt_enhancer"
+            found = f"is given, and {why}"
+            yield "prompt_enhancer_tokens", found, "remove it, or set args.prompt_enhancer=<folder of a chat model>"
 
     def _clip_problems(self) -> Iterator[tuple[str, str, str]]:
         if self.strength is not None and self.video is None:
@@ -298,6 +303,9 @@ class TrainingArgs(SamplingArgs):
     eval_batch_size: _Batch | None = None
     strict_eval: bool = False
     valid_prompts: str | tuple[str, ...] | None = None
+    eval_measures: bool = False
+    eval_lpips: Name | None = None
+    eval_clip: Name | None = None
     # Results
     experiment_name: str = "finetune"
     save: Name = "ckpts"
@@ -372,7 +380,7 @@ class TrainingArgs(SamplingArgs):
         ):
             if getattr(self, name) not in (None, False):
                 yield name, "is given, and is for sampling", "give args.valid_prompts=[...] for samples at evaluation"
-        for name in ("prompt_enhancer", "prompt_enhancer_model"):
+        for name in ("prompt_enhancer", "prompt_enhancer_model", "prompt_enhancer_tokens"):
             if getattr(self, name) is not None:
                 found = "is given, and is for sampling: training uses captions and valid_prompts as they are written"
                 yield name, found, "remove it; tools/enhance_prompts.py writes a file of prompts"
@@ -392,6 +400,15 @@ class TrainingArgs(SamplingArgs):
         if self.ema_decay in (0, 1):
             effect = "never follows" if self.ema_decay else "always equals"
             yield "ema_decay", f"is {self.ema_decay:g}, which {effect} the weights", "give 0.9999, or null for none"
+        yield from self._evaluation_problems()
+
+    def _evaluation_problems(self) -> Iterator[tuple[str, str, str]]:
+        for name in ("eval_lpips", "eval_clip"):
+            if getattr(self, name) is not None and not self.eval_measures:
+                yield name, "is given, and eval_measures is false", "set args.eval_measures=true, or remove it"
+        if self.eval_measures and self.only_log_video_latents:
+            found = "is true, and only_log_video_latents too: there are no videos to measure"
+            yield "eval_measures", found, "remove one of them"
         if self.valid_prompts is not None and not self.valid_prompts:
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 
@@ -450,7 +467,7 @@ class TrainingArgs(SamplingArgs):
     @property
     def unused(self) -> list[str]:
         """Keys that are set without effect, since `eval_interval` is null."""
-        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "keep_best")
+        names = ("valid_data", "valid_prompts", "eval_batch_size", "strict_eval", "eval_measures", "keep_best")
         return [name for name in names if self.eval_interval is None and getattr(self, name)]
 
 

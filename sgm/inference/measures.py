@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sgm.inference.language.models import Kind, read_folder
+from sgm.io import parse_json
 from sgm.util import InputError
 from sgm.weights.files import read_file
 
@@ -204,8 +205,8 @@ class Lpips(nn.Module):
         wrong = [name for name, tensor in wanted.items() if name not in given or given[name].shape != tensor.shape]
         if wrong:
             raise InputError(
-                f"--lpips {file}: has no features.{wrong[0]} of shape {[*wanted[wrong[0]].shape]}; give the weights of "
-                "torchvision's AlexNet"
+                f"weights of LPIPS {file}: has no features.{wrong[0]} of shape {[*wanted[wrong[0]].shape]}; give the "
+                "weights of torchvision's AlexNet"
             )
         self.features.load_state_dict({name: tensor.float() for name, tensor in given.items()})
 
@@ -257,11 +258,22 @@ class Clip:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        self.check(folder)
         self._processor, model = read_folder(folder, _CLIP)
-        if getattr(model.config, "model_type", "") != "clip" or not hasattr(self._processor, "image_processor"):
-            raise InputError(f"model folder '{folder}' is no CLIPModel with a processor of text and pictures")
         self._model, self._device = model.to(device), device
         self._length = model.config.text_config.max_position_embeddings
+
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Check a folder without reading its weights.
+
+        Raises:
+            InputError: it is no CLIPModel.
+        """
+        processor, _ = read_folder(folder, _CLIP, weights=False)
+        kind = parse_json((folder / "config.json").read_bytes()).get("model_type")
+        if kind != "clip" or not hasattr(processor, "image_processor"):
+            raise InputError(f"model folder '{folder}' is no CLIPModel with a processor of text and pictures")
 
     def cuts(self, prompt: str) -> bool:
         """Return whether a prompt is longer than the text model reads."""

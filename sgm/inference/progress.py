@@ -1,4 +1,4 @@
-"""Progress of a sampling run: bars on a terminal, and a file for a program that watches the run."""
+"""Progress of a sampling run: a bar or lines, and a file for a program that watches the run."""
 
 import contextlib
 import os
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sgm.io import json_bytes, parse_json
-from sgm.log import is_rank_zero
+from sgm.log import bar, is_rank_zero
 
 # Environment variable: the file that a program which watches this run reads; see `read_progress`.
 PROGRESS_FILE = "SAMPLING_PROGRESS_FILE"
@@ -32,10 +30,10 @@ class Progress:
 
 
 def progress(items: Collection[Any], description: str, *, leave: bool = False) -> Any:
-    """Show a progress bar on a terminal, and write the file of `PROGRESS_FILE`; on rank zero only."""
-    bar = tqdm(items, desc=description, leave=leave, disable=None if is_rank_zero() else True)
+    """Show progress, see `sgm.log.bar`, and write the file of `PROGRESS_FILE`; on rank zero only."""
+    shown = bar(items, description, leave=leave)
     path = os.environ.get(PROGRESS_FILE)
-    return _recorded(bar, description, len(items), Path(path)) if path and is_rank_zero() else bar
+    return _recorded(shown, description, len(items), Path(path)) if path and is_rank_zero() else shown
 
 
 def _recorded(items: Any, what: str, total: int, path: Path) -> Iterator[Any]:

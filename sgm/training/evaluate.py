@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,14 +19,16 @@ from sgm.config.load import Config
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
+from sgm.inference.results import sample_folder
 from sgm.inference.run import SamplingRun
 from sgm.inference.source_video import check_whole
 from sgm.inference.video import to_uint8, write_video
-from sgm.log import get_logger
+from sgm.log import bar, get_logger
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training.inputs.shared import shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, PairValues
+from sgm.training.sample_measures import SampleMeasures, means
 from sgm.util import RunError, default, instantiate_from_config
 
 logger = get_logger(__name__)
@@ -132,6 +135,9 @@ class Evaluation:
         self.network_in_use = default(network_in_use, nullcontext())
         self.batch_size = config.args.eval_batch_size or micro_batch
         self.text_keys = engine.text_keys
+        measures = self.args.eval_measures and sgm.distributed.sample_rank() == 0
+        self._measures = SampleMeasures(self.args) if measures else None
+        self._clip_of: dict[Path, int] = {}  # folder of the samples of a caption → number of its validation clip
 
     @property
     def num_samples(self) -> int:
@@ -154,7 +160,7 @@ class Evaluation:
         rounds = -(-self.num_samples // size)
         pairs = PairValues(self.engine.require_loss(), sgm.distributed.device())
         with evaluation_mode(self.engine.network):
-            for start in range(0, rounds, self.batch_size):
+            for start in bar(range(0, rounds, self.batch_size), "validation batches"):
                 numbers = list(mine[start : start + self.batch_size])
                 if not numbers and not self.in_step:
                     break
@@ -225,8 +231,22 @@ class Evaluation:
             if prompts is None:
                 reads = sgm.distributed.sample_rank() == 0
                 prompts = sgm.distributed.broadcast_in_sample_group(self._prompts_of_data(folder) if reads else None)
+                self._clip_of = {sample_folder(folder, prompt, 0).parent: prompt.index for prompt in prompts}
             run.sample_list(prompts, in_step=self.in_step)
         return run.summary.written
+
+    def measured(self, samples: Sequence[Path]) -> dict[str, float]:
+        """Return figures of the samples of an evaluation, means over all ranks; each calls it with its own samples."""
+        measures, found = self._measures, []
+        for path in () if measures is None else bar(samples, "measured samples"):
+            found.append(measures.of(path, self._reference(path)))
+        return means(found)
+
+    def _reference(self, sample: Path) -> np.ndarray | None:
+        """Return the frames of the clip with whose caption a sample was made; None for prompts, and latents alone."""
+        number = self._clip_of.get(sample.parents[1])
+        frames = None if number is None else self._clip(number).get(self.engine.input_key)
+        return None if frames is None else to_uint8(frames).numpy()
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:
         """Return the captions of the first batch of clips, with their images or first frames."""

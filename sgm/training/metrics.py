@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sgm.inference.measures import MEASURES
 from sgm.io import atomic_file, parse_json
-from sgm.log import get_logger
+from sgm.log import LINE_SECONDS, get_logger
+from sgm.training.sample_measures import PREFIX
 from sgm.training.timing import PHASES
 from sgm.util import InputError, RunError
 
@@ -42,7 +44,8 @@ _QUARTER = re.compile(r"loss_(\d+)_(\d+)")
 class Metrics:
     """Write metrics to ``metrics.jsonl``, TensorBoard and optionally wandb, and show them; on rank zero only.
 
-    On a terminal a progress bar shows the latest values, elsewhere every line of metrics is a line of text.
+    On a terminal a progress bar shows the latest values. Elsewhere every line of metrics is a line of text, and between
+    those that are more than a minute apart, one each minute says where the run is.
 
     Args:
         folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
@@ -52,6 +55,7 @@ class Metrics:
         resume_from: iteration of a resumed run; later lines are removed, since these iterations are repeated.
         wandb: log to Weights & Biases too.
         wandb_project: wandb project; None for `experiment`.
+        clock: in seconds.
 
     Raises:
         InputError: wandb is requested, but missing or fails to start.
@@ -68,15 +72,17 @@ class Metrics:
         resume_from: int = 0,
         wandb: bool = False,
         wandb_project: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        folder = Path(folder)
+        folder, self._clock = Path(folder), clock
         self._wandb = _start_wandb(folder, config, experiment, wandb_project or experiment) if wandb else None
         self._path = folder / FILE
         kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_from]
         with atomic_file(self._path) as temporary:
             temporary.write_text("".join(_to_line(line) for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
-        self._total, self._first, self._began = total_iters, resume_from, time.perf_counter()
+        self._total, self._first = total_iters, resume_from
+        self._began = self._said = clock()
         self._bar = tqdm(
             total=total_iters,
             initial=resume_from,
@@ -103,19 +109,19 @@ class Metrics:
             self._wandb.log({"iteration": iteration, **values})
         if "validation_loss" in values:
             logger.info("validation after iteration %d: %s", iteration, _by_quarter(values))
+        elif figures := _figures(values):
+            logger.info("samples after iteration %d: %s", iteration, figures)
         else:
             self._show(iteration, values)
 
     def _show(self, iteration: int, values: Mapping[str, float]) -> None:
         """Show the values of the last steps on the progress bar, or in a line where there is no terminal."""
-        share = (iteration - self._first) / max(self._total - self._first, 1)
-        elapsed = time.perf_counter() - self._began
-        left = tqdm.format_interval(elapsed / share * (1 - share)) if share else "?"
-        known = {**values, "eta": left}
+        known = {**values, "eta": self._left(iteration)}
         if shares := _shares(values):
             known["shares"] = shares
         texts = [text.format(known[name]) for name, text in _SHOWN if name in known]
         if self._bar.disable:
+            self._said = self._clock()
             logger.info("iteration %d of %d: %s", iteration, self._total, ", ".join(texts))
             return
         room = self._bar.format_dict["ncols"] or math.inf
@@ -124,6 +130,18 @@ class Metrics:
         fitting = next((part for part in parts if len(", ".join(part)) + 2 <= room), texts[:1])
         self._bar.set_postfix_str(", ".join(fitting), refresh=False)
         self._bar.update(iteration - self._bar.n)
+
+    def step_done(self, iteration: int) -> None:
+        """Show that an iteration without metrics is done."""
+        if not self._bar.disable:
+            self._bar.update(iteration - self._bar.n)
+        elif self._clock() - self._said >= LINE_SECONDS:
+            self._said = self._clock()
+            logger.info("iteration %d of %d: ETA %s", iteration, self._total, self._left(iteration))
+
+    def _left(self, iteration: int) -> str:
+        share = (iteration - self._first) / max(self._total - self._first, 1)
+        return tqdm.format_interval((self._clock() - self._began) / share * (1 - share)) if share else "?"
 
     def close(self) -> None:
         """Close files and connections."""
@@ -151,6 +169,12 @@ def _by_quarter(values: Mapping[str, float]) -> str:
     if "validation_accuracy" in values:  # of pairs, see `PairValues`
         text += f", {values['validation_accuracy']:.0%} of pairs preferred, margin {values['validation_margin']:.3g}"
     return text
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    """Return the measures of samples as text."""
+    known = ((measure, values.get(f"{PREFIX}{name}")) for name, measure in MEASURES.items())
+    return ", ".join(f"{measure.title} {value:.{measure.digits}f}" for measure, value in known if value is not None)
 
 
 def _to_line(values: Mapping[str, float | None]) -> str:
@@ -303,7 +327,7 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
     from matplotlib.figure import Figure  # lazy: half a second, for the end of a run
 
     figure = Figure(figsize=(12, 9), layout="constrained")  # not pyplot, which keeps figures and needs a display
-    quarters = sorted({name for line in lines for name in line if _QUARTER.fullmatch(name)}, key=_first_timestep)
+    quarters = [*quarters_of(lines).values()]
     rows: Any = [["loss"] * max(len(quarters), 1), *([quarters] if quarters else []), ["lr"] * max(len(quarters), 1)]
     axes = figure.subplot_mosaic(rows, sharex=True, height_ratios=(4, 3, 1) if quarters else (4, 1))
     for name in ("loss", *quarters):
@@ -321,8 +345,14 @@ def draw_curve(metrics: str | Path, picture: str | Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _first_timestep(quarter: str) -> int:
-    return int(quarter.split("_")[1])
+def quarters_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Return number, from 0, → name of the training losses of quarters of the timesteps in lines of metrics."""
+    found = filter(None, map(_QUARTER.fullmatch, {name for line in lines for name in line}))
+    return dict(sorted((_quarter(int(name[1]), int(name[2])), name[0]) for name in found))
+
+
+def _quarter(first: int, last: int) -> int:
+    return round(first / (last - first + 1))
 
 
 def _draw_losses(axis: Any, lines: list[dict[str, Any]], name: str) -> None:

@@ -50,6 +50,7 @@ from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
 from sgm.training.optim.trainable import Trainable, choose_trainable
+from sgm.training.sample_measures import check_measures
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.util import InputError, default, instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.adapters import describe_adapters, keep_alpha, with_adapters
@@ -322,6 +323,8 @@ class _Checks:
         record("optimizer", "deepspeed.optimizer", self._check_optimizer)
         if args.eval_interval is not None:
             record("prompts", "args.valid_prompts", lambda: validation_prompts(config))
+            if args.eval_measures:
+                record("measures", "args.eval_measures", lambda: check_measures(args))
         if args.wandb:
             record("wandb", "args.wandb", import_wandb)
         record("trainable", "model.network_config", self._check_network)

@@ -224,6 +224,8 @@ class TrainingRun:
                 self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
             if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
                 self._log()
+            elif self.metrics is not None:
+                self.metrics.step_done(self.iteration)
             if self._is_due(self.args.save_interval) or done or self.summary.stopped:
                 with self.clock("save"):
                     self.saver.save(self.iteration)
@@ -392,7 +394,12 @@ class TrainingRun:
             values = self.evaluation.losses()
             if self.metrics is not None:
                 self.metrics.log(self.iteration, values)
-            self.summary.samples += self.evaluation.sample(self.iteration)
+            samples = self.evaluation.sample(self.iteration)
+        self.summary.samples += samples
+        if self.args.eval_measures:
+            figures = self.evaluation.measured(samples)
+            if self.metrics is not None and figures:
+                self.metrics.log(self.iteration, figures)
         self.saver.keep_if_best(self.iteration, values["validation_loss"])
         self.summary.best = self.saver.best
         self._logged_at += time.perf_counter() - started  # steps are timed without evaluation

@@ -46,6 +46,7 @@ HARMLESS = frozenset(
     "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
     "prefetch_factor remote_cache remote_cache_gb remote_retries max_bad_share max_skipped_steps "
     "eval_interval eval_iters eval_batch_size strict_eval "
+    "eval_measures eval_lpips eval_clip "
     "valid_prompts only_log_video_latents precompute async_save wandb wandb_project_name no_load_rng no_save_rng "
     "distributed_timeout peak_tflops stop_exit_code".split()
 )

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from sgm.config.args import SamplingArgs
 from sgm.log import get_logger
+from sgm.modules.geometry import Geometry
 from sgm.project import shipped
 from sgm.util import InputError
 from sgm.weights.adapters import read_adapter_info
@@ -64,6 +66,8 @@ class Model:
         image2video: whether it needs an image.
         ready: whether its weights are there.
         values: control → what the file sets, of those that the page shows.
+        geometry: its frame counts; None for a file whose network cannot be read, which sampling explains.
+        fps: frames per second of its videos.
     """
 
     name: str
@@ -72,6 +76,25 @@ class Model:
     image2video: bool
     ready: bool
     values: dict[str, Any] = field(default_factory=dict)
+    geometry: Geometry | None = None
+    fps: int = SamplingArgs.sampling_fps
+
+    def video_frames(self, latents: int, *, loop: bool = False) -> int | None:
+        """Return the video frames of a value of ``args.sampling_num_frames``; None if there are none, or unknown."""
+        if self.geometry is None or latents < 1:
+            return None
+        kept = self.geometry.kept_latents(latents)
+        if not loop:
+            return self.geometry.video_frames(kept)
+        looped = self.geometry.padded_latents(kept) - self.geometry.patch_size[0]
+        return self.geometry.time_compression * looped or None
+
+    def latent_frames(self, frames: int, *, loop: bool = False) -> int | None:
+        """Return the value of ``args.sampling_num_frames`` of a video of so many frames; None if unknown."""
+        if self.geometry is None:
+            return None
+        rate = self.geometry.time_compression
+        return frames // rate + self.geometry.patch_size[0] if loop else (frames - 1) // rate + 1
 
 
 def find_models(configs: Path) -> dict[str, Model]:
@@ -101,7 +124,16 @@ def _read_model(path: Path) -> Model | None:
             "guidance_scale": args.get("guidance_scale", scale),
         }
         ready = bool(args.get("load")) and os.path.exists(shipped(args["load"]))
-        return Model(path.stem, path, adapters, bool(args.get("image2video")), ready, values)
+        return Model(
+            path.stem,
+            path,
+            adapters,
+            image2video=bool(args.get("image2video")),
+            ready=ready,
+            values=values,
+            geometry=Geometry.from_network(model["network_config"]["params"]),
+            fps=int(args.get("sampling_fps", SamplingArgs.sampling_fps)),
+        )
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return None
 

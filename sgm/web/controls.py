@@ -22,8 +22,8 @@ from sgm.util import InputError
 # The keys of `args` on the page, in this order: always shown, and under "more".
 BASIC = "prompt negative_prompt sampling_image_size sampling_num_frames num_steps guidance_scale seed".split()
 MORE = (
-    "guidance_interval step_cache step_cache_threshold weights text_encoder_weights attention vae_tiling compile "
-    "allow_unknown_text"
+    "guidance_interval time_scaling time_window time_window_overlap loop step_cache step_cache_threshold weights "
+    "text_encoder_weights attention vae_tiling compile allow_unknown_text"
 ).split()
 
 Kind = Literal["text", "whole", "number", "switch", "choice", "pair"]

@@ -100,6 +100,10 @@ class HistoryTab:
             return [failed(language, error, wrong_input=True), *nothing]
         known = videos.settings_of(video, sampling.models, self.folders)
         said = [say(language, "history.used")]
+        if original := video.record.get("original_prompt"):
+            said.append(say(language, "history.enhanced", original=original))
+        if beyond := videos.beyond_the_page(video, sampling.models):
+            said.append(say(language, "history.beyond", settings=", ".join(beyond)))
         model, group, picture = gr.skip(), gr.skip(), gr.skip()
         if known["model"] is None:
             said.append(say(language, "history.model"))

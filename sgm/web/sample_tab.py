@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from sgm.util import InputError, RunError
+from sgm.util import InputError, RunError, default
 from sgm.web import videos
 from sgm.web.browsers import owner_of
 from sgm.web.choices import Folders, Model, find_loras, find_trained, inside, presets
@@ -80,6 +80,14 @@ class SampleTab:
         for button in (run, both):  # the status may be out of sight, on a telephone far below
             button.click(None, js=SHOW_STATUS, api_visibility="private")
         cancel.click(self.cancel, [language], [status], api_name="cancel", concurrency_limit=None)
+        gr.on(
+            [language.change, self.model.change, self.latents.change, self.loop.change],
+            self.length,
+            [language, self.model, self.latents, self.loop],
+            [self.latents],
+            show_progress="hidden",
+            api_visibility="private",
+        )
         self.model.input(self.use_model, [self.model], [self.image_group, *self.flat], api_visibility="private")
         self.upload.upload(self.take_image, [language, self.upload], [self.upload, self.picture], api_name="image")
 
@@ -110,6 +118,7 @@ class SampleTab:
         with self.view.make(gr.Accordion, {"label": "more"}, open=False, elem_id="more"):
             load = self._weights("load", find_trained, "load.none")
             self.components |= {name: self._control(name, first) for name in MORE}
+        (self.latents,), (self.loop,) = (self.components[name] for name in ("sampling_num_frames", "loop"))
         self.flat = [component for parts in self.components.values() for component in parts]
         self.choices = [self.model, load, self.memory, self.speed, preview]
 
@@ -151,7 +160,9 @@ class SampleTab:
         return both, [lora, strength, speed, *numbers]
 
     def _control(self, name: str, model: Model) -> list[Any]:
-        return self.view.control(CONTROLS[name], model.values.get(name, CONTROLS[name].default))
+        value = model.values.get(name, CONTROLS[name].default)
+        fixed = {"info": self._length("en", model, value)} if name == "sampling_num_frames" else {}
+        return self.view.control(CONTROLS[name], value, **fixed)
 
     def _weights(
         self,
@@ -341,6 +352,21 @@ class SampleTab:
         """Show the settings of a model's file."""
         model = self.models[name]
         return [gr.update(visible=model.image2video), *self.flat_values(model.values)]
+
+    def length(self, language: str, name: str, latents: Any, loop: bool) -> Any:
+        """Say below the latent frames how long the video is."""
+        return gr.update(info=self._length(language, self.models.get(name), number(latents), loop=bool(loop)))
+
+    def _length(self, language: str, model: Model | None, latents: Any, *, loop: bool = False) -> str:
+        """Return how long a video is; nothing for what is no number of frames: sampling says what is wrong."""
+        if model is None:
+            return ""
+        wanted = default(latents, model.values["sampling_num_frames"])
+        wanted = model.geometry.max_latents if wanted is None and model.geometry else wanted
+        frames = model.video_frames(wanted, loop=loop) if isinstance(wanted, int) else None
+        if frames is None:
+            return ""
+        return say(language, "length", frames=frames, seconds=f"{frames / model.fps:.1f}")
 
     def take_image(self, request: gr.Request, language: str, upload: str) -> tuple[Any, str]:
         """Keep an upload for its window; show it small."""

@@ -20,6 +20,7 @@ from sgm.web.words import say
 
 SECONDS = 5  # between looks at a run
 MAX_SAMPLES = 12
+QUARTERS = ("train.quarter.0", "train.quarter.1", "train.quarter.2", "train.quarter.3")
 
 
 class TrainingTab:
@@ -80,16 +81,10 @@ class TrainingTab:
             )
             again = make(gr.Button, {"value": "train.refresh"}, min_width=80)
         state = gr.HTML()
-        curves = make(
-            gr.LinePlot,
-            {"title": "train.curve"},
-            x="iteration",
-            y="loss",
-            color="kind",
-            height=300,
-            visible=HIDDEN,
-            elem_id="curves",
-        )
+        curves = [self._plot("train.curve", height=300, elem_id="curves")]
+        for pair in (QUARTERS[:2], QUARTERS[2:]):
+            with gr.Row():
+                curves += [self._plot(title, height=200, min_width=300) for title in pair]
         gallery = make(
             gr.Gallery, {"label": "train.samples"}, columns=4, height="auto", visible=HIDDEN, elem_id="samples"
         )
@@ -98,10 +93,15 @@ class TrainingTab:
         listed = {"inputs": [language, run], "outputs": [run, state, timer], "api_visibility": "private"}
         tab.select(self.offer, **listed)
         again.click(self.offer, **listed)
-        curve = {"inputs": [language, run], "outputs": [state, curves], "show_progress": "hidden"}
+        curve = {"inputs": [language, run], "outputs": [state, *curves], "show_progress": "hidden"}
         samples = {"outputs": [gallery, newest], "show_progress": "hidden", "api_visibility": "private"}
         run.change(self.watch, **curve, api_name="watch").then(self.samples, [run, newest], **samples)
         timer.tick(self.watch, **curve, api_visibility="private").then(self.samples, [run, newest], **samples)
+
+    def _plot(self, title: str, **fixed: Any) -> Any:
+        return self.view.make(
+            gr.LinePlot, {"title": title}, x="iteration", y="loss", color="kind", visible=HIDDEN, **fixed
+        )
 
     def _first_model(self) -> str:
         ready = [model.name for model in self.models.values() if model.ready and model.adapters]
@@ -151,22 +151,20 @@ class TrainingTab:
             return gr.update(choices=[], value=None), plain(say(language, "train.none")), gr.Timer(active=False)
         return gr.update(choices=found, value=chosen or found[0]), "", gr.Timer(active=True)
 
-    def watch(self, language: str, run: str | None) -> tuple[Any, Any]:
-        """Show the losses of a run so far."""
+    def watch(self, language: str, run: str | None) -> list[Any]:
+        """Show the losses of a run so far: over all timesteps, and over each quarter of them."""
+        plots = 1 + len(QUARTERS)
         if not run:
-            return gr.skip(), gr.skip()
+            return [gr.skip()] * (1 + plots)
         try:
-            points = list(trainings.curve(inside(run, self.folders.runs)))
+            curves = trainings.curves(inside(run, self.folders.runs))
         except InputError as error:
-            return failed(language, error, wrong_input=True), gr.update(visible=HIDDEN)
-        if not points:
-            return plain(say(language, "train.none")), gr.update(visible=HIDDEN)
-        import pandas  # a dependency of gradio
-
-        last = max(points, key=lambda point: point["iteration"])
+            return [failed(language, error, wrong_input=True), *[gr.update(visible=HIDDEN)] * plots]
+        if not curves[0]:
+            return [plain(say(language, "train.none")), *[gr.update(visible=HIDDEN)] * plots]
+        last = max(curves[0], key=lambda point: point["iteration"])
         state = say(language, "train.state", iteration=last["iteration"], loss=f"{last['loss']:.4f}")
-        shown = [{**point, "kind": say(language, point["kind"])} for point in points]
-        return plain(state), gr.update(value=pandas.DataFrame(shown), visible=True)
+        return [plain(state), *(_drawn(language, points) for points in curves)]
 
     def samples(self, request: gr.Request, run: str | None, newest: str) -> tuple[Any, str]:
         """Show the sample videos of the evaluations of a run, if there are others than that with `newest`."""
@@ -179,3 +177,13 @@ class TrainingTab:
             return gr.skip(), newest
         made = [(self.sessions.shown(str(request.session_hash), video.path), video.caption) for video in found]
         return gr.update(value=made, visible=True if made else HIDDEN), now
+
+
+def _drawn(language: str, points: list[dict[str, Any]]) -> Any:
+    """Return what shows a curve, if it has points."""
+    if not points:
+        return gr.update(visible=HIDDEN)
+    import pandas  # a dependency of gradio
+
+    shown = [{**point, "kind": say(language, point["kind"])} for point in points]
+    return gr.update(value=pandas.DataFrame(shown), visible=True)

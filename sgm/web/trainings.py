@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from sgm.project import started_as
-from sgm.training.metrics import FILE, read_metrics, smooth
+from sgm.training.metrics import FILE, quarters_of, read_metrics, smooth
 from sgm.web.choices import Model, find_folders
 from sgm.web.controls import override
 from sgm.web.videos import Video, finished
@@ -76,10 +76,18 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return find_folders(folders, FILE)
 
 
-def curve(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the smoothed points of the losses of a run: iteration, loss, and ``training`` or ``validation``."""
+def curves(run: Path) -> list[list[dict[str, Any]]]:
+    """Return the smoothed points of the losses of a run: over all timesteps, then over each quarter of them.
+
+    A point has an iteration, a loss, and the kind ``training`` or ``validation``.
+    """
     lines = read_metrics(run / FILE)
-    for kind, name in (("training", "loss"), ("validation", "validation_loss")):
+    names = quarters_of(lines)
+    return [list(_curve(lines, name)) for name in ("loss", *(names.get(quarter, "") for quarter in range(4)))]
+
+
+def _curve(lines: Sequence[dict[str, Any]], loss: str) -> Iterator[dict[str, Any]]:
+    for kind, name in (("training", loss), ("validation", f"validation_{loss}")):
         points = [(line["iteration"], float(line[name])) for line in lines if line.get(name) is not None]
         values = smooth([value for _, value in points], len(points) / SMOOTH_SHARE)
         for (iteration, _), value in zip(points, values, strict=True):

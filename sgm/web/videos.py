@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgm.inference.record import RESULT_ARGS
 from sgm.inference.results import read_record
 from sgm.io import refusing_denied
+from sgm.util import default
 from sgm.web.choices import Folders, Model, presets
 from sgm.web.controls import CONTROLS, STRENGTH, loras_override, override, overrides
 from sgm.web.jobs import PREVIEW, Command
@@ -19,6 +21,7 @@ from sgm.web.jobs import PREVIEW, Command
 MAX_HISTORY = 60
 SCRIPT = "sample_video.py"
 OWNER = ".owner"  # file: whose the results in its folder are
+_NO_CONTROL = "video strength mask inversion start end held_frames control control_strength".split()  # in records
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,15 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
     """
     record = video.record
     known: dict[str, Any] = {name: control.default for name, control in CONTROLS.items()}
-    known |= {name: record[name] for name in CONTROLS if name in record}
-    known["prompt"] = record.get("original_prompt") or record["prompt"]
+    known |= {name: record[name] for name in CONTROLS if name in record}  # a prompt as a language model has written it
     if record.get("height") and record.get("width"):
         known["sampling_image_size"] = [record["height"], record["width"]]
     files = [str(name) for name in record.get("configs", ())]
     model = next((model for model in models.values() if str(model.file) in files), None)
-    known |= {} if model is None else {"sampling_num_frames": model.values["sampling_num_frames"]}
+    if model is not None:
+        frames, loop = record.get("num_frames"), bool(record.get("loop"))
+        made = None if frames is None else model.latent_frames(frames, loop=loop)
+        known["sampling_num_frames"] = default(made, model.values["sampling_num_frames"])
     for word in record.get("overrides", ()):
         key, _, value = str(word).partition("=")
         name = key.removeprefix("args.")
@@ -151,6 +156,22 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
     )
     known["loras"] = record.get("loras") or []
     return known
+
+
+def beyond_the_page(video: Video, models: Mapping[str, Model]) -> list[str]:
+    """Return the settings that made a video and have no control on the page, as ``key value``."""
+    record = video.record
+    found = {f"args.{name}": record[name] for name in _NO_CONTROL if record.get(name) is not None}
+    for word in record.get("overrides", ()):
+        key, _, value = str(word).partition("=")
+        name = key.removeprefix("args.")
+        if key == name or (name in RESULT_ARGS and name not in CONTROLS):
+            found[key] = value
+    files = [str(name) for name in record.get("configs", ())]
+    model = next((model for model in models.values() if str(model.file) in files), None)
+    if model is not None and record.get("fps") not in (None, model.fps):
+        found["args.sampling_fps"] = record["fps"]
+    return [f"{key} {value}" for key, value in found.items()]
 
 
 def plain_loras(loras: Sequence[Mapping[str, Any]], most: int) -> list[tuple[str, float]] | None:

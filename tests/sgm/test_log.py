@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sgm import cli
-from sgm.log import configure_logging, every_rank_warns, get_logger, printable, printable_output, warn_once
+from sgm.log import bar, configure_logging, every_rank_warns, get_logger, printable, printable_output, warn_once
 from sgm.util import InputError
 
 HOSTILE = "\x1b]0;title\x07 \x1b[2J \x9b31m \r \u202egpj \udcff.mp4"
@@ -68,3 +68,16 @@ def test_what_the_encoding_of_a_stream_lacks_is_escaped(monkeypatch):
         sys.stdout.writelines(["ü 日", "\n"])
         sys.stdout.flush()
     assert written.getvalue() == b"\\xfc \\u65e5\n"
+
+
+def test_without_a_terminal_a_bar_is_a_line_each_minute(monkeypatch, capsys):
+    times = iter([0, 20, 40, 60, 80, 119, 121, 140])
+    configure_logging()
+    assert [*bar(range(7), "steps", clock=lambda: next(times))] == [*range(7)]
+    assert capsys.readouterr().err == "steps: 3 of 7, about 0:01:20 left\nsteps: 6 of 7, about 0:00:20 left\n"
+    times = iter([0, 3600])
+    with bar(what="clips", total=4, clock=lambda: next(times)) as shown:
+        shown.update(2)
+    assert capsys.readouterr().err == "clips: 2 of 4, about 1:00:00 left\n"
+    monkeypatch.setenv("RANK", "1")
+    assert [*bar(range(2), clock=lambda: 0)] == [0, 1] and capsys.readouterr().err == ""

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
 from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
-from sgm.log import is_rank_zero
+from sgm.log import bar
 
 _BARS, _WIDTH = 10, 40  # number of bars of a histogram, and characters of the longest
 _SAME_FPS = 0.01  # relative tolerance of stated frame rates: 30 for 29.97
@@ -113,8 +112,7 @@ def check_rows(
 
     with ThreadPoolExecutor(num_threads) as pool:
         found = pool.map(check, rows)
-        bar = tqdm(found, "check clips", total=len(rows), leave=False, disable=None if is_rank_zero() else True)
-        return list(bar)
+        return list(bar(found, "check clips", total=len(rows)))
 
 
 def _control_problems(control: ClipFile, info: VideoInfo, *, decode: bool) -> list[str]:

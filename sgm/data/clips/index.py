@@ -13,12 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sgm.data.clips.decode import READER, ClipError, probe
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes, parse_json
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import bar, get_logger
 from sgm.util import RunError
 
 logger = get_logger(__name__)
@@ -47,13 +45,12 @@ def clip_infos(rows: Sequence[Row], folder: str | Path, *, num_threads: int = 8)
         row.problem or row.info or _from_index(known.get(_key(row.path, folder)), stamp_of(row.path)) for row in rows
     ]
     missing = [place for place, info in enumerate(found) if info is None]
-    bar = tqdm(total=len(missing), desc="read clips", leave=False, disable=None if is_rank_zero() else True)
-    with ThreadPoolExecutor(num_threads) as pool, bar:
+    with ThreadPoolExecutor(num_threads) as pool, bar(what="read clips", total=len(missing)) as done:
         for start in range(0, len(missing), _SAVE_EVERY):
             part = missing[start : start + _SAVE_EVERY]
             for place, info in zip(part, pool.map(_probe, [rows[place].path for place in part]), strict=True):
                 found[place] = info
-                bar.update()
+                done.update()
             remember({rows[place].path: info for place in part if isinstance(info := found[place], VideoInfo)}, folder)
     return [info for info in found if info is not None]
 

@@ -26,6 +26,9 @@ log = get_logger(__name__)
 
 RECORD = "enhanced_prompts.json"
 MAX_NEW_TOKENS = 1024  # of an answer and its thoughts
+# Of these, English sentences have every fifth or sixth word; other languages, none that matter.
+ENGLISH = frozenset("the of and with its is are from at by as to their his her while".split())
+FEWEST_WORDS, FEWEST_ENGLISH = 15, 0.03  # a shorter text says too little of its language; share of its words
 WORDS = (120, 90, 60)  # asked for, one attempt after the other
 
 INSTRUCTION = """\
@@ -89,7 +92,8 @@ def make_writer(args: SamplingArgs, overrides: Iterable[str], device: torch.devi
     if args.enhances_by_endpoint:
         typed = any(override.startswith("args.prompt_enhancer=") for override in overrides)
         return Endpoint(enhancer, default(args.prompt_enhancer_model, ""), with_key=typed)
-    return ChatModel(Path(enhancer).expanduser(), device=device, max_new_tokens=MAX_NEW_TOKENS)
+    length = default(args.prompt_enhancer_tokens, MAX_NEW_TOKENS)
+    return ChatModel(Path(enhancer).expanduser(), device=device, max_new_tokens=length)
 
 
 def enhance(
@@ -151,6 +155,17 @@ def fault_of(text: str, conditioner: Any) -> str | None:
     return None
 
 
+def language_fault(text: str) -> str | None:
+    """Return why a text is no English, or None: T5 reads the letters of German and French too, and knows no word.
+
+    Texts that a user has edited are not asked: lists of tags have none of these words either.
+    """
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    if len(words) < FEWEST_WORDS or sum(word in ENGLISH for word in words) >= FEWEST_ENGLISH * len(words):
+        return None
+    return "it is not English: hardly any of its words is 'the', 'of', 'and' or the like"
+
+
 def answer_text(answer: str) -> str:
     """Return the paragraph of an answer: without thoughts, line breaks, quotation marks and labels around it."""
     answer = answer.rpartition("</think>")[2]  # templates may open the thoughts themselves
@@ -174,7 +189,7 @@ def _enhance_one(prompt: Prompt, writer: Writer, conditioner: Any) -> str:
     text, fault = "", None
     for words in (*WORDS[1:], None):
         text = answer_text(writer.answer(messages))
-        fault = fault_of(text, conditioner)
+        fault = fault_of(text, conditioner) or language_fault(text)
         if fault is None:
             return text
         again = AGAIN.format(fault=fault, words=words)

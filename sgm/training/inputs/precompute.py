@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
 import sgm.distributed
 from sgm.checks.sampling import check_files
@@ -28,7 +27,7 @@ from sgm.data.clips.decode import ClipError
 from sgm.data.contents import Contents
 from sgm.data.rows import listed
 from sgm.io import lock_folder, remove_leftovers, require_writable
-from sgm.log import get_logger, is_rank_zero
+from sgm.log import bar, get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
 from sgm.training.bad_clips import unusable
 from sgm.training.inputs.caches import (
@@ -196,14 +195,13 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     rank, world = sgm.distributed.rank(), sgm.distributed.world_size()
     description, failures, own = job.description, {}, unfinished[rank::world]
     num = sum(len(description.shards[shard]) for shard in own)
-    bar = tqdm(total=num, desc=description.kind, disable=None if is_rank_zero() and num else True)
     with ExitStack() as stack:
-        stack.enter_context(bar)
+        done = stack.enter_context(bar(what=description.kind, total=num, leave=True))
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
         for shard in own if encode is not None else ():
-            results = _results(folder, job, shard, encode, bar)
+            results = _results(folder, job, shard, encode, done)
             failures |= write_shard(folder, description, shard, results, job.contents)
     # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
     sgm.distributed.wait_for_all()
@@ -214,14 +212,14 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     return failures
 
 
-def _results(folder: Path, job: Job, shard: int, encode: Encode, bar: tqdm) -> Iterator[torch.Tensor | str]:
+def _results(folder: Path, job: Job, shard: int, encode: Encode, done: Any) -> Iterator[torch.Tensor | str]:
     """Yield the results of a shard in order, read from an earlier run or encoded."""
     keys = job.description.shards[shard]
     written = read_shard(folder, job.description, shard, job.contents)
     encoded = encode([key for key in keys if key not in written])
     for key in keys:
         result = written[key] if key in written else next(encoded)
-        bar.update()
+        done.update()
         yield result
 
 

@@ -1,6 +1,7 @@
 """Validation losses, comparable between runs and numbers of ranks, and samples at evaluation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +9,18 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.models import build_vae, vae_section
 from sgm.config.args import TrainingArgs
 from sgm.config.load import load_config
+from sgm.inference.measures import fidelity, flicker
 from sgm.inference.run import sample
+from sgm.inference.video import read_video, to_uint8, write_video
 from sgm.training.evaluate import Evaluation, _sampling_vae, evaluation_mode, validation_timestep
 from sgm.training.metrics import read_metrics
+from sgm.training.sample_measures import SampleMeasures, check_measures
+from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
 
@@ -24,6 +29,7 @@ LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
 FROZEN = "deepspeed.optimizer.params.lr=0.0"
 CONSTANT = "args.lr_decay_style=constant"
 QUICK = ["args.only_log_video_latents=true", "args.valid_prompts=[a red circle moves left]"]
+FIVE = "args.sampling_num_frames=2"  # latent frames
 THREE = "args.valid_prompts=[a red circle,a blue square,a green triangle]"
 
 
@@ -151,10 +157,14 @@ def test_strict_evaluation_takes_every_clip_once(job, three_clips, monkeypatch):
 
 
 def test_samples_are_those_of_the_sampling_command(job, training_yaml, tmp_path):
-    folder = job(LORA, "args.train_iters=1", "args.eval_interval=1", THREE).folder
+    folder = job(LORA, "args.train_iters=1", "args.eval_interval=1", "args.eval_measures=true", THREE, FIVE).folder
+    measured = read_metrics(folder / "metrics.jsonl")[-1]
+    assert measured.keys() == {"iteration", "sample_smoothness", "sample_flicker"}
+    videos = [read_video(folder / "samples" / name) for name in written(folder)]
+    assert measured["sample_flicker"] == pytest.approx(np.mean([flicker(video) for video in videos]))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na green triangle\n")
-    overrides = [f"args.load={folder}", f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'out'}"]
+    overrides = [FIVE, f"args.load={folder}", f"args.input_file={prompts}", f"args.output_dir={tmp_path / 'out'}"]
     again = sample(load_config(training_yaml(LORA)[:1], [*overrides, "model.precision=fp32"], mode="inference"))
     names = written(folder)
     assert len(names) == 3 and all(name.startswith("00000001/") and name.endswith(".mp4") for name in names)
@@ -242,3 +252,36 @@ def test_tiles_are_for_samples_and_not_for_encoded_clips():
         assert engine.first_stage_model.decoder is vae.decoder
         raise KeyError
     assert engine.first_stage_model is vae
+
+
+def test_samples_of_captions_are_compared_with_their_clips(tmp_path, monkeypatch):
+    clip, other = torch.rand(2, 5, 3, 16, 16).unbind()
+    frames = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    sample = tmp_path / "1_a" / "0" / "000000.mp4"
+    sample.parent.mkdir(parents=True)
+    write_video(sample, frames, 8)
+    evaluation = object.__new__(Evaluation)
+    evaluation.engine, evaluation.dataset = SimpleNamespace(input_key="mp4"), [{"mp4": other}, {"mp4": clip}]
+    evaluation._measures = SampleMeasures(TrainingArgs(train_data=("x",), save="y"))
+    evaluation._clip_of = {tmp_path / "1_a": 1}
+    found = evaluation.measured([sample])
+    wanted = fidelity(read_video(sample), to_uint8(clip).numpy())
+    assert found["sample_psnr"] == pytest.approx(wanted["psnr"]) and 0 < found["sample_psnr"] < 20
+    assert found.keys() == {"sample_psnr", "sample_ssim", "sample_smoothness", "sample_flicker"}
+    for no_reference in ({"mp4": clip[:, :, :8]}, {"moments": clip}):
+        evaluation.dataset[1] = no_reference
+        assert evaluation.measured([sample]).keys() == {"sample_smoothness", "sample_flicker"}
+    assert evaluation.measured([]) == {}
+
+
+def test_measures_without_their_files_or_videos_are_told_before_training(tmp_path):
+    args = TrainingArgs(train_data=("x",), save="y", eval_measures=True, eval_clip=str(tmp_path))
+    with pytest.raises(InputError, match="has no config.json"):
+        check_measures(args)
+    save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"weights of LPIPS .*other.safetensors: has no features.0.weight"):
+        check_measures(replace(args, eval_clip=None, eval_lpips=str(tmp_path / "other.safetensors")))
+    wrong = replace(args, eval_measures=False, only_log_video_latents=True)
+    assert ("eval_clip", "is given, and eval_measures is false") in [problem[:2] for problem in wrong.problems()]
+    assert "eval_measures" in [problem[0] for problem in replace(args, only_log_video_latents=True).problems()]
+    assert "eval_measures" in args.unused

@@ -119,6 +119,23 @@ def test_without_a_terminal_every_line_of_metrics_is_a_line_of_text(tmp_path, lo
     ]
 
 
+def test_between_lines_of_metrics_one_each_minute_says_where_the_run_is(tmp_path, log):
+    now = [0.0]
+    run = metrics(tmp_path, clock=lambda: now[0])
+    for iteration in range(1, 6):
+        now[0] = 30.0 * iteration
+        if iteration == 3:
+            run.log(iteration, {"loss": 1.0})
+        else:
+            run.step_done(iteration)
+    run.close()
+    assert [record.getMessage() for record in log.records] == [
+        "iteration 2 of 10: ETA 04:00",
+        "iteration 3 of 10: loss 1.0000, ETA 03:30",
+        "iteration 5 of 10: ETA 02:30",
+    ]
+
+
 def test_wandb_is_not_imported_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     write(tmp_path, 1)

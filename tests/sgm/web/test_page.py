@@ -163,10 +163,11 @@ def test_a_run_that_goes_on_is_followed(page):
     run = page._sampling.folders.runs[0] / "followed"
     request = SimpleNamespace(session_hash="follower")
     (run / "samples" / "10").mkdir(parents=True)
-    lines = [{"iteration": 10, "loss": 1.5}, {"iteration": 10, "validation_loss": 2.0}]
+    lines = [{"iteration": 10, "loss": 1.5, "loss_0_249": 1.0}, {"iteration": 10, "validation_loss": 2.0}]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     watching = page._training
-    state, curves = watching.watch("en", str(run))
+    state, curves, *quarters = watching.watch("en", str(run))
+    assert [plot["visible"] for plot in quarters] == [True, "hidden", "hidden", "hidden"]
     assert "Iteration 10" in state and curves["visible"] is True and set(curves["value"]["kind"]) == KINDS
     nothing, newest = watching.samples(request, str(run), "of another run")
     assert nothing["value"] == [] and nothing["visible"] == "hidden" and newest == ""
@@ -367,23 +368,8 @@ def test_a_person_compares_two_loras(window, shots, page):
     assert window.locator("#strength-0 input").input_value() == "0.5"
 
 
-@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
-def test_a_person_reloads_while_it_samples_and_cancels(window, page):
-    fill(window, prompt="a red circle moves left", num_steps=1000)
-    window.locator("#run").click()
-    window.locator("#status progress[value]").wait_for()
-    (running,) = page.queue._unfinished.values()
-    window.reload()
-    window.locator("#status progress[value]").wait_for()
-    assert page.queue.unfinished(running.owner) == [running] and not running.cancelled
-    window.locator("#cancel").click()
-    status(window).get_by_text("Cancelled.").wait_for()
-    running.ended.exception(timeout=30)
-    assert not running.folder.exists()
-
-
-@pytest.mark.slow  # a page costs seconds to load and draw; over HTTP the same is tested above
-def test_a_person_reads_page_and_messages_in_either_language(window, shots):
+def test_a_person_reads_messages_in_either_language_reloads_and_cancels(window, shots, page):
+    window.get_by_text("17 frames, 2.1 s").wait_for()
     fill(window, prompt="a red circle moves left", sampling_image_size=60)
     window.locator("#run").click()
     status(window).get_by_role("alert").wait_for()
@@ -391,10 +377,21 @@ def test_a_person_reads_page_and_messages_in_either_language(window, shots):
     window.screenshot(path=shots / "wrong_size.png")
     window.get_by_text("中文").click()
     window.locator("#run", has_text="生成").wait_for()
+    fill(window, sampling_image_size=64, sampling_num_frames=3, num_steps=1000)
+    window.get_by_text("9 帧，1.1 秒").wait_for()
+    window.locator("#run").click()
+    window.locator("#status progress[value]").wait_for()
+    (running,) = page.queue._unfinished.values()
     window.reload()
+    window.locator("#status progress[value]").wait_for()
+    assert page.queue.unfinished(running.owner) == [running] and not running.cancelled
     window.locator("#run", has_text="生成").wait_for()
     assert window.locator("#compare").inner_text().startswith("对比"), "the choice is kept"
     window.screenshot(path=shots / "chinese.png", full_page=True)
+    window.locator("#cancel").click()
+    status(window).get_by_text("已取消。").wait_for()
+    running.ended.exception(timeout=30)
+    assert not running.folder.exists()
     window.get_by_text("English").click()
     window.locator("#run", has_text="Sample").wait_for()
 

@@ -100,8 +100,31 @@ def test_the_history_gives_settings_back(models, tmp_path):
     video(tmp_path / "two", **other, negative_prompt="blurry, dark")
     newest = videos.finished(tmp_path)[0]
     known = videos.settings_of(newest, models, folders)
-    assert (known["prompt"], known["model"], known["load"], known["num_steps"]) == ("猫", None, None, 4)
+    assert (known["prompt"], known["model"], known["load"], known["num_steps"]) == ("a", None, None, 4), "as rewritten"
     assert known["negative_prompt"] == "blurry, dark"
+
+
+def test_what_the_page_cannot_show_is_named(models, tmp_path):
+    folders = Folders(outputs=tmp_path, configs=CONFIGS)
+    made = {"prompt": "a", "configs": ["configs/toy.yaml", "configs/toy_long.yaml"], "num_frames": 33, "fps": 8}
+    long = videos.Video(tmp_path, {**made, "time_scaling": "riflex", "overrides": ["args.prompt=a", "args.seed=3"]})
+    known = videos.settings_of(long, models, folders)
+    assert (known["sampling_num_frames"], known["time_scaling"], known["seed"]) == (9, "riflex", 3)
+    assert videos.beyond_the_page(long, models) == []
+    words = ["args.vae_tiling=true", "args.bf16=true", "model.precision=bf16", "args.output_dir=x"]
+    other = videos.Video(tmp_path, {**made, "fps": 24, "video": "a.mp4", "strength": 0.5, "overrides": words})
+    named = ["args.video a.mp4", "args.strength 0.5", "args.bf16 true", "model.precision bf16", "args.sampling_fps 24"]
+    assert videos.beyond_the_page(other, models) == named
+
+
+def test_a_model_says_how_long_its_videos_are(models):
+    wide, toy = models["cogvideox1.5_5b"], models["toy"]
+    assert (wide.values["sampling_num_frames"], wide.video_frames(22), wide.video_frames(11)) == (22, 81, 41)
+    assert wide.latent_frames(81) == 21 and wide.video_frames(21) == 81 and wide.fps == 16
+    for model, latents in ((toy, 5), (wide, 22)):
+        looped = model.video_frames(latents, loop=True)
+        assert model.latent_frames(looped, loop=True) == latents and looped == {5: 16, 22: 80}[latents]
+    assert toy.video_frames(0) is None and toy.video_frames(1, loop=True) is None
 
 
 def test_loras_come_back_as_far_as_the_page_can_show_them(models, tmp_path):
@@ -210,11 +233,15 @@ def test_a_training_is_planned_and_watched(models, tmp_path):
     run = tmp_path / "sft-1"
     video(run / "samples" / "00000010")
     lines = [{"iteration": n, "loss": 1.0} for n in range(1, 4)] + [{"iteration": 3, "validation_loss": 2.0}]
+    lines += [{"iteration": 3, "loss_500_749": 0.5, "validation_loss_500_749": 4.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"itera')
     (run / LATEST).touch()
     assert trainings.find_runs([tmp_path]) == [run] == find_folders([tmp_path, tmp_path / "none"], LATEST)
-    points = [(point["iteration"], point["loss"], point["kind"]) for point in trainings.curve(run)]
+    points, *quarters = [
+        [(point["iteration"], point["loss"], point["kind"]) for point in curve] for curve in trainings.curves(run)
+    ]
     assert points == [*((n, 1.0, "training") for n in range(1, 4)), (3, 2.0, "validation")]
+    assert quarters == [[], [], [(3, 0.5, "training"), (3, 4.0, "validation")], []]
     assert len(trainings.samples(run)) == 1
     (tmp_path / "data" / "b").mkdir(parents=True)
     assert trainings.find_data([tmp_path / "data"]) == [tmp_path / "data", tmp_path / "data" / "b"]

@@ -13,9 +13,9 @@ import torch
 
 import sgm.inference.language.enhance
 import sgm.inference.prepare
-from sgm.config.args import TrainingArgs
+from sgm.config.args import SamplingArgs, TrainingArgs
 from sgm.config.load import ConfigError, load_config
-from sgm.inference.language.enhance import RECORD, answer_text, enhance, enhanced
+from sgm.inference.language.enhance import RECORD, answer_text, enhance, enhanced, language_fault, make_writer
 from sgm.inference.language.models import ENDPOINT_KEY, ChatModel, Endpoint
 from sgm.inference.main import main
 from sgm.inference.prompts import Prompt
@@ -257,3 +257,29 @@ def test_the_tool_writes_a_file_of_prompts_with_their_images(chat_model, tiny_mo
     (tmp_path / "notes.txt").write_text("mine")
     assert enhance_prompts.main([*words, str(tmp_path / "notes.txt")]) == 2
     assert "name another" in capfd.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+GERMAN = "Eine graue Katze schläft eingerollt auf einer Fensterbank aus Holz, während Regen über die Scheibe rinnt"
+FRENCH = "Un chat gris dort sur le rebord en bois de la fenêtre tandis que des gouttes de pluie coulent sur la vitre"
+ENGLISH = "A grey cat sleeps curled up on a wooden sill while raindrops run down the pane and blur the green garden"
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [(GERMAN, False), (FRENCH, False), (ENGLISH, True), ("cat, window, rain, 4k", True)]
+)
+def test_other_languages_with_latin_letters_are_recognised(text, fits):
+    assert (language_fault(text) is None) == fits
+
+
+def test_a_long_thinker_may_write_more(monkeypatch):
+    made = []
+    monkeypatch.setattr("sgm.inference.language.enhance.ChatModel", lambda *_, **given: made.append(given))
+    for tokens in (None, 4096):
+        make_writer(SamplingArgs(prompt_enhancer="llm", prompt_enhancer_tokens=tokens), (), torch.device("cpu"))
+    assert [given["max_new_tokens"] for given in made] == [1024, 4096]
+    endpoint = SamplingArgs(
+        prompt_enhancer="http://127.0.0.1:1/v1", prompt_enhancer_model="m", prompt_enhancer_tokens=9
+    )
+    for args, why in ((SamplingArgs(prompt_enhancer_tokens=9), "there is no"), (endpoint, "an endpoint limits")):
+        found = {key: text for key, text, _ in args.problems()}
+        assert why in found["prompt_enhancer_tokens"]
