@@ -3,13 +3,19 @@
 Not a test: tests start it, since starting Python and importing torch takes longer than a tiny training.
 """
 
+import contextlib
+import itertools
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import sgm.distributed
 import sgm.training.run
 from sgm.config.load import load_config
 from sgm.log import configure_logging
+from sgm.training.evaluate import Evaluation
 from sgm.training.run import train
 from tests.processes import restore_linear
 
@@ -19,12 +25,28 @@ def leave_out_plots() -> None:
     sgm.training.run.draw_curve = lambda _metrics, picture: Path(picture).touch()
 
 
+@contextlib.contextmanager
+def ask_to_stop(call: int | None) -> Iterator[None]:
+    """Context in which the last rank gets SIGTERM before the `call`-th time that its evaluation looks for one."""
+    original, calls = Evaluation._stop_if_asked, itertools.count(1)
+
+    def look(evaluation: Evaluation) -> None:
+        if next(calls) == call and sgm.distributed.rank() == sgm.distributed.world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        original(evaluation)
+
+    Evaluation._stop_if_asked = look
+    yield
+    Evaluation._stop_if_asked = original
+
+
 def main() -> None:
     """Run the jobs of the file given on the command line."""
     configure_logging()
     leave_out_plots()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(load_config(job["bases"], job["overrides"], mode="train"))
+        with ask_to_stop(job.get("stop_at")):
+            train(load_config(job["bases"], job["overrides"], mode="train"))
         restore_linear()
 
 
