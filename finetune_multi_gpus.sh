@@ -32,6 +32,7 @@ words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
     NPROC_PER_NODE=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count() or 2)')
 fi
+export NPROC_PER_NODE
 nodes=${NNODES:-1}
 launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
 if [[ "$nodes" == 1 ]]; then
