@@ -1,7 +1,7 @@
 """Check the ranks of several machines before training: what differs, what is broken, what is slow, and where.
 
-Every rank describes itself and takes part in small measurements; all get the descriptions of all, and `judge` names the
-ranks that differ from the others.
+Every rank describes itself and takes part in small measurements; rank zero gets the descriptions of all, and `judge`
+names the ranks that differ from the others.
 """
 
 import contextlib
@@ -68,8 +68,9 @@ def check_nodes(shared: Mapping[str, Path], digests: Mapping[str, str]) -> str:
     Raises:
         InputError: a rank differs or gives wrong results; the message names it.
     """
-    reports = [Report(**each) for each in sgm.distributed.all_gather_objects(vars(_own_report(shared, digests)))]
-    table, broken = judge(reports)
+    reports = sgm.distributed.gather_objects(vars(_own_report(shared, digests)))
+    own = None if reports is None else judge([Report(**each) for each in reports])
+    table, broken = sgm.distributed.broadcast_from_rank_zero(own)
     if broken:
         raise InputError("\n".join(["the machines of this run do not fit together:", *broken, table]))
     return table

@@ -171,8 +171,7 @@ class Evaluation:
 
     def _stop_if_asked(self) -> None:
         """Stop on all ranks if any was asked to, so that none waits for another. Collective."""
-        asked = torch.tensor([float(self._asked_to_stop())], device=sgm.distributed.device())
-        if sgm.distributed.all_reduce_(asked, largest=True).item():
+        if sgm.distributed.any_rank(self._asked_to_stop()):
             raise EvaluationStoppedError
 
     def _inputs(self, numbers: list[int]) -> Any:

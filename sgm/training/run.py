@@ -370,9 +370,14 @@ class TrainingRun:
             self.metrics.log(self.iteration, values)
 
     def _rates(self, steps: int, elapsed: float) -> dict[str, float]:
-        """Return tokens per second, utilization and the seconds of each phase; warn of slow ranks. Collective."""
+        """Return tokens per second, utilization and the seconds of each phase, on rank zero; warn of slow ranks.
+
+        Collective.
+        """
         own = {phase: seconds / max(steps, 1) for phase, seconds in self.clock.seconds().items()}
-        ranks = sgm.distributed.all_gather_objects((own, *self.work.take()))
+        ranks = sgm.distributed.gather_objects((own, *self.work.take()))
+        if ranks is None:
+            return {}
         phases = [rank[0] for rank in ranks]
         warmed_up = self.iteration - steps > self.parts.point.iteration  # the first steps start workers and caches
         for rank, phase, sentence in slow_ranks(phases, elapsed / max(steps, 1)) if warmed_up else ():

@@ -175,7 +175,7 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
             if encode is not None and start + rank < len(unfinished):
                 shard = unfinished[start + rank]
                 found = write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
-            for more in sgm.distributed.all_gather_objects(found):
+            for more in sgm.distributed.all_gather_any(found):
                 failures |= more
     for key, reason in failures.items() if is_rank_zero() else ():
         logger.warning("not encoded: %s: %s", key, reason)

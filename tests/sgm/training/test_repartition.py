@@ -104,6 +104,24 @@ def test_a_state_divided_again_and_again_stays_the_same(stage):
     _assert_equal(after, before, stage)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_reads_the_files_of_the_few_that_have_its_elements(stage):
+    folder = divided(opened(files(stage, {(0, 0): content(stage, TENSORS, Shard())}, 1), stage, 1), stage, 8, 1)
+    read = []
+    saved = SavedState(
+        Path("resume/3"),
+        list(folder),
+        stage=stage,
+        size=1,
+        read=lambda path: read.append(path.name) or folder[path.name],
+    )
+    saved.require_divisible({})
+    saved.partition(layout(stage, 4, Shard()), 2)
+    optim = [name for name in read if "optim" in name]
+    assert [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in optim for rank in (0, 4, 5)] == [True] * 3
+    assert len(optim) <= 5, "two vectors, whose slices begin and end within those of others"
+
+
 def _assert_equal(after: dict, before: dict, stage: int) -> None:
     own = layout(stage, 1, Shard())
     for number, vector in enumerate(own.vectors(0)):
