@@ -218,6 +218,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
 # Ranks and mesh, one iteration each.
 LEGS = [(4, {"model": 2}), (2, {"sequence": 2}), (1, {}), (4, {"model": 2, "sequence": 2}), (2, {"model": 2})]
 ALL = [(kind, stage, LEGS) for kind in MODELS for stage in (0, 1, 2, 3)]
+ALL.append(("int8", 2, [(2, {}), (1, {}), (2, {})]))  # adapters on a base in 8 bits
 QUICK = ("full", 3, [LEGS[1], LEGS[2], LEGS[0]])
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"
 
@@ -239,9 +240,10 @@ def test_a_run_goes_on_with_other_ranks_and_meshes(training_yaml, tmp_path, kind
             f"deepspeed.zero_optimization.stage={stage}",
             *[f"args.{axis}_parallel_size={size}" for axis, size in mesh.items()],
             *SHARDED,
-            *([DROPOUT] if kind == "lora" else []),
+            *([DROPOUT] if kind != "full" else []),
+            *(["args.base_weights=int8"] if kind == "int8" else []),
         ]
-        return {"bases": training_yaml(MODELS[kind]), "overrides": [*overrides, *more]}
+        return {"bases": training_yaml(MODELS.get(kind, MODELS["lora"])), "overrides": [*overrides, *more]}
 
     for ranks, mesh in legs:
         jobs = [job("parts", ranks, mesh, "args.exit_interval=1", "args.resume=auto")]
