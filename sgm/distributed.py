@@ -50,8 +50,8 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Return the number of processes on this machine, as its launcher says; 1 without one."""
-    names = ("LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "PET_NPROC_PER_NODE")
+    """Return the number of processes on this machine, as its launcher says, or will; 1 without one."""
+    names = ("LOCAL_WORLD_SIZE",) if is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
     return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdecimal()), "1"))
 
 

@@ -1,7 +1,7 @@
 """The Kubernetes manifest: its fields, and that its command is one of this project's that passes its checks.
 
 ``tests/data/pytorchjob_fields.json`` has names and types of the fields of a PyTorchJob at the places that the manifest
-uses, from the definition (CRD) of Kubeflow's training operator 1.9.0; those that are required end with an exclamation mark.
+uses, from the definition (CRD) of Kubeflow's training operator 1.9.0; required ones end with an exclamation mark.
 """
 
 import copy

@@ -173,7 +173,8 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if torch.accelerator.is_available():
-        found |= {name.upper(): str(number) for name in ("cuda", "hip") if (number := getattr(torch.version, name, None))}
+        built = {"CUDA": torch.version.cuda, "HIP": torch.version.hip}
+        found |= {name: version for name, version in built.items() if version is not None}
         collectives = getattr(torch.get_device_module(), "nccl", None)  # RCCL has the same name
         if collectives is not None:
             found["NCCL"] = ".".join(map(str, collectives.version()))
