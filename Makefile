@@ -59,6 +59,7 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck *.sh scripts/*.sh
 
 bench: $(VENV)/installed-dev  ## print the figures of docs/benchmarks.md that a CPU has, in ten minutes
 	$(BIN)/python -m benchmarks

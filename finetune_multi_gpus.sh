@@ -8,6 +8,7 @@
 #   NNODES=1:4 MAX_RESTARTS=3 MASTER_ADDR=node0 bash finetune_multi_gpus.sh ...
 # NPROC_PER_NODE defaults to the number of accelerators, or 2 on a CPU. MAX_RESTARTS (0) is how often all processes are
 # restarted after one fails; with args.resume=auto they resume from the newest checkpoint.
+# With --check, nothing is trained; on several machines all give it, and their ranks are compared.
 # Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py
 # (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder.
@@ -32,6 +33,7 @@ words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
     NPROC_PER_NODE=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count() or 2)')
 fi
+export NPROC_PER_NODE
 nodes=${NNODES:-1}
 launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
 if [[ "$nodes" == 1 ]]; then
@@ -47,7 +49,10 @@ fi
 # One process checks the input first, for the fewest machines: one message instead of one per process.
 check=(env "WORLD_SIZE=$((NPROC_PER_NODE * ${nodes%%:*}))" "$PYTHON" train_video.py "${words[@]}" --check)
 for word in "$@"; do
-    case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac
+    case "$word" in
+        --help | -h | --devices*) exec "${check[@]}" ;;
+        --check) [[ "$nodes" != 1 ]] || exec "${check[@]}" ;; # on several machines the ranks are compared, too
+    esac
 done
 "${check[@]}" >/dev/null
 exec "${launch[@]}" train_video.py "${words[@]}"

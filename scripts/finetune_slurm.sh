@@ -28,6 +28,7 @@ go_on_later() {  # a quarter of an hour before the end, see --signal
 }
 trap go_on_later USR1
 
+# shellcheck disable=SC2016  # SLURM_NODEID is that of each machine
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     bash -c 'NODE_RANK=$SLURM_NODEID exec bash finetune_multi_gpus.sh "$@"' launcher "${@//%a/${SLURM_ARRAY_TASK_ID:-0}}" &
 training=$!

@@ -6,6 +6,7 @@ module creates or stores a group.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -46,6 +47,18 @@ def is_launched() -> bool:
 def world_size() -> int:
     """Return the number of processes that the launcher started, also before `initialize`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine, as its launcher says, or will; 1 without one."""
+    names = ("LOCAL_WORLD_SIZE",) if is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
+    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdecimal()), "1"))
+
+
+def elastic_machines() -> range:
+    """Return the numbers of machines on which the launcher may restart the run (``NNODES=1:4``); empty if unknown."""
+    found = re.fullmatch(r"(\d+):(\d+)", os.environ.get("NNODES") or os.environ.get("PET_NNODES", ""))
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 @contextmanager
@@ -486,6 +499,28 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
 def wait_for_all() -> None:
     """Wait for all ranks in the store, without the timeout of collectives; heartbeats end the wait if one is lost."""
     settle(None, lambda values: None, threading.Event())
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Gather small objects on rank zero, in rank order; None on the others."""
+    if not _is_shared():
+        return [value]
+    values = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank passes true. Collective."""
+    return bool(all_reduce_(torch.tensor(float(flag), device=device()), largest=True).item())
+
+
+def all_gather_any(value: Any) -> list[Any]:
+    """All-gather small objects, in rank order, if any of them is not empty; an empty list otherwise.
+
+    For what is rare: each rank of a thousand would read a thousand empty ones.
+    """
+    return all_gather_objects(value) if any_rank(bool(value)) else []
 
 
 def all_gather_objects(value: Any) -> list[Any]:

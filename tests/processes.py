@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,13 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> int:
     return failed[0] if len(processes) == 1 and failed else int(bool(failed))
 
 
-def train_all(jobs: Sequence[dict[str, list[str]]], folder: Path, world: int = 1) -> None:
-    """Train several jobs, each with `bases` and `overrides`, sequentially in the same processes."""
+def train_all(jobs: Sequence[Mapping[str, Any]], folder: Path, world: int = 1) -> str:
+    """Train several jobs, each with `bases` and `overrides`, sequentially in the same processes; return messages."""
     path = folder / f"jobs{world}.json"
     path.write_text(json.dumps(jobs))
     done = run("tests/train_jobs.py", [str(path)], world)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 def restore_linear() -> None:

@@ -18,7 +18,7 @@ import yaml
 from sgm.checks.sampling import check_shapes
 from sgm.checks.sampling_plan import check_sampling
 from sgm.checks.training import check_training_data
-from sgm.config.deepspeed_section import engine_config
+from sgm.config.deepspeed_section import engine_config, follow_batch
 from sgm.config.load import TRAINING_ARGS, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision, resolve_training_precision
 from sgm.config.yaml_files import ALIASES
@@ -223,7 +223,8 @@ def test_a_command_that_trains_released_weights_is_right(command, monkeypatch):
     assert [*check_shapes(config, geometry), *check_training_data(config, geometry)] == []
     dtype = resolve_training_precision(config, "cuda")
     ranks = re.search(r"NPROC_PER_NODE=(\d+)", command.text)
-    engine_config(config.deepspeed, world_size=int(ranks[1]) if ranks else 1, dtype=dtype)
+    num = int(ranks[1]) if ranks else 1
+    engine_config(follow_batch(config.deepspeed, world_size=num), world_size=num, dtype=dtype)
     assert config.args.train_data in (("my_clips",), ("s3://my-bucket/clips",))
     launcher = (ROOT / "finetune_multi_gpus.sh").read_text()
     ours = {*re.findall(r"(?:^| )([A-Z_]+)=", command.text)} - {"CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF"}

@@ -185,3 +185,25 @@ def test_several_machines_are_named(recorder):
     some = run("bash", "finetune_multi_gpus.sh", **given, NNODES="1:4", MAX_RESTARTS="3", MASTER_ADDR="node0")
     where = "--nnodes 1:4 --rdzv_id cogvideox --rdzv_backend c10d --rdzv_endpoint node0:29500 train_video.py"
     assert f" --max_restarts 3 {where} " in some.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "launched"),
+    [
+        (["--check"], "1", False),
+        (["--check"], "2", True),
+        (["--check"], "1:4", True),
+        (["--check", "--devices", "64"], "2", False),
+        (["--check", "--devices=64"], "2", False),
+        (["--help"], "2", False),
+    ],
+)
+def test_a_check_of_several_machines_starts_their_ranks(tmp_path, words, nodes, launched):
+    """The stub prints where it is: one process checks, torchrun compares ranks."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "${WORLD_SIZE:-none} $*"\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "NPROC_PER_NODE": "4", "NODE_RANK": "0", "MASTER_ADDR": "node0", "NNODES": nodes}
+    (line,) = run("bash", "finetune_multi_gpus.sh", "a.yaml", *words, **given).stdout.splitlines()
+    assert line.endswith(f"train_video.py --base a.yaml {' '.join(words)}{' --check' * (not launched)}")
+    assert line.startswith("none -m torch.distributed.run " if launched else f"{4 * int(nodes[0])} train_video.py")

@@ -1,6 +1,14 @@
-"""The Kubernetes manifest: its fields, and that its command is one of this project's that passes its checks."""
+"""The Kubernetes manifest: its fields, and that its command is one of this project's that passes its checks.
 
+``tests/data/pytorchjob_fields.json`` has names and types of the fields of a PyTorchJob at the places that the manifest
+uses, from the definition (CRD) of Kubeflow's training operator 1.9.0; required ones end with an exclamation mark.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,10 +19,52 @@ from sgm.training.main import parse
 ROOT = Path(__file__).parents[1]
 
 
+TYPES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict, "int-or-string": (int, str)}
+
+
+def misfits(value: Any, fields: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths at which a value is not what the fields allow."""
+    expected = fields if isinstance(fields, str) else "array" if isinstance(fields, list) else "object"
+    if not isinstance(value, TYPES[expected]) or (isinstance(value, bool) and expected != "boolean"):
+        yield f"{path}: no {expected}"
+    elif isinstance(fields, list):
+        for number, each in enumerate(value):
+            yield from misfits(each, fields[0], f"{path}[{number}]")
+    elif isinstance(fields, dict):
+        known = {name.removesuffix("!"): each for name, each in fields.items()}
+        yield from (f"{path}.{name[:-1]}: missing" for name in fields if name.endswith("!") and name[:-1] not in value)
+        for name, each in value.items():
+            if name not in known and "*" not in known:
+                yield f"{path}.{name}: unknown"
+            else:
+                yield from misfits(each, known.get(name, known.get("*")), f"{path}.{name}")
+
+
 @pytest.fixture(scope="module")
-def spec():
-    text = (ROOT / "scripts" / "finetune_pytorchjob.yaml").read_text(encoding="utf-8")
-    (manifest,) = yaml.safe_load_all(text)
+def manifest():
+    (found,) = yaml.safe_load_all((ROOT / "scripts" / "finetune_pytorchjob.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def test_its_fields_are_those_of_a_pytorchjob(manifest):
+    fields = json.loads((ROOT / "tests" / "data" / "pytorchjob_fields.json").read_text(encoding="utf-8"))
+    assert list(misfits(manifest, fields)) == []
+    wrong = copy.deepcopy(manifest)
+    wrong["spec"]["elasticPolicy"]["maxRestart"] = wrong["spec"]["elasticPolicy"].pop("maxRestarts")
+    pod = wrong["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    pod["terminationGracePeriodSeconds"] = "900"
+    del pod["containers"][0]["name"]
+    pod["volumes"][1]["persistentVolumeClaim"]["claim"] = "x"
+    assert [text.rpartition(".")[2] for text in misfits(wrong, fields)] == [
+        "maxRestart: unknown",
+        "terminationGracePeriodSeconds: no integer",
+        "name: missing",
+        "claim: unknown",
+    ]
+
+
+@pytest.fixture(scope="module")
+def spec(manifest):
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert manifest["metadata"]["name"]
     return manifest["spec"]

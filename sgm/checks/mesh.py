@@ -1,10 +1,12 @@
 """Check the mesh (tensor, sequence, guidance and context parallel sizes) against model and number of processes."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import sgm.distributed
 from sgm.checks.sampling import params_of, problems_of
+from sgm.config.deepspeed_section import follow_batch
 from sgm.config.load import Config, Problem
 from sgm.distributed import Mesh
 from sgm.util import instantiate_from_config
@@ -19,6 +21,54 @@ def mesh_of(config: Config) -> Mesh:
         sequence=args.sequence_parallel_size,
         cfg=args.cfg_parallel_size,
     )
+
+
+def with_batch(config: Config) -> Config:
+    """Return a training configuration whose accumulation follows ``deepspeed.train_batch_size`` where none is given."""
+    groups = max(1, sgm.distributed.world_size() // mesh_of(config).ranks)
+    return replace(config, deepspeed=follow_batch(config.deepspeed, world_size=groups))
+
+
+def restart_warnings(config: Config) -> Iterator[str]:
+    """Yield why a training run cannot go on with other machines, of which the launcher was given a range."""
+    machines = sgm.distributed.elastic_machines()
+    if len(machines) < 2:
+        return
+    given = f"the run may restart on {machines[0]} to {machines[-1]} machines"
+    if reasons := list(_undivided(config)):
+        yield f"{given}, and goes on with as many as it was saved on alone: {'; '.join(reasons)}"
+        return
+    mesh, section = mesh_of(config), config.deepspeed
+    micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
+    total, refused = section.get("train_batch_size"), []
+    for number in machines:
+        ranks = number * sgm.distributed.local_world_size()
+        if ranks % mesh.ranks:
+            refused.append(f"{number} ({ranks} ranks are no groups of {mesh.ranks})")
+            continue
+        at_once = micro * ranks // mesh.ranks
+        if total is not None and accumulation is not None and total != accumulation * at_once:
+            refused.append(f"{number} (deepspeed.gradient_accumulation_steps is given; null lets it follow)")
+        elif total is not None and total % at_once:
+            refused.append(f"{number} (deepspeed.train_batch_size={total} is no multiple of {at_once})")
+    if refused:
+        yield f"{given}, and is refused on {', '.join(refused)}"
+
+
+def _undivided(config: Config) -> Iterator[str]:
+    """Yield what cannot be divided over another number of ranks."""
+    section = config.deepspeed
+    zero, optimizer = section["zero_optimization"], section["optimizer"]
+    if params_of(config.data).get("buckets") is not None:
+        yield "data.params.buckets divides the clips among the ranks"
+    if optimizer["type"].startswith("bitsandbytes.") and (
+        "8bit" in optimizer["type"] or optimizer["params"].get("optim_bits") == 8
+    ):
+        yield f"{optimizer['type']} keeps a scale for each block of a rank's slice"
+    if any((zero.get(f"offload_{part}") or {}).get("device") == "nvme" for part in ("optimizer", "param")):
+        yield "the state of a machine is on its NVMe"
+    if zero.get("mics_shard_size", -1) > 0:
+        yield "deepspeed.zero_optimization.mics_shard_size"
 
 
 def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Problem]:

@@ -1,7 +1,7 @@
 """Check the ranks of several machines before training: what differs, what is broken, what is slow, and where.
 
-Every rank describes itself and takes part in small measurements; all get the descriptions of all, and `judge` names the
-ranks that differ from the others.
+Every rank describes itself and takes part in small measurements; rank zero gets the descriptions of all, and `judge`
+names the ranks that differ from the others.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from sgm.util import InputError
 
 MAX_SKEW_S = 5  # of clocks: file times, and the names of runs
 SLOW = 0.7  # of the median of the others
-_PACKAGES = ("torch", "deepspeed")
+_PACKAGES = ("torch", "deepspeed", "SwissArmyTransformer", "transformers", "torchao", "bitsandbytes")
 _ROOT = Path(__file__).parents[2]
 _MESSAGE = 1 << 22  # numbers that a rank sends in a measurement
 _REPEATS = 3
@@ -68,8 +68,9 @@ def check_nodes(shared: Mapping[str, Path], digests: Mapping[str, str]) -> str:
     Raises:
         InputError: a rank differs or gives wrong results; the message names it.
     """
-    reports = [Report(**each) for each in sgm.distributed.all_gather_objects(vars(_own_report(shared, digests)))]
-    table, broken = judge(reports)
+    reports = sgm.distributed.gather_objects(vars(_own_report(shared, digests)))
+    own = None if reports is None else judge([Report(**each) for each in reports])
+    table, broken = sgm.distributed.broadcast_from_rank_zero(own)
     if broken:
         raise InputError("\n".join(["the machines of this run do not fit together:", *broken, table]))
     return table
@@ -142,9 +143,7 @@ def _slow(reports: Sequence[Report]) -> set[tuple[int, str]]:
 
 def _own_report(shared: Mapping[str, Path], digests: Mapping[str, str]) -> Report:
     """Describe this rank, and take part in the measurements. Collective."""
-    alike = {"Python": platform.python_version(), "this project's code": _code_digest(), **digests}
-    for package in _PACKAGES:
-        alike[package] = importlib.metadata.version(package)
+    alike = {**_versions(), "this project's code": _code_digest(), **digests}
     unseen = [f"{name} ({folder})" for name, folder in shared.items() if not _is_shared(folder)]
     device, rank, size = sgm.distributed.device(), sgm.distributed.rank(), sgm.distributed.world_size()
     message = torch.full((_MESSAGE // size * size,), rank + 1.0, device=device)
@@ -164,6 +163,22 @@ def _own_report(shared: Mapping[str, Path], digests: Mapping[str, str]) -> Repor
     speeds["neighbours"] = nbytes / min(ways)
     sgm.distributed.barrier()
     return Report(platform.node(), alike, time.time(), unseen, reduced, wrong, speeds)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what ranks compute and send with."""
+    found = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = "missing"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.accelerator.is_available():
+        built = {"CUDA": torch.version.cuda, "HIP": torch.version.hip}
+        found |= {name: version for name, version in built.items() if version is not None}
+        collectives = getattr(torch.get_device_module(), "nccl", None)  # RCCL has the same name
+        if collectives is not None:
+            found["NCCL"] = ".".join(map(str, collectives.version()))
+    return found
 
 
 def _shift(message: torch.Tensor, received: torch.Tensor, step: int) -> None:

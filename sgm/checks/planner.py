@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
-from sgm.checks.mesh import mesh_of
+from sgm.checks.mesh import mesh_of, with_batch
 from sgm.checks.recomputation import attention_share, cheapest, kept_attention_problem
 from sgm.checks.sampling import LARGE_FRAME, params_of
 from sgm.checks.sampling_plan import check_sampling
@@ -123,9 +123,10 @@ def config_with(config: Config, settings: Sequence[str] = ()) -> Config:
         overrides = [*config.overrides, *settings]
         loaded = load_config(config.bases, overrides, mode=config.mode, trust=config.trust)
     try:
-        return with_loras(with_adapters(loaded))
+        loaded = with_loras(with_adapters(loaded))
     except InputError:  # the weights are not there yet
-        return loaded
+        pass
+    return with_batch(loaded) if loaded.mode == "train" else loaded
 
 
 # Where weights, prompts and clips are named: what a run needs is known before they are there.

@@ -56,7 +56,7 @@ class _TopLevel(BaseModel):
 
     train_batch_size: _Count | None = None
     train_micro_batch_size_per_gpu: _MicroBatch = 1
-    gradient_accumulation_steps: _Count = 1
+    gradient_accumulation_steps: _Count | None = 1
     gradient_clipping: NotNegative = 0
     steps_per_print: int | None = None
     prescale_gradients: bool = False
@@ -220,7 +220,7 @@ def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
     Returns:
         A new dictionary with at least the keys of `DEFAULTS`, ``zero_optimization.stage``, ``optimizer.type`` and
-        ``optimizer.params.lr``.
+        ``optimizer.params.lr``. With ``train_batch_size`` and no accumulation, this is None, see `follow_batch`.
     """
     unused = {*_MONITORS, *_LOSS_SCALER, "activation_checkpointing"}
     given = {name: value for name, value in section.items() if value is not None and name not in unused}
@@ -230,7 +230,8 @@ def complete_deepspeed(section: Mapping[str, Any], model: Mapping[str, Any]) -> 
         DEFAULT_PARAMS if optimizer["type"] == DEFAULT_OPTIMIZER else {}
     )
     optimizer["params"] = params | (optimizer.get("params") or {})
-    complete = DEFAULTS | given | {"zero_optimization": zero, "optimizer": optimizer}
+    follows = {"gradient_accumulation_steps": None} if "train_batch_size" in given else {}
+    complete = DEFAULTS | follows | given | {"zero_optimization": zero, "optimizer": optimizer}
     return _whole_counts(copy.deepcopy(complete))
 
 
@@ -247,6 +248,19 @@ def _whole_counts(section: Mapping[str, Any]) -> dict[str, Any]:
     whole = {name: int(value) for name, value in section.items() if isinstance(value, float) and value.is_integer()}
     inner = {name: _whole_counts(value) for name, value in section.items() if isinstance(value, Mapping)}
     return {**section, **whole, **inner}
+
+
+def follow_batch(section: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
+    """Return a complete section with the accumulation that ``train_batch_size`` asks for, where none was given.
+
+    Args:
+        section: from `complete_deepspeed`.
+        world_size: data parallel size. Where it cannot have that batch, accumulation is 1, and `engine_config` says so.
+    """
+    if section["gradient_accumulation_steps"] is not None:
+        return dict(section)
+    steps, rest = divmod(section["train_batch_size"], section["train_micro_batch_size_per_gpu"] * world_size)
+    return {**section, "gradient_accumulation_steps": 1 if rest else steps}
 
 
 def engine_config(section: Mapping[str, Any], *, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -267,9 +281,9 @@ def engine_config(section: Mapping[str, Any], *, world_size: int, dtype: torch.d
     if total not in (None, micro * steps * world_size):
         ranks = f"{world_size} (ranks with samples of their own)"
         found = f"is {total}, but {micro} (micro batch) x {steps} (accumulation) x {ranks} is "
-        cure = "remove train_batch_size, which follows from the others"
+        cure = f"remove train_batch_size, which follows from the others, or give a multiple of {micro * world_size}"
         if total % (micro * world_size) == 0:
-            cure += f", or set deepspeed.gradient_accumulation_steps={total // (micro * world_size)}"
+            cure = f"set deepspeed.gradient_accumulation_steps={total // (micro * world_size)}, or to null: it follows"
         path = "deepspeed.train_batch_size"
         raise ConfigError([Problem(path, "", f"{found}{micro * steps * world_size}", cure)])
     config = copy.deepcopy({name: value for name, value in section.items() if name not in _OWN_KEYS})

@@ -108,6 +108,8 @@ class SamplingRun:
             builds the model of `config` and loads it lazily.
         digest: recorded in the sidecars to identify the settings; None computes it from the files in ``args.load``.
         network_in_use: context in which the weights of the network of `engine` are on the device.
+        between_steps: is called before each prompt and after each step of sampling, equally often on all ranks, also on
+            those without a prompt; what it raises ends the run.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class SamplingRun:
         engine: SATVideoDiffusionEngine | None = None,
         digest: str | None = None,
         network_in_use: AbstractContextManager | None = None,
+        between_steps: Callable[[], object] | None = None,
     ) -> None:
+        self._between_steps = between_steps
         self.config = config
         self.args = config.args
         self.device = resolve_device(config.args)
@@ -179,6 +183,9 @@ class SamplingRun:
             # Ranks may see different results on disk.
             passes = sgm.distributed.broadcast_in_sample_group(passes)
         self._sample_all(passes, in_step=in_step)
+        if self._between_steps is not None and len(passes) < math.ceil(len(prompts) / size):
+            for _ in range(1 + len(self.engine.sampler.schedule(self.args.num_steps).timesteps)):
+                self._between_steps()
         self._write_sheet(mine, rank, size)
         if size > 1:
             self.summary.scope = f"rank {rank} of {size}: "
@@ -194,6 +201,8 @@ class SamplingRun:
         failure = None
         for (prompt, samples), conds in zip(progress(passes, "prompts", leave=True), encoded, strict=True):
             timings = Timings(text=seconds / len(passes))
+            if self._between_steps is not None:
+                self._between_steps()
             try:
                 self._sample_prompt(prompt, samples, conds, timings)
             except RunError as error:
@@ -424,7 +433,8 @@ class SamplingRun:
             inputs["inversion"] = {name: _repeat(value, samples, self.device) for name, value in described}
         if self._preview is not None:
             self._preview.begin()
-            inputs["after_step"] = self._preview
+        if self._preview is not None or self._between_steps is not None:
+            inputs["after_step"] = self._after_step
         latents = self.engine.sample(
             cond,
             uncond,
@@ -440,6 +450,12 @@ class SamplingRun:
         )
         timings.sample = clock() - start
         return latents
+
+    def _after_step(self, denoised: torch.Tensor) -> None:
+        if self._preview is not None:
+            self._preview(denoised)
+        if self._between_steps is not None:
+            self._between_steps()
 
     def _finish(
         self, prompt: Prompt, k: int, save: Callable[[Path], None], size: tuple[int, int], timings: Timings

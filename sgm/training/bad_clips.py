@@ -64,7 +64,7 @@ class BadClips:
         Raises:
             RunError: more clips than allowed are bad.
         """
-        found = [fresh for fresh in sgm.distributed.all_gather_objects(self._fresh) if fresh]
+        found = sgm.distributed.all_gather_any(self._fresh)
         self._fresh = {}
         for fresh in found:
             self.reasons |= fresh

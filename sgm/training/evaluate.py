@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs, *, waits:
             vae.to("cpu")
 
 
+class EvaluationStoppedError(Exception):
+    """A rank was asked to stop during an evaluation; raised on all ranks at the same place."""
+
+
 class Evaluation:
     """Validation of one run.
 
@@ -113,6 +117,7 @@ class Evaluation:
         micro_batch: batch size unless ``args.eval_batch_size`` is set.
         in_step: whether all ranks must run the same number of forward passes, as with ZeRO-3.
         network_in_use: context in which all weights of the network are there.
+        asked_to_stop: whether this rank was; read between validation batches, prompts, and steps of sampling.
     """
 
     def __init__(
@@ -127,8 +132,10 @@ class Evaluation:
         micro_batch: int,
         in_step: bool,
         network_in_use: AbstractContextManager | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         assert isinstance(config.args, TrainingArgs)
+        self._asked_to_stop = asked_to_stop
         self.config, self.args, self.engine, self.dataset = config, config.args, engine, dataset
         self.inputs, self.vae_waits = default(inputs, dataset), vae_waits
         self.folder, self.in_step = folder, in_step
@@ -151,6 +158,9 @@ class Evaluation:
         """Return the mean validation loss, in total and per quarter of the timesteps, all-reduced.
 
         Clip, timestep and noise of sample j depend only on j, in every run.
+
+        Raises:
+            EvaluationStoppedError: a rank was asked to stop.
         """
         rank, size = sgm.distributed.data_parallel_rank(), sgm.distributed.data_parallel_size()
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
@@ -161,9 +171,10 @@ class Evaluation:
         pairs = PairValues(self.engine.require_loss(), sgm.distributed.device())
         with evaluation_mode(self.engine.network):
             for start in bar(range(0, rounds, self.batch_size), "validation batches"):
+                self._stop_if_asked()
                 numbers = list(mine[start : start + self.batch_size])
                 if not numbers and not self.in_step:
-                    break
+                    continue
                 inputs = self._inputs(numbers or [0])
                 with self.network_in_use:
                     losses = self.engine.training_losses(inputs)
@@ -175,6 +186,11 @@ class Evaluation:
             kept.reduce(sgm.distributed.all_reduce_)
             values |= kept.values()
         return {f"validation_{name}": value for name, value in values.items()}
+
+    def _stop_if_asked(self) -> None:
+        """Stop on all ranks if any was asked to, so that none waits for another. Collective."""
+        if sgm.distributed.any_rank(self._asked_to_stop()):
+            raise EvaluationStoppedError
 
     def _inputs(self, numbers: list[int]) -> Any:
         num_idx = self.engine.require_loss().sigma_sampler.num_idx
@@ -210,7 +226,11 @@ class Evaluation:
         raise RunError("validation clips cannot be read: " + "; ".join(failures))
 
     def sample(self, iteration: int) -> list[Path]:
-        """Sample the validation prompts into ``samples/<iteration>``; return the files of this rank."""
+        """Sample the validation prompts into ``samples/<iteration>``; return the files of this rank.
+
+        Raises:
+            EvaluationStoppedError: a rank was asked to stop; what is written stays.
+        """
         folder = self.folder / "samples" / f"{iteration:08d}"
         args = dataclasses.replace(
             self.args,
@@ -225,6 +245,7 @@ class Evaluation:
             engine=self.engine,
             digest=f"{self.config.digest}-{iteration}",
             network_in_use=self.network_in_use,
+            between_steps=self._stop_if_asked,
         )
         with evaluation_mode(self.engine.network), _sampling_vae(self.engine, self.args, waits=self.vae_waits):
             prompts = validation_prompts(self.config)
@@ -245,7 +266,7 @@ class Evaluation:
     def _reference(self, sample: Path) -> np.ndarray | None:
         """Return the frames of the clip with whose caption a sample was made; None for prompts, and latents alone."""
         number = self._clip_of.get(sample.parents[1])
-        frames = None if number is None else self._clip(number).get(self.engine.input_key)
+        frames = None if number is None else self._clip(self.dataset, number).get(self.engine.input_key)
         return None if frames is None else to_uint8(frames).numpy()
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:

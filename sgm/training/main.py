@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sgm import cli
 from sgm.log import get_logger, is_rank_zero
+from sgm.urls import is_url
 
 EXAMPLES = (
     "python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml",
@@ -114,10 +115,27 @@ def _check_nodes(plan: Any) -> None:
         digests["the captions"] = plan.data.captions_digest[:12]
         if plan.args.load is not None:
             digests["args.load"] = listing_digest(find_weights(plan.args.load).parent)
+        digests |= {name: listing_digest(path) for name, path in _read_besides(plan) if path.exists()}
         table = check_nodes({"args.save": Path(plan.args.save)}, digests)
         if is_rank_zero():
             sys.stdout.write(table + "\n")
         sgm.distributed.barrier()
+
+
+def _read_besides(plan: Any) -> Iterator[tuple[str, Path]]:
+    """Yield names and local places of what a run reads besides clips and weights: VAE, text encoder and caches."""
+    model, args = plan.config.model, plan.args
+    vae = ((model.get("first_stage_config") or {}).get("params") or {}).get("ckpt_path")
+    if vae is not None:
+        yield "the VAE", Path(vae)
+    for embedder in ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or ():
+        folder = (embedder.get("params") or {}).get("model_dir")
+        if folder is not None:
+            yield f"the text encoder {folder}", Path(folder)
+    for name in ("latent_cache", "text_cache"):
+        place = getattr(args, name)
+        if place is not None and not is_url(place):
+            yield f"args.{name}", Path(place)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 
 import sgm.distributed
 from sgm.checks.frozen import base_storage, device_problems, frozen_problems
-from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.mesh import check_mesh, mesh_of, restart_warnings, with_batch
 from sgm.checks.planner import config_with, recomputed_blocks, room_on, training_rows
 from sgm.checks.recomputation import kept_attention_problem
 from sgm.checks.sampling import (
@@ -221,9 +221,8 @@ def agree(plan: Plan) -> Plan:
         "their captions": plan.data.captions_digest[:12],
         "the sizes of its parallel groups": str(plan.mesh),
     }
-    differs = torch.tensor([float(sgm.distributed.broadcast_from_rank_zero(own) != own)])
     # What all ranks found is gathered only if some differ: with a thousand, everyone would read a thousand answers.
-    if sgm.distributed.all_reduce_(differs.to(sgm.distributed.device()), largest=True).item():
+    if sgm.distributed.any_rank(sgm.distributed.broadcast_from_rank_zero(own) != own):
         first, *others = sgm.distributed.all_gather_objects(own)
         differ = [
             f"  rank {rank} has {name} {other[name]}, and rank 0 has {first[name]}"
@@ -252,8 +251,9 @@ def with_recomputation(plan: Plan) -> Plan:
         room_on(sgm.distributed.device()),
         **plan.caches.encodes,
     )
-    numbers, keeps = zip(*sgm.distributed.all_gather_objects(own), strict=True)
-    number, keep = max(numbers), all(keeps)
+    most = torch.tensor([own[0], not own[1]], dtype=torch.float32, device=sgm.distributed.device())
+    number, loses = map(int, sgm.distributed.all_reduce_(most, largest=True).tolist())
+    keep = not loses
     depth = params_of(plan.config.model["network_config"])["num_layers"]
     beside = " without their attention" if number and keep else ""
     logger.info("args.checkpoint_activations=auto: %d of %d blocks are recomputed%s", number, depth, beside)
@@ -299,6 +299,8 @@ class _Checks:
         self.record("resume", "args.resume", lambda: find_resume_point(self.args))
         self._keep_alpha()
         self._scale_rate()
+        warn_once(logger, restart_warnings(self.config))
+        self.config = with_batch(self.config)
         config, args, record = self.config, self.args, self.record
         self.problems += check_files(config)
         self._check_sections()

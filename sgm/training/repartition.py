@@ -12,6 +12,7 @@ every rank holds everything, and only tensor parallel shards can differ.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,34 +83,63 @@ class Layout:
         """Shapes of all parameters."""
         return {name: shape for group in self.groups for name, shape in group.items()}
 
+    @functools.cached_property
+    def _begins(self) -> list[dict[str, int]]:
+        """Where each parameter of each group begins, and under "" where the last one ends.
+
+        That is in the slices of all ranks one after another at stages 1 and 2, and in the vector of a rank at stage 3.
+        """
+        paddings = self.paddings or tuple((0,) * len(group) for group in self.groups)
+        found = []
+        for group, padding in zip(self.groups, paddings, strict=True):
+            sizes = [self._share(name) if self.stage == 3 else shape.numel() for name, shape in group.items()]
+            used = [size + unused for size, unused in zip(sizes, padding, strict=True)]
+            found.append(dict(zip((*group, ""), itertools.accumulate(used, initial=0), strict=True)))
+        return found
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Number of the vector that has elements of each parameter."""
+        return {name: number for number, group in enumerate(self.groups) for name in group}
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the vectors, which are the same on all ranks."""
+        ends = [begins[""] for begins in self._begins]
+        return tuple(ends) if self.stage == 3 else tuple(2 * math.ceil(end / (2 * self.world)) for end in ends)
+
+    def _share(self, name: str) -> int:
+        """Elements of a parameter on each rank but the last ones, at stage 3."""
+        return math.ceil(self.shapes[name].numel() / self.world)
+
     def vectors(self, rank: int) -> list[Vector]:
         """Return the vectors of a rank."""
+        held = [tuple(span for name in group if (span := self.span(name, rank)) is not None) for group in self.groups]
+        return [
+            Vector(length, tuple(group), spans)
+            for length, group, spans in zip(self.lengths, self.groups, held, strict=True)
+        ]
+
+    def span(self, name: str, rank: int) -> Span | None:
+        """Return the elements of a parameter that a rank holds; None if it holds none."""
+        number, size = self.numbers[name], self.shapes[name].numel()
+        begin, length = self._begins[number][name], self.lengths[number]
         if self.stage == 3:
-            return [self._pieces(group, rank) for group in self.groups]
-        paddings = self.paddings or tuple((0,) * len(group) for group in self.groups)
-        return [self._slice(group, padding, rank) for group, padding in zip(self.groups, paddings, strict=True)]
+            start = rank * self._share(name)
+            count = min(self._share(name), size - start)
+            return Span(name, start, count, begin) if count > 0 else None
+        first = rank * length
+        low, high = max(begin, first), min(begin + size, first + length)
+        return Span(name, low - begin, high - low, low - first) if low < high else None
 
-    def _pieces(self, group: Shapes, rank: int) -> Vector:
-        spans, at = [], 0
-        for name, shape in group.items():
-            share = math.ceil(shape.numel() / self.world)
-            count = min(share, shape.numel() - rank * share)
-            if count > 0:
-                spans.append(Span(name, rank * share, count, at))
-            at += share
-        return Vector(at, tuple(group), tuple(spans))
-
-    def _slice(self, group: Shapes, padding: Sequence[int], rank: int) -> Vector:
-        total = sum(shape.numel() for shape in group.values()) + sum(padding)
-        unit = 2 * self.world
-        length = math.ceil(total / unit) * unit // self.world
-        spans, begin, first = [], 0, rank * length
-        for (name, shape), unused in zip(group.items(), padding, strict=True):
-            low, high = max(begin, first), min(begin + shape.numel(), first + length)
-            if low < high:
-                spans.append(Span(name, low - begin, high - low, low - first))
-            begin += shape.numel() + unused
-        return Vector(length, tuple(group), tuple(spans))
+    def holders(self, span: Span) -> range:
+        """Return the ranks that hold elements of a span."""
+        number = self.numbers[span.name]
+        if self.stage == 3:
+            first, each = span.start, self._share(span.name)
+        else:
+            first, each = self._begins[number][span.name] + span.start, self.lengths[number]
+        return range(first // each, (first + span.count - 1) // each + 1)
 
 
 class _SavedShard:
@@ -137,12 +167,8 @@ class _SavedShard:
             groups=tuple({n: torch.Size(shape) for n, shape in group.items()} for group in self.model["param_shapes"]),
             paddings=tuple(tuple(each) for each in self.partition(0).get(_PADDINGS, ())),
         )
-        self._vectors = [self.layout.vectors(rank) for rank in range(world)]
-        self._places: dict[str, list[tuple[int, int, Span]]] = {}  # name → rank, vector, elements in it
-        for rank, vectors in enumerate(self._vectors):
-            for number, vector in enumerate(vectors):
-                for span in vector.spans:
-                    self._places.setdefault(span.name, []).append((rank, number, span))
+        # Of the ranks that are asked for: a new rank needs the files of few old ones.
+        self._vectors = functools.cache(self.layout.vectors)
 
     def partition(self, rank: int) -> dict[str, Any]:
         """Return what the ZeRO optimizer of a rank saved."""
@@ -158,12 +184,11 @@ class _SavedShard:
         Raises:
             InputError: a tensor in them is for more or fewer elements than the vector has.
         """
-        for rank, number, place in self._places[span.name]:
-            if place.start < span.start + span.count and span.start < place.start + place.count:
-                yield self._checked_state(rank, number)
+        for rank in self.layout.holders(span):
+            yield self._checked_state(rank, self.layout.numbers[span.name])
 
     def _checked_state(self, rank: int, number: int) -> dict[str, Any]:
-        state, length = self.base(rank)["state"].get(number, {}), self._vectors[rank][number].length
+        state, length = self.base(rank)["state"].get(number, {}), self.layout.lengths[number]
         for key, value in state.items():
             shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
             nested = not isinstance(value, torch.Tensor) and any(shapes)
@@ -178,18 +203,19 @@ class _SavedShard:
 
     def whole_state(self, group: int, name: str) -> dict[str, Any]:
         """Return the state of a parameter in `sgm.training.optim.whole.WholeMatrices`, where it is kept whole."""
-        rank, _, _ = self._places[name][0]
-        held = [span.name for span in self._vectors[rank][group].spans]
+        rank = self.layout.holders(Span(name, 0, 1, 0))[0]
+        held = [span.name for span in self._vectors(rank)[group].spans]
         return self.base(rank)["inner"][group]["state"].get(held.index(name), {})
 
     def elements(self, name: str, key: str | None, start: int, count: int) -> torch.Tensor:
         """Return elements of a flattened parameter: its weights, or a tensor `key` of the optimizer's state."""
-        found = []
-        for rank, number, span in self._places[name]:
+        found, number = [], self.layout.numbers[name]
+        for rank in self.layout.holders(Span(name, start, count, 0)):
+            span = self.layout.span(name, rank)
+            assert span is not None, "it holds elements"
             low, high = max(start, span.start), min(start + count, span.start + span.count)
-            if low < high:
-                at = span.at + low - span.start
-                found.append(self._vector(rank, number, key)[at : at + high - low])
+            at = span.at + low - span.start
+            found.append(self._vector(rank, number, key)[at : at + high - low])
         values = torch.cat(found)
         if len(values) != count:
             raise InputError(f"{self._folder} holds too few elements of {name}; {CURE}")
@@ -199,7 +225,7 @@ class _SavedShard:
         if key is _WEIGHTS:
             return self.partition(rank)[PARTITIONS[self._stage]][number].detach()
         value = self.base(rank)["state"][number][key]
-        return value if value.dim() else value.expand(self._vectors[rank][number].length)
+        return value if value.dim() else value.expand(self.layout.lengths[number])
 
 
 class SavedState:
@@ -243,8 +269,8 @@ class SavedState:
                     f"deepspeed.zero_optimization.{name}.device is nvme, and the state in {self.folder} is to be "
                     "divided over other ranks, which files on a local disk cannot be; resume with device: cpu once"
                 )
-        for name, shape in self.shards[0].layout.shapes.items() if self.stage else ():
-            next(self.shards[0].states_of(Span(name, 0, shape.numel(), 0)))
+        for group in self.shards[0].layout.groups if self.stage else ():
+            next(self.shards[0].states_of(Span(next(iter(group)), 0, 1, 0)))  # of a vector, which is enough
 
     def module(self, shard: Shard) -> dict[str, torch.Tensor]:
         """Return the tensors of the module as the ranks of a shard hold them; at stage 3 its buffers alone."""

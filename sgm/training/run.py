@@ -21,7 +21,7 @@ from sgm.data.order import derive_seed
 from sgm.log import get_logger, launcher_note
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.build import Parts, build
-from sgm.training.evaluate import Evaluation
+from sgm.training.evaluate import Evaluation, EvaluationStoppedError
 from sgm.training.inputs.precompute import before_encoding, encode_ahead
 from sgm.training.inputs.shared import gradient_factor, shared_batch, shared_inputs
 from sgm.training.metrics import LossByQuarter, Metrics, draw_curve
@@ -164,6 +164,7 @@ class TrainingRun:
                 micro_batch=parts.deepspeed.train_micro_batch_size_per_gpu(),
                 in_step=parts.deepspeed.zero_optimization_stage() == 3,
                 network_in_use=parts.network_in_use,
+                asked_to_stop=lambda: bool(signals.received),
             )
         self.metrics = None
         if sgm.distributed.rank() == 0:
@@ -219,7 +220,7 @@ class TrainingRun:
                 self.saver.finish()
             done = self.iteration == self.parts.total_iters
             if stop:
-                self.summary.stopped = self.signals.received or "a signal to another rank"
+                self.summary.stopped = self._signal()
             elif self.iteration - first == self.args.exit_interval and not done:
                 self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
             if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
@@ -235,12 +236,19 @@ class TrainingRun:
                 if self._is_due(eval_interval) or done:
                     with self.clock(EVALUATE):
                         self._evaluate()
+                    if self.summary.stopped:
+                        with self.clock("save"):
+                            self.saver.save(self.iteration)
                     if self.watch is not None:
                         self.watch.start_again()
         with self.clock("save"):
             self.saver.finish()
         if self.metrics is not None and self.iteration > first:
             draw_curve(self.parts.folder / "metrics.jsonl", self.parts.folder / "curve.png")
+
+    def _signal(self) -> str:
+        """Return what asked the run to stop."""
+        return self.signals.received or "a signal to another rank"
 
     def _is_due(self, interval: int | str) -> bool:
         """Whether an interval, in iterations or written as epochs, ends with the iteration that is done."""
@@ -366,9 +374,14 @@ class TrainingRun:
             self.metrics.log(self.iteration, values)
 
     def _rates(self, steps: int, elapsed: float) -> dict[str, float]:
-        """Return tokens per second, utilization and the seconds of each phase; warn of slow ranks. Collective."""
+        """Return tokens per second, utilization and the seconds of each phase, on rank zero; warn of slow ranks.
+
+        Collective.
+        """
         own = {phase: seconds / max(steps, 1) for phase, seconds in self.clock.seconds().items()}
-        ranks = sgm.distributed.all_gather_objects((own, *self.work.take()))
+        ranks = sgm.distributed.gather_objects((own, *self.work.take()))
+        if ranks is None:
+            return {}
         phases = [rank[0] for rank in ranks]
         warmed_up = self.iteration - steps > self.parts.point.iteration  # the first steps start workers and caches
         for rank, phase, sentence in slow_ranks(phases, elapsed / max(steps, 1)) if warmed_up else ():
@@ -382,7 +395,7 @@ class TrainingRun:
         return values
 
     def _evaluate(self) -> None:
-        """Log the validation loss and sample the validation prompts."""
+        """Log the validation loss and sample the validation prompts, until a rank is asked to stop."""
         assert self.evaluation is not None
         started = time.perf_counter()
         logger.info(
@@ -390,18 +403,24 @@ class TrainingRun:
             self.iteration,
             self.evaluation.num_samples,
         )
+        values: dict[str, float] = {}
         with evaluation_weights(self.parts.deepspeed):
-            values = self.evaluation.losses()
-            if self.metrics is not None:
-                self.metrics.log(self.iteration, values)
-            samples = self.evaluation.sample(self.iteration)
-        self.summary.samples += samples
-        if self.args.eval_measures:
-            figures = self.evaluation.measured(samples)
-            if self.metrics is not None and figures:
-                self.metrics.log(self.iteration, figures)
-        self.saver.keep_if_best(self.iteration, values["validation_loss"])
-        self.summary.best = self.saver.best
+            try:
+                values = self.evaluation.losses()
+                if self.metrics is not None:
+                    self.metrics.log(self.iteration, values)
+                samples = self.evaluation.sample(self.iteration)
+                self.summary.samples += samples
+                if self.args.eval_measures:
+                    figures = self.evaluation.measured(samples)
+                    if self.metrics is not None and figures:
+                        self.metrics.log(self.iteration, figures)
+            except EvaluationStoppedError:
+                self.summary.stopped = self._signal()
+                logger.warning("the evaluation after iteration %d is left unfinished", self.iteration)
+        if values:
+            self.saver.keep_if_best(self.iteration, values["validation_loss"])
+            self.summary.best = self.saver.best
         self._logged_at += time.perf_counter() - started  # steps are timed without evaluation
 
 

@@ -87,7 +87,7 @@ class Saver:
         if self.saved == iteration:
             return True
         weights, averages = self._gather(_copied)
-        if not all(sgm.distributed.all_gather_objects(_are_finite(weights))):
+        if sgm.distributed.any_rank(not _are_finite(weights)):
             return False
         with self._removed_if_it_fails(iteration):
             self._write_all(iteration, weights, averages)

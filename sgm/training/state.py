@@ -408,9 +408,9 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     visit_state(engine, point, write, with_rng=with_rng)
     # From the ranks, not from the folder: on a shared file system another machine may not see a new file yet, and files
     # of an interrupted save may still be there.
-    files = {name for names in sgm.distributed.all_gather_objects(written) for name in names}
-    if sgm.distributed.rank() == 0:
-        publish_state(point, files)
+    files = sgm.distributed.gather_objects(written)
+    if files is not None:
+        publish_state(point, {name for names in files for name in names})
     sgm.distributed.barrier()
 
 
@@ -457,8 +457,9 @@ def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: b
     Raises:
         InputError: a file is missing or damaged, or the state does not fit.
     """
-    missing = [name for name in point.files if not (point.folder / name).is_file()]
-    for number, lacks in enumerate(sgm.distributed.all_gather_objects(missing)):
+    looked_up = _files_to_look_up(point, now)
+    missing = [name for name in looked_up if not (point.folder / name).is_file()]
+    for number, lacks in enumerate(sgm.distributed.all_gather_any(missing)):
         if lacks:
             raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {CURE}")
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -477,6 +478,17 @@ def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: b
     rng = point.folder / f"rng_{sgm.distributed.rank():02d}.pt"
     if with_rng and rng.is_file() and point.tensor == now.tensor:
         _restore_rng(read_checked(rng, torch.device("cpu")))
+
+
+def _files_to_look_up(point: ResumePoint, now: ResumePoint) -> list[str]:
+    """Return the files of the state that this rank looks for: its own, and a share of all.
+
+    Together the ranks look for all of them, and those of each machine for some.
+    """
+    rank = sgm.distributed.rank()
+    own = re.compile(rf"rng_{rank:02d}\.pt|.*zero_pp_rank_{rank // now.tensor}_.*").fullmatch
+    share = point.files[rank % max(len(point.files), 1) :: now.world_size]
+    return sorted({*share, *filter(own, point.files)})
 
 
 def _load_of_other_ranks(engine: Any, point: ResumePoint, now: ResumePoint) -> None:

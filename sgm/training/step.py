@@ -100,7 +100,7 @@ _STOPS = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
 
 
 class StopSignals:
-    """Context in which SIGTERM, SIGUSR1 and SIGINT stop the run after the current step.
+    """Context in which SIGTERM, SIGUSR1 and SIGINT stop the run after the current step, of training or sampling.
 
     A second SIGINT interrupts it.
 

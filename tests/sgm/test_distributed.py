@@ -23,7 +23,9 @@ rank = d.data_parallel_rank()
 assert d.all_reduce_(torch.tensor([rank, 5 - rank])).tolist() == [1, 9]
 assert d.all_reduce_(torch.tensor([rank, 5 - rank]), largest=True).tolist() == [1, 5]
 assert d.broadcast_from_rank_zero({"rank": rank}) == {"rank": 0}
-assert d.all_gather_objects(rank) == [0, 1]
+assert d.all_gather_objects(rank) == [0, 1] and d.gather_objects(rank) == (None if rank else [0, 1])
+assert d.any_rank(rank == 1) and not d.any_rank(rank == 2)
+assert d.all_gather_any({}) == [] and d.all_gather_any({1: 2} if rank else {}) == [{}, {1: 2}]
 d.barrier()
 d.shutdown()
 assert not dist.is_initialized()

@@ -205,7 +205,7 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
             failures |= write_shard(folder, description, shard, results, job.contents)
     # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
     sgm.distributed.wait_for_all()
-    for of_rank in sgm.distributed.all_gather_objects(failures):
+    for of_rank in sgm.distributed.all_gather_any(failures):
         failures |= of_rank
     for key, reason in failures.items() if is_rank_zero() else ():
         logger.warning("not encoded: %s: %s", key, reason)

@@ -112,12 +112,13 @@ class WholeMatrices(torch.optim.Optimizer):
             return
         flat = self.param_groups[0]["params"][0]
         found = [[_place(p) for p in parameters] for parameters in self._parameters]
-        held = sgm.distributed.all_gather_objects([[part.stop - part.start for _, part in places] for places in found])
+        held = [torch.tensor([part.stop - part.start for _, part in places], device=flat.device) for places in found]
+        most = [sgm.distributed.all_reduce_(each, largest=True).tolist() for each in held]  # on any rank
         for number, (parameters, places) in enumerate(zip(self._parameters, found, strict=True)):
             pieces, size = [], 0
             for index, (p, (place, part)) in enumerate(zip(parameters, places, strict=True)):
                 shared = None
-                if max(rank[number][index] for rank in held) < p.numel():
+                if most[number][index] < p.numel():
                     shared, size = slice(size, size + p.numel()), size + p.numel()
                 if part.stop > part.start:
                     whole = nn.Parameter(flat.new_zeros(()).expand(p.shape))  # each step sets its data

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgm.checks.mesh import check_mesh, mesh_of
+from sgm.checks.mesh import check_mesh, mesh_of, restart_warnings
 from sgm.config.load import load_config
 
 INFERENCE = ["configs/toy.yaml", "configs/toy_inference.yaml"]
@@ -62,3 +62,34 @@ def test_a_sample_may_have_too_few_patches():
 def test_training_has_no_branches_to_share():
     found = complaints("args.cfg_parallel_size=2", bases=TRAINING, mode="train")
     assert "training has one branch" in found["args.cfg_parallel_size"]
+
+
+@pytest.mark.parametrize(
+    ("machines", "overrides", "said"),
+    [
+        ("4", ["data.params.buckets=[5x64x64]"], None),
+        ("1:4", [], None),
+        ("1:4", ["deepspeed.train_batch_size=96"], None),
+        ("1:4", ["deepspeed.train_batch_size=32"], "refused on 3 (deepspeed.train_batch_size=32 is no multiple of 24)"),
+        (
+            "2:3",
+            ["deepspeed.train_batch_size=32", "deepspeed.gradient_accumulation_steps=2"],
+            "refused on 3 (deepspeed.gradient_accumulation_steps is given; null lets it follow)",
+        ),
+        ("1:2", ["args.sequence_parallel_size=16"], "refused on 1 (8 ranks are no groups of 16)"),
+        ("1:2", ["data.params.buckets=[5x64x64]"], "as it was saved on alone: data.params.buckets divides the clips"),
+        ("1:2", ["deepspeed.optimizer.type=bitsandbytes.optim.AdamW8bit"], "keeps a scale for each block"),
+        (
+            "1:2",
+            ["deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: x}"],
+            "the state of a machine is on its NVMe",
+        ),
+    ],
+)
+def test_what_cannot_restart_on_other_machines_is_said_before(monkeypatch, machines, overrides, said):
+    monkeypatch.setenv("NNODES", machines)
+    monkeypatch.setenv("NPROC_PER_NODE", "8")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    more = ["deepspeed.train_micro_batch_size_per_gpu=1", *overrides]
+    found = list(restart_warnings(load_config(TRAINING, more, mode="train")))
+    assert [said in text for text in found] == [True] * (said is not None), found

@@ -1,8 +1,11 @@
 """The check of the machines of a run: faulty ranks, injected, are named."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sgm.checks import nodes
 from sgm.checks.nodes import Report, judge, listing_digest
@@ -80,3 +83,28 @@ def test_two_ranks_of_this_machine(tmp_path):
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("rank  machine") :].splitlines()
     assert [line.split()[0] for line in table[1:3]] == ["0", "1"] and not (tmp_path / "runs").exists()
+
+
+def test_faults_of_a_real_rank_are_named(tmp_path):
+    done = run("tests/sgm/checks/faulty_ranks.py", [str(tmp_path)], 2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "the machines of this run do not fit together:"
+    broken = [line for line in lines if line.startswith("  rank ")]
+    assert len(broken) == 3 and all(line.startswith("  rank 1 on ") for line in (broken[0], broken[2]))
+    assert "the clips is ab, and cd on 1 of 2 ranks" in broken[0]
+    assert re.search(r"rank [01] on .*: its clock is [+-](29|3[01])\.\d s off", broken[1])
+    assert any(line.startswith("slow: rank 1 on ") and ": matmul " in line for line in lines)
+    assert not any(line.startswith("slow: rank 0 on ") and ": matmul " in line for line in lines)
+
+
+def test_versions_of_what_computes_and_sends_are_compared(monkeypatch):
+    assert {"Python", "torch", "deepspeed", "SwissArmyTransformer", "transformers"} <= nodes._versions().keys()
+    monkeypatch.setattr(nodes, "_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    module = SimpleNamespace(nccl=SimpleNamespace(version=lambda: (2, 29, 3)))
+    monkeypatch.setattr(torch, "get_device_module", lambda: module)
+    found = nodes._versions()
+    del found["Python"]
+    assert found == {"no-such-package": "missing", "CUDA": "13.0", "NCCL": "2.29.3"}

@@ -309,7 +309,8 @@ def test_all_ranks_recompute_as_many_blocks_as_the_smallest_device_needs(keeps, 
         caches=SimpleNamespace(encodes={"vae": True, "text_encoder": True}),
     )
     monkeypatch.setattr(prepare, "recomputed_blocks", lambda *_, **__: (1, True))
-    monkeypatch.setattr(prepare.sgm.distributed, "all_gather_objects", lambda own: [own, (2, keeps), (1, True)])
+    others = torch.tensor([2.0, float(not keeps)])
+    monkeypatch.setattr(prepare.sgm.distributed, "all_reduce_", lambda own, *, largest: torch.maximum(own, others))
     monkeypatch.setattr(prepare, "replace", lambda plan, **changes: changes["args"] if "args" in changes else changes)
     assert prepare.with_recomputation(plan) == {"checkpoint_activations": 2, "keep_attention": keeps}
 

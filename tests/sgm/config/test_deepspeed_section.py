@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import sgm.distributed
-from sgm.config.deepspeed_section import DEFAULTS, check_deepspeed, complete_deepspeed, default_lr, engine_config
+from sgm.config.deepspeed_section import (
+    DEFAULTS,
+    check_deepspeed,
+    complete_deepspeed,
+    default_lr,
+    engine_config,
+    follow_batch,
+)
 from sgm.config.load import ConfigError
 from sgm.config.refused import REFUSED
 from sgm.config.yaml_files import Merged
@@ -229,8 +236,22 @@ def test_batch_sizes_must_agree_with_the_ranks():
     with pytest.raises(ConfigError, match="is 16, but 2 .* x 2 .* x 2 .* is 8") as caught:
         engine_config(section, world_size=2, dtype=torch.float32)
     assert "gradient_accumulation_steps=4" in str(caught.value)
-    with pytest.raises(ConfigError, match="remove train_batch_size, which follows from the others$"):
+    with pytest.raises(ConfigError, match="which follows from the others, or give a multiple of 6$"):
         engine_config(section, world_size=3, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("given", [{}, {"gradient_accumulation_steps": None}])
+def test_accumulation_follows_the_batch_where_it_is_not_given(given):
+    assert not check({"train_batch_size": 16, **given})
+    section = complete({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, **given})
+    for ranks, steps in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        followed = follow_batch(section, world_size=ranks)
+        assert engine_config(followed, world_size=ranks, dtype=torch.float32)["gradient_accumulation_steps"] == steps
+        assert follow_batch(followed, world_size=3) == followed, "what is given stays"
+    for ranks in (3, 16):
+        with pytest.raises(ConfigError, match=rf"is 16, but (.|\n)* give a multiple of {2 * ranks}$"):
+            engine_config(follow_batch(section, world_size=ranks), world_size=ranks, dtype=torch.float32)
+    assert complete(given)["gradient_accumulation_steps"] == 1
 
 
 def test_the_keys_follow_the_installed_deepspeed():

@@ -27,7 +27,9 @@ from sgm.data.remote.folder import RemoteFolder
 from sgm.data.remote.objects import RemoteFile, look_up
 from sgm.data.remote.store import RefusedError, RemoteError, Store
 from sgm.training.main import main
+from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
+from sgm.training.run import train
 from sgm.urls import is_url, redacted, url_problem
 from sgm.util import InputError
 
@@ -485,3 +487,53 @@ def test_s3_is_read_with_the_credentials_of_the_environment(s3, shards, tmp_path
     type(s3).clear_instance_cache()
     with pytest.raises(InputError, match=r"s3://bucket/clips/001.tar: .*credentials"):
         dataset("s3://bucket/clips/001.tar", store)
+
+
+@pytest.fixture
+def faults(monkeypatch) -> list[int | str]:
+    """Faults of the server of S3, used up one an answer with a tar file or a part of one: a status, or 'cut'."""
+    from moto.server import DomainDispatcherApplication
+
+    waiting, answer = [], DomainDispatcherApplication.__call__
+
+    def faulty(application, environ, start_response):
+        is_content = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(".tar")
+        fault = waiting.pop(0) if is_content and waiting else None
+        if isinstance(fault, int):
+            start_response(f"{fault} Fault", [("Content-Length", "0")])
+            return [b""]
+        body = b"".join(answer(application, environ, start_response))
+        return [body[: len(body) // 2] if fault == "cut" else body]
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", faulty)
+    return waiting
+
+
+def test_a_training_from_s3_is_resumed_exactly_and_writes_no_credentials(
+    s3, faults, shards, tmp_path, monkeypatch, capfd, caplog
+):
+    """On another machine, whose store is empty, and with failures of the server."""
+    s3.put(str(shards), "bucket/", recursive=True)
+    monkeypatch.chdir(Path(__file__).parents[3])  # the toy files have relative paths
+    caplog.set_level("INFO")
+    bases = ["configs/toy_lora.yaml", "configs/toy_sft.yaml", "configs/remote.yaml"]
+    given = ["args.eval_interval=null", "args.valid_prompts=null", "args.split='1,0,0'", "args.train_iters=3"]
+    given += ["args.log_interval=1", "args.num_workers=0", "data.params.max_num_frames=5", "args.resume=auto"]
+    given += ["deepspeed.train_micro_batch_size_per_gpu=1"]
+
+    def run(name: str, data: str | Path, *more: str) -> tuple[Path, list[float]]:
+        settings = [*given, f"args.train_data=['{data}']", f"args.save={tmp_path / name}", *more]
+        folder = train(load_config(bases, settings, mode="train")).folder
+        return folder, [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+    url = "s3://bucket/clips/{000..001}.tar"
+    run("far", url, f"args.remote_cache={tmp_path / 'first'}", "args.exit_interval=2")
+    faults += ["cut", 503, "cut"]
+    folder, losses = run("far", url, f"args.remote_cache={tmp_path / 'second'}")
+    assert faults == [] and losses == run("here", shards)[1] and len(losses) == 3
+    said = "".join([*capfd.readouterr(), *(record.getMessage() for record in caplog.records)])
+    assert "training: iterations 3 to 3" in said, "the messages are there"
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(tmp_path / "here")]
+    assert {"config.yaml", "resume.json", "metrics.jsonl"} <= {path.name for path in written if folder in path.parents}
+    for content in [path.read_bytes() for path in written] + [said.encode()]:
+        assert b"the-secret" not in content and b"the-key" not in content

@@ -30,7 +30,7 @@ def test_a_lost_machine_costs_a_restart_from_the_last_save(training_yaml, tmp_pa
         endpoint = f"localhost:{free.getsockname()[1]}"
     words = [f"args.train_iters={ITERATIONS}", "args.save_interval=1", f"args.save={tmp_path / 'runs'}"]
     words += ["args.resume=auto", "deepspeed.train_micro_batch_size_per_gpu=1", "args.async_save=true"]
-    words += ["deepspeed.zero_optimization.stage=2", "args.keep_last=1"]
+    words += ["deepspeed.zero_optimization.stage=2", "args.keep_last=1", "deepspeed.train_batch_size=2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1"]
     command += ["--max_restarts", "3", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "elastic"]
     script, launchers = ["train_video.py", "--base", *training_yaml(LORA), *words], []
@@ -54,5 +54,7 @@ def test_a_lost_machine_costs_a_restart_from_the_last_save(training_yaml, tmp_pa
     said = (tmp_path / "stays").read_text()
     assert newest_state(run) == str(ITERATIONS) and lost_after < ITERATIONS
     assert f"resuming {run} after iteration" in said and "dividing it over 1 rank" in said
+    assert "an iteration takes" not in said, "accumulation follows the batch"
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1)), "each iteration once"
+    assert [line["samples"] for line in lines] == list(range(2, 2 * ITERATIONS + 1, 2))

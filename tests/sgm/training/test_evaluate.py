@@ -31,6 +31,7 @@ CONSTANT = "args.lr_decay_style=constant"
 QUICK = ["args.only_log_video_latents=true", "args.valid_prompts=[a red circle moves left]"]
 FIVE = "args.sampling_num_frames=2"  # latent frames
 THREE = "args.valid_prompts=[a red circle,a blue square,a green triangle]"
+STOPS_WITHIN_SAMPLES = 7  # two validation batches, a prompt and its two steps, the next prompt, and a step of it
 
 
 def validation(folder: Path) -> list[dict[str, float]]:
@@ -210,11 +211,17 @@ def two_ranks(training_yaml, three_clips, tmp_path_factory):
         "strict": [*strict, THREE, latents],
         "sharded": [*strict, THREE, latents, "deepspeed.zero_optimization.stage=3"],
         "data": [*strict, latents, "deepspeed.zero_optimization.stage=3", "args.eval_batch_size=3"],
+        "stopped": [*strict, THREE, latents, "args.resume=auto", "args.train_iters=3"],
+        "stopped sharded": [*strict, latents, "deepspeed.zero_optimization.stage=3", "args.train_iters=2"],
     }
     content = [
         {"bases": training_yaml(LORA), "overrides": [*common, *more, f"args.save={top / name}"]}
         for name, more in jobs.items()
     ]
+    # Within the second round of validation batches, and within the sampling of the second round of prompts, in which
+    # one of two ranks has none.
+    content[-2]["stop_at"], content[-1]["stop_at"] = STOPS_WITHIN_SAMPLES, 2
+    content.append({**content[-2], "stop_at": None})
     train_all(content, top, world=2)
     return lambda name: next((top / name).iterdir())
 
@@ -234,6 +241,15 @@ def test_two_ranks_sample_every_prompt_once(two_ranks, name):
     assert len(names) == 3 and len({path.split("/")[1] for path in names}) == 3
     samples = [load_file(two_ranks(name) / "samples" / path) for path in names]
     assert all(torch.isfinite(tensor).all() for content in samples for tensor in content.values())
+
+
+def test_a_signal_within_an_evaluation_ends_it_on_all_ranks_and_saves(two_ranks):
+    """The rank that is asked has no prompt in the last round; with ZeRO 3 the other one must leave in step."""
+    sharded, run = two_ranks("stopped sharded"), two_ranks("stopped")
+    assert (sharded / "resume" / "latest").read_text() == "1\n" and find_weights(sharded).parent.name == "1"
+    assert validation(sharded) == [] and not (sharded / "samples").exists()
+    assert find_weights(run).parent.name == "3" and len(validation(run)) == 3, "it was resumed after iteration 1"
+    assert [name.split("/")[0] for name in written(run)] == ["00000001"] * 2 + ["00000002"] * 3 + ["00000003"] * 3
 
 
 def test_sharded_samples_equal_whole_ones(two_ranks):

@@ -104,6 +104,24 @@ def test_a_state_divided_again_and_again_stays_the_same(stage):
     _assert_equal(after, before, stage)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_reads_the_files_of_the_few_that_have_its_elements(stage):
+    folder = divided(opened(files(stage, {(0, 0): content(stage, TENSORS, Shard())}, 1), stage, 1), stage, 8, 1)
+    read = []
+    saved = SavedState(
+        Path("resume/3"),
+        list(folder),
+        stage=stage,
+        size=1,
+        read=lambda path: read.append(path.name) or folder[path.name],
+    )
+    saved.require_divisible({})
+    saved.partition(layout(stage, 4, Shard()), 2)
+    optim = [name for name in read if "optim" in name]
+    assert [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in optim for rank in (0, 4, 5)] == [True] * 3
+    assert len(optim) <= 5, "two vectors, whose slices begin and end within those of others"
+
+
 def _assert_equal(after: dict, before: dict, stage: int) -> None:
     own = layout(stage, 1, Shard())
     for number, vector in enumerate(own.vectors(0)):
@@ -200,6 +218,7 @@ def test_without_zero_tensor_parallel_shards_are_joined_and_divided():
 # Ranks and mesh, one iteration each.
 LEGS = [(4, {"model": 2}), (2, {"sequence": 2}), (1, {}), (4, {"model": 2, "sequence": 2}), (2, {"model": 2})]
 ALL = [(kind, stage, LEGS) for kind in MODELS for stage in (0, 1, 2, 3)]
+ALL.append(("int8", 2, [(2, {}), (1, {}), (2, {})]))  # adapters on a base in 8 bits
 QUICK = ("full", 3, [LEGS[1], LEGS[2], LEGS[0]])
 DROPOUT = "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"
 
@@ -221,9 +240,10 @@ def test_a_run_goes_on_with_other_ranks_and_meshes(training_yaml, tmp_path, kind
             f"deepspeed.zero_optimization.stage={stage}",
             *[f"args.{axis}_parallel_size={size}" for axis, size in mesh.items()],
             *SHARDED,
-            *([DROPOUT] if kind == "lora" else []),
+            *([DROPOUT] if kind != "full" else []),
+            *(["args.base_weights=int8"] if kind == "int8" else []),
         ]
-        return {"bases": training_yaml(MODELS[kind]), "overrides": [*overrides, *more]}
+        return {"bases": training_yaml(MODELS.get(kind, MODELS["lora"])), "overrides": [*overrides, *more]}
 
     for ranks, mesh in legs:
         jobs = [job("parts", ranks, mesh, "args.exit_interval=1", "args.resume=auto")]

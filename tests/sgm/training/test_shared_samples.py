@@ -265,8 +265,10 @@ def test_the_batch_counts_each_sample_once(plan):
     found = plan(LORA, "args.sequence_parallel_size=2", "deepspeed.train_batch_size=4")
     assert found.global_batch == 4 and "train_batch_size" not in found.deepspeed
     assert "2 clips x 1 steps of accumulation x 2 groups of 2 ranks that share clips = 4" in found.report()
+    eight = ["args.sequence_parallel_size=2", "deepspeed.train_batch_size=8"]
+    assert plan(LORA, *eight).deepspeed["gradient_accumulation_steps"] == 2
     with pytest.raises(ConfigError, match=r"is 8, but 2 \(micro batch\) x 1 .* x 2 \(ranks with samples of their own"):
-        plan(LORA, "args.sequence_parallel_size=2", "deepspeed.train_batch_size=8")
+        plan(LORA, *eight, "deepspeed.gradient_accumulation_steps=1")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from sgm.config.load import ConfigError, load_config
 from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
-from sgm.training.state import checkpoint_engine, find_resume_point, next_start_number
+from sgm.training.state import (
+    ResumePoint,
+    _deepspeed_objects,
+    _files_to_look_up,
+    checkpoint_engine,
+    find_resume_point,
+    next_start_number,
+)
 from sgm.util import InputError
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors
 from tests.sgm.training.points import POINT
@@ -209,10 +216,39 @@ def test_weights_newer_than_the_state_are_replaced(training_yaml, tmp_path):
     assert read_tensors(find_weights(run / "2")).keys() == read_tensors(find_weights(run)).keys()
 
 
-def test_a_state_in_another_order_is_put_into_that_of_the_run(training_yaml, tmp_path):
+def test_ranks_look_up_their_own_files_and_a_share_of_the_others(monkeypatch):
+    names = [f"zero_pp_rank_{rank}_mp_rank_{shard:02d}_optim_states.pt" for rank in range(2) for shard in range(2)]
+    point = dataclasses.replace(POINT, files=(*names, *(f"rng_{rank:02d}.pt" for rank in range(4))), tensor=2)
+    for world in (1, 2, 4, 16):
+        looked_up = []
+        for rank in range(world):
+            monkeypatch.setattr("sgm.distributed.rank", lambda rank=rank: rank)
+            looked_up.append(set(_files_to_look_up(point, dataclasses.replace(point, world_size=world))))
+            assert {f"rng_{rank:02d}.pt"} & {*point.files} <= looked_up[-1] and looked_up[-1]
+        assert set().union(*looked_up) == {*point.files}
+        assert max(map(len, looked_up)) <= 8 // world + 3
+
+
+def make_old(run: Path, *kept: str) -> None:
+    """Take from a state what earlier versions did not write: fields of ``resume.json`` but `kept`, and paddings."""
+    path = run / "resume" / "1" / "resume.json"
+    newer = {field.name for field in dataclasses.fields(ResumePoint) if field.default is not dataclasses.MISSING}
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in newer - {*kept}}
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    for part in path.parent.glob("*_optim_states.pt"):
+        with _deepspeed_objects():
+            state = torch.load(part, weights_only=True)
+        state["optimizer_state_dict"].pop("param_alignment_paddings", None)
+        torch.save(state, part)
+
+
+def test_old_states_go_on_also_in_another_order(training_yaml, tmp_path):
     stage = ["deepspeed.zero_optimization.stage=2", "args.train_iters=2"]
     first = start(training_yaml, tmp_path, *stage, "args.exit_interval=1").folder
     straight = shutil.copytree(first, tmp_path / "copy" / first.name)
+    make_old(straight)
+    make_old(first, "order")
     start(training_yaml, straight.parent, *stage, "args.resume=auto")
     start(training_yaml, tmp_path, *stage, "args.resume=auto", "deepspeed.zero_optimization.round_robin_gradients=true")
     found, expected = (read_tensors(find_weights(run)) for run in (first, straight))

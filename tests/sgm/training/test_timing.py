@@ -1,3 +1,4 @@
+import re
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import sgm.distributed
 from sgm.parallel.heartbeat import Progress
 from sgm.training import timing
 from sgm.training.timing import PHASES, PhaseClock, StallWatch, slow_ranks, stall_message
+from tests.processes import train_all
 
 
 def test_a_phase_interrupts_the_one_around_it(monkeypatch):
@@ -88,3 +90,15 @@ def test_a_stall_is_told_once_and_again_after_the_next_step(monkeypatch):
     watch.step_done()
     doing[0] = Progress("rank 0", 1, timing.EVALUATE, 9.0)
     assert watch.check(10_000.0) is None, "an evaluation takes its time"
+
+
+@pytest.mark.slow  # two ranks, of which one is late on purpose
+def test_a_real_rank_that_is_late_is_named_while_it_is_and_afterwards(training_yaml, tmp_path):
+    overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=6"]
+    said = train_all(
+        [{"bases": training_yaml("dit_t2v_5b_lora"), "overrides": overrides, "late": {"5": 20.0}}], tmp_path, world=2
+    )
+    stall = re.findall(r"no step has ended for \d+ s .*: (rank \d+) \(.*\) has been in (\w+) of iteration (\d+)", said)
+    assert ("rank 1", "data", "5") in stall
+    slow = re.findall(r"(rank \d+) spends .* in data, the median is .*: the others wait for it", said)
+    assert slow == ["rank 1"], "once, by one rank"
