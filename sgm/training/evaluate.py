@@ -171,8 +171,9 @@ class Evaluation:
         clips = [self._clip(number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
-        if "control" in clips[0]:
-            batch["control"] = [clip["control"] for clip in clips]
+        for key in ("control", "mask"):
+            if key in clips[0]:
+                batch[key] = [clip[key] for clip in clips]
         for key in (self.engine.input_key, "rejected"):
             if key in clips[0]:
                 batch[key] = torch.stack([clip[key] for clip in clips])
