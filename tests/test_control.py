@@ -326,7 +326,7 @@ def test_a_mask_has_the_frames_crop_and_mirroring_of_its_clip(tmp_path):
         (None, "its mask is missing; put it into the folder mask/"),
         ({"frames": 9}, "its mask .*a.mp4 has 9 frames, and the clip 12"),
         ({"size": (64, 64)}, "is 64x64, and the clip 64x96: another shape"),
-        ("black", "its mask .*a.png is black in the frames and crop"),
+        ("black", "its mask .*a.png is black"),
     ],
 )
 def test_a_mask_that_does_not_fit_its_clip_is_a_problem_of_the_clip(tmp_path, settings, message):
@@ -338,7 +338,7 @@ def test_a_mask_that_does_not_fit_its_clip_is_a_problem_of_the_clip(tmp_path, se
         clip(root / "mask" / "a.mp4", **settings)
     data = dataset(root, mask=True)
     (report,) = data.check()
-    assert settings == "black" or re.search(message, report.problems[0])
+    assert re.search(message, report.problems[0])
     with pytest.raises(Exception, match=message):
         data[0]
     with pytest.raises(InputError, match=r"data.params.mask_column has no effect without data.params.mask=true"):

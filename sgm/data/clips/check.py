@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
-from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, scan
+from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, read_frames, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
@@ -124,6 +124,8 @@ def _companion_problems(part: str, file: ClipFile, info: VideoInfo, *, decode: b
     if decode:
         decode_all(file, scanned)
     problem = companion_problem(info, scanned.info, may_be_still=part == "mask")
+    if part == "mask" and scanned.info.num_frames == 1 and read_frames(file, [0], scanned).mean(axis=-1).max() < 128:
+        problem = "is black; paint white what is to be learned"
     return [f"its {part} {file} {problem}"] if problem else []
 
 
