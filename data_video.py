@@ -17,10 +17,11 @@ from pydantic import Field
 from sgm.config.values import AtLeast1, Share, Width
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
-from sgm.data.clips.check import RowReport, check_rows, control_problem, row_reports
+from sgm.data.clips.check import RowReport, check_rows, companion_problem, row_reports
 from sgm.data.clips.decode import ClipError, Scan, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, Selection, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
+from sgm.data.clips.masks import latent_mask, white
 from sgm.data.clips.transform import cover_crop, covering_size, stretch
 from sgm.data.formats.manifest import Columns
 from sgm.data.formats.registry import list_rows
@@ -41,7 +42,8 @@ class SFTDataset:
 
     ``dataset[i]`` decodes clip i without random augmentation: ``mp4`` (F, 3, H, W) float32 in [-1, 1], ``txt`` the
     caption, ``num_frames`` the frames without padding, ``fps``, ``path``, and ``image`` (3, H, W) in [-1, 1], the first
-    image of image-to-video, or None; with `control` also ``control``, like ``mp4``. Training calls `sample`.
+    image of image-to-video, or None; with `control` also ``control``, like ``mp4``, and with `mask` also ``mask``, bool
+    (T, 1, H/8, W/8) of its latents. Training calls `sample`.
 
     Args:
         data_dir: folder, manifest, archive, or URL of archives; training passes each of ``args.train_data`` and
@@ -68,6 +70,8 @@ class SFTDataset:
         control: each clip has a control, a clip that the network follows frame by frame, see docs/control.md; training
             sets it where the network takes one.
         control_column: column, or file of lines, of controls.
+        mask: each clip has a mask, a clip or picture, white where the loss counts, see docs/training_well.md.
+        mask_column: column, or file of lines, of masks.
         buckets: shapes of training clips, see docs/buckets.md; `video_size` and `max_num_frames` then apply to
             validation clips only.
         drop_partial: with buckets, leave out the clips of an epoch that do not fill a micro-batch of all ranks.
@@ -100,6 +104,8 @@ class SFTDataset:
         rejected_column: str | None = None,
         control: bool = False,
         control_column: str | None = None,
+        mask: bool = False,
+        mask_column: str | None = None,
         buckets: list[Any] | dict[Any, Any] | None = None,
         drop_partial: bool = False,
         store: Store | None = None,
@@ -125,15 +131,17 @@ class SFTDataset:
         self.reshape_mode = reshape_mode
         self.random_flip = _probability("random_flip", random_flip)
         self.caption_dropout = _probability("caption_dropout", caption_dropout)
-        if control_column is not None and not control:
-            raise InputError("data.params.control_column has no effect without data.params.control=true; remove it")
-        self.control = control
-        columns = Columns(caption_column, video_column, image_column, rejected_column, control_column)
+        for name, column, has in (("control", control_column, control), ("mask", mask_column, mask)):
+            if column is not None and not has:
+                raise InputError(f"data.params.{name}_column has no effect without data.params.{name}=true; remove it")
+        self.control, self.mask = control, mask
+        columns = Columns(caption_column, video_column, image_column, rejected_column, control_column, mask_column)
         store = store or Store()
         self.rows = list_rows(
             data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions, store=store
         )
-        self.rows = [_with_control(row) if control else replace(row, control=None) for row in self.rows]
+        for name, has in (("control", control), ("mask", mask)):
+            self.rows = [_with_companion(row, name) if has else replace(row, **{name: None}) for row in self.rows]
         if id_token:
             self.rows = [replace(row, caption=f"{id_token} {row.caption}".strip()) for row in self.rows]
         self._cache: _Cache | None = None
@@ -183,6 +191,8 @@ class SFTDataset:
             if self.control:
                 with _errors_of_part(row, "control"):
                     sample["control"] = _arranged(_control_reader(row, scanned), selection, augmentation)
+            if self.mask:
+                sample["mask"] = _mask(row, scanned, selection, augmentation)
             return {**sample, "num_frames": selection.num_frames, "image": _image(row, augmentation)}
         if reason := self._cache.failure(row.path):
             raise ClipError(row.path, reason)
@@ -192,6 +202,8 @@ class SFTDataset:
         elif self._cache.first_frames:
             image = _image(row, augmentation)
             sample["image"] = self._frames(row.path, augmentation, 1)[0] if image is None else image
+        if self.mask:  # in no cache: it is read with the frames and the crop of the cached clip
+            sample["mask"] = _mask(row, *self._selected(row.path, num_frames), augmentation)
         return sample
 
     def _frames(self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int) -> torch.Tensor:
@@ -223,8 +235,9 @@ class SFTDataset:
         row = self.rows[index]
         if self._cache is not None:
             self._cache.prefetch(row.path)
-        clips = (row.path, row.image, row.rejected, row.control)
-        files = clips if self._cache is None else (row.image,) if self._cache.first_frames else ()
+        files = (row.path, row.image, row.rejected, row.control, row.mask)
+        if self._cache is not None:
+            files = (row.image if self._cache.first_frames else None, *((row.path, row.mask) if self.mask else ()))
         for file in files:
             if isinstance(file, Member) and isinstance(file.container, RemoteFile):
                 file.container.prefetch(file.offset, file.size)
@@ -468,12 +481,12 @@ class _Augmentation:
             out.div_(127.5).sub_(1)
 
 
-def _with_control(row: Row) -> Row:
-    """Return a row whose problem is a missing control, if it has no other and no control."""
-    if row.control is not None or row.problem:
+def _with_companion(row: Row, part: str) -> Row:
+    """Return a row whose problem is a missing control or mask, if it has no other and none of these."""
+    if getattr(row, part) is not None or row.problem:
         return row
-    cure = "put it into the folder control/ beside videos/, under the name of the clip, or name it in a column control"
-    return replace(row, problem=f"its control is missing; {cure}")
+    cure = f"put it into the folder {part}/ beside videos/, under the name of the clip, or name it in a column {part}"
+    return replace(row, problem=f"its {part} is missing; {cure}")
 
 
 def _arranged(
@@ -492,9 +505,33 @@ def _control_reader(row: Row, clip: Scan) -> Callable[[Sequence[int]], np.ndarra
     control = row.control
     assert control is not None, "a row without one has a problem"
     scanned = scan(control)
-    if problem := control_problem(clip.info, scanned.info):
+    if problem := companion_problem(clip.info, scanned.info):
         raise ClipError(control, problem)
     return lambda indices: read_frames(control, indices, scanned)
+
+
+def _mask(row: Row, clip: Scan, selection: Selection, augmentation: _Augmentation) -> torch.Tensor:
+    """Return which latents of a sample the loss counts, bool (T, 1, H/8, W/8).
+
+    Raises:
+        ClipError: the mask cannot be read beside its clip, or is black where every sample of the clip is.
+    """
+    file = row.mask
+    assert file is not None, "a row without one has a problem"
+    with _errors_of_part(row, "mask"):
+        scanned = scan(file)
+        if problem := companion_problem(clip.info, scanned.info, may_be_still=True):
+            raise ClipError(file, problem)
+        if scanned.info.num_frames == 1:
+            still = augmentation.apply(read_frames(file, [0], scanned))
+            frames = still.expand(len(selection.indices), -1, -1, -1)
+        else:
+            frames = _arranged(lambda indices: read_frames(file, indices, scanned), selection, augmentation)
+        mask = latent_mask(white(frames))[0]
+        # A random crop may show black alone: then the sample has no loss.
+        if augmentation.place is None and not mask.any():
+            raise ClipError(file, "is black in the frames and crop that are trained; paint white what is to be learned")
+    return mask
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sgm.config.load import ConfigError, load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.to_sat import sat_model_of
 from sgm.conversion.diffusers.verify import verify
+from sgm.data.clips.masks import latent_mask, white
 from sgm.inference.prepare import prepare
 from sgm.inference.prompts import parse_prompts
 from sgm.inference.run import SamplingRun
@@ -28,6 +30,7 @@ from sgm.training.inputs.caches import open_latents
 from sgm.training.inputs.clips import open_data
 from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.optim.trainable import choose_trainable
+from sgm.training.prepare import prepare as prepare_training
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, is_added
 from sgm.weights.architecture import CONTROL_WEIGHT
@@ -252,8 +255,10 @@ def test_training_inputs_from_a_cache_are_those_of_the_clips(tmp_path):
     for name in "ab":
         root = folder_with_clip(tmp_path / "data", name)
         clip(root / "control" / f"{name}.mp4", shift=30)
+        clip(root / "mask" / f"{name}.mp4", shift=90)  # a ramp that gets brighter: white from a column on
     bases = [CONFIGS / f"{name}.yaml" for name in ("toy", "toy_sft", "control/video")]
     overrides = [f"args.train_data=[{root}]", "args.eval_interval=null", "data.params.max_num_frames=5"]
+    overrides += ["data.params.mask=true"]
     config = load_config(bases, [*overrides, "args.split='1,0,0'"], mode="train")
     run_jobs(plan_jobs(config, ("latents",)), tmp_path / "cache")
     cached = dataclasses.replace(config, args=dataclasses.replace(config.args, latent_cache=str(tmp_path / "cache")))
@@ -271,6 +276,10 @@ def test_training_inputs_from_a_cache_are_those_of_the_clips(tmp_path):
     assert plain.cond["control"].shape == plain.latents.shape
     assert not torch.allclose(plain.cond["control"], plain.latents, atol=1e-2)
     assert torch.allclose(plain.cond["control"], from_cache.cond["control"], atol=1e-5)
+    mask = plain.of_loss["mask"]
+    assert torch.equal(mask, from_cache.of_loss["mask"]) and 0.1 < mask.mean() < 0.9
+    losses = [engine.training_losses(inputs) for inputs in (plain, dataclasses.replace(plain, of_loss={}))]
+    assert torch.isfinite(losses[0]).all() and not torch.allclose(losses[0], losses[1], rtol=1e-4)
     clip(root / "control" / "b.mp4", frames=12, shift=60, fps=8)  # other bytes: another file size
     with pytest.raises(InputError, match="cache"):
         open_latents(cached, open_data(cached), torch.float32)
@@ -282,6 +291,71 @@ def test_a_network_and_data_of_which_one_has_a_control_are_refused(tmp_path):
                          mode="train")  # fmt: skip
     with pytest.raises(ConfigError, match=r"data\.params\.control.*is false, and the network's control_channels is 16"):
         plan_jobs(config, ("latents",))
+
+
+# --- Masks of the loss.
+
+
+def test_a_mask_has_the_frames_crop_and_mirroring_of_its_clip(tmp_path):
+    """The clip is its own mask; then a picture is, for all frames."""
+    root = folder_with_clip(tmp_path)
+    clip(root / "videos" / "a.mp4", shift=60)  # partly brighter than grey
+    (root / "mask").mkdir()
+    (root / "mask" / "a.mp4").write_bytes((root / "videos" / "a.mp4").read_bytes())
+    (root / "table.csv").write_text("video,caption,mask\nvideos/a.mp4,a ramp,mask/a.mp4\n")
+    for source in (root, root / "table.csv"):
+        data = dataset(source, mask=True, reshape_mode="random", random_flip=0.5)
+        assert len(data) == 1 and not data.check()[0].problems
+        for seed in range(3):
+            sample = data.sample(0, torch.Generator().manual_seed(seed))
+            assert torch.equal(sample["mask"], latent_mask(white(sample["mp4"]))[0])
+            assert sample["mask"].shape == (2, 1, 4, 4) and sample["mask"].any()
+    assert "mask" not in dataset(root)[0] and len(dataset(root)) == 1
+    (root / "mask" / "a.mp4").unlink()
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:, 24:] = 255
+    iio.imwrite(root / "mask" / "a.png", picture)
+    data = dataset(root, mask=True)
+    assert not data.check(decode=True)[0].problems
+    assert data[0]["mask"][:, 0].all(dim=1).tolist() == [[False, False, True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "its mask is missing; put it into the folder mask/"),
+        ({"frames": 9}, "its mask .*a.mp4 has 9 frames, and the clip 12"),
+        ({"size": (64, 64)}, "is 64x64, and the clip 64x96: another shape"),
+        ("black", "its mask .*a.png is black"),
+    ],
+)
+def test_a_mask_that_does_not_fit_its_clip_is_a_problem_of_the_clip(tmp_path, settings, message):
+    root = folder_with_clip(tmp_path)
+    if settings == "black":
+        (root / "mask").mkdir()
+        iio.imwrite(root / "mask" / "a.png", np.zeros((64, 96, 3), np.uint8))
+    elif settings is not None:
+        clip(root / "mask" / "a.mp4", **settings)
+    data = dataset(root, mask=True)
+    (report,) = data.check()
+    assert re.search(message, report.problems[0])
+    with pytest.raises(Exception, match=message):
+        data[0]
+    with pytest.raises(InputError, match=r"data.params.mask_column has no effect without data.params.mask=true"):
+        dataset(root, mask_column="mask")
+
+
+def test_masks_for_a_loss_without_them_are_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("video,caption,rejected,mask\na.mp4,a ramp,a.mp4,a.mp4\n")
+    clip(tmp_path / "a.mp4")
+    bases = [CONFIGS / f"{name}.yaml" for name in ("toy_lora", "toy_sft", "loss/preferences")]
+    words = [f"args.train_data=[{tmp_path / 'pairs.csv'}]", "data.params.mask=true", "args.eval_interval=null"]
+    config = load_config(bases, [*words, f"args.save={tmp_path}", "model.latent_input=true"], mode="train")
+    with pytest.raises(
+        ConfigError, match=r"(?s)data\.params\.mask.*is true, and DiffusionDPOLoss takes no mask"
+    ) as caught:
+        prepare_training(config)
+    assert "masks are those of videos" in str(caught.value)
 
 
 # --- Sampling.

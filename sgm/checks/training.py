@@ -40,6 +40,7 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     problems += scaling_problems(geometry)
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
     problems += _control_problems(config, "control" in signature.parameters, geometry)
+    problems += mask_problems(config)
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
@@ -81,6 +82,22 @@ def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]
             yield Problem(f"args.{key}", "", found, "remove it; args.text_cache works")
     if config.model.get("latent_input"):
         yield Problem("model.latent_input", "", f"is true, and {loss} takes videos", "set it to false")
+
+
+def mask_problems(config: Config) -> list[Problem]:
+    """Return what contradicts masks in the data."""
+    if not (config.data.get("params") or {}).get("mask"):
+        return []
+    target = (config.model.get("loss_fn_config") or {}).get("target")
+    problems = []
+    if target is not None and not getattr(get_obj_from_str(target), "takes_mask", False):
+        found = f"is true, and {target.rpartition('.')[2]} takes no mask"
+        cure = "remove it, or train with sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
+        problems.append(Problem(f"{_DATA}.mask", "", found, cure))
+    if config.model.get("latent_input"):
+        found = "is true, and masks are those of videos"
+        problems.append(Problem("model.latent_input", "", found, f"set it to false, or remove {_DATA}.mask"))
+    return problems
 
 
 def _control_problems(config: Config, has_controls: bool, geometry: Geometry) -> list[Problem]:

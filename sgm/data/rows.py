@@ -55,6 +55,7 @@ class Row:
     info: VideoInfo | None = None  # metadata in the columns of the data set, not yet checked
     rejected: ClipFile | None = None  # a clip of the same caption, to which this one is preferred
     control: ClipFile | None = None  # clip that shows the network what to follow, frame by frame
+    mask: ClipFile | None = None  # clip or picture, white where the loss counts
 
 
 def suffix(file: str | ClipFile) -> str:

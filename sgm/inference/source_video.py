@@ -13,9 +13,8 @@ import torch
 
 from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
-from sgm.data.clips.frames import TIME_COMPRESSION
+from sgm.data.clips.masks import latent_mask, white
 from sgm.inference.video import to_uint8
-from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.util import InputError, nearest_path
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def load_mask(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Ten
         frames = torch.cat([*_resized(path, (0,), scanned, size)]).expand(plan.video_frames, -1, -1, -1)
     else:
         frames = load_whole(path, plan, size)
-    mask = latent_mask(frames.mean(dim=1) > 0)
+    mask = latent_mask(white(frames))
     for throughout, colour, effect in (
         (bool(mask.all()), "white", "nothing of the video stays"),
         (not bool(mask.any()), "black", "nothing is sampled"),
@@ -209,14 +208,6 @@ def load_mask(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Ten
             cure = "paint white what is to be sampled, and the rest black"
             raise InputError(f"{path} is {colour} throughout, so {effect}; {cure}")
     return mask
-
-
-def latent_mask(pixels: torch.Tensor) -> torch.Tensor:
-    """(T, H, W) bool of frames → (1, T', 1, H/8, W/8) of latents: true if any of their pixels is."""
-    # The first latent frame holds one frame, the others four.
-    pixels = torch.cat((pixels[:1].expand(TIME_COMPRESSION - 1, -1, -1), pixels)).unflatten(0, (-1, TIME_COMPRESSION))
-    cells = pixels.any(dim=1).unflatten(2, (-1, SPATIAL_COMPRESSION)).unflatten(1, (-1, SPATIAL_COMPRESSION))
-    return cells.any(dim=4).any(dim=2)[None, :, None]
 
 
 def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int, int]) -> Iterator[torch.Tensor]:

@@ -41,8 +41,9 @@ def training_inputs(
         batch: the conditioner's texts, and under `input_key` videos (B, F, 3, H, W) in −1..1, or with `latent_input`
             unscaled latents (B, T, C, H, W). Instead of these, ``moments``: B of (2C, T, H, W). Optional ``image``: B
             of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise. For a
-            network with a control ``control``: B of (F, 3, H, W), or ``control_moments``: B of (2C, T, H, W). And
-            ``rejected`` for a loss that takes pairs: videos as under `input_key`, for which the same is drawn.
+            network with a control ``control``: B of (F, 3, H, W), or ``control_moments``: B of (2C, T, H, W).
+            ``rejected`` for a loss that takes pairs: videos as under `input_key`, for which the same is drawn. And
+            ``mask``: B of (T, 1, H, W), bool, the latents that the loss counts.
         generators: one CPU generator per sample.
         rank: data-parallel rank, for a loss with ``uniform_sampling``.
         num_ranks: number of data-parallel ranks.
@@ -85,6 +86,8 @@ def training_inputs(
     latents, conds, steps, noises, seeds = zip(*samples, strict=True)
     joined = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
     others = {"rejected": torch.cat(rejected)} if pairs else {}
+    if "mask" in batch:
+        others["mask"] = torch.cat([engine.padded(to_device(mask[None], device).float()) for mask in batch["mask"]])
     return TrainingInputs(torch.cat(latents), joined, torch.cat(steps), torch.cat(noises), torch.cat(seeds), others)
 
 

@@ -44,7 +44,7 @@ class TrainingInputs:
         noise: of the shape of `latents`, float32.
         seeds: of the network's dropout (B,), int64; None draws from the generator of the process.
         of_loss: further inputs of the loss by name, (B, ...): ``rejected``, the latents of the clips that are not
-            preferred, of a loss that takes pairs.
+            preferred, of a loss that takes pairs; ``mask`` (B, T, 1, H, W), 1 where the loss counts, else 0.
     """
 
     latents: torch.Tensor

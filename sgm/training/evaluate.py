@@ -205,7 +205,7 @@ class Evaluation:
         clips = [self._clip(self.inputs, number) for number in numbers]
         batch: dict[str, Any] = {key: [clip[key] for clip in clips] for key in self.text_keys}
         batch["image"] = [clip.get("image") for clip in clips]
-        for key in ("control", "moments", "image_moments", "control_moments"):
+        for key in ("control", "mask", "moments", "image_moments", "control_moments"):
             if key in clips[0]:
                 batch[key] = [clip[key] for clip in clips]
         for key in (self.engine.input_key, "rejected"):

@@ -22,14 +22,15 @@ from sgm.io import write_json
 
 NUM_HELD = 9
 NEAR = 2.0  # pixels
+FAST = 1.25  # a speed is kept if it is up to so many times faster or slower
 STILL = 4  # frames at the end that show a last picture
 
 
 def continuation(engine: Any, num_clips: int, *, num_steps: int | None = None) -> dict[str, float]:
-    """Return the shares of clips that keep their colour and motion in the new frames, and their mean speed.
+    """Return the shares of clips that keep their colour, motion and speed in the new frames, and their mean speed.
 
     The motion is kept if the centre of the shape is within 2 pixels of where the motion of the clip leads, on average
-    over the new frames. The speed is relative to that of the clip.
+    over the new frames. The speed is relative to that of the clip, and kept if it is within a quarter of that.
     """
     clips = quality.held_out_clips(num_clips, seed=7)
     whole = [scene.render(clip) for clip in clips]
@@ -40,12 +41,12 @@ def continuation(engine: Any, num_clips: int, *, num_steps: int | None = None) -
         (from_video.centres(video), from_video.centres(clip[NUM_HELD:])) for video, clip in zip(new, whole, strict=True)
     ]
     pairs = list(zip(new, clips, strict=True))
+    speeds = [np.ptp(path, axis=0).max() / np.ptp(wanted, axis=0).max() for path, wanted in paths]
     return {
         "colour": float(np.mean([scene.measure(video).colour == clip.colour for video, clip in pairs])),
         "motion": float(np.mean([np.abs(path - wanted).mean() < NEAR for path, wanted in paths])),
-        "mean_speed": float(
-            np.mean([np.ptp(path, axis=0).max() / np.ptp(wanted, axis=0).max() for path, wanted in paths])
-        ),
+        "speed": float(np.mean([1 / FAST <= speed <= FAST for speed in speeds])),
+        "mean_speed": float(np.mean(speeds)),
     }
 
 

@@ -18,7 +18,7 @@ import scene
 import torch
 
 from sgm.cli import run_command, tool_parser
-from sgm.inference.source_video import latent_mask
+from sgm.data.clips.masks import latent_mask
 from sgm.io import write_json
 
 

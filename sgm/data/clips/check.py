@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
-from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, scan
+from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, read_frames, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
@@ -93,8 +93,9 @@ def check_rows(
                 other = scan(row.rejected)
                 end = other.times[0] + other.info.duration
                 select_frames(other.times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip, end=end)
-            if row.control is not None:
-                problems += _control_problems(row.control, info, decode=decode)
+            for part, file in (("control", row.control), ("mask", row.mask)):
+                if file is not None:
+                    problems += _companion_problems(part, file, info, decode=decode)
         except ClipError as error:
             problems.append(error.reason if error.path == str(row.path) else part_problem(row, error))
         except ValueError as error:
@@ -115,30 +116,39 @@ def check_rows(
         return list(bar(found, "check clips", total=len(rows)))
 
 
-def _control_problems(control: ClipFile, info: VideoInfo, *, decode: bool) -> list[str]:
-    """Return the problem of a control beside its clip, if any; raise a ClipError if it is unreadable."""
-    scanned = scan(control)
+def _companion_problems(part: str, file: ClipFile, info: VideoInfo, *, decode: bool) -> list[str]:
+    """Return the problem of a control or mask beside its clip, if any; raise a ClipError if it is unreadable."""
+    scanned = scan(file)
     if decode:
-        decode_all(control, scanned)
-    problem = control_problem(info, scanned.info)
-    return [f"its control {control} {problem}"] if problem else []
+        decode_all(file, scanned)
+    problem = companion_problem(info, scanned.info, may_be_still=part == "mask")
+    if part == "mask" and scanned.info.num_frames == 1 and read_frames(file, [0], scanned).mean(axis=-1).max() < 128:
+        problem = "is black; paint white what is to be learned"
+    return [f"its {part} {file} {problem}"] if problem else []
 
 
-def control_problem(clip: VideoInfo, control: VideoInfo) -> str | None:
-    """Return why a control cannot be read with the frames and crop of its clip; None if it can."""
-    if control.num_frames != clip.num_frames:
-        return f"has {control.num_frames} frames, and the clip {clip.num_frames}; make it from the frames of the clip"
-    if clip.num_frames > 1 and not math.isclose(control.fps, clip.fps, rel_tol=_SAME_FPS):
-        return f"runs at {control.fps:.4g} fps, and the clip at {clip.fps:.4g}; write it at that rate"
-    if abs(control.height * clip.width / clip.height - control.width) > 1:
-        shapes = f"{control.height}x{control.width}, and the clip {clip.height}x{clip.width}"
+def companion_problem(clip: VideoInfo, other: VideoInfo, *, may_be_still: bool = False) -> str | None:
+    """Return why a control or mask cannot be read with the frames and crop of its clip; None if it can.
+
+    Args:
+        clip: metadata of the clip.
+        other: of its control or mask.
+        may_be_still: a picture is for all frames, as of a mask.
+    """
+    is_still = may_be_still and other.num_frames == 1
+    if other.num_frames != clip.num_frames and not is_still:
+        return f"has {other.num_frames} frames, and the clip {clip.num_frames}; make it from the frames of the clip"
+    if clip.num_frames > 1 and not is_still and not math.isclose(other.fps, clip.fps, rel_tol=_SAME_FPS):
+        return f"runs at {other.fps:.4g} fps, and the clip at {clip.fps:.4g}; write it at that rate"
+    if abs(other.height * clip.width / clip.height - other.width) > 1:
+        shapes = f"{other.height}x{other.width}, and the clip {clip.height}x{clip.width}"
         return f"is {shapes}: another shape, so that crops differ; give the ratio of the clip, at any size"
     return None
 
 
 def part_problem(row: Row, error: ClipError) -> str:
-    """Return what is wrong with the image, the control or the rejected clip of a clip."""
-    parts = {str(row.control): "control", str(row.rejected): "rejected clip"}
+    """Return what is wrong with the image, the control, the mask or the rejected clip of a clip."""
+    parts = {str(row.control): "control", str(row.mask): "mask", str(row.rejected): "rejected clip"}
     return f"its {parts.get(error.path, 'image')} {error.path} {error.reason}"
 
 

@@ -1,6 +1,6 @@
 """A folder of clips and captions: ``videos/a/b.mp4`` with ``labels/a/b.txt``, or the caption beside the clip.
 
-A clip may have a control: ``control/a/b.mp4``.
+A clip may have a control, ``control/a/b.mp4``, and a mask, ``mask/a/b.mp4`` or a picture.
 """
 
 import os
@@ -11,7 +11,7 @@ from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Files, Row, caption_
 from sgm.io import denied_text
 from sgm.util import InputError, nearest_path, no_character
 
-VIDEOS, LABELS, CONTROL = "videos", "labels", "control"
+VIDEOS, LABELS, CONTROL, MASK = "videos", "labels", "control", "mask"
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
@@ -41,7 +41,11 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
         )
     files = Files(root)
     return [
-        replace(_row(clip, caption_path(clip, root), allow_missing_captions), control=_control(clip, root, files))
+        replace(
+            _row(clip, caption_path(clip, root), allow_missing_captions),
+            control=_companion(clip, root, files, CONTROL),
+            mask=_companion(clip, root, files, MASK),
+        )
         for clip in clips
     ]
 
@@ -60,9 +64,9 @@ def _beside(clip: Path, root: Path, folder: str) -> Path:
     return root.joinpath(*parts)
 
 
-def _control(clip: Path, root: Path, files: Files) -> Path | None:
-    """Return the control of a clip, of the same name with any suffix; None without one."""
-    path = _beside(clip, root, CONTROL)
+def _companion(clip: Path, root: Path, files: Files, folder: str) -> Path | None:
+    """Return the control or mask of a clip, of the same name in another folder, with any suffix; None without one."""
+    path = _beside(clip, root, folder)
     if path == clip:
         return None
     names = (path, *(path.with_suffix(suffix) for suffix in VIDEO_SUFFIXES + PICTURE_SUFFIXES))
@@ -73,8 +77,8 @@ def _clips(root: Path) -> list[Path]:
     found, seen = [], set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
-        controls = {CONTROL} if VIDEOS in inner else set()
-        inner[:] = [] if real in seen else [n for n in inner if not n.startswith(".") and n not in controls]
+        others = {CONTROL, MASK} if VIDEOS in inner else set()
+        inner[:] = [] if real in seen else [n for n in inner if not n.startswith(".") and n not in others]
         if real not in seen:  # links can form a cycle
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)

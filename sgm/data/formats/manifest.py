@@ -23,10 +23,12 @@ CAPTION_NAMES = ("caption", "prompt", "text", "txt")
 VIDEO_NAMES = ("video", "video_path", "path", "file", "file_name", "filename", "file_path")
 IMAGE_NAMES = ("image", "image_path")
 CONTROL_NAMES = ("control", "control_path", "control_video")
+MASK_NAMES = ("mask", "mask_path", "mask_video")
 CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_FILES = ("videos.txt", "video.txt")
 IMAGE_FILES = ("images.txt", "image.txt")
 CONTROL_FILES = ("controls.txt", "control.txt")
+MASK_FILES = ("masks.txt", "mask.txt")
 _INFO = ("num_frames", "fps", "height", "width")
 _MOST = 2**31 - 1  # of frames, pixels of a side, and frames per second, in arrays of integers
 _BETWEEN_VALUES = re.compile(r"[\s,:]*")
@@ -41,6 +43,7 @@ class Columns:
     image: str | None = None  # first images for image-to-video
     rejected: str | None = None  # clips to which those of `video` are preferred; None: there are none
     control: str | None = None  # clips to follow
+    mask: str | None = None  # clips or pictures, white where the loss counts
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
     caption = columns.caption or first(CAPTION_NAMES + CAPTION_FILES)
     image = columns.image or first(IMAGE_NAMES + IMAGE_FILES)
     control = columns.control or first(CONTROL_NAMES + CONTROL_FILES)
+    mask = columns.mask or first(MASK_NAMES + MASK_FILES)
     video = columns.video or first(VIDEO_NAMES + VIDEO_FILES) or image
     for key, name, names in (("caption", caption, CAPTION_NAMES), ("video", video, VIDEO_NAMES)):
         if name is None:
             cure = f"set data.params.{key}_column to the one that holds the {key}s"
             raise InputError(f"'{table.path}' has no column of {key}s ({', '.join(names)}); {there}; {cure}")
-    return Columns(caption, video, image if image != video else None, columns.rejected, control)
+    return Columns(caption, video, image if image != video else None, columns.rejected, control, mask)
 
 
 def _row(
@@ -135,9 +139,9 @@ def _row(
     caption = caption_of(caption or "")
     if wrong := no_character(caption):
         raise _CellError(columns.caption, f"{columns.caption} holds {wrong}; correct it")
-    picture, control = (
+    picture, control, mask = (
         _file(record, name, files) if name is not None and record.get(name) not in (None, "") else None
-        for name in (columns.image, columns.control)
+        for name in (columns.image, columns.control, columns.mask)
     )
     rejected = None if columns.rejected is None else _file(record, columns.rejected, files)
     problem = None
@@ -149,9 +153,11 @@ def _row(
         problem = f"its rejected clip {rejected} does not exist; {where(columns.rejected or '')} names it"
     elif isinstance(control, Path) and not files.has(control):
         problem = f"its control {control} does not exist; {where(columns.control or '')} names it"
+    elif isinstance(mask, Path) and not files.has(mask):
+        problem = f"its mask {mask} does not exist; {where(columns.mask or '')} names it"
     elif not caption and not allow_missing_captions:
         problem = f"its caption, {where(columns.caption)}, is empty; write one, or set allow_missing_captions: true"
-    return Row(clip, caption, problem, picture, _info(record), rejected, control)
+    return Row(clip, caption, problem, picture, _info(record), rejected, control, mask)
 
 
 def _file(record: Mapping[str, Any], column: str, files: Files) -> ClipFile:
@@ -211,6 +217,7 @@ def read_lines(root: Path, columns: Columns) -> Table:
         "video": columns.video or first(VIDEO_FILES) or first(IMAGE_FILES),
         "image": columns.image or first(IMAGE_FILES),
         "control": columns.control or first(CONTROL_FILES),
+        "mask": columns.mask or first(MASK_FILES),
     }
     for kind, names_of in (("caption", CAPTION_FILES), ("video", VIDEO_FILES)):
         if names[kind] is None:

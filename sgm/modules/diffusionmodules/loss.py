@@ -4,7 +4,7 @@ Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,), losses flo
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,14 @@ def x0_weight(levels: torch.Tensor, *, value: float | None, variant: str) -> tor
     return snr.clamp(max=value) if variant == "min_snr" else snr * value / (snr + value)
 
 
+def mean_within(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of `values` (B, T, C, H, W) where a mask (B, T, 1, H, W) is 1; 0 where it is nowhere: (B,)."""
+    if mask is None:
+        return values.flatten(1).mean(dim=1)
+    num = mask.flatten(1).sum(dim=1) * values.shape[2]
+    return (values * mask).flatten(1).sum(dim=1) / num.clamp(min=1)
+
+
 class VideoDiffusionLoss:
     """The loss on √ᾱ·x + √(1−ᾱ)·ε with the error of x0 weighted by 1/(1−ᾱ).
 
@@ -52,6 +60,8 @@ class VideoDiffusionLoss:
             as min(SNR, γ)/(SNR + 1); ``soft`` by SNR·γ/(SNR + γ) (Crowson et al. 2024). The last two give pure noise,
             with SNR 0, no weight.
     """
+
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -117,6 +127,7 @@ class VideoDiffusionLoss:
         generator: torch.Generator | None = None,
         idx: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Return the loss of each sample.
@@ -129,6 +140,7 @@ class VideoDiffusionLoss:
             generator: source of the timesteps, then of the noise; torch's global one if None.
             idx: timesteps (B,) instead of drawn ones, for example those of a data-parallel rank.
             noise: noise of the shape of `x`, instead of drawn noise.
+            mask: 1 where the loss counts, else 0, (B, T, 1, H, W); a sample without any 1 has a loss of 0.
             **model_kwargs: further inputs of the network.
         """
         idx, noise = self.given_or_drawn(x, generator, idx, noise)
@@ -139,9 +151,8 @@ class VideoDiffusionLoss:
         whole = 1 / (1 - levels**2)  # of squares; the error of v is √whole times that of x0
         weight = x0_weight(levels, value=self.min_snr_value, variant=self.min_snr_variant)
         if self.type == "huber":
-            of_v = (error * append_dims(whole, x.ndim) ** 0.5).flatten(1)
+            of_v = error * append_dims(whole, x.ndim) ** 0.5
             # torch's has half the squares.
             losses = F.huber_loss(of_v, torch.zeros_like(of_v), reduction="none", delta=self.huber_delta)
-            return weight / whole * 2 * losses.mean(dim=1)
-        error = error**2 if self.type == "l2" else error.abs()
-        return weight * error.flatten(1).mean(dim=1)
+            return weight / whole * 2 * mean_within(losses, mask)
+        return weight * mean_within(error**2 if self.type == "l2" else error.abs(), mask)

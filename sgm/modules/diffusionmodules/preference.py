@@ -39,6 +39,7 @@ class DiffusionDPOLoss(VideoDiffusionLoss):
     """
 
     takes_pairs: ClassVar[bool] = True
+    takes_mask: ClassVar[bool] = False
 
     def __init__(
         self,

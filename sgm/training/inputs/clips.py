@@ -228,5 +228,6 @@ def _without(dataset: Any, paths: Collection[str]) -> Any:
 
 def _stamped(rows: Iterable[Any], stamp: Callable[[Any], Any]) -> list[Any]:
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly
-        files = [file for row in rows for file in (row.path, row.image, row.rejected, row.control) if file is not None]
+        parts = [file for row in rows for file in (row.path, row.image, row.rejected, row.control, row.mask)]
+        files = [file for file in parts if file is not None]
         return list(pool.map(stamp, files))

@@ -59,7 +59,7 @@ def test_help_imports_nothing_that_takes_time():
         (["-h", "seed=7", "--check"], "args.seed\n"),
         (["configs/toy.yaml", "--help", "lr"], "deepspeed.optimizer.params.lr"),
         (["--help", "layer_range"], "lora_config.params.layer_range (training)"),
-        (["--help", "model.loss_fn_config.params"], "min_snr_value = null: maximum weight"),
+        (["--help", "model.loss_fn_config.params"], "min_snr_value = null: γ, which bounds the weight"),
         (["--help", "deepspeed"], "deepspeed.zero_optimization:\n  stage = 2"),
         (["--help", "guidance_scal"], "there is no key guidance_scal; did you mean args.guidance_scale"),
         (["--help", "learning_rate"], "deepspeed.optimizer.params.lr"),

@@ -11,8 +11,9 @@ from PIL import Image
 
 from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
+from sgm.data.clips.masks import latent_mask
 from sgm.inference.main import main
-from sgm.inference.source_video import check_clip, encode_clips, latent_mask, load_mask, load_whole
+from sgm.inference.source_video import check_clip, encode_clips, load_mask, load_whole
 from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
 

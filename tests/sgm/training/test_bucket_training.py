@@ -3,6 +3,7 @@
 import json
 import re
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -187,3 +188,33 @@ def test_longer_buckets_are_trained_with_scaled_positions_and_the_weights_say_so
         assert ("was trained with args.time_scaling=interpolate, and it is ntk" in found) == said
     header = read_metadata(export_lora(run_folder, tmp_path / "lora"))
     assert header["training_time_scaling"] == "interpolate" and "which other tools do not compute" in log.text
+
+
+def test_a_mask_changes_the_loss_of_every_bucket(job, settings, mixed, tmp_path):
+    """Masks that are white, and black in the left half, change the losses of training and validation alike."""
+    data, found = tmp_path / "data", []
+    for name in ("videos", "labels"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).symlink_to(mixed / name)
+    more = ["args.train_iters=2", "data.params.random_flip=0.5", "deepspeed.train_micro_batch_size_per_gpu=4"]
+    more += [f"args.{kind}_data=[{data}]" for kind in ("train", "valid")]
+    more += [
+        "args.eval_interval=2",
+        "args.eval_iters=1",
+        "args.valid_prompts=[a clip]",
+        "data.params.video_size=[16,32]",
+    ]
+    more += ["args.only_log_video_latents=true", "data.params.max_num_frames=5"]
+    for left in (255, 0):
+        masks = data / "mask"
+        masks.mkdir(exist_ok=True)
+        for frames, height, width in CLIPS:
+            picture = np.full((height, width), 255, np.uint8)
+            picture[:, : width // 2] = left
+            for index in range(CLIPS[frames, height, width]):
+                iio.imwrite(masks / f"{frames}_{height}_{index}.png", picture)
+        folder = job(LORA, *settings, *more, "data.params.mask=true", save=str(left)).folder
+        rows = read_metrics(folder / "metrics.jsonl")
+        found.append([row[key] for row in rows for key in ("loss", "validation_loss") if key in row])
+    white, half = found
+    assert len(white) == 3 and all(abs(own - other) > 1e-3 for own, other in zip(white, half, strict=True))

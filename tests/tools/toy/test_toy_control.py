@@ -15,7 +15,7 @@ ROWS = {"base": "without a control", "control": "with a control"}
 def test_the_recorded_figures_reach_their_bar_and_the_page_shows_them():
     """The slow test and the command of the page measure them."""
     found = json.loads((ROOT / "assets/toy/control.json").read_text())
-    assert min(found["control"]["colour"], found["control"]["follows"]) >= 0.9
+    assert min(found["control"]["colour"], found["control"]["follows"]) >= 0.9 and found["base"]["follows"] <= 0.3
     page = (ROOT / "docs/control.md").read_text()
     for name, row in ROWS.items():
         own = found[name]
@@ -52,4 +52,4 @@ def test_the_toy_learns_to_follow_outlines_and_takes_colours_from_the_prompt(tmp
     assert control.main([str(tmp_path / "toy"), "--write", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert min(found["control"]["colour"], found["control"]["follows"]) >= 0.9
-    assert found["base"]["follows"] <= 0.2
+    assert found["base"]["follows"] <= 0.3, "by chance: there are five lanes"

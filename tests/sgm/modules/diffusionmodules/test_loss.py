@@ -158,3 +158,26 @@ def test_variants_of_min_snr_have_the_weights_of_their_papers(kind) -> None:
         )
     with pytest.raises(InputError, match="min_snr_variant is soft without min_snr_value"):
         loss(min_snr_variant="soft")
+
+
+@pytest.mark.parametrize("params", [{}, {"type": "l1"}, {"type": "huber", "huber_delta": 0.5}, {"min_snr_value": 5.0}])
+def test_a_mask_leaves_the_mean_over_its_part_and_no_gradient_elsewhere(params) -> None:
+    """Of two samples: one half of the cells of the first, and nothing of the second."""
+    denoiser, idx = video_denoiser(), torch.tensor([100, 900])
+    x, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    output = torch.randn(SHAPE, requires_grad=True)
+    mask = torch.zeros(2, 3, 1, 4, 4)
+    mask[0, :, :, :2] = 1
+    loss = VideoDiffusionLoss(sigma_sampler_config=DISCRETE, **params)
+
+    def losses(part, **more):
+        own = {"idx": idx, "noise": noise[..., part, :], **more}
+        return loss(lambda *_: output[..., part, :], denoiser, x[..., part, :], {}, **own)
+
+    found = losses(slice(None), mask=mask)
+    torch.testing.assert_close(found[0], losses(slice(2))[0])
+    assert found[1] == 0
+    found.sum().backward()
+    assert output.grad is not None and output.grad[0, ..., :2, :].abs().min() > 0
+    assert not output.grad[0, ..., 2:, :].any() and not output.grad[1].any()
+    torch.testing.assert_close(losses(slice(None), mask=torch.ones_like(mask)), losses(slice(None)))
