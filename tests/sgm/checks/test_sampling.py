@@ -9,7 +9,14 @@ import torch
 import yaml
 
 import sgm.distributed
-from sgm.checks.sampling import check_files, check_shapes, dry_run, problems_of, schedule_problems
+from sgm.checks.sampling import (
+    check_files,
+    check_shapes,
+    dry_run,
+    enable_memory_savers,
+    problems_of,
+    schedule_problems,
+)
 from sgm.checks.sampling_plan import check_sampling, scaling_warnings
 from sgm.config.load import ConfigError, SamplingArgs, load_config
 from sgm.config.precision import resolve_precision
@@ -402,3 +409,23 @@ def test_a_path_that_is_too_long_is_a_problem_of_its_key():
     (found,) = problems_of("args.resume", "correct it", Path("long/" * 1000).is_dir)
     assert found.path == "args.resume" and found.found.startswith("File name too long: long/long/")
     assert len(found.found) < 200 and found.cure == "give another path"
+
+
+def test_large_frames_alone_are_tiled_by_a_vae_that_takes_a_number_of_pixels():
+    class Tiled:
+        above = None
+
+        def enable_tiling(self, above=0):
+            self.above = above
+
+    class Other:
+        def enable_tiling(self):
+            self.tiles = True
+
+    for setting, above in ((True, 0), ("large", 480 * 720), (False, None)):
+        enable_memory_savers(vae := Tiled(), SamplingArgs(vae_tiling=setting))
+        assert vae.above == above
+    with pytest.raises(ConfigError, match="enable_tiling of Other takes no number of pixels"):
+        enable_memory_savers(Other(), SamplingArgs(vae_tiling="large"))
+    enable_memory_savers(other := Other(), SamplingArgs(vae_tiling=True))
+    assert other.tiles
