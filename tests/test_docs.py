@@ -48,6 +48,7 @@ NOT_RUN = {
     r"python tools/toy/control\.py": "takes minutes; test_toy_control.py compares its figures with the page",
     r"python tools/toy/held_frames\.py": "takes minutes; test_held_frames.py compares its figures with this page",
     r"python tools/toy/loops\.py": "takes minutes; test_loops.py compares its figures with the page",
+    r"python tools/toy/low_memory\.py": "takes minutes; test_low_memory.py compares its figures with the page",
     r"python tools/toy/inpainting\.py": "takes minutes; test_inpainting.py compares its figures with the page",
     r"python tools/toy/long_clips\.py": "takes minutes; test_long_clips.py compares its figures with the page",
     r".*\b(outputs/preferences|configs/toy_preferences)\b": "build on each other; test_preferences.py runs them",

@@ -207,9 +207,9 @@ def training_estimate(
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
     stored = total * width if base_storage(config) is None else network.stored
     device, frozen = device + stored - total * width, stored - learned * width
-    has_vae = config.model.get("first_stage_config") is not None
+    vae = vae and config.model.get("first_stage_config") is not None
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
-    away = args.network_offload == "cpu" and (vae or text_encoder or (has_vae and args.eval_interval is not None))
+    away = args.network_offload == "cpu" and (vae or text_encoder or _samples_need_vae(config))
     device -= frozen * (args.network_offload == "blocks")
     text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
@@ -222,7 +222,7 @@ def training_estimate(
     phases: dict[str, dict[str, float]] = {}
     gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
-    if vae and has_vae:
+    if vae:
         encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
@@ -239,11 +239,8 @@ def training_estimate(
         phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:
         held = {**_without(resident, stepping + gradients), "weights in use": live}
-        sampled, others, comes = _validation_usage(config, batch, (latents, *size), dtype, phases)
-        held["VAE"] = max(resident.get("VAE", 0.0), comes)
-        if sampled < others - frozen * away:
-            held, sampled = _without(held, frozen * away), others
-        phases["validation"] = {**held, "activations": sampled}
+        usage = _validation_usage(config, batch, (latents, *size), dtype, phases)
+        phases["validation"] = _validation_phase(held, usage, frozen * away)
     traffic = {axis: section["gradient_accumulation_steps"] * num for axis, num in network.sent.items()}
     traffic["ZeRO"] = zero_traffic(total, learned, ranks, section, block=_block(config, total), width=width).total
     waits = {
@@ -313,6 +310,24 @@ def _without(resident: Mapping[str, float], weights: float) -> dict[str, float]:
     return {**resident, "weights, gradients, optimizer": resident["weights, gradients, optimizer"] - weights}
 
 
+def _validation_phase(held: dict[str, float], usage: tuple[float, float, float], away: float) -> dict[str, float]:
+    """Return an evaluation's phase, from what is `held`, `_validation_usage`, and weights that leave for the VAE."""
+    network, vae, weights = usage
+    held = {**held, "VAE": max(held.get("VAE", 0.0), weights)}
+    if network < vae - away:
+        return {**_without(held, away), "activations": vae}
+    return {**held, "activations": network}
+
+
+def _samples_need_vae(config: Config) -> bool:
+    """Whether evaluations decode samples, or encode what they start from."""
+    args, model = config.args, config.model
+    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
+    geometry = Geometry.from_network(params_of(model["network_config"]))
+    uses = not args.only_log_video_latents or geometry.image_conditioned or geometry.control_channels > 0
+    return args.eval_interval is not None and model.get("first_stage_config") is not None and uses
+
+
 def _validation_usage(
     config: Config,
     batch: int,
@@ -338,7 +353,7 @@ def _validation_usage(
         + _step_cache_bytes(config, geometry, plan.latents, size, dtype),
     )
     peaks = [phases["encode"]["activations"]] if "encode" in phases else [0.0]
-    if config.model.get("first_stage_config") is None:
+    if not _samples_need_vae(config):
         return network, max(peaks), 0.0
     usages = []
     if plan.image2video or geometry.control_channels:

@@ -141,16 +141,9 @@ def network_usage(
         # Networks of other depths, and with other numbers of recomputed blocks, are measured at the same small depths.
         learned = None if trained is None else sorted(trained.intersection(dict(network.named_parameters())))
         settings = [params_here, settings_of(config, trains=trained is not None), str(mesh), video, batch, str(dtype)]
-        work = partial(
-            usage,
-            network,
-            run,
-            dtype,
-            mesh,
-            trained=trained,
-            prepare=partial(_store_blocks, storage_of(config)),
-            fused_attention=_is_fused(config),
-        )
+        more: dict[str, Any] = {"trained": trained, "fused_attention": _is_fused(config)}
+        more["prepare"] = partial(_store_blocks, storage_of(config))
+        work = partial(usage, network, run, dtype, mesh, **more)
         return _remembered([section["target"], *settings, learned], work)
 
     depth = params.get("num_layers")

@@ -212,7 +212,7 @@ def _over(estimate: Estimate, room: float) -> frozenset[str]:
 def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple[Config, str]:
     """Return the configuration of a sampling run with the first of `PRESETS` that fits, and which one for a report.
 
-    A setting that the run gives itself stays: one on the command line, or in a file with another value than the default.
+    A setting that the run gives stays: one on the command line, or one in a file that is not the default.
 
     Args:
         config: with ``args.memory: auto``.

@@ -352,15 +352,23 @@ def check_memory_savers(config: Config, vae: Any) -> None:
         if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
             found = f"is true, but {type(vae).__name__} has no method enable_{name}"
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
-    if config.args.vae_tiling == "large" and "above" not in inspect.signature(vae.enable_tiling).parameters:
+    if config.args.vae_tiling == "large":
+        _require_above(vae)
+
+
+def _require_above(vae: Any) -> None:
+    if "above" not in inspect.signature(vae.enable_tiling).parameters:
         found = f"is large, but enable_tiling of {type(vae).__name__} takes no number of pixels, above"
         raise ConfigError([Problem("args.vae_tiling", "", found, "set it to true or false, or add that parameter")])
 
 
 def enable_memory_savers(vae: Any, args: SamplingArgs) -> None:
     """Enable tiling and slicing of a VAE as a sampling run does: slicing also if nothing is said of it."""
-    if args.vae_tiling and hasattr(vae, "enable_tiling"):
-        vae.enable_tiling(**({"above": LARGE_FRAME} if args.vae_tiling == "large" else {}))
+    if args.vae_tiling == "large" and hasattr(vae, "enable_tiling"):
+        _require_above(vae)  # a preset that was chosen for a device may ask for it
+        vae.enable_tiling(above=LARGE_FRAME)
+    elif args.vae_tiling and hasattr(vae, "enable_tiling"):
+        vae.enable_tiling()
     if default(args.vae_slicing, True) and hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
 

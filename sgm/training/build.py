@@ -107,8 +107,7 @@ def build(config: Config, plan: Plan) -> Parts:
     Raises:
         InputError: data, weights or resume state cannot be used.
     """
-    args = plan.args
-    adapters = describe_adapters(config)
+    args, adapters = plan.args, describe_adapters(config)
     point = now = _new_point(config, plan, adapters)
     if plan.resume is not None:
         plan.resume.check(now)
@@ -157,8 +156,8 @@ def build(config: Config, plan: Plan) -> Parts:
         deepspeed=deepspeed,
         adapters=adapters,
         loader=_loader(plan, data, point, total, buckets, clip_dtype=clip_dtype),
-        valid_data=data.validation if data.valid else None,
-        valid_inputs=data.validation_inputs if data.valid else None,
+        valid_data=data.validation,
+        valid_inputs=data.validation_inputs,
         bad_clips=bad_clips,
         folder=folder,
         lock=lock,

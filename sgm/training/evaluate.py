@@ -87,6 +87,7 @@ def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs, *, waits:
     If it `waits` in host memory, it comes to the device, and leaves.
     """
     vae = engine.first_stage_model
+    home = next(vae.parameters()).device if vae is not None and waits else None
     if vae is not None:
         if waits:
             vae.to(engine.device)
@@ -96,8 +97,8 @@ def _sampling_vae(engine: SATVideoDiffusionEngine, args: TrainingArgs, *, waits:
         yield
     finally:
         engine.first_stage_model = vae
-        if vae is not None and waits:
-            vae.to("cpu")
+        if vae is not None and home is not None:
+            vae.to(home)
 
 
 class EvaluationStoppedError(Exception):

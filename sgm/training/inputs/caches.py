@@ -53,7 +53,7 @@ class Caches:
 
     @property
     def encodes(self) -> dict[str, bool]:
-        """Which encoders work beside training: ``vae`` for clips or first frames, and ``text_encoder``; see `Estimate`."""
+        """Which encoders work beside training: ``vae``, for clips or first frames, and ``text_encoder``."""
         return {"vae": bool(self.vae) and not self.vae_waits, "text_encoder": bool(self.text_encoder)}
 
     def report(self) -> dict[str, str]:
@@ -333,13 +333,9 @@ def reasons_to_load(config: Config, data: Data, images: Any, text: Any, prompts:
         vae, vae_waits = "evaluation samples videos, and it waits in host memory between them", True
     captions = "captions are encoded" if text is None else ""
     if evaluates and text is not None:
-        lacks = [getattr(dataset, "captions", None) for dataset in data.valid]
-        needed = [
-            *prompts,
-            *filter(None, [args.negative_prompt]),
-            *(caption for each in lacks for caption in each or ()),
-        ]
+        of_data = [getattr(dataset, "captions", None) for dataset in data.valid]
+        needed = [*prompts, *filter(None, [args.negative_prompt]), *(one for each in of_data for one in each or ())]
         unknown = [prompt for prompt in dict.fromkeys(needed) if prompt not in text]
-        if unknown or None in lacks:
+        if unknown or None in of_data:
             captions = f"evaluation encodes {len(unknown) or 'its'} texts that are not in the cache"
     return {"vae": vae, "text_encoder": captions, "vae_waits": vae_waits}

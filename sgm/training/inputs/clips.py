@@ -120,12 +120,12 @@ class Data:
 
     @property
     def validation(self) -> Any:
-        """All validation clips as one data set, of frames."""
+        """All validation clips as one data set, of frames; None without any."""
         return _joined(self.valid)
 
     @property
     def validation_inputs(self) -> Any:
-        """All validation clips as one data set, from a cache where it holds them."""
+        """The same, from a cache where it holds them."""
         return _joined(self.encoded or self.valid)
 
     def afar_rows(self) -> dict[str, str]:
@@ -212,8 +212,7 @@ def _unknown_captions(config: Config, captions: Sequence[str]) -> dict[str, str]
 
 
 def _joined(datasets: Sequence[Any]) -> Any:
-    first, *rest = datasets
-    return ConcatDataset(datasets) if rest else first
+    return ConcatDataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
 
 def _select(dataset: Any, indices: Sequence[int]) -> Any:

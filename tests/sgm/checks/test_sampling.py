@@ -13,6 +13,7 @@ from sgm.checks.sampling import (
     check_files,
     check_shapes,
     dry_run,
+    enable_memory_savers,
     problems_of,
     schedule_problems,
     speed_problems,
@@ -418,3 +419,23 @@ def test_compiling_needs_a_compiler(load, monkeypatch):
     monkeypatch.setenv("CC", "nor-this-one")
     (problem,) = speed_problems(load("args.compile=true"), ROTARY, torch.device("cuda"), torch.bfloat16)
     assert "triton" in problem.found and problem.cure.startswith("install")
+
+
+def test_large_frames_alone_are_tiled_by_a_vae_that_takes_a_number_of_pixels():
+    class Tiled:
+        above = None
+
+        def enable_tiling(self, above=0):
+            self.above = above
+
+    class Other:
+        def enable_tiling(self):
+            self.tiles = True
+
+    for setting, above in ((True, 0), ("large", 480 * 720), (False, None)):
+        enable_memory_savers(vae := Tiled(), SamplingArgs(vae_tiling=setting))
+        assert vae.above == above
+    with pytest.raises(ConfigError, match="enable_tiling of Other takes no number of pixels"):
+        enable_memory_savers(Other(), SamplingArgs(vae_tiling="large"))
+    enable_memory_savers(other := Other(), SamplingArgs(vae_tiling=True))
+    assert other.tiles

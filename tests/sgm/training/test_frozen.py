@@ -11,12 +11,15 @@ from sgm.checks.measure import network_usage
 from sgm.checks.meta_run import build
 from sgm.config.load import ConfigError, load_config
 from sgm.conversion.lora import FILE
+from sgm.training.inputs.precompute import plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare
+from sgm.training.run import train
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.offload import Offload, without_frozen
 from sgm.weights.quantize import StoredLinear, store
+from tests.processes import ROOT
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
 from tools import export_sat_lora_weight, merge_lora_weight
 
@@ -98,6 +101,23 @@ def test_adapters_learn_beside_weights_in_fewer_bits(job, kept_run, log, remembe
     assert sum(t.numel() for t in exported.values()) == sum(t.numel() for t in matrices.values())
 
 
+@pytest.mark.slow
+def test_the_toy_learns_on_stored_weights_as_on_its_own(tmp_path, monkeypatch):
+    """The losses of 60 steps, in means over 5."""
+    monkeypatch.chdir(ROOT)
+    words = ["args.train_iters=60", "args.log_interval=5", "args.save_interval=1000", "args.eval_interval=null"]
+    config = load_config(TOY, words, mode="train")
+    run_jobs(plan_jobs(config, ("text", "latents")), tmp_path / "cache")
+    words += [f"args.{name}={tmp_path / 'cache'}" for name in ("latent_cache", "text_cache")]
+    curves = {}
+    for storage in ("bf16", *STORED):
+        own = [f"args.save={tmp_path / storage}", f"args.base_weights={storage}"]
+        curves[storage] = losses(train(load_config(TOY, [*words, *own], mode="train")).folder)
+    assert len(curves["bf16"]) == 12
+    for storage in STORED:
+        assert curves[storage] == pytest.approx(curves["bf16"], rel=0.02) and curves[storage] != curves["bf16"], curves
+
+
 @pytest.fixture
 def remembered(monkeypatch) -> dict[nn.Module, torch.Tensor]:
     """The stored layers of the blocks, and their weights before training."""
@@ -120,11 +140,13 @@ def test_weights_that_wait_in_host_memory_change_no_bit(job, kept_run, how):
     assert losses(away) == losses(plain) and equal(weights(away), weights(plain))
 
 
-def test_a_run_on_stored_weights_resumes_exactly(job):
-    settings = ("args.base_weights=int8", *OFFLOAD["blocks"])
-    whole = job(LORA, "args.train_iters=4", "args.lr_decay_iters=4", *settings).folder
-    half = job(LORA, "args.train_iters=2", "args.lr_decay_iters=4", *settings).folder
-    resumed = job(LORA, "args.train_iters=4", "args.lr_decay_iters=4", f"args.resume={half}", *settings).folder
+@pytest.mark.parametrize("storage", STORED)
+def test_a_run_on_stored_weights_resumes_exactly(job, storage):
+    offload = OFFLOAD["blocks" if storage == "int8" else "cpu"]
+    settings = (f"args.base_weights={storage}", "args.lr_decay_iters=2", *offload)
+    whole = job(LORA, "args.train_iters=2", *settings).folder
+    half = job(LORA, "args.train_iters=1", *settings).folder
+    resumed = job(LORA, "args.train_iters=2", f"args.resume={half}", *settings).folder
     assert resumed == half and losses(resumed) == losses(whole) and equal(weights(resumed), weights(whole))
 
 
