@@ -18,7 +18,7 @@ import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
 from sgm.data.order import derive_seed
-from sgm.log import get_logger, launcher_note
+from sgm.log import get_logger, launcher_note, warn_once
 from sgm.models.video_diffusion import TrainingInputs
 from sgm.training.build import Parts, build
 from sgm.training.evaluate import Evaluation, EvaluationStoppedError
@@ -417,7 +417,7 @@ class TrainingRun:
                         self.metrics.log(self.iteration, figures)
             except EvaluationStoppedError:
                 self.summary.stopped = self._signal()
-                logger.warning("the evaluation after iteration %d is left unfinished", self.iteration)
+                warn_once(logger, [f"the evaluation after iteration {self.iteration} is left unfinished"])
         if values:
             self.saver.keep_if_best(self.iteration, values["validation_loss"])
             self.summary.best = self.saver.best

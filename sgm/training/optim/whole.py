@@ -112,7 +112,8 @@ class WholeMatrices(torch.optim.Optimizer):
             return
         flat = self.param_groups[0]["params"][0]
         found = [[_place(p) for p in parameters] for parameters in self._parameters]
-        held = [torch.tensor([part.stop - part.start for _, part in places], device=flat.device) for places in found]
+        device = sgm.distributed.device()  # of the collective, also where the state is in host memory
+        held = [torch.tensor([part.stop - part.start for _, part in places], device=device) for places in found]
         most = [sgm.distributed.all_reduce_(each, largest=True).tolist() for each in held]  # on any rank
         for number, (parameters, places) in enumerate(zip(self._parameters, found, strict=True)):
             pieces, size = [], 0
