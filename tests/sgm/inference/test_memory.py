@@ -79,6 +79,7 @@ def test_the_network_is_read_while_the_text_encoder_works(sample, monkeypatch):
         events.append("loading")
         return load(*args, **kwargs)
 
+    monkeypatch.setattr(read_ahead, "_available", lambda: 2**40)
     monkeypatch.setattr(read_ahead, "_read", reading)
     monkeypatch.setattr(GeneralConditioner, "get_unconditional_conditioning", encoding)
     monkeypatch.setattr(SATVideoDiffusionEngine, "load_weights", loading)
