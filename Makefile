@@ -61,7 +61,7 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck *.sh scripts/*.sh
 
-bench: $(VENV)/installed-dev  ## print the figures of docs/benchmarks.md that a CPU has, in ten minutes
+bench: $(VENV)/installed-dev  ## print the figures of docs/benchmarks.md that a CPU has
 	$(BIN)/python -m benchmarks
 
 bench-gpu: $(VENV)/installed-dev  ## time and measure the released sizes on an accelerator, beside diffusers; goes on where it was cut off

@@ -284,16 +284,13 @@ class AdaLNMixin(BaseMixin):
         )
 
         def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
-            of_rows = {} if rows is None else {"context": hook_args["context"][rows]}
-            if rows is not None and len(hook_args["emb"]) > 1:  # else that of all samples
-                of_rows["emb"] = hook_args["emb"][rows]
+            of_rows = {n: hook_args[n][rows] for n in ("emb", "context") if rows is not None and len(hook_args[n]) > 1}
             with self.block_context(index):
                 return block(x, hook_args=hook_args | of_rows)
 
         if self.step_cache is not None and self.step_cache.in_use:
             group, num_text = hook_args["tokens"].group, hook_args["num_text"]
-            emb = hook_args["emb"].expand(len(hook_args["context"]), -1)
-            return self.step_cache.block(index, run, x, emb=emb, num_text=num_text, group=group)
+            return self.step_cache.block(index, run, x, emb=hook_args["emb"], num_text=num_text, group=group)
         return recomputed(run, x, kept) if recomputes else run(x)
 
     def block_modules(self, index: int) -> list[nn.Module]:
@@ -554,8 +551,7 @@ class DiffusionTransformer(BaseModel):
 
         Args:
             x: (B, T, C_in, H, W) noisy latents, those of image and control already concatenated on C.
-            timesteps: (B,) in 0..999. Without gradients, those of a tensor expanded to B samples are computed once,
-                and a block's norms then serve all samples in one pass.
+            timesteps: (B,) in 0..999; without gradients, blocks take fewer passes if one is expanded to B samples.
             context: (B, L, D_text) text embeddings.
             ofs: (B,), required by models with `ofs_embed_dim`; always 2.0 in released models.
 
@@ -566,8 +562,7 @@ class DiffusionTransformer(BaseModel):
             InputError: wrong shape, or `ofs` missing or not supported by this model.
         """
         grid = self._check_input(x, ofs)
-        one_step = not torch.is_grad_enabled() and timesteps.stride(0) == 0
-        if one_step and (ofs is None or ofs.stride(0) == 0):
+        if not torch.is_grad_enabled() and timesteps.stride(0) == 0 and (ofs is None or ofs.stride(0) == 0):
             timesteps, ofs = timesteps[:1], None if ofs is None else ofs[:1]
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size).to(dtype))

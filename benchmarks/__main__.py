@@ -3,8 +3,8 @@
     python -m benchmarks
     python -m benchmarks --only traffic steps
 
-On two cores this takes less than ten minutes, with fewer repetitions and smaller files than those of some tables in the
-document, whose commands it states. A part that fails is named at the end; the others run all the same.
+With fewer repetitions and smaller files than those of some tables in the document, whose commands it states. Each part
+prints its time. One that fails is named at the end; the others run all the same.
 """
 
 import argparse
@@ -25,7 +25,9 @@ PARTS: Mapping[str, Sequence[str]] = {
     "traffic": ("benchmarks.traffic",),
     "network and VAE": ("benchmarks.bench", "--sizes", "cpu"),
     "compiled": ("benchmarks.bench", "--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "7"),
+    "accelerator code": ("benchmarks.accelerator_code",),
     "steps": ("benchmarks.steps",),
+    "step cache": ("benchmarks.step_cache", "--samples", "4", "--configs", "toy"),
     "ranks": (
         *("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
         *("benchmarks.shared_decode", "--latents", "7", "6", "8", "--turns", "1"),

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --size tiny --only "5b, LoRA"      on any machine, in seconds
 
-Weights are random, in bfloat16. A row is written to a file as soon as it is known, and a second start does the others, at
-the end those that failed or ended the first. Printed is the Markdown table for docs/benchmarks.md.
+Weights are random, in bfloat16. A row is written to a file as soon as it is known, and a second start does the others,
+at the end those that failed or ended the first. Printed is the Markdown table for docs/benchmarks.md.
 """
 
 import argparse

@@ -387,6 +387,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_first_of_machine() -> bool:
+    """Whether this is the first of the processes that were started on a machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def data_parallel_rank() -> int:
     """Index of this rank's sample group among all sample groups."""
     return dist.get_rank() // _current().ranks if dist.is_initialized() else 0

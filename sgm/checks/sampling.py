@@ -209,8 +209,8 @@ def speed_problems(config: Config, geometry: Geometry, device: torch.device, dty
 
 def _missing_compiler(device: torch.device) -> tuple[str, str] | None:
     """Return what `torch.compile` lacks on this device, and the cure; it would tell at the first step."""
-    if device.type == "mps":
-        return None  # has one of its own
+    if device.type != "cpu" and sys.platform == "darwin":
+        return None  # its accelerators have a compiler of their own
     if device.type == "cpu":
         name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         missing, cure = f"the C++ compiler '{name}' is not found", "install it, or name another in the variable CXX"

@@ -1,7 +1,8 @@
 """Sampling: videos from prompts.
 
 The order limits memory: all prompts are encoded first and the text encoder is released, then the network is loaded,
-then each prompt is sampled, decoded and written before the next one.
+then each prompt is sampled, decoded and written before the next one. While the text encoder works, a thread reads the
+network's file into the host's page cache.
 """
 
 import math
@@ -50,6 +51,7 @@ from sgm.project import shipped
 from sgm.util import RunError, default, instantiate_from_config, peak_memory
 from sgm.weights.lora.several import stack_of
 from sgm.weights.offload import Offload
+from sgm.weights.read_ahead import reading_ahead
 
 logger = get_logger(__name__)
 
@@ -194,7 +196,8 @@ class SamplingRun:
         """Sample each (prompt, sample numbers); without numbers, sample once and write nothing."""
         if not passes:
             return
-        encoded, seconds = self._encode([prompt for prompt, _ in passes])
+        with reading_ahead(self._not_yet_loaded()):
+            encoded, seconds = self._encode([prompt for prompt, _ in passes])
         if not self._is_loaded and self.args.text_encoder_offload == "blocks":
             self.engine.conditioner.release()  # from the host's memory too: no prompt follows
         self._load()
@@ -219,7 +222,8 @@ class SamplingRun:
         for prompt in read_prompts_cli(image2video=self._asks_for_image, control=control, ready=self._ready):
             done.append(prompt)
             if missing := self._missing(prompt):
-                encoded, seconds = self._encode([prompt])
+                with reading_ahead(self._not_yet_loaded()):
+                    encoded, seconds = self._encode([prompt])
                 self._load()
                 self._sample_prompt(prompt, missing, encoded[0], Timings(text=seconds))
         self._write_sheet(done, 0, 1)
@@ -243,6 +247,12 @@ class SamplingRun:
         if prompt.control is not None:
             check_whole(str(prompt.control), self.plan)
         return prompt
+
+    def _not_yet_loaded(self) -> list[str]:
+        """Return the network's checkpoints until it is loaded, on one rank of a machine: its page cache serves all."""
+        if self._is_loaded or not sgm.distributed.is_first_of_machine():
+            return []
+        return [load for load in (self.args.load, self.args.base) if load is not None]
 
     def _load(self) -> None:
         if self._is_loaded:

@@ -390,9 +390,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def network_kwargs(self, num: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Return further inputs of the network for `num` samples: ``ofs`` for a network with that embedding."""
-        return (
-            {} if self.network.ofs_embed_dim is None else {"ofs": torch.tensor([self.ofs], device=device).expand(num)}
-        )
+        of_all = torch.tensor([self.ofs], device=device).expand(num)
+        return {} if self.network.ofs_embed_dim is None else {"ofs": of_all}
 
     def training_losses(self, inputs: TrainingInputs) -> torch.Tensor:
         """Return the loss of each sample, float32 (B,)."""

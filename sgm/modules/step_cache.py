@@ -104,7 +104,7 @@ class StepCache:
             index: of the block.
             run: called as ``run(x, rows)`` with the rows of the batch that `x` has left, None for all.
             x: tokens (B, S, D) of the first block; of a later one, the result of the block before.
-            emb: time embedding (B, E).
+            emb: time embedding (B, E), or that of all rows (1, E).
             num_text: L.
             group: the ranks that share the tokens, which decide together; None for one.
 
@@ -130,7 +130,7 @@ class StepCache:
         if self._residual is not None and len(self._residual) != len(x):  # guidance begins or ends
             self._signal = self._residual = None
         self._start = x[:, num_text:].clone()  # blocks overwrite their input
-        signal = emb
+        signal = emb.expand(len(x), -1)
         if self._fitted is None:
             x = self._run(run, x)
             signal, self._start = x[:, num_text:] - self._start, x[:, num_text:].clone()

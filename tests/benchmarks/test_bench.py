@@ -1,4 +1,8 @@
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +78,15 @@ def test_released_sizes_need_an_accelerator(capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--sizes", "released"])
     assert "needs an accelerator" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # machine code for eight kernels
+def test_code_of_an_accelerator_is_generated_and_compiled_without_one():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.accelerator_code"]
+    done = subprocess.run(command, cwd=Path(bench.__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *kernels, last = done.stdout.splitlines()
+    assert last == "8 kernels for capability 9.0, beside 5 products and attention"
+    assert all(re.fullmatch(r"triton_\w+: [1-9]\d+ bytes of machine code", line) for line in kernels), kernels
+    assert len(kernels) == 8

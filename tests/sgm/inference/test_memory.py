@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from sgm.inference.main import main
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.modules import GeneralConditioner
+from sgm.weights import read_ahead
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import num_bytes
 
@@ -52,6 +55,36 @@ def test_compiling_serves_all_steps_and_both_branches_of_guidance(sample, monkey
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+def test_the_network_is_read_while_the_text_encoder_works(sample, monkeypatch):
+    events, was_read = [], threading.Event()
+    read, encode, load = (
+        read_ahead._read,
+        GeneralConditioner.get_unconditional_conditioning,
+        SATVideoDiffusionEngine.load_weights,
+    )
+
+    def reading(files, stop):
+        read(files, stop)
+        events.append(f"read {[file.name for file in files]}")
+        was_read.set()
+
+    def encoding(*args, **kwargs):
+        assert was_read.wait(60), "another thread reads, and was started before"
+        events.append("encoded")
+        return encode(*args, **kwargs)
+
+    def loading(*args, **kwargs):
+        events.append("loading")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(read_ahead, "_available", lambda: 2**40)
+    monkeypatch.setattr(read_ahead, "_read", reading)
+    monkeypatch.setattr(GeneralConditioner, "get_unconditional_conditioning", encoding)
+    monkeypatch.setattr(SATVideoDiffusionEngine, "load_weights", loading)
+    assert sample()[0] == 0
+    assert events[0] == "read ['mp_rank_00_model_states.pt']" and events[-1] == "loading" and "encoded" in events
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])

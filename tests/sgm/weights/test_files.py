@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
+from sgm.weights import read_ahead
 from sgm.weights.files import find_weights, read_entry, read_names, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.partition import Shard, partition_of, take_shard
@@ -393,3 +395,37 @@ def test_names_and_digest_are_those_of_the_file_as_it_is(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(InputError, match="cannot read"):
         read_names(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reads"),
+    [("MemFree: 1 kB\nMemAvailable:   100 kB\n", True), ("MemAvailable: 2 kB\n", False), ("", False)],
+)
+def test_files_are_read_ahead_where_there_is_room(tmp_path, monkeypatch, content, reads):
+    (tmp_path / "meminfo").write_text(content)
+    (tmp_path / "weights.pt").write_bytes(b"x" * 2000)
+    started = []
+    monkeypatch.setattr(read_ahead, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(read_ahead, "_read", lambda files, stop: started.extend(files))
+    with read_ahead.reading_ahead([tmp_path / "weights.pt"]):
+        pass
+    assert started == [tmp_path / "weights.pt"] * reads
+    with read_ahead.reading_ahead([tmp_path / "missing"]):  # reported by the one who loads it
+        pass
+
+
+def test_reading_ahead_ends_with_the_file_or_when_it_is_told(tmp_path, monkeypatch):
+    (tmp_path / "weights.pt").write_bytes(b"x" * 10)
+    monkeypatch.setattr(read_ahead, "_PIECE", 4)
+    asked = []
+
+    class Stop(threading.Event):
+        def is_set(self):
+            asked.append(1)
+            return len(asked) == 4
+
+    files = [tmp_path / "missing.pt", tmp_path / "weights.pt"]
+    read_ahead._read(files, Stop())
+    assert len(asked) == 3, "pieces of 4, 4 and 2 bytes"
+    read_ahead._read(files, Stop())
+    assert len(asked) == 4
