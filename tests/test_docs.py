@@ -26,6 +26,8 @@ from sgm.inference.main import main, parse
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.geometry import Geometry
 from sgm.training import main as training
+from sgm.training.inputs.precompute import before_encoding
+from sgm.training.prepare import prepare
 from sgm.weights.files import find_weights
 from tests.processes import forked_env
 
@@ -35,7 +37,7 @@ RELEASED = sorted(path.stem for path in (ROOT / "configs").glob("cogvideox*.yaml
 
 # Commands not run here, with the reason; tests below check their arguments.
 NOT_RUN = {
-    r".*\bconfigs/toy_land\.yaml": "takes minutes, on what the demo makes; the slow test_concept.py trains it",
+    r".*\bconfigs/toy_land\.yaml": "trains for minutes, on clips of the demo; checked below on such clips",
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
     r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
@@ -59,7 +61,7 @@ NOT_RUN = {
     r"bash finetune_\w+\.sh$": "trains for minutes; test_launchers.py runs it for two steps",
     r".*\b(ckpts|CogVideoX-5b|my-|weights\.safe)": "needs released weights or a user's own",
     r"python tools/contact_sheet\.py outputs/toy outputs/toy_i2v ": "works on what the demo leaves",
-    r"python tools/evaluate\.py outputs/toy ": "reads what the demo leaves; test_evaluate.py measures such folders",
+    r"python tools/evaluate\.py outputs/toy ": "works on what the demo leaves",
     r"python tools/contact_sheet\.py outputs/land": "works on what the demo trains; test_video.py draws such pictures",
     r"hf download": "downloads",
     r"python \w+\.py --help": "shows what test_key_help.py compares",
@@ -179,6 +181,18 @@ def test_a_command_runs_on_what_the_demo_leaves(text, demo):
     done = shell(text, demo)
     assert done.returncode == 0, done.stderr
     assert (demo / text.split("--out ")[1]).is_file()
+
+
+def test_commands_that_train_on_clips_of_the_demo_are_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = shell(f"python tools/toy/concept.py make {tmp_path}/clips")
+    assert made.returncode == 0, made.stderr
+    trained = [command for command in ALL if "checked below on such clips" in (command.reason_not_to_run or "")]
+    assert len(trained) >= 2
+    for command in trained:
+        options = training.parse([*command.words[2:], f"args.train_data=[{tmp_path}/clips]", f"args.save={tmp_path}"])
+        plan = prepare(before_encoding(load_config(options.base, options.overrides, mode="train")), check_clips=True)
+        assert plan.trainable.adapters and plan.total_iters == 300
 
 
 SHORT = ["args.train_iters=2", "args.eval_interval=null", "args.valid_prompts=null", "args.num_workers=0"]

@@ -7,12 +7,14 @@
 not show: for the demo, and more to measure with. The clips without land are what the model knows already: they keep
 it from putting land under everything, and from changing colours and shapes. ``measure`` prints the share of land in
 samples from before and after training, and the shares of them whose colour and shape are as prompted; exit code 1 if
-land was not learned.
+land was not learned. The figures of the shipped LoRA are those of the 72 prompts::
+
+    python tools/toy/make_assets.py --stage land
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +62,29 @@ PROMPTS = (
     ("cyan", "triangle", "down"),
 )
 UNRELATED = ("yellow", "circle", "right")  # a prompt without land, which must stay without
+LORA = Path("assets/toy_land")  # the shipped one
+COMMAND = "python tools/toy/make_assets.py --stage land"
 LEARNED, UNKNOWN = 0.5, 0.1  # fraction of land on the ground: minimum after training, maximum before
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What the samples of a run show: land on the ground with and without the words; colours and shapes as prompted."""
+    """What the samples of a run show: land on the ground with and without the words; colours and shapes as prompted.
+
+    Attributes:
+        land: share of the ground with land, where it was asked for.
+        unasked: the same where it was not; None without such prompts.
+        clips_with_land: share of the clips with land on half of the ground or more, of those asked for it.
+        clips_without: share of the clips with hardly any, of those not asked for it; None without such prompts.
+        colour: share of all clips with the colour of the prompt.
+        shape: share of all clips with its shape.
+        samples: clips.
+    """
 
     land: float
     unasked: float | None
+    clips_with_land: float
+    clips_without: float | None
     colour: float
     shape: float
     samples: int
@@ -104,7 +120,7 @@ def make(folder: Path) -> None:
         frames = (video * 255).round().astype(np.uint8)
         write_video(folder / "videos" / f"{number:02d}.mp4", frames, scene.FPS, crf=10)
         _write(folder / "labels" / f"{number:02d}.txt", [scene.caption(*names) + words])
-    _write(folder / "prompts.txt", [scene.caption(*n) + WORDS for n in PROMPTS] + [scene.caption(*UNRELATED)])
+    write_prompts(folder / "prompts.txt")
     others = [n for n in scene.combinations(held_out=True) + scene.combinations(held_out=False) if n not in CLIPS]
     with_land = [n for n in others if n[0] != "green"][:36]  # a green shape does not stand out from land
     without = [n for n in others if n not in ORDINARY][:36]
@@ -112,6 +128,11 @@ def make(folder: Path) -> None:
         folder / "prompts_72.txt",
         [scene.caption(*names) + WORDS for names in with_land] + [scene.caption(*names) for names in without],
     )
+
+
+def write_prompts(path: Path) -> None:
+    """Write the prompts of the demo: some with land, and one without."""
+    _write(path, [scene.caption(*n) + WORDS for n in PROMPTS] + [scene.caption(*UNRELATED)])
 
 
 def _write(path: Path, lines: list[str]) -> None:
@@ -134,8 +155,29 @@ def measure(folder: Path) -> Shares:
     if not land[True]:
         raise InputError(f"no prompt of {folder} ends with '{WORDS.strip()}'; sample those of {Path('prompts.txt')}")
     colour, shape = np.mean(right, axis=0)
-    unasked = float(np.mean(land[False])) if land[False] else None
-    return Shares(float(np.mean(land[True])), unasked, float(colour), float(shape), len(videos))
+    asked, unasked = np.array(land[True]), np.array(land[False])
+    return Shares(
+        land=float(asked.mean()),
+        unasked=float(unasked.mean()) if len(unasked) else None,
+        clips_with_land=float((asked >= LEARNED).mean()),
+        clips_without=float((unasked <= UNKNOWN).mean()) if len(unasked) else None,
+        colour=float(colour),
+        shape=float(shape),
+        samples=len(videos),
+    )
+
+
+def write(quality: Path, before: Shares, after: Shares) -> None:
+    """Write the figures of the shipped LoRA into quality.json, with the digest of its weights."""
+    import report  # lazy: the demo needs none of it
+
+    made = {"steps": int((LORA / "latest").read_text(encoding="utf-8")), "sha256": report.digest(LORA)}
+    shares = {name: asdict(found) for name, found in (("before", before), ("after", after))}
+    rounded = {
+        name: {key: value if value is None else round(value, 4) for key, value in found.items()}
+        for name, found in shares.items()
+    }
+    report.update(quality.parent, land={"command": COMMAND, **made, **rounded})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     measuring = commands.add_parser("measure", help="look for land in samples")
     measuring.add_argument("before", type=Path, help="output folder of the run with the base model")
     measuring.add_argument("after", type=Path, help="output folder of the run with the adapters")
+    measuring.add_argument("--write", type=Path, metavar="FILE", help="quality.json, for the shipped LoRA's figures")
     options = parser.parse_args(argv)
     try:
         if options.command == "make":
@@ -160,9 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         f"land on {before.land:.0%} of the ground before, {after.land:.0%} after; "
         f"colours right in {before.colour:.0%}, {after.colour:.0%}; shapes in {before.shape:.0%}, {after.shape:.0%}"
         f" of {after.samples} samples\n"
+        f"clips with land on half of the ground, of those asked for it: {after.clips_with_land:.0%}\n"
     )
     if after.unasked is not None:
         sys.stdout.write(f"where no land was asked for: {after.unasked:.0%}\n")
+    if options.write is not None:
+        write(options.write, before, after)
     return 0 if before.land <= UNKNOWN and after.land >= LEARNED else 1
 
 

@@ -2,13 +2,14 @@
 
 Run from the root of the repository; about an hour and a half on two CPU cores::
 
-    python tools/toy/make_assets.py                    everything, into assets/toy
+    python tools/toy/make_assets.py                    everything: assets/toy, the LoRA assets/toy_land, all figures
     python tools/toy/make_assets.py --stage quality    measure what is there
     python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
 
 configs/toy.yaml and configs/toy_i2v.yaml give the architecture. A stage depends on the seed and on the files that
 earlier stages have written into the output folder, so it can be repeated alone. Trainings write their state into
-``work`` in that folder every minute; the same command again goes on from there, and removes it when all is made.
+``work`` in that folder every minute; the same command again goes on from there, and removes it when all is made. The
+stages ``land`` and ``figures`` use the model files as they are, so they need the default folder.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import figures
 import numpy as np
 import quality
 import report
@@ -37,7 +39,9 @@ from sgm.weights.checkpoint import save_autoencoder, save_network
 logger = get_logger("toy")
 
 T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
-STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality")
+OUT = Path("assets/toy")
+STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality", "land", "figures")
+OF_THE_FILES = ("land", "figures")  # stages that take the weights that configs/toy.yaml and its neighbours name
 # Prompts of the demo: four held-out combinations, each also with an image, and two that training sees, one with a size.
 UNSEEN = (
     ("red", "square", "up"),
@@ -146,6 +150,7 @@ def make_vae(out: Path, recipe: Recipe, seed: int) -> None:
     vae = instantiate_from_config(section)
     training.train_vae(vae, recipe.vae, _progress(out, "vae", seed), seed=seed, log=logger.info)
     save_autoencoder(out / "vae" / "3d-vae.pt", {name: value.half() for name, value in vae.state_dict().items()})
+    report.record(out, "vae", recipe.vae.num_steps)
 
 
 def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -> None:
@@ -172,6 +177,7 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
         average = training.train_network(engine, clips, network_recipe, progress, seed=seed, log=logger.info)
         weights = {key: value.half() for key, value in average.items()}
         save_network(str(loaded.args.load), network_recipe.num_steps, weights, patch_size=engine.network.patch_size)
+        report.record(out, name, network_recipe.num_steps)
 
 
 def measure_quality(out: Path, recipe: Recipe) -> None:
@@ -191,13 +197,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that the arguments name."""
     parser = argparse.ArgumentParser(description="Make the toy model of assets/toy from nothing.")
     parser.add_argument("--stage", nargs="+", choices=("all", *STAGES), default=["all"], help="what to make")
-    parser.add_argument("--out", type=Path, default=Path("assets/toy"), help="output folder (default: assets/toy)")
+    parser.add_argument("--out", type=Path, default=OUT, help="output folder (default: assets/toy)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
     parser.add_argument("--fast", action="store_true", help="a few steps of everything, in seconds; learns nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(NUM_THREADS)
     recipe = Recipe().shortened() if args.fast else Recipe()
-    stages = STAGES if "all" in args.stage else args.stage
+    stages = [stage for stage in STAGES if stage in args.stage or "all" in args.stage]
+    if args.out != OUT or args.fast:
+        if named := [stage for stage in OF_THE_FILES if stage in args.stage]:
+            parser.error(f"--stage {' '.join(named)} works on {OUT} alone, and not with --fast")
+        stages = [stage for stage in stages if stage not in OF_THE_FILES]
     if "clips" in stages:
         make_clips(args.out, recipe, args.seed)
     if "text" in stages:
@@ -208,6 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_networks(args.out, recipe, args.seed, stages)
     if "quality" in stages:
         measure_quality(args.out, recipe)
+    if "land" in stages:
+        figures.make_land(args.out / WORK / "land", args.out / report.QUALITY)
+    if "figures" in stages:
+        figures.make_figures(args.out, args.out / WORK)
     if "all" in args.stage:
         shutil.rmtree(args.out / WORK, ignore_errors=True)
     return 0

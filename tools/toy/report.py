@@ -1,5 +1,10 @@
-"""Write quality.json and README.md of assets/toy: description, recipe and quality of the toy model."""
+"""Write quality.json and README.md of assets/toy: description, recipe and quality of the toy model.
 
+The stages that make weights record them in quality.json, by digest; figures are written beside weights of that digest
+alone, so that a figure says what its weights can do.
+"""
+
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +14,11 @@ import scene
 from quality import SampleQuality
 
 from sgm.io import atomic_file
+from sgm.util import InputError
+from sgm.weights.files import find_weights
+
+QUALITY = "quality.json"
+WEIGHTS = {"vae": "vae/3d-vae.pt", "t2v": "transformer", "i2v": "transformer_i2v"}  # files, or folders with latest
 
 README = """# The toy model
 
@@ -38,20 +48,62 @@ The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, 
 """
 
 
+def read(out: Path) -> dict[str, Any]:
+    """Return quality.json of a folder; empty without one."""
+    path = out / QUALITY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def update(out: Path, **sections: Any) -> None:
+    """Replace sections of quality.json in `out`."""
+    with atomic_file(out / QUALITY) as temporary:
+        temporary.write_text(json.dumps({**read(out), **sections}, indent=2) + "\n", encoding="utf-8")
+
+
+def digest(weights: Path) -> str:
+    """Return the start of the SHA-256 of a file, or of the weights in a folder."""
+    file = find_weights(str(weights)) if weights.is_dir() else weights
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def record(out: Path, name: str, steps: int) -> None:
+    """Record weights that were made, with the steps of their training."""
+    made = {"steps": steps, "sha256": digest(out / WEIGHTS[name])}
+    update(out, weights={**read(out).get("weights", {}), name: made})
+
+
+def training_steps(out: Path) -> dict[str, int]:
+    """Return the steps of the trainings that made the weights in `out`.
+
+    Raises:
+        InputError: weights are not those that were recorded.
+    """
+    recorded = read(out).get("weights", {})
+    for name, path in WEIGHTS.items():
+        if recorded.get(name, {}).get("sha256") != digest(out / path):
+            cure = f"make them: python tools/toy/make_assets.py --stage {name} --out {out}"
+            raise InputError(f"{out / path} holds other weights than {QUALITY} records; {cure}")
+    return {name: recorded[name]["steps"] for name in WEIGHTS}
+
+
 def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQuality, i2v: SampleQuality) -> None:
-    """Write both files into `out`."""
+    """Write both files into `out`; figures of the LoRA, which are others' stage, stay.
+
+    Raises:
+        InputError: weights are not those that were recorded.
+    """
+    steps = training_steps(out)
     held_out, seen = (len(scene.combinations(held_out=value)) for value in (True, False))
     mean, worst = sum(reconstruction) / len(reconstruction), min(reconstruction)
     quality = {
         "command": "python tools/toy/make_assets.py --stage quality",
-        "training_steps": {"vae": recipe.vae.num_steps, "t2v": recipe.t2v.num_steps, "i2v": recipe.i2v.num_steps},
         "vae_psnr_db": {"mean": round(mean, 2), "min": round(worst, 2), "clips": len(reconstruction)},
         "t2v": _rounded(t2v),
         "i2v": _rounded(i2v),
     }
     text = README.format(
         clips=recipe.clips_per_combination * seen,
-        steps=quality["training_steps"],
+        steps=steps,
         combinations=seen + held_out,
         held_out=held_out,
         t2v=quality["t2v"],
@@ -60,9 +112,9 @@ def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQua
         image=_row(i2v),
         vae=quality["vae_psnr_db"],
     )
-    for name, content in (("quality.json", json.dumps(quality, indent=2) + "\n"), ("README.md", text)):
-        with atomic_file(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    update(out, **quality)
+    with atomic_file(out / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _row(quality: SampleQuality) -> str:
