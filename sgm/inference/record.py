@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from pydantic import TypeAdapter
 
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
-from sgm.weights.files import find_weights
+from sgm.io import content_digest, reason_of
+from sgm.util import InputError
+from sgm.weights.files import find_weights, shard_files
 from sgm.weights.lora.files import find_any_lora
 
 # The arguments that change a sample.
@@ -99,3 +102,45 @@ def result_digest(config: Config) -> str:
     if config.args.loras:
         args["lora_files"] = [str(find_any_lora(entry.path).resolve()) for entry in config.args.loras]
     return hashlib.sha256(json.dumps([args, config.model], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_of(path: str | Path) -> str:
+    """Return `sgm.io.content_digest` of a file that decides samples.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return content_digest(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); it is needed for sampling") from error
+
+
+def contents(config: Config) -> dict[str, str]:
+    """Return key → digest of what the files of a run hold that change every sample.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    args = config.args
+    assert args.load is not None, "the dry run refuses a run without weights"
+    files = {key: [Path(path)] for key in ("video", "mask", "start", "end") if (path := getattr(args, key)) is not None}
+    files["load"] = shard_files(find_weights(args.load))
+    if args.base is not None:
+        files["base"] = shard_files(find_weights(args.base))
+    if args.loras:
+        files["loras"] = [find_any_lora(entry.path) for entry in args.loras]
+    files |= {key: [path] for key, path in _files_of_model(config.model, "model")}
+    return {key: "-".join(map(content_of, paths)) for key, paths in files.items()}
+
+
+def _files_of_model(section: Any, key: str) -> Iterator[tuple[str, Path]]:
+    """Yield (key, path) of the files and folders that a section names: text encoder and VAE, whatever they are."""
+    if isinstance(section, Mapping):
+        for name, value in section.items():
+            if str(name).endswith(("_path", "_dir")) and isinstance(value, str) and Path(value).exists():
+                yield f"{key}.{name}", Path(value)
+            yield from _files_of_model(value, f"{key}.{name}")
+    elif isinstance(section, list | tuple):
+        for index, value in enumerate(section):
+            yield from _files_of_model(value, f"{key}[{index}]")

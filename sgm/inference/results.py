@@ -17,7 +17,8 @@ from typing import Any
 
 from sgm.config.args import SamplingArgs
 from sgm.inference.prompts import Prompt, output_folder_name
-from sgm.io import flock, parse_json, write_json
+from sgm.inference.record import content_of
+from sgm.io import flock, parse_json, remove_leftovers, write_json
 from sgm.log import get_logger
 from sgm.util import RunError, default
 
@@ -29,6 +30,13 @@ def sample_folder(output_dir: str | Path, prompt: Prompt, k: int) -> Path:
     return Path(output_dir) / output_folder_name(prompt.index, prompt.title) / str(k)
 
 
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove what killed runs left half written in an output folder, of whichever prompts."""
+    folder = Path(output_dir)
+    for path in (folder, *(path for path in folder.glob("[0-9]*/[0-9]*") if path.is_dir())):
+        remove_leftovers(path)
+
+
 class Results:
     """The files of one run.
 
@@ -36,20 +44,45 @@ class Results:
         args: of the run.
         settings: name → value of what decides a sample, beside its prompt, image and seed; recorded with each result.
         name: of the file of a sample.
+        contents: key → digest of what the files of the run hold, see `sgm.inference.record.contents`; recorded too,
+            with those of the image and control of a prompt.
     """
 
-    def __init__(self, args: SamplingArgs, settings: Mapping[str, Any], *, name: str) -> None:
+    def __init__(
+        self,
+        args: SamplingArgs,
+        settings: Mapping[str, Any],
+        *,
+        name: str,
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
         self.args, self.settings, self.name = args, settings, name
+        self._contents = dict(contents or {})
+        self._of_prompts: dict[Path, str] = {}
 
     def identity(self, prompt: Prompt, k: int) -> dict[str, Any]:
-        """Return name → value of everything that decides a sample, as its record holds it."""
+        """Return name → value of everything that decides a sample, as its record holds it.
+
+        Raises:
+            InputError: the image or control of the prompt cannot be read.
+        """
         image = None if prompt.image is None else str(prompt.image)
         control = {} if prompt.control is None else {"control": str(prompt.control)}
-        return {"prompt": prompt.text, "image": image, **control, "seed": self.args.seed + k, **self.settings}
+        own = {"prompt": prompt.text, "image": image, **control, "seed": self.args.seed + k, **self.settings}
+        return {**own, "contents": self._contents_for(prompt)}
+
+    def _contents_for(self, prompt: Prompt) -> dict[str, str]:
+        files = {key: path for key, path in (("image", prompt.image), ("control", prompt.control)) if path is not None}
+        for path in files.values():
+            if path not in self._of_prompts:
+                self._of_prompts[path] = content_of(path)
+        return {**self._contents, **{key: self._of_prompts[path] for key, path in files.items()}}
 
     def finished(self, prompt: Prompt, k: int) -> Path | None:
         """Return the finished result of a sample with these settings, or None."""
-        return next((path for path in self._places(prompt, k) if self._is_own(path, prompt, k)), None)
+        # Records of older versions hold no contents, nor do the names of results that went beside others.
+        places = (*self._places(prompt, k), *self._places(prompt, k, contents=False))
+        return next((path for path in places if self._is_own(path, prompt, k)), None)
 
     def place(self, prompt: Prompt, k: int) -> Path:
         """Return the path for a sample; a result there is unfinished, of the same settings, or to be replaced."""
@@ -65,8 +98,9 @@ class Results:
             return
         made = read_record(first) or {}
         now = self.identity(prompt, k)
-        differ = [name for name in now if name != "config_digest" and made.get(name) != now[name]]
+        differ = [name for name in now if name not in ("config_digest", "contents") and made.get(name) != now[name]]
         shown = [f"{name} {_shown(made.get(name))}, now {_shown(now[name])}" for name in differ]
+        shown += [f"another content of {key}" for key in _changed(made, now)]
         shown = shown or ["another model, other weights, or an argument of the model"]
         if self.args.overwrite:
             logger.warning("%s was made with other settings (%s) and will be replaced", first, "; ".join(shown))
@@ -95,9 +129,12 @@ class Results:
                     path.with_suffix(".json").unlink(missing_ok=True)
             return write_or_keep(path, save, {**self.identity(prompt, k), **record}, beside=safe)
 
-    def _places(self, prompt: Prompt, k: int) -> tuple[Path, Path, Path]:
+    def _places(self, prompt: Prompt, k: int, *, contents: bool = True) -> tuple[Path, Path, Path]:
         """Return the usual path of a sample, the one beside a result of other settings, and the safe one."""
-        text = json.dumps(self.identity(prompt, k), sort_keys=True, default=str)
+        identity = self.identity(prompt, k)
+        if not contents or not identity["contents"]:
+            del identity["contents"]
+        text = json.dumps(identity, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         folder = sample_folder(self.args.output_dir, prompt, k)
         usual = folder / self.name
@@ -106,7 +143,10 @@ class Results:
 
     def _is_own(self, path: Path, prompt: Prompt, k: int) -> bool:
         made = read_record(path) if path.is_file() else None
-        return made is not None and all(made.get(name) == value for name, value in self.identity(prompt, k).items())
+        now = self.identity(prompt, k)
+        if made is None or any(made.get(name) != now[name] for name in now if name != "contents"):
+            return False
+        return not _changed(made, now)
 
 
 def write_or_keep(
@@ -151,6 +191,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys of files that hold something else than when a record was made, as far as it says."""
+    recorded = made.get("contents")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return [key for key, value in now["contents"].items() if recorded.get(key, value) != value]
 
 
 def _shown(value: Any) -> str:

@@ -37,8 +37,8 @@ from sgm.inference.prompts import (
     load_image,
     read_prompts_cli,
 )
-from sgm.inference.record import Summary, Timings, clock, later_settings, result_digest
-from sgm.inference.results import Results
+from sgm.inference.record import Summary, Timings, clock, contents, later_settings, result_digest
+from sgm.inference.results import Results, remove_unfinished
 from sgm.inference.source_video import EncodedClips, check_whole, encode_clips, load_whole, start_size
 from sgm.inference.video import contact_sheet, read_video, to_uint8, write_latents, write_video
 from sgm.log import get_logger, is_rank_zero, warn_once
@@ -71,6 +71,8 @@ def sample(config: Config) -> Summary:
     if config.args.preview is not None:
         Path(config.args.preview).parent.mkdir(parents=True, exist_ok=True)
     sgm.distributed.initialize(mesh=prepared.mesh)
+    if is_rank_zero():
+        remove_unfinished(config.args.output_dir)
     if config.args.memory is not None:
         config = _with_preset(config, prepared.dtype)
     if prompts is not None and config.args.prompt_enhancer is not None:
@@ -131,7 +133,8 @@ class SamplingRun:
         self.engine.windows = self.plan.windows
         self.engine.use_step_cache(self.args.step_cache, self.args.step_cache_threshold)
         suffix = ".safetensors" if self.args.only_save_latents else ".mp4"
-        self.results = Results(self.args, self._settings(), name=f"000000{suffix}")
+        files = contents(config) if engine is None else {}  # the weights of a model in training are in no file yet
+        self.results = Results(self.args, self._settings(), name=f"000000{suffix}", contents=files)
         self.summary = Summary()
         self._is_loaded = engine is not None
         self._network_in_use = default(network_in_use, nullcontext())

@@ -226,3 +226,20 @@ def test_json_that_python_refuses_is_refused_by_its_fault(tmp_path, name, text, 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"line 1: .*{fault}"):
         READERS[name](tmp_path / name)
+
+
+def test_the_digest_of_a_large_file_sees_both_ends_and_pieces_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(sgm.io, "_WHOLE", 1 << 12)
+    monkeypatch.setattr(sgm.io, "_ENDS", 1 << 10)
+    path, content = tmp_path / "a", bytearray(1 << 23)
+    path.write_bytes(content)
+    seen = {sgm.io.content_digest(path)}
+    for place in (0, 1023, 1024, 5 << 20, len(content) - 1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        seen.add(sgm.io.content_digest(path))
+    assert len(seen) == 6
+    path.write_bytes(content + b"0")
+    assert sgm.io.content_digest(path) not in seen, "the size counts"
+    path.with_name("b").write_bytes(path.read_bytes())
+    assert sgm.io.content_digest(path.with_name("b")) == sgm.io.content_digest(path), "the name does not"

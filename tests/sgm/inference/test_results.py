@@ -10,7 +10,7 @@ import pytest
 
 from sgm.config.args import SamplingArgs
 from sgm.inference.prompts import Prompt
-from sgm.inference.results import Results, _locked
+from sgm.inference.results import Results, _locked, remove_unfinished
 from sgm.util import RunError
 
 PROMPT = Prompt(3, "a red ball")
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
         ({"settings": {"num_steps": 20, "config_digest": "5"}}, PROMPT, "(num_steps 50, now 20)"),
         ({"settings": {"config_digest": "5"}}, PROMPT, "(another model, other weights, or an argument of the model)"),
         ({}, Prompt(3, "a red ball "), "(prompt 'a red ball', now 'a red ball ')"),
-        ({}, Prompt(3, "a red ball", Path("a.png")), "(image None, now 'a.png')"),
+        ({}, Prompt(3, "a red ball", Path(__file__)), "(image None, now "),
         (
             {"seed": 7, "only_save_latents": True},
             PROMPT,
@@ -144,3 +144,50 @@ def test_every_sample_number_has_its_own_folder(tmp_path):
     paths = [write(results, str(k), k=k) for k in range(2)]
     assert [path.parent.name for path in paths] == ["0", "1"]
     assert [json.loads(path.with_suffix(".json").read_text())["seed"] for path in paths] == [42, 43]
+
+
+def test_other_content_under_the_same_name_is_another_sample(tmp_path, caplog):
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    prompt = Prompt(3, "a red ball", image)
+
+    def run(**contents: str) -> Results:
+        return Results(
+            SamplingArgs(output_dir=str(out)), SETTINGS, name="000000.mp4", contents={"load": "1", **contents}
+        )
+
+    image.write_text("one")
+    first = write(run(), "one", prompt)
+    os.utime(image, (1, 1))
+    assert run().finished(prompt, 0) == first, "a copy of a picture is the same picture"
+    image.write_text("two")
+    assert run().finished(prompt, 0) is None
+    second = write(run(), "two", prompt)
+    assert "another content of image" in caplog.text and second != first
+    third = write(run(load="2"), "three", prompt)
+    assert "another content of load; another content of image" in caplog.text
+    image.write_text("one")
+    assert [run().finished(prompt, 0), first.read_text(), third.exists()] == [first, "one", True]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_results_of_older_versions_count_as_finished(tmp_path, beside):
+    """Their records hold no contents, nor do their names."""
+    args = SamplingArgs(output_dir=str(tmp_path / "out"), seed=7 if beside else 42)
+    if beside:
+        write(make(tmp_path / "out"), "of another seed")
+    old = write(Results(args, SETTINGS, name="000000.mp4"), "old")
+    record = json.loads(old.with_suffix(".json").read_text())
+    del record["contents"]
+    old.with_suffix(".json").write_text(json.dumps(record))
+    assert Results(args, SETTINGS, name="000000.mp4", contents={"load": "1"}).finished(PROMPT, 0) == old
+    assert (old.stem != "000000") == beside
+
+
+def test_what_a_killed_run_left_is_removed_whatever_it_sampled(tmp_path):
+    done, name = write(make(tmp_path)), f".000000.{os.getpid()}-0123abcd.mp4"
+    for folder in (tmp_path, done.parent, tmp_path / "0_other_prompt" / "1", tmp_path / "other"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("half")
+    remove_unfinished(tmp_path)
+    assert sorted(path.parent.name for path in tmp_path.rglob(name)) == ["other"], "it is no folder of samples"
+    assert done.read_text() == "video"

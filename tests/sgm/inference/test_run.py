@@ -61,14 +61,14 @@ def test_text_to_video_writes_video_sidecar_and_sheet(tiny_model, tmp_path):
 
 
 def test_image_to_video_sees_its_image(tiny_model, tmp_path, image):
-    other = tmp_path / "other.png"
-    Image.new("RGB", (90, 50), "red").save(other)
-    outputs = []
-    for number, path in enumerate((image, other)):
-        prompts = write_prompts(tmp_path / f"p{number}.txt", [f"a red circle@@{path}"])
-        sample(tiny_model("dit_i2v_5b"), tmp_path / str(number), prompts, "args.only_save_latents=true")
-        outputs.append(latents(tmp_path / str(number))["a red circle/0"])
-    assert outputs[0].shape == (1, 16, 8, 12)
+    shown, out = tmp_path / "shown.png", tmp_path / "out"
+    prompts = write_prompts(tmp_path / "p.txt", [f"a red circle@@{shown}"])
+    for picture in (Image.open(image), Image.new("RGB", (90, 50), "red")):
+        picture.save(shown)
+        sample(tiny_model("dit_i2v_5b"), out, prompts, "args.only_save_latents=true")
+    # Another picture under the same name is another sample, which goes beside the first.
+    outputs = [load_file(path)["latents"] for path in out.glob("*/0/*.safetensors")]
+    assert len(outputs) == 2 and outputs[0].shape == (1, 16, 8, 12)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
