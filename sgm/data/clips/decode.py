@@ -29,7 +29,7 @@ from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-READER = 3  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
+READER = 4  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, above 8K
 _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
 _SAME_SHAPE = 0.02  # of |log(aspect ratio)| of the frames of a clip, whose size may change
@@ -131,7 +131,8 @@ def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
         shown = [(pts, length) for pts, length in shown if pts in decoded]
     ticks = np.array([pts for pts, _ in shown], dtype=np.int64)
     ticks = np.sort(ticks) if ordered else np.unique(ticks)  # VP8 hides frames under the time of another
-    if len(ticks) == 0 or len(ticks) < len(shown) / 2:
+    timed = None not in decoded if by_fields else all(pts is not None for pts, _, _ in packets)
+    if len(ticks) == 0 or len(ticks) < len(shown) / 2 or not (ordered or timed):
         said = f"states {len(ticks)} presentation times for its {len(packets)} frames"
         raise ClipError(path, f"{said}; encode it again, as mp4")
     times = ticks * base

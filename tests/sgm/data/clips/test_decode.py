@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import subprocess
 from multiprocessing.reduction import ForkingPickler
 
@@ -14,6 +15,7 @@ from sgm.data.clips import decode
 from sgm.data.clips.decode import ClipError, decode_all, probe, read_frames, scan
 from sgm.data.formats.folder import list_folder
 from sgm.data.formats.registry import list_rows
+from sgm.data.rows import VIDEO_SUFFIXES
 from sgm.inference.video import write_video
 from sgm.util import InputError
 from tests.sgm.data.clips.fields import h264_fields, write_fields
@@ -77,6 +79,7 @@ def levels(path, indices, scanned=None):
 
 X264 = ("-c:v", "libx264", "-bf", "3", "-g", "12", "-x264-params")
 X265 = ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12")
+MPEG2 = ("-c:v", "mpeg2video", "-bf", "2", "-g", "12", "-q:v", "2")
 
 
 @pytest.mark.parametrize(
@@ -96,12 +99,19 @@ X265 = ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12")
         ("open265.mkv", ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12:open-gop=1")),
         ("clip.webm", ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime")),
         ("av1.mp4", ("-c:v", "libaom-av1", "-cpu-used", "8", "-usage", "realtime")),
+        ("mpeg2.mpg", MPEG2),
+        ("mpeg2.ts", MPEG2),
+        ("open.ts", (*X264, "open-gop=1")),
+        ("open.flv", (*X264, "open-gop=1")),
+        ("open.3gp", (*X264, "open-gop=1")),
+        ("clip.wmv", ("-c:v", "wmv2", "-q:v", "2")),
+        ("clip.ogv", ("-c:v", "libtheora", "-q:v", "10")),
     ],
 )
 def test_chosen_frames_are_read_in_every_container_and_structure(variant, name, options):
     path = variant(*options, name=name)
     indices = [1, 3, 10, 11, 12, 13, 25, 28]
-    assert levels(path, indices) == indices
+    assert path.suffix in VIDEO_SUFFIXES and levels(path, indices) == indices
     assert levels(path, range(30)) == list(range(30))
     decode_all(path, scan(path))
 
@@ -287,3 +297,42 @@ def test_damage_inside_is_found_by_decoding(clip, tmp_path):
 def test_clip_errors_cross_processes():
     error = ForkingPickler.loads(ForkingPickler.dumps(ClipError("a.mp4", "is empty")))
     assert (error.path, error.reason, str(error)) == ("a.mp4", "is empty", "clip a.mp4: is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stated"),
+    [
+        ("some.ts", ("-bsf:v", "setts=pts='if(eq(mod(N,5),1),NOPTS,PTS)'"), 24),
+        ("one.mpg", (), 1),
+        ("raw.h264", (), 0),
+    ],
+)
+def test_frames_without_times_are_refused_not_left_out(variant, name, options, stated):
+    path = variant(*X264, "open-gop=0", *options, name=name)
+    with pytest.raises(ClipError, match=f"states {stated} presentation times for its 30 frames; encode it again"):
+        scan(path)
+
+
+@pytest.mark.parametrize(
+    ("edits", "shown", "start"),
+    [
+        ([(1 / 3, None), (0.2, 3)], [3, 4, 5, 6, 7, 8], 10),
+        ([(0.3, 20), (0.1, 2)], [20, 21, 22, 23, 24, 25, 26, 27, 28, 2, 3, 4], 0),
+    ],
+)
+def test_edit_lists_say_what_is_shown(variant, edits, shown, start):
+    """Edits are (seconds, first frame); None shows nothing, for a delay. FFmpeg may end an edit a frame late."""
+    path = variant("-c:v", "libx264", "-bf", "0", "-g", "12", "-video_track_timescale", "3000")
+    data = bytearray(path.read_bytes())  # the index is at the end: what changes its length moves no frame
+    place, scale = data.index(b"elst") - 4, struct.unpack_from(">I", data, data.index(b"mvhd") + 16)[0]
+    entries = (struct.pack(">IiI", round(t * scale), -1 if n is None else n * 100, 1 << 16) for t, n in edits)
+    box = b"elst" + struct.pack(">II", 0, len(edits)) + b"".join(entries)
+    grown = len(box) + 4 - struct.unpack_from(">I", data, place)[0]
+    data[place : place + len(box) + 4 - grown] = struct.pack(">I", len(box) + 4) + box
+    for name in (b"edts", b"trak", b"moov"):
+        outer = data.rindex(name) - 4
+        struct.pack_into(">I", data, outer, struct.unpack_from(">I", data, outer)[0] + grown)
+    path.write_bytes(data)
+    scanned = scan(path)
+    assert levels(path, range(len(scanned.times)), scanned)[: len(shown)] == shown
+    assert scanned.times[0] == pytest.approx(start / 30, abs=0.01) and len(scanned.times) <= len(shown) + 1
