@@ -483,6 +483,11 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
     return json.loads(store.get(answer))
 
 
+def wait_for_all() -> None:
+    """Wait for all ranks in the store, without the timeout of collectives; heartbeats end the wait if one is lost."""
+    settle(None, lambda values: None, threading.Event())
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """All-gather small objects, in rank order."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)

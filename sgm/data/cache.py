@@ -168,17 +168,21 @@ def begin(folder: Path, description: Description, *, name: str = "--out") -> Non
     if not path.is_file():
         write_json(path, {"format": _FORMAT, **dataclasses.asdict(description)})
         return
-    there = read_description(LocalFolder(folder), description.kind)
-    now = {**description.source, "dtype": description.dtype}
-    found = differences({**there.source, "dtype": there.dtype}, now)
-    if not found and there != description:
-        before, after = set(there.keys()), set(description.keys())
-        found = [f"new: {key}" for key in sorted(after - before)] + [f"gone: {key}" for key in sorted(before - after)]
-        found = found or differences(there.shape_of(), description.shape_of())
-        found = found or ["the results are in another order, or in shards of another size (--shard_mb)"]
-    if found:
+    if found := changes(read_description(LocalFolder(folder), description.kind), description):
         cure = f"name another folder with {name}, or remove this one"
         raise InputError(f"{path} belongs to a cache with other settings or data; {cure}:\n{listed(found)}")
+
+
+def changes(before: Description, after: Description) -> list[str]:
+    """Return a line for each difference of two descriptions of a kind; none if they are of the same cache."""
+    if before == after:
+        return []
+    found = differences({**before.source, "dtype": before.dtype}, {**after.source, "dtype": after.dtype})
+    if not found:
+        old, new = set(before.keys()), set(after.keys())
+        found = [f"new: {key}" for key in sorted(new - old)] + [f"gone: {key}" for key in sorted(old - new)]
+    found = found or differences(before.shape_of(), after.shape_of())
+    return found or ["the results are in another order, or in shards of another size (--shard_mb)"]
 
 
 def write_shard(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import sgm.distributed
 from sgm.checks.sampling import check_files
 from sgm.checks.training import check_training_data, geometry_of
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, ConfigError
+from sgm.config.load import Config, ConfigError, digest_of
 from sgm.config.precision import resolve_training_precision
-from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, divide, read_shard, write_shard
+from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, changes, divide, read_shard, write_shard
 from sgm.data.clips.decode import ClipError
+from sgm.data.rows import listed
 from sgm.io import lock_folder, remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
@@ -135,15 +136,34 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False, name: s
         Key → reason of failed keys.
 
     Raises:
-        InputError: the folder holds another cache, or is locked by another process.
+        InputError: the folder holds another cache, or is locked by another process; or ranks see other data.
         RunError: results cannot be written.
     """
+    _require_same([job.description for job in jobs])
     with ExitStack() as stack:
         begun = sgm.distributed.run_on_rank_zero(lambda: _begin(jobs, folder, stack, verify, name))
         failures: dict[str, str] = {}
         for job, unfinished in zip(jobs, begun, strict=True):
             failures |= _run(job, folder, unfinished)
         return failures
+
+
+def _require_same(own: Sequence[Description]) -> None:
+    """Check that the caches of all ranks are those of rank zero, whose numbers of shards they will fill.
+
+    Raises:
+        InputError: they are not; the message names rank and differences.
+    """
+    digest = digest_of([asdict(each) for each in own])
+    differs = torch.tensor([float(sgm.distributed.broadcast_from_rank_zero(digest) != digest)])
+    if not sgm.distributed.all_reduce_(differs.to(sgm.distributed.device()), largest=True).item():
+        return
+    first = sgm.distributed.broadcast_from_rank_zero(list(own))
+    found = [line for before, after in zip(first, own, strict=True) for line in changes(before, after)]
+    shown = {rank: lines for rank, lines in enumerate(sgm.distributed.all_gather_objects(listed(found))) if lines}
+    said = "\n".join(f"rank {rank}:\n{lines}" for rank, lines in shown.items())
+    cure = "let all machines see the same files and settings"
+    raise InputError(f"ranks would encode other data than rank 0; {cure}. Compared with rank 0,\n{said}")
 
 
 def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool, name: str) -> list[list[int]]:
@@ -169,14 +189,12 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
-        # Synchronize after each shard: a single wait at the end could exceed the timeout of a collective.
-        for start in range(0, len(unfinished), world):
-            found: dict[str, str] = {}
-            if encode is not None and start + rank < len(unfinished):
-                shard = unfinished[start + rank]
-                found = write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
-            for more in sgm.distributed.all_gather_objects(found):
-                failures |= more
+        for shard in own if encode is not None else ():
+            failures |= write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
+    # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
+    sgm.distributed.wait_for_all()
+    for of_rank in sgm.distributed.all_gather_objects(failures):
+        failures |= of_rank
     for key, reason in failures.items() if is_rank_zero() else ():
         logger.warning("not encoded: %s: %s", key, reason)
     return failures
@@ -282,7 +300,8 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
         for index, path in enumerate(dataset.paths):
             if path not in keys:  # the data set cannot use it
                 continue
-            key, shape = keys[path], shapes[path]
+            # Rank zero may not know the path; then the ranks differ, which `_require_same` says.
+            key, shape = keys[path], shapes.get(path, "rank 0 does not have it")
             if shape is None:
                 left_out[key] = None
                 continue

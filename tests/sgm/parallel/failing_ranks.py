@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 import sgm.distributed as d
 from sgm.config.args import SamplingArgs
+from sgm.data.cache import Description
+from sgm.training.inputs.precompute import Job, run_jobs
 from sgm.training.prepare import agree
 from tests.processes import rank_environments
 from tests.sgm.training.points import POINT
@@ -66,6 +68,20 @@ def disagree() -> None:
     agree(SimpleNamespace(config=SimpleNamespace(digest="c"), data=data, mesh=d.Mesh(), resume=point))  # pyright: ignore
 
 
+def meet_late() -> None:
+    """A rank may encode for longer than the timeout of collectives."""
+    time.sleep(1.5 * TIMEOUT * d.rank())
+    d.wait_for_all()
+    assert d.all_gather_objects(d.rank()) == [0, 1]
+
+
+def encode_different_clips() -> None:
+    """Rank 1 sees a clip less, and would write its clips into the shards of rank zero."""
+    keys = ("data/a.mp4, 5 bytes", "data/b.mp4, 6 bytes")[: 2 - d.rank()]
+    description = Description("latents", "fp16", {"precision": "fp32"}, tuple((key,) for key in keys))
+    run_jobs([Job(description, 1, lambda: 1 / 0)], Path("never made"))  # pyright: ignore
+
+
 # Work of both ranks, and signals sent to them: (seconds after the previous one, rank, signal).
 Signals = list[tuple[float, int, signal.Signals]]
 CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
@@ -78,7 +94,9 @@ CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
     "failed": (fail_on_rank_one, []),
     "stuck": (be_stuck_on_rank_one, []),
     "slow": (outlast_a_collective, []),
+    "late": (meet_late, []),
     "different": (disagree, []),
+    "different clips": (encode_different_clips, []),
     "paused": (end_apart, [(0, 1, signal.SIGSTOP), (TIMEOUT / 5, 1, signal.SIGCONT)]),
 }
 

@@ -61,9 +61,10 @@ def test_ranks_that_end_apart_or_pause_raise_no_alarm(results):
     assert results["paused"]["messages"] == ["", ""]
 
 
-def test_rank_zero_may_work_longer_than_the_timeout_of_collectives(results):
-    assert results["slow"]["codes"] == [0, 0]
-    assert results["slow"]["messages"] == ["", ""]
+@pytest.mark.parametrize("case", ["slow", "late"])
+def test_a_rank_may_work_longer_than_the_timeout_of_collectives(results, case):
+    assert results[case]["codes"] == [0, 0]
+    assert results[case]["messages"] == ["", ""]
 
 
 def test_ranks_that_found_different_things_end_with_a_message(results):
@@ -74,6 +75,13 @@ def test_ranks_that_found_different_things_end_with_a_message(results):
         assert "rank 1 has the resume point run after iteration 1, and rank 0 has run after iteration 0" in message
         assert "rank 1 has their captions 1, and rank 0 has 0" in message
         assert "groups" not in message and "the clips" not in message and "start all of them with the same" in message
+
+
+def test_ranks_that_would_encode_different_clips_end_with_a_message(results):
+    assert results["different clips"]["codes"] == [1, 1]
+    for message in results["different clips"]["messages"]:
+        assert "error: ranks would encode other data than rank 0; let all machines see the same files" in message
+        assert "Compared with rank 0,\nrank 1:\n  gone: data/b.mp4, 6 bytes" in message
 
 
 class Store:
