@@ -252,11 +252,20 @@ class SFTDataset:
         Raises:
             InputError: a file is missing.
         """
+        return {str(row.path): key for key, row, _ in self._cached_parts(images=images, controls=controls)}
+
+    def cache_files(self, *, images: bool = False, controls: bool = False) -> dict[str, tuple[ClipFile, ...]]:
+        """Return key in a cache → the files whose content decides its result, as `cache_keys` names them."""
+        parts = self._cached_parts(images=images, controls=controls)
+        return {key: (row.path,) if part is None else (row.path, part) for key, row, part in parts}
+
+    def _cached_parts(self, *, images: bool, controls: bool) -> Iterator[tuple[str, Row, ClipFile | None]]:
+        """Yield the key of each usable clip, its row, and the file of its first image or control."""
         key = ClipKeys(self._root)
-        rows = [row for row in self.rows if not row.problem]
-        return {
-            str(row.path): key(row.path, row.image if images else row.control if controls else None) for row in rows
-        }
+        for row in self.rows:
+            if not row.problem:
+                part = row.image if images else row.control if controls else None
+                yield key(row.path, part), row, part
 
     def cached(
         self,

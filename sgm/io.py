@@ -37,7 +37,6 @@ _TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
 _NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
-_WHOLE, _ENDS, _PIECES = 1 << 26, 1 << 20, 1024  # bytes and pieces that `content_digest` reads
 LOCK = ".lock"  # the locked file of a folder
 _HIDDEN_LOCK = "lock"  # that of a hidden folder
 _cleaned: set[Path] = set()  # folders whose leftovers this process has removed
@@ -355,11 +354,16 @@ def require_regular(path: str | Path) -> None:
         raise NotAFileError(next((name for check, name in _NOT_FILES.items() if check(mode)), "device"))
 
 
-def content_digest(path: str | Path) -> str:
+def content_digest(path: str | Path, *, whole: int = 1 << 26, ends: int = 1 << 20, pieces: int = 1024) -> str:
     """Return 16 hexadecimal digits of what a file holds, or of all files in a folder, without those in its subfolders.
 
-    It does not depend on names of the path or on times. Files above 64 MiB are read in part: their size, a MiB at both
-    ends, which holds the checksums of all entries of an archive, and 1,024 pages evenly between.
+    It does not depend on names of the path or on times.
+
+    Args:
+        path: the file or folder.
+        whole: size in bytes up to which a file is read whole. Of a larger one count its size and:
+        ends: bytes at both ends; a MiB holds the checksums of all entries of an archive of weights.
+        pieces: pages evenly between.
 
     Raises:
         OSError: something cannot be read.
@@ -368,16 +372,17 @@ def content_digest(path: str | Path) -> str:
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")):
-            digest.update(f"{file.name}|{content_digest(file)}|".encode("utf-8", "surrogateescape"))
+            each = content_digest(file, whole=whole, ends=ends, pieces=pieces)
+            digest.update(f"{file.name}|{each}|".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
     require_regular(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE:
+        if size <= whole:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
         digest.update(f"{size}|".encode())
-        between = (_ENDS + (size - 2 * _ENDS) * index // _PIECES for index in range(_PIECES))
-        for place, count in ((0, _ENDS), (size - _ENDS, _ENDS), *((place, 4096) for place in between)):
+        between = (ends + (size - 2 * ends) * index // pieces for index in range(pieces))
+        for place, count in ((0, ends), (size - ends, ends), *((place, 4096) for place in between)):
             file.seek(place)
             digest.update(file.read(count))
     return digest.hexdigest()[:16]

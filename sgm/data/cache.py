@@ -29,13 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sgm.data.cache_folder import CacheFolder, LocalFolder, cache_folder
+from sgm.data.contents import Contents
 from sgm.data.remote.folder import RemoteFolder, upload
 from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, listed
 from sgm.io import parse_json, reason_of, write_json
+from sgm.log import get_logger
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, safetensors_checksums, write_safetensors
 from sgm.weights.stored import finite_problem
+
+logger = get_logger(__name__)
 
 Kind = Literal["latents", "images", "controls", "text"]
 KINDS: tuple[Kind, ...] = ("latents", "images", "controls", "text")
@@ -44,6 +48,7 @@ TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"the same command of {TOOL} writes it again"
 _FORMAT = 4  # increment when the files change; how frames are chosen is in the source, `decode.READER`
 _MISSING = "it is missing"
+_STAMPS = "files"  # in the header of a shard: a list, in the order of its keys
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 
 
@@ -106,12 +111,31 @@ class Description:
             return str(error) or type(error).__name__
         return ""
 
+    def changed(self, folder: CacheFolder, contents: Contents) -> dict[int, list[str]]:
+        """Return number → keys of results whose files were replaced since a shard was written."""
+        stamps = {number: self.stamps(folder, number) for number in range(len(self.shards))}
+        changed = {*contents.changed({key: stamp for shard in stamps.values() for key, stamp in shard.items()})}
+        found = {number: [key for key in shard if key in changed] for number, shard in stamps.items()}
+        return {number: keys for number, keys in found.items() if keys}
+
+    def stamps(self, folder: CacheFolder, number: int) -> dict[str, str]:
+        """Return key → stamp of `Contents` of the results of a shard; none if it is missing, or has none."""
+        try:
+            given = parse_json(folder.header(self.shard(number))).get("__metadata__", {}).get(_STAMPS, "[]")
+            return dict(zip(self.shards[number], _LIST.validate_json(given), strict=False))
+        except (OSError, ValueError, AttributeError):  # what is wrong with it is said by `problem`
+            return {}
+
     def missing(self, folder: Path) -> list[int]:
         """Return the numbers of shards that `folder` does not have, or whose size or header is wrong."""
         return list(self.problems(LocalFolder(folder)))
 
-    def unfinished(self, folder: Path, *, verify: bool = False) -> list[int]:
-        """Return the numbers of shards that are missing or have failures; with `verify`, or damaged results."""
+    def unfinished(self, folder: Path, *, verify: bool = False, contents: Contents | None = None) -> list[int]:
+        """Return the numbers of shards to write.
+
+        Those are missing, have failures, with `contents` results of files that were replaced, or with `verify` damaged
+        results.
+        """
         here, numbers = LocalFolder(folder), range(len(self.shards))
         missing, there = self.problems(here), here.among(map(self.failed, numbers))
         failed = {number for number in numbers if self.failed(number) in there}
@@ -121,7 +145,8 @@ class Description:
             if verify and number not in failed.union(missing)
             if len(read_shard(folder, self, number)) < len(self.shards[number])
         }
-        return sorted(failed.union(missing, damaged))
+        changed = {} if contents is None else self.changed(here, contents)
+        return sorted(failed.union(missing, damaged, changed))
 
     def failures(self, folder: CacheFolder) -> dict[str, str]:
         """Return key → reason of the failures in `folder`.
@@ -140,7 +165,7 @@ class Description:
         return failures
 
 
-_VERSION, _FAILURES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, str])
+_VERSION, _FAILURES, _LIST = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, str]), TypeAdapter(list[str])
 _DESCRIPTION = TypeAdapter(Description)
 
 
@@ -186,7 +211,11 @@ def changes(before: Description, after: Description) -> list[str]:
 
 
 def write_shard(
-    folder: Path, description: Description, number: int, results: Iterable[torch.Tensor | str]
+    folder: Path,
+    description: Description,
+    number: int,
+    results: Iterable[torch.Tensor | str],
+    contents: Contents | None = None,
 ) -> dict[str, str]:
     """Write a shard atomically, replacing an earlier one; return key → reason of the failures.
 
@@ -195,12 +224,17 @@ def write_shard(
         description: of this kind.
         number: of the shard.
         results: a tensor, or the reason of a failure, for each key in order.
+        contents: of the files of clips; their stamps are recorded.
 
     Raises:
         RunError: it could not be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     failures: dict[str, str] = {}
+    # Before the files are read: one that is replaced meanwhile is encoded again.
+    metadata = {"shard": description.identity(number)}
+    if contents is not None:
+        metadata[_STAMPS] = json.dumps([contents.stamp(key) for key in description.shards[number]])
     for place, (key, result) in enumerate(zip(description.shards[number], results, strict=True)):
         if isinstance(result, str):
             failures[key] = result
@@ -219,19 +253,26 @@ def write_shard(
         write_json(failed, failures)
     else:
         failed.unlink(missing_ok=True)
-    write_safetensors(path, tensors, metadata={"shard": description.identity(number)})
+    write_safetensors(path, tensors, metadata=metadata)
     return failures
 
 
-def read_shard(folder: Path, description: Description, number: int) -> dict[str, torch.Tensor]:
-    """Return key → result of a shard in the stored dtype, without damaged ones; none if the file is missing."""
-    path = folder / description.shard(number)
-    if description.problem(LocalFolder(folder), number):
+def read_shard(
+    folder: Path, description: Description, number: int, contents: Contents | None = None
+) -> dict[str, torch.Tensor]:
+    """Return key → result of a shard in the stored dtype; none if the file is missing.
+
+    Damaged results are left out, and with `contents` those whose files were replaced.
+    """
+    path, here = folder / description.shard(number), LocalFolder(folder)
+    if description.problem(here, number):
         return {}
+    changed = [] if contents is None else contents.changed(description.stamps(here, number))
     checksums = safetensors_checksums(path) or Checksums({})
     return {
-        description.shards[number][int(place)]: tensor
+        key: tensor
         for place, tensor in load_file(path).items()
+        if (key := description.shards[number][int(place)]) not in changed
         if checksums.fit(place, tensor) and not finite_problem(tensor)
     }
 
@@ -406,6 +447,23 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 f"the {kind} in '{self.folder}' were made with other settings or data; run {TOOL} with the present "
                 f"configuration and data, and another --out:\n{listed(found)}"
             )
+
+    def require_contents(self, contents: Contents) -> None:
+        """Check that the files of clips hold what was encoded; warn if the cache does not record it.
+
+        Raises:
+            InputError: they were replaced; the message lists them.
+        """
+        replaced = [key for keys in self.description.changed(self.folder, contents).values() for key in keys]
+        if replaced:
+            raise InputError(
+                f"clips were replaced since their {self.description.kind} in '{self.folder}' were made; the same "
+                f"command of {TOOL} encodes them again:\n{listed(replaced)}"
+            )
+        first = next(self.description.keys(), None)
+        if first is not None and not self.description.stamps(self.folder, 0).get(first) and contents.stamp(first):
+            found = f"the {self.description.kind} in '{self.folder}' do not record what the files of clips held"
+            logger.warning("%s: a clip that was replaced by one of the same size is not noticed", found)
 
 
 def _reason(error: Exception) -> str:

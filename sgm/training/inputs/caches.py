@@ -20,6 +20,7 @@ from sgm.config.precision import autoencoder_dtype, precision_name
 from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import CachedTensors, Kind, has_kind
 from sgm.data.clips.decode import READER
+from sgm.data.contents import Contents
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.training.inputs.clips import Data, store_of
 from sgm.util import InputError, instantiate_from_config
@@ -86,16 +87,19 @@ def open_latents(
     latents = opened("latents")
     keys = [dataset.cache_keys() for dataset in data.sources]
     latents.require(_values(keys), clip_source(config, data.sources[0], dtype, "latents"))
+    _require_contents(latents, data.sources, "latents")
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
     if has_image and has_kind(latents.folder, "images"):
         images = opened("images")
         image_keys = [dataset.cache_keys(images=True) for dataset in data.sources]
         images.require(_values(image_keys), clip_source(config, data.sources[0], dtype, "images"))
+        _require_contents(images, data.sources, "images")
     controls, control_keys = None, keys
     if takes_control(config):
         controls = opened("controls")
         control_keys = [dataset.cache_keys(controls=True) for dataset in data.sources]
         controls.require(_values(control_keys), clip_source(config, data.sources[0], dtype, "controls"))
+        _require_contents(controls, data.sources, "controls")
     cached = [
         dataset.cached(
             latents,
@@ -108,6 +112,23 @@ def open_latents(
         for dataset, of_clips, of_images, of_controls in zip(data.sources, keys, image_keys, control_keys, strict=True)
     ]
     return data.with_cached(cached), latents, images
+
+
+def part_of(kind: Kind) -> dict[str, bool]:
+    """Return the arguments with which a data set gives the keys of a kind of results."""
+    return {"images": {"images": True}, "controls": {"controls": True}}.get(kind, {})
+
+
+def contents_of(datasets: Sequence[Any], kind: Kind) -> Contents | None:
+    """Return the contents of the files of clips; None if a data set does not tell its files."""
+    if not all(hasattr(dataset, "cache_files") for dataset in datasets):
+        return None
+    return Contents({key: of_one for each in datasets for key, of_one in each.cache_files(**part_of(kind)).items()})
+
+
+def _require_contents(cache: CachedTensors, datasets: Sequence[Any], kind: Kind) -> None:
+    if (contents := contents_of(datasets, kind)) is not None:
+        cache.require_contents(contents)
 
 
 def _values(keys: Sequence[Mapping[str, str]]) -> list[str]:

@@ -25,12 +25,22 @@ from sgm.config.load import Config, ConfigError, digest_of
 from sgm.config.precision import resolve_training_precision
 from sgm.data.cache import SHARD_BYTES, Description, Kind, begin, changes, divide, read_shard, write_shard
 from sgm.data.clips.decode import ClipError
+from sgm.data.contents import Contents
 from sgm.data.rows import listed
 from sgm.io import lock_folder, remove_leftovers, require_writable
 from sgm.log import get_logger, is_rank_zero
 from sgm.modules.geometry import Geometry
 from sgm.training.bad_clips import unusable
-from sgm.training.inputs.caches import clip_source, require_repeatable, shapes_of, text_encoder_of, text_source, texts
+from sgm.training.inputs.caches import (
+    clip_source,
+    contents_of,
+    part_of,
+    require_repeatable,
+    shapes_of,
+    text_encoder_of,
+    text_source,
+    texts,
+)
 from sgm.training.inputs.clips import open_folder
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.checkpoint import load_autoencoder
@@ -50,11 +60,13 @@ class Job:
         num_bytes: approximate size of the cache.
         loaded: context with the encoder in memory; yields a function from keys to an iterator over results, or strings
             with the reason of a failure.
+        contents: of the files of clips, if the data set tells them.
     """
 
     description: Description
     num_bytes: int
     loaded: Callable[[], AbstractContextManager[Encode]]
+    contents: Contents | None = None
 
 
 def plan_jobs(
@@ -124,7 +136,8 @@ def encode_ahead(config: Config) -> Config:
 def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False, name: str = "--out") -> dict[str, str]:
     """Encode results missing in `folder`, with shards divided among ranks. Collective: all ranks call it.
 
-    Retries keys that failed before. Files of a wrong size or with another header count as missing.
+    Retries keys that failed before, and encodes clips again that were replaced. Files of a wrong size or with another
+    header count as missing.
 
     Args:
         jobs: of one cache.
@@ -175,7 +188,7 @@ def _begin(jobs: Sequence[Job], folder: Path, stack: ExitStack, verify: bool, na
     remove_leftovers(folder)
     for job in jobs:
         begin(folder, job.description, name=name)
-    return [job.description.unfinished(folder, verify=verify) for job in jobs]
+    return [job.description.unfinished(folder, verify=verify, contents=job.contents) for job in jobs]
 
 
 def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
@@ -190,7 +203,8 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
         for shard in own if encode is not None else ():
-            failures |= write_shard(folder, description, shard, _results(folder, description, shard, encode, bar))
+            results = _results(folder, job, shard, encode, bar)
+            failures |= write_shard(folder, description, shard, results, job.contents)
     # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
     sgm.distributed.wait_for_all()
     for of_rank in sgm.distributed.all_gather_objects(failures):
@@ -200,13 +214,12 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     return failures
 
 
-def _results(
-    folder: Path, description: Description, shard: int, encode: Encode, bar: tqdm
-) -> Iterator[torch.Tensor | str]:
+def _results(folder: Path, job: Job, shard: int, encode: Encode, bar: tqdm) -> Iterator[torch.Tensor | str]:
     """Yield the results of a shard in order, read from an earlier run or encoded."""
-    written = read_shard(folder, description, shard)
-    encoded = encode([key for key in description.shards[shard] if key not in written])
-    for key in description.shards[shard]:
+    keys = job.description.shards[shard]
+    written = read_shard(folder, job.description, shard, job.contents)
+    encoded = encode([key for key in keys if key not in written])
+    for key in keys:
         result = written[key] if key in written else next(encoded)
         bar.update()
         yield result
@@ -282,7 +295,7 @@ def _clip_job(
 
     shapes = tuple(None if isinstance(clip.shape, str) else "x".join(map(str, clip.shape)) for clip in clips.values())
     description = Description(kind, stored, source, divide([*clips], sizes, shard_bytes), shapes, tuple(left_out))
-    return Job(description, sum(sizes), loaded)
+    return Job(description, sum(sizes), loaded, contents_of(datasets, kind))
 
 
 def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[str, _Clip], list[str]]:
@@ -294,8 +307,7 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     clips: dict[str, _Clip] = {}
     left_out: dict[str, None] = {}
     for dataset in datasets:
-        given = {"images": {"images": True}, "controls": {"controls": True}}.get(kind, {})
-        keys = dataset.cache_keys(**given)
+        keys = dataset.cache_keys(**part_of(kind))
         shapes = sgm.distributed.run_on_rank_zero(partial(shapes_of, config, dataset))
         for index, path in enumerate(dataset.paths):
             if path not in keys:  # the data set cannot use it

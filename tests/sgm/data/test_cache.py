@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
 from sgm.data.cache_folder import LocalFolder
+from sgm.data.contents import Contents
 from sgm.data.formats.webdataset import Member
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import write_safetensors
@@ -286,3 +287,28 @@ def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
     assert ClipKeys(folders[0])(member) == "data/0.tar/b.mp4, 99 bytes"
     with pytest.raises(InputError, match="cannot be read"):
         ClipKeys(folders[0])(folders[0] / "none.mp4")
+
+
+def test_a_clip_replaced_by_one_of_the_same_size_is_noticed_and_encoded_again(tmp_path, caplog):
+    clips = {key: (tmp_path / f"{key}.mp4",) for key in KEYS}
+    for key, (path,) in clips.items():
+        path.write_bytes(key.encode() * 300_000)
+    given, folder = description(), tmp_path / "cache"
+    begin(folder, given)
+    for number, shard in enumerate(given.shards):
+        write_shard(folder, given, number, map(tensor, shard), Contents(clips))
+    os.utime(clips["a"][0], (1, 1))
+    CachedTensors(folder, "latents").require_contents(Contents(clips))
+    assert given.unfinished(folder, contents=Contents(clips)) == [] and not caplog.messages, "a copy is the same clip"
+    content = bytearray(clips["b"][0].read_bytes())
+    content[0] ^= 1
+    clips["b"][0].write_bytes(content)
+    with pytest.raises(InputError, match=r"clips were replaced since their latents .*encodes them again:\n  b$"):
+        CachedTensors(folder, "latents").require_contents(Contents(clips))
+    assert given.unfinished(folder, contents=Contents(clips)) == [0] and given.unfinished(folder) == []
+    assert read_shard(folder, given, 0, Contents(clips)).keys() == {"a"}
+    write_shard(folder, given, 0, map(tensor, given.shards[0]), Contents(clips))
+    assert given.unfinished(folder, contents=Contents(clips)) == []
+    write(folder, given)  # as older versions did
+    CachedTensors(folder, "latents").require_contents(Contents(clips))
+    assert "do not record what the files of clips held" in caplog.text

@@ -1,0 +1,65 @@
+"""What the files of clips hold, so that a clip that was replaced under its name is not taken for the one encoded.
+
+A stamp is the modification time of a file and a digest of its content. Where the time is that of the stamp, the content
+is not read; where it differs, as in a copy of a data set, the content decides.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sgm.data.clips.index import stamps
+from sgm.data.rows import ClipFile
+from sgm.io import content_digest
+
+_THREADS = 16  # that read files, which may be on a network
+_PART = 1 << 16  # bytes of a file: all of a smaller one, and both ends of a larger one
+
+
+class Contents:
+    """The files of the results of a cache.
+
+    Args:
+        files: key of a result → its files; those afar have no stamps.
+    """
+
+    def __init__(self, files: Mapping[str, Sequence[ClipFile]]) -> None:
+        self._files = files
+        self._stamp = stamps()
+
+    def stamp(self, key: str) -> str:
+        """Return the stamp of a result's files; empty if there is none."""
+        times = [self._time(file) for file in self._files.get(key, ())]
+        digest = self._digest(key)
+        return f"{','.join(times)} {digest}" if times and all(times) and digest else ""
+
+    def changed(self, recorded: Mapping[str, str]) -> list[str]:
+        """Return the keys whose files hold something else than their stamps say; missing and empty ones say nothing."""
+        asked = [key for key in recorded if recorded[key] and key in self._files]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            kept = pool.map(lambda key: self._is_same(key, recorded[key]), asked)
+            return [key for key, same in zip(asked, kept, strict=True) if not same]
+
+    def _is_same(self, key: str, recorded: str) -> bool:
+        times, _, digest = recorded.partition(" ")
+        return times == ",".join(map(self._time, self._files[key])) or digest == self._digest(key)
+
+    def _time(self, file: ClipFile) -> str:
+        stamp = self._stamp(file)
+        return str(stamp[1]) if isinstance(stamp, tuple) else ""  # of an object afar, its version
+
+    def _digest(self, key: str) -> str:
+        return "-".join(map(_digest, self._files.get(key, ())))
+
+
+def _digest(file: ClipFile) -> str:
+    """Return a digest of the content of a file, or of a file inside another one; empty if it cannot be read."""
+    try:
+        if isinstance(file, Path):
+            return content_digest(file, whole=2 * _PART, ends=_PART, pieces=8)
+        if isinstance(file.container, Path):
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+    except OSError:
+        pass
+    return ""
