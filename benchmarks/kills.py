@@ -3,10 +3,11 @@
     python -m benchmarks.kills
     python -m benchmarks.kills --kinds training sampling --kills 30 --seed 2
 
-SIGKILL, SIGTERM and SIGINT in turn, at a random time of the command. Prints for each kind how many of the restarted
-results are equal byte for byte (of sidecars, all but times and memory), after how many something half written is left
-beside or in the output, and after how many kills a process was still alive. Commands are forks of a process that has
-imported everything, so most of their time is work. Exit codes: 0 all are equal and nothing is left, 1 not.
+SIGKILL, SIGTERM and SIGINT in turn, three at a random time of the command, then three when it has just begun a random
+one of its files. Prints for each kind how many of the restarted results are equal byte for byte (of sidecars, all but
+times and memory), after how many something half written is left beside or in the output, and after how many kills a
+process was still alive. Commands are forks of a process that has imported everything, so most of their time is work.
+Exit codes: 0 all are equal and nothing is left, 1 not.
 """
 
 import argparse
@@ -35,7 +36,8 @@ MODULES = (
     "sgm.training.run", "sgm.training.inputs.precompute", "sgm.inference.run", "sgm.conversion.lora",
     "sgm.conversion.diffusers.from_sat",
 )  # fmt: skip
-VARYING = ("seconds", "peak_memory_bytes", "overrides", "config_digest")  # values of a sidecar that differ between runs
+VARYING = ("seconds", "peak_memory_bytes", "overrides")  # values of a sidecar that differ between runs
+AT_A_WRITE_S = 0.05  # at most this long after a file is begun
 END_S, LIMIT_S = 60, 600  # seconds until a signalled command must have ended, and an undisturbed one
 PROMPTS = "a red circle moves left\na blue square moves up\n"
 
@@ -119,10 +121,10 @@ def start(kind: Kind, words: Sequence[str], log: Path) -> int:
         os._exit(code)
 
 
-def wait(pid: int, seconds: float) -> int | None:
-    """Return the exit code (negative for a signal), or None if the command still runs after `seconds`."""
+def wait(pid: int, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
+    """Return the exit code (negative for a signal), or None if the command still runs after `seconds`, or `until`."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and not until():
         if (found := os.waitpid(pid, os.WNOHANG)) != (0, 0):
             return os.waitstatus_to_exitcode(found[1])
         time.sleep(0.01)
@@ -166,10 +168,34 @@ def leftovers(out: Path) -> list[str]:
     return [str(path) for path in [*beside, *out.rglob(".*")] if path.name != ".lock"]
 
 
-def kill(kind: Kind, words: Sequence[str], log: Path, number: signal.Signals, delay: float) -> tuple[int | None, int]:
-    """Start the command, signal it after `delay` seconds; return exit code and number of processes that live on."""
+def begun(out: Path) -> int:
+    """Return how many files of a command there are, half written ones included."""
+    places = [out, *out.parent.glob(f".{out.name}.*")]
+    return sum(len(files) for place in places for _, _, files in os.walk(place))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a command is signalled: `delay` seconds after its start, or after it has begun its `file`-th file."""
+
+    delay: float
+    file: int = 0
+
+    @classmethod
+    def drawn(cls, draw: random.Random, index: int, whole: float, num_files: int) -> "Moment":
+        """Draw that of a kill: three in time, then three at files, and so on."""
+        if index // len(SIGNALS) % 2 == 0:
+            return cls(draw.uniform(0, whole))
+        return cls(draw.uniform(0, AT_A_WRITE_S), draw.randint(1, num_files))
+
+
+def kill(
+    kind: Kind, words: Sequence[str], out: Path, log: Path, number: signal.Signals, moment: Moment
+) -> tuple[int | None, int]:
+    """Start the command, signal it at a moment; return exit code and number of processes that live on."""
     pid = start(kind, words, log)
-    code = wait(pid, delay)
+    code = wait(pid, LIMIT_S, lambda: begun(out) >= moment.file) if moment.file else None
+    code = wait(pid, moment.delay) if code is None else code
     if code is None:
         os.kill(pid, number)
         code = wait(pid, END_S)
@@ -184,15 +210,16 @@ def kill(kind: Kind, words: Sequence[str], log: Path, number: signal.Signals, de
 def sweep(name: str, work: Path, num: int, draw: random.Random) -> bool:
     """Kill one kind of command `num` times and print what was found; return whether all is right."""
     kind, log, reference = KINDS[name], work / f"{name}.log", work / name
-    begun = time.monotonic()
+    started = time.monotonic()
     if (code := wait(start(kind, kind.words(work, reference), log), LIMIT_S)) != 0:
         sys.exit(f"{name}: the undisturbed command ended with {code}; see {log}")
-    whole, expected = time.monotonic() - begun, digests(reference, kind.pattern)
+    whole, expected = time.monotonic() - started, digests(reference, kind.pattern)
     counts: Counter[str] = Counter()
     codes: Counter[str] = Counter()
     for index in range(num):
         out, number = work / f"{name}_{index}", SIGNALS[index % len(SIGNALS)]
-        code, living = kill(kind, kind.words(work, out), log, number, draw.uniform(0, whole))
+        moment = Moment.drawn(draw, index, whole, begun(reference))
+        code, living = kill(kind, kind.words(work, out), out, log, number, moment)
         codes[f"{number.name} {code}"] += 1
         again = wait(start(kind, kind.words(work, out), log), LIMIT_S)
         if again == 2 and code == 0:

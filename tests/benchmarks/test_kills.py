@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -72,3 +73,23 @@ def test_the_words_are_those_of_the_commands(tmp_path):
     (tmp_path / "training" / "toy-01-01-00-00").mkdir(parents=True)
     for kind in kills.KINDS.values():
         assert str(tmp_path / "out") in " ".join(kind.words(tmp_path, tmp_path / "out"))
+
+
+def test_half_of_the_kills_come_when_a_file_was_begun(command, tmp_path):
+    def main(words):
+        os.makedirs(words[0], exist_ok=True)
+        for name in (".a", "b"):
+            open(f"{words[0]}/{name}", "w").close()
+            time.sleep(0.3)
+        return 0
+
+    command(main)
+    draw = random.Random(1)
+    moments = [kills.Moment.drawn(draw, index, 60, 2) for index in range(12)]
+    assert [bool(moment.file) for moment in moments] == [False, False, False, True, True, True] * 2
+    assert {moment.file for moment in moments} == {0, 1, 2}
+    out, kind = tmp_path / "out", kills.KINDS["killed"]
+    code, living = kills.kill(kind, [str(out)], out, tmp_path / "log", signal.SIGKILL, kills.Moment(0, file=1))
+    assert (code, living) == (-signal.SIGKILL, 0) and [path.name for path in out.iterdir()][0] == ".a"
+    code, _ = kills.kill(kind, [str(out)], out, tmp_path / "log", signal.SIGTERM, kills.Moment(60, file=5))
+    assert code == 0, "it ended before"
