@@ -197,12 +197,12 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
     num = sum(len(description.shards[shard]) for shard in own)
     with ExitStack() as stack:
         done = stack.enter_context(bar(what=description.kind, total=num, leave=True))
-        encode = stack.enter_context(job.loaded()) if own else None
         if own:
+            encode = stack.enter_context(job.loaded())
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
-        for shard in own if encode is not None else ():
-            results = _results(folder, job, shard, encode, done)
-            failures |= write_shard(folder, description, shard, results, job.contents)
+            for shard in own:
+                results = _results(folder, job, shard, encode, done)
+                failures |= write_shard(folder, description, shard, results, job.contents)
     # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
     sgm.distributed.wait_for_all()
     for of_rank in sgm.distributed.all_gather_any(failures):
