@@ -301,6 +301,17 @@ def test_the_activation_of_the_mlp_is_not_kept_but_computed_again(recomputed, mo
     assert saved[0] - saved[1] == (0 if recomputed else 2 * tokens * 4 * 32 * 4)
 
 
+def test_the_activation_of_an_mlp_under_autocast_is_that_of_single_steps():
+    """The toy is trained so; weights are cast there, which a function of its own would have to do too."""
+    layer, x = nn.Linear(4, 4), random(2, 8, 4).requires_grad_()
+    found = []
+    for function in (in_place.linear_after_gelu, lambda linear, x: linear(in_place.gelu(x))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = function(layer, x).square().sum()
+        found.append(torch.autograd.grad(loss, (x, layer.weight, layer.bias)))
+    assert all(map(torch.equal, *found))
+
+
 def test_memory_saved_as_several_views_goes_once_and_weights_stay():
     layer, x, sent = nn.Linear(4, 4), random(8, 4).requires_grad_(), []
     saving = host_activations.HostActivations(torch.device("cpu"), torch.device("cpu"), smallest=100)

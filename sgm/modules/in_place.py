@@ -30,9 +30,11 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 def linear_after_gelu(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return linear(gelu(x)); of a layer that is trained, x is kept for the backward pass, and gelu(x) computed again.
 
-    Plain layers alone are known well enough: adapters, shards and hooks, such as those of ZeRO-3, have their own ways.
+    Plain layers alone are known well enough: adapters, shards and hooks, such as those of ZeRO-3, have their own ways,
+    and so has autocast, which casts weights.
     """
     is_plain = type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
+    is_plain = is_plain and not torch.is_autocast_enabled(x.device.type)
     if not is_plain or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
         return linear(gelu(x))
     return _LinearAfterGelu.apply(x, linear.weight, linear.bias)

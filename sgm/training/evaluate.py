@@ -259,10 +259,10 @@ class Evaluation:
 
     def measured(self, samples: Sequence[Path]) -> dict[str, float]:
         """Return figures of the samples of an evaluation, means over all ranks; each calls it with its own samples."""
-        measures, found = self._measures, []
-        for path in () if measures is None else bar(samples, "measured samples"):
-            found.append(measures.of(path, self._reference(path)))
-        return means(found)
+        if self._measures is None:  # another rank of the group writes its samples
+            return means([])
+        measures = self._measures
+        return means([measures.of(path, self._reference(path)) for path in bar(samples, "measured samples")])
 
     def _reference(self, sample: Path) -> np.ndarray | None:
         """Return the frames of the clip with whose caption a sample was made; None for prompts, and latents alone."""
