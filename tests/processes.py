@@ -43,7 +43,7 @@ def forked_python(*tests: str) -> str:
         stdin=subprocess.PIPE,  # closed when this process exits, which ends the server
         start_new_session=True,
     )
-    wait_until((folder / "socket").exists, server)
+    wait_until((folder / "socket").exists, server, seconds=600)  # it imports all tests
     python = folder / "python"
     words = [sys.executable, "-IS", str(ROOT / "tests" / "fork_client.py"), str(folder / "socket")]
     python.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
