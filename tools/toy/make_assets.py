@@ -117,6 +117,8 @@ def make_clips(out: Path, recipe: Recipe, seed: int) -> None:
             where = scene.around(scene.render(clip)).any(axis=0)
             with atomic_file(out / "images" / "mask.png") as temporary:
                 Image.fromarray(_to_uint8(where)).save(temporary)
+            row = f"videos/{i:06d}.mp4,{clip.caption},images/mask.png"
+            _write_text(out / "masked.csv", f"video,caption,mask\n{row}")
     _write_text(out / "prompts.txt", "\n".join(scene.caption(*names) for names in UNSEEN + SEEN))
     rng, lines = np.random.default_rng([seed, 4]), []
     for names in UNSEEN:

@@ -32,7 +32,7 @@ nothing (about an hour and a half on two cores); nothing here comes from anywher
 | `vae/3d-vae.pt` | autoencoder, trained on {steps[vae]} batches of rendered clips |
 | `transformer/`, `transformer_i2v/` | text-to-video ({steps[t2v]} steps) and image-to-video ({steps[i2v]} steps more) |
 | `prompts.txt`, `prompts_i2v.txt`, `images/` | prompts; the images show combinations that training never saw |
-| `images/mask.png` | white where the shape of the third clip passes |
+| `images/mask.png`, `masked.csv` | white where the shape of the third clip passes; that clip with it |
 | `images/cyan_circle_last.png` | where the cyan circle of its picture arrives |
 | `quality.json` | the numbers below |
 
