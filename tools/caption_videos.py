@@ -228,7 +228,7 @@ def _add(reports: Sequence[Report], done: Report, progress: Any) -> None:
         done.num_written += report.num_written
         done.num_cut += report.num_cut
         done.problems += report.problems
-        bar.update(report.num_written + len(report.problems))
+        progress.update(report.num_written + len(report.problems))
         for problem in report.problems if is_rank_zero() else ():
             logger.error("%s", problem)
 
