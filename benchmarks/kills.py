@@ -217,7 +217,9 @@ def sweep(name: str, work: Path, num: int, draw: random.Random) -> bool:
     counts: Counter[str] = Counter()
     codes: Counter[str] = Counter()
     for index in range(num):
-        out, number = work / f"{name}_{index}", SIGNALS[index % len(SIGNALS)]
+        # Of the same name, which headers of converted files hold as their title.
+        out, number = work / str(index) / name, SIGNALS[index % len(SIGNALS)]
+        out.parent.mkdir()
         moment = Moment.drawn(draw, index, whole, begun(reference))
         code, living = kill(kind, kind.words(work, out), out, log, number, moment)
         codes[f"{number.name} {code}"] += 1
@@ -229,7 +231,7 @@ def sweep(name: str, work: Path, num: int, draw: random.Random) -> bool:
         if not equal or again != 0 or left or living:
             sys.stdout.write(f"{name} {index}: {number.name}, exit code {code}, then {again}; equal {equal}; {left}\n")
         else:
-            shutil.rmtree(out)
+            shutil.rmtree(out.parent)
     sys.stdout.write(
         f"{name}: {num} kills in {whole:.1f} s each, {counts['equal']} equal, {counts['left']} with something left, "
         f"{counts['alive']} with a process alive; first exit codes: {dict(sorted(codes.items()))}\n"

@@ -8,6 +8,7 @@ checks alternates. "own" files are written by this project; "other" ones lack it
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -77,8 +78,11 @@ def checked(path: Path, num: int, dtype: torch.dtype) -> None:
     load_network(network, path, dtype=dtype)
 
 
-def compare(first: Callable[[], object], second: Callable[[], object], runs: int) -> tuple[list[float], list[float]]:
-    """Return the fewest CPU and wall seconds of each, run alternately after a run that does not count."""
+def compare(first: Callable[[], object], second: Callable[[], object], runs: int) -> list[tuple[float, float, float]]:
+    """Return CPU and wall seconds: the fewest of each, and the median of what the second adds to the first of its turn.
+
+    They are run alternately, after a turn that does not count.
+    """
     measured: list[list[tuple[float, float]]] = [[], []]
     for turn in range(runs + 1):
         for times, run in zip(measured, (first, second), strict=True):
@@ -86,8 +90,12 @@ def compare(first: Callable[[], object], second: Callable[[], object], runs: int
             run()
             if turn:
                 times.append((time.process_time() - cpu, time.perf_counter() - wall))
-    cpus, walls = ([min(each[kind] for each in times) for times in measured] for kind in (0, 1))
-    return cpus, walls
+    found = []
+    for kind in (0, 1):
+        one, two = ([each[kind] for each in times] for times in measured)
+        added = statistics.median(b / a - 1 for a, b in zip(one, two, strict=True))
+        found.append((min(one), min(two), added))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each; the fastest counts")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each")
     options = parser.parse_args(argv)
     if options.runs < 1:
         parser.error(f"--runs={options.runs}: give 1 or more")
@@ -105,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tensors = tensors_of(num, dtype)
 
     def report(name: str, first: Callable[[], object], second: Callable[[], object]) -> None:
-        cpus, walls = compare(first, second, options.runs)
-        shown = [f"{a:6.2f} {b:6.2f} {b / a - 1:+6.1%}" if a else f"{b:6.2f}" for a, b in (cpus, walls)]
+        shown = [f"{one:6.2f} {two:6.2f} {added:+6.1%}" for one, two, added in compare(first, second, options.runs)]
         sys.stdout.write(f"{name:20} CPU {shown[0]}   wall {shown[1]}\n")
         sys.stdout.flush()
 

@@ -34,7 +34,7 @@ from sgm.io import atomic_file, parse_json
 from sgm.weights.lazy import AnyTensor, compute, meta
 
 KEY, OLD_KEY, FINITE = "xxh3", "crc32", "finite"  # in metadata of safetensors files
-PIECE = 1 << 18  # bytes that stay in a processor's cache while they are copied and checked
+PIECE = 1 << 20  # bytes that stay in a processor's cache while they are copied and checked
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
