@@ -39,7 +39,7 @@ NOT_RUN = {
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
     r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
-    r"python -m benchmarks( |$|\.(bench|control|data|gpu|growth|loading|saves|scaling|steps))": "takes minutes",
+    r"python -m benchmarks( |$|\.(bench|control|data|gpu|growth|kills|loading|saves|scaling|steps))": "takes minutes",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
