@@ -41,7 +41,7 @@ NOT_RUN = {
     r"make( |$)": "runs everything, this file too; test_packaging.py has make list the steps",
     r"pip install ": "changes the environment",
     r"(\.venv/bin/)?python -m pytest ": "runs tests, which would run twice",
-    r"python -m benchmarks( |$|\.(bench|control|data|gpu|growth|loading|saves|scaling|steps))": "takes minutes",
+    r"python -m benchmarks( |$|\.(bench|control|data|gpu|growth|kills|loading|saves|scaling|steps))": "takes minutes",
     r"python -m benchmarks\.accelerator_code": "compiles; a slow test of test_bench.py runs it",
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",

@@ -34,7 +34,8 @@ def linear_after_gelu(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     and so has autocast, which casts weights.
     """
     is_plain = type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
-    is_plain = is_plain and not torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    is_plain = is_plain and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
     if not is_plain or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
         return linear(gelu(x))
     return _LinearAfterGelu.apply(x, linear.weight, linear.bias)
