@@ -202,7 +202,8 @@ def _run(job: Job, folder: Path, unfinished: Sequence[int]) -> dict[str, str]:
         encode = stack.enter_context(job.loaded()) if own else None
         if own:
             logger.info("encoding %s: %d on this rank, in %d shards", description.kind, num, len(own))
-        for shard in own if encode is not None else ():
+        for shard in own:
+            assert encode is not None, "it is loaded for them"
             results = _results(folder, job, shard, encode, bar)
             failures |= write_shard(folder, description, shard, results, job.contents)
     # In the store: a rank with slow files or large shards may take longer than the timeout of a collective.
