@@ -481,6 +481,11 @@ class _Augmentation:
             out.div_(127.5).sub_(1)
 
 
+def as_samples(pictures: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Frames (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1], scaled to cover `size` and cropped at the centre."""
+    return _Augmentation(size, "center").apply(pictures)
+
+
 def _with_companion(row: Row, part: str) -> Row:
     """Return a row whose problem is a missing control or mask, if it has no other and none of these."""
     if getattr(row, part) is not None or row.problem:
