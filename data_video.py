@@ -135,7 +135,9 @@ class SFTDataset:
             if column is not None and not has:
                 raise InputError(f"data.params.{name}_column has no effect without data.params.{name}=true; remove it")
         self.control, self.mask = control, mask
-        columns = Columns(caption_column, video_column, image_column, rejected_column, control_column, mask_column)
+        # Of a part that the run has no use for, not even a missing file is a problem.
+        of_parts = (control_column if control else "", mask_column if mask else "")
+        columns = Columns(caption_column, video_column, image_column, rejected_column, *of_parts)
         store = store or Store()
         self.rows = list_rows(
             data_dir, format=format, columns=columns, allow_missing_captions=allow_missing_captions, store=store
@@ -311,12 +313,14 @@ class SFTDataset:
     def check(self, *, decode: bool = False, num_threads: int = 8) -> list[RowReport]:
         """Open and check all clips; with `decode`, decode every frame.
 
-        Cached clips were decoded before, and are only opened if buckets depend on manifest columns.
+        Cached clips were decoded before, and are only opened if buckets depend on manifest columns, or with masks.
         """
         cache, reports = self._cache, self.row_reports()
         by_columns = self.buckets is not None  # buckets depend on columns, which can be wrong
         opened = [
-            i for i, row in enumerate(self.rows) if cache is None or cache.lacks(row.path) or (by_columns and row.info)
+            i
+            for i, row in enumerate(self.rows)
+            if cache is None or cache.lacks(row.path) or (by_columns and row.info) or self.mask
         ]
         if not opened:
             return reports
@@ -529,12 +533,12 @@ def _mask(row: Row, clip: Scan, selection: Selection, augmentation: _Augmentatio
             raise ClipError(file, problem)
         if scanned.info.num_frames == 1:
             still = augmentation.apply(read_frames(file, [0], scanned))
-            frames = still.expand(len(selection.indices), -1, -1, -1)
+            pixels = white(still).expand(len(selection.indices), -1, -1)
         else:
-            frames = _arranged(lambda indices: read_frames(file, indices, scanned), selection, augmentation)
-        mask = latent_mask(white(frames))[0]
+            pixels = white(_arranged(lambda indices: read_frames(file, indices, scanned), selection, augmentation))
+        mask = latent_mask(pixels)[0]
         # A random crop may show black alone: then the sample has no loss.
-        if augmentation.place is None and not mask.any():
+        if augmentation.mode != "random" and not mask.any():
             raise ClipError(file, "is black in the frames and crop that are trained; paint white what is to be learned")
     return mask
 

@@ -340,7 +340,7 @@ def known_rows(path: Path, here: Mapping[str, Any]) -> tuple[dict[str, Figures],
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
         found = {name: Figures(**figures) for name, figures in content["rows"].items()}
-        then, failed = dict(content["environment"]), dict(content["failed"])
+        then, failed = dict(content["environment"]), dict(content.get("failed", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{path}' holds no rows of this benchmark ({error}); {cure}") from error
     changed = [f"{name} {then.get(name)!r}, now {value!r}" for name, value in here.items() if then.get(name) != value]

@@ -28,6 +28,8 @@ from sgm.parallel.heartbeat import Peers, Progress
 from sgm.parallel.mesh import Mesh
 from sgm.util import InputError, RunError, default, prepare_import
 
+_GATHERING = ("nccl", "gloo")  # backends that gather to one rank; those of other accelerators may not
+
 
 def prepare_deepspeed() -> None:
     """Call before DeepSpeed creates an engine: on a CPU, use gloo instead of compiling its C++ extension."""
@@ -49,10 +51,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_world_size() -> int:
-    """Return the number of processes on this machine, as its launcher says, or will; 1 without one."""
+def local_world_size() -> int | None:
+    """Return the number of processes on this machine, as its launcher says, or will; None if it counts devices."""
     names = ("LOCAL_WORLD_SIZE",) if is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
-    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdecimal()), "1"))
+    given = next((os.environ[name] for name in names if os.environ.get(name)), "1")
+    return int(given) if given.isdecimal() else None  # torchrun takes "gpu" and "auto" too
 
 
 def elastic_machines() -> range:
@@ -510,6 +513,9 @@ def gather_objects(value: Any) -> list[Any] | None:
     """Gather small objects on rank zero, in rank order; None on the others."""
     if not _is_shared():
         return [value]
+    if dist.get_backend() not in _GATHERING:
+        values = all_gather_objects(value)
+        return values if rank() == 0 else None
     values = [None] * dist.get_world_size() if rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values

@@ -18,7 +18,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -377,14 +377,19 @@ def content_digest(path: str | Path, *, whole: int = 1 << 26, ends: int = 1 << 2
         return digest.hexdigest()[:16]
     require_regular(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= whole:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return range_digest(file, 0, os.fstat(file.fileno()).st_size, whole=whole, ends=ends, pieces=pieces)
+
+
+def range_digest(file: BinaryIO, start: int, size: int, *, whole: int, ends: int, pieces: int) -> str:
+    """Return `content_digest` of `size` bytes of an open file, such as those of a file in an archive."""
+    digest = hashlib.sha256()
+    between = (ends + (size - 2 * ends) * index // pieces for index in range(pieces))
+    places = ((0, ends), (size - ends, ends), *((place, 4096) for place in between)) if size > whole else ((0, size),)
+    if size > whole:
         digest.update(f"{size}|".encode())
-        between = (ends + (size - 2 * ends) * index // pieces for index in range(pieces))
-        for place, count in ((0, ends), (size - ends, ends), *((place, 4096) for place in between)):
-            file.seek(place)
-            digest.update(file.read(count))
+    for place, count in places:
+        file.seek(start + place)
+        digest.update(file.read(count))
     return digest.hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.training.inputs.caches import open_latents
 from sgm.training.inputs.clips import open_data
-from sgm.training.inputs.precompute import plan_jobs, run_jobs
+from sgm.training.inputs.precompute import _Clip, plan_jobs, run_jobs
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare as prepare_training
 from sgm.util import InputError, instantiate_from_config
@@ -311,7 +311,12 @@ def test_a_mask_has_the_frames_crop_and_mirroring_of_its_clip(tmp_path):
             assert torch.equal(sample["mask"], latent_mask(white(sample["mp4"]))[0])
             assert sample["mask"].shape == (2, 1, 4, 4) and sample["mask"].any()
     assert "mask" not in dataset(root)[0] and len(dataset(root)) == 1
+    clip_without = _Clip(dataset(root, mask=True), 0, str(root / "videos" / "a.mp4"), (5, 32, 32))
+    (root / "mask" / "a.mp4").write_bytes(b"no video")
+    assert clip_without.pixels("latents").shape == (5, 3, 32, 32), "a cache holds no masks"
     (root / "mask" / "a.mp4").unlink()
+    assert dataset(root / "table.csv").rows[0].problem is None, "a mask that is not used is no problem"
+    assert "its mask" in (dataset(root / "table.csv", mask=True).rows[0].problem or "")
     picture = np.zeros((32, 48, 3), np.uint8)
     picture[:, 24:] = 255
     iio.imwrite(root / "mask" / "a.png", picture)

@@ -32,6 +32,7 @@ def with_batch(config: Config) -> Config:
 def restart_warnings(config: Config) -> Iterator[str]:
     """Yield why a training run cannot go on with other machines, of which the launcher was given a range."""
     machines = sgm.distributed.elastic_machines()
+    local = sgm.distributed.local_world_size()
     if len(machines) < 2:
         return
     given = f"the run may restart on {machines[0]} to {machines[-1]} machines"
@@ -42,7 +43,9 @@ def restart_warnings(config: Config) -> Iterator[str]:
     micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
     total, refused = section.get("train_batch_size"), []
     for number in machines:
-        ranks = number * sgm.distributed.local_world_size()
+        if local is None:
+            break
+        ranks = number * local
         if ranks % mesh.ranks:
             refused.append(f"{number} ({ranks} ranks are no groups of {mesh.ranks})")
             continue

@@ -364,7 +364,7 @@ def _fused_attention() -> Iterator[None]:
 
 def _pinned_blocks(module: Any) -> int:
     """Return the bytes of the frozen parameters in pinned memory, if each block waits alone."""
-    blocks = [nn.ModuleList(block) for block in getattr(module, "blocks", ())]
+    blocks = [nn.ModuleList(block) for block in getattr(module, "blocks", ()) if isinstance(block, list | tuple)]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     found = 0

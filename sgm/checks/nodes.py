@@ -240,8 +240,8 @@ def _is_shared(folder: Path) -> bool:
 
 
 def listing_digest(folder: Path) -> str:
-    """Return a digest of names and sizes in a folder, or of a file."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    """Return a digest of names and sizes in a folder, or of a file. What is hidden belongs to those who wrote it."""
+    paths = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else [folder]
     listing = [f"{path.name} {path.stat().st_size if path.is_file() else ''}" for path in paths]
     return hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 

@@ -230,9 +230,10 @@ def with_preset(config: Config, dtype: torch.dtype, room: float | None) -> tuple
             return changed, _preset_text(changed, name, settings.keys() - chosen.keys())
         peaks[name] = peak
     smallest = min(peaks, key=lambda name: peaks[name])
+    given = _as_given(config, [key for key in PRESETS[smallest] if _is_given(config, key)])
     raise InputError(
         f"args.memory=auto: no preset fits into {memory_text(room or 0)}: configs/memory/{smallest}.yaml takes "
-        f"{memory_text(peaks[smallest])}; remove args.memory, and see what --check says"
+        f"{memory_text(peaks[smallest])}{given}; remove args.memory, and see what --check says"
     )
 
 
@@ -244,10 +245,15 @@ def _is_given(config: Config, name: str) -> bool:
 
 def _preset_text(config: Config, name: str, given: Collection[str]) -> str:
     """Return which preset `config` has, whether it is exact, and which of its settings are `given` instead."""
-    tiles = config.args.vae_tiling == "large" and _is_large(config)
+    tiles = config.args.vae_tiling is True or (config.args.vae_tiling == "large" and _is_large(config))
     effect = "approximate: the VAE decodes in tiles" if tiles else "exact"
-    kept = ", ".join(f"args.{key}={getattr(config.args, key)}" for key in sorted(given))
-    return f"configs/memory/{name}.yaml, {effect}" + (f"; {kept} as given" if kept else "")
+    return f"configs/memory/{name}.yaml, {effect}" + _as_given(config, given)
+
+
+def _as_given(config: Config, given: Collection[str]) -> str:
+    values = {key: getattr(config.args, key) for key in sorted(given)}
+    kept = ", ".join(f"args.{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in values.items())
+    return f"; {kept} as given" if kept else ""
 
 
 def _is_large(config: Config) -> bool:
@@ -301,6 +307,8 @@ def sampling_rows(config: Config, dtype: torch.dtype, card: float | None = None)
         try:
             config, rows["preset"] = with_preset(config, dtype, room_for(card))
         except InputError as error:
+            if card is None:  # the run on this device is refused, too
+                raise
             rows["preset"] = str(error)
 
     def estimate_of(settings: Sequence[str]) -> Estimate:

@@ -21,7 +21,7 @@ import torch
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling, listed_numbers, scaling_warnings
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
-from sgm.config.values import shortened
+from sgm.config.values import shortened, spelled
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger, warn_once
@@ -350,7 +350,8 @@ def check_memory_savers(config: Config, vae: Any) -> None:
     """Refuse tiling and slicing for a VAE that has no ``enable_tiling`` or ``enable_slicing``."""
     for name in ("tiling", "slicing"):
         if getattr(config.args, f"vae_{name}") and not hasattr(vae, f"enable_{name}"):
-            found = f"is true, but {type(vae).__name__} has no method enable_{name}"
+            value = spelled(getattr(config.args, f"vae_{name}"))
+            found = f"is {value}, but {type(vae).__name__} has no method enable_{name}"
             raise ConfigError([Problem(f"args.vae_{name}", "", found, "set it to false, or add that method")])
     if config.args.vae_tiling == "large":
         _require_above(vae)

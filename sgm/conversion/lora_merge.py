@@ -26,7 +26,7 @@ from sgm.weights.adapters import (
     short_names,
 )
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import WEIGHTS, find_weights, read_tensors, weights_digest
+from sgm.weights.files import WEIGHTS, find_weights, read_names, read_tensors, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute, meta
 from sgm.weights.lora.files import (
     Lora,
@@ -341,8 +341,8 @@ def _base_file(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool
     """Return the file of the network that LoRAs are merged into."""
     recorded = _recorded(loras, any_base=any_base)
     alone = recorded is not None and adapters_alone(read_tensors(recorded.path))
-    if base is not None and any_base and (alone or recorded is None):
-        return find_weights(base)
+    if base is not None and alone:
+        return _checked(loras, base, any_base=any_base)
     if len(loras) == 1 and is_sat(loras[0].path):
         return find_base(loras[0].path, base, option=_BASE) or loras[0].path
     if recorded is not None and alone:
@@ -358,6 +358,8 @@ def _base_file(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool
 def _checked(loras: Sequence[Lora], base: str | Path, *, any_base: bool) -> Path:
     """Return the weights file of a given base, which is that of all LoRAs that record one."""
     file = find_weights(base)
+    if adapters_alone(read_names(file)):
+        raise InputError(f"{file} holds adapters alone; give their base with {_BASE}<path>")
     for lora in () if any_base else loras:
         cure = f"leave {_BASE}out, give the right one, or add --any_base if it is meant for these weights too"
         require_base(lora, file, cure)

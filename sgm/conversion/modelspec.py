@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sgm.config.load import digest_of
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.modules.geometry import Geometry
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
-from sgm.weights.files import find_weights, run_config, trained_scaling
+from sgm.weights.files import find_weights, run_config, scaling_of
 from sgm.weights.lora.names import BASE, BASE_DIGEST
 
 logger = get_logger(__name__)
@@ -64,7 +64,7 @@ def lora_metadata(
         size = ((config.get("data") or {}).get("params") or {}).get("video_size")
         own |= {f"{PREFIX}resolution": f"{size[1]}x{size[0]}"} if size else {}
         own[CONFIG_DIGEST] = digest_of(config)
-    own |= {} if path is None else scaling_metadata(find_weights(path))
+    own |= {} if path is None else scaling_metadata(find_weights(path), config)
     own |= {f"{PREFIX}implementation": implementation, f"{PREFIX}title": title}
     own[f"{PREFIX}architecture"] += "/lora"
     recorded = {} if info is None else {BASE: Path(info.base).name, BASE_DIGEST: info.base_digest}
@@ -79,18 +79,16 @@ def _architecture(params: Mapping[str, Any]) -> str:
     return name.replace("_", "-") if name.startswith("cogvideox") else "-".join(filter(None, ("cogvideox", name)))
 
 
-def scaling_metadata(path: Path) -> dict[str, str]:
+def scaling_metadata(path: Path, config: Mapping[str, Any] | None) -> dict[str, str]:
     """Return what the header says of the scaled positions that a weights file was trained with, and warn of them.
 
     Other tools compute positions as they are.
     """
-    scaling = trained_scaling(path)
+    scaling = scaling_of(config)
     if scaling is None:
         return {}
-    logger.warning(
-        "%s was trained with args.time_scaling=%s, which other tools do not compute: there, clips longer than the "
-        "model's num_frames have other positions than in training",
-        path,
-        scaling,
+    found = f"{path} was trained with args.time_scaling={scaling}, which other tools do not compute"
+    warn_once(
+        logger, [f"{found}: there, clips longer than the model's num_frames have other positions than in training"]
     )
     return {TIME_SCALING: str(scaling)}

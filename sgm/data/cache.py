@@ -448,14 +448,17 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 f"configuration and data, and another --out:\n{listed(found)}"
             )
 
+    def changed(self, contents: Contents) -> list[str]:
+        """Return the keys of results whose files hold something else than what was encoded."""
+        return [key for keys in self.description.changed(self.folder, contents).values() for key in keys]
+
     def require_contents(self, contents: Contents) -> None:
         """Check that the files of clips hold what was encoded; warn if the cache does not record it.
 
         Raises:
             InputError: they were replaced; the message lists them.
         """
-        replaced = [key for keys in self.description.changed(self.folder, contents).values() for key in keys]
-        if replaced:
+        if replaced := self.changed(contents):
             raise InputError(
                 f"clips were replaced since their {self.description.kind} in '{self.folder}' were made; the same "
                 f"command of {TOOL} encodes them again:\n{listed(replaced)}"

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sgm.data.clips.index import stamps
+from sgm.data.formats.webdataset import Member
 from sgm.data.rows import ClipFile
-from sgm.io import content_digest
+from sgm.io import content_digest, range_digest
 
 _THREADS = 16  # that read files, which may be on a network
 _PART = 1 << 16  # bytes of a file: all of a smaller one, and both ends of a larger one
@@ -58,6 +59,9 @@ def _digest(file: ClipFile) -> str:
     try:
         if isinstance(file, Path):
             return content_digest(file, whole=2 * _PART, ends=_PART, pieces=8)
+        if isinstance(file, Member) and isinstance(file.container, Path):  # a touched archive is not read whole
+            with file.container.open("rb") as archive:
+                return range_digest(archive, file.offset, file.size, whole=2 * _PART, ends=_PART, pieces=8)
         if isinstance(file.container, Path):
             return hashlib.sha256(file.read()).hexdigest()[:16]
     except OSError:

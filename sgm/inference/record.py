@@ -138,8 +138,10 @@ def _files_of_model(section: Any, key: str) -> Iterator[tuple[str, Path]]:
     """Yield (key, path) of the files and folders that a section names: text encoder and VAE, whatever they are."""
     if isinstance(section, Mapping):
         for name, value in section.items():
-            if str(name).endswith(("_path", "_dir")) and isinstance(value, str) and Path(value).exists():
-                yield f"{key}.{name}", Path(value)
+            if str(name).endswith(("_path", "_dir")) and isinstance(value, str) and value:
+                path = Path(value).expanduser()
+                if path.exists():
+                    yield f"{key}.{name}", path
             yield from _files_of_model(value, f"{key}.{name}")
     elif isinstance(section, list | tuple):
         for index, value in enumerate(section):

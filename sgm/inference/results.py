@@ -58,7 +58,7 @@ class Results:
     ) -> None:
         self.args, self.settings, self.name = args, settings, name
         self._contents = dict(contents or {})
-        self._of_prompts: dict[Path, str] = {}
+        self._of_prompts: dict[tuple[Path, int, int], str] = {}  # path, time and size → content
 
     def identity(self, prompt: Prompt, k: int) -> dict[str, Any]:
         """Return name → value of everything that decides a sample, as its record holds it.
@@ -73,10 +73,18 @@ class Results:
 
     def _contents_for(self, prompt: Prompt) -> dict[str, str]:
         files = {key: path for key, path in (("image", prompt.image), ("control", prompt.control)) if path is not None}
-        for path in files.values():
-            if path not in self._of_prompts:
-                self._of_prompts[path] = content_of(path)
-        return {**self._contents, **{key: self._of_prompts[path] for key, path in files.items()}}
+        return {**self._contents, **{key: self._content_of(path) for key, path in files.items()}}
+
+    def _content_of(self, path: Path) -> str:
+        """Return what a file of prompts holds now: between two prompts that are typed, another may be put there."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return content_of(path)  # says what is wrong
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._of_prompts:
+            self._of_prompts[key] = content_of(path)
+        return self._of_prompts[key]
 
     def finished(self, prompt: Prompt, k: int) -> Path | None:
         """Return the finished result of a sample with these settings, or None."""

@@ -15,7 +15,7 @@ import torch
 import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config
-from sgm.config.precision import precision_name
+from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
@@ -387,6 +387,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
         engine.network.offload_activations(device, torch.device("cpu"))
     if plan.caches.vae:
         place = torch.device("cpu") if plan.caches.vae_waits else device
+        if plan.caches.vae_waits:  # it decodes on the device
+            warn_once(logger, conv3d_warnings(autoencoder_dtype(plan.dtype), device))
         logger.info("%s", engine.load_first_stage(dtype=plan.dtype, device=place))
     elif engine.first_stage_model is not None:
         engine.first_stage_model.to("meta")

@@ -258,11 +258,18 @@ class Evaluation:
         return run.summary.written
 
     def measured(self, samples: Sequence[Path]) -> dict[str, float]:
-        """Return figures of the samples of an evaluation, means over all ranks; each calls it with its own samples."""
+        """Return figures of the samples of an evaluation, means over all ranks; each calls it with its own samples.
+
+        A rank that is asked to stop leaves out the rest of its own.
+        """
         if self._measures is None:  # another rank of the group writes its samples
             return means([])
-        measures = self._measures
-        return means([measures.of(path, self._reference(path)) for path in bar(samples, "measured samples")])
+        found, measures = [], self._measures
+        for path in bar(samples, "measured samples"):
+            if self._asked_to_stop():
+                break
+            found.append(measures.of(path, self._reference(path)))
+        return means(found)
 
     def _reference(self, sample: Path) -> np.ndarray | None:
         """Return the frames of the clip with whose caption a sample was made; None for prompts, and latents alone."""

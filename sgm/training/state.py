@@ -486,7 +486,12 @@ def _files_to_look_up(point: ResumePoint, now: ResumePoint) -> list[str]:
     Together the ranks look for all of them, and those of each machine for some.
     """
     rank = sgm.distributed.rank()
-    own = re.compile(rf"rng_{rank:02d}\.pt|.*zero_pp_rank_{rank // now.tensor}_.*").fullmatch
+    names = (
+        rf"rng_{rank:02d}\.pt",
+        rf".*zero_pp_rank_{rank // now.tensor}_.*",
+        rf"mp_rank_{rank % now.tensor:02d}_model_states\.pt",
+    )
+    own = re.compile("|".join(names)).fullmatch
     share = point.files[rank % max(len(point.files), 1) :: now.world_size]
     return sorted({*share, *filter(own, point.files)})
 

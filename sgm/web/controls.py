@@ -59,6 +59,8 @@ class Control:
     default: Any = None
 
 
+_WORDS = {"true": True, "false": False}  # in a choice
+
 _HINTS = typing.get_type_hints(SamplingArgs, include_extras=True)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingArgs)}
 
@@ -66,7 +68,11 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingA
 def control(name: str, hint: Any, default: Any) -> Control:
     """Return the control of a key with an annotation and a default."""
     schema = TypeAdapter(hint).json_schema()
-    schema = next(option for option in schema.get("anyOf", [schema]) if option.get("type") != "null")
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    schema = options[0]
+    if len(options) > 1 and schema.get("type") == "boolean":  # true, false, or a word
+        words = tuple(option["const"] for option in options[1:])
+        return Control(name, "choice", choices=(*_WORDS, *words), default=None)
     choices = tuple(schema.get("enum", filter(None, [schema.get("const")])))
     if choices:
         return Control(name, "choice", choices=choices, default=default)
@@ -95,7 +101,9 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
     given = {name: _typed(CONTROLS[name], value) for name, value in values.items()}
     if given.get("prompt") is None:
         raise InputError("args.prompt is empty; write what the video shows")
-    given = {name: value for name, value in given.items() if value is not None}
+    # A switch that was not touched must not replace what a preset or the model's file says.
+    unset = {name for name, value in given.items() if CONTROLS[name].kind == "switch" and value == _DEFAULTS[name]}
+    given = {name: value for name, value in given.items() if value is not None and name not in unset}
     wrong = {name: found for name, value in given.items() if (found := misfit(value, _HINTS[name]))}
     if wrong:
         raise InputError("\n".join(f"args.{name} {found}; {cure}" for name, (found, cure) in wrong.items()))
@@ -128,8 +136,8 @@ def _typed(control: Control, value: Any) -> Any:
         numbers = [number(entry) for entry in value or ()]
         return None if all(entry is None for entry in numbers) else numbers
     if control.kind in ("text", "choice"):
-        text = str(value or "")
-        return text if text.strip() else None
+        text = str(value).lower() if isinstance(value, bool) else str(value or "")
+        return _WORDS.get(text, text) if text.strip() else None
     return value if control.kind == "switch" else number(value)
 
 

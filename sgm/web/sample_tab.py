@@ -334,8 +334,11 @@ class SampleTab:
             elif len(parts) > 1:
                 result += list(values[name] or [None] * len(parts))
             else:
-                empty = "" if CONTROLS[name].kind in ("text", "choice") else None
-                result.append(empty if values[name] is None else values[name])
+                kind, value = CONTROLS[name].kind, values[name]
+                if kind == "choice" and isinstance(value, bool):
+                    value = str(value).lower()
+                empty = "" if kind in ("text", "choice") else None
+                result.append(empty if value is None else value)
         return result
 
     def cancel(self, request: gr.Request, language: str) -> str:

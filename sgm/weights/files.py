@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from sgm.config.values import shortened
 from sgm.io import parse_json, refusing_denied
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
     FINITE,
@@ -408,14 +408,19 @@ def run_config(file: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        logger.warning("%s is no configuration of a run, and is not read: %s", path, error)
+        warn_once(logger, [f"{path} is no configuration of a run, and is not read: {error}"])
         return None
 
 
 def trained_scaling(file: Path) -> str | None:
     """Return the ``args.time_scaling`` of the run that saved a weights file; None without one, or without a run."""
-    config = run_config(file)
-    return None if config is None else (config.get("args") or {}).get("time_scaling")
+    return scaling_of(run_config(file))
+
+
+def scaling_of(config: Mapping[str, Any] | None) -> str | None:
+    """Return the ``args.time_scaling`` of the configuration of a run."""
+    args = (config or {}).get("args")
+    return args.get("time_scaling") if isinstance(args, dict) else None
 
 
 def weights_digest(path: str | Path) -> str:

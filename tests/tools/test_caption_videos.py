@@ -1,9 +1,9 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
+import caption_videos
 import numpy as np
 import pytest
 import torch
@@ -12,9 +12,7 @@ from sgm.inference.video import write_video
 from tests.processes import run as start
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import caption_videos  # noqa: E402
 
 SPECIAL = ["<pad>", "<unk>", "</s>", "<image>"]
 WORDS = [

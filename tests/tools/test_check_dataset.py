@@ -1,15 +1,13 @@
 import json
-import sys
 from pathlib import Path
 
+import check_dataset
 import pytest
 import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import check_dataset  # noqa: E402
 
 TOY = str(ROOT / "assets" / "toy")
 PARAMS = ("--video_size", "64", "64", "--max_num_frames", "17", "--skip_frms_num", "0")

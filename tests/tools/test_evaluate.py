@@ -1,9 +1,9 @@
 """Measures of videos against formulas, pairs and seeds of folders, and what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -12,9 +12,6 @@ from sgm.inference import measures
 from sgm.inference.video import write_video
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import evaluate  # noqa: E402
 
 
 def moving(num=5, *, step=3, height=48, width=64, noise=0, seed=0) -> np.ndarray:

@@ -1,15 +1,13 @@
 import json
-import sys
 from pathlib import Path
 
+import inspect_checkpoint
 import pytest
 import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import inspect_checkpoint  # noqa: E402
 
 TOY, VAE = str(ROOT / "assets/toy/transformer"), str(ROOT / "assets/toy/vae/3d-vae.pt")
 KEYS = (

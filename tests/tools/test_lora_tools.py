@@ -4,6 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import export_sat_lora_weight
+import extract_lora
+import import_hf_lora_weight
+import load_cogvideox_lora
+import merge_lora_weight
 import pytest
 import torch
 from PIL import Image
@@ -18,13 +23,7 @@ from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_tensors, weights_digest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import export_sat_lora_weight  # noqa: E402
-import extract_lora  # noqa: E402
-import import_hf_lora_weight  # noqa: E402
-import load_cogvideox_lora  # noqa: E402
-import merge_lora_weight  # noqa: E402
 
 TOOLS = [export_sat_lora_weight, extract_lora, import_hf_lora_weight, merge_lora_weight, load_cogvideox_lora]
 

@@ -1,9 +1,9 @@
 """The command that reshards weights."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import reshard_checkpoint
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,9 +15,7 @@ from sgm.weights.lazy import compute
 from sgm.weights.partition import partition_of
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import reshard_checkpoint  # noqa: E402
 
 FAMILIES = ["dit_t2v_2b", "dit_t2v_5b_lora"]
 

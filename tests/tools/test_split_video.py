@@ -6,14 +6,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import split_video
 
 from sgm.data.clips.decode import ClipError, read_frames, scan
 from sgm.inference.video import write_video
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import split_video  # noqa: E402
 
 pytest.importorskip("scenedetect", reason="the extra 'scenes' is not installed")
 RATE = 20

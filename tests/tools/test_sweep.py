@@ -2,22 +2,20 @@
 
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sweep
 import yaml
 
 from sgm.inference.video import write_video
 from tests.processes import forked_python
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import sweep  # noqa: E402
 
 LR, RANK = "deepspeed.optimizer.params.lr", "model.network_config.params.modules.lora_config.params.r"
 BASE = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "args.train_iters=4", "args.eval_interval=null"]

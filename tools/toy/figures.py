@@ -21,7 +21,7 @@ logger = get_logger("toy")
 LORA = Path("assets/toy_land")
 LORA_YAML = ("configs/toy_lora.yaml", "configs/toy_sft.yaml")
 SAMPLE = ("sample_video.py", "--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml")
-MEASURED = ("held_frames", "inpainting", "inversion", "long_clips", "loops")  # by tools/toy/<name>.py
+MEASURED = ("held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory")  # by tools/toy/<name>.py
 
 
 def land_training(work: Path) -> list[list[str]]:

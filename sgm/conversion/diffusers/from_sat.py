@@ -16,7 +16,7 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
-from sgm.conversion.modelspec import lora_metadata, model_metadata, scaling_metadata
+from sgm.conversion.modelspec import TIME_SCALING, lora_metadata, model_metadata, scaling_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
@@ -28,7 +28,7 @@ from sgm.weights.adapters import is_adapter, read_adapter_info, scale_numerator,
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
 from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import find_weights, read_weights
+from sgm.weights.files import find_weights, read_weights, run_config
 from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.lora.dora import is_magnitude
 from sgm.weights.lora.merging import merge_adapters
@@ -261,7 +261,11 @@ def _transformer(
     )
     tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
     metadata = model_metadata(config.model, title=title, implementation=style)
-    metadata |= scaling_metadata(find_weights(config.args.load))
+    if kept is None:
+        file = find_weights(config.args.load)
+        metadata |= scaling_metadata(file, run_config(file))
+    else:  # which has warned of it
+        metadata |= {key: value for key, value in kept[1].items() if key == TIME_SCALING}
     metadata |= {FOLDED: repr(_fold(config, tensors, geometry))} if fold_image_scale else {}
     if style == "comfyui":
         tensors = {comfyui_name(name): tensor for name, tensor in tensors.items()}

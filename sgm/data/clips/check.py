@@ -122,9 +122,16 @@ def _companion_problems(part: str, file: ClipFile, info: VideoInfo, *, decode: b
     if decode:
         decode_all(file, scanned)
     problem = companion_problem(info, scanned.info, may_be_still=part == "mask")
-    if part == "mask" and scanned.info.num_frames == 1 and read_frames(file, [0], scanned).mean(axis=-1).max() < 128:
+    if part == "mask" and (decode or scanned.info.num_frames == 1) and _is_black(file, scanned):
         problem = "is black; paint white what is to be learned"
     return [f"its {part} {file} {problem}"] if problem else []
+
+
+def _is_black(file: ClipFile, scanned: Scan) -> bool:
+    """Return whether a mask has no white pixel; a few frames are in memory at a time."""
+    numbers = range(scanned.info.num_frames)
+    parts = (read_frames(file, numbers[start : start + 16], scanned) for start in range(0, len(numbers), 16))
+    return all(part.mean(axis=-1).max() < 128 for part in parts)
 
 
 def companion_problem(clip: VideoInfo, other: VideoInfo, *, may_be_still: bool = False) -> str | None:

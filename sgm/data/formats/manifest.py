@@ -36,7 +36,7 @@ _BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns; None selects the first of the usual names."""
+    """Names of columns; None selects the first of the usual names, and "" none."""
 
     caption: str | None = None
     video: str | None = None  # clips: videos, or pictures as videos of one frame
@@ -105,7 +105,7 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
     """
     there = f"its columns are {', '.join(table.columns)}"
     for key, name in vars(columns).items():
-        if name is not None and name not in table.columns:
+        if name and name not in table.columns:
             hint = nearest(name, list(table.columns))
             raise InputError(f"'{table.path}' has no column '{name}' (data.params.{key}_column); {there}{hint}")
 
@@ -114,8 +114,8 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
 
     caption = columns.caption or first(CAPTION_NAMES + CAPTION_FILES)
     image = columns.image or first(IMAGE_NAMES + IMAGE_FILES)
-    control = columns.control or first(CONTROL_NAMES + CONTROL_FILES)
-    mask = columns.mask or first(MASK_NAMES + MASK_FILES)
+    control = first(CONTROL_NAMES + CONTROL_FILES) if columns.control is None else columns.control or None
+    mask = first(MASK_NAMES + MASK_FILES) if columns.mask is None else columns.mask or None
     video = columns.video or first(VIDEO_NAMES + VIDEO_FILES) or image
     for key, name, names in (("caption", caption, CAPTION_NAMES), ("video", video, VIDEO_NAMES)):
         if name is None:
@@ -216,8 +216,8 @@ def read_lines(root: Path, columns: Columns) -> Table:
         "caption": columns.caption or first(CAPTION_FILES),
         "video": columns.video or first(VIDEO_FILES) or first(IMAGE_FILES),
         "image": columns.image or first(IMAGE_FILES),
-        "control": columns.control or first(CONTROL_FILES),
-        "mask": columns.mask or first(MASK_FILES),
+        "control": first(CONTROL_FILES) if columns.control is None else columns.control or None,
+        "mask": first(MASK_FILES) if columns.mask is None else columns.mask or None,
     }
     for kind, names_of in (("caption", CAPTION_FILES), ("video", VIDEO_FILES)):
         if names[kind] is None:

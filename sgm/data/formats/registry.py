@@ -69,7 +69,7 @@ def list_rows(
     if format == "auto":
         format = detect(path)
     if format == "folder":
-        if columns != Columns():
+        if any(vars(columns).values()):
             raise InputError(
                 f"'{path}' is a folder of clips and captions, which has no columns; remove data.params.caption_column, "
                 "video_column, image_column and rejected_column, or set data.params.format"

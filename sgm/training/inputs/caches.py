@@ -138,7 +138,9 @@ def _cached_valid(
                 continue
             if any(key not in cache for key in keys[-1].values()):
                 return None
-            _require_contents(cache, [dataset], kind)
+            contents = contents_of([dataset], kind)
+            if contents is not None and cache.changed(contents):  # clips of the same names: they are decoded
+                return None
         found.append(cached(dataset, *keys))
     return found
 

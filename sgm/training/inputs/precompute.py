@@ -3,6 +3,7 @@
 Legend: F frames, H W pixels, z channels of the latents.
 """
 
+import copy
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -252,12 +253,17 @@ class _Clip:
     shape: Shape | str  # a string is the reason why the clip is unreadable
 
     def pixels(self, kind: Kind) -> torch.Tensor | str:
-        """Return the clip or its first frame, (F, 3, H, W); or the reason why decoding fails."""
+        """Return the clip or its first frame, (F, 3, H, W); or the reason why decoding fails.
+
+        Its mask is in no cache, so that one that cannot be read costs no latents.
+        """
         if isinstance(self.shape, str):
             return self.shape
         frames, *size = self.shape
         try:
-            sample = self.dataset.sample(self.index, None, (1 if kind == "images" else frames, *size))
+            dataset = copy.copy(self.dataset)
+            dataset.mask = False
+            sample = dataset.sample(self.index, None, (1 if kind == "images" else frames, *size))
         except ClipError as error:
             return error.reason
         if kind == "controls":

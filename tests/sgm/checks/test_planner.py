@@ -152,6 +152,7 @@ def test_the_choice_says_whether_it_is_approximate_and_leaves_what_is_given(peak
         kept, said = with_preset(released("cogvideox_5b", "args.memory=auto", given), torch.bfloat16, None)
         name, _, value = given.removeprefix("args.").partition("=")
         assert str(getattr(kept.args, name)).lower() == value and (given in said or name not in PRESETS["80gb"])
+        assert ("approximate" in said) == (name == "vae_tiling")
     with pytest.raises(InputError, match="no preset fits"):
         with_preset(released("cogvideox_5b", "args.memory=auto", "args.network_offload=none"), torch.bfloat16, 12 * GIB)
 
@@ -160,6 +161,9 @@ def test_a_card_without_room_for_any_preset_is_refused_and_still_planned_for(pea
     config = released("cogvideox_5b", "args.memory=auto")
     with pytest.raises(InputError, match=r"no preset fits into 2\.0 GiB: configs/memory/8gb\.yaml takes 4\.0 GiB"):
         with_preset(config, torch.bfloat16, 2 * GIB)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(InputError, match="no preset fits"):
+        patched.setattr(planner, "room_for", lambda card: 2 * GIB)
+        planner.sampling_rows(config, torch.bfloat16)  # the run on this device would be refused
     rows = planner.sampling_rows(config, torch.bfloat16, card=2)
     assert "no preset fits" in rows["preset"] and "does not fit" in rows["card"] and "the smallest" in rows
 

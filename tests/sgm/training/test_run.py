@@ -541,6 +541,7 @@ def test_one_clip_is_learned(overfit, monkeypatch, name, iterations, lr):
 
 def test_steps_are_timed_without_evaluations_between_two_lines(monkeypatch):
     run = SimpleNamespace(
+        args=SimpleNamespace(eval_measures=False),
         evaluation=SimpleNamespace(num_samples=1, losses=lambda: {"validation_loss": 1.0}, sample=lambda _: []),
         parts=SimpleNamespace(deepspeed=None),
         saver=SimpleNamespace(keep_if_best=lambda *_: None, best=None),

@@ -218,15 +218,17 @@ def test_weights_newer_than_the_state_are_replaced(training_yaml, tmp_path):
 
 def test_ranks_look_up_their_own_files_and_a_share_of_the_others(monkeypatch):
     names = [f"zero_pp_rank_{rank}_mp_rank_{shard:02d}_optim_states.pt" for rank in range(2) for shard in range(2)]
+    names += [f"mp_rank_{shard:02d}_model_states.pt" for shard in range(2)]
     point = dataclasses.replace(POINT, files=(*names, *(f"rng_{rank:02d}.pt" for rank in range(4))), tensor=2)
     for world in (1, 2, 4, 16):
         looked_up = []
         for rank in range(world):
             monkeypatch.setattr("sgm.distributed.rank", lambda rank=rank: rank)
             looked_up.append(set(_files_to_look_up(point, dataclasses.replace(point, world_size=world))))
-            assert {f"rng_{rank:02d}.pt"} & {*point.files} <= looked_up[-1] and looked_up[-1]
+            own = {f"rng_{rank:02d}.pt", f"mp_rank_{rank % 2:02d}_model_states.pt"}
+            assert own & {*point.files} <= looked_up[-1] and looked_up[-1]
         assert set().union(*looked_up) == {*point.files}
-        assert max(map(len, looked_up)) <= 8 // world + 3
+        assert max(map(len, looked_up)) <= 10 // world + 4
 
 
 def make_old(run: Path, *kept: str) -> None:

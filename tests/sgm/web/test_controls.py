@@ -23,7 +23,8 @@ def test_kinds_and_limits_are_those_of_the_annotations():
     assert CONTROLS["weights"].choices == ("int8", "fp8", "nf4")
     assert CONTROLS["sampling_image_size"].kind == "pair" and CONTROLS["sampling_image_size"].whole
     assert CONTROLS["guidance_interval"].kind == "pair" and not CONTROLS["guidance_interval"].whole
-    assert CONTROLS["vae_tiling"].kind == "switch"
+    assert CONTROLS["compile"].kind == "switch"
+    assert (CONTROLS["vae_tiling"].kind, CONTROLS["vae_tiling"].choices) == ("choice", ("true", "false", "large"))
     assert (STRENGTH.kind, STRENGTH.least, STRENGTH.most, STRENGTH.default) == ("number", -100, 100, 1.0)
 
 
@@ -38,7 +39,9 @@ def test_kinds_and_limits_are_those_of_the_annotations():
         ("guidance_scale", 4.5, None),
         ("sampling_image_size", [64.0, 64], (64, 64)),
         ("step_cache", "first_block", None),
-        ("vae_tiling", True, None),
+        ("vae_tiling", "true", True),
+        ("vae_tiling", "large", None),
+        ("compile", True, None),
     ],
 )
 def test_a_value_reaches_the_run_as_it_was_entered(name, value, typed):

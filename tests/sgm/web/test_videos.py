@@ -59,7 +59,15 @@ def test_a_request_is_a_command_that_loads(models, tmp_path):
     assert [(lora.path, lora.strength) for lora in args.loras] == [("runs/x y", 0.5), ("z.safetensors", 1.0)]
     assert args.preview == str(tmp_path / "preview.jpg")
     assert (args.prompt, args.load, args.output_dir) == (values["prompt"], "runs/a b", str(tmp_path))
-    assert (args.num_steps, args.seed, args.step_cache_threshold, args.asks_for_prompts) == (3, 5, 0.3, False)
+    assert (args.num_steps, args.seed, args.step_cache_threshold, args.asks_for_prompts) == (3, 5, 0.18, False)
+
+
+def test_a_control_that_was_not_touched_leaves_what_a_preset_says(models, tmp_path):
+    """A switch is never empty: at its default it is not sent."""
+    values = {"prompt": "a cat", "vae_tiling": None, "compile": False, "loop": False}
+    words = Request(models["toy"], values, presets=[presets(CONFIGS, "memory")["8gb"]]).words(tmp_path)
+    assert not [word for word in words if word.startswith(("args.vae_tiling", "args.compile", "args.loop"))]
+    assert load_config(words[2:4], words[4:], mode="inference").args.vae_tiling == "large"
 
 
 @pytest.mark.parametrize("path", ["", "..", "../outside", "link", "none", "a\0b", "/etc"])
