@@ -280,6 +280,7 @@ def test_samples_of_captions_are_compared_with_their_clips(tmp_path, monkeypatch
     evaluation.engine, evaluation.dataset = SimpleNamespace(input_key="mp4"), [{"mp4": other}, {"mp4": clip}]
     evaluation._measures = SampleMeasures(TrainingArgs(train_data=("x",), save="y"))
     evaluation._clip_of = {tmp_path / "1_a": 1}
+    evaluation._asked_to_stop = lambda: False
     found = evaluation.measured([sample])
     wanted = fidelity(read_video(sample), to_uint8(clip).numpy())
     assert found["sample_psnr"] == pytest.approx(wanted["psnr"]) and 0 < found["sample_psnr"] < 20
@@ -288,6 +289,8 @@ def test_samples_of_captions_are_compared_with_their_clips(tmp_path, monkeypatch
         evaluation.dataset[1] = no_reference
         assert evaluation.measured([sample]).keys() == {"sample_smoothness", "sample_flicker"}
     assert evaluation.measured([]) == {}
+    evaluation._asked_to_stop = lambda: True
+    assert evaluation.measured([sample]) == {}, "who is asked to stop measures no more"
 
 
 def test_measures_without_their_files_or_videos_are_told_before_training(tmp_path):
