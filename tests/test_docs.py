@@ -46,6 +46,7 @@ NOT_RUN = {
     r".*torchrun .*-m benchmarks\.shared_decode": "takes minutes",
     r"python tools/sweep\.py": "trains several runs; test_sweep.py plans them, and trains shorter ones",
     r"python tools/toy/make_assets\.py": "takes hours",
+    r"python tools/toy/soak\.py": "takes hours; test_soak.py runs it on made-up readings",
     r"python tools/toy/from_video\.py": "takes minutes; the slow test_from_video.py measures one strength",
     r"python tools/toy/inversion\.py": "takes minutes; test_held_frames.py compares its figures with the page",
     r"python tools/toy/control\.py": "takes minutes; test_toy_control.py compares its figures with the page",
