@@ -127,3 +127,12 @@ def test_products_of_float32_are_rounded_only_if_asked(monkeypatch, tool, kind, 
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_backend_that_cannot_gather_to_one_rank_gathers_to_all(monkeypatch, own):
+    monkeypatch.setattr(sgm.distributed, "_is_shared", lambda: True)
+    monkeypatch.setattr(sgm.distributed.dist, "get_backend", lambda: "other")
+    monkeypatch.setattr(sgm.distributed, "all_gather_objects", lambda value: [value, "b"])
+    monkeypatch.setattr(sgm.distributed, "rank", lambda: own)
+    assert sgm.distributed.gather_objects("a") == (["a", "b"] if own == 0 else None)
