@@ -32,19 +32,18 @@ def with_batch(config: Config) -> Config:
 def restart_warnings(config: Config) -> Iterator[str]:
     """Yield why a training run cannot go on with other machines, of which the launcher was given a range."""
     machines = sgm.distributed.elastic_machines()
-    local = sgm.distributed.local_world_size()
     if len(machines) < 2:
         return
     given = f"the run may restart on {machines[0]} to {machines[-1]} machines"
     if reasons := list(_undivided(config)):
         yield f"{given}, and goes on with as many as it was saved on alone: {'; '.join(reasons)}"
         return
+    if (local := sgm.distributed.local_world_size()) is None:
+        return
     mesh, section = mesh_of(config), config.deepspeed
     micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
     total, refused = section.get("train_batch_size"), []
     for number in machines:
-        if local is None:
-            break
         ranks = number * local
         if ranks % mesh.ranks:
             refused.append(f"{number} ({ranks} ranks are no groups of {mesh.ranks})")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 from sgm.conversion.lora import FILE, adapters_to_diffusers
@@ -26,6 +25,7 @@ from sgm.weights.checkpoint import save_network
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import WEIGHTS, find_weights, weights_digest
 from sgm.weights.lora.dora import parts_of
+from sgm.weights.lora.merging import pair_of
 from sgm.weights.lora.names import BASE, GROUPS, IN_LAYERS, MODULATION, PROJECTIONS, projection_of
 from sgm.weights.match import UNUSED_TABLES
 
@@ -201,11 +201,8 @@ def _nearest(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random start: the same models give the same file
         u, values, v = torch.svd_lowrank(matrix, min(2 * rank + _OVERSAMPLED, *matrix.shape), niter=_ITERATIONS)
-    num = min(rank, len(values))  # a projection may be narrower
-    root = values[:num].sqrt()
-    rows, columns = (v[:, :num] * root).T, u[:, :num] * root
-    a, b = pad(rows, (0, 0, 0, rank - num)), pad(columns, (0, rank - num))
-    return a.contiguous(), b.contiguous(), values[:num].square().sum().item()
+    a, b = pair_of(u[:, :rank], values[:rank], v[:, :rank], rank)
+    return a.contiguous(), b.contiguous(), values[:rank].square().sum().item()
 
 
 def _write(folder: str | Path, before: Source, tensors: Mapping[str, torch.Tensor], info: AdapterInfo) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network
 from sgm.log import get_logger
@@ -26,7 +25,7 @@ from sgm.weights.adapters import (
     short_names,
 )
 from sgm.weights.checkpoint import save_network
-from sgm.weights.files import WEIGHTS, find_weights, read_names, read_tensors, weights_digest
+from sgm.weights.files import WEIGHTS, find_weights, read_names, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute, meta
 from sgm.weights.lora.files import (
     Lora,
@@ -37,7 +36,7 @@ from sgm.weights.lora.files import (
     require_base,
     warn_without_effect,
 )
-from sgm.weights.lora.merging import kronecker_changes, merge_adapters
+from sgm.weights.lora.merging import kronecker_changes, merge_adapters, pair_of
 from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
 
@@ -297,11 +296,9 @@ def _reduced(tensors: Mapping[str, torch.Tensor], rank: int, scale: float) -> di
         # The product has the singular values of the small one between the two orthogonal bases.
         left, right = torch.linalg.qr(tensors[name_b].double()), torch.linalg.qr(a.double().flatten(1).T)
         u, values, vt = torch.linalg.svd(scale * left.R @ right.R.T)
-        num = min(rank, len(values))  # a projection may be narrower
-        root = values[:num].sqrt()
-        rows, columns = ((right.Q @ vt.T[:, :num]) * root).T.float(), ((left.Q @ u[:, :num]) * root).float()
-        result[name_a] = pad(rows, (0, 0, 0, rank - num)).reshape(-1, *a.shape[1:])
-        result[name_b] = pad(columns, (0, rank - num))
+        num = min(rank, len(values))
+        own_a, own_b = pair_of(left.Q @ u[:, :num], values[:num], right.Q @ vt.T[:, :num], rank)
+        result[name_a], result[name_b] = own_a.float().reshape(-1, *a.shape[1:]), own_b.float()
     return result
 
 
@@ -340,7 +337,7 @@ def _recorded(loras: Sequence[Lora], *, any_base: bool) -> Lora | None:
 def _base_file(loras: Sequence[Lora], base: str | Path | None, *, any_base: bool) -> Path:
     """Return the file of the network that LoRAs are merged into."""
     recorded = _recorded(loras, any_base=any_base)
-    alone = recorded is not None and adapters_alone(read_tensors(recorded.path))
+    alone = recorded is not None and adapters_alone(read_names(recorded.path))
     if base is not None and alone:
         return _checked(loras, base, any_base=any_base)
     if len(loras) == 1 and is_sat(loras[0].path):

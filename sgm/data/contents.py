@@ -15,7 +15,8 @@ from sgm.data.rows import ClipFile
 from sgm.io import content_digest, range_digest
 
 _THREADS = 16  # that read files, which may be on a network
-_PART = 1 << 16  # bytes of a file: all of a smaller one, and both ends of a larger one
+# What is read of a file: all of a smaller one, and both ends and some pages of a larger one.
+_SAMPLED = {"whole": 1 << 17, "ends": 1 << 16, "pieces": 8}
 
 
 class Contents:
@@ -58,10 +59,10 @@ def _digest(file: ClipFile) -> str:
     """Return a digest of the content of a file, or of a file inside another one; empty if it cannot be read."""
     try:
         if isinstance(file, Path):
-            return content_digest(file, whole=2 * _PART, ends=_PART, pieces=8)
+            return content_digest(file, **_SAMPLED)
         if isinstance(file, Member) and isinstance(file.container, Path):  # a touched archive is not read whole
             with file.container.open("rb") as archive:
-                return range_digest(archive, file.offset, file.size, whole=2 * _PART, ends=_PART, pieces=8)
+                return range_digest(archive, file.offset, file.size, **_SAMPLED)
         if isinstance(file.container, Path):
             return hashlib.sha256(file.read()).hexdigest()[:16]
     except OSError:

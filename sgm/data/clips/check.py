@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sgm.data.buckets.assign import NOWHERE, Buckets, clip_sizes
-from sgm.data.clips.decode import ClipError, Scan, decode_all, probe, read_frames, scan
+from sgm.data.clips.decode import ClipError, Scan, decode_all, each_frame, probe, read_frames, scan
 from sgm.data.clips.frames import Selection, select_frames
 from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.io import atomic_file, json_bytes
@@ -128,10 +128,14 @@ def _companion_problems(part: str, file: ClipFile, info: VideoInfo, *, decode: b
 
 
 def _is_black(file: ClipFile, scanned: Scan) -> bool:
-    """Return whether a mask has no white pixel; a few frames are in memory at a time."""
-    numbers = range(scanned.info.num_frames)
-    parts = (read_frames(file, numbers[start : start + 16], scanned) for start in range(0, len(numbers), 16))
-    return all(part.mean(axis=-1).max() < 128 for part in parts)
+    """Return whether a mask has no white pixel; decodes it once, and holds a frame at a time."""
+    num = scanned.info.num_frames
+    for frame in read_frames(file, [0], scanned) if num == 1 else each_frame(file, range(num), scanned):
+        if isinstance(frame, ClipError):
+            raise frame
+        if frame.mean(axis=-1).max() >= 128:
+            return False
+    return True
 
 
 def companion_problem(clip: VideoInfo, other: VideoInfo, *, may_be_still: bool = False) -> str | None:

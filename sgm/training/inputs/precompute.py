@@ -168,8 +168,7 @@ def _require_same(own: Sequence[Description]) -> None:
         InputError: they are not; the message names rank and differences.
     """
     digest = digest_of([asdict(each) for each in own])
-    differs = torch.tensor([float(sgm.distributed.broadcast_from_rank_zero(digest) != digest)])
-    if not sgm.distributed.all_reduce_(differs.to(sgm.distributed.device()), largest=True).item():
+    if not sgm.distributed.any_rank(sgm.distributed.broadcast_from_rank_zero(digest) != digest):
         return
     first = sgm.distributed.broadcast_from_rank_zero(list(own))
     found = [line for before, after in zip(first, own, strict=True) for line in changes(before, after)]

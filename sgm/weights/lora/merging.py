@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from torch.nn.functional import pad
 
 from sgm.util import InputError
 from sgm.weights.adapters import WRAPPED, Pair, adapter_pairs, is_adapter
@@ -184,3 +185,16 @@ def in_order(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
         for i, chunk in zip(own, part.chunk(6, dim), strict=True)
     }
     return torch.cat([chunks[index] for index in range(12)], dim)
+
+
+def pair_of(u: torch.Tensor, values: torch.Tensor, v: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (rank, D_in) and B (D_out, rank) whose product is u·diag(values)·vᵀ.
+
+    Args:
+        u: (D_out, n), n at most `rank`: a projection may be narrower, and the rest of A and B is zero.
+        values: (n,) singular values, of which A and B have the roots.
+        v: (D_in, n).
+        rank: of the pair.
+    """
+    root, missing = values.sqrt(), rank - len(values)
+    return pad((v * root).T, (0, 0, 0, missing)), pad(u * root, (0, missing))

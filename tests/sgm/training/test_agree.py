@@ -1,26 +1,19 @@
 """What ranks found by themselves is compared before training; failing_ranks.py has real ones that differ."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 import sgm.distributed
+from benchmarks.control import PlanOfNothing
 from sgm.distributed import Mesh
 from sgm.training.prepare import agree
 
 
-@dataclass(frozen=True)
-class Plan:
-    config: SimpleNamespace
-    data: SimpleNamespace
-    mesh: Mesh
-    resume: None = None
-
-
 @pytest.fixture
 def plan():
-    return Plan(SimpleNamespace(digest="a" * 64), SimpleNamespace(digest="b", captions_digest="c"), Mesh())
+    return PlanOfNothing(SimpleNamespace(digest="a" * 64), SimpleNamespace(digest="b", captions_digest="c"), Mesh())
 
 
 def test_ranks_that_agree_send_as_much_however_many_they_are(plan, monkeypatch):
