@@ -169,12 +169,16 @@ class HostMemory(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self.join()
+        self._compare()
 
     def run(self) -> None:
         """Watch until the end of the context."""
         while not self._ended.wait(0.005):
-            own, files = (now - then for now, then in zip(self._read(), self._start_values, strict=True))
-            self.own, self.all = max(self.own, own), max(self.all, own + files)
+            self._compare()
+
+    def _compare(self) -> None:
+        own, files = (now - then for now, then in zip(self._read(), self._start_values, strict=True))
+        self.own, self.all = max(self.own, own), max(self.all, own + files)
 
     @staticmethod
     def _read() -> tuple[int, int]:
