@@ -127,7 +127,8 @@ def projects_logger():
     before = (logger.handlers[:], logger.propagate, logger.level)
     yield
     logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
+    if logger.level != before[2]:  # empties a cache of every logger
+        logger.setLevel(before[2])
 
 
 @pytest.fixture(autouse=True)

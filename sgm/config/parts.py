@@ -7,6 +7,7 @@ fits if it has the methods below, and they take what the callers pass. A section
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 
@@ -39,7 +40,7 @@ class Part:
             spelled = f"{'a call' if method == _CALL else method}({', '.join(words)})"
             if not callable(found) or (method == _CALL and not is_forward and _CALL not in _methods(cls)):
                 return f"it has no {spelled}" if method != _CALL else "it cannot be called"
-            if not _takes(found, words):
+            if not _takes(found, tuple(words)):
                 return f"it does not take {spelled}"
         return None
 
@@ -48,7 +49,8 @@ def _methods(cls: type) -> set[str]:
     return {name for base in cls.__mro__ for name in vars(base)}
 
 
-def _takes(function: object, words: Sequence[str]) -> bool:
+@cache
+def _takes(function: object, words: tuple[str, ...]) -> bool:
     try:
         signature = inspect.signature(function)  # pyright: ignore[reportArgumentType]
         named = [word.removesuffix("=") for word in words if word.endswith("=")]

@@ -15,6 +15,7 @@ import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel
@@ -221,6 +222,7 @@ class Accepted:
     open_ended: bool = False
 
 
+@cache
 def accepted_by(cls: Callable[..., Any]) -> Accepted | None:
     """Return the parameters of a class or pydantic model; None for a C class without signature."""
     if is_model(cls):
