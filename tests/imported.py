@@ -43,6 +43,7 @@ for _name in (
     "torch._dynamo",
     "torch.distributed.launcher.api",
     "torch.utils.serialization.config",
+    "torch.utils.tensorboard",
     "torchmetrics",
     "transformers.models.t5.modeling_t5",
     "vae_modules.autoencoder",

@@ -28,6 +28,13 @@ STEPS = {
         ["main(['--base', 'configs/toy.yaml', 'configs/toy_inference.yaml', '--check'])"],
         {"transformers", "datasets", "wandb", "deepspeed", "diffusers", "torch._dynamo", "bitsandbytes"},
     ),
+    "check of a training": (
+        [
+            "from sgm.training.main import main as train",
+            "train(['--base', 'configs/toy_lora.yaml', 'configs/toy_sft.yaml', '--check'])",
+        ],
+        {"tensorboard", "matplotlib", "transformers", "wandb", "diffusers", "torch._dynamo", "kornia"},
+    ),
 }
 PROGRAM = """
 import contextlib, json, sys

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sgm.inference.measures import MEASURES
@@ -80,6 +79,8 @@ class Metrics:
         kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_from]
         with atomic_file(self._path) as temporary:
             temporary.write_text("".join(_to_line(line) for line in kept), encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter  # lazy: a check writes nothing
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
         self._total, self._first = total_iters, resume_from
         self._began = self._said = clock()
