@@ -150,6 +150,10 @@ def test_a_pipe_and_tensors_without_values_are_refused(tmp_path):
     torch.save({"module": {"a": torch.ones(2), "b": torch.ones(2, device="meta")}}, tmp_path / "meta.pt")
     with pytest.raises(InputError, match="meta.pt holds no values of b: it was saved from the meta device"):
         read_tensors(tmp_path / "meta.pt")
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"module": {"a": torch.ones(2), "b": ragged}}, tmp_path / "nested.pt")
+    with pytest.raises(InputError, match="nested.pt: b is a nested tensor"):
+        read_tensors(tmp_path / "nested.pt")
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):
