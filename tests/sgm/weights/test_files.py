@@ -332,9 +332,9 @@ def test_what_stands_beside_the_tensors_is_read_from_both_formats(tmp_path):
         assert list(read_tensors(tmp_path / name)) == ["a"]
 
 
-def test_an_entry_that_is_no_json_is_damage(tmp_path):
+def test_an_entry_that_is_no_json_is_named(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"lora": "{"})
-    with pytest.raises(InputError, match="truncated or damaged"):
+    with pytest.raises(InputError, match=r"the entry 'lora' of its header, line 1: is not JSON"):
         read_entry(tmp_path / "x.safetensors", "lora")
 
 
