@@ -223,8 +223,9 @@ def sweep(name: str, work: Path, num: int, draw: random.Random) -> bool:
         moment = Moment.drawn(draw, index, whole, begun(reference))
         code, living = kill(kind, kind.words(work, out), out, log, number, moment)
         codes[f"{number.name} {code}"] += 1
+        done = digests(out, kind.pattern) == expected
         again = wait(start(kind, kind.words(work, out), log), LIMIT_S)
-        if again == 2 and code == 0:
+        if again == 2 and done:
             again = 0  # it was done before the signal, and a conversion does not overwrite
         equal, left = digests(out, kind.pattern) == expected, leftovers(out)
         counts += Counter(equal=equal and again == 0, left=bool(left), alive=bool(living))

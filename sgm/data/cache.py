@@ -48,6 +48,7 @@ TOOL = "tools/prepare_dataset.py"
 _REWRITE = f"the same command of {TOOL} writes it again"
 _FORMAT = 4  # increment when the files change; how frames are chosen is in the source, `decode.READER`
 _MISSING = "it is missing"
+_MEANWHILE = "its file was replaced while it was encoded"
 _STAMPS = "files"  # in the header of a shard: a list, in the order of its keys
 _OPEN_SHARDS = 16  # per process; each costs a file handle and its header
 
@@ -224,18 +225,18 @@ def write_shard(
         description: of this kind.
         number: of the shard.
         results: a tensor, or the reason of a failure, for each key in order.
-        contents: of the files of clips; their stamps are recorded.
+        contents: of the files of clips; their stamps are recorded, and those replaced since are failures.
 
     Raises:
         RunError: it could not be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     failures: dict[str, str] = {}
-    # Before the files are read: one that is replaced meanwhile is encoded again.
-    metadata = {"shard": description.identity(number)}
+    metadata, keys, stamps = {"shard": description.identity(number)}, description.shards[number], {}
     if contents is not None:
-        metadata[_STAMPS] = json.dumps([contents.stamp(key) for key in description.shards[number]])
-    for place, (key, result) in enumerate(zip(description.shards[number], results, strict=True)):
+        stamps = contents.stamps(keys)
+        metadata[_STAMPS] = json.dumps([*stamps.values()])
+    for place, (key, result) in enumerate(zip(keys, results, strict=True)):
         if isinstance(result, str):
             failures[key] = result
             continue
@@ -244,6 +245,9 @@ def write_shard(
             tensors[f"{place:06d}"] = stored
         else:
             failures[key] = f"its encoding is not finite in {description.dtype}"
+    for key in contents.changed(stamps) if contents is not None else ():
+        tensors.pop(f"{keys.index(key):06d}", None)
+        failures[key] = _MEANWHILE
     path, failed = folder / description.shard(number), folder / description.failed(number)
     try:
         path.unlink(missing_ok=True)
@@ -464,7 +468,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
                 f"command of {TOOL} encodes them again:\n{listed(replaced)}"
             )
         first = next(self.description.keys(), None)
-        if first is not None and not self.description.stamps(self.folder, 0).get(first) and contents.stamp(first):
+        recorded = self.description.stamps(self.folder, 0)
+        if first is not None and not recorded.get(first) and contents.stamps([first])[first]:
             found = f"the {self.description.kind} in '{self.folder}' do not record what the files of clips held"
             logger.warning("%s: a clip that was replaced by one of the same size is not noticed", found)
 

@@ -1,11 +1,12 @@
 """What the files of clips hold, so that a clip that was replaced under its name is not taken for the one encoded.
 
 A stamp is the modification time of a file and a digest of its content. Where the time is that of the stamp, the content
-is not read; where it differs, as in a copy of a data set, the content decides.
+is not read; where it differs, as in a copy of a data set, the content decides. Times are read anew by each method:
+encoding takes hours, in which files change.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,28 +29,37 @@ class Contents:
 
     def __init__(self, files: Mapping[str, Sequence[ClipFile]]) -> None:
         self._files = files
-        self._stamp = stamps()
 
-    def stamp(self, key: str) -> str:
-        """Return the stamp of a result's files; empty if there is none."""
-        times = [self._time(file) for file in self._files.get(key, ())]
-        digest = self._digest(key)
-        return f"{','.join(times)} {digest}" if times and all(times) and digest else ""
+    def stamps(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return key → stamp of a result's files; empty if there is none."""
+        times_of = self._times()
+        return {key: self._stamp(key, times_of(key)) for key in keys}
 
     def changed(self, recorded: Mapping[str, str]) -> list[str]:
         """Return the keys whose files hold something else than their stamps say; missing and empty ones say nothing."""
         asked = [key for key in recorded if recorded[key] and key in self._files]
+        times_of = self._times()
         with ThreadPoolExecutor(_THREADS) as pool:
-            kept = pool.map(lambda key: self._is_same(key, recorded[key]), asked)
+            kept = pool.map(lambda key: self._is_same(key, recorded[key], times_of(key)), asked)
             return [key for key, same in zip(asked, kept, strict=True) if not same]
 
-    def _is_same(self, key: str, recorded: str) -> bool:
-        times, _, digest = recorded.partition(" ")
-        return times == ",".join(map(self._time, self._files[key])) or digest == self._digest(key)
+    def _stamp(self, key: str, times: Sequence[str]) -> str:
+        digest = self._digest(key)
+        return f"{','.join(times)} {digest}" if times and all(times) and digest else ""
 
-    def _time(self, file: ClipFile) -> str:
-        stamp = self._stamp(file)
-        return str(stamp[1]) if isinstance(stamp, tuple) else ""  # of an object afar, its version
+    def _is_same(self, key: str, recorded: str, now: Sequence[str]) -> bool:
+        times, _, digest = recorded.partition(" ")
+        return times == ",".join(now) or digest == self._digest(key)
+
+    def _times(self) -> Callable[[str], list[str]]:
+        """Return a function from keys to the times of their files, each read once."""
+        stamp_of = stamps()
+
+        def time(file: ClipFile) -> str:
+            stamp = stamp_of(file)
+            return str(stamp[1]) if isinstance(stamp, tuple) else ""  # of an object afar, its version
+
+        return lambda key: [time(file) for file in self._files.get(key, ())]
 
     def _digest(self, key: str) -> str:
         return "-".join(map(_digest, self._files.get(key, ())))

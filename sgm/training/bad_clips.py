@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import sgm.distributed
 from sgm.config.args import TrainingArgs
@@ -185,19 +184,18 @@ def _write(folder: Path, at_start: Mapping[str, str], known: Mapping[str, str]) 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return ``at_start`` and ``in_training`` of a run; empty if its data sets have no check."""
     try:
-        content = _read_json(folder / FILE)
-        if content is None:
-            former = _read_json(folder / FORMER_AT_START), _read_json(folder / FORMER_ALL)
-            content = {"at_start": former[0] or {}, "in_training": former[1] or {}}
-        for name in ("at_start", "in_training"):
-            if (found := misfit(content[name], dict[str, str])) is not None:
+        if (folder / FILE).exists():
+            content = parse_json((folder / FILE).read_bytes())
+        else:
+            former = {"at_start": folder / FORMER_AT_START, "in_training": folder / FORMER_ALL}
+            content = {name: parse_json(path.read_bytes()) if path.exists() else {} for name, path in former.items()}
+        if not isinstance(content, dict) or content.keys() != {"at_start", "in_training"}:
+            raise ValueError("it does not hold 'at_start' and 'in_training', each with paths and reasons")
+        for name, value in content.items():
+            if (found := misfit(value, dict[str, str])) is not None:
                 raise ValueError(f"'{name}' {found[0]}; {found[1]}")
         return content["at_start"], content["in_training"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"the bad clips of {folder} cannot be read: {reason_of(error)}; restore {FILE}, or use args.resume=none"
         ) from error
-
-
-def _read_json(path: Path) -> Any:
-    return parse_json(path.read_bytes()) if path.is_file() else None

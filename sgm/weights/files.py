@@ -376,8 +376,10 @@ def _read_entry(path: Path, key: str) -> Any:
     size, head = _read_head(path)
     if _is_safetensors(path, head):
         text = read_metadata(path).get(key)
-        with _safetensors_errors(path, size):
+        try:
             return None if text is None else parse_json(text)
+        except ValueError as error:
+            raise InputError(f"{path}: the entry '{key}' of its header, {error}; save it again") from error
     content, _ = _read_torch(path, size, head)
     return content.get(key) if isinstance(content, dict) else None
 
@@ -572,6 +574,8 @@ def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{path} holds no values of {empty[0]}: it was saved from the meta device; save loaded weights"
         )
+    if nested := [name for name, value in content.items() if isinstance(value, torch.Tensor) and value.is_nested]:
+        raise InputError(f"{path}: {nested[0]} is a nested tensor, and weights are dense ones; save them as such")
     wrong = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise InputError(

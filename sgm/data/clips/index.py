@@ -5,6 +5,7 @@ the data folder, or in the user's cache if that folder is read-only. Manifest co
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +84,9 @@ def index_path(folder: str | Path) -> Path:
     return user_cache / "cogvideox-sat" / f"clips-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
 
 
-def _read_index(folder: Path) -> dict[str, list[Any]]:
+def _read_index(folder: Path) -> dict[str, Any]:
     """Return the folder's index, updated from the user's cache if the folder is read-only."""
-    known: dict[str, list[Any]] = {}
+    known: dict[str, Any] = {}
     for path in dict.fromkeys((folder.absolute() / NAME, index_path(folder))):
         try:
             known |= parse_json(path.read_bytes())
@@ -96,11 +97,14 @@ def _read_index(folder: Path) -> dict[str, list[Any]]:
     return known
 
 
-def _from_index(entry: list[Any] | None, stamp: tuple[int, int] | None) -> VideoInfo | None:
-    """Return the metadata of an entry that this reader made of this file."""
-    if entry is None or len(entry) != 8 or stamp is None or entry[:3] != [READER, *stamp]:
+def _from_index(entry: Any, stamp: tuple[int, int] | None) -> VideoInfo | None:
+    """Return the metadata of an entry that this reader made of this file; None if it holds anything else."""
+    if not isinstance(entry, list) or len(entry) != 8 or stamp is None or entry[:3] != [READER, *stamp]:
         return None
-    return VideoInfo(*entry[3:])
+    info = VideoInfo(*entry[3:])
+    are_counts = all(type(value) is int and value > 0 for value in (info.num_frames, info.height, info.width))
+    are_numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (info.fps, info.duration))
+    return info if are_counts and are_numbers else None
 
 
 def _key(file: ClipFile, folder: Path) -> str:

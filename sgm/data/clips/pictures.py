@@ -20,6 +20,7 @@ from sgm.io import NotAFileError
 
 # Pixel formats that hold one picture. Pillow runs Ghostscript for EPS, and others hold instructions or thumbnails.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
+ANIMATED = ("PNG", "WEBP", "GIF")  # formats whose further pictures come later in time; those of TIFF are other sizes
 BACKGROUND = 255  # white, behind transparent parts of pictures and videos
 _ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap height and width
 
@@ -86,6 +87,9 @@ def _opened(source: str | io.BytesIO) -> Iterator[Image.Image]:
             if limit is not None and image.width * image.height > limit:
                 found = f"it is too large: {image.height}x{image.width} pixels, of at most {limit:,}"
                 raise PictureError(f"{found}; make it smaller")
+            if image.format in ANIMATED and getattr(image, "is_animated", False):
+                found = f"it is an animation of {getattr(image, 'n_frames', 0)} pictures"
+                raise PictureError(f"{found}; save it as a video, or one of them as a picture")
             yield image
     except PictureError:
         raise

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sgm.config.values import shortened
 from sgm.io import parse_json, reason_of
 from sgm.log import get_logger
 from sgm.util import InputError
@@ -42,6 +43,12 @@ _FINETRAINERS_KEY = "lora_config"
 
 # Initialisations that also change the base: the adapters do not match the released one.
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+# Settings of PEFT that make something else of the same matrices.
+_OTHER_USES = ("layer_replication", "use_qalora", "alora_invocation_tokens")
+_TYPES: dict[str, tuple[Any, str]] = {name: (bool, "true or false") for name in ("use_rslora", "use_dora")}
+_TYPES |= {"lora_alpha": (int | float | str, "a number above 0")}
+_TYPES |= {name: (Mapping, "a mapping") for name in ("rank_pattern", "alpha_pattern")}
 
 Pair = tuple[AnyTensor, AnyTensor]
 Module = tuple[int | None, str]  # layer and module within the block, e.g. (0, "attn1.to_q"); None outside of them
@@ -142,6 +149,8 @@ def read_diffusers_lora(path: str | Path, *, alpha: float | None = None, option:
         b = matrices["B"]
         is_convolution = len(matrices["A"].shape) == 4 == len(b.shape) and b.shape[2:] == (1, 1)
         pairs[module] = (matrices["A"], LazyTensor((b,), _flat) if is_convolution else b)
+    if not pairs:
+        raise InputError(f"{file} holds no tensors; copy or save it again")
     if all(layer is None for layer, _ in pairs):
         raise InputError(f"{file} adapts {listed(map(_name, pairs))} only, and no layer; train some of a layer too")
     rank, magnitudes = _rank(file, pairs), _magnitudes(file, found)
@@ -314,11 +323,11 @@ def _alpha(
         if config.get("lora_alpha") is not None:
             try:
                 found[source] = float(config["lora_alpha"])
-            except (TypeError, ValueError) as error:
-                wrong = f"{file}: lora_alpha is {config['lora_alpha']!r} in {source}; expected a number above 0"
-                raise InputError(wrong) from error
-        if "use_rslora" in config:
-            rslora[source] = bool(config["use_rslora"])
+            except (TypeError, ValueError, OverflowError) as error:
+                shown = shortened(repr(config["lora_alpha"]))
+                raise InputError(f"{file}: lora_alpha is {shown} in {source}; expected a number above 0") from error
+        if config.get("use_rslora") is not None:
+            rslora[source] = config["use_rslora"]
     if stored:
         found["its .alpha tensors"] = _stored_alpha(file, {module: stored.get(module, rank) for module in modules})
     if given is not None:
@@ -346,8 +355,10 @@ def _alpha(
 def _number(alpha: StoredTensor) -> float:
     """Return the value of an alpha tensor, of any kind."""
     value = alpha.of_any_kind().compute()
-    if value.numel() != 1 or value.is_complex():
+    if value.numel() != 1:
         raise InputError(f"{alpha.path}: {alpha.name} has the shape {tuple(value.shape)}; expected one number")
+    if value.is_complex() or value.dtype == torch.bool or not math.isfinite(value):
+        raise InputError(f"{alpha.path}: {alpha.name} is {value.item()}; expected one number")
     return float(value)
 
 
@@ -365,15 +376,28 @@ def _stored_alpha(file: Path, values: Mapping[Module, float]) -> float:
 def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield training configurations in a file and adjacent to it, each with its source."""
     for key in (HEADER_KEY, _FINETRAINERS_KEY):
-        entry = read_entry(file, key)
-        if isinstance(entry, Mapping):
-            yield f"its header ({key})", {name.rpartition(".")[2]: value for name, value in entry.items()}
+        if (entry := read_entry(file, key)) is not None:
+            plain = _checked(file, f"its header ({key})", entry)
+            yield f"its header ({key})", {name.rpartition(".")[2]: value for name, value in plain.items()}
     beside = file.parent / _PEFT_CONFIG
     if beside.is_file():
         try:
-            yield _PEFT_CONFIG, dict(parse_json(beside.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+            entry = parse_json(beside.read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(f"{beside} cannot be read: {reason_of(error)}; copy or save it again") from error
+        yield _PEFT_CONFIG, _checked(file, _PEFT_CONFIG, entry)
+
+
+def _checked(file: Path, source: str, config: Any) -> Mapping[str, Any]:
+    """Return a configuration; refuse it if it is none, or if a value in it is of another type."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"{file}: {source} holds {shortened(repr(config))}; expected settings by name; save it again")
+    for name, value in config.items():
+        expected, words = _TYPES.get(name.rpartition(".")[2], (object, ""))
+        is_other = isinstance(value, bool) and expected is not bool  # which Python takes for a number
+        if words and value is not None and (is_other or not isinstance(value, expected)):
+            raise InputError(f"{file}: {name} is {shortened(repr(value))} in {source}; expected {words}; correct it")
+    return config
 
 
 def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int) -> None:
@@ -384,6 +408,10 @@ def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int
             f"{file} started from init_lora_weights: {start} according to {source}, which also changes the base; let "
             "PEFT make it plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
         )
+    if config.get("peft_type") not in (None, "LORA", "LOKR"):
+        raise InputError(f"{file} is {config['peft_type']} according to {source}; train LoRA, DoRA or LoKr")
+    if used := [name for name in _OTHER_USES if config.get(name)]:
+        raise InputError(f"{file} was trained with {used[0]} according to {source}; train plain LoRA, without it")
     alpha = config.get("lora_alpha")
     others = {name: value for name, value in (config.get("alpha_pattern") or {}).items() if value != alpha}
     if others:
@@ -393,7 +421,7 @@ def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int
         )
     if config.get("r") not in (None, rank) and not config.get("rank_pattern"):
         raise InputError(
-            f"{file} has the rank {config['r']} according to {source}, and its matrices have {rank}; save it again"
+            f"{file} has the rank {config['r']!r} according to {source}, and its matrices have {rank}; save it again"
         )
 
 

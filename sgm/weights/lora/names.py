@@ -85,7 +85,7 @@ _ENDS |= {"lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_
 _END = re.compile(
     r"(?P<module>.+?)(?:"
     r"\.(?P<side>lora_A|lora_B)(?:\.(?:.+\.)?weight)?"
-    r"|(?:\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<old>down|up)(?:\.weight)?"
+    r"|(?:\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<old>down|up)(?:\.(?:.+\.)?weight)?"
     r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.(?:.+\.)?weight)?"
     r"|\.(?P<lokr>lokr_w[12](?:_[ab])?)"
     r"|\.(?P<one>alpha|dora_scale))"

@@ -191,6 +191,10 @@ def test_alpha_must_be_one_number(tmp_path):
     alpha = {"transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
     with pytest.raises(InputError, match=r"to_q.alpha has the shape \(2,\); expected one number"):
         read_diffusers_lora(written(tmp_path / "x.safetensors", pairs() | alpha))
+    for value in (torch.tensor(math.nan), torch.tensor(math.inf), torch.tensor(True)):
+        alpha = {"transformer_blocks.0.attn1.to_q.alpha": value}
+        with pytest.raises(InputError, match=r"to_q.alpha is (nan|inf|True); expected one number"):
+            read_diffusers_lora(written(tmp_path / "x.safetensors", pairs() | alpha))
     header = {HEADER_KEY: {"transformer.lora_alpha": "much"}}
     with pytest.raises(InputError, match="lora_alpha is 'much' in its header"):
         read_diffusers_lora(written(tmp_path / "x.safetensors", pairs(), header=header))
@@ -307,7 +311,13 @@ def renamed(tensors, side_a, side_b):
 @pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "base_model.model.transformer."])
 @pytest.mark.parametrize(
     "sides",
-    [("lora_A", "lora_B"), ("lora_A.default", "lora_B.default"), ("lora.down", "lora.up"), ("lora_down", "lora_up")],
+    [
+        ("lora_A", "lora_B"),
+        ("lora_A.default", "lora_B.default"),
+        ("lora.down", "lora.up"),
+        ("lora_down", "lora_up"),
+        ("lora_down.default", "lora_up.default"),
+    ],
 )
 def test_names_of_all_tools_mean_the_same(tmp_path, prefix, sides):
     tensors = pairs()
@@ -471,6 +481,44 @@ def test_a_damaged_configuration_of_peft_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter_config.json cannot be read"):
         read_diffusers_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ([1], r"holds \[1\]; expected settings by name"),
+        (None, "holds None; expected settings by name"),
+        ({"lora_alpha": [8]}, r"lora_alpha is \[8\] in .*; expected a number above 0"),
+        ({"lora_alpha": True}, "lora_alpha is True in .*; expected a number above 0"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10*\ \.\.\. 0* in .*; expected a number above 0"),
+        ({"lora_alpha": 8, "use_rslora": "false"}, "use_rslora is 'false' in .*; expected true or false"),
+        ({"lora_alpha": 8, "alpha_pattern": [1]}, r"alpha_pattern is \[1\] in .*; expected a mapping"),
+        ({"lora_alpha": 8, "r": "4"}, "has the rank '4' according to"),
+        ({"lora_alpha": 8, "peft_type": "VERA"}, "is VERA according to .*; train LoRA, DoRA or LoKr"),
+        ({"lora_alpha": 8, "layer_replication": [[0, 1], [0, 1]]}, "was trained with layer_replication"),
+        ({"lora_alpha": 8, "use_qalora": True}, "was trained with use_qalora"),
+    ],
+)
+def test_a_configuration_that_means_something_else_is_refused(tmp_path, config, said):
+    file = written(tmp_path / "adapter_model.safetensors", pairs())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=said):
+        read_diffusers_lora(file)
+    (tmp_path / "adapter_config.json").unlink()
+    if config is not None:  # in the header, null is no entry
+        with pytest.raises(InputError, match=said):
+            read_diffusers_lora(written(file, pairs(), header={HEADER_KEY: config}))
+
+
+def test_a_header_that_is_not_json_names_its_entry(tmp_path):
+    save_file(pairs(), file := tmp_path / "x.safetensors", metadata={HEADER_KEY: "{{"})
+    with pytest.raises(InputError, match=f"the entry '{HEADER_KEY}' of its header, line 1: is not JSON"):
+        read_diffusers_lora(file)
+
+
+def test_a_file_without_tensors_says_so(tmp_path):
+    with pytest.raises(InputError, match="holds no tensors; copy or save it again"):
+        read_diffusers_lora(written(tmp_path / "x.safetensors", {}))
 
 
 def test_the_model_must_be_that_of_the_lora(model, tmp_path):

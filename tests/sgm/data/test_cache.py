@@ -289,6 +289,31 @@ def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
         ClipKeys(folders[0])(folders[0] / "none.mp4")
 
 
+def test_a_clip_replaced_while_its_shard_is_encoded_is_a_failure_and_encoded_again(tmp_path):
+    clips = {key: (tmp_path / f"{key}.mp4",) for key in KEYS}
+    for (path,) in clips.values():
+        path.write_bytes(b"old")
+    given, folder, contents = description(), tmp_path / "cache", Contents(clips)
+    begin(folder, given)
+
+    def encoded(replaced):
+        for key in given.shards[0]:
+            yield tensor(key)
+            if key == replaced:  # read before, or not yet: its file changes while others are encoded
+                clips["a"][0].write_bytes(b"new")
+                os.utime(clips["a"][0], ns=(1, 1))
+
+    assert given.unfinished(folder, contents=contents), "the run knows the files before it encodes"
+    for replaced in given.shards[0]:
+        clips["a"][0].write_bytes(b"old")
+        failures = write_shard(folder, given, 0, encoded(replaced), contents)
+        assert failures == {"a": "its file was replaced while it was encoded"}
+        assert read_shard(folder, given, 0, contents).keys() == {*given.shards[0]} - {"a"}
+        assert 0 in given.unfinished(folder, contents=Contents(clips))
+    assert write_shard(folder, given, 0, encoded(None), contents) == {}
+    assert 0 not in given.unfinished(folder, contents=Contents(clips))
+
+
 def test_a_clip_replaced_by_one_of_the_same_size_is_noticed_and_encoded_again(tmp_path, caplog):
     clips = {key: (tmp_path / f"{key}.mp4",) for key in KEYS}
     for key, (path,) in clips.items():

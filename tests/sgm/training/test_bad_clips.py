@@ -188,11 +188,22 @@ def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     assert written(run) == {"at_start": first, "in_training": later | {dataset.paths[7]: "is damaged"}}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"at_start": {}}', '{"at_start": [], "in_training": {}}'])
-def test_a_list_that_cannot_be_read_ends_a_resumed_run(tmp_path, content):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/bad_clips.json").write_text(content)
-    with pytest.raises(InputError, match="cannot be read.*args.resume=none"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "does not hold 'at_start' and 'in_training'"),
+        ("null", "does not hold 'at_start' and 'in_training'"),
+        ('{"at_start": {}}', "does not hold 'at_start' and 'in_training'"),
+        ('{"at_start": {}, "in_training": {}, "more": {}}', "does not hold 'at_start' and 'in_training'"),
+        ('{"at_start": [], "in_training": {}}', r"'at_start' is \[\]"),
+        (None, "[Ii]s a directory"),
+    ],
+)
+def test_a_list_that_cannot_be_read_ends_a_resumed_run(tmp_path, content, said):
+    (path := tmp_path / "run/bad_clips.json").parent.mkdir()
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=f"cannot be read: .*{said}.*args.resume=none"):
         usable(toy(tmp_path / "set"), tmp_path / "run", resumed=True)
 
 

@@ -1,6 +1,7 @@
 """sgm.data.clips.index: clips are read once, and again when they change."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -98,12 +99,23 @@ def test_clips_in_a_table_are_cached_until_its_files_change(tmp_path, reading):
     assert len(reading) == 6
 
 
-@pytest.mark.parametrize("content", ["no JSON", json.dumps({"a.mp4": [1]}), "[1]"])
+@pytest.mark.parametrize("content", ["no JSON", json.dumps({"a.mp4": [1]}), "[1]", '{"a.mp4": 5}', '{"a.mp4": null}'])
 def test_a_damaged_index_is_rewritten(folder, reading, content):
     (folder / index.NAME).write_text(content)
     assert clip_infos(rows(folder), folder) == [INFO] * 3
     reading.clear()
     assert clip_infos(rows(folder), folder) == [INFO] * 3 and reading == []
+
+
+@pytest.mark.parametrize("place", range(3, 8))
+@pytest.mark.parametrize("value", ["17", None, -1, True, math.nan, [17]])
+def test_an_entry_that_is_no_metadata_is_read_again(folder, reading, place, value):
+    clip_infos(rows(folder), folder)
+    entries = json.loads((folder / index.NAME).read_text())
+    entries["a.mp4"][place] = value
+    (folder / index.NAME).write_text(json.dumps(entries))
+    reading.clear()
+    assert clip_infos(rows(folder), folder) == [INFO] * 3 and reading == ["a.mp4"]
 
 
 def test_small_data_sets_write_no_index(folder, monkeypatch):

@@ -115,6 +115,14 @@ def refusals(path) -> tuple[str, str]:
     return trained.value.reason, str(sampled.value)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_an_animation_is_no_picture_for_training_and_sampling(tmp_path, name):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    for said in refusals(tmp_path / name):
+        assert "it is an animation of 3 pictures; save it as a video, or one of them as a picture" in said
+
+
 def test_what_is_not_a_file_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
