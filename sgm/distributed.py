@@ -206,7 +206,7 @@ def initialize(*, mesh: Mesh | None = None) -> None:
         mpu.destroy_model_parallel()  # a network was built for inspection before the sizes were known
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))  # without it SAT guesses and warns
-        mpu.initialize_model_parallel(tensor)
+        _make_layer_groups(tensor)
     if mesh is not None and _mesh is None:
         _mesh = mesh
         _make_groups(mesh)
@@ -222,20 +222,52 @@ def _current() -> Mesh:
     return default(_mesh, Mesh())
 
 
+def _own_group(start: int, stop: int, step: int = 1) -> Any:
+    """Create a group of which this rank is one.
+
+    A rank creates its own group alone, so that its work does not grow with the number of ranks. That needs the others
+    to create theirs at the same point: torch names a group by its ranks and the number of groups before it, and NCCL
+    splits the communicator of all ranks in one collective, in which every rank takes part with its own group. So each
+    round of calls divides all ranks among groups, and leaves none out.
+    """
+    ranks = list(range(start, stop, step))
+    assert dist.get_rank() in ranks, "each rank creates its own group"
+    return dist.new_group(ranks, use_local_synchronization=True)
+
+
+def _make_layer_groups(tensor: int) -> None:
+    """Create the groups that SAT's layers and DeepSpeed use, as SAT's `initialize_model_parallel` divides the ranks.
+
+    That one has every rank take part in the creation of every group: 1,153 calls for each of 1,024 ranks in machines of
+    eight.
+    """
+    import sat.mpu.initialize as layers
+
+    own, world = dist.get_rank(), dist.get_world_size()
+    assert world % tensor == 0, "the mesh was checked"
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    layers._DATA_PARALLEL_GROUP = _own_group(own % tensor, world, tensor)
+    layers._MODEL_PARALLEL_GROUP = _own_group(first := own - own % tensor, first + tensor)
+    layers._NODE_GROUP = _own_group(first := own - own % local, min(first + local, world))
+
+
 def _make_groups(mesh: Mesh) -> None:
-    """Create the groups of all ranks; every process must take part in creating each."""
-    for start in range(0, dist.get_world_size() if mesh.ranks > 1 else 0, mesh.ranks):
-        for num in range(1 if mesh.context > 1 else mesh.ranks, mesh.ranks + 1):
-            ranks = list(range(start, start + num))
-            group: Any = dist.new_group(ranks)
-            if start <= dist.get_rank() < start + mesh.ranks:
-                _sample_groups[num] = group if dist.get_rank() in ranks else None
-        for axis in ("sequence", "cfg"):
-            for members in mesh.groups(axis) if getattr(mesh, axis) > 1 else ():
-                ranks = [start + rank for rank in members]
-                group = dist.new_group(ranks)
-                if dist.get_rank() in ranks:
-                    _axes[axis] = group
+    """Create the groups of this rank's sample; see `_own_group`."""
+    if mesh.ranks == 1:
+        return
+    place = dist.get_rank() % mesh.ranks
+    start = dist.get_rank() - place
+    for num in range(1 if mesh.context > 1 else mesh.ranks, mesh.ranks + 1):
+        if place < num:
+            _sample_groups[num] = _own_group(start, start + num)
+        else:
+            _own_group(start + num, start + mesh.ranks)  # nothing uses it
+            _sample_groups[num] = None
+    for axis in ("sequence", "cfg"):
+        for members in mesh.groups(axis) if getattr(mesh, axis) > 1 else ():
+            if place in members:
+                stride = members[1] - members[0]
+                _axes[axis] = _own_group(start + members[0], start + members[-1] + 1, stride)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a rank does at the start of a run grows with the number of ranks only where torch asks for it."""
+"""What a rank does at the start of a run does not grow with the number of ranks."""
 
 import pytest
 
@@ -14,6 +14,7 @@ def test_the_table_of_simulated_ranks(capsys):
     assert control.main(["--ranks", "64", "1024"]) == 0
     few, many = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:])
     assert (few[0], many[0]) == ("64", "1024")
+    assert few[2] == many[2] == "12", "groups that a rank creates"
     assert few[4] == many[4] == "3", "collectives that compare plans"
     assert few[6] == many[6] == "9"
     assert all(int(row[column]) <= 8 for row in (few, many) for column in (10, 12)), (

@@ -103,6 +103,59 @@ def test_neighbours_share_layers_then_tokens_then_branches():
     assert groups["cfg"] == [[rank, rank + 6] for rank in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("world", "local", "sizes"),
+    [
+        (8, 4, {}),
+        (8, 8, {"sequence": 4, "context": 4}),
+        (6, 4, {"context": 3}),
+        (16, 8, {"tensor": 2, "sequence": 2, "cfg": 2}),
+        (1024, 8, {"tensor": 2, "sequence": 4, "context": 8}),
+    ],
+)
+def test_each_rank_creates_its_own_groups_in_rounds_of_all_ranks(monkeypatch, world, local, sizes):
+    """NCCL and torch's names of groups ask that no rank is left out of a round; see `_own_group`."""
+    from sat import mpu
+
+    sgm.distributed.initialize()
+    mesh = sgm.distributed.Mesh(**sizes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+
+    def made_by(rank: int) -> list[list[int]]:
+        made: list[list[int]] = []
+
+        def create(ranks: list[int], use_local_synchronization: bool) -> tuple[int, ...]:
+            assert use_local_synchronization
+            made.append(ranks)
+            return tuple(ranks)
+
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "new_group", create)
+        sgm.distributed._make_layer_groups(mesh.tensor)
+        sgm.distributed._make_groups(mesh)
+        return made
+
+    for name in ("_sample_groups", "_axes"):
+        monkeypatch.setattr(sgm.distributed, name, {})
+    modules = "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_NODE_GROUP"
+    for name in modules:
+        monkeypatch.setattr(mpu.initialize, name, None)
+    rounds = [*zip(*(made_by(rank) for rank in range(world)), strict=True)]
+    assert len(rounds) <= 3 + mesh.ranks + 2, "not more for more ranks"
+    for groups in rounds:
+        members = [rank for group in {tuple(group) for group in groups} for rank in group]
+        assert sorted(members) == [*range(world)] and all(rank in group for rank, group in enumerate(groups))
+        colours = {dist.distributed_c10d._process_group_color(group): tuple(group) for group in groups}
+        assert len(colours) == len({tuple(group) for group in groups}), "NCCL takes equal ones for one group"
+    last = (world - 1) // mesh.ranks * mesh.ranks
+    assert mpu.get_data_parallel_group() == tuple(range((world - 1) % mesh.tensor, world, mesh.tensor))
+    assert mpu.get_model_parallel_group() == tuple(range(world - mesh.tensor, world))
+    for axis in ("sequence", "cfg"):
+        expected = [tuple(last + rank for rank in group) for group in mesh.groups(axis) if mesh.ranks - 1 in group]
+        assert [*sgm.distributed._axes.get(axis, ())] == ([*expected[0]] if getattr(mesh, axis) > 1 else [])
+
+
 def test_a_mesh_is_declared_once(monkeypatch):
     sgm.distributed.shutdown()
     sgm.distributed.initialize(mesh=sgm.distributed.Mesh())
