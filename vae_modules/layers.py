@@ -15,10 +15,12 @@ are slow or wrong.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from sgm.modules.in_place import silu
 from vae_modules.convolutions import Conv3d, UpsamplingConv2d, as_clips, as_frames
@@ -68,9 +70,19 @@ class Stream:
         return [end - start for start, end in itertools.pairwise(bounds)]
 
     def arranged(self, x: Pieces, channels: int) -> Pieces:
-        """Divide frames anew, for 3×3×3 convolutions of at most `channels` channels; their memory is contiguous."""
+        """Divide frames anew, for 3×3×3 convolutions of at most `channels` channels; their memory is contiguous.
+
+        Pieces end between the pairs of frames that a convolution of the whole chunk takes together, so that they round
+        alike (`vae_modules.convolutions`): the first frame of a clip is alone there, and the last one of an odd number.
+        """
         batch, _, _, height, width = x[0].shape
-        lengths = self.lengths(num_frames(x), batch * channels * height * width, overlap=2)
+        frames, elements = num_frames(x), batch * channels * height * width
+        lengths = self.lengths(frames, elements, overlap=2)
+        if max(lengths) > 1:
+            single = int(self.is_first)
+            units = [1] * single + [2] * ((frames - single) // 2) + [1] * ((frames - single) % 2)
+            shares = self.lengths(len(units), 2 * elements, overlap=1)
+            lengths = [sum(itertools.islice(left, share)) for left in [iter(units)] for share in shares]
         return [piece.contiguous() for piece in regrouped(drained(x), lengths)]
 
     def convolve(self, layer: "CausalConv3d", x: Iterable[torch.Tensor]) -> Pieces:
@@ -98,8 +110,7 @@ class Stream:
         if len(x) == 1:
             return lambda piece: F.group_norm(piece, norm.num_groups, norm.weight, norm.bias, norm.eps)
         if torch.is_grad_enabled():
-            _, mean, variance = pooled_moments(torch.stack([moments_of(piece, norm.num_groups) for piece in x]))
-            return normalizer(norm, mean, (variance + norm.eps).rsqrt())
+            return normalizer(norm, *_Statistics.apply(norm, *x))
         return normalizer(norm, *_statistics(norm, x))
 
 
@@ -190,6 +201,29 @@ def _statistics(norm: nn.GroupNorm, x: Pieces) -> tuple[torch.Tensor, torch.Tens
     return mean, rstd
 
 
+class _Statistics(torch.autograd.Function):
+    """`_statistics` with gradients; of (mean, 1/std) = (m, r) over n elements, dx = (dm − dr·r³·(x − m)) / n."""
+
+    @staticmethod
+    def forward(ctx: Any, norm: nn.GroupNorm, *pieces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        mean, rstd = _statistics(norm, list(pieces))
+        ctx.save_for_backward(mean, rstd, *pieces)
+        return mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mean_grad: torch.Tensor, rstd_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        mean, rstd, *pieces = ctx.saved_tensors
+        mean, rstd, mean_grad, rstd_grad = (x.float()[..., None] for x in (mean, rstd, mean_grad, rstd_grad))
+        count = sum(piece[0].numel() for piece in pieces) // mean.shape[1]
+        slope, offset = rstd_grad * rstd.pow(3) / count, mean_grad / count
+        grads = []
+        for piece in pieces:
+            rows = piece.reshape(*mean.shape[:2], -1).float()
+            grads.append(torch.addcmul(offset, rows - mean, slope, value=-1).to(piece.dtype).view(piece.shape))
+        return None, *grads
+
+
 def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that normalises (B, C, t, H, W) by given statistics, float32 (B, groups) each."""
     dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -199,13 +233,19 @@ def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Ca
     scale = rstd * norm.weight.to(rstd.dtype)
     shift = torch.addcmul(norm.bias.to(rstd.dtype), scale, mean, value=-1).flatten()
     scale = scale.flatten()
-    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+    scale, shift = scale.split(norm.num_channels), shift.split(norm.num_channels)
+    zero, one = torch.zeros_like(shift[0]), torch.ones_like(shift[0])
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        # x·scale + shift, rounded once: batch normalisation whose statistics are 0 and 1.
-        rows = x if len(x) == 1 else x.reshape(1, -1, *x.shape[2:])
-        made = torch.batch_norm(rows, scale, shift, zero, one, False, 0.0, 0.0, False)
-        return made if len(x) == 1 else made.view(x.shape)
+        # x·scale + shift, rounded once: batch normalisation whose statistics are 0 and 1. Memory in the order of frames
+        # is taken as 2D, since the kernel rounds otherwise where it steps over memory.
+        in_frames = x.shape[2] > 1 and x.stride(2) > x.stride(1)
+        made = []
+        for sample, weight, bias in zip(x.split(1), scale, shift, strict=True):
+            rows = as_frames(sample) if in_frames else sample
+            normed = torch.batch_norm(rows, weight, bias, zero, one, False, 0.0, 0.0, False)
+            made.append(as_clips(normed, 1) if in_frames else normed)
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     return run
 
