@@ -17,6 +17,7 @@ import sgm.distributed
 import sgm.training.run
 from sgm.config.load import load_config
 from sgm.log import configure_logging
+from sgm.modules.diffusionmodules.sigma_sampling import LossMoments
 from sgm.training import timing
 from sgm.training.evaluate import Evaluation
 from sgm.training.run import TrainingRun, train
@@ -62,12 +63,24 @@ def late_data(seconds: Mapping[str, float]) -> Iterator[None]:
     TrainingRun._next_inputs, (timing._LEAST_STALL, timing._STALL_FACTOR) = original, limits
 
 
+@contextlib.contextmanager
+def known_soon(constants: Mapping[str, int]) -> Iterator[None]:
+    """Context in which a sampler that draws timesteps by their loss has other constants, for few samples."""
+    original = {name: getattr(LossMoments, name) for name in constants}
+    for name, value in constants.items():
+        setattr(LossMoments, name, value)
+    yield
+    for name, value in original.items():
+        setattr(LossMoments, name, value)
+
+
 def main() -> None:
     """Run the jobs of the file given on the command line."""
     configure_logging()
     leave_out_plots()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        with ask_to_stop(job.get("stop_at")), late_data(job.get("late", {})):
+        soon = known_soon(job.get("moments", {}))
+        with ask_to_stop(job.get("stop_at")), late_data(job.get("late", {})), soon:
             train(load_config(job["bases"], job["overrides"], mode="train"))
         restore_linear()
 

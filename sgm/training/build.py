@@ -142,7 +142,7 @@ def build(config: Config, plan: Plan) -> Parts:
         group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
         torch.manual_seed(derive_seed(args.seed, "dropout", group))
         if plan.resume is not None:
-            load_state(deepspeed, plan.resume, now, with_rng=not (args.no_load_rng or args.no_save_rng))
+            _load(plan.resume, now, args, engine, deepspeed)
             logger.info("resuming %s after iteration %d", folder, point.iteration)
         else:
             folder = bad_clips.folder = sgm.distributed.run_on_rank_zero(partial(_publish, folder, args))
@@ -167,6 +167,16 @@ def build(config: Config, plan: Plan) -> Parts:
         epoch_samples=data.num_train if buckets is None else buckets.num_fitting,
         buckets=buckets,
     )
+
+
+def _load(
+    resume: ResumePoint, now: ResumePoint, args: TrainingArgs, engine: SATVideoDiffusionEngine, deepspeed: Any
+) -> None:
+    """Load the resume state into the parts of the run `now`. Collective."""
+    load_state(deepspeed, resume, now, with_rng=not (args.no_load_rng or args.no_save_rng))
+    moments = getattr(engine.require_loss().sigma_sampler, "moments", None)
+    if moments is not None and resume.timesteps is not None:
+        moments.load_state(resume.timesteps)
 
 
 def _offload_network(plan: Plan, engine: SATVideoDiffusionEngine) -> AbstractContextManager:

@@ -249,12 +249,15 @@ class LossByQuarter:
         self._sums = torch.zeros(4, device=device)
         self._counts = torch.zeros(4, device=device)
 
-    def add(self, idx: torch.Tensor, losses: torch.Tensor) -> None:
-        """Add samples: timesteps (B,) from 0 to ``num_idx − 1``, and losses (B,)."""
+    def add(self, idx: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add samples: timesteps (B,) from 0 to ``num_idx − 1``, losses (B,), and their weights (B,) in the means."""
         hits = idx[:, None] * 4 // self._num_idx == self._quarters  # (B, 4)
+        losses = losses.detach().float()
+        if weights is not None:
+            losses = losses * weights
         # Not a product: an infinite loss would give NaN in the other quarters.
-        self._sums += torch.where(hits, losses.detach().float()[:, None], 0).sum(0)
-        self._counts += hits.sum(0)
+        self._sums += torch.where(hits, losses[:, None], 0).sum(0)
+        self._counts += hits.sum(0) if weights is None else torch.where(hits, weights[:, None], 0).sum(0)
 
     def reduce(self, reduction: Callable[[torch.Tensor], Any]) -> None:
         """Apply `reduction` (e.g. an in-place all-reduce) to sums and counts.

@@ -30,6 +30,7 @@ from sgm.training.prepare import agree, prepare, with_recomputation
 from sgm.training.save import Saver
 from sgm.training.state import repair_latest
 from sgm.training.step import (
+    LossesOfStep,
     StepFlags,
     StopSignals,
     gradient_norm_after_step,
@@ -148,8 +149,9 @@ class TrainingRun:
         self.device = sgm.distributed.device()
         self.iteration = parts.point.iteration
         self.summary = Summary(parts.folder, self.iteration, parts.total_iters, exit_code=self.args.stop_exit_code)
-        self.flags = StepFlags(self.device)
-        self.quarters = LossByQuarter(self.device, num_idx=parts.engine.require_loss().sigma_sampler.num_idx)
+        sampler = parts.engine.require_loss().sigma_sampler
+        self.flags, self.losses = StepFlags(self.device), LossesOfStep(sampler, self.device)
+        self.quarters = LossByQuarter(self.device, num_idx=sampler.num_idx)
         self.saver = Saver(parts)
         self.summary.best = self.saver.best
         self.evaluation = None
@@ -283,16 +285,22 @@ class TrainingRun:
             with self.parts.network_in_use, self.clock("network"):
                 losses = deepspeed(inputs)
                 self.flags.add(losses)
-                index = nonzero_index(batch["weight"])
-                self.quarters.add(inputs.idx[index], losses.detach()[index])
+                index, weights = nonzero_index(batch["weight"]), self.losses.weights(inputs.idx)
+                counted = inputs.idx[index], losses.detach()[index]
+                self.quarters.add(*counted, None if weights is None else weights[index])
+                self.losses.add(*counted)
+                if weights is not None:
+                    losses = losses * weights
                 if last:
                     with self.clock("communication"):
+                        self.losses.start_all_reduce()
                         self.flags.start_all_reduce(stop=bool(self.signals.received), save_failed=self.saver.has_failed)
                 deepspeed.backward(weighted_mean(losses, batch["weight"]) * gradient_factor())
             if last:
                 bad, stop, self.save_failed = self.flags.read()
                 if bad:
                     raise _NotFiniteError("a loss is not finite (NaN or infinity)")
+                self.losses.update()
                 if stop or self._logs_next():
                     self._norm_before = gradient_norm_before_step(deepspeed)
                 self._lr = self.parts.deepspeed.lr_scheduler.get_last_lr()[0]

@@ -236,8 +236,10 @@ class Saver:
 
     def _point(self, iteration: int) -> ResumePoint:
         parts = self.parts
+        moments = getattr(parts.engine.require_loss().sigma_sampler, "moments", None)
         return dataclasses.replace(
             parts.point,
+            timesteps=None if moments is None else moments.state(),
             run=parts.folder,
             iteration=iteration,
             samples=parts.samples_before(iteration),

@@ -129,6 +129,43 @@ class StopSignals:
         warn_once(logger, [f"{self.received}: finishing this step, then saving; interrupt again to stop at once"])
 
 
+class LossesOfStep:
+    """The losses of an optimizer step, for a sampler that draws timesteps by them; of any other sampler, nothing.
+
+    As `StepFlags`, they are all-reduced and copied to the host during the backward pass.
+
+    Args:
+        sampler: of noise levels; with `moments`, as `DiscreteSampling` has with the distribution ``loss``.
+        device: of the losses.
+    """
+
+    def __init__(self, sampler: Any, device: torch.device) -> None:
+        self._sampler, self.moments = sampler, getattr(sampler, "moments", None)
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        self._sums = none if self.moments is None else self.moments.sums(none, none)
+        self._host = torch.zeros(self._sums.shape, pin_memory=device.type != "cpu")
+
+    def weights(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """Return the weight (B,) of samples with the timesteps `idx` (B,) in the loss of training; None for 1."""
+        return None if self.moments is None else self._sampler.weights(idx)
+
+    def add(self, idx: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add timesteps (B,) and losses (B,) of a micro-batch; the first rank of a sample's group counts them."""
+        if self.moments is not None and sgm.distributed.sample_rank() == 0:
+            self._sums += self.moments.sums(idx, losses)
+
+    def start_all_reduce(self) -> None:
+        """Start the all-reduce; all ranks call it before that of `StepFlags`, whose event it is read after."""
+        if self.moments is not None:
+            self._host.copy_(sgm.distributed.all_reduce_(self._sums), non_blocking=True)
+
+    def update(self) -> None:
+        """Take the losses of all ranks into the sampler, after `StepFlags.read`; later steps are drawn by them."""
+        if self.moments is not None:
+            self.moments.update(self._host)
+            self._sums.zero_()
+
+
 class StepFlags:
     """Flags of all ranks, known before the optimizer step: a bad loss, a rank was asked to stop, a save failed.
 

@@ -163,6 +163,13 @@ def test_losses_by_quarter_of_the_timesteps():
     assert quarters.values() == {}
 
 
+def test_weights_undo_how_often_quarters_and_timesteps_were_drawn():
+    quarters = LossByQuarter(torch.device("cpu"))
+    # Of two equally long parts of the first quarter and of the second quarter, one is drawn twice.
+    quarters.add(torch.tensor([0, 1, 249, 250]), torch.tensor([1.0, 3.0, 6.0, 5.0]), torch.tensor([0.5, 0.5, 1.0, 2.0]))
+    assert quarters.values() == {"loss": 4.5, "loss_0_249": 4.0, "loss_250_499": 5.0}
+
+
 def test_summed_losses_keep_no_graph():
     quarters = LossByQuarter(torch.device("cpu"))
     quarters.add(torch.tensor([0]), torch.tensor([1.0], requires_grad=True))

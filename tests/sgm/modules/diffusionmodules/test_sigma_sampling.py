@@ -1,9 +1,10 @@
+import json
 from typing import Any
 
 import pytest
 import torch
 
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, LossMoments
 from sgm.util import InputError
 
 DISCRETIZATION = {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}
@@ -78,6 +79,82 @@ def test_importance_is_how_often_ranges_of_timesteps_are_drawn() -> None:
     assert counts.tolist() == pytest.approx([0.25, 0, 0.5, 0.25], abs=0.01)
     half = idx[(idx >= 500) & (idx < 750)].double()
     assert half.mean() == pytest.approx(624.5, abs=3), "uniform within a range"
+
+
+def with_losses(**params: Any) -> DiscreteSampling:
+    """Return a sampler that knows a loss of 2 at clean timesteps, 1 at noisy ones and 5 in between, of one range."""
+    sampler = discrete(distribution="loss", **params)
+    idx = torch.arange(1000).repeat(2)
+    sampler.moments.update(sampler.moments.sums(idx, loss_of(idx)))
+    return sampler
+
+
+def loss_of(idx: torch.Tensor) -> torch.Tensor:
+    return torch.where(idx < 400, 2.0, torch.where(idx < 500, 5.0, 1.0))
+
+
+def test_timesteps_are_drawn_by_their_loss_and_its_mean_stays_that_of_uniform_ones() -> None:
+    sampler = with_losses()
+    idx = sampler.draw_idx(40000, generator=generator(0))
+    counts = torch.histc(idx.double(), bins=10, min=0, max=1000) / 40000
+    # In proportion to the losses, which sum up to 18 over the ranges, but for the tenth that is drawn evenly.
+    expected = [0.9 * loss / 18 + 0.01 for loss in [2.0] * 4 + [5.0] + [1.0] * 5]
+    assert counts.tolist() == pytest.approx(expected, abs=0.005)
+    weights, losses = sampler.weights(idx), loss_of(idx)
+    assert weights is not None and (losses * weights).mean() == pytest.approx(1.8, abs=0.01)
+    uniform = loss_of(discrete().draw_idx(40000, generator=generator(0)))
+    assert (losses * weights).std() < 0.3 * uniform.std(), "what it is for"
+    assert discrete().weights(idx) is discrete(distribution="logit_normal").weights(idx) is None
+
+
+def test_weights_are_exact_where_ranges_end_within_a_timestep() -> None:
+    sampler = DiscreteSampling(discretization_config=DISCRETIZATION, num_idx=25, distribution="loss")
+    everywhere = torch.arange(25).repeat(100)
+    sampler.moments.update(sampler.moments.sums(everywhere, everywhere.float()))
+    idx = sampler.draw_idx(100000, generator=generator(0))
+    weights = sampler.weights(torch.arange(25))
+    drawn = torch.bincount(idx, minlength=25) / 100000
+    assert (drawn * weights).tolist() == pytest.approx([1 / 25] * 25, rel=0.1)
+
+
+def test_timesteps_are_uniform_until_every_range_has_enough_samples() -> None:
+    sampler = discrete(distribution="loss")
+    moments = sampler.moments
+    assert moments is not None
+    known = torch.arange(0, 900).repeat(5)
+    moments.update(moments.sums(known, loss_of(known)))
+    last = torch.full((moments.ENOUGH - 1,), 950)
+    moments.update(moments.sums(last, loss_of(last)))
+    assert moments.shares() == [0.1] * 10
+    assert sampler.weights(torch.tensor([0, 999])).tolist() == pytest.approx([1, 1])
+    moments.update(moments.sums(last[:1], loss_of(last[:1])))
+    assert moments.shares()[4] > 0.2
+
+
+def test_means_are_of_all_samples_at_first_then_of_the_last_ones() -> None:
+    moments = LossMoments(1000)
+    for loss in (1.0, 2.0, 3.0):
+        moments.update(moments.sums(torch.tensor([0, 999]), torch.tensor([loss, 1.0])))
+    assert (moments.means[0], moments.means[9]) == (pytest.approx(14 / 3), 1)
+    assert moments.counts == [3] + [0] * 8 + [3]
+    moments.update(moments.sums(torch.zeros(1000, dtype=torch.int64), torch.full((1000,), 4.0)))
+    assert moments.means[0] == 16, "as many as the horizon: the former ones are forgotten"
+    together, apart = LossMoments(1000), LossMoments(1000)
+    idx, losses = torch.arange(0, 1000, 9), torch.rand(112, generator=generator(0))
+    together.update(together.sums(idx, losses))
+    apart.update(apart.sums(idx[:50], losses[:50]) + apart.sums(idx[50:], losses[50:]))
+    assert apart.means == pytest.approx(together.means) and apart.counts == together.counts, "of ranks, in any division"
+
+
+def test_the_state_of_a_sampler_is_kept_to_the_last_bit_and_checked() -> None:
+    sampler, other = with_losses(), discrete(distribution="loss")
+    other.moments.load_state(json.loads(json.dumps(sampler.moments.state())))
+    assert other.moments.state() == sampler.moments.state()
+    drawn = [each.draw_idx(100, generator=generator(3)) for each in (sampler, other)]
+    assert torch.equal(*drawn)
+    for wrong in ({"means": [1.0], "counts": [0.0] * 10}, {"means": [1.0] * 10}, {"means": [-1.0] * 10, "counts": 3}):
+        with pytest.raises(InputError, match="losses by timestep are .* expected 10 numbers"):
+            other.moments.load_state(wrong)
 
 
 @pytest.mark.parametrize(
