@@ -35,6 +35,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--images", action="store_true", help="latents of the first images of image-to-video")
         parser.add_argument("--verify", action="store_true", help="read finished results; encode damaged ones again")
         parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="dtype on disk (that of the encoder)")
+        parser.add_argument(
+            "--batch_size", type=int, default=1, metavar="N", help="clips or captions at once: faster on some devices"
+        )
         parser.add_argument("--shard_mb", type=float, default=256, help="megabytes per file; a kill loses at most one")
 
     return cli.parse(
@@ -43,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Encode the clips and captions of a training run once, into a cache.",
         examples=EXAMPLES,
         training=True,
-        check="print number and size of the results; encode nothing",
+        check="print number and size of the results, and the memory to encode them; encode nothing",
         more=more,
     )
 
@@ -57,6 +60,7 @@ def _folder(text: str) -> Path:
 def run(options: argparse.Namespace) -> None:
     """Encode, or check; the number of failures is written to ``options.num_failed``."""
     import sgm.distributed  # after parsing, so that --help is fast
+    from sgm.checks.estimate import memory_text
     from sgm.config.load import load_config
     from sgm.data.cache import Kind, upload_cache
     from sgm.data.remote.folder import RemoteFolder
@@ -68,6 +72,8 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 < options.shard_mb <= 1e6:
         raise InputError(f"--shard_mb is {options.shard_mb:g}; give megabytes, more than 0 and at most 1,000,000")
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size is {options.batch_size}; give the number of clips to encode at once, 1 or more")
     if options.upload is not None and not is_url(options.upload):
         raise InputError(f"--upload is '{options.upload}'; give a URL such as s3://bucket/cache, or only --out")
     if options.upload is not None and (problem := url_problem(options.upload)):
@@ -78,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     sgm.distributed.configure(config.args)
     with sgm.distributed.explain_lost_ranks():
         sgm.distributed.initialize()
-        jobs = plan_jobs(config, kinds, dtype=options.dtype, shard_bytes=round(options.shard_mb * 1e6))
+        given = {"shard_bytes": round(options.shard_mb * 1e6), "batch_size": options.batch_size}
+        jobs = plan_jobs(config, kinds, dtype=options.dtype, **given)
         failures = {} if options.check else run_jobs(jobs, options.out, verify=options.verify)
     options.num_failed = len(failures)
     descriptions = [job.description for job in jobs]
@@ -93,7 +100,10 @@ def run(options: argparse.Namespace) -> None:
         for job in jobs:
             num, shards = sum(1 for _ in job.description.keys()), len(job.description.shards)
             size, missing = readable_size(job.num_bytes), len(job.description.missing(options.out))
-            sys.stdout.write(f"{job.description.kind}: {num:,} in {shards:,} shards, {size}; {missing:,} missing\n")
+            memory = f"; encoding takes about {memory_text(job.memory())}" if options.check else ""
+            sys.stdout.write(
+                f"{job.description.kind}: {num:,} in {shards:,} shards, {size}; {missing:,} missing{memory}\n"
+            )
         if failures:
             sys.stdout.write(f"{len(failures):,} could not be encoded; the same command tries them again:\n")
             lines = [f"{key}: {reason}" for key, reason in failures.items()]

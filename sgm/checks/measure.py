@@ -250,14 +250,14 @@ def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torc
     return _vae_usage(config, run, dtype)
 
 
-def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype) -> Usage:
-    """Measure encoding one clip: frames, height, width."""
+def encode_usage(config: Config, video: tuple[int, int, int], dtype: torch.dtype, batch: int = 1) -> Usage:
+    """Measure encoding `batch` clips at once: frames, height, width of each."""
 
     def run(vae: Any) -> torch.Tensor:
         if _encodes_tiles(config):
             enable_memory_savers(vae, config.args)
-        clip = torch.empty(1, video[0], 3, *video[1:], device=DEVICE)
-        return vae.encode_moments(clip.transpose(1, 2).to(dtype))
+        clips = torch.empty(batch, video[0], 3, *video[1:], device=DEVICE)
+        return vae.encode_moments(clips.transpose(1, 2).to(dtype))
 
     return _vae_usage(config, run, dtype)
 

@@ -47,6 +47,16 @@ def test_the_commands_of_the_documentation(tool, words, tmp_path, capsys):
     assert re.search(r"text +4 captions .*; T5 is not loaded", shown) and "VAE is not loaded" in shown
 
 
+def test_the_check_says_what_memory_a_batch_takes(tool, words, tmp_path, capsys):
+    base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--out", str(tmp_path / "cache"), "--check"]
+    found = []
+    for batch in ("1", "3", "100"):  # there are three clips
+        assert tool.main([*base, *words, "--vae", "--batch_size", batch]) == 0
+        (memory,) = re.findall(r"latents: .*; encoding takes about (\d+) MiB", capsys.readouterr().out)
+        found.append(int(memory))
+    assert 2 * found[0] < found[1] == found[2]
+
+
 def test_clips_that_cannot_be_encoded_are_listed_each_time_and_end_with_1(tool, words, tmp_path, capsys):
     (tmp_path / "few" / "videos" / "000001.mp4").write_bytes(b"no video")
     base = ["--base", "configs/toy_lora.yaml", "configs/toy_sft.yaml", "--vae", "--out", str(tmp_path / "cache")]
@@ -68,6 +78,7 @@ def test_keys_of_the_training_that_do_not_matter_are_not_held_against_it(tool, w
     ("more", "message"),
     [
         (["--shard_mb", "0"], "--shard_mb is 0"),
+        (["--batch_size", "0"], "--batch_size is 0"),
         (["--images"], "the network takes no image"),
         (["data.params.random_flip=0.5"], "data.params.random_flip is 0.5"),
         (["args.train_data=[nowhere]"], "nowhere"),

@@ -215,7 +215,7 @@ class FrozenT5Embedder(nn.Module):
     """The T5 encoder of a local folder, frozen: B strings → (B, L = max_length, D).
 
     Texts are padded to `max_length` with the pad token and encoded without an attention mask, as CogVideoX was
-    trained. Every distinct text is encoded alone, so an embedding does not depend on its batch.
+    trained. Every distinct text is encoded alone unless asked, so an embedding does not depend on its batch.
 
     The weights are read on first use. They are not parameters of this module: never saved, cast or optimized.
     `.to(device)` on this module or a parent sets the device of T5.
@@ -306,11 +306,13 @@ class FrozenT5Embedder(nn.Module):
                     self.release()
 
     @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> torch.Tensor:
+    def forward(self, texts: Sequence[str], together: int = 1) -> torch.Tensor:
         """Encode texts.
 
         Args:
             texts: B strings; an empty one is encoded as well (the end token alone).
+            together: different texts that T5 takes at once; with more than one, embeddings depend on their
+                neighbours, by rounding.
 
         Returns:
             (B, L, D) on the module's device, in T5's dtype.
@@ -325,21 +327,22 @@ class FrozenT5Embedder(nn.Module):
             text: to_device(self.known[text][None], self._module_device) for text in distinct if text in self.known
         }
         if len(embeddings) < len(distinct):
-            embeddings |= self._encode([text for text in distinct if text not in embeddings])
+            embeddings |= self._encode([text for text in distinct if text not in embeddings], together)
         if not distinct:
             return torch.zeros(0, self.max_length, self.embed_dim, device=self._module_device)
         return torch.cat([embeddings[text] for text in texts])
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _encode(self, texts: Sequence[str], together: int) -> dict[str, torch.Tensor]:
         """Run T5 on different texts; return the embedding (1, L, D) of each."""
         with self.keep_loaded():
             model, device = self._model_on_device()
             hidden = {}
             # T5 keeps its own precision under the network's autocast.
             with torch.autocast(device.type, enabled=False):
-                for text in texts:
-                    tokens = to_device(self.tokenize([text]), device)
-                    hidden[text] = model(input_ids=tokens).last_hidden_state
+                for first in range(0, len(texts), together):
+                    batch = texts[first : first + together]
+                    tokens = to_device(self.tokenize(batch), device)
+                    hidden |= zip(batch, model(input_ids=tokens).last_hidden_state.split(1), strict=True)
         return {text: embedding.to(self._module_device) for text, embedding in hidden.items()}
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:

@@ -5,8 +5,10 @@ Legend: F frames, H W pixels, z channels of the latents.
 
 import copy
 import gc
+import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,8 @@ import torch
 from einops import rearrange
 
 import sgm.distributed
+from sgm.checks.estimate import text_encoder_bytes
+from sgm.checks.measure import encode_usage, once
 from sgm.checks.sampling import check_files
 from sgm.checks.training import check_training_data, geometry_of
 from sgm.config.args import TrainingArgs
@@ -58,6 +62,7 @@ class Job:
     Attributes:
         description: of the cache.
         num_bytes: approximate size of the cache.
+        memory: estimate of the bytes that weights and activations take on the device while they encode.
         loaded: context with the encoder in memory; yields a function from keys to an iterator over results, or strings
             with the reason of a failure.
         contents: of the files of clips, if the data set tells them.
@@ -67,10 +72,16 @@ class Job:
     num_bytes: int
     loaded: Callable[[], AbstractContextManager[Encode]]
     contents: Contents | None = None
+    memory: Callable[[], float] = lambda: 0.0
 
 
 def plan_jobs(
-    config: Config, kinds: Sequence[Kind], *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    config: Config,
+    kinds: Sequence[Kind],
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    batch_size: int = 1,
 ) -> list[Job]:
     """Return the encoding jobs, without reading weights; clips are opened only if buckets need their sizes.
 
@@ -79,6 +90,8 @@ def plan_jobs(
         kinds: of results.
         dtype: of the stored results; None for the encoder's.
         shard_bytes: size of a file.
+        batch_size: clips or captions encoded at once; with more than one, results depend on their neighbours, by
+            rounding.
 
     Raises:
         InputError: configuration, files or data cannot be used.
@@ -97,9 +110,9 @@ def plan_jobs(
     jobs = []
     for kind in kinds:
         if kind == "text":
-            jobs.append(_text_job(config, datasets, dtype, shard_bytes))
+            jobs.append(_text_job(config, datasets, dtype, shard_bytes, batch_size))
         else:
-            jobs.append(_clip_job(config, kind, datasets, geometry, dtype, shard_bytes))
+            jobs.append(_clip_job(config, kind, datasets, geometry, dtype, shard_bytes, batch_size))
     return jobs
 
 
@@ -223,7 +236,7 @@ def _results(folder: Path, job: Job, shard: int, encode: Encode, done: Any) -> I
         yield result
 
 
-def _text_job(config: Config, datasets: Sequence[Any], dtype: str | None, shard_bytes: int) -> Job:
+def _text_job(config: Config, datasets: Sequence[Any], dtype: str | None, shard_bytes: int, batch_size: int) -> Job:
     conditioner = instantiate_from_config(config.model["conditioner_config"])
     encoder, device = text_encoder_of(conditioner), sgm.distributed.device()
     source, keys = text_source(conditioner), texts(datasets, conditioner)
@@ -234,12 +247,12 @@ def _text_job(config: Config, datasets: Sequence[Any], dtype: str | None, shard_
     def loaded() -> Iterator[Encode]:
         encoder.to(device)
         try:
-            yield lambda keys: (encoder([key])[0] for key in keys)
+            yield lambda keys: (each for texts in _batches(keys, batch_size) for each in encoder(texts, batch_size))
         finally:
             encoder.release()
 
     description = Description("text", stored, source, divide(keys, [size] * len(keys), shard_bytes))
-    return Job(description, size * len(keys), loaded)
+    return Job(description, size * len(keys), loaded, memory=lambda: text_encoder_bytes(config).device)
 
 
 @dataclass(frozen=True)
@@ -251,6 +264,11 @@ class _Clip:
     path: str
     shape: Shape | str  # a string is the reason why the clip is unreadable
 
+    def taken(self, kind: Kind) -> Shape:
+        """Return frames, height and width of what is encoded of a readable clip."""
+        assert not isinstance(self.shape, str)
+        return (1, *self.shape[1:]) if kind == "images" else self.shape
+
     def pixels(self, kind: Kind) -> torch.Tensor | str:
         """Return the clip or its first frame, (F, 3, H, W); or the reason why decoding fails.
 
@@ -258,11 +276,10 @@ class _Clip:
         """
         if isinstance(self.shape, str):
             return self.shape
-        frames, *size = self.shape
         try:
             dataset = copy.copy(self.dataset)
             dataset.mask = False
-            sample = dataset.sample(self.index, None, (1 if kind == "images" else frames, *size))
+            sample = dataset.sample(self.index, None, self.taken(kind))
         except ClipError as error:
             return error.reason
         if kind == "controls":
@@ -271,7 +288,13 @@ class _Clip:
 
 
 def _clip_job(
-    config: Config, kind: Kind, datasets: Sequence[Any], geometry: Geometry, dtype: str | None, shard_bytes: int
+    config: Config,
+    kind: Kind,
+    datasets: Sequence[Any],
+    geometry: Geometry,
+    dtype: str | None,
+    shard_bytes: int,
+    batch_size: int,
 ) -> Job:
     if kind == "images" and not geometry.image_conditioned:
         raise InputError("--images: the network takes no image; it is for image-to-video models")
@@ -291,14 +314,17 @@ def _clip_job(
         vae = _load_vae(config, PRECISIONS[source["precision"]])
 
         def encode(keys: Sequence[str]) -> Iterator[torch.Tensor | str]:
-            for pixels in _read_ahead([clips[key] for key in keys], kind, max(args.num_workers, 1)):
-                yield pixels if isinstance(pixels, str) else _moments(vae, pixels)
+            ahead = _read_ahead([clips[key] for key in keys], kind, max(args.num_workers, batch_size))
+            for batch in _batches(ahead, batch_size):
+                yield from _encode_together(vae, batch)
 
         yield encode
 
     shapes = tuple(None if isinstance(clip.shape, str) else "x".join(map(str, clip.shape)) for clip in clips.values())
     description = Description(kind, stored, source, divide([*clips], sizes, shard_bytes), shapes, tuple(left_out))
-    return Job(description, sum(sizes), loaded, contents_of(datasets, kind))
+    largest = max((clip.taken(kind) for clip in clips.values() if not isinstance(clip.shape, str)), key=math.prod)
+    memory = partial(_encoding_bytes, config, largest, PRECISIONS[source["precision"]], min(batch_size, len(clips)))
+    return Job(description, sum(sizes), loaded, contents_of(datasets, kind), memory)
 
 
 def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[str, _Clip], list[str]]:
@@ -350,11 +376,37 @@ def _load_vae(config: Config, dtype: torch.dtype) -> Any:
     return vae
 
 
+def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` values in order; the last one may be shorter."""
+    left = iter(values)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+def _encode_together(vae: Any, clips: Sequence[torch.Tensor | str]) -> list[torch.Tensor | str]:
+    """Return the moments of clips (F, 3, H, W), encoded at once with those of the same shape; reasons stay."""
+    results, places = list(clips), {}
+    for place, pixels in enumerate(clips):
+        if not isinstance(pixels, str):
+            places.setdefault(pixels.shape, []).append(place)
+    for same in places.values():
+        moments = _moments(vae, torch.stack([clips[place] for place in same]))
+        for place, each in zip(same, moments, strict=True):
+            results[place] = each
+    return results
+
+
 @torch.no_grad()
 def _moments(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode a clip (F, 3, H, W) in [−1, 1] into mean and log-variance (2z, (F−1)/4+1, H/8, W/8)."""
+    """Encode clips (B, F, 3, H, W) in [−1, 1] into mean and log-variance (B, 2z, (F−1)/4+1, H/8, W/8)."""
     parameter = next(vae.parameters())
-    return vae.encode_moments(rearrange(pixels, "f c h w -> 1 c f h w").to(parameter.device, parameter.dtype))[0]
+    return vae.encode_moments(rearrange(pixels, "b f c h w -> b c f h w").to(parameter.device, parameter.dtype))
+
+
+def _encoding_bytes(config: Config, shape: Shape, dtype: torch.dtype, batch_size: int) -> float:
+    """Return the bytes of the VAE, and of its activations when it encodes a batch of clips of a shape."""
+    usage = once(encode_usage, config, shape, dtype, batch_size)
+    return usage.weights * dtype.itemsize + usage.peak
 
 
 def _read_ahead(clips: Sequence[_Clip], kind: Kind, num: int) -> Iterator[torch.Tensor | str]:

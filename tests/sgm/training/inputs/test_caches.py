@@ -389,6 +389,49 @@ def test_only_failed_clips_are_encoded_again(training_yaml, cache, tmp_path, mon
     assert files(other) == expected
 
 
+def test_clips_and_captions_encoded_together_are_those_encoded_alone(training_yaml, cache, tmp_path, monkeypatch):
+    """Up to rounding, each in its place; a clip that cannot be read takes no other with it."""
+    made, numbers = sgm.training.inputs.precompute._moments, []
+    pixels, tokenize = sgm.training.inputs.precompute._Clip.pixels, FrozenT5Embedder.tokenize
+
+    def moments(vae, clips):
+        numbers.append(len(clips))
+        return made(vae, clips)
+
+    def tokens(encoder, texts):
+        numbers.append(len(texts))
+        return tokenize(encoder, texts)
+
+    monkeypatch.setattr(sgm.training.inputs.precompute, "_moments", moments)
+    monkeypatch.setattr(FrozenT5Embedder, "tokenize", tokens)
+    monkeypatch.setattr(
+        sgm.training.inputs.precompute._Clip,
+        "pixels",
+        lambda clip, kind: "is away" if "002.mp4" in clip.path else pixels(clip, kind),
+    )
+    together = precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", batch_size=3, shard_bytes=10**6)
+    texts = CachedTensors(cache, "text")
+    assert numbers == [min(3, len(texts) - first) for first in range(0, len(texts), 3)] + [2, 3, 2]
+    for kind in ("text", "latents"):
+        alone, found = CachedTensors(cache, kind), CachedTensors(together, kind)
+        assert all("002.mp4" in key for key in found.failures)
+        for key in found:
+            torch.testing.assert_close(found[key], alone[key], atol=1e-4, rtol=0)
+    assert list(CachedTensors(together, "latents").failures.values()) == ["is away"]
+
+
+def test_only_clips_of_one_shape_are_encoded_together(monkeypatch):
+    monkeypatch.setattr(sgm.training.inputs.precompute, "_moments", lambda _, clips: len(clips) * clips)
+    small, large = torch.ones(5, 3, 8, 8), torch.ones(5, 3, 8, 16)
+    found = sgm.training.inputs.precompute._encode_together(None, [small, large, "is away", 10 * small])
+    assert [each if isinstance(each, str) else (each.shape[-1], float(each.mean())) for each in found] == [
+        (8, 2.0),
+        (16, 1.0),
+        "is away",
+        (8, 20.0),
+    ]
+
+
 TOY = ("configs/toy.yaml", "configs/toy_sft.yaml")
 
 
