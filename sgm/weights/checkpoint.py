@@ -12,6 +12,7 @@ replace either file. LoRA training saves only the adapters, with their descripti
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +133,7 @@ def load_network(
         )
     whole = match.shard.size == 1  # a shard reads only a part of each tensor
     used = [match.tensors[name] for name in match.targets if name in match.tensors]
-    with checked_ahead(_computed(used) if whole else ()):
+    with checked_ahead(_computed(used) if whole else ()), ThreadPoolExecutor(1) as beside:
         for name, old in match.targets.items():
             if name in match.new_adapters and is_magnitude(name):
                 value = initial_magnitude(network, name)  # its weight comes before it
@@ -146,7 +147,7 @@ def load_network(
                 value = match.tensors[name]
                 if not (whole and isinstance(value, StoredTensor)):
                     value = take_shard(name, value, match.shard)
-            _replace(network, name, value, dtype=dtype, device=device)
+            _replace(network, name, value, dtype=dtype, device=device, beside=beside)
             if name in smaller and storage is not None:
                 store(smaller[name], storage, device=storage_device)
     _require_memory(network)
@@ -185,10 +186,10 @@ def load_autoencoder(
     """
     match = match_autoencoder(vae, path, ignore_keys=ignore_keys)
     used = [match.tensors[name] for name in match.targets]
-    with checked_ahead(_computed(used)):
+    with checked_ahead(_computed(used)), ThreadPoolExecutor(1) as beside:
         for name, value in zip(match.targets, used, strict=True):
             value = value if isinstance(value, StoredTensor) else compute(value)
-            _replace(vae, name, value, dtype=dtype, device=device)
+            _replace(vae, name, value, dtype=dtype, device=device, beside=beside)
     _require_memory(vae)
     return _report(match)
 
@@ -205,6 +206,7 @@ def _replace(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    beside: Executor,
 ) -> None:
     """Replace a parameter or buffer by a copy of `value`, keeping requires_grad and marks such as model_parallel."""
     owner_name, _, leaf = name.rpartition(".")
@@ -216,7 +218,7 @@ def _replace(
     # Always a copy: rewriting the mapped file in place must not change or invalidate a parameter.
     if isinstance(value, StoredTensor):
         stored, value = value, torch.empty(value.shape, device=device, dtype=target_dtype)
-        stored.copy_to(value)
+        stored.copy_to(value, beside)
     else:
         value = value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
     if leaf in owner._parameters:

@@ -8,24 +8,25 @@ Names, shapes and dtypes come from headers; values are checked for three things:
 | checksum | bits that changed since the file was written; see `sgm.weights.checksums` |
 | finiteness | NaN and infinity, unless the file says that there were none and the checksum is right |
 
-`StoredTensor.copy_to` checks what it copies while it is in the processor's cache, which costs least. Where tensors are
-used otherwise, `checked_ahead` checks the next ones in threads.
+`StoredTensor.copy_to` checks what it copies while it is in the processor's cache, which costs least; loading does so in
+a second thread, right behind. Where tensors are used otherwise, `checked_ahead` checks the next ones in threads.
 """
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import Checksums, Watched, all_finite, pieces
+from sgm.weights.checksums import PIECE, Checksums, Watched, all_finite, pieces
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 _CURE = "copy or download it again from its source, or take an earlier checkpoint"
@@ -97,8 +98,12 @@ class StoredTensor(LazyTensor):
         self.check()
         return super().compute()
 
-    def copy_to(self, target: torch.Tensor) -> None:
+    def copy_to(self, target: torch.Tensor, beside: Executor | None = None) -> None:
         """Copy the values to a contiguous tensor of any dtype and device.
+
+        Args:
+            target: the tensor.
+            beside: a second thread that checks what is copied, right behind; None checks in this one.
 
         Raises:
             InputError: as `compute`.
@@ -108,7 +113,7 @@ class StoredTensor(LazyTensor):
         def copy() -> str:
             nonlocal copied
             copied = True
-            return self._copy_and_check(target)
+            return self._copy_and_check(target, beside)
 
         if self.to_dtype is None and not kind_problem(self.values):
             self.problem(copy)
@@ -116,7 +121,7 @@ class StoredTensor(LazyTensor):
         if not copied:
             target.copy_(self._cast(self.values))
 
-    def _copy_and_check(self, target: torch.Tensor) -> str:
+    def _copy_and_check(self, target: torch.Tensor, beside: Executor | None) -> str:
         def copied() -> Iterator[torch.Tensor]:
             flat, start = target.reshape(-1), 0
             as_they_are = target.is_cpu and target.dtype == self.values.dtype
@@ -129,17 +134,29 @@ class StoredTensor(LazyTensor):
                 start += len(part)
                 yield part
 
-        known = self.checksums is not None and self.checksums.finite
-        parts = copied() if known else Watched(copied())
-        if self.checksums is not None and self.place is not None:
-            problem = "" if self.checksums.fit_pieces(self.place, parts) else _CHANGED
-        else:
-            problem = self.changed()
-            for _ in parts:
-                pass
-        if problem or not isinstance(parts, Watched) or parts.finite():
-            return problem
-        return finite_problem(self.values)
+        def check(parts: Iterable[torch.Tensor]) -> str:
+            known = self.checksums is not None and self.checksums.finite
+            watched = parts if known else Watched(parts)
+            if self.checksums is not None and self.place is not None:
+                problem = "" if self.checksums.fit_pieces(self.place, watched) else _CHANGED
+            else:
+                problem = self.changed()
+                for _ in watched:
+                    pass
+            if problem or not isinstance(watched, Watched) or watched.finite():
+                return problem
+            return finite_problem(self.values)
+
+        if beside is None or self.values.nbytes <= PIECE:
+            return check(copied())
+        handed: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        problem = beside.submit(check, iter(handed.get, None))
+        try:
+            for part in copied():
+                handed.put(part)
+        finally:  # or the thread would wait for ever
+            handed.put(None)
+        return problem.result()
 
     def of_any_kind(self) -> "StoredTensor":
         """Return the tensor for a buffer of other than floating-point numbers: only its bytes are checked."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import threading
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm.util import InputError
 from sgm.weights.checkpoint import load_network, write_tensors
-from sgm.weights.checksums import save_torch
+from sgm.weights.checksums import Checksums, save_torch
 from sgm.weights.files import check_values, read_file, read_metadata, read_state_file, read_weights, verify_file
 from sgm.weights.lazy import compute
 from sgm.weights.stored import checked_ahead
@@ -60,9 +62,12 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "other.pt", "other.safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies_are_equal_and_checked_meanwhile(tmp_path, monkeypatch, name, dtype):
+@pytest.mark.parametrize("beside", [None, ThreadPoolExecutor], ids=["in one thread", "in two"])
+def test_copies_are_equal_and_checked_meanwhile(tmp_path, monkeypatch, name, dtype, beside):
     """In one pass: the functions that pass over a whole tensor are not called."""
-    monkeypatch.setattr("sgm.weights.checksums.PIECE", 100)
+    beside = beside and beside(1)
+    for module in ("checksums", "stored"):
+        monkeypatch.setattr(f"sgm.weights.{module}.PIECE", 100)
     monkeypatch.setattr("sgm.weights.stored.finite_problem", None)
     path = tmp_path / name
     if name.startswith("x"):
@@ -76,14 +81,26 @@ def test_copies_are_equal_and_checked_meanwhile(tmp_path, monkeypatch, name, dty
         target = torch.empty(TENSORS[key].shape, dtype=dtype)
         with monkeypatch.context() as patched:
             patched.setattr("sgm.weights.checksums.Checksums.fit", None)
-            stored.copy_to(target)
-            stored.copy_to(target)
+            stored.copy_to(target, beside)
+            stored.copy_to(target, beside)
         assert torch.equal(target, TENSORS[key].to(dtype))
     if name != "other.safetensors":
         flip(path, path.read_bytes().index(TENSORS["a"].numpy().tobytes()) + 500)
         for stored in (read_weights(path)["a"], read_weights(path)["a"].cast(torch.float64)):
             with pytest.raises(InputError, match="a is damaged"):
-                stored.copy_to(torch.empty(64, 3))
+                stored.copy_to(torch.empty(64, 3), beside)
+
+
+def test_a_copy_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.weights.stored.PIECE", 100)
+    threads, check = [], Checksums.fit_pieces
+    monkeypatch.setattr(
+        Checksums, "fit_pieces", lambda *given: (threads.append(threading.current_thread()), check(*given))[1]
+    )
+    stored = read_weights(write(tmp_path / "x.pt"))["a"]
+    with ThreadPoolExecutor(1) as beside, pytest.raises(ValueError, match="broadcast"):
+        stored.copy_to(torch.empty(2), beside)
+    assert len(threads) == 1 and not threads[0].is_alive() and threads[0] is not threading.current_thread()
 
 
 @pytest.mark.parametrize("own", [True, False])
