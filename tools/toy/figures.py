@@ -21,9 +21,9 @@ logger = get_logger("toy")
 LORA = Path("assets/toy_land")
 LORA_YAML = ("configs/toy_lora.yaml", "configs/toy_sft.yaml")
 SAMPLE = ("sample_video.py", "--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml")
-# By tools/toy/<name>.py: with the toy as it is, and with what is trained first.
+# By tools/toy/<name>.py: with the toy as it is, and with what is made or trained first, in a folder.
 MEASURED = ("from_video", "held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory")
-TRAINED = ("control", "masked", "preferences")
+IN_A_FOLDER = ("adapters", "control", "masked", "preferences")
 
 
 def land_training(work: Path) -> list[list[str]]:
@@ -45,7 +45,7 @@ def figures(out: Path, work: Path) -> Iterator[list[str]]:
     """Yield the commands that write the other figures into the folder `out`."""
     for name in MEASURED:
         yield [f"tools/toy/{name}.py", "--write", f"{out}/{name}.json"]
-    for name in TRAINED:
+    for name in IN_A_FOLDER:
         yield [f"tools/toy/{name}.py", f"{work}/{name}", "--write", f"{out}/{name}.json"]
 
 
