@@ -21,7 +21,9 @@ logger = get_logger("toy")
 LORA = Path("assets/toy_land")
 LORA_YAML = ("configs/toy_lora.yaml", "configs/toy_sft.yaml")
 SAMPLE = ("sample_video.py", "--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml")
-MEASURED = ("held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory")  # by tools/toy/<name>.py
+# By tools/toy/<name>.py: with the toy as it is, and with what is made or trained first, in a folder.
+MEASURED = ("from_video", "held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory")
+IN_A_FOLDER = ("adapters", "control", "masked", "preferences")
 
 
 def land_training(work: Path) -> list[list[str]]:
@@ -41,15 +43,10 @@ def land_measuring(work: Path, quality: Path) -> Iterator[list[str]]:
 
 def figures(out: Path, work: Path) -> Iterator[list[str]]:
     """Yield the commands that write the other figures into the folder `out`."""
-    yield ["tools/toy/control.py", f"{work}/control", "--write", f"{out}/control.json"]
     for name in MEASURED:
         yield [f"tools/toy/{name}.py", "--write", f"{out}/{name}.json"]
-    pairs, runs = f"{work}/pairs", f"{work}/preferences"
-    folders = [f"args.train_data=[{pairs}/train]", f"args.valid_data=[{pairs}/valid]", f"args.save={runs}"]
-    configs = [*LORA_YAML, "configs/loss/preferences.yaml", "configs/toy_preferences.yaml"]
-    yield ["tools/toy/preferences.py", "make", pairs]
-    yield ["train_video.py", "--base", *configs, *folders, "args.resume=auto"]
-    yield ["tools/toy/preferences.py", "measure", runs, "--write", f"{out}/preferences.json"]
+    for name in IN_A_FOLDER:
+        yield [f"tools/toy/{name}.py", f"{work}/{name}", "--write", f"{out}/{name}.json"]
 
 
 def make_land(work: Path, quality: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure video to video with the toy: the colour of a clip is changed by the prompt, and its motion stays.
 
-    python tools/toy/from_video.py --strength 0.6 0.8
+    python tools/toy/from_video.py --write assets/toy/from_video.json
 
 Held-out clips are noised and denoised with a caption of another colour. A colour is right if it is that of the caption;
 the motion stays if the centre of the shape is within 3 pixels of that in the clip, on average over the frames.
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import scene
 import torch
 
 from sgm.cli import run_command, tool_parser
+from sgm.io import write_json
 
 NEAR = 3.0  # pixels
+STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 
 
 def other_colours(clips: Sequence[scene.Clip]) -> list[scene.Clip]:
@@ -61,18 +64,23 @@ def shares(engine: Any, num_clips: int, strength: float, *, num_steps: int | Non
 def measure(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     engine = quality.load_engine("configs/toy.yaml")
+    result: dict[str, Any] = {"clips": options.num_clips}
     sys.stdout.write("| strength | colour of the prompt | motion of the clip |\n|---|---|---|\n")
     for strength in options.strength:
         colour, motion = shares(engine, options.num_clips, strength)
+        result[f"{strength:g}"] = {"colour": round(colour, 4), "motion": round(motion, 4)}
         sys.stdout.write(f"| {strength:g} | {colour:.0%} | {motion:.0%} |\n")
         sys.stdout.flush()
+    if options.write is not None:
+        write_json(options.write, result)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--strength", type=float, nargs="+", default=[0.6], help="one or several (0.6)")
+    parser.add_argument("--strength", type=float, nargs="+", default=STRENGTHS, help="one or several (0.2 to 1)")
     parser.add_argument("--num_clips", type=int, default=24, help="of combinations that training never saw (24)")
+    parser.add_argument("--write", type=Path, help="a JSON file for the figures")
     return run_command(measure, parser.parse_args(argv))
 
 

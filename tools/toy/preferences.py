@@ -1,11 +1,11 @@
-"""Make pairs of clips for preference training with the toy, and measure whether the chosen attribute is preferred.
+"""Teach the toy by preferences that shapes are large, and measure whether it prefers them.
 
-    python tools/toy/preferences.py make outputs/preferences/pairs
-    python tools/toy/preferences.py measure outputs/preferences/runs --write assets/toy/preferences.json
+    python tools/toy/preferences.py outputs/preferences --write assets/toy/preferences.json
 
 Both clips of a pair have one caption, place and motion; the chosen one shows a large shape, the rejected one a small
-one. No caption says a word about size. ``measure`` samples captions that no clip has, with the same noise before and
-after training, and looks at the size of shapes, and whether they still are what the captions say.
+one. No caption says a word about size. The command makes the pairs, trains on them as configs/toy_preferences.yaml says
+(a stopped training goes on), samples captions that no clip has, with the same noise before and after training, and
+looks at the size of shapes, and whether they still are what the captions say.
 """
 
 import argparse
@@ -22,29 +22,36 @@ import scene
 from sgm.cli import run_command, tool_parser
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, write_json
+from sgm.training.main import main as train
+from sgm.util import RunError
 
 CHOSEN, REJECTED = 12.0, 8.0  # half of the extent of shapes, in pixels; those of the toy are between them
 NUM_PAIRS, NUM_VALID = 32, 8
 PARTS = {"train": NUM_PAIRS, "valid": NUM_VALID}
+CONFIGS = (
+    "configs/toy_lora.yaml",
+    "configs/toy_sft.yaml",
+    "configs/loss/preferences.yaml",
+    "configs/toy_preferences.yaml",
+)
 
 
-def make(options: argparse.Namespace) -> None:
+def make(folder: Path) -> None:
     """Write the clips and a manifest of pairs for training and one for validation, deterministically."""
     rng = np.random.default_rng(0)
     clips = scene.random_clips(scene.combinations(held_out=False), rng)
     for part, num in PARTS.items():
-        folder, lines = options.folder / part, []
+        lines = []
         for number in range(num):
             clip = _with_room(next(clips))
             names = {}
             for kind, radius in (("video", CHOSEN), ("rejected", REJECTED)):
                 frames = (scene.render(replace(clip, radius=radius)) * 255).round().astype(np.uint8)
                 names[kind] = f"{kind}_{number:02d}.mp4"
-                write_video(folder / names[kind], frames, scene.FPS, crf=10)
+                write_video(folder / part / names[kind], frames, scene.FPS, crf=10)
             lines.append(json.dumps({"caption": clip.caption, **names}) + "\n")
-        with atomic_file(folder / "metadata.jsonl") as temporary:
+        with atomic_file(folder / part / "metadata.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-    sys.stdout.write(f"{NUM_PAIRS} pairs to train on, {NUM_VALID} for validation: {options.folder}\n")
 
 
 def _with_room(clip: scene.Clip) -> scene.Clip:
@@ -97,8 +104,14 @@ def measured(run: Path, num_clips: int, *, num_steps: int | None = None) -> dict
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Print the figures of a run."""
-    found = measured(options.runs, options.num_clips)
+    """Run the tool with parsed options."""
+    pairs, runs = options.folder / "pairs", options.folder / "runs"
+    make(pairs)
+    folders = [f"args.{part}_data=[{pairs / part}]" for part in PARTS]
+    code = train(["--base", *CONFIGS, *folders, f"args.save={runs}", "args.resume=auto"])
+    if code:
+        raise RunError(f"training ended with the exit code {code}")
+    found = measured(runs, options.num_clips)
     names = list(found["before"])
     sys.stdout.write(f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n")
     for when in ("before", "after"):
@@ -113,17 +126,10 @@ def measure(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = tool_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="write the pairs")
-    making.add_argument("folder", type=Path)
-    making.set_defaults(work=make)
-    measuring = commands.add_parser("measure", help="compare samples from before and after training")
-    measuring.add_argument("runs", type=Path, help="args.save of the training; its newest run is taken")
-    measuring.add_argument("--num_clips", type=int, default=24, help="of combinations that training never saw (24)")
-    measuring.add_argument("--write", type=Path, help="a JSON file for the figures")
-    measuring.set_defaults(work=measure)
-    options = parser.parse_args(argv)
-    return run_command(options.work, options)
+    parser.add_argument("folder", type=Path, help="for pairs and runs")
+    parser.add_argument("--num_clips", type=int, default=24, help="of combinations that training never saw (24)")
+    parser.add_argument("--write", type=Path, help="a JSON file for the figures")
+    return run_command(measure, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from data_video import SFTDataset
-from sgm.config.load import load_config
-from sgm.training.run import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +30,7 @@ def test_the_recorded_figures_reach_their_bars_and_the_page_shows_them():
 
 def test_pairs_differ_in_size_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "PARTS", {"train": 2, "valid": 1})
-    assert preferences.main(["make", str(tmp_path)]) == 0
+    preferences.make(tmp_path)
     data = SFTDataset(
         data_dir=tmp_path / "train",
         rejected_column="rejected",
@@ -53,10 +51,7 @@ def _array(video: torch.Tensor):
 
 @pytest.mark.slow  # about five minutes
 def test_the_toy_prefers_the_chosen_size(tmp_path, monkeypatch):
+    """The command of docs/preferences.md."""
     monkeypatch.chdir(ROOT)
-    assert preferences.main(["make", str(tmp_path / "pairs")]) == 0
-    files = ("toy_lora", "toy_sft", "loss/preferences", "toy_preferences")
-    folders = [f"args.{part}_data=[{tmp_path / 'pairs' / part}]" for part in ("train", "valid")]
-    bases = [f"configs/{name}.yaml" for name in files]
-    train(load_config(bases, [*folders, f"args.save={tmp_path / 'runs'}"], mode="train"))
-    bars(preferences.measured(tmp_path / "runs", 24))
+    assert preferences.main([str(tmp_path), "--write", str(tmp_path / "found.json")]) == 0
+    bars(json.loads((tmp_path / "found.json").read_text()))
