@@ -303,6 +303,18 @@ def test_the_library_stays_off_the_network():
     assert [user for user in sorted(users - allowed) if user[1] in NETWORK_MODULES] == []
 
 
+def test_random_states_of_devices_are_left_alone():
+    """Without devices, fork_rng saves and restores the state of every accelerator, and waits for each."""
+
+    def forks(node):
+        return isinstance(node, ast.Call) and ast.unparse(node.func).endswith("fork_rng")
+
+    def forks_all(node):
+        return forks(node) and "devices=[]" not in map(ast.unparse, node.keywords)
+
+    assert [*findings(forks)] and [*findings(forks_all)] == []
+
+
 def test_pickles_are_never_trusted():
     loose = []
     for path in project_files():

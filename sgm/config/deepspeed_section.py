@@ -107,18 +107,18 @@ def schema_of_section() -> type[BaseModel]:
 
 def check_deepspeed(section: Mapping[str, Any], merged: Merged) -> None:
     """Check the section of a training run; add its problems and warnings to `merged`."""
-    num_problems = len(merged.problems)
+    num_problems, has_unusable = len(merged.problems), any(path[0] == "deepspeed" for path in merged.unusable)
     if stray := [name for name in _LOSS_SCALER if name in section]:
         names = ", ".join(f"deepspeed.{name}" for name in stray)
         merged.warnings.append(f"no effect outside deepspeed.fp16, where DeepSpeed reads them: {names}")
     section = _whole_counts({name: value for name, value in section.items() if name not in stray})
     check_params(schema_of_section(), section, ("deepspeed",), merged)
     for problems_of in (_value_problems, _model_problems):
-        if len(merged.problems) > num_problems:
+        if has_unusable or len(merged.problems) > num_problems:
             break  # further checks assume valid types and values
         for path, found, cure in problems_of(section):
             merged.add(("deepspeed", *path.split(".")), found, cure)
-    if len(merged.problems) == num_problems:
+    if not has_unusable and len(merged.problems) == num_problems:
         merged.warnings += _odd_values(section)
 
 

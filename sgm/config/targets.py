@@ -116,10 +116,12 @@ def check_sections(
         cure = "write target: module.Class and, under params:, what its constructor takes"
         merged.add(path, "has no 'target:'", cure)
     elif isinstance(value, Mapping | list):
-        partial = partial or path[-1] == _COMPLETED_BY_PARENT
+        of_modules = path[-1] == _COMPLETED_BY_PARENT
         entries: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, entry in entries:
-            check_sections(entry, (*path, key), merged, partial=partial, keys=keys)
+            if of_modules and not isinstance(entry, Mapping | None):
+                merged.add((*path, key), f"is {spelled(entry)}", "write target: module.Class and params:")
+            check_sections(entry, (*path, key), merged, partial=partial or of_modules, keys=keys)
 
 
 def _check_section(

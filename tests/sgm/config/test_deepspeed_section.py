@@ -15,6 +15,7 @@ from sgm.config.deepspeed_section import (
 from sgm.config.load import ConfigError
 from sgm.config.refused import REFUSED
 from sgm.config.yaml_files import Merged
+from tests.sgm.config.loading import training_complaint
 
 ROOT = Path(__file__).parents[3]
 FULL = {"network_config": {"params": {"modules": {"final_layer_config": {}}}}}
@@ -59,6 +60,12 @@ def complete(section=None, model=FULL):
 
 
 # Checking
+
+
+@pytest.mark.parametrize("place", ["fp16", "bf16", "zero_optimization", "optimizer", "optimizer.params"])
+@pytest.mark.parametrize("value", [".nan", "9" * 30])
+def test_a_number_in_the_place_of_a_section_is_a_problem(place, value):
+    assert f"deepspeed.{place} (command line: " in training_complaint(f"deepspeed.{place}={value}")
 
 
 @pytest.mark.parametrize(

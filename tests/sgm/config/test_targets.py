@@ -38,6 +38,12 @@ def test_interpolation_that_no_mixin_takes_warns():
     assert config.warnings == (f"{network}.height_interpolation has no effect: nothing under modules takes it",)
 
 
+@pytest.mark.parametrize("value", ["5", "abc", "[1]", "true", ".nan"])
+def test_what_is_no_section_in_the_place_of_a_mixin_is_a_problem(value):
+    place = "model.network_config.params.modules.pos_embed_config"
+    assert f"{place} (command line: {place}={value}): is " in override_complaint(f"{place}={value}")
+
+
 def test_modules_without_a_class_do_not_hide_the_problem():
     modules = "model.network_config.params.modules"
     for target in ("no.such.Class", "3", "null"):
