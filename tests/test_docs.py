@@ -209,13 +209,24 @@ def test_the_example_of_conversion_runs(tmp_path):
     assert len(block.splitlines()) >= 9
     text = block.replace("outputs/", f"{tmp_path}/").replace("train_iters=20", " ".join(SHORT).removeprefix("args."))
     printed = ""
+    text = text.replace("save_interval=10", "save_interval=1").replace("/*/10", "/*/1").replace("/*/20", "/*/2")
     for line in text.replace("--num_inference_steps 30", "--num_inference_steps 3").replace("\\\n", " ").splitlines():
         done = shell(line)
         assert done.returncode == 0, done.stderr[-3000:]
         printed += done.stdout
     assert "transformer: largest difference" in printed
     made = {path.name for path in (tmp_path / "example").iterdir()}
-    assert made == {"runs", "lora", "toy", "circle.mp4", "circle.json", "merged", "extracted", "back", "sat"}
+    assert made == {
+        *("runs", "lora", "toy", "circle.mp4", "circle.json", "merged", "extracted", "back", "sat"),
+        *("soup", "comfyui", "comfyui_lora"),
+    }
+    shown = (
+        "LoRA for ComfyUI",
+        "Toy LoRA (cogvideox-toy/lora, 64x64)",
+        "ComfyUI transformer",
+        "Toy (cogvideox-toy, 64x64)",
+    )
+    assert [text for text in shown if text not in printed] == []
 
 
 # Commands that are checked without running them
