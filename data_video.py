@@ -22,7 +22,7 @@ from sgm.data.clips.decode import ClipError, Scan, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, Selection, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
 from sgm.data.clips.masks import latent_mask, white
-from sgm.data.clips.transform import cover_crop, covering_size, stretch
+from sgm.data.clips.transform import cover_crop, stretch
 from sgm.data.formats.manifest import Columns
 from sgm.data.formats.registry import list_rows
 from sgm.data.formats.webdataset import Member
@@ -32,7 +32,6 @@ from sgm.data.rows import ClipFile, Row, VideoInfo
 from sgm.urls import is_url, local_path
 from sgm.util import InputError, RunError, default
 
-_CHUNK = 8  # frames resized at a time; a large clip as floats needs gigabytes
 Skipped = Annotated[float, Field(ge=0, le=10_000)]  # frames
 RESHAPE_MODES = ("center", "random", "none")
 
@@ -468,21 +467,10 @@ class _Augmentation:
 
     def apply(self, pictures: np.ndarray) -> torch.Tensor:
         """Frames (T, h, w, 3) uint8 → (T, 3, H, W) float32 in [-1, 1]."""
-        source = torch.from_numpy(pictures)
-        frames = torch.empty((len(source), 3, *self.size))
-        for part, chunk in zip(frames.split(_CHUNK), source.split(_CHUNK), strict=True):
-            self._resize_into(part, chunk)
+        source = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        stretches = self.mode == "none"
+        frames = stretch(source, self.size) if stretches else cover_crop(source, self.size, self.place)
         return frames.flip(-1) if self.flip else frames
-
-    def _resize_into(self, out: torch.Tensor, pictures: torch.Tensor) -> None:
-        stretches, frames = self.mode == "none", pictures.permute(0, 3, 1, 2)
-        shown = tuple(frames.shape[-2:])
-        is_scaled = shown != (self.size if stretches else covering_size(shown, self.size))
-        if is_scaled:
-            frames = frames.float().div_(127.5).sub_(1)
-        out.copy_(stretch(frames, self.size) if stretches else cover_crop(frames, self.size, self.place))
-        if not is_scaled:  # a crop in bytes is a quarter of one in floats
-            out.div_(127.5).sub_(1)
 
 
 def as_samples(pictures: np.ndarray, size: tuple[int, int]) -> torch.Tensor:

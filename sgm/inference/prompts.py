@@ -204,7 +204,7 @@ def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
     from sgm.data.clips.transform import cover_crop  # lazy: slow to import, and unused by text to video
 
     pixels = torch.from_numpy(_read(Path(path)))
-    return cover_crop(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
+    return cover_crop(pixels.permute(2, 0, 1)[None], size)[0]
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from sgm.util import InputError, nearest_path
 if TYPE_CHECKING:
     from sgm.data.clips.decode import Scan
 
-_CHUNK = 8  # frames resized at a time: as floats, those of a large clip need gigabytes
+_CHUNK = 8  # frames resized at a time: those of a large clip need gigabytes
 HeldKey = Literal["start", "end"]
 
 
@@ -222,7 +222,7 @@ def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int
             if isinstance(picture, ClipError):
                 raise InputError(f"{picture.path}: {picture.reason}") from picture
         piece = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)
-        yield cover_crop(piece.float() / 127.5 - 1, size)
+        yield cover_crop(piece, size)
 
 
 def _scan(path: str) -> "Scan":

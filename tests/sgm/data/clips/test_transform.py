@@ -1,7 +1,49 @@
 import pytest
 import torch
+from kornia.geometry.transform import resize
 
-from sgm.data.clips.transform import cover_crop
+from sgm.data.clips.transform import cover_crop, covering_size, stretch
+
+
+def by_kornia(pictures, size):
+    return resize(pictures, size, interpolation="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((90, 160), (60, 90)),  # of 720p to 480x720
+        ((97, 61), (41, 33)),  # odd sides
+        ((40, 7), (9, 3)),
+        ((130, 1), (20, 3)),  # enlarged along one axis, whole along the other
+        ((1, 70), (1, 33)),
+        ((2, 3), (1, 1)),
+        ((1, 1), (4, 5)),
+        ((13, 17), (40, 64)),
+        ((200, 9), (3, 70)),  # one axis is enlarged
+        ((64, 50), (64, 20)),  # one axis stays
+    ],
+)
+def test_pixels_are_those_of_kornia(shape, size):
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=generator)
+    floats, covering = pictures.float() / 127.5 - 1, covering_size(shape, size)
+    place = 0.7, 0.4
+    top, left = (int(share * (side - kept + 1)) for share, side, kept in zip(place, covering, size, strict=True))
+    cropped = by_kornia(floats, covering)[..., top : top + size[0], left : left + size[1]]
+    for source in (pictures, floats, pictures.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        torch.testing.assert_close(stretch(source, size), by_kornia(floats, size), rtol=0, atol=2e-6)
+        torch.testing.assert_close(cover_crop(source, size, place), cropped, rtol=0, atol=2e-6)
+    wider = stretch(floats.double(), size)
+    assert wider.dtype == torch.float64
+    torch.testing.assert_close(wider, by_kornia(floats, size).double(), rtol=0, atol=2e-6)
+
+
+def test_bytes_that_fit_are_scaled():
+    pictures = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 6)
+    out = cover_crop(pictures, (4, 5))
+    assert out.shape == (1, 3, 4, 5) and out.dtype == torch.float32
+    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
 
 
 @pytest.mark.parametrize("shape", [(60, 100), (100, 60), (32, 32), (33, 31), (8, 200)])
