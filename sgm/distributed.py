@@ -225,10 +225,9 @@ def _current() -> Mesh:
 def _own_group(start: int, stop: int, step: int = 1) -> Any:
     """Create a group of which this rank is one.
 
-    A rank creates its own group alone, so that its work does not grow with the number of ranks. That needs the others
-    to create theirs at the same point: torch names a group by its ranks and the number of groups before it, and NCCL
-    splits the communicator of all ranks in one collective, in which every rank takes part with its own group. So each
-    round of calls divides all ranks among groups, and leaves none out.
+    A rank creates its own group alone, so that its work does not grow with the number of ranks. Every round of calls
+    divides all ranks among groups: torch names a group by its ranks and the number of groups before it, and NCCL splits
+    the communicator of all ranks in one collective.
     """
     ranks = list(range(start, stop, step))
     assert dist.get_rank() in ranks, "each rank creates its own group"
@@ -236,11 +235,7 @@ def _own_group(start: int, stop: int, step: int = 1) -> Any:
 
 
 def _make_layer_groups(tensor: int) -> None:
-    """Create the groups that SAT's layers and DeepSpeed use, as SAT's `initialize_model_parallel` divides the ranks.
-
-    That one has every rank take part in the creation of every group: 1,153 calls for each of 1,024 ranks in machines of
-    eight.
-    """
+    """Create the groups of SAT's layers and DeepSpeed; SAT's own function has each rank create every group."""
     import sat.mpu.initialize as layers
 
     own, world = dist.get_rank(), dist.get_world_size()
