@@ -17,7 +17,7 @@ import sgm.distributed
 import sgm.training.run
 from sgm.config.load import load_config
 from sgm.log import configure_logging
-from sgm.modules.diffusionmodules.sigma_sampling import _LossMoments
+from sgm.modules.diffusionmodules.sigma_sampling import LossMoments
 from sgm.training import timing
 from sgm.training.evaluate import Evaluation
 from sgm.training.run import TrainingRun, train
@@ -66,12 +66,12 @@ def late_data(seconds: Mapping[str, float]) -> Iterator[None]:
 @contextlib.contextmanager
 def known_soon(constants: Mapping[str, int]) -> Iterator[None]:
     """Context in which a sampler that draws timesteps by their loss has other constants, for few samples."""
-    original = {name: getattr(_LossMoments, name) for name in constants}
+    original = {name: getattr(LossMoments, name) for name in constants}
     for name, value in constants.items():
-        setattr(_LossMoments, name, value)
+        setattr(LossMoments, name, value)
     yield
     for name, value in original.items():
-        setattr(_LossMoments, name, value)
+        setattr(LossMoments, name, value)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class ResumePoint:
         lora_alpha: their alpha; None without or if unknown.
         lora_kind: their method; None without or if unknown.
         global_batch: samples of an iteration; None with buckets or if unknown.
-        timesteps: state of a sampler of timesteps that has one, `_LossMoments`; None without or if unknown.
+        timesteps: state of a sampler of timesteps that has one, `LossMoments`; None without or if unknown.
         start_number: of the start that saved it: above those of all earlier starts of its experiment, so that the run
             that was started or resumed last is known without file times, which copies and clocks change.
     """

@@ -14,7 +14,7 @@ from sgm.util import InputError, default, to_device
 _PARAMETERS = {"uniform": (), "logit_normal": ("location", "scale"), "importance": ("importance",), "loss": ()}
 
 
-class _LossMoments:
+class LossMoments:
     """Mean square of the loss in equal ranges of the timesteps, and how often to draw from each for the least variance.
 
     After Nichol & Dhariwal 2021, section 3.3: timesteps are drawn in proportion to √E[L²], where E is a mean of the
@@ -92,7 +92,7 @@ class DiscreteSampling:
         strata: parts of the distribution that samples draw from in turn; 1 draws each from all of it.
         distribution: ``uniform``; ``logit_normal`` (Esser et al. 2024, section 3.1): t = num_idx · sigmoid(n) for a
             normal number n, so that middle timesteps are drawn more often than the ends; ``importance``; or ``loss``:
-            where the loss of this run is large, see `_LossMoments`, with the inverse weight in the loss of training, so
+            where the loss of this run is large, see `LossMoments`, with the inverse weight in the loss of training, so
             that its mean is that of uniform timesteps and varies less.
         location: of ``logit_normal``: mean of n; above 0 favours noisy timesteps. None is 0.
         scale: of ``logit_normal``: standard deviation of n; None is 1.
@@ -128,8 +128,8 @@ class DiscreteSampling:
                 f"importance is {importance}; expected how often timesteps are drawn, as up to {num_idx} numbers of 0 "
                 "or more, not all 0, such as [1, 2, 2, 1]"
             )
-        if distribution == "loss" and num_idx < _LossMoments.NUM_RANGES:
-            raise InputError(f"distribution is loss, and num_idx {num_idx}; give {_LossMoments.NUM_RANGES} or more")
+        if distribution == "loss" and num_idx < LossMoments.NUM_RANGES:
+            raise InputError(f"distribution is loss, and num_idx {num_idx}; give {LossMoments.NUM_RANGES} or more")
         if group_num < 0:
             raise InputError(f"group_num is {group_num}; expected 0 (one group per rank) or a number of groups")
         if strata > 1 and uniform_sampling:
@@ -141,7 +141,7 @@ class DiscreteSampling:
         self.strata = strata
         self.distribution, self.location, self.scale = distribution, default(location, 0.0), default(scale, 1.0)
         self.importance = importance
-        self.moments = _LossMoments(num_idx) if distribution == "loss" else None
+        self.moments = LossMoments(num_idx) if distribution == "loss" else None
 
     def bounds(self, rank: int, num_ranks: int) -> tuple[int, int]:
         """Return the half-open range [first, end) of shares · num_idx that `rank` of `num_ranks` draws from.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, _LossMoments
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, LossMoments
 from sgm.training.run import TrainingRun
 from sgm.training.state import FOLDER
 from sgm.util import RunError
@@ -21,7 +21,7 @@ BATCH = ["deepspeed.train_micro_batch_size_per_gpu=2", "deepspeed.gradient_accum
 @pytest.fixture
 def soon(monkeypatch):
     for name, value in SOON.items():
-        monkeypatch.setattr(_LossMoments, name, value)
+        monkeypatch.setattr(LossMoments, name, value)
 
 
 def losses(run):
@@ -52,7 +52,7 @@ def test_a_killed_run_draws_on_as_if_it_had_not_been(job, soon, monkeypatch):
     one, two = (read_tensors(find_weights(run)) for run in (straight, resumed))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert state(resumed) == state(straight) and sum(state(straight)["counts"]) == 20
-    moments = _LossMoments(1000)
+    moments = LossMoments(1000)
     moments.load_state(state(straight))
     assert moments.shares()[0] != pytest.approx(0.5, abs=0.01), "by their losses, no longer all alike"
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, _LossMoments
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, LossMoments
 from sgm.util import InputError
 
 DISCRETIZATION = {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}
@@ -132,14 +132,14 @@ def test_timesteps_are_uniform_until_every_range_has_enough_samples() -> None:
 
 
 def test_means_are_of_all_samples_at_first_then_of_the_last_ones() -> None:
-    moments = _LossMoments(1000)
+    moments = LossMoments(1000)
     for loss in (1.0, 2.0, 3.0):
         moments.update(moments.sums(torch.tensor([0, 999]), torch.tensor([loss, 1.0])))
     assert (moments.means[0], moments.means[9]) == (pytest.approx(14 / 3), 1)
     assert moments.counts == [3] + [0] * 8 + [3]
     moments.update(moments.sums(torch.zeros(1000, dtype=torch.int64), torch.full((1000,), 4.0)))
     assert moments.means[0] == 16, "as many as the horizon: the former ones are forgotten"
-    together, apart = _LossMoments(1000), _LossMoments(1000)
+    together, apart = LossMoments(1000), LossMoments(1000)
     idx, losses = torch.arange(0, 1000, 9), torch.rand(112, generator=generator(0))
     together.update(together.sums(idx, losses))
     apart.update(apart.sums(idx[:50], losses[:50]) + apart.sums(idx[50:], losses[50:]))
