@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from yaml.composer import Composer
 from yaml.constructor import SafeConstructor
+from yaml.cyaml import CParser  # pyright: ignore[reportAttributeAccessIssue]
 from yaml.resolver import Resolver
 
 from sgm.config.places import place_of
@@ -36,14 +37,14 @@ _TAG = "tag:yaml.org,2002:"
 _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
-class _Loader(Composer, yaml.cyaml.CParser, SafeConstructor, Resolver):
+class _Loader(Composer, CParser, SafeConstructor, Resolver):
     """PyYAML's loader for YAML 1.1, with ``1e-5`` as a number and dates as text, as in YAML 1.2; bounded.
 
     libyaml parses, which takes a fifth of the time; nodes are composed here, since they are counted.
     """
 
     def __init__(self, text: str) -> None:
-        yaml.cyaml.CParser.__init__(self, text)
+        CParser.__init__(self, text)
         Composer.__init__(self)
         SafeConstructor.__init__(self)
         Resolver.__init__(self)
