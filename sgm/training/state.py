@@ -558,12 +558,20 @@ def checkpoint_engine(save: Callable[[Path, Any], None] = write_state_file) -> A
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
-            save(Path(path), state_dict)
+            save(Path(path), _with_plain_stage(state_dict))
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return read_checked(Path(path), map_location)
 
     return SafeCheckpointEngine()
+
+
+def _with_plain_stage(content: Any) -> Any:
+    """Return a state whose ZeRO stage is a number: Python 3.11.2 pickles it by `getattr`, which is refused."""
+    optimizer = content.get("optimizer_state_dict")
+    if not isinstance(optimizer, Mapping) or "zero_stage" not in optimizer:
+        return content
+    return {**content, "optimizer_state_dict": {**optimizer, "zero_stage": int(optimizer["zero_stage"])}}
 
 
 def _deepspeed_objects() -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
@@ -357,3 +358,12 @@ def test_a_damaged_run_does_not_keep_a_new_one_from_starting(training_yaml, tmp_
     with pytest.raises(InputError, match=r"resume\.json.*args\.resume=none"):
         start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=auto")
     assert start(training_yaml, tmp_path, "args.train_iters=1", "args.resume=none").folder != run
+
+
+def test_the_zero_stage_of_a_state_is_a_number():
+    """Python 3.11.2, which Debian 12 has, pickles the enumeration by `getattr`, so that no state could be read."""
+    files = {}
+    content = {"optimizer_state_dict": {"zero_stage": ZeroStageEnum.weights, "other": 1}, "more": 2}
+    checkpoint_engine(files.__setitem__).save(content, "state.pt")
+    assert files == {Path("state.pt"): {"optimizer_state_dict": {"zero_stage": 3, "other": 1}, "more": 2}}
+    assert type(files[Path("state.pt")]["optimizer_state_dict"]["zero_stage"]) is int
