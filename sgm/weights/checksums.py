@@ -211,6 +211,7 @@ class CheckedArchive(io.FileIO):
     """
 
     def __init__(self, path: Path) -> None:
+        self._beside = ThreadPoolExecutor(1)  # its thread starts with the first tensor
         super().__init__(path)
         self._path, self._damaged = path, ""
         with zipfile.ZipFile(path) as archive:
@@ -232,15 +233,21 @@ class CheckedArchive(io.FileIO):
         info, wanted = self._unread.get(start, (None, None))
         if info is None or info.file_size != len(view):
             return super().readinto(view)
-        hashed, done = self._hash(), 0
-        with ThreadPoolExecutor(1) as beside:
-            while num := super().readinto(view[done : done + PIECE]):
-                beside.submit(hashed.update, view[done : done + num])
-                done += num
+        hashed, done, last = self._hash(), 0, None
+        while num := super().readinto(view[done : done + PIECE]):
+            last = self._beside.submit(hashed.update, view[done : done + num])
+            done += num
+        if last is not None:
+            last.result()
         if hashed.intdigest() != wanted:
             self._damaged = self._damaged or info.filename
         del self._unread[start]
         return done
+
+    def close(self) -> None:
+        """Close the file and end the thread."""
+        self._beside.shutdown()
+        super().close()
 
     def damaged_entry(self) -> str:
         """Return what the function of this name does, after torch.load."""

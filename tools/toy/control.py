@@ -16,14 +16,14 @@ from typing import Any
 import from_video
 import numpy as np
 import quality
+import report
 import scene
+import teach
 import torch
 
 from sgm.cli import run_command, tool_parser
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, write_json
-from sgm.training.main import main as train
-from sgm.util import RunError
 
 OVERLAP = 0.5
 CONFIGS = ("configs/toy_sft.yaml", "configs/control/video.yaml")
@@ -84,29 +84,13 @@ def measure(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     folder: Path = options.folder
     make(folder / "clips", options.num_train)
-    settings = {
-        "args.train_data": f"[{folder / 'clips'}]",
-        "args.train_iters": options.steps,
-        "args.save_interval": options.steps,
-        "args.eval_interval": "null",
-        "args.split": '"1,0,0"',
-        "args.precompute": "true",
-        "args.resume": "none",
-        "args.save": folder,
-        "args.experiment_name": "run",
-        "deepspeed.train_micro_batch_size_per_gpu": 8,
-    }
-    model = f"configs/toy{'_lora' * options.lora}.yaml"
-    code = train(["--base", model, *CONFIGS, *(f"{key}={value}" for key, value in settings.items())])
-    if code:
-        raise RunError(f"training ended with the exit code {code}")
-    run = max(folder.glob("run-*"))
+    words = ("--base", f"configs/toy{'_lora' * options.lora}.yaml", *CONFIGS)
+    run = teach.trained(folder, "run", options.steps, *words, eval_interval="null", split='"1,0,0"')
     found: dict[str, Any] = {"clips": options.num_clips, "steps": options.steps}
     trained = (f"args.load={run}", "model.network_config.params.control_channels=16")
-    for name, config, overrides in (("base", "configs/toy.yaml", ()), ("control", model, trained)):
+    for name, config, overrides in (("base", "configs/toy.yaml", ()), ("control", words[1], trained)):
         found[name] = shares(quality.load_engine(config, overrides), options.num_clips, num_steps=options.num_steps)
-        sys.stdout.write(f"{name}: {', '.join(f'{key} {value:.2f}' for key, value in found[name].items())}\n")
-        sys.stdout.flush()
+        report.say(name, found[name])
     if options.write is not None:
         write_json(options.write, found)
 

@@ -14,6 +14,7 @@ from typing import Any
 import from_video
 import numpy as np
 import quality
+import report
 import scene
 import torch
 
@@ -78,8 +79,7 @@ def measure(options: argparse.Namespace) -> None:
     found = {"clips": num}
     for name, judge in (("continuation", continuation), ("first_and_last", first_and_last)):
         found[name] = {key: round(value, 4) for key, value in judge(engine, num).items()}
-        sys.stdout.write(f"{name}: {', '.join(f'{key} {value:.2f}' for key, value in found[name].items())}\n")
-        sys.stdout.flush()
+        report.say(name, found[name])
     if options.write is not None:
         write_json(options.write, found)
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import quality
+import report
 import scene
+import teach
 import torch
 from PIL import Image
 
 from sgm.cli import run_command, tool_parser
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, write_json
-from sgm.training.main import main as train
-from sgm.util import RunError
 
 BAR, HIDDEN = 16, 24  # pixels from the top: of the bar, and of what the masks leave out
 COLOUR = "magenta"
@@ -104,22 +104,8 @@ def measured(engine: Any, num_clips: int, *, num_steps: int | None = None) -> di
 
 def trained(folder: Path, name: str, steps: int, *, mask: bool) -> Path:
     """Train with or without masks; return the run folder."""
-    settings = {
-        "args.train_data": f"[{folder / 'clips'}]",
-        "args.train_iters": steps,
-        "args.save_interval": steps,
-        "args.precompute": "true",
-        "args.resume": "none",
-        "args.save": folder,
-        "args.experiment_name": name,
-        "data.params.mask": str(mask).lower(),
-        "deepspeed.train_micro_batch_size_per_gpu": 8,
-        "deepspeed.optimizer.params.lr": "4e-3",
-    }
-    code = train(["--base", *CONFIGS, TARGETS, *(f"{key}={value}" for key, value in settings.items())])
-    if code:
-        raise RunError(f"training ended with the exit code {code}")
-    return max(folder.glob(f"{name}-*"))
+    own = (f"data.params.mask={str(mask).lower()}", "deepspeed.optimizer.params.lr=4e-3")
+    return teach.trained(folder, name, steps, "--base", *CONFIGS, TARGETS, *own)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -133,8 +119,7 @@ def measure(options: argparse.Namespace) -> None:
             run = trained(folder, name, options.steps, mask=name == "with")
             config, words = "configs/toy_lora.yaml", [TARGETS, f"args.load={run}"]
         found[name] = measured(quality.load_engine(config, words), options.num_clips, num_steps=options.num_steps)
-        sys.stdout.write(f"{name}: {', '.join(f'{key} {value:.2f}' for key, value in found[name].items())}\n")
-        sys.stdout.flush()
+        report.say(name, found[name])
     if options.write is not None:
         write_json(options.write, found)
 

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import quality
 import scene
+import teach
 
 from sgm.cli import run_command, tool_parser
 from sgm.inference.video import write_video
 from sgm.io import atomic_file, write_json
-from sgm.training.main import main as train
-from sgm.util import RunError
 
 CHOSEN, REJECTED = 12.0, 8.0  # half of the extent of shapes, in pixels; those of the toy are between them
 NUM_PAIRS, NUM_VALID = 32, 8
@@ -108,9 +107,7 @@ def measure(options: argparse.Namespace) -> None:
     pairs, runs = options.folder / "pairs", options.folder / "runs"
     make(pairs)
     folders = [f"args.{part}_data=[{pairs / part}]" for part in PARTS]
-    code = train(["--base", *CONFIGS, *folders, f"args.save={runs}", "args.resume=auto"])
-    if code:
-        raise RunError(f"training ended with the exit code {code}")
+    teach.run_training("--base", *CONFIGS, *folders, f"args.save={runs}", "args.resume=auto")
     found = measured(runs, options.num_clips)
     names = list(found["before"])
     sys.stdout.write(f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n")

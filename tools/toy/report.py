@@ -6,6 +6,8 @@ alone, so that a figure says what its weights can do.
 
 import hashlib
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,12 @@ set it; every other prompt is of a big one:
 
 The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, {vae[min]:.1f} dB at worst.
 """
+
+
+def say(name: str, figures: Mapping[str, float]) -> None:
+    """Print figures when they are known."""
+    sys.stdout.write(f"{name}: {', '.join(f'{key} {value:.2f}' for key, value in figures.items())}\n")
+    sys.stdout.flush()
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -114,14 +114,19 @@ def _existing_columns(table: Table, columns: Columns) -> Columns:
 
     caption = columns.caption or first(CAPTION_NAMES + CAPTION_FILES)
     image = columns.image or first(IMAGE_NAMES + IMAGE_FILES)
-    control = first(CONTROL_NAMES + CONTROL_FILES) if columns.control is None else columns.control or None
-    mask = first(MASK_NAMES + MASK_FILES) if columns.mask is None else columns.mask or None
+    control = _optional(columns.control, first(CONTROL_NAMES + CONTROL_FILES))
+    mask = _optional(columns.mask, first(MASK_NAMES + MASK_FILES))
     video = columns.video or first(VIDEO_NAMES + VIDEO_FILES) or image
     for key, name, names in (("caption", caption, CAPTION_NAMES), ("video", video, VIDEO_NAMES)):
         if name is None:
             cure = f"set data.params.{key}_column to the one that holds the {key}s"
             raise InputError(f"'{table.path}' has no column of {key}s ({', '.join(names)}); {there}; {cure}")
     return Columns(caption, video, image if image != video else None, columns.rejected, control, mask)
+
+
+def _optional(given: str | None, usual: str | None) -> str | None:
+    """Return the column of a part that not every run uses: the usual one if none is given, and none for ""."""
+    return usual if given is None else given or None
 
 
 def _row(
@@ -216,8 +221,8 @@ def read_lines(root: Path, columns: Columns) -> Table:
         "caption": columns.caption or first(CAPTION_FILES),
         "video": columns.video or first(VIDEO_FILES) or first(IMAGE_FILES),
         "image": columns.image or first(IMAGE_FILES),
-        "control": first(CONTROL_FILES) if columns.control is None else columns.control or None,
-        "mask": first(MASK_FILES) if columns.mask is None else columns.mask or None,
+        "control": _optional(columns.control, first(CONTROL_FILES)),
+        "mask": _optional(columns.mask, first(MASK_FILES)),
     }
     for kind, names_of in (("caption", CAPTION_FILES), ("video", VIDEO_FILES)):
         if names[kind] is None:
