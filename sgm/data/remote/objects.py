@@ -294,6 +294,8 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # gcsfs
+        return 403
     own = "code" if type(error).__module__.startswith("gcsfs") else "status"  # aiohttp has codes for broken answers
     found = getattr(error, own, None) or getattr(response, "status_code", None)
     return found if isinstance(found, int) else None
