@@ -4,7 +4,7 @@
     python -m benchmarks --only traffic steps
 
 With fewer repetitions and smaller files than those of some tables in the document, whose commands it states. Each part
-prints its time. One that fails is named at the end; the others run all the same.
+prints its time. One that fails is named at the end, and the others still run.
 """
 
 import argparse

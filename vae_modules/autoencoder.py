@@ -233,7 +233,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def _chunks(self, x: torch.Tensor, network: Any, chunk: int, *, scale: float) -> Iterator[torch.Tensor]:
-        """Yield what `network` makes of every chunk, on this rank; `scale`: output size / input size, in space."""
+        """Yield the output of `network` for every chunk, on this rank; `scale`: output size / input size, in space."""
         stream = Stream(self._max_elements(x, network, scale))
         for start, end in itertools.pairwise(_chunk_bounds(x.shape[2], chunk)):
             stream.begin_chunk(is_first=start == 0, is_last=end == x.shape[2])

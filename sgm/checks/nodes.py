@@ -32,7 +32,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself.
+    """Versions, clock and measured speeds of a rank.
 
     Attributes:
         host: its machine.

@@ -53,7 +53,7 @@ def lora_metadata(
             architecture, resolution and digest.
         rank: r.
         alpha: numerator of the scale.
-        info: what the file says of itself.
+        info: its metadata.
         title: of the LoRA.
         implementation: whose names the tensors have.
     """

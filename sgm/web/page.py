@@ -91,7 +91,7 @@ class Page:
         return [language, *self.view.updates(language)]
 
     def _leave(self, request: gr.Request) -> None:
-        """Forget the uploads of a window that was closed; what it has asked for is sampled all the same."""
+        """Forget the uploads of a window that was closed; its queued jobs still run."""
         self.sessions.forget(str(request.session_hash))
 
     def launch(self, host: str, port: int | None) -> str:

@@ -3,7 +3,7 @@
     python tools/toy/inpainting.py --write assets/toy/inpainting.json
 
 The mask of each clip covers its shape and 4 pixels around it, frame by frame; the caption is of another colour. What is
-outside of all latents that the mask touches is compared with the clip, and so is what the autoencoder makes of that.
+outside of all latents that the mask touches is compared with the clip, and so is its reconstruction.
 """
 
 import argparse

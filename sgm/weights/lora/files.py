@@ -38,7 +38,7 @@ class Lora:
         alpha: numerator of the scale.
         tensors: matrices, and magnitudes of DoRA, by SAT's names, lazy. In files of other tools, some
             projections of a layer may have none.
-        info: what the file says of itself; None in files of other tools and of the reference.
+        info: its metadata; None in files of other tools and of the reference.
         factor: of LoKr.
         base: name and digest of the weights that they were trained on; None if the file does not say.
     """

@@ -79,7 +79,7 @@ def test_only_a_slice_of_the_gradients_is_in_float32(section, monkeypatch):
         backward(engine, seed)
         with LiveBytes() as live:
             engine.step()
-    # Beside a slice, or a matrix and what Muon makes of it, norms of single gradients and averages of slices.
+    # Beside a slice, or a matrix and Muon's orthogonalization of it, norms of single gradients and averages of slices.
     assert 4 * 2**12 < live.peak < 12 * 4 * 2**12 < 4 * 32 * 64**2
 
 
