@@ -284,7 +284,8 @@ class AdaLNMixin(BaseMixin):
         )
 
         def run(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
-            of_rows = {n: hook_args[n][rows] for n in ("emb", "context") if rows is not None and len(hook_args[n]) > 1}
+            own = () if rows is None else ("emb", "silu_emb", "context")
+            of_rows = {name: hook_args[name][rows] for name in own if len(hook_args[name]) > 1}
             with self.block_context(index):
                 return block(x, hook_args=hook_args | of_rows)
 
@@ -326,10 +327,10 @@ class FinalLayerMixin(BaseMixin):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(
-        self, x: torch.Tensor, *, emb: torch.Tensor, grid: Grid, tokens: TokenShards, **_: Any
+        self, x: torch.Tensor, *, silu_emb: torch.Tensor, grid: Grid, tokens: TokenShards, **_: Any
     ) -> torch.Tensor:
-        """Patches (B, N, D) and time embedding (B, E) → (B, T, C_out, H, W)."""
-        shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
+        """Patches (B, N, D) and activated time embedding (B, E) → (B, T, C_out, H, W)."""
+        shift, scale = self.adaLN_modulation[1](silu_emb)[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, self.norm_final(average_gradients(x)), 1 + scale)
         return unpatchify(tokens.gather(self.linear(x)), grid, self.patch_size)
 
@@ -464,14 +465,12 @@ class DiffusionTransformer(BaseModel):
         defaults = {**defaults, "control_channels": control or None}
         self.adapter_dropout = Dropout()
         known = [f"{name}_config" for name in MIXINS]
-        for name in modules:
-            if name not in known:
-                raise InputError(f"network_config.params.modules.{name} is unknown{nearest(name, known)}")
+        for name in (name for name in modules if name not in known):
+            raise InputError(f"network_config.params.modules.{name} is unknown{nearest(name, known)}")
         if missing := sorted(set(known) - set(modules) - {"lora_config"}):
             raise InputError(f"network_config.params.modules lacks {', '.join(missing)}")
         for name in MIXINS:
-            section = modules.get(f"{name}_config")
-            if section is None:
+            if (section := modules.get(f"{name}_config")) is None:
                 continue
             own = section.get("params") or {}
             cls = get_obj_from_str(section["target"])
@@ -570,7 +569,8 @@ class DiffusionTransformer(BaseModel):
             emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim).to(dtype))
         group = sgm.distributed.sequence_group()
         tokens = TokenShards(context.shape[1], math.prod(grid), group, self.ring_attention, self.attention)
-        hook_args = {"context": context, "emb": emb, "grid": grid, "tokens": tokens, "num_text": tokens.num_local_text}
+        hook_args: dict[str, Any] = {"emb": emb, "silu_emb": F.silu(emb), "num_text": tokens.num_local_text}
+        hook_args |= {"context": context, "grid": grid, "tokens": tokens}
         if self.adapter_dropout.seeds is not None:
             positions = torch.arange(sum(tokens.lengths), device=x.device)
             self.adapter_dropout.use_positions(tokens.shard_table(positions, 0))

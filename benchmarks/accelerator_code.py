@@ -126,9 +126,9 @@ def generated_code(model: str = "cogvideox_5b") -> str:
         with mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
-    def run(x: torch.Tensor, emb: torch.Tensor, rotation: Any, *weights: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor, silu_emb: torch.Tensor, rotation: Any, *weights: torch.Tensor) -> torch.Tensor:
         # Traced as torch.compile would: the block takes the forms for compilers.
-        changed = hook_args | {"emb": emb, "rotation": rotation, "context": None}
+        changed = hook_args | {"emb": None, "silu_emb": silu_emb, "rotation": rotation, "context": None}
         holder.forward = lambda: transformer_block(x, hook_args=changed, **given)
         with mock.patch("torch.compiler.is_compiling", lambda: True):
             return torch.func.functional_call(holder, dict(zip(names, weights, strict=True)), ())
@@ -142,7 +142,7 @@ def generated_code(model: str = "cogvideox_5b") -> str:
         )
 
     weights = [fake(parameter.detach()) for parameter in holder.parameters()]
-    args = fake(x), fake(hook_args["emb"]), tuple(map(fake, hook_args["rotation"])), *weights
+    args = fake(x), fake(hook_args["silu_emb"]), tuple(map(fake, hook_args["rotation"])), *weights
     with torch.no_grad(), mode:
         graph = make_fx(run, decomposition_table=select_decomp_table())(*args)
     with V.set_fake_mode(mode), torch.no_grad(), V.set_debug_handler(DebugContext()):

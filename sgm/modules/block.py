@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgm.modules.block_ops import add_gated, modulated_norm
+from sgm.modules.block_ops import add_gated, modulated_norm, normalised_heads
 from sgm.modules.in_place import gelu, in_pieces, linear_after_gelu
 from sgm.parallel.attention import is_traceable
 
@@ -25,7 +25,7 @@ def transformer_block(x: torch.Tensor, *, attention_fn: Callable, hook_args: dic
     Args:
         x: tokens.
         attention_fn: q, k, v (B, S, heads, head_dim) → the same shape.
-        hook_args: for `attention_fn`; with ``emb`` (B, E) or (1, E) and ``num_text``.
+        hook_args: for `attention_fn`; with ``silu_emb`` (B, E) or (1, E) and ``num_text``.
         given: the modules, see `before_attention`; ``keeps_text``, see `after_attention`; and ``around_attention``,
             which makes a context of attention, or None.
     """
@@ -36,7 +36,7 @@ def _around(
     before: Callable, after: Callable, x: torch.Tensor, attention_fn: Callable, hook_args: dict[str, Any], **given: Any
 ) -> torch.Tensor:
     layer, keeps_text, num_text = given["layer"], given["keeps_text"], hook_args["num_text"]
-    qkv, factors = before(x, layer, given["modulation"], given["norms"], hook_args["emb"], num_text)
+    qkv, factors = before(x, layer, given["modulation"], given["norms"], hook_args["silu_emb"], num_text)
     # No reference to what is used up stays: the MLP that follows needs the memory.
     if given["around_attention"] is None:
         attended = [attention_fn(*qkv, **hook_args)]
@@ -50,9 +50,9 @@ def _around(
 def before_attention(
     x: torch.Tensor,
     layer: Any,
-    modulation: nn.Module,
+    modulation: nn.Sequential,
     norms: tuple[nn.Module, nn.Module] | None,
-    emb: torch.Tensor,
+    silu_emb: torch.Tensor,
     num_text: int,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return queries, keys and values (B, S, heads, head_dim), and the factors that `after_attention` needs.
@@ -60,19 +60,17 @@ def before_attention(
     Args:
         x: (B, S, D).
         layer: SAT's layer.
-        modulation: of adaLN.
+        modulation: SiLU, then the linear layer of adaLN. The first has been applied, once for all blocks.
         norms: of queries and keys.
-        emb: time embedding (B, E), or without gradients that of all samples (1, E).
+        silu_emb: SiLU of the time embedding (B, E), or without gradients that of all samples (1, E).
         num_text: L.
     """
     # For patches and for text: shift, scale, gate of the attention and of the MLP.
-    shift, scale, *factors = modulation(emb).unflatten(-1, (2, 6, -1)).unbind(2)
+    shift, scale, *factors = modulation[1](silu_emb).unflatten(-1, (2, 6, -1)).unbind(2)
     h = modulated_norm(layer.input_layernorm, x, scale, shift, num_text)
     attention = layer.attention
-    q, k, v = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head)).unbind(2)
-    if norms is not None:
-        q, k = norms[0](q), norms[1](k)
-    return (q, k, v), tuple(factors)
+    qkv = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
+    return (qkv.unbind(2) if norms is None else normalised_heads(qkv, *norms)), tuple(factors)
 
 
 def after_attention(

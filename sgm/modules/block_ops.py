@@ -43,6 +43,23 @@ def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Factors, shift: Fact
     return torch.addcmul(_of_tokens(shift, x, num_text), norm(x), 1 + _of_tokens(scale, x, num_text))
 
 
+def normalised_heads(qkv: torch.Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Return normalised queries and keys, and values, (B, S, heads, head_dim) each, of a (B, S, 3, heads, head_dim)."""
+    q, k, v = qkv.unbind(2)
+    norms = (q_norm, k_norm)
+    # Norms of other classes, and those whose hooks bring their weights (ZeRO-3), are called.
+    plain = all(type(norm) is nn.LayerNorm and not norm._forward_pre_hooks for norm in norms)
+    if not (torch.compiler.is_compiling() and plain and q_norm.eps == k_norm.eps):
+        return q_norm(q), k_norm(k), v
+    # Both in one kernel; in float32 as torch's norm, whose copies the compiler leaves out.
+    both = nn.functional.layer_norm(qkv[:, :, :2].float(), qkv.shape[-1:], eps=q_norm.eps)
+    if q_norm.elementwise_affine:
+        weight, bias = (torch.stack((getattr(q_norm, name), getattr(k_norm, name))) for name in ("weight", "bias"))
+        both = torch.addcmul(bias[:, None], both, weight[:, None])
+    q, k = both.to(qkv.dtype).unbind(2)
+    return q, k, v
+
+
 def add_gated(x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: int) -> torch.Tensor:
     """Return x + gate·branch of tokens (B, S, D); overwrites `branch` under `no_grad`."""
     if torch.compiler.is_compiling():

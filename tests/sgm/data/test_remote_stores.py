@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
     """The few answers of a service that reading a data set takes, for the files of a folder.
 
     Attributes:
-        root: folder of the repository ``me/set``, or of the bucket ``bucket``.
+        root: folder of the repository ``me/set``, or of the bucket ``my-bucket``.
         faults: used up one a request for content: a status, or 'cut'.
         seen: values of ``Authorization``.
         token: that it takes.
@@ -127,13 +127,13 @@ class BucketHandler(Handler):
         digest = base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode()
         name, status = path.relative_to(self.service.root).as_posix(), path.stat()
         when = "2026-01-01T00:00:00.000Z"
-        known = {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(status.st_size)}
+        known = {"kind": "storage#object", "bucket": "my-bucket", "name": name, "size": str(status.st_size)}
         return known | {"md5Hash": digest, "generation": str(status.st_mtime_ns), "updated": when, "timeCreated": when}
 
     def do_GET(self) -> None:
         url = urllib.parse.urlparse(self.path)
         route, query = urllib.parse.unquote(url.path), dict(urllib.parse.parse_qsl(url.query))
-        objects = "/storage/v1/b/bucket/o"
+        objects = "/storage/v1/b/my-bucket/o"
         self.service.seen.add(self.headers.get("Authorization"))
         path = self.service.root / route.partition(objects)[2].lstrip("/")
         if self.headers.get("Authorization") != f"Bearer {self.service.token}":
@@ -197,7 +197,7 @@ def use_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 
 SERVICES = {
     "hf": ("hf://datasets/me/set@main", HubHandler, use_hub),
-    "gs": ("gs://bucket", BucketHandler, use_bucket),
+    "gs": ("gs://my-bucket", BucketHandler, use_bucket),
 }
 
 
