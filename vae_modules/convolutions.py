@@ -1,8 +1,11 @@
-"""Convolutions of the VAE with fewer multiplications, where a CPU computes in float32 without gradients.
+"""Convolutions of the VAE: on a CPU in float32, and without gradients with fewer multiplications.
 
 Shapes: ``B C T H W``; ``B·T C H W`` for frames. Results are those of torch's own convolutions but for rounding: the
-weights are combined before they are multiplied, which is exact for numbers without rounding. In half precision the sums
-of weights would be rounded to it, so other dtypes and devices use torch's kernels, and so do gradients.
+weights are combined before they are multiplied, which is exact for numbers without rounding. Other devices use torch's
+kernels, and gradients do.
+
+Half precision on a CPU is computed in float32 and rounded once, as torch's kernels do, which need instructions for it:
+on CPUs without them they take up to several hundred times as long as those of float32.
 """
 
 import math
@@ -18,6 +21,23 @@ BUFFER_ELEMENTS = 2**20  # of a sum of frames; larger ones leave the processor's
 def _is_combined(x: torch.Tensor, weight: torch.Tensor) -> bool:
     in_float32 = x.is_cpu and x.dtype == weight.dtype == torch.float32
     return in_float32 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+def _is_half(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _in_float32(layer: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return layer._conv_forward(x.float(), layer.weight.float(), bias).to(x.dtype)
+
+
+class Conv2d(nn.Conv2d):
+    """A 2D convolution."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        """(N, C, H, W) → (N, C', H', W')."""
+        return _in_float32(self, input) if _is_half(input) else super().forward(input)
 
 
 class Conv3d(nn.Conv3d):
@@ -39,6 +59,8 @@ class Conv3d(nn.Conv3d):
             input: the frames.
             repeats: the frames that the first result is made of are equal.
         """
+        if _is_half(input):
+            return _in_float32(self, input)  # by one kernel, so that pieces round as the whole does
         depth, num = self.kernel_size[0], input.shape[2] - self.kernel_size[0] + 1
         plain = {*self.stride, *self.dilation, self.groups} == {1} and self.padding[0] == 0 and depth > 1
         if not plain or not input.is_cpu or not input.dtype == self.weight.dtype == torch.float32:
@@ -109,7 +131,7 @@ class Conv3d(nn.Conv3d):
         return out
 
 
-class UpsamplingConv2d(nn.Conv2d):
+class UpsamplingConv2d(Conv2d):
     """A 3×3 convolution of frames that were enlarged twice by repeating their pixels.
 
     On a CPU in float32 without gradients four 2×2 convolutions of the small frames, one for each pixel that a pixel

@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from sgm.modules.in_place import silu
-from vae_modules.convolutions import Conv3d, UpsamplingConv2d, as_clips, as_frames
+from vae_modules.convolutions import Conv2d, Conv3d, UpsamplingConv2d, as_clips, as_frames
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -392,7 +392,7 @@ class Downsample3D(nn.Module):
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
         self.compress_time = compress_time
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Pieces, stream: Stream) -> Pieces:
         """(B, C, T, H, W) → the frames of (B, C, T', H/2, W/2), T' = (T−1)/2+1 at the start of a clip, T/2 later."""

@@ -15,7 +15,7 @@ from sgm.parallel.sequence import shard_sizes
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from vae_modules import autoencoder, convolutions
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
-from vae_modules.convolutions import Conv3d, UpsamplingConv2d
+from vae_modules.convolutions import Conv2d, Conv3d, UpsamplingConv2d
 from vae_modules.layers import (
     CausalConv3d,
     Downsample3D,
@@ -555,6 +555,25 @@ def test_enlarging_frames_takes_kernels_of_2x2():
         with Operators():
             torch.testing.assert_close(conv(frames), expected, rtol=0, atol=1e-6)
         assert shapes.pop() == kernels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_cpu_is_computed_in_float32_and_rounded_once(dtype):
+    frames, clip = random(2, 4, 6, 8), random(2, 4, 5, 6, 8)
+    cases = [
+        (Conv2d(4, 3, 3, stride=2), frames, F.conv2d, {"stride": 2}),
+        (UpsamplingConv2d(4), frames, lambda x, *w: F.conv2d(F.interpolate(x, scale_factor=2.0), *w, padding=1), {}),
+        (Conv3d(4, 3, 3, padding=(0, 1, 1)), clip, F.conv3d, {"padding": (0, 1, 1)}),
+        (Conv3d(4, 3, 1), clip, F.conv3d, {}),
+    ]
+    for layer, x, plain, options in cases:
+        layer, x = layer.to(dtype), x.to(dtype)  # noqa: PLW2901
+        expected = plain(x.double(), layer.weight.double(), layer.bias.double(), **options)
+        with Operators("convolution") as operators:
+            found = layer(x)
+        assert {made.dtype for _, _, made in operators.calls} == {torch.float32}
+        torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @torch.no_grad()
