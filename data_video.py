@@ -86,7 +86,7 @@ class SFTDataset:
         *,
         data_dir: str | Path,
         video_size: tuple[Width, Width],
-        fps: Annotated[float, Field(gt=0, le=1000)] = 8,
+        fps: Annotated[float, Field(ge=0.01, le=1000)] = 8,
         max_num_frames: AtLeast1 = 49,
         skip_frms_num: Skipped = 3,
         skip_frames_start: Skipped | None = None,

@@ -26,7 +26,7 @@ from torch import nn
 
 import sgm.distributed
 from sgm.config.transformer_args import TransformerArgs
-from sgm.config.values import AtLeast0, AtLeast1, Depth, Positive, Width, spelled
+from sgm.config.values import AtLeast0, AtLeast1, Depth, Frames, Positive, RotaryBase, Width, spelled
 from sgm.modules.block import CompiledBlock, transformer_block
 from sgm.modules.block_ops import ModulatedNorm
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
@@ -79,12 +79,12 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     def __init__(
         self,
         *,
-        in_channels: int,
-        hidden_size: int,
+        in_channels: Width,
+        hidden_size: Width,
         patch_size: PatchSize,
         text_hidden_size: Width,
         bias: bool = True,
-        control_channels: int = 0,
+        control_channels: AtLeast0 = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -193,7 +193,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         hidden_size: Width,
         hidden_size_head: Width,
         text_length: AtLeast0,
-        theta: Positive = 10000.0,
+        theta: RotaryBase = 10000.0,
         learnable_pos_embed: bool = False,
     ) -> None:
         super().__init__(grid=grid, text_length=text_length)
@@ -245,13 +245,13 @@ class AdaLNMixin(BaseMixin):
     def __init__(
         self,
         *,
-        num_layers: int,
-        hidden_size: int,
-        time_embed_dim: int,
-        hidden_size_head: int,
+        num_layers: Depth,
+        hidden_size: Width,
+        time_embed_dim: Width,
+        hidden_size_head: Width,
         qk_ln: bool = True,
         elementwise_affine: bool = True,
-        recomputed_layers: int = 0,
+        recomputed_layers: AtLeast0 = 0,
     ) -> None:
         super().__init__()
         self.recomputed_layers = recomputed_layers
@@ -314,10 +314,10 @@ class FinalLayerMixin(BaseMixin):
     def __init__(
         self,
         *,
-        hidden_size: int,
-        time_embed_dim: int,
+        hidden_size: Width,
+        time_embed_dim: Width,
         patch_size: PatchSize,
-        out_channels: int,
+        out_channels: Width,
         elementwise_affine: bool = True,
     ) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class DiffusionTransformer(BaseModel):
     def __init__(
         self,
         *,
-        num_frames: AtLeast1,
+        num_frames: Frames,
         time_compressed_rate: AtLeast1,
         latent_width: Width,
         latent_height: Width,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -311,13 +312,16 @@ def _reports(error: Exception) -> bool:
 
 def _report(error: Exception, *, debug: bool, memory_hint: str, output: str = "") -> int:
     """Write the error's message; return the exit code."""
-    from sgm.io import OutputError, WriteError, denied_text  # after parsing, so that --help is fast
+    from sgm.config.values import shortened  # after parsing, so that --help is fast
+    from sgm.io import OutputError, WriteError, denied_text
     from sgm.util import InputError, RunError
 
     if debug:
         traceback.print_exception(error)
     if isinstance(error, PermissionError):
         error = InputError(denied_text(error))
+    elif isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        error = InputError(f"the path {shortened(str(error.filename))} cannot be used: {error.strerror}; correct it")
     if isinstance(error, InputError | RunError):
         message = str(error)
         if output and isinstance(error, OutputError | WriteError):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import sgm.distributed
+from sgm.config.values import AtLeast0, AtLeast1
 from sgm.parallel.sequence import shard_sizes, sum_gradients
 from sgm.util import InputError, instantiate_from_config
 from vae_modules.cp_ops import SharedStream, gather_pieces
@@ -80,10 +81,10 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         encoder_config: Mapping[str, Any],
         decoder_config: Mapping[str, Any],
         regularizer_config: Mapping[str, Any],
-        cp_size: int = 1,
+        cp_size: AtLeast0 = 1,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
-        encode_chunk: int | None = None,
+        encode_chunk: AtLeast1 | None = None,
     ) -> None:
         super().__init__()
         if cp_size < 0:

@@ -81,7 +81,7 @@ class SamplingArgs:
     # Sampling
     num_steps: AtLeast1 | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
-    seed: AtLeast0 = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     batch_size: _Batch = 1
     guidance_interval: tuple[Share, Share] | None = None
     step_cache: Literal["first_block", "teacache"] | None = None
@@ -264,12 +264,12 @@ class TrainingArgs(SamplingArgs):
     # Data
     train_data: tuple[Name, ...] = ()
     valid_data: tuple[Name, ...] | None = None
-    train_data_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    train_data_weights: tuple[Annotated[float, Field(ge=0, le=1e9)], ...] | None = None
     split: str = "1,0,0"
     num_workers: _Workers = 2
     prefetch_factor: Annotated[int, Field(ge=1, le=1024)] = 2
     remote_cache: Name | None = None
-    remote_cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 50.0
+    remote_cache_gb: Annotated[float, Field(ge=0.001, le=1e6)] = 50.0
     remote_retries: Annotated[int, Field(ge=0, le=100)] = 5
     max_bad_share: Share = 0.1
     check_clips: Literal["auto", "all", "none"] = "auto"
@@ -299,7 +299,7 @@ class TrainingArgs(SamplingArgs):
     max_skipped_steps: AtLeast1 = 5
     # Evaluation
     eval_interval: Interval | None = None
-    eval_iters: AtLeast1 = 1
+    eval_iters: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     eval_batch_size: _Batch | None = None
     strict_eval: bool = False
     valid_prompts: str | tuple[str, ...] | None = None
@@ -319,7 +319,7 @@ class TrainingArgs(SamplingArgs):
     no_save_rng: bool = False
     force_train: bool = False
     log_interval: AtLeast1 = 20
-    peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    peak_tflops: Annotated[float, Field(ge=0.001, le=1e6)] | None = None
     exit_interval: AtLeast1 | None = None
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = 0
     wandb: bool = False

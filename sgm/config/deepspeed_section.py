@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from sgm.config.targets import check_params
-from sgm.config.values import NotNegative, misfit
+from sgm.config.values import NotNegative, Positive, misfit
 from sgm.config.yaml_files import ConfigError, Merged, Problem
 from sgm.util import PRECISIONS, prepare_import
 
@@ -44,6 +44,7 @@ _LOSS_SCALER = ("loss_scale", "loss_scale_window", "initial_scale_power", "hyste
 # Upper bounds are far above what can be meant.
 _Count = Annotated[int, Field(ge=1, le=100_000_000)]
 _MicroBatch = Annotated[int, Field(ge=1, le=10_000)]
+_MOST_IN_BUCKET = 100_000_000_000  # elements
 _Rate = Annotated[float, Field(ge=0, le=100)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Dtype = Literal["fp16", "bf16", "fp32"]
@@ -60,7 +61,7 @@ class _TopLevel(BaseModel):
     gradient_clipping: NotNegative = 0
     steps_per_print: int | None = None
     prescale_gradients: bool = False
-    gradient_predivide_factor: float = 1
+    gradient_predivide_factor: Positive = 1
     communication_data_type: _Dtype | None = None
     zero_allow_untested_optimizer: bool = True
     zero_force_ds_cpu_optimizer: bool = False
@@ -126,7 +127,12 @@ def _value_problems(section: Mapping[str, Any]) -> Iterator[tuple[str, str, str]
     if all((section.get(name) or {}).get("enabled") for name in ("fp16", "bf16")):
         yield "fp16.enabled", "fp16 and bf16 are both enabled", "keep the one that the model was released in"
     yield from _optimizer_problems(section.get("optimizer") or {})
-    yield from _offload_problems(section.get("zero_optimization") or {})
+    zero = section.get("zero_optimization") or {}
+    yield from _offload_problems(zero)
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):  # buffers of as many elements
+        if zero.get(name, 0) > _MOST_IN_BUCKET:
+            cure = f"give at most {_MOST_IN_BUCKET:,}"
+            yield f"zero_optimization.{name}", f"is {zero[name]:g} elements, more than any card holds", cure
 
 
 def _optimizer_problems(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

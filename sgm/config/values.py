@@ -8,15 +8,19 @@ from typing import Annotated, Any
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
 
 # What a parameter takes. Upper bounds are far above what can be meant, and below what would hang.
-AtLeast0 = Annotated[int, Field(ge=0)]
-AtLeast1 = Annotated[int, Field(ge=1)]
+AtLeast0 = Annotated[int, Field(ge=0, le=10**12)]
+AtLeast1 = Annotated[int, Field(ge=1, le=10**12)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Width = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or picture
 Depth = Annotated[int, Field(ge=1, le=1000)]  # layers
+Frames = Annotated[int, Field(ge=1, le=100_000)]
+RotaryBase = Annotated[float, Field(ge=10, le=1e9)]  # of the wavelengths
+SNR = Annotated[float, Field(ge=0.001, le=10_000)]  # signal-to-noise ratio; that of the first timestep is about 1,000
 Name = Annotated[str, Field(min_length=1)]
 
+_LARGE = 1e9  # of bounds that are written with an exponent
 _WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
 
 
@@ -108,7 +112,8 @@ def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 def _bounds(schema: Mapping[str, Any]) -> str:
     least, above, most, below = map(schema.get, ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"))
-    if least is not None and most is not None:
+    if least is not None and most is not None and most < _LARGE:
         return f" from {least:,} to {most:,}"
     words = {"of at least": least, "above": above, "and at most": most, "and below": below}
-    return "".join(f" {word} {bound:,}" for word, bound in words.items() if bound is not None)
+    found = {word: bound for word, bound in words.items() if bound is not None}
+    return "".join(f" {word} {f'{bound:g}' if bound >= _LARGE else f'{bound:,}'}" for word, bound in found.items())

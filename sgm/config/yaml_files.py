@@ -25,6 +25,7 @@ from sgm.util import InputError, nearest
 
 MAX_BYTES = 2_000_000  # of a file
 MAX_DEPTH = 64  # of lists and mappings in each other
+_MAX_BITS = 4096  # of a whole number; Python refuses to write longer ones in decimal
 
 _OUTPUTS = ("output_dir", "save")  # keys of folders that need not exist
 _MISSING = re.compile(r"there is no |does not exist")
@@ -38,7 +39,7 @@ _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", 
 
 
 class _Loader(Composer, CParser, SafeConstructor, Resolver):
-    """PyYAML's loader for YAML 1.1, with ``1e-5`` as a number and dates as text, as in YAML 1.2; bounded.
+    """PyYAML's loader for YAML 1.1, with ``1e-5`` as a number, dates and ``010`` as text, as in YAML 1.2; bounded.
 
     libyaml parses, which takes a fifth of the time; nodes are composed here, since they are counted.
     """
@@ -80,10 +81,16 @@ class _Loader(Composer, CParser, SafeConstructor, Resolver):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node."""
         try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError):  # a number of thousands of digits
-            found = f"'{shortened(node.value)}' is no number that can be used"
-            raise _refusal(found, node.start_mark, "correct the number, or put text in quotes") from None
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise ValueError
+        except (ValueError, OverflowError, LookupError):  # LookupError: a tag before nothing, or before other words
+            kind = "number" if node.tag in (_TAG + "int", _TAG + "float") else "value of its tag"
+            found = f"'{shortened(node.value)}' is no {kind} that can be used"
+            raise _refusal(found, node.start_mark, "correct it, or put text in quotes") from None
+        if value is None and node.tag == _TAG + "null" and node.value.lower() not in ("", "~", "null"):
+            raise _refusal(f"'{shortened(node.value)}' is not null", node.start_mark, "remove the tag or the text")
+        return value
 
 
 def _refusal(found: str, mark: yaml.Mark, cure: str) -> yaml.MarkedYAMLError:
@@ -102,9 +109,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _first in "-+0123456789":  # 16:9 is text, and no number to the base of 60
+for _first in "-+0123456789":  # 16:9 is text, and no number to the base of 60; neither is 010, to the base of 8
     _Loader.yaml_implicit_resolvers[_first].insert(
-        0, (_TAG + "str", re.compile(r"^[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?$"))
+        0, (_TAG + "str", re.compile(r"^[-+]?(?:\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?|0[0-7_]+)$"))
     )
 _Loader.add_implicit_resolver(
     _TAG + "float",
@@ -197,7 +204,7 @@ class Merged:
 
     def add(self, path: KeyPath, found: str, cure: str, *, source: str | None = None) -> None:
         """Record a problem at `path`, unless its value is known to be unusable."""
-        if path in self.unusable:
+        if any(each[: len(path)] == path for each in self.unusable):  # itself, or an entry of it
             return
         self.problems.append(Problem(dotted(path), self.origin(path) if source is None else source, found, cure))
 
@@ -339,6 +346,11 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
     ancestors += (id(node),)
     if isinstance(node, yaml.MappingNode):
         first_lines: dict[Hashable, int] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _TAG + "merge":  # before the keys of the mapping itself, which replace merged ones
+                merged = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                for each in reversed(merged):
+                    yield from _walk(each, path, ancestors) if isinstance(each, yaml.MappingNode) else ()
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _TAG + "null":

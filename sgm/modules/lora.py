@@ -12,14 +12,16 @@ Legend: ``r`` rank, ``P`` parts of the output; tokens are (B, S, D).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 import sgm.distributed
+from sgm.config.values import Share
 from sgm.util import prepare_import
 from sgm.weights.adapters import Kind, initial_matrix, scale_numerator
 from sgm.weights.lora.dora import gains, parts_of, plain_weight, row_norms
@@ -105,16 +107,16 @@ class AdapterMixin(LoraMixin):
     def __init__(
         self,
         layer_num: int,
-        r: float = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        layer_range: Sequence[int] | None = None,
+        r: Annotated[float, Field(ge=0, le=1_000_000)] = 0,
+        lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6)] = 1,
+        lora_dropout: Share = 0.0,
+        layer_range: Sequence[Annotated[int, Field(le=1000)]] | None = None,
         qlora: bool = False,
         cross_attention: bool = True,
         targets: Sequence[Literal["attention", "ff", "adaln", "patch", "text"]] = ("attention",),
         rank_stabilized: bool = False,
         kind: Kind = "lora",
-        factor: int = -1,
+        factor: Annotated[int, Field(ge=-1, le=1_000_000)] = -1,
     ) -> None:
         alpha: Any = scale_numerator({"r": r, "lora_alpha": lora_alpha, "rank_stabilized": rank_stabilized})
         super().__init__(layer_num, int(r), alpha, lora_dropout, layer_range, qlora, cross_attention)

@@ -18,6 +18,7 @@ under "crc32".
 
 import io
 import json
+import re
 import sys
 import zipfile
 import zlib
@@ -50,6 +51,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_HEXADECIMAL = re.compile("[0-9a-f]+")
 _OURS = b'{"__metadata__": {'
 _DIGITS = {KEY: 16, OLD_KEY: 8}
 _xxh3 = xxhash.xxh3_64_intdigest
@@ -317,9 +319,10 @@ def header_checksums(raw: bytes) -> Checksums | None:
         return None
     names = sorted(header, key=lambda name: header[name]["data_offsets"])
     key = OLD_KEY if OLD_KEY in metadata else KEY
-    digits, length, hashed = metadata.get(key, ""), _DIGITS[key], _HASHES[key]()
+    digits, length, hashed = str(metadata[key]), _DIGITS[key], _HASHES[key]()
     hashed.update(_cleared(raw, digits))
-    if len(digits) != length * (1 + len(names)) or int(digits[:length], 16) != hashed.intdigest():
+    is_written = len(digits) == length * (1 + len(names)) and _HEXADECIMAL.fullmatch(digits)
+    if not is_written or int(digits[:length], 16) != hashed.intdigest():
         raise ValueError("its header changed after it was written (checksum)")
     starts = range(length, len(digits), length)
     found = {name: {int(digits[start : start + length], 16)} for name, start in zip(names, starts, strict=True)}

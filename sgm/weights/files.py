@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from sgm.config.values import shortened
 from sgm.io import parse_json, refusing_denied
 from sgm.log import get_logger, warn_once
+from sgm.urls import is_url, redacted
 from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
     FINITE,
@@ -85,6 +86,8 @@ def find_weights(load: str | Path) -> Path:
     Raises:
         InputError: there is none; the message lists existing files and advice.
     """
+    if is_url(str(load)):
+        raise InputError(f"{redacted(str(load))} is a URL, and weights are read from files; download it first")
     load = Path(load)
     if load.is_file():
         return load

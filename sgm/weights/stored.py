@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import PIECE, Checksums, Watched, all_finite, pieces
+from sgm.weights.checksums import DTYPES, PIECE, Checksums, Watched, all_finite, pieces
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 _CURE = "copy or download it again from its source, or take an earlier checkpoint"
@@ -230,8 +230,10 @@ def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp
     """Return why a tensor of this kind cannot be weights; empty if it can. Needs no values."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "is quantized" if tensor.is_quantized else "is sparse"
-    elif tensor.is_floating_point():
+    elif tensor.dtype in DTYPES and tensor.is_floating_point():
         return ""
+    elif tensor.is_floating_point():
+        kind = "is in four bits, or holds scales"
     else:
         kind = "is complex" if tensor.is_complex() else "is boolean" if tensor.dtype == torch.bool else "holds integers"
     dtype = str(tensor.dtype).removeprefix("torch.")

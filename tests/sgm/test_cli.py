@@ -122,6 +122,13 @@ def test_a_full_disk_names_the_option_of_the_output(capsys, error, end, options,
     assert capsys.readouterr().err.endswith(f"the disk is full, or choose another folder: {said}\n")
 
 
+def test_a_path_that_no_file_can_have_is_wrong_input(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, said in ((tmp_path / ("a" * 5000), "File name too long"), (tmp_path / "loop", "Too many levels")):
+        assert cli.run_command(lambda _, path=path: path.stat(), argparse.Namespace(debug=False)) == 2
+        assert said in (text := capsys.readouterr().err) and "error: the path /" in text and len(text) < 300
+
+
 def test_a_missing_right_is_wrong_input(capsys):
     def work(_):
         raise PermissionError(13, "Permission denied", "/proc/1/mem")

@@ -3,7 +3,7 @@
 A frame is known by its presentation time: `scan` reads the times of all frames from the packets, and `read_frames`
 decodes from the start and keeps the frames whose times were asked for. Nothing is sought, so that the structure of the
 stream (open GOPs, intra refresh, edit lists) cannot shift a frame. Frames come as players show them: turned upright,
-with square pixels, deinterlaced, transparent parts over white.
+mirrored where the clip says so, with square pixels, deinterlaced, transparent parts over white.
 
 Legend: T frames, N frames of a clip, H W pixels of an upright frame.
 """
@@ -29,9 +29,10 @@ from sgm.util import RunError
 
 logger = get_logger(__name__)
 
-READER = 4  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
+READER = 5  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, above 8K
 _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
+_TURNED = 0.02  # of the smaller to the larger entries of a display matrix: a degree besides quarters of a turn
 _SAME_SHAPE = 0.02  # of |log(aspect ratio)| of the frames of a clip, whose size may change
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v")  # container formats whose presentation times FFmpeg invents
 _SELECTIVE = ("h264", "hevc")  # decoders that leave out single frames that no other frame refers to
@@ -291,7 +292,8 @@ def _too_large(path: str | ClipFile, height: int, width: int) -> ClipError:
 
 def _reason(error: Exception) -> str:
     # Lists of other files are refused as EPERM, frames of impossible sizes as EBUSY; a missing right is EACCES.
-    odd = isinstance(error, av.error.FFmpegError) and error.errno in (errno.EPERM, errno.EBUSY)
+    # A damaged file may state sizes for which there is no memory.
+    odd = isinstance(error, av.error.FFmpegError) and error.errno in (errno.EPERM, errno.EBUSY, errno.ENOMEM)
     if odd or isinstance(error, av.error.InvalidDataError | av.error.EOFError):
         return "is not a video, or a damaged one; copy or encode it again"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -311,7 +313,37 @@ def _shown_size(path: str | ClipFile, stream: av.VideoStream, frame: av.VideoFra
     height, width = frame.height, max(round(frame.width * (stream.sample_aspect_ratio or 1)), 1)
     if height * width > MAX_PIXELS:
         raise _too_large(path, height, width)
-    return (width, height) if frame.rotation % 180 else (height, width)
+    return (width, height) if _orientation(path, frame).transposed else (height, width)
+
+
+class _Orientation(NamedTuple):
+    """How a picture is laid out to be shown: rows and columns exchanged, then the one or the other reversed."""
+
+    transposed: bool = False
+    upwards: bool = False
+    leftwards: bool = False
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        picture = picture.swapaxes(0, 1) if self.transposed else picture
+        return picture[:: -1 if self.upwards else 1, :: -1 if self.leftwards else 1]
+
+
+def _orientation(path: str | ClipFile, frame: av.VideoFrame) -> _Orientation:
+    """Return how a frame is laid out: turned by quarters, mirrored or both, as its display matrix says.
+
+    The matrix has the place of a pixel: x to the right and y down become m00 x + m10 y and m01 x + m11 y (ISO/IEC
+    14496-12, 8.3.2). `frame.rotation` says nothing of mirrored pictures.
+    """
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None:
+        return _Orientation()
+    matrix = np.frombuffer(bytes(stored), np.int32).reshape(3, 3)[:2, :2]
+    transposed = abs(matrix[0, 1]) > abs(matrix[0, 0])
+    (right, down), others = (matrix[::-1] if transposed else matrix).diagonal(), np.abs(matrix).min(1)
+    if max(others) > _TURNED * min(abs(right), abs(down)):
+        turn = round(math.degrees(math.atan2(-matrix[0, 1], matrix[0, 0])))
+        raise ClipError(path, f"is shown turned by {turn} degrees; encode it again, which turns the frames")
+    return _Orientation(bool(transposed), bool(down < 0), bool(right < 0))
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -439,7 +471,8 @@ class _Upright:
         (was_h, was_w), (now_h, now_w) = self._stored, (frame.height, frame.width)
         if abs(math.log(was_h * now_w / (was_w * now_h))) > _SAME_SHAPE:
             return ClipError(self._path, f"its frames change from {was_h}x{was_w} to {now_h}x{now_w}; cut it there")
-        height, width = reversed(self._size) if frame.rotation % 180 else self._size
+        orientation = _orientation(self._path, frame)
+        height, width = reversed(self._size) if orientation.transposed else self._size
         has_alpha = any(component.is_alpha for component in frame.format.components)
         picture = self._reformatter.reformat(
             frame,
@@ -451,4 +484,4 @@ class _Upright:
         ).to_ndarray()
         if has_alpha:
             picture = pictures.over_background(picture)
-        return np.rot90(picture, frame.rotation // 90)  # counterclockwise in degrees
+        return orientation(picture)

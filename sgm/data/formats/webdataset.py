@@ -7,7 +7,6 @@ Archives are not unpacked: decoding processes read members at their offset, of a
 
 import contextlib
 import reprlib
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from sgm.data.remote.objects import THREADS, RemoteFile, each_looked_up, expande
 from sgm.data.remote.store import Store
 from sgm.data.remote.tar_index import members_of
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Faults, Files, require_file
+from sgm.data.tar import ArchiveError, files_of, refuse_compressed
 from sgm.io import JSONError, parse_json, reason_of
 from sgm.util import InputError
 
@@ -72,8 +72,11 @@ def read_archives(path: Path | str, columns: Columns, store: Store | None = None
     if isinstance(path, str):
         store = store or Store()
         archives: Sequence[Archive] = each_looked_up(expanded(path, store.retries), store)
+    elif path.is_dir():
+        archives = tar_files(path)
+        refuse_compressed(path, (each.name for each in path.iterdir()))
     else:
-        archives = tar_files(path) if path.is_dir() else [path]
+        archives = [path]
     if not archives:
         raise InputError(f"'{path}' holds no archives (*.tar)")
     faults = Faults(path)
@@ -123,9 +126,10 @@ def _samples(archive: Archive, columns: Columns) -> tuple[Faults, list[Sample], 
             files[ending] = Member(archive, name, offset, size)
             if content is not None:
                 known[offset] = content
-    except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: odd numbers in headers
-        cure = "copy it again; it must not be compressed, as its files are read by offset"
-        faults.add(str(archive), f"is not a tar file, or a damaged one ({reason_of(error)}); {cure}")
+    except ArchiveError as error:
+        faults.add(str(archive), str(error))
+    except OSError as error:
+        faults.add(str(archive), f"cannot be read ({reason_of(error)})")
     has_parts = any("." in name for name in vars(columns).values() if name)
     samples: list[Sample] = []
     for key, files in found.items():
@@ -140,8 +144,8 @@ def _members(archive: Archive) -> Iterator[tuple[str, int, int, bytes | None]]:
         yield from members_of(archive)
         return
     require_file(archive)
-    with tarfile.open(archive, "r:") as file:
-        yield from ((entry.name, entry.offset_data, entry.size, None) for entry in file if entry.isfile())
+    with archive.open("rb") as file:
+        yield from ((*member, None) for member in files_of(file))
 
 
 def _records(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from sgm.data.remote.ranges import marks_of_part, read_range
 from sgm.data.remote.store import MissingError, RefusedError, RemoteError, Store
+from sgm.data.tar import refuse_compressed
 from sgm.io import reason_of
 from sgm.log import get_logger
 from sgm.urls import FROM_ENVIRONMENT, redacted, url_problem
@@ -25,6 +26,7 @@ logger = get_logger(__name__)
 Result = TypeVar("Result")
 
 EXTRA = "pip install 'cogvideox-sat[remote]'"
+_SUFFIX = ".tar"  # of the archives in a folder
 THREADS = 16  # requests at a time while shards are looked up
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SILENCE_S = 60  # without a byte, after which a request failed
@@ -197,32 +199,34 @@ def _described(url: str, info: Mapping[str, Any], store: Store) -> RemoteFile:
     return RemoteFile(url, int(info["size"]), " ".join(content or times), True, store)
 
 
-def root_of(url: str, suffix: str = ".tar") -> str:
+def root_of(url: str) -> str:
     """Return the folder of the objects that a URL names, see `expanded`."""
     scheme, _, rest = url.rstrip("/").partition("://")
     parts = rest.split("/")
     fixed = next((place for place, part in enumerate(parts) if set(part) & set("*{[")), len(parts))
-    if fixed == len(parts) and rest.lower().endswith(suffix):
+    if fixed == len(parts) and rest.lower().endswith(_SUFFIX):
         fixed -= 1
     return f"{scheme}://{'/'.join(parts[:fixed])}"
 
 
-def expanded(url: str, retries: int, suffix: str = ".tar") -> list[str]:
-    """Return the URLs of the objects that a URL names, in order.
+def expanded(url: str, retries: int) -> list[str]:
+    """Return the URLs of the archives that a URL names, in order.
 
     Args:
         url: of an object, or a folder; or with ``{000..099}``, ``{a,b}`` or ``*`` in its place.
         retries: how often a request that failed is repeated.
-        suffix: of the objects of a folder.
 
     Raises:
+        InputError: a folder holds compressed archives.
         RemoteError: it cannot be listed.
     """
     import braceexpand
 
-    root, url = root_of(url, suffix), url.rstrip("/")
+    root, url = root_of(url), url.rstrip("/")
     if root == url:
-        return _matching(root, f"{root}/*{suffix}", retries)
+        inside = _matching(root, f"{root}/*", retries)
+        refuse_compressed(root, inside)
+        return [each for each in inside if each.lower().endswith(_SUFFIX)]
     found: list[str] = []
     for pattern in braceexpand.braceexpand(url) if "{" in url else [url]:
         found += _matching(root, pattern, retries) if "*" in pattern or "[" in pattern else [pattern]

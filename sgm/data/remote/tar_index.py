@@ -5,18 +5,18 @@ The index has the content of small members that are no clips, so that captions a
 
 import base64
 import hashlib
-import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 from sgm.data.remote.objects import RemoteFile, retried
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix
+from sgm.data.tar import ArchiveError, files_of
 from sgm.io import parse_json, write_json
 from sgm.log import get_logger
 
 logger = get_logger(__name__)
 
-_VERSION = 1  # increment when the file changes
+_VERSION = 2  # increment when the file changes
 _SMALL = 1 << 16  # bytes of a member that the index holds
 _BLOCK = 1 << 18  # bytes of a request while headers are read
 
@@ -28,7 +28,7 @@ def members_of(archive: RemoteFile) -> Iterator[Member]:
 
     Raises:
         RemoteError: it cannot be read.
-        tarfile.TarError: it is none, or compressed, or damaged.
+        ArchiveError: it is no archive, or is compressed, damaged or cut.
     """
     name = hashlib.sha256(archive.url.encode()).hexdigest()[:40]
     path = archive.store.folder / "index" / f"{name}.json"
@@ -44,7 +44,7 @@ def members_of(archive: RemoteFile) -> Iterator[Member]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             logger.warning("%s cannot be read and is written again: %s", path, error)
         found = retried(archive.url, archive.store.retries, lambda: _read(archive))
-        if isinstance(found, tarfile.TarError):
+        if isinstance(found, ArchiveError):
             raise found
         kept = [(*member, None if text is None else base64.b64encode(text).decode()) for *member, text in found]
         write_json(path, {**identity, "members": kept})
@@ -55,23 +55,19 @@ def _decoded(text: Any) -> bytes | None:
     return None if text is None else base64.b64decode(text)
 
 
-def _read(archive: RemoteFile) -> list[Member] | tarfile.TarError:
-    """Read the headers and the small members; return an error of tar, which another attempt would not mend."""
+def _read(archive: RemoteFile) -> list[Member] | ArchiveError:
+    """Read the headers and the small members; return an error of the archive, which another attempt would not mend."""
     found: list[Member] = []
     with archive.open(_BLOCK) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as entries:
-                for entry in entries:
-                    if not entry.isfile():
-                        continue
-                    is_text = entry.size <= _SMALL and suffix(entry.name) not in VIDEO_SUFFIXES + PICTURE_SUFFIXES
-                    text = None
-                    if is_text:
-                        file.seek(entry.offset_data)
-                        text = file.read(entry.size)
-                        if len(text) != entry.size:
-                            raise OSError("the answer ended early")
-                    found.append((entry.name, entry.offset_data, entry.size, text))
-        except tarfile.TarError as error:
+            for name, offset, size in files_of(file):
+                text = None
+                if size <= _SMALL and suffix(name) not in VIDEO_SUFFIXES + PICTURE_SUFFIXES:
+                    file.seek(offset)
+                    text = file.read(size)
+                    if len(text) != size:
+                        raise OSError("the answer ended early")
+                found.append((name, offset, size, text))
+        except ArchiveError as error:
             return error
     return found

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sgm.config.values import AtLeast1, NotNegative
+from sgm.modules.diffusionmodules.discretizer import Levels
 from sgm.util import InputError, default
 
 Scale = Annotated[float, Field(ge=0, le=1000)]
@@ -106,7 +106,7 @@ class DynamicCFG(VanillaCFG):
         num_steps: steps of the sampler; a run with another number of steps overrides both.
     """
 
-    def __init__(self, *, scale: Scale, exp: NotNegative, num_steps: AtLeast1) -> None:
+    def __init__(self, *, scale: Scale, exp: Annotated[float, Field(ge=0, le=100)], num_steps: Levels) -> None:
         if exp != int(exp) or exp < 0:
             raise InputError(f"DynamicCFG got exp {exp}; expected a whole number, such as 5")
         if num_steps < 1:

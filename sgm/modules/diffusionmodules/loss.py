@@ -4,12 +4,13 @@ Shapes: latents are (B, T, C, H, W), noise levels and timesteps (B,), losses flo
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from sgm.config.values import NotNegative, Positive
+from sgm.config.values import SNR, Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.util import InputError, append_dims, default, instantiate_from_config, to_device
 
@@ -68,8 +69,8 @@ class VideoDiffusionLoss:
         *,
         sigma_sampler_config: Mapping[str, Any],
         type: str = "l2",
-        offset_noise_level: NotNegative = 0.0,
-        min_snr_value: Positive | None = None,
+        offset_noise_level: Annotated[float, Field(ge=0, le=10)] = 0.0,
+        min_snr_value: SNR | None = None,
         huber_delta: Positive | None = None,
         min_snr_variant: Literal["bound", "min_snr", "soft"] = "bound",
     ) -> None:

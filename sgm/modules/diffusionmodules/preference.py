@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from sgm.config.values import Positive
+from sgm.config.values import SNR, Positive
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 
@@ -47,7 +47,7 @@ class DiffusionDPOLoss(VideoDiffusionLoss):
         sigma_sampler_config: Mapping[str, Any],
         beta: Positive = 2000.0,
         offset_noise_level: float = 0.0,
-        min_snr_value: Positive | None = None,
+        min_snr_value: SNR | None = None,
         min_snr_variant: Literal["bound", "min_snr", "soft"] = "bound",
     ) -> None:
         super().__init__(

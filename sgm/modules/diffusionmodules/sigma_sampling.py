@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
-from sgm.config.values import AtLeast0, AtLeast1, NotNegative, Positive
+from sgm.config.values import NotNegative, Positive
 from sgm.modules.diffusionmodules.discretizer import Levels, LevelTable
 from sgm.util import InputError, default, to_device
 
@@ -107,10 +108,10 @@ class DiscreteSampling:
         num_idx: Levels,
         flip: bool = True,
         uniform_sampling: bool = False,
-        group_num: AtLeast0 = 0,
-        strata: AtLeast1 = 1,
+        group_num: Annotated[int, Field(ge=0, le=1_000_000)] = 0,
+        strata: Levels = 1,
         distribution: Literal["uniform", "logit_normal", "importance", "loss"] = "uniform",
-        location: float | None = None,
+        location: Annotated[float, Field(ge=-100, le=100)] | None = None,
         scale: Positive | None = None,
         importance: Sequence[NotNegative] | None = None,
     ) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sgm.config.load import TrainingArgs, load_config
+from sgm.config.load import ConfigError, TrainingArgs, load_config
 from tests.sgm.config.loading import ROOT, SFT, TOY, complaint, training, training_complaint
 
 REFERENCE_TRAINING = """
@@ -107,11 +107,24 @@ def test_a_reference_training_file_loads_once_its_placeholders_are_filled(write)
         "deepspeed.optimizer.params.eps=-1",
         "deepspeed.optimizer.params.weight_decay=.nan",
         "deepspeed.zero_optimization.reduce_bucket_size=.inf",
+        "deepspeed.zero_optimization.reduce_bucket_size=1e30",
+        "deepspeed.zero_optimization.allgather_bucket_size=999999999999",
+        "args.train_data_weights=[1e30]",
+        "args.eval_iters=999999999999",
+        "args.peak_tflops=1e-30",
+        "data.params.fps=1e-30",
     ],
 )
 def test_values_of_a_training_that_cannot_be_meant(override):
     text = training_complaint(override)
     assert text.startswith("1 problem in") and override.partition("=")[0] in text
+
+
+@pytest.mark.parametrize("override", ["r=1e30", "lora_alpha=1e30", "lora_alpha=1e-30", "lora_dropout=2", "factor=-5"])
+def test_values_of_adapters_that_cannot_be_meant(override):
+    given = f"model.network_config.params.modules.lora_config.params.{override}"
+    with pytest.raises(ConfigError, match=re.escape(given.partition("=")[0])):
+        load_config([ROOT / "configs" / "toy_lora.yaml", SFT], [given], mode="train")
 
 
 def test_odd_values_warn():
@@ -158,7 +171,7 @@ def test_a_training_run_is_typed_and_complete():
         ("args.mode=inference", "one of finetune, pretrain"),
         ("args.train_iters=0", "at least 1"),
         ("args.warmup=1.5", "0 to 1"),
-        ("args.warmup=-0.1", "0 to 1"),
+        ("args.warmup=-0.1", "of at least 0"),
         ("args.ema_decay=2", "0 to 1"),
         ("args.train_data_weights=[-1]", "at least 0"),
         ("args.train_data=3", "a list, each entry text"),

@@ -1,23 +1,50 @@
 """Sections are checked against the signatures of their classes."""
 
 import copy
+from typing import Any
 
 import pytest
 import yaml
 
 from sgm.checks import planner
 from sgm.checks.sampling import check_shapes
+from sgm.config.args import SamplingArgs, TrainingArgs
 from sgm.config.load import ConfigError, load_config
-from sgm.config.targets import check_params
+from sgm.config.targets import accepted_by, check_params
+from sgm.config.values import _adapter
 from sgm.config.yaml_files import Merged
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.modules.geometry import Geometry
-from sgm.util import PROJECT, Target, instantiate_from_config
+from sgm.util import PROJECT, Target, get_obj_from_str, instantiate_from_config
 from tests.sgm.config.loading import ROOT, TOY, complaint, override_complaint, toy, training_complaint
 
 
 class OwnSampler(VideoDDIMSampler):
     pass
+
+
+def targets_in(tree: Any) -> set[str]:
+    entries = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    own = {tree["target"]} if isinstance(tree, dict) and isinstance(tree.get("target"), str) else set()
+    return own.union(*map(targets_in, entries))
+
+
+def unbounded(schema: dict[str, Any]) -> bool:
+    if schema.get("type") in ("number", "integer"):
+        return not {"maximum", "exclusiveMaximum"} & schema.keys()
+    inner = [schema["items"]] if isinstance(schema.get("items"), dict) else []
+    return any(map(unbounded, [*schema.get("anyOf", ()), *schema.get("prefixItems", ()), *inner]))
+
+
+def test_every_number_in_yaml_has_bounds():
+    """So that one that cannot be meant, such as 1e30, is refused; the network itself passes on the ones below."""
+    completed = {"grid", "patch_size", "layer_num", "hidden_size"}
+    shipped = set[str]().union(*(targets_in(yaml.safe_load(file.read_text())) for file in ROOT.glob("configs/*.yaml")))
+    assert len(shipped) > 15
+    for cls in [*map(get_obj_from_str, shipped), SamplingArgs, TrainingArgs]:
+        hints = accepted_by(cls).hints if accepted_by(cls) else {}
+        schemas = {name: _adapter(hint, repr(hint))[1] for name, hint in hints.items() if name not in completed}
+        assert [name for name, schema in schemas.items() if unbounded(schema)] == [], cls
 
 
 def test_interpolation_is_accepted_on_network_and_mixin():

@@ -206,6 +206,47 @@ def test_a_ratio_is_no_number_to_the_base_of_60(write):
     assert "args.seed" in (said := complaint([TOY, write("args:\n  seed: 16:9\n")])) and "is '16:9'" in said
 
 
+@pytest.mark.parametrize("number", ["010", "-07", "0_7"])
+def test_a_number_with_a_leading_zero_is_none_to_the_base_of_8(write, number):
+    assert f"is '{number}'" in complaint([TOY, write(f"args:\n  seed: {number}\n")])
+    assert (
+        load_config([TOY, write(f"args:\n  negative_prompt: {number}\n")], mode="inference").args.negative_prompt
+        == number
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("!!bool x", "'x' is no value of its tag"),
+        ("!!bool ''", "'' is no value of its tag"),
+        ("!!int ''", "'' is no number"),
+        ("!!float ''", "'' is no number"),
+        ("!!null text", "'text' is not null"),
+        ("0x" + "f" * 10_000, "is no number that can be used"),
+        ("0b" + "1" * 20_000, "is no number that can be used"),
+    ],
+)
+def test_what_a_tag_or_base_does_not_fit(write, value, said):
+    assert said in (text := complaint([TOY, write(f"args:\n  seed: {value}\n")])) and ":2:9)" in text
+    if value.startswith("!!bool"):
+        assert said in complaint([TOY, write(f"args:\n  {value}: 1\n")])
+
+
+def test_merged_mappings_are_read_as_others(write):
+    def text(merged: str, *more: str) -> str:
+        return "\n".join(["args:", f"  <<: {merged}", *(f"  {each}" for each in more)])
+
+    both = write(text("[{seed: 7, videos_per_prompt: 3}, {seed: 8, num_steps: 4}]", "num_steps: 5"))
+    config = load_config([TOY, both], mode="inference")
+    assert (config.args.seed, config.args.batch_size, config.args.num_steps) == (7, 3, 5)
+    assert "written twice" in complaint([TOY, write(text("{seed: 7, seed: 8}"))])
+    assert "a key must be a word" in complaint([TOY, write(text("{~: 7}"))])
+    assert "an alias refers to the value" in complaint([TOY, write("args: &a\n  <<: *a\n")])
+    assert "args.seed (" in (said := complaint([TOY, write(text("{num_steps: 3}", "seed: -1"))])) and ":3)" in said
+    assert "args.num_steps (" in (said := complaint([TOY, write(text("{num_steps: 0}", "seed: 1"))])) and ":2)" in said
+
+
 @pytest.mark.parametrize(
     ("typed", "value"),
     [

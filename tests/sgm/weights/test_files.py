@@ -27,6 +27,11 @@ class RunsCode:
         return (os.system, ("touch ran-code",))
 
 
+def test_weights_behind_a_url_are_told_from_missing_ones():
+    with pytest.raises(InputError, match=r"https://host/x.pt is a URL, and weights are read from files; download it"):
+        find_weights("https://host/x.pt")
+
+
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "x.json"
     with atomic_file(path) as temporary:

@@ -260,3 +260,25 @@ def test_a_header_in_the_order_of_ours_is_not_taken_for_ours(tmp_path):
     head = json.dumps(header).encode()
     (path := tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
     assert torch.equal(read_weights(path)["c"].compute(), TENSORS["c"])
+
+
+def test_checksums_in_a_header_that_are_none_are_a_changed_header(tmp_path):
+    data = TENSORS["c"].numpy().tobytes()
+    for digits in ("z" * 32, "", 5):
+        metadata = {"__metadata__": {"xxh3": digits}}
+        head = json.dumps({**metadata, "c": {"dtype": "F32", "shape": [6], "data_offsets": [0, len(data)]}}).encode()
+        (path := tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+        with pytest.raises(InputError, match="its header changed after it was written|invalid type: integer"):
+            read_weights(path)
+        with pytest.raises(InputError, match="its header changed after it was written"):
+            verify_file(path)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F8_E8M0"])
+def test_numbers_that_are_parts_of_others_are_refused_by_name(tmp_path, kind):
+    shape = [16] if kind == "F4" else [8]
+    head = json.dumps({"c": {"dtype": kind, "shape": shape, "data_offsets": [0, 8]}}).encode()
+    head += b" " * (-len(head) % 8)
+    (path := tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(8))
+    with pytest.raises(InputError, match=r"c is in four bits, or holds scales \(float"):
+        read_weights(path)["c"].compute()

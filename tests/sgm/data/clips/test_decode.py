@@ -71,6 +71,23 @@ def test_pictures_are_upright(variant, rotation, size):
     assert np.abs(first[:, 2:-2, 2:-2].astype(int) - expected[:, 2:-2, 2:-2]).mean() < 5, "turned the wrong way"
 
 
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirror", ["h", "v"])
+def test_mirrored_pictures_are_those_of_ffmpeg(variant, tmp_path, turn, mirror):
+    mirrored = variant("-c", "copy", before=("-display_rotation", str(turn), f"-display_{mirror}flip"))
+    ffmpeg("-i", mirrored, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", tmp_path / "raw")
+    scanned = scan(mirrored)
+    (first,) = read_frames(mirrored, [0], scanned)
+    assert first.shape == ((96, 64, 3) if turn % 180 else (64, 96, 3))
+    shown = np.frombuffer((tmp_path / "raw").read_bytes(), np.uint8).reshape(first.shape)
+    assert np.abs(first.astype(int) - shown).mean() < 5
+
+
+def test_a_clip_that_is_turned_by_less_than_a_quarter_is_refused(variant):
+    with pytest.raises(ClipError, match="is shown turned by 30 degrees; encode it again"):
+        scan(variant("-c", "copy", before=("-display_rotation", "30")))
+
+
 def levels(path, indices, scanned=None):
     """Return the numbers that frames show."""
     frames = read_frames(path, indices, scanned or scan(path))

@@ -223,17 +223,17 @@ def test_empty_lines_belong_to_clips_up_to_the_last_one(end, tmp_path):
     assert "prompts.txt has 1 lines, videos.txt has 2 lines" in refusal(tmp_path)
 
 
-def test_archives_are_opened_once_to_list_them(tmp_path, monkeypatch):
+def test_archives_are_opened_twice_to_list_them(tmp_path, monkeypatch):
     root, opened = format_files.archives(tmp_path, as_json=True), []
     monkeypatch.setattr(Path, "open", lambda path, *mode: opened.append(path.name) or open(path, *mode))
-    assert dataset(root).captions == format_files.CAPTIONS and opened == ["000.tar", "001.tar"]
+    assert dataset(root).captions == format_files.CAPTIONS and opened == 2 * ["000.tar", "001.tar"]
 
 
 def test_faults_in_archives(tmp_path):
     root = format_files.archives(tmp_path)
     whole = (root / "001.tar").read_bytes()
     (root / "001.tar").write_bytes(whole[:2000])  # inside of the first clip; the end is padding
-    assert f"{root}/001.tar: is not a tar file, or a damaged one (unexpected end of data)" in refusal(root)
+    assert f"{root}/001.tar: is cut or damaged near byte 4,608 (unexpected end of data)" in refusal(root)
     (root / "001.tar").write_bytes(b"no tar file")
     assert f"{root}/001.tar: is not a tar file, or a damaged one" in refusal(root)
     (root / "001.tar").unlink()
