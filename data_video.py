@@ -17,7 +17,7 @@ from pydantic import Field
 from sgm.config.values import AtLeast1, Share, Width
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, ClipKeys
-from sgm.data.clips.check import RowReport, check_rows, companion_problem, row_reports
+from sgm.data.clips.check import RowReport, check_rows, companion_problem, pair_problem, row_reports
 from sgm.data.clips.decode import ClipError, Scan, read_frames, scan
 from sgm.data.clips.frames import TIME_COMPRESSION, Selection, num_frames_4k1, select_frames
 from sgm.data.clips.index import clip_infos, remember
@@ -188,7 +188,7 @@ class SFTDataset:
             sample["mp4"] = _arranged(lambda indices: read_frames(row.path, indices, scanned), selection, augmentation)
             if row.rejected is not None:
                 with _errors_of_part(row, "rejected clip"):
-                    sample["rejected"] = self._frames(row.rejected, augmentation, num_frames)
+                    sample["rejected"] = self._rejected(row.rejected, selection, augmentation, num_frames)
             if self.control:
                 with _errors_of_part(row, "control"):
                     sample["control"] = _arranged(_control_reader(row, scanned), selection, augmentation)
@@ -206,6 +206,14 @@ class SFTDataset:
         if self.mask:  # in no cache: it is read with the frames and the crop of the cached clip
             sample["mask"] = _mask(row, *self._selected(row.path, num_frames), augmentation)
         return sample
+
+    def _rejected(
+        self, clip: ClipFile, chosen: Selection, augmentation: "_Augmentation", num_frames: int
+    ) -> torch.Tensor:
+        scanned, selection = self._selected(clip, num_frames)
+        if problem := pair_problem(chosen, selection):
+            raise ClipError(clip, problem)
+        return _arranged(lambda indices: read_frames(clip, indices, scanned), selection, augmentation)
 
     def _frames(self, clip: ClipFile, augmentation: "_Augmentation", num_frames: int) -> torch.Tensor:
         """Decode a clip: (F, 3, H, W)."""

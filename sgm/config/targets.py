@@ -114,6 +114,8 @@ def check_sections(
         _check_section(value, path, merged, partial=partial, keys=keys)
     elif isinstance(value, Mapping) and expected:
         cure = "write target: module.Class and, under params:, what its constructor takes"
+        if path[-1] == "lora_config":  # an overlay of configs/lora without what it changes
+            cure = "give the model's file that ends with _lora before this one, or write a target"
         merged.add(path, "has no 'target:'", cure)
     elif isinstance(value, Mapping | list):
         of_modules = path[-1] == _COMPLETED_BY_PARENT
@@ -121,7 +123,8 @@ def check_sections(
         for key, entry in entries:
             if of_modules and not isinstance(entry, Mapping | None):
                 merged.add((*path, key), f"is {spelled(entry)}", "write target: module.Class and params:")
-            check_sections(entry, (*path, key), merged, partial=partial or of_modules, keys=keys)
+            given = {"partial": partial or of_modules, "expected": of_modules, "keys": keys}
+            check_sections(entry, (*path, key), merged, **given)
 
 
 def _check_section(

@@ -94,10 +94,13 @@ def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(option if isinstance(option, str) else json.dumps(option) for option in options)
     kind = schema.get("type")
     if kind == "object":
-        return "a mapping (indented keys)"
+        values = schema.get("additionalProperties")
+        each = f", each value {_in_words(values, definitions)}" if isinstance(values, dict) and values else ""
+        return f"a mapping (indented keys){each}"
     if "prefixItems" in schema:
-        entries = schema["prefixItems"]
-        return f"a list of {len(entries)}, each {_in_words(entries[0], definitions)}"
+        entries = [_in_words(entry, definitions) for entry in schema["prefixItems"]]
+        each = f", each {entries[0]}" if len(set(entries)) == 1 else f": {', then '.join(entries)}"
+        return f"a list of {len(entries)}{each}"
     if kind == "array":
         entry = f", each entry {_in_words(schema['items'], definitions)}" if schema.get("items") else ""
         return f"a list{' that is not empty' if schema.get('minItems') else ''}{entry}"

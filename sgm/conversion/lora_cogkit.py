@@ -49,6 +49,11 @@ def export_cogkit_lora(
     check_new_folder(folder)
     lora = read_lora(path, alpha=alpha)
     warn_without_effect(lora)
+    if lora.kind == "lokr":
+        raise InputError(
+            f"{lora.path} is LoKr, and CogKit loads LoRA alone; merge it into the model "
+            "(tools/merge_lora_weight.py), or write the file of other tools with --style comfyui or kohya"
+        )
     given, _ = adapters_to_diffusers(lora.tensors, alpha=lora.alpha, key_prefix="")
     cure = "export it for diffusers (--style diffusers)"
     if lora.rank > RANK:

@@ -383,10 +383,11 @@ def _write(
     made = {name: compute(tensor) for name, tensor in tensors.items()}
     with new_folder(folder, need_bytes=sum(tensor.nbytes for tensor in made.values())) as temporary:
         save_network(temporary, 1, made, patch_size=None, adapters=info)
-    _log(loras, factors, f"one LoRA of rank {info.rank}, alpha {info.alpha:g}")
+    _log(loras, factors, f"one {TITLES[info.kind]} of rank {info.rank}, alpha {info.alpha:g}")
     return Path(folder) / "1" / f"{WEIGHTS}.pt"
 
 
 def _log(loras: Sequence[Lora], factors: Sequence[float], result: str) -> None:
     for lora, factor in zip(loras, factors, strict=True):
-        logger.info("%s: LoRA of rank %d, alpha %g, strength %g, %s", lora.path, lora.rank, lora.alpha, factor, result)
+        said = (lora.path, TITLES[lora.kind], lora.rank, lora.alpha, factor, result)
+        logger.info("%s: %s of rank %d, alpha %g, strength %g, %s", *said)

@@ -19,7 +19,7 @@ from sgm.distributed import Mesh, resolve_device
 from sgm.inference.language.enhance import check_enhancer
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt, check_images, check_words, parse_prompts, read_prompts
 from sgm.inference.results import sample_folder
-from sgm.inference.source_video import check_clip, check_whole
+from sgm.inference.source_video import check_clip, check_whole, held_problems
 from sgm.io import require_writable
 from sgm.modules.encoders.modules import WORDS_CURE, texts_without_words
 from sgm.modules.geometry import Geometry
@@ -155,7 +155,7 @@ def _clip_problems(config: Config, prompts: Sequence[Prompt], notes: list[str]) 
             cure = f"correct args.{key}, args.sampling_num_frames or args.sampling_fps"
             check = partial(check_clip, config.args, plan, key)
             problems += problems_of(f"args.{key}", cure, lambda check=check, key=key: notes.append(f"{key}: {check()}"))
-    return problems
+    return problems or list(held_problems(config.args, plan))
 
 
 def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
@@ -166,22 +166,22 @@ def _words(config: Config, prompts: list[Prompt] | None) -> Iterator[str]:
     """
     conditioner = instantiate_from_config(config.model["conditioner_config"])
     prompts = None if config.args.prompt_enhancer is not None else prompts  # the texts are not known yet
-    negative = Prompt(-1, default(config.args.negative_prompt, ""))
+    others = {key: default(getattr(config.args, key), "") for key in ("negative_prompt", "inversion")}
     if not config.args.allow_unknown_text:
         check_words(prompts or (), conditioner)
-        for key, text in (("negative_prompt", negative.text), ("inversion", default(config.args.inversion, ""))):
+        for key, text in others.items():
             if reasons := texts_without_words(conditioner, [text]):
                 raise ConfigError([Problem(f"args.{key}", "", reasons[text], WORDS_CURE)])
-    all_prompts = [*(prompts or ()), negative]
-    texts = list(dict.fromkeys(prompt.text for prompt in all_prompts))
+    named = {f"prompt {prompt.index}": prompt.text for prompt in prompts or ()}
+    named |= {key.replace("_", " "): text for key, text in others.items()}
+    texts = list(dict.fromkeys(named.values()))
     finders = (getattr(conditioner, name, None) for name in ("unknown_texts", "cut_texts"))
     unknown, cut = (find(texts) if find else {} for find in finders)
-    for prompt in all_prompts:
-        name = "negative prompt" if prompt is negative else f"prompt {prompt.index}"
-        if prompt.text in unknown:
-            yield f"{name}: unknown to the tokenizer, and lost: {unknown[prompt.text]}"
-        if prompt.text in cut:
-            yield f"{name}: cut, since {cut[prompt.text]}"
+    for name, text in named.items():
+        if text in unknown:
+            yield f"{name}: unknown to the tokenizer, and lost: {unknown[text]}"
+        if text in cut:
+            yield f"{name}: cut, since {cut[text]}"
 
 
 def make_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
+from sgm.config.load import Problem
 from sgm.data.clips.masks import latent_mask, white
 from sgm.inference.video import to_uint8
 from sgm.util import InputError, nearest_path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 8  # frames resized at a time: those of a large clip need gigabytes
 HeldKey = Literal["start", "end"]
+_HELD: tuple[HeldKey, ...] = ("start", "end")
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,35 @@ def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "ma
     """Check that the clip of a key can be read and is long enough; return a description.
 
     Raises:
-        InputError: it is missing, damaged or too short, or nothing is left to sample.
+        InputError: it is missing, damaged or too short; or a mask is of another shape than the video, or has no effect.
     """
     if key == "video":
         return _check_source(args, plan)
     if key == "mask":
         return _check_mask(args, plan)
     clip = held_clip(args, plan, key)
-    held = sum(held_clip(args, plan, name).latents for name in ("start", "end") if getattr(args, name) is not None)
-    if held >= plan.latents:
-        raise InputError(
-            f"start and end hold {held} latent frames, and the result has {plan.latents}; set a smaller "
-            f"args.held_frames (4 fewer hold one latent frame less), or args.sampling_num_frames={held + 1} or more"
-        )
     shown = "the picture" if clip.num == 1 else f"its {'last' if key == 'start' else 'first'} {clip.num} frames"
     info, text = clip.scanned.info, f"held: {shown}, in {clip.latents} of {plan.latents} latent frames"
     if key == "start":
         new = plan.video_frames - clip.num
-        text += f"; written: {len(clip.indices)} frames of it at {plan.fps} fps, then {new} new ones"
+        text += f"; written: {_frames(len(clip.indices))} of it at {plan.fps} fps, then {new} new ones"
     return f"{clip.path} ({info.height}x{info.width}): {text}"
+
+
+def held_problems(args: SamplingArgs, plan: SamplingPlan) -> Iterator[Problem]:
+    """Yield what is wrong with clips of which frames are held, each of which `check_clip` takes."""
+    clips = {key: held_clip(args, plan, key) for key in _HELD if getattr(args, key) is not None}
+    if not clips:
+        return
+    names, verb = " and ".join(clips), "hold" if len(clips) > 1 else "holds"
+    pictures = all(clip.num == 1 for clip in clips.values())
+    if pictures and args.held_frames is not None:
+        found = f"is {args.held_frames}, and {names} {verb} one frame, as a picture does"
+        yield Problem("args.held_frames", "", found, "remove it, or give a video")
+    if (held := sum(clip.latents for clip in clips.values())) >= plan.latents:
+        fewer = "" if pictures else ", or a smaller args.held_frames (4 fewer hold one latent frame less)"
+        found = f"is {plan.latents}, and {names} {verb} {held} latent frames, so that nothing is sampled"
+        yield Problem("args.sampling_num_frames", "", found, f"set it to {held + 1} or more{fewer}")
 
 
 def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
@@ -96,7 +108,11 @@ def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:
 
 
 def _check_mask(args: SamplingArgs, plan: SamplingPlan) -> str:
+    from sgm.data.clips.check import shape_problem  # lazy: slow to import
+
     assert plan.size is not None, "a network that takes a video has one size"
+    if problem := shape_problem(_scan(str(args.video)).info, _scan(str(args.mask)).info):
+        raise InputError(f"{args.mask} {problem}")
     share = load_mask(str(args.mask), plan, plan.size).float().mean().item()
     return f"{args.mask}: {share:.0%} of the video is sampled anew"
 
@@ -168,7 +184,7 @@ def held_clip(args: SamplingArgs, plan: SamplingPlan, key: HeldKey) -> HeldClip:
         cure = (
             f"set args.held_frames={fewer}, or give a longer clip" if fewer >= 5 else "give a picture or a longer clip"
         )
-        raise InputError(f"{path} has {len(indices)} frames at {plan.fps} fps, and {num} are held; {cure}")
+        raise InputError(f"{path} has {_frames(len(indices))} at {plan.fps} fps, and {num} are held; {cure}")
     latents = 1 if is_picture else (num - 1) // 4 + (key == "start")
     return HeldClip(path, scanned, indices, num, latents)
 
@@ -225,11 +241,15 @@ def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int
         yield cover_crop(piece, size)
 
 
+def _frames(num: int) -> str:
+    return f"{num} frame{'s' * (num != 1)}"
+
+
 def _scan(path: str) -> "Scan":
     from sgm.data.clips.decode import ClipError, scan  # lazy: slow to import
 
     if not Path(path).is_file():
-        raise InputError(f"there is no file '{path}'{nearest_path(path)}; name a video")
+        raise InputError(f"there is no file '{path}'{nearest_path(path)}; name one that exists")
     try:
         return scan(path)
     except ClipError as error:
@@ -255,7 +275,7 @@ def _selected(path: str, plan: SamplingPlan):
     if len(indices) < plan.video_frames:
         longest = (len(indices) - 1) // 4 + 1
         raise InputError(
-            f"{path} has {len(indices)} frames at {plan.fps} fps, and the result {plan.video_frames}; set "
-            f"args.sampling_num_frames={longest} ({4 * longest - 3} frames), or give a longer video"
+            f"{path} has {_frames(len(indices))} at {plan.fps} fps, and the result {plan.video_frames}; set "
+            f"args.sampling_num_frames={longest} ({_frames(4 * longest - 3)}), or give a longer video"
         )
     return scanned, indices, scanned.info

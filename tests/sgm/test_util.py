@@ -128,6 +128,7 @@ def test_the_nearest_path(tmp_path, monkeypatch):
     for missing in ("asets/toy", "assets/tou", Path("./assts/toi")):
         assert nearest_path(missing) == "; did you mean 'assets/toy'?"
     assert nearest_path(tmp_path / "assets" / "to") == f"; did you mean '{tmp_path / 'assets' / 'toy'}'?"
+    assert nearest_path("assets/toy") == ": it is a folder", "in the place of a file"
     assert nearest_path("quite/other") == nearest_path("assets/else") == nearest_path("assets/toy/toy") == ""
 
 

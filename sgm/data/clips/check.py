@@ -92,7 +92,9 @@ def check_rows(
             if row.rejected is not None:
                 other = scan(row.rejected)
                 end = other.times[0] + other.info.duration
-                select_frames(other.times, fps=fps, max_num_frames=shape[0] if shape else 1, skip=skip, end=end)
+                of_other = select_frames(other.times, fps=fps, max_num_frames=num_frames, skip=skip, end=end)
+                if problem := pair_problem(selection, of_other):
+                    problems.append(f"its rejected clip {row.rejected} {problem}")
             for part, file in (("control", row.control), ("mask", row.mask)):
                 if file is not None:
                     problems += _companion_problems(part, file, info, decode=decode)
@@ -151,10 +153,22 @@ def companion_problem(clip: VideoInfo, other: VideoInfo, *, may_be_still: bool =
         return f"has {other.num_frames} frames, and the clip {clip.num_frames}; make it from the frames of the clip"
     if clip.num_frames > 1 and not is_still and not math.isclose(other.fps, clip.fps, rel_tol=_SAME_FPS):
         return f"runs at {other.fps:.4g} fps, and the clip at {clip.fps:.4g}; write it at that rate"
-    if abs(other.height * clip.width / clip.height - other.width) > 1:
-        shapes = f"{other.height}x{other.width}, and the clip {clip.height}x{clip.width}"
-        return f"is {shapes}: another shape, so that crops differ; give the ratio of the clip, at any size"
-    return None
+    return shape_problem(clip, other)
+
+
+def shape_problem(clip: VideoInfo, other: VideoInfo) -> str | None:
+    """Return why a control or mask cannot be cropped as its clip is; None if it can."""
+    if abs(other.height * clip.width / clip.height - other.width) <= 1:
+        return None
+    shapes = f"{other.height}x{other.width}, and the clip {clip.height}x{clip.width}"
+    return f"is {shapes}: another shape, so that crops differ; give the ratio of the clip, at any size"
+
+
+def pair_problem(chosen: Selection, rejected: Selection) -> str | None:
+    """Return why a rejected clip is no counterpart of its chosen one: one would end with a still; None if it is one."""
+    if rejected.num_frames == chosen.num_frames:
+        return None
+    return f"gives {rejected.num_frames} frames, and the chosen one {chosen.num_frames}; give both the same length"
 
 
 def part_problem(row: Row, error: ClipError) -> str:

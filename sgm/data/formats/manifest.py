@@ -156,6 +156,8 @@ def _row(
         problem = f"its image {picture} does not exist; {where(columns.image or '')} names it"
     elif isinstance(rejected, Path) and not files.has(rejected):
         problem = f"its rejected clip {rejected} does not exist; {where(columns.rejected or '')} names it"
+    elif rejected is not None and rejected == clip:
+        problem = f"its rejected clip, {where(columns.rejected or '')}, is the clip itself; name another one"
     elif isinstance(control, Path) and not files.has(control):
         problem = f"its control {control} does not exist; {where(columns.control or '')} names it"
     elif isinstance(mask, Path) and not files.has(mask):

@@ -169,6 +169,12 @@ def test_a_section_without_target(write):
     assert "model.sampler_config" in text and "has no 'target:'" in text and "write target:" in text
 
 
+def test_an_overlay_of_adapters_for_a_model_without_any():
+    """configs/lora/dora.yaml changes a part of the lora_config that files ending with _lora have."""
+    text = complaint([TOY, ROOT / "configs" / "lora" / "dora.yaml"])
+    assert "modules.lora_config (" in text and "has no 'target:'" in text and "that ends with _lora" in text
+
+
 def test_missing_parameters(write):
     config = yaml.safe_load(TOY.read_text())
     del config["model"]["denoiser_config"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from sgm.config.values import misfit, spelled
+from sgm.config.values import Share, misfit, spelled
 
 DATE = datetime.date(2026, 1, 31)
 
@@ -60,7 +60,9 @@ def test_what_yaml_cannot_spell_fits_anything(hint):
         ([1, "a"], tuple[int, ...], "a list, each entry a whole number"),
         ("ab", Sequence[str], "a list, each entry text"),
         (1, list, "a list"),
-        ("a", dict[str, int], "a mapping (indented keys)"),
+        ([2, "a"], tuple[Share, int], "a list of 2: a number from 0 to 1, then a whole number"),
+        ("a", dict, "a mapping (indented keys)"),
+        ({"a": "b"}, dict[str, int], "a mapping (indented keys), each value a whole number"),
         ("c", Literal["a", "b"], "one of a, b"),
         ("c", Literal["a"] | None, "one of a or null"),
         ("c", Literal["a", True, None], "one of a, true, null"),

@@ -13,7 +13,7 @@ from sgm.checks.sampling_plan import SamplingPlan
 from sgm.config.args import SamplingArgs
 from sgm.data.clips.masks import latent_mask
 from sgm.inference.main import main
-from sgm.inference.source_video import check_clip, encode_clips, load_mask, load_whole
+from sgm.inference.source_video import check_clip, encode_clips, held_problems, load_mask, load_whole
 from sgm.inference.video import read_video, write_video
 from sgm.util import InputError
 
@@ -109,22 +109,52 @@ def test_masks_are_pictures_or_videos_with_something_to_sample_and_something_to_
         (0, "is black throughout, so nothing is sampled"),
         (255, "is white throughout, so nothing of the"),
     ):
-        Image.fromarray(np.full_like(picture, value)).save(tmp_path / "plain.png")
+        Image.fromarray(np.full((16, 48), value, np.uint8)).save(tmp_path / "plain.png")
         with pytest.raises(InputError, match=said):
             check_clip(replace(clip, mask=str(tmp_path / "plain.png")), plan(3), "mask")
+    with pytest.raises(InputError, match="mask.png is 32x48, and the clip 32x96: another shape, so that crops differ"):
+        check_clip(replace(clip, mask=str(tmp_path / "mask.png")), plan(3), "mask")
 
 
-@pytest.mark.parametrize(
-    ("latents", "num", "said"),
-    [
-        (5, 13, "has 9 frames at 8 fps, and 13 are held; set args.held_frames=9, or give a longer clip"),
-        (3, None, "start and end hold 3 latent frames, and the result has 3; set a smaller args.held_frames"),
-    ],
-)
-def test_clips_that_cannot_be_held_are_refused(clip, latents, num, said):
-    args = SamplingArgs(start=clip.video, held_frames=num, prompt="x")
+def test_a_clip_that_is_too_short_to_be_held_is_refused(clip):
+    args = SamplingArgs(start=clip.video, held_frames=13, prompt="x")
+    said = "has 9 frames at 8 fps, and 13 are held; set args.held_frames=9, or give a longer clip"
     with pytest.raises(InputError, match=said):
-        check_clip(args, plan(latents), "start")
+        check_clip(args, plan(5), "start")
+
+
+def test_held_clips_leave_something_to_sample_and_a_number_of_frames_has_an_effect(clip, tmp_path):
+    def found(latents, **given):
+        return [
+            f"{each.path} {each.found} -> {each.cure}" for each in held_problems(SamplingArgs(**given), plan(latents))
+        ]
+
+    picture = str(tmp_path / "picture.png")
+    Image.new("RGB", (48, 32)).save(picture)
+    assert not found(4, start=clip.video) and not found(3) and not found(3, start=picture, end=picture)
+    assert not found(5, start=picture, end=clip.video, held_frames=5)
+    (said,) = found(3, start=clip.video)
+    assert said.startswith("args.sampling_num_frames is 3, and start holds 3 latent frames, so that nothing is sampled")
+    assert said.endswith("set it to 4 or more, or a smaller args.held_frames (4 fewer hold one latent frame less)")
+    (said,) = found(1, start=picture, end=picture)
+    assert "start and end hold 2 latent frames" in said and said.endswith("set it to 3 or more")
+    (said,) = found(3, start=picture, end=picture, held_frames=5)
+    assert said.startswith("args.held_frames is 5, and start and end hold one frame, as a picture does -> remove it")
+
+
+def test_a_missing_end_is_not_said_of_the_start(capsys):
+    given = ["--base", "configs/toy.yaml", "configs/toy_between.yaml", "args.end=none.png", "--check"]
+    assert main([str(ROOT / word) if word.startswith("configs") else word for word in given]) == 2
+    said = capsys.readouterr().err
+    assert said.count("there is no file 'none.png'") == 1 and "args.end (command line" in said
+
+
+def test_an_inversion_that_is_cut_is_named(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    configs = ("toy", "toy_inference", "toy_inversion")
+    text = "a blue circle moves right " * 5
+    assert main(["--base", *(f"configs/{name}.yaml" for name in configs), f"args.inversion={text}", "--check"]) == 0
+    assert "inversion: cut, since " in capsys.readouterr().out
 
 
 def test_a_picture_begins_a_video(monkeypatch, tmp_path):

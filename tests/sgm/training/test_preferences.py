@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from data_video import SFTDataset
 from sgm.checks.training import pair_problems
 from sgm.config.args import TrainingArgs
 from sgm.data.clips.decode import ClipError
+from sgm.inference.video import write_video
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
@@ -50,6 +52,24 @@ def test_a_sample_has_both_clips_with_one_augmentation(pairs):
         SFTDataset(data_dir=pairs, rejected_column="rejectd", **SIZE)
     with pytest.raises(InputError, match="rejected_column"):
         SFTDataset(data_dir=pairs.parent, rejected_column="rejected", **SIZE)
+
+
+def test_a_rejected_clip_of_another_length_or_the_clip_itself_is_a_bad_clip(pairs, tmp_path):
+    """Padded with its last frame it would end with a still, which the loss would be about."""
+    frames = iio.imread(pairs.parent / "videos" / "000.mp4")
+    for name, num in (("one", None), ("two", None), ("short", 2)):
+        write_video(tmp_path / f"{name}.mp4", frames[:num], 8)
+    rows = [
+        {"caption": "a", "video": f"{a}.mp4", "rejected": f"{b}.mp4"} for a, b in (("one", "short"), ("two", "two"))
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = SFTDataset(data_dir=tmp_path, rejected_column="rejected", **SIZE)
+    found = [report.problems[0] for report in data.check()]
+    said = "short.mp4 gives 2 frames, and the chosen one 5; give both the same length"
+    assert found[0].endswith(said) and found[1].startswith("its rejected clip, ") and "is the clip itself" in found[1]
+    for index, message in enumerate((said, "is the clip itself")):
+        with pytest.raises(ClipError, match=message):
+            data.sample(index, None)
 
 
 def test_a_rejected_clip_that_is_missing_or_damaged_is_named(pairs, tmp_path):

@@ -14,6 +14,7 @@ from sgm.config.load import ConfigError
 from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora import export_lora
+from sgm.conversion.lora_cogkit import export_cogkit_lora
 from sgm.conversion.lora_import import import_lora
 from sgm.conversion.lora_merge import average_loras, merge_loras, sum_loras
 from sgm.modules.lora import LoraLinear, _use_kronecker, use_adapters
@@ -151,6 +152,8 @@ def test_names_of_kohya_hold_the_other_kinds_too(others, every, tmp_path, style,
 def test_what_diffusers_cannot_load_is_said_at_export(every, tmp_path):
     with pytest.raises(InputError, match="(?s)LoKr, which diffusers cannot load.*merge_lora_weight.*--style comfyui"):
         export_lora(every.folder / "run", tmp_path / "out")
+    with pytest.raises(InputError, match="is LoKr, and CogKit loads LoRA alone; merge it .*--style comfyui"):
+        export_cogkit_lora(every.folder / "run", tmp_path / "out")
     config = every.config([f"args.load={every.folder / 'run'}"], **every.params)
     names = ["vae", "text_encoder", "tokenizer", "scheduler"]
     with pytest.raises(InputError, match="LoKr, which diffusers cannot load"):
