@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -51,7 +51,16 @@ MOMENT_BYTES = {
     "prodigyopt.Prodigy": 16,
     "torch.optim.SGD": 4,
 }
+# What an encoder does beside training: it encodes clips or captions in each step, first frames alone, what evaluations
+# need alone, or nothing.
+Encodes = bool | Literal["first frames", "validation"]
+
 STEPS_AT_ONCE = ("prodigyopt.", "bitsandbytes.")  # the others: `sgm.training.optim.slices`
+
+
+def in_step(encodes: Encodes) -> bool:
+    """Whether an encoder works in a step of training."""
+    return bool(encodes) and encodes != "validation"
 
 
 @dataclass(frozen=True)
@@ -180,8 +189,8 @@ def training_estimate(
     dtype: torch.dtype,
     trained: Collection[str],
     *,
-    vae: bool = True,
-    text_encoder: bool = True,
+    vae: Encodes = True,
+    text_encoder: Encodes = True,
 ) -> Estimate:
     """Estimate a rank of a training run.
 
@@ -189,8 +198,8 @@ def training_estimate(
         config: of a checked run, with the size of clips in its data section.
         dtype: of the network.
         trained: names of the trained parameters.
-        vae: whether the VAE encodes clips; if caches hold all latents, it only comes for the samples of evaluations.
-        text_encoder: whether the text encoder is loaded.
+        vae: what the VAE encodes; if caches hold all latents, it only comes for the samples of evaluations.
+        text_encoder: what the text encoder encodes.
     """
     args, mesh, section = config.args, mesh_of(config), config.deepspeed
     assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
@@ -207,9 +216,9 @@ def training_estimate(
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
     stored = total * width if base_storage(config) is None else network.stored
     device, frozen = device + stored - total * width, stored - learned * width
-    vae = vae and config.model.get("first_stage_config") is not None
+    vae = False if config.model.get("first_stage_config") is None else vae
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
-    away = args.network_offload == "cpu" and (vae or text_encoder or _samples_need_vae(config))
+    away = args.network_offload == "cpu" and (bool(vae or text_encoder) or _samples_need_vae(config))
     device -= frozen * (args.network_offload == "blocks")
     text = text_encoder_bytes(config) if text_encoder else TextBytes(0.0, 0.0, 0.0)
     # Without a cache, every batch has captions, and the encoder is never released.
@@ -223,7 +232,7 @@ def training_estimate(
     gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
     if vae:
-        encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
+        encoded = once(encode_usage, config, (1 if vae == "first frames" else frames, *size), vae_dtype(dtype))
         resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, before), "activations": encoded.peak}
@@ -234,7 +243,7 @@ def training_estimate(
     buffers = max(_buffers(zero, learned, width) - (network.kept - room), resident["buffers"])
     held = {**_without(resident, stepping + room), "buffers": buffers, "weights in use": live}
     phases["network"] = {**held, "activations": network.peak}
-    phases["optimizer"] = _without(resident, frozen * away)
+    phases["optimizer"] = _without(resident, frozen * (away and (in_step(vae) or in_step(text_encoder))))
     if text.stored:
         phases = {"text": {**_without(resident, before), "text encoder": text.device}, **phases}
     if args.eval_interval is not None:

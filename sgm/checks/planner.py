@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sgm.checks.estimate import Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
+from sgm.checks.estimate import Encodes, Estimate, clip_of, memory_text, rank_row, sampling_estimate, training_estimate
 from sgm.checks.mesh import mesh_of, with_batch
 from sgm.checks.recomputation import attention_share, cheapest, kept_attention_problem
 from sgm.checks.sampling import LARGE_FRAME, params_of
@@ -80,7 +80,11 @@ _ALL = "text encode network optimizer validation"
 TRAINING = (
     Change("args.text_encoder_offload=cpu", _phases(_ALL), "copies T5 once a step"),
     Change("args.checkpoint_activations=true", _phases("network"), "a third more time a step"),
-    Change("args.network_offload=cpu", _phases("text encode"), "copies the network once a step"),
+    Change(
+        "args.network_offload=cpu",
+        _phases("text encode"),
+        "copies the network once a step, from caches once a video",
+    ),
     Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
     Change("args.offload_activations=true", _phases("network"), "copies activations, while the network computes"),
     Change("args.network_offload=blocks", _phases(_ALL), "copies the network three times a step, while it computes"),
@@ -322,8 +326,8 @@ def training_rows(
     dtype: torch.dtype,
     trained: Collection[str],
     *,
-    vae: bool = True,
-    text_encoder: bool = True,
+    vae: Encodes = True,
+    text_encoder: Encodes = True,
     card: float | None = None,
 ) -> dict[str, str]:
     """Return the rows about ranks, memory, card and traffic of a training run.
@@ -334,8 +338,8 @@ def training_rows(
         config: of the run; weights and clips may be missing.
         dtype: of the network.
         trained: names of the trained parameters.
-        vae: whether the VAE is loaded.
-        text_encoder: whether the text encoder is loaded.
+        vae: what the VAE encodes.
+        text_encoder: what the text encoder encodes.
         card: as in `sampling_rows`.
     """
     geometry = geometry_of(config)
@@ -366,8 +370,8 @@ def recomputed_blocks(
     trained: Collection[str],
     room: float | None,
     *,
-    vae: bool = True,
-    text_encoder: bool = True,
+    vae: Encodes = True,
+    text_encoder: Encodes = True,
 ) -> tuple[int, bool]:
     """Return what ``args.checkpoint_activations: auto`` recomputes: see `cheapest` for the choice.
 
@@ -376,8 +380,8 @@ def recomputed_blocks(
         dtype: of the network.
         trained: names of the trained parameters.
         room: bytes on the device; None has room for everything.
-        vae: whether the VAE is loaded.
-        text_encoder: whether the text encoder is loaded.
+        vae: what the VAE encodes.
+        text_encoder: what the text encoder encodes.
 
     Returns:
         The number of blocks, and whether their attention is kept.

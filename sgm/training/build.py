@@ -45,6 +45,7 @@ from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
 from sgm.weights.files import find_weights, weights_digest
 from sgm.weights.offload import Offload, without_frozen
+from sgm.weights.quantize import loss_text
 
 logger = get_logger(__name__)
 
@@ -68,7 +69,7 @@ class Parts:
         lock: on rank zero, locks the folder while it is open.
         point: start or resume state of the run.
         total_iters: optimizer steps of the whole run.
-        network_in_use: context in which all weights of the network are there; see ``args.network_offload``.
+        offload: of the network's frozen weights; None if they do not wait in host memory.
         epoch_samples: samples of an epoch.
         buckets: samples and shapes of the micro-batches; None without buckets.
     """
@@ -85,9 +86,18 @@ class Parts:
     lock: IO[str] | None
     point: ResumePoint
     total_iters: int
-    network_in_use: AbstractContextManager
+    offload: Offload | None
     epoch_samples: int
     buckets: BucketPlan | None = None
+
+    @property
+    def network_in_use(self) -> AbstractContextManager:
+        """Context in which all weights of the network are there; see ``args.network_offload``."""
+        return default(self.offload, nullcontext())
+
+    def network_leaves(self) -> AbstractContextManager:
+        """Return a context in which others need the room, so that the network leaves after each use."""
+        return nullcontext() if self.offload is None else self.offload.leaving()
 
     def micro_batches_before(self, iteration: int) -> int:
         """Return the number of micro-batches, counted once for all ranks, up to the end of `iteration`."""
@@ -137,7 +147,7 @@ def build(config: Config, plan: Plan) -> Parts:
         logger.info("training %s", choose_trainable(engine.network, config.model))
         with without_frozen(engine.network) if plan.base_storage or _leaves(plan) else nullcontext():
             deepspeed = _start(config, plan, engine, total)
-        network_in_use = _offload_network(plan, engine)
+        offload = _offload_network(plan, engine)
         # Tensor parallel ranks have the same tokens and need the same dropout masks.
         group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
         torch.manual_seed(derive_seed(args.seed, "dropout", group))
@@ -163,7 +173,7 @@ def build(config: Config, plan: Plan) -> Parts:
         lock=lock,
         point=point,
         total_iters=total,
-        network_in_use=network_in_use,
+        offload=offload,
         epoch_samples=data.num_train if buckets is None else buckets.num_fitting,
         buckets=buckets,
     )
@@ -179,13 +189,13 @@ def _load(
         moments.load_state(resume.timesteps)
 
 
-def _offload_network(plan: Plan, engine: SATVideoDiffusionEngine) -> AbstractContextManager:
-    """Let the frozen weights wait in host memory; return the context in which the network is used."""
+def _offload_network(plan: Plan, engine: SATVideoDiffusionEngine) -> Offload | None:
+    """Let the frozen weights wait in host memory; as a whole, only where something else is on the device meanwhile."""
     network: Any = engine.network
     if not _leaves(plan):
-        return nullcontext()
+        return None
     if plan.args.network_offload == "cpu":
-        return Offload(network, engine.device)
+        return Offload(network, engine.device, stays=not plan.caches.in_step)
     found = Offload(network, engine.device, network.blocks, backward=True)
     network.use_blocks_within(found.block)
     return found
@@ -385,6 +395,8 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
             generator=torch.Generator().manual_seed(derive_seed(args.seed, "adapters")),
         )
         logger.info("%s", report)
+        if plan.base_storage is not None:
+            logger.info("frozen weights in %s", loss_text(plan.base_storage))
         warn_once(logger, report.warnings)
     engine.run_device = device
     engine.network.ring_attention = args.ring_attention

@@ -83,15 +83,16 @@ def _check(config: Any, options: argparse.Namespace, devices: Any = None) -> Non
     """
     from sgm.checks.planner import written_without_files
     from sgm.training.inputs.buckets import bucket_report, plan_buckets
-    from sgm.training.inputs.precompute import before_encoding
+    from sgm.training.inputs.precompute import after_encoding, before_encoding
     from sgm.training.prepare import memory_report, prepare
 
     ahead = config.args.precomputed if config.args.precompute else {}
+    encoded = after_encoding(config) if ahead else None
     write = partial(cli.write_findings, options)
-    with written_without_files(lambda: memory_report(config, options.card, devices), write):
+    with written_without_files(lambda: memory_report(encoded or config, options.card, devices), write):
         plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
     if is_rank_zero():
-        write(plan.report(options.card, devices))
+        write(plan.report(options.card, devices, encoded=encoded))
         if ahead:
             sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
         if plan.division is not None:

@@ -45,7 +45,7 @@ from sgm.io import require_writable
 from sgm.log import get_logger, warn_once
 from sgm.training.bad_clips import clips_left_out, usable
 from sgm.training.evaluate import validation_prompts
-from sgm.training.inputs.caches import Caches, open_latents, open_text, reasons_to_load
+from sgm.training.inputs.caches import Caches, expected_caches, open_latents, open_text, reasons_to_load
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
@@ -56,7 +56,7 @@ from sgm.util import InputError, default, instantiate_from_config, without_alloc
 from sgm.weights.adapters import describe_adapters, keep_alpha, with_adapters
 from sgm.weights.files import find_weights
 from sgm.weights.match import match_autoencoder, match_network
-from sgm.weights.quantize import Storage
+from sgm.weights.quantize import Storage, loss_text
 
 logger = get_logger(__name__)
 
@@ -101,29 +101,32 @@ class Plan:
     base_storage: Storage | None
     rows: Mapping[str, str]
 
-    def report(self, card: float | None = None, devices: Card | None = None) -> str:
+    def report(self, card: float | None = None, devices: Card | None = None, *, encoded: Config | None = None) -> str:
         """Return a summary of the plan with estimates of memory and traffic, which take seconds.
 
         Args:
             card: GiB of the card to plan for; None takes the accelerator, if there is one.
             devices: the card of each rank for which to recommend settings, and to predict the speed.
+            encoded: the run with the caches that ``args.precompute`` makes first.
         """
-        encodes = self.caches.encodes
-        return as_table(
-            {**self.rows, **_planned_rows(self.config, self.dtype, self.trainable, card, devices, **encodes)}
-        )
+        if encoded is not None:
+            return as_table({**self.rows, **_rows_before_files(encoded, card, devices)})
+        rows = _planned_rows(self.config, self.dtype, self.trainable, card, devices, **self.caches.encodes)
+        return as_table({**self.rows, **rows})
 
 
 def memory_report(config: Config, card: float | None, devices: Card | None = None) -> str:
     """Return the estimates of a run whose weights or clips are not there yet; arguments as of `Plan.report`."""
+    return as_table(_rows_before_files(config, card, devices))
+
+
+def _rows_before_files(config: Config, card: float | None, devices: Card | None) -> dict[str, str]:
     config = config_with(config)
     with without_allocating():
         trainable = choose_trainable(instantiate_from_config(config.model["network_config"]), config.model)
     dtype = resolve_training_precision(config, "")  # of any accelerator
-    args = config.args
-    assert isinstance(args, TrainingArgs), "the configuration was loaded for training"
-    encodes = {"vae": args.latent_cache is None, "text_encoder": args.text_cache is None}
-    return as_table(_planned_rows(config, dtype, trainable, card, devices, **encodes))
+    caches, rows = expected_caches(config)
+    return {**rows, **_planned_rows(config, dtype, trainable, card, devices, **caches.encodes)}
 
 
 def _planned_rows(
@@ -132,7 +135,7 @@ def _planned_rows(
     trainable: Trainable,
     card: float | None,
     devices: Card | None,
-    **loaded: bool,
+    **loaded: Any,
 ) -> dict[str, str]:
     """Return the rows about memory and traffic, and about devices that are planned for."""
     rows = training_rows(config, dtype, trainable.names, card=card, **loaded)
@@ -525,6 +528,7 @@ class _Checks:
             "weights": "random" if args.load is None else str(find_weights(args.load)),
             "trains": str(facts["trainable"]),
             "precision": f"{precision_name(facts['dtype'])} on {sgm.distributed.device()}",
+            **({} if (storage := base_storage(self.config)) is None else {"frozen weights": loss_text(storage)}),
             **cudnn_row(facts["dtype"], sgm.distributed.device()),
             "data": str(data),
             **data.afar_rows(),
@@ -550,6 +554,6 @@ class _Checks:
             trainable=facts["trainable"],
             optimizer_settings=facts["optimizer"],
             resume=resume,
-            base_storage=base_storage(self.config),
+            base_storage=storage,
             rows=rows,
         )

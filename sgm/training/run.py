@@ -7,6 +7,7 @@ size. A run is resumed by the number of its next sample.
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -414,10 +415,12 @@ class TrainingRun:
         values: dict[str, float] = {}
         with evaluation_weights(self.parts.deepspeed):
             try:
-                values = self.evaluation.losses()
+                with self.parts.network_leaves() if any(self.parts.plan.caches.encodes.values()) else nullcontext():
+                    values = self.evaluation.losses()
                 if self.metrics is not None:
                     self.metrics.log(self.iteration, values)
-                samples = self.evaluation.sample(self.iteration)
+                with self.parts.network_leaves():
+                    samples = self.evaluation.sample(self.iteration)
                 self.summary.samples += samples
                 if self.args.eval_measures:
                     figures = self.evaluation.measured(samples)

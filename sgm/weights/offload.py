@@ -42,6 +42,7 @@ class Offload:
         blocks: the modules of each block, in the order in which they run; the device holds two blocks at most. Without
             blocks the whole module comes at once.
         backward: blocks run again in reverse order, in a backward pass.
+        stays: what is outside of the blocks stays on the device after its use, except in the context of `leaving`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Offload:
         blocks: Sequence[Iterable[nn.Module]] = (),
         *,
         backward: bool = False,
+        stays: bool = False,
     ) -> None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         has_streams = accelerator is not None and accelerator.type == device.type
@@ -59,7 +61,7 @@ class Offload:
         inside = {part for block in members for part in block}
         self._rest = _Waiting([part for part in module.modules() if part not in inside], device, stream)
         self._blocks = [_Waiting(block, device, stream) for block in members]
-        self._backward, self._last = backward, -1
+        self._backward, self._last, self._stays = backward, -1, stays
 
     def __enter__(self) -> "Offload":
         """Bring everything outside of the blocks to the device."""
@@ -67,9 +69,19 @@ class Offload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Free all copies."""
-        for waiting in (self._rest, *self._blocks):
+        """Free all copies, except those that stay."""
+        for waiting in (*(() if self._stays else (self._rest,)), *self._blocks):
             waiting.leave()
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Context in which others need the room: the weights leave, and do so again after each use."""
+        stays, self._stays = self._stays, False
+        self._rest.leave()
+        try:
+            yield
+        finally:
+            self._stays = stays
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import clip_of, is_offloaded, memory_text
+from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import NEXT_OF_TRAINING, config_with, recomputed_blocks, room_for
 from sgm.checks.sampling import params_of
@@ -99,8 +99,8 @@ class Planner:
         trained: names of the trained parameters.
         card: every rank's.
         stages: of ZeRO, which the optimizer allows.
-        vae: whether clips are encoded.
-        text_encoder: whether captions are encoded.
+        vae: what the VAE encodes.
+        text_encoder: what the text encoder encodes.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class Planner:
         card: Card,
         *,
         stages: Sequence[int] = STAGES,
-        vae: bool = True,
-        text_encoder: bool = True,
+        vae: Encodes = True,
+        text_encoder: Encodes = True,
     ) -> None:
         self.config, self.dtype, self.trained, self.card = config, dtype, trained, card
-        self.vae = vae and config.model.get("first_stage_config") is not None
+        self.vae: Encodes = False if config.model.get("first_stage_config") is None else vae
         self.text_encoder = text_encoder
         self.geometry: Geometry = geometry_of(config)
         self.world = sgm.distributed.world_size()
@@ -266,9 +266,9 @@ def scaling_rows(planner: Planner) -> dict[str, str]:
             total = planner.config.deepspeed.get("train_batch_size")
             return rows | {"  recommended": f"nothing: no mesh and micro batch give train_batch_size={total}"}
         least = min(choices, key=lambda choice: choice.prediction.estimate.peak)
-        words = " ".join(least.setup.settings(vae=planner.vae))
+        words = " ".join(least.setup.settings(vae=bool(planner.vae)))
         return rows | {"  the smallest": f"{words}: {_speed(least, planner.room)}; {NEXT_OF_TRAINING}"}
-    settings = found.setup.settings(vae=planner.vae)
+    settings = found.setup.settings(vae=bool(planner.vae))
     config_with(planner.config, settings)  # the run will be loaded with them
     groups = world // found.setup.mesh.ranks
     rows["  recommended"] = " ".join(settings)

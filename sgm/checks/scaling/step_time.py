@@ -16,8 +16,10 @@ import sgm.distributed
 from sgm.checks.cost import Cost, sample_flops
 from sgm.checks.estimate import (
     MOMENT_BYTES,
+    Encodes,
     Estimate,
     clip_of,
+    in_step,
     is_offloaded,
     saved_bytes,
     state_bytes,
@@ -117,8 +119,8 @@ def predict(
     trained: Collection[str],
     card: Card,
     *,
-    vae: bool = True,
-    text_encoder: bool = True,
+    vae: Encodes = True,
+    text_encoder: Encodes = True,
 ) -> Prediction:
     """Predict an iteration on as many ranks as `sgm.distributed.world_size` says.
 
@@ -127,8 +129,8 @@ def predict(
         dtype: of the network.
         trained: names of the trained parameters.
         card: every rank's.
-        vae: whether clips are encoded; not if caches hold all latents.
-        text_encoder: whether captions are encoded.
+        vae: what the VAE encodes; nothing if caches hold all latents.
+        text_encoder: what the text encoder encodes.
 
     Raises:
         ConfigError: the settings do not go together.
@@ -137,7 +139,8 @@ def predict(
     clip = clip_of(config)
     assert clip is not None, "the estimate has seen it"
     work = _Work(config, dtype, frozenset(trained), card, estimate, clip)
-    seconds = work.seconds(vae=vae and config.model.get("first_stage_config") is not None, text_encoder=text_encoder)
+    vae = False if config.model.get("first_stage_config") is None else vae
+    seconds = work.seconds(vae=vae, text_encoder=text_encoder)
     return Prediction(seconds, work.samples, work.world, work.sample_flops(), card.peak, estimate)
 
 
@@ -171,7 +174,7 @@ class _Work:
         self.network: Usage = once(network_usage, config, (self.latents, *self.size), batch, dtype, trained=trained)
         self.sharing = card.sharing(self.world)
 
-    def seconds(self, *, vae: bool, text_encoder: bool) -> dict[str, float]:
+    def seconds(self, *, vae: Encodes, text_encoder: Encodes) -> dict[str, float]:
         """Return the seconds of each part."""
         card, cost, k = self.card, self.network.cost, self.batches
         parts = dict.fromkeys(LIMITS, 0.0)
@@ -181,16 +184,16 @@ class _Work:
         parts["optimizer"] = self._state_bytes() / default(card.state_bandwidth, card.memory_bandwidth)
         parts["kernels"] = k * cost.kernels * card.kernel_seconds
         parts["groups"] = k * self._group_seconds(self.network, attention=parts["attention"] / k)
-        if vae and not self.config.model.get("latent_input"):
-            parts["VAE"], sent = self._encoding()
+        if in_step(vae) and not self.config.model.get("latent_input"):
+            parts["VAE"], sent = self._encoding(vae)
             parts["groups"] += sent
-        if text_encoder:
+        if in_step(text_encoder):
             parts["text encoder"] = self._text_seconds()
         forward_and_backward = sum(parts[name] for name in ("products", "attention", "traffic", "kernels", "groups"))
         parts["ZeRO"] = self._zero_seconds(forward_and_backward)
-        parts["host memory"] = self._host_seconds(forward_and_backward, text_encoder=text_encoder)
+        parts["host memory"] = self._host_seconds(forward_and_backward, vae=vae, text_encoder=text_encoder)
         parts = {name: value * self.sharing for name, value in parts.items()}
-        parts["data"] = self._data_seconds(sum(parts.values())) if vae else 0.0
+        parts["data"] = self._data_seconds(vae, sum(parts.values())) if in_step(vae) else 0.0
         parts["saves"] = self._save_seconds(sum(parts.values()))
         return parts
 
@@ -256,9 +259,9 @@ class _Work:
         given = self.args.sequence_attention
         return given == "ring" or (given == "auto" and heads < self.mesh.sequence)
 
-    def _encoding(self) -> tuple[float, float]:
+    def _encoding(self, vae: Encodes) -> tuple[float, float]:
         """Return the seconds in which the VAE encodes the clips of a group, and of what its ranks exchange for it."""
-        frames = [self.frames, 1] if self.geometry.image_conditioned else [self.frames]
+        frames = [1] * self.geometry.image_conditioned + [self.frames] * (vae is True)
         seconds = sent = 0.0
         for each in frames:
             usage = once(encode_usage, self.config, (each, *self.size), vae_dtype(self.dtype))
@@ -314,14 +317,14 @@ class _Work:
         backward += bool(self.args.checkpoint_activations)
         return backward / (1 + backward)
 
-    def _host_seconds(self, network: float, *, text_encoder: bool) -> float:
+    def _host_seconds(self, network: float, *, vae: Encodes, text_encoder: Encodes) -> float:
         """Return the seconds of copies to and from host memory, as far as the network does not hide them."""
         args, card, waits, zero = self.args, self.card, self.estimate.host, self.section["zero_optimization"]
-        copied = self.batches * waits["text encoder"] if text_encoder else 0.0
+        copied = self.batches * waits["text encoder"] * in_step(text_encoder)
         beside = self.batches * 2 * waits["activations"]
         if args.network_offload == "blocks":
             beside += self.batches * 3 * waits["frozen weights"]
-        else:
+        elif in_step(vae) or in_step(text_encoder):
             copied += self.batches * waits["frozen weights"]
         if is_offloaded(zero, "optimizer"):
             share, width = self.network.trained / self.shards, self.dtype.itemsize
@@ -332,9 +335,10 @@ class _Work:
         hidden = network if card.overlaps else 0.0
         return copied / card.host_bandwidth + max(beside / card.host_bandwidth - hidden, 0.0)
 
-    def _data_seconds(self, others: float) -> float:
+    def _data_seconds(self, vae: Encodes, others: float) -> float:
         """Return the seconds that a step waits for clips, which worker processes read beside it."""
-        args, pixels = self.args, self.clips * self.frames * self.size[0] * self.size[1]
+        frames = self.frames if vae is True else 1
+        args, pixels = self.args, self.clips * frames * self.size[0] * self.size[1]
         if args.num_workers == 0:
             return pixels / self.card.clip_pixels
         workers = min(args.num_workers, self.card.cores * self.mesh.ranks)

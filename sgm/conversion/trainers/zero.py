@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,10 @@ class ZeroState:
     def _flat(self, parts: Partitions) -> Iterator[tuple[str, LazyTensor]]:
         """Yield the tensors of stages 1 and 2."""
         for group, shapes in enumerate(self.shapes):
-            sources, start = tuple(rank[group] for rank in parts), 0
+            partitions, start = [rank[group] for rank in parts], 0
             for (name, shape), padding in zip(shapes.items(), self.paddings[group], strict=True):
-                yield (
-                    name,
-                    LazyTensor((LazyTensor(sources, _cut(start, shape.numel())),), _shaped(self.folder, name, shape)),
-                )
+                pieces = _cut(partitions, start, shape.numel())
+                yield name, LazyTensor(pieces, _shaped(self.folder, name, shape))
                 start += shape.numel() + padding
 
     def _whole(self, parts: Partitions) -> Iterator[tuple[str, LazyTensor]]:
@@ -122,22 +121,32 @@ class ZeroState:
         start = 0
         for name, shape in _joined(self.shapes).items():
             share = math.ceil(shape.numel() / self.world_size)
-            own = tuple(LazyTensor(tuple(rank), _cut(start, share)) for rank in parts)
-            yield name, LazyTensor(own, _shaped(self.folder, name, shape))
+            pieces = tuple(piece for rank in parts for piece in _cut(rank, start, share))
+            yield name, LazyTensor(pieces, _shaped(self.folder, name, shape))
             start += share
 
 
-def _cut(start: int, count: int) -> Callable[..., torch.Tensor]:
-    """Return a function that takes `count` elements from `start` of a partitioned vector."""
+@dataclass(frozen=True)
+class _Elementwise(LazyTensor):
+    """A function of vectors, element by element: a piece of it needs the same pieces of these alone."""
 
-    def cut(*parts: torch.Tensor) -> torch.Tensor:
-        pieces, begin = [], 0
-        for part in parts:
-            pieces.append(part[max(start - begin, 0) : max(start + count - begin, 0)])
-            begin += len(part)
-        return torch.cat(pieces)
 
-    return cut
+def _cut(parts: Sequence[LazyTensor], start: int, count: int) -> tuple[LazyTensor, ...]:
+    """Return the pieces of a partitioned vector that hold `count` elements from `start`, of at least one partition."""
+    pieces, begin = [], 0
+    for part in parts:
+        size = len(part.meta())
+        first, last = max(start - begin, 0), min(start + count - begin, size)
+        if first < last or (not pieces and part is parts[-1]):
+            pieces.append(_piece(part, slice(first, max(first, last))))
+        begin += size
+    return tuple(pieces)
+
+
+def _piece(part: LazyTensor, where: slice) -> LazyTensor:
+    if isinstance(part, _Elementwise):
+        return LazyTensor(tuple(LazyTensor((source,), itemgetter(where)) for source in part.sources), part.make)
+    return LazyTensor((part,), itemgetter(where))
 
 
 def _shaped(folder: Path, name: str, shape: torch.Size) -> Callable[..., torch.Tensor]:
@@ -335,7 +344,7 @@ def _weights(path: Path, state: Mapping[str, Any], stage: int) -> list[LazyTenso
         if group.get("train_mode") and "z" in (found := optimizer["state"].get(number, {})):
             beta = group["betas"][0] if "betas" in group else group["momentum"]
             (iterate,) = _stored(path, f"z of group {number}", [found["z"]])
-            weights[number] = LazyTensor((weights[number], iterate), partial(_average_of, weight=1 - 1 / beta))
+            weights[number] = _Elementwise((weights[number], iterate), partial(_average_of, weight=1 - 1 / beta))
     return weights
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import sgm.distributed
+from sgm.checks.estimate import Encodes, in_step
 from sgm.checks.sampling import params_of, takes_control
 from sgm.checks.training import fitted_buckets, geometry_of
 from sgm.config.args import TrainingArgs
@@ -19,10 +20,12 @@ from sgm.config.load import Config
 from sgm.config.precision import autoencoder_dtype, precision_name
 from sgm.data.buckets.assign import NOWHERE, Buckets, ClassBuckets, clip_sizes
 from sgm.data.cache import KINDS, CachedTensors, Kind, has_kind
+from sgm.data.cache_folder import LocalFolder
 from sgm.data.clips.decode import READER
 from sgm.data.contents import Contents
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.training.inputs.clips import Data, store_of
+from sgm.urls import is_url, redacted
 from sgm.util import InputError, instantiate_from_config
 from sgm.weights.files import weights_digest
 
@@ -42,6 +45,8 @@ class Caches:
         vae: reason to load the autoencoder; empty if it is not loaded.
         text_encoder: reason to load the text encoder; empty if it is not loaded.
         vae_waits: the autoencoder only serves samples of evaluations, and waits in host memory between them.
+        vae_encodes: what the autoencoder encodes beside training.
+        text_encodes: what the text encoder encodes beside training.
     """
 
     latents: CachedTensors | None
@@ -50,11 +55,18 @@ class Caches:
     vae: str
     text_encoder: str
     vae_waits: bool = False
+    vae_encodes: Encodes = False
+    text_encodes: Encodes = False
 
     @property
-    def encodes(self) -> dict[str, bool]:
-        """Which encoders work beside training: ``vae``, for clips or first frames, and ``text_encoder``."""
-        return {"vae": bool(self.vae) and not self.vae_waits, "text_encoder": bool(self.text_encoder)}
+    def encodes(self) -> dict[str, Encodes]:
+        """What the encoders do beside training, as `sgm.checks.estimate.training_estimate` takes it."""
+        return {"vae": self.vae_encodes, "text_encoder": self.text_encodes}
+
+    @property
+    def in_step(self) -> bool:
+        """Whether an encoder works in a step of training."""
+        return any(map(in_step, self.encodes.values()))
 
     def report(self) -> dict[str, str]:
         """Return rows of the report: name → text."""
@@ -69,8 +81,11 @@ class Caches:
 
 
 def _line(cache: CachedTensors, items: str, encoder: str, reason: str) -> str:
-    loaded = f"loaded: {reason}" if reason else "not loaded"
-    return f"{len(cache):,} {items} from {cache.folder}; {encoder} is {loaded}"
+    return f"{len(cache):,} {items} from {cache.folder}; {encoder} is {_loaded(reason)}"
+
+
+def _loaded(reason: str) -> str:
+    return f"loaded: {reason}" if reason else "not loaded"
 
 
 def open_latents(
@@ -320,24 +335,80 @@ def reasons_to_load(config: Config, data: Data, images: Any, text: Any, prompts:
         text: cache of captions.
         prompts: of ``args.valid_prompts``.
     """
-    args, model = config.args, config.model
+    args = config.args
     assert isinstance(args, TrainingArgs)
-    cached, evaluates = args.latent_cache is not None, args.eval_interval is not None
-    takes_images = bool(model.get("noised_image_input"))
-    vae, vae_waits = "", False
-    if not (cached or model.get("latent_input")):
-        vae = "clips are encoded"
-    elif takes_images and images is None:
-        vae = "first frames are encoded, with noise"
-    elif evaluates and cached and not data.encoded:
-        vae = "evaluation encodes validation clips, which are not in the cache"
-    elif evaluates and (not args.only_log_video_latents or takes_images or takes_control(config)):
-        vae, vae_waits = "evaluation samples videos, and it waits in host memory between them", True
-    captions = "captions are encoded" if text is None else ""
-    if evaluates and text is not None:
+    reason = ""
+    if args.eval_interval is not None and text is not None:
         of_data = [getattr(dataset, "captions", None) for dataset in data.valid]
         needed = [*prompts, *filter(None, [args.negative_prompt]), *(one for each in of_data for one in each or ())]
         unknown = [prompt for prompt in dict.fromkeys(needed) if prompt not in text]
         if unknown or None in of_data:
-            captions = f"evaluation encodes {len(unknown) or 'its'} texts that are not in the cache"
-    return {"vae": vae, "text_encoder": captions, "vae_waits": vae_waits}
+            reason = f"evaluation encodes {len(unknown) or 'its'} texts that are not in the cache"
+    vae = _vae_fields(config, images=images is not None, valid=data.encoded)
+    return vae | _text_fields(cached=text is not None, evaluation=reason)
+
+
+def _text_fields(*, cached: bool, evaluation: str) -> dict[str, Any]:
+    """Return the fields of `Caches` about the text encoder; `evaluation`: why it is loaded for evaluations alone."""
+    if not cached:
+        return {"text_encoder": "captions are encoded", "text_encodes": True}
+    return {"text_encoder": evaluation, "text_encodes": "validation" if evaluation else False}
+
+
+def _vae_fields(config: Config, *, images: bool, valid: bool) -> dict[str, Any]:
+    """Return the fields of `Caches` about the autoencoder.
+
+    Args:
+        config: of the run.
+        images: first frames are cached.
+        valid: ``args.latent_cache`` holds the validation clips.
+    """
+    args, model = config.args, config.model
+    assert isinstance(args, TrainingArgs)
+    cached, evaluates = args.latent_cache is not None, args.eval_interval is not None
+    takes_images, uncached = bool(model.get("noised_image_input")), evaluates and cached and not valid
+    if not (cached or model.get("latent_input")):
+        return {"vae": "clips are encoded", "vae_encodes": True}
+    if takes_images and not images:
+        return {"vae": "first frames are encoded, with noise", "vae_encodes": uncached or "first frames"}
+    if uncached:
+        reason = "evaluation encodes validation clips, which are not in the cache"
+        return {"vae": reason, "vae_encodes": "validation"}
+    if evaluates and (not args.only_log_video_latents or takes_images or takes_control(config)):
+        return {"vae": "evaluation samples videos, and it waits in host memory between them", "vae_waits": True}
+    return {"vae": ""}
+
+
+def expected_caches(config: Config) -> tuple[Caches, dict[str, str]]:
+    """Return what a run from caches will load, before they are there or can be opened, and the rows of its report.
+
+    Of a cache that is there, its kinds count; another is taken to be as ``tools/prepare_dataset.py`` writes it without
+    further switches: with latents and captions of ``args.train_data``, without first frames. Clips and texts of
+    evaluations that come from elsewhere are taken to be encoded.
+    """
+    args = config.args
+    assert isinstance(args, TrainingArgs)
+    there = {name: folder is not None and (is_url(folder) or Path(folder).is_dir()) for name, folder in _given(args)}
+    images = False
+    if there["latent_cache"] and args.latent_cache is not None and not is_url(args.latent_cache):
+        images = has_kind(LocalFolder(Path(args.latent_cache)), "images")
+    fields = _vae_fields(config, images=images, valid=args.valid_data is None and _buckets(config) is None)
+    elsewhere = args.valid_data is not None or args.valid_prompts is not None or bool(args.negative_prompt)
+    reason = "evaluation encodes texts that may not be in the cache"
+    uncached = args.eval_interval is not None and elsewhere
+    fields |= _text_fields(cached=args.text_cache is not None, evaluation=reason if uncached else "")
+    found = Caches(None, None, None, **fields)
+    reasons = {"latent_cache": ("latents", "VAE", found.vae), "text_cache": ("text", "T5", found.text_encoder)}
+    rows = {}
+    for name, folder in _given(args):
+        kind, encoder, reason = reasons[name]
+        if folder is not None:
+            missing = "" if there[name] else ", which is not there yet"
+            rows[kind] = f"from {redacted(folder)}{missing}; {encoder} is {_loaded(reason)}"
+    if found.vae_encodes == "first frames" and not there["latent_cache"]:
+        rows["latents"] += "; tools/prepare_dataset.py --images caches them, without the noise"
+    return found, rows
+
+
+def _given(args: TrainingArgs) -> tuple[tuple[str, str | None], ...]:
+    return ("latent_cache", args.latent_cache), ("text_cache", args.text_cache)

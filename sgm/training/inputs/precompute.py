@@ -6,6 +6,7 @@ Legend: F frames, H W pixels, z channels of the latents.
 import copy
 import gc
 import itertools
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,6 +123,15 @@ def before_encoding(config: Config) -> Config:
     return replace(config, args=replace(config.args, latent_cache=None, text_cache=None))
 
 
+def after_encoding(config: Config) -> Config:
+    """Return the configuration of a run with the caches that ``args.precompute`` fills."""
+    args = config.args
+    assert isinstance(args, TrainingArgs)
+    folders = {"latent_cache": args.precomputed.get("latents"), "text_cache": args.precomputed.get("text")}
+    settings = [f"args.{name}={json.dumps(folder)}" for name, folder in folders.items() if folder is not None]
+    return replace(config, args=replace(args, **folders), overrides=(*config.overrides, *settings))
+
+
 def encode_ahead(config: Config) -> Config:
     """Encode what ``args.precompute`` asks for and is missing; return the configuration with the caches.
 
@@ -143,7 +153,7 @@ def encode_ahead(config: Config) -> Config:
     gc.collect()  # the encoders, before the network is built
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
-    return replace(config, args=replace(args, latent_cache=folders.get("latents"), text_cache=folders.get("text")))
+    return after_encoding(config)
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, *, verify: bool = False, name: str = "--out") -> dict[str, str]:

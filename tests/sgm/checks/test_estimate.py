@@ -382,6 +382,8 @@ def test_what_comes_from_caches_takes_no_memory():
     evaluated = phases(cache, **neither)
     assert evaluated["validation"]["VAE"] == phases()["validation"]["VAE"] > 0 == evaluated["network"].get("VAE", 0)
     assert phases(cache, "args.only_log_video_latents=true", **neither)["validation"]["VAE"] == 0
+    first, clips = phases(vae="first frames"), phases()
+    assert first.keys() == clips.keys() and 0 < first["encode"]["activations"] < clips["encode"]["activations"] / 2
     assert set(phases(cache, vae=False)) == {"text", "network", "optimizer", "validation"}, (
         "loaded for evaluation, and released"
     )

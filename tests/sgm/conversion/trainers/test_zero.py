@@ -7,12 +7,27 @@ import pytest
 import schedulefree
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgm.conversion.trainers.zero import read_zero_state
 from sgm.util import InputError
 from tests.sgm.conversion.trainers.zero_files import require_equal, write_state
 
 OPTIM, MODEL = "zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+class Averaged(TorchDispatchMode):
+    """Counts the elements that are averaged: of each call of lerp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten.lerp.Scalar and not result.is_meta:
+            self.found.append(result.numel())
+        return result
 
 
 @pytest.fixture
@@ -149,3 +164,7 @@ def test_the_weights_of_a_schedule_free_optimizer_are_its_average(some, stage):
         for each in (folder, plain)
     )
     require_equal(found, averages)
+    with Averaged() as averaged:
+        for tensor in read_zero_state(folder).tensors(dtype=torch.float32).values():
+            tensor.compute()
+    assert sum(averaged.found) == sum(map(torch.numel, some[1].values())), "each element once, no whole partition"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import data_video
 import sgm.distributed
 import sgm.training.inputs.precompute
+from sgm.checks.planner import config_with
 from sgm.config.load import ConfigError, load_config
 from sgm.data.buckets.config import parse_buckets
 from sgm.data.cache import CachedTensors, differences
@@ -25,8 +26,8 @@ from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.training.inputs.caches import clip_source, require_repeatable
-from sgm.training.inputs.precompute import plan_jobs, run_jobs
+from sgm.training.inputs.caches import clip_source, expected_caches, require_repeatable
+from sgm.training.inputs.precompute import after_encoding, plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.util import InputError, RunError
@@ -479,3 +480,48 @@ def test_a_step_with_both_caches_takes_less_than_half_the_time(tmp_path):
         seconds[name] = float(np.median([line["step_seconds"] for line in lines[1:]]))
     print(f"seconds a step: {seconds}")
     assert seconds["plain"] >= 2 * seconds["cached"], seconds
+
+
+# Before caches are there
+
+I2V = ["configs/cogvideox_5b_i2v_lora.yaml", "configs/sft.yaml"]
+NO_EVALUATION = "args.eval_interval=null"
+
+
+@pytest.mark.parametrize(
+    ("words", "vae", "text_encoder"),
+    [
+        (["latent_cache", "text_cache"], "first frames", False),
+        (["latent_cache", "text_cache", NO_EVALUATION], "first frames", False),
+        (["text_cache"], True, False),
+        (["latent_cache"], "first frames", True),
+        (["latent_cache", "text_cache", "args.valid_data=[others]"], True, "validation"),
+        (["latent_cache", "text_cache", "args.valid_data=[others]", NO_EVALUATION], "first frames", False),
+        (["latent_cache", "text_cache", "data.params.buckets=[49x480x720]"], True, False),
+        (["latent_cache", "text_cache", "args.negative_prompt=blurred"], "first frames", "validation"),
+        ([], True, True),
+    ],
+)
+def test_a_cache_that_is_not_there_yet_is_expected_as_the_tool_writes_it(words, vae, text_encoder, tmp_path):
+    settings = [word if "=" in word else f"args.{word}={tmp_path / 'none'}" for word in words]
+    expected, rows = expected_caches(load_config(I2V, settings, mode="train"))
+    assert expected.encodes == {"vae": vae, "text_encoder": text_encoder}
+    assert rows.keys() == {{"latent_cache": "latents", "text_cache": "text"}[word] for word in words if "=" not in word}
+    assert ("--images" in rows.get("latents", "")) == (vae == "first frames")
+    assert all("not there yet" in row for row in rows.values())
+
+
+def test_first_frames_of_a_cache_that_is_there_are_seen(tmp_path):
+    (tmp_path / "images.json").touch()
+    config = load_config(I2V, [f"args.{name}={tmp_path}" for name in ("latent_cache", "text_cache")], mode="train")
+    expected, rows = expected_caches(config)
+    assert expected.encodes == {"vae": False, "text_encoder": False} and expected.vae_waits
+    assert not any("not there" in row for row in rows.values())
+
+
+def test_what_is_encoded_ahead_is_not_encoded_in_training(tmp_path):
+    config = after_encoding(load_config(I2V, ["args.precompute=true", f"args.save={tmp_path}/a b"], mode="train"))
+    assert config.args.latent_cache == config.args.text_cache == f"{tmp_path}/a b/cache"
+    assert expected_caches(config)[0].encodes == {"vae": "first frames", "text_encoder": False}
+    again = config_with(config, ["args.network_offload=cpu"])
+    assert again.args.latent_cache == config.args.latent_cache, "a plan loads it again"
