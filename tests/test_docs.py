@@ -49,6 +49,7 @@ NOT_RUN = {
     r"python tools/toy/soak\.py": "takes hours; test_soak.py runs it on made-up readings",
     r"python tools/toy/from_video\.py": "takes minutes; test_from_video.py compares its figures with the page",
     r"python tools/toy/adapters\.py": "takes minutes; test_adapters.py compares its figures with the page",
+    r"python tools/toy/timesteps\.py": "takes minutes; test_timesteps.py compares its figures with the page",
     r"python tools/toy/masked\.py": "takes minutes; test_masked.py compares its figures with the page",
     r"python tools/toy/preferences\.py": "takes minutes; test_preferences.py compares its figures with the page",
     r"python tools/toy/inversion\.py": "takes minutes; test_held_frames.py compares its figures with the page",

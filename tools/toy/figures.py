@@ -22,7 +22,7 @@ LORA = Path("assets/toy_land")
 LORA_YAML = ("configs/toy_lora.yaml", "configs/toy_sft.yaml")
 SAMPLE = ("sample_video.py", "--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml")
 # By tools/toy/<name>.py: with the toy as it is, and with what is made or trained first, in a folder.
-MEASURED = ("from_video", "held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory")
+MEASURED = ("from_video", "held_frames", "inpainting", "inversion", "long_clips", "loops", "low_memory", "timesteps")
 IN_A_FOLDER = ("adapters", "control", "masked", "preferences")
 
 
