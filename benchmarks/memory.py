@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -342,6 +342,89 @@ def preset_peak(card: int, model: str, cached: bool) -> tuple[str, Estimate]:
     return f"{number or 'none'}{beside}", estimate("LoRA", model, settings, files=files, cached=cached)
 
 
+# Bars
+
+RAW, CACHED = "from clips", "from caches"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure of this project and the most that it may be.
+
+    Attributes:
+        what: is measured.
+        model: a key of `CLIPS`.
+        most: GiB.
+        how: the settings.
+        ours: measures it, in bytes.
+    """
+
+    what: str
+    model: str
+    most: float
+    how: str
+    ours: Callable[[], float]
+
+
+def bars() -> Iterator[Bar]:
+    """Yield the bars, in the order of the table."""
+    small, large = "cogvideox_5b", "cogvideox1.5_5b"
+    for phase, model, how, most in (
+        ("VAE encode", small, "whole clip", 9.5),
+        ("VAE encode", small, "`encode_chunk: 8`", 4.0),
+        ("VAE decode", small, "whole frames", 5.0),
+        ("VAE decode", large, "whole frames", 15.0),
+        ("VAE decode", large, "`vae_tiling: true`", 5.0),
+    ):
+        yield Bar(phase, model, most, how, partial(_vae_activations, phase, model, how))
+    yield Bar("sampling in blocks, VAE included", small, 6.0, "`8gb`", partial(_sampling_peak, small, "8gb"))
+    for card, preset, model in ((8, "8gb", small), (24, "24gb", small), (16, "8gb", large)):
+        what = f"sampling in {card} GB"
+        yield Bar(what, model, ROOM * card, f"`{preset}`", partial(_sampling_peak, model, preset))
+    steps = zip(STEPS, (71.0, 17.0, None, 13.0, 8.5, 5.0), strict=True)
+    for how, most in steps:
+        if most is not None:
+            yield Bar("a step of LoRA training, rank 128", small, most, how, partial(step_peak, small, how))
+    for task, model, card, file, source in (
+        ("LoRA", small, 24, "memory/24gb", RAW),
+        ("LoRA", "cogvideox_5b_i2v", 24, "memory/24gb", RAW),
+        ("LoRA", small, 12, "memory/12gb", CACHED),
+        ("LoRA", large, 24, "memory/24gb", CACHED),
+        ("LoRA", "cogvideox_2b", 10, "memory/12gb", CACHED),
+        ("full", "cogvideox_2b", 24, "optimizer/cpu_offload", CACHED),
+        ("full", small, 24, "optimizer/cpu_offload", CACHED),
+    ):
+        what = f"{task} training in {card} GB, {source}"
+        yield Bar(
+            what, model, ROOM * card, f"`configs/{file}.yaml`", partial(_training_peak, task, model, file, source)
+        )
+
+
+def _vae_activations(phase: str, model: str, how: str) -> float:
+    return vae_peak(phase, model, how)[1]
+
+
+def _sampling_peak(model: str, preset: str) -> float:
+    return estimate("sample", model, [f"args.{key}={value}" for key, value in PRESETS[preset].items()]).peak
+
+
+def _training_peak(task: Task, model: str, file: str, source: str) -> float:
+    return estimate(task, model, files=[file], cached=source == CACHED).peak
+
+
+def bar_table(models: Collection[str]) -> Iterator[str]:
+    """Yield the lines of the table of bars."""
+    yield from header("what", "model", "settings", "at most", "ours")
+    for bar in bars():
+        if bar.model in models:
+            yield bar_row(bar)
+
+
+def bar_row(bar: Bar) -> str:
+    """Return a line of the table."""
+    return line(bar.what, bar.model, bar.how, f"{bar.most:.1f}", float(bar.ours()))
+
+
 # Published figures
 
 OPTIMIZERS: Mapping[str, Sequence[str]] = {  # in the published table → files
@@ -395,6 +478,7 @@ TABLES: dict[str, Callable[[Collection[str]], Iterator[str]]] = {
     "training": preset_table,
     "cards": card_table,
     "published": published_table,
+    "bars": bar_table,
 }
 
 

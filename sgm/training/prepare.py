@@ -172,7 +172,9 @@ def prepare(config: Config, *, check_clips: bool = False) -> Plan:
     if check_clips and not checks.problems:
         checks.leave_out_clips()
     if checks.problems:
-        raise ConfigError(config.located(list(dict.fromkeys(checks.problems))))
+        # Several checks read the same files.
+        once = {(problem.path, problem.found): problem for problem in reversed(checks.problems)}
+        raise ConfigError(config.located(list(reversed(once.values()))))
     return checks.plan()
 
 

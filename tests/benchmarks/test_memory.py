@@ -145,29 +145,47 @@ def test_nine_of_ten_published_figures_are_beaten_by_a_tenth():
         assert sum(float(share) <= 0.9 for share in shares) >= 0.9 * len(shares)
 
 
+@pytest.mark.parametrize("bar", [slow(bar) for bar in memory.bars()], ids=lambda bar: f"{bar.what} of {bar.model}")
+def test_the_document_says_how_far_we_are_from_a_bar(bar):
+    assert memory.bar_row(bar) in DOCUMENT
+
+
+def test_every_bar_is_held():
+    table = DOCUMENT.partition("<!-- bars: ")[2].partition("<!-- end of bars")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.+) \|$", table, re.MULTILINE)][1:]
+    wanted = [[bar.what, bar.model, bar.how, f"{bar.most:.1f}"] for bar in memory.bars()]
+    assert sorted(row[:4] for row in rows) == sorted(wanted)
+    assert all(float(ours) <= float(most) for *_, most, ours in rows)
+    others = DOCUMENT.partition("<!-- end of bars -->")[2]
+    named = re.findall(r"`(tests/[^`]+)` \|$", others, re.MULTILINE)
+    assert len(named) >= 8 and all((ROOT / path).is_file() for path in named)
+
+
 # The switches of three trainers: train_cogvideox_lora.py and train_cogvideox_image_to_video_lora.py of diffusers,
-# args.py of finetrainers and of cogvideox-factory, without those of the last paragraph of that section.
+# args.py of finetrainers, of cogvideox-factory and of its port to Ascend, without those of the last paragraph of that
+# section.
 SWITCHES = """
 adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 attn_provider_inference attn_provider_training
-batch_size beta1 beta2 beta3 cache_dir caption_column caption_dropout caption_dropout_p caption_dropout_technique
-checkpointing_limit checkpointing_steps checkpoints_total_limit compile_modules compile_scopes cp_degree data_root
-dataloader_num_workers dataset_config dataset_config_name dataset_file dataset_name dataset_shuffle_buffer_size
-dp_degree dp_shards enable_model_cpu_offload enable_precomputation enable_slicing enable_tiling epsilon
-float32_matmul_precision fps frame_buckets gradient_accumulation_steps gradient_checkpointing guidance_scale height
-height_buckets id_token ignore_learned_positional_embeddings image_resolution_buckets init_timeout instance_data_root
+batch_size beta1 beta2 beta3 bucket_config cache_dir caption_column caption_dropout caption_dropout_p
+caption_dropout_technique checkpointing_limit checkpointing_steps checkpoints_total_limit compile_modules
+compile_scopes cp_degree data_root dataloader_num_workers dataset_config dataset_config_name dataset_file dataset_name
+dataset_shuffle_buffer_size dp_degree dp_shards embeddings_cache enable_model_cpu_offload enable_precomputation
+enable_slicing enable_tiling epsilon fa_gradient_checkpointing float32_matmul_precision fps frame_buckets
+gradient_accumulation_steps gradient_checkpointing guidance_scale height height_buckets id_token image_column
+ignore_learned_positional_embeddings image_resolution_buckets init_timeout instance_data_root
 layerwise_upcasting_modules layerwise_upcasting_skip_modules_pattern layerwise_upcasting_storage_dtype learning_rate
 load_tensors logging_dir logging_steps lora_alpha lr lr_num_cycles lr_power lr_scheduler lr_warmup_steps
 max_data_samples max_grad_norm max_num_frames max_train_steps mixed_precision model_name nccl_timeout
 noised_image_dropout num_train_epochs num_validation_videos offload_gradients optimizer output_dir parallel_backend
 pin_memory pp_degree precompute_conditions precomputation_dir precomputation_items precomputation_once
 precomputation_reuse pretrained_model_name_or_path prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup
-prodigy_use_bias_correction random_flip rank report_to resume_from_checkpoint revision scale_lr seed skip_frames_end
-skip_frames_start target_modules text_encoder_dtype text_encoder_id tokenizer_id tp_degree tracker_name
-train_batch_size train_epochs train_steps training_type transformer_dtype transformer_id use_4bit use_8bit
-use_8bit_adam use_cpu_offload_optimizer use_dynamic_cfg use_torchao vae_dtype vae_id validation_dataset_file
-validation_epochs validation_images validation_prompt validation_prompt_separator validation_prompts
-validation_separator validation_steps validation_videos variant video_column video_reshape_mode
-video_resolution_buckets weight_decay width width_buckets
+prodigy_use_bias_correction random_flip rank report_to resume_from_checkpoint revision save_image_latents scale_lr
+seed skip_frames_end skip_frames_start target_modules text_encoder_dtype text_encoder_id tokenizer_id tp_degree
+tracker_name train_batch_size train_epochs train_steps training_type transformer_dtype transformer_id use_4bit
+use_8bit use_8bit_adam use_cpu_offload_optimizer use_dynamic_cfg use_torchao vae_cache vae_dtype vae_id
+validation_dataset_file validation_epochs validation_images validation_prompt validation_prompt_separator
+validation_prompts validation_separator validation_steps validation_videos variant video_column video_reshape_mode
+video_resolution_buckets weight_decay width width_buckets zero_stage
 """.split()
 
 

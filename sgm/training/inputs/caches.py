@@ -344,7 +344,7 @@ def reasons_to_load(config: Config, data: Data, images: Any, text: Any, prompts:
         unknown = [prompt for prompt in dict.fromkeys(needed) if prompt not in text]
         if unknown or None in of_data:
             reason = f"evaluation encodes {len(unknown) or 'its'} texts that are not in the cache"
-    vae = _vae_fields(config, images=images is not None, valid=data.encoded)
+    vae = _vae_fields(config, images=images is not None, valid=bool(data.encoded))
     return vae | _text_fields(cached=text is not None, evaluation=reason)
 
 

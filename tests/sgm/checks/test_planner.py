@@ -203,6 +203,7 @@ def test_training_is_planned_before_anything_is_downloaded(capsys, tmp_path):
     found = capsys.readouterr()
     assert all(f"\n  {name} " in found.out for name in ("text", "encode", "network", "optimizer", "validation"))
     assert "it fits with" in found.out and "data folder 'datasets/train' does not exist" in found.err
+    assert found.err.count("there is no checkpoint at") == 1
 
 
 def test_a_run_from_caches_is_planned_before_they_are_there(capsys, tmp_path):
