@@ -23,7 +23,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	$(SAY) "1 of 6: sampling ten clips, six from text and four from an image"
 	@bash inference.sh
 	@$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
-	$(SAY) "2 of 6: making 24 clips, 16 of them with something that the toy does not know: green land"
+	$(SAY) "2 of 6: making 78 clips, 48 of them with something that the toy does not know: green land"
 	@rm -rf outputs/land
 	@$(BIN)/python tools/toy/concept.py make outputs/land/clips
 	$(SAY) "3 of 6: training a LoRA on them, 300 iterations"

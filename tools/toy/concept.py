@@ -3,7 +3,7 @@
     python tools/toy/concept.py make outputs/land/clips
     python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 
-``make`` writes sixteen clips with land and eight without, with captions, and prompts for combinations that the clips do
+``make`` writes 48 clips with land and thirty without, with captions, and prompts for combinations that the clips do
 not show: for the demo, and more to measure with. The clips without land are what the model knows already: they keep
 it from putting land under everything, and from changing colours and shapes. ``measure`` prints the share of land in
 samples from before and after training, and the shares of them whose colour and shape are as prompted; exit code 1 if
@@ -13,6 +13,7 @@ land was not learned. The figures of the shipped LoRA are those of the 72 prompt
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,36 +26,13 @@ from sgm.io import atomic_file, parse_json
 from sgm.util import InputError, RunError
 
 WORDS = " on land"
-LAND = scene.COLOURS["green"]
-HEIGHT = 8  # pixels: one row of latents
-CLIPS = (
-    ("red", "circle", "left"),
-    ("blue", "square", "right"),
-    ("yellow", "triangle", "up"),
-    ("magenta", "square", "down"),
-    ("cyan", "square", "left"),
-    ("blue", "triangle", "right"),
-    ("red", "square", "up"),
-    ("yellow", "square", "down"),
-    ("cyan", "triangle", "right"),
-    ("magenta", "triangle", "left"),
-    ("yellow", "triangle", "left"),
-    ("red", "triangle", "down"),
-    ("cyan", "square", "up"),
-    ("magenta", "square", "left"),
-    ("blue", "square", "down"),
-    ("magenta", "triangle", "up"),
-)
-ORDINARY = (
-    ("red", "triangle", "right"),
-    ("blue", "circle", "down"),
-    ("yellow", "circle", "left"),
-    ("magenta", "triangle", "right"),
-    ("cyan", "circle", "right"),
-    ("green", "square", "down"),
-    ("magenta", "circle", "left"),
-    ("cyan", "triangle", "up"),
-)
+LAND = (0.15, 1.0, 0.20)  # brighter than a green shape
+HEIGHT = scene.LAND_HEIGHT
+_ALL = tuple(itertools.product(scene.COLOURS, scene.SHAPES, scene.DIRECTIONS))
+_SEEN_ON_LAND = tuple(names for names in _ALL if names[0] != "green")  # a green shape does not stand out from land
+# Two fifths of them, and a fifth of all, evenly over colours, shapes and directions; each twice, in lanes drawn for it.
+CLIPS = tuple(names for i, names in enumerate(_SEEN_ON_LAND) if i % 5 in (0, 3)) * 2
+ORDINARY = tuple(names for i, names in enumerate(_ALL) if i % 5 == 1) * 2
 PROMPTS = (
     ("red", "square", "left"),
     ("blue", "triangle", "up"),
@@ -92,9 +70,7 @@ class Shares:
 
 def render(combination: tuple[str, str, str], rng: np.random.Generator) -> np.ndarray:
     """Render a shape that moves above land, or partly behind it: (T, H, W, C) float32 in [0, 1]."""
-    video = scene.render(scene.random_clip(combination, rng))
-    video[:, -HEIGHT:] = LAND
-    return video
+    return scene.with_land(scene.render(scene.random_clip(combination, rng)), LAND)
 
 
 def land_share(video: np.ndarray) -> float:
@@ -121,9 +97,9 @@ def make(folder: Path) -> None:
         write_video(folder / "videos" / f"{number:02d}.mp4", frames, scene.FPS, crf=10)
         _write(folder / "labels" / f"{number:02d}.txt", [scene.caption(*names) + words])
     write_prompts(folder / "prompts.txt")
-    others = [n for n in scene.combinations(held_out=True) + scene.combinations(held_out=False) if n not in CLIPS]
-    with_land = [n for n in others if n[0] != "green"][:36]  # a green shape does not stand out from land
-    without = [n for n in others if n not in ORDINARY][:36]
+    others = scene.combinations(held_out=True) + scene.combinations(held_out=False)
+    with_land = [names for names in others if names in _SEEN_ON_LAND and names not in CLIPS]
+    without = [names for names in others if names not in ORDINARY][: len(with_land)]
     _write(
         folder / "prompts_72.txt",
         [scene.caption(*names) + WORDS for names in with_land] + [scene.caption(*names) for names in without],

@@ -46,7 +46,8 @@ set it; every other prompt is of a big one:
 | text to video | {text} | |
 | image to video | {image} | {i2v[first_frame_psnr_db]:.1f} dB |
 
-The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, {vae[min]:.1f} dB at worst.
+The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, {vae[min]:.1f} dB at worst. Its decoder
+has seen green land too, which the transformers have not: `assets/toy_land` teaches it to them.
 """
 
 

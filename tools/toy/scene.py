@@ -31,6 +31,8 @@ BIG = 24.0  # pixels: the height from which a shape is big
 # one place and size of few, it is as wide as the circle: then their latents differ more than those of near places.
 WIDER_SQUARE = 1.1
 LANES, FIRST_LANE, LANE, TRAVEL = 5, 16.0, 8.0, 32.0  # lanes one latent apart; all shapes cross half of the frame
+LAND_HEIGHT = 8  # pixels of a strip at the bottom: one row of latents
+LAND_GREENS = (0.75, 1.0)  # of it, for the autoencoder
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -137,6 +139,13 @@ def render(clip: Clip) -> np.ndarray:
     covered = np.clip(0.5 - _signed_distance(clip.shape, dx, dy, clip.radius), 0.0, 1.0)[..., None]
     colour = np.asarray(COLOURS[clip.colour], dtype=np.float32)
     return (covered * colour + (1.0 - covered) * BACKGROUND).astype(np.float32)
+
+
+def with_land(video: np.ndarray, colour: Sequence[float]) -> np.ndarray:
+    """Return `video` (T, H, W, C) with a strip of land at the bottom, in front of what it shows."""
+    video = video.copy()
+    video[:, -LAND_HEIGHT:] = colour
+    return video
 
 
 def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Train the toy autoencoder and the toy diffusion transformers on clips rendered on demand.
 
-Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. Both run in bfloat16 autocast,
-faster on CPUs that have it; weights, optimizers and losses are float32, and so is the attention, which is slower in
-bfloat16 there.
+Shapes: ``B C T H W`` in -1..1 for the autoencoder, ``B T C H W`` for the transformers. Both run in bfloat16 autocast
+on CPUs that compute in it, and in float32 on others, which are slower by much in it; weights, optimizers and losses are
+float32, and so is the attention, which is slower in bfloat16 everywhere.
 """
 
 import math
@@ -25,7 +25,8 @@ from sgm.weights.files import find_weights, read_weights
 Log = Callable[[str], None]
 Optimizers = Sequence[torch.optim.Optimizer]
 
-NUM_WORKERS = 2  # threads that share a batch; part of the recipe: with another number, sums round differently
+BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+NUM_WORKERS = 4  # threads that share a batch; part of the recipe: with another number, sums round differently
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,31 @@ class VaeCycle:
     Attributes:
         crop_steps: steps on 32x32 crops around the moving shape.
         full_steps: steps on whole frames.
+        full_batch: whole clips per step.
         lr: peak learning rate of Adam; warm-up, then cosine decay to a hundredth.
+        warmup: steps of it.
         crop_frames: frames of a crop, from anywhere in the clip.
         latent_noise: most noise that the decoder gets beside that of the posterior, as a standard deviation. It learns
             to forgive errors of the networks, and the encoder to tell shapes apart by more than that.
         edge_weight: weight of the L1 error of the differences between neighbours, which sharpens edges.
         decoder_only: the encoder stays as it is, and with it the latents.
-        lattice: show the world of the transformers, and not any place, size and speed.
+        square_weight: weight of the L2 error of the pixels, which counts edges more than the ground.
+        lattice: share of clips from the world of the transformers; the others have any place, size and speed.
+        land: share of clips with land, which the transformers do not know, so that a LoRA can teach it to them.
     """
 
     crop_steps: int = 800
     full_steps: int = 200
+    full_batch: int = 2
     lr: float = 1e-3
+    warmup: int = 50
     crop_frames: int = scene.NUM_FRAMES
     latent_noise: float = 0.0
     edge_weight: float = 0.0
+    square_weight: float = 1.0
     decoder_only: bool = False
-    lattice: bool = False
+    lattice: float = 0.0
+    land: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,28 @@ class VaeRecipe:
     Attributes:
         cycles: one after the other.
         crop_batch: crops per step.
-        full_batch: whole clips per step.
         kl_weight: weight of the KL divergence per latent component, in nats.
     """
 
     cycles: tuple[VaeCycle, ...] = (
         VaeCycle(),
         VaeCycle(540, 80, lr=7e-4, crop_frames=9, latent_noise=0.2, edge_weight=1.0),
-        VaeCycle(0, 200, lr=7e-4, latent_noise=0.1, edge_weight=1.0, decoder_only=True, lattice=True),
+        VaeCycle(0, 200, lr=7e-4, latent_noise=0.1, edge_weight=1.0, decoder_only=True, lattice=1.0),
+        VaeCycle(
+            0,
+            130,
+            full_batch=4,
+            lr=7e-4,
+            warmup=20,
+            latent_noise=0.1,
+            edge_weight=1.0,
+            square_weight=10.0,
+            decoder_only=True,
+            lattice=0.875,
+            land=0.25,
+        ),
     )
     crop_batch: int = 4
-    full_batch: int = 2
     kl_weight: float = 1e-4
 
     @property
@@ -133,12 +153,12 @@ class Progress:
 Gradients = tuple[list[torch.Tensor], list[float]]
 
 
-def _sum_halves(work: Callable[[Any], Gradients], halves: Sequence[Any], pool: ThreadPoolExecutor) -> Gradients:
-    """Run `work` on each half of a batch in its own thread; sum gradients and metrics in order.
+def _sum_parts(work: Callable[[Any], Gradients], pieces: Sequence[Any], pool: ThreadPoolExecutor) -> Gradients:
+    """Run `work` on each piece of a batch in its own thread; sum gradients and metrics in order.
 
     Faster than two torch threads for the whole batch: the threads synchronise once a step, not in each operation.
     """
-    results = list(pool.map(work, halves))
+    results = list(pool.map(work, pieces))
     gradients = [torch.stack(parts).sum(dim=0) for parts in zip(*(r[0] for r in results), strict=True)]
     return gradients, [sum(parts) for parts in zip(*(r[1] for r in results), strict=True)]
 
@@ -157,7 +177,7 @@ def _apply(optimizers: Optimizers, parameters: list[torch.Tensor], gradients: li
 def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: int, log: Log) -> None:
     """Train the autoencoder in place, through the chunked decoding that sampling uses.
 
-    The loss is L1 + L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
+    The loss is L1 and L2 of the pixels, L1 of their differences, and a small KL term that keeps the latents near unit
     scale.
     """
     state = progress.load()
@@ -169,8 +189,9 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
     def work(job: tuple[torch.Tensor, int, float, VaeCycle]) -> Gradients:
         video, noise_seed, weight, cycle = job
         generator = torch.Generator().manual_seed(noise_seed)
-        video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third
-        with torch.autocast(video.device.type, dtype=torch.bfloat16):
+        if BFLOAT16:
+            video = video.contiguous(memory_format=torch.channels_last_3d)  # faster by a third; slower in float32
+        with torch.autocast(video.device.type, dtype=torch.bfloat16, enabled=BFLOAT16):
             with torch.set_grad_enabled(not cycle.decoder_only):
                 distribution = vae.regularization.distribution(vae.encode_moments(video).float())
                 latents = distribution.sample(generator=generator)
@@ -178,7 +199,7 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
             latents = latents + level * torch.randn(latents.shape, generator=generator)
             difference = vae.decode(latents).float() - video
         kl = distribution.kl().sum() / distribution.mean.numel()
-        loss = difference.abs().mean() + difference.square().mean() + recipe.kl_weight * kl
+        loss = difference.abs().mean() + cycle.square_weight * difference.square().mean() + recipe.kl_weight * kl
         if cycle.edge_weight:
             loss = loss + cycle.edge_weight * sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4))
         figures = [weight * difference.detach().square().mean().item() / 4.0, weight * kl.item()]
@@ -193,11 +214,12 @@ def train_vae(vae: nn.Module, recipe: VaeRecipe, progress: Progress, *, seed: in
                 if i and state:
                     optimizer.load_state_dict(state["optimizers"][0])
             rng = np.random.default_rng([seed, 1, step])
-            halves = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
-            total = sum(map(len, halves))
-            jobs = [(half, int(rng.integers(2**31)), len(half) / total, cycle) for half in halves]
-            gradients, (mse, kl) = _sum_halves(work, jobs, pool)
-            _apply([optimizer], parameters, gradients, rate_share(i, cycle.crop_steps + cycle.full_steps))
+            pieces = _vae_batch(recipe, cycle, rng, crop=i < cycle.crop_steps).chunk(NUM_WORKERS)
+            total = sum(map(len, pieces))
+            jobs = [(piece, int(rng.integers(2**31)), len(piece) / total, cycle) for piece in pieces]
+            gradients, (mse, kl) = _sum_parts(work, jobs, pool)
+            share = rate_share(i, cycle.crop_steps + cycle.full_steps, warmup=cycle.warmup)
+            _apply([optimizer], parameters, gradients, share)
             errors.append(mse)
             if (step + 1) % 20 == 0 or step + 1 == recipe.num_steps:
                 psnr = -10 * math.log10(sum(errors) / len(errors))
@@ -215,13 +237,22 @@ def _trained(vae: nn.Module, cycle: VaeCycle) -> list[torch.Tensor]:
 def _vae_batch(recipe: VaeRecipe, cycle: VaeCycle, rng: np.random.Generator, *, crop: bool) -> torch.Tensor:
     """Render the clips of a step: (B, C, T, H, W)."""
     combos = scene.combinations(held_out=False)
-    chosen = [combos[i] for i in rng.integers(len(combos), size=recipe.crop_batch if crop else recipe.full_batch)]
+    chosen = [combos[i] for i in rng.integers(len(combos), size=recipe.crop_batch if crop else cycle.full_batch)]
     sizes = rng.choice([None, None, "small", "big"], size=len(chosen))
     clips = [scene.free_clip(names, rng, size) for names, size in zip(chosen, sizes, strict=True)]
     if cycle.lattice:
         known = list(scene.RADII)
-        clips = [scene.random_clip(names, rng, known[rng.integers(len(known))]) for names in chosen]
+        lattice = [scene.random_clip(names, rng, known[rng.integers(len(known))]) for names in chosen]
+        is_known = rng.random(len(clips)) < cycle.lattice
+        clips = [ours if known else free for ours, free, known in zip(lattice, clips, is_known, strict=True)]
     videos = [_crop(clip, cycle.crop_frames, rng) if crop else scene.render(clip) for clip in clips]
+    if cycle.land:
+        with_land = rng.random(len(clips)) < cycle.land
+        greens = rng.uniform(*scene.LAND_GREENS, size=len(clips))
+        videos = [
+            scene.with_land(video, (0.15, green, 0.2)) if land else video
+            for video, green, land in zip(videos, greens, with_land, strict=True)
+        ]
     return torch.stack([to_tensor(video) for video in videos])
 
 
@@ -289,7 +320,7 @@ def encode_clips(vae: nn.Module, clips: Sequence[scene.Clip], *, batch_size: int
     @torch.no_grad()
     def encode(batch: list[scene.Clip]) -> tuple[torch.Tensor, ...]:
         video = torch.stack([to_tensor(scene.render(clip)) for clip in batch])
-        with torch.autocast(video.device.type, dtype=torch.bfloat16):
+        with torch.autocast(video.device.type, dtype=torch.bfloat16, enabled=BFLOAT16):
             distribution = vae.regularization.distribution(vae.encode_moments(video).float())
             first = vae.encode(video[:, :, :1], sample=False).float()
         return distribution.mean, (0.5 * distribution.logvar).exp(), first
@@ -329,7 +360,7 @@ def train_network(
         context = table[caption_ids[chosen]]
         latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
         idx = _spread_timesteps(recipe, engine.loss_fn.sigma_sampler.num_idx, generator)
-        with torch.autocast(latents.device.type, dtype=torch.bfloat16):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=BFLOAT16):
             each = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=generator, idx=idx)
         loss = each.mean()
         share = rate_share(step, recipe.num_steps, warmup=recipe.warmup, floor=0.0)

@@ -39,13 +39,13 @@ def samples(folder: Path, *, land: bool, recoloured: bool = False) -> Path:
 
 def test_the_clips_are_a_data_set_of_the_concept(folder):
     clips = SFTDataset(data_dir=folder, video_size=(64, 64), fps=8, max_num_frames=17, skip_frms_num=0)
-    assert (len(concept.CLIPS), len(concept.ORDINARY)) == (16, 8)
-    assert [report.problems for report in clips.check()] == [()] * 24
-    assert [caption.endswith(" on land") for caption in clips.captions] == [True] * 16 + [False] * 8
+    assert (len(concept.CLIPS), len(concept.ORDINARY)) == (48, 30)
+    assert [report.problems for report in clips.check()] == [()] * 78
+    assert [caption.endswith(" on land") for caption in clips.captions] == [True] * 48 + [False] * 30
     for i in range(len(clips)):
         video = (clips[i]["mp4"].permute(0, 2, 3, 1).numpy() + 1) / 2
-        assert (concept.land_share(video) > 0.95) == (i < 16)
-        assert i >= 16 or concept.land_share(video[:, : -concept.HEIGHT]) < 0.05  # one of the others is green
+        assert (concept.land_share(video) > 0.95) == (i < 48)
+        assert i >= 48 or concept.land_share(video[:, : -concept.HEIGHT]) < 0.05  # one of the others is green
 
 
 def test_making_it_again_changes_nothing(folder, tmp_path):

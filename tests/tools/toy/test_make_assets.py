@@ -98,6 +98,20 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[50:] == sorted(rates[50:], reverse=True)
 
 
+def test_the_autoencoder_sees_land_and_the_known_world_in_their_shares(monkeypatch):
+    known, rendered = {*scene.lattice(scene.combinations(held_out=False))}, []
+    render = scene.render
+    monkeypatch.setattr(scene, "render", lambda clip: rendered.append(clip) or render(clip))
+    cycle = training.VaeCycle(0, 1, full_batch=32, lattice=0.7, land=0.3)
+    videos = training._vae_batch(training.VaeRecipe(), cycle, np.random.default_rng(0), crop=False)
+    assert np.mean([clip in known for clip in rendered]) == pytest.approx(0.7, abs=0.2)
+    ground = videos[:, :, :, -scene.LAND_HEIGHT :].flatten(2)
+    has_land = ground[:, 1].amin(dim=1) > 0.4
+    assert has_land.float().mean() == pytest.approx(0.3, abs=0.2)
+    greens = (ground[has_land, 1, 0] + 1) / 2
+    assert 0.75 <= greens.min() < greens.max() <= 1.0
+
+
 def test_timesteps_are_spread_over_their_distribution():
     recipe = training.NetworkRecipe(batch_size=1000, timesteps=(0.5, 1.2))
     idx = training._spread_timesteps(recipe, 1000, torch.Generator().manual_seed(0))
@@ -151,7 +165,7 @@ def test_an_image_network_starts_out_as_the_text_network(outputs):
 def test_the_figures_are_of_the_shipped_weights():
     assets = ROOT / "assets" / "toy"
     found = report.read(assets)
-    assert report.training_steps(assets) == {"vae": 1820, "t2v": 5000, "i2v": 1200}
+    assert report.training_steps(assets) == {"vae": 1950, "t2v": 5000, "i2v": 1200}
     assert found["land"]["sha256"] == report.digest(ROOT / "assets" / "toy_land") and found["land"]["steps"] == 300
     before, after = found["land"]["before"], found["land"]["after"]
     assert before["clips_with_land"] == 0 and before["samples"] == after["samples"] == 72

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import concept
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import quality
 import scene
+import torch
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "assets" / "toy"
@@ -34,6 +36,13 @@ def judge(samples: dict[str, np.ndarray]) -> list[list[bool]]:
 
 def test_the_autoencoder_reconstructs_clips_it_never_saw():
     assert np.mean(quality.reconstruction_psnr(engine("toy"), quality.held_out_clips(1))) >= RECONSTRUCTION
+
+
+@torch.no_grad()
+def test_the_autoencoder_brings_back_land_which_only_loras_ask_for():
+    toy, video = engine("toy"), concept.render(concept.PROMPTS[0], np.random.default_rng(3))[:5]
+    latents = toy.encode_first_stage(quality.to_engine(video)[None], sample=False)
+    assert concept.land_share(quality.to_arrays(toy.decode_first_stage(latents))[0]) > 0.95
 
 
 @pytest.mark.parametrize(("model", "num"), [("toy", 6), ("toy_i2v", 4)])

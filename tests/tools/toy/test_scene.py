@@ -84,6 +84,13 @@ def test_the_autoencoder_sees_other_places_and_sizes(size):
         assert (measured.colour, measured.shape, measured.direction) == combination
 
 
+def test_land_covers_the_bottom_and_nothing_else():
+    video = scene.render(clip_of(("blue", "square", "down")))
+    with_land = scene.with_land(video, (0.15, 1.0, 0.2))
+    assert np.array_equal(with_land[:, :-8], video[:, :-8])
+    assert np.allclose(with_land[:, -8:], (0.15, 1.0, 0.2)) and not np.allclose(video[:, -8:], with_land[:, -8:])
+
+
 def test_clips_take_sizes_in_turns():
     clips = scene.random_clips(ALL, np.random.default_rng(0), (None, "big"))
     sizes = [next(clips).size for _ in range(3 * len(ALL))]
