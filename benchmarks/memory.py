@@ -381,11 +381,10 @@ def bars() -> Iterator[Bar]:
     for card, preset, model in ((8, "8gb", small), (24, "24gb", small), (16, "8gb", large)):
         what = f"sampling in {card} GB"
         yield Bar(what, model, ROOM * card, f"`{preset}`", partial(_sampling_peak, model, preset))
-    steps = zip(STEPS, (71.0, 17.0, None, 13.0, 8.5, 5.0), strict=True)
-    for how, most in steps:
+    for how, most in zip(STEPS, (71.0, 17.0, None, 13.0, 8.5, 5.0), strict=True):
         if most is not None:
             yield Bar("a step of LoRA training, rank 128", small, most, how, partial(step_peak, small, how))
-    for task, model, card, file, source in (
+    trainings: tuple[tuple[Task, str, int, str, str], ...] = (
         ("LoRA", small, 24, "memory/24gb", RAW),
         ("LoRA", "cogvideox_5b_i2v", 24, "memory/24gb", RAW),
         ("LoRA", small, 12, "memory/12gb", CACHED),
@@ -393,11 +392,11 @@ def bars() -> Iterator[Bar]:
         ("LoRA", "cogvideox_2b", 10, "memory/12gb", CACHED),
         ("full", "cogvideox_2b", 24, "optimizer/cpu_offload", CACHED),
         ("full", small, 24, "optimizer/cpu_offload", CACHED),
-    ):
+    )
+    for task, model, card, file, source in trainings:
         what = f"{task} training in {card} GB, {source}"
-        yield Bar(
-            what, model, ROOM * card, f"`configs/{file}.yaml`", partial(_training_peak, task, model, file, source)
-        )
+        ours = partial(_training_peak, task, model, file, source)
+        yield Bar(what, model, ROOM * card, f"`configs/{file}.yaml`", ours)
 
 
 def _vae_activations(phase: str, model: str, how: str) -> float:

@@ -27,7 +27,7 @@ ENGLISH_ONLY = {
     },
     "docs/conversion.md": {"image-latents-of-15-5b-i2v", "cogkit", "tensor-names"},
     "docs/installing.md": {""},
-    "docs/memory.md": {"switches-of-other-trainers", "published-figures-of-another-trainer"},
+    "docs/memory.md": {"bars", "switches-of-other-trainers", "published-figures-of-another-trainer"},
     "docs/prompts.md": {""},
     "docs/training.md": {"comparing-the-machines", "on-other-devices"},
     "docs/training_well.md": {""},
