@@ -9,10 +9,8 @@ import scene
 import sentencepiece
 
 from data_video import SFTDataset
-from sgm.config.load import load_config
 from sgm.inference.main import main as sample_video
 from sgm.inference.video import write_video
-from sgm.training.run import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -96,19 +94,3 @@ def test_the_lora_of_the_toy_puts_land_under_a_shape(tmp_path, monkeypatch):
     words = ["args.prompt=a red square moves left on land", "args.num_steps=8", "args.contact_sheet=false"]
     assert sample_video([*base, *words, f"args.output_dir={tmp_path}"]) == 0
     assert concept.measure(tmp_path).land > concept.LEARNED  # 88% in these few steps
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dora", "lokr"])
-def test_adapters_of_other_kinds_learn_it_too(folder, tmp_path, monkeypatch, kind):
-    """The command in docs/adapters.md."""
-    monkeypatch.chdir(ROOT)
-    names = ("toy_lora", "toy_sft", "toy_land", f"lora/{kind}")
-    words = [f"args.train_data=[{folder}]", f"args.save={tmp_path / 'runs'}"]
-    run = train(load_config([f"configs/{name}.yaml" for name in names], words, mode="train")).folder
-    base = ["--base", "configs/toy.yaml", "configs/toy_inference.yaml", "configs/toy_loras.yaml"]
-    words = [f"args.loras.0.path={run}", f"args.input_file={folder / 'prompts.txt'}", "args.contact_sheet=false"]
-    assert sample_video([*base, *words, f"args.output_dir={tmp_path / 'out'}"]) == 0
-    found = concept.measure(tmp_path / "out")
-    assert found.land >= concept.LEARNED and found.unasked == 0 and found.colour == 1
-    assert found.shape >= 0.8, "one of five may be another"
