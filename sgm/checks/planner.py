@@ -21,7 +21,7 @@ from sgm.config.load import Config, ConfigError, load_config
 from sgm.distributed import device
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import InputError, default
-from sgm.weights.adapters import with_adapters
+from sgm.weights.adapters import is_added, with_adapters
 from sgm.weights.lora.several import with_loras
 
 ROOM = 0.9  # of a card
@@ -108,11 +108,6 @@ EstimateOf = Callable[[Sequence[str]], Estimate]
 NEXT_OF_SAMPLING = (
     "sample fewer or smaller frames (args.sampling_num_frames, args.sampling_image_size), or share a sample among "
     "devices (configs/parallel/sample_2.yaml)"
-)
-NEXT_OF_TRAINING = (
-    "encode clips and captions before (tools/prepare_dataset.py, then args.latent_cache and args.text_cache), train "
-    "adapters instead of all weights, take fewer or smaller frames (data.params.max_num_frames, video_size), or share "
-    "clips among devices (configs/parallel/train_2.yaml)"
 )
 
 
@@ -361,7 +356,26 @@ def training_rows(
         changed, _ = with_largest_bucket(config_with(config, settings), geometry)
         return training_estimate(changed, dtype, trained, vae=vae, text_encoder=text_encoder)
 
-    return rows | _memory_rows(estimate_of, card, TRAINING, NEXT_OF_TRAINING)
+    next_steps = next_of_training(encodes=bool(vae or text_encoder), adapters=all(map(is_added, trained)))
+    return rows | _memory_rows(estimate_of, card, TRAINING, next_steps)
+
+
+def next_of_training(*, encodes: bool, adapters: bool) -> str:
+    """Return what to do where no settings are enough.
+
+    Args:
+        encodes: encoders are loaded beside training.
+        adapters: only adapters are trained.
+    """
+    steps = []
+    if encodes:
+        steps.append(
+            "encode clips and captions before (tools/prepare_dataset.py, then args.latent_cache and args.text_cache)"
+        )
+    if not adapters:
+        steps.append("train adapters instead of all weights")
+    steps.append("take fewer or smaller frames (data.params.max_num_frames, video_size)")
+    return ", ".join([*steps, "or share clips among devices (configs/parallel/train_2.yaml)"])
 
 
 def recomputed_blocks(

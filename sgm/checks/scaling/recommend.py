@@ -9,7 +9,7 @@ import torch
 import sgm.distributed
 from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.planner import NEXT_OF_TRAINING, config_with, recomputed_blocks, room_for
+from sgm.checks.planner import config_with, next_of_training, recomputed_blocks, room_for
 from sgm.checks.sampling import params_of
 from sgm.checks.scaling.cards import Card
 from sgm.checks.scaling.step_time import CURES, Prediction, predict
@@ -19,6 +19,7 @@ from sgm.config.load import Config
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
+from sgm.weights.adapters import is_added
 
 STAGES = (0, 1, 2, 3)
 SIZES = (1, 2, 4, 8)  # of tensor and sequence parallelism
@@ -127,6 +128,12 @@ class Planner:
             stages = [stage for stage in stages if stage < 3]
         lowest = 3 if is_offloaded(zero, "param") else 1 if is_offloaded(zero, "optimizer") else 0
         self.stages = [stage for stage in stages if stage >= lowest]
+
+    @property
+    def next_steps(self) -> str:
+        """What to do where nothing fits."""
+        adapters = all(map(is_added, self.trained))
+        return next_of_training(encodes=bool(self.vae or self.text_encoder), adapters=adapters)
 
     def meshes(self) -> Iterator[Mesh]:
         """Yield the meshes within a machine that model and number of ranks allow."""
@@ -267,7 +274,7 @@ def scaling_rows(planner: Planner) -> dict[str, str]:
             return rows | {"  recommended": f"nothing: no mesh and micro batch give train_batch_size={total}"}
         least = min(choices, key=lambda choice: choice.prediction.estimate.peak)
         words = " ".join(least.setup.settings(vae=bool(planner.vae)))
-        return rows | {"  the smallest": f"{words}: {_speed(least, planner.room)}; {NEXT_OF_TRAINING}"}
+        return rows | {"  the smallest": f"{words}: {_speed(least, planner.room)}; {planner.next_steps}"}
     settings = found.setup.settings(vae=bool(planner.vae))
     config_with(planner.config, settings)  # the run will be loaded with them
     groups = world // found.setup.mesh.ranks

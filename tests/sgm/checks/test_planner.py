@@ -206,6 +206,13 @@ def test_training_is_planned_before_anything_is_downloaded(capsys, tmp_path):
     assert found.err.count("there is no checkpoint at") == 1
 
 
+def test_the_next_step_is_one_that_the_run_has_not_taken():
+    ways = [planner.next_of_training(encodes=a, adapters=b) for a in (True, False) for b in (True, False)]
+    assert ["prepare_dataset" in way for way in ways] == [True, True, False, False]
+    assert ["train adapters" in way for way in ways] == [False, True, False, True]
+    assert all("train_2.yaml" in way for way in ways)
+
+
 def test_a_run_from_caches_is_planned_before_they_are_there(capsys, tmp_path):
     caches = [f"args.{name}={tmp_path / 'none'}" for name in ("latent_cache", "text_cache")]
     assert train(["--base", *TOY_TRAINING, "--check", "--card", "8", f"args.save={tmp_path}", *caches]) == 2
