@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 READER = 5  # increment when the metadata or the frames of a clip change: caches and indices of others are not used
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, above 8K
 _COMPLETE = 0.9  # share of the stated duration that the packets must fill; trimming and rounding cost a little
+_BACK = 1.0  # seconds by which decoding times may go back; those of joined files begin again
 _TURNED = 0.02  # of the smaller to the larger entries of a display matrix: a degree besides quarters of a turn
 _SAME_SHAPE = 0.02  # of |log(aspect ratio)| of the frames of a clip, whose size may change
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v")  # container formats whose presentation times FFmpeg invents
@@ -95,12 +96,16 @@ def scan(path: str | ClipFile) -> Scan:
 
 def _scan_video(path: str | ClipFile, *, ordered: bool) -> Scan:
     packets: list[tuple[int | None, int | None, int]] = []
-    first, count, decoded = None, 0, set[int | None]()
+    first, count, decoded, latest = None, 0, set[int | None](), -math.inf
     by_fields = False
     with open_video(path) as (container, stream):
         ordered |= container.format.name in _WITHOUT_TIMES and stream.codec_context.reorder_depth > 0
         decoder = _decoder(stream)
         for packet in _packets(container, stream):
+            if packet.dts is not None and packet.dts < latest - _BACK / float(stream.time_base or 1):
+                said = f"its times begin again after {len(packets)} frames, as where files were joined"
+                raise ClipError(path, f"{said}; cut it there, or encode it again")
+            latest = max(latest, packet.dts if packet.dts is not None else latest)
             if packet.is_corrupt:
                 raise ClipError(path, f"is cut off or damaged after {len(packets)} frames; copy or encode it again")
             if packet.size and not packet.is_discard:  # discarded: trimmed without encoding again

@@ -71,6 +71,15 @@ def test_pictures_are_upright(variant, rotation, size):
     assert np.abs(first[:, 2:-2, 2:-2].astype(int) - expected[:, 2:-2, 2:-2]).mean() < 5, "turned the wrong way"
 
 
+@pytest.mark.parametrize(("name", "codec"), [("part.mkv", "copy"), ("part.mpg", "mpeg1video")])
+def test_a_stream_whose_times_begin_again_is_refused(variant, tmp_path, name, codec):
+    part = variant("-c:v", codec, name=name, before=("-stream_loop", "1"))
+    assert scan(part).info.num_frames > 50
+    (joined := tmp_path / f"joined{part.suffix}").write_bytes(2 * part.read_bytes())
+    with pytest.raises(ClipError, match=r"its times begin again after (59|60) frames, as where files were joined"):
+        scan(joined)
+
+
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirror", ["h", "v"])
 def test_mirrored_pictures_are_those_of_ffmpeg(variant, tmp_path, turn, mirror):
