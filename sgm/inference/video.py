@@ -6,6 +6,7 @@ Legend: ``T C H W`` frames of one video from the model, ``T H W C`` pictures.
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
     with atomic_file(path) as temporary:
         output = os.path.abspath(temporary)  # ffmpeg would take a relative name with a colon for a URL
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, output]
-        done = subprocess.run(command, input=pictures.data.cast("B"), capture_output=True, check=False)
+        # In a thread: signals raise in the main thread alone, and one that raised while ffmpeg starts would leave it
+        # running. So it is waited for.
+        with ThreadPoolExecutor(1) as pool:
+            given: dict[str, Any] = {"input": pictures.data.cast("B"), "capture_output": True, "check": False}
+            done: subprocess.CompletedProcess[Any] = pool.submit(subprocess.run, command, **given).result()
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines()[:6]
             raise RunError(

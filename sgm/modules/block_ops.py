@@ -49,10 +49,11 @@ def normalised_heads(qkv: torch.Tensor, q_norm: nn.Module, k_norm: nn.Module) ->
     norms = (q_norm, k_norm)
     # Norms of other classes, and those whose hooks bring their weights (ZeRO-3), are called.
     plain = all(type(norm) is nn.LayerNorm and not norm._forward_pre_hooks for norm in norms)
-    if not (torch.compiler.is_compiling() and plain and q_norm.eps == k_norm.eps):
+    eps: Any = q_norm.eps
+    if not (torch.compiler.is_compiling() and plain and eps == k_norm.eps):
         return q_norm(q), k_norm(k), v
     # Both in one kernel; in float32 as torch's norm, whose copies the compiler leaves out.
-    both = nn.functional.layer_norm(qkv[:, :, :2].float(), qkv.shape[-1:], eps=q_norm.eps)
+    both = nn.functional.layer_norm(qkv[:, :, :2].float(), qkv.shape[-1:], eps=eps)
     if q_norm.elementwise_affine:
         weight, bias = (torch.stack((getattr(q_norm, name), getattr(k_norm, name))) for name in ("weight", "bias"))
         both = torch.addcmul(bias[:, None], both, weight[:, None])

@@ -1,10 +1,12 @@
 import json
 import os
+import signal
 import subprocess
 
 import decord
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -201,3 +203,27 @@ def test_an_animation_plays_all_videos_and_holds_the_last_frame_of_short_ones(su
     assert np.abs(np.array(shades) - [[40, 40], [250, 250], [120, 250]]).max() < 12
     with pytest.raises(ValueError, match="expected videos"):
         animation([], path, columns=2, fps=8)
+
+
+def test_a_signal_while_ffmpeg_starts_leaves_neither_it_nor_a_file(tmp_path, monkeypatch):
+    class Asked(BaseException):
+        pass
+
+    def ask(number, frame):
+        raise Asked
+
+    start, former = subprocess.Popen._execute_child, signal.signal(signal.SIGTERM, ask)
+
+    def start_and_ask(self, *args):
+        start(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", start_and_ask)
+    before = psutil.Process().children()
+    try:
+        with pytest.raises(Asked):
+            write_video(tmp_path / "clip.mp4", np.zeros((5, 16, 16, 3), np.uint8), 8)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    alive = [each for each in psutil.Process().children() if each not in before and each.status() != "zombie"]
+    assert alive == [] and list(tmp_path.iterdir()) == []
