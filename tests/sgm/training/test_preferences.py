@@ -146,4 +146,5 @@ def test_two_ranks_learn_the_same_from_pairs_whether_weights_are_sharded_or_not(
         [row["loss"] for row in read_metrics(only_run(tmp_path / str(stage)) / "metrics.jsonl") if "loss" in row]
         for stage in (0, 3)
     )
-    assert len(whole) == 3 and whole == pytest.approx(sharded, abs=1e-5) and max(whole) - min(whole) > 1e-3
+    # The loss is of a thousand times (half of `beta`) the difference of two float32 errors, which round by 1e-7.
+    assert len(whole) == 3 and whole == pytest.approx(sharded, abs=1e-4) and max(whole) - min(whole) > 1e-3

@@ -48,7 +48,8 @@ def test_an_extracted_lora_does_what_the_trained_one_did_and_the_page_shows_it()
 def learned(found: dict) -> None:
     """Land where it was asked for alone, and colours and shapes as before."""
     for name, own in found.items():
-        assert own["land"] >= (0.4 if name == "lokr_root" else concept.LEARNED) and own["unasked"] == 0
+        smallest = name == "lokr_root"
+        assert own["land"] >= (0.4 if smallest else concept.LEARNED) and own["unasked"] <= (0.1 if smallest else 0)
         assert own["colour"] == 1 and own["shape"] >= 0.8, "one of five may be another"
 
 
@@ -61,11 +62,11 @@ def test_all_kinds_learn_land_as_their_exported_files_show_and_so_does_the_page(
         assert f"| {KINDS[name]} | {own['numbers']:,} | {own['style']} | {shares} |" in text
 
 
-def test_averages_of_checkpoints_are_between_them_and_the_page_shows_them():
+def test_averages_of_checkpoints_are_as_good_as_those_and_the_page_shows_them():
     found, text = FOUND["soups"], section("Merge and extract")
     assert list(found) == ["200", "250", "300", "average", "moving average"]
-    earlier = max(found[name]["land"] for name in ("200", "250"))
-    assert all(earlier < found[name]["land"] < found["300"]["land"] for name in ("average", "moving average"))
+    least = min(found[name]["land"] for name in ("200", "250", "300"))
+    assert all(found[name]["land"] >= least for name in ("average", "moving average"))
     for name, own in found.items():
         assert own["unasked"] == 0 and own["colour"] == 1
         row = f"iteration {name}" if name.isdecimal() else name
@@ -76,9 +77,9 @@ def test_two_loras_at_once_are_both_seen_and_the_page_shows_it():
     found, text = FOUND["several"], section("Several at once")
     assert found["land"]["land"] >= concept.LEARNED and found["land"]["big"] == 0
     assert found["big"]["land"] <= 0.01 and found["big"]["big"] >= 0.9
-    assert found["both"]["land"] >= 0.3 and found["both"]["big"] >= 0.5
+    assert found["both"]["land"] >= 0.6 and found["both"]["big"] >= 0.9
     for name, own in found.items():
-        assert own["unasked"] == 0 and own["colour"] == 1
+        assert own["unasked"] == 0 and own["colour"] >= 0.8
         assert f"| {name} | {' | '.join(f'{own[key]:.0%}' for key in ('land', 'big', 'colour', 'shape'))} |" in text
 
 
