@@ -1,6 +1,7 @@
 """Check YAML values against type annotations, with pydantic, and describe the accepted values."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ SNR = Annotated[float, Field(ge=0.001, le=10_000)]  # signal-to-noise ratio; tha
 Name = Annotated[str, Field(min_length=1)]
 
 _LARGE = 1e9  # of bounds that are written with an exponent
+_UPPER_LARGE = re.compile(r" and (?:at most|below) \S+e\+\d+")
 _WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
 
 
@@ -51,9 +53,12 @@ def misfit(value: Any, hint: Any) -> tuple[str, str] | None:
 
 
 def words_for(hint: Any) -> str:
-    """Describe the values that an annotation accepts; empty for one without JSON schema."""
+    """Describe the values that an annotation accepts; empty for one without JSON schema.
+
+    Without upper bounds far above what can be meant, which only messages about such values name.
+    """
     schema = _adapter(hint, repr(hint))[1]
-    return _in_words(schema, schema.get("$defs", {})) if schema else ""
+    return _UPPER_LARGE.sub("", _in_words(schema, schema.get("$defs", {}))) if schema else ""
 
 
 @cache
