@@ -427,7 +427,8 @@ SETTINGS = sorted(
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_is_accepted(setting, monkeypatch):
     monkeypatch.chdir(ROOT)
-    bases = ["configs/cogvideox_5b.yaml", "configs/inference.yaml"]
+    model = "cogvideox_5b_lora" if "lora_config" in setting else "cogvideox_5b"
+    bases = [f"configs/{model}.yaml", "configs/inference.yaml"]
     config = load_config(bases, shlex.split(setting), mode="inference")
     check_sampling(config.args, Geometry.from_network(config.model["network_config"]["params"]))
 

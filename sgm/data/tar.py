@@ -6,6 +6,7 @@ behind the marker, where another archive was appended with ``cat``. Here a missi
 refused, and joined archives are read as ``tar --ignore-zeros`` does.
 """
 
+import errno
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -51,7 +52,10 @@ def files_of(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
                         files[entry.name] = _content(entry, files)
                         yield entry.name, *files[entry.name]
                 end = archive.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:  # ValueError: odd numbers in headers
+        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
+            # Odd numbers in headers are ValueErrors, or places that cannot be sought.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise ArchiveError(_not_one(file, place, reason_of(error))) from None
         if end == start > 0:
             raise ArchiveError(

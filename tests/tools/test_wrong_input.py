@@ -90,7 +90,7 @@ HF2SAT = "convert_weight_hf2sat --output_path out"
         ("check_dataset loop --video_size 64 64", "it is a symbolic link to loop, which leads nowhere"),
         ("check_dataset splits --video_size 64 64", "has a dataset_dict.json and no folder of a split"),
         ("check_dataset lost --video_size 64 64", "datasets.load_from_disk: No such file or directory"),
-        ("check_dataset size.tar --video_size 64 64", "size.tar: is not a tar file, or a damaged one ("),
+        ("check_dataset size.tar --video_size 64 64", "size.tar: is cut or damaged near byte 100,000,000,001,536"),
         ("check_dataset GNU.sparse.map.tar --video_size 64 64", "GNU.sparse.map.tar: is not a tar file, or a damaged"),
         ("check_dataset twice.parquet --video_size 64 64", "'twice.parquet' names the column 'caption' twice"),
         (f"{HF2SAT} --model_path nothing", "there is no nothing/model_index.json; correct the path"),

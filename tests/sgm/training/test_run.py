@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -543,7 +544,9 @@ def test_steps_are_timed_without_evaluations_between_two_lines(monkeypatch):
     run = SimpleNamespace(
         args=SimpleNamespace(eval_measures=False),
         evaluation=SimpleNamespace(num_samples=1, losses=lambda: {"validation_loss": 1.0}, sample=lambda _: []),
-        parts=SimpleNamespace(deepspeed=None),
+        parts=SimpleNamespace(
+            deepspeed=None, plan=SimpleNamespace(caches=SimpleNamespace(encodes={})), network_leaves=nullcontext
+        ),
         saver=SimpleNamespace(keep_if_best=lambda *_: None, best=None),
         summary=SimpleNamespace(samples=[]),
         metrics=None,
