@@ -42,6 +42,11 @@ _ARGS: Mapping[Mode, type[SamplingArgs]] = {"inference": SamplingArgs, "train": 
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
+# Keys of files and folders, in any section.
+_FILES = frozenset(
+    "load base path image video mask inversion start end control input_file prompt_enhancer output_dir preview save "
+    "train_data valid_data latent_cache text_cache remote_cache eval_lpips eval_clip ckpt_path model_dir".split()
+)
 _MAX_INTEGER = 2**63 - 1
 _PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
 _CHOICES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # of a URL: {000..099}, {a,b}
@@ -138,6 +143,7 @@ def load_config(
     merged = read_merged(bases, overrides)
     if merged.syntax_failed:
         raise ConfigError(merged.problems)
+    _expand_home(merged.values)
     sections = _take_sections(merged)
     _share_text_length(sections["model"], merged, trust)
     sections = trusting(sections, trust)
@@ -164,6 +170,17 @@ def load_config(
         origins={dotted(path): origin for path, origin in merged.origins.items()},
         **{name: sections[name] for name in ("model", "data", "deepspeed")},
     )
+
+
+def _expand_home(value: Any, key: str = "") -> Any:
+    """Expand ``~`` in the values of keys that name files, in place: shells leave it in ``args.save=~/runs``."""
+    if isinstance(value, dict):
+        value.update({name: _expand_home(entry, str(name)) for name, entry in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_expand_home(entry, key) for entry in value]
+    elif isinstance(value, str) and key in _FILES and value.partition("/")[0] == "~":
+        return str(Path(value).expanduser())
+    return value
 
 
 def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:

@@ -252,3 +252,14 @@ def test_entries_of_a_list_of_mappings_are_checked_one_by_one(loras, said):
 def test_entries_of_a_list_of_mappings_are_typed():
     (lora,) = toy("args.loras=[{path: x, strength: {0-2: 1, 3: 0.5}, schedule: [[0, 1]]}]").args.loras
     assert (lora.path, lora.strength, lora.schedule) == ("x", {"0-2": 1.0, "3": 0.5}, ((0.0, 1.0),))
+
+
+def test_the_home_folder_is_expanded_where_files_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["args.save=~/runs", "args.train_data=[~/clips]"]
+    args = load_config(["configs/toy.yaml", "configs/toy_sft.yaml"], words, mode="train").args
+    assert (args.save, *args.train_data) == (str(tmp_path / "runs"), str(tmp_path / "clips"))
+    words = ["args.output_dir=~/out", "args.loras=[{path: ~/lora}]", "args.input_type=cli", "args.prompt=~/a cat"]
+    args = load_config(["configs/toy.yaml", "configs/toy_inference.yaml"], words, mode="inference").args
+    found = (args.output_dir, args.loras[0].path, args.prompt)
+    assert found == (str(tmp_path / "out"), str(tmp_path / "lora"), "~/a cat")
