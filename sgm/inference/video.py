@@ -65,18 +65,23 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
     colours = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     with atomic_file(path) as temporary:
         output = os.path.abspath(temporary)  # ffmpeg would take a relative name with a colon for a URL
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *encoder, *colours, output]
+        words = ["-v", "error", "-y", *source, *encoder, *colours, output]
         # In a thread: signals raise in the main thread alone, and one that raised while ffmpeg starts would leave it
         # running. So it is waited for.
         with ThreadPoolExecutor(1) as pool:
-            given: dict[str, Any] = {"input": pictures.data.cast("B"), "capture_output": True, "check": False}
-            done: subprocess.CompletedProcess[Any] = pool.submit(subprocess.run, command, **given).result()
+            pool.submit(int).result()  # a thread that is interrupted while it starts would not be waited for
+            done = pool.submit(_run_ffmpeg, words, pictures.data.cast("B")).result()
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines()[:6]
             raise RunError(
                 f"could not write {path}: ffmpeg ended with {done.returncode}: {' / '.join(said) or 'no message'}; "
                 "check that the disk has room and that the ffmpeg of imageio-ffmpeg has libx264"
             )
+
+
+def _run_ffmpeg(words: Sequence[str], content: memoryview) -> subprocess.CompletedProcess[bytes]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *words]  # asks it for its version at first
+    return subprocess.run(command, input=content, capture_output=True, check=False)
 
 
 def read_video(path: str | Path) -> np.ndarray:

@@ -212,6 +212,7 @@ def test_a_signal_while_ffmpeg_starts_leaves_neither_it_nor_a_file(tmp_path, mon
     def ask(number, frame):
         raise Asked
 
+    imageio_ffmpeg.get_ffmpeg_exe()  # its first call starts a process as well: one signal is enough
     start, former = subprocess.Popen._execute_child, signal.signal(signal.SIGTERM, ask)
 
     def start_and_ask(self, *args):
