@@ -58,6 +58,11 @@ Encodes = bool | Literal["first frames", "validation"]
 STEPS_AT_ONCE = ("prodigyopt.", "bitsandbytes.")  # the others: `sgm.training.optim.slices`
 
 
+def with_vae(config: Config, encodes: Encodes) -> Encodes:
+    """Return what the VAE does: nothing in a configuration without one."""
+    return False if config.model.get("first_stage_config") is None else encodes
+
+
 def in_step(encodes: Encodes) -> bool:
     """Whether an encoder works in a step of training."""
     return bool(encodes) and encodes != "validation"
@@ -216,7 +221,7 @@ def training_estimate(
     device, host, stepping = _state_bytes(args, section, network, ranks, width)
     stored = total * width if base_storage(config) is None else network.stored
     device, frozen = device + stored - total * width, stored - learned * width
-    vae = False if config.model.get("first_stage_config") is None else vae
+    vae = with_vae(config, vae)
     # Frozen weights wait in host memory: always, or while text encoder and VAE run.
     away = args.network_offload == "cpu" and (bool(vae or text_encoder) or _samples_need_vae(config))
     device -= frozen * (args.network_offload == "blocks")

@@ -30,7 +30,6 @@ BAR, HIDDEN = 16, 24  # pixels from the top: of the bar, and of what the masks l
 COLOUR = "magenta"
 NEAR = 0.5  # distance of colours
 CONFIGS = ("configs/toy_lora.yaml", "configs/toy_sft.yaml", "configs/toy_masked.yaml")
-TARGETS = "model.network_config.params.modules.lora_config.params.targets=[attention,ff,patch,text]"
 
 
 def clips(num: int, *, held_out: bool, seed: int) -> list[scene.Clip]:
@@ -105,7 +104,7 @@ def measured(engine: Any, num_clips: int, *, num_steps: int | None = None) -> di
 def trained(folder: Path, name: str, steps: int, *, mask: bool) -> Path:
     """Train with or without masks; return the run folder."""
     own = (f"data.params.mask={str(mask).lower()}", "deepspeed.optimizer.params.lr=4e-3")
-    return teach.trained(folder, name, steps, "--base", *CONFIGS, TARGETS, *own)
+    return teach.trained(folder, name, steps, "--base", *CONFIGS, teach.TARGETS, *own)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -117,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
         config, words = "configs/toy.yaml", []
         if name != "base":
             run = trained(folder, name, options.steps, mask=name == "with")
-            config, words = "configs/toy_lora.yaml", [TARGETS, f"args.load={run}"]
+            config, words = "configs/toy_lora.yaml", [teach.TARGETS, f"args.load={run}"]
         found[name] = measured(quality.load_engine(config, words), options.num_clips, num_steps=options.num_steps)
         report.say(name, found[name])
     if options.write is not None:

@@ -6,6 +6,9 @@ from typing import Any
 from sgm.training.main import main as train
 from sgm.util import RunError
 
+# Of the shipped LoRA.
+TARGETS = "model.network_config.params.modules.lora_config.params.targets=[attention,ff,patch,text]"
+
 
 def run_training(*words: str) -> None:
     """Train with the words of a command line.

@@ -18,6 +18,7 @@ import concept
 import numpy as np
 import quality
 import scene
+import teach
 import torch
 
 from sgm.cli import run_command, tool_parser
@@ -32,7 +33,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     "loss": (f"{SAMPLER}.distribution=loss",),
     "loss, strata": (f"{SAMPLER}.distribution=loss", f"{SAMPLER}.strata=8"),
 }
-LORA = "model.network_config.params.modules.lora_config.params.targets=[attention,ff,patch,text]"
 BATCH, SEEN = 8, 40  # clips a step; steps whose losses the sampler sees first
 
 
@@ -55,7 +55,9 @@ class Steps:
     """
 
     def __init__(self, way: str, num_clips: int) -> None:
-        self.engine = quality.load_engine("configs/toy_lora.yaml", [LORA, f"args.load={concept.LORA}", *WAYS[way]])
+        self.engine = quality.load_engine(
+            "configs/toy_lora.yaml", [teach.TARGETS, f"args.load={concept.LORA}", *WAYS[way]]
+        )
         self.sampler = self.engine.require_loss().sigma_sampler
         self.latents, self.cond = latents_and_texts(self.engine, num_clips)
         network = self.engine.network.requires_grad_(False)

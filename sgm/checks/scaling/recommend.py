@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text
+from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text, with_vae
 from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.planner import config_with, next_of_training, recomputed_blocks, room_for
 from sgm.checks.sampling import params_of
@@ -116,7 +116,7 @@ class Planner:
         text_encoder: Encodes = True,
     ) -> None:
         self.config, self.dtype, self.trained, self.card = config, dtype, trained, card
-        self.vae: Encodes = False if config.model.get("first_stage_config") is None else vae
+        self.vae = with_vae(config, vae)
         self.text_encoder = text_encoder
         self.geometry: Geometry = geometry_of(config)
         self.world = sgm.distributed.world_size()

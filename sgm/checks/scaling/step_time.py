@@ -25,6 +25,7 @@ from sgm.checks.estimate import (
     state_bytes,
     text_encoder_bytes,
     training_estimate,
+    with_vae,
     zero_traffic,
 )
 from sgm.checks.measure import encode_usage, network_usage, once, vae_dtype
@@ -139,8 +140,7 @@ def predict(
     clip = clip_of(config)
     assert clip is not None, "the estimate has seen it"
     work = _Work(config, dtype, frozenset(trained), card, estimate, clip)
-    vae = False if config.model.get("first_stage_config") is None else vae
-    seconds = work.seconds(vae=vae, text_encoder=text_encoder)
+    seconds = work.seconds(vae=with_vae(config, vae), text_encoder=text_encoder)
     return Prediction(seconds, work.samples, work.world, work.sample_flops(), card.peak, estimate)
 
 
