@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,7 @@ from tests.processes import rank_environments
 from tests.sgm.training.points import POINT
 
 TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
+NEVER = timedelta(minutes=5)  # timeout of waits that only heartbeats end, however late they are
 FORKS = multiprocessing.get_context("fork")  # fork after all imports
 
 
@@ -45,7 +48,15 @@ def be_stuck_on_rank_one() -> None:
 
 
 def wait_in_the_store() -> None:
-    dist.distributed_c10d._get_default_store().get("never set" if d.rank() == 0 else "nor this")
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(NEVER)
+    store.get("never set" if d.rank() == 0 else "nor this")
+
+
+def wait_in_a_collective(waiting: int) -> None:
+    """Let one rank wait for the other one, in a collective with a long timeout."""
+    group = next(group for group in dist.distributed_c10d._world.pg_map if timeout_of(group) == NEVER)
+    dist.barrier(group) if d.rank() == waiting else time.sleep(300)
 
 
 def end_apart() -> None:
@@ -87,10 +98,10 @@ Signals = list[tuple[float, int, signal.Signals]]
 CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
     "killed": (never_meet, [(0, 1, signal.SIGKILL)]),
     "killed, then SIGTERM": (never_meet, [(0, 1, signal.SIGKILL), (0.1, 0, signal.SIGTERM)]),
-    "killed while the other is in a collective": (be_stuck_on_rank_one, [(0.5, 1, signal.SIGKILL)]),
+    "killed while the other is in a collective": (partial(wait_in_a_collective, 0), [(0.5, 1, signal.SIGKILL)]),
     "killed while the other waits in the store": (wait_in_the_store, [(0.5, 1, signal.SIGKILL)]),
-    "stopped with the store": (lambda: time.sleep(300 * (1 - d.rank())) or d.barrier(), [(0.5, 0, signal.SIGSTOP)]),
-    "stopped without the store": (be_stuck_on_rank_one, [(0.5, 1, signal.SIGSTOP)]),
+    "stopped with the store": (partial(wait_in_a_collective, 1), [(0.5, 0, signal.SIGSTOP)]),
+    "stopped without the store": (partial(wait_in_a_collective, 0), [(0.5, 1, signal.SIGSTOP)]),
     "failed": (fail_on_rank_one, []),
     "stuck": (be_stuck_on_rank_one, []),
     "slow": (outlast_a_collective, []),
@@ -101,6 +112,10 @@ CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
 }
 
 
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(d.device()).options._timeout
+
+
 def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
     """Run the work of a rank as the commands do; write messages to a file."""
     os.environ.update(env)
@@ -108,9 +123,9 @@ def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
     d.configure(SamplingArgs(distributed_timeout=TIMEOUT))
     d.initialize(mesh=d.Mesh(sequence=2))
     dist.new_group([0, 1])
-    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not None]
-    seconds = {group._get_backend(d.device()).options._timeout.total_seconds() for group in groups}
-    assert len(groups) > 3 and seconds == {TIMEOUT}
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) > 3 and {timeout_of(group) for group in groups} == {timedelta(seconds=TIMEOUT)}
+    dist.new_group([0, 1], timeout=NEVER)
     path.with_suffix(".ready").touch()
     try:
         with d.explain_lost_ranks():
