@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers run concurrentl
 
 import pytest  # noqa: E402
 import yaml
+from _pytest.logging import LogCaptureFixture, LogCaptureHandler, caplog_handler_key, catching_logs
 from xdist.scheduler import LoadFileScheduling
 
 from tests import convolutions
@@ -131,6 +132,20 @@ def projects_logger():
         logger.setLevel(before[2])
 
 
+@pytest.fixture
+def caplog(request):
+    """pytest's fixture of this name, for the tests that ask for it.
+
+    pytest's plugin, which pyproject.toml turns off, visits the loggers of all libraries six times a test.
+    """
+    handler = LogCaptureHandler()
+    request.node.stash[caplog_handler_key] = handler
+    fixture = LogCaptureFixture(request.node, _ispytest=True)
+    with catching_logs(handler):
+        yield fixture
+    fixture._finalize()
+
+
 @pytest.fixture(autouse=True)
 def torchs_own_linear():
     yield
@@ -212,9 +227,17 @@ def tiny_model(tmp_path_factory, t5_folder):
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("models")
-    # Unpickling its tensors takes longer than a step of a training; tests of weights read the file of torch.save.
+    # Unpickling tensors takes longer than a step of a training; tests of weights read the files of torch.save.
     vae = torch.load(GOLDEN / "vae" / "3d-vae.pt", weights_only=True)
     save_file(vae["state_dict"], folder / "3d-vae.safetensors")
+
+    def transformer(name: str) -> Path:
+        (file,) = (GOLDEN / name / "transformer").glob("*/mp_rank_00_model_states.pt")
+        copy = folder / name / "transformer"
+        (copy / file.parent.name).mkdir(parents=True)
+        save_file(torch.load(file, weights_only=True)["module"], copy / file.parent.name / f"{file.stem}.safetensors")
+        (copy / "latest").write_text(file.parent.name)
+        return copy
 
     def make(name: str) -> Path:
         path = folder / f"{name}.yaml"
@@ -240,7 +263,7 @@ def tiny_model(tmp_path_factory, t5_folder):
             },
         }
         args = {
-            "load": str(GOLDEN / name / "transformer"),
+            "load": str(transformer(name)),
             "sampling_num_frames": 2 if "1.5" in name else 1,
             "sampling_image_size": [64, 96],
             "num_steps": 2,

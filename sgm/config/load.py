@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel
+from yaml.cyaml import CSafeDumper  # pyright: ignore[reportAttributeAccessIssue]
 
 from sgm.config.args import MEMORY_ARGS, TRAINING_ARGS, EncodingArgs, SamplingArgs, TrainingArgs
 from sgm.config.deepspeed_section import check_deepspeed, complete_deepspeed
@@ -105,7 +106,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the merged configuration as one YAML file; loading it gives the same digest."""
-        return yaml.safe_dump(escaped(self.merged), sort_keys=False, allow_unicode=True)
+        return yaml.dump(escaped(self.merged), Dumper=CSafeDumper, sort_keys=False, allow_unicode=True)
 
 
 def digest_of(values: Any) -> str:

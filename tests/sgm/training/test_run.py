@@ -124,7 +124,7 @@ def test_a_lora_run_saves_adapters_alone_or_with_their_base(job, kept_run, golde
     adapters = weights(alone)
     assert adapters and all(".matrix_" in name for name in adapters)
     entry = read_entry(find_weights(alone), "lora")
-    assert entry["base"] == str(golden / LORA / "transformer") and entry["rank"] == 4
+    assert Path(entry["base"]).parts[-2:] == (LORA, "transformer") and entry["rank"] == 4
     saved = weights(whole)
     tables = {name for name in base if ".pos_embed.freqs_" in name}  # constants computed by the network
     assert saved.keys() == base.keys() - tables
