@@ -158,7 +158,7 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
+def _check_settings(config: Config, for_card: bool) -> tuple[dict[str, Any], list[Problem]]:
     """Return the legal ones of geometry, plan, device and dtype, and all problems."""
     args, problems, facts = config.args, check_files(config), {}
 
@@ -175,7 +175,7 @@ def _check_settings(config: Config) -> tuple[dict[str, Any], list[Problem]]:
     collect("device", "args.device", lambda: resolve_device(args))
     if "device" in facts:
         stated = config.model.get("precision")
-        collect("dtype", "args", lambda: resolve_precision(args, stated, facts["device"].type))
+        collect("dtype", "args", lambda: resolve_precision(args, stated, "" if for_card else facts["device"].type))
         for name in ("weights", "text_encoder_weights"):
             if (storage := getattr(args, name)) is not None:
                 cure = f"install it, or remove args.{name}"
@@ -224,10 +224,14 @@ def _missing_compiler(device: torch.device) -> tuple[str, str] | None:
     return missing, "install one, or name another in the variable CC"
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, *, for_card: bool = False) -> str:
     """Check a sampling run without reading weights, and describe it.
 
     Builds network and VAE on the meta device, which imports every class named in the YAML and runs its own checks.
+
+    Args:
+        config: of the run.
+        for_card: allow the precisions of accelerators, also where this machine has none.
 
     Returns:
         A table: parameters, precision, frames and size of samples, and the legal frame counts and sizes.
@@ -235,7 +239,7 @@ def dry_run(config: Config) -> str:
     Raises:
         ConfigError: all problems.
     """
-    facts, problems = _check_settings(config)
+    facts, problems = _check_settings(config, for_card)
     problems += [*_missing_sections(config), *schedule_problems(config)]
     counts: dict[str, int] = {}
     for part, section in config.model.items():

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
         write = partial(cli.write_findings, options)
         with written_without_files(lambda: memory_report(config, options.card), write):
-            write(prepare(config).report(options.card))
+            write(prepare(config, for_card=options.card is not None).report(options.card))
         return
     import sgm.distributed
     from sgm.inference.run import sample

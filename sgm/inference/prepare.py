@@ -64,8 +64,12 @@ class Prepared:
         return "\n".join([report, f"prompts: {len(self.prompts)} from {source}{by}", *self.notes])
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, for_card: bool = False) -> Prepared:
     """Run all checks that need no weights, without writing files.
+
+    Args:
+        config: of the run.
+        for_card: allow the precisions of accelerators, also where this machine has none.
 
     Raises:
         ConfigError: every problem of the configuration, checkpoint files, prompts, images and output folder.
@@ -74,7 +78,7 @@ def prepare(config: Config) -> Prepared:
     source = "args.input_file" if config.args.prompt is None else "args.prompt"
     try:
         config = with_loras(with_adapters(config))
-        findings = dry_run(config)
+        findings = dry_run(config, for_card=for_card)
         problems += _mesh_problems(config)
     except ConfigError as error:
         problems += error.problems
@@ -99,7 +103,8 @@ def prepare(config: Config) -> Prepared:
         problems += problems_of(source, "correct the prompts", lambda: notes.extend(_words(config, prompts)))
     if problems:
         raise ConfigError(config.located(list(dict.fromkeys(problems))))
-    dtype = resolve_precision(config.args, config.model.get("precision"), resolve_device(config.args).type)
+    device_type = "" if for_card else resolve_device(config.args).type
+    dtype = resolve_precision(config.args, config.model.get("precision"), device_type)
     return Prepared(config, findings, dtype, mesh_of(config), prompts, notes)
 
 

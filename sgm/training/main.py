@@ -90,7 +90,8 @@ def _check(config: Any, options: argparse.Namespace, devices: Any = None) -> Non
     encoded = after_encoding(config) if ahead else None
     write = partial(cli.write_findings, options)
     with written_without_files(lambda: memory_report(encoded or config, options.card, devices), write):
-        plan = prepare(before_encoding(config) if ahead else config, check_clips=True)
+        checked = before_encoding(config) if ahead else config
+        plan = prepare(checked, check_clips=True, for_card=options.card is not None)
     if is_rank_zero():
         write(plan.report(options.card, devices, encoded=encoded))
         if ahead:

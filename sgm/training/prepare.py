@@ -156,18 +156,19 @@ def _legal_stages(config: Config) -> list[int]:
     return [stage for stage in STAGES if works(stage)]
 
 
-def prepare(config: Config, *, check_clips: bool = False) -> Plan:
+def prepare(config: Config, *, check_clips: bool = False, for_card: bool = False) -> Plan:
     """Run all checks that need no weights and write no files.
 
     Args:
         config: of the run.
         check_clips: also check the clips as the start of a run does (``args.check_clips``), and leave out bad ones.
+        for_card: allow the precisions of accelerators, also where this machine has none.
 
     Raises:
         ConfigError: all problems of configuration, checkpoint files, data and run folder.
     """
     config = with_adapters(config)
-    checks = _Checks(config)
+    checks = _Checks(config, for_card=for_card)
     checks.run()
     if check_clips and not checks.problems:
         checks.leave_out_clips()
@@ -278,13 +279,14 @@ def _plain(value: Any) -> Any:
 class _Checks:
     """Collect the checked settings of a run, and all problems."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, for_card: bool) -> None:
         assert isinstance(config.args, TrainingArgs), "the configuration was loaded for training"
         self.config, self.args = config, config.args
         self.problems: list[Problem] = []
         self.facts: dict[str, Any] = {}
         self.mesh = mesh_of(config)
         self.data_ranks = max(1, sgm.distributed.world_size() // self.mesh.ranks)
+        self.device_type = "" if for_card else sgm.distributed.device().type
 
     def record(self, name: str, path: str, work: Callable[[], Any]) -> None:
         """Store the result of `work` in `facts`, or its error as a problem at `path`."""
@@ -319,7 +321,7 @@ class _Checks:
                 warn_once(logger, scaling_warnings(args, geometry, longest))
             if args.eval_interval is not None:
                 record("samples", "args", lambda: check_sampling(args, geometry))
-        record("dtype", "model.precision", lambda: resolve_training_precision(config, sgm.distributed.device().type))
+        record("dtype", "model.precision", lambda: resolve_training_precision(config, self.device_type))
         self._check_mesh()
         if "dtype" in self.facts:
             dtype = self.facts["dtype"]

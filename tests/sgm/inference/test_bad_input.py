@@ -151,6 +151,7 @@ def test_image_model_needs_images(run):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator, which can run fp16")
 def test_fp16_on_a_cpu(run):
     expect(run("args.fp16=true"), 2, "CPU", "args.fp16=false")
+    expect(run("args.fp16=true", "--check", "--card", "24gb"), 0)
 
 
 def test_output_folder_that_cannot_be_written(run, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sgm.config.args import TrainingArgs
@@ -25,8 +26,9 @@ LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
 def plan(training_yaml, tmp_path):
     """Return a function that prepares a run of a tiny network."""
 
-    def make(name, *overrides):
-        return prepare(load_config(training_yaml(name), [f"args.save={tmp_path / 'runs'}", *overrides], mode="train"))
+    def make(name, *overrides, for_card=False):
+        config = load_config(training_yaml(name), [f"args.save={tmp_path / 'runs'}", *overrides], mode="train")
+        return prepare(config, for_card=for_card)
 
     return make
 
@@ -154,6 +156,11 @@ def test_a_wrong_value_is_reported_with_its_key(plan, name, overrides, path, mes
     with pytest.raises(ConfigError, match=message) as caught:
         plan(name, *overrides)
     assert any(problem.path.startswith(path) or path in problem.path for problem in caught.value.problems)
+
+
+def test_the_precision_of_a_card_is_planned_for_on_a_cpu(plan):
+    found = plan(FULL, "deepspeed.fp16.enabled=true", "model.precision=fp16", for_card=True)
+    assert found.dtype is torch.float16
 
 
 @pytest.mark.parametrize(
