@@ -3,7 +3,10 @@ PYTHON ?= python3
 INTERPRETERS ?= python3.11 python3.12
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip compiles what it has installed in one process, which takes most of its time; here all cores do.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+# Some packages hold a file for another version of Python, which does not compile.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: demo web test test-interpreters lint bench bench-gpu memory clean
 
@@ -78,14 +81,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[diffusers]'
+	$(INSTALL) -e '.[diffusers]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,diffusers,scenes,wandb]'
-	$(PIP) install --quiet -c constraints.txt --no-deps $(WEB)
+	$(INSTALL) -e '.[dev,diffusers,scenes,wandb]'
+	$(INSTALL) --no-deps $(WEB)
+	$(COMPILE)
 	touch $(VENV)/installed $(VENV)/installed-web $@
 
 $(VENV)/installed-web: setup.py constraints.txt | $(VENV)/installed
-	$(PIP) install --quiet -c constraints.txt --no-deps $(WEB)
+	$(INSTALL) --no-deps $(WEB)
+	$(COMPILE)
 	touch $@

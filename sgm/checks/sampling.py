@@ -29,7 +29,7 @@ from sgm.modules.geometry import Geometry
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import require_attention
 from sgm.util import InputError, default, instantiate_from_config, nearest_path, without_allocating
-from sgm.weights.adapters import read_adapter_info
+from sgm.weights.adapters import TITLES, read_adapter_info
 from sgm.weights.files import find_weights
 from sgm.weights.lora.several import stack_of
 from sgm.weights.match import match_autoencoder, match_network
@@ -402,8 +402,8 @@ def _report(config: Config, facts: Mapping[str, Any], counts: Mapping[str, int])
     stack = stack_of(config)
     lora = {} if stack is None else {f"LoRA {number}": row for number, row in enumerate(stack.rows())}
     if info is not None:
-        layers = f"{len(info.layers)} of {network['num_layers']} layers"
-        lora["LoRA"] = f"rank {info.rank}, alpha {info.alpha:g}, {layers}; trained on {default(args.base, info.base)}"
+        size = f"rank {info.rank}, alpha {info.alpha:g}, {len(info.layers)} of {network['num_layers']} layers"
+        lora[TITLES[info.kind]] = f"{size}; trained on {default(args.base, info.base)}"
     rows = {
         "configuration": f"{' + '.join(config.bases)} (digest {config.digest[:12]})",
         "weights": str(find_weights(args.load)) if args.load else "none",

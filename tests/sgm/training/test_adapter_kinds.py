@@ -1,14 +1,17 @@
 """Training adapters that are not LoRA: exact resume, memory, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
 from sgm.checks.measure import network_usage
 from sgm.checks.meta_run import build
+from sgm.checks.sampling import dry_run
 from sgm.config.load import ConfigError, load_config
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import prepare
-from sgm.weights.adapters import kind_of, read_adapter_info
+from sgm.weights.adapters import TITLES, kind_of, read_adapter_info, with_adapters
 from sgm.weights.files import PREFIX
 from sgm.weights.lora.names import GROUPS, groups_of
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
@@ -31,7 +34,7 @@ def adapters(kind):
         ("lokr", 16, ["deepspeed.zero_optimization.stage=2"]),
     ],
 )
-def test_a_run_resumes_exactly(job, kind, num, settings):
+def test_a_run_resumes_exactly(job, tiny_model, kind, num, settings):
     words = [*adapters(kind), "args.lr_decay_iters=4", "deepspeed.optimizer.params.lr=1e-3", *settings]
     whole = job(FULL, "args.train_iters=4", *words, save="whole").folder
     half = job(FULL, "args.train_iters=2", *words).folder
@@ -39,6 +42,8 @@ def test_a_run_resumes_exactly(job, kind, num, settings):
     assert resumed == half and losses(resumed) == losses(whole) and equal(weights(resumed), weights(whole))
     names = weights(whole)
     assert kind_of(names) == read_adapter_info(whole).kind == kind
+    sampling = load_config([tiny_model(FULL)], [f"args.load={whole}", "args.prompt=x"], mode="inference")
+    assert re.search(rf"^{TITLES[kind]} +rank", dry_run(with_adapters(sampling)), re.MULTILINE)
     before = weights(half / "2")
     changed = [not before[name].equal(t) for name, t in names.items() if ".magnitude." in name or ".lokr_" in name]
     assert len(changed) == num and any(changed)
