@@ -183,16 +183,19 @@ def fit(estimate_of: EstimateOf, room: float, changes: Iterable[Change]) -> tupl
         The changes that are needed, and the estimate with them.
     """
     chosen: list[Change] = []
-    current = estimate_of(())
-    for change in changes:
-        if not _over(current, room) & change.phases:
-            continue
-        try:
-            found = estimate_of([other.setting for other in (*chosen, change)])
-        except ConfigError:  # not for this model, or not with these settings
-            continue
-        if any(found.device.get(name, 0.0) < current.device[name] for name in _over(current, room)):
-            chosen, current = [*chosen, change], found
+    current, changes = estimate_of(()), list(changes)
+    before: list[Change] | None = None
+    while chosen != before and _over(current, room):  # what did not help at first may, after others
+        before = chosen
+        for change in changes:
+            if change in chosen or not _over(current, room) & change.phases:
+                continue
+            try:
+                found = estimate_of([other.setting for other in (*chosen, change)])
+            except ConfigError:  # not for this model, or not with these settings
+                continue
+            if any(found.device.get(name, 0.0) < current.device[name] for name in _over(current, room)):
+                chosen, current = [*chosen, change], found
     for change in chosen[:-1]:  # a later one may do the work of an earlier one
         fewer = [other for other in chosen if other is not change]
         try:

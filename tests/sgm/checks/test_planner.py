@@ -61,6 +61,7 @@ def needing(setting, other, estimate_of):
         (sizes(12, 12, a=(1, 3), b=(1, 0)), ["a", "b"], 10),
         (sizes(20, 12, a=(1, 3), b=(1, 0), c=(0, 9)), ["a", "b"], 18),  # not enough, and c is not needed
         (needing("b", "a", sizes(12, 9, a=(1, 0), b=(4, 0))), ["a", "b"], 9),  # b is refused without a
+        (needing("a", "b", sizes(12, 9, a=(1, 0), b=(1, 0))), ["b", "a"], 10),  # a helps after b alone
     ],
 )
 def test_the_fewest_settings_in_order_are_chosen(estimate_of, chosen, peak):
