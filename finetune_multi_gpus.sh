@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several devices, one process each, on this machine or on several.
 #   bash finetune_multi_gpus.sh                               a LoRA of the toy, on all accelerators, or on two processes
-#   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
+#   NPROC_PER_NODE=4 bash finetune_multi_gpus.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=FOLDER
 # On each of two machines, NODE_RANK=0 on the one whose address is MASTER_ADDR:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 bash finetune_multi_gpus.sh ...
 # On one to four machines, whichever are there, without numbers; MASTER_ADDR is one that stays:

@@ -2,7 +2,7 @@
 # Train on one device: the accelerator if available, else the CPU.
 #   bash finetune_single_gpu.sh                               a LoRA of the toy, on any machine, in a minute or two
 #   bash finetune_single_gpu.sh args.train_iters=20           shorter
-#   bash finetune_single_gpu.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]
+#   bash finetune_single_gpu.sh configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=FOLDER
 # Arguments that end with .yaml are merged, later ones win; all others are passed to train_video.py
 # (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several machines under Slurm; the job requeues itself before its time is up, and goes on where it was.
-#   sbatch scripts/finetune_slurm.sh configs/cogvideox_5b.yaml configs/sft.yaml args.train_data=[FOLDER]
+#   sbatch scripts/finetune_slurm.sh configs/cogvideox_5b.yaml configs/sft.yaml args.train_data=FOLDER
 #   sbatch --array=0-3 scripts/finetune_slurm.sh ... args.experiment_name=seed%a args.seed=%a
 # Submit it from the project's folder; %a in a word becomes the number of the array's task. docs/parallelism.md says more.
 #SBATCH --job-name=cogvideox

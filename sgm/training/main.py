@@ -13,7 +13,7 @@ from sgm.urls import is_url
 
 EXAMPLES = (
     "python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml",
-    "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=[FOLDER]",
+    "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml args.train_data=FOLDER",
     "torchrun --standalone --nproc_per_node 8 train_video.py --base configs/cogvideox_5b.yaml configs/sft.yaml",
     "python train_video.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml --check",
     "python train_video.py --base configs/cogvideox_5b.yaml configs/sft.yaml --check --devices 64 --card h100",
