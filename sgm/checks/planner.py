@@ -71,9 +71,13 @@ SAMPLING = (
     Change("args.text_encoder_offload=release", _phases("encode network decode"), "T5 leaves after the last prompt"),
     Change("args.network_offload=cpu", _phases("encode decode"), "copies the network once a prompt"),
     Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
-    Change("args.network_offload=blocks", _phases("network"), "copies the network in each step, while it computes"),
+    Change(
+        "args.network_offload=blocks",
+        _phases("encode network decode"),
+        "copies the network in each step, while it computes",
+    ),
     Change("args.vae_tiling=true", _phases("encode decode"), _TILES, exact=False),
-    Change("args.weights=int8", _phases("network decode"), "the network in 8 bits", exact=False, needs=_LOWMEM),
+    Change("args.weights=int8", _phases("encode network decode"), "the network in 8 bits", exact=False, needs=_LOWMEM),
     Change("args.text_encoder_weights=int8", _phases("text"), "T5 in 8 bits", exact=False, needs=_LOWMEM),
 )
 _ALL = "text encode network optimizer validation"
@@ -82,10 +86,10 @@ TRAINING = (
     Change("args.checkpoint_activations=true", _phases("network"), "a third more time a step"),
     Change(
         "args.network_offload=cpu",
-        _phases("text encode"),
+        _phases("text encode optimizer validation"),
         "copies the network once a step, from caches once a video",
     ),
-    Change("args.text_encoder_offload=blocks", _phases("text"), "T5 passes through the device block by block"),
+    Change("args.text_encoder_offload=blocks", _phases(_ALL), "T5 passes through the device block by block"),
     Change("args.offload_activations=true", _phases("network"), "copies activations, while the network computes"),
     Change("args.network_offload=blocks", _phases(_ALL), "copies the network three times a step, while it computes"),
     Change(
@@ -95,7 +99,7 @@ TRAINING = (
     ),
     Change(
         "model.first_stage_config.params.encode_chunk=8",
-        _phases("encode"),
+        _phases("encode validation"),
         "the VAE encodes 8 frames at a time, as in diffusers",
         exact=False,
     ),

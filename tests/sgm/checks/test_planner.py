@@ -1,5 +1,6 @@
 """Fitting runs into cards: the choice of settings, --card, and args.memory=auto."""
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from sgm.checks import planner
-from sgm.checks.estimate import Estimate, sampling_estimate
+from sgm.checks.estimate import Estimate, sampling_estimate, training_estimate
 from sgm.checks.meta_run import build
 from sgm.checks.planner import PRESETS, ROOM, SAMPLING, TRAINING, Change, card_rows, config_with, fit, with_preset
 from sgm.checks.recomputation import cheapest, kept_attention_problem
@@ -17,6 +18,7 @@ from sgm.inference.main import main as sample
 from sgm.inference.run import _with_preset
 from sgm.training import prepare
 from sgm.training.main import main as train
+from sgm.training.optim.trainable import choose_trainable
 from sgm.util import InputError
 from tests.processes import ROOT
 
@@ -104,6 +106,22 @@ def test_a_released_model_fits_with_the_settings_that_are_named():
         chosen, found = fit(estimate_of, ROOM * card * GIB, SAMPLING)
         assert found.peak <= ROOM * card * GIB and all(change.exact for change in chosen), card
         assert estimate_of([change.setting for change in chosen]).peak == found.peak
+
+
+def test_a_change_names_all_phases_that_it_makes_smaller():
+    config = load_config(["configs/toy_i2v.yaml", "configs/toy_inference.yaml"], mode="inference")
+    own = sampling_estimate(config, torch.float32).device
+    for change in SAMPLING:
+        found = sampling_estimate(config_with(config, [change.setting]), torch.float32).device
+        assert {phase for phase, size in found.items() if size < own[phase]} <= change.phases, change.setting
+    config = load_config(["configs/toy_lora.yaml", "configs/toy_sft.yaml"], mode="train")
+    network = build(config.model["network_config"])
+    names = choose_trainable(network, config.model).names
+    own = training_estimate(config, torch.float32, names).device
+    for change in TRAINING:
+        with contextlib.suppress(ConfigError):  # not all of them are for the toy
+            found = training_estimate(config_with(config, [change.setting]), torch.float32, names).device
+            assert {phase for phase, size in found.items() if size < own[phase]} <= change.phases, change.setting
 
 
 @pytest.mark.parametrize("change", SAMPLING, ids=lambda change: change.setting)
