@@ -84,7 +84,9 @@ def test_the_network_is_read_while_the_text_encoder_works(sample, monkeypatch):
     monkeypatch.setattr(GeneralConditioner, "get_unconditional_conditioning", encoding)
     monkeypatch.setattr(SATVideoDiffusionEngine, "load_weights", loading)
     assert sample()[0] == 0
-    assert events[0] == "read ['mp_rank_00_model_states.pt']" and events[-1] == "loading" and "encoded" in events
+    assert (
+        events[0] == "read ['mp_rank_00_model_states.safetensors']" and events[-1] == "loading" and "encoded" in events
+    )
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])

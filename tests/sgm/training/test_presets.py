@@ -400,7 +400,7 @@ def test_the_script_for_slurm_asks_for_what_the_launcher_reads():
         assert name in text and name in launcher
     commands = re.findall(r"^sbatch (?:--array=0-3 )?scripts/finetune_slurm.sh (.*)$", DOCUMENT, flags=re.MULTILINE)
     one, array = (training.parse(shlex.split(command)).overrides for command in commands)
-    assert one == array[:1] == ["args.train_data=[my_clips]"]
+    assert one == array[:1] == ["args.train_data=my_clips"]
 
 
 def test_tasks_of_an_array_have_runs_and_ports_of_their_own(slurm, tmp_path):
