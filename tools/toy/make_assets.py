@@ -1,6 +1,6 @@
 """Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, two diffusion transformers.
 
-Run from the root of the repository; about an hour and a half on two CPU cores that compute in bfloat16::
+Run from the root of the repository; about two hours on two CPU cores that compute in bfloat16::
 
     python tools/toy/make_assets.py                    everything: assets/toy, the LoRA assets/toy_land, all figures
     python tools/toy/make_assets.py --stage quality    measure what is there

@@ -25,7 +25,7 @@ WEIGHTS = {"vae": "vae/3d-vae.pt", "t2v": "transformer", "i2v": "transformer_i2v
 README = """# The toy model
 
 A whole model in the released layout, small enough for a laptop's CPU. `tools/toy/make_assets.py` makes all of it from
-nothing (about an hour and a half on two cores); nothing here comes from anywhere else.
+nothing (about two hours on two cores); nothing here comes from anywhere else.
 
 | path | what |
 |---|---|

@@ -90,6 +90,19 @@ class VaeRecipe:
             lattice=0.875,
             land=0.25,
         ),
+        VaeCycle(
+            0,
+            400,
+            full_batch=4,
+            lr=7e-4,
+            warmup=20,
+            latent_noise=0.1,
+            edge_weight=1.0,
+            square_weight=30.0,
+            decoder_only=True,
+            lattice=0.875,
+            land=0.25,
+        ),
     )
     crop_batch: int = 4
     kl_weight: float = 1e-4
