@@ -221,23 +221,38 @@ def t5_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, t5_folder):
+def tiny_weights(tmp_path_factory):
+    """Return a function: name of a golden network → folder with its weights in safetensors.
+
+    Unpickling tensors takes longer than a step of a training; tests of weights read the files of torch.save.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(name: str) -> Path:
+        (file,) = (GOLDEN / name / "transformer").glob("*/mp_rank_00_model_states.pt")
+        copy = folder / name / "transformer"
+        if not copy.exists():
+            (copy / file.parent.name).mkdir(parents=True)
+            tensors = torch.load(file, weights_only=True)["module"]
+            save_file(tensors, copy / file.parent.name / f"{file.stem}.safetensors")
+            (copy / "latest").write_text(file.parent.name)
+        return copy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, t5_folder, tiny_weights):
     """Return a function: name of a golden network → YAML file of a model with it."""
     import torch
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("models")
-    # Unpickling tensors takes longer than a step of a training; tests of weights read the files of torch.save.
     vae = torch.load(GOLDEN / "vae" / "3d-vae.pt", weights_only=True)
     save_file(vae["state_dict"], folder / "3d-vae.safetensors")
-
-    def transformer(name: str) -> Path:
-        (file,) = (GOLDEN / name / "transformer").glob("*/mp_rank_00_model_states.pt")
-        copy = folder / name / "transformer"
-        (copy / file.parent.name).mkdir(parents=True)
-        save_file(torch.load(file, weights_only=True)["module"], copy / file.parent.name / f"{file.stem}.safetensors")
-        (copy / "latest").write_text(file.parent.name)
-        return copy
 
     def make(name: str) -> Path:
         path = folder / f"{name}.yaml"
@@ -263,7 +278,7 @@ def tiny_model(tmp_path_factory, t5_folder):
             },
         }
         args = {
-            "load": str(transformer(name)),
+            "load": str(tiny_weights(name)),
             "sampling_num_frames": 2 if "1.5" in name else 1,
             "sampling_image_size": [64, 96],
             "num_steps": 2,

@@ -186,27 +186,28 @@ def fit(estimate_of: EstimateOf, room: float, changes: Iterable[Change]) -> tupl
     Returns:
         The changes that are needed, and the estimate with them.
     """
+
+    def with_changes(made: Iterable[Change]) -> Estimate | None:
+        try:
+            return estimate_of([change.setting for change in made])
+        except ConfigError:  # not for this model, or not with these settings
+            return None
+
     chosen: list[Change] = []
     current, changes = estimate_of(()), list(changes)
     before: list[Change] | None = None
-    while chosen != before and _over(current, room):  # what did not help at first may, after others
+    while chosen != before:  # what did not help at first may, after others
         before = chosen
         for change in changes:
             if change in chosen or not _over(current, room) & change.phases:
                 continue
-            try:
-                found = estimate_of([other.setting for other in (*chosen, change)])
-            except ConfigError:  # not for this model, or not with these settings
-                continue
-            if any(found.device.get(name, 0.0) < current.device[name] for name in _over(current, room)):
+            found = with_changes([*chosen, change])
+            if found and any(found.device.get(name, 0.0) < current.device[name] for name in _over(current, room)):
                 chosen, current = [*chosen, change], found
-    for change in chosen[:-1]:  # a later one may do the work of an earlier one
+    for change in chosen[:-1]:  # a later one may do the work of an earlier one, unless it needs that
         fewer = [other for other in chosen if other is not change]
-        try:
-            found = estimate_of([other.setting for other in fewer])
-        except ConfigError:  # it makes a later one possible
-            continue
-        if found.peak <= max(room, current.peak):
+        found = with_changes(fewer)
+        if found and found.peak <= max(room, current.peak):
             chosen, current = fewer, found
     return chosen, current
 

@@ -11,7 +11,6 @@ import load_cogvideox_lora
 import merge_lora_weight
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,9 +29,9 @@ TOOLS = [export_sat_lora_weight, extract_lora, import_hf_lora_weight, merge_lora
 
 
 @pytest.fixture
-def run_folder(tiny_model, tmp_path):
+def run_folder(tiny_weights, tmp_path):
     """Adapters of rank 4 and alpha 12 on the tiny 2B model, as training saves them."""
-    base = Path(yaml.safe_load(tiny_model("dit_t2v_2b").read_text())["args"]["load"])
+    base = tiny_weights("dit_t2v_2b")
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for layer in range(2):

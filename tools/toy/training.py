@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ class VaeCycle:
     land: float = 0.0
 
 
+_WITH_LAND = VaeCycle(
+    0,
+    130,
+    full_batch=4,
+    lr=7e-4,
+    warmup=20,
+    latent_noise=0.1,
+    edge_weight=1.0,
+    square_weight=10.0,
+    decoder_only=True,
+    lattice=0.875,
+    land=0.25,
+)
+
+
 @dataclass(frozen=True)
 class VaeRecipe:
     """Training of the autoencoder.
@@ -77,32 +92,8 @@ class VaeRecipe:
         VaeCycle(),
         VaeCycle(540, 80, lr=7e-4, crop_frames=9, latent_noise=0.2, edge_weight=1.0),
         VaeCycle(0, 200, lr=7e-4, latent_noise=0.1, edge_weight=1.0, decoder_only=True, lattice=1.0),
-        VaeCycle(
-            0,
-            130,
-            full_batch=4,
-            lr=7e-4,
-            warmup=20,
-            latent_noise=0.1,
-            edge_weight=1.0,
-            square_weight=10.0,
-            decoder_only=True,
-            lattice=0.875,
-            land=0.25,
-        ),
-        VaeCycle(
-            0,
-            400,
-            full_batch=4,
-            lr=7e-4,
-            warmup=20,
-            latent_noise=0.1,
-            edge_weight=1.0,
-            square_weight=30.0,
-            decoder_only=True,
-            lattice=0.875,
-            land=0.25,
-        ),
+        _WITH_LAND,
+        replace(_WITH_LAND, full_steps=400, square_weight=30.0),
     )
     crop_batch: int = 4
     kl_weight: float = 1e-4
