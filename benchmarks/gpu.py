@@ -9,8 +9,6 @@ at the end those that failed or ended the first. Printed is the Markdown table f
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ from benchmarks.runs import (
     build_engine,
     extra_bytes,
     free_memory,
+    launch,
     random,
     sampling_config,
     shape_of,
@@ -268,14 +267,9 @@ class Bench:
 
 def shared_step(model: str, size: str, num: int) -> float:
     """Return the seconds of a guided step on `num` ranks, started by torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seconds.json"
-        worker = [str(Path(__file__)), "--rank-of", model, "--size", size, "--json", str(path)]
-        env = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
-        done = subprocess.run([*launcher, *worker], env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"{num} ranks ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+        launch(num, [str(Path(__file__)), "--rank-of", model, "--size", size, "--json", str(path)])
         return parse_json(path.read_text(encoding="utf-8"))
 
 

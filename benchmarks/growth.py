@@ -5,7 +5,8 @@
     python -m benchmarks.growth --plot docs/growth.png
 
 Memory is the planner's, of the released CogVideoX1.5-5B on one of several ranks, by meta tensors. Times are processor
-times on this machine, of a small network. A data set is a metadata.jsonl with empty files for clips.
+times on this machine, of a small network; where several gloo ranks share its tokens, those of one of them. A data set
+is a metadata.jsonl with empty files for clips.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
+import sgm.distributed
 from benchmarks.data import HostMemory
 from benchmarks.models import NetworkSize, build_network, network_section
-from benchmarks.runs import random, sampling_config
+from benchmarks.runs import launch, random, sampling_config
 from data_video import SFTDataset
 from sgm.checks.estimate import sampling_estimate, training_estimate
 from sgm.checks.meta_run import build
@@ -34,7 +36,9 @@ from sgm.data.buckets.plan import BucketPlan, Division
 from sgm.data.clips.index import remember
 from sgm.data.order import TrainingOrder
 from sgm.data.rows import VideoInfo
+from sgm.io import parse_json, write_json
 from sgm.training.optim.trainable import choose_trainable
+from sgm.util import RunError
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -47,12 +51,13 @@ AXES: dict[str, Sequence[Any]] = {
     "batch": (1, 2, 4),
     "ranks": (1, 2, 4, 8),
 }
-# Of the small network: latents (T, H, W) and samples.
+# Of the small network: latents (T, H, W), and samples or ranks.
 SMALL = NetworkSize(256, 4, 4, 256, latents=(16, 32, 48), text_length=226, text_hidden_size=512)
 TIMES: dict[str, Sequence[tuple[int, int, int, int]]] = {
     "frames": ((2, 16, 24, 1), (4, 16, 24, 1), (8, 16, 24, 1), (16, 16, 24, 1)),
     "resolution": ((4, 8, 12, 1), (4, 16, 24, 1), (4, 32, 48, 1)),
     "batch": ((4, 16, 24, 1), (4, 16, 24, 2), (4, 16, 24, 4)),
+    "ranks": ((16, 16, 24, 1), (16, 16, 24, 2), (16, 16, 24, 4)),
 }
 
 
@@ -104,24 +109,45 @@ def _lora_step(*settings: str) -> float:
     return training_estimate(config, torch.bfloat16, trained, vae=False, text_encoder=False).device["network"]
 
 
-@torch.no_grad()
-def time_points(repeats: int = 3) -> Iterator[Point]:
-    """Yield the fewest seconds of a forward pass of the small network."""
-    section = network_section(MODEL, SMALL)
-    network = build_network(section)
-    text = random(1, SMALL.text_length, SMALL.text_hidden_size, device=torch.device("cpu"))
+def time_points() -> Iterator[Point]:
+    """Yield the fewest seconds of a forward pass of the small network, on one of the ranks that share it."""
     for axis, values in TIMES.items():
-        for frames, height, width, batch in values:
-            x = random(batch, frames, network.in_channels, height, width, device=torch.device("cpu"))
-            timesteps, context = torch.full((batch,), 500), text.expand(batch, -1, -1)
-            seconds = []
-            for _ in range(repeats + 1):
-                start = time.process_time()
-                network(x, timesteps, context)
-                seconds.append(time.process_time() - start)
-            shown = {"frames": str(frames), "resolution": f"{8 * height}×{8 * width}", "batch": str(batch)}[axis]
-            tokens = batch * frames // 2 * height * width // 4
-            yield Point(axis, shown, tokens, {"forward": min(seconds[1:])})
+        for *latents, number in values:
+            frames, height, width = latents
+            shown = {"frames": str(frames), "resolution": f"{8 * height}×{8 * width}"}.get(axis, str(number))
+            ranks, batch = (number, 1) if axis == "ranks" else (1, number)
+            if ranks == 1:
+                seconds = forward_seconds(batch, *latents)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    words = ["-m", "benchmarks.growth", "--rank-of", *map(str, (batch, *latents)), "--json"]
+                    launch(ranks, [*words, f"{folder}/seconds.json"], OMP_NUM_THREADS="1")
+                    seconds = parse_json(Path(folder, "seconds.json").read_text(encoding="utf-8"))
+            yield Point(axis, shown, batch * frames // 2 * height * width // 4, {"forward": seconds})
+
+
+@torch.no_grad()
+def forward_seconds(batch: int, frames: int, height: int, width: int, repeats: int = 3) -> float:
+    """Return the fewest processor seconds of a forward pass of this process, shared with all ranks that there are."""
+    network = build_network(network_section(MODEL, SMALL))
+    cpu = torch.device("cpu")
+    x = random(batch, frames, network.in_channels, height, width, device=cpu)
+    context = random(1, SMALL.text_length, SMALL.text_hidden_size, device=cpu).expand(batch, -1, -1)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
+        network(x, torch.full((batch,), 500), context)
+        seconds.append(time.process_time() - start)
+    return min(seconds[1:])
+
+
+def run_rank(size: Sequence[int], path: Path) -> None:
+    """Time the forward pass on this rank and the others; rank zero writes the seconds."""
+    sgm.distributed.initialize(mesh=sgm.distributed.Mesh(sequence=sgm.distributed.world_size()))
+    seconds = forward_seconds(*size)
+    if sgm.distributed.rank() == 0:
+        write_json(path, seconds)
+    sgm.distributed.shutdown()
 
 
 def make_rows(folder: Path, num: int) -> None:
@@ -153,9 +179,9 @@ def data_points(counts: Sequence[int]) -> Iterator[Point]:
                 sizes = ((480, 720), (720, 480), (256, 384))
                 shapes = (sizes[index % 3] for index in range(num))
                 infos = {row.path: VideoInfo(200, 16.0, 12.5, *shape) for row, shape in zip(dataset.rows, shapes)}  # noqa: B905
-                with timed("index written"):
-                    remember(infos, folder)
                 if num >= 200:  # smaller data sets have no index
+                    with timed("index written"):
+                        remember(infos, folder)
                     with timed("index read"):
                         found: list[Any] = dataset.clip_infos()
                     assert found == list(infos.values()), "the index has what was written"
@@ -181,29 +207,36 @@ def table(points: Sequence[Point], form: Callable[[str, float], str]) -> list[st
 
 
 def plot(path: Path, memory: Sequence[Point], times: Sequence[Point], data: Sequence[Point]) -> None:
-    """Draw a picture with three parts, both axes logarithmic."""
+    """Draw a picture with five parts, from zero on linear axes; the rows of data sets on logarithmic ones."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 3)
     parts = (
-        ("memory of a rank, GiB (planned)", "tokens of all samples", memory, GIB),
-        ("forward pass of a small network, CPU s", "tokens of all samples", times, 1.0),
-        ("opening a data set, CPU s", "rows", data, 1.0),
+        (grid[0, 0], "memory of a rank (planned), GiB", "tokens of all samples", memory, GIB),
+        (grid[0, 1], "memory of a rank (planned), GiB", "ranks", memory, GIB),
+        (grid[1, 0], "forward pass of a small network, CPU s", "tokens of all samples", times, 1.0),
+        (grid[1, 1], "the same on one of the ranks, CPU s", "ranks", times, 1.0),
+        (grid[0, 2], "opening a data set, CPU s", "rows", data, 1.0),
     )
-    for axes, (title, label, points, unit) in zip(figure.subplots(1, 3), parts, strict=True):
-        for axis in dict.fromkeys(point.axis for point in points):
+    for axes, title, label, points, unit in parts:
+        for axis in dict.fromkeys(point.axis for point in points if (point.axis == "ranks") == (label == "ranks")):
             those = [point for point in points if point.axis == axis]
             for name in dict.fromkeys(name for point in those for name in point.figures if name != "memory"):
                 chosen = [point for point in those if name in point.figures]
                 x = [int(point.shown) if axis == "ranks" else point.tokens for point in chosen]
-                shown = name if axis == "rows" else f"{name}: {axis}"
+                shown = name if axis in ("rows", "ranks") else f"{name}: {axis}"
                 axes.plot(x, [point.figures[name] / unit for point in chosen], marker="o", label=shown)
-        axes.set(title=title, xlabel=label, xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        if points:
-            axes.legend(fontsize=7)
+                if axis == "ranks":
+                    axes.set_xticks(x)
+        axes.set(title=title, xlabel=label)
+        axes.set(**(dict(xscale="log", yscale="log") if label == "rows" else dict(xlim=(0, None), ylim=(0, None))))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    grid[1, 2].axis("off")
     figure.savefig(path, dpi=80)
 
 
@@ -221,13 +254,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("memory", "time", "data"), help="one of the tables")
     parser.add_argument("--rows", nargs="+", type=int, default=[10, 1000, 100_000], help="rows of the data sets")
     parser.add_argument("--plot", type=Path, help="also draw all of it into this picture")
+    parser.add_argument("--rank-of", nargs=4, type=int, help=argparse.SUPPRESS)  # of the ranks that this starts
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     words = parser.parse_args(argv)
+    if words.rank_of:
+        run_rank(words.rank_of, words.json)
+        return 0
     parts: dict[str, Callable[[], Iterator[Point]]] = {
         "memory": memory_points,
         "time": time_points,
         "data": lambda: data_points(words.rows),
     }
-    found = {name: list(make()) if words.only in (None, name) else [] for name, make in parts.items()}
+    try:
+        found = {name: list(make()) if words.only in (None, name) else [] for name, make in parts.items()}
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     for points in filter(None, found.values()):
         print("\n".join([*table(points, _text), ""]), flush=True)
     if words.plot:

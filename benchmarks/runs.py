@@ -1,6 +1,9 @@
 """Steps of sampling and of training as configurations describe them, with random weights, and the memory they take."""
 
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
@@ -19,7 +22,7 @@ from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.optim.schedule import LearningRate
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.step import TrainingModule, start_deepspeed
-from sgm.util import instantiate_from_config
+from sgm.util import RunError, instantiate_from_config
 from sgm.weights.offload import Offload
 from sgm.weights.quantize import linear_layers, num_bytes, store
 
@@ -55,6 +58,22 @@ def training_config(model: str, size: str, *settings: str, lora: bool) -> Config
     more = [_TINY_LORA] if lora and size == "tiny" else []
     bases = [CONFIGS / f"{model}{'_lora' if lora else ''}.yaml", CONFIGS / "sft.yaml"]
     return load_config(bases, [*SIZES[size], *more, *_NO_EVALUATION, *settings], mode="train")
+
+
+def launch(ranks: int, words: Sequence[str], **env: str) -> str:
+    """Run a script or ``-m`` module on `ranks` processes under torchrun; return their standard error.
+
+    Raises:
+        RunError: one has failed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
+    root = str(CONFIGS.parent)
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": root, **env}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RunError(f"{ranks} ranks ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+    return done.stderr
 
 
 class Peak:

@@ -10,13 +10,14 @@ training waited for a save, and the longest; the last save, for which the end of
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.runs import launch
+from sgm.util import RunError
+
 WAYS = {"false": "before training goes on", "true": "beside training"}
 BYTES = 20  # of a parameter: twice in float32 (weights, state), its master copy and two moments
 LAYERS, WIDTH = 4, 128  # hidden sizes are multiples
@@ -41,11 +42,7 @@ def train(folder: Path, way: str, gigabytes: float, ranks: int, saves: int, inte
         f"{network}.num_attention_heads={size // 32}",
         *("deepspeed.train_micro_batch_size_per_gpu=1", "data.params.max_num_frames=5"),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*command, "train_video.py", *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    for line in done.stderr.splitlines():
+    for line in launch(ranks, ["train_video.py", *words]).splitlines():
         if "waited" in line:
             sys.stdout.write(f"{line}\n")
     (run,) = (folder / way).iterdir()
@@ -59,14 +56,8 @@ def waits(run: Path, interval: int) -> list[float]:
     return [line["save_seconds"] for line in lines if line["iteration"] % interval == 1 and line["iteration"] > 1]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure both ways and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=1.0, help="of a save")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--saves", type=int, default=5, help="that are measured")
-    parser.add_argument("--interval", type=int, default=20, help="iterations between saves")
-    options = parser.parse_args(argv)
+def measure(options: argparse.Namespace) -> None:
+    """Train each way, and print the waits for its saves."""
     with tempfile.TemporaryDirectory() as folder:
         for way, words in WAYS.items():
             run = train(Path(folder), way, options.gb, options.ranks, options.saves, options.interval)
@@ -80,6 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"a save, {max(found):.2f} s for the longest ({shown})\n"
             )
             sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure both ways and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=1.0, help="of a save")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--saves", type=int, default=5, help="that are measured")
+    parser.add_argument("--interval", type=int, default=20, help="iterations between saves")
+    options = parser.parse_args(argv)
+    try:
+        measure(options)
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     return 0
 
 

@@ -16,7 +16,6 @@ cache.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
+from benchmarks.runs import launch
 from data_video import SFTDataset
 from sgm.checks.cost import Cost
 from sgm.checks.meta_run import LiveBytes, build
@@ -192,7 +192,7 @@ def _encode() -> Callable[[], object]:
 def gloo_figures() -> dict[str, float]:
     """Return bandwidth and latency of all-reduces between two processes, in processor seconds of one."""
     with tempfile.TemporaryDirectory() as folder:
-        _launch(2, ["-m", "benchmarks.scaling", "--gloo", folder])
+        launch(2, ["-m", "benchmarks.scaling", "--gloo", folder], OMP_NUM_THREADS="1")
         return json.loads((Path(folder) / "0.json").read_text())
 
 
@@ -209,14 +209,6 @@ def _gloo_rank(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _launch(ranks: int, words: Sequence[str], **env: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
-    where = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(done.stderr[-2000:])
-
-
 def measure(case: str, cache: Path) -> tuple[float, float]:
     """Train a case; return the seconds of an iteration: of processors, as ranks share them, and by the clock.
 
@@ -229,7 +221,7 @@ def measure(case: str, cache: Path) -> tuple[float, float]:
         settings += ("args.precompute=true", f"args.latent_cache={cache}", f"args.text_cache={cache}")
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "benchmarks.scaling", "--train", folder, "--base", *BASES, *SETTINGS, *settings]
-        _launch(ranks, [*words, f"args.save={folder}/runs"])
+        launch(ranks, [*words, f"args.save={folder}/runs"], OMP_NUM_THREADS="1")
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     assert len(found) == ranks
     cores = len(os.sched_getaffinity(0))

@@ -1,19 +1,32 @@
 """The tables of growth, at sizes of milliseconds."""
 
+import pytest
+
 from benchmarks import growth
 from benchmarks.models import NetworkSize
+
+
+def rank_alone(ranks, words, **_):
+    """Do what the first of the ranks does, without the others."""
+    assert ranks == 2 and words[:2] == ["-m", "benchmarks.growth"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth, "forward_seconds", lambda *size: 7.25 if size == (1, 2, 4, 4) else None)
+        assert growth.main(words[2:]) == 0
 
 
 def test_time_and_data_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
     size = NetworkSize(32, 2, 1, 16, latents=(4, 4, 4), text_length=3, text_hidden_size=8)
     monkeypatch.setattr(growth, "SMALL", size)
-    monkeypatch.setattr(growth, "TIMES", {"frames": ((2, 4, 4, 1), (4, 4, 4, 1)), "batch": ((2, 4, 4, 2),)})
+    times = {"frames": ((2, 4, 4, 1), (4, 4, 4, 1)), "batch": ((2, 4, 4, 2),), "ranks": ((2, 4, 4, 2),)}
+    monkeypatch.setattr(growth, "TIMES", times)
+    monkeypatch.setattr(growth, "launch", rank_alone)
     monkeypatch.setattr(growth, "memory_points", lambda: iter([growth.Point("ranks", "2", 7, {"sampling": 2.0**31})]))
     assert growth.main(["--rows", "2", "300", "--plot", str(tmp_path / "growth.png")]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line]
     assert rows[2] == ["ranks", "2", "7", "2.0 GiB"]
     assert [row[:3] for row in rows[5:8]] == [["frames", "2", "4"], ["frames", "4", "8"], ["batch", "2", "8"]]
-    assert [row[1] for row in rows[10:]] == ["2", "300"] and "index read" in rows[8]
+    assert rows[8] == ["ranks", "2", "4", "7.250 s"]
+    assert [row[1] for row in rows[11:]] == ["2", "300"] and "index read" in rows[9]
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
