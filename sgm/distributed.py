@@ -102,8 +102,7 @@ _num_settled = 0  # exchanges of `settle`
 def configure(args: SamplingArgs) -> None:
     """Apply the settings of this process; call before `initialize`.
 
-    These are the device, ``args.device``, the timeout of collectives, ``args.distributed_timeout``, and whether float32
-    products may be computed with fewer bits, ``args.allow_tf32``.
+    These are ``args.device``, ``args.distributed_timeout``, and ``args.allow_tf32`` for products and convolutions.
 
     Raises:
         ConfigError: ``args.device`` names one that is not available.
@@ -114,6 +113,7 @@ def configure(args: SamplingArgs) -> None:
         torch.accelerator.set_device_index(_device)
     _timeout = timedelta(seconds=args.distributed_timeout)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
 
 def report_progress(iteration: int, phase: str) -> None:

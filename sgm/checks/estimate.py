@@ -14,7 +14,7 @@ import torch
 
 import sgm.distributed
 from sgm.checks.frozen import base_storage, frozen_problems
-from sgm.checks.measure import decode_usage, encode_usage, network_usage, once, vae_dtype
+from sgm.checks.measure import decode_usage, encode_usage, network_usage, once
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import Usage
 from sgm.checks.sampling import params_of
@@ -22,6 +22,7 @@ from sgm.checks.sampling_plan import SamplingPlan, check_sampling
 from sgm.checks.training import takes_pairs
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError
+from sgm.config.precision import autoencoder_dtype
 from sgm.distributed import Mesh
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config
@@ -156,13 +157,13 @@ def sampling_estimate(config: Config, dtype: torch.dtype) -> Estimate:
     encodes_whole = args.video is not None or geometry.control_channels > 0
     encodes = plan.image2video or args.encodes_clips or encodes_whole
     if encodes or not args.only_save_latents:
-        decoded = once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype))
-        held = decoded.weights * vae_dtype(dtype).itemsize
+        decoded = once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), autoencoder_dtype(dtype))
+        held = decoded.weights * autoencoder_dtype(dtype).itemsize
         phases["network"] = {**weights, "VAE": held, used: network.peak}
         if encodes:
             known = args.num_held if args.start or args.end else 1
             frames = plan.video_frames if encodes_whole else known
-            encoded = once(encode_usage, config, (frames, *size), vae_dtype(dtype))
+            encoded = once(encode_usage, config, (frames, *size), autoencoder_dtype(dtype))
             phases["encode"] = {**beside, "VAE": held, "activations": encoded.peak}
         if not args.only_save_latents:
             phases["decode"] = {**beside, "VAE": held, "activations": decoded.peak}
@@ -237,8 +238,8 @@ def training_estimate(
     gradients = 0.0 if is_offloaded(zero, "optimizer") else width * (learned if zero["stage"] < 2 else learned / ranks)
     before = stepping + frozen * away + gradients * (section["gradient_accumulation_steps"] == 1)  # a batch
     if vae:
-        encoded = once(encode_usage, config, (1 if vae == "first frames" else frames, *size), vae_dtype(dtype))
-        resident["VAE"] = encoded.weights * vae_dtype(dtype).itemsize
+        encoded = once(encode_usage, config, (1 if vae == "first frames" else frames, *size), autoencoder_dtype(dtype))
+        resident["VAE"] = encoded.weights * autoencoder_dtype(dtype).itemsize
         if not config.model.get("latent_input"):
             phases["encode"] = {**_without(resident, before), "activations": encoded.peak}
     live = min(zero.get("stage3_max_live_parameters", 1e9), total) * width if zero["stage"] == 3 else 0.0
@@ -372,10 +373,12 @@ def _validation_usage(
     usages = []
     if plan.image2video or geometry.control_channels:
         frames = plan.video_frames if geometry.control_channels else 1
-        usages.append(once(encode_usage, config, (frames, *size), vae_dtype(dtype)))
+        usages.append(once(encode_usage, config, (frames, *size), autoencoder_dtype(dtype)))
     if not args.only_log_video_latents:
-        usages.append(once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), vae_dtype(dtype)))
-    weights = max((usage.weights for usage in usages), default=0) * vae_dtype(dtype).itemsize
+        usages.append(
+            once(decode_usage, config, (args.batch_size, plan.decoded_latents, *size), autoencoder_dtype(dtype))
+        )
+    weights = max((usage.weights for usage in usages), default=0) * autoencoder_dtype(dtype).itemsize
     return network, max(peaks + [usage.peak for usage in usages]), weights
 
 

@@ -222,11 +222,6 @@ def _continued(start: Usage, first: Usage, second: Usage, steps: int) -> Usage:
     )
 
 
-def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the VAE, which overflows in float16, for a network of `dtype`."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
 def decode_usage(config: Config, latents: tuple[int, int, int, int], dtype: torch.dtype) -> Usage:
     """Measure decoding of latents (B, T, H, W), H and W in pixels of the video, as in the engine."""
     args = config.args

@@ -339,11 +339,11 @@ def check_sampler(args: SamplingArgs, sampler: Any) -> None:
         found = f"is given, and {type(sampler).__name__} has no method invert: its steps cannot be undone"
         cure = "set model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler, or remove it"
         raise ConfigError([Problem("args.inversion", "", found, cure)])
-    if args.guidance_scale is not None and not hasattr(sampler.guider, "scale"):
-        raise InputError(
-            f"args.guidance_scale is {args.guidance_scale}, but the sampler has no guidance; remove it, or add a "
-            "guider_config"
-        )
+    if not hasattr(sampler.guider, "scale"):
+        for name in ("guidance_scale", "guidance_interval", "negative_prompt"):
+            if (value := getattr(args, name)) not in (None, ""):
+                found = f"is {spelled(value)}, but the sampler has no guidance"
+                raise ConfigError([Problem(f"args.{name}", "", found, "remove it, or add a guider_config")])
 
 
 # Pixels of a frame above which ``vae_tiling: large`` decodes in tiles: those of the first generation are not.

@@ -422,6 +422,12 @@ class TrainingArgs(SamplingArgs):
             if getattr(self, name) != 1 and self.lr_decay_style != style:
                 found = f"is {getattr(self, name):g}, and lr_decay_style {self.lr_decay_style} does not use it"
                 yield name, found, f"set args.lr_decay_style={style}, or remove it"
+        if self.lr_decay_ratio != 0.1 and self.lr_decay_style in ("linear", "constant"):
+            found = f"is {self.lr_decay_ratio:g}, and lr_decay_style {self.lr_decay_style} does not use it"
+            yield "lr_decay_ratio", found, "set args.lr_decay_style=cosine, or remove it"
+        if self.lr_decay_ratio == 0 and self.lr_decay_style == "exponential":
+            found = "is 0, to which an exponential falls at once: nothing would be trained"
+            yield "lr_decay_ratio", found, "give a number above 0, such as 0.01"
         if self.train_iters is not None and self.epochs is not None:
             yield "epochs", "is given, and train_iters too", "keep one of them, and set the other to null"
 

@@ -87,7 +87,7 @@ class Config:
     @property
     def engine(self) -> dict[str, Any]:
         """The engine's ``{target, params}`` section for `instantiate_from_config`."""
-        return {"target": ENGINE_TARGET, "params": copy.deepcopy(self.model)}
+        return {"target": ENGINE_TARGET, "params": copy.deepcopy(self.model) | {"compile_model": self.args.compile}}
 
     @property
     def digest(self) -> str:
@@ -158,6 +158,8 @@ def load_config(
         raise ConfigError(merged.problems)
     merged.warnings += _odd_values(sections["model"], args)
     warn_once(logger, merged.warnings)
+    if sections["model"].get("compile_model"):
+        args = dataclasses.replace(args, compile=True)
     if mode == "train":
         sections["deepspeed"] = complete_deepspeed(sections["deepspeed"], sections["model"])
     return Config(

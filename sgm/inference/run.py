@@ -154,8 +154,6 @@ class SamplingRun:
     def _build(self) -> SATVideoDiffusionEngine:
         """Build the model on the meta device; the text encoder is assigned to the real one."""
         engine = instantiate_from_config(self.config.engine, allocate=False)
-        if self.args.compile:
-            engine.network.compile()
         engine.conditioner.to(self.device)
         offload = self.args.text_encoder_offload
         if self.args.asks_for_prompts and offload == "release":

@@ -38,11 +38,11 @@ def training_inputs(
 
     Args:
         engine: the model.
-        batch: the conditioner's texts, and under `input_key` videos (B, F, 3, H, W) in −1..1, or with `latent_input`
+        batch: the conditioner's texts, and under ``mp4`` videos (B, F, 3, H, W) in −1..1, or with `latent_input`
             unscaled latents (B, T, C, H, W). Instead of these, ``moments``: B of (2C, T, H, W). Optional ``image``: B
             of (3, H, W), None for the first frame; or ``image_moments``: B of (2C, 1, H, W), used without noise. For a
             network with a control ``control``: B of (F, 3, H, W), or ``control_moments``: B of (2C, T, H, W).
-            ``rejected`` for a loss that takes pairs: videos as under `input_key`, for which the same is drawn. And
+            ``rejected`` for a loss that takes pairs: videos as under ``mp4``, for which the same is drawn. And
             ``mask``: B of (T, 1, H, W), bool, the latents that the loss counts.
         generators: one CPU generator per sample.
         rank: data-parallel rank, for a loss with ``uniform_sampling``.
@@ -59,7 +59,7 @@ def training_inputs(
             for i, generator in enumerate(generators)
         ]
     for i, (generator, cond) in enumerate(zip(generators, conds, strict=True)):
-        clip = batch["moments" if encoded else engine.input_key][i][None]
+        clip = batch["moments" if encoded else "mp4"][i][None]
         size = _latent_size(engine, clip, encoded=encoded)
         # Everything is drawn and sent before the clip is encoded, so that the device never waits for the host.
         image = _draw_image(engine, batch, i, clip, generator) if engine.noised_image_input else None

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import register_dataclass
 
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings
-from sgm.config.values import AtLeast1, Name, Positive, Share
+from sgm.config.values import AtLeast1, Positive, Share
 from sgm.log import get_logger, warn_once
 from sgm.modules.diffusionmodules.windows import TimeLoop, TimeWindows
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -76,12 +76,12 @@ class SATVideoDiffusionEngine(nn.Module):
         scale_image_latents: multiply image latents by `scale_factor`, like video latents; None follows the released
             models: yes with a temporal patch of 1, no (raw latents) with 2.
         not_trainable_prefixes: prefixes of frozen parameters; ``all`` freezes everything but the adapters.
-        input_key: key of the video in a batch of the data.
+        input_key: key of the video in a batch of the data; all data sets use this one.
         en_and_decode_n_samples_a_time: batch size of the autoencoder; None for the whole batch.
         precision: ``fp16``, ``bf16`` or ``fp32``: training precision of the released weights.
         lora_train: train and save only the adapters.
         ofs: value of the ``ofs`` input of the 1.5 image-to-video network.
-        compile_model: compile the network with ``torch.compile``.
+        compile_model: compile the network with ``torch.compile``, as args.compile does.
         allocate: False builds network and autoencoder on the meta device, for `load_weights`.
     """
 
@@ -112,7 +112,7 @@ class SATVideoDiffusionEngine(nn.Module):
         noised_image_dropout: Share = 0.0,
         scale_image_latents: bool | None = None,
         not_trainable_prefixes: Sequence[str] = (),
-        input_key: Name = "mp4",
+        input_key: Literal["mp4"] = "mp4",
         en_and_decode_n_samples_a_time: AtLeast1 | None = None,
         precision: Literal["fp16", "bf16", "fp32"] | None = None,
         lora_train: bool = False,
@@ -142,7 +142,6 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_dropout = noised_image_dropout
         self.scale_image_latents = network.patch_size[0] == 1 if scale_image_latents is None else scale_image_latents
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
-        self.input_key = input_key
         self.samples_a_time = en_and_decode_n_samples_a_time
         self.precision = precision
         self.lora_train = lora_train

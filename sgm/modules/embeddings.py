@@ -156,8 +156,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate pairs of neighbouring channels: (a, b) → (a·cos − b·sin, b·cos + a·sin).
 
     Args:
-        x: (B, S, heads, head_dim). Computed in float32: bf16 angles are too coarse for large positions.
-        cos: (S, head_dim) float32.
+        x: (B, S, heads, head_dim).
+        cos: (S, head_dim) float32: 16-bit angles are too coarse for large positions.
         sin: (S, head_dim) float32, negative for the first channel of a pair.
 
     Returns:

@@ -129,7 +129,7 @@ class StepCache:
         self._rows = None
         if self._residual is not None and len(self._residual) != len(x):  # guidance begins or ends
             self._signal = self._residual = None
-        self._start = x[:, num_text:].clone()  # blocks overwrite their input
+        self._start = x[:, num_text:].clone()  # blocks may overwrite their input
         signal = emb.expand(len(x), -1)
         if self._fitted is None:
             x = self._run(run, x)

@@ -131,24 +131,15 @@ def build(config: Config, plan: Plan) -> Parts:
         if lock is not None:
             unlocking.callback(lock.close)
         data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
-        total = total_iterations(
-            args, data.num_train, plan.global_batch, plan.resume
-        )  # excluded clips shorten an epoch
-        buckets = None
-        if plan.division is not None:
-            buckets, unreadable = plan_buckets(data, plan.division, args)
-            bad_clips.add(unreadable.items())
-            if plan.resume is not None:
-                require_same_plan(plan.resume, buckets, unreadable)
+        total, buckets = _length(plan, data, bad_clips)
+        if buckets is not None:
             point = replace(point, plan=buckets.digest)
-            total = total_steps(buckets, args)
-            logger.info("%s", bucket_report(buckets, args))
         engine = _load_engine(config, plan)
         logger.info("training %s", choose_trainable(engine.network, config.model))
         with without_frozen(engine.network) if plan.base_storage or _leaves(plan) else nullcontext():
             deepspeed = _start(config, plan, engine, total)
         offload = _offload_network(plan, engine)
-        # Tensor parallel ranks have the same tokens and need the same dropout masks.
+        # For what a network of the user's own draws, such as dropout: tensor parallel ranks have the same tokens.
         group = sgm.distributed.rank() // sgm.distributed.tensor_parallel_size()
         torch.manual_seed(derive_seed(args.seed, "dropout", group))
         if plan.resume is not None:
@@ -232,6 +223,29 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
     deepspeed = start_deepspeed(module, optimizer, schedule, plan.deepspeed)
     discard_initial_update(deepspeed, initial)
     return deepspeed
+
+
+def _length(plan: Plan, data: Data, bad_clips: BadClips) -> tuple[int, BucketPlan | None]:
+    """Return the optimizer steps of the whole run, which excluded clips shorten, and its buckets.
+
+    Raises:
+        InputError: the buckets differ from those of the run that goes on, or it has all steps and no weights.
+    """
+    args, resume, buckets = plan.args, plan.resume, None
+    if plan.division is None:
+        total = total_iterations(args, data.num_train, plan.global_batch, resume)
+    else:
+        buckets, unreadable = plan_buckets(data, plan.division, args)
+        bad_clips.add(unreadable.items())
+        if resume is not None:
+            require_same_plan(resume, buckets, unreadable)
+        total = total_steps(buckets, args, resume)
+        logger.info("%s", bucket_report(buckets, args, resume))
+    if resume is not None and resume.iteration >= total:
+        resume.require_weights()
+        if sgm.distributed.rank() == 0:
+            repair_latest(resume)
+    return total, buckets
 
 
 def _loader(
@@ -376,7 +390,6 @@ def _load_engine(config: Config, plan: Plan) -> SATVideoDiffusionEngine:
     transformer = section["params"]["network_config"]["params"].setdefault("transformer_args", {})
     if args.checkpoint_activations is not None:
         transformer["checkpoint_activations"] = args.checkpoint_activations
-    section["params"]["compile_model"] = bool(section["params"].get("compile_model")) or args.compile
     in_memory = args.load is None or args.force_train
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU
         torch.manual_seed(derive_seed(args.seed, "weights"))

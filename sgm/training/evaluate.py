@@ -209,7 +209,7 @@ class Evaluation:
         for key in ("control", "mask", "moments", "image_moments", "control_moments"):
             if key in clips[0]:
                 batch[key] = [clip[key] for clip in clips]
-        for key in (self.engine.input_key, "rejected"):
+        for key in ("mp4", "rejected"):
             if key in clips[0]:
                 batch[key] = torch.stack([clip[key] for clip in clips])
         return batch
@@ -274,7 +274,7 @@ class Evaluation:
     def _reference(self, sample: Path) -> np.ndarray | None:
         """Return the frames of the clip with whose caption a sample was made; None for prompts, and latents alone."""
         number = self._clip_of.get(sample.parents[1])
-        frames = None if number is None else self._clip(self.dataset, number).get(self.engine.input_key)
+        frames = None if number is None else self._clip(self.dataset, number).get("mp4")
         return None if frames is None else to_uint8(frames).numpy()
 
     def _prompts_of_data(self, folder: Path) -> list[Prompt]:

@@ -98,7 +98,7 @@ def _check(config: Any, options: argparse.Namespace, devices: Any = None) -> Non
             sys.stdout.write(f"encoded first (args.precompute): {', '.join(map(' into '.join, ahead.items()))}\n")
         if plan.division is not None:
             buckets, _ = plan_buckets(plan.data, plan.division, plan.args)
-            sys.stdout.write(bucket_report(buckets, plan.args) + "\n")
+            sys.stdout.write(bucket_report(buckets, plan.args, plan.resume) + "\n")
     _check_nodes(plan)
 
 

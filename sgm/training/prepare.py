@@ -346,6 +346,9 @@ class _Checks:
         for part in ("denoiser_config", "loss_fn_config", "sampler_config"):
             if config.model.get(part) is not None:
                 record(part, f"model.{part}", partial(instantiate_from_config, config.model[part]))
+        if spread := getattr(getattr(self.facts.get("loss_fn_config"), "sigma_sampler", None), "bounds", None):
+            path = "model.loss_fn_config.params.sigma_sampler_config.params.group_num"
+            self.problems += problems_of(path, "correct it", partial(spread, 0, self.data_ranks))
         if args.eval_interval is not None and (sampler := self.facts.get("sampler_config")) is not None:
             self.problems += problems_of(
                 "args", "correct it, for samples at evaluation", lambda: check_sampler(args, sampler)

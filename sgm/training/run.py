@@ -1,8 +1,8 @@
 """The training loop.
 
-Clip, noise and timestep of training sample n (0, 1, 2, ... over the whole run) depend only on the seed and n. Step s
-with global batch G trains on the samples s·G to (s+1)·G − 1, for any number of ranks and micro batches and any group
-size. A run is resumed by the number of its next sample.
+Clip, noise and timestep of training sample n (0, 1, 2, ... over the whole run) depend only on the seed and n; with
+`uniform_sampling`, the timestep on the rank too. Step s with global batch G trains on the samples s·G to (s+1)·G − 1,
+for any number of ranks and micro batches and any group size. A run is resumed by the number of its next sample.
 """
 
 import time
@@ -224,18 +224,17 @@ class TrainingRun:
             done = self.iteration == self.parts.total_iters
             if stop:
                 self.summary.stopped = self._signal()
-            elif self.iteration - first == self.args.exit_interval and not done:
-                self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
-            if self.iteration % self.args.log_interval == 0 or done or self.summary.stopped:
+            last = done or stop or self.iteration - first == self.args.exit_interval
+            if self.iteration % self.args.log_interval == 0 or last:
                 self._log()
             elif self.metrics is not None:
                 self.metrics.step_done(self.iteration)
-            if self._is_due(self.args.save_interval) or done or self.summary.stopped:
+            if self._is_due(self.args.save_interval) or last:
                 with self.clock("save"):
                     self.saver.save(self.iteration)
                 if self.watch is not None:
                     self.watch.start_again()
-            if self.evaluation is not None and not self.summary.stopped:
+            if self.evaluation is not None and not stop:  # a signal leaves no time for it
                 if self._is_due(eval_interval) or done:
                     with self.clock(EVALUATE):
                         self._evaluate()
@@ -244,6 +243,8 @@ class TrainingRun:
                             self.saver.save(self.iteration)
                     if self.watch is not None:
                         self.watch.start_again()
+            if last and not done and not self.summary.stopped:
+                self.summary.stopped = f"args.exit_interval={self.args.exit_interval}"
         with self.clock("save"):
             self.saver.finish()
         if self.metrics is not None and self.iteration > first:

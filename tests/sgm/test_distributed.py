@@ -173,13 +173,15 @@ def test_products_of_float32_are_rounded_only_if_asked(monkeypatch, tool, kind, 
     module, _, name = tool.rpartition(".")
     monkeypatch.setattr("sgm.distributed._timeout", None)
     monkeypatch.setattr(f"{module}.prepare", lambda config: 1 / 0)  # what follows
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         with pytest.raises(ZeroDivisionError):
             getattr(importlib.import_module(module), name)(SimpleNamespace(args=kind(allow_tf32=given)))
         assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 is given
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @pytest.mark.parametrize("own", [0, 1])

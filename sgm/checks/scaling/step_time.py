@@ -28,7 +28,7 @@ from sgm.checks.estimate import (
     with_vae,
     zero_traffic,
 )
-from sgm.checks.measure import encode_usage, network_usage, once, vae_dtype
+from sgm.checks.measure import encode_usage, network_usage, once
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import Usage, build
 from sgm.checks.sampling import params_of
@@ -36,6 +36,7 @@ from sgm.checks.scaling.cards import Card
 from sgm.checks.training import takes_pairs
 from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, digest_of
+from sgm.config.precision import autoencoder_dtype
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
 from sgm.util import default
@@ -264,7 +265,7 @@ class _Work:
         frames = [1] * self.geometry.image_conditioned + [self.frames] * (vae is True)
         seconds = sent = 0.0
         for each in frames:
-            usage = once(encode_usage, self.config, (each, *self.size), vae_dtype(self.dtype))
+            usage = once(encode_usage, self.config, (each, *self.size), autoencoder_dtype(self.dtype))
             seconds += self.clips * self._busy(usage.cost)
             sent += self.clips * self._group_seconds(usage)
         return seconds, sent

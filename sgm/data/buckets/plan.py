@@ -135,10 +135,10 @@ class BucketPlan:
         sizes = [self._batch_sizes[bucket] * self.division.ranks] * whole
         return sizes if self.division.drop_partial or not rest else [*sizes, rest]
 
-    def steps(self, epochs: int) -> int:
-        """Return the number of steps in the first epochs."""
+    def steps(self, epochs: int, first: int = 0) -> int:
+        """Return the number of steps from micro-batch `first` to the end of the first epochs."""
         self._count_epochs(epochs)
-        return -(-self._batches_before[epochs] // self.division.accumulation)
+        return -(-max(self._batches_before[epochs] - first, 0) // self.division.accumulation)
 
     def samples_before(self, position: int) -> int:
         """Return the number of samples, without padding, in the micro-batches before number `position`."""

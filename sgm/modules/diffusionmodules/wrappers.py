@@ -50,6 +50,12 @@ class OpenAIWrapper(nn.Module):
         # With guidance parallelism, each of two ranks computes one branch: half of the batch.
         group = sgm.distributed.cfg_group()
         own = partial(split_sequence, group=group, dim=0)
-        optional: dict[str, Any] = {} if ofs is None else {"ofs": own(ofs)}
-        out = self.diffusion_model(own(latents), own(timesteps), own(cond["crossattn"].to(dtype)), **optional)
+        latents = own(latents)
+
+        def own_value(values: torch.Tensor) -> torch.Tensor:
+            """One value expanded to all samples stays expanded, since blocks take fewer passes then."""
+            return own(values) if values.stride(0) else values[: len(latents)]
+
+        optional: dict[str, Any] = {} if ofs is None else {"ofs": own_value(ofs)}
+        out = self.diffusion_model(latents, own_value(timesteps), own(cond["crossattn"].to(dtype)), **optional)
         return gather_sequence(out, group, 0, len(x))

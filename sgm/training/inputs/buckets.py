@@ -85,8 +85,8 @@ def _sizes(datasets: tuple[Any, ...]) -> tuple[ClipSizes, dict[str, str]]:
     return ClipSizes(*map(np.concatenate, sides)), unreadable
 
 
-def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
-    """Return the optimizer steps of the whole run.
+def total_steps(buckets: BucketPlan, args: TrainingArgs, resume: ResumePoint | None = None) -> int:
+    """Return the optimizer steps of the whole run, whose first ones may have had other accumulation.
 
     Raises:
         InputError: it has none.
@@ -94,18 +94,19 @@ def total_steps(buckets: BucketPlan, args: TrainingArgs) -> int:
     if args.train_iters is not None:
         return args.train_iters
     assert args.epochs is not None, "the configuration is refused without either"
-    total = buckets.steps(args.epochs)
-    if total == 0:
+    if buckets.steps(args.epochs) == 0:
         raise InputError(
             f"args.epochs={args.epochs} gives no step: no bucket of {PATH} gets the clips of a whole micro-batch of "
             f"all {buckets.division.ranks} ranks; set data.params.drop_partial=false, or lower batch sizes, or raise "
             "args.epochs or probabilities"
         )
-    return total
+    done, first = (0, 0) if resume is None else (resume.iteration, resume.micro_batches)
+    return done + buckets.steps(args.epochs, first)
 
 
-def bucket_report(buckets: BucketPlan, args: TrainingArgs) -> str:
+def bucket_report(buckets: BucketPlan, args: TrainingArgs, resume: ResumePoint | None = None) -> str:
     """Return the table of buckets, and the lengths of an epoch and of the run."""
-    total = total_steps(buckets, args)
-    samples = buckets.samples_before(total * buckets.division.accumulation)
+    total = total_steps(buckets, args, resume)
+    done, first = (0, 0) if resume is None else (resume.iteration, resume.micro_batches)
+    samples = buckets.samples_before(first + max(total - done, 0) * buckets.division.accumulation)
     return f"{buckets.table()}\n{buckets.steps(1):,} iterations an epoch; {total:,} in all, on {samples:,} samples"

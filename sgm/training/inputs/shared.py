@@ -26,7 +26,7 @@ def shared_batch(engine: SATVideoDiffusionEngine, read: Callable[[], Mapping[str
         return sgm.distributed.broadcast_in_sample_group(None)
     batch = read()
     encoded_here = sgm.distributed.context_parallel_size() > 1
-    pixels = (engine.input_key, "rejected", "image", "moments", "image_moments", "control", "control_moments", "mask")
+    pixels = ("mp4", "rejected", "image", "moments", "image_moments", "control", "control_moments", "mask")
     pixels = () if encoded_here else pixels
     sgm.distributed.broadcast_in_sample_group({name: value for name, value in batch.items() if name not in pixels})
     return batch

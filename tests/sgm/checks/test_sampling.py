@@ -319,9 +319,9 @@ def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
         (["model.conditioner_config=null"], ["model.conditioner_config", "is missing"]),
         (["model.conditioner_config.params.emb_models=[]"], ["emb_models", "is empty"]),
         (["model.first_stage_config=null"], ["model.first_stage_config", "is missing"]),
-        (
-            ["model.sampler_config.params.guider_config=null", "args.guidance_scale=3"],
-            ["args.guidance_scale", "no guidance"],
+        *(
+            (["model.sampler_config.params.guider_config=null", given], [given.partition("=")[0], "no guidance"])
+            for given in ("args.guidance_scale=3", "args.guidance_interval=[0,0.5]", "args.negative_prompt=blue")
         ),
     ],
 )

@@ -198,6 +198,18 @@ def test_wrong_values_in_training(override, cure):
     assert f"{override.split('=')[0]} (" in text and cure in text and f"command line: {override}" in text
 
 
+@pytest.mark.parametrize(
+    ("style", "ratio", "said"),
+    [
+        ("linear", 0.2, "lr_decay_style linear does not use it"),
+        ("exponential", 0, "nothing would be trained"),
+    ],
+)
+def test_a_share_of_the_rate_that_has_no_effect_or_trains_nothing(style, ratio, said):
+    text = training_complaint(f"args.lr_decay_style={style}", f"args.lr_decay_ratio={ratio}")
+    assert "args.lr_decay_ratio (" in text and said in text
+
+
 def test_everything_wrong_with_a_training_run_is_reported_at_once(write):
     path = write("args: {save_intervall: 1}\ndata: {}\ndeepspeed: {scheduler: {}, zero_optimization: {stage: 5}}\n")
     text = complaint([TOY, path], mode="train")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -101,6 +102,18 @@ def test_ranks_that_share_samples_share_buckets(runs, training_yaml, settings, t
     one, two = runs(1, "straight"), only_run(tmp_path / "runs")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert difference(weights(two), weights(one)) < 1e-5
+
+
+def test_an_epoch_is_whole_with_other_accumulation_and_its_weights_are_required(training_yaml, settings, tmp_path):
+    overrides = [*settings, "args.train_iters=null", "args.epochs=1", f"args.save={tmp_path}"]
+    overrides.append("deepspeed.train_micro_batch_size_per_gpu=4")
+    for more in (["args.exit_interval=2"], (again := ["deepspeed.gradient_accumulation_steps=3", "args.resume=auto"])):
+        found = train(load_config(training_yaml(LORA), [*overrides, *more], mode="train"))
+    assert (found.iteration, found.total) == (3, 3), "two of five micro-batches were done, three are left"
+    assert read_metrics(found.folder / "metrics.jsonl")[-1]["samples"] == sum(CLIPS.values())
+    shutil.rmtree(found.folder / "3")
+    with pytest.raises(InputError, match="its weights were removed"):
+        train(load_config(training_yaml(LORA), [*overrides, *again], mode="train"))
 
 
 @pytest.mark.parametrize("world", [1, 2])

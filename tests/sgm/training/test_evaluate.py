@@ -108,12 +108,16 @@ def test_the_validation_loss_follows_the_weights_and_is_said_at_once(job, log):
 
 def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(job, monkeypatch, log):
     """It is saved at its evaluation, survives args.keep_last, is known after a resume, and is named at the end."""
-    measured = iter([3.0, 1.0, float("nan"), 2.0, 0.5])
+    measured = iter([3.0, 1.0, float("nan"), 2.0, 4.0])
     monkeypatch.setattr(Evaluation, "losses", lambda _: {"validation_loss": next(measured)})
     monkeypatch.setattr(Evaluation, "sample", lambda *_: [])
     overrides = ["args.train_iters=5", "args.eval_interval=1", "args.keep_best=true", "args.keep_last=1"]
-    first = job(LORA, *overrides, "args.exit_interval=4")  # a run that stops does not evaluate
+    first = job(LORA, *overrides, "args.exit_interval=4")
     assert (first.best, first.stopped) == ((2, 1.0), "args.exit_interval=4")
+    validated = [
+        line["iteration"] for line in read_metrics(first.folder / "metrics.jsonl") if "validation_loss" in line
+    ]
+    assert validated == [1, 2, 3, 4], "a process that ends evaluates first"
     kept = [path.name for path in first.folder.iterdir() if path.name.isdecimal()]
     assert sorted(kept) == ["2", "4"]
     second = job(LORA, *overrides, "args.resume=auto", "args.eval_interval=5")

@@ -3,7 +3,6 @@
 import logging
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +187,15 @@ def test_all_problems_are_reported_together(plan):
     assert {"args.load", "args.train_data", "deepspeed.optimizer"} <= {p.path for p in caught.value.problems}
 
 
+def test_groups_that_do_not_divide_the_ranks_are_told_before_the_first_step(plan, monkeypatch):
+    path = "model.loss_fn_config.params.sigma_sampler_config.params"
+    spread = [f"{path}.uniform_sampling=true", f"{path}.group_num=3"]
+    plan(LORA, *spread)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"group_num \(.*group_num 3 on 4 ranks.*set group_num to a divisor"):
+        plan(LORA, *spread)
+
+
 def test_missing_wandb_is_reported_before_a_run_folder_is_made(training_yaml, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     command = [
@@ -202,9 +210,7 @@ def test_missing_wandb_is_reported_before_a_run_folder_is_made(training_yaml, tm
 
 
 def test_the_check_prints_the_report_and_writes_nothing(training_yaml, tmp_path, capsys):
-    start = time.process_time()
-    code = main(["--base", *training_yaml(LORA), f"args.save={tmp_path / 'runs'}", "--check"])
-    assert code == 0 and time.process_time() - start < 10
+    assert main(["--base", *training_yaml(LORA), f"args.save={tmp_path / 'runs'}", "--check"]) == 0
     assert "LoRA of rank 4" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 

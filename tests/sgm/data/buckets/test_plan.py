@@ -159,6 +159,7 @@ def test_samples_are_counted_once_over_epochs():
     everything = [batch for rank in range(3) for batch in batches(plan, rank, epochs=3)]
     total = sum(weight > 0 for batch in everything for weight in batch.weights)
     assert plan.samples_before(plan.steps(3)) == total
+    assert plan.steps(3, first=4) == plan.steps(3) - 4 and plan.steps(1, first=plan.steps(2)) == 0
     assert plan.samples_before(7) == sum(
         w > 0 for rank in range(3) for b in batches(plan, rank, steps=7) for w in b.weights
     )

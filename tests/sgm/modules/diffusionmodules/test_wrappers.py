@@ -35,6 +35,20 @@ def test_ofs_is_passed_only_when_given() -> None:
     assert wrapper.diffusion_model.given[3] == {"ofs": ofs}
 
 
+def test_each_rank_of_guidance_gets_its_branch_and_one_timestep_stays_one(monkeypatch) -> None:
+    module = "sgm.modules.diffusionmodules.wrappers"
+    monkeypatch.setattr(f"{module}.split_sequence", lambda value, group, dim: value.chunk(2)[1].clone())
+    monkeypatch.setattr(f"{module}.gather_sequence", lambda value, group, dim, size: value)
+    wrapper = OpenAIWrapper(Network())
+    x, texts, ofs = torch.randn(4, 2, 3, 4, 4), torch.randn(4, 6, 7), torch.full((1,), 2.0).expand(4)
+    for timesteps in (torch.tensor([3]).expand(4), torch.tensor([3, 4, 5, 6])):
+        wrapper(x, timesteps, {"crossattn": texts}, ofs=ofs)
+        given = wrapper.diffusion_model.given
+        assert torch.equal(given[0], x[2:]) and torch.equal(given[2], texts[2:])
+        assert torch.equal(given[1], timesteps[2:]) and given[1].stride() == timesteps.stride()
+        assert torch.equal(given[3]["ofs"], ofs[2:]) and given[3]["ofs"].stride() == (0,)
+
+
 def test_inputs_take_the_precision_of_the_network_but_timesteps_do_not() -> None:
     wrapper = OpenAIWrapper(Network().bfloat16())
     wrapper(torch.randn(1, 2, 3, 4, 4), torch.tensor([999]), {"crossattn": torch.randn(1, 6, 7)})
