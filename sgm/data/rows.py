@@ -13,7 +13,7 @@ from sgm.io import require_regular
 from sgm.util import InputError
 
 VIDEO_SUFFIXES = tuple(".mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 _SHOWN = 5  # faults that a message lists
 
 

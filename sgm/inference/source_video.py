@@ -248,7 +248,7 @@ def _frames(num: int) -> str:
 def _scan(path: str) -> "Scan":
     from sgm.data.clips.decode import ClipError, scan  # lazy: slow to import
 
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise InputError(f"there is no file '{path}'{nearest_path(path)}; name one that exists")
     try:
         return scan(path)

@@ -92,7 +92,7 @@ def read_video(path: str | Path) -> np.ndarray:
     """
     from sgm.data.clips.decode import open_video  # lazy: slow to import, and needed for contact sheets only
 
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream, _):
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     if not frames:
         raise RunError(f"{path} holds no frames; remove it to sample it again")

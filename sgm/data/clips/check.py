@@ -86,7 +86,7 @@ def check_rows(
             num_frames = shape[0] if shape else 1
             selection = select_frames(scanned.times, fps=fps, max_num_frames=num_frames, skip=skip, end=end)
             if decode:
-                decode_all(row.path, scanned)
+                scanned = decode_all(row.path, scanned)
             if row.image is not None:
                 probe(row.image)
             if row.rejected is not None:
@@ -204,6 +204,8 @@ def _notes(scanned: Scan, selection: Selection, fps: float, video_size: tuple[in
         notes.append("enlarged")
     if scanned.interlaced:
         notes.append("interlaced: it is deinterlaced")
+    if scanned.hdr:
+        notes.append("HDR (PQ or HLG): it is read without tone mapping, so colours are pale; convert it to BT.709")
     return tuple(notes)
 
 

@@ -1,6 +1,7 @@
 """The video that sampling starts from."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +50,12 @@ def test_frames_are_those_of_the_result_in_rate_and_size(clip, latents, fps, gre
         ("clip.mp4", "has 9 frames at 8 fps, and the result 17; set args.sampling_num_frames=3 .9 frames"),
         ("clap.mp4", "there is no file '.*clap.mp4'; did you mean"),
         ("text.mp4", "text.mp4"),
+        ("pipe.mp4", "pipe.mp4: cannot be read: .*it is a named pipe, not a file"),
     ],
 )
 def test_what_cannot_be_taken_is_said_with_the_cure(clip, tmp_path, name, said):
     (tmp_path / "text.mp4").write_text("no video")
+    os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(InputError, match=said):
         check_clip(SamplingArgs(video=str(tmp_path / name), prompt="x"), plan(5), "video")
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from sgm.data.buckets.config import parse_buckets
+from sgm.data.clips import check as check_module
 from sgm.data.clips.check import (
     RowReport,
     bad_share,
@@ -86,6 +87,16 @@ def test_columns_of_a_manifest_are_checked_against_the_clip(tmp_path):
 
 def test_too_short_to_skip_is_a_problem(rows):
     assert "leaves none" in check(rows[2], skip=(5, 5))[0].problems[0]
+
+
+def test_hdr_and_interlaced_clips_are_noted(tmp_path, monkeypatch):
+    path = clip(tmp_path / "a.mp4")
+    scanned = check_module.scan(path)
+    monkeypatch.setattr(check_module, "scan", lambda path: scanned._replace(hdr=True))
+    monkeypatch.setattr(check_module, "decode_all", lambda path, scanned: scanned._replace(interlaced=True))
+    (said,) = check(Row(path, "a caption"))[0].notes
+    assert said.startswith("HDR (PQ or HLG): it is read without tone mapping")
+    assert check(Row(path, "a caption"), decode=True)[0].notes == ("interlaced: it is deinterlaced", said)
 
 
 def test_damage_inside_is_found_when_everything_is_decoded(tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import struct
 import subprocess
 from multiprocessing.reduction import ForkingPickler
 
@@ -18,6 +17,7 @@ from sgm.data.formats.registry import list_rows
 from sgm.data.rows import VIDEO_SUFFIXES
 from sgm.inference.video import write_video
 from sgm.util import InputError
+from tests.sgm.data.clips.boxes import with_aperture, with_edits, with_pixel_crop
 from tests.sgm.data.clips.fields import h264_fields, write_fields
 
 
@@ -80,6 +80,33 @@ def test_a_stream_whose_times_begin_again_is_refused(variant, tmp_path, name, co
         scan(joined)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("part.mp4", ("-c", "copy")),
+        ("first.mp4", ("-c", "copy", "-movflags", "faststart")),
+        ("part.mov", ("-c", "copy")),
+        ("part.3gp", ("-c", "copy")),
+        ("part.flv", ("-c", "copy")),
+        ("part.wmv", ("-c:v", "wmv2")),
+    ],
+)
+def test_a_file_behind_the_first_is_refused(variant, tmp_path, name, options):
+    part = variant(*options, name=name)
+    assert scan(part).info.num_frames == 30
+    (joined := tmp_path / f"joined{part.suffix}").write_bytes(2 * part.read_bytes())
+    with pytest.raises(ClipError, match="is several files joined to one, of which only the first is played"):
+        scan(joined)
+
+
+def test_fragments_may_repeat_their_header(variant):
+    path = variant("-c", "copy", "-movflags", "frag_keyframe+empty_moov")
+    content = path.read_bytes()
+    header = content[content.index(b"moov") - 4 : content.index(b"moof") - 4]
+    path.write_bytes(content + header)
+    assert scan(path).info.num_frames == 30
+
+
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirror", ["h", "v"])
 def test_mirrored_pictures_are_those_of_ffmpeg(variant, tmp_path, turn, mirror):
@@ -95,6 +122,30 @@ def test_mirrored_pictures_are_those_of_ffmpeg(variant, tmp_path, turn, mirror):
 def test_a_clip_that_is_turned_by_less_than_a_quarter_is_refused(variant):
     with pytest.raises(ClipError, match="is shown turned by 30 degrees; encode it again"):
         scan(variant("-c", "copy", before=("-display_rotation", "30")))
+
+
+@pytest.mark.parametrize("name", ["cropped.mp4", "cropped.mkv"])
+@pytest.mark.parametrize("turn", [0, 90])
+def test_what_the_container_crops_is_not_shown(variant, name, turn):
+    path = variant("-c", "copy", name=name, before=("-display_rotation", str(turn)))
+    whole = read_frames(path, [0, 9], scan(path))
+    data = path.read_bytes()
+    path.write_bytes(
+        with_aperture(data, 80, 48, 5, -6) if name.endswith("mp4") else with_pixel_crop(data, 5, 11, 10, 6)
+    )
+    scanned = scan(path)
+    expected = whole[:, 6:86, 5:53] if turn else whole[:, 5:53, 10:90]
+    assert (scanned.info.height, scanned.info.width) == expected.shape[1:3]
+    assert np.array_equal(read_frames(path, [0, 9], scanned), expected)
+    (small,) = decode.each_frame(path, [0], scanned, size=(24, 20))
+    assert np.abs(small.astype(int).mean((0, 1)) - expected[0].mean((0, 1))).max() < 5
+
+
+@pytest.mark.parametrize("aperture", [(200, 48), (80, 0), (-80, 48), (80, 48, 40), (80, 48, 0, -40)])
+def test_an_aperture_outside_of_the_frame_is_passed_over(variant, aperture):
+    path = variant("-c", "copy")
+    path.write_bytes(with_aperture(path.read_bytes(), *aperture))
+    assert (probe(path).height, probe(path).width) == (64, 96)
 
 
 def levels(path, indices, scanned=None):
@@ -236,6 +287,52 @@ def test_transparent_parts_are_white(variant, name, options):
     assert frames[0, 30:, 60:].min() >= 250 and frames[0, 30:, :40].max() < 40
 
 
+@pytest.mark.parametrize("name", ["copied.mkv", "turned.webm"])
+def test_transparent_parts_of_copies_are_white(variant, tmp_path, name):
+    alpha = "format=rgba,geq=r='r(X,Y)':g='g(X,Y)':b='b(X,Y)':a='255*lt(X,48)',format=yuva420p"
+    vp9 = ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime", "-frames:v", "3")
+    source, path = variant("-vf", alpha, *vp9, name="alpha.webm"), tmp_path / name
+    ffmpeg(*("-display_rotation", "90") * (name == "turned.webm"), "-i", source, "-c", "copy", path)
+    scanned = scan(path)
+    (frame,), (upright,) = read_frames(path, [2], scanned), read_frames(source, [2], scan(source))
+    assert (scanned.info.height, scanned.info.width) == frame.shape[:2]
+    assert np.array_equal(frame, np.rot90(upright) if name == "turned.webm" else upright)
+    assert upright[30:, 60:].min() >= 250
+
+
+def test_transparent_colours_of_a_palette_are_white(tmp_path):
+    picture = Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64) // 128, "P")
+    picture.putpalette([0, 255, 0, 200, 30, 60])
+    picture.save(tmp_path / "a.png", transparency=0)
+    ffmpeg("-i", tmp_path / "a.png", "-c", "copy", tmp_path / "a.mov")
+    scanned = scan(tmp_path / "a.mov")
+    (frame,) = read_frames(tmp_path / "a.mov", [0], scanned)
+    assert np.array_equal(frame, decode.read_picture(tmp_path / "a.png"))
+    assert {*map(tuple, frame.reshape(-1, 3).tolist())} == {(255, 255, 255), (200, 30, 60)}
+
+
+@pytest.mark.parametrize("suffix", ["mov", "mkv"])
+def test_exif_of_frames_turns_them_as_that_of_pictures(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    Image.fromarray(picture_frames(1)[0]).save(tmp_path / "a.jfif", "JPEG", exif=exif, quality=95)
+    ffmpeg(
+        "-stream_loop", "2", "-f", "mjpeg", "-i", tmp_path / "a.jfif", "-c", "copy", path := tmp_path / f"a.{suffix}"
+    )
+    (frame,) = read_frames(path, [0], scan(path))
+    shown = decode.read_picture(tmp_path / "a.jfif")
+    assert frame.shape == shown.shape == (96, 64, 3) and np.abs(frame.astype(int) - shown).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "transfer", "hdr"), [("a.mp4", "smpte2084", 1), ("a.mkv", "arib-std-b67", 1), ("b.mp4", "bt709", 0)]
+)
+def test_hdr_is_found(variant, name, transfer, hdr):
+    assert scan(
+        variant("-c:v", "libx264", "-frames:v", "2", "-vf", f"setparams=color_trc={transfer}", name=name)
+    ).hdr == bool(hdr)
+
+
 def test_frames_above_the_limit_are_refused_from_the_header(clip, monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 95)
     monkeypatch.setattr(decode, "_decode", None)  # nothing is decoded
@@ -271,6 +368,59 @@ def test_frames_of_another_shape_are_refused(clip):
         read_frames(clip, [0], scanned)
 
 
+def concatenated(path, *parts):
+    path.with_suffix(".txt").write_text("".join(f"file '{part}'\n" for part in parts))
+    ffmpeg("-f", "concat", "-safe", "0", "-i", path.with_suffix(".txt"), "-c", "copy", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "options"),
+    [("a.ts", "4:3", ("-c:v", "libx264", "-bf", "2")), ("a.mpg", "32:27", ("-c:v", "mpeg2video", "-q:v", "2"))],
+)
+def test_pixels_that_change_their_shape_are_refused(variant, tmp_path, name, ratio, options):
+    shapes = ("1/1", ratio.replace(":", "/"))
+    first, second = (variant("-vf", f"setsar={shape}", *options, name=f"{shape[0]}{name}") for shape in shapes)
+    path = concatenated(tmp_path / name, first, second)
+    scanned = scan(path)
+    assert read_frames(path, [0, 20], scanned).shape[1:] == (64, 96, 3)
+    for read in (decode_all, lambda path, scanned: read_frames(path, [50], scanned)):
+        with pytest.raises(ClipError, match=f"its pixels change from 1:1 to {ratio}, width to height; cut it there"):
+            read(path, scanned)
+
+
+def test_a_change_of_shape_is_found_by_decoding(variant, tmp_path):
+    options = ("-c:v", "libx264", "-frames:v", "10")
+    square = variant("-vf", "crop=64:64", *options, name="square.ts")
+    path = concatenated(tmp_path / "shape.ts", variant(*options, name="wide.ts"), square)
+    with pytest.raises(ClipError, match="its frames change from 64x96 to 64x64; cut it there"):
+        decode_all(path, scan(path))
+
+
+@pytest.mark.parametrize("wanted", [range(0, 60, 4), range(1, 60, 3)])
+def test_frames_that_become_interlaced_are_those_of_a_whole_decoding(variant, tmp_path, wanted):
+    moving = "geq=lum='128+100*sin((X+Y+6*N)/8)':cb=128:cr=128"
+    x264 = ("-c:v", "libx264", "-preset", "fast", "-bf", "2", "-x264-params", "b-pyramid=none:weightp=0")
+    parts = [
+        variant("-vf", moving, *x264, name="progressive.ts"),
+        variant("-vf", f"{moving},setfield=tff", *x264, "-flags", "+ildct+ilme", name="interlaced.ts"),
+    ]
+    scanned = scan(path := concatenated(tmp_path / "both.ts", *parts))
+    whole = [*decode.each_frame(path, range(60), scanned, thread_type="AUTO")]
+    assert np.array_equal(read_frames(path, wanted, scanned), np.stack([whole[index] for index in wanted]))
+    found = [decode_all(clip, scan(clip)).interlaced for clip in (path, parts[0])]
+    assert not scanned.interlaced and found == [True, False]
+
+
+def test_interlaced_frames_may_change_their_size(variant, tmp_path):
+    interlaced = ("-c:v", "libx264", "-flags", "+ildct+ilme", "-frames:v", "10")
+    parts = [
+        variant("-vf", f"{size}setfield=tff", *interlaced, name=f"{size[:5]}.ts") for size in ("", "scale=192:128,")
+    ]
+    scanned = scan(path := concatenated(tmp_path / "sizes.ts", *parts))
+    assert scanned.interlaced and read_frames(path, range(20), scanned).shape == (20, 64, 96, 3)
+
+
 def cut(path, share):
     content = path.read_bytes()
     return content[: int(len(content) * share)]
@@ -284,6 +434,8 @@ def cut(path, share):
         ("no_frames.mp4", "holds no video"),
         ("cut.mp4", "cut off or damaged"),
         ("cut.mkv", "ends after 0.* of 1.00 seconds"),
+        ("sound.mkv", "ends after 0.* of 1.0.* seconds"),
+        ("sound.webm", "ends after 0.* of 1.0.* seconds"),
         ("missing.mp4", "No such file"),
     ],
 )
@@ -299,6 +451,12 @@ def test_broken_clips_say_what_is_wrong(clip, variant, tmp_path, name, reason):
         path.write_bytes(cut(clip, 0.6))
     elif name == "cut.mkv":
         path.write_bytes(cut(variant("-g", "5", name="whole.mkv"), 0.6))
+    elif name.startswith("sound"):
+        codec = ("-c:v", "libvpx", "-cpu-used", "8", "-deadline", "realtime") if name.endswith("webm") else ()
+        options = ("-g", "5", *codec, "-shortest")
+        whole = variant(*options, name=f"whole_{name}", before=("-f", "lavfi", "-i", "sine=d=1"))
+        assert probe(whole).num_frames == 30
+        path.write_bytes(cut(whole, 0.6))
     with pytest.raises(ClipError, match=reason) as caught:
         scan(path)
     assert str(path) in str(caught.value)
@@ -340,25 +498,39 @@ def test_frames_without_times_are_refused_not_left_out(variant, name, options, s
 
 
 @pytest.mark.parametrize(
-    ("edits", "shown", "start"),
+    ("edits", "shown", "start", "gop"),
     [
-        ([(1 / 3, None), (0.2, 3)], [3, 4, 5, 6, 7, 8], 10),
-        ([(0.3, 20), (0.1, 2)], [20, 21, 22, 23, 24, 25, 26, 27, 28, 2, 3, 4], 0),
+        ([(1 / 3, None), (0.2, 3)], [3, 4, 5, 6, 7, 8], 10, 12),
+        ([(0.3, 20), (0.1, 2)], [20, 21, 22, 23, 24, 25, 26, 27, 28, 2, 3, 4], 0, 12),
+        ([(0.2, 2), (0.1, 45)], [2, 3, 4, 5, 6, 7, 15, 16, 17], 0, 60),  # decoded from a keyframe long before
     ],
 )
-def test_edit_lists_say_what_is_shown(variant, edits, shown, start):
+def test_edit_lists_say_what_is_shown(variant, edits, shown, start, gop):
     """Edits are (seconds, first frame); None shows nothing, for a delay. FFmpeg may end an edit a frame late."""
-    path = variant("-c:v", "libx264", "-bf", "0", "-g", "12", "-video_track_timescale", "3000")
-    data = bytearray(path.read_bytes())  # the index is at the end: what changes its length moves no frame
-    place, scale = data.index(b"elst") - 4, struct.unpack_from(">I", data, data.index(b"mvhd") + 16)[0]
-    entries = (struct.pack(">IiI", round(t * scale), -1 if n is None else n * 100, 1 << 16) for t, n in edits)
-    box = b"elst" + struct.pack(">II", 0, len(edits)) + b"".join(entries)
-    grown = len(box) + 4 - struct.unpack_from(">I", data, place)[0]
-    data[place : place + len(box) + 4 - grown] = struct.pack(">I", len(box) + 4) + box
-    for name in (b"edts", b"trak", b"moov"):
-        outer = data.rindex(name) - 4
-        struct.pack_into(">I", data, outer, struct.unpack_from(">I", data, outer)[0] + grown)
-    path.write_bytes(data)
+    once_more = ("-stream_loop", "1")  # frames 30 to 59, so that times can go back by more than a second
+    x264 = ("-c:v", "libx264", "-bf", "0", "-g", gop, "-sc_threshold", "0")
+    path = variant(*x264, "-video_track_timescale", "3000", before=once_more)
+    path.write_bytes(with_edits(path.read_bytes(), edits))
     scanned = scan(path)
     assert levels(path, range(len(scanned.times)), scanned)[: len(shown)] == shown
     assert scanned.times[0] == pytest.approx(start / 30, abs=0.01) and len(scanned.times) <= len(shown) + 1
+
+
+@pytest.mark.parametrize(
+    ("edits", "rates", "fault"),
+    [
+        ([(0.5, 0)], [2], "plays a part at 2 times its speed"),
+        ([(0.3, 0), (0.4, 9), (0.3, 10)], [1, 0, 1], "plays a part at 0 times its speed"),
+        ([(0.3, 0), (0.2, None), (0.3, 9)], [1, 1, 1], "shows nothing after its first part"),
+        ([(1, 0)], [0], None),
+        ([(0.2, None), (0.8, 0)], [0, 1], None),
+    ],
+)
+def test_edits_that_ffmpeg_does_not_follow_are_refused(variant, edits, rates, fault):
+    path = variant("-c", "copy", "-video_track_timescale", "3000")
+    path.write_bytes(with_edits(path.read_bytes(), edits, rates))
+    if fault is None:
+        assert scan(path).info.num_frames >= 24
+        return
+    with pytest.raises(ClipError, match=f"has an edit list that {fault}, which FFmpeg does not follow"):
+        scan(path)

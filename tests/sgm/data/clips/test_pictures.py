@@ -93,7 +93,7 @@ def test_training_and_sampling_read_alike(tmp_path, name):
     assert np.array_equal(read_picture(io.BytesIO(path.read_bytes())), trained), "as in an archive"
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpe", "a.jfif", "a.png", "a.tif", "a.webp"])
 def test_orientation_is_applied_alike(tmp_path, name):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise
