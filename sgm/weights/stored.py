@@ -203,7 +203,7 @@ def store_zip(path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checks
     checks: dict[int, Once] = {}  # by storage, since several tensors may be views of one
 
     def changed(tensor: torch.Tensor) -> Once:
-        if checksums is None or tensor.layout != torch.strided or tensor.is_quantized:
+        if checksums is None or not is_dense(tensor):
             return _UNKNOWN
         storage = tensor.untyped_storage()
         whole = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -236,9 +236,14 @@ def _changed(tensor: torch.Tensor, place: str | int, checksums: Checksums) -> st
     return "" if checksums.fit(place, tensor) else _CHANGED
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its elements one by one, neither sparse nor quantized."""
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:
     """Return why a tensor of this kind cannot be weights; empty if it can. Needs no values."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if not is_dense(tensor):
         kind = "is quantized" if tensor.is_quantized else "is sparse"
     elif tensor.dtype in DTYPES and tensor.is_floating_point():
         return ""

@@ -119,6 +119,16 @@ def test_a_sum_is_one_lora_and_one_of_a_smaller_rank_the_nearest(files):
             torch.testing.assert_close((own - part).norm(), nearest, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_sum_takes_matrices_in_eight_bits_beside_others(files, dtype):
+    eight = {n: t.to(dtype) for n, t in load_file(files / "three.safetensors").items()}
+    save_file({n: t.float() for n, t in eight.items()}, files / "wide.safetensors")
+    save_file(eight, files / "eight.safetensors")
+    for name in ("wide", "eight"):
+        sum_loras([files / "one", files / f"{name}.safetensors"], files / name)
+    require_close(deltas(files / "eight"), deltas(files / "wide"), atol=0)
+
+
 def test_an_average_is_that_of_the_matrices(files):
     info = read_adapter_info(files / "one")
     for name, seed in (("a", 1), ("b", 2), ("c", 3)):
