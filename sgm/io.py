@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO
 from safetensors import SafetensorError
 
 from sgm.log import get_logger
+from sgm.urls import is_url, redacted
 from sgm.util import InputError, RunError
 
 try:
@@ -36,6 +37,7 @@ logger = get_logger(__name__)
 _TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
+_ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")  # with more letters than a drive has
 _NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
 LOCK = ".lock"  # the locked file of a folder
 _HIDDEN_LOCK = "lock"  # that of a hidden folder
@@ -352,6 +354,17 @@ def require_regular(path: str | Path) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise NotAFileError(next((name for check, name in _NOT_FILES.items() if check(mode)), "device"))
+
+
+def require_local(path: str | Path) -> None:
+    """Refuse a URL in the place of a path of weights.
+
+    Raises:
+        InputError: it is one, also with the single slash that `Path` leaves of two.
+    """
+    text = _ONE_SLASH.sub(r"\1://", str(path))
+    if is_url(text) and not os.path.lexists(path):
+        raise InputError(f"{redacted(text)} is a URL, and weights are read from files; download it first")
 
 
 def content_digest(path: str | Path, *, whole: int = 1 << 26, ends: int = 1 << 20, pieces: int = 1024) -> str:

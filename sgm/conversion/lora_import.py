@@ -22,7 +22,7 @@ from sgm.weights.lazy import Tensors, compute
 from sgm.weights.lora.dora import base_magnitude
 from sgm.weights.lora.files import network_of, require_base
 from sgm.weights.lora.foreign import DiffusersLora, listed, read_diffusers_lora
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, module_name, part_of, sat_name
+from sgm.weights.lora.names import module_name, part_of, places_of, sat_name
 from sgm.weights.match import match_network
 
 logger = get_logger(__name__)
@@ -124,14 +124,7 @@ def _kronecker_to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]]
 
 def _to_sat(lora: DiffusersLora, shapes: Mapping[str, tuple[int, ...]], base: Tensors) -> dict[str, torch.Tensor]:
     """Return the tensors by SAT's names; matrices are zero, and magnitudes those of the base, without adapters."""
-    places = [
-        (layer, part)
-        for group in lora.groups
-        for layer in (lora.layers if group in IN_LAYERS else (None,))
-        for parts in GROUPS[group].values()
-        for part in parts
-    ]
-    found = {}
+    places, found = places_of(lora.layers, lora.groups), {}
     for layer, part in places:
         for kind, matrix in zip("AB", lora.pairs.get((layer, part), ()), strict=False):
             name = sat_name(layer, part, kind)

@@ -27,6 +27,7 @@ from sgm.weights.adapters import (
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import WEIGHTS, find_weights, read_names, weights_digest
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors, compute, meta
+from sgm.weights.lora.dora import base_magnitude
 from sgm.weights.lora.files import (
     Lora,
     is_sat,
@@ -36,8 +37,20 @@ from sgm.weights.lora.files import (
     require_base,
     warn_without_effect,
 )
+from sgm.weights.lora.foreign import listed
+from sgm.weights.lora.lokr import shapes_of
 from sgm.weights.lora.merging import kronecker_changes, merge_adapters, pair_of
-from sgm.weights.lora.names import GROUPS, IN_LAYERS, MODULATION, part_of
+from sgm.weights.lora.names import (
+    GROUPS,
+    IN_LAYERS,
+    MODULATION,
+    PROJECTIONS,
+    module_name,
+    part_of,
+    places_of,
+    projection_of,
+    sat_name,
+)
 from sgm.weights.lora.several import LoraStack, Scaled, block_shapes
 
 logger = get_logger(__name__)
@@ -185,6 +198,8 @@ def average_loras(
 ) -> Path:
     """Write the average of the matrices of several LoRAs, checkpoints of one run (Wortsman et al. 2022, model soups).
 
+    Modules without adapters, as other tools may leave them, get ones that have no effect.
+
     Args:
         paths: see `merge_loras`, as `folder`, `base` and `alpha`; of one rank, alpha and layers.
         folder: to create.
@@ -224,7 +239,8 @@ def average_loras(
         kind=first.kind,
         factor=first.factor,
     )
-    return _write(folder, {name: tensor.compute() for name, tensor in lazy.items()}, info, loras, weights)
+    tensors = {name: tensor.compute() for name, tensor in lazy.items()}
+    return _write(folder, _completed(tensors, info, loras, base, any_base=any_base), info, loras, weights)
 
 
 def average_weights(decay: float, num: int) -> list[float]:
@@ -310,6 +326,39 @@ def _mean(weights: Sequence[float], *tensors: torch.Tensor) -> torch.Tensor:
     total = sum(weight * tensor.float() for weight, tensor in zip(weights, tensors, strict=True))
     assert isinstance(total, torch.Tensor)
     return total.to(tensors[0].dtype)
+
+
+def _completed(
+    tensors: dict[str, torch.Tensor],
+    info: AdapterInfo,
+    loras: Sequence[Lora],
+    base: str | Path | None,
+    *,
+    any_base: bool,
+) -> dict[str, torch.Tensor]:
+    """Return adapters with ones of no effect for all modules of the described layers and groups that have none."""
+    first = "lokr_w1" if info.kind == "lokr" else "A"
+    lacking = [place for place in places_of(info.layers, info.groups) if sat_name(*place, first) not in tensors]
+    if not lacking:
+        return tensors
+    file = _base_file(loras, base, any_base=any_base)
+    weights = {WRAPPED.sub(r".\1", name): tensor for name, tensor in network_of(file).items()}
+    dtype, made = next(iter(tensors.values())).dtype, dict(tensors)
+    logger.info("there are no adapters on %s; they get ones without effect", listed(module_name(*x) for x in lacking))
+    for place in lacking:
+        projection = sat_name(*place, first).rsplit(".", 2)[0]
+        weight = weights.get(f"{projection}.weight")
+        if weight is None:
+            raise InputError(f"{file} has no {projection}, which {loras[0].path} adapts; give the base of that")
+        outputs, inputs = weight.shape[0] // len(PROJECTIONS[projection_of(projection)[1]]), weight.shape[1:]
+        shapes: dict[str, tuple[int, ...]] = {"A": (info.rank, *inputs), "B": (outputs, info.rank)}
+        if info.kind == "lokr":
+            shapes = {**shapes_of(outputs, math.prod(inputs), info.rank, info.factor)}
+        made |= {sat_name(*place, kind): torch.zeros(shape, dtype=dtype) for kind, shape in shapes.items()}
+        if info.kind == "dora":
+            name = sat_name(*place, "magnitude")
+            made[name] = base_magnitude(weights, name).to(dtype)
+    return made
 
 
 def _strengths(given: Sequence[float], num: int) -> list[float]:

@@ -267,6 +267,7 @@ class Saver:
         """Write weights and averages of this rank's tensor parallel shard."""
         parts, network = self.parts, self.parts.engine.network
         written: dict[str, Any] = {"patch_size": network.patch_size, "shard": network.tensor_shard, "latest": False}
+        written["any_values"] = True  # the weights of a training that failed are its record
         if averages is not None:
             smooth = {name: averages.get(name, value).to(value.dtype) for name, value in weights.items()}
             save_network(parts.folder, f"{iteration}-ema", smooth, adapters=parts.adapters, **written)

@@ -24,7 +24,7 @@ from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights.adapters import ENTRY, AdapterInfo, adapters_alone, initial_matrix, is_adapter
 from sgm.weights.architecture import CONTROL_WEIGHT, PATCH_WEIGHTS
-from sgm.weights.checksums import save_torch, write_safetensors
+from sgm.weights.checksums import require_finite, save_torch, write_safetensors
 from sgm.weights.files import PREFIX, SHARD_NAME, shard_name
 from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.lora.dora import initial_magnitude, is_magnitude
@@ -32,7 +32,7 @@ from sgm.weights.lora.names import starts_at_zero
 from sgm.weights.match import Match, match_autoencoder, match_network
 from sgm.weights.partition import UNSHARDED, Shard, take_shard
 from sgm.weights.quantize import Storage, linear_layers, store, stored_text
-from sgm.weights.stored import StoredTensor, checked_ahead
+from sgm.weights.stored import StoredTensor, checked_ahead, require_in_range, source_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def load_network(
                 value = match.tensors[name]
                 if not (whole and isinstance(value, StoredTensor)):
                     value = take_shard(name, value, match.shard)
-            _replace(network, name, value, dtype=dtype, device=device, beside=beside)
+            source = source_of(name, match.tensors.get(name, old))
+            _replace(network, name, value, source=source, dtype=dtype, device=device, beside=beside)
             if name in smaller and storage is not None:
                 store(smaller[name], storage, device=storage_device)
     _require_memory(network)
@@ -187,9 +188,9 @@ def load_autoencoder(
     match = match_autoencoder(vae, path, ignore_keys=ignore_keys)
     used = [match.tensors[name] for name in match.targets]
     with checked_ahead(_computed(used)), ThreadPoolExecutor(1) as beside:
-        for name, value in zip(match.targets, used, strict=True):
-            value = value if isinstance(value, StoredTensor) else compute(value)
-            _replace(vae, name, value, dtype=dtype, device=device, beside=beside)
+        for name, lazy in zip(match.targets, used, strict=True):
+            value = lazy if isinstance(lazy, StoredTensor) else compute(lazy)
+            _replace(vae, name, value, source=source_of(name, lazy), dtype=dtype, device=device, beside=beside)
     _require_memory(vae)
     return _report(match)
 
@@ -204,6 +205,7 @@ def _replace(
     name: str,
     value: torch.Tensor | StoredTensor,
     *,
+    source: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     beside: Executor,
@@ -220,7 +222,8 @@ def _replace(
         stored, value = value, torch.empty(value.shape, device=device, dtype=target_dtype)
         stored.copy_to(value, beside)
     else:
-        value = value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
+        given, value = value, value.detach().to(device=device, dtype=target_dtype, copy=True).contiguous()
+        require_in_range(source, given, value)
     if leaf in owner._parameters:
         parameter = nn.Parameter(value, requires_grad=old.requires_grad)
         for mark, setting in vars(old).items():
@@ -296,6 +299,7 @@ def save_network(
     adapters: AdapterInfo | None = None,
     latest: bool = True,
     shard: Shard = UNSHARDED,
+    any_values: bool = False,
 ) -> Path:
     """Save a network in the SAT layout, then update ``latest``.
 
@@ -310,11 +314,13 @@ def save_network(
         adapters: description of the adapters among the tensors, saved with them; required for adapters-only files.
         latest: update ``latest``; :func:`write_latest` can do so later.
         shard: which shard of the network the tensors are: ``network.tensor_shard``.
+        any_values: write NaN and infinity too, as of a training that failed.
 
     Returns:
         The weights file.
 
     Raises:
+        InputError: values are not finite.
         RunError: the disk is full or the folder cannot be written to; no partial file is left.
         ValueError: `adapters` does not describe the tensors; `shard` is not the network's; or `latest` would name a
             single shard.
@@ -326,7 +332,8 @@ def save_network(
     tensors = released_layout(network.state_dict() if isinstance(network, nn.Module) else network, patch_size)
     _require_described(tensors, adapters)
     path = Path(folder) / str(iteration) / shard_name(shard.index, file_format)
-    write_tensors(path, "module", tensors, {} if adapters is None else {ENTRY: adapters.to_entry()})
+    entries = {} if adapters is None else {ENTRY: adapters.to_entry()}
+    write_tensors(path, "module", tensors, entries, any_values=any_values)
     _remove_replaced(path, shard)
     if latest:
         write_latest(folder, iteration)
@@ -364,25 +371,43 @@ def write_latest(folder: str | Path, iteration: int | str) -> None:
         temporary.write_text(f"{iteration}\n", encoding="utf-8")
 
 
-def save_autoencoder(path: str | Path, vae: nn.Module | Mapping[str, torch.Tensor]) -> Path:
+def save_autoencoder(path: str | Path, vae: nn.Module | Tensors) -> Path:
     """Save an autoencoder as ``{"state_dict": {...}}``, or as safetensors if `path` has that suffix.
 
     Raises:
+        InputError: values are not finite.
         RunError: the disk is full or the folder cannot be written to; no partial file is left.
     """
     write_tensors(Path(path), "state_dict", vae.state_dict() if isinstance(vae, nn.Module) else vae, {})
     return Path(path)
 
 
-def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path, key: str, tensors: Tensors, entries: Mapping[str, Any], *, any_values: bool = False
+) -> None:
     """Write tensors as safetensors, or with torch.save under `key`, from any device; see `read_entry`.
 
     Both have checksums.
+
+    Args:
+        path: the file.
+        key: for torch.save.
+        tensors: by name.
+        entries: plain values beside them.
+        any_values: see `save_network`.
+
+    Raises:
+        InputError: values are not finite.
     """
     if path.suffix == ".safetensors":
-        write_safetensors(path, tensors, metadata={name: json.dumps(entry) for name, entry in entries.items()})
+        metadata = {name: json.dumps(entry) for name, entry in entries.items()}
+        write_safetensors(path, tensors, metadata=metadata, any_values=any_values)
         return
-    alone = {name: owned(tensor) for name, tensor in tensors.items()}  # torch.save writes the full storage of a view
+    alone = {}
+    for name, tensor in tensors.items():
+        alone[name] = owned(compute(tensor))  # torch.save writes the full storage of a view
+        if not any_values:
+            require_finite(path, name, tensor, alone[name])
     with atomic_file(path, need_bytes=sum(tensor.nbytes for tensor in alone.values())) as temporary:
         save_torch({key: alone, **entries}, temporary)
 

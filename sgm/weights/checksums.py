@@ -18,6 +18,7 @@ under "crc32".
 
 import io
 import json
+import math
 import re
 import sys
 import zipfile
@@ -25,6 +26,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ import torch
 import xxhash
 
 from sgm.io import atomic_file, parse_json
-from sgm.weights.lazy import AnyTensor, compute, meta
+from sgm.util import InputError
+from sgm.weights.lazy import AnyTensor, LazyTensor, compute, meta
 
 KEY, OLD_KEY, FINITE = "xxh3", "crc32", "finite"  # in metadata of safetensors files
 PIECE = 1 << 22  # bytes that stay in a processor's cache while they are copied and checked
@@ -52,6 +55,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 _HEXADECIMAL = re.compile("[0-9a-f]+")
+_OVERFLOW_CURE = "write it in bf16 or fp32 (--dtype); if adapters are merged or scaled, correct their alpha or strength"
 _OURS = b'{"__metadata__": {'
 _DIGITS = {KEY: 16, OLD_KEY: 8}
 _xxh3 = xxhash.xxh3_64_intdigest
@@ -129,6 +133,35 @@ def all_finite(parts: Iterable[torch.Tensor]) -> bool:
     for _ in watched:
         pass
     return watched.finite()
+
+
+def extremes(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the largest value of a floating-point tensor; both are NaN if one is."""
+    least, largest = (tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor).aminmax()
+    return least, largest
+
+
+def overflow_problem(made: torch.Tensor, wide: Callable[[], torch.Tensor], cure: str = _OVERFLOW_CURE) -> str:
+    """Return why what was computed from finite values is not finite in its dtype; empty if it is.
+
+    Args:
+        made: the result, on any device.
+        wide: returns it in a dtype of a wider range, for the message.
+        cure: the end of the message.
+    """
+    if not made.is_floating_point() or made.numel() == 0 or all(map(torch.isfinite, extremes(made))):
+        return ""
+    largest = max(abs(value.item()) for value in extremes(wide()))
+    dtype = str(made.dtype).removeprefix("torch.")
+    found = f"has values up to {largest:g}, and" if math.isfinite(largest) else "has values out of range:"
+    return f"{found} {dtype} holds numbers up to {torch.finfo(made.dtype).max:g}; {cure}"
+
+
+def require_finite(path: Path, name: str, tensor: AnyTensor, made: torch.Tensor) -> None:
+    """Raise InputError unless a tensor, about to be written to `path`, is finite once it is computed: `made`."""
+    wide = partial(compute, tensor.cast(torch.float64) if isinstance(tensor, LazyTensor) else made)
+    if problem := overflow_problem(made, wide):
+        raise InputError(f"{path.name} is not written: {name} {problem}")
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -335,7 +368,11 @@ def _cleared(raw: bytes, digits: str) -> bytes:
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, AnyTensor], *, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, AnyTensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    any_values: bool = False,
 ) -> None:
     """Write one ``.safetensors`` file with checksums, with one lazy tensor in memory at a time.
 
@@ -343,8 +380,10 @@ def write_safetensors(
         path: the file.
         tensors: by name, from any device.
         metadata: for the header; ``format: pt``, which readers expect, is added.
+        any_values: write NaN and infinity too, as of a training that failed.
 
     Raises:
+        InputError: values are not finite; no partial file is left.
         RunError: the disk is full or the folder cannot be written to; no partial file is left.
     """
     metas = {name: meta(tensor) for name, tensor in tensors.items()}
@@ -364,7 +403,10 @@ def write_safetensors(
         digits, finite = "", True
         for name in names:
             tensor = compute(tensors[name])
-            finite = finite and (not tensor.is_floating_point() or all_finite(pieces(tensor)))
+            if tensor.is_floating_point() and not all_finite(pieces(tensor)):
+                finite = False
+                if not any_values:
+                    require_finite(Path(path), name, tensors[name], tensor)
             data = _bytes(tensor)
             digits += f"{_xxh3(data):016x}"
             file.write(data)

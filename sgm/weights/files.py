@@ -21,9 +21,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from sgm.config.values import shortened
-from sgm.io import parse_json, refusing_denied
+from sgm.io import parse_json, refusing_denied, require_local
 from sgm.log import get_logger, warn_once
-from sgm.urls import is_url, redacted
 from sgm.util import InputError, nearest_path
 from sgm.weights.checksums import (
     FINITE,
@@ -37,7 +36,7 @@ from sgm.weights.checksums import (
 )
 from sgm.weights.lazy import LazyTensor, Tensors, peek
 from sgm.weights.partition import join_lazily, num_shards, partition_of
-from sgm.weights.stored import StoredTensor, checked_ahead, store_safetensors, store_zip
+from sgm.weights.stored import StoredTensor, checked_ahead, is_dense, kind_problem, store_safetensors, store_zip
 
 logger = get_logger(__name__)
 
@@ -86,8 +85,7 @@ def find_weights(load: str | Path) -> Path:
     Raises:
         InputError: there is none; the message lists existing files and advice.
     """
-    if is_url(str(load)):
-        raise InputError(f"{redacted(str(load))} is a URL, and weights are read from files; download it first")
+    require_local(load)
     load = Path(load)
     if load.is_file():
         return load
@@ -445,6 +443,9 @@ def weights_digest(path: str | Path) -> str:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(path).items()):
+        for source in (tensor,) if isinstance(tensor, torch.Tensor) else tensor.sources:
+            if isinstance(source, torch.Tensor) and not is_dense(source):
+                raise InputError(f"{path}: {name} {kind_problem(source)}")
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = peek(tensor).reshape(-1)
         num = min(len(flat), _DIGEST_ELEMENTS)
@@ -559,7 +560,7 @@ def _torch_errors(path: Path, size: int, cure: str = _CURE, objects_cure: str = 
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0].split(". ")[0]
-        if "hasRecord(" in reason or "archive does not contain" in reason:
+        if any(known in reason for known in ("hasRecord(", "archive does not contain", "mmap can only be used")):
             reason = "it is an archive, and torch.save did not write it, or not all of it"
         raise InputError(f"{path} ({size:,} bytes) is truncated or damaged: {reason}; {cure}") from error
 
@@ -570,7 +571,7 @@ def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} holds no tensors by name but a {type(content).__name__}; give a checkpoint file")
+        raise InputError(f"{path} holds no tensors by name; give a checkpoint file")
     if wrong := [name for name in content if not isinstance(name, str)]:
         raise InputError(f"{path} holds tensors by other keys than names, e.g. {wrong[0]}; give a checkpoint file")
     if empty := [name for name, value in content.items() if isinstance(value, torch.Tensor) and value.is_meta]:

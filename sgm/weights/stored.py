@@ -26,7 +26,16 @@ import numpy as np
 import torch
 
 from sgm.util import InputError
-from sgm.weights.checksums import DTYPES, PIECE, Checksums, Watched, all_finite, pieces
+from sgm.weights.checksums import (
+    DTYPES,
+    PIECE,
+    Checksums,
+    Watched,
+    all_finite,
+    extremes,
+    overflow_problem,
+    pieces,
+)
 from sgm.weights.lazy import AnyTensor, LazyTensor, Tensors
 
 _CURE = "copy or download it again from its source, or take an earlier checkpoint"
@@ -106,7 +115,7 @@ class StoredTensor(LazyTensor):
             beside: a second thread that checks what is copied, right behind; None checks in this one.
 
         Raises:
-            InputError: as `compute`.
+            InputError: as `compute`; or a value is out of the range of the dtype of `target`.
         """
         copied = False
 
@@ -120,6 +129,7 @@ class StoredTensor(LazyTensor):
         self.check()
         if not copied:
             target.copy_(self._cast(self.values))
+        require_in_range(f"{self.path}: {self.name}", self.values, target)
 
     def _copy_and_check(self, target: torch.Tensor, beside: Executor | None) -> str:
         def copied() -> Iterator[torch.Tensor]:
@@ -193,7 +203,7 @@ def store_zip(path: Path, tensors: Mapping[str, torch.Tensor], checksums: Checks
     checks: dict[int, Once] = {}  # by storage, since several tensors may be views of one
 
     def changed(tensor: torch.Tensor) -> Once:
-        if checksums is None or tensor.layout != torch.strided or tensor.is_quantized:
+        if checksums is None or not is_dense(tensor):
             return _UNKNOWN
         storage = tensor.untyped_storage()
         whole = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -226,9 +236,14 @@ def _changed(tensor: torch.Tensor, place: str | int, checksums: Checksums) -> st
     return "" if checksums.fit(place, tensor) else _CHANGED
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its elements one by one, neither sparse nor quantized."""
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def kind_problem(tensor: torch.Tensor, cure: str = "get them in fp16, bf16 or fp32") -> str:
     """Return why a tensor of this kind cannot be weights; empty if it can. Needs no values."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if not is_dense(tensor):
         kind = "is quantized" if tensor.is_quantized else "is sparse"
     elif tensor.dtype in DTYPES and tensor.is_floating_point():
         return ""
@@ -244,16 +259,26 @@ def finite_problem(tensor: torch.Tensor, cure: str = _CURE) -> str:
     """Return which values of a floating-point tensor are not finite; empty if all are."""
     if tensor.numel() == 0:
         return ""
-    wide = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor  # float8 has few functions
     # Sums are fastest; they may overflow.
-    if all_finite(pieces(tensor)) or all(map(torch.isfinite, wide.aminmax())):
+    if all_finite(pieces(tensor)) or all(map(torch.isfinite, extremes(tensor))):
         return ""
+    wide = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor  # float8 has few functions
     wrong = (~torch.isfinite(wide)).nonzero()
     first, place = wide[tuple(wrong[0])].item(), ", ".join(map(str, wrong[0].tolist()))
     return (
         f"is not finite: {len(wrong):,} of {wide.numel():,} values are NaN or infinite, the first ({first}) at "
         f"[{place}]; the training that wrote it failed, or the file is damaged; {cure}"
     )
+
+
+def require_in_range(source: str, tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    """Raise InputError if a copy has infinity for a number of `tensor`, the finite tensor of `source`."""
+    both_float = tensor.is_floating_point() and copy.is_floating_point()
+    # float32 holds hardly more than bfloat16, and is not looked at again.
+    if both_float and torch.finfo(copy.dtype).max < torch.finfo(tensor.dtype).max / 2:
+        cure = "load it in bf16 or fp32"
+        if problem := overflow_problem(copy, lambda: tensor, cure):
+            raise InputError(f"{source} {problem}")
 
 
 def require_floating(tensors: Tensors) -> None:
@@ -287,6 +312,11 @@ def checked_ahead(tensors: Iterable[AnyTensor]) -> Iterator[None]:
         yield
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def source_of(name: str, tensor: AnyTensor) -> str:
+    """Return the first file that a tensor is computed from, and the name there, for messages; `name` without any."""
+    return next((f"{stored.path}: {stored.name}" for stored in _sources(tensor)), name)
 
 
 def _sources(tensor: AnyTensor) -> Iterator[StoredTensor]:

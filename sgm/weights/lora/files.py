@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgm.io import require_local
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import (
@@ -115,6 +116,7 @@ def find_any_lora(path: str | Path) -> Path:
     Raises:
         InputError: there is none.
     """
+    require_local(path)
     folder = Path(path)
     sat = folder.is_dir() and ((folder / "latest").is_file() or any(folder.glob(f"{WEIGHTS}.*")))
     return find_weights(folder) if sat else find_lora(folder)

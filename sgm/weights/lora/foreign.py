@@ -5,6 +5,7 @@ Their names are brought to one form by `sgm.weights.lora.names`. The rank is inf
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from sgm.config.values import shortened
-from sgm.io import parse_json, reason_of
+from sgm.config.values import spelled
+from sgm.io import parse_json, reason_of, require_local
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.files import read_entry, read_metadata, read_shards
@@ -32,7 +33,7 @@ from sgm.weights.lora.names import (
     parse_lora_name,
     sat_name,
 )
-from sgm.weights.stored import StoredTensor, require_floating
+from sgm.weights.stored import StoredTensor, is_dense, require_floating
 
 logger = get_logger(__name__)
 
@@ -114,6 +115,7 @@ def find_lora(path: str | Path) -> Path:
     Raises:
         InputError: there is none, or more than one.
     """
+    require_local(path)
     path = Path(path)
     if path.is_file():
         return path
@@ -201,11 +203,13 @@ def _read_kronecker(
             )
         name = _name(module)
         matrices[name] = {side: tensor for side, tensor in own.items() if side != "alpha"}
-        sizes = [own[side].shape[axis] for side, axis in (("lokr_w1_b", 0), ("lokr_w2_b", 0)) if side in own]
+        sizes = [own[side].shape[0] for side in ("lokr_w1_b", "lokr_w2_b") if side in own and own[side].shape]
         if config:
-            scales[name] = _positive(file, config.get("alpha")) / _positive(file, config.get("r"))
+            scales[name] = _positive(file, "alpha", config.get("alpha")) / _positive(file, "r", config.get("r"))
+            if others := [size for size in sizes if size != config["r"]]:
+                raise _other_rank(file, _PEFT_CONFIG, config["r"], others[0])
         elif "alpha" in own and sizes:
-            scales[name] = _positive(file, _number(own["alpha"])) / sizes[-1]
+            scales[name] = _positive(file, "alpha", _number(own["alpha"])) / (sizes[-1] or 1)  # 0 is refused below
         else:
             scales[name] = 1.0
     rank, factor, parts = read_kronecker(str(file), matrices, scales)
@@ -220,9 +224,13 @@ def _read_kronecker(
     )
 
 
-def _positive(file: Path, value: Any) -> float:
-    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise InputError(f"{file} is LoKr with an alpha or rank of {value!r}; expected numbers above 0; save it again")
+def _positive(file: Path, name: str, value: Any) -> float:
+    """Return a number of LoKr, in `file` or the configuration of PEFT beside it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise InputError(
+            f"{file} is LoKr, and its {name} is {spelled(value)}; expected a number above 0; save it again"
+        )
     return float(value)
 
 
@@ -253,7 +261,12 @@ def _flat(matrix: torch.Tensor) -> torch.Tensor:
 
 def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
     """Return the tensors of each adapted module: "A", "B", "alpha", "magnitude", or those of LoKr."""
-    (content,) = read_shards(file)
+    content, *others = read_shards(file)
+    if others:
+        raise InputError(
+            f"{file} is one of {1 + len(others)} shards of a network, by the names beside it, and a LoRA of another "
+            "tool is one file; move or rename it"
+        )
     parsed = {name: parse_lora_name(name) for name in content}
     unknown = {name: reason for name, reason in parsed.items() if isinstance(reason, str)}
     if unknown:
@@ -268,12 +281,12 @@ def _matrices(file: Path) -> dict[Module, dict[str, StoredTensor]]:
             other = own[known.side].name
             raise InputError(f"{file} holds {name} twice, under other names ({other}); save one adapter in a file")
         own[known.side] = content[name]
-    others = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in MODULES}
-    if others:
+    unknown = {part: next(iter(own.values())).name for (_, part), own in found.items() if part not in MODULES}
+    if unknown:
         raise InputError(
-            f"{file} adapts {listed(sorted(others))}; SAT has adapters on {', '.join(MODULES)} only, and leaving "
-            f"others out, e.g. {next(iter(others.values()))}, would change the result: train with these target modules "
-            "alone, or merge the LoRA with diffusers"
+            f"{file} adapts {listed(sorted(unknown))}; SAT has adapters on {', '.join(MODULES)} only, and leaving "
+            f"others out, e.g. {next(iter(unknown.values()))}, would change the result: train with these target "
+            "modules alone, or merge the LoRA with diffusers"
         )
     require_floating({each.name: each for own in found.values() for side, each in own.items() if side != "alpha"})
     return found
@@ -288,6 +301,8 @@ def _rank(file: Path, pairs: Mapping[Module, Pair]) -> int:
                 f"{file}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {_name(module)} have no rank in "
                 "common; expected [r, D] and [D, r]"
             )
+        if 0 in (*a.shape, *b.shape):
+            raise InputError(f"{file} has empty matrices of {_name(module)}; copy or save it again")
         ranks.setdefault(a.shape[0], []).append(_name(module))
     if len(ranks) > 1:
         each = "; ".join(f"{rank}: {listed(names)}" for rank, names in sorted(ranks.items()))
@@ -324,7 +339,7 @@ def _alpha(
             try:
                 found[source] = float(config["lora_alpha"])
             except (TypeError, ValueError, OverflowError) as error:
-                shown = shortened(repr(config["lora_alpha"]))
+                shown = spelled(config["lora_alpha"])
                 raise InputError(f"{file}: lora_alpha is {shown} in {source}; expected a number above 0") from error
         if config.get("use_rslora") is not None:
             rslora[source] = config["use_rslora"]
@@ -354,6 +369,8 @@ def _alpha(
 
 def _number(alpha: StoredTensor) -> float:
     """Return the value of an alpha tensor, of any kind."""
+    if not is_dense(alpha.values):
+        raise InputError(f"{alpha.path}: {alpha.name} is sparse or quantized; expected one number")
     value = alpha.of_any_kind().compute()
     if value.numel() != 1:
         raise InputError(f"{alpha.path}: {alpha.name} has the shape {tuple(value.shape)}; expected one number")
@@ -377,8 +394,8 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield training configurations in a file and adjacent to it, each with its source."""
     for key in (HEADER_KEY, _FINETRAINERS_KEY):
         if (entry := read_entry(file, key)) is not None:
-            plain = _checked(file, f"its header ({key})", entry)
-            yield f"its header ({key})", {name.rpartition(".")[2]: value for name, value in plain.items()}
+            source = f"its header ({key})"
+            yield source, _checked(file, source, _of_transformer(file, source, entry))
     beside = file.parent / _PEFT_CONFIG
     if beside.is_file():
         try:
@@ -388,15 +405,30 @@ def _configs(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield _PEFT_CONFIG, _checked(file, _PEFT_CONFIG, entry)
 
 
+def _of_transformer(file: Path, source: str, config: Any) -> Any:
+    """Return a configuration without the prefixes of its names, which diffusers gives, and without a text encoder's."""
+    if not isinstance(config, Mapping):
+        return config
+    plain: dict[str, Any] = {}
+    for full, value in config.items():
+        prefix, _, name = str(full).rpartition(".")
+        if prefix.startswith("text_encoder"):
+            continue
+        if plain.setdefault(name, value) != value:
+            found = f"{name} is {spelled(plain[name])} and {spelled(value)}, under several prefixes,"
+            raise InputError(f"{file}: {found} in {source}; save the LoRA of the transformer alone")
+    return plain
+
+
 def _checked(file: Path, source: str, config: Any) -> Mapping[str, Any]:
     """Return a configuration; refuse it if it is none, or if a value in it is of another type."""
     if not isinstance(config, Mapping):
-        raise InputError(f"{file}: {source} holds {shortened(repr(config))}; expected settings by name; save it again")
+        raise InputError(f"{file}: {source} holds {spelled(config)}; expected settings by name; save it again")
     for name, value in config.items():
-        expected, words = _TYPES.get(name.rpartition(".")[2], (object, ""))
+        expected, words = _TYPES.get(name, (object, ""))
         is_other = isinstance(value, bool) and expected is not bool  # which Python takes for a number
         if words and value is not None and (is_other or not isinstance(value, expected)):
-            raise InputError(f"{file}: {name} is {shortened(repr(value))} in {source}; expected {words}; correct it")
+            raise InputError(f"{file}: {name} is {spelled(value)} in {source}; expected {words}; correct it")
     return config
 
 
@@ -415,14 +447,19 @@ def _require_plain(file: Path, source: str, config: Mapping[str, Any], rank: int
     alpha = config.get("lora_alpha")
     others = {name: value for name, value in (config.get("alpha_pattern") or {}).items() if value != alpha}
     if others:
+        common = "none for all" if alpha is None else spelled(alpha)
         raise InputError(
-            f"{file} has several alphas according to {source}: {alpha}, and {others}; SAT has one for all; train with "
-            "one"
+            f"{file} has several alphas according to {source}: {common}, and {spelled(others)}; SAT has one for all; "
+            "train with one"
         )
     if config.get("r") not in (None, rank) and not config.get("rank_pattern"):
-        raise InputError(
-            f"{file} has the rank {config['r']!r} according to {source}, and its matrices have {rank}; save it again"
-        )
+        raise _other_rank(file, source, config["r"], rank)
+
+
+def _other_rank(file: Path, source: str, said: Any, rank: int) -> InputError:
+    return InputError(
+        f"{file} has the rank {spelled(said)} according to {source}, and its matrices have {rank}; save it again"
+    )
 
 
 def _name(module: Module) -> str:

@@ -162,9 +162,10 @@ def read_kronecker(file: str, modules: Mapping[str, Mapping[str, AnyTensor]], sc
         if one not in ({W1}, {f"{W1}_a", f"{W1}_b"}) or two not in ({W2}, {W2_A, W2_B}):
             raise InputError(f"{file} has of {module} only {', '.join(sorted(own))}; copy or save it again")
         shapes = [tuple(tensor.shape) for tensor in own.values()]
-        if any(len(shape) != 2 for shape in shapes):
+        if any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise InputError(
-                f"{file}: the LoKr of {module} has matrices {shapes}; expected two axes, as of linear layers"
+                f"{file}: the LoKr of {module} has matrices {shapes}; expected two axes, as of linear layers, of 1 or "
+                "more"
             )
         w1 = (own[W1],) if W1 in own else (own[f"{W1}_a"], own[f"{W1}_b"])
         first = LazyTensor(w1, partial(_scaled_first, scales[module]))

@@ -176,6 +176,18 @@ def groups_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in found)
 
 
+def places_of(layers: Iterable[int], groups: Iterable[str]) -> list[tuple[int | None, str]]:
+    """Return layer and module of all adapters of `groups` on `layers`: the network has each of them, or none."""
+    layers = tuple(layers)
+    return [
+        (layer, part)
+        for group in groups
+        for layer in (layers if group in IN_LAYERS else (None,))
+        for parts in GROUPS[group].values()
+        for part in parts
+    ]
+
+
 def parse_lora_name(name: str) -> LoraName | str:
     """Return what the tensor `name` is, or the reason why it cannot be taken."""
     for pattern, reason in _METHODS.items():

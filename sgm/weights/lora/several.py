@@ -239,7 +239,8 @@ def _columns(b: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _cat(dim: int, *tensors: torch.Tensor) -> torch.Tensor:
-    return torch.cat(tensors, dim)
+    # torch promotes no two dtypes of which one has eight bits.
+    return torch.cat([each.float() if each.element_size() == 1 else each for each in tensors], dim)
 
 
 def kronecker_shapes(lora: Lora, layer: int | None, part: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:

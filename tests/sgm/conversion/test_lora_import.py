@@ -187,7 +187,18 @@ def test_a_name_that_cannot_be_taken_is_said_with_the_reason(tmp_path, name, rea
         read_diffusers_lora(file)
 
 
+def test_a_file_named_as_a_shard_is_refused_beside_others(tmp_path):
+    for index in (0, 1):
+        torch.save({f"transformer.{n}": t for n, t in pairs().items()}, tmp_path / f"mp_rank_0{index}_model_states.pt")
+    with pytest.raises(InputError, match="mp_rank_00_model_states.pt is one of 2 shards .*another tool is one file"):
+        read_diffusers_lora(tmp_path / "mp_rank_00_model_states.pt")
+
+
 def test_alpha_must_be_one_number(tmp_path):
+    sparse = {"transformer_blocks.0.attn1.to_q.alpha": torch.tensor([4.0]).to_sparse()}
+    torch.save(pairs() | sparse, tmp_path / "x.bin")
+    with pytest.raises(InputError, match="to_q.alpha is sparse or quantized; expected one number"):
+        read_diffusers_lora(tmp_path / "x.bin")
     alpha = {"transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
     with pytest.raises(InputError, match=r"to_q.alpha has the shape \(2,\); expected one number"):
         read_diffusers_lora(written(tmp_path / "x.safetensors", pairs() | alpha))
@@ -369,6 +380,12 @@ def test_alpha_is_found_wherever_tools_write_it(tmp_path):
     assert read_diffusers_lora(file).alpha == read_diffusers_lora(file, alpha=9).alpha == 9
 
 
+def test_what_a_header_says_of_the_text_encoder_is_left_out(tmp_path):
+    header = {"transformer.r": 4, "transformer.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 32}
+    for order in (header, dict(reversed(header.items()))):
+        assert read_diffusers_lora(written(tmp_path / "x.safetensors", pairs(), header={HEADER_KEY: order})).alpha == 8
+
+
 def test_without_any_word_alpha_is_the_rank_and_the_log_says_so(tmp_path, caplog):
     file = written(tmp_path / "x.safetensors", pairs(rank=8))
     with caplog.at_level(logging.INFO, logger="sgm"):
@@ -447,8 +464,19 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
         (
             pairs(),
             {HEADER_KEY: {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"to_q": 8}}},
-            r"several alphas according to its header .*: 4, and \{'to_q': 8\}",
+            r"several alphas according to its header .*: 4, and \{\"to_q\": 8\}",
         ),
+        (
+            pairs(),
+            {HEADER_KEY: {"transformer.alpha_pattern": {"to_q": 8}}},
+            r"several alphas according to its header .*: none for all, and \{\"to_q\": 8\}",
+        ),
+        (
+            pairs(),
+            {HEADER_KEY: {"transformer.lora_alpha": 4, "lora_alpha": 8}},
+            "lora_alpha is 4 and 8, under several prefixes, in its header",
+        ),
+        (pairs(rank=0), None, "has empty matrices of transformer_blocks.0.attn1.to_"),
         (pairs(), {HEADER_KEY: {"transformer.init_lora_weights": "pissa_niter_4"}}, "init_lora_weights: pissa_niter_4"),
         (
             {name: t for name, t in pairs().items() if "1.attn1.to_k.lora_B" not in name},
@@ -487,9 +515,9 @@ def test_a_damaged_configuration_of_peft_is_refused(tmp_path):
     ("config", "said"),
     [
         ([1], r"holds \[1\]; expected settings by name"),
-        (None, "holds None; expected settings by name"),
+        (None, "holds null; expected settings by name"),
         ({"lora_alpha": [8]}, r"lora_alpha is \[8\] in .*; expected a number above 0"),
-        ({"lora_alpha": True}, "lora_alpha is True in .*; expected a number above 0"),
+        ({"lora_alpha": True}, "lora_alpha is true in .*; expected a number above 0"),
         ({"lora_alpha": 10**400}, r"lora_alpha is 10*\ \.\.\. 0* in .*; expected a number above 0"),
         ({"lora_alpha": 8, "use_rslora": "false"}, "use_rslora is 'false' in .*; expected true or false"),
         ({"lora_alpha": 8, "alpha_pattern": [1]}, r"alpha_pattern is \[1\] in .*; expected a mapping"),

@@ -119,6 +119,16 @@ def test_a_sum_is_one_lora_and_one_of_a_smaller_rank_the_nearest(files):
             torch.testing.assert_close((own - part).norm(), nearest, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_sum_takes_matrices_in_eight_bits_beside_others(files, dtype):
+    eight = {n: t.to(dtype) for n, t in load_file(files / "three.safetensors").items()}
+    save_file({n: t.float() for n, t in eight.items()}, files / "wide.safetensors")
+    save_file(eight, files / "eight.safetensors")
+    for name in ("wide", "eight"):
+        sum_loras([files / "one", files / f"{name}.safetensors"], files / name)
+    require_close(deltas(files / "eight"), deltas(files / "wide"), atol=0)
+
+
 def test_an_average_is_that_of_the_matrices(files):
     info = read_adapter_info(files / "one")
     for name, seed in (("a", 1), ("b", 2), ("c", 3)):
@@ -339,3 +349,42 @@ def test_the_average_of_other_kinds_keeps_kind_shapes_and_dtypes(files, kind):
         one, other = (tensors[name] for tensors in each)
         mean = (0.75 * one.float() + 0.25 * other.float()).to(one.dtype)
         assert tensor.compute().dtype == one.dtype and torch.equal(tensor.compute(), mean)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_an_average_of_a_file_with_some_projections_is_complete(files, kind):
+    """Files of other tools may adapt one module of a projection, and none of another: the others have no effect."""
+    base, stem = files / "base", "transformer.transformer_blocks.1.attn1.to_k"
+    own = {f"{stem}.lora_A.weight": drawn(2, D, seed=1), f"{stem}.lora_B.weight": drawn(D, 2, seed=2)}
+    if kind == "dora":
+        own[f"{stem}.lora_magnitude_vector"] = 4 + drawn(D, seed=3)
+    if kind == "lokr":
+        own = {f"{stem}.{end}": drawn(*shape, seed=4) for end, shape in shapes_of(D, D, 1, 2).items()}
+    save_file(own, files / "some.safetensors")
+    paths = [files / "some.safetensors"] * 2
+    average_loras(paths, files / "soup", base=base)
+    found = read_any_lora(files / "soup")
+    ends = {"lora": ("matrix_A", "matrix_B"), "dora": ("matrix_A", "matrix_B", "magnitude")}.get(
+        kind, shapes_of(D, D, 1, 2)
+    )
+    places = [(target, part) for target, num in TARGETS.items() for part in range(num)]
+    assert found.tensors.keys() == {f"transformer.layers.1.{t}.{end}.{part}" for t, part in places for end in ends}
+    merge_loras([files / "some.safetensors"], files / "merged", base=base)
+    merge_loras([files / "soup"], files / "again")
+    wanted, merged = deltas(files / "merged", base), deltas(files / "again", base)
+    assert any(tensor.any() for tensor in wanted.values())
+    require_close(merged, wanted)
+    if kind != "lokr":
+        export_lora(files / "soup", files / "exported")
+
+
+@pytest.mark.parametrize("file_format", ["pt", "safetensors"])
+def test_weights_that_overflow_are_not_written(files, file_format):
+    """A LoRA of a huge alpha, which the dtype of the base cannot hold."""
+    save_network(files / "half", 1, {name: tensor.half() for name, tensor in network().items()}, patch_size=2)
+    lora = load_file(files / "three.safetensors")
+    save_file({n: torch.tensor(1e9) if n.endswith("alpha") else t for n, t in lora.items()}, files / "huge.safetensors")
+    said = r"mp_rank_00_model_states.* is not written: .*has values out of range: float16 holds .*65504.*alpha"
+    with pytest.raises(InputError, match=said):
+        merge_loras([files / "huge.safetensors"], files / "out", base=files / "half", file_format=file_format)
+    assert not (files / "out").exists()

@@ -518,6 +518,16 @@ def test_latest_moves_only_after_the_weights_are_on_the_disk(tmp_path, monkeypat
     assert events == ["fsync", "mp_rank_00_model_states.pt", "fsync", "fsync", "latest", "fsync"]
 
 
+@pytest.mark.parametrize("file_format", ["pt", "safetensors"])
+def test_weights_that_are_not_finite_are_saved_by_a_training_alone(tmp_path, file_format):
+    tensors = Tiny().state_dict() | {"mixins.patch_embed.proj.weight": torch.full((2, 2), float("nan"))}
+    save_network(tmp_path / "run", 1, tensors, patch_size=None, file_format=file_format, any_values=True)
+    assert find_weights(tmp_path / "run").is_file()
+    with pytest.raises(InputError, match=r"mp_rank_00.* is not written: .*patch_embed.proj.weight has values out of"):
+        save_network(tmp_path / "out", 1, tensors, patch_size=None, file_format=file_format)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
 def test_latest_may_wait(tmp_path):
     save_network(tmp_path, 1, Tiny(), patch_size=2)
     save_network(tmp_path, 2, Tiny(), patch_size=2, latest=False)

@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sgm.conversion.lora_extract import extract_lora
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights import read_ahead
 from sgm.weights.files import find_weights, read_entry, read_names, read_tensors, weights_digest
 from sgm.weights.lazy import LazyTensor, compute
+from sgm.weights.lora.files import read_any_lora
+from sgm.weights.lora.foreign import find_lora
 from sgm.weights.partition import Shard, partition_of, take_shard
 
 TRANSFORMER = Path(__file__).parents[2] / "data" / "golden" / "dit_t2v_2b" / "transformer"
@@ -27,9 +31,15 @@ class RunsCode:
         return (os.system, ("touch ran-code",))
 
 
-def test_weights_behind_a_url_are_told_from_missing_ones():
-    with pytest.raises(InputError, match=r"https://host/x.pt is a URL, and weights are read from files; download it"):
-        find_weights("https://host/x.pt")
+@pytest.mark.parametrize(
+    "find", [find_weights, find_lora, read_any_lora, lambda path: extract_lora(path, path, "x", rank=1)]
+)
+def test_weights_behind_a_url_are_told_from_missing_ones(find):
+    """Without its password, also where the path was made one of files, which leaves one slash."""
+    for url in ("https://me:secret@host/x.pt", Path("https://me:secret@host/x.pt")):
+        said = r"^https://\*\*\*@host/x.pt is a URL, and weights are read from files; download it"
+        with pytest.raises(InputError, match=said):
+            find(url)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -315,10 +325,27 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, content, message):
         read_tensors(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("content", [{"module": {"a": 1}}, {"epoch": 3}, [torch.ones(1)], {}])
-def test_content_without_named_tensors_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"module": {"a": 1}}, "not tensors: a"),
+        ({"epoch": 3}, "not tensors: epoch"),
+        ([torch.ones(1)], "holds no tensors by name; give"),
+        ({}, "holds no tensors by name; give"),
+        ({"module": {}}, "holds no tensors by name; give"),
+        (None, "holds no tensors by name; give"),
+    ],
+)
+def test_content_without_named_tensors_is_refused(tmp_path, content, said):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="tensor"):
+    with pytest.raises(InputError, match=said):
+        read_tensors(tmp_path / "x.pt")
+
+
+def test_an_empty_archive_is_said_to_be_none_of_torch(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w"):
+        pass
+    with pytest.raises(InputError, match="is truncated or damaged: it is an archive, and torch.save did not write it"):
         read_tensors(tmp_path / "x.pt")
 
 
@@ -346,6 +373,12 @@ def test_an_entry_that_is_no_json_is_named(tmp_path):
 def digest_of(path, tensors):
     save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"module": tensors}, path)
     return weights_digest(path)
+
+
+def test_a_digest_of_what_cannot_be_weights_is_refused_by_name(tmp_path):
+    torch.save({"module": {"a": torch.ones(2), "b": torch.eye(3).to_sparse()}}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x.pt: b is sparse \(float32\), and weights are dense"):
+        weights_digest(tmp_path / "x.pt")
 
 
 def test_a_digest_does_not_depend_on_format_and_order(tmp_path):

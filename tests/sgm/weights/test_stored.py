@@ -17,7 +17,7 @@ from sgm.util import InputError
 from sgm.weights.checkpoint import load_network, write_tensors
 from sgm.weights.checksums import Checksums, save_torch
 from sgm.weights.files import check_values, read_file, read_metadata, read_state_file, read_weights, verify_file
-from sgm.weights.lazy import compute
+from sgm.weights.lazy import LazyTensor, compute
 from sgm.weights.stored import checked_ahead
 from tests.sgm.weights.test_checkpoint import Tiny
 
@@ -28,8 +28,8 @@ TENSORS = {
 }
 
 
-def write(path: Path, tensors=TENSORS) -> Path:
-    write_tensors(path, "module", tensors, {"lora": {"alpha": 4.0}})
+def write(path: Path, tensors=TENSORS, **options) -> Path:
+    write_tensors(path, "module", tensors, {"lora": {"alpha": 4.0}}, **options)
     return path
 
 
@@ -119,11 +119,45 @@ def test_a_state_is_compared_with_its_checksums_while_it_is_read(tmp_path, monke
 
 def test_values_that_were_not_finite_when_they_were_written_are_found(tmp_path):
     for name in ("x.pt", "x.safetensors"):
-        path = write(tmp_path / name, TENSORS | {"c": torch.tensor([1, float("inf")])})
+        path = write(tmp_path / name, TENSORS | {"c": torch.tensor([1, float("inf")])}, any_values=True)
         tensors = read_weights(path)
         tensors["a"].copy_to(torch.empty(64, 3))
         with pytest.raises(InputError, match="c is not finite"):
             tensors["c"].copy_to(torch.empty(2))
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_what_a_narrower_dtype_cannot_hold_is_refused_by_name(tmp_path, name):
+    """Where it is written, and where it is loaded; numbers within the range pass, and smaller ones round to zero."""
+    kept = torch.tensor([65504, -6e4, 1e-30]).bfloat16().clamp(max=65280)
+    large = torch.tensor([1, -1e5]).bfloat16()
+    read = read_weights(write(tmp_path / name, {"kept": kept, "large": large}))
+    said = r"large has values up to 99840, and float16 holds numbers up to 65504; "
+    for tensor in (read["large"], read["large"].cast(torch.float32)):
+        with pytest.raises(InputError, match=rf"{name}: {said}load it in bf16 or fp32"):
+            tensor.copy_to(torch.empty(2).half())
+    narrow = {each: tensor.cast(torch.float16) for each, tensor in read.items()}
+    with pytest.raises(InputError, match=rf"y.* is not written: {said}write it in bf16 or fp32 \(--dtype\)"):
+        write(tmp_path / f"y{name}", narrow)
+    computed = LazyTensor((read["large"],), lambda tensor: (tensor.float() * 1e3).half())
+    with pytest.raises(InputError, match=r"made has values out of range: float16 holds .* alpha or strength"):
+        write(tmp_path / f"y{name}", {"made": computed})
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing half-written is left"
+    assert torch.equal(
+        read_weights(write(tmp_path / f"y{name}", {"kept": narrow["kept"]}))["kept"].compute(), kept.half()
+    )
+    read["large"].copy_to(target := torch.empty(2))
+    assert torch.equal(target, large.float())
+
+
+def test_a_network_does_not_take_what_its_dtype_cannot_hold(tmp_path):
+    names = [f"model.diffusion_model.{name}" for name in Tiny().state_dict()]
+    tensors = dict(zip(names, Tiny().state_dict().values(), strict=True))
+    name = next(name for name in names if tensors[name].is_floating_point())
+    write(tmp_path / "x.pt", tensors | {name: tensors[name] * 0 + 1e5})
+    with pytest.raises(InputError, match=rf"x.pt: {name} has values up to 100000, and float16"):
+        load_network(Tiny(), tmp_path / "x.pt", dtype=torch.float16)
+    load_network(Tiny(), tmp_path / "x.pt", dtype=torch.bfloat16)
 
 
 def test_large_values_are_finite(tmp_path):

@@ -1,6 +1,7 @@
 """LoKr beside PEFT. Tiny complete networks."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from sgm.util import InputError, instantiate_from_config
 from sgm.weights.adapters import check_lora_params, is_adapter, read_adapter_info, with_adapters
 from sgm.weights.checkpoint import load_network
 from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.lora.foreign import read_diffusers_lora
 from sgm.weights.lora.lokr import KINDS, factors_of, in_parts, kronecker, product, shapes_of
 from tests.sgm.weights.lora.test_kinds import Case, close, require_adapters_alone_learn
 
@@ -252,10 +254,34 @@ def test_what_does_not_fit_is_refused(every, tmp_path):
         {n: torch.ones(8, 8) if n.endswith("to_q.lokr_w2") else t for n, t in tensors.items()}
         | {f"{name}.lokr_w1": torch.ones(8, 4), f"{name}.lokr_w2": torch.ones(8, 8)},
     )
+    refused("expected two axes, .* of 1 or more", tensors | {f"{name}.lokr_w1": torch.ones(0, 8)})
     patch = {f"lora_unet_patch_embed_proj.{kind}": torch.ones(8, 8) for kind in ("lokr_w1", "lokr_w2")}
     refused("LoKr on patch_embed.proj, which is not supported", tensors | patch)
     with pytest.raises(InputError, match="is not lokr_w1 with lokr_w2 or both"):
         in_parts({"transformer.layers.0.attention.dense.lokr_w1.0": torch.ones(1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 8, "alpha": 4}, "has the rank 8 according to adapter_config.json, and its matrices have 2; save it"),
+        ({"r": 2, "alpha": True}, "its alpha is true; expected a number above 0"),
+        ({"r": True, "alpha": 2}, "its r is true; expected"),
+        ({"r": 2}, "its alpha is null; expected"),
+        ({"r": 2, "alpha": "4"}, "its alpha is '4'; expected"),
+        ({"r": 2, "alpha": 10**400}, r"its alpha is 10*\ \.\.\. 0*; expected"),
+        ({"r": 2, "alpha": 0}, "its alpha is 0; expected"),
+    ],
+)
+def test_a_configuration_of_peft_that_contradicts_its_matrices_is_refused(tmp_path, config, said):
+    stem = "base_model.model.transformer_blocks.0.attn1.to_q"
+    shapes = {"lokr_w1": (2, 2), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}
+    save_file({f"{stem}.{kind}": torch.ones(s) for kind, s in shapes.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", **config}))
+    with pytest.raises(InputError, match=said):
+        read_diffusers_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 2, "alpha": 4}))
+    assert read_diffusers_lora(tmp_path).rank == 2
 
 
 def test_shapes_say_which_w2_is_whole():
