@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, n
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
 from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import check_values, read_metadata, read_weights
+from sgm.weights.files import check_values, read_metadata, read_names, read_weights
+from sgm.weights.index import misplaced, read_index
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.match import UNUSED_TABLES
 from sgm.weights.stored import require_floating
@@ -83,18 +85,17 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the weights files of a folder: those of an index, or a single one.
 
     Raises:
-        InputError: there are none, several sets, or shards are missing.
+        InputError: there are none, several sets, shards are missing, or hold other tensors than their index says.
     """
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
-        shards = read_json(indices[0]).get("weight_map", {})
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise InputError(f"{indices[0]}: weight_map does not give the file of each tensor; download it again")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise InputError(f"{folder} lacks {', '.join(missing) or 'weights'}; download it again")
-        return files
+        index = read_index(indices[0])
+        if missing := [file.name for file in index if not os.path.isfile(file)]:  # which takes any name
+            raise InputError(f"{folder} lacks {', '.join(missing)}; download it again")
+        for file, names in index.items():
+            if problem := misplaced(file, names, read_names(file)):
+                raise InputError(problem)
+        return [*index]
     files = next(filter(None, (sorted(folder.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
     if len(files) != 1 or indices:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
@@ -298,6 +299,7 @@ def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
     t5 = T5Folder(folder)
     if not folder.is_dir():
         t5.check()
+    t5.check_weights()
     files = [folder / "config.json", *t5.shards, *folder.glob("*.index.json")]
     places = [place for place in (tokenizer, folder, folder.parent / "tokenizer") if place is not None]
     home = next((place for place in places if (place / "spiece.model").is_file()), None)
@@ -305,7 +307,4 @@ def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
         searched = ", ".join(str(place) for place in places)
         raise InputError(f"there is no spiece.model, the tokenizer of T5, in {searched}; copy it there")
     files += [home / name for name in TOKENIZER_FILES if (home / name).is_file()]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise InputError(f"the text encoder lacks {', '.join(missing)}; copy or download them again")
     return tuple(files)
