@@ -25,7 +25,7 @@ from pydantic import FiniteFloat
 import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.training.optim.optimizer import settings_of
@@ -375,7 +375,7 @@ def _checked_point(run: Path, iteration: int, content: Any) -> ResumePoint:
         ValueError: a value is missing, unknown, of a wrong type, or contradicts the folder.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of named values")
+        raise ValueError(f"it holds {spelled(content)} instead of named values")
     hints = get_type_hints(ResumePoint, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(ResumePoint) if field.name != "run"}
     if unknown := content.keys() - fields.keys():

@@ -8,6 +8,7 @@
     OUT/model.yaml                              names the three; for sample_video.py and train_video.py
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import yaml
 
 from sgm.config.precision import precision_name
 from sgm.config.references import escaped
+from sgm.config.values import spelled
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
@@ -32,7 +34,7 @@ from sgm.modules.geometry import Geometry
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
-from sgm.weights.checksums import write_safetensors
+from sgm.weights.checksums import DTYPES, write_safetensors
 from sgm.weights.files import check_values, read_metadata, read_names, read_weights
 from sgm.weights.index import misplaced, read_index
 from sgm.weights.lazy import LazyTensor, Tensors
@@ -116,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}; copy or download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected an object; copy or download it again")
+        raise InputError(f"{path} holds {spelled(content)}, expected values by name; copy or download it again")
     return content
 
 
@@ -238,11 +240,22 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
     tensors: dict[str, Any] = dict(stored.tensors)
     section = content["model"]["network_config"]
     if FOLDED in stored.metadata:
-        factor = float(stored.metadata[FOLDED])
+        factor = _folded(stored)
         channels = section["params"]["in_channels"], section["params"]["out_channels"]
         tensors[DIFFUSERS_PATCH] = with_image_channels(tensors[DIFFUSERS_PATCH], *channels, lambda part: part / factor)
     made = complete_network(stored.path, section, network_from_diffusers(tensors))
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
+
+
+def _folded(stored: Stored) -> float:
+    """Return the factor of ``--fold_image_scale`` in the header."""
+    text = stored.metadata[FOLDED]
+    with contextlib.suppress(ValueError):
+        if 1e-6 <= (factor := float(text)) <= 1e6:
+            return factor
+    raise InputError(
+        f"{stored.path}: {FOLDED} in the header is {spelled(text)}, expected a number such as 0.7; convert it again"
+    )
 
 
 def complete_network(
@@ -274,7 +287,13 @@ def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTe
         vae = instantiate_from_config(content["model"]["first_stage_config"])
     names = autoencoder_from_diffusers(stored.tensors)
     name = stored.metadata.get(SAT_DTYPE)
-    dtype = None if name is None else getattr(torch, name)
+    dtypes = {str(each).removeprefix("torch."): each for each in DTYPES if each.is_floating_point}
+    if name is not None and name not in dtypes:
+        raise InputError(
+            f"{stored.path}: {SAT_DTYPE} in the header is {spelled(name)}, expected a precision of weights, such as "
+            "bfloat16; convert it again"
+        )
+    dtype = None if name is None else dtypes[name]
     made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
     _require_equal_shapes(stored.path, vae.state_dict(), made)
     return made

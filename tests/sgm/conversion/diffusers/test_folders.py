@@ -414,6 +414,26 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(converted, tmp_path
         sat_model_of({"transformer": tmp_path / "transformer"})
 
 
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "abc", "load", ""])
+def test_a_dtype_in_the_header_of_the_vae_is_checked(converted, tmp_path, dtype):
+    _, there, _ = converted("cogvideox_5b")
+    folder = shutil.copytree(there / "vae", tmp_path / "vae")
+    file = min(folder.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", "sat_dtype": dtype})
+    with pytest.raises(InputError, match=f"vae: sat_dtype in the header is '{dtype}', expected a precision"):
+        sat_model_of({"vae": folder})
+
+
+@pytest.mark.parametrize("factor", ["0", "nan", "-1", "1e400", "abc", ""])
+def test_a_folded_factor_in_the_header_is_checked(converted, tmp_path, factor):
+    _, there, _ = converted("cogvideox1.5_5b_i2v")
+    folder = shutil.copytree(there / "transformer", tmp_path / "transformer")
+    file = min(folder.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", "image_scale_folded": factor})
+    with pytest.raises(InputError, match=f"transformer: image_scale_folded in the header is '{factor}', expected"):
+        sat_model_of({"transformer": folder})
+
+
 def test_a_missing_shard_is_named(converted, tmp_path):
     _, there, _ = converted("cogvideox_5b")
     shutil.copytree(there / "transformer", tmp_path / "transformer")
