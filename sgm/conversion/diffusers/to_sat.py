@@ -27,7 +27,7 @@ from sgm.conversion.diffusers.config import CONTROL_PIPELINE, model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.family import shipped_file
-from sgm.conversion.writing import new_folder, total_bytes, write_network
+from sgm.conversion.writing import new_folder, resolved, total_bytes, write_network
 from sgm.io import parse_json, reason_of
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
@@ -164,7 +164,9 @@ class SatModel:
                 check_values(*(path for path in self.text_encoder if path.suffix == ".safetensors"))
                 for path in self.text_encoder:
                     shutil.copyfile(path, temporary / "t5" / path.name)
-            content = escaped(self._with_paths(Path(folder), file_format))
+            # Of new/../out, where there is no new, the parts must be found, too.
+            named = Path(folder) if Path(folder).parent.is_dir() else resolved(folder)
+            content = escaped(self._with_paths(named, file_format))
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (temporary / "model.yaml").write_text(text, encoding="utf-8")
 

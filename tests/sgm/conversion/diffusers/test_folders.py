@@ -480,6 +480,14 @@ def test_the_text_encoder_is_checked_before_anything_is_written(converted, tmp_p
         pipeline_of(config)
 
 
+def test_the_parts_of_a_new_model_are_found_where_they_are(converted, tmp_path):
+    _, there, _ = converted("cogvideox_5b")
+    sat_model_of({"vae": there / "vae"}).write(tmp_path / "new" / ".." / "out")
+    model = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]
+    assert read_tensors(model["first_stage_config"]["params"]["ckpt_path"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_verification_notices_a_changed_weight(converted, tmp_path):
     path, there, _ = converted("cogvideox_5b")
     shutil.copytree(there, tmp_path / "pipe")
