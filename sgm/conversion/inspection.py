@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sgm.config.values import spelled
 from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.modelspec import CONFIG_DIGEST, KEYS, PREFIX
-from sgm.conversion.trainers.sources import find_files, find_state, network_tensors
+from sgm.conversion.trainers.sources import find_files, find_state, named_folder, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
 from sgm.io import readable_size, reason_of, refusing_denied
 from sgm.util import InputError
@@ -27,11 +28,11 @@ from sgm.weights.adapters import (
     read_adapter_info,
 )
 from sgm.weights.architecture import CONFIGS, Architecture, describe_architecture
-from sgm.weights.files import WEIGHTS, find_weights, read_entry, read_metadata, read_tensors, verify_file
-from sgm.weights.lazy import AnyTensor, Tensors, compute, meta
-from sgm.weights.lora.foreign import read_diffusers_lora
+from sgm.weights.files import WEIGHTS, find_weights, read_metadata, read_shards, read_tensors, verify_file
+from sgm.weights.lazy import AnyTensor, Tensors, meta
+from sgm.weights.lora.foreign import _configs, _number, read_diffusers_lora
 from sgm.weights.lora.names import FILE as LORA_FILE
-from sgm.weights.lora.names import HEADER_KEY, QKV_PARTS, LoraName, is_comfyui, parse_lora_name
+from sgm.weights.lora.names import QKV_PARTS, LoraName, is_comfyui, parse_lora_name
 
 _MODELS = {
     "toy": "toy",
@@ -46,6 +47,8 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
 # One tensor of each adapted module.
 _LORA = re.compile(r".+(?:(?:\.lora_A|[._]lora[._]down|\.lora_linear_layer\.down)(?:\..+)?|\.lokr_w2(?:_b)?)")
+
+_SAT_LORA = re.compile(r"\.(?:matrix_[AB]|lokr_\w+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +223,8 @@ def _run_folder(path: Path) -> Inspection | None:
     """Describe a run of train_video.py: its newest weights and its training state."""
     if not (path / "resume" / "latest").is_file():
         return None
-    state = path / "resume" / (path / "resume" / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    if not state.is_dir():
-        raise InputError(f"{path / 'resume' / 'latest'} names {state}, which does not exist; copy the folder again")
-    parts = [inspect_checkpoint(state)]
+    state = named_folder(path / "resume" / "latest")
+    parts = [_state(state) or _weights(state)]
     if (path / "latest").is_file():
         parts.insert(0, _weights(find_weights(path)))
     first = dataclasses.replace(parts[0], state=None, architecture=None, lora=None, tensors={})
@@ -240,6 +241,8 @@ def _state(path: Path) -> Inspection | None:
         steps, ranks = read_state_entries(file, "global_steps", "dp_world_size") if file.is_file() else (None, None)
         if steps is None:
             return None
+        if not isinstance(steps, int) or not isinstance(ranks, int | None):
+            raise InputError(f"{file}: global_steps or dp_world_size is no whole number; copy it again")
         with deepspeed_objects():
             tensors: Tensors = read_tensors(file)
         facts = StateFacts(zero_stage=0, ranks=ranks or 1, iteration=steps, ema=None)
@@ -326,7 +329,7 @@ def _counted(path: Path, kind: str, tensors: Tensors, **more: Any) -> Inspection
         kind=kind,
         num_tensors=len(metas),
         num_parameters=sum(each.numel() for each in metas.values()),
-        num_bytes=sum(each.nbytes for each in metas.values()),
+        num_bytes=sum(each.numel() * each.dtype.itemsize for each in metas.values()),
         dtypes=dict(Counter(dtype for _, dtype in named.values())),
         tensors=named,
         **more,
@@ -347,6 +350,7 @@ def _described(path: Path, tensors: Tensors, adapters: AdapterInfo | None) -> In
         if any(re.match(pattern, name) for name in tensors):
             return _counted(path, kind, tensors)
     network, of_diffusers = network_tensors(tensors, path)
+    _require_matrices(path, {name: tensor for name, tensor in network.items() if _SAT_LORA.search(name)})
     shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
     lora = _sat_lora(network, adapters)
     if lora is not None and adapters_alone(network):
@@ -399,13 +403,12 @@ def _sat_lora(tensors: Tensors, adapters: AdapterInfo | None) -> LoraFacts | Non
 def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     """Describe LoRA matrices under the names of diffusers or another tool."""
     matches = {name: parse_lora_name(name) for name in tensors if _LORA.fullmatch(name)}
+    _require_matrices(file, {name: tensors[name] for name in matches})
     known = {name: each for name, each in matches.items() if isinstance(each, LoraName)}
     config = file.parent / "adapter_config.json"
-    described = [read_json(config)] if config.is_file() else []
-    header = read_entry(file, HEADER_KEY)
-    described += [{name.rpartition(".")[2]: value for name, value in header.items()}] if header else []
-    alphas = {float(each["lora_alpha"]) for each in described if each.get("lora_alpha") is not None}
-    alphas |= {float(compute(tensor)) for name, tensor in tensors.items() if name.endswith(".alpha")}
+    described = [*_configs(file)]
+    alphas = {_alpha(file, *each) for each in described if each[1].get("lora_alpha") is not None}
+    alphas |= {_number(each) for name, each in read_shards(file)[0].items() if name.endswith(".alpha")}
     first = next(iter(matches))
     sides = [each.side for each in map(parse_lora_name, tensors) if isinstance(each, LoraName)]
     method: Kind = "dora" if "magnitude" in sides else "lokr" if "lokr_w2" in sides or "lokr_w2_b" in sides else "lora"
@@ -416,7 +419,9 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
         rank=max(tensors[name].shape[0] for name in matches),
         alpha=alphas.pop() if len(alphas) == 1 else None,
         layers=tuple(sorted({each.layer for each in known.values() if each.layer is not None})),
-        base=next((each["base_model_name_or_path"] for each in described if each.get("base_model_name_or_path")), None),
+        base=next(
+            (str(each["base_model_name_or_path"]) for _, each in described if each.get("base_model_name_or_path")), None
+        ),
         kind=method,
     )
     if method == "lokr":
@@ -426,3 +431,18 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     widths = {tensors[name].shape[1] for name, each in known.items() if each.module == QKV_PARTS[0]}
     candidates = _models(widths.pop(), lora.layers) if lora.layers and len(widths) == 1 else ()
     return _counted(path, kind, tensors, lora=lora, candidates=candidates)
+
+
+def _require_matrices(path: Path, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if len(meta(tensor).shape) < 2:
+            raise InputError(f"{path}: {name} has the shape {tuple(tensor.shape)}, expected a matrix; save it again")
+
+
+def _alpha(file: Path, source: str, config: Mapping[str, Any]) -> float:
+    """Return the alpha of a configuration that has one."""
+    try:
+        return float(config["lora_alpha"])
+    except (TypeError, ValueError, OverflowError) as error:
+        shown = spelled(config["lora_alpha"])
+        raise InputError(f"{file}: lora_alpha is {shown} in {source}; expected a number above 0") from error

@@ -5,12 +5,14 @@ and alpha of a LoRA from ``ss_network_*``. There is no date: the same input give
 """
 
 from collections.abc import Mapping
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from sgm.config.load import digest_of
 from sgm.log import get_logger, warn_once
 from sgm.modules.geometry import Geometry
+from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
 from sgm.weights.files import find_weights, run_config, scaling_of
@@ -58,17 +60,34 @@ def lora_metadata(
         implementation: whose names the tensors have.
     """
     own = {f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}architecture": "cogvideox"}
-    config = None if path is None else run_config(find_weights(path))
-    if config is not None:
-        own = model_metadata(config["model"], title=title, implementation=implementation)
-        size = ((config.get("data") or {}).get("params") or {}).get("video_size")
-        own |= {f"{PREFIX}resolution": f"{size[1]}x{size[0]}"} if size else {}
-        own[CONFIG_DIGEST] = digest_of(config)
-    own |= {} if path is None else scaling_metadata(find_weights(path), config)
+    if path is not None:
+        config, described = _of_run(find_weights(path))
+        own |= described | scaling_metadata(find_weights(path), config)
     own |= {f"{PREFIX}implementation": implementation, f"{PREFIX}title": title}
     own[f"{PREFIX}architecture"] += "/lora"
     recorded = {} if info is None else {BASE: Path(info.base).name, BASE_DIGEST: info.base_digest}
     return own | recorded | {RANK: str(rank), ALPHA: f"{alpha:g}"}
+
+
+def _of_run(file: Path) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
+    """Return the configuration of the run that saved a weights file, and what the header says of it; warn if it is odd.
+
+    Users edit these files after the training.
+    """
+    try:
+        config = run_config(file)
+        if config is None:
+            return None, {}
+        own = model_metadata(config["model"], title="")
+        if size := ((config.get("data") or {}).get("params") or {}).get("video_size"):
+            height, width = map(index, size)
+            own[f"{PREFIX}resolution"] = f"{width}x{height}"
+        return config, own | {CONFIG_DIGEST: digest_of(config)}
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        path = file.absolute().parent.parent / "config.yaml"
+        reason = f": {error}" if isinstance(error, InputError) else ""
+        warn_once(logger, [f"{path} is no configuration of a run, and is not read{reason}"])
+        return None, {}
 
 
 def _architecture(params: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     Raises:
         OutputError: `folder` exists, cannot be written to, or the disk is too small.
     """
-    folder = Path(folder).absolute()
+    folder = resolved(folder)
     check_new_folder(folder, need_bytes=need_bytes)
     parents = [path for path in folder.parents if not path.exists()]
     try:
@@ -67,9 +68,14 @@ def new_folder(folder: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
                 path.rmdir()
 
 
+def resolved(folder: str | Path) -> Path:
+    """Return the folder to create, where a link to it points."""
+    return Path(os.path.realpath(folder))
+
+
 def check_new_folder(folder: str | Path, *, need_bytes: int = 0) -> None:
     """Raise the OutputError that `new_folder` would raise; remove what killed conversions left beside `folder`."""
-    folder = Path(folder).absolute()
+    folder = resolved(folder)
     remove_leftovers(folder.parent)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(f"{folder} exists already; nothing is overwritten: remove it, or choose another folder")

@@ -24,8 +24,8 @@ from sgm.training.state import (
     publish_state,
     save_state,
     visit_state,
-    write_state_file,
 )
+from sgm.training.state_files import write_state_file
 from sgm.util import RunError
 from sgm.weights.checkpoint import save_network, write_latest
 from sgm.weights.files import PREFIX

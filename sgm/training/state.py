@@ -11,10 +11,9 @@ Beside the weights, a run folder holds the state of the newest checkpoint::
 
 import contextlib
 import dataclasses
-import random
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, get_type_hints
@@ -25,18 +24,24 @@ from pydantic import FiniteFloat
 import sgm.distributed
 from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
 from sgm.training.optim.optimizer import settings_of
 from sgm.training.repartition import CURE, SavedState, load_repartitioned
+from sgm.training.state_files import (
+    checkpoint_engine,
+    read_checked,
+    read_mapped,
+    restore_rng,
+    rng_state,
+    write_state_file,
+)
 from sgm.util import InputError
 from sgm.weights.adapters import read_adapter_info
 from sgm.weights.checkpoint import write_latest
-from sgm.weights.checksums import save_torch
-from sgm.weights.files import WEIGHTS, map_state_file, read_state_file
+from sgm.weights.files import WEIGHTS
 from sgm.weights.partition import Shard
-from sgm.weights.stored import require_weights
 
 logger = get_logger(__name__)
 
@@ -192,7 +197,7 @@ class ResumePoint:
     def open(self) -> SavedState:
         """Return the state as one that any number of ranks can load."""
         files = self.files or [path.name for path in self.folder.iterdir()]  # early versions did not list them
-        return SavedState(self.folder, files, stage=self.zero_stage, size=self.tensor, read=_read_mapped)
+        return SavedState(self.folder, files, stage=self.zero_stage, size=self.tensor, read=read_mapped)
 
     @property
     def alpha(self) -> float | None:
@@ -375,7 +380,7 @@ def _checked_point(run: Path, iteration: int, content: Any) -> ResumePoint:
         ValueError: a value is missing, unknown, of a wrong type, or contradicts the folder.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of named values")
+        raise ValueError(f"it holds {spelled(content)} instead of named values")
     hints = get_type_hints(ResumePoint, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(ResumePoint) if field.name != "run"}
     if unknown := content.keys() - fields.keys():
@@ -422,17 +427,7 @@ def visit_state(engine: Any, point: ResumePoint, visit: Callable[[Path, Any], No
     engine.checkpoint_engine = checkpoint_engine(visit)
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
     if with_rng:
-        visit(folder / f"rng_{sgm.distributed.rank():02d}.pt", _rng_state())
-
-
-def write_state_file(path: Path, content: Any) -> None:
-    """Write a file of the state.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    with atomic_file(path) as temporary:
-        save_torch(content, temporary)
+        visit(folder / f"rng_{sgm.distributed.rank():02d}.pt", rng_state())
 
 
 def publish_state(point: ResumePoint, files: Collection[str]) -> None:
@@ -479,7 +474,7 @@ def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: b
     # Additional ranks, and those of another tensor parallel size, whose ranks draw alike, keep their fresh generators.
     rng = point.folder / f"rng_{sgm.distributed.rank():02d}.pt"
     if with_rng and rng.is_file() and point.tensor == now.tensor:
-        _restore_rng(read_checked(rng, torch.device("cpu")))
+        restore_rng(rng)
 
 
 def _files_to_look_up(point: ResumePoint, now: ResumePoint) -> list[str]:
@@ -510,74 +505,3 @@ def _load_of_other_ranks(engine: Any, point: ResumePoint, now: ResumePoint) -> N
     sgm.distributed.barrier()
     shard = Shard(sgm.distributed.tensor_parallel_rank(), now.tensor)
     load_repartitioned(engine, saved, rank=rank // now.tensor, world=world // now.tensor, shard=shard)
-
-
-def _read_mapped(path: Path) -> Any:
-    with _deepspeed_objects():
-        return map_state_file(path, cure=CURE)
-
-
-def read_checked(path: Path, map_location: Any) -> Any:
-    """Load a file of the state with ``weights_only``; all its bytes are checked."""
-    try:
-        with _deepspeed_objects():
-            content, finite = read_state_file(path, map_location, cure=CURE)
-        require_weights(path, _weights_of(content), finite=finite, cure=CURE)
-    except InputError as error:
-        raise InputError(f"the resume state cannot be used: {error}") from error
-    return content
-
-
-def _weights_of(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights in a file of DeepSpeed: those of the module, and the float32 masters."""
-    state = content.get("optimizer_state_dict") or content.get("optimizer") or {}
-    yield from (content.get("module") or {}).items()
-    for key in ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups_flat"):
-        for index, part in enumerate(state.get(key) or ()):
-            parts = part if isinstance(part, list | tuple) else [part]
-            yield from ((f"{key}[{index}]", tensor) for tensor in parts if isinstance(tensor, torch.Tensor))
-
-
-def _rng_state() -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.accelerator.is_available():
-        state["accelerator"] = torch.get_device_module().get_rng_state()
-    return state
-
-
-def _restore_rng(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "accelerator" in state and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(state["accelerator"])
-
-
-def checkpoint_engine(save: Callable[[Path, Any], None] = write_state_file) -> Any:
-    """Return a DeepSpeed checkpoint engine that reads with ``weights_only``, and writes with `save`."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        def save(self, state_dict: Any, path: str) -> None:
-            save(Path(path), _with_plain_stage(state_dict))
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            return read_checked(Path(path), map_location)
-
-    return SafeCheckpointEngine()
-
-
-def _with_plain_stage(content: Any) -> Any:
-    """Return a state whose ZeRO stage is a number: Python 3.11.2 pickles it by `getattr`, which is refused."""
-    optimizer = content.get("optimizer_state_dict")
-    if not isinstance(optimizer, Mapping) or "zero_stage" not in optimizer:
-        return content
-    return {**content, "optimizer_state_dict": {**optimizer, "zero_stage": int(optimizer["zero_stage"])}}
-
-
-def _deepspeed_objects() -> Any:
-    """Return a context in which files may hold the objects of DeepSpeed's states."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from sgm.config.values import misfit
+from sgm.config.values import misfit, spelled
 from sgm.modules.geometry import Geometry
 from sgm.project import project
 from sgm.util import InputError, default
@@ -64,13 +64,26 @@ _VAE_TYPES: Mapping[str, Any] = {
     "block_out_channels": Annotated[list[_Count], Field(min_length=1)],
     "latent_channels": _Count,
     "layers_per_block": Annotated[int, Field(ge=1, le=100)],
-    "temporal_compression_ratio": _Positive,
+    "temporal_compression_ratio": Annotated[float, Field(gt=0, le=1_000_000, multiple_of=1)],
     "scaling_factor": _Positive,
     "invert_scale_latents": bool,
 }
+_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 _SCHEDULER_TYPES: Mapping[str, Any] = {
-    **dict.fromkeys(("beta_start", "beta_end", "snr_shift_scale"), _Positive),
-    "num_train_timesteps": _Count,
+    **dict.fromkeys(("beta_start", "beta_end"), Annotated[float, Field(gt=0, lt=1)]),
+    "snr_shift_scale": _Positive,
+    "num_train_timesteps": Annotated[int, Field(ge=1, le=100_000)],
+}
+# What diffusers takes for keys that decide the noise levels and are not there.
+_SCHEDULER_DEFAULTS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "snr_shift_scale": 3.0,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
 }
 _FIXED_SCHEDULER = {
     "beta_schedule": "scaled_linear",
@@ -321,19 +334,19 @@ def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a ZeroSNRDDPMDiscretization for a scheduler of diffusers.
 
     Raises:
-        InputError: it is another scheduler.
+        InputError: its noise levels are others, or its prediction.
     """
-    _require(
-        config,
-        {name: _FIXED_SCHEDULER[name] for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")},
-        "it",
-    )
-    _require_types(config, _SCHEDULER_TYPES, (), "scheduler_config.json")
+    file = "scheduler_config.json"
+    _require_class(config, *_SCHEDULERS, file=file)
+    _require_types(config, _SCHEDULER_TYPES, (), file)
+    whole = {**_SCHEDULER_DEFAULTS, **config}
+    fixed = {name: _FIXED_SCHEDULER[name] for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")}
+    _require(whole, fixed | {"trained_betas": None}, "the scheduler")
+    if whole["beta_start"] > whole["beta_end"]:
+        raise InputError(f"its {file}: beta_start is above beta_end; download it again")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_train_timesteps"}
-    params = {
-        ours: config[theirs] for ours, theirs in names.items() if config.get(theirs, _BETAS[ours]) != _BETAS[ours]
-    }
-    return params | {"shift_scale": float(config.get("snr_shift_scale", 3.0))}
+    params = {ours: whole[theirs] for ours, theirs in names.items() if whole[theirs] != _BETAS[ours]}
+    return params | {"shift_scale": float(whole["snr_shift_scale"])}
 
 
 def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | None = None) -> dict[str, Any]:
@@ -349,12 +362,12 @@ def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | Non
     content: dict[str, Any] = yaml.safe_load((template or _TEMPLATE).read_text(encoding="utf-8"))
     content = copy.deepcopy(content)  # the anchors of the file are one object
     args, model = content["args"], content["model"]
-    if vae := configs.get("vae"):
+    if (vae := configs.get("vae")) is not None:
         shared = vae_params(vae)
         for part in ("encoder_config", "decoder_config"):
             model["first_stage_config"]["params"][part]["params"] = dict(shared)
         model["scale_factor"] = vae.get("scaling_factor", 1.15258426)
-    if scheduler := configs.get("scheduler"):
+    if (scheduler := configs.get("scheduler")) is not None:
         params = discretization_params(scheduler)
         for section in (
             model["denoiser_config"]["params"],
@@ -362,7 +375,9 @@ def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | Non
             model["sampler_config"]["params"],
         ):
             section["discretization_config"]["params"] = dict(params)
-    if transformer := configs.get("transformer"):
+            if "num_idx" in section:
+                section["num_idx"] = params.get("num_timesteps", _BETAS["num_timesteps"])
+    if (transformer := configs.get("transformer")) is not None:
         _set_network(args, model, network_params(transformer), configs.get("vae", {}))
     return content
 
@@ -387,11 +402,11 @@ def _set_network(args: dict[str, Any], model: dict[str, Any], params: dict[str, 
         model["ofs"] = 2.0
 
 
-def _require_class(config: Mapping[str, Any], name: str) -> None:
-    if config.get("_class_name") != name:
+def _require_class(config: Mapping[str, Any], *names: str, file: str = "config.json") -> None:
+    if (found := config.get("_class_name")) not in names:
+        what = f"a {found}" if isinstance(found, str) else "a model without _class_name"
         raise InputError(
-            f"its config.json describes a {config.get('_class_name', 'model without _class_name')}, not a {name}; "
-            "only CogVideoX models are converted"
+            f"its {file} describes {what}, not a {' or '.join(names)}; only CogVideoX models are converted"
         )
 
 
@@ -410,4 +425,5 @@ def _require_types(
 def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> None:
     for name, value in fixed.items():
         if name in config and config[name] != value:
-            raise InputError(f"{what} of diffusers has {name}={config[name]!r}, and this project's has {value!r}")
+            found, own = spelled(config[name]), spelled(value)
+            raise InputError(f"{what} of diffusers has {name}={found}, and this project's has {own}")

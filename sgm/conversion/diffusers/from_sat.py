@@ -380,6 +380,7 @@ def _embedder(config: Config) -> Mapping[str, Any]:
 def _text_encoder(config: Config, dtype: torch.dtype | None) -> Part:
     folder = T5Folder(Path(_embedder(config)["model_dir"]))
     folder.check()
+    folder.check_weights()
     content = dict(folder.config)
     if dtype is not None:
         content |= {"dtype": str(dtype).removeprefix("torch.")}

@@ -8,7 +8,9 @@
     OUT/model.yaml                              names the three; for sample_video.py and train_video.py
 """
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,19 +22,21 @@ import yaml
 
 from sgm.config.precision import precision_name
 from sgm.config.references import escaped
+from sgm.config.values import spelled
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, model_yaml
 from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES, position_table, with_image_channels
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.family import shipped_file
-from sgm.conversion.writing import new_folder, total_bytes, write_network
+from sgm.conversion.writing import new_folder, resolved, total_bytes, write_network
 from sgm.io import parse_json, reason_of
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest_path, without_allocating
 from sgm.weights.architecture import POSITION_TABLE
 from sgm.weights.checkpoint import save_autoencoder
-from sgm.weights.checksums import write_safetensors
-from sgm.weights.files import check_values, read_metadata, read_weights
+from sgm.weights.checksums import DTYPES, write_safetensors
+from sgm.weights.files import check_values, read_metadata, read_names, read_weights
+from sgm.weights.index import misplaced, read_index
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.match import UNUSED_TABLES
 from sgm.weights.stored import require_floating
@@ -83,18 +87,17 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the weights files of a folder: those of an index, or a single one.
 
     Raises:
-        InputError: there are none, several sets, or shards are missing.
+        InputError: there are none, several sets, shards are missing, or hold other tensors than their index says.
     """
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
-        shards = read_json(indices[0]).get("weight_map", {})
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise InputError(f"{indices[0]}: weight_map does not give the file of each tensor; download it again")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise InputError(f"{folder} lacks {', '.join(missing) or 'weights'}; download it again")
-        return files
+        index = read_index(indices[0])
+        if missing := [file.name for file in index if not os.path.isfile(file)]:  # which takes any name
+            raise InputError(f"{folder} lacks {', '.join(missing)}; download it again")
+        for file, names in index.items():
+            if problem := misplaced(file, names, read_names(file)):
+                raise InputError(problem)
+        return [*index]
     files = next(filter(None, (sorted(folder.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
     if len(files) != 1 or indices:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
@@ -115,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}; copy or download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected an object; copy or download it again")
+        raise InputError(f"{path} holds {spelled(content)}, expected values by name; copy or download it again")
     return content
 
 
@@ -161,7 +164,9 @@ class SatModel:
                 check_values(*(path for path in self.text_encoder if path.suffix == ".safetensors"))
                 for path in self.text_encoder:
                     shutil.copyfile(path, temporary / "t5" / path.name)
-            content = escaped(self._with_paths(Path(folder), file_format))
+            # Of new/../out, where there is no new, the parts must be found, too.
+            named = Path(folder) if Path(folder).parent.is_dir() else resolved(folder)
+            content = escaped(self._with_paths(named, file_format))
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (temporary / "model.yaml").write_text(text, encoding="utf-8")
 
@@ -237,11 +242,22 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
     tensors: dict[str, Any] = dict(stored.tensors)
     section = content["model"]["network_config"]
     if FOLDED in stored.metadata:
-        factor = float(stored.metadata[FOLDED])
+        factor = _folded(stored)
         channels = section["params"]["in_channels"], section["params"]["out_channels"]
         tensors[DIFFUSERS_PATCH] = with_image_channels(tensors[DIFFUSERS_PATCH], *channels, lambda part: part / factor)
     made = complete_network(stored.path, section, network_from_diffusers(tensors))
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
+
+
+def _folded(stored: Stored) -> float:
+    """Return the factor of ``--fold_image_scale`` in the header."""
+    text = stored.metadata[FOLDED]
+    with contextlib.suppress(ValueError):
+        if 1e-6 <= (factor := float(text)) <= 1e6:
+            return factor
+    raise InputError(
+        f"{stored.path}: {FOLDED} in the header is {spelled(text)}, expected a number such as 0.7; convert it again"
+    )
 
 
 def complete_network(
@@ -273,7 +289,13 @@ def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTe
         vae = instantiate_from_config(content["model"]["first_stage_config"])
     names = autoencoder_from_diffusers(stored.tensors)
     name = stored.metadata.get(SAT_DTYPE)
-    dtype = None if name is None else getattr(torch, name)
+    dtypes = {str(each).removeprefix("torch."): each for each in DTYPES if each.is_floating_point}
+    if name is not None and name not in dtypes:
+        raise InputError(
+            f"{stored.path}: {SAT_DTYPE} in the header is {spelled(name)}, expected a precision of weights, such as "
+            "bfloat16; convert it again"
+        )
+    dtype = None if name is None else dtypes[name]
     made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
     _require_equal_shapes(stored.path, vae.state_dict(), made)
     return made
@@ -298,6 +320,7 @@ def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
     t5 = T5Folder(folder)
     if not folder.is_dir():
         t5.check()
+    t5.check_weights()
     files = [folder / "config.json", *t5.shards, *folder.glob("*.index.json")]
     places = [place for place in (tokenizer, folder, folder.parent / "tokenizer") if place is not None]
     home = next((place for place in places if (place / "spiece.model").is_file()), None)
@@ -305,7 +328,4 @@ def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
         searched = ", ".join(str(place) for place in places)
         raise InputError(f"there is no spiece.model, the tokenizer of T5, in {searched}; copy it there")
     files += [home / name for name in TOKENIZER_FILES if (home / name).is_file()]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise InputError(f"the text encoder lacks {', '.join(missing)}; copy or download them again")
     return tuple(files)

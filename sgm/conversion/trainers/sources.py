@@ -3,6 +3,7 @@
 Tensors are lazy, under SAT's names without prefix.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from sgm.config.load import load_config
+from sgm.config.values import shortened
 from sgm.conversion.diffusers.from_sat import FOLDED
 from sgm.conversion.diffusers.names import network_from_diffusers
 from sgm.conversion.diffusers.to_sat import ITERATION, read_json, weight_files
@@ -62,18 +64,29 @@ def find_state(path: Path) -> Path | None:
     """Return the folder of a ZeRO state: `path`, or the one that its ``latest`` or ``resume/latest`` names; else None.
 
     Raises:
-        InputError: ``latest`` names a folder that does not exist.
+        InputError: as `named_folder`.
     """
     if not path.is_dir():
         return None
     for latest in (path / "resume" / "latest", path / "latest"):
-        if latest.is_file():
-            folder = latest.parent / latest.read_text(encoding="utf-8", errors="replace").strip()
-            if not folder.is_dir():
-                raise InputError(f"{latest} names the folder {folder}, which does not exist; correct it, or copy that")
-            if is_zero_state(folder):
-                return folder
+        if latest.is_file() and is_zero_state(folder := named_folder(latest)):
+            return folder
     return path if is_zero_state(path) else None
+
+
+def named_folder(latest: Path) -> Path:
+    """Return the folder beside a file ``latest`` that this names.
+
+    Raises:
+        InputError: it names none, or one that is not there.
+    """
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise InputError(f"{latest} holds '{shortened(name)}', expected the name of a folder beside it; correct it")
+    if not os.path.isdir(latest.parent / name):  # which takes any name
+        raise InputError(f"{latest} names '{shortened(name)}', which is not beside it; correct it, or copy that")
+    return latest.parent / name
 
 
 def read_source(
@@ -191,7 +204,8 @@ def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor]
 def _of_run(source: Source, dtype: torch.dtype | None, trust: Sequence[str]) -> Source:
     """Complete the state of a train_video.py run: add frozen tensors and the adapters' description."""
     folder = source.path if source.path.is_dir() else source.path.parent
-    if folder.parent.name != "resume" or not (folder / "resume.json").is_file():
+    is_ours = folder.parent.name == "resume" and folder.name.isdecimal()
+    if not is_ours or not (folder / "resume.json").is_file():
         return source
     run = folder.parent.parent
     weights = run / folder.name

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sgm.util import InputError
 from sgm.weights.checksums import Checksums, zip_checksums
@@ -38,6 +39,24 @@ PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32
 OPTIMIZER = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
 
 Partitions = Sequence[Sequence[LazyTensor]]  # by rank, then by group
+
+_Size: Any = Annotated[int, Field(ge=0, le=1 << 40)]
+_Shapes: Any = dict[str, tuple[_Size, ...] | list[_Size]]
+_Ranks: Any = Annotated[int, Field(ge=1, le=100_000)]
+# What is read of the files of models and of optimizers, besides the partitions.
+_MODEL = {
+    "param_shapes": list[_Shapes],
+    "module": dict[str, torch.Tensor],
+    "buffer_names": list[str] | tuple[str, ...] | None,
+    "shared_params": dict[str, str] | None,
+    "frozen_param_shapes": _Shapes | None,
+    "global_steps": _Size | None,
+}
+_OPTIMIZER = {
+    "partition_count": _Ranks | list[_Ranks],
+    "zero_stage": int | None,
+    "param_alignment_paddings": list[list[_Size]] | None,
+}
 
 
 class _Unread:
@@ -206,6 +225,7 @@ def read_zero_state(folder: Path) -> ZeroState:
         (states[rank],) = read_state_entries(path, "optimizer_state_dict")
         if not isinstance(states[rank], dict) or "partition_count" not in states[rank]:
             raise InputError(f"{path} holds no state of a ZeRO optimizer; {_CURE}")
+        _require_fit(path, states[rank], _OPTIMIZER)
     stage, world_size = _stage_and_ranks(folder, states, optim)
     first = model[0] if stage == 3 and 0 in model else folder / MODEL_FILE
     kinds = {"optim": optim} | ({"model": model} if stage == 3 else {})
@@ -215,13 +235,15 @@ def read_zero_state(folder: Path) -> ZeroState:
         raise InputError(
             f"{folder} was written by {world_size} ranks at stage {stage}, and lacks {', '.join(missing)}; {_CURE}"
         )
-    shapes, module, buffers, shared, frozen, iteration = read_state_entries(
-        first, "param_shapes", "module", "buffer_names", "shared_params", "frozen_param_shapes", "global_steps"
-    )
+    entries = dict(zip(_MODEL, read_state_entries(first, *_MODEL), strict=True))
+    shapes, module, buffers, shared, frozen, iteration = entries.values()
     if not isinstance(shapes, list) or not isinstance(module, dict):
         raise InputError(f"{first} does not say which parameters ZeRO trained (param_shapes); {_CURE}")
+    _require_fit(first, entries, _MODEL)
     groups = [_weights(optim[rank], states[rank], stage) for rank in range(world_size)]
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    if [len(each) for each in paddings] != [len(group) for group in shapes]:
+        raise InputError(f"{optim[0]} is that of other parameters (param_alignment_paddings); {_CURE}")
     state = ZeroState(
         folder=folder,
         stage=stage,
@@ -242,14 +264,34 @@ def read_zero_state(folder: Path) -> ZeroState:
     return state
 
 
+def _require_fit(path: Path, entries: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raise InputError for the first entry of a file that is not as DeepSpeed writes it."""
+    for name, hint in hints.items():
+        try:
+            adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+            adapter.validate_python(entries.get(name))
+        except ValidationError as error:
+            raise InputError(f"{path}: its entry '{name}' is not as DeepSpeed writes it; {_CURE}") from error
+
+
+def _require_dense(path: Path, tensors: Mapping[str, Any], *, vectors: bool = False) -> None:
+    for name, tensor in tensors.items():
+        is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not is_dense or (vectors and tensor.ndim != 1):
+            raise InputError(f"{path}: {name} is no dense {'vector' if vectors else 'tensor'}; {_CURE}")
+
+
 def _stored(path: Path, label: str, parts: Sequence[torch.Tensor]) -> list[StoredTensor]:
     """Return tensors of a file, whose bytes are checked when they are computed; their padding may hold any values."""
-    named = {f"{label}[{index}]": part.detach() for index, part in enumerate(parts)}
+    named = {f"{label}[{index}]": part for index, part in enumerate(parts)}
+    _require_dense(path, named, vectors=True)
+    named = {name: part.detach() for name, part in named.items()}
     return [tensor.of_any_kind() for tensor in store_zip(path, named, _checksums(path)).values()]
 
 
 def _buffers(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
     """Return the buffers of a module, which may be integers."""
+    _require_dense(path, tensors)
     stored = store_zip(path, tensors, _checksums(path))
     return {name: each if each.dtype.is_floating_point else each.of_any_kind() for name, each in stored.items()}
 
@@ -309,11 +351,12 @@ def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str
         return {}
     fragments = [read_state_entries(path, "frozen_param_fragments")[0] or {} for path in files]
     for path, fragment in zip(files, fragments, strict=True):
-        lacking = [name for name in shapes if name not in fragment]
+        lacking = [name for name in shapes if not isinstance(fragment, dict) or name not in fragment]
         if lacking:
             raise InputError(f"{path} lacks the frozen parameter {lacking[0]}; {_CURE}")
+        _require_dense(path, {name: fragment[name] for name in shapes})
     for name, shape in shapes.items():
-        if sum(fragment[name].numel() for fragment in fragments) < shape.numel():
+        if sum(fragment[name].numel() for fragment in fragments) < math.prod(shape):
             raise InputError(
                 f"{files[0].parent}: the partitions of {name} do not fill its shape {tuple(shape)}; {_CURE}"
             )
@@ -324,7 +367,8 @@ def _frozen(shapes: Mapping[str, torch.Size], files: Sequence[Path]) -> dict[str
     ]
     return {
         name: LazyTensor(
-            tuple(LazyTensor((own[name].of_any_kind(),), torch.flatten) for own in stored), _shaped(folder, name, shape)
+            tuple(LazyTensor((own[name].of_any_kind(),), torch.flatten) for own in stored),
+            _shaped(folder, name, torch.Size(shape)),
         )
         for name, shape in shapes.items()
     }
@@ -340,11 +384,14 @@ def _weights(path: Path, state: Mapping[str, Any], stage: int) -> list[LazyTenso
     optimizer = state.get(OPTIMIZER[stage])
     if not isinstance(optimizer, dict):
         return weights
-    for number, group in enumerate(optimizer.get("param_groups", ())):
-        if group.get("train_mode") and "z" in (found := optimizer["state"].get(number, {})):
-            beta = group["betas"][0] if "betas" in group else group["momentum"]
-            (iterate,) = _stored(path, f"z of group {number}", [found["z"]])
-            weights[number] = _Elementwise((weights[number], iterate), partial(_average_of, weight=1 - 1 / beta))
+    try:
+        for number, group in enumerate(optimizer.get("param_groups", ())):
+            if group.get("train_mode") and "z" in (found := optimizer["state"].get(number, {})):
+                beta = group["betas"][0] if "betas" in group else group["momentum"]
+                (iterate,) = _stored(path, f"z of group {number}", [found["z"]])
+                weights[number] = _Elementwise((weights[number], iterate), partial(_average_of, weight=1 - 1 / beta))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{path}: the state of its optimizer is not as torch writes it; {_CURE}") from error
     return weights
 
 
@@ -359,8 +406,9 @@ def _averages(states: Mapping[Path, Mapping[str, Any]], stage: int, num_groups: 
     for path, state in states.items():
         optimizer = state.get(OPTIMIZER[stage])
         by_group = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
-        own = [by_group[group].get("ema") for group in range(num_groups) if group in by_group]
-        if len(own) < num_groups or any(part is None for part in own):
+        found = [by_group.get(group) for group in range(num_groups)] if isinstance(by_group, dict) else []
+        own = [each["ema"] for each in found if isinstance(each, dict) and each.get("ema") is not None]
+        if len(own) < num_groups:
             return None
         parts.append(_stored(path, "averages", own))
     return parts

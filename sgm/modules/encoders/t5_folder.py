@@ -3,6 +3,7 @@
 transformers, safetensors and sentencepiece are imported when they are needed.
 """
 
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from torch import nn
 from sgm.io import parse_json
 from sgm.log import get_logger
 from sgm.util import InputError, nearest_path
-from sgm.weights.files import check_values
+from sgm.weights.files import check_values, read_tensors
+from sgm.weights.index import TIED, misplaced, read_index
 
 log = get_logger(__name__)
 
@@ -107,14 +109,17 @@ class T5Folder:
         return found
 
     @cached_property
+    def _index(self) -> dict[Path, frozenset[str]] | None:
+        """The weight files with the names of their tensors, of a folder with an index."""
+        index = self.path / "model.safetensors.index.json"
+        return read_index(index) if index.is_file() else None
+
+    @cached_property
     def shards(self) -> list[Path]:
         """The weight files; files listed in an index may be missing."""
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.is_file():
-            try:
-                return [self.path / name for name in sorted(set(parse_json(index.read_bytes())["weight_map"].values()))]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is not an index of weights{_lfs_hint(index)}; copy it again") from error
+        single = self.path / "model.safetensors"
+        if self._index is not None:
+            return [*self._index]
         if single.is_file():
             return [single]
         raise InputError(
@@ -149,6 +154,37 @@ class T5Folder:
         problems = [problem for check in (self._check_config, self._check_weights) for problem in check()]
         if problems:
             raise InputError("\n".join([f"T5 folder '{self.path}' ({MODEL_DIR_KEY}) is not usable:", *problems]))
+
+    def check_weights(self) -> None:
+        """Check names and shapes of the weights; values are not read.
+
+        Raises:
+            InputError: files are missing or damaged, or do not fit index or configuration.
+        """
+        from transformers import T5Config, T5EncoderModel
+
+        if problems := [*self._check_weights()]:
+            raise InputError("\n".join([f"T5 folder '{self.path}' is not usable:", *problems]))
+        try:
+            with torch.device("meta"):
+                expected = T5EncoderModel(T5Config.from_dict(self.config)).state_dict()
+        except Exception as error:  # of any kind, for values of any kind
+            file = self.path / "config.json"
+            raise InputError(f"{file} describes no T5 that transformers knows; copy it again") from error
+        held = {name: tensor.shape for shard in self.shards for name, tensor in read_tensors(shard).items()}
+        missing = expected.keys() - held.keys() - (TIED if TIED & held.keys() else set())
+        found = [f"{name} is missing" for name in sorted(missing)]
+        found += [
+            f"{name} has the shape {tuple(held[name])}, expected {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in held and held[name] != tensor.shape
+        ]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise InputError(
+                f"the weights in {self.path} do not fit its config.json: {found[0]}{more}; the folder mixes two models "
+                "or is incomplete, copy it again"
+            )
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """Read the encoder of a checked folder to the CPU (transformers keeps some layers of an fp16 T5 in float32).
@@ -207,13 +243,15 @@ class T5Folder:
             yield str(error)
             return
         for shard in shards:
-            if not shard.is_file():
+            if not os.path.isfile(shard):  # which takes any name
                 yield f"{shard.name} is missing, though the index lists it; copy it from text_encoder/"
                 continue
             try:
                 # Opening maps the file and compares its size with the header; the tensors stay on disk.
-                with safe_open(shard, framework="pt"):
-                    pass
+                with safe_open(shard, framework="pt") as file:
+                    problem = misplaced(shard, self._index[shard], file.keys()) if self._index else ""
+                if problem:
+                    yield problem
             except (SafetensorError, OSError) as error:
                 yield f"{shard.name} is truncated or no safetensors file ({error}){_lfs_hint(shard)}; copy it again"
 

@@ -14,6 +14,7 @@ from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.names import network_to_diffusers
 from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint
 from sgm.conversion.lora import export_lora
+from sgm.conversion.trainers.sources import read_source
 from sgm.util import InputError, instantiate_from_config, without_allocating
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.checkpoint import save_network
@@ -185,6 +186,69 @@ def test_a_state_without_zero(tmp_path):
     found = inspect_checkpoint(tmp_path)
     assert (found.kind, found.num_tensors) == ("training state", 16)
     assert found.state == StateFacts(zero_stage=0, ranks=4, iteration=5, ema=None)
+
+
+@pytest.mark.parametrize("steps", ["x", [1]])
+def test_a_state_without_zero_counts_its_steps(tmp_path, steps):
+    torch.save({"module": {"a": torch.ones(1)}, "global_steps": steps}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(InputError, match="global_steps or dp_world_size is no whole number"):
+        inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../..", "../../r" * 1000, "x" * 5000, "/tmp", "7\0"])
+def test_the_state_of_a_run_is_in_its_folder(tmp_path, name):
+    save_network(tmp_path, 70, adapters(), patch_size=2, adapters=INFO)
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "latest").write_text(name)
+    for read in (inspect_checkpoint, read_source):
+        with pytest.raises(InputError, match="resume/latest (holds|names) '.*beside it; correct it"):
+            read(tmp_path)
+
+
+LORA = "transformer.transformer_blocks.0.attn1.to_k"
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        (torch.ones(2), r"alpha has the shape \(2,\); expected one number"),
+        (torch.ones(0), r"alpha has the shape \(0,\); expected one number"),
+        (torch.tensor(1j), "expected one number"),
+    ],
+)
+def test_alphas_of_lora_that_are_no_numbers(tmp_path, alpha, said):
+    tensors = {f"{LORA}.lora_A.weight": torch.ones(8, 64), f"{LORA}.lora_B.weight": torch.ones(64, 8)}
+    torch.save(tensors | {f"{LORA}.alpha": alpha}, tmp_path / "lora.bin")
+    with pytest.raises(InputError, match=said):
+        inspect_checkpoint(tmp_path / "lora.bin")
+
+
+@pytest.mark.parametrize("header", [[1], "a", 3, *({"lora_alpha": value} for value in ([1], "abc", 10**400))])
+def test_descriptions_of_lora_that_are_none(tmp_path, header):
+    tensors = {f"{LORA}.lora_A.weight": torch.ones(8, 64), f"{LORA}.lora_B.weight": torch.ones(64, 8)}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    with pytest.raises(InputError, match=r"lora.safetensors: .*its header \(lora_adapter_metadata\).*; expected"):
+        inspect_checkpoint(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{LORA}.lora_A.weight", f"{PREFIX}transformer.layers.0.attention.query_key_value.matrix_A.0"],
+)
+@pytest.mark.parametrize("shape", [(), (8,)])
+def test_matrices_of_lora_that_are_none(tmp_path, name, shape):
+    torch.save({name: torch.ones(shape), name.replace("_A", "_B"): torch.ones(64, 8)}, tmp_path / "lora.pt")
+    with pytest.raises(InputError, match=r"_A.*has the shape \(.*\), expected a matrix"):
+        inspect_checkpoint(tmp_path / "lora.pt")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch deprecates quantized tensors
+def test_tensors_of_any_kind_are_counted(tmp_path):
+    name = "transformer_blocks.0.norm1.linear.weight"
+    odd = {name: torch.ones(3).to_sparse(), "b": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}
+    torch.save({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2)} | odd, tmp_path / "t5.pt")
+    found = inspect_checkpoint(tmp_path / "t5.pt")
+    assert (found.num_parameters, found.num_bytes) == (9, 8 + 12 + 4) and found.table(tensors=True)
 
 
 class Foreign:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sgm.conversion.writing import new_folder, write_shards
+from sgm.conversion.writing import check_new_folder, new_folder, write_shards
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import write_safetensors
 from sgm.weights.lazy import LazyTensor
@@ -85,6 +85,32 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path):
         (new / "a").write_text("1")
         raise RunError("numbers differ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_an_empty_folder_or_to_none_is_written_through(tmp_path):
+    (tmp_path / "far" / "empty").mkdir(parents=True)
+    for name in ("empty", "none"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+        check_new_folder(tmp_path / name)
+        with new_folder(tmp_path / name) as new:
+            (new / "a").write_text("1")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "far" / name / "a").read_text() == "1"
+        with pytest.raises(InputError, match=f"far/{name} exists already"):
+            check_new_folder(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "far", "none"]
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["empty", "none"]
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match="/a"):
+        check_new_folder(tmp_path / "a")
+
+
+def test_a_way_through_a_folder_that_is_not_there_leaves_no_folder(tmp_path):
+    with new_folder(tmp_path / "new" / ".." / "out") as new:
+        (new / "a").write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_exists_is_not_overwritten(tmp_path):

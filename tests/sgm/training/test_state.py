@@ -17,12 +17,12 @@ from sgm.training.metrics import read_metrics
 from sgm.training.run import train
 from sgm.training.state import (
     ResumePoint,
-    _deepspeed_objects,
     _files_to_look_up,
     checkpoint_engine,
     find_resume_point,
     next_start_number,
 )
+from sgm.training.state_files import _deepspeed_objects, restore_rng, rng_state
 from sgm.util import InputError
 from sgm.weights.files import WEIGHTS, find_weights, read_tensors
 from tests.sgm.training.points import POINT
@@ -290,6 +290,48 @@ def test_weights_of_a_state_that_are_no_weights_are_named(tmp_path, wrong):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(InputError, match=rf"{name} .*{message}.*args.resume=none"):
             checkpoint_engine().load(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("x.pt", content) for content in ([1], torch.ones(2), "x", None, {"module": [1]}, {"module": {"a": 3}})),
+        ("x.pt", {"optimizer_state_dict": "x"}),
+        ("x.pt", {"optimizer_state_dict": {"fp32_flat_groups": 3}}),
+        ("x.pt", {"optimizer": {"fp32_groups_flat": [[torch.ones(1)], {"a": 1}]}}),
+        ("mp_rank_00_model_states.pt", {"torch": torch.ones(1)}),
+        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", {"module": {"a": torch.ones(1)}}),
+    ],
+)
+def test_a_file_of_the_wrong_content_is_named(tmp_path, name, content):
+    torch.save(content, tmp_path / name)
+    with pytest.raises(InputError, match=rf"state cannot be used: .*{name}.*(something else|is no).*resume=none"):
+        checkpoint_engine().load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"torch": None},
+        {"torch": torch.ones(3)},
+        {"torch": torch.zeros(5, dtype=torch.uint8)},
+        {"python": None},
+        {"python": (3, (1, 2), None)},
+        {"python": (3, (-1,) * 625, None)},
+    ],
+)
+def test_states_of_random_generators_are_checked(tmp_path, change):
+    torch.save(rng_state() | change, tmp_path / "rng_00.pt")
+    with pytest.raises(InputError, match=r"cannot be used: .*rng_00.pt does not hold the states of this .*resume=none"):
+        restore_rng(tmp_path / "rng_00.pt")
+    torch.save({"module": {"a": torch.ones(1)}}, tmp_path / "rng_00.pt")
+    with pytest.raises(InputError, match=r"rng_00.pt does not hold the states of this"):
+        restore_rng(tmp_path / "rng_00.pt")
+    state = rng_state()
+    torch.save(state, tmp_path / "rng_00.pt")
+    torch.rand(1)
+    restore_rng(tmp_path / "rng_00.pt")
+    assert torch.equal(torch.get_rng_state(), state["torch"])
 
 
 def test_a_pickle_in_a_state_is_refused_without_advice_to_load_it(tmp_path):

@@ -25,10 +25,12 @@ from transformers import T5EncoderModel
 from sgm.checks.sampling_plan import check_sampling
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
-from sgm.conversion.diffusers.to_sat import sat_model_of
+from sgm.conversion.diffusers.to_sat import read_stored, sat_model_of, weight_files
 from sgm.conversion.diffusers.verify import verify
+from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
+from sgm.conversion.trainers.sources import read_source
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
@@ -412,6 +414,26 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(converted, tmp_path
         sat_model_of({"transformer": tmp_path / "transformer"})
 
 
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "abc", "load", ""])
+def test_a_dtype_in_the_header_of_the_vae_is_checked(converted, tmp_path, dtype):
+    _, there, _ = converted("cogvideox_5b")
+    folder = shutil.copytree(there / "vae", tmp_path / "vae")
+    file = min(folder.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", "sat_dtype": dtype})
+    with pytest.raises(InputError, match=f"vae: sat_dtype in the header is '{dtype}', expected a precision"):
+        sat_model_of({"vae": folder})
+
+
+@pytest.mark.parametrize("factor", ["0", "nan", "-1", "1e400", "abc", ""])
+def test_a_folded_factor_in_the_header_is_checked(converted, tmp_path, factor):
+    _, there, _ = converted("cogvideox1.5_5b_i2v")
+    folder = shutil.copytree(there / "transformer", tmp_path / "transformer")
+    file = min(folder.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", "image_scale_folded": factor})
+    with pytest.raises(InputError, match=f"transformer: image_scale_folded in the header is '{factor}', expected"):
+        sat_model_of({"transformer": folder})
+
+
 def test_a_missing_shard_is_named(converted, tmp_path):
     _, there, _ = converted("cogvideox_5b")
     shutil.copytree(there / "transformer", tmp_path / "transformer")
@@ -419,6 +441,51 @@ def test_a_missing_shard_is_named(converted, tmp_path):
     gone.unlink()
     with pytest.raises(InputError, match=f"lacks {gone.name}"):
         sat_model_of({"transformer": tmp_path / "transformer"})
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ({"a": "1.safetensors", "b": "2.safetensors"}, "2.safetensors holds a, which its index does not place there"),
+        ({"a": "2.safetensors", "b": "2.safetensors"}, ""),
+        ({"b": "2.safetensors"}, "2.safetensors holds a, which its index does not place there"),
+        ({"a": "2.safetensors", "b": "2.safetensors", "c": "2.safetensors"}, "2.safetensors lacks c, which its index"),
+        ({"a": "../1.safetensors", "b": "2.safetensors"}, "names '../1.safetensors', and weights are files in its own"),
+        ({"a": "/etc/passwd", "b": "2.safetensors"}, "names '/etc/passwd'"),
+        ({"a": "x" * 300}, "lacks x"),
+    ],
+)
+def test_an_index_names_what_its_files_hold(tmp_path, listed, message):
+    save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "2.safetensors")
+    (tmp_path / "w.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    if not message:
+        assert weight_files(tmp_path) == [tmp_path / "2.safetensors"]
+        return
+    for read in (weight_files, read_stored, inspect_checkpoint, read_source):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+
+
+def test_the_text_encoder_is_checked_before_anything_is_written(converted, tmp_path):
+    path, there, _ = converted("cogvideox_2b")
+    folder = shutil.copytree(there / "text_encoder", tmp_path / "text_encoder")
+    shutil.copy(there / "tokenizer" / "spiece.model", folder)
+    name, file = "encoder.final_layer_norm.weight", folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"do not fit its config.json: {name} is missing"):
+        sat_model_of({"text_encoder": folder})
+    config = load(path, f"model.conditioner_config.params.emb_models.0.params.model_dir={folder}")
+    with pytest.raises(InputError, match=f"do not fit its config.json: {name} is missing"):
+        pipeline_of(config)
+
+
+def test_the_parts_of_a_new_model_are_found_where_they_are(converted, tmp_path):
+    _, there, _ = converted("cogvideox_5b")
+    sat_model_of({"vae": there / "vae"}).write(tmp_path / "new" / ".." / "out")
+    model = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]
+    assert read_tensors(model["first_stage_config"]["params"]["ckpt_path"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_verification_notices_a_changed_weight(converted, tmp_path):

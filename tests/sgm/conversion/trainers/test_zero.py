@@ -113,6 +113,34 @@ def test_incomplete_and_mixed_states_are_refused(some, stage, change, said):
         read_zero_state(folder)
 
 
+A, SPARSE = torch.ones(2), torch.ones(3).to_sparse()
+ENTRIES = [
+    *(("model", {"param_shapes": value}) for value in ([3], [{"a": "x"}], [{"a": 3}], [{"a": [16.0, 1]}], [{3: [1]}])),
+    *(("model", {"param_shapes": [{"a": (-5, -3)}, {}]}), ("model", {"global_steps": "x"})),
+    *(("model", {"module": value}) for value in ([1], {"a": 3})),
+    *(("model", {"shared_params": ["a"]}), ("model", {"buffer_names": 3}), ("model", {"frozen_param_shapes": [1]})),
+    *(("model", {"frozen_param_fragments": value}) for value in ([1], {"f": 3}, {"f": SPARSE})),
+    *(("optim", {"partition_count": value}) for value in (None, ["1"], [1.0], "x", 10**9, 0)),
+    *(("optim", {"param_alignment_paddings": value}) for value in (3, [3], [[0]], [[0], [0]])),
+    *(("optim", {"zero_stage": [2]}), ("optim", {"base_optimizer_state": {"param_groups": 3}})),
+    *(("optim", {"base_optimizer_state": {"param_groups": [3], "state": 3}}),),
+    *(
+        ("optim", {"base_optimizer_state": {"state": {0: {"z": A}}, "param_groups": [{"train_mode": True, **group}]}})
+        for group in ({}, {"betas": 3}, {"betas": ["x"]}, {"betas": [0]})
+    ),
+    *(("optim", {"single_partition_of_fp32_groups": [value, A]}) for value in (A[None], SPARSE, [A], None)),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), ENTRIES)
+def test_entries_that_deepspeed_does_not_write_are_refused(some, kind, change):
+    folder = some[0](stage=2, world=1, frozen={"f": torch.arange(10.0)})
+    path = folder / (OPTIM.format(0) if kind == "optim" else "mp_rank_00_model_states.pt")
+    spoil(path, lambda content: (content["optimizer_state_dict"] if kind == "optim" else content).update(change))
+    with pytest.raises(InputError, match=f"(?s){path.name}.*copy the whole folder again|param_shapes"):
+        read_zero_state(folder)
+
+
 def test_damaged_and_non_finite_states_are_refused_when_they_are_computed(some):
     folder = some[0](stage=2)
     path = folder / OPTIM.format(1)

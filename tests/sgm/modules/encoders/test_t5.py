@@ -12,6 +12,7 @@ from torch import nn
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.util import InputError, instantiate_from_config
+from sgm.weights.index import TIED
 
 TEXTS = ["a red ball moves left", "", "a yellow triangle  moves\nup"]
 
@@ -338,3 +339,73 @@ def test_weights_that_are_not_finite_are_named(own_t5_dir):
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{shard.name}: {name} is not finite: 1 of"):
         T5Folder(own_t5_dir).load(torch.float32)
+
+
+def rewrite(shard, change):
+    tensors = load_file(shard)
+    save_file(change(tensors), shard, metadata={"format": "pt"})
+
+
+def reindex(folder, change):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": change(json.loads(index.read_text())["weight_map"])}))
+
+
+NORM = "encoder.final_layer_norm.weight"
+LACKS = f"lacks {NORM}, which its index places there"
+UNLISTED = f"holds {NORM}, which its index does not place there"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda listed: {n: file for n, file in listed.items() if n != NORM}, UNLISTED),
+        (lambda listed: listed | {NORM: next(file for file in listed.values() if file != listed[NORM])}, LACKS),
+        (lambda listed: listed | {NORM: "/etc/passwd"}, "is not an index.*names '/etc/passwd'"),
+        (lambda listed: listed | {NORM: "../t5/" + listed[NORM]}, "is not an index.*names '../t5/"),
+        (lambda listed: listed | {NORM: "x" * 300}, "is missing, though the index lists it"),
+        (lambda listed: {}, "is not an index.*weight_map"),
+    ],
+)
+def test_an_index_that_is_not_that_of_the_files(own_t5_dir, change, message):
+    reindex(own_t5_dir, change)
+    for check in (FrozenT5Embedder(str(own_t5_dir)).check, T5Folder(own_t5_dir).check_weights):
+        with pytest.raises(InputError, match=f"(?s){message}"):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: {n: t for n, t in own.items() if n != NORM}, f"{NORM} is missing"),
+        (
+            lambda own: {n: t[1:] if n == NORM else t for n, t in own.items()},
+            rf"{NORM} has the shape \(31,\), expected \(32,\)",
+        ),
+        (lambda own: {n: t for n, t in own.items() if n not in TIED}, "encoder.embed_tokens.weight is missing and 1"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration(own_t5_dir, change, message):
+    for shard in shards(own_t5_dir):
+        rewrite(shard, change)
+    reindex(own_t5_dir, lambda _: {n: file.name for file in shards(own_t5_dir) for n in load_file(file)})
+    with pytest.raises(InputError, match=f"do not fit its config.json: {message}"):
+        T5Folder(own_t5_dir).check_weights()
+
+
+@pytest.mark.parametrize("tied", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]])
+def test_the_embedding_has_either_name_or_both(own_t5_dir, tied):
+    (shard,) = (file for file in shards(own_t5_dir) if "shared.weight" in load_file(file))
+    rewrite(shard, lambda own: own | {name: own["shared.weight"].clone() for name in tied})
+    if len(tied) == 1:
+        rewrite(shard, lambda own: {n: t for n, t in own.items() if n != "shared.weight"})
+    T5Folder(own_t5_dir).check_weights()
+    assert T5Folder(own_t5_dir).load(torch.float32).shared.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("change", [{"feed_forward_proj": 3}, {"dense_act_fn": "abc"}, {"dropout_rate": 7}])
+def test_a_configuration_that_transformers_does_not_know(own_t5_dir, change):
+    file = own_t5_dir / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match="config.json describes no T5 that transformers knows; copy it again"):
+        T5Folder(own_t5_dir).check_weights()
