@@ -293,6 +293,18 @@ def test_a_member_without_its_caption_is_named_whole(tmp_path):
     assert "1.json: is not a JSON object: line 1: nests lists or objects 100,000 deep" in refusal(path)
 
 
+@pytest.mark.parametrize("suffix", ["tar.gz", "TGZ", "tar.zst"])
+def test_compressed_archives_are_refused_with_a_cure(suffix, tmp_path):
+    (tmp_path / f"a.{suffix}").write_bytes(b"\x1f\x8b\x08 and so on")
+    said = f"'{tmp_path}' holds compressed archives ('a.{suffix}'), whose files cannot be read by offset; decompress"
+    assert said in refusal(tmp_path)
+    assert f"a.{suffix}: is compressed (gzip), and its files are read by offset; decompress it" in refusal(
+        tmp_path / f"a.{suffix}"
+    )
+    format_files.pairs(tmp_path / "more")
+    assert len(dataset(tmp_path)) == 12, "beside what was unpacked"
+
+
 def test_faults_of_huggingface_folders(tmp_path):
     import datasets
 
