@@ -26,7 +26,7 @@ from torch import nn
 
 import sgm.distributed
 from sgm.config.transformer_args import TransformerArgs
-from sgm.config.values import AtLeast0, AtLeast1, Depth, Frames, Positive, RotaryBase, Width, spelled
+from sgm.config.values import AtLeast0, AtLeast1, Depth, Frames, PatchSide, Positive, RotaryBase, Width, spelled
 from sgm.modules.block import CompiledBlock, transformer_block
 from sgm.modules.block_ops import ModulatedNorm
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
@@ -379,7 +379,7 @@ class DiffusionTransformer(BaseModel):
         time_compressed_rate: AtLeast1,
         latent_width: Width,
         latent_height: Width,
-        patch_size: AtLeast1 | Sequence[AtLeast1],
+        patch_size: PatchSide | Sequence[PatchSide],
         in_channels: Width,
         out_channels: Width,
         hidden_size: Width,

@@ -38,6 +38,7 @@ _TEMPORARY = re.compile(r"(?s)\..+\.\d+-[0-9a-f]+(\.[^.]+)?")
 _STEM_BYTES = 100  # of a file's name in its temporary name, which file systems limit to 255 bytes as well
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|\d+', re.DOTALL)
 _ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")  # with more letters than a drive has
+_JSON_COLON = re.compile(r"\s*:")
 _NOT_FILES = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISDIR: "folder"}
 LOCK = ".lock"  # the locked file of a folder
 _HIDDEN_LOCK = "lock"  # that of a hidden folder
@@ -406,15 +407,25 @@ def range_digest(file: BinaryIO, start: int, size: int, *, whole: int, ends: int
     return digest.hexdigest()[:16]
 
 
-def parse_json(text: str | bytes) -> Any:
+class _RepeatedKeyError(Exception):
+    """An object of a JSON text has a key twice."""
+
+
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """Return the content of a JSON text.
+
+    Args:
+        text: the JSON.
+        unique: refuse a key that an object has twice; otherwise the last value counts, as in most programs.
 
     Raises:
         JSONError: it is malformed or not UTF-8, nested too deeply, or holds a number of thousands of digits.
     """
     try:
         text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique_keys if unique else None)
+    except _RepeatedKeyError:
+        raise _repeated_key(str(text)) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise JSONError(line, f"is not UTF-8 text (byte {error.start})") from error
@@ -423,6 +434,30 @@ def parse_json(text: str | bytes) -> Any:
     except (RecursionError, ValueError) as error:  # ValueError: too many digits
         assert isinstance(text, str), "it was decoded"
         raise excessive_json(text, nested=isinstance(error, RecursionError)) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise _RepeatedKeyError
+    return content
+
+
+def _repeated_key(text: str) -> JSONError:
+    """Return the fault of JSON, well-formed up to there, of which an object has a key twice."""
+    keys: list[set[str]] = []  # of the lists and objects that are open
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] in ("[", "{"):
+            keys.append(set())
+        elif token[0] in ("]", "}"):
+            keys.pop()
+        elif token[0][0] == '"' and _JSON_COLON.match(text, token.end()):
+            key = json.loads(token[0]) if "\\" in token[0] else token[0][1:-1]
+            if key in keys[-1]:
+                line = text.count("\n", 0, token.start()) + 1
+                return JSONError(line, f"names the key '{key[:60]}' twice in an object; remove one")
+            keys[-1].add(key)
+    raise AssertionError("the parser found one")
 
 
 def excessive_json(text: str, *, nested: bool) -> JSONError:

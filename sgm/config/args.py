@@ -409,7 +409,7 @@ class TrainingArgs(SamplingArgs):
         if self.eval_measures and self.only_log_video_latents:
             found = "is true, and only_log_video_latents too: there are no videos to measure"
             yield "eval_measures", found, "remove one of them"
-        if self.valid_prompts is not None and not self.valid_prompts:
+        if self.valid_prompts is not None and not "".join(self.valid_prompts).strip():
             yield "valid_prompts", "is empty", "give a file, a list of prompts, or null for captions of the data"
 
     def _length_problems(self) -> Iterator[tuple[str, str, str]]:

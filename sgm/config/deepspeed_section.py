@@ -10,10 +10,10 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, WithJsonSchema, create_model
 
 from sgm.config.targets import check_params
-from sgm.config.values import NotNegative, Positive, misfit
+from sgm.config.values import AtLeast1, NotNegative, Positive, misfit
 from sgm.config.yaml_files import ConfigError, Merged, Problem
 from sgm.util import PRECISIONS, prepare_import
 
@@ -59,7 +59,7 @@ class _TopLevel(BaseModel):
     train_micro_batch_size_per_gpu: _MicroBatch = 1
     gradient_accumulation_steps: _Count | None = 1
     gradient_clipping: NotNegative = 0
-    steps_per_print: int | None = None
+    steps_per_print: Annotated[int, Field(ge=1)] | None = None
     prescale_gradients: bool = False
     gradient_predivide_factor: Positive = 1
     communication_data_type: _Dtype | None = None
@@ -82,19 +82,29 @@ def _parts() -> dict[str, type[BaseModel]]:
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    def from_defaults(name: str, defaults: Mapping[str, Any]) -> type[BaseModel]:
-        fields: dict[str, Any] = {n: (Any if v is None else type(v), v) for n, v in defaults.items()}
+    def from_defaults(name: str, defaults: Mapping[str, Any], whole: Any = int) -> type[BaseModel]:
+        kinds = {type(None): Any, int: whole}
+        fields: dict[str, Any] = {n: (kinds.get(type(v), type(v)), v) for n, v in defaults.items()}
         return create_model(name, **fields)
 
     enabled: Any = (bool | None, None)  # null: follow model.precision
+    # DeepSpeed's own models take what ends a run at its first steps; an enumeration takes true for 1.
+    stage: Any = (Annotated[int, Field(ge=0, le=3), WithJsonSchema({"enum": [0, 1, 2, 3]})], 0)
+    scaler: dict[str, Any] = {
+        "loss_scale": (NotNegative, 0),
+        "initial_scale_power": (Annotated[int, Field(ge=0, le=32)], 16),
+        "loss_scale_window": (AtLeast1, 1000),
+        "hysteresis": (AtLeast1, 2),
+        "min_loss_scale": (AtLeast1, 1),
+    }
     return {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "fp16": create_model("fp16", __base__=DeepSpeedFP16Config, enabled=enabled),
+        "zero_optimization": create_model("zero_optimization", __base__=DeepSpeedZeroConfig, stage=stage),
+        "fp16": create_model("fp16", __base__=DeepSpeedFP16Config, enabled=enabled, **scaler),
         "bf16": create_model("bf16", __base__=DeepSpeedBF16Config, enabled=enabled),
         "optimizer": create_model("optimizer", type=(str, DEFAULT_OPTIMIZER), params=(dict[str, Any] | None, None)),
         "activation_checkpointing": create_model("activation_checkpointing"),
         "data_types": create_model("data_types", grad_accum_dtype=(_Dtype | None, None)),
-        "aio": from_defaults("aio", AIO_DEFAULT_DICT),
+        "aio": from_defaults("aio", AIO_DEFAULT_DICT, AtLeast1),
         "comms_logger": CommsLoggerConfig,
         "flops_profiler": from_defaults("flops_profiler", vars(DeepSpeedFlopsProfilerConfig({}))),
     }

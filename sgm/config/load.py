@@ -45,13 +45,13 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 
 # Keys of files and folders, in any section.
 _FILES = frozenset(
-    "load base path image video mask inversion start end control input_file prompt_enhancer output_dir preview save "
+    "load base path image video mask start end control input_file prompt_enhancer output_dir preview save "
     "train_data valid_data latent_cache text_cache remote_cache eval_lpips eval_clip ckpt_path model_dir".split()
 )
 _MAX_INTEGER = 2**63 - 1
 _PLACEHOLDER = re.compile(r"\{[^}]*\}|^\?\?\?$")
 _CHOICES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # of a URL: {000..099}, {a,b}
-_FREE_TEXT = ("prompt", "negative_prompt", "valid_prompts")  # keys in which braces are legal
+_FREE_TEXT = ("prompt", "negative_prompt", "inversion", "valid_prompts")  # keys in which braces are legal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,8 @@ def _take_sections(merged: Merged) -> dict[str, dict[str, Any]]:
             home = place_of(str(name), str(name))
             found = f"unknown section{f'; this belongs to {home}' if home else nearest(str(name), list(SECTIONS))}"
             cure = f"move it there: {home}" if home else f"the sections are {', '.join(SECTIONS)}"
-            merged.add((name,), found, cure)
+            source = merged.origin((name,)) or merged.origin((str(name),))  # of a key that is a number
+            merged.add((name,), found, cure, source=source)
     sections = {}
     for name in SECTIONS:
         section = merged.values.get(name)

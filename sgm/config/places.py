@@ -80,7 +80,7 @@ _SECTIONS = ("args", "model", "data", "deepspeed")
 
 def place_of(name: str, used_at: str) -> str | None:
     """Return where the key `name`, which means nothing at `used_at`, belongs; None if it is known nowhere."""
-    places = [place for place in _places(name) if place.partition(" ")[0] != used_at]
+    places = [place for place in _places(name) if place.partition(" ")[0].removesuffix(":,") != used_at]
     return places[0] if places else None
 
 

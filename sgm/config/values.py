@@ -15,6 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Width = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or picture
+PatchSide = Annotated[int, Field(ge=1, le=64)]  # in latent pixels or latent frames
 Depth = Annotated[int, Field(ge=1, le=1000)]  # layers
 Frames = Annotated[int, Field(ge=1, le=100_000)]
 RotaryBase = Annotated[float, Field(ge=10, le=1e9)]  # of the wavelengths

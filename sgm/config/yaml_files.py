@@ -357,6 +357,8 @@ def _walk(node: yaml.Node, path: KeyPath, ancestors: tuple[int, ...]) -> Iterato
                 raise _refusal("a key must be a word", key_node.start_mark, "write 'key: value', the key in quotes")
             if key_node.tag == _TAG + "merge":
                 continue
+            if key_node.tag == _TAG + "bool" and key.lower() in SafeConstructor.bool_values:  # on: is a word as well
+                key_node.tag = _TAG + "str"
             key_node.value = ALIASES.get((*path, key), key)
             key = key_node.value
             yield (*path, key), line, first_lines.get(key)
@@ -374,6 +376,12 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     keys[-1] = ALIASES.get(tuple(keys), keys[-1])
     source = f"command line: {shortened(override)}"
     cure = "write section.key=value, for example args.seed=7; list entries are numbered from 0"
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        text_only = "write it in UTF-8; for a file of another name, give that of a link to it"
+        merged.add((), "is not UTF-8 text", text_only, source=source)
+        return
     if not equals or not 2 <= len(keys) <= MAX_DEPTH or "" in keys:
         home = place_of(name, name) if len(keys) == 1 else None
         merged.add((), "not an override", f"write {home}=..." if home else cure, source=source)

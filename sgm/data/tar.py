@@ -23,7 +23,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_COMPRESSED_SUFFIXES = (".tgz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst", "lz4")))
+COMPRESSED_SUFFIXES = (".tgz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst", "lz4")))
 
 
 class ArchiveError(Exception):
@@ -68,7 +68,7 @@ def files_of(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
 
 def refuse_compressed(folder: object, names: Iterable[str]) -> None:
     """Raise an InputError if one of the names in a folder of archives is that of a compressed one."""
-    if found := sorted(name for name in names if name.lower().endswith(_COMPRESSED_SUFFIXES)):
+    if found := sorted(name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)):
         more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
         raise InputError(
             f"'{folder}' holds compressed archives ('{found[0]}'{more}), whose files cannot be read by offset; "

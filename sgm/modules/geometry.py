@@ -52,18 +52,25 @@ class Geometry:
         """Read the geometry from ``model.network_config.params``.
 
         Raises:
-            InputError: a parameter is missing or not a positive integer.
+            InputError: a parameter is missing or not a positive integer, or a patch is larger than the latents.
         """
+        patch_size = normalize_patch_size(params.get("patch_size", 2))
+        latent_size = _count(params, "latent_height"), _count(params, "latent_width")
+        if patch_size[1] > latent_size[0] or patch_size[2] > latent_size[1]:
+            raise InputError(
+                f"model.network_config.params.patch_size is {list(patch_size)}, and latents have {latent_size[0]} x "
+                f"{latent_size[1]} pixels (latent_height, latent_width); give a smaller one, e.g. [1, 2, 2]"
+            )
         rate = _count(params, "time_compressed_rate", 4)
         modules = params.get("modules") or {}
         position_config = modules.get("pos_embed_config") or {}
         sincos = str(position_config.get("target", "")).endswith("Basic3DPositionEmbeddingMixin")
         learned = bool((position_config.get("params") or {}).get("learnable_pos_embed", False))
         return cls(
-            patch_size=normalize_patch_size(params.get("patch_size", 2)),
+            patch_size=patch_size,
             time_compression=rate,
             max_latents=(_count(params, "num_frames") - 1) // rate + 1,
-            max_latent_size=(_count(params, "latent_height"), _count(params, "latent_width")),
+            max_latent_size=latent_size,
             fixed_size=sincos or learned,
             in_channels=_count(params, "in_channels"),
             out_channels=_count(params, "out_channels"),

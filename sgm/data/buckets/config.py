@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sgm.config.values import spelled
 from sgm.config.yaml_files import ConfigError, Problem
 from sgm.data.buckets.assign import PATH, Bucket, Buckets, ClassBuckets, FixedBuckets, Rule, SizeClass
 from sgm.data.buckets.resolutions import AREAS, class_sizes
@@ -37,7 +38,7 @@ def parse_buckets(value: Any) -> Buckets:
         buckets = parser.classes(value)
     else:
         cure = 'give a list such as [49x480x720], {frames: ..., heights: ..., widths: ...}, or {"480p": {49: [1.0, 1]}}'
-        raise ConfigError([Problem(PATH, "", f"is {value!r}", cure)])
+        raise ConfigError([Problem(PATH, "", f"is {spelled(value)}", cure)])
     if parser.problems:
         raise ConfigError(parser.problems)
     return buckets
@@ -62,7 +63,7 @@ class _Parser:
             section = entry if isinstance(entry, Mapping) else {"shape": entry}
             match = _SHAPE.fullmatch(str(section.get("shape")))
             if match is None:
-                self._add(place, f"is {entry!r}", "give frames, height and width as FxHxW, e.g. 49x480x720")
+                self._add(place, f"is {spelled(entry)}", "give frames, height and width as FxHxW, e.g. 49x480x720")
                 continue
             frames, height, width = map(int, match.groups())
             self._check_frames(frames, place)
@@ -102,7 +103,7 @@ class _Parser:
                 self._add(place, "is given twice", "put its frame counts together")
             if not isinstance(rules, Mapping) or not rules:
                 cure = "give frame counts, each with [probability, batch size]: {49: [1, 1]}"
-                self._add(place, f"is {rules!r}", cure)
+                self._add(place, f"is {spelled(rules)}", cure)
                 continue
             parsed = [rule for frames, entry in rules.items() if (rule := self._rule(frames, entry, place))]
             parsed.sort(key=lambda rule: -rule.frames)
@@ -118,12 +119,13 @@ class _Parser:
             return None
         self._check_frames(frames, place)
         if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
-            self._add(place, f"is {entry!r}", "give [probability, batch size], or [[probability, p_t], batch size]")
+            cure = "give [probability, batch size], or [[probability, p_t], batch size]"
+            self._add(place, f"is {spelled(entry)}", cure)
             return None
         given, batch_size = entry
         probabilities = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given, 1.0]
         if len(probabilities) != 2 or not all(_is_probability(p) for p in probabilities):
-            self._add(place, f"has the probability {given!r}", "give a number from 0 to 1, or two: [p, p_t]")
+            self._add(place, f"has the probability {spelled(given)}", "give a number from 0 to 1, or two: [p, p_t]")
             return None
         keep, keep_frames = map(float, probabilities)
         if frames == 1 and keep_frames != 1:
@@ -147,7 +149,9 @@ class _Parser:
     def _numbers(self, value: Any, place: str) -> list[int]:
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(_is_count(number) for number in numbers):
-            self._add(place, "is missing" if value is None else f"is {value!r}", "give whole numbers above 0: [...]")
+            self._add(
+                place, "is missing" if value is None else f"is {spelled(value)}", "give whole numbers above 0: [...]"
+            )
             return []
         for number in sorted({n for n in numbers if numbers.count(n) > 1}):
             self._add(place, f"names {number} twice", "remove one")
@@ -156,7 +160,7 @@ class _Parser:
     def _batch_size(self, value: Any, place: str, *, needed: bool = False) -> int | None:
         if (value is None and not needed) or _is_count(value):
             return value
-        self._add(place, f"has the batch size {value!r}", "give a whole number above 0")
+        self._add(place, f"has the batch size {spelled(value)}", "give a whole number above 0")
         return None
 
 

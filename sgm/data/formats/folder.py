@@ -4,18 +4,26 @@ A clip may have a control, ``control/a/b.mp4``, and a mask, ``mask/a/b.mp4`` or 
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from sgm.data.rows import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Files, Row, caption_of, is_picture, require_file
+from sgm.data.tar import refuse_compressed
 from sgm.io import denied_text
+from sgm.log import get_logger, warn_once
 from sgm.util import InputError, nearest_path, no_character
 
+logger = get_logger(__name__)
+
 VIDEOS, LABELS, CONTROL, MASK = "videos", "labels", "control", "mask"
+_SHOWN = 5  # names of a warning
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
     """List all clips below a folder by path, following links, without hidden files, without opening clips.
+
+    Captions that no clip has are named in a warning: it may have a suffix that is not read.
 
     A picture with a caption is a clip of one frame, unless there is a video of the same name (then it is a cover).
 
@@ -33,18 +41,21 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
         raise InputError(f"data folder '{root}' {found}{hint}; give a folder that holds {VIDEOS}/ and {LABELS}/")
     if root.absolute().name == VIDEOS and (root.absolute().parent / LABELS).is_dir():
         raise InputError(f"data folder '{root}' is the {VIDEOS} folder itself; give the one above: '{root.parent}'")
-    clips = sorted(_clips(root), key=lambda path: path.relative_to(root).as_posix())
+    files = _files(root)
+    clips = sorted(_clips(files, root), key=lambda path: path.relative_to(root).as_posix())
     if not clips:
+        refuse_compressed(root, (path.name for path in files if path.parent == root))
         raise InputError(
             f"data folder '{root}' holds no clips ({', '.join(VIDEO_SUFFIXES)}); put them into {root / VIDEOS} and "
             f"their captions, a text file each, into {root / LABELS}"
         )
-    files = Files(root)
+    warn_once(logger, _left_out(files, clips, root))
+    listed = Files(root)
     return [
         replace(
             _row(clip, caption_path(clip, root), allow_missing_captions),
-            control=_companion(clip, root, files, CONTROL),
-            mask=_companion(clip, root, files, MASK),
+            control=_companion(clip, root, listed, CONTROL),
+            mask=_companion(clip, root, listed, MASK),
         )
         for clip in clips
     ]
@@ -73,7 +84,8 @@ def _companion(clip: Path, root: Path, files: Files, folder: str) -> Path | None
     return next((name for name in names if files.has(name)), None)
 
 
-def _clips(root: Path) -> list[Path]:
+def _files(root: Path) -> list[Path]:
+    """Return all files below a folder, but for hidden ones and those in the folders of controls and masks."""
     found, seen = [], set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
@@ -82,11 +94,31 @@ def _clips(root: Path) -> list[Path]:
         if real not in seen:  # links can form a cycle
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)
-    clips = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
+    return found
+
+
+def _clips(files: list[Path], root: Path) -> list[Path]:
+    clips = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     taken = {path.with_suffix("") for path in clips}
-    there = {*found}
-    pictures = (path for path in found if is_picture(path) and path.with_suffix("") not in taken)
+    there = {*files}
+    pictures = (path for path in files if is_picture(path) and path.with_suffix("") not in taken)
     return clips + [path for path in pictures if {caption := caption_path(path, root), _upper(caption)} & there]
+
+
+def _left_out(files: list[Path], clips: list[Path], root: Path) -> Iterator[str]:
+    """Yield a warning if there are captions without a clip: in folders of captions, or beside another file."""
+    stem = {path: os.path.splitext(path)[0] for path in files}
+    used = {os.path.splitext(caption_path(clip, root))[0] for clip in clips}
+    texts = [path for path in files if path.suffix.lower() == ".txt" and stem[path] not in used]
+    others = {stem[path] for path in files if path.suffix.lower() != ".txt"} if texts else set()
+    names = [
+        path.relative_to(root) for path in texts if stem[path] in others or LABELS in path.relative_to(root).parts[:-1]
+    ]
+    if names:
+        shown = ", ".join(sorted(map(str, names))[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        have = "1 caption has" if len(names) == 1 else f"{len(names):,} captions have"
+        kinds = " ".join(VIDEO_SUFFIXES + PICTURE_SUFFIXES)
+        yield f"{root}: {have} no clip that is read: {shown}; clips end with {kinds}"
 
 
 def _upper(caption: Path) -> Path:

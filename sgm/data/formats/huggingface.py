@@ -1,13 +1,12 @@
 """Data sets saved by ``datasets``, with clips as bytes in the table or as paths."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from sgm.data.formats.manifest import Table
+from sgm.data.formats.manifest import Table, refuse_times
 from sgm.data.rows import suffix
 from sgm.io import reason_of
 from sgm.util import InputError
@@ -45,13 +44,15 @@ def read_dataset(folder: Path) -> Table:
             raise InputError(f"'{folder}' has a dataset_dict.json and no folder of a split; save the data set again")
         raise InputError(f"'{folder}' holds the splits {', '.join(splits)}; give one: '{folder / splits[0]}'")
     table = _table(folder)
-    scalars = [name for name in table.column_names if not _holds_bytes(table.schema.field(name).type)]
-    embedded = [name for name in table.column_names if name not in scalars]
-    read = _records(folder, table, scalars, embedded)
-    return Table(folder, folder, table.column_names, read, lambda row, _: f"{folder}, row {row}")
+    return Table(
+        folder, folder, table.column_names, partial(_records, folder, table), lambda row, _: f"{folder}, row {row}"
+    )
 
 
-def _records(folder: Path, table: Any, scalars: list[str], embedded: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(folder: Path, table: Any, used: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    refuse_times(folder, table.schema, used)
+    scalars = [name for name in used if not _holds_bytes(table.schema.field(name).type)]
+    embedded = [name for name in used if name not in scalars]
     start = 0
     for batch in table.to_batches(_BATCH):
         values = {name: batch[name].to_pylist() for name in scalars}
@@ -63,9 +64,8 @@ def _records(folder: Path, table: Any, scalars: list[str], embedded: list[str]) 
                 Cell(folder, name, start + place, suffix(path or "") or fallback) if has_bytes else path
                 for place, (path, has_bytes) in enumerate(zip(paths, filled, strict=True))
             ]
-        lists = zip(*values.values(), strict=True) if values else itertools.repeat(())
-        for place in range(batch.num_rows):
-            yield start + place + 1, dict(zip(values, next(lists), strict=True))
+        for place, row in enumerate(zip(*values.values(), strict=True), start + 1):
+            yield place, dict(zip(values, row, strict=True))
         start += batch.num_rows
 
 
@@ -84,5 +84,7 @@ def _table(folder: Path) -> Any:
         raise InputError(f"'{folder}': reading it needs datasets; pip install 'datasets'") from error
     try:
         return datasets.load_from_disk(str(folder)).data.table  # type: ignore[union-attr]
+    except IndexError as error:
+        raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: it holds no rows") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of odd JSON files
         raise InputError(f"'{folder}' cannot be read by datasets.load_from_disk: {reason_of(error)}") from error

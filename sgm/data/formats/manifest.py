@@ -53,7 +53,7 @@ class Table:
     path: Path | str  # file, folder or URL, for messages
     root: Path | str  # folder of relative paths
     columns: Sequence[str]
-    records: Iterator[tuple[int, Mapping[str, Any]]]  # line number, and column → value
+    records: Callable[[Sequence[str]], Iterator[tuple[int, Mapping[str, Any]]]]  # columns → (line number, their values)
     where: Callable[[int, str], str]  # (line number, column) → location for messages
 
 
@@ -74,7 +74,8 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
     chosen = _existing_columns(table, columns)
     faults, files, rows = Faults(table.path), Files(table.root), []
     seen: dict[str, dict[str | int, int]] = {"clip": {}, "id": {}}
-    for number, record in table.records:
+    used = [name for name in dict.fromkeys([*vars(chosen).values(), "id", *_INFO]) if name in table.columns]
+    for number, record in table.records(used):
         try:
             row = _row(record, chosen, files, partial(table.where, number), allow_missing_captions)
             for kind, column, value in (("clip", chosen.video or "", str(row.path)), ("id", "id", _id(record))):
@@ -197,6 +198,8 @@ def _info(record: Mapping[str, Any]) -> VideoInfo | None:
     if any(value is None or value == "" for value in given):
         return None
     try:
+        if any(isinstance(value, bool) or "_" in str(value) for value in given):  # numbers to Python alone
+            raise ValueError
         frames, fps, height, width = (float(value) for value in given)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         frames = fps = height = width = float("nan")
@@ -252,7 +255,7 @@ def read_lines(root: Path, columns: Columns) -> Table:
         (number, dict(zip(files.values(), (value.strip() for value in values), strict=True)))
         for number, values in enumerate(zip(*lists.values(), strict=True), 1)
     )
-    return Table(root, root, list(files.values()), records, lambda number, file: f"{root / file}:{number}")
+    return Table(root, root, list(files.values()), lambda _: records, lambda number, file: f"{root / file}:{number}")
 
 
 def read_csv(path: Path) -> Table:
@@ -262,7 +265,9 @@ def read_csv(path: Path) -> Table:
         InputError: the CSV is malformed, or a row has more or fewer fields than the header.
     """
     faults, records = Faults(path), []
-    reader = csv.reader(io.StringIO(_text(path, newline=""), newline=""), strict=True)
+    text = _text(path, newline="")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    longest = csv.field_size_limit(len(text))  # of a cell; Python has one limit, for all readers
     header: list[str] = []
     line = 1  # first line of the record; without a closing quote, a record extends to the end of the file
     try:
@@ -280,6 +285,8 @@ def read_csv(path: Path) -> Table:
     except csv.Error as error:
         cure = "end each quoted field with a quote, and write one inside it twice"
         faults.add(f"{path}:{line}", f"is not CSV: {error}, in the record that begins there; {cure}")
+    finally:
+        csv.field_size_limit(longest)
     faults.refuse()
     return _text_table(path, header, records)
 
@@ -292,7 +299,7 @@ def read_json(path: Path) -> Table:
     """
     text = _text(path)
     try:
-        content = parse_json(text)
+        content = parse_json(text, unique=True)
         start = 0
         if isinstance(content, dict) and isinstance(content.get("data"), list):
             content, start = content["data"], _start_of_data(text)
@@ -308,15 +315,15 @@ def read_json(path: Path) -> Table:
 
 
 def _start_of_data(text: str) -> int:
-    """Return the position of the value of ``data`` in a JSON object; the last of duplicate keys, as in `json`."""
-    decoder, start = json.JSONDecoder(), 0
+    """Return the position of the value of ``data`` in a JSON object that has it."""
+    decoder = json.JSONDecoder()
     position = _skip(text, text.index("{") + 1)
-    while text[position] != "}":
+    while True:
         key, position = decoder.raw_decode(text, position)
         value = _skip(text, position)
-        start = value if key == "data" else start
+        if key == "data":
+            return value
         position = _skip(text, decoder.raw_decode(text, value)[1])
-    return start
 
 
 def _lines_of_entries(text: str, start: int, count: int) -> Iterator[int]:
@@ -345,7 +352,7 @@ def read_jsonl(path: Path) -> Table:
     faults, found = Faults(path), []
     for number, line in enumerate(_text(path).split("\n"), 1):
         try:
-            found += [(number, parse_json(line))] if line.strip() else []
+            found += [(number, parse_json(line, unique=True))] if line.strip() else []
         except JSONError as error:
             faults.add(f"{path}:{number}", error.fault)
     return _objects(path, iter(found), faults)
@@ -382,17 +389,27 @@ def read_parquet(path: Path) -> Table:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"'{path}' names the column '{twice[0]}' twice; rename or remove one")
 
-    def records() -> Iterator[tuple[int, dict[str, Any]]]:
+    def records(used: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        refuse_times(path, content.schema_arrow, used)
         number = 0
         try:
-            batches = (batch.to_pylist() for batch in content.iter_batches(4096))
+            batches = (batch.to_pylist() for batch in content.iter_batches(4096, columns=used))
             for number, record in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield number, record
         except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
             said = f"is damaged after row {number}: {one_line(str(error))}; copy or write it again"
             raise InputError(f"'{path}' {said}") from error
 
-    return Table(path, path.parent, names, records(), lambda row, _: f"{path}, row {row}")
+    return Table(path, path.parent, names, records, lambda row, _: f"{path}, row {row}")
+
+
+def refuse_times(path: Path, schema: Any, used: Sequence[str]) -> None:
+    """Raise an InputError if columns of a schema of pyarrow hold times: not all are values of Python."""
+    import pyarrow
+
+    for name in used:
+        if pyarrow.types.is_temporal(kind := schema.field(name).type):
+            raise InputError(f"the column '{name}' of '{path}' holds {kind}; write it as text or numbers")
 
 
 def _shown(value: Any, *, quoted: bool = True) -> str:
@@ -407,7 +424,7 @@ def _shown(value: Any, *, quoted: bool = True) -> str:
 def _text_table(path: Path, columns: Sequence[str], records: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
     if not records:
         raise InputError(f"'{path}' lists no clips")
-    return Table(path, path.parent, columns, iter(records), lambda line, _: f"{path}:{line}")
+    return Table(path, path.parent, columns, lambda _: iter(records), lambda line, _: f"{path}:{line}")
 
 
 def _text(path: Path, *, newline: str | None = None) -> str:

@@ -21,6 +21,7 @@ from sgm.data.formats.manifest import (
 from sgm.data.formats.webdataset import read_archives, tar_files
 from sgm.data.remote.store import Store
 from sgm.data.rows import Row
+from sgm.data.tar import COMPRESSED_SUFFIXES
 from sgm.urls import is_url, local_path, redacted
 from sgm.util import InputError, nearest, nearest_path
 
@@ -85,7 +86,8 @@ def detect(path: Path) -> str:
         InputError: the type of the file is unknown, or the folder has several manifests.
     """
     if path.is_file():
-        kind = "webdataset" if path.suffix.lower() == ".tar" else path.suffix[1:].lower()
+        is_archive = path.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES))  # compressed ones are refused there
+        kind = "webdataset" if is_archive else path.suffix[1:].lower()
         if kind not in FORMATS:
             raise InputError(f"'{path}' is no manifest ({', '.join(_MANIFESTS)}), no archive (tar), and no folder")
         return kind

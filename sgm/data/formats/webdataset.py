@@ -92,7 +92,7 @@ def read_archives(path: Path | str, columns: Columns, store: Store | None = None
     faults.refuse()
     records = [record for _, of_archive in read for record in of_archive]
     names = list(dict.fromkeys(name for record in records for name in record))
-    return Table(path, path, names, iter(enumerate(records)), lambda number, _: places[number])
+    return Table(path, path, names, lambda _: iter(enumerate(records)), lambda number, _: places[number])
 
 
 def tar_files(folder: Path) -> list[Path]:
@@ -192,7 +192,7 @@ def _record(
     record: dict[str, Any] = dict(files)
     if "json" in files:
         try:
-            content = parse_json(read(record.pop("json")))
+            content = parse_json(read(record.pop("json")), unique=True)
         except JSONError as error:
             faults.add(f"{files['json']}", f"is not a JSON object: {error}")
         else:

@@ -65,6 +65,8 @@ def test_a_complete_section_has_no_problems():
         ({"ema_decay": 1}, "ema_decay", "0.9999"),
         ({"ema_decay": 0}, "ema_decay", "0.9999"),
         ({"valid_prompts": ()}, "valid_prompts", "a list of prompts"),
+        ({"valid_prompts": ("", " ")}, "valid_prompts", "a list of prompts"),
+        ({"valid_prompts": " "}, "valid_prompts", "a list of prompts"),
         ({"fp16": True, "bf16": True}, "fp16", "keep the one"),
         ({"seed": 2**63}, "seed", "from 0 to"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval", "[0.0, 0.8]"),

@@ -69,7 +69,16 @@ def test_a_number_in_the_place_of_a_section_is_a_problem(place, value):
 
 
 @pytest.mark.parametrize(
-    "section", [REFERENCE, {}, {"zero_optimization": None}, {"zero_optimization": {"stage3_max_live_parameters": 1e9}}]
+    "section",
+    [
+        REFERENCE,
+        {},
+        {"zero_optimization": None},
+        {"zero_optimization": {"stage3_max_live_parameters": 1e9}},
+        {"zero_optimization": {"stage": 3.0, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        {"steps_per_print": DEFAULTS["steps_per_print"], "flops_profiler": {"profile_step": 0, "module_depth": -1}},
+        {"fp16": {"enabled": None, "loss_scale": 0, "loss_scale_window": 1e3, "initial_scale_power": 32}},
+    ],
 )
 def test_valid_sections_have_no_problems(section):
     assert check(section) == {}
@@ -119,11 +128,18 @@ def test_valid_sections_have_no_problems(section):
             "zero_optimization",
             "DeepSpeed refuses it: Partial offloading only supported for ZeRO Stage 3",
         ),
-        (
-            {"fp16": {"enabled": True, "min_loss_scale": 0}},
-            "fp16",
-            "fp16.min_loss_scale must be > 0 when dynamic loss scaling is enabled",
-        ),
+        ({"steps_per_print": 0}, "steps_per_print", "of at least 1"),
+        ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window", "of at least 1"),
+        ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis", "of at least 1"),
+        ({"fp16": {"enabled": True, "min_loss_scale": 0}}, "fp16.min_loss_scale", "of at least 1"),
+        ({"fp16": {"min_loss_scale": -1}}, "fp16.min_loss_scale", "of at least 1"),
+        ({"fp16": {"initial_scale_power": -1}}, "fp16.initial_scale_power", "from 0 to 32"),
+        ({"fp16": {"initial_scale_power": 1000}}, "fp16.initial_scale_power", "from 0 to 32"),
+        ({"fp16": {"loss_scale": 1e30}}, "fp16.loss_scale", "a number of at least 0"),
+        ({"aio": {"block_size": 0}}, "aio.block_size", "of at least 1"),
+        ({"aio": {"queue_depth": -1}}, "aio.queue_depth", "of at least 1"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage", "one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": False}}, "zero_optimization.stage", "one of 0, 1, 2, 3"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled", "keep the one"),
         ({"optimizer": {"params": {"lr": "1e-5x"}}}, "optimizer.params.lr", "give a number such as 1e-05"),
         ({"optimizer": {"params": {"lr": -1}}}, "optimizer.params.lr", "0.0005 for adapters"),

@@ -41,6 +41,12 @@ def test_a_key_outside_its_section_names_the_section(write):
     assert "this belongs to args.seed" in text and "this belongs to args.save" in text
 
 
+@pytest.mark.parametrize("key", ["on", "YES", "5", "1.5"])
+def test_a_section_that_is_no_text(key, write):
+    path = write(f"{key}: 1\n")
+    assert f"{key} ({path}:1): unknown section" in complaint([TOY, path])
+
+
 @pytest.mark.parametrize("value", ["5", "[1]", "word"])
 def test_a_section_must_have_keys(value):
     with pytest.raises(ConfigError, match="section|indented"):
@@ -128,6 +134,8 @@ NETWORK, VAE = "model.network_config.params", "model.first_stage_config.params"
         f"{NETWORK}.time_compressed_rate=0",
         f"{NETWORK}.time_embed_dim=-1",
         f"{NETWORK}.patch_size=[1,0,2]",
+        f"{NETWORK}.patch_size=[65,2,2]",
+        f"{NETWORK}.patch_size=1000000000000",
         f"{NETWORK}.height_interpolation=0",
         f"{NETWORK}.modules.pos_embed_config.params.theta=0",
         f"{NETWORK}.modules.patch_embed_config.params.text_hidden_size=0",
@@ -168,6 +176,12 @@ def test_values_that_cannot_be_meant(override):
     assert override.partition("=")[0].removesuffix(".0") in text
     for name in ("NoneType", "Error", "Traceback", "None", "True", "False", "object"):
         assert name not in text
+
+
+def test_braces_are_legal_in_prompts():
+    texts = {name: "a {red} circle" for name in ("prompt", "negative_prompt", "inversion")}
+    args = toy(*(f"args.{name}={text}" for name, text in texts.items()), "args.video=a.mp4").args
+    assert {name: getattr(args, name) for name in texts} == texts
 
 
 def test_a_section_must_not_be_a_list(write):

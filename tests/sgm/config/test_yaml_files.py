@@ -121,10 +121,19 @@ def test_control_characters(write):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed", "nothing=1", "args..seed=1", "=1", "args.load.x.0=1", "model.conditioner_config.params.emb_models.7=1"],
+    [
+        "seed",
+        "args=5",
+        "deepspeed={}",
+        "nothing=1",
+        "args..seed=1",
+        "=1",
+        "args.load.x.0=1",
+        "model.conditioner_config.params.emb_models.7=1",
+    ],
 )
 def test_malformed_overrides(override):
-    assert override in override_complaint(override)
+    assert override in (said := override_complaint(override)) and "of its own=" not in said
 
 
 @pytest.mark.parametrize(("name", "place"), [("seed", "args.seed"), ("learning_rate", "deepspeed.optimizer.params.lr")])
@@ -160,6 +169,12 @@ def test_another_name_of_a_key_counts_where_it_stands(write):
 
 def test_an_override_that_is_no_yaml():
     assert "in quotes" in override_complaint("args.negative_prompt=[a")
+
+
+@pytest.mark.parametrize("name", ["args.output_dir=runs/caf", "args.prompt=[x", "args.load.caf", "model.caf"])
+def test_bytes_of_overrides_that_are_not_utf_8(name):
+    text = override_complaint(f"{name}\udce9=x" if "=" not in name else f"{name}\udce9")
+    assert text.startswith("1 problem in") and "is not UTF-8 text" in text and "in UTF-8" in text
 
 
 def bomb(line: str, first: str) -> str:

@@ -99,7 +99,15 @@ def test_other_image_models_keep_their_size():
 
 @pytest.mark.parametrize(
     "change",
-    [{"patch_size": [2, 2]}, {"patch_size": "2"}, {"num_frames": None}, {"latent_width": -1}, {"in_channels": True}],
+    [
+        {"patch_size": [1, 9, 2]},
+        {"patch_size": [1, 2, 9]},
+        {"patch_size": [2, 2]},
+        {"patch_size": "2"},
+        {"num_frames": None},
+        {"latent_width": -1},
+        {"in_channels": True},
+    ],
 )
 def test_unusable_parameters_are_named(change):
     model = yaml.safe_load((CONFIGS / "toy.yaml").read_text())["model"]

@@ -156,6 +156,28 @@ def test_other_encodings_are_problems_even_then(tmp_path):
     assert "holds U+0000 at position 2" in str(list_folder(tmp_path)[0].problem)
 
 
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        (
+            ["videos/a.mp4", "labels/a.txt", "videos/b.gif", "labels/b.txt", "labels/c/d.TXT"],
+            "labels/b.txt, labels/c/d",
+        ),
+        (["a.mp4", "a.txt", "b.m2ts", "b.txt", "notes.txt", "prompts.txt"], "b.txt"),
+        (["part/videos/a.mp4", "part/labels/a.txt", "part/labels/b.txt"], "part/labels/b.txt"),
+        (["a.mp4", "labels/a.txt"], "labels/a.txt"),
+        (["videos/a.mp4", "videos/a.png", "labels/a.txt", "videos/b.png", "labels/b.txt", "videos/c.png"], None),
+        (["a.mp4", "a.txt", "a.TXT", "a.json", "b.JPG", "b.TXT", "videos/c.mp4", "mask/c.txt", "labels/c.txt"], None),
+    ],
+)
+def test_captions_without_a_clip_are_named(files, left_out, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="sgm"):
+        list_folder(put(tmp_path, *files))
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == (left_out is not None)
+    assert all(f"no clip that is read: {left_out}" in text for text in texts)
+
+
 def test_wrong_folders_are_refused_with_a_cure(tmp_path):
     with pytest.raises(InputError, match="does not exist; give a folder"):
         list_folder(tmp_path / "nowhere")

@@ -1,5 +1,6 @@
 """Every format gives the same clips; malformed data sets are refused with file and line."""
 
+import csv
 import io
 import json
 import re
@@ -63,6 +64,7 @@ def refusal(path, **more) -> str:
 
 
 CSV = "caption,video\n"
+INFO = "caption,video,num_frames,fps,height,width\n"
 
 
 @pytest.mark.parametrize(
@@ -115,13 +117,20 @@ CSV = "caption,video\n"
         ("csv", CSV + "one,/a\n" * 9, ["metadata.csv:6: ", "and 4 more"]),
         ("csv", CSV + "one,x.mp4\ntwo,y.mp4\n", ["none of the 2 clips", "x.mp4'; paths are relative to"]),
         ("csv", "text,clip\none,a.mp4\n", ["no column of videos", "its columns are text, clip", "video_column"]),
-        ("csv", "caption,video,num_frames,fps,height,width\none,a.mp4,1e300,8,9,9\n", ["csv:2: says num_frames=1e300"]),
-        ("csv", "caption,video,num_frames,fps,height,width\none,a.mp4,9,8,x,64\n", ["csv:2: says num_frames=9, fps=8"]),
+        ("csv", INFO + "one,a.mp4,1e300,8,9,9\n", ["csv:2: says num_frames=1e300"]),
+        ("csv", INFO + "one,a.mp4,9,8,x,64\n", ["csv:2: says num_frames=9, fps=8"]),
         (
             "csv",
-            "caption,video,num_frames,fps,height,width\none,a.mp4,9,0,64,64\n",
+            INFO + "one,a.mp4,9,0,64,64\n",
             ["csv:2: says num_frames=9, fps=0"],
         ),
+        ("csv", INFO + "one,a.mp4,9,8,6_4,64\n", ["csv:2: says num_frames=9, fps=8, height=6_4"]),
+        (
+            "jsonl",
+            '{"caption": "one", "video": "a.mp4", "num_frames": true, "fps": 0, "height": 64, "width": 64}',
+            ["jsonl:1: says num_frames=true"],
+        ),
+        ("csv", CSV + f'one,a.mp4\n"{"x" * 200_000}\n', ["csv:3: is not CSV: unexpected end", "end each quoted field"]),
         ("json", '[\n{"caption": "one", "video": "a.mp4"},\n{"caption": "two",, }]', ["metadata.json:3: is not JSON"]),
         ("json", '{"clips": []}', ["metadata.json:1: is not a list"]),
         (
@@ -141,8 +150,24 @@ CSV = "caption,video\n"
         ),
         (
             "json",
+            '{"data": [\n{"caption": "one", "video": "a.mp4"},\n7], "name": "data"}',
+            ["json:3: is 7; give an object"],
+        ),
+        (
+            "json",
             '{"data":\n[], "data": [\n{"caption": "one", "video": "a.mp4"},\n7], "name": "data"}',
-            ["json:4: is 7; give an object"],
+            ["json:2: names the key 'data' twice in an object; remove one"],
+        ),
+        (
+            "json",
+            '[{"caption": "{\\"a\\": 1, \\"a\\": 2}", "x": [{"y": 1}, {"y": 2}], "video": "a.mp4"},\n'
+            '{"caption": "one",\n"c\\u0061ption" : "two", "video": "b.mp4"}]',
+            ["json:3: names the key 'caption' twice"],
+        ),
+        (
+            "jsonl",
+            '\n{"caption": "one", "video": "a.mp4", "x": {"y": 1, "y": 2}}\n{"caption": "", "video": "a.mp4"}',
+            ["jsonl:2: names the key 'y' twice"],
         ),
         ("json", '[{"caption": 1, "video": "a.mp4"}]', ["metadata.json:1: caption is 1; give text"]),
         ("json", '[{"id": 1.5, "caption": "one", "video": "a.mp4"}]', ["metadata.json:1: id is 1.5; give text"]),
@@ -188,6 +213,51 @@ def test_damage_inside_parquet_is_reported(tmp_path):
 )
 def test_rows_may_have_no_id(name, content, tmp_path):
     assert len(dataset(put(tmp_path, **{f"metadata__{name}": content}))) == 3
+
+
+def test_cells_of_any_length(tmp_path):
+    before = csv.field_size_limit()
+    (row,) = dataset(put(tmp_path, metadata__csv=f"caption,more,video\none,{'x' * 200_000},a.mp4\n")).rows
+    assert row.caption == "one" and csv.field_size_limit() == before
+
+
+def odd_table():
+    """A table whose columns, but for the first three, cannot be values of Python."""
+    import pyarrow
+
+    return pyarrow.table(
+        {
+            "caption": ["one", "two"],
+            "video": ["a.mp4", "b.mp4"],
+            "id": [1, 2],
+            "length": pyarrow.array([2**60, 1], pyarrow.duration("ms")),
+            "zone": pyarrow.array([0, 1], pyarrow.timestamp("s", tz="Not/AZone")),
+            "day": pyarrow.array([2**60, 1], pyarrow.timestamp("ms")),
+        }
+    )
+
+
+def write_odd_parquet(root: Path) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(odd_table(), root / "metadata.parquet")
+
+
+def write_odd_huggingface(root: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset(datasets.table.InMemoryTable(odd_table())).save_to_disk(str(root))
+
+
+@pytest.mark.parametrize("write", [write_odd_parquet, write_odd_huggingface])
+def test_only_the_columns_in_use_are_read(write, tmp_path):
+    huggingface._table.cache_clear()
+    write(put(tmp_path))
+    assert [(row.path.name, row.caption) for row in dataset(tmp_path).rows] == [("a.mp4", "one"), ("b.mp4", "two")]
+    for column in ("length", "zone", "day"):
+        said = refusal(tmp_path, caption_column=column)
+        assert re.search(rf"the column '{column}' of '{tmp_path}.* holds (duration|timestamp).*; .*text", said)
 
 
 def test_faults_in_line_lists(tmp_path):
@@ -293,6 +363,18 @@ def test_a_member_without_its_caption_is_named_whole(tmp_path):
     assert "1.json: is not a JSON object: line 1: nests lists or objects 100,000 deep" in refusal(path)
 
 
+@pytest.mark.parametrize("suffix", ["tar.gz", "TGZ", "tar.zst"])
+def test_compressed_archives_are_refused_with_a_cure(suffix, tmp_path):
+    (tmp_path / f"a.{suffix}").write_bytes(b"\x1f\x8b\x08 and so on")
+    said = f"'{tmp_path}' holds compressed archives ('a.{suffix}'), whose files cannot be read by offset; decompress"
+    assert said in refusal(tmp_path)
+    assert f"a.{suffix}: is compressed (gzip), and its files are read by offset; decompress it" in refusal(
+        tmp_path / f"a.{suffix}"
+    )
+    format_files.pairs(tmp_path / "more")
+    assert len(dataset(tmp_path)) == 12, "beside what was unpacked"
+
+
 def test_faults_of_huggingface_folders(tmp_path):
     import datasets
 
@@ -302,10 +384,11 @@ def test_faults_of_huggingface_folders(tmp_path):
     assert "one, row 2: '/b.mp4' is an absolute path" in refusal(tmp_path / "one")
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "splits"))
     assert f"the splits test, train; give one: '{tmp_path}/splits/test'" in refusal(tmp_path / "splits")
-    for content in ("{}", "[" * 100_000, "[]"):
+    for content in ("{}", "[" * 100_000, "[]", '{"_data_files": []}'):
         (tmp_path / "one/state.json").write_text(content)
         huggingface._table.cache_clear()
-        assert "cannot be read by datasets.load_from_disk" in refusal(tmp_path / "one")
+        text = refusal(tmp_path / "one")
+        assert "cannot be read by datasets.load_from_disk" in text and "index out of range" not in text
 
 
 def test_missing_clips_and_captions_are_problems_of_rows(tmp_path):
