@@ -15,7 +15,7 @@ from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.modelspec import CONFIG_DIGEST, KEYS, PREFIX
 from sgm.conversion.trainers.sources import find_files, find_state, named_folder, network_tensors
 from sgm.conversion.trainers.zero import MODEL_FILE, deepspeed_objects, read_state_entries, read_zero_state
-from sgm.io import readable_size, reason_of, refusing_denied
+from sgm.io import readable_size, reason_of, refusing_denied, require_local
 from sgm.util import InputError
 from sgm.weights.adapters import (
     TITLES,
@@ -187,6 +187,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     Raises:
         InputError: it does not exist, is damaged, or holds nothing of CogVideoX.
     """
+    require_local(path)
     path = Path(path)
     try:
         with refusing_denied():

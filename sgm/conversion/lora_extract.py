@@ -18,7 +18,6 @@ from sgm.conversion.lora import FILE, adapters_to_diffusers
 from sgm.conversion.modelspec import lora_metadata
 from sgm.conversion.trainers.sources import Source, read_source
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
-from sgm.io import require_local
 from sgm.log import is_rank_zero
 from sgm.util import InputError
 from sgm.weights.adapters import DEFAULT_GROUPS, AdapterInfo, is_adapter, short_names
@@ -139,7 +138,6 @@ def _groups(targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read(path: str | Path) -> Source:
-    require_local(path)
     source = read_source(path)
     if adapter := next(filter(is_adapter, source.tensors), None):
         cure = "give full models; tools/merge_lora_weight.py merges adapters into one"

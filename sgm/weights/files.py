@@ -410,7 +410,7 @@ def run_config(file: Path) -> dict[str, Any] | None:
         return config if config["model"]["network_config"]["params"]["hidden_size"] else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         warn_once(logger, [f"{path} is no configuration of a run, and is not read: {error}"])
         return None
 

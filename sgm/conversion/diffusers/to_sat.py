@@ -28,7 +28,7 @@ from sgm.conversion.diffusers.from_sat import FOLDED, SAT_DTYPE, TOKENIZER_FILES
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_from_diffusers, network_from_diffusers
 from sgm.conversion.family import shipped_file
 from sgm.conversion.writing import new_folder, resolved, total_bytes, write_network
-from sgm.io import parse_json, reason_of
+from sgm.io import parse_json, reason_of, require_local
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
 from sgm.util import PRECISIONS, InputError, default, instantiate_from_config, nearest_path, without_allocating
@@ -68,6 +68,7 @@ def read_stored(path: str | Path) -> Stored:
     Raises:
         InputError: weights are missing, ambiguous or damaged.
     """
+    require_local(path)
     path = Path(path)
     if path.is_file():
         beside = path.with_name("config.json")

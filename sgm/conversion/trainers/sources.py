@@ -18,6 +18,7 @@ from sgm.conversion.diffusers.from_sat import FOLDED
 from sgm.conversion.diffusers.names import network_from_diffusers
 from sgm.conversion.diffusers.to_sat import ITERATION, read_json, weight_files
 from sgm.conversion.trainers.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
+from sgm.io import require_local
 from sgm.log import get_logger
 from sgm.util import InputError
 from sgm.weights.adapters import AdapterInfo, adapters_alone, describe_adapters, is_adapter, read_adapter_info
@@ -104,6 +105,7 @@ def read_source(
     Raises:
         InputError: files are missing or damaged, or hold no CogVideoX transformer.
     """
+    require_local(path)
     path = Path(path)
     folder = find_state(path)
     if folder is None:

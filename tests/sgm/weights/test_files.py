@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sgm.conversion.diffusers.to_sat import read_stored
+from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora_extract import extract_lora
+from sgm.conversion.trainers.sources import read_source
 from sgm.io import atomic_file
 from sgm.util import InputError, RunError
 from sgm.weights import read_ahead
@@ -32,7 +35,11 @@ class RunsCode:
 
 
 @pytest.mark.parametrize(
-    "find", [find_weights, find_lora, read_any_lora, lambda path: extract_lora(path, path, "x", rank=1)]
+    "find",
+    [
+        *(find_weights, find_lora, read_any_lora, read_source, read_stored, inspect_checkpoint),
+        lambda path: extract_lora(path, path, "x", rank=1),
+    ],
 )
 def test_weights_behind_a_url_are_told_from_missing_ones(find):
     """Without its password, also where the path was made one of files, which leaves one slash."""
