@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -84,15 +83,23 @@ def moved_bytes(operator: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     """Return the bytes that a kernel reads and writes; None for views, products and attention."""
     if _kind(operator) != "other":
         return None
-    results = {argument.name for argument in operator._schema.arguments if argument.is_out}  # counted as `out`
-    moved = (args, {key: value for key, value in kwargs.items() if key not in results}, out)
-    return sum(_bytes(leaf) for leaf in tree_iter(moved) if isinstance(leaf, torch.Tensor))
+    results = _results(operator)  # counted as `out`
+    return _bytes(args) + sum(_bytes(value) for key, value in kwargs.items() if key not in results) + _bytes(out)
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes that a kernel reads of a tensor: expanded dimensions count once."""
-    lengths = (length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return math.prod(lengths) * tensor.element_size()
+@cache
+def _results(operator: Any) -> frozenset[str]:
+    return frozenset(argument.name for argument in operator._schema.arguments if argument.is_out)
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes that a kernel reads of tensors in an argument: expanded dimensions count once."""
+    if isinstance(value, torch.Tensor):
+        if 0 not in value.stride():
+            return value.numel() * value.element_size()
+        lengths = (length for length, stride in zip(value.shape, value.stride(), strict=True) if stride)
+        return math.prod(lengths) * value.element_size()
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def sample_flops(network: Any, num_tokens: int, *, trains_all: bool) -> float | None:
