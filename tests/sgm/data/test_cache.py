@@ -193,7 +193,9 @@ def test_values_of_a_cache_that_are_not_finite_are_said_to_come_from_it(tmp_path
     given = description(shards=(("a",),))
     begin(tmp_path, given)
     metadata = {"shard": given.identity(0)}
-    write_safetensors(tmp_path / given.shard(0), {"000000": torch.full((4, 3), value)}, metadata=metadata)
+    write_safetensors(
+        tmp_path / given.shard(0), {"000000": torch.full((4, 3), value)}, metadata=metadata, any_values=True
+    )
     with pytest.raises(RunError, match=r"the cached latents of 'a': this is not finite: 12 of 12"):
         CachedTensors(tmp_path, "latents")["a"]
 
