@@ -33,7 +33,7 @@ from sgm.data.contents import Contents
 from sgm.data.remote.folder import RemoteFolder, remove, upload
 from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, listed
-from sgm.io import parse_json, reason_of, write_json
+from sgm.io import as_unicode, parse_json, reason_of, write_json
 from sgm.log import get_logger
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, safetensors_checksums, write_safetensors
@@ -244,7 +244,7 @@ def write_shard(
         metadata[_STAMPS] = json.dumps([*stamps.values()])
     for place, (key, result) in enumerate(zip(keys, results, strict=True)):
         if isinstance(result, str):
-            failures[key] = result
+            failures[key] = as_unicode(result)
             continue
         stored = result.detach().to(PRECISIONS[description.dtype]).cpu()
         if torch.isfinite(stored).all():
@@ -529,7 +529,7 @@ class ClipKeys:
             InputError: a file does not exist.
         """
         key = f"{self._name}/{self._entry(clip)}"
-        return key if part is None else f"{key} with {self._entry(part)}"
+        return as_unicode(key if part is None else f"{key} with {self._entry(part)}")
 
     def _entry(self, file: ClipFile) -> str:
         if isinstance(self._folder, str):

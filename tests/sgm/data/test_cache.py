@@ -297,6 +297,17 @@ def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
         ClipKeys(folders[0])(folders[0] / "none.mp4")
 
 
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    clip = tmp_path / "data" / os.fsdecode(b"a\xff.mp4")
+    clip.parent.mkdir()
+    clip.write_bytes(b"12345")
+    key = ClipKeys(clip.parent)(clip)
+    begin(tmp_path, wanted := description(shards=((key, "b"),)))
+    write_shard(tmp_path, wanted, 0, [f"{clip} is damaged", tensor("b")])
+    cache = CachedTensors(tmp_path, "latents")
+    assert cache.description == wanted and "a\\udcff.mp4 is damaged" in cache.failures[key]
+
+
 def test_a_clip_replaced_while_its_shard_is_encoded_is_a_failure_and_encoded_again(tmp_path):
     clips = {key: (tmp_path / f"{key}.mp4",) for key in KEYS}
     for (path,) in clips.values():
