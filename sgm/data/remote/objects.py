@@ -234,7 +234,7 @@ def expanded(url: str, retries: int) -> list[str]:
         retries: how often a request that failed is repeated.
 
     Raises:
-        InputError: a folder holds compressed archives.
+        InputError: a folder holds compressed archives, or braces are wrong.
         RemoteError: it cannot be listed.
     """
     import braceexpand
@@ -245,7 +245,11 @@ def expanded(url: str, retries: int) -> list[str]:
         refuse_compressed(root, inside)
         return [each for each in inside if each.lower().endswith(_SUFFIX)]
     found: list[str] = []
-    for pattern in braceexpand.braceexpand(url) if "{" in url else [url]:
+    try:
+        patterns = list(braceexpand.braceexpand(url)) if "{" in url else [url]
+    except ValueError as error:
+        raise InputError(f"{url}: {reason_of(error).partition(':')[0].lower()}; write them as {{000..099}}") from None
+    for pattern in patterns:
         found += _matching(root, pattern, retries) if "*" in pattern or "[" in pattern else [pattern]
     return list(dict.fromkeys(found))
 

@@ -415,7 +415,11 @@ def test_harmless_urls_are_not_changed():
 
 @pytest.mark.parametrize(
     "url, said",
-    [("nosuch://bucket/x.tar", "Protocol not known"), ("memory://none/x.tar", "no such object")],
+    [
+        ("nosuch://bucket/x.tar", "Protocol not known"),
+        ("memory://none/x.tar", "no such object"),
+        ("memory://none/{0..9.tar", "unbalanced braces; write them as {000..099}"),
+    ],
 )
 def test_wrong_urls_are_input_errors(url, said, tmp_path):
     with pytest.raises(InputError, match=said):
