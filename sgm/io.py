@@ -325,6 +325,11 @@ def json_bytes(content: Any, *, indent: int | None = None) -> bytes:
     return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
+def as_unicode(text: str) -> str:
+    """Return text in which bytes of file names that are not UTF-8 are escaped, for readers that refuse them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class JSONError(ValueError):
     """Text is not JSON, or JSON that Python cannot hold.
 

@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 
 from sgm.data.cache_folder import CacheFolder, LocalFolder, cache_folder
 from sgm.data.contents import Contents
-from sgm.data.remote.folder import RemoteFolder, upload
+from sgm.data.remote.folder import RemoteFolder, remove, upload
 from sgm.data.remote.store import Store
 from sgm.data.rows import ClipFile, listed
-from sgm.io import parse_json, reason_of, write_json
+from sgm.io import as_unicode, parse_json, reason_of, write_json
 from sgm.log import get_logger
 from sgm.util import PRECISIONS, InputError, RunError
 from sgm.weights.checksums import Checksums, header_checksums, safetensors_checksums, write_safetensors
@@ -95,7 +95,17 @@ class Description:
         """Return why a shard in `folder` cannot be used, by its size and header; empty if it can."""
         name = self.shard(number)
         try:
-            raw, there = folder.header(name), folder.size(name)
+            return self.problem_of(number, folder.header(name), folder.size(name))
+        except FileNotFoundError:
+            return _MISSING
+        except RunError:  # it cannot be had now
+            raise
+        except (OSError, ValueError) as error:
+            return str(error) or type(error).__name__
+
+    def problem_of(self, number: int, raw: bytes, there: int) -> str:
+        """Return why a file of `there` bytes with the header `raw` is not this shard; empty if it is."""
+        try:
             checksums = header_checksums(raw)
             header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
@@ -104,11 +114,7 @@ class Description:
                 return f"it has {there:,} bytes, and its header says {size:,}"
             if checksums is None or metadata.get("shard") != self.identity(number):
                 return "it is another shard, or was not written by this tool"
-        except FileNotFoundError:
-            return _MISSING
-        except RunError:  # it cannot be had now
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error) or type(error).__name__
         return ""
 
@@ -238,7 +244,7 @@ def write_shard(
         metadata[_STAMPS] = json.dumps([*stamps.values()])
     for place, (key, result) in enumerate(zip(keys, results, strict=True)):
         if isinstance(result, str):
-            failures[key] = result
+            failures[key] = as_unicode(result)
             continue
         stored = result.detach().to(PRECISIONS[description.dtype]).cpu()
         if torch.isfinite(stored).all():
@@ -387,6 +393,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         if number not in self._open:
             name = self.description.shard(number)
             raw = self.folder.header(name)
+            if problem := self.description.problem_of(number, raw, self.folder.size(name)):  # since the start
+                raise OSError(problem)
             self._open[number] = self.folder.tensors(name, raw), header_checksums(raw) or Checksums({})
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -521,7 +529,7 @@ class ClipKeys:
             InputError: a file does not exist.
         """
         key = f"{self._name}/{self._entry(clip)}"
-        return key if part is None else f"{key} with {self._entry(part)}"
+        return as_unicode(key if part is None else f"{key} with {self._entry(part)}")
 
     def _entry(self, file: ClipFile) -> str:
         if isinstance(self._folder, str):
@@ -562,11 +570,14 @@ def upload_cache(folder: Path, there: RemoteFolder, descriptions: Sequence[Descr
     """
     here, numbers = LocalFolder(folder), [(each, number) for each in descriptions for number in range(len(each.shards))]
     shards = [each.shard(number) for each, number in numbers]
-    failed = sorted(here.among(each.failed(number) for each, number in numbers))
+    failed = [each.failed(number) for each, number in numbers]
+    left = here.among(failed)
 
     def same(name: str) -> bool:
         if name not in shards:
             return there.read(name) == here.read(name)
         return there.size(name) == here.size(name) and there.header(name) == here.header(name)  # it has checksums
 
-    return upload(folder, there, [shards, failed, [f"{each.kind}.json" for each in descriptions]], same)
+    num = upload(folder, there, [shards, sorted(left)], same)
+    remove(there, {*failed} - left)  # of an earlier copy, whose clips were repaired since
+    return num + upload(folder, there, [[f"{each.kind}.json" for each in descriptions]], same)

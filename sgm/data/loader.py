@@ -68,7 +68,8 @@ class SampleStream(Dataset):
         self.datasets = list(datasets)
         self.order = order
         self.plan = plan
-        self._bad: dict[tuple[int, int], tuple[str, str]] = {}  # found by this process
+        # Found by this process: by shape, as damage behind the frames of one is in those of another.
+        self._bad: dict[tuple[int, int, tuple[int, int, int] | None], tuple[str, str]] = {}
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Return sample `number`, see `sample`."""
@@ -87,12 +88,12 @@ class SampleStream(Dataset):
         dataset, first = self.order[number]
         failures: list[tuple[str, str]] = []
         for clip in self._candidates(dataset, first, number):
-            if (dataset, clip) not in self._bad:
+            if (dataset, clip, shape) not in self._bad:
                 try:
                     return {**self._decode(dataset, clip, number, shape), "number": number, "failures": failures}
                 except ClipError as error:
-                    self._bad[dataset, clip] = error.path, error.reason
-            failures.append(self._bad[dataset, clip])
+                    self._bad[dataset, clip, shape] = error.path, error.reason
+            failures.append(self._bad[dataset, clip, shape])
         tried = "\n".join(f"  {path}: {reason}" for path, reason in failures)
         raise RunError(
             f"sample {number}: none of the {len(failures)} clips tried for it can be used; repair or remove them "

@@ -94,8 +94,8 @@ class TrainingOrder:
 
 def _samples_per_epoch(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
     """Distribute the samples of an epoch by weights, at least 1 for a weight above 0."""
-    usable = len(weights) == len(sizes) and all(math.isfinite(weight) and weight >= 0 for weight in weights)
-    if not usable or sum(weights) == 0:
+    usable = len(weights) == len(sizes) and all(weight >= 0 for weight in weights)
+    if not usable or not 0 < sum(weights) < math.inf:
         raise InputError(
             f"args.train_data_weights is {list(weights)}; give a number of at least 0 for each of the {len(sizes)} "
             "folders of args.train_data, not all 0"
@@ -126,7 +126,7 @@ def split_indices(num_clips: int, split: str, *, seed: int) -> tuple[list[int], 
         shares = [float(share) for share in split.split(",")]
     except ValueError:
         shares = []
-    if not 1 <= len(shares) <= 3 or any(not 0 <= s < math.inf for s in shares) or shares[0] == 0:
+    if not 1 <= len(shares) <= 3 or not all(s >= 0 for s in shares) or shares[0] == 0 or sum(shares) == math.inf:
         raise InputError(
             f"args.split is '{split}'; give the shares of training, validation and test, e.g. 0.9,0.1,0, the first "
             "above 0"

@@ -192,7 +192,9 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         if not isinstance(content, dict) or content.keys() != {"at_start", "in_training"}:
             raise ValueError("it does not hold 'at_start' and 'in_training', each with paths and reasons")
         for name, value in content.items():
-            if (found := misfit(value, dict[str, str])) is not None:
+            # Names that are not UTF-8 are no text to `misfit`.
+            maps = isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values())
+            if not maps and (found := misfit(value, dict[str, str])) is not None:
                 raise ValueError(f"'{name}' {found[0]}; {found[1]}")
         return content["at_start"], content["in_training"]
     except (OSError, ValueError) as error:

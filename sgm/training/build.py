@@ -70,7 +70,7 @@ class Parts:
         point: start or resume state of the run.
         total_iters: optimizer steps of the whole run.
         offload: of the network's frozen weights; None if they do not wait in host memory.
-        epoch_samples: samples of an epoch.
+        epoch_samples: samples of an epoch without buckets.
         buckets: samples and shapes of the micro-batches; None without buckets.
     """
 
@@ -109,6 +109,12 @@ class Parts:
         if self.buckets is not None:
             return self.buckets.samples_before(self.micro_batches_before(iteration))
         return self.point.samples + (iteration - self.point.iteration) * self.plan.global_batch
+
+    def epochs_before(self, iteration: int) -> int:
+        """Return the number of whole epochs after `iteration` optimizer steps."""
+        if self.buckets is not None:
+            return self.buckets.epochs_before(self.micro_batches_before(iteration))
+        return self.samples_before(iteration) // self.epoch_samples
 
 
 def build(config: Config, plan: Plan) -> Parts:
@@ -165,7 +171,7 @@ def build(config: Config, plan: Plan) -> Parts:
         point=point,
         total_iters=total,
         offload=offload,
-        epoch_samples=data.num_train if buckets is None else buckets.num_fitting,
+        epoch_samples=data.num_train,
         buckets=buckets,
     )
 

@@ -258,9 +258,9 @@ class TrainingRun:
         """Whether an interval, in iterations or written as epochs, ends with the iteration that is done."""
         if isinstance(interval, int):
             return self.iteration % interval == 0
-        samples = int(interval.split()[0]) * self.parts.epoch_samples
-        now, before = (self.parts.samples_before(iteration) for iteration in (self.iteration, self.iteration - 1))
-        return now // samples > before // samples
+        every = int(interval.split()[0])
+        now, before = (self.parts.epochs_before(iteration) for iteration in (self.iteration, self.iteration - 1))
+        return now // every > before // every
 
     def _guarded_step(self, batches: Iterator[Any]) -> bool:
         """Run one step; report a failure with its iteration and clips."""

@@ -145,6 +145,10 @@ class BucketPlan:
         epoch, index = self._locate(position)
         return self._samples_before[epoch] + (int(self._load(epoch).sizes[:index].sum()) if index else 0)
 
+    def epochs_before(self, position: int) -> int:
+        """Return the number of whole epochs before a micro-batch."""
+        return self._locate(position)[0]
+
     def rank_batches(self, rank: int, *, first: int, stop: int) -> Iterator[RankBatch]:
         """Yield the micro-batches `first` to `stop` - 1 of a rank; both are at the start of a step."""
         ranks, accumulation = self.division.ranks, self.division.accumulation

@@ -108,6 +108,23 @@ class RemoteTensors:
         return self._start + start, stop - start
 
 
+def remove(there: RemoteFolder, names: Iterable[str]) -> None:
+    """Remove those of some files that are at a URL.
+
+    Raises:
+        RemoteError: one cannot be removed.
+    """
+    for name in there.among(names):
+        url = f"{there.url}/{name}"
+
+        def work(url: str = url) -> None:
+            system, target = filesystem(url)
+            system.rm_file(target)
+            system.invalidate_cache()
+
+        retried(url, there.store.retries, work)
+
+
 def upload(folder: Path, there: RemoteFolder, groups: Sequence[Sequence[str]], same: Callable[[str], bool]) -> int:
     """Copy files to a URL, group after group, those that are not there yet; return the number of copied ones.
 

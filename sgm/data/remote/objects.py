@@ -5,12 +5,14 @@ Credentials are those of the environment, as the library of each protocol finds 
 
 import contextlib
 import hashlib
+import io
 import posixpath
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,8 @@ class RemoteFile:
         Raises:
             RemoteError: they cannot be read, or the object changed.
         """
+        if not size:  # no range of HTTP is empty
+            return b""
         with self.store.open(*self._entry(offset, size)) as file:
             file.seek(0 if self.ranges else offset)
             return file.read(size)
@@ -76,12 +80,14 @@ class RemoteFile:
     def prefetch(self, offset: int, size: int) -> None:
         """Read what `read` will, so that it is here then; failures are left to `read`, which says and repeats them."""
         key, num_bytes, fetch = replace(self, store=replace(self.store, retries=0))._entry(offset, size)
-        if not self.store.has(key):
+        if size and not self.store.has(key):
             with contextlib.suppress(RunError, InputError):
                 self.store.open(key, num_bytes, fetch).close()
 
     def open(self, block: int) -> Any:
         """Return the object as a binary file, read in blocks of bytes that are not kept; raises as libraries do."""
+        if not self.size:
+            return io.BytesIO()
         if not self.ranges:
             return self.store.open(*self._entry(0, self.size))
         system, name = filesystem(self.url)
@@ -188,7 +194,18 @@ def look_up(url: str, store: Store) -> RemoteFile:
         marks = marks_of_part(system, name)  # those of parts, which some servers make in another way
         return replace(_described(url, {**info, **(marks or {})}, store), ranges=marks is not None)
 
-    return retried(url, store.retries, work)
+    found = retried(url, store.retries, work)
+    if not found.fingerprint:
+        _warn_of_no_version(root_of(url), store.folder)
+    return found
+
+
+@cache
+def _warn_of_no_version(root: str, folder: Path) -> None:
+    text = (
+        "the server of %s names no version of its files (ETag, Last-Modified): what %s keeps of one is used while its"
+    )
+    logger.warning(f"{text} size stays; delete that folder after a change", root, folder)
 
 
 def _described(url: str, info: Mapping[str, Any], store: Store) -> RemoteFile:
@@ -217,7 +234,7 @@ def expanded(url: str, retries: int) -> list[str]:
         retries: how often a request that failed is repeated.
 
     Raises:
-        InputError: a folder holds compressed archives.
+        InputError: a folder holds compressed archives, or braces are wrong.
         RemoteError: it cannot be listed.
     """
     import braceexpand
@@ -228,7 +245,11 @@ def expanded(url: str, retries: int) -> list[str]:
         refuse_compressed(root, inside)
         return [each for each in inside if each.lower().endswith(_SUFFIX)]
     found: list[str] = []
-    for pattern in braceexpand.braceexpand(url) if "{" in url else [url]:
+    try:
+        patterns = list(braceexpand.braceexpand(url)) if "{" in url else [url]
+    except ValueError as error:
+        raise InputError(f"{url}: {reason_of(error).partition(':')[0].lower()}; write them as {{000..099}}") from None
+    for pattern in patterns:
         found += _matching(root, pattern, retries) if "*" in pattern or "[" in pattern else [pattern]
     return list(dict.fromkeys(found))
 

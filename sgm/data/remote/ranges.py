@@ -51,7 +51,7 @@ async def _read_http(system: Any, name: str, start: int, stop: int, told: Told) 
     session = await system.set_session()
     async with session.get(system.encode_url(name), headers=_headers(start, stop)) as answer:
         answer.raise_for_status()
-        is_told = told(_size(answer.headers.get("Content-Range")), _marks(answer.headers))
+        is_told = told(_size(answer.headers.get("Content-Range"), start), _marks(answer.headers))
         return await answer.read() if is_told else None
 
 
@@ -60,7 +60,7 @@ async def _read_s3(system: Any, name: str, start: int, stop: int, told: Told) ->
     which = {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
     answer = await system._call_s3("get_object", Range=f"bytes={start}-{stop - 1}", **which)
     try:
-        is_told = told(_size(answer.get("ContentRange")), {"ETag": answer["ETag"]} if answer.get("ETag") else {})
+        is_told = told(_size(answer.get("ContentRange"), start), {"ETag": answer["ETag"]} if answer.get("ETag") else {})
         return await answer["Body"].read() if is_told else None
     finally:
         answer["Body"].close()
@@ -82,7 +82,14 @@ def _marks(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: headers[name] for name in MARKS if headers.get(name)}
 
 
-def _size(content_range: str | None) -> int | None:
-    """Return the size of an object from ``bytes 0-9/100``; None where that is not said."""
-    size = (content_range or "").rpartition("/")[2]
+def _size(content_range: str | None, start: int) -> int | None:
+    """Return the size of an object from ``bytes 0-9/100``, of a part that begins at `start`; None where it is not said.
+
+    Raises:
+        OSError: it is another part.
+    """
+    part, _, size = (content_range or "").rpartition("/")
+    first = part.rpartition(" ")[2].partition("-")[0]
+    if first.isdigit() and int(first) != start:
+        raise OSError(f"the answer has another part, from byte {int(first):,} instead of {start:,}")
     return int(size) if size.isdigit() else None

@@ -3,7 +3,7 @@
 Any number of processes may use the folder. What is read waits under the lock of its entry, so that it is read once; an
 entry appears complete, by a rename. Under the lock of the sum, an entry that is to be read takes its size at once: a
 hidden file of that size. Where the sum would pass the bound, the entries that were used longest ago are removed; who
-has one open reads on.
+has one open reads on. Where those that are just being read leave no room, it waits for them.
 """
 
 import contextlib
@@ -11,18 +11,20 @@ import hashlib
 import inspect
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sgm.io import atomic_file, flock, readable_size
+from sgm.io import atomic_file, flock, readable_size, remove_leftovers
 from sgm.urls import is_url
 from sgm.util import InputError, RunError, get_obj_from_str
 
 KEY = "args.remote_cache_gb"
 _SPARE = 10  # a tenth of the bound is free after entries are removed, so that the folder is seldom listed
 _TRIES = 20  # times that an entry may be removed between its arrival and its use
+_PAUSE_S, _PATIENCE_S = 0.05, 600  # between looks for room, and while no entry arrives
 
 
 class RemoteError(RunError):
@@ -74,8 +76,11 @@ class Store:
         for _ in range(_TRIES):
             try:
                 file = path.open("rb")
-                os.utime(path)
-                return file
+                if os.fstat(file.fileno()).st_size == size:
+                    os.utime(path)
+                    return file
+                file.close()
+                path.unlink(missing_ok=True)  # cut by a disk or a hand: it is read again
             except FileNotFoundError:
                 pass
             with self.locked(path.name[:3]):
@@ -123,16 +128,34 @@ class Store:
                 f"{KEY} is {self.max_bytes / 1e9:g} GB, and one object needs {readable_size(size)}; raise it, or "
                 "write smaller shards"
             )
+        before, since = -1, time.monotonic()
+        while (used := self._taken(size, temporary)) is not None:
+            if used != before:
+                before, since = used, time.monotonic()
+            if time.monotonic() - since > _PATIENCE_S:
+                raise RunError(
+                    f"what is being read into {self.folder / 'entries'} takes {readable_size(used)}, and nothing "
+                    f"arrived for {_PATIENCE_S} s; raise {KEY}, or delete the folder while nothing runs"
+                )
+            time.sleep(_PAUSE_S)
+
+    def _taken(self, size: int, temporary: Path) -> int | None:
+        """Let `temporary` take `size` bytes, and return None; where there is no room for them, the bytes in use."""
         noted = self.folder / "used"
         with self.locked("sum"):
             used = int(text) if noted.is_file() and (text := noted.read_text()).isdigit() else self.max_bytes
             if used + size > self.max_bytes:
                 used = self._remove_oldest(self.max_bytes - size)
+            if used + size > self.max_bytes:
+                return used
             os.truncate(temporary, size)
             noted.write_text(str(used + size))
+            return None
 
     def _remove_oldest(self, most: int) -> int:
         """Remove entries until there are at most `most` bytes, and some less if any is removed; return the bytes."""
+        for folder in (self.folder / "entries").iterdir():
+            remove_leftovers(folder)
         found = [path for path in (self.folder / "entries").glob("*/*") if path.is_file()]
         files = []
         for path in found:

@@ -110,6 +110,7 @@ def open_latents(
     opened = partial(CachedTensors, config.args.latent_cache, store=store_of(config))
     latents = opened("latents")
     keys = [dataset.cache_keys() for dataset in data.sources]
+    require_distinct(keys)
     latents.require(_values(keys), clip_source(config, data.sources[0], dtype, "latents"))
     _require_contents(latents, data.sources, "latents")
     images, image_keys, has_image = None, keys, bool(config.model.get("noised_image_input"))
@@ -170,6 +171,21 @@ def contents_of(datasets: Sequence[Any], kind: Kind) -> Contents | None:
     if not all(hasattr(dataset, "cache_files") for dataset in datasets):
         return None
     return Contents({key: of_one for each in datasets for key, of_one in each.cache_files(**part_of(kind)).items()})
+
+
+def require_distinct(keys: Sequence[Mapping[str, str]]) -> None:
+    """Check that no two clips of data sets, each given as path → key in a cache, have the same key.
+
+    Raises:
+        InputError: two have.
+    """
+    paths: dict[str, str] = {}
+    for path, key in (pair for of_one in keys for pair in of_one.items()):
+        if Path(other := paths.setdefault(key, path)).absolute() != Path(path).absolute():
+            raise InputError(
+                f"{other} and {path} cannot be told apart in a cache: name of the data folder, path below it and file "
+                "size are the same; rename one of the folders"
+            )
 
 
 def _require_contents(cache: CachedTensors, datasets: Sequence[Any], kind: Kind) -> None:

@@ -1,8 +1,10 @@
 """Open the data sets of a training run, and split them into training and validation."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
@@ -39,10 +41,23 @@ class Split:
     cached_valid: bool = False
 
     def data(self) -> "Data":
-        """Return the divided data."""
+        """Return the divided data. A clip in several data sets is not trained on if any draws it for validation.
+
+        Raises:
+            InputError: that leaves a data set none to train on.
+        """
         train, valid, encoded = [], [], []
-        for index, (pool, cached) in enumerate(zip(self.pools, self.cached, strict=True)):
-            kept, held_out = self.draw(index, len(pool))
+        draws = [self.draw(index, len(pool)) for index, pool in enumerate(self.pools)]
+        places = [_places(pool) for pool in self.pools] if len(self.pools) > 1 else []
+        validate = {at[i] for at, (_, held_out) in zip(places, draws, strict=False) if at for i in held_out}
+        for index, (pool, cached, (kept, held_out)) in enumerate(zip(self.pools, self.cached, draws, strict=True)):
+            if validate and (at := places[index]):
+                kept = [i for i in kept if at[i] not in validate]
+            if not kept:
+                raise InputError(
+                    f"args.split: entry {index + 1} of args.train_data has no clip to train on: all are validation "
+                    "clips, there or in other entries; name each clip in one of them, or give args.valid_data"
+                )
             train.append(_select(cached, kept))
             valid += [_select(pool, held_out)] if held_out else []
             encoded += [_select(cached, held_out)] if held_out and self.cached_valid else []
@@ -159,6 +174,9 @@ def open_data(config: Config) -> Data:
     whole = [open_folder(config, folder) for folder in args.train_data]
     if args.valid_data is not None:
         data = Data(tuple(whole), tuple(open_folder(config, folder) for folder in args.valid_data))
+        trained, valid = ({place for each in sets for place in _places(each)} for sets in (data.train, data.valid))
+        if shared := len(trained & valid):
+            logger.warning("%d clips of args.valid_data are trained on too: their loss says nothing of others", shared)
     else:
 
         def draw(index: int, num: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -213,6 +231,13 @@ def _unknown_captions(config: Config, captions: Sequence[str]) -> dict[str, str]
 
 def _joined(datasets: Sequence[Any]) -> Any:
     return ConcatDataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
+
+
+def _places(dataset: Any) -> list[str]:
+    """Return where each clip is, however its folder is spelled or linked; empty for a data set without paths."""
+    folder_of = cache(os.path.realpath)
+    paths = map(os.path.split, getattr(dataset, "paths", ()))
+    return [os.path.join(folder_of(folder), name) for folder, name in paths]
 
 
 def _select(dataset: Any, indices: Sequence[int]) -> Any:

@@ -40,6 +40,7 @@ from sgm.training.inputs.caches import (
     clip_source,
     contents_of,
     part_of,
+    require_distinct,
     require_repeatable,
     shapes_of,
     text_encoder_of,
@@ -345,8 +346,9 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
     """
     clips: dict[str, _Clip] = {}
     left_out: dict[str, None] = {}
-    for dataset in datasets:
-        keys = dataset.cache_keys(**part_of(kind))
+    keys_of = [dataset.cache_keys(**part_of(kind)) for dataset in datasets]
+    require_distinct(keys_of)
+    for dataset, keys in zip(datasets, keys_of, strict=True):
         shapes = sgm.distributed.run_on_rank_zero(partial(shapes_of, config, dataset))
         for index, path in enumerate(dataset.paths):
             if path not in keys:  # the data set cannot use it
@@ -356,13 +358,7 @@ def _clips(config: Config, kind: Kind, datasets: Sequence[Any]) -> tuple[dict[st
             if shape is None:
                 left_out[key] = None
                 continue
-            clip = _Clip(dataset, index, path, shape)
-            other = clips.setdefault(key, clip)
-            if Path(other.path).absolute() != Path(path).absolute():
-                raise InputError(
-                    f"{other.path} and {path} cannot be told apart in a cache: name of the data folder, path below it "
-                    "and file size are the same; rename one of the folders"
-                )
+            clips.setdefault(key, _Clip(dataset, index, path, shape))
     return clips, [*left_out]
 
 

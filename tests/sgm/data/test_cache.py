@@ -181,6 +181,13 @@ def test_flipped_values_are_found_when_they_are_read_and_mended_with_verify(tmp_
     assert read_shard(tmp_path, given, 0).keys() == {"a"}, "what is good is not encoded again"
 
 
+def test_shards_that_change_places_after_the_start_are_found_when_they_are_opened(tmp_path):
+    cache = CachedTensors(write(tmp_path, description(shards=(("a",), ("b",)))), "latents")
+    swap(tmp_path)
+    with pytest.raises(RunError, match=r"latents-00000.safetensors.*another shard"):
+        cache["a"]
+
+
 def test_encodings_that_are_not_finite_are_failures(tmp_path):
     given = description(dtype="fp16")
     begin(tmp_path, given)
@@ -189,7 +196,8 @@ def test_encodings_that_are_not_finite_are_failures(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_of_a_cache_that_are_not_finite_are_said_to_come_from_it(tmp_path, value):
+def test_values_of_a_cache_that_are_not_finite_are_said_to_come_from_it(tmp_path, value, monkeypatch):
+    monkeypatch.setattr("sgm.weights.checksums.require_finite", lambda *_: None)  # another writer
     given = description(shards=(("a",),))
     begin(tmp_path, given)
     metadata = {"shard": given.identity(0)}
@@ -289,6 +297,17 @@ def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
     assert ClipKeys(folders[0])(member) == "data/0.tar/b.mp4, 99 bytes"
     with pytest.raises(InputError, match="cannot be read"):
         ClipKeys(folders[0])(folders[0] / "none.mp4")
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    clip = tmp_path / "data" / os.fsdecode(b"a\xff.mp4")
+    clip.parent.mkdir()
+    clip.write_bytes(b"12345")
+    key = ClipKeys(clip.parent)(clip)
+    begin(tmp_path, wanted := description(shards=((key, "b"),)))
+    write_shard(tmp_path, wanted, 0, [f"{clip} is damaged", tensor("b")])
+    cache = CachedTensors(tmp_path, "latents")
+    assert cache.description == wanted and "a\\udcff.mp4 is damaged" in cache.failures[key]
 
 
 def test_a_clip_replaced_while_its_shard_is_encoded_is_a_failure_and_encoded_again(tmp_path):

@@ -175,6 +175,23 @@ def test_a_known_bad_clip_is_not_tried_again_and_replacements_do_not_depend_on_t
             assert fresh[key] == samples[number][key]
 
 
+class DamagedBehind(Numbered):
+    """Clip 0 can be read up to its fifth frame."""
+
+    def sample(self, index, generator, shape):
+        if index == 0 and shape[0] > 5:
+            raise ClipError(f"{self.name}/0.mp4", "ends after 5 frames")
+        return self[index]
+
+
+def test_a_clip_that_is_bad_at_one_shape_is_used_at_another_by_a_resumed_run_and_an_unbroken_one():
+    unbroken, resumed = (stream_of(DamagedBehind(6), seed=2) for _ in range(2))
+    number = next(number for number in range(6) if unbroken.order[number][1] == 0)
+    assert unbroken.sample(number, (9, 8, 8))["path"] != "set/0.mp4"
+    for stream in (unbroken, resumed):
+        assert stream.sample(number, (5, 8, 8))["path"] == "set/0.mp4"
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_sample_without_any_usable_clip_stops_the_run_and_names_them(num_workers):
     with pytest.raises(RunError, match=r"sample 0: none of the 3 clips") as caught:

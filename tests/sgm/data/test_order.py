@@ -71,7 +71,7 @@ def test_without_shuffling_clips_come_in_order():
     assert drawn(order, 0, 7) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 0), (0, 1)]
 
 
-@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")]])
+@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")], [1, float("inf")], [1e308, 1e308]])
 def test_unusable_weights_are_refused(weights):
     with pytest.raises(InputError, match=r"args\.train_data_weights .*each of the 2 folders"):
         TrainingOrder([3, 3], seed=0, weights=weights)
@@ -115,7 +115,7 @@ def test_a_split_follows_the_seed():
     assert split_indices(60, "1,1", seed=0) != split_indices(60, "1,1", seed=1)
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "1;0", "-1,2", "0,1", "1,0,0,0", "nan", "inf,1"])
+@pytest.mark.parametrize("split", ["", "a,b", "1;0", "-1,2", "0,1", "1,0,0,0", "nan", "inf,1", "1e308,1e308"])
 def test_unusable_splits_are_refused(split):
     with pytest.raises(InputError, match="args.split is"):
         split_indices(60, split, seed=0)

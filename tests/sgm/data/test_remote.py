@@ -20,6 +20,7 @@ import torch
 from data_video import SFTDataset
 from sgm.config.load import load_config
 from sgm.data.cache import CachedTensors, Description, begin, upload_cache, write_shard
+from sgm.data.clips.decode import ClipError
 from sgm.data.loader import SampleStream, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.data.remote import objects
@@ -31,7 +32,7 @@ from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
 from sgm.training.run import train
 from sgm.urls import is_url, redacted, url_problem
-from sgm.util import InputError
+from sgm.util import InputError, RunError
 
 SETTINGS = {"video_size": (48, 64), "fps": 8, "max_num_frames": 5, "skip_frms_num": 0}
 
@@ -237,6 +238,41 @@ def test_a_changed_object_is_noticed(marks, server, shards):
     assert dataset(url, server.store).captions[0] == "clip 0 of 1"
 
 
+def test_a_part_from_another_place_is_no_answer(server, monkeypatch):
+    url = f"{server.url}/clips/000.tar"
+    there = look_up(url, server.store)
+    answer = Handler.answer
+
+    def displaced(handler: Handler, *, send: bool) -> None:
+        del handler.headers["Range"]
+        handler.headers["Range"] = "bytes=512-521"
+        answer(handler, send=send)
+
+    monkeypatch.setattr(Handler, "answer", displaced)
+    with pytest.raises(RemoteError, match=r"another part, from byte 512 instead of 500"):
+        there.read(500, 10)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_empty_files_are_empty_and_no_failure_of_the_server(ranges, server, shards):
+    server.ranges = ranges
+    members = {"0.mp4": clip(0), "0.txt": b"a", "1.mp4": b"", "1.txt": b"b"}
+    (shards.parent / "empty.tar").write_bytes(archive(members))
+    (shards.parent / "none.tar").write_bytes(b"")
+    with pytest.raises(ClipError, match="1.mp4"):
+        dataset(f"{server.url}/empty.tar", server.store)[1]
+    with pytest.raises(InputError, match="none.tar.*is not a tar file"):
+        dataset(f"{server.url}/none.tar", server.store)
+
+
+def test_a_server_that_names_no_version_is_mentioned_once(server, caplog):
+    server.marks = ()
+    with caplog.at_level("WARNING", "sgm"):
+        dataset(f"{server.url}/clips/{{000..001}}.tar", server.store)
+    (message,) = caplog.messages
+    assert f"{server.url}/clips names no version of its files" in message and "delete that folder" in message
+
+
 def numbers_and_clips(data: SFTDataset, first: int, num_workers: int = 0) -> list[tuple[int, str, torch.Tensor]]:
     stream = SampleStream([data], TrainingOrder([len(data)], seed=3))
     batches = make_loader(stream, first=first, stop=12, rank=0, world=1, micro_batch=2, num_workers=num_workers)
@@ -287,6 +323,42 @@ def test_the_store_stays_within_its_bound_and_keeps_the_latest(tmp_path):
     assert not store.has("bbb")
     with pytest.raises(RefusedError, match="remote_cache_gb is 1e-06 GB, and one object needs 2.0 kB"):
         store.open("large", 2000, lambda path: None)
+
+
+def test_the_bound_holds_while_several_entries_are_read_and_after_killed_processes(tmp_path):
+    for number in range(3):  # of processes that are gone
+        left = tmp_path / "entries" / f"{number:02x}" / ".entry.99999-0abc"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(bytes(400))
+
+    def fetch(path: Path) -> None:
+        time.sleep(0.01)
+        assert sum(file.stat().st_size for file in tmp_path.glob("entries/*/*")) <= 1000
+        path.write_bytes(bytes(600))
+
+    def read(number: int) -> int:
+        with Store(tmp_path, max_bytes=1000).open(f"key {number}", 600, fetch) as file:
+            return len(file.read())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(read, range(4))] == [600] * 4
+    assert sum(file.stat().st_size for file in tmp_path.glob("entries/*/*")) <= 1000
+
+
+def test_where_nothing_that_is_being_read_arrives_the_store_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.data.remote.store._PATIENCE_S", 0)
+    store = Store(tmp_path, max_bytes=1000)
+    with pytest.raises(RunError, match=r"takes 600 bytes.*remote_cache_gb"):
+        store.open("one", 600, lambda _: store.open("two", 600, lambda _: None).close())
+
+
+def test_an_entry_that_was_cut_is_read_again(tmp_path):
+    store = Store(tmp_path)
+    store.open("key", 4, lambda path: path.write_bytes(b"done")).close()
+    (entry,) = tmp_path.glob("entries/*/*")
+    entry.write_bytes(b"do")
+    with store.open("key", 4, lambda path: path.write_bytes(b"done")) as file:
+        assert file.read() == b"done"
 
 
 def test_one_of_many_readers_fetches_and_a_failed_one_leaves_nothing(tmp_path):
@@ -343,7 +415,11 @@ def test_harmless_urls_are_not_changed():
 
 @pytest.mark.parametrize(
     "url, said",
-    [("nosuch://bucket/x.tar", "Protocol not known"), ("memory://none/x.tar", "no such object")],
+    [
+        ("nosuch://bucket/x.tar", "Protocol not known"),
+        ("memory://none/x.tar", "no such object"),
+        ("memory://none/{0..9.tar", "unbalanced braces; write them as {000..099}"),
+    ],
 )
 def test_wrong_urls_are_input_errors(url, said, tmp_path):
     with pytest.raises(InputError, match=said):
@@ -423,6 +499,16 @@ def test_a_cache_is_uploaded_once_and_read_by_result(bucket, tmp_path):
         CachedTensors(url, "latents", store=store)
     with pytest.raises(InputError, match="'memory://bucket/none' has no text.json"):
         CachedTensors("memory://bucket/none", "text", store=store)
+
+
+def test_a_copied_cache_forgets_the_failures_of_clips_that_were_repaired(bucket, tmp_path):
+    store, url = Store(tmp_path / "store", retries=0), "memory://bucket/cache"
+    description = finished_cache(tmp_path / "cache")
+    upload_cache(tmp_path / "cache", RemoteFolder(url, store), [description])
+    write_shard(tmp_path / "cache", description, 0, [torch.zeros(2), torch.ones(3)])
+    assert upload_cache(tmp_path / "cache", RemoteFolder(url, store), [description]) == 1
+    remote = CachedTensors(url, "latents", store=store)
+    assert not remote.failures and torch.equal(remote["b"], torch.ones(3))
 
 
 def test_a_store_that_cannot_be_written_says_so(server, tmp_path):

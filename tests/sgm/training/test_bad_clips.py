@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -186,6 +187,13 @@ def test_a_former_run_folder_is_resumed_from_its_two_files(tmp_path):
     bad.add([(dataset.paths[7], "is damaged")])
     bad.all_gather_and_write()
     assert written(run) == {"at_start": first, "in_training": later | {dataset.paths[7]: "is damaged"}}
+
+
+def test_a_bad_clip_whose_name_is_not_utf_8_does_not_end_a_resumed_run(tmp_path):
+    bad, reasons = BadClips(tmp_path, 10, 0.5), {"set/" + os.fsdecode(b"\xff.mp4"): "is damaged"}
+    bad.add(reasons.items())
+    bad.all_gather_and_write()
+    assert usable(toy(tmp_path / "set"), tmp_path, resumed=True)[1] == reasons
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Train tiny networks in this process: files, length, precision, accumulation, resume."""
 
 import contextlib
+import functools
 import json
 import sys
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.modules import host_activations
+from sgm.training.build import Parts
 from sgm.training.metrics import read_metrics
 from sgm.training.run import TrainingRun, train
 from sgm.training.state import checkpoint_engine
@@ -564,6 +566,7 @@ def test_steps_are_timed_without_evaluations_between_two_lines(monkeypatch):
 )
 def test_intervals_count_iterations_or_epochs(interval, due):
     """Four samples an iteration, ten clips: an epoch ends within the third iteration, the next with the fifth."""
-    parts = SimpleNamespace(epoch_samples=10, samples_before=lambda iteration: 4 * iteration)
+    parts = SimpleNamespace(epoch_samples=10, samples_before=lambda iteration: 4 * iteration, buckets=None)
+    parts.epochs_before = functools.partial(Parts.epochs_before, parts)
     runs = [SimpleNamespace(iteration=iteration, parts=parts) for iteration in range(1, 14)]
     assert [run.iteration for run in runs if TrainingRun._is_due(run, interval)] == due

@@ -165,6 +165,17 @@ def test_samples_are_counted_once_over_epochs():
     )
 
 
+@pytest.mark.parametrize(
+    "scheme, more",
+    [({"256": {17: [0.5, 4]}}, {}), (["17x256x256"], {"drop_partial": True}), (CLASSES, {"weights": [3, 1]})],
+)
+def test_epochs_are_counted_by_their_own_micro_batches(scheme, more):
+    plan = plan_of(scheme, micro_batch=64, **more)
+    for epoch in range(1, 4):
+        end = plan.steps(epoch)
+        assert plan.epochs_before(end) == epoch and plan.epochs_before(end - 1) == epoch - 1
+
+
 def test_data_sets_are_drawn_by_their_weights():
     plan = plan_of(LISTED, mixed_clips(300), [200, 100], weights=[1, 3])
     by_dataset = Counter(dataset for (dataset, _), _ in shown(plan)[0].elements())

@@ -322,8 +322,15 @@ def test_a_bad_clip_is_left_out_as_without_a_cache(training_yaml, clips, tmp_pat
 
 def test_clips_that_cannot_be_told_apart_are_refused(training_yaml, clips, tmp_path):
     folders = [shutil.copytree(clips, tmp_path / name / "data") for name in ("one", "two")]
+    bases, both = training_yaml("dit_t2v_5b_lora"), f"args.train_data=[{folders[0]},{folders[1]}]"
     with pytest.raises(InputError, match="cannot be told apart"):
-        precompute(training_yaml("dit_t2v_5b_lora"), tmp_path / "cache", f"args.train_data=[{folders[0]},{folders[1]}]")
+        precompute(bases, tmp_path / "cache", both)
+    cache = precompute(bases, tmp_path / "of one", f"args.train_data=[{folders[1]}]", kinds=["latents"])
+    with (folders[0] / "videos" / "000.mp4").open("r+b") as file:
+        file.write(b"another clip of the same size")
+    words = [both, f"args.save={tmp_path}", f"args.latent_cache={cache}"]
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        prepare(load_config(bases, words, mode="train"))
 
 
 def test_an_interrupted_cache_is_continued_to_the_same_bytes(training_yaml, cache, tmp_path, monkeypatch):
