@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from sgm.cli import run_command, tool_parser
+from sgm.inference.results import read_record
 from sgm.inference.video import animation, contact_sheet, read_video
-from sgm.io import parse_json
 from sgm.util import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".webp", ".gif")
 
 
 def results(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -29,8 +31,10 @@ def results(folder: Path) -> list[tuple[str, np.ndarray]]:
     for sidecar in sorted(sorted(sidecars), key=_order):
         video = sidecar.with_suffix(".mp4")
         if video.is_file():
-            content = parse_json(sidecar.read_bytes())
-            start = " (from an image)" if content["image"] else ""
+            content = read_record(video) or {}
+            if not {"prompt", "seed"} <= content.keys():
+                raise InputError(f"{sidecar} is no record of sampling; sample the video again, or remove both")
+            start = " (from an image)" if content.get("image") else ""
             found.append((f"{content['prompt']}{start}, seed {content['seed']}", read_video(video)))
     if not found:
         raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
@@ -76,10 +80,10 @@ def _order(sidecar: Path) -> tuple[int, int]:
 def work(options: argparse.Namespace) -> None:
     """Draw the videos of all runs."""
     columns = options.columns
-    if columns < 1 or not 0 < options.fps <= 100:
-        raise InputError(
-            f"--columns is {columns} and --fps {options.fps:g}; give at least 1, and more than 0 up to 100"
-        )
+    if columns < 1 or not 0.1 <= options.fps <= 100:
+        raise InputError(f"--columns is {columns} and --fps {options.fps:g}; give at least 1, and 0.1 to 100")
+    if options.out.suffix.lower() not in SUFFIXES or options.out.is_dir():
+        raise InputError(f"--out {options.out}: name a file that ends in {', '.join(SUFFIXES)}")
     if options.out.suffix.lower() in (".webp", ".gif"):
         videos = alternating(options.folders) if options.beside else below(options.folders)
         animation(videos, options.out, columns=columns, fps=options.fps)

@@ -38,7 +38,7 @@ def work(options: argparse.Namespace) -> None:
         raise InputError(f"{out} exists and was not written by this command; name another file, or remove it")
     config = load_config(options.base, ["args.input_type=cli"], mode="inference", trust=options.trust)
     conditioner = instantiate_from_config(config.model["conditioner_config"])
-    written = options.prompts.read_text(encoding="utf-8", errors="replace") if options.prompts.is_file() else ""
+    written = options.prompts.read_text(encoding="utf-8-sig", errors="replace") if options.prompts.is_file() else ""
     images = [line.partition(IMAGE_SEPARATOR)[2].strip() for line in written.split("\n") if line.strip()]
     prompts = read_prompts(options.prompts, image2video=any(images))
     require_writable(out.parent)

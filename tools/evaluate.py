@@ -88,7 +88,7 @@ def prompt_of(path: Path) -> tuple[str | None, str | None, str]:
     record, text = path.with_suffix(".json"), path.with_suffix(".txt")
     try:
         content = parse_json(record.read_bytes()) if record.is_file() else None
-        words = text.read_text(encoding="utf-8") if text.is_file() else ""
+        words = text.read_text(encoding="utf-8-sig") if text.is_file() else ""
     except ValueError as error:
         raise InputError(f"the file beside {path} cannot be read: {error}; correct or remove it") from error
     if content is not None:
@@ -105,6 +105,8 @@ def listed(words: Sequence[str]) -> list[Video]:
     given = [("", word) if Path(word).exists() or "=" not in word else word.split("=", 1) for word in words]
     if repeated := [word for word in dict.fromkeys(words) if words.count(word) > 1]:
         raise InputError(f"{repeated[0]} is given twice; each folder counts once")
+    if nameless := [f"{name}={folder}" for name, folder in given if not folder]:
+        raise InputError(f"{nameless[0]} names no folder; write NAME=FOLDER")
     for number, (name, folder) in enumerate(given):
         for key, path in files_in(Path(folder)).items():
             prompt, asked, seed = prompt_of(path)
@@ -280,11 +282,15 @@ def vbench_names(videos: Sequence[Video]) -> Iterator[tuple[Video, str]]:
     """Yield each video with its name for VBench: ``<method>/<prompt>-<index>.mp4``.
 
     Raises:
-        InputError: prompts are missing, or are no names of files.
+        InputError: prompts are missing, or are no names of files, nor methods those of folders.
     """
     count: dict[tuple[str, str], int] = {}
+    folders: dict[str, str] = {}  # name → method
     for video in videos:
         prompt = video.asked or ""
+        folder = video.method.strip("/").replace("/", "_")
+        if folders.setdefault(folder, video.method) != video.method or folder in ("", ".", ".."):
+            raise InputError(f"--vbench: {video.method} gives its folder no name of its own; write NAME=FOLDER")
         reason = (
             "has no prompt beside it (.json or .txt)"
             if not prompt
@@ -302,7 +308,7 @@ def vbench_names(videos: Sequence[Video]) -> Iterator[tuple[Video, str]]:
                 "custom_input takes any names: give it the folder itself"
             )
         index = count[video.method, prompt] = count.get((video.method, prompt), -1) + 1
-        yield video, f"{video.method.strip('/').replace('/', '_')}/{prompt}-{index}.mp4"
+        yield video, f"{folder}/{prompt}-{index}.mp4"
     fewer = [prompt for (_, prompt), last in count.items() if last + 1 < PER_PROMPT]
     if fewer:
         logger.warning("VBench wants %d videos of a prompt; %d have fewer", PER_PROMPT, len(fewer))

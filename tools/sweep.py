@@ -41,7 +41,8 @@ RECORD = "sweep.json"
 # Which devices a process sees, by the type of the accelerator.
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 LAST_SHARE = 0.2  # of the lines of metrics, whose mean is the training loss of a run
-MAX_NAME = 120  # characters of a folder's name
+MAX_NAME = 120  # bytes of a folder's name
+OWN_KEYS = ("args.save", "args.experiment_name", "args.resume")  # that each run is given
 MOST_RUNS = 1000  # more is a slip of the pen
 
 
@@ -72,6 +73,11 @@ class Run:
         """The folder of its training, once it has begun."""
         found = [path.parent for path in (self.folder / "runs").glob("*/metrics.jsonl")]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+    @property
+    def videos(self) -> Path:
+        """The folder of its samples."""
+        return self.folder / "videos"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of its metrics."""
@@ -151,6 +157,8 @@ def combinations(options: argparse.Namespace, keys: Sequence[str]) -> list[dict[
         raise InputError(f"--grid and --runs ask for {num_runs:,} runs; give values for {MOST_RUNS:,} at most")
     runs = [dict(itertools.chain.from_iterable(part.items() for part in parts)) for parts in itertools.product(*axes)]
     named = [key for axis in axes for key in {key for part in axis for key in part}]
+    if fixed := sorted({*named} & {*OWN_KEYS}):
+        raise InputError(f"{fixed[0]} is set by the sweep for each run; compare other keys")
     if twice := sorted({key for key in named if named.count(key) > 1}):
         raise InputError(f"{twice[0]} is given by two of --grid and --runs; name it once")
     return runs
@@ -162,8 +170,9 @@ _EXAMPLE = "deepspeed.optimizer.params.lr=1e-4,3e-4"
 def split_values(text: str) -> list[str]:
     """Split at the commas outside of brackets, braces and quotation marks."""
     values, depth, quote = [""], 0, ""
-    for character in text:
-        quote = "" if character == quote else quote or (character if character in "\"'" else "")
+    for before, character in zip(f" {text}", text, strict=False):
+        opens = character in "\"'" and not before.isalnum()  # not the apostrophe of a word
+        quote = "" if character == quote else quote or (character if opens else "")
         depth += 0 if quote else (character in "[{") - (character in "]}")
         if character == "," and depth == 0 and not quote:
             values.append("")
@@ -209,11 +218,14 @@ def read_runs(path: Path) -> list[dict[str, str]]:
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    from sgm.config.yaml_files import override_value
+
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{above}{key}.")
         else:  # JSON is YAML; text that needs no quotes stays as it is, for the names of folders
             is_plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w/.-]*", value)
+            is_plain = is_plain and override_value(value) == value  # not a word such as true
             yield f"{above}{key}", str(value) if is_plain else json.dumps(value, ensure_ascii=False)
 
 
@@ -224,7 +236,8 @@ def names_of(runs: Sequence[Mapping[str, str]]) -> list[str]:
     for run in runs:
         plain = {key: re.sub(r"[^\w.+-]+", "_", value).strip("_") for key, value in run.items()}
         name = ",".join(f"{_short(key, keys)}={value}" for key, value in plain.items())
-        names.append(f"{name[:MAX_NAME]}-{len(names)}" if len(name) > MAX_NAME or name in names else name)
+        short = name.encode()[:MAX_NAME].decode(errors="ignore")
+        names.append(f"{short}-{len(names)}" if short != name or name in names else name)
     return names
 
 
@@ -279,16 +292,19 @@ def planned(options: argparse.Namespace) -> list[Run]:
 
 def commands(run: Run, options: argparse.Namespace) -> Iterator[list[str]]:
     """Yield the commands of a run: training, and sampling once that is done."""
+    from sgm.config.yaml_files import override
+
     trust = [word for package in options.trust for word in ("--trust", package)]
     shared = ["--base", *options.base, *trust, *options.overrides, *run.overrides]
     launcher = [PYTHON]
     if options.nproc_per_node > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc_per_node}"]
-    own = [f"args.save={run.folder / 'runs'}", "args.experiment_name=run", "args.resume=auto"]
+    own = [override(*pair) for pair in zip(OWN_KEYS, (str(run.folder / "runs"), "run", "auto"), strict=True)]
     yield [*launcher, str(SOURCES / "train_video.py"), *shared, *own]
     if options.prompts is not None:
-        sampling = [f"args.load={run.run_folder}", "args.input_type=txt", f"args.input_file={options.prompts}"]
-        sampling += ["args.prompt=null", f"args.seed={options.seed}", f"args.output_dir={run.folder / 'videos'}"]
+        paths = {"load": run.run_folder, "input_file": options.prompts, "output_dir": run.videos}
+        sampling = [override(f"args.{key}", str(path)) for key, path in paths.items()]
+        sampling += ["args.input_type=txt", "args.prompt=null", f"args.seed={options.seed}"]
         yield [PYTHON, str(SOURCES / "sample_video.py"), *shared, *sampling]
 
 
@@ -454,8 +470,8 @@ def write_sheet(runs: Sequence[Run], path: Path) -> int:
 
     from sgm.inference.video import contact_sheet
 
-    sampled = [run for run in runs if any((run.folder / "videos").rglob("*.mp4"))]  # others failed, or have no prompts
-    shown = [(run.name, results(run.folder / "videos")) for run in sampled]
+    sampled = [run for run in runs if any(run.videos.rglob("*.mp4"))]  # others failed, or have no prompts
+    shown = [(run.name, results(run.videos)) for run in sampled]
     rows = [
         (f"{name}: {videos[number][0]}", videos[number][1])
         for number in range(max((len(videos) for _, videos in shown), default=0))
@@ -496,6 +512,11 @@ def work(options: argparse.Namespace) -> None:
         with atomic_file(options.prompts) as temporary:
             temporary.write_text("\n".join(options.valid_prompts) + "\n", encoding="utf-8")
     _require_prompts(options.prompts)
+    for run in runs if options.prompts is not None else ():
+        if run.state == "done" and not any(
+            run.videos.rglob("*.mp4")
+        ):  # made without prompts; its training ends at once
+            run.state = "waiting"
     if options.list:
         sys.stdout.write("".join(f"{run.name}: {run.state}\n" for run in runs))
         return

@@ -4,6 +4,7 @@ Problems are collected, to be reported together. `sgm.config.load` checks the ke
 anything is expanded, so that a small file cannot become a large one.
 """
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from yaml.cyaml import CParser  # pyright: ignore[reportAttributeAccessIssue]
 from yaml.resolver import Resolver
 
 from sgm.config.places import place_of
-from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, resolve
+from sgm.config.references import MAX_VALUES, BadReferenceError, KeyPath, escaped, resolve
 from sgm.config.values import shortened
 from sgm.io import NotAFileError, denied_text, reason_of, require_regular
 from sgm.project import packaged, project, shipped
@@ -387,7 +388,7 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
         merged.add((), "not an override", f"write {home}=..." if home else cure, source=source)
         return
     try:
-        value = _override_value(text)
+        value = override_value(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None)
         found = f"the value {shortened(text)} is not YAML{f': {problem}' if problem else ''}"
@@ -410,8 +411,23 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
     merged.origins[tuple(keys)] = source
 
 
-def _override_value(text: str) -> Any:
-    """Return the value of an override: as YAML, but text exactly as typed, without YAML's comments and folding."""
+def override(key: str, value: Any) -> str:
+    """Return ``key=value`` of a value as it is: nothing in it is a reference, or means anything to YAML."""
+    text = json.dumps(escaped(value), ensure_ascii=False)
+    text = _NOT_IN_YAML.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return f"{key}={text}"
+
+
+# Characters that YAML refuses, or takes for line breaks.
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
+def override_value(text: str) -> Any:
+    """Return the value of an override: as YAML, but text exactly as typed, without YAML's comments and folding.
+
+    Raises:
+        YAMLError: it is no YAML.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -1,7 +1,8 @@
 """What can be chosen on the page: models, trained weights, presets, and the folders that it may read."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,25 +144,29 @@ def find_folders(folders: Sequence[Path], name: str) -> list[Path]:
 
     ``latest`` is in folders of trained weights, ``metrics.jsonl`` in those of trainings.
     """
-    found: dict[Path, float] = {}
+    return [path.parent for path in newest_first(_in_depth(folders, name))]
+
+
+def _in_depth(folders: Sequence[Path], name: str) -> Iterator[Path]:
     for folder in folders:
         for depth in range(MAX_DEPTH):
-            for path in folder.glob("/".join(["*"] * depth + [name])):
-                found[path.parent] = path.stat().st_mtime
+            yield from folder.glob("/".join(["*"] * depth + [name]))
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return paths by their time, each once, without links to nothing and what was removed meanwhile."""
+    found: dict[Path, float] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[path] = path.stat().st_mtime
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def find_loras(folders: Sequence[Path]) -> list[Path]:
     """Return the LoRAs in `folders`, for ``args.loras``, newest first: folders of trainings, then files of others."""
     runs = find_folders(folders, LATEST)
-    files = {
-        path: path.stat().st_mtime
-        for folder in folders
-        for depth in range(MAX_DEPTH)
-        for path in folder.glob("/".join(["*"] * depth + ["*.safetensors"]))
-        if not any(path.is_relative_to(run) for run in runs)
-    }
-    others = [path for path in sorted(files, key=files.__getitem__, reverse=True) if _holds(_names_lora, path)]
+    files = newest_first(_in_depth(folders, "*.safetensors"))
+    others = [path for path in files if not any(map(path.is_relative_to, runs)) and _holds(_names_lora, path)]
     return [*(run for run in runs if _holds(_has_adapters, run)), *others]
 
 

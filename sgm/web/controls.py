@@ -6,7 +6,6 @@ Type, limits, choices and default of a control come from the annotation of its k
 
 import contextlib
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter
 
 from sgm.config.args import LoraArgs, SamplingArgs
 from sgm.config.values import misfit
+from sgm.config.yaml_files import override
 from sgm.util import InputError
 
 # The keys of `args` on the page, in this order: always shown, and under "more".
@@ -110,6 +110,11 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
     return [override(f"args.{name}", value) for name, value in given.items()]
 
 
+def fits(name: str, value: Any) -> bool:
+    """Whether a value may be that of a control's key."""
+    return misfit(value, _HINTS[name]) is None
+
+
 def loras_override(loras: Sequence[tuple[str, Any]]) -> list[str]:
     """Return the override of ``args.loras`` for paths with strengths, without which they have the default.
 
@@ -123,11 +128,6 @@ def loras_override(loras: Sequence[tuple[str, Any]]) -> list[str]:
             raise InputError(f"args.loras.{index}.strength {found[0]}; {found[1]}")
         entries.append({"path": path, "strength": strength})
     return [override("args.loras", entries)] if entries else []
-
-
-def override(key: str, value: Any) -> str:
-    """Return ``key=value``; text is quoted, so that nothing in it means anything to YAML."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _typed(control: Control, value: Any) -> Any:

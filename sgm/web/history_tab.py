@@ -5,7 +5,6 @@ from typing import Any
 
 import gradio as gr
 
-from sgm.inference.results import read_record
 from sgm.util import InputError
 from sgm.web import videos
 from sgm.web.browsers import is_near, owner_of
@@ -72,10 +71,10 @@ class HistoryTab:
             InputError: it is none, or of another browser.
         """
         found = inside(path or "", [self.folders.outputs])
-        record = read_record(found) if self._may_see(request, found) else None
-        if found.suffix != ".mp4" or record is None or "prompt" not in record:
+        video = videos.read_video(found) if self._may_see(request, found) else None
+        if video is None:
             raise InputError(f"'{path}' is no finished video of this browser in {self.folders.outputs}")
-        return Video(found, record)
+        return video
 
     def show(self, request: gr.Request, language: str, path: str | None) -> tuple[Any, Any, str]:
         """Show a video and its sidecar."""
@@ -119,9 +118,9 @@ class HistoryTab:
         return [plain(" ".join(said)), group, picture, model, *chosen, *values]
 
     def _picture(self, request: gr.Request, image: str) -> str:
-        """Take the image of a video again; empty if it is gone, or not this browser's."""
+        """Take the image of a video again; empty if it is gone, damaged, or not this browser's."""
         try:
             found = inside(image, [self.folders.outputs])
+            return small(self.sessions.keep(str(request.session_hash), found)) if self._may_see(request, found) else ""
         except InputError:
             return ""
-        return small(self.sessions.keep(str(request.session_hash), found)) if self._may_see(request, found) else ""

@@ -1,6 +1,7 @@
 """Commands in processes of their own, one at a time: cancelling ends a process, and its failure ends nothing else."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm.inference.progress import PROGRESS_FILE, Progress, read_progress
+from sgm.io import reason_of
 from sgm.project import SOURCES
 from sgm.util import InputError, RunError
 
@@ -99,15 +101,20 @@ class Job:
     def _start(self) -> subprocess.Popen[bytes]:
         script, *arguments = self.commands[self.part].words
         env = {**os.environ, PROGRESS_FILE: str(self.folder / PROGRESS)}
-        with (self.folder / LOG).open("wb") as log:
-            return subprocess.Popen(
-                [PYTHON, str(SOURCES / script), *arguments],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a group of its own, to end with all that it starts
-            )
+        try:
+            with (self.folder / LOG).open("wb") as log:
+                return subprocess.Popen(
+                    [PYTHON, str(SOURCES / script), *arguments],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # a group of its own, to end with all that it starts
+                )
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise InputError("the settings are longer than a command may be; shorten the prompt") from error
+            raise RunError(f"{script} cannot be started in {self.folder}: {reason_of(error)}") from error
 
     def end(self) -> None:
         """End the process and those that it has started; what has not begun will not start."""

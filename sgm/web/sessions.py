@@ -39,18 +39,17 @@ class Sessions:
             old.unlink()
         kept = self.folder(session) / f"image{upload.suffix.lower()}"
         shutil.move(upload, kept)
-        try:
-            read_picture(str(kept))
-        except PictureError as error:
-            kept.unlink()
-            raise InputError(f"'{upload.name}' cannot be read as a picture: {error}") from error
-        return kept
+        return _readable(kept, upload.name)
 
     def keep(self, session: str, picture: Path) -> Path:
-        """Keep a copy of a picture in the place of an upload."""
+        """Keep a copy of a picture in the place of an upload.
+
+        Raises:
+            InputError: it is no picture.
+        """
         for old in self.folder(session).glob("image*"):
             old.unlink()
-        return Path(shutil.copyfile(picture, self.folder(session) / f"image{picture.suffix}"))
+        return _readable(Path(shutil.copyfile(picture, self.folder(session) / f"image{picture.suffix}")), picture.name)
 
     def shown(self, session: str, file: Path) -> str:
         """Return a copy of a file of the given folders, which the page may serve: the folders themselves are not."""
@@ -70,6 +69,16 @@ class Sessions:
     def close(self) -> None:
         """Remove all folders."""
         self._kept.cleanup()
+
+
+def _readable(kept: Path, name: str) -> Path:
+    """Return a picture that is kept, once it was read; otherwise remove it."""
+    try:
+        read_picture(str(kept))
+    except PictureError as error:
+        kept.unlink()
+        raise InputError(f"'{name}' cannot be read as a picture: {error}") from error
+    return kept
 
 
 def thumbnail(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The tab of trainings: what is checked before one, its command, and the curves and samples of its folder."""
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -135,7 +136,8 @@ class TrainingTab:
             training = self._training(language, model, recipe, data, memory)
             yield gr.skip(), gr.skip(), gr.update(value=training.command, visible=True)
             command = Command(training.words(check=True), Path(tempfile.mkdtemp(prefix="cogvideox-web-")))
-            job = self.queue.submit(Job(owner_of(request), [command], shutil.rmtree))
+            tidy = functools.partial(shutil.rmtree, ignore_errors=True)
+            job = self.queue.submit(Job(owner_of(request), [command], tidy))
             for _ in self.queue.watch(job):
                 yield working(language, None, ahead=self.queue.position(job)), gr.skip(), gr.skip()
             yield "", gr.update(value=job.log(), visible=True), gr.skip()

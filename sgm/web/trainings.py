@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from sgm.config.yaml_files import override
 from sgm.project import started_as
 from sgm.training.metrics import FILE, quarters_of, read_metrics, smooth
 from sgm.web.choices import Model, find_folders
-from sgm.web.controls import override
 from sgm.web.videos import Video, finished
 
 SCRIPT = "train_video.py"
@@ -95,5 +95,6 @@ def _curve(lines: Sequence[dict[str, Any]], loss: str) -> Iterator[dict[str, Any
 
 
 def samples(run: Path) -> list[Video]:
-    """Return the sample videos of the evaluations of a run, the newest first."""
-    return finished(run / "samples")
+    """Return the sample videos of the evaluations of a run, the newest first, without links to elsewhere."""
+    root = run.resolve()
+    return finished(run / "samples", lambda path: path.resolve().is_relative_to(root))

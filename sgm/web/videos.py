@@ -1,7 +1,6 @@
 """Videos asked for, and those finished: commands of sampling, and the sidecars of the output folder as history."""
 
 import dataclasses
-import json
 import secrets
 import shutil
 import time
@@ -10,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sgm.config.yaml_files import override, override_value
 from sgm.inference.record import RESULT_ARGS
 from sgm.inference.results import read_record
 from sgm.io import refusing_denied
 from sgm.util import default
-from sgm.web.choices import Folders, Model, presets
-from sgm.web.controls import CONTROLS, STRENGTH, loras_override, override, overrides
+from sgm.web.choices import Folders, Model, newest_first, presets
+from sgm.web.controls import CONTROLS, STRENGTH, fits, loras_override, overrides
 from sgm.web.jobs import PREVIEW, Command
 
 MAX_HISTORY = 60
@@ -121,9 +123,17 @@ def belongs(path: Path, outputs: Path, owner: str, *, near: bool) -> bool:
 def finished(folder: Path, shown: Callable[[Path], bool] = Path.is_file) -> list[Video]:
     """Return the finished videos in a folder and the folders in it, the newest first, of those that are shown."""
     found = [path for path in folder.rglob("*.mp4") if path.with_suffix(".json").is_file() and shown(path)]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    videos = [(path, read_record(path)) for path in found[:MAX_HISTORY]]
-    return [Video(path, record) for path, record in videos if record is not None and "prompt" in record]
+    return [video for path in newest_first(found)[:MAX_HISTORY] if (video := read_video(path)) is not None]
+
+
+def read_video(path: Path) -> Video | None:
+    """Return a finished video; None if the file beside it is no record of ours."""
+    record = read_record(path) if path.suffix == ".mp4" else None
+    if record is None or not isinstance(record.get("prompt"), str):
+        return None
+    lists = ((record.get(name, []), kind) for name, kind in (("configs", str), ("overrides", str), ("loras", dict)))
+    is_ours = all(isinstance(found, list) and all(isinstance(one, kind) for one in found) for found, kind in lists)
+    return Video(path, record) if is_ours else None
 
 
 def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> dict[str, Any]:
@@ -141,12 +151,13 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
     model = next((model for model in models.values() if str(model.file) in files), None)
     if model is not None:
         frames, loop = record.get("num_frames"), bool(record.get("loop"))
-        made = None if frames is None else model.latent_frames(frames, loop=loop)
+        made = model.latent_frames(frames, loop=loop) if isinstance(frames, int) else None
         known["sampling_num_frames"] = default(made, model.values["sampling_num_frames"])
     for word in record.get("overrides", ()):
         key, _, value = str(word).partition("=")
         name = key.removeprefix("args.")
-        if key.startswith("args.") and name in CONTROLS and name != "prompt":
+        # What a record has is what a reference has become.
+        if key.startswith("args.") and name in CONTROLS and name not in record and fits(name, _read(value)):
             known[name] = _read(value)
     for kind in ("memory", "speed"):
         known[kind] = next((name for name, path in presets(folders.configs, kind).items() if str(path) in files), None)
@@ -183,10 +194,10 @@ def plain_loras(loras: Sequence[Mapping[str, Any]], most: int) -> list[tuple[str
 
 
 def _read(text: str) -> Any:
-    """Return the value of an override, as JSON where it is, else as text."""
+    """Return the value of an override; text where it is none."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return override_value(text)
+    except yaml.YAMLError:
         return text
 
 

@@ -165,7 +165,15 @@ def test_names_for_vbench(evaluated, folders, tmp_path):
     assert code == 0 and "VBench wants 5 videos" in said, said
     names = {path.relative_to(tmp_path / "vbench").as_posix() for path in tmp_path.rglob("vbench/**/*.mp4")}
     assert names == {f"m/{prompt}-{k}.mp4" for prompt in ("red car", "blue car") for k in range(2)}
+    for words in (("x/y=@a", "x_y=@b"), ("m=@a", "m/=@b"), ("..=@a",)):
+        code, found, said = evaluated(*words, "--vbench", str(tmp_path / "other/folder"))
+        assert code == 2 and "gives its folder no name of its own" in said and not (tmp_path / "other").exists()
     assert "custom_input takes any names" in evaluated("@references", "--vbench", str(tmp_path / "v"))[2]
+
+
+def test_a_prompt_begins_after_the_mark_of_its_encoding(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\n".encode())
+    assert evaluate.prompt_of(tmp_path / "a.mp4") == ("a cat", "a cat", "")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +182,7 @@ def test_names_for_vbench(evaluated, folders, tmp_path):
         (["@none"], "none: does not exist; give a folder of videos"),
         (["@a/0_red car/0/000000.mp4"], "is no folder"),
         (["@a", "@a"], "given twice"),
+        (["@a", "before="], "before= names no folder"),
         (["@empty"], "holds no video"),
         (["@twice"], "have one name"),
         (["@a", "--reference", "@other"], "4 of 4 videos have no reference"),

@@ -11,6 +11,8 @@ import pytest
 import sweep
 import yaml
 
+from sgm.config.references import escaped
+from sgm.config.yaml_files import override_value
 from sgm.inference.video import write_video
 from tests.processes import forked_python
 
@@ -35,7 +37,8 @@ def trainings(monkeypatch, tmp_path):
 
         def __init__(self, words, **given):
             self.name, self.given, self.signals, self.waits = None, given, [], 1
-            values = dict(word.split("=", 1) for word in words if "=" in word)
+            values = {key: override_value(value) for key, value in (w.split("=", 1) for w in words if "=" in w)}
+            values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
             started.append(self)
             self.values, self.script = values, next(Path(w).name for w in words if w.endswith("_video.py"))
             if self.script == "train_video.py":
@@ -168,6 +171,8 @@ def test_a_list_of_overrides_is_read(trainings, tmp_path):
         (["--grid", "target=a,b"], "is the end of several keys"),
         (["--grid", "args.seed=1,2", "--grid", "seed=3"], "given by two"),
         (["--grid", "args.seed=1,no"], "args.seed"),
+        (["--grid", "args.save=a,b"], "args.save is set by the sweep"),
+        (["--grid", "experiment_name=a,b"], "args.experiment_name is set by the sweep"),
         (["--grid", "args.seed=1", "--nproc_per_node", "0"], "--nproc_per_node is 0"),
         (["--grid", "args.seed=1", "--prompts", "nowhere.txt"], "nowhere.txt is no file"),
         (["--grid", "args.seed=1", "--devices", "cuda"], "--devices names cuda"),
@@ -183,6 +188,30 @@ def test_wrong_input_ends_with_2_before_a_run_begins(words, said, trainings, tmp
 def test_values_are_split_outside_of_brackets():
     assert sweep.split_values("[64,64],[32, 32]") == ["[64,64]", "[32, 32]"]
     assert sweep.split_values("'a,b',c") == ["'a,b'", "c"]
+    assert sweep.split_values("don't,won't") == ["don't", "won't"]
+    assert sweep.split_values("""[a, "b,]"],{c: 'd,'}""") == ['[a, "b,]"]', "{c: 'd,'}"]
+
+
+def test_names_of_folders_are_short_enough_in_every_script():
+    names = sweep.names_of([{"args.experiment_name": "猫" * 100 + end} for end in "ab"])
+    assert len({*names}) == 2 and all(len(name.encode()) <= sweep.MAX_NAME + 2 for name in names)
+
+
+def test_text_of_a_list_stays_text(tmp_path):
+    (tmp_path / "runs.yaml").write_text("- {args.experiment_name: 'true', args.start: off, args.end: a.png}\n")
+    (run,) = sweep.read_runs(tmp_path / "runs.yaml")
+    assert run == {"args.experiment_name": '"true"', "args.start": "false", "args.end": "a.png"}
+
+
+def test_prompts_that_are_given_later_are_sampled(trainings, tmp_path):
+    started, _ = trainings
+    assert run(tmp_path, *grid("0.1")) == 0 and len(started) == 1
+    (tmp_path / "p: #1 ${x}.txt").write_text("a\n")
+    words = [*grid("0.1"), "--prompts", str(tmp_path / "p: #1 ${x}.txt")]
+    assert run(tmp_path, *words) == 0 and [p.script for p in started[1:]] == ["train_video.py", "sample_video.py"]
+    assert (tmp_path / "out/contact_sheet.png").is_file()
+    assert started[2].values["args.input_file"] == escaped(str(tmp_path / "p: #1 ${x}.txt"))
+    assert run(tmp_path, *words) == 0 and len(started) == 3
 
 
 def test_the_documented_sweeps_are_right(trainings, tmp_path):

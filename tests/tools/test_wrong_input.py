@@ -44,9 +44,11 @@ def folder(tmp_path):
         "list/a.txt": b"red",
         "huge/a.mp4": b"YUV4MPEG2 W65535 H65535 F8:1\nFRAME\n",
         "huge/a.txt": b"red",
+        "sheet/0_a/0/000000.mp4": b"",
+        "sheet/0_a/0/000000.json": b"{}",
     }
     for name, data in content.items():
-        (path := tmp_path / name).parent.mkdir(exist_ok=True)
+        (path := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     for name, value in {"size": "99999999999999", "GNU.sparse.map": "0,x"}.items():
         with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as archive:
@@ -85,6 +87,10 @@ HF2SAT = "convert_weight_hf2sat --output_path out"
         (f"prepare_dataset --base {' '.join(TRAINING)} --out out --shard_mb nan", "--shard_mb is nan; give megabytes"),
         (f"prepare_dataset --base {' '.join(TRAINING)} --out out --shard_mb inf", "--shard_mb is inf; give megabytes"),
         (f"{CHECK} --contact_sheet sheet.xyz", "name a file that ends in .png"),
+        ("contact_sheet sheet --out sheet.xyz", "--out sheet.xyz: name a file that ends in .png"),
+        ("contact_sheet sheet --out sheet", "--out sheet: name a file that ends in .png"),
+        ("contact_sheet sheet --out sheet.png", "000000.json is no record of sampling"),
+        ("contact_sheet sheet --out sheet.gif --fps 0.0001", "--fps 0.0001; give at least 1, and 0.1 to 100"),
         (f"{CHECK} --json nameless", "nameless is a folder; name a file in it"),
         ("check_dataset manifest/clips.jsonl --video_size 64 64", "path is NaN; give the path of a file"),
         ("check_dataset loop --video_size 64 64", "it is a symbolic link to loop, which leads nowhere"),

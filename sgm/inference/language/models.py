@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
+from sgm.io import parse_json
 from sgm.util import InputError, RunError
 
 Message = dict[str, str]  # role and content, as chat templates and endpoints have them
@@ -21,6 +22,7 @@ ENDPOINT_KEY = "PROMPT_ENHANCER_KEY"  # variable with the key that an endpoint a
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _TIMEOUT = (10, 600)  # seconds to connect, and to answer
 _RETRIED = (429, 502, 503, 504)  # the endpoint is busy
+_BACKOFF, _LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: a factor; of what the endpoint asks for
 
 
 class Writer(Protocol):
@@ -192,10 +194,25 @@ class Endpoint:
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
 
-        retry = Retry(total=3, backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None, raise_on_status=False)
+        class Patience(Retry):
+            def get_retry_after(self, response: Any) -> float | None:
+                asked = super().get_retry_after(response)
+                return None if asked is None else min(asked, _LONGEST_WAIT)
+
+        # Nobody waits four times for an answer that does not come.
+        retry = Patience(
+            total=3,
+            connect=0,
+            read=0,
+            backoff_factor=_BACKOFF,
+            status_forcelist=_RETRIED,
+            allowed_methods=None,
+            raise_on_status=False,
+        )
         body = {"model": self._model, "messages": list(messages), "temperature": 0, "seed": 0}
         with requests.Session() as session:
-            session.mount("http", HTTPAdapter(max_retries=retry))
+            for scheme in ("https://", "http://"):
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
             try:
                 # A redirect would send prompts elsewhere; without `auth`, a password of ~/.netrc would be sent.
                 response = session.post(
@@ -204,17 +221,21 @@ class Endpoint:
             except requests.RequestException as error:
                 said = f"the endpoint {self._url} cannot be reached: {_network_reason(error)}"
                 raise RunError(f"{said}; start it, or correct the address") from error
+        said = " ".join(response.text.split())[:300]
+        if response.status_code in _RETRIED:
+            raise RunError(f"the endpoint {self._url} is busy ({response.status_code}: {said}); try again later")
         if response.status_code != 200:
-            said = " ".join(response.text.split())[:300]
             cure = f"check address, model and key (the key is read from the variable {ENDPOINT_KEY}"
             raise InputError(
                 f"the endpoint {self._url} answers {response.status_code}: {said}; {cure}, and only sent to an "
                 "address that was given on the command line)"
             )
         try:
-            content = response.json()["choices"][0]["message"]["content"]
+            content = parse_json(response.content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
             raise RunError(f"the endpoint {self._url} answers without choices[0].message.content") from error
+        if not isinstance(content, str | None):
+            raise RunError(f"the endpoint {self._url} answers with something else than text")
         return content or ""
 
     def _authorize(self, request: Any) -> Any:

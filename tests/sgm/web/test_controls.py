@@ -42,6 +42,8 @@ def test_kinds_and_limits_are_those_of_the_annotations():
         ("vae_tiling", "true", True),
         ("vae_tiling", "large", None),
         ("compile", True, None),
+        ("negative_prompt", "${args.seed}, \\${x} {y} # z: '\"", None),
+        ("negative_prompt", "a\x7fb\x85c\u2028d\ufeffe\nf 😀", None),
     ],
 )
 def test_a_value_reaches_the_run_as_it_was_entered(name, value, typed):

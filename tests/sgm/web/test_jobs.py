@@ -1,6 +1,7 @@
 """Processes: one at a time, ended by their owner alone, their errors told."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -133,6 +134,15 @@ def test_a_failure_is_told_in_the_words_of_the_command(tmp_path, queue, code, er
         list(queue.watch(queue.submit(failing)))
     assert str(caught.value) == "no size\n  -> 64x64" and type(caught.value) is error
     assert failing.log().startswith("wrote 1\n")
+
+
+def test_a_command_that_cannot_start_is_told(tmp_path, queue):
+    gone = job(tmp_path, FAILS)
+    shutil.rmtree(gone.folder)
+    with pytest.raises(RunError, match="cannot be started in .*: No such file"):
+        list(queue.watch(queue.submit(gone)))
+    with pytest.raises(InputError, match="longer than a command may be; shorten the prompt"):
+        list(queue.watch(queue.submit(job(tmp_path, FAILS, "x" * 200_000))))
 
 
 def test_without_a_message_the_last_lines_are_told():

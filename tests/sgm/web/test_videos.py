@@ -112,6 +112,25 @@ def test_the_history_gives_settings_back(models, tmp_path):
     assert known["negative_prompt"] == "blurry, dark"
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("args.loop=False", False),
+        ("args.vae_tiling=off", False),
+        ("args.guidance_interval=[.2, .8]", [0.2, 0.8]),
+        ("args.seed=1_000", 1000),
+        ("args.negative_prompt='a b'", "a b"),
+        ("args.num_steps=${args.seed}", 50),  # the value is in the record
+        ("args.guidance_interval=${x}", None),
+        ("args.guidance_interval=[0.2", None),
+    ],
+)
+def test_overrides_of_a_command_line_are_read_as_yaml(models, tmp_path, word, value):
+    made = videos.Video(tmp_path, {"prompt": "a", "overrides": [word], "num_steps": 50})
+    known = videos.settings_of(made, models, Folders(outputs=tmp_path, configs=CONFIGS))
+    assert known[word.partition("=")[0].removeprefix("args.")] == value
+
+
 def test_what_the_page_cannot_show_is_named(models, tmp_path):
     folders = Folders(outputs=tmp_path, configs=CONFIGS)
     made = {"prompt": "a", "configs": ["configs/toy.yaml", "configs/toy_long.yaml"], "num_frames": 33, "fps": 8}
@@ -183,6 +202,7 @@ def test_loras_and_whole_weights_are_told_apart(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no header")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / LATEST).write_text("7")
+    (tmp_path / "gone.safetensors").symlink_to("nowhere")
     folders = [tmp_path, Path("assets")]
     assert find_loras(folders) == [Path("assets/toy_land"), tmp_path / "other.safetensors"]
     whole = {tmp_path / "empty", Path("assets/toy/transformer"), Path("assets/toy/transformer_i2v")}
@@ -193,6 +213,8 @@ def test_unfinished_and_strange_files_are_no_history(tmp_path):
     video(tmp_path / "one").with_suffix(".json").unlink()
     video(tmp_path / "two").with_suffix(".json").write_text("[1]")
     video(tmp_path / "three").with_suffix(".json").write_text('{"other": 1}')
+    for number, other in enumerate(({"prompt": {}}, {"loras": ["x"]}, {"overrides": None}, {"configs": [1]})):
+        video(tmp_path / str(number), **other)
     assert videos.finished(tmp_path) == []
 
 
@@ -218,9 +240,13 @@ def test_uploads_belong_to_their_session(tmp_path):
     copied = sessions.keep("../../one", old)
     assert sessions.image("../../one") == copied and not kept.exists(), "one picture a window"
     (tmp_path / "text.jpg").write_text("no picture")
+    (damaged := tmp_path / "damaged.jpg").write_text("no picture")
     with pytest.raises(InputError, match="'text.jpg' cannot be read as a picture"):
         sessions.take("../../one", tmp_path / "text.jpg")
     assert sessions.image("../../one") is None, "the wrong one takes the place of the last"
+    with pytest.raises(InputError, match="'damaged.jpg' cannot be read as a picture"):
+        sessions.keep("../../one", damaged)
+    assert sessions.image("../../one") is None
     shown = Path(sessions.shown("two", video(tmp_path / "run")))
     assert shown.read_bytes() == b"" and shown.is_relative_to(sessions.root)
     sessions.forget("two")
@@ -251,5 +277,9 @@ def test_a_training_is_planned_and_watched(models, tmp_path):
     assert points == [*((n, 1.0, "training") for n in range(1, 4)), (3, 2.0, "validation")]
     assert quarters == [[], [], [(3, 0.5, "training"), (3, 4.0, "validation")], []]
     assert len(trainings.samples(run)) == 1
+    video(tmp_path / "elsewhere")
+    (run / "samples" / "link.mp4").symlink_to(tmp_path / "elsewhere/0_a/0/000000.mp4")
+    (run / "samples" / "link.json").write_text('{"prompt": "a"}')
+    assert len(trainings.samples(run)) == 1, "links lead nowhere"
     (tmp_path / "data" / "b").mkdir(parents=True)
     assert trainings.find_data([tmp_path / "data"]) == [tmp_path / "data", tmp_path / "data" / "b"]

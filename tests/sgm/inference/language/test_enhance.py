@@ -15,6 +15,7 @@ import sgm.inference.language.enhance
 import sgm.inference.prepare
 from sgm.config.args import SamplingArgs, TrainingArgs
 from sgm.config.load import ConfigError, load_config
+from sgm.inference.language import models
 from sgm.inference.language.enhance import RECORD, answer_text, enhance, enhanced, language_fault, make_writer
 from sgm.inference.language.models import ENDPOINT_KEY, ChatModel, Endpoint
 from sgm.inference.main import main
@@ -175,13 +176,19 @@ class Stub(BaseHTTPRequestHandler):
         status, content = {
             "m": (200, {"choices": [{"message": {"content": "<think>hm</think>a e"}}]}),
             "odd": (200, {"choices": []}),
+            "parts": (200, {"choices": [{"message": {"content": [{"type": "text", "text": "a e"}]}}]}),
+            "deep": (200, b"[" * 100_000),
+            "once": (429 if len(self.server.asked) == 1 else 200, {"choices": [{"message": {"content": "a e"}}]}),
+            "busy": (503, {}),
             "moved": (307, {}),
         }.get(body["model"], (404, {"error": "no such model"}))
         self.send_response(status)
+        if status in (429, 503):
+            self.send_header("Retry-After", "86400")
         if status == 307:
             self.send_header("Location", "/other")
         self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
+        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
     def log_message(self, *_):
         pass
@@ -231,6 +238,8 @@ def test_what_an_endpoint_says_wrong_is_reported(endpoint):
         ("other", InputError, "answers 404.*no such model"),
         ("moved", InputError, "answers 307"),
         ("odd", RunError, "without choices"),
+        ("deep", RunError, "without choices"),
+        ("parts", RunError, "something else than text"),
     ):
         with pytest.raises(error, match=said):
             Endpoint(url, model, with_key=False).answer([])
@@ -238,11 +247,21 @@ def test_what_an_endpoint_says_wrong_is_reported(endpoint):
         with pytest.raises(InputError, match="no address"):
             Endpoint(wrong, "m", with_key=False)
     assert "/v1/chat/completions cannot be reached: Connection refused; start it" in _unreachable()
-    assert [path for path, *_ in endpoint.asked] == ["/v1/chat/completions"] * 3
+    assert [path for path, *_ in endpoint.asked] == ["/v1/chat/completions"] * 5
+
+
+def test_a_busy_endpoint_is_asked_again(endpoint, monkeypatch):
+    monkeypatch.setattr(models, "_BACKOFF", 0)
+    monkeypatch.setattr(models, "_LONGEST_WAIT", 0.01)  # not the day that it asks for
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    assert Endpoint(url, "once", with_key=False).answer([]) == "a e" and len(endpoint.asked) == 2
+    with pytest.raises(RunError, match=r"is busy \(503: .*; try again later"):
+        Endpoint(url, "busy", with_key=False).answer([])
+    assert len(endpoint.asked) == 2 + 4
 
 
 def test_the_tool_writes_a_file_of_prompts_with_their_images(chat_model, tiny_model, tmp_path, capfd):
-    (tmp_path / "p.txt").write_text("猫@@x.png\n\n狗@@../y.png\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("\ufeff\n猫@@x.png\n\n狗@@../y.png\n", encoding="utf-8")
     words = [str(tmp_path / "p.txt"), "--model", str(chat_model), "--base", str(tiny_model("dit_i2v_5b"))]
     words += ["--max_new_tokens", "2", "--out"]
     assert enhance_prompts.main([*words, str(tmp_path / "out.txt")]) == 0
