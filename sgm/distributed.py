@@ -6,7 +6,6 @@ module creates or stores a group.
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -47,21 +46,15 @@ def is_launched() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that the launcher started, also before `initialize`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that the launcher started, also before `initialize`.
 
-
-def local_world_size() -> int | None:
-    """Return the number of processes on this machine, as its launcher says, or will; None if it counts devices."""
-    names = ("LOCAL_WORLD_SIZE",) if is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
-    given = next((os.environ[name] for name in names if os.environ.get(name)), "1")
-    return int(given) if given.isdecimal() else None  # torchrun takes "gpu" and "auto" too
-
-
-def elastic_machines() -> range:
-    """Return the numbers of machines on which the launcher may restart the run (``NNODES=1:4``); empty if unknown."""
-    found = re.fullmatch(r"(\d+):(\d+)", os.environ.get("NNODES") or os.environ.get("PET_NNODES", ""))
-    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    Raises:
+        InputError: the environment holds something else.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) == 0:
+        raise InputError(f"the environment has WORLD_SIZE={given}; it is a number of processes, from 1: unset it")
+    return int(given)
 
 
 @contextmanager
@@ -106,8 +99,13 @@ def configure(args: SamplingArgs) -> None:
 
     Raises:
         ConfigError: ``args.device`` names one that is not available.
+        InputError: variables of the launcher are missing.
     """
     global _timeout, _device
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if is_launched() and not os.environ.get(name)]
+    if missing:
+        found = f"the environment has RANK and WORLD_SIZE={world_size()}, and no {' or '.join(missing)}"
+        raise InputError(f"{found}; start the processes with torchrun, or unset those for a single one")
     _device = None if args.device is None else resolve_device(args)
     if _device is not None and _device.type != "cpu" and _device.index is not None:
         torch.accelerator.set_device_index(_device)
