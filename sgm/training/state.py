@@ -442,10 +442,13 @@ def publish_state(point: ResumePoint, files: Collection[str]) -> None:
 
 
 def remove_other_states(run: Path, iteration: int) -> None:
-    """Remove all states of `run` except that of `iteration`, incomplete ones included."""
+    """Remove all states of `run` except that of `iteration`, incomplete ones included.
+
+    What cannot be removed, as a folder of NFS with a file that is open elsewhere, is left for the next save.
+    """
     for other in (run / FOLDER).iterdir():
         if other.is_dir() and other.name != str(iteration):
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: bool = True) -> None:

@@ -15,7 +15,7 @@ from sgm.config.args import TrainingArgs
 from sgm.training.metrics import read_metrics
 from sgm.training.save import Saver, gather_parameters
 from sgm.training.state import checkpoint_engine, find_resume_point
-from sgm.util import InputError
+from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training
 
@@ -44,6 +44,21 @@ def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_p
     saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
     Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
+
+
+@pytest.mark.parametrize("error", [RunError("full"), RuntimeError("connection closed by peer"), KeyboardInterrupt()])
+@pytest.mark.parametrize("newest", ["100", "120"])
+def test_nothing_is_left_of_a_save_that_fails_on_any_rank(tmp_path, error, newest):
+    for name in ("100", "120", "120-ema", "resume/120"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "resume" / "latest").write_text(newest)
+    saver = object.__new__(Saver)
+    saver.parts = SimpleNamespace(folder=tmp_path)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(type(error)), saver._removed_if_it_fails(120):
+        raise error
+    assert (tmp_path / "100").is_dir()
+    for name in ("120", "120-ema", "resume/120"):
+        assert (tmp_path / name).exists() is (newest == "120"), "its state is complete"
 
 
 def test_buffers_are_saved_with_the_parameters():
