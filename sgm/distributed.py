@@ -481,23 +481,23 @@ def _wait_for_rank_zero() -> None:
     key = f"rank zero/{_num_waits}"
     if rank() == 0:
         _store.set(key, "")
-    _poll(_store, [key], threading.Event())
+    _poll(_store, [key])
 
 
-def _poll(store: Any, keys: Sequence[str], cancelled: threading.Event) -> None:
+def _poll(store: Any, keys: Sequence[str], cancelled: threading.Event | None = None) -> None:
     """Wait until the store has all keys, without blocking its connection.
 
     Raises:
-        RunError: `cancelled` was set.
+        DistError: `cancelled` was set, or without it a rank was lost.
     """
-    pause = 0.001
+    pause, given_up = 0.001, default(cancelled, threading.Event() if _peers is None else _peers.found)
     while not store.check(list(keys)):
-        if cancelled.wait(pause):
-            raise RunError("cancelled")
+        if given_up.wait(pause):
+            raise dist.DistError("a wait for other ranks was given up")
         pause = min(2 * pause, 0.5)
 
 
-def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.Event) -> Any:
+def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.Event | None = None) -> Any:
     """Send `value` to rank zero, and return on all ranks what `decide` makes there of the values of all ranks.
 
     For a thread beside the main one: this goes through the store, and not through collectives, whose order must be the
@@ -506,10 +506,10 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
     Args:
         value: of this rank, as JSON can hold it; the result too.
         decide: is called on rank zero alone.
-        cancelled: ends the wait for others.
+        cancelled: ends the wait for others; None: the loss of a rank does.
 
     Raises:
-        RunError: `cancelled` was set.
+        DistError: the wait was ended.
     """
     global _num_settled
     if _store is None:
@@ -530,7 +530,7 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
 
 def wait_for_all() -> None:
     """Wait for all ranks in the store, without the timeout of collectives; heartbeats end the wait if one is lost."""
-    settle(None, lambda values: None, threading.Event())
+    settle(None, lambda values: None)
 
 
 def gather_objects(value: Any) -> list[Any] | None:

@@ -255,6 +255,7 @@ class Saver:
         """Write weights, averages and state, then remove old checkpoints. Collective: all ranks call it."""
         if is_writing_rank():
             self._write(iteration, weights, averages)
+        sgm.distributed.wait_for_all()  # collectives have a timeout
         save_state(self.parts.deepspeed, self._point(iteration), with_rng=not self.args.no_save_rng)
         if sgm.distributed.rank() == 0:
             self._set_latest(iteration)

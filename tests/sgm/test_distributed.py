@@ -1,5 +1,6 @@
 import importlib
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,18 @@ def test_the_device_is_the_cpu_where_there_is_nothing_else():
     assert sgm.distributed.device() == torch.device("cpu")
     sgm.distributed.prepare_import()
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_wait_in_the_store_ends_when_a_rank_is_lost(monkeypatch):
+    """So that what the rank does on failure is done, before its heartbeats end it."""
+    found = threading.Event()
+    found.set()
+    monkeypatch.setattr(sgm.distributed, "_peers", SimpleNamespace(found=found))
+    monkeypatch.setattr(sgm.distributed, "_store", dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.raises(dist.DistError, match="given up"):
+        sgm.distributed._poll(sgm.distributed._store, ["rank zero/1"])
+    with pytest.raises(dist.DistError):
+        sgm.distributed._poll(sgm.distributed._store, ["rank zero/1"], found)
 
 
 @pytest.mark.parametrize(("given", "number"), [(None, 1), ("", 1), ("8", 8)])
