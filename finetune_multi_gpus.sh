@@ -24,7 +24,10 @@ fi
 base=()
 rest=()
 for word in "$@"; do
-    if [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word"); else rest+=("$word"); fi
+    word=${word#--base=}
+    if [[ "$word" =~ ^[A-Za-z_][A-Za-z0-9_.]*= && ! -e "$word" ]]; then rest+=("$word")  # whatever its value ends with
+    elif [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word")
+    elif [[ "$word" != --base ]]; then rest+=("$word"); fi
 done
 [[ ${#base[@]} -eq 0 ]] && base=(configs/toy_lora.yaml configs/toy_sft.yaml)
 # Old versions of bash treat an empty array as unset.
@@ -35,6 +38,11 @@ if [[ -z "${NPROC_PER_NODE:-}" ]]; then
 fi
 export NPROC_PER_NODE
 nodes=${NNODES:-1}
+if [[ ! "$NPROC_PER_NODE" =~ ^[1-9][0-9]*$ || ! "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    echo "error: NPROC_PER_NODE is '$NPROC_PER_NODE' and NNODES is '$nodes': the first is the number of processes on a" \
+        "machine, the second that of machines, or a range such as 1:4; give numbers from 1, or unset them" >&2
+    exit 2
+fi
 launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
 if [[ "$nodes" == 1 ]]; then
     launch+=(--standalone)

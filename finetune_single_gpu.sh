@@ -18,7 +18,10 @@ fi
 base=()
 rest=()
 for word in "$@"; do
-    if [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word"); else rest+=("$word"); fi
+    word=${word#--base=}
+    if [[ "$word" =~ ^[A-Za-z_][A-Za-z0-9_.]*= && ! -e "$word" ]]; then rest+=("$word")  # whatever its value ends with
+    elif [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word")
+    elif [[ "$word" != --base ]]; then rest+=("$word"); fi
 done
 [[ ${#base[@]} -eq 0 ]] && base=(configs/toy_lora.yaml configs/toy_sft.yaml)
 

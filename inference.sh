@@ -19,7 +19,10 @@ sample=("$PYTHON" sample_video.py)
 base=()
 rest=()
 for word in "$@"; do
-    if [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word"); else rest+=("$word"); fi
+    word=${word#--base=}
+    if [[ "$word" =~ ^[A-Za-z_][A-Za-z0-9_.]*= && ! -e "$word" ]]; then rest+=("$word")  # whatever its value ends with
+    elif [[ "$word" == *.yaml || "$word" == *.yml ]]; then base+=("$word")
+    elif [[ "$word" != --base ]]; then rest+=("$word"); fi
 done
 
 if [[ ${#base[@]} -eq 0 ]]; then
@@ -34,8 +37,16 @@ fi
 words=(--base "${base[@]}" ${rest[@]+"${rest[@]}"})
 
 if [[ "${NPROC_PER_NODE:-1}" != 1 ]]; then
+    if [[ ! "$NPROC_PER_NODE" =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: NPROC_PER_NODE is '$NPROC_PER_NODE': give the number of processes, from 1, or unset it" >&2
+        exit 2
+    fi
     # One process checks the input first: one message instead of one per process.
-    WORLD_SIZE=$NPROC_PER_NODE "${sample[@]}" "${words[@]}" --check >/dev/null
+    check=(env "WORLD_SIZE=$NPROC_PER_NODE" "${sample[@]}" "${words[@]}" --check)
+    for word in "$@"; do
+        case "$word" in --check | --help | -h) exec "${check[@]}" ;; esac
+    done
+    "${check[@]}" >/dev/null
     sample=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" sample_video.py)
 fi
 exec "${sample[@]}" "${words[@]}"

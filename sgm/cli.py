@@ -119,8 +119,9 @@ def _help(parser: argparse.ArgumentParser, words: Sequence[str], *, training: bo
 
 
 def write_findings(options: argparse.Namespace, report: str) -> None:
-    """Write what a command with ``--check`` found, headed by the command that was typed."""
-    sys.stdout.write(f"{options.command}\n{report}\n")
+    """Write what a command with ``--check`` found, headed by the command that was typed; on rank zero only."""
+    if is_rank_zero():
+        sys.stdout.write(f"{options.command}\n{report}\n")
 
 
 def _keys_for(unknown: Sequence[str]) -> str:

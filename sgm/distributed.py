@@ -6,7 +6,6 @@ module creates or stores a group.
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -47,21 +46,15 @@ def is_launched() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that the launcher started, also before `initialize`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that the launcher started, also before `initialize`.
 
-
-def local_world_size() -> int | None:
-    """Return the number of processes on this machine, as its launcher says, or will; None if it counts devices."""
-    names = ("LOCAL_WORLD_SIZE",) if is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
-    given = next((os.environ[name] for name in names if os.environ.get(name)), "1")
-    return int(given) if given.isdecimal() else None  # torchrun takes "gpu" and "auto" too
-
-
-def elastic_machines() -> range:
-    """Return the numbers of machines on which the launcher may restart the run (``NNODES=1:4``); empty if unknown."""
-    found = re.fullmatch(r"(\d+):(\d+)", os.environ.get("NNODES") or os.environ.get("PET_NNODES", ""))
-    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    Raises:
+        InputError: the environment holds something else.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) == 0:
+        raise InputError(f"the environment has WORLD_SIZE={given}; it is a number of processes, from 1: unset it")
+    return int(given)
 
 
 @contextmanager
@@ -106,8 +99,13 @@ def configure(args: SamplingArgs) -> None:
 
     Raises:
         ConfigError: ``args.device`` names one that is not available.
+        InputError: variables of the launcher are missing.
     """
     global _timeout, _device
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if is_launched() and not os.environ.get(name)]
+    if missing:
+        found = f"the environment has RANK and WORLD_SIZE={world_size()}, and no {' or '.join(missing)}"
+        raise InputError(f"{found}; start the processes with torchrun, or unset those for a single one")
     _device = None if args.device is None else resolve_device(args)
     if _device is not None and _device.type != "cpu" and _device.index is not None:
         torch.accelerator.set_device_index(_device)
@@ -483,23 +481,23 @@ def _wait_for_rank_zero() -> None:
     key = f"rank zero/{_num_waits}"
     if rank() == 0:
         _store.set(key, "")
-    _poll(_store, [key], threading.Event())
+    _poll(_store, [key])
 
 
-def _poll(store: Any, keys: Sequence[str], cancelled: threading.Event) -> None:
+def _poll(store: Any, keys: Sequence[str], cancelled: threading.Event | None = None) -> None:
     """Wait until the store has all keys, without blocking its connection.
 
     Raises:
-        RunError: `cancelled` was set.
+        DistError: `cancelled` was set, or without it a rank was lost.
     """
-    pause = 0.001
+    pause, given_up = 0.001, default(cancelled, threading.Event() if _peers is None else _peers.found)
     while not store.check(list(keys)):
-        if cancelled.wait(pause):
-            raise RunError("cancelled")
+        if given_up.wait(pause):
+            raise dist.DistError("a wait for other ranks was given up")
         pause = min(2 * pause, 0.5)
 
 
-def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.Event) -> Any:
+def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.Event | None = None) -> Any:
     """Send `value` to rank zero, and return on all ranks what `decide` makes there of the values of all ranks.
 
     For a thread beside the main one: this goes through the store, and not through collectives, whose order must be the
@@ -508,10 +506,10 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
     Args:
         value: of this rank, as JSON can hold it; the result too.
         decide: is called on rank zero alone.
-        cancelled: ends the wait for others.
+        cancelled: ends the wait for others; None: the loss of a rank does.
 
     Raises:
-        RunError: `cancelled` was set.
+        DistError: the wait was ended.
     """
     global _num_settled
     if _store is None:
@@ -532,7 +530,7 @@ def settle(value: Any, decide: Callable[[list[Any]], Any], cancelled: threading.
 
 def wait_for_all() -> None:
     """Wait for all ranks in the store, without the timeout of collectives; heartbeats end the wait if one is lost."""
-    settle(None, lambda values: None, threading.Event())
+    settle(None, lambda values: None)
 
 
 def gather_objects(value: Any) -> list[Any] | None:

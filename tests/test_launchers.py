@@ -87,6 +87,41 @@ def test_inference_sh_samples_the_toy_unless_a_file_is_named(recorder):
     assert run("bash", "inference.sh", "--help").stdout.count("usage:") == 1
 
 
+LAUNCHERS = ["finetune_single_gpu.sh", "finetune_multi_gpus.sh", "inference.sh"]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_files_are_told_from_values_and_found_with_and_without_base(recorder, script):
+    words = ["--base", "a.yaml", "args.x=list.yaml", "--base=b.yml", "runs/lr=1/c.yaml", "args.y=a b"]
+    done = run("bash", script, *words, PYTHON=recorder, NPROC_PER_NODE="1")
+    assert done.stdout.endswith(".py --base a.yaml b.yml runs/lr=1/c.yaml args.x=list.yaml args.y=a b\n")
+    done = run("bash", script, "args.x=list.yaml", PYTHON=recorder, NPROC_PER_NODE="1")
+    assert ".py --base configs/toy" in done.stdout and done.stdout.endswith(".yaml args.x=list.yaml\n")
+
+
+@pytest.mark.parametrize("value", ["0", "08", "2.5", "-1", "two", "gpu", "2 3"])
+@pytest.mark.parametrize("script", LAUNCHERS[1:])
+def test_what_is_no_number_of_processes_starts_nothing(recorder, script, value):
+    """Bash would go on after an error in its arithmetic, without the check."""
+    done = run("bash", script, "--check", PYTHON=recorder, NPROC_PER_NODE=value)
+    assert (done.returncode, done.stdout) == (2, "") and f"NPROC_PER_NODE is '{value}'" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "1:", "two", "0:2"])
+def test_what_is_no_number_of_machines_starts_nothing(recorder, value):
+    done = run("bash", "finetune_multi_gpus.sh", PYTHON=recorder, NPROC_PER_NODE="2", NNODES=value, MASTER_ADDR="node0")
+    assert (done.returncode, done.stdout) == (2, "") and f"NNODES is '{value}'" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["--check", "--help"])
+def test_sampling_is_checked_by_one_process(tmp_path, word):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "${WORLD_SIZE:-none} $*"\n')
+    python.chmod(0o755)
+    done = run("bash", "inference.sh", "a.yaml", word, PYTHON=str(python), NPROC_PER_NODE="4")
+    assert done.stdout == f"4 sample_video.py --base a.yaml {word} --check\n"
+
+
 def test_contact_sheet_of_nothing(tmp_path):
     done = run("python", "tools/contact_sheet.py", str(tmp_path), "--out", str(tmp_path / "sheet.png"))
     assert done.returncode == 2 and str(tmp_path) in done.stderr and not (tmp_path / "sheet.png").exists()

@@ -1,5 +1,7 @@
 """Check the mesh (tensor, sequence, guidance and context parallel sizes) against model and number of processes."""
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -31,14 +33,14 @@ def with_batch(config: Config) -> Config:
 
 def restart_warnings(config: Config) -> Iterator[str]:
     """Yield why a training run cannot go on with other machines, of which the launcher was given a range."""
-    machines = sgm.distributed.elastic_machines()
+    machines = _machines()
     if len(machines) < 2:
         return
     given = f"the run may restart on {machines[0]} to {machines[-1]} machines"
     if reasons := list(_undivided(config)):
         yield f"{given}, and goes on with as many as it was saved on alone: {'; '.join(reasons)}"
         return
-    if (local := sgm.distributed.local_world_size()) is None:
+    if (local := _ranks_of_a_machine()) is None:
         return
     mesh, section = mesh_of(config), config.deepspeed
     micro, accumulation = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
@@ -55,6 +57,19 @@ def restart_warnings(config: Config) -> Iterator[str]:
             refused.append(f"{number} (deepspeed.train_batch_size={total} is no multiple of {at_once})")
     if refused:
         yield f"{given}, and is refused on {', '.join(refused)}"
+
+
+def _machines() -> range:
+    """Return the numbers of machines on which the launcher may restart the run (``NNODES=1:4``); empty if unknown."""
+    found = re.fullmatch(r"([1-9]\d*):(\d+)", os.environ.get("NNODES") or os.environ.get("PET_NNODES", ""))
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
+
+def _ranks_of_a_machine() -> int | None:
+    """Return the number of processes on this machine, as its launcher says, or will; None if it counts devices."""
+    names = ("LOCAL_WORLD_SIZE",) if sgm.distributed.is_launched() else ("NPROC_PER_NODE", "PET_NPROC_PER_NODE")
+    given = next((os.environ[name] for name in names if os.environ.get(name)), "1")
+    return int(given) or None if given.isdecimal() else None  # torchrun takes "gpu" and "auto" too
 
 
 def _undivided(config: Config) -> Iterator[str]:

@@ -224,9 +224,11 @@ def _is_shared(folder: Path) -> bool:
     if sgm.distributed.rank() == 0:
         place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
         token, path = os.urandom(16).hex(), place / f".node-check-{os.getpid()}"
-        with contextlib.suppress(OSError):  # read-only: its digests are compared
+        try:
             path.write_text(token, encoding="utf-8")
-        if not path.exists():
+        except OSError:  # read-only or full: digests are compared, and a run says what it cannot write
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             path = None
     token, path = sgm.distributed.broadcast_from_rank_zero((token, path))
     try:

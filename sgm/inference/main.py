@@ -35,9 +35,12 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.base, options.overrides, mode="inference", trust=options.trust)
     if options.check:
+        import sgm.distributed
         from sgm.checks.planner import written_without_files
         from sgm.inference.prepare import memory_report, prepare
 
+        if sgm.distributed.is_launched():
+            sgm.distributed.configure(config.args)  # before a network is built, for which the ranks connect
         write = partial(cli.write_findings, options)
         with written_without_files(lambda: memory_report(config, options.card), write):
             write(prepare(config, for_card=options.card is not None).report(options.card))

@@ -66,6 +66,9 @@ class Peers:
             min(timeout / 4, 10 s) after a failed collective or SIGTERM; then the main thread has
             min(timeout / 4, 5 s) to exit.
 
+    Attributes:
+        found: is set when a rank is lost; the main thread then has a while to exit.
+
     Raises:
         DistError: a rank sends no heartbeat within `timeout`.
     """
@@ -90,7 +93,7 @@ class Peers:
         self._receive(self._watched)
         self._num_received = 0
         self._store_failed = False
-        self._changed, self._found, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._changed, self.found, self._closed = threading.Event(), threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
         self._handles_sigterm = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         if self._handles_sigterm:  # launchers send it when a rank is lost: name that rank before exiting
@@ -183,7 +186,7 @@ class Peers:
             if lost := self._find_lost(missed, missed_answers):
                 self._lost = self._reason = self._lost or lost
                 self._changed.set()
-        self._found.set()
+        self.found.set()
         if self._closed.wait(self._grace):
             time.sleep(self._grace)
         else:  # the main thread may hang in a collective forever
@@ -210,7 +213,7 @@ class Peers:
         lost = ""
         if (cause := _collective_error(error)) is not None:
             self._state, self._max_missed = _WAITS, _SUSPECT_TICKS
-            self._found.wait(2 * _SUSPECT_TICKS * self._tick)
+            self.found.wait(2 * _SUSPECT_TICKS * self._tick)
             lost = self._lost
             if not lost and "timed out" in str(cause).lower():
                 self._receive_all()

@@ -81,11 +81,14 @@ def _check(config: Any, options: argparse.Namespace, devices: Any = None) -> Non
         options: of the command line, with the GiB of a card.
         devices: the card of each rank to recommend settings for, if the number of ranks is only planned.
     """
+    import sgm.distributed
     from sgm.checks.planner import written_without_files
     from sgm.training.inputs.buckets import bucket_report, plan_buckets
     from sgm.training.inputs.precompute import after_encoding, before_encoding
     from sgm.training.prepare import memory_report, prepare
 
+    if sgm.distributed.is_launched():
+        sgm.distributed.configure(config.args)  # before a network is built, for which the ranks connect
     ahead = config.args.precomputed if config.args.precompute else {}
     encoded = after_encoding(config) if ahead else None
     write = partial(cli.write_findings, options)
@@ -110,7 +113,6 @@ def _check_nodes(plan: Any) -> None:
 
     if not sgm.distributed.is_launched():
         return
-    sgm.distributed.configure(plan.args)
     with sgm.distributed.explain_lost_ranks():
         sgm.distributed.initialize()
         digests = {"the configuration": plan.config.digest[:12], "the clips": plan.data.digest[:12]}

@@ -219,10 +219,13 @@ class Saver:
 
     @contextlib.contextmanager
     def _removed_if_it_fails(self, iteration: int) -> Iterator[None]:
-        """Context: on a full disk, remove what was written of a checkpoint, unless its state is already the newest."""
+        """Context: if a save fails, remove what was written of it, unless its state is already the newest.
+
+        A full disk is an error of the rank that wrote, and a lost connection on the others.
+        """
         try:
             yield
-        except RunError:
+        except BaseException:
             if sgm.distributed.rank() == 0:
                 self._remove_failed(iteration)
             raise
@@ -252,6 +255,7 @@ class Saver:
         """Write weights, averages and state, then remove old checkpoints. Collective: all ranks call it."""
         if is_writing_rank():
             self._write(iteration, weights, averages)
+        sgm.distributed.wait_for_all()  # collectives have a timeout
         save_state(self.parts.deepspeed, self._point(iteration), with_rng=not self.args.no_save_rng)
         if sgm.distributed.rank() == 0:
             self._set_latest(iteration)

@@ -406,16 +406,14 @@ def save_state(engine: Any, point: ResumePoint, *, with_rng: bool = True) -> Non
     Raises:
         RunError: the files cannot be written; the previous state is kept.
     """
-    written: list[str] = []
-
-    def write(path: Path, content: Any) -> None:
+    contents: dict[Path, Any] = {}
+    visit_state(engine, point, contents.__setitem__, with_rng=with_rng)
+    for path, content in contents.items():  # not inside of DeepSpeed's collectives, which have a timeout
         write_state_file(path, content)
-        written.append(path.name)
-
-    visit_state(engine, point, write, with_rng=with_rng)
+    sgm.distributed.wait_for_all()
     # From the ranks, not from the folder: on a shared file system another machine may not see a new file yet, and files
     # of an interrupted save may still be there.
-    files = sgm.distributed.gather_objects(written)
+    files = sgm.distributed.gather_objects([path.name for path in contents])
     if files is not None:
         publish_state(point, {name for names in files for name in names})
     sgm.distributed.barrier()
@@ -442,10 +440,13 @@ def publish_state(point: ResumePoint, files: Collection[str]) -> None:
 
 
 def remove_other_states(run: Path, iteration: int) -> None:
-    """Remove all states of `run` except that of `iteration`, incomplete ones included."""
+    """Remove all states of `run` except that of `iteration`, incomplete ones included.
+
+    What cannot be removed, as a folder of NFS with a file that is open elsewhere, is left for the next save.
+    """
     for other in (run / FOLDER).iterdir():
         if other.is_dir() and other.name != str(iteration):
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: bool = True) -> None:

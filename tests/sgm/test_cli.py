@@ -32,6 +32,13 @@ def test_wrong_input_is_reported_once_per_machine_and_by_every_rank_after_the_st
     assert "the disk is full" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("rank", "written"), [("0", "bash x.sh\nall well\n"), ("1", "")])
+def test_findings_that_are_the_same_on_all_ranks_are_written_once(monkeypatch, capsys, rank, written):
+    monkeypatch.setenv("RANK", rank)
+    cli.write_findings(argparse.Namespace(command="bash x.sh"), "all well")
+    assert capsys.readouterr().out == written
+
+
 @pytest.mark.parametrize("command", [sgm.inference.main, sgm.training.main])
 def test_trust_comes_from_the_command_line_and_ends_with_the_command(command, capsys):
     target = "model.sampler_config.target=email.message.Message"

@@ -1,5 +1,6 @@
 import importlib
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,47 @@ def test_the_device_is_the_cpu_where_there_is_nothing_else():
     assert sgm.distributed.device() == torch.device("cpu")
     sgm.distributed.prepare_import()
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_wait_in_the_store_ends_when_a_rank_is_lost(monkeypatch):
+    """So that what the rank does on failure is done, before its heartbeats end it."""
+    found = threading.Event()
+    found.set()
+    monkeypatch.setattr(sgm.distributed, "_peers", SimpleNamespace(found=found))
+    monkeypatch.setattr(sgm.distributed, "_store", dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.raises(dist.DistError, match="given up"):
+        sgm.distributed._poll(sgm.distributed._store, ["rank zero/1"])
+    with pytest.raises(dist.DistError):
+        sgm.distributed._poll(sgm.distributed._store, ["rank zero/1"], found)
+
+
+@pytest.mark.parametrize(("given", "number"), [(None, 1), ("", 1), ("8", 8)])
+def test_the_number_of_processes(monkeypatch, given, number):
+    monkeypatch.delenv("WORLD_SIZE", raising=False) if given is None else monkeypatch.setenv("WORLD_SIZE", given)
+    assert sgm.distributed.world_size() == number
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "2.0"])
+def test_what_is_no_number_of_processes_is_refused(monkeypatch, given):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(InputError, match=f"the environment has WORLD_SIZE={given}; it is a number of processes"):
+        sgm.distributed.world_size()
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [("training", ("toy_lora", "toy_sft")), ("inference", ("toy", "toy_inference"))],
+)
+@pytest.mark.parametrize("words", [[], ["--check"]])
+def test_variables_of_the_launcher_that_are_missing_are_named(monkeypatch, capsys, command, files, words):
+    """Before a network is built, for which the ranks connect, with the timeout of the run."""
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", ""), ("MASTER_PORT", "")):
+        monkeypatch.setenv(name, value)
+    main = importlib.import_module(f"sgm.{command}.main").main
+    assert main([*(f"configs/{name}.yaml" for name in files), *words]) == 2
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2, and no MASTER_ADDR or MASTER_PORT; start the processes with torchrun" in error
+    assert error.count("error") == 1
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_training_has_no_branches_to_share():
     [
         ("4", ["data.params.buckets=[5x64x64]"], None),
         ("1:4", [], None),
+        ("0:2", ["deepspeed.train_batch_size=32"], None),  # torchrun refuses it
         ("1:4", ["deepspeed.train_batch_size=96"], None),
         ("1:4", ["deepspeed.train_batch_size=32"], "refused on 3 (deepspeed.train_batch_size=32 is no multiple of 24)"),
         (
@@ -91,5 +92,7 @@ def test_what_cannot_restart_on_other_machines_is_said_before(monkeypatch, machi
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     more = ["deepspeed.train_micro_batch_size_per_gpu=1", *overrides]
-    found = list(restart_warnings(load_config(TRAINING, more, mode="train")))
+    found = list(restart_warnings(config := load_config(TRAINING, more, mode="train")))
     assert [said in text for text in found] == [True] * (said is not None), found
+    monkeypatch.setenv("NPROC_PER_NODE", "0")  # refused later
+    list(restart_warnings(config))

@@ -1,7 +1,9 @@
 """The check of the machines of a run: faulty ranks, injected, are named."""
 
 import dataclasses
+import errno
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +77,15 @@ def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
     assert nodes._is_shared(tmp_path / "runs" / "new") and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(nodes.sgm.distributed, "broadcast_from_rank_zero", lambda value: ("another", value[1]))
     assert not nodes._is_shared(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_no_folder_that_others_do_not_see(tmp_path, monkeypatch):
+    def write(path: Path, text: str, **_: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)
+    assert nodes._is_shared(tmp_path) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -4,18 +4,22 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import sgm.distributed
 from sgm.config.args import TrainingArgs
+from sgm.training import state
 from sgm.training.metrics import read_metrics
 from sgm.training.save import Saver, gather_parameters
 from sgm.training.state import checkpoint_engine, find_resume_point
-from sgm.util import InputError
+from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training
 
@@ -44,6 +48,50 @@ def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_p
     saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
     Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
+
+
+@pytest.mark.parametrize("error", [RunError("full"), RuntimeError("connection closed by peer"), KeyboardInterrupt()])
+@pytest.mark.parametrize("newest", ["100", "120"])
+def test_nothing_is_left_of_a_save_that_fails_on_any_rank(tmp_path, error, newest):
+    for name in ("100", "120", "120-ema", "resume/120"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "resume" / "latest").write_text(newest)
+    saver = object.__new__(Saver)
+    saver.parts = SimpleNamespace(folder=tmp_path)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(type(error)), saver._removed_if_it_fails(120):
+        raise error
+    assert (tmp_path / "100").is_dir()
+    for name in ("120", "120-ema", "resume/120"):
+        assert (tmp_path / name).exists() is (newest == "120"), "its state is complete"
+
+
+def test_ranks_wait_for_slow_files_without_the_timeout_of_collectives(monkeypatch, tmp_path):
+    """They wait in the store, and no rank writes between two collectives."""
+    done: list[str] = []
+
+    def noted(name: str, result: Any = None) -> Callable[..., Any]:
+        return lambda *_, **__: (done.append(name), result)[1]
+
+    for name in ("wait_for_all", "gather_objects", "barrier"):
+        monkeypatch.setattr(sgm.distributed, name, noted(name))
+    monkeypatch.setattr(state, "write_state_file", noted("write"))
+
+    def visit(_engine: Any, _point: Any, visit: Callable[[Path, Any], None], **_: Any) -> None:
+        for name in ("model", "optim"):
+            visit(tmp_path / name, {})
+        done.append("collectives of DeepSpeed")
+
+    monkeypatch.setattr(state, "visit_state", visit)
+    saver = object.__new__(Saver)
+    saver.args = TrainingArgs(train_data=("clips",), load="weights", train_iters=1)
+    saver.parts = SimpleNamespace(deepspeed=None)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(saver, "_write", noted("weights"))
+    monkeypatch.setattr(saver, "_point", noted("point"))
+    monkeypatch.setattr(saver, "_set_latest", noted("latest"))
+    saver._write_all(1, {}, None)
+    assert done[:2] == ["weights", "wait_for_all"]
+    expected = ["collectives of DeepSpeed", "write", "write", "wait_for_all", "gather_objects", "barrier", "latest"]
+    assert [name for name in done[2:] if name != "point"] == expected
 
 
 def test_buffers_are_saved_with_the_parameters():

@@ -1,6 +1,7 @@
 """Resume points and the lock of a run folder."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from sgm.training.state import (
     checkpoint_engine,
     find_resume_point,
     next_start_number,
+    remove_other_states,
 )
 from sgm.training.state_files import _deepspeed_objects, restore_rng, rng_state
 from sgm.util import InputError
@@ -195,6 +197,22 @@ def test_a_state_is_divided_again_where_ranks_hold_other_parts(stage, change, sa
 
 def start(training_yaml, folder: Path, *overrides):
     return train(load_config(training_yaml(LORA), [f"args.save={folder}", *overrides], mode="train"))
+
+
+def test_an_old_state_that_cannot_be_removed_does_not_end_the_run(monkeypatch, tmp_path):
+    """On NFS, the folder of a file that is open elsewhere."""
+    for name in ("1", "2", "3"):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+    rmdir = os.rmdir
+
+    def busy(path, **options) -> None:
+        if str(path).endswith("1"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    remove_other_states(tmp_path, 3)
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["1", "3"]
 
 
 def test_incomplete_files_of_a_killed_run_are_removed(training_yaml, tmp_path):
