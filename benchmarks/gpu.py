@@ -10,10 +10,10 @@ at the end those that failed or ended the first. Printed is the Markdown table f
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,19 @@ from benchmarks.runs import (
     build_engine,
     extra_bytes,
     free_memory,
-    launch,
     random,
     sampling_config,
+    seconds_of_ranks,
     shape_of,
     step_estimate,
     text_of,
     training_config,
     vae_estimate,
     video_of,
+    write_shared_seconds,
 )
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.verify import peer_rope
-from sgm.distributed import Mesh
 from sgm.io import parse_json, write_json
 from sgm.log import get_logger
 from sgm.util import InputError
@@ -267,20 +267,13 @@ class Bench:
 
 def shared_step(model: str, size: str, num: int) -> float:
     """Return the seconds of a guided step on `num` ranks, started by torchrun."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "seconds.json"
-        launch(num, [str(Path(__file__)), "--rank-of", model, "--size", size, "--json", str(path)])
-        return parse_json(path.read_text(encoding="utf-8"))
+    return seconds_of_ranks(num, [str(Path(__file__)), "--rank-of", model, "--size", size])
 
 
-def run_rank(model: str, size: str, path: Path) -> None:
-    """Time a guided step on this rank and the others; rank zero writes the seconds."""
-    sgm.distributed.initialize(mesh=Mesh(sequence=sgm.distributed.world_size()))
+def rank_seconds(model: str, size: str) -> float:
+    """Return the seconds of a guided step on this rank and the others."""
     bench = Bench(size, sgm.distributed.device())
-    seconds = bench.seconds(GuidedStep(sampling_config(model, size), bench.device, DTYPE))
-    if sgm.distributed.rank() == 0:
-        write_json(path, seconds)
-    sgm.distributed.shutdown()
+    return bench.seconds(GuidedStep(sampling_config(model, size), bench.device, DTYPE))
 
 
 def rows(bench: Bench) -> dict[str, Callable[[], Figures]]:
@@ -380,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)  # a model: this process is one rank of `shared_step`
     args = parser.parse_args(argv)
     if args.rank_of:
-        run_rank(args.rank_of, args.size, args.json)
+        write_shared_seconds(args.json, partial(rank_seconds, args.rank_of, args.size))
         return 0
     bench = Bench(args.size, sgm.distributed.device())
     if args.size == "released" and bench.device.type == "cpu":

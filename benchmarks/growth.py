@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sgm.distributed
 from benchmarks.data import HostMemory
 from benchmarks.models import NetworkSize, build_network, network_section
-from benchmarks.runs import launch, random, sampling_config
+from benchmarks.runs import random, sampling_config, seconds_of_ranks, write_shared_seconds
 from data_video import SFTDataset
 from sgm.checks.estimate import sampling_estimate, training_estimate
 from sgm.checks.meta_run import build
@@ -36,7 +36,6 @@ from sgm.data.buckets.plan import BucketPlan, Division
 from sgm.data.clips.index import remember
 from sgm.data.order import TrainingOrder
 from sgm.data.rows import VideoInfo
-from sgm.io import parse_json, write_json
 from sgm.training.optim.trainable import choose_trainable
 from sgm.util import RunError
 
@@ -119,10 +118,8 @@ def time_points() -> Iterator[Point]:
             if ranks == 1:
                 seconds = forward_seconds(batch, *latents)
             else:
-                with tempfile.TemporaryDirectory() as folder:
-                    words = ["-m", "benchmarks.growth", "--rank-of", *map(str, (batch, *latents)), "--json"]
-                    launch(ranks, [*words, f"{folder}/seconds.json"], OMP_NUM_THREADS="1")
-                    seconds = parse_json(Path(folder, "seconds.json").read_text(encoding="utf-8"))
+                words = ["-m", "benchmarks.growth", "--rank-of", *map(str, (batch, *latents))]
+                seconds = seconds_of_ranks(ranks, words, OMP_NUM_THREADS="1")
             yield Point(axis, shown, batch * frames // 2 * height * width // 4, {"forward": seconds})
 
 
@@ -139,15 +136,6 @@ def forward_seconds(batch: int, frames: int, height: int, width: int, repeats: i
         network(x, torch.full((batch,), 500), context)
         seconds.append(time.process_time() - start)
     return min(seconds[1:])
-
-
-def run_rank(size: Sequence[int], path: Path) -> None:
-    """Time the forward pass on this rank and the others; rank zero writes the seconds."""
-    sgm.distributed.initialize(mesh=sgm.distributed.Mesh(sequence=sgm.distributed.world_size()))
-    seconds = forward_seconds(*size)
-    if sgm.distributed.rank() == 0:
-        write_json(path, seconds)
-    sgm.distributed.shutdown()
 
 
 def make_rows(folder: Path, num: int) -> None:
@@ -258,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     words = parser.parse_args(argv)
     if words.rank_of:
-        run_rank(words.rank_of, words.json)
+        write_shared_seconds(words.json, partial(forward_seconds, *words.rank_of))
         return 0
     parts: dict[str, Callable[[], Iterator[Point]]] = {
         "memory": memory_points,

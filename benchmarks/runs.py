@@ -4,18 +4,22 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+import sgm.distributed
 from benchmarks.models import CONFIGS, build_network, build_vae
 from sgm.checks.estimate import sampling_estimate, training_estimate
 from sgm.checks.measure import decode_usage, encode_usage
 from sgm.checks.meta_run import LiveBytes, build
 from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import Config, load_config
+from sgm.io import parse_json, write_json
 from sgm.models.video_diffusion import SATVideoDiffusionEngine, TrainingInputs
 from sgm.modules.geometry import SPATIAL_COMPRESSION
 from sgm.training.optim.optimizer import make_optimizer
@@ -74,6 +78,23 @@ def launch(ranks: int, words: Sequence[str], **env: str) -> str:
     if done.returncode:
         raise RunError(f"{ranks} ranks ended with exit code {done.returncode}: {done.stderr[-2000:]}")
     return done.stderr
+
+
+def seconds_of_ranks(ranks: int, words: Sequence[str], **env: str) -> float:
+    """Return the seconds that `write_shared_seconds` writes to the file after ``--json``, on ranks as of `launch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seconds.json"
+        launch(ranks, [*words, "--json", str(path)], **env)
+        return parse_json(path.read_text(encoding="utf-8"))
+
+
+def write_shared_seconds(path: Path, measure: Callable[[], float]) -> None:
+    """Measure on this rank and the others, which share the tokens of a sample; rank zero writes its seconds."""
+    sgm.distributed.initialize(mesh=sgm.distributed.Mesh(sequence=sgm.distributed.world_size()))
+    seconds = measure()
+    if sgm.distributed.rank() == 0:
+        write_json(path, seconds)
+    sgm.distributed.shutdown()
 
 
 class Peak:

@@ -95,28 +95,34 @@ class Description:
         """Return why a shard in `folder` cannot be used, by its size and header; empty if it can."""
         name = self.shard(number)
         try:
-            return self.problem_of(number, folder.header(name), folder.size(name))
+            self.checksums(number, folder.header(name), folder.size(name))
         except FileNotFoundError:
             return _MISSING
         except RunError:  # it cannot be had now
             raise
         except (OSError, ValueError) as error:
             return str(error) or type(error).__name__
+        return ""
 
-    def problem_of(self, number: int, raw: bytes, there: int) -> str:
-        """Return why a file of `there` bytes with the header `raw` is not this shard; empty if it is."""
+    def checksums(self, number: int, raw: bytes, there: int) -> Checksums:
+        """Return the checksums of a shard, a file of `there` bytes with the header `raw`.
+
+        Raises:
+            ValueError: it is not this shard.
+        """
         try:
             checksums = header_checksums(raw)
             header = parse_json(raw)
             metadata = header.pop("__metadata__", {})
             size = 8 + len(raw) + max((each["data_offsets"][1] for each in header.values()), default=0)
-            if there != size:
-                return f"it has {there:,} bytes, and its header says {size:,}"
-            if checksums is None or metadata.get("shard") != self.identity(number):
-                return "it is another shard, or was not written by this tool"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return str(error) or type(error).__name__
-        return ""
+            is_this = metadata.get("shard") == self.identity(number)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(str(error) or type(error).__name__) from error
+        if there != size:
+            raise ValueError(f"it has {there:,} bytes, and its header says {size:,}")
+        if checksums is None or not is_this:
+            raise ValueError("it is another shard, or was not written by this tool")
+        return checksums
 
     def changed(self, folder: CacheFolder, contents: Contents) -> dict[int, list[str]]:
         """Return number → keys of results whose files were replaced since a shard was written."""
@@ -393,9 +399,8 @@ class CachedTensors(Mapping[str, torch.Tensor]):
         if number not in self._open:
             name = self.description.shard(number)
             raw = self.folder.header(name)
-            if problem := self.description.problem_of(number, raw, self.folder.size(name)):  # since the start
-                raise OSError(problem)
-            self._open[number] = self.folder.tensors(name, raw), header_checksums(raw) or Checksums({})
+            checksums = self.description.checksums(number, raw, self.folder.size(name))  # it may be another by now
+            self._open[number] = self.folder.tensors(name, raw), checksums
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)

@@ -248,9 +248,7 @@ def _length(plan: Plan, data: Data, bad_clips: BadClips) -> tuple[int, BucketPla
         total = total_steps(buckets, args, resume)
         logger.info("%s", bucket_report(buckets, args, resume))
     if resume is not None and resume.iteration >= total:
-        resume.require_weights()
-        if sgm.distributed.rank() == 0:
-            repair_latest(resume)
+        resume.require_weights()  # `_open_folder` has repaired ``latest``
     return total, buckets
 
 

@@ -19,7 +19,7 @@ def test_time_and_data_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(growth, "SMALL", size)
     times = {"frames": ((2, 4, 4, 1), (4, 4, 4, 1)), "batch": ((2, 4, 4, 2),), "ranks": ((2, 4, 4, 2),)}
     monkeypatch.setattr(growth, "TIMES", times)
-    monkeypatch.setattr(growth, "launch", rank_alone)
+    monkeypatch.setattr("benchmarks.runs.launch", rank_alone)
     monkeypatch.setattr(growth, "memory_points", lambda: iter([growth.Point("ranks", "2", 7, {"sampling": 2.0**31})]))
     assert growth.main(["--rows", "2", "300", "--plot", str(tmp_path / "growth.png")]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line]

@@ -29,7 +29,7 @@ from sgm.util import InputError
 from sgm.weights.checksums import Checksums, zip_checksums
 from sgm.weights.files import WEIGHTS, read_entry
 from sgm.weights.lazy import LazyTensor
-from sgm.weights.stored import StoredTensor, require_weights, store_zip
+from sgm.weights.stored import StoredTensor, is_dense, require_weights, store_zip
 
 MODEL_FILE = f"{WEIGHTS}.pt"
 PART_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?(model|optim)_states\.pt")
@@ -276,8 +276,7 @@ def _require_fit(path: Path, entries: Mapping[str, Any], hints: Mapping[str, Any
 
 def _require_dense(path: Path, tensors: Mapping[str, Any], *, vectors: bool = False) -> None:
     for name, tensor in tensors.items():
-        is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
-        if not is_dense or (vectors and tensor.ndim != 1):
+        if not (isinstance(tensor, torch.Tensor) and is_dense(tensor)) or (vectors and tensor.ndim != 1):
             raise InputError(f"{path}: {name} is no dense {'vector' if vectors else 'tensor'}; {_CURE}")
 
 

@@ -100,13 +100,18 @@ def total_steps(buckets: BucketPlan, args: TrainingArgs, resume: ResumePoint | N
             f"all {buckets.division.ranks} ranks; set data.params.drop_partial=false, or lower batch sizes, or raise "
             "args.epochs or probabilities"
         )
-    done, first = (0, 0) if resume is None else (resume.iteration, resume.micro_batches)
+    done, first = _done(resume)
     return done + buckets.steps(args.epochs, first)
 
 
 def bucket_report(buckets: BucketPlan, args: TrainingArgs, resume: ResumePoint | None = None) -> str:
     """Return the table of buckets, and the lengths of an epoch and of the run."""
     total = total_steps(buckets, args, resume)
-    done, first = (0, 0) if resume is None else (resume.iteration, resume.micro_batches)
+    done, first = _done(resume)
     samples = buckets.samples_before(first + max(total - done, 0) * buckets.division.accumulation)
     return f"{buckets.table()}\n{buckets.steps(1):,} iterations an epoch; {total:,} in all, on {samples:,} samples"
+
+
+def _done(resume: ResumePoint | None) -> tuple[int, int]:
+    """Return the steps and the micro-batches that are done."""
+    return (0, 0) if resume is None else (resume.iteration, resume.micro_batches)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -414,12 +415,18 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(converted, tmp_path
         sat_model_of({"transformer": tmp_path / "transformer"})
 
 
+def with_header(part: Path, folder: Path, **metadata: str) -> Path:
+    """Return a copy of a part of a pipeline, in `folder`, with other entries in the header of its first file."""
+    copy = shutil.copytree(part, folder / part.name)
+    file = min(copy.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", **metadata})
+    return copy
+
+
 @pytest.mark.parametrize("dtype", ["int8", "complex64", "abc", "load", ""])
 def test_a_dtype_in_the_header_of_the_vae_is_checked(converted, tmp_path, dtype):
     _, there, _ = converted("cogvideox_5b")
-    folder = shutil.copytree(there / "vae", tmp_path / "vae")
-    file = min(folder.glob("*.safetensors"))
-    save_file(load_file(file), file, {"format": "pt", "sat_dtype": dtype})
+    folder = with_header(there / "vae", tmp_path, sat_dtype=dtype)
     with pytest.raises(InputError, match=f"vae: sat_dtype in the header is '{dtype}', expected a precision"):
         sat_model_of({"vae": folder})
 
@@ -427,9 +434,7 @@ def test_a_dtype_in_the_header_of_the_vae_is_checked(converted, tmp_path, dtype)
 @pytest.mark.parametrize("factor", ["0", "nan", "-1", "1e400", "abc", ""])
 def test_a_folded_factor_in_the_header_is_checked(converted, tmp_path, factor):
     _, there, _ = converted("cogvideox1.5_5b_i2v")
-    folder = shutil.copytree(there / "transformer", tmp_path / "transformer")
-    file = min(folder.glob("*.safetensors"))
-    save_file(load_file(file), file, {"format": "pt", "image_scale_folded": factor})
+    folder = with_header(there / "transformer", tmp_path, image_scale_folded=factor)
     with pytest.raises(InputError, match=f"transformer: image_scale_folded in the header is '{factor}', expected"):
         sat_model_of({"transformer": folder})
 
