@@ -55,7 +55,7 @@ def convert(options: argparse.Namespace) -> None:
         dtype=PRECISIONS.get(options.dtype),
         adapters=options.lora,
         fold_image_scale=options.fold_image_scale,
-        title=options.title or options.output_path.name,
+        title=options.title,
         style=options.style,
     )
     if is_comfyui:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--style", choices=("diffusers", "comfyui"), default="diffusers", help="a pipeline, or one file for ComfyUI"
     )
-    parser.add_argument("--title", help="of the transformer, that other tools show (the name of the folder)")
+    parser.add_argument("--title", help="of the transformer, that other tools show (the name of the weights)")
     parser.add_argument("--verify", action="store_true", help="run both implementations and compare (float32)")
     return run_command(
         convert,

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--style", choices=styles, default="diffusers", help="who reads the file (diffusers)")
     parser.add_argument("--key_prefix", help="of the names (transformer., diffusion_model. or lora_unet_)")
     parser.add_argument("--alpha", type=float, help="lora_alpha of the training, if the checkpoint does not record it")
-    parser.add_argument("--title", help="that other tools show (the name of the folder)")
+    parser.add_argument("--title", help="that other tools show (the name of the weights)")
     return run_command(export, parser.parse_args(argv))
 
 

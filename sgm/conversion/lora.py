@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from sgm.conversion.modelspec import lora_metadata
+from sgm.conversion.modelspec import default_title, lora_metadata
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
@@ -169,7 +169,7 @@ def export_lora(
         style: whose names and alphas: in the header for diffusers, as tensors for the others.
         key_prefix: of the names; None for that of the style.
         alpha: see `read_lora`.
-        title: in the header, see `sgm.conversion.modelspec`; None for the name of the folder.
+        title: in the header, see `sgm.conversion.modelspec`; None for that of the weights.
 
     Returns:
         The file.
@@ -187,7 +187,7 @@ def export_lora(
     tensors, metadata = adapters_to_diffusers(
         lora.tensors, alpha=lora.alpha, rank=lora.rank, key_prefix=prefix, style=style
     )
-    named: str = default(title, Path(folder).name)
+    named: str = default(title, default_title(lora.path))
     described = lora_metadata(
         lora.path, rank=lora.rank, alpha=lora.alpha, info=lora.info, title=named, implementation=style
     )

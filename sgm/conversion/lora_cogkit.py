@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sgm.conversion.lora import adapters_to_diffusers
-from sgm.conversion.modelspec import lora_metadata
+from sgm.conversion.modelspec import default_title, lora_metadata
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import get_logger
 from sgm.util import InputError, default
@@ -37,7 +37,7 @@ def export_cogkit_lora(
         path: see `read_lora`.
         folder: to create; gets only the file.
         alpha: see `read_lora`.
-        title: in the header, see `sgm.conversion.modelspec`; None for the name of the folder.
+        title: in the header, see `sgm.conversion.modelspec`; None for that of the weights.
 
     Returns:
         The file.
@@ -67,7 +67,7 @@ def export_cogkit_lora(
             loaded = ", ".join(module.removeprefix("attn1.") for module in MODULES)
             raise InputError(f"{lora.path} has {name}, and CogKit loads LoRA of {loaded} alone; {cure}")
         tensors[name] = LazyTensor((tensor,), kinds[kind])
-    named: str = default(title, Path(folder).name)
+    named: str = default(title, default_title(lora.path))
     described = lora_metadata(
         lora.path, rank=RANK, alpha=ALPHA, info=lora.info, title=named, implementation="diffusers"
     )

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from sgm.conversion.lora import FILE, adapters_to_diffusers
-from sgm.conversion.modelspec import lora_metadata
+from sgm.conversion.modelspec import default_title, lora_metadata
 from sgm.conversion.trainers.sources import Source, read_source
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes
 from sgm.log import is_rank_zero
@@ -117,7 +117,7 @@ def extract_lora(
         base_digest=digest,
         targets=short_names(groups),
     )
-    path = _write(folder, before, tensors, info)
+    path = _write(folder, before, tensors, info, default_title(after.path))
     total = whole + sum(others.values())
     return Extraction(
         path=path,
@@ -205,7 +205,9 @@ def _nearest(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return a.contiguous(), b.contiguous(), values[:rank].square().sum().item()
 
 
-def _write(folder: str | Path, before: Source, tensors: Mapping[str, torch.Tensor], info: AdapterInfo) -> Path:
+def _write(
+    folder: str | Path, before: Source, tensors: Mapping[str, torch.Tensor], info: AdapterInfo, title: str
+) -> Path:
     """Write adapters in the layout of their base."""
     if before.of_diffusers:
         theirs, header = adapters_to_diffusers(tensors, alpha=info.rank)
@@ -214,7 +216,7 @@ def _write(folder: str | Path, before: Source, tensors: Mapping[str, torch.Tenso
             rank=info.rank,
             alpha=info.rank,
             info=None,  # the digest is of the SAT layout
-            title=Path(folder).name,
+            title=title,
             implementation="diffusers",
         )
         with new_folder(folder, need_bytes=total_bytes(theirs)) as temporary:

@@ -4,6 +4,7 @@ Other tools show a model's title, architecture and resolution from ``modelspec.*
 and alpha of a LoRA from ``ss_network_*``. There is no date: the same input gives the same file.
 """
 
+import re
 from collections.abc import Mapping
 from operator import index
 from pathlib import Path
@@ -22,8 +23,21 @@ logger = get_logger(__name__)
 
 PREFIX = "modelspec."
 CONFIG_DIGEST, TIME_SCALING = "training_config_digest", "training_time_scaling"
+# Names that weights of any model have: of files, of iterations, and of the part of a download.
+_COMMON_NAME = re.compile(r"\d+|transformer|(mp_rank|diffusion_pytorch_model|pytorch_lora_weights|adapter_model)\W?.*")
 RANK, ALPHA = "ss_network_dim", "ss_network_alpha"
 KEYS = (BASE, BASE_DIGEST, RANK, ALPHA, CONFIG_DIGEST, TIME_SCALING)
+
+
+def default_title(path: str | Path) -> str:
+    """Return the title of weights by their own name: of the run folder, the model's folder, or a file named by hand.
+
+    It does not depend on where an export is written, so that the same weights give the same bytes.
+    """
+    path = Path(path).absolute()
+    own = path.stem if path.suffix in (".pt", ".safetensors", ".bin") else path.name
+    names = (own, *(parent.name for parent in path.parents))
+    return next((name for name in names if name and not _COMMON_NAME.fullmatch(name)), "CogVideoX")
 
 
 def model_metadata(model: Mapping[str, Any], *, title: str, implementation: str = "diffusers") -> dict[str, str]:

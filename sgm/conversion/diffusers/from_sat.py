@@ -16,14 +16,14 @@ from sgm.config.load import Config
 from sgm.conversion import lora
 from sgm.conversion.diffusers.config import CONTROL_PIPELINE, scheduler_config, transformer_config, vae_config
 from sgm.conversion.diffusers.names import DIFFUSERS_PATCH, autoencoder_to_diffusers, network_to_diffusers
-from sgm.conversion.modelspec import TIME_SCALING, lora_metadata, model_metadata, scaling_metadata
+from sgm.conversion.modelspec import TIME_SCALING, default_title, lora_metadata, model_metadata, scaling_metadata
 from sgm.conversion.writing import new_folder, total_bytes, write_shards
 from sgm.io import write_json
 from sgm.log import get_logger
 from sgm.modules.embeddings import sincos_positions_3d
 from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.modules.geometry import Geometry
-from sgm.util import InputError, instantiate_from_config, without_allocating
+from sgm.util import InputError, default, instantiate_from_config, without_allocating
 from sgm.weights.adapters import is_adapter, read_adapter_info, scale_numerator, with_adapters
 from sgm.weights.architecture import PATCH_WEIGHTS, POSITION_TABLE
 from sgm.weights.checkpoint import released_patch
@@ -143,7 +143,7 @@ def pipeline_of(
     dtype: torch.dtype | None = None,
     adapters: Literal["merge", "keep"] = "merge",
     fold_image_scale: bool = False,
-    title: str = "CogVideoX",
+    title: str | None = None,
     style: lora.Style = "diffusers",
 ) -> Pipeline:
     """Describe the pipeline of a model YAML; weights are found and checked, not read.
@@ -154,7 +154,7 @@ def pipeline_of(
         dtype: of transformer and text encoder; None keeps that of their files. The autoencoder is float32.
         adapters: merge LoRA adapters into the transformer, or write them to a separate file.
         fold_image_scale: see `_fold`.
-        title: of the transformer, see `sgm.conversion.modelspec`.
+        title: of the transformer, see `sgm.conversion.modelspec`; None for that of its weights.
         style: whose names the transformer has.
 
     Raises:
@@ -166,8 +166,9 @@ def pipeline_of(
     parts: list[Part] = []
     kept = None
     if "transformer" not in without:
+        named: str = default(title, default_title(config.args.load or ""))
         part, kept = _transformer(
-            config, dtype=dtype, adapters=adapters, fold_image_scale=fold_image_scale, title=title, style=style
+            config, dtype=dtype, adapters=adapters, fold_image_scale=fold_image_scale, title=named, style=style
         )
         parts.append(part)
     if "vae" not in without:

@@ -315,7 +315,9 @@ def test_all_targets_are_extracted_and_what_is_left_is_named(files, layout):
         lora, header = read_any_lora(found.path), read_metadata(found.path)
         assert set(lora.groups) == set(GROUPS)
         assert header["ss_sd_model_name"] == "small.safetensors" and "base_digest" not in header
-        assert header["ss_network_dim"] == header["ss_network_alpha"] == str(D) and header["modelspec.title"] == "out"
+        assert (
+            header["ss_network_dim"] == header["ss_network_alpha"] == str(D) and header["modelspec.title"] == "changed"
+        )
 
 
 def test_targets_without_a_block_are_refused(files):

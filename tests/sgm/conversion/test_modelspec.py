@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from benchmarks.models import network_section
-from sgm.conversion.modelspec import lora_metadata
+from sgm.conversion.modelspec import default_title, lora_metadata
 
 CONTENT = {"model": {"network_config": network_section("cogvideox_5b")}, "data": {"params": {"video_size": [32, 48]}}}
 
@@ -51,3 +51,20 @@ def test_an_edited_configuration_is_warned_of_and_left_out(tmp_path, text, caplo
     assert found["modelspec.architecture"] == "cogvideox/lora" and found["ss_network_dim"] == "4"
     assert "modelspec.resolution" not in found and "training_config_digest" not in found
     assert f"{tmp_path / 'config.yaml'} is no configuration of a run, and is not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [
+        ("ckpts/my-lora-06-30/1000/mp_rank_00_model_states.pt", "my-lora-06-30"),
+        ("old/mp_rank_00_model_states.safetensors", "old"),
+        ("CogVideoX-2b-sat/transformer/1/mp_rank_00_model_states.pt", "CogVideoX-2b-sat"),
+        ("CogVideoX1.5-5b/transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "CogVideoX1.5-5b"),
+        ("loras/pytorch_lora_weights.safetensors", "loras"),
+        ("loras/green_land.v2.safetensors", "green_land.v2"),
+        ("CogVideoX1.5-5b", "CogVideoX1.5-5b"),
+        ("/1/mp_rank_00_model_states.pt", "CogVideoX"),
+    ],
+)
+def test_weights_without_a_title_have_that_of_their_own_name(path, title):
+    assert default_title(path) == title

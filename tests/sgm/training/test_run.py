@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +58,8 @@ def messages(caplog) -> str:
 # Files
 
 
-def test_a_run_folder_holds_everything(job, plots):
+def test_a_run_folder_holds_everything(job, plots, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", map(float, itertools.count()).__next__)  # each look takes a second
     own = ["args.train_iters=3", "args.log_interval=2", "args.experiment_name=mine", "args.peak_tflops=1"]
     folder = job(LORA, *own).folder
     assert folder.name.startswith("mine-")
@@ -75,8 +78,10 @@ def test_a_run_folder_holds_everything(job, plots):
         "tokens_per_second",
         "mfu",
     }
-    seconds = [sum(line[f"{phase}_seconds"] for phase in PHASES) for line in lines]
-    assert seconds == pytest.approx([line["step_seconds"] for line in lines], rel=0.5), "all but a little"
+    for line in lines:
+        seconds = {phase: line[f"{phase}_seconds"] for phase in PHASES}
+        assert all(value > 0 for phase, value in seconds.items() if phase != "save")
+        assert line["step_seconds"] / 2 < sum(seconds.values()) <= line["step_seconds"], "no time counts twice"
     assert all(0 < line["mfu"] < 1 for line in lines)
     tokens = [line["tokens_per_second"] / line["samples_per_second"] for line in lines]
     assert tokens == pytest.approx([10, 10]), "6 of text, and 2 x 1 x 2 patches"

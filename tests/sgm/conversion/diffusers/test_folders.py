@@ -69,7 +69,7 @@ def converted(family, tmp_path_factory):
     def make(name):
         there, back = top / name / "diffusers", top / name / "sat"
         if not there.exists():
-            pipeline_of(load(family(name))).write(there, max_shard_size="200KB")
+            pipeline_of(load(family(name)), title="Tiny").write(there, max_shard_size="200KB")
             sat_model_of(parts(there)).write(back)
         return family(name), there, back
 
@@ -88,7 +88,7 @@ def test_sat_comes_back_byte_by_byte(converted, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_diffusers_comes_back_byte_by_byte(converted, name, tmp_path):
     _, there, back = converted(name)
-    pipeline_of(load(back / "model.yaml")).write(tmp_path / "again", max_shard_size="200KB")
+    pipeline_of(load(back / "model.yaml"), title="Tiny").write(tmp_path / "again", max_shard_size="200KB")
     files = sorted(path.relative_to(there) for path in there.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.*"))
     assert sum(path.suffix == ".safetensors" for path in files) > 4
