@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,8 @@ from sgm.data.order import TrainingOrder, derive_seed
 from sgm.util import RunError
 
 MAX_ATTEMPTS = 10  # clips tried for one sample
-_PARENT_CHECK_S = 2.0
 _SAMPLES_AHEAD, _THREADS_AHEAD = 64, 8  # read from afar before the loader asks for them
-_CAN_WAIT_FOR_SIGNALS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
+_CAN_WAIT_FOR_SIGNALS = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
 
 
 class ClipDataset(Protocol):
@@ -369,19 +369,26 @@ def _start_worker(_worker: int) -> None:
     """Ignore signals to the process group, since the parent needs batches to finish its step.
 
     These are SIGINT from a terminal, and SIGTERM from torchrun and cluster schedulers. SIGTERM from the parent still
-    ends the worker: Python ends workers this way at exit.
+    ends the worker: Python ends workers this way at exit. So does the end of the parent, at once; DataLoader looks for
+    it every few seconds, and misses a parent that dies while a worker starts.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     if _CAN_WAIT_FOR_SIGNALS:
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_by_signal, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Exit when the parent sends SIGTERM or is gone; DataLoader misses a parent that dies while a worker starts."""
-    parent = multiprocessing.parent_process()
-    while parent is not None and parent.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_CHECK_S)
-        if received is not None and received.si_pid == parent.pid:
-            break
+def _end_by_signal(parent: int) -> None:
+    """Exit when the parent sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _end_with_parent(parent: BaseProcess) -> None:
+    """Exit when the parent is gone."""
+    parent.join()
     os._exit(0)

@@ -271,8 +271,12 @@ class TrainingRun:
             raise
         except Exception as error:
             self.saver.finish_after_failure()
-            saved = self.saver.save_if_finite(self.iteration) if isinstance(error, _NotFiniteError) else None
-            reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+            reason, saved = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}", None
+            if isinstance(error, _NotFiniteError):
+                try:
+                    saved = self.saver.save_if_finite(self.iteration)
+                except RunError as failure:
+                    reason += f"\nthe weights before it could not be saved: {failure}"
             raise RunError(self._failure(reason, taken, saved)) from error
 
     def _step(self, batches: Iterator[Any], taken: list[Mapping[str, Any]]) -> bool:

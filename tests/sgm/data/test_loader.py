@@ -278,27 +278,27 @@ batches = iter(make_loader(SampleStream([Clips()], TrainingOrder([10], seed=0)),
                            micro_batch=1, num_workers=2))
 next(batches)
 print("ready", flush=True)
-if sys.argv[1] == "wait":
+if sys.argv[1] != "exit":
     time.sleep(60)
 sys.modules["kept"] = batches  # alive until the interpreter is gone, as in a traceback
 """
 
 
-def test_a_parent_that_exits_or_is_terminated_leaves_nothing_hanging():
+def test_a_parent_that_exits_or_is_ended_leaves_nothing_hanging():
     processes = {
         end: subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
-        for end in ("exit", "wait")
+        for end in ("exit", "terminate", "kill")
     }
+    codes = {"exit": 0, "terminate": -signal.SIGTERM, "kill": -signal.SIGKILL}
     try:
         for end, process in processes.items():
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            if end == "wait":
-                process.send_signal(signal.SIGTERM)
+            process.send_signal(-codes[end])  # 0 sends none
         for end, process in processes.items():
             # Workers hold the pipe as well: it only closes when they are gone, too.
             process.communicate(timeout=20)
-            assert process.returncode == (-signal.SIGTERM if end == "wait" else 0)
+            assert process.returncode == codes[end]
     finally:
         for process in processes.values():
             process.kill()

@@ -74,6 +74,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(job, breaks_at, tmp_path, clips,
     assert resumed.iteration == 5 and resumed.folder == run
 
 
+def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(job, breaks_at, small_disk):
+    job(FULL, "args.train_iters=4", "args.exit_interval=1", "args.lr_decay_style=constant")
+    breaks_at(2, float("nan"))
+    with small_disk(40_000), pytest.raises(RunError, match="^iteration 3 failed: a loss is not finite") as caught:
+        job(FULL, "args.train_iters=4", "args.resume=auto", "args.lr_decay_style=constant", "args.save_interval=9")
+    assert "the weights before it could not be saved: could not write" in str(caught.value)
+
+
 def test_a_bad_micro_batch_of_several_is_found(job, breaks_at):
     breaks_at(3, float("nan"))  # the first of the second step
     with pytest.raises(RunError, match="iteration 2 failed: a loss is not finite") as caught:
