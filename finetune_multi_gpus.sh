@@ -13,7 +13,7 @@
 # (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder.
 set -euo pipefail
-export COGVIDEOX_COMMAND="bash finetune_multi_gpus.sh${*:+ $*}"  # findings are headed by it
+export COGVIDEOX_COMMAND="bash finetune_multi_gpus.sh${*:+$(printf ' %q' "$@")}"  # findings are headed by it
 cd "$(dirname "$0")"
 
 if [[ -z "${PYTHON:-}" ]]; then

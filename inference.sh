@@ -7,7 +7,7 @@
 # (--trust my_package lets targets in the YAML run code of that package).
 # Paths are relative to this folder. To divide the prompts among processes: NPROC_PER_NODE=4 bash inference.sh ...
 set -euo pipefail
-export COGVIDEOX_COMMAND="bash inference.sh${*:+ $*}"  # findings are headed by it
+export COGVIDEOX_COMMAND="bash inference.sh${*:+$(printf ' %q' "$@")}"  # findings are headed by it
 cd "$(dirname "$0")"
 
 if [[ -z "${PYTHON:-}" ]]; then

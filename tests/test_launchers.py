@@ -5,6 +5,7 @@ their arguments.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_finetuning_with_a_mistake_is_one_message(script, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("train_itres") == done.stderr.count("error") == 1
     assert "Traceback" not in done.stderr and "ChildFailed" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh", "inference.sh"])
+def test_findings_are_headed_by_what_a_shell_takes_again(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$COGVIDEOX_COMMAND"\n')
+    python.chmod(0o755)
+    words = ["--check", "args.train_data=[my clips]", "args.valid_prompts=[it's $HOME]"]
+    for given in ([], words):
+        first = run("bash", script, *given, PYTHON=str(python), NPROC_PER_NODE="1").stdout.splitlines()[0]
+        assert shlex.split(first) == ["bash", script, *given]
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,14 @@ def work(options: argparse.Namespace) -> None:
     from sgm.inference.language.models import ChatModel, Endpoint
     from sgm.inference.prompts import IMAGE_SEPARATOR, read_prompts
     from sgm.io import atomic_file, require_writable
-    from sgm.util import PRECISIONS, InputError, instantiate_from_config
+    from sgm.util import PRECISIONS, InputError, default, instantiate_from_config
 
-    if options.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens is {options.max_new_tokens}; give a number of at least 1")
+    for option, value in (("--max_new_tokens", options.max_new_tokens), ("--dtype", options.dtype)):
+        if options.endpoint and value is not None:
+            raise InputError(f"{option} is for a model on disk, and --endpoint is given, which sets its own; remove it")
+    max_new_tokens: int = default(options.max_new_tokens, 1024)
+    if max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens is {max_new_tokens}; give a number of at least 1")
     out, record = options.out, options.out.with_name(f"{options.out.name}.json")
     if out.exists() and os.path.samefile(out, options.prompts):
         raise InputError(f"--out is the file of prompts, {out}; name another one")
@@ -49,7 +53,7 @@ def work(options: argparse.Namespace) -> None:
         name, dtype = options.model, PRECISIONS.get(options.dtype)
         folder = Path(options.model).expanduser()
         write = lambda: ChatModel(  # noqa: E731
-            folder, device=device(), dtype=dtype, max_new_tokens=options.max_new_tokens
+            folder, device=device(), dtype=dtype, max_new_tokens=max_new_tokens
         )
     enhanced = enhance(prompts, write, conditioner, record, name=name)
     if out.parent.resolve() != options.prompts.parent.resolve():  # images may be relative to the file's folder
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--endpoint", metavar="URL", help="address with OpenAI's interface that serves the model")
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="the video model")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer, thoughts included (1024)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer, thoughts included (1024)")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="precision; without it, that of the files")
     options = parser.parse_args(argv)
     return run_command(

@@ -278,6 +278,13 @@ def test_the_tool_writes_a_file_of_prompts_with_their_images(chat_model, tiny_mo
     assert "name another" in capfd.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("option", ["--dtype=bf16", "--max_new_tokens=9"])
+def test_options_of_a_folder_are_refused_with_an_endpoint(option, tmp_path, capfd):
+    words = ["p.txt", "--model", "m", "--base", "a.yaml", "--out", str(tmp_path / "out"), "--endpoint", "http://x/v1"]
+    assert enhance_prompts.main([*words, option]) == 2
+    assert f"{option.partition('=')[0]} is for a model on disk" in capfd.readouterr().err
+
+
 GERMAN = "Eine graue Katze schläft eingerollt auf einer Fensterbank aus Holz, während Regen über die Scheibe rinnt"
 FRENCH = "Un chat gris dort sur le rebord en bois de la fenêtre tandis que des gouttes de pluie coulent sur la vitre"
 ENGLISH = "A grey cat sleeps curled up on a wooden sill while raindrops run down the pane and blur the green garden"
