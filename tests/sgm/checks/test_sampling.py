@@ -405,6 +405,9 @@ def test_scaled_positions_and_windows_allow_longer_clips():
         plan = check_sampling(SamplingArgs(sampling_num_frames=41, time_window=window), geometry)
         assert (plan.latents, plan.latents_at_once, plan.windows.overlap) == (41, window, {13: 6, 22: 10}[window])
     assert check_sampling(SamplingArgs(time_window=13), ROTARY).latents_at_once == 13
+    with pytest.raises(ConfigError) as caught:
+        check_sampling(SamplingArgs(time_window=1), ROTARY)
+    assert [problem.path for problem in caught.value.problems] == ["args.time_window"], "no overlap was given"
 
 
 def test_a_loop_has_four_frames_for_every_latent_frame_behind_the_first_patch():
