@@ -24,6 +24,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError
 from sgm.config.precision import autoencoder_dtype
 from sgm.distributed import Mesh
+from sgm.modules.diffusionmodules.guiders import has_effect
 from sgm.modules.geometry import FREE_SIZE, Geometry
 from sgm.util import default, instantiate_from_config
 from sgm.weights.adapters import is_added
@@ -384,8 +385,10 @@ def _validation_usage(
 
 def _branches(config: Config) -> int:
     """Return how many samples of the network a guided sample takes."""
-    guider = params_of(config.model.get("sampler_config")).get("guider_config") or {}
-    return 1 if not guider or guider["target"].endswith("IdentityGuider") else 2
+    section = params_of(config.model.get("sampler_config")).get("guider_config") or {}
+    if not section or section["target"].endswith("IdentityGuider"):
+        return 1
+    return 1 + has_effect(instantiate_from_config(section), config.args.guidance_scale)
 
 
 def bytes_per_rank(

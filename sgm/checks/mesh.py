@@ -11,7 +11,8 @@ from sgm.checks.sampling import params_of, problems_of
 from sgm.config.deepspeed_section import follow_batch
 from sgm.config.load import Config, Problem
 from sgm.distributed import Mesh
-from sgm.util import instantiate_from_config
+from sgm.modules.diffusionmodules.guiders import has_effect
+from sgm.util import default, instantiate_from_config
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -142,9 +143,14 @@ def _guidance_problems(config: Config, mesh: Mesh) -> Iterator[Problem]:
         yield Problem("args.cfg_parallel_size", "", found, cure)
         return
     section: Any = params_of(config.model.get("sampler_config")).get("guider_config")
-    if section is None or not hasattr(instantiate_from_config(section), "scale"):
+    guider: Any = None if section is None else instantiate_from_config(section)
+    if not hasattr(guider, "scale"):
         found = f"is {mesh.cfg}, but the sampler has no guidance"
         yield Problem("args.cfg_parallel_size", "", found, "set it to 1, or add a guider_config")
+    elif not has_effect(guider, config.args.guidance_scale):
+        scale = default(config.args.guidance_scale, guider.scale)
+        found = f"is {mesh.cfg}, and a guidance scale of {scale} is no guidance, so that there is one branch"
+        yield Problem("args.cfg_parallel_size", "", found, "set it to 1; use args.sequence_parallel_size")
 
 
 def _give(sizes: Iterable[int]) -> str:

@@ -25,6 +25,7 @@ from sgm.config.values import shortened, spelled
 from sgm.distributed import resolve_device
 from sgm.io import denied_text
 from sgm.log import get_logger, warn_once
+from sgm.modules.diffusionmodules.guiders import has_effect
 from sgm.modules.geometry import Geometry
 from sgm.modules.step_cache import StepCache
 from sgm.parallel.attention import require_attention
@@ -322,13 +323,16 @@ def _build(config: Config, counts: dict[str, int], part: str, section: Mapping[s
 
 
 def check_sampler(args: SamplingArgs, sampler: Any) -> None:
-    """Refuse settings that a sampler cannot follow.
+    """Refuse settings that a sampler cannot follow, and warn of those of guidance without effect.
 
     Raises:
         ConfigError: the first of them.
-        InputError: its schedule does not have that many steps.
+        InputError: its schedule does not have as many steps as its section asks for.
     """
-    sampler.timesteps(args.num_steps)
+    if args.num_steps is None:
+        sampler.timesteps(None)
+    elif found := problems_of("args.num_steps", "give fewer steps", partial(sampler.timesteps, args.num_steps)):
+        raise ConfigError(found)
     if args.video is not None:
         cure = "give more steps, or a larger strength"
         if found := problems_of(
@@ -344,6 +348,24 @@ def check_sampler(args: SamplingArgs, sampler: Any) -> None:
             if (value := getattr(args, name)) not in (None, ""):
                 found = f"is {spelled(value)}, but the sampler has no guidance"
                 raise ConfigError([Problem(f"args.{name}", "", found, "remove it, or add a guider_config")])
+    warn_once(logger, _guidance_warnings(args, sampler))
+
+
+def _guidance_warnings(args: SamplingArgs, sampler: Any) -> Iterator[str]:
+    """Yield the settings of guidance without effect: its scale is that of none, or no step is in its interval."""
+    if not has_effect(sampler.guider, args.guidance_scale):
+        scale = default(args.guidance_scale, getattr(sampler.guider, "scale", None))
+        for name in ("negative_prompt", "guidance_interval"):
+            if getattr(args, name) not in (None, ""):
+                yield f"args.{name} has no effect: a guidance scale of {scale} is no guidance"
+    elif args.guidance_interval is not None:
+        num, (begin, end) = len(sampler.timesteps(args.num_steps)), args.guidance_interval
+        first = 0 if args.video is None else sampler.first_step(args.noise_strength, args.num_steps)
+        if not any(begin <= step / num < end for step in range(first, num)):
+            yield (
+                f"args.guidance_interval is {[begin, end]}, and holds none of the steps that run, which are at the "
+                f"shares {first / num:g} to {(num - 1) / num:g}: there is no guidance"
+            )
 
 
 # Pixels of a frame above which ``vae_tiling: large`` decodes in tiles: those of the first generation are not.

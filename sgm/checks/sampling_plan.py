@@ -156,7 +156,8 @@ def _window_problems(args: SamplingArgs, geometry: Geometry) -> Iterator[Problem
     elif windows.length > longest and (args.time_scaling is None or geometry.fixed_size):
         found = f"is {windows.length} latent frames, and the network was trained on {longest} at once"
         yield Problem("args.time_window", "", found, f"give {longest} or fewer")
-    if windows.overlap % patch or not patch <= windows.overlap < windows.length:
+    given = args.time_window_overlap
+    if given is not None and (given % patch or not patch <= given < windows.length):
         cure = f"give a multiple of {frames}, less than time_window {windows.length}; null is half of it"
         yield Problem("args.time_window_overlap", "", f"is {windows.overlap}", cure)
 

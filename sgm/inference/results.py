@@ -73,10 +73,14 @@ class Results:
 
     def _contents_for(self, prompt: Prompt) -> dict[str, str]:
         files = {key: path for key, path in (("image", prompt.image), ("control", prompt.control)) if path is not None}
-        return {**self._contents, **{key: self._content_of(path) for key, path in files.items()}}
+        return {**self._contents, **{key: self.content_now(path) for key, path in files.items()}}
 
-    def _content_of(self, path: Path) -> str:
-        """Return what a file of prompts holds now: between two prompts that are typed, another may be put there."""
+    def content_now(self, path: Path) -> str:
+        """Return what a file of prompts holds now: between two prompts that are typed, another may be put there.
+
+        Raises:
+            InputError: it cannot be read.
+        """
         try:
             stat = path.stat()
         except OSError:

@@ -417,7 +417,7 @@ class SamplingRun:
         """Return the latents (1, T, C, H, W) of the control of a prompt; those of the last one are kept."""
         if prompt.control is None:
             return None
-        if (key := (prompt.control, size)) not in self._controls:
+        if (key := (prompt.control, self.results.content_now(prompt.control), size)) not in self._controls:
             start = clock()
             frames = load_whole(str(prompt.control), self.plan, size)[None]
             latents = self.engine.encode_first_stage(frames.to(self.device), sample=False)

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from sgm.checks.sampling_plan import SamplingPlan
@@ -69,7 +70,7 @@ class EncodedClips:
 
 
 def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "mask", "start", "end"]) -> str:
-    """Check that the clip of a key can be read and is long enough; return a description.
+    """Check that the clip of a key can be decoded and is long enough; return a description.
 
     Raises:
         InputError: it is missing, damaged or too short; or a mask is of another shape than the video, or has no effect.
@@ -79,6 +80,7 @@ def check_clip(args: SamplingArgs, plan: SamplingPlan, key: Literal["video", "ma
     if key == "mask":
         return _check_mask(args, plan)
     clip = held_clip(args, plan, key)
+    _require_frames(clip.path, clip.indices if key == "start" else clip.indices[: clip.num], clip.scanned)
     shown = "the picture" if clip.num == 1 else f"its {'last' if key == 'start' else 'first'} {clip.num} frames"
     info, text = clip.scanned.info, f"held: {shown}, in {clip.latents} of {plan.latents} latent frames"
     if key == "start":
@@ -118,12 +120,13 @@ def _check_mask(args: SamplingArgs, plan: SamplingPlan) -> str:
 
 
 def check_whole(path: str, plan: SamplingPlan) -> str:
-    """Check that a clip can be read and is as long as the result; return a description.
+    """Check that a clip can be decoded and is as long as the result; return a description.
 
     Raises:
         InputError: it is missing, damaged or too short.
     """
-    _, indices, info = _selected(path, plan)
+    scanned, indices, info = _selected(path, plan)
+    _require_frames(path, indices, scanned)
     taken = f"{plan.video_frames} frames at {plan.fps} fps, from {indices[0]} to {indices[-1]} of {info.num_frames}"
     return f"{path} ({info.height}x{info.width}): {taken}"
 
@@ -228,17 +231,33 @@ def load_mask(path: str, plan: SamplingPlan, size: tuple[int, int]) -> torch.Ten
 
 def _resized(path: str, indices: Sequence[int], scanned: "Scan", size: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield frames a few at a time, scaled to cover `size` and cropped: (T, 3, H, W) in [-1, 1]."""
-    from sgm.data.clips.decode import ClipError, each_frame, read_picture  # lazy: slow to import
-    from sgm.data.clips.transform import cover_crop
-    from sgm.data.rows import is_picture
+    from sgm.data.clips.transform import cover_crop  # lazy: slow to import
 
-    frames = iter([read_picture(path)]) if is_picture(path) else each_frame(path, indices, scanned)
+    frames = _pictures(path, indices, scanned)
     while pictures := list(islice(frames, _CHUNK)):
-        for picture in pictures:
-            if isinstance(picture, ClipError):
-                raise InputError(f"{picture.path}: {picture.reason}") from picture
         piece = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)
         yield cover_crop(piece, size)
+
+
+def _pictures(path: str, indices: Sequence[int], scanned: "Scan") -> Iterator[np.ndarray]:
+    """Yield frames (H, W, 3) uint8 in the size of the file.
+
+    Raises:
+        InputError: one cannot be decoded.
+    """
+    from sgm.data.clips.decode import ClipError, each_frame, read_picture  # lazy: slow to import
+    from sgm.data.rows import is_picture
+
+    for picture in iter([read_picture(path)]) if is_picture(path) else each_frame(path, indices, scanned):
+        if isinstance(picture, ClipError):
+            raise InputError(f"{picture.path}: {picture.reason}") from picture
+        yield picture
+
+
+def _require_frames(path: str, indices: Sequence[int], scanned: "Scan") -> None:
+    """Decode the frames that sampling takes: damage within a file is in no header, and models load for minutes."""
+    for _ in _pictures(path, indices, scanned):
+        pass
 
 
 def _frames(num: int) -> str:

@@ -6,7 +6,7 @@ D = D_uncond + scale · (D_cond − D_uncond). Both are computed in one batch, t
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -39,6 +39,11 @@ class Guider(ABC):
         """
 
 
+def has_effect(guider: Any, scale: float | None) -> bool:
+    """Whether a guider guides at a scale, None: as configured; one without a method ``guides`` always does."""
+    return guider.guides(scale) if hasattr(guider, "guides") else True
+
+
 class IdentityGuider(Guider):
     """No guidance: only the conditional branch, at half the cost."""
 
@@ -62,8 +67,14 @@ class VanillaCFG(Guider):
         scale: 1 is no guidance; above 1 strengthens the condition.
     """
 
+    NEUTRAL: ClassVar[float] = 1.0  # the scale that is no guidance
+
     def __init__(self, *, scale: Scale) -> None:
         self.scale = scale
+
+    def guides(self, scale: float | None = None) -> bool:
+        """Whether there is guidance with a scale (None: as configured); without, the result is D_cond."""
+        return default(scale, self.scale) != self.NEUTRAL
 
     def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
         """Return the guidance scale at a timestep; `scale` replaces the configured one, `num_steps` has no effect."""
@@ -101,10 +112,12 @@ class DynamicCFG(VanillaCFG):
     1 + `scale` many times. The released models are sampled this way.
 
     Args:
-        scale: largest rise of the scale above 1.
+        scale: largest rise of the scale above 1; 0 is no guidance.
         exp: an integer, because the base is negative for t > num_steps.
         num_steps: steps of the sampler; a run with another number of steps overrides both.
     """
+
+    NEUTRAL: ClassVar[float] = 0.0
 
     def __init__(self, *, scale: Scale, exp: Annotated[float, Field(ge=0, le=100)], num_steps: Levels) -> None:
         if exp != int(exp) or exp < 0:

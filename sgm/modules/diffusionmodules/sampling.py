@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sgm.modules.diffusionmodules.discretizer import Levels, discretization_from_config
-from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider
+from sgm.modules.diffusionmodules.guiders import Cond, Guider, IdentityGuider, has_effect
 from sgm.modules.diffusionmodules.sampling_utils import apply_step, ddim_weights, dpmpp_2m_sde_weights, draw_noise
 from sgm.util import InputError, default, instantiate_from_config
 
@@ -134,7 +134,8 @@ class VideoSampler(ABC):
             cond: conditions, each (B, ...).
             uc: unconditional conditions of the same names and shapes.
             num_steps: overrides the configured number of steps, also in the guider.
-            scale: overrides the configured guidance scale.
+            scale: overrides the configured guidance scale; of one that is no guidance, only the conditional branch is
+                computed.
             guidance_interval: shares of the steps between which guidance is used (Kynkäänniemi et al. 2024); outside
                 of it only the conditional branch is computed.
             generators: one per sample for the noise of the steps, see `sampling_utils.draw_noise`.
@@ -155,11 +156,11 @@ class VideoSampler(ABC):
         schedule = self.schedule(num_steps)
         levels, num = schedule.alphas_cumprod_sqrt, len(schedule.timesteps)
         steps = range(first_step, num)
-        sample, previous = x.float(), None
+        sample, previous, guides = x.float(), None, has_effect(self.guider, scale)
         for i in progress(steps) if progress is not None and self.verbose else steps:
             if before_step is not None:
                 before_step(i / num)
-            guided = guidance_interval[0] <= i / num < guidance_interval[1]
+            guided = guides and guidance_interval[0] <= i / num < guidance_interval[1]
             guider = self.guider if guided else IdentityGuider()
             inputs, both = guider.prepare_inputs(sample, cond, uc)
             answer = denoise_fn(

@@ -143,8 +143,8 @@ class LoraStack:
     @property
     def groups(self) -> tuple[str, ...]:
         """What has adapters, see `sgm.weights.lora.names.GROUPS`."""
-        found = {group for member in self.members for group in member.lora.groups}
-        return tuple(group for group in GROUPS if group in found)
+        found, outside = {group for member in self.members for group in member.lora.groups}, None in self.layers
+        return tuple(group for group in GROUPS if group in found and (outside or group in IN_LAYERS))
 
     def params(self) -> dict[str, Any]:
         """Return the parameters of the ``lora_config`` of a network with these adapters."""

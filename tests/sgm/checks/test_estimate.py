@@ -70,6 +70,8 @@ def test_settings_of_memory_are_counted(t5_folder):
     # Two branches of 5·4·4 patches of 128 channels, in bfloat16, four times.
     cached = phases("step_cache=first_block")["network"]
     assert cached == {**plain["network"], "step cache": 4 * 2 * 80 * 128 * 2}
+    one_branch = phases("guidance_scale=0", "batch_size=2")["network"]
+    assert one_branch == plain["network"], "a scale that is no guidance"
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])

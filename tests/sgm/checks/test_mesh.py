@@ -46,6 +46,11 @@ def test_the_mesh_is_read_from_the_configuration():
             "args.cfg_parallel_size",
             "no guidance",
         ),
+        (
+            ["args.cfg_parallel_size=2", "args.guidance_scale=0"],
+            "args.cfg_parallel_size",
+            "a guidance scale of 0 is no guidance",
+        ),
     ],
 )
 def test_what_cannot_be_shared(overrides, path, words):

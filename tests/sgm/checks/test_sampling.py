@@ -312,7 +312,7 @@ def test_the_dry_run_finds_a_truncated_vae(load, golden, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["args.num_steps=2000"], ["model.sampler_config", "2000"]),
+        (["args.num_steps=2000"], ["args.num_steps (", "2000", "choose 1 to 1000"]),
         (["args.video=x.mp4", "args.strength=0.1"], ["args.strength", "0.1 leaves none of 2 steps; give 0.5 or more"]),
         (["args.video=x.mp4", "args.inversion=x"], ["args.inversion", "has no method invert", "VideoDDIMSampler"]),
         (["model.sampler_config=null"], ["model.sampler_config", "is missing"]),
@@ -329,6 +329,21 @@ def test_the_dry_run_finds_what_sampling_would_lack(load, overrides, parts):
     message = dry_run_refusal(load(*overrides))
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["args.guidance_scale=0", "args.negative_prompt=blue"], "args.negative_prompt has no effect: a guidance sc"),
+        (["args.guidance_scale=0", "args.guidance_interval=[0,0.5]"], "args.guidance_interval has no effect"),
+        (["args.guidance_interval=[0.1,0.3]"], "none of the steps that run, which are at the shares 0 to 0.5"),
+        (["args.guidance_scale=0"], ""),
+        (["args.guidance_interval=[0.5,1]", "args.negative_prompt=blue"], ""),
+    ],
+)
+def test_settings_of_guidance_without_effect_are_warned_of(load, caplog, overrides, said):
+    dry_run(load(*overrides))
+    assert said in caplog.text and bool(said) == ("guidance" in caplog.text)
 
 
 def test_latents_alone_need_no_vae(load):
@@ -390,6 +405,9 @@ def test_scaled_positions_and_windows_allow_longer_clips():
         plan = check_sampling(SamplingArgs(sampling_num_frames=41, time_window=window), geometry)
         assert (plan.latents, plan.latents_at_once, plan.windows.overlap) == (41, window, {13: 6, 22: 10}[window])
     assert check_sampling(SamplingArgs(time_window=13), ROTARY).latents_at_once == 13
+    with pytest.raises(ConfigError) as caught:
+        check_sampling(SamplingArgs(time_window=1), ROTARY)
+    assert [problem.path for problem in caught.value.problems] == ["args.time_window"], "no overlap was given"
 
 
 def test_a_loop_has_four_frames_for_every_latent_frame_behind_the_first_patch():

@@ -1,7 +1,9 @@
 """Whole sampling runs of tiny models, through the command's own `main`."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -12,7 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sgm.inference.run
+from sgm.config.args import SamplingArgs
 from sgm.inference.main import main
+from sgm.inference.prompts import Prompt
+from sgm.inference.record import Timings
+from sgm.inference.results import Results
+from sgm.inference.run import SamplingRun
 from sgm.util import instantiate_from_config
 from sgm.weights.checkpoint import load_network, save_network
 from tests.processes import run
@@ -240,6 +247,20 @@ def test_a_foreign_vae_gets_no_attributes_and_refuses_missing_abilities(tiny_mod
             f"args.vae_{name} (command line: args.vae_{name}=true): is true, but ForeignVAE has no method enable_"
             in (capsys.readouterr().err)
         )
+
+
+def test_a_control_that_changes_between_typed_prompts_is_encoded_again(tmp_path, monkeypatch):
+    control, read = tmp_path / "clip.mp4", []
+    monkeypatch.setattr("sgm.inference.run.load_whole", lambda *given: read.append(given) or torch.zeros(1, 3, 16, 16))
+    engine = SimpleNamespace(encode_first_stage=lambda frames, sample: frames)
+    args = SamplingArgs()
+    results = Results(args, {}, name="000000.mp4")
+    run = SimpleNamespace(plan=None, engine=engine, device="cpu", args=args, results=results, _controls={})
+    for content, time, expected in (("one", 1, 1), ("one", 1, 1), ("two", 2, 2)):
+        control.write_text(content)
+        os.utime(control, (time, time))
+        SamplingRun._control(run, Prompt(0, "x", control=control), (16, 16), Timings())  # pyright: ignore[reportArgumentType]
+        assert len(read) == expected
 
 
 def test_typed_prompts(tiny_model, tmp_path, monkeypatch):

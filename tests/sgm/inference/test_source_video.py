@@ -60,6 +60,17 @@ def test_what_cannot_be_taken_is_said_with_the_cure(clip, tmp_path, name, said):
         check_clip(SamplingArgs(video=str(tmp_path / name), prompt="x"), plan(5), "video")
 
 
+@pytest.mark.parametrize("key", ["video", "start", "end"])
+def test_damage_within_a_clip_is_found_before_models_are_loaded(tmp_path, key):
+    path, noise = tmp_path / "clip.mp4", np.random.default_rng(0)
+    write_video(path, noise.integers(0, 255, (17, 32, 48, 3), dtype=np.uint8), 8, crf=30)
+    content = path.read_bytes()
+    first = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 5
+    path.write_bytes(content[:first] + bytes(len(content) // 4) + content[first + len(content) // 4 :])
+    with pytest.raises(InputError, match=r"clip.mp4: its frame at 0.\d+ s cannot be decoded; encode it again"):
+        check_clip(SamplingArgs(prompt="x", **{key: str(path)}), plan(5), key)
+
+
 class Encoder:
     """Of an engine: what it encodes is one grey for each latent frame, that of its last frame."""
 

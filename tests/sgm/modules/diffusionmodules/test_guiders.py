@@ -30,6 +30,13 @@ def test_a_fixed_scale_does_not_depend_on_the_steps() -> None:
     assert guider.scale_at(979) == guider.scale_at(124, num_steps=8) == 3.0
 
 
+def test_a_guider_says_which_scale_is_no_guidance() -> None:
+    vanilla, dynamic = VanillaCFG(scale=1.0), DynamicCFG(scale=6, exp=5, num_steps=50)
+    assert [vanilla.guides(), vanilla.guides(0.0), vanilla.guides(3.0)] == [False, True, True]
+    assert [dynamic.guides(), dynamic.guides(0.0), dynamic.guides(1.0)] == [True, False, True]
+    assert dynamic.scale_at(979, scale=0.0) == 1
+
+
 def test_unconditional_half_comes_first() -> None:
     x, cond, uc = torch.randn(2, 3), {"crossattn": torch.ones(2, 4)}, {"crossattn": torch.zeros(2, 4)}
     latents, both = VanillaCFG(scale=3.0).prepare_inputs(x, cond, uc)

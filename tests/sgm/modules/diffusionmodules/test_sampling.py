@@ -144,6 +144,10 @@ def test_guidance_outside_of_its_interval_costs_nothing() -> None:
     result = sampler(denoise, torch.randn(SHAPE), cond, uc, guidance_interval=(0.25, 0.75), scale=2.0)
     assert rows == [2, 2, 4, 4, 4, 4, 2, 2]
     assert result.flatten(1).mean(dim=1).tolist() == pytest.approx([2, 4])
+    rows.clear()
+    result = sampler(denoise, torch.randn(SHAPE), cond, uc, scale=1.0)
+    assert rows == [2] * 8, "nor does a scale that is no guidance"
+    assert result.flatten(1).mean(dim=1).tolist() == pytest.approx([2, 4])
 
 
 def test_dynamic_guidance_follows_the_number_of_steps_of_the_run() -> None:

@@ -278,6 +278,9 @@ def test_strengths_by_layer_name_the_embeddings_too(every):
     network = every.sampled({**lora, "strength": {"0": 0, "1": 0, "embeddings": 1}})
     assert not any(".layers." in name for name in network.state_dict() if is_adapter(name))
     assert (every.output(network) - every.output(every.plain)).abs().max() > 1e-3
+    network = every.sampled({**lora, "strength": {"0": 1, "1": 1, "embeddings": 0}})
+    assert all(".layers." in name or ".adaLN_" in name for name in network.state_dict() if is_adapter(name))
+    assert (every.output(network) - every.output(every.network)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
