@@ -4,8 +4,9 @@
 
 The LoRA of ``make demo`` is taken as its training leaves it, and the gradients of many steps of 8 clips are computed,
 each way with the same clips and noise. `variance` is that of the gradient about its mean, summed over all numbers, and
-`loss_variance` that of the loss of a step, both relative to uniform timesteps; `apart` is the distance of the mean
-gradient from that of uniform timesteps, relative to its length, which the number of steps bounds.
+`loss_variance` that of the loss of a step, both relative to uniform timesteps. `apart` is the distance of the mean
+gradient from that of uniform timesteps, and `by_chance` what it is between means of as many independent steps with
+these variances, both relative to the length of the uniform one.
 """
 
 import argparse
@@ -102,11 +103,14 @@ def gradients(num_steps: int) -> dict[str, Any]:
         means[way] = total / num_steps
         variance = (squares / num_steps - float(means[way].square().sum())) * num_steps / (num_steps - 1)
         result[way] = {"variance": variance, "loss_variance": float(np.var(losses, ddof=1))}
-        result[way]["apart"] = float((means[way] - means["uniform"]).norm() / means["uniform"].norm())
+        length = means["uniform"].norm()
+        result[way]["apart"] = float((means[way] - means["uniform"]).norm() / length)
+        scatter = ((variance + result["uniform"]["variance"]) / num_steps) ** 0.5
+        result[way]["by_chance"] = scatter / float(length)
     base = dict(result["uniform"])
     for own in result.values():
         own |= {name: round(own[name] / base[name], 3) for name in ("variance", "loss_variance")}
-        own["apart"] = round(own["apart"], 3)
+        own |= {name: round(own[name], 3) for name in ("apart", "by_chance")}
     return {"steps": num_steps, **result}
 
 

@@ -67,7 +67,12 @@ class VanillaCFG(Guider):
         scale: 1 is no guidance; above 1 strengthens the condition.
     """
 
-    NEUTRAL: ClassVar[float] = 1.0  # the scale that is no guidance
+    NEUTRAL: ClassVar[float | None] = 1.0  # the scale that is no guidance; None if there is none
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "scale_at" in vars(cls) and "NEUTRAL" not in vars(cls):  # which scale is neutral, its author has to say
+            cls.NEUTRAL = None
 
     def __init__(self, *, scale: Scale) -> None:
         self.scale = scale
@@ -117,7 +122,7 @@ class DynamicCFG(VanillaCFG):
         num_steps: steps of the sampler; a run with another number of steps overrides both.
     """
 
-    NEUTRAL: ClassVar[float] = 0.0
+    NEUTRAL: ClassVar[float | None] = 0.0
 
     def __init__(self, *, scale: Scale, exp: Annotated[float, Field(ge=0, le=100)], num_steps: Levels) -> None:
         if exp != int(exp) or exp < 0:

@@ -37,6 +37,14 @@ def test_a_guider_says_which_scale_is_no_guidance() -> None:
     assert dynamic.scale_at(979, scale=0.0) == 1
 
 
+def test_a_guider_with_a_scale_of_its_own_always_guides() -> None:
+    class Rising(VanillaCFG):
+        def scale_at(self, timestep: int, *, num_steps: int | None = None, scale: float | None = None) -> float:
+            return self.scale + timestep / 1000
+
+    assert Rising(scale=1.0).guides() and type("Named", (DynamicCFG,), {})(scale=1, exp=5, num_steps=50).guides()
+
+
 def test_unconditional_half_comes_first() -> None:
     x, cond, uc = torch.randn(2, 3), {"crossattn": torch.ones(2, 4)}, {"crossattn": torch.zeros(2, 4)}
     latents, both = VanillaCFG(scale=3.0).prepare_inputs(x, cond, uc)
