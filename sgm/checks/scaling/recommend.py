@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text, with_vae
+from sgm.checks.estimate import Encodes, Estimate, clip_of, is_offloaded, memory_text, with_vae
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.planner import config_with, next_of_training, recomputed_blocks, room_for
+from sgm.checks.planner import TRAINING, config_with, fit, next_of_training, recomputed_blocks, room_for
 from sgm.checks.sampling import params_of
 from sgm.checks.scaling.cards import Card
 from sgm.checks.scaling.step_time import CURES, Prediction, predict
 from sgm.checks.training import fitted_buckets, geometry_of, with_largest_bucket
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
@@ -123,6 +123,7 @@ class Planner:
         text_encoder: Encodes = True,
     ) -> None:
         self.config, self.dtype, self.trained, self.card = config, dtype, trained, card
+        self._given: dict[str, Any] = {"stages": stages, "divides": divides, "vae": vae, "text_encoder": text_encoder}
         self.vae = with_vae(config, vae)
         self.text_encoder, self.divides = text_encoder, divides
         self.geometry: Geometry = geometry_of(config)
@@ -141,6 +142,29 @@ class Planner:
         """What to do where nothing fits."""
         adapters = all(map(is_added, self.trained))
         return next_of_training(encodes=bool(self.vae or self.text_encoder), adapters=adapters)
+
+    def changed(self, settings: Sequence[str]) -> "Planner":
+        """Return the planner of the run with some settings changed.
+
+        Raises:
+            ConfigError: they do not go with this model.
+        """
+        config = config_with(self.config, settings)
+        return Planner(config, self.dtype, self.trained, self.card, **self._given)
+
+    def fitting(self) -> list[str]:
+        """Return settings that take less memory and make the run fit; none if it fits, or if none are enough."""
+        own = self.own()
+        if own is None or own.fits:
+            return []
+
+        def estimate_of(settings: Sequence[str]) -> Estimate:
+            if (found := self.changed(settings).own()) is None:
+                raise ConfigError([])
+            return found.prediction.estimate
+
+        chosen, found = fit(estimate_of, self.room, TRAINING)
+        return [change.setting for change in chosen] if found.peak <= self.room else []
 
     def meshes(self) -> Iterator[Mesh]:
         """Yield the meshes within a machine that model and number of ranks allow."""
@@ -270,11 +294,14 @@ def scaling_rows(planner: Planner) -> dict[str, str]:
     alone, _ = with_largest_bucket(planner.config, planner.geometry)
     if clip_of(alone) is None:
         return rows | {"  recommended": "nothing: data.params do not say how large clips are"}
-    own = planner.own()
-    choices = planner.choices()
+    own, more = planner.own(), planner.fitting()
+    choices = planner.changed(more).choices() if more else planner.choices()
     if own is not None:
         rows["  as it is"] = _speed(own, planner.room)
     found = best(choices)
+    plain = best(planner.of_mesh(Mesh())) if more else None  # a higher stage of ZeRO may be enough, and faster
+    if plain is not None and (found is None or plain.speed > found.speed):
+        found, more = plain, []
     if found is None:
         if not choices:
             total = planner.config.deepspeed.get("train_batch_size")
@@ -282,7 +309,7 @@ def scaling_rows(planner: Planner) -> dict[str, str]:
         least = min(choices, key=lambda choice: choice.prediction.estimate.peak)
         words = " ".join(least.setup.settings(planner.config))
         return rows | {"  the smallest": f"{words}: {_speed(least, planner.room)}; {planner.next_steps}"}
-    settings = found.setup.settings(planner.config)
+    settings = [*more, *found.setup.settings(planner.config)]
     config_with(planner.config, settings)  # the run will be loaded with them
     groups = world // found.setup.mesh.ranks
     rows["  recommended"] = " ".join(settings)

@@ -126,6 +126,29 @@ def test_the_settings_replace_a_divided_vae_that_is_not_loaded(planner, modelled
         assert mesh_of(config_with(plan.config, words)).ranks == 1
 
 
+@pytest.mark.parametrize(
+    ("of_stage_3", "starts"),
+    [(100, "args.text_encoder_offload=cpu args.sequence_parallel_size=1 "), (10, "args.sequence_parallel_size=1 ")],
+)
+def test_what_makes_the_run_fit_is_recommended_unless_a_stage_is_enough(planner, monkeypatch, of_stage_3, starts):
+    def predict(config, *_, **__):
+        stage, micro = (
+            config.deepspeed["zero_optimization"]["stage"],
+            config.deepspeed["train_micro_batch_size_per_gpu"],
+        )
+        waits = config.args.text_encoder_offload == "cpu"
+        memory = (10 if waits else of_stage_3 if stage == 3 else 100) * micro
+        return predicted(1.2 if waits else 1.0, memory, micro * 8)
+
+    monkeypatch.setattr(recommend, "predict", predict)
+    monkeypatch.setattr(recommend, "MICRO_BATCHES", (1,))
+    with sgm.distributed.planned(8):
+        plan = planner()
+        rows = scaling_rows(plan)
+        config_with(plan.config, rows["  recommended"].split())
+    assert rows["  recommended"].startswith(starts) and "does not fit" in rows["  as it is"]
+
+
 def test_what_does_not_fit_is_said(planner, modelled):
     modelled(lambda ranks, stage, micro: 900 - ranks - stage, lambda *_: 1.0)
     with sgm.distributed.planned(8):
