@@ -17,7 +17,8 @@ set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # another one for each job, and for each task of an array
 export MASTER_ADDR MASTER_PORT NNODES=$SLURM_NNODES
-export NPROC_PER_NODE=8 OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
+NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
+export NPROC_PER_NODE OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / NPROC_PER_NODE))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds to save in, when the time is up
 
 go_on_later() {  # a quarter of an hour before the end, see --signal

@@ -139,6 +139,8 @@ def _card(parser: argparse.ArgumentParser, options: argparse.Namespace, *, names
     is_size = found is not None and float(found[1]) > 0
     if not is_size and (not names or found is not None):
         parser.error(f"--card {options.card!r} is no size; give the memory of the card, such as --card 24gb")
+    if found is not None and float(found[1]) >= 1000:  # a name such as 4090
+        parser.error(f"--card {options.card!r}: no card has so much memory; give that of yours, such as --card 24gb")
     if not options.check:
         parser.error("--card only plans: give --check as well")
     return float(found[1]) if found is not None else options.card

@@ -94,6 +94,9 @@ def test_every_mounted_volume_is_there(spec):
 def test_its_command_trains_with_files_and_keys_that_are_there(spec, monkeypatch):
     (container,) = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     assert container["command"] == ["torchrun"] and (ROOT / container["args"][0]).is_file()
+    copied = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    (folder,) = {words[-1] for words in copied if container["args"][0] in words}
+    assert container["workingDir"] == folder.rstrip("/") and container["image"].startswith("cogvideox:")
     monkeypatch.chdir(ROOT)
     options = parse(container["args"][1:])
     args = load_config(options.base, options.overrides, mode="train").args

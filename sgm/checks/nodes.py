@@ -53,7 +53,7 @@ class Report:
     speeds: Mapping[str, float] = field(default_factory=dict)
 
 
-# A slow rank shows in its own products and in what it exchanges with its neighbours, and not in collectives of all.
+# A slow rank shows in its own products and in what it exchanges with others one at a time, not in collectives of all.
 UNITS = {"matmul": "TFLOPS", "neighbours": "GB/s", "all-reduce": "GB/s", "all-to-all": "GB/s"}
 _OF_A_RANK = ("matmul", "neighbours")
 
@@ -80,7 +80,8 @@ def judge(reports: Sequence[Report]) -> tuple[str, list[str]]:
     """Return a table of the ranks, with slow ones marked, and what is broken, each with its rank and machine."""
     names = [f"rank {rank} on {report.host}" for rank, report in enumerate(reports)]
     broken = list(_differences(reports, names))
-    middle = statistics.median(report.clock for report in reports)
+    clocks = [report.clock for report in reports]
+    middle = statistics.median(clocks + clocks[: 1 - len(clocks) % 2])  # a rank's; if half are off, on rank zero's side
     for name, report in zip(names, reports, strict=True):
         if abs(skew := report.clock - middle) > MAX_SKEW_S:
             broken.append(f"  {name}: its clock is {skew:+.1f} s off; set it by NTP")
@@ -158,9 +159,7 @@ def _own_report(shared: Mapping[str, Path], digests: Mapping[str, str]) -> Repor
     moved = nbytes * (size - 1) / size  # of a rank, to others
     speeds["all-reduce"] = 2 * moved / _seconds(lambda: dist.all_reduce(total), device)
     speeds["all-to-all"] = moved / _seconds(lambda: dist.all_to_all_single(received, message), device)
-    # A slow neighbour slows one direction, and a slow rank both.
-    ways = [_seconds(lambda step=step: _shift(message, received, step), device) for step in (1, -1)]
-    speeds["neighbours"] = nbytes / min(ways)
+    speeds["neighbours"] = nbytes / min(_exchange_seconds(message, received, device))
     sgm.distributed.barrier()
     return Report(platform.node(), alike, time.time(), unseen, reduced, wrong, speeds)
 
@@ -181,13 +180,41 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _shift(message: torch.Tensor, received: torch.Tensor, step: int) -> None:
-    """Send to the rank that is `step` further, and receive from the one before."""
-    rank, size = sgm.distributed.rank(), sgm.distributed.world_size()
-    operations = [
-        dist.P2POp(dist.isend, message, (rank + step) % size),
-        dist.P2POp(dist.irecv, received, (rank - step) % size),
-    ]
+def partner(rank: int, size: int, local: int, turn: int) -> int | None:
+    """Return the rank with which a rank exchanges messages alone in a turn, of 3; None if it waits.
+
+    Machines form a ring and exchange with one neighbour after the other, rank by rank: so each rank has two partners,
+    of which a slow one is the slow rank of its own pair alone, and no pair is nearer than others. On a single machine,
+    and on machines of unequal numbers of ranks, the ranks form the ring.
+
+    Args:
+        rank: of `size`.
+        size: number of ranks.
+        local: ranks of a machine.
+        turn: from 0.
+    """
+    stride = local if size % local == 0 and local < size else 1
+    own, num = rank // stride, size // stride
+    for edge in (own, (own - 1) % num):  # an edge of the ring, to the next one
+        if turn == (2 if edge == num - 1 and num % 2 else edge % 2):
+            other = (own + 1) % num if edge == own else edge
+            return other * stride + rank % stride
+    return None
+
+
+def _exchange_seconds(message: torch.Tensor, received: torch.Tensor, device: torch.device) -> list[float]:
+    """Return the times in which this rank exchanges a message with each of its partners. Collective."""
+    rank, size, found = sgm.distributed.rank(), sgm.distributed.world_size(), []
+    local = sgm.distributed.broadcast_from_rank_zero(int(os.environ.get("LOCAL_WORLD_SIZE") or size))
+    for turn in range(3):
+        other = partner(rank, size, local, turn)
+        seconds = _seconds(lambda other=other: other is None or _exchange(message, received, other), device)
+        found += [seconds] * (other is not None)
+    return found
+
+
+def _exchange(message: torch.Tensor, received: torch.Tensor, other: int) -> None:
+    operations = [dist.P2POp(dist.isend, message, other), dist.P2POp(dist.irecv, received, other)]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 

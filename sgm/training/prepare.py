@@ -141,17 +141,19 @@ def _planned_rows(
     rows = training_rows(config, dtype, trainable.names, card=card, **loaded)
     if devices is None:
         return rows
-    planner = Planner(config, dtype, trainable.names, devices, stages=_legal_stages(config), **loaded)
+    legal = {"stages": _legal_stages(config), "divides": bool(_legal_stages(config, tensor=2))}
+    planner = Planner(config, dtype, trainable.names, devices, **legal, **loaded)
     return rows | scaling_rows(planner)
 
 
-def _legal_stages(config: Config) -> list[int]:
-    """Return the stages of ZeRO at which the optimizer works."""
+def _legal_stages(config: Config, tensor: int = 1) -> list[int]:
+    """Return the stages of ZeRO at which the optimizer works, with a tensor parallel size."""
     section, zero = config.deepspeed["optimizer"], config.deepspeed["zero_optimization"]
 
     def works(stage: int) -> bool:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
-        return not problems_of("", "", lambda: make_optimizer(section, stand_in, zero={**zero, "stage": stage}))
+        make = partial(make_optimizer, section, stand_in, zero={**zero, "stage": stage}, tensor=tensor)
+        return not problems_of("", "", make)
 
     return [stage for stage in STAGES if works(stage)]
 
@@ -463,7 +465,8 @@ class _Checks:
         if not trains_adapters(self.config.model):
             stand_in.append(("bias", torch.nn.Parameter(torch.zeros(1))))
         with without_compiler():
-            optimizer = make_optimizer(section, stand_in, ema_decay=self.args.ema_decay, zero=zero)
+            given = {"ema_decay": self.args.ema_decay, "zero": zero, "tensor": self.mesh.tensor}
+            optimizer = make_optimizer(section, stand_in, **given)
         if kind_of(section["type"]).own_rate and self.args.lr_decay_style != "constant":
             found = f"is {self.args.lr_decay_style}, and {section['type']} finds or averages its rate over the run"
             raise ConfigError([Problem("args.lr_decay_style", "", found, "set args.lr_decay_style=constant")])

@@ -398,7 +398,8 @@ class TrainingRun:
             return {}
         phases = [rank[0] for rank in ranks]
         warmed_up = self.iteration - steps > self.parts.point.iteration  # the first steps start workers and caches
-        for rank, phase, sentence in slow_ranks(phases, elapsed / max(steps, 1)) if warmed_up else ():
+        slow = slow_ranks(phases, elapsed / max(steps, 1), self.parts.plan.mesh.ranks) if warmed_up else ()
+        for rank, phase, sentence in slow:
             if (rank, phase) not in self._told:
                 self._told.add((rank, phase))
                 logger.warning("%s", sentence)

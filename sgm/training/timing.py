@@ -74,13 +74,18 @@ class PhaseClock:
         return totals
 
 
-def slow_ranks(ranks: Sequence[Mapping[str, float]], step: float) -> Iterator[tuple[int | None, str, str]]:
+def slow_ranks(
+    ranks: Sequence[Mapping[str, float]], step: float, group: int = 1
+) -> Iterator[tuple[int | None, str, str]]:
     """Yield what makes steps slow: rank (None for all), phase, and a sentence about them.
 
     Args:
         ranks: seconds of each phase in a step, by rank.
         step: seconds of a step.
+        group: ranks that share a sample, of which the first reads and encodes it while the others wait: only the first
+            ones are compared.
     """
+    ranks = ranks[::group]
     # The lower one, so that of two ranks one can be slow; the higher one of waits, which are the others' symptom.
     medians = {phase: statistics.median_low(rank[phase] for rank in ranks) for phase in PHASES}
     medians["communication"] = statistics.median_high(rank["communication"] for rank in ranks)
@@ -89,14 +94,14 @@ def slow_ranks(ranks: Sequence[Mapping[str, float]], step: float) -> Iterator[tu
         for number, rank in enumerate(ranks):
             if rank[phase] > limit:
                 much = f"{rank[phase]:.2g} s of a step of {step:.2g} s in {phase}, the median is {medians[phase]:.2g} s"
-                yield number, phase, f"rank {number} spends {much}: the others wait for it"
+                yield number * group, phase, f"rank {number * group} spends {much}: the others wait for it"
     waits = [rank["communication"] for rank in ranks]
     first = min(range(len(ranks)), key=lambda number: waits[number])
     if medians["communication"] - waits[first] > 2 * _SLOW_SHARE * step and not any(
         ranks[first][phase] > medians[phase] + _SLOW_SHARE * step for phase in ("data", "encode", "save")
     ):
         waiting = f"the others wait {medians['communication']:.2g} s of a step of {step:.2g} s for it"
-        yield first, "network", f"rank {first} computes slower: {waiting}"
+        yield first * group, "network", f"rank {first * group} computes slower: {waiting}"
     if medians["data"] > _DATA_SHARE * step:
         cure = "raise args.num_workers, or encode clips and captions ahead with tools/prepare_dataset.py"
         yield None, "data", f"data takes {medians['data']:.2g} s of a step of {step:.2g} s: {cure}"

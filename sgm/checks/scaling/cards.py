@@ -31,7 +31,7 @@ PEAKS = {
     "A10": 125e12,
     "V100": 125e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,  # of one of its two dies, each of which is a device
 }
 
 _Positive = Annotated[float, Field(gt=0, lt=1e21)]

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 import sgm.distributed
-from sgm.checks.estimate import Encodes, clip_of, is_offloaded, memory_text, with_vae
+from sgm.checks.estimate import Encodes, Estimate, clip_of, is_offloaded, memory_text, with_vae
 from sgm.checks.mesh import check_mesh, mesh_of
-from sgm.checks.planner import config_with, next_of_training, recomputed_blocks, room_for
+from sgm.checks.planner import TRAINING, config_with, fit, next_of_training, recomputed_blocks, room_for
 from sgm.checks.sampling import params_of
 from sgm.checks.scaling.cards import Card
 from sgm.checks.scaling.step_time import CURES, Prediction, predict
 from sgm.checks.training import fitted_buckets, geometry_of, with_largest_bucket
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, ConfigError
 from sgm.distributed import Mesh
 from sgm.modules.geometry import Geometry
 from sgm.util import InputError
@@ -48,8 +48,8 @@ class Setup:
         """What is simpler comes first: small micro batches, few ranks for a sample, a low stage."""
         return self.micro_batch, self.mesh.ranks, self.mesh.tensor, self.stage
 
-    def settings(self, *, vae: bool) -> list[str]:
-        """Return the overrides of a command line."""
+    def settings(self, config: Config) -> list[str]:
+        """Return the overrides of a command line that starts a run of `config` with these settings."""
         given = [
             f"args.sequence_parallel_size={self.mesh.sequence}",
             f"args.model_parallel_size={self.mesh.tensor}",
@@ -57,7 +57,13 @@ class Setup:
             f"deepspeed.train_micro_batch_size_per_gpu={self.micro_batch}",
             f"deepspeed.gradient_accumulation_steps={self.accumulation}",
         ]
-        return [*given, f"model.first_stage_config.params.cp_size={self.mesh.context}"] if vae else given
+        size = f"model.first_stage_config.params.cp_size={self.mesh.context}"
+        return [*given, size] if self._sets_context(config) else given
+
+    def _sets_context(self, config: Config) -> bool:
+        """Whether the context parallel size must be given: files without one mean 1, and another VAE may have none."""
+        section = config.model.get("first_stage_config")
+        return section is not None and (self.mesh.context > 1 or "cp_size" in params_of(section))
 
     def applied(self, config: Config) -> Config:
         """Return `config` with these settings."""
@@ -70,10 +76,9 @@ class Setup:
             "gradient_accumulation_steps": self.accumulation,
         }
         model = dict(config.model)
-        if model.get("first_stage_config") is not None:
+        if self._sets_context(config):
             stage = model["first_stage_config"]
-            if self.mesh.context > 1 or "cp_size" in params_of(stage):
-                model["first_stage_config"] = {**stage, "params": {**params_of(stage), "cp_size": self.mesh.context}}
+            model["first_stage_config"] = {**stage, "params": {**params_of(stage), "cp_size": self.mesh.context}}
         return replace(config, args=args, deepspeed=section, model=model)
 
 
@@ -100,6 +105,7 @@ class Planner:
         trained: names of the trained parameters.
         card: every rank's.
         stages: of ZeRO, which the optimizer allows.
+        divides: whether the optimizer allows tensor parallelism.
         vae: what the VAE encodes.
         text_encoder: what the text encoder encodes.
     """
@@ -112,12 +118,14 @@ class Planner:
         card: Card,
         *,
         stages: Sequence[int] = STAGES,
+        divides: bool = True,
         vae: Encodes = True,
         text_encoder: Encodes = True,
     ) -> None:
         self.config, self.dtype, self.trained, self.card = config, dtype, trained, card
+        self._given: dict[str, Any] = {"stages": stages, "divides": divides, "vae": vae, "text_encoder": text_encoder}
         self.vae = with_vae(config, vae)
-        self.text_encoder = text_encoder
+        self.text_encoder, self.divides = text_encoder, divides
         self.geometry: Geometry = geometry_of(config)
         self.world = sgm.distributed.world_size()
         room = room_for(card.memory)
@@ -135,9 +143,32 @@ class Planner:
         adapters = all(map(is_added, self.trained))
         return next_of_training(encodes=bool(self.vae or self.text_encoder), adapters=adapters)
 
+    def changed(self, settings: Sequence[str]) -> "Planner":
+        """Return the planner of the run with some settings changed.
+
+        Raises:
+            ConfigError: they do not go with this model.
+        """
+        config = config_with(self.config, settings)
+        return Planner(config, self.dtype, self.trained, self.card, **self._given)
+
+    def fitting(self) -> list[str]:
+        """Return settings that take less memory and make the run fit; none if it fits, or if none are enough."""
+        own = self.own()
+        if own is None or own.fits:
+            return []
+
+        def estimate_of(settings: Sequence[str]) -> Estimate:
+            if (found := self.changed(settings).own()) is None:
+                raise ConfigError([])
+            return found.prediction.estimate
+
+        chosen, found = fit(estimate_of, self.room, TRAINING)
+        return [change.setting for change in chosen] if found.peak <= self.room else []
+
     def meshes(self) -> Iterator[Mesh]:
         """Yield the meshes within a machine that model and number of ranks allow."""
-        for tensor in SIZES:
+        for tensor in SIZES if self.divides else (1,):
             for sequence in SIZES:
                 ranks = tensor * sequence
                 if ranks > self.card.per_node or self.world % ranks:
@@ -263,19 +294,22 @@ def scaling_rows(planner: Planner) -> dict[str, str]:
     alone, _ = with_largest_bucket(planner.config, planner.geometry)
     if clip_of(alone) is None:
         return rows | {"  recommended": "nothing: data.params do not say how large clips are"}
-    own = planner.own()
-    choices = planner.choices()
+    own, more = planner.own(), planner.fitting()
+    choices = planner.changed(more).choices() if more else planner.choices()
     if own is not None:
         rows["  as it is"] = _speed(own, planner.room)
     found = best(choices)
+    plain = best(planner.of_mesh(Mesh())) if more else None  # a higher stage of ZeRO may be enough, and faster
+    if plain is not None and (found is None or plain.speed > found.speed):
+        found, more = plain, []
     if found is None:
         if not choices:
             total = planner.config.deepspeed.get("train_batch_size")
             return rows | {"  recommended": f"nothing: no mesh and micro batch give train_batch_size={total}"}
         least = min(choices, key=lambda choice: choice.prediction.estimate.peak)
-        words = " ".join(least.setup.settings(vae=bool(planner.vae)))
+        words = " ".join(least.setup.settings(planner.config))
         return rows | {"  the smallest": f"{words}: {_speed(least, planner.room)}; {planner.next_steps}"}
-    settings = found.setup.settings(vae=bool(planner.vae))
+    settings = [*more, *found.setup.settings(planner.config)]
     config_with(planner.config, settings)  # the run will be loaded with them
     groups = world // found.setup.mesh.ranks
     rows["  recommended"] = " ".join(settings)

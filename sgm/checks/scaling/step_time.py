@@ -169,7 +169,9 @@ class _Work:
         self.latents = (self.frames - 1) // self.geometry.time_compression + 1
         micro = self.section["train_micro_batch_size_per_gpu"]
         self.samples = micro * self.batches * (self.world // self.mesh.ranks)
-        self.clips = micro * self.batches * (1 + takes_pairs(config))  # of a group
+        # Of a group: samples, and the videos that belong to them.
+        self.own = micro * self.batches
+        self.clips = self.own * (1 + takes_pairs(config) + (self.geometry.control_channels > 0))
         self.adapters = all(map(is_added, trained))
         batch = micro * (1 + takes_pairs(config))
         self.network: Usage = once(network_usage, config, (self.latents, *self.size), batch, dtype, trained=trained)
@@ -262,12 +264,13 @@ class _Work:
 
     def _encoding(self, vae: Encodes) -> tuple[float, float]:
         """Return the seconds in which the VAE encodes the clips of a group, and of what its ranks exchange for it."""
-        frames = [1] * self.geometry.image_conditioned + [self.frames] * (vae is True)
+        images, clips = self.own * self.geometry.image_conditioned, self.clips * (vae is True)
         seconds = sent = 0.0
-        for each in frames:
-            usage = once(encode_usage, self.config, (each, *self.size), autoencoder_dtype(self.dtype))
-            seconds += self.clips * self._busy(usage.cost)
-            sent += self.clips * self._group_seconds(usage)
+        for frames, number in ((1, images), (self.frames, clips)):
+            if number:
+                usage = once(encode_usage, self.config, (frames, *self.size), autoencoder_dtype(self.dtype))
+                seconds += number * self._busy(usage.cost)
+                sent += number * self._group_seconds(usage)
         return seconds, sent
 
     def _busy(self, cost: Cost) -> float:
@@ -280,7 +283,7 @@ class _Work:
         """Return the seconds in which T5 encodes the captions of a group, each of them alone."""
         stored = text_encoder_bytes(self.config).stored  # in 16 bits
         products = self._text_length() * stored / (self.card.peak * self.card.products)
-        return self.clips * max(products, stored / self.card.memory_bandwidth)
+        return self.own * max(products, stored / self.card.memory_bandwidth)
 
     def _zero_seconds(self, network: float) -> float:
         """Return the seconds of DeepSpeed's collectives, as far as forward and backward passes do not hide them."""
@@ -338,8 +341,8 @@ class _Work:
 
     def _data_seconds(self, vae: Encodes, others: float) -> float:
         """Return the seconds that a step waits for clips, which worker processes read beside it."""
-        frames = self.frames if vae is True else 1
-        args, pixels = self.args, self.clips * frames * self.size[0] * self.size[1]
+        frames = self.clips * self.frames if vae is True else self.own
+        args, pixels = self.args, frames * self.size[0] * self.size[1]
         if args.num_workers == 0:
             return pixels / self.card.clip_pixels
         workers = min(args.num_workers, self.card.cores * self.mesh.ranks)

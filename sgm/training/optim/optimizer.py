@@ -20,7 +20,7 @@ import sgm.distributed
 from sgm.training.optim.average import has_master_copies, keep_average
 from sgm.training.optim.muon import Muon
 from sgm.training.optim.whole import WholeMatrices
-from sgm.util import InputError, get_obj_from_str, nearest
+from sgm.util import InputError, default, get_obj_from_str, nearest
 
 # SAT's FusedEmaAdam compiles a CUDA extension at its first use; AdamW with `keep_average` has the same update rule.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -135,6 +135,7 @@ def make_optimizer(
     *,
     ema_decay: float | None = None,
     zero: Mapping[str, Any] | None = None,
+    tensor: int | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a ``{type: ..., params: {...}}`` section, ready for its first step.
 
@@ -145,9 +146,10 @@ def make_optimizer(
         named_parameters: of the network.
         ema_decay: of the moving average of the weights; None for no average.
         zero: the ``zero_optimization`` section of the engine that the optimizer is for; None without DeepSpeed.
+        tensor: tensor parallel size; None: that of this process.
 
     Raises:
-        InputError: the type is unknown, refuses a parameter, or cannot work at the ZeRO stage.
+        InputError: the type is unknown, refuses a parameter, or cannot work at the ZeRO stage or tensor parallel size.
     """
     name, params = section["type"], dict(section.get("params") or {})
     if "betas" in params:
@@ -155,7 +157,7 @@ def make_optimizer(
     cls, kind = resolve_optimizer(name), kind_of(name)
     _check_names(name, cls, params)
     stage = (zero or {}).get("stage", 0)
-    _check_stage(name, kind, zero or {})
+    _check_stage(name, kind, zero or {}, default(tensor, sgm.distributed.tensor_parallel_size()))
     if kind.sums and stage > 0:
         params["fsdp_in_use"] = True  # the name in prodigyopt for slices of parameters
     groups = _decay_groups(named_parameters, by_axes=cls is Muon, one=kind.sums and not params.get("weight_decay"))
@@ -198,7 +200,7 @@ def _check_names(name: str, cls: type[torch.optim.Optimizer], params: Mapping[st
         )
 
 
-def _check_stage(name: str, kind: Kind, zero: Mapping[str, Any]) -> None:
+def _check_stage(name: str, kind: Kind, zero: Mapping[str, Any], tensor: int) -> None:
     """Refuse an optimizer whose results would be wrong in the parts that ZeRO or tensor parallelism gives it."""
     if kind.elementwise:
         return
@@ -212,11 +214,10 @@ def _check_stage(name: str, kind: Kind, zero: Mapping[str, Any]) -> None:
             f"deepspeed.optimizer.type: '{name}' needs whole matrices, and their place is unknown with "
             "round_robin_gradients; set deepspeed.zero_optimization.round_robin_gradients=false"
         )
-    if (kind.whole or kind.sums) and sgm.distributed.tensor_parallel_size() > 1:
+    if (kind.whole or kind.sums) and tensor > 1:
         raise InputError(
             f"deepspeed.optimizer.type: '{name}' needs whole matrices and sums over them, and "
-            f"args.model_parallel_size={sgm.distributed.tensor_parallel_size()} divides them; set it to 1, or "
-            "deepspeed.optimizer.type: AdamW"
+            f"args.model_parallel_size={tensor} divides them; set it to 1, or deepspeed.optimizer.type: AdamW"
         )
 
 

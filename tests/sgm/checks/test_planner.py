@@ -244,6 +244,7 @@ def test_a_run_from_caches_is_planned_before_they_are_there(capsys, tmp_path):
     [
         (["--check", "--card", "large"], "--card 'large' is no size; give the memory of the card, such as --card 24gb"),
         (["--check", "--card", "0gb"], "is no size"),
+        (["--check", "--card", "4090"], "--card '4090': no card has so much memory; give that of yours"),
         (["--card", "24gb"], "--card only plans: give --check as well"),
     ],
 )

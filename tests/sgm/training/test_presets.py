@@ -343,16 +343,14 @@ JOB = 10000 * 7 + os.getpid() % 10000  # so that concurrent test runs use differ
 @pytest.fixture
 def slurm(tmp_path):
     """The script, for two machines with one process each, and an environment with a mock Slurm."""
-    text = SLURM.read_text()
-    script = tmp_path / "finetune_slurm.sh"
-    script.write_text(text.replace("NPROC_PER_NODE=8", "NPROC_PER_NODE=1"))
     for name, body in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    given = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": 2, "SLURM_CPUS_PER_TASK": 8}
+    given = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": 2}
+    given |= {"SLURM_GPUS_ON_NODE": 1, "SLURM_CPUS_PER_TASK": 1}
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     given = {name: str(value) for name, value in given.items()} | {"STATE": str(tmp_path), "PATH": path}
-    return script, ENV | given | {"PYTHON": sys.executable}
+    return SLURM, ENV | given | {"PYTHON": sys.executable}
 
 
 @pytest.fixture
@@ -401,6 +399,15 @@ def test_the_script_for_slurm_asks_for_what_the_launcher_reads():
     commands = re.findall(r"^sbatch (?:--array=0-3 )?scripts/finetune_slurm.sh (.*)$", DOCUMENT, flags=re.MULTILINE)
     one, array = (training.parse(shlex.split(command)).overrides for command in commands)
     assert one == array[:1] == ["args.train_data=my_clips"]
+
+
+@pytest.mark.parametrize(("gpus", "said"), [("4", "4 16\n"), ("", "8 8\n")])
+def test_the_script_for_slurm_starts_a_process_for_each_gpu_that_was_asked_for(slurm, tmp_path, gpus, said):
+    script, environment = slurm
+    (tmp_path / "srun").write_text("#!/bin/sh\necho $NPROC_PER_NODE $OMP_NUM_THREADS\n")
+    given = environment | {"SLURM_GPUS_ON_NODE": gpus, "SLURM_CPUS_PER_TASK": "64"}
+    done = subprocess.run(["bash", str(script)], cwd=ROOT, env=given, capture_output=True, text=True, check=True)
+    assert done.stdout == said
 
 
 def test_tasks_of_an_array_have_runs_and_ports_of_their_own(slurm, tmp_path):

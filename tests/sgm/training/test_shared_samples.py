@@ -279,6 +279,11 @@ def test_the_batch_counts_each_sample_once(plan):
         (["args.cfg_parallel_size=2"], "args.cfg_parallel_size", "training has one branch"),
         (["args.model_parallel_size=4"], "args.model_parallel_size", "2 heads cannot be shared out evenly"),
         (
+            ["args.model_parallel_size=2", "deepspeed.optimizer.type=Muon"],
+            "deepspeed.optimizer",
+            "model_parallel_size=2 divides them",
+        ),
+        (
             ["args.model_parallel_size=2", zero(0), "args.bf16=true"],
             "deepspeed.zero_optimization.stage",
             "leaves tensor-parallel layers",

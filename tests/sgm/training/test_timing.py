@@ -58,6 +58,20 @@ def test_the_rank_and_phase_that_make_steps_slow_are_named(changes, said):
     assert all(text.startswith(start) for (_, _, text), (_, _, start) in zip(found, said, strict=True))
 
 
+# Of a group that shares a sample, the first rank reads and encodes, and the others wait for it.
+FIRST, OTHER = EVEN | {"encode": 3.0, "communication": 0.5}, EVEN | {"data": 0.0, "encode": 0.0, "communication": 4.0}
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_ranks_that_read_for_others_are_compared_with_each_other(group):
+    ranks = [FIRST if rank % group == 0 else OTHER for rank in range(8)]
+    assert list(slow_ranks(ranks, 10.0, group)) == []
+    ranks[group] = FIRST | {"data": 6.0}
+    assert [each[:2] for each in slow_ranks(ranks, 10.0, group)][0] == (group, "data")
+    reads = [each | {"data": 5.0 * (each is FIRST)} for each in [FIRST, OTHER] * 4]
+    assert [each[:2] for each in slow_ranks(reads, 10.0, 2)] == [(None, "data")]
+
+
 @pytest.mark.parametrize(
     ("doing", "said"),
     [

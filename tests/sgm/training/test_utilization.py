@@ -44,6 +44,7 @@ def test_a_network_of_another_kind_has_no_flops():
         ("Tesla V100-SXM2-16GB", 125e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("AMD Instinct MI250X", 191.5e12),  # of one die, which is a device
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )

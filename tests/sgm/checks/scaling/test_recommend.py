@@ -8,6 +8,7 @@ import torch
 
 import sgm.distributed
 from sgm.checks.estimate import Estimate
+from sgm.checks.mesh import check_mesh, mesh_of
 from sgm.checks.meta_run import build
 from sgm.checks.planner import ROOM, config_with
 from sgm.checks.scaling import recommend
@@ -110,6 +111,44 @@ def test_the_rows_name_settings_that_the_run_accepts(planner, monkeypatch):
     assert rows["  limit"].split()[0] in ("compute", "memory", "network", "data", "saves")
 
 
+def test_layers_are_divided_only_if_the_optimizer_allows_it(planner):
+    with sgm.distributed.planned(8):
+        assert {mesh.tensor for mesh in planner(divides=False).meshes()} == {1} < {m.tensor for m in planner().meshes()}
+
+
+def test_the_settings_replace_a_divided_vae_that_is_not_loaded(planner, modelled):
+    modelled(lambda *_: 1.0, lambda ranks, stage, micro: ranks * micro)
+    given = ["args.sequence_parallel_size=2", "model.first_stage_config.params.cp_size=2"]
+    with sgm.distributed.planned(8):
+        plan = planner(*given, vae=False, text_encoder=False)
+        words = scaling_rows(plan)["  recommended"].split()
+        assert words[0] == "args.sequence_parallel_size=1" and not check_mesh(config_with(plan.config, words))
+        assert mesh_of(config_with(plan.config, words)).ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("of_stage_3", "starts"),
+    [(100, "args.text_encoder_offload=cpu args.sequence_parallel_size=1 "), (10, "args.sequence_parallel_size=1 ")],
+)
+def test_what_makes_the_run_fit_is_recommended_unless_a_stage_is_enough(planner, monkeypatch, of_stage_3, starts):
+    def predict(config, *_, **__):
+        stage, micro = (
+            config.deepspeed["zero_optimization"]["stage"],
+            config.deepspeed["train_micro_batch_size_per_gpu"],
+        )
+        waits = config.args.text_encoder_offload == "cpu"
+        memory = (10 if waits else of_stage_3 if stage == 3 else 100) * micro
+        return predicted(1.2 if waits else 1.0, memory, micro * 8)
+
+    monkeypatch.setattr(recommend, "predict", predict)
+    monkeypatch.setattr(recommend, "MICRO_BATCHES", (1,))
+    with sgm.distributed.planned(8):
+        plan = planner()
+        rows = scaling_rows(plan)
+        config_with(plan.config, rows["  recommended"].split())
+    assert rows["  recommended"].startswith(starts) and "does not fit" in rows["  as it is"]
+
+
 def test_what_does_not_fit_is_said(planner, modelled):
     modelled(lambda ranks, stage, micro: 900 - ranks - stage, lambda *_: 1.0)
     with sgm.distributed.planned(8):
@@ -171,6 +210,15 @@ def test_wrong_words_are_refused(words, said, capsys):
 def test_impossible_devices_are_refused(words, said, capsys):
     assert train([*TOY, "--check", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_optimizer_of_whole_matrices_keeps_layers_whole(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(recommend, "MICRO_BATCHES", (1,))
+    words = ["deepspeed.optimizer.type=Muon", f"args.save={tmp_path}", "args.eval_interval=null"]
+    small = ["--check", "--devices", "2", "--card", "0.01gb"]  # nothing fits, so that all meshes are tried
+    assert train([*TOY, *words, *small]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.startswith("  the smallest") and "model_parallel_size=1 " in row for row in rows)
 
 
 def test_planning_is_for_one_process(monkeypatch):

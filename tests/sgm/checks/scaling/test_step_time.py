@@ -45,10 +45,10 @@ def trained():
 def seconds(trained):
     """Return the parts of an iteration that take time on a card which is fast but for what is given."""
 
-    def parts(*settings: str, ranks: int = 1, vae: bool = False, **slow):
+    def parts(*settings: str, ranks: int = 1, vae: bool = False, text_encoder: bool = False, **slow):
         with sgm.distributed.planned(ranks):
             card = dataclasses.replace(ALL, **slow)
-            found = predict(config_of(*settings), torch.float32, trained, card, vae=vae, text_encoder=False)
+            found = predict(config_of(*settings), torch.float32, trained, card, vae=vae, text_encoder=text_encoder)
         return {name: value for name, value in found.seconds.items() if value > 1e-7}
 
     return parts
@@ -125,6 +125,19 @@ def test_clips_are_encoded_and_read_beside_the_step(seconds):
     assert seconds("args.num_workers=2", **slow) == {"data": pytest.approx(pixels / 2e5)}
     assert seconds("args.num_workers=16", **slow, cores=4) == {"data": pytest.approx(pixels / 4e5)}
     assert "data" not in seconds("args.num_workers=2", **slow, peak=1e8)
+
+
+CONTROL = "model.network_config.params.control_channels=16"
+PAIRS = "model.loss_fn_config={target: sgm.modules.diffusionmodules.preference.DiffusionDPOLoss}"
+
+
+@pytest.mark.parametrize("second", [CONTROL, PAIRS])
+def test_a_second_video_is_encoded_and_read_too_and_a_caption_once(seconds, second):
+    slow = {"vae": True, "text_encoder": True, "peak": 1e9}
+    one, two = seconds(**slow), seconds(second, **slow)
+    assert two["VAE"] == pytest.approx(2 * one["VAE"]) and two["text encoder"] == pytest.approx(one["text encoder"])
+    read = [seconds(*more, "args.num_workers=0", vae=True, clip_pixels=1e5)["data"] for more in ((), (second,))]
+    assert read[1] == pytest.approx(2 * read[0])
 
 
 def test_saves_cost_their_share(seconds, trained):
