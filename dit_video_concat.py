@@ -30,7 +30,7 @@ from sgm.config.values import AtLeast0, AtLeast1, Depth, Frames, PatchSide, Posi
 from sgm.modules.block import CompiledBlock, transformer_block
 from sgm.modules.block_ops import ModulatedNorm
 from sgm.modules.embeddings import patchify, rope_table_3d, rotate, sincos_positions_3d, timestep_embedding, unpatchify
-from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size
+from sgm.modules.geometry import Grid, PatchSize, normalize_patch_size, require_rotary_heads
 from sgm.modules.host_activations import HostActivations
 from sgm.modules.in_place import gelu
 from sgm.modules.kept_attention import KeptAttention, recomputed
@@ -197,8 +197,8 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         learnable_pos_embed: bool = False,
     ) -> None:
         super().__init__(grid=grid, text_length=text_length)
-        self.head_dim = hidden_size_head
-        self.theta = theta
+        require_rotary_heads(hidden_size_head)
+        self.head_dim, self.theta = hidden_size_head, theta
         self.time_scaling = "extrapolate"
         if learnable_pos_embed:
             self.pos_embedding = nn.Parameter(torch.zeros(1, text_length + math.prod(grid), hidden_size))

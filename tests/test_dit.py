@@ -441,7 +441,10 @@ def test_shorter_samples_take_the_first_rows_of_a_table():
 
 def _with_head(size: int) -> dict:
     modules = section()["params"]["modules"]
-    rotary = {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": {"hidden_size_head": size}}
+    rotary = {
+        "target": "dit_video_concat.Rotary3DPositionEmbeddingMixin",
+        "params": {"hidden_size_head": size, "text_length": 3},
+    }
     return modules | {"pos_embed_config": rotary}
 
 
@@ -460,6 +463,7 @@ def _with_head(size: int) -> dict:
         ({"transformer_args": {"hidden_dropout": 0.1}}, "hidden_dropout is 0.1"),
         ({"transformer_args": {"is_decoder": True}}, "is_decoder is true"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size"),
+        ({"num_attention_heads": 4, "modules": _with_head(8)}, "a multiple of 16, got 8; set num_attention_heads"),
         ({"modules": _with_head(7)}, "pos_embed_config.params.hidden_size_head is 7, and that of the network 16"),
         ({"modules": {}}, "lacks adaln_layer_config, final_layer_config, patch_embed_config, pos_embed_config"),
         (

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch.autograd.function import once_differentiable
 
-from sgm.modules.geometry import Grid, PatchSize
+from sgm.modules.geometry import Grid, PatchSize, require_rotary_heads
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, *, max_period: float = 10000.0) -> torch.Tensor:
@@ -138,9 +138,11 @@ def rope_table_3d(
     Returns:
         Two float32 tables (num_text + N, head_dim), neighbouring channels sharing an angle; the sine is negative for
         the first channel of a pair, as `rotate` needs it.
+
+    Raises:
+        InputError: heads of another size.
     """
-    if head_dim % 16:
-        raise ValueError(f"3D rotary positions need a head size that is a multiple of 16, got {head_dim}")
+    require_rotary_heads(head_dim)
     axes = []
     for axis, dim in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)

@@ -179,6 +179,15 @@ def normalize_patch_size(patch_size: Any) -> PatchSize:
     return sides[0], sides[1], sides[2]
 
 
+def require_rotary_heads(channels: int) -> None:
+    """Raise InputError for heads whose `channels` cannot be divided among the axes of 3D rotary positions."""
+    if channels % 16:
+        raise InputError(
+            f"3D rotary positions need a head size that is a multiple of 16, got {channels}; set num_attention_heads "
+            "to another divisor of hidden_size"
+        )
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
