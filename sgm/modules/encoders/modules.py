@@ -261,7 +261,7 @@ class FrozenT5Embedder(nn.Module):
         self.known: Mapping[str, torch.Tensor] = {}  # embeddings (L, D) of cached texts
         self.folder = T5Folder(Path(model_dir).expanduser())
         self._dtype = PRECISIONS[dtype] if dtype else None
-        self._run_device = torch.device(device) if device else None
+        self._run_device = _device_named(device) if device else None
         self._module_device = torch.device("cpu")
         # In a list, which nn.Module does not register: T5 must not appear among the parameters.
         self._loaded: list[nn.Module] = []
@@ -388,6 +388,8 @@ class FrozenT5Embedder(nn.Module):
         if device.type == "cpu" and self._dtype is torch.float16:
             raise InputError("FrozenT5Embedder: a CPU cannot run dtype: fp16; use fp32 or bf16, or leave it out (null)")
         if not self._loaded:
+            if self._run_device is not None:
+                _require_present(device)
             self.check()
             self._loaded.append(self._load(device))
         model = self._loaded[0]
@@ -448,6 +450,26 @@ def _beginning(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _device_named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"FrozenT5Embedder: device: {name!r} is none that torch knows; leave it out (null) to follow the network"
+        ) from error
+
+
+def _require_present(device: torch.device) -> None:
+    """Raise InputError for a device that this machine has not, before T5 is read for it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    num = torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= num:
+        raise InputError(
+            f"FrozenT5Embedder: device: '{device}' is not on this machine, which has {num} of that kind; leave it out "
+            "(null) to follow the network"
+        )
+
+
 def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
     where = f"conditioner emb_models[{i}]"
     for key in config:
@@ -455,13 +477,18 @@ def _read_entry(i: int, config: Mapping[str, Any]) -> _Entry:
             raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), ENTRY_KEYS)} (known: {ENTRY_KEYS})")
     if ("input_key" in config) == ("input_keys" in config):
         raise InputError(f"{where}: give either input_key or input_keys, the names of batch entries (e.g. txt)")
-    keys = (config["input_key"],) if "input_key" in config else tuple(config["input_keys"] or ())
-    if not keys or not all(isinstance(key, str) and key for key in keys):
-        raise InputError(f"{where}: input keys: {spelled(keys)}; name at least one batch entry (e.g. txt)")
+    keys = [config["input_key"]] if "input_key" in config else config["input_keys"]
+    is_list = isinstance(keys, Sequence) and not isinstance(keys, str)
+    if not is_list or not keys or not all(isinstance(key, str) and key for key in keys):
+        raise InputError(f"{where}: input keys: {spelled(keys)}; list at least one batch entry (e.g. txt)")
     rate = config.get("ucg_rate", 0.0)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise InputError(f"{where}: ucg_rate: {rate!r} is not a probability; use a number from 0 to 1")
-    return _Entry(keys, float(rate), config.get("legacy_ucg_value"))
+    legacy = config.get("legacy_ucg_value")
+    if not isinstance(legacy, str | None):
+        cure = "quote it, or leave it out (null) for an embedding of zeros"
+        raise InputError(f"{where}: legacy_ucg_value: {spelled(legacy)} is no text; {cure}")
+    return _Entry(tuple(keys), float(rate), legacy)
 
 
 def _inputs(batch: Mapping[str, Any], entry: _Entry) -> list[list[str]]:

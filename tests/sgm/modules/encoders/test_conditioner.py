@@ -230,12 +230,19 @@ def test_foreign_encoders_with_keep_loaded_offload_themselves():
         ({"ucg_rate": 1.5}, "ucg_rate: 1.5 is not a probability"),
         ({"ucg_rates": 0.1}, "unknown key 'ucg_rates'; did you mean 'ucg_rate'"),
         ({"input_keys": ["txt"]}, "either input_key or input_keys"),
+        ({"input_key": 3}, r"input keys: \[3\]; list at least one"),
+        ({"legacy_ucg_value": 0.5}, "legacy_ucg_value: 0.5 is no text; quote it"),
         ({"params": {"dims": 2}}, "dims"),
     ],
 )
 def test_bad_entries_are_refused(entry, message):
     with pytest.raises(InputError, match=message):
         conditioner(**entry)
+
+
+def test_input_keys_are_a_list():
+    with pytest.raises(InputError, match="input keys: 'txt'; list at least one"):
+        GeneralConditioner([{"input_keys": "txt", "target": f"{__name__}.Ramp", "params": {"dim": 2}}])
 
 
 def test_entry_without_target_is_refused():

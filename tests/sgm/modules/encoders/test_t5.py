@@ -312,10 +312,20 @@ def test_single_file_folder(own_t5_dir, t5_dir):
     assert torch.equal(FrozenT5Embedder(str(own_t5_dir))(texts), FrozenT5Embedder(str(t5_dir))(texts))
 
 
-@pytest.mark.parametrize("params", [{"dtype": "fp8"}, {"offload": "disk"}, {"max_length": 1}])
+@pytest.mark.parametrize("params", [{"dtype": "fp8"}, {"offload": "disk"}, {"max_length": 1}, {"device": "gpu"}])
 def test_unsupported_parameters_are_refused(params):
     with pytest.raises(InputError, match=next(iter(params))):
         FrozenT5Embedder("anywhere", **params)
+
+
+def test_a_device_that_is_not_there_is_named_before_t5_is_read(t5_dir, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name, num in (("cuda:2", 2), ("mps", 0)):
+        embedder = FrozenT5Embedder(str(t5_dir), device=name)
+        monkeypatch.setattr(embedder, "_load", lambda _: pytest.fail("it was read"))
+        with pytest.raises(InputError, match=f"device: '{name}' is not on this machine, which has {num} of that kind"):
+            embedder(["a"])
 
 
 def test_a_single_string_is_refused(t5_dir):
