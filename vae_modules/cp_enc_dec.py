@@ -26,11 +26,16 @@ _UNUSED = {
 Multipliers = Annotated[Sequence[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1, max_length=16)]
 
 
-def _num_time_levels(name: str, temporal_compress_times: int) -> int:
-    """Return the number of levels that resample time."""
+def _num_time_levels(name: str, temporal_compress_times: int, num_levels: int) -> int:
+    """Return the number of levels that resample time, of `num_levels`, the last of which resamples nothing."""
     levels = int(math.log2(temporal_compress_times))
     if 2**levels != temporal_compress_times:
         raise InputError(f"{name}: temporal_compress_times={temporal_compress_times} is not a power of 2; use 4")
+    if levels >= num_levels:
+        raise InputError(
+            f"{name}: temporal_compress_times={temporal_compress_times} takes {levels} levels that resample, and "
+            f"ch_mult has {num_levels - 1}; use 4 with a ch_mult of 4 numbers"
+        )
     return levels
 
 
@@ -102,7 +107,7 @@ class ContextParallelEncoder3D(nn.Module):
         temporal_compress_times: AtLeast1 = 4,
     ) -> None:
         super().__init__()
-        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times, len(ch_mult))
         self.width = ch
         self.conv_in = CausalConv3d(in_channels, ch, 3)
         self.down = nn.ModuleList()
@@ -159,7 +164,7 @@ class ContextParallelDecoder3D(nn.Module):
         temporal_compress_times: AtLeast1 = 4,
     ) -> None:
         super().__init__()
-        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times)
+        time_levels = _num_time_levels(type(self).__name__, temporal_compress_times, len(ch_mult))
         self.width = ch
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)

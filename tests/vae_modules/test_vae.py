@@ -447,6 +447,7 @@ def test_wrong_options_are_refused(changes, message):
         ("attn_resolutions", [16], "attn_resolutions is .16., but this VAE has no attention"),
         ("pad_mode", "replicate", "pad_mode is 'replicate', but the causal padding repeats the first frame"),
         ("temporal_compress_times", 3, "temporal_compress_times=3 is not a power of 2"),
+        ("temporal_compress_times", 16, "temporal_compress_times=16 takes 4 levels that resample, and ch_mult has 3"),
     ],
 )
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
