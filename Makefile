@@ -73,8 +73,8 @@ bench-gpu: $(VENV)/installed-dev  ## time and measure the released sizes on an a
 memory: $(VENV)/installed-dev  ## measure peak memory at released sizes, without an accelerator
 	$(BIN)/python -m benchmarks.memory
 
-clean:
-	rm -rf $(VENV) outputs *.egg-info
+clean:  ## remove what `make` has installed, and the demo's results; those of other runs stay
+	rm -rf $(VENV) *.egg-info outputs/demo* outputs/land outputs/toy outputs/toy_i2v
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11" if not (3, 11) <= sys.version_info[:2] < (3, 13) else 0)'

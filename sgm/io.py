@@ -316,6 +316,20 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_bytes(json_bytes(content, indent=2) + b"\n")
 
 
+def require_own_json(path: Path, key: str) -> None:
+    """Refuse to replace a JSON file of others, such as a table of clips: an own one begins with the key `key`.
+
+    Raises:
+        InputError: it is a folder, or another file.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    if path.is_file():
+        with path.open("rb") as file:
+            if not re.match(rb'\s*{\s*"%s"' % key.encode(), file.read(200)):
+                raise InputError(f"{path} exists and was not written by this command; name another file, or remove it")
+
+
 def json_bytes(content: Any, *, indent: int | None = None) -> bytes:
     """Return JSON in UTF-8, readable in any language.
 

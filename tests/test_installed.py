@@ -1,5 +1,6 @@
 """The wheel: what it holds, its commands, and that it works outside of the checkout."""
 
+import ast
 import importlib
 import os
 import re
@@ -70,6 +71,16 @@ def test_every_tool_is_a_command(distribution):
         assert callable(getattr(importlib.import_module(module.removeprefix("cogvideox_sat.")), function)), name
     documented = set(re.findall(r"cogvideox-[\w-]+", (ROOT / "docs/installing.md").read_text(encoding="utf-8")))
     assert scripts.keys() <= documented | {"cogvideox-sat"}, "list each in docs/installing.md"
+
+
+def test_no_tool_imports_another():
+    """A command of a wheel finds its own module in `cogvideox_sat.tools`, and no other one by its bare name."""
+    files = [*ROOT.glob("tools/*.py")]
+    for file in files:
+        nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        assert not names & {each.stem for each in files}, file.name
 
 
 def test_the_versions_of_python_agree(distribution):

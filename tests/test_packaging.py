@@ -162,6 +162,7 @@ def test_what_the_targets_do():
     assert re.findall(r'SAY\) "(\d) of 6: ', rules["demo"]) == [*"123456"], "each step is announced"
     commands = [line for line in rules["demo"].splitlines() if not line.startswith(("\t\t", "\t$(SAY)"))]
     assert all(line.startswith("\t@") for line in commands), "and its command is not echoed"
+    assert "outputs" not in rules["clean"].split(), "which holds the results of every sampling run"
     assert names[-3:] == ["export_sat_lora_weight", "convert_weight_sat2hf", "load_cogvideox_lora"]
     assert "-m pytest" in rules["test"] and "-m benchmarks" in rules["bench"]
     assert all(word in rules["lint"] for word in ("ruff check", "ruff format --check", "pyright"))

@@ -12,6 +12,7 @@ Exit codes: 0 all clips have captions, 1 some have none, 2 wrong input.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sgm import distributed
 from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, read_frames, scan
-from sgm.data.formats.folder import caption_path, list_folder
+from sgm.data.formats.folder import LABELS, VIDEOS, caption_path, list_folder
+from sgm.data.formats.registry import detect
 from sgm.inference.language.models import Kind, read_folder
 from sgm.io import atomic_file, require_writable
 from sgm.log import bar, get_logger, is_rank_zero
@@ -132,6 +134,18 @@ def clips_to_describe(root: Path, *, overwrite: bool) -> tuple[list[Path], list[
     return chosen, problems, len(rows)
 
 
+def warn_of_table(root: Path) -> None:
+    """Warn if the folder holds a table or archive, whose captions training reads instead of text files."""
+    with contextlib.suppress(InputError):  # several tables, which training refuses
+        if (kind := detect(root)) == "folder":
+            return
+        if (root / VIDEOS).is_dir():
+            said = f"with {LABELS}/ beside {VIDEOS}/ it is a folder of clips, and captions of the {kind} are not read"
+        else:
+            said = "captions are written into text files, which training reads with data.params.format=folder alone"
+        logger.warning("%s holds a data set of the format %s: %s", root, kind, said)
+
+
 def evenly_spaced(num_frames: int, count: int) -> list[int]:
     """Return up to `count` distinct frames of a clip: the middles of equal parts."""
     return np.unique((np.arange(count) + 0.5) * num_frames // count).astype(int).tolist()
@@ -217,6 +231,7 @@ def _list_clips(options: argparse.Namespace) -> tuple[list[Path], list[str], int
     """Return `clips_to_describe`, or the error, to broadcast it to the other ranks."""
     try:
         require_writable(options.folder)
+        warn_of_table(options.folder)
         return clips_to_describe(options.folder, overwrite=options.overwrite)
     except InputError as error:
         return error

@@ -8,6 +8,7 @@ durations and frame rates. Exit codes: 0 all clips are good, 1 some are not, 2 w
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from sgm.data.clips.check import RowReport, bad_share, histograms, summary_text,
 from sgm.data.clips.decode import ClipError
 from sgm.data.remote.store import make_store, store_param
 from sgm.inference.video import contact_sheet, to_uint8
-from sgm.io import require_writable
+from sgm.io import require_own_json, require_writable
 from sgm.util import InputError, RunError, instantiate_from_config
 
 DATASET = "data_video.SFTDataset"
@@ -81,12 +82,21 @@ def write_sheet(path: Path, datasets: Sequence[Any], bad: Collection[str]) -> in
     return len(rows)
 
 
+def _require_no_clip(picture: Path, datasets: Sequence[Any]) -> None:
+    """Refuse to draw over a picture that is a clip of the data sets."""
+    for path in (str(path) for dataset in datasets for path in getattr(dataset, "paths", ())):
+        if os.path.basename(path) == picture.name and os.path.exists(path) and os.path.samefile(path, picture):
+            raise InputError(f"--contact_sheet {picture} is a clip of the data; name another file")
+
+
 def work(options: argparse.Namespace) -> None:
     """Check the data sets and print the reports; ``options.has_bad`` says whether a clip is bad."""
     for path in filter(None, (options.contact_sheet, options.json)):
         require_writable(path.parent, path.name)
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file in it")
+    if options.json:
+        require_own_json(options.json, "summary")
     if options.contact_sheet and options.contact_sheet.suffix.lower() not in PICTURES:
         raise InputError(f"--contact_sheet {options.contact_sheet}: name a file that ends in {', '.join(PICTURES)}")
     names = ("video_size", "allow_missing_captions", *NUMBERS, *NAMES)
@@ -97,6 +107,8 @@ def work(options: argparse.Namespace) -> None:
         instantiate_from_config(section, data_dir=folder, **store_param(section, folder, store))
         for folder in options.folders
     ]
+    if options.contact_sheet and options.contact_sheet.exists():
+        _require_no_clip(options.contact_sheet, datasets)
     reports = check(datasets, section["target"], rows_only=options.rows_only, decode=options.decode)
     options.has_bad = bad_share(reports) > 0
     parts = (table(reports), summary_text(reports), histograms(reports))

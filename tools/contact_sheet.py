@@ -17,50 +17,46 @@ from pathlib import Path
 import numpy as np
 
 from sgm.cli import run_command, tool_parser
-from sgm.inference.results import read_record
-from sgm.inference.video import animation, contact_sheet, read_video
+from sgm.inference.results import finished_videos
+from sgm.inference.video import animation, contact_sheet
 from sgm.util import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".webp", ".gif")
 
 
-def results(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """Return caption and frames (T, H, W, 3) of every finished video in the folder of a run."""
-    found = []
-    sidecars = [*folder.glob("*/*/000000*.json"), *folder.glob("sample-*.json")]
-    for sidecar in sorted(sorted(sidecars), key=_order):
-        video = sidecar.with_suffix(".mp4")
-        if video.is_file():
-            content = read_record(video) or {}
-            if not {"prompt", "seed"} <= content.keys():
-                raise InputError(f"{sidecar} is no record of sampling; sample the video again, or remove both")
-            start = " (from an image)" if content.get("image") else ""
-            found.append((f"{content['prompt']}{start}, seed {content['seed']}", read_video(video)))
-    if not found:
-        raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
-    return found
-
-
 def below(folders: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
     """Return the videos of all runs, one run after the other."""
-    return [sample for folder in folders for sample in results(folder)]
+    return [sample for folder in folders for sample in finished_videos(folder)]
+
+
+def same_samples(folders: Sequence[Path]) -> list[list[tuple[str, np.ndarray]]]:
+    """Return the videos of each run, which are of the same prompts and seeds in all of them.
+
+    Raises:
+        InputError: they are not.
+    """
+    runs = [finished_videos(folder) for folder in folders]
+    if any([caption for caption, _ in run] != [caption for caption, _ in runs[0]] for run in runs):
+        raise InputError(_differ(folders))
+    return runs
 
 
 def alternating(folders: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
     """Return the videos of all runs, those of a prompt after each other, with the run in their captions."""
-    runs = [[(f"{folder.name}: {caption}", video) for caption, video in results(folder)] for folder in folders]
-    return [sample for samples in zip(*runs, strict=False) for sample in samples]
+    return [
+        (f"{folder.name}: {caption}", video)
+        for samples in zip(*same_samples(folders), strict=True)
+        for folder, (caption, video) in zip(folders, samples, strict=True)
+    ]
 
 
 def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]]:
     """Return a row for each prompt of all runs: `columns` frames from every run, in the order of `folders`."""
-    runs = [results(folder) for folder in folders]
     rows = []
-    for samples in zip(*runs, strict=False):
+    for samples in zip(*same_samples(folders), strict=True):
         captions, videos = zip(*samples, strict=True)
-        if len({*captions}) > 1 or len({video.shape[1:] for video in videos}) > 1 or len({*map(len, runs)}) > 1:
-            listed = ", ".join(map(str, folders))
-            raise InputError(f"{listed}: prompts, seeds or sizes differ; --beside compares runs that differ in weights")
+        if len({video.shape[1:] for video in videos}) > 1:
+            raise InputError(_differ(folders))
         chosen = [video[np.linspace(0, len(video) - 1, columns).round().astype(int)] for video in videos]
         gap = np.full_like(chosen[0][:1], 255)
         parts = [part for frames in chosen for part in (gap, frames)][1:]
@@ -69,12 +65,9 @@ def beside(folders: Sequence[Path], columns: int) -> list[tuple[str, np.ndarray]
     return rows
 
 
-def _order(sidecar: Path) -> tuple[int, int]:
-    """Return prompt and number of a sample, see `sgm.inference.results`."""
-    prompt, k = sidecar.parent.parent.name.split("_")[0], sidecar.parent.name
-    if sidecar.name.startswith("sample-"):
-        prompt, k = sidecar.name.split("-")[1:3]
-    return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
+def _differ(folders: Sequence[Path]) -> str:
+    listed = ", ".join(map(str, folders))
+    return f"{listed}: prompts, seeds or sizes differ; --beside compares runs that differ in weights"
 
 
 def work(options: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def work(options: argparse.Namespace) -> None:
     if max_new_tokens < 1:
         raise InputError(f"--max_new_tokens is {max_new_tokens}; give a number of at least 1")
     out, record = options.out, options.out.with_name(f"{options.out.name}.json")
-    if out.exists() and os.path.samefile(out, options.prompts):
+    if out.exists() and options.prompts.exists() and os.path.samefile(out, options.prompts):
         raise InputError(f"--out is the file of prompts, {out}; name another one")
     if out.exists() and not record.exists():
         raise InputError(f"{out} exists and was not written by this command; name another file, or remove it")

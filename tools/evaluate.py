@@ -10,6 +10,8 @@ seeds, and their standard deviation. The definition of every figure is in the JS
 """
 
 import argparse
+import math
+import os
 import shutil
 import statistics
 import sys
@@ -23,10 +25,11 @@ import torch
 import sgm.distributed
 from sgm.cli import run_command, tool_parser
 from sgm.data.clips.decode import ClipError, read_frames, scan
+from sgm.data.formats.folder import files_below
 from sgm.data.rows import VIDEO_SUFFIXES
 from sgm.inference import measures
 from sgm.inference.measures import MEASURES
-from sgm.io import atomic_file, parse_json, require_writable, write_json
+from sgm.io import atomic_file, parse_json, require_own_json, require_writable, write_json
 from sgm.log import bar, get_logger
 from sgm.util import InputError
 
@@ -34,6 +37,7 @@ logger = get_logger("evaluate")
 
 SHOWN = 5  # faults that a message lists
 PER_PROMPT = 5  # videos that VBench wants of a prompt
+SAME_FPS = 0.01  # relative tolerance of frame rates: 30 for 29.97
 MAX_NAME = 255 - len("-0.mp4")  # bytes of a file's name without it
 
 
@@ -72,8 +76,8 @@ def files_in(folder: Path) -> dict[str, Path]:
         found = "is no folder" if folder.exists() else "does not exist"
         raise InputError(f"{folder}: {found}; give a folder of videos")
     videos: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and not path.name.startswith("."):
+    for path in sorted(files_below(folder)):
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in videos:
                 raise InputError(f"{videos[name]} and {path} have one name; remove or rename one of them")
@@ -89,6 +93,8 @@ def prompt_of(path: Path) -> tuple[str | None, str | None, str]:
     try:
         content = parse_json(record.read_bytes()) if record.is_file() else None
         words = text.read_text(encoding="utf-8-sig") if text.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"{text} is not UTF-8 text (byte {error.start}); save it as UTF-8, or remove it") from error
     except ValueError as error:
         raise InputError(f"the file beside {path} cannot be read: {error}; correct or remove it") from error
     if content is not None:
@@ -103,15 +109,31 @@ def listed(words: Sequence[str]) -> list[Video]:
     """Return the videos of all folders, given as ``FOLDER`` or ``NAME=FOLDER``."""
     videos = []
     given = [("", word) if Path(word).exists() or "=" not in word else word.split("=", 1) for word in words]
-    if repeated := [word for word in dict.fromkeys(words) if words.count(word) > 1]:
-        raise InputError(f"{repeated[0]} is given twice; each folder counts once")
     if nameless := [f"{name}={folder}" for name, folder in given if not folder]:
         raise InputError(f"{nameless[0]} names no folder; write NAME=FOLDER")
+    places = [(name, os.path.realpath(folder)) for name, folder in given]
+    if repeated := [word for word, place in zip(words, places, strict=True) if places.count(place) > 1]:
+        raise InputError(f"{repeated[-1]} is given twice; each folder counts once")
     for number, (name, folder) in enumerate(given):
         for key, path in files_in(Path(folder)).items():
             prompt, asked, seed = prompt_of(path)
             videos.append(Video(name or folder, f"{number}.{seed}", key, path, prompt, asked))
+    _warn_of_unequal(videos)
     return videos
+
+
+def _warn_of_unequal(videos: Sequence[Video]) -> None:
+    """Warn if seeds or methods have other videos than the first: then their means differ for that reason alone."""
+    held: dict[tuple[str, str], set[str]] = {}
+    for video in videos:
+        held.setdefault((video.method, video.seed), set()).add(video.asked or video.name)
+    (first, expected), *others = held.items()
+    for other, found in others:
+        if found != expected:
+            who = " and ".join(dict.fromkeys((first[0], other[0])))
+            said = "the seeds of %s do not hold the same videos (%d and %d): do not compare their means"
+            logger.warning(said, who, len(expected), len(found))
+            return
 
 
 def match(videos: Sequence[Video], folder: Path) -> None:
@@ -145,11 +167,11 @@ def check(videos: Sequence[Video], *, lpips: bool) -> None:
     Raises:
         InputError: those that cannot be read, are too small, or differ from their references.
     """
-    faults, shapes = [], {}
+    faults, shapes, rates = [], {}, {}
     for path in dict.fromkeys(path for video in videos for path in (video.path, video.reference) if path):
         try:
             info = scan(path).info
-            shapes[path] = (info.num_frames, info.height, info.width)
+            shapes[path], rates[path] = (info.num_frames, info.height, info.width), info.fps
             side = measures.LPIPS_SIDE if lpips else measures.MIN_SIDE
             if min(shapes[path][1:]) < side:
                 faults.append(f"{path}: {info.height}x{info.width} pixels; the measures need {side}x{side}")
@@ -166,6 +188,11 @@ def check(videos: Sequence[Video], *, lpips: bool) -> None:
             + "\n  ".join(faults[:SHOWN])
             + more
         )
+    pairs = [(v.path, v.reference) for v in videos if v.reference is not None]
+    if other := [pair for pair in pairs if not math.isclose(rates[pair[0]], rates[pair[1]], rel_tol=SAME_FPS)]:
+        said = "%d of %d videos run at another rate than their references, such as %s at %.4g frames per second, not "
+        said += "%.4g: frames are compared by their number, so that they show other times"
+        logger.warning(said, len(other), len(pairs), other[0][0], *(rates[path] for path in other[0]))
 
 
 def _shape(shape: tuple[int, int, int]) -> str:
@@ -340,6 +367,9 @@ def work(options: argparse.Namespace) -> None:
     if options.vbench is not None:
         require_writable(options.vbench)
     require_writable(options.out.parent, options.out.name)
+    require_own_json(options.out, "measures")
+    if (rows_file := options.out.with_suffix(".md")).exists() and not options.out.exists():
+        raise InputError(f"{rows_file} exists and was not written by this command; give another --out, or remove it")
     device = sgm.distributed.device()
     lpips = measures.Lpips(options.lpips).to(device) if options.lpips is not None else None
     clip = None
@@ -350,7 +380,7 @@ def work(options: argparse.Namespace) -> None:
     measure(videos, clip, lpips, device)
     write_json(options.out, report(videos))
     rows = table(videos)
-    with atomic_file(options.out.with_suffix(".md")) as temporary:
+    with atomic_file(rows_file) as temporary:
         temporary.write_text(f"{rows}\n", encoding="utf-8")
     if options.vbench is not None:
         write_vbench(renamed, options.vbench)

@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,7 @@ def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
     scanned = scan(source)
     selected = [_select_frames(clip, scanned.times, plan.fps) for clip, _ in missing]
     covering, size = _sizes(scanned.info, settings.size)
+    _warn_of_losses(source, scanned, covering)
     indices = [index for chosen in selected for index in chosen]
     pictures = each_frame(source, indices, scanned, size=covering, thread_type="AUTO")
     failed = []
@@ -186,6 +187,17 @@ def write_clips(plan: Plan, settings: Settings, out: Path) -> int:
         written = len(missing) - len(failed)
         raise ClipError(source, f"{written} clips are written, {len(failed)} cannot be cut:\n{listed(failed)}")
     return len(missing)
+
+
+def _warn_of_losses(source: Path, scanned: Scan, covering: tuple[int, int]) -> None:
+    """Warn of what the clips no longer tell, so that the check of them cannot note it."""
+    info = scanned.info
+    if scanned.hdr:
+        said = "%s is HDR (PQ or HLG) and read without tone mapping, so its clips are pale; convert it to BT.709 first"
+        logger.warning(said, source)
+    if covering[0] > info.height:
+        said = "%s has %dx%d pixels, and is enlarged to %dx%d"
+        logger.warning(said, source, info.height, info.width, *covering)
 
 
 def _select_frames(clip: tuple[float, float], times: np.ndarray, fps: float) -> list[int]:
@@ -223,10 +235,13 @@ def _plan_file(path: Path, out: Path) -> Path:
 def _read_plan(file: Path) -> Plan:
     try:
         content = parse_json(file.read_bytes())
-        return Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        plan = Plan(**content | {"clips": [(begin, end) for begin, end in content["clips"]]})
+        if not plan.settings.keys() <= Settings.__dataclass_fields__.keys():
+            raise ValueError
+        return plan
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         cure = "remove it, and the clips and captions of its source, to cut that again"
-        raise InputError(f"{file} is not a plan of this command ({error}); {cure}") from error
+        raise InputError(f"{file} is not a plan of this command; {cure}") from error
 
 
 def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> None:
@@ -242,6 +257,8 @@ def check_sources(sources: Sequence[Path], settings: Settings, out: Path) -> Non
             found = "is a folder; give the videos in it" if path.is_dir() else found
             raise InputError(f"'{path}' {found}")
         other = by_stem.setdefault(path.stem, path)
+        if other is not path and path.samefile(other):
+            raise InputError(f"'{path}' is given twice; name each video once")
         if other is not path:
             raise InputError(f"'{other}' and '{path}' would give clips of the same names; rename one of them")
         require_writable(out, f"{path.stem}_0000.mp4")
@@ -292,6 +309,9 @@ def split(path: Path, settings: Settings, out: Path) -> str:
     if not file.is_file():
         write_json(file, asdict(make_plan(path, settings)))
     plan = _read_plan(file)
+    if plan.source != str(path):  # it has moved, or the working directory is another one
+        plan = replace(plan, source=str(path))
+        write_json(file, asdict(plan))
     if settings.fps is not None and plan.fps < settings.fps:
         said = "the clips of %s have %.4g frames per second, below --fps %g, as it is slower"
         logger.warning(said, path, plan.fps, settings.fps)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.cli import add_trust, run_command, tool_parser
-from sgm.io import atomic_file, parse_json, reason_of, require_writable, write_json
+from sgm.io import atomic_file, content_digest, parse_json, reason_of, require_writable, write_json
 from sgm.log import get_logger
 from sgm.project import SOURCES
 from sgm.util import InputError, RunError, default
@@ -58,6 +58,7 @@ class Run:
         total: iterations; None if they are counted in epochs.
         state: ``waiting``, ``running``, ``stopped`` (early), ``failed`` or ``done``.
         seconds: of training and sampling, all attempts together.
+        prompts: digest of the file of prompts that was sampled; None if none was, or older versions did it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Run:
     total: int | None = None
     state: str = "waiting"
     seconds: float = 0.0
+    prompts: str | None = None
 
     @property
     def run_folder(self) -> Path | None:
@@ -107,11 +109,11 @@ class Run:
                 "since); give another --out, or remove that folder"
             )
         self.state = state if state in ("done", "stopped") else "waiting"
-        self.seconds = seconds
+        self.seconds, self.prompts = seconds, record.get("prompts")
 
     def write(self) -> None:
         """Write what `read` takes over."""
-        content = {"overrides": self.overrides, "digest": self.digest, "state": self.state}
+        content = {"overrides": self.overrides, "digest": self.digest, "state": self.state, "prompts": self.prompts}
         write_json(self.folder / RECORD, {**content, "seconds": round(self.seconds, 1)})
 
 
@@ -466,12 +468,11 @@ def _cell(value: Any) -> str:
 
 def write_sheet(runs: Sequence[Run], path: Path) -> int:
     """Draw the videos of all runs, those of a prompt below each other; return their number."""
-    from contact_sheet import results
-
+    from sgm.inference.results import finished_videos
     from sgm.inference.video import contact_sheet
 
     sampled = [run for run in runs if any(run.videos.rglob("*.mp4"))]  # others failed, or have no prompts
-    shown = [(run.name, results(run.videos)) for run in sampled]
+    shown = [(run.name, finished_videos(run.videos)) for run in sampled]
     rows = [
         (f"{name}: {videos[number][0]}", videos[number][1])
         for number in range(max((len(videos) for _, videos in shown), default=0))
@@ -512,11 +513,13 @@ def work(options: argparse.Namespace) -> None:
         with atomic_file(options.prompts) as temporary:
             temporary.write_text("\n".join(options.valid_prompts) + "\n", encoding="utf-8")
     _require_prompts(options.prompts)
-    for run in runs if options.prompts is not None else ():
-        if run.state == "done" and not any(
-            run.videos.rglob("*.mp4")
-        ):  # made without prompts; its training ends at once
+    digest = None if options.prompts is None else content_digest(options.prompts)
+    for run in runs if digest is not None else ():
+        sampled = run.prompts in (digest, None) and any(run.videos.rglob("*.mp4"))
+        if run.state == "done" and not sampled:  # without prompts, or others; its training ends at once
             run.state = "waiting"
+        if run.state == "waiting":
+            run.prompts = digest
     if options.list:
         sys.stdout.write("".join(f"{run.name}: {run.state}\n" for run in runs))
         return

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sgm.config.args import SamplingArgs
 from sgm.inference.prompts import Prompt, output_folder_name
 from sgm.inference.record import content_of
+from sgm.inference.video import read_video
 from sgm.io import flock, parse_json, remove_leftovers, write_json
 from sgm.log import get_logger
-from sgm.util import RunError, default
+from sgm.util import InputError, RunError, default
 
 logger = get_logger(__name__)
 
@@ -203,6 +206,35 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def finished_videos(folder: Path) -> list[tuple[str, np.ndarray]]:
+    """Return caption and frames (T, H, W, 3) of every finished video in the folder of a run.
+
+    Raises:
+        InputError: there is none, or one whose record says no prompt.
+    """
+    found = []
+    sidecars = [*folder.glob("*/*/000000*.json"), *folder.glob("sample-*.json")]
+    for sidecar in sorted(sorted(sidecars), key=_order):
+        video = sidecar.with_suffix(".mp4")
+        if video.is_file():
+            content = read_record(video) or {}
+            if not {"prompt", "seed"} <= content.keys():
+                raise InputError(f"{sidecar} is no record of sampling; sample the video again, or remove both")
+            start = " (from an image)" if content.get("image") else ""
+            found.append((f"{content['prompt']}{start}, seed {content['seed']}", read_video(video)))
+    if not found:
+        raise InputError(f"there is no finished video in {folder}; give the args.output_dir of a sampling run")
+    return found
+
+
+def _order(sidecar: Path) -> tuple[int, int]:
+    """Return prompt and number of a sample, see `sgm.inference.results`."""
+    prompt, k = sidecar.parent.parent.name.split("_")[0], sidecar.parent.name
+    if sidecar.name.startswith("sample-"):
+        prompt, k = sidecar.name.split("-")[1:3]
+    return int(prompt) if prompt.isdigit() else 0, int(k) if k.isdigit() else 0
 
 
 def _changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from sgm.io import atomic_file
-from sgm.util import RunError
+from sgm.util import InputError, RunError
 from sgm.weights.checksums import save_torch
 
 Frames = np.ndarray | torch.Tensor
@@ -25,6 +25,7 @@ Frames = np.ndarray | torch.Tensor
 # On a contact sheet, small frames are enlarged to a shorter side of MIN_SIDE pixels, wide ones reduced to MAX_WIDTH.
 MIN_SIDE, MAX_WIDTH = 192, 384
 MARGIN, FONT_SIZE = 6, 15
+MOST_PIXELS = {".webp": 16383, ".gif": 65535, ".jpg": 65500, ".jpeg": 65500, ".pdf": 65500}  # of a side, by format
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
@@ -124,12 +125,15 @@ def contact_sheet(entries: Iterable[tuple[str, Frames]], path: str | Path, *, co
 
     Raises:
         ValueError: `entries` is empty, or frames have another shape or type.
+        InputError: the picture is too large for the format.
         RunError: the file could not be written.
     """
     rows = [_row(caption, _as_array(frames), columns) for caption, frames in entries] if columns > 0 else []
     if not rows:
         raise ValueError(f"expected videos and columns, got {len(rows)} videos and {columns} columns")
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    size = (max(row.width for row in rows), sum(row.height for row in rows))
+    _require_room(path, size, "draw fewer videos, or name a .png")
+    sheet = Image.new("RGB", size, "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
@@ -149,6 +153,7 @@ def animation(entries: Sequence[tuple[str, Frames]], path: str | Path, *, column
 
     Raises:
         ValueError: `entries` is empty, or frames have another shape or type.
+        InputError: the picture is too large for the format.
         RunError: the file could not be written.
     """
     if not entries or columns < 1:
@@ -160,7 +165,9 @@ def animation(entries: Sequence[tuple[str, Frames]], path: str | Path, *, column
         cells = [_row(caption, frames[min(index, len(frames) - 1)][None], 1) for caption, frames in videos]
         width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
         rows = -(-len(cells) // columns)
-        picture = Image.new("RGB", (min(columns, len(cells)) * width, rows * height), "white")
+        size = (min(columns, len(cells)) * width, rows * height)
+        _require_room(path, size, "give other --columns, or draw fewer videos")
+        picture = Image.new("RGB", size, "white")
         for number, cell in enumerate(cells):
             # Videos of a row stand on one line, whatever the length of their captions.
             left, top = number % columns * width, number // columns * height + height - cell.height
@@ -169,6 +176,14 @@ def animation(entries: Sequence[tuple[str, Frames]], path: str | Path, *, column
     with atomic_file(path) as temporary:
         settings = {"duration": round(1000 / fps), "loop": 0, "quality": 80, "method": 4}
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], **settings)
+
+
+def _require_room(path: str | Path, size: tuple[int, int], cure: str) -> None:
+    """Raise an InputError if the format of a picture cannot hold its size (W, H)."""
+    most = MOST_PIXELS.get(Path(path).suffix.lower(), max(size))
+    if max(size) > most:
+        said = f"the picture would be {size[0]}x{size[1]}, and this format holds {most} pixels a side"
+        raise InputError(f"{path}: {said}; {cure}")
 
 
 def _row(caption: str, pictures: np.ndarray, columns: int) -> Image.Image:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sgm.inference.video import write_video
+from sgm.log import configure_logging
 from tests.processes import run as start
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +166,22 @@ def test_answers_that_were_cut_are_counted(data, model, monkeypatch, capsys):
     monkeypatch.setattr(caption_videos.Captioner, "describe", lambda _, clips, *__: [("red", True)] * len(clips))
     assert run(data, model) == 0
     assert "5 captions end unfinished at --max_new_tokens 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "folder", "read"),
+    [("metadata.csv", "videos", "captions of the csv are not read"), ("metadata.jsonl", ".", "format=folder")],
+)
+def test_captions_beside_a_table_come_with_a_warning(table, folder, read, tmp_path, capfd):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "a.mp4").write_bytes(b"")
+    (tmp_path / table).write_text("caption,video\nx,a.mp4\n")
+    configure_logging()
+    caption_videos.warn_of_table(tmp_path)
+    assert read in capfd.readouterr().err
+    (tmp_path / table).unlink()
+    caption_videos.warn_of_table(tmp_path)
+    assert not capfd.readouterr().err
 
 
 def test_frames_are_spread_over_the_clip():

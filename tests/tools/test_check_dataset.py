@@ -52,6 +52,22 @@ def test_other_formats_spread_and_a_contact_sheet(data, capsys):
         assert picture.height > 2 * 64
 
 
+def test_the_data_are_not_replaced(data, capsys):
+    """Neither the table of clips nor a clip becomes a report."""
+    table = data / "metadata.json"
+    table.write_text(json.dumps([{"caption": "one", "video": "videos/000000.mp4"}]))
+    Image.new("RGB", (64, 64)).save(data / "videos/still.png")
+    (data / "labels/still.txt").write_text("a still")
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert check_dataset.main([str(table), *PARAMS, "--json", str(table)]) == 2
+    assert "metadata.json exists and was not written by this command" in capsys.readouterr().err
+    assert check_dataset.main([str(data), *PARAMS, "--contact_sheet", str(data / "labels/../videos/still.png")]) == 2
+    assert "still.png is a clip of the data" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # its own report is
+        assert check_dataset.main([str(data), *PARAMS, "--json", str(data / "report.json")]) == 0
+
+
 def test_rows_alone(data, capsys, monkeypatch):
     monkeypatch.setattr("sgm.data.clips.check.scan", None)
     (data / "list.csv").write_text("caption,video\none,videos/000000.mp4\ntwo,videos/x.mp4\n")

@@ -188,7 +188,7 @@ def test_a_prompt_begins_after_the_mark_of_its_encoding(tmp_path):
         (["@a", "--reference", "@other"], "4 of 4 videos have no reference"),
         (["@a", "--reference", "@short"], "has 5 frames of 48x64, its reference"),
         (["@damaged"], "damaged"),
-        (["@words"], "the file beside"),
+        (["@words"], "words/a.txt is not UTF-8 text (byte 3)"),
         (["@a", "--lpips", "weights.pth"], "give --reference FOLDER as well"),
         (["@references", "--clip", "none"], "have no prompt beside them"),
         (["@a", "--clip", "none"], "model folder 'none' does not exist; nothing is downloaded"),
@@ -208,6 +208,42 @@ def test_what_is_refused(words, message, evaluated, folders):
         (folders / "words/a.txt").write_bytes(b"caf\xe9")
     code, _, said = evaluated(*words)
     assert code == 2 and message in said, said
+
+
+def test_files_of_others_are_not_replaced(folders, tmp_path, capsys):
+    mine = {"notes.md": "mine", "metadata.json": '[{"caption": "x"}]'}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    for name in ("notes.json", "metadata.json"):
+        assert evaluate.main([str(folders / "a"), "--out", str(tmp_path / name)]) == 2
+        assert "was not written by this command" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
+    for _ in range(2):  # its own results are
+        assert evaluate.main([str(folders / "b"), "--out", str(tmp_path / "own.json")]) == 0
+
+
+def test_a_folder_counts_once_however_it_is_written(evaluated, folders):
+    assert "given twice" in evaluated("m=@a", "m=@b/../a/")[2]
+    assert evaluated("m=@b", "n=@b")[0] == 0, "as another method it may"
+
+
+def test_figures_of_other_prompts_or_rates_come_with_a_warning(evaluated, folders, tmp_path):
+    assert "do not hold the same videos" not in evaluated("@b", "n=@b")[2]
+    record(tmp_path / "less/0_red car/0/000000.mp4", moving(), prompt="red car", seed=42)
+    code, _, said = evaluated("@a", f"less={tmp_path / 'less'}")
+    assert code == 0 and f"seeds of {folders}/a and less do not hold the same videos" in said, said
+    write_video(tmp_path / "fast/0_red car.mp4", moving(), 16)
+    code, _, said = evaluated(str(tmp_path / "less"), "--reference", str(tmp_path / "fast"))
+    assert code == 0 and "1 of 1 videos run at another rate than their references" in said, said
+    assert "another rate" not in evaluated("@b", "--reference", "@references")[2]
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    record(tmp_path / "a/x.mp4", moving(2))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/link").symlink_to(tmp_path / "a")
+    (tmp_path / "a/loop").symlink_to(tmp_path / "a")
+    assert [*evaluate.files_in(tmp_path / "b")] == ["link/x"]
 
 
 def test_the_table_does_not_replace_the_figures(folders, capsys):

@@ -152,6 +152,34 @@ def test_a_kill_leaves_no_partial_clip_and_the_same_command_continues(film, tmp_
     assert bytes_below(out) == bytes_below(tmp_path / "whole")
 
 
+def test_a_source_is_read_where_it_is_now(film, tmp_path, monkeypatch, capsys):
+    """A cut goes on from another working directory, or after the source has moved."""
+    for name in ("raw", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "raw/film.mp4").write_bytes(film.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert run("raw/film.mp4", tmp_path / "out") == 0
+    (tmp_path / "out/videos/film_0001.mp4").unlink()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("../raw/film.mp4", tmp_path / "out") == 0
+    assert "3 clips, 1 of them new" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/clips.jsonl").read_text().splitlines()]
+    assert {line["source"] for line in lines} == {"../raw/film.mp4"}
+
+
+def test_what_clips_no_longer_tell_is_said_when_they_are_cut(film, tmp_path, monkeypatch, capfd):
+    whole = split_video.scan
+    monkeypatch.setattr(split_video, "scan", lambda path: whole(path)._replace(hdr=True))
+    assert run(film, tmp_path, "--size", 480, 640) == 0
+    said = capfd.readouterr().err
+    assert "film.mp4 is HDR (PQ or HLG)" in said and "convert it to BT.709 first" in said
+    assert "film.mp4 has 48x64 pixels, and is enlarged to 480x640" in said
+    monkeypatch.undo()
+    assert run(film, tmp_path / "other", "--size", 48, 64) == 0
+    said = capfd.readouterr().err
+    assert "HDR" not in said and "enlarged" not in said
+
+
 def test_a_source_that_cannot_be_read_does_not_stop_the_others(film, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(film.read_bytes()[:2000])
@@ -237,13 +265,15 @@ def test_sources_that_cannot_share_a_folder_end_with_2(film, tmp_path, capsys):
     assert "is not a file" in refused("/dev/null")
     assert "is a folder" in refused(tmp_path)
     assert "clips of the same names" in refused(film, other)
+    assert "is given twice" in refused(film, film)
     assert not out.exists()
     assert split_video.main([str(film), "--out", str(out), "--max_seconds", "2"]) == 0
     capsys.readouterr()
     assert "come from another video of this name" in refused(other)
     assert "were cut with --fps None; give the same" in refused(film, "--fps", "8")
-    (out / "cuts/film.json").write_text("{}")
-    assert "is not a plan of this command" in refused(film)
+    for text in ("{}", "[]", '{"clips": 1}', "{", (out / "cuts/film.json").read_text().replace('"fps"', '"new"', 1)):
+        (out / "cuts/film.json").write_text(text)
+        assert "film.json is not a plan of this command; remove it" in refused(film)
 
 
 @pytest.mark.parametrize("there", ["videos/film_0000.mp4", "videos/film_12345.mp4", "labels/film_0001.txt"])

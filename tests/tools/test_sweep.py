@@ -212,6 +212,10 @@ def test_prompts_that_are_given_later_are_sampled(trainings, tmp_path):
     assert (tmp_path / "out/contact_sheet.png").is_file()
     assert started[2].values["args.input_file"] == escaped(str(tmp_path / "p: #1 ${x}.txt"))
     assert run(tmp_path, *words) == 0 and len(started) == 3
+    (tmp_path / "p: #1 ${x}.txt").write_text("a\nb\n")
+    assert run(tmp_path, *words) == 0 and [p.script for p in started[3:]] == ["train_video.py", "sample_video.py"]
+    assert run(tmp_path, *words) == 0 and len(started) == 5
+    assert run(tmp_path, *grid("0.1")) == 0 and len(started) == 5, "without prompts there is nothing to sample"
 
 
 def test_the_documented_sweeps_are_right(trainings, tmp_path):

@@ -41,7 +41,7 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
         raise InputError(f"data folder '{root}' {found}{hint}; give a folder that holds {VIDEOS}/ and {LABELS}/")
     if root.absolute().name == VIDEOS and (root.absolute().parent / LABELS).is_dir():
         raise InputError(f"data folder '{root}' is the {VIDEOS} folder itself; give the one above: '{root.parent}'")
-    files = _files(root)
+    files = files_below(root)
     clips = sorted(_clips(files, root), key=lambda path: path.relative_to(root).as_posix())
     if not clips:
         refuse_compressed(root, (path.name for path in files if path.parent == root))
@@ -84,8 +84,12 @@ def _companion(clip: Path, root: Path, files: Files, folder: str) -> Path | None
     return next((name for name in names if files.has(name)), None)
 
 
-def _files(root: Path) -> list[Path]:
-    """Return all files below a folder, but for hidden ones and those in the folders of controls and masks."""
+def files_below(root: Path) -> list[Path]:
+    """Return all files below a folder, following links, but for hidden ones and those of controls and masks.
+
+    Raises:
+        InputError: a folder may not be listed.
+    """
     found, seen = [], set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)

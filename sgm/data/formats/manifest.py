@@ -31,6 +31,7 @@ CONTROL_FILES = ("controls.txt", "control.txt")
 MASK_FILES = ("masks.txt", "mask.txt")
 _INFO = ("num_frames", "fps", "height", "width")
 _MOST = 2**31 - 1  # of frames, pixels of a side, and frames per second, in arrays of integers
+_OTHER_MARKS = {"\t": "tabs", ";": "semicolons"}  # between columns, of spreadsheets of some countries
 _BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 
@@ -262,7 +263,7 @@ def read_csv(path: Path) -> Table:
     """Read a CSV file with a header.
 
     Raises:
-        InputError: the CSV is malformed, or a row has more or fewer fields than the header.
+        InputError: the CSV is malformed or without commas, or a row has more or fewer fields than the header.
     """
     faults, records = Faults(path), []
     text = _text(path, newline="")
@@ -272,6 +273,8 @@ def read_csv(path: Path) -> Table:
     line = 1  # first line of the record; without a closing quote, a record extends to the end of the file
     try:
         header = [name.strip() for name in next(reader, [])]
+        if marks := [marks for mark, marks in _OTHER_MARKS.items() if len(header) == 1 and mark in header[0]]:
+            raise InputError(f"{path}:1: separates its columns by {marks[0]}; write commas, as spreadsheets can")
         for name in {name for name in header if header.count(name) > 1}:
             faults.add(f"{path}:1", f"names the column '{name}' twice")
         line = reader.line_num + 1

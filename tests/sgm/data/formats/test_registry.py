@@ -74,6 +74,12 @@ INFO = "caption,video,num_frames,fps,height,width\n"
         ("csv", CSV + '"one\n\n",a.mp4\n"two"x,b.mp4\n', ["metadata.csv:5: is not CSV"]),
         ("csv", CSV + 'one,a.mp4\n"two,b.mp4\nthree,c.mp4\nfour,d.mp4\n', ["metadata.csv:3: is not CSV", "a quote"]),
         ("csv", CSV + '"one\n\none",a.mp4,x\n', ["metadata.csv:2: has 3 fields"]),
+        (
+            "csv",
+            "caption;video\na, b, c;a.mp4\n",
+            ["metadata.csv:1: separates its columns by semicolons; write"],
+        ),
+        ("csv", "caption\tvideo\none\ta.mp4\n", ["metadata.csv:1: separates its columns by tabs; write commas"]),
         ("csv", "caption,caption\none,a.mp4\n", ["metadata.csv:1: names the column 'caption' twice"]),
         ("csv", CSV, ["lists no clips"]),
         ("csv", CSV + '"one\nline",a.mp4\ntwo,/b.mp4\n', ["metadata.csv:4: '/b.mp4' is an absolute path"]),

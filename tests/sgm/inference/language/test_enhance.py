@@ -278,9 +278,27 @@ def test_the_tool_writes_a_file_of_prompts_with_their_images(chat_model, tiny_mo
     assert "name another" in capfd.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_missing_file_of_prompts_ends_with_2(tmp_path, capfd):
+    for name in ("out.txt", "out.txt.json"):
+        (tmp_path / name).write_text("[]")
+    words = ["--model", "m", "--base", "configs/toy.yaml", "--out", str(tmp_path / "out.txt")]
+    assert enhance_prompts.main(["none.txt", *words]) == 2
+    assert "prompt file 'none.txt'" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--dtype=bf16", "--max_new_tokens=9"])
 def test_options_of_a_folder_are_refused_with_an_endpoint(option, tmp_path, capfd):
-    words = ["p.txt", "--model", "m", "--base", "a.yaml", "--out", str(tmp_path / "out"), "--endpoint", "http://x/v1"]
+    words = [
+        "p.txt",
+        "--model",
+        "m",
+        "--base",
+        "a.yaml",
+        "--out",
+        str(tmp_path / "out"),
+        "--endpoint",
+        "http://127.0.0.1/v1",
+    ]
     assert enhance_prompts.main([*words, option]) == 2
     assert f"{option.partition('=')[0]} is for a model on disk" in capfd.readouterr().err
 
