@@ -27,6 +27,7 @@ from sgm.util import RunError
 
 ROOT = Path(__file__).parents[2]
 CLIPS, EVERY_DAMAGED = 300, 3  # clips of the training, and one of how many is damaged
+STOP_SECONDS = 600  # for a step and a save, on a busy machine too
 GROWTH_MB, GROWTH_FILES = 40, 2  # between the medians of the second and the last quarter
 COLOURS, SHAPES = ("red", "green", "blue", "cyan"), ("circle", "square", "triangle")
 
@@ -60,7 +61,7 @@ def watch(words: Sequence[str], seconds: float, log: Path) -> list[Reading]:
     """Run a command of the project for some time, then stop it with SIGTERM; return the readings.
 
     Raises:
-        RunError: it ends by itself, or not within a minute after SIGTERM.
+        RunError: it ends by itself, or not within `STOP_SECONDS` after SIGTERM.
     """
     readings, start = [], time.monotonic()
     with log.open("w") as file:
@@ -74,7 +75,13 @@ def watch(words: Sequence[str], seconds: float, log: Path) -> list[Reading]:
             readings += filter(None, [read(command.pid, start)])
             time.sleep(1)
         command.send_signal(signal.SIGTERM)
-        if (code := command.wait(60)) not in (0, 128 + signal.SIGTERM):
+        try:
+            code = command.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise RunError(
+                f"{words[0]} still runs {STOP_SECONDS} s after SIGTERM:\n{log.read_text()[-2000:]}"
+            ) from error
+        if code not in (0, 128 + signal.SIGTERM):
             raise RunError(f"{words[0]} ended with {code} after SIGTERM:\n{log.read_text()[-2000:]}")
     finally:
         if command.poll() is None:

@@ -1,6 +1,7 @@
 """Growth of memory and descriptors is found; the commands are those of the toy."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -38,3 +39,13 @@ def test_memory_and_descriptors_of_a_session_are_read():
         more = soak.read(os.getsid(0), time.monotonic())
     assert own is not None and more is not None and own.megabytes > 10 and own.descriptors > 2
     assert soak.read(2**22 + 1, time.monotonic()) is None
+
+
+def test_a_command_that_does_not_end_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(soak, "STOP_SECONDS", 0.1)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the command inherits
+    try:
+        with pytest.raises(RunError, match="^-c still runs 0.1 s after SIGTERM"):
+            soak.watch(["-c", "import time; time.sleep(60)"], 0, tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGTERM, before)
