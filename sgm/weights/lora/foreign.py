@@ -414,8 +414,8 @@ def _of_transformer(file: Path, source: str, config: Any) -> Any:
         prefix, _, name = str(full).rpartition(".")
         if prefix.startswith("text_encoder"):
             continue
-        if plain.setdefault(name, value) != value:
-            found = f"{name} is {spelled(plain[name])} and {spelled(value)}, under several prefixes,"
+        if (first := plain.setdefault(name, value)) is not value and first != value:  # NaN differs from itself
+            found = f"{name} is {spelled(first)} and {spelled(value)}, under several prefixes,"
             raise InputError(f"{file}: {found} in {source}; save the LoRA of the transformer alone")
     return plain
 

@@ -476,6 +476,7 @@ def test_rslora_is_a_larger_alpha(model, tmp_path):
             {HEADER_KEY: {"transformer.lora_alpha": 4, "lora_alpha": 8}},
             "lora_alpha is 4 and 8, under several prefixes, in its header",
         ),
+        (pairs(), {HEADER_KEY: {"transformer.lora_alpha": float("nan")}}, "alpha is nan in its header"),
         (pairs(rank=0), None, "has empty matrices of transformer_blocks.0.attn1.to_"),
         (pairs(), {HEADER_KEY: {"transformer.init_lora_weights": "pissa_niter_4"}}, "init_lora_weights: pissa_niter_4"),
         (
