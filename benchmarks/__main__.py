@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = "FOLDER"
 PARTS: Mapping[str, Sequence[str]] = {
     "traffic": ("benchmarks.traffic",),
-    "network and VAE": ("benchmarks.bench", "--sizes", "cpu"),
-    "compiled": ("benchmarks.bench", "--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "7"),
+    "network and VAE": ("benchmarks.bench", "--sizes", "cpu", "--repeats", "5"),
+    "compiled": ("benchmarks.bench", "--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "5"),
     "accelerator code": ("benchmarks.accelerator_code",),
     "steps": ("benchmarks.steps",),
     "step cache": ("benchmarks.step_cache", "--samples", "4", "--configs", "toy"),
@@ -36,7 +36,7 @@ PARTS: Mapping[str, Sequence[str]] = {
     "start": ("benchmarks.start_time", "--runs", "3"),
     "loading": ("benchmarks.loading", "--gb", "0.5", "--runs", "3"),
     "saves": ("benchmarks.saves", "--gb", "0.3", "--saves", "2", "--interval", "3"),
-    "data": ("benchmarks.data", "--clips", "2", "--rounds", "2", "--gb", "1"),
+    "data": ("benchmarks.data", "--clips", "1", "--rounds", "2", "--gb", "1"),
     "growth": ("benchmarks.growth",),
 }
 
