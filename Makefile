@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 # Some packages hold a file for another version of Python, which does not compile.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo web test test-interpreters lint bench bench-gpu memory clean
+.PHONY: demo web test test-all test-interpreters lint bench bench-gpu memory clean
 
 # gradio and what only it needs. All is pinned, so nothing is left to resolve; its own bound on pillow is below the
 # pillow of constraints.txt, with which it works.
@@ -51,8 +51,11 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 web: $(VENV)/installed-web  ## serve a page for the browser, on this machine alone
 	$(BIN)/python tools/web.py --data assets/toy
 
-test: $(VENV)/installed-dev  ## run all tests
+test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-dev  ## run also those marked thorough: more ranks, model families, formats and options
+	$(BIN)/python -m pytest -m "not slow"
 
 test-interpreters:  ## install the wheel for every interpreter that is there, and run a short part of it; by hand, gigabytes
 	for python in $(INTERPRETERS); do bash tests/interpreter.sh "$$python" || exit; done

@@ -37,6 +37,7 @@ from sgm.weights.architecture import CONTROL_WEIGHT
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import find_weights, weights_digest
 from sgm.weights.lora.files import read_lora
+from tests.marks import only, thorough
 from tests.sgm.conversion.conftest import FAMILIES, SIZE, family  # noqa: F401
 from tests.sgm.conversion.diffusers.test_folders import DiffusersSchedule, load
 from tests.test_dit import LORA
@@ -75,9 +76,7 @@ def trained(family, tmp_path):  # noqa: F811
     return make
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if "i2v" in name or "2b" in name else [pytest.mark.slow]) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", only(["cogvideox1.5_5b_i2v"], FAMILIES))
 @torch.no_grad()
 def test_an_untrained_control_leaves_the_network_as_it_is_bit_for_bit(family, name):  # noqa: F811
     config = load(family(name))
@@ -135,7 +134,7 @@ def test_lora_holds_the_columns_of_the_control_beside_its_matrices(family, tmp_p
     assert CONTROL_WEIGHT not in report.new_adapters and report.new_adapters
 
 
-@pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b"])
+@pytest.mark.parametrize("name", [thorough("cogvideox_2b"), thorough("cogvideox_5b"), "cogvideox1.5_5b"])
 def test_diffusers_computes_what_a_network_with_a_control_does(trained, tmp_path, name):
     config = load(trained(name))
     pipeline_of(config, without=TRANSFORMER).write(tmp_path / "pipe")
@@ -384,6 +383,7 @@ def sampling(tmp_path, *overrides, control=True):
     return load_config(bases, [*more, *places, *overrides], mode="inference")
 
 
+@pytest.mark.thorough
 def test_a_sample_of_the_base_is_not_changed_by_a_control_that_was_never_trained(tmp_path):
     video = clip(tmp_path / "control.mp4", size=(64, 64))
     with pytest.raises(ConfigError, match="holds no weights for a control video"):

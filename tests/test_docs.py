@@ -76,6 +76,7 @@ NOT_RUN = {
     r"tensorboard |python tools/web\.py": "serves until it is interrupted",
 }
 
+LONG = re.compile(r"^python -m benchmarks|--devices")  # measure on meta tensors: seconds
 RANKS = "NPROC_PER_NODE="  # of commands with several ranks: test_launchers.py runs a shorter one
 
 
@@ -158,7 +159,12 @@ def shell(text: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(RANKS) else []) for c in RUN], ids=labelled
+    "text",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] * c.startswith(RANKS) + [pytest.mark.thorough] * bool(LONG.search(c)))
+        for c in RUN
+    ],
+    ids=labelled,
 )
 def test_a_command_runs(text, tmp_path, as_a_command):
     """Write to a temporary folder, and sample in two steps.
@@ -188,6 +194,7 @@ def test_a_command_runs_on_what_the_demo_leaves(text, demo):
     assert (demo / text.split("--out ")[1]).is_file()
 
 
+@pytest.mark.thorough
 def test_commands_that_train_on_clips_of_the_demo_are_right(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = shell(f"python tools/toy/concept.py make {tmp_path}/clips")
@@ -204,6 +211,7 @@ SHORT = ["args.train_iters=2", "args.eval_interval=null", "args.valid_prompts=nu
 SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1"]
 
 
+@pytest.mark.thorough
 def test_the_example_of_conversion_runs(tmp_path):
     """Run the example of docs/conversion.md, with two training and three sampling steps."""
     block = next(b for b in blocks(ROOT / "docs" / "conversion.md", "bash") if "outputs/example" in b)
@@ -377,6 +385,7 @@ def tool(name: str):
     return module
 
 
+@pytest.mark.thorough
 def test_the_table_of_models_is_up_to_date(tmp_path):
     table_of = tool("model_table")
     text = (ROOT / "README.md").read_text(encoding="utf-8")

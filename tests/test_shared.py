@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from tests.marks import thorough
 from tests.processes import run
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), thorough(4)])
 def test_ranks_that_share_a_sample_equal_one_rank(size):
     done = run("tests/shared_ranks.py", [str(size)], size)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks import gpu
 from dit_video_concat import DiffusionTransformer
 from sgm.io import write_json
+from tests.marks import thorough
 from tests.processes import forked_python
 
 
@@ -24,17 +25,19 @@ def tiny(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_every_row_runs_at_tiny_size(tiny, monkeypatch):
+@pytest.mark.parametrize("only", ["2B", thorough("")])
+def test_every_row_runs_at_tiny_size(tiny, monkeypatch, only):
     compiled = []  # nothing is, which would take minutes
     monkeypatch.setattr(DiffusionTransformer, "compile", lambda network: compiled.append("ours"))
     monkeypatch.setattr(nn.Module, "compile", lambda module, fullgraph: compiled.append(type(module).__name__))
     # tests/gpu compares estimates with peaks.
     for owner, name in ((gpu, "step_estimate"), (gpu, "vae_estimate"), (gpu.GuidedStep, "estimate")):
         monkeypatch.setattr(owner, name, lambda *_: 2e6)
-    code, rows, printed = tiny()
+    code, rows, printed = tiny("--only", only)
     assert code == 0
-    assert list(rows) == list(gpu.rows(gpu.Bench("tiny", torch.device("cpu"))))
-    assert compiled == [*["ours", *2 * ["CogVideoXBlock"]] * 2, "ours", "ours"]
+    assert list(rows) == [name for name in gpu.rows(gpu.Bench("tiny", torch.device("cpu"))) if only in name]
+    both = ["ours", *2 * ["CogVideoXBlock"]]
+    assert compiled == (both if only else [*both, *both, "ours", "ours"])
     for name, row in rows.items():
         beside = name.startswith("VAE") or name in ("2B, CFG step", "5B, CFG step")
         assert (row.seconds is None) == name.endswith("accelerators"), (name, row)

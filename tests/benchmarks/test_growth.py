@@ -14,6 +14,7 @@ def rank_alone(ranks, words, **_):
         assert growth.main(words[2:]) == 0
 
 
+@pytest.mark.thorough
 def test_time_and_data_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
     size = NetworkSize(32, 2, 1, 16, latents=(4, 4, 4), text_length=3, text_hidden_size=8)
     monkeypatch.setattr(growth, "SMALL", size)

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import quality
 
 from benchmarks import step_cache
@@ -16,6 +17,7 @@ def recorded(model: str, speed: str) -> re.Match:
     return row
 
 
+@pytest.mark.thorough
 def test_the_fast_preset_meets_its_bar(monkeypatch):
     monkeypatch.chdir(step_cache.ROOT)
     for model in ("toy", "toy_i2v"):  # of 24 clips, by the command of that page

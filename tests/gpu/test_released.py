@@ -102,6 +102,7 @@ def counters():
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 def test_three_shapes_are_compiled_once(place, counters):
     step = GuidedStep(sampling_config(MODEL, place.size), place.device, torch.bfloat16)
     step.network.compile(**({"backend": "eager"} if place.is_tiny else {}))

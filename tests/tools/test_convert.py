@@ -53,6 +53,7 @@ def test_there_and_back(sat, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in second) and len(second) > len(first) - 2
 
 
+@pytest.mark.thorough
 def test_the_way_back_can_be_sampled(sat, tmp_path):
     sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe")
     sat(hf2sat, "--model_path", tmp_path / "pipe", "--output_path", tmp_path / "sat", "--dtype", "fp32")

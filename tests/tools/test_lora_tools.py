@@ -190,6 +190,7 @@ def test_an_exported_lora_is_sampled_as_the_merged_model_is(run_folder, pipeline
     assert torch.equal(without, base)
 
 
+@pytest.mark.thorough
 def test_a_video_has_its_json_and_its_seed(sample):
     options = ["--num_frames", "5", "--scheduler", "dpm", "--use_dynamic_cfg", "--vae_tiling", "--vae_slicing"]
     code, video, said = sample(*options, "--seed", "7", "--num_videos", "2", "--negative_prompt", "blue")
@@ -251,6 +252,7 @@ def test_every_option_reaches_the_pipeline(sample, monkeypatch):
     assert (seen["height"], seen["width"], seen["num_frames"]) == (64, 96, 17), "what the network was trained for"
 
 
+@pytest.mark.thorough
 def test_image_to_video(sample, tmp_path):
     image = make_image(tmp_path / "first.png")
     options = ["--image_path", image, "--scheduler", "ddim"]
@@ -304,6 +306,7 @@ def test_results_are_not_overwritten(sample, tmp_path):
     assert code == 2 and "video0.json exists already" in said
 
 
+@pytest.mark.thorough
 def test_a_lora_that_does_not_fit_is_refused(sample, run_folder, tmp_path):
     for name, prefix in (("none", "other."), ("wrong", "transformer.")):
         export_sat_lora_weight.main(

@@ -31,6 +31,7 @@ def words(tmp_path, monkeypatch):
     return [f"args.train_data=[{tmp_path / 'few'}]", "args.split=2,1,0"]
 
 
+@pytest.mark.thorough
 def test_the_commands_of_the_documentation(tool, words, tmp_path, capsys):
     text = (ROOT / "docs" / "precomputing.md").read_text(encoding="utf-8").replace("outputs/", f"{tmp_path}/")
     block = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[0]

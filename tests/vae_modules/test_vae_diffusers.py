@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.diffusers_peer import vae_peer
 from benchmarks.models import build_vae, vae_section
+from tests.marks import only
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +14,7 @@ def pair():
     return vae, vae_peer(vae)
 
 
-@pytest.mark.parametrize("num_latents", [1, 3, 5, 9, 13])
+@pytest.mark.parametrize("num_latents", only([1, 3, 9], [1, 3, 5, 9, 13]))
 @torch.no_grad()
 def test_decoded_video_is_that_of_diffusers(pair, num_latents):
     vae, peer = pair
@@ -22,7 +23,7 @@ def test_decoded_video_is_that_of_diffusers(pair, num_latents):
     torch.testing.assert_close(vae.decode(latents), peer.decode(latents).sample, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("frames", [1, 9, 17])
+@pytest.mark.parametrize("frames", only([1, 17], [1, 9, 17]))
 @torch.no_grad()
 def test_chunked_moments_are_those_of_diffusers(pair, frames, monkeypatch):
     vae, peer = pair

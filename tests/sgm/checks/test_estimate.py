@@ -24,6 +24,7 @@ from sgm.distributed import Mesh
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.weights.checkpoint import load_network
 from sgm.weights.quantize import num_bytes
+from tests.marks import only, thorough
 from tests.processes import ROOT, run
 from tests.sgm.checks.live_bytes import (
     BATCH,
@@ -74,7 +75,7 @@ def test_settings_of_memory_are_counted(t5_folder):
     assert one_branch == plain["network"], "a scale that is no guidance"
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp8"])
+@pytest.mark.parametrize("storage", only(["int8"], ["int8", "fp8"]))
 def test_weights_in_eight_bits_are_counted(t5_folder, storage):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install .[lowmem]")
     config = with_model(f"args.weights={storage}", "args.only_save_latents=true")
@@ -135,10 +136,10 @@ def test_of_equal_calls_one_is_run_and_all_are_counted():
 @pytest.mark.parametrize(
     ("model", "dtype", "layers", "recomputed", "keeps"),
     [
-        ("cogvideox_5b", torch.bfloat16, 4, 4, False),
+        thorough("cogvideox_5b", torch.bfloat16, 4, 4, False),
         ("cogvideox_5b_lora", torch.bfloat16, 4, 4, True),
-        ("cogvideox_5b_lora", torch.bfloat16, 4, 0, False),
-        ("cogvideox_5b_lora", torch.float32, 9, 3, False),
+        thorough("cogvideox_5b_lora", torch.bfloat16, 4, 0, False),
+        thorough("cogvideox_5b_lora", torch.float32, 9, 3, False),
         ("cogvideox_2b", torch.float32, 6, 0, False),
     ],
 )
@@ -159,6 +160,7 @@ def test_the_peak_of_training(model, dtype, layers, recomputed, keeps):
     assert found.trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_activations_in_host_memory_take_none_of_the_device(recomputed):
     section, found = network_section(model="cogvideox_5b_lora", layers=6), {}
@@ -174,7 +176,9 @@ def test_activations_in_host_memory_take_none_of_the_device(recomputed):
     assert deeper.peak - found[True].peak < 0.05 * (deeper.host - found[True].host)
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("cogvideox_2b", torch.float32), ("cogvideox_5b", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [thorough("cogvideox_2b", torch.float32), ("cogvideox_5b", torch.bfloat16)]
+)
 def test_the_peak_of_a_forward_pass(model, dtype):
     network = make_network(model=model, layers=5, dtype=dtype)
     with torch.no_grad(), LiveBytes() as live, ProductsOfZeros():
@@ -234,7 +238,7 @@ def live_of_vae(method: str, *shape: int, section, **attributes) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("latents", [1, 8])
+@pytest.mark.parametrize("latents", only([8], [1, 8]))
 def test_the_peak_of_decoding(latents):
     section = vae_section(channels=128)
     found = live_of_vae("decode", 1, 16, latents, 12, 20, section=section)
@@ -281,6 +285,7 @@ SHARED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", SHARED)
 def test_what_ranks_of_a_sample_send_and_hold(counted, case):
     section = network_section(layers=3)

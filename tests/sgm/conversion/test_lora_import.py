@@ -25,6 +25,7 @@ from sgm.weights.adapters import is_adapter, read_adapter_info, with_adapters
 from sgm.weights.checkpoint import load_network, save_network
 from sgm.weights.files import find_weights, read_tensors, weights_digest
 from sgm.weights.lora.foreign import find_lora, read_diffusers_lora
+from tests.marks import thorough
 
 PARTS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -247,7 +248,11 @@ def test_the_style_of_comfyui_has_its_names_and_alphas(model, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"target_modules": ["to_q", "to_v"]}, {"layers_to_transform": [1], "layers_pattern": "transformer_blocks"}],
+    [
+        {"target_modules": ["to_q", "to_v"]},
+        thorough({}),
+        thorough({"layers_to_transform": [1], "layers_pattern": "transformer_blocks"}),
+    ],
 )
 def test_a_diffusers_file_computes_the_same_in_sat_and_comes_back_unchanged(model, tmp_path, options):
     config = model()
@@ -279,7 +284,9 @@ def test_a_peft_folder_computes_the_same_in_sat_and_comes_back_unchanged(model, 
     assert read_diffusers_lora(file).alpha == 10
 
 
-@pytest.mark.parametrize(("num_layers", "layers"), [pytest.param(30, None, marks=pytest.mark.slow), (42, [0, 41])])
+@pytest.mark.parametrize(
+    ("num_layers", "layers"), [pytest.param(30, None, marks=pytest.mark.slow), thorough(42, [0, 41])]
+)
 def test_any_depth_comes_back_unchanged(model, tmp_path, num_layers, layers):
     config = model(num_layers)
     tensors = pairs(layers=layers or range(num_layers))

@@ -15,6 +15,7 @@ from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS, SampleStream, _worker_death, make_loader
 from sgm.data.order import TrainingOrder
 from sgm.util import RunError
+from tests.marks import thorough
 
 
 class Numbered:
@@ -284,21 +285,17 @@ sys.modules["kept"] = batches  # alive until the interpreter is gone, as in a tr
 """
 
 
-def test_a_parent_that_exits_or_is_ended_leaves_nothing_hanging():
-    processes = {
-        end: subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
-        for end in ("exit", "terminate", "kill")
-    }
-    codes = {"exit": 0, "terminate": -signal.SIGTERM, "kill": -signal.SIGKILL}
+@pytest.mark.parametrize(
+    ("end", "code"), [thorough("exit", 0), thorough("terminate", -signal.SIGTERM), ("kill", -signal.SIGKILL)]
+)
+def test_a_parent_that_exits_or_is_ended_leaves_nothing_hanging(end, code):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, text=True)
     try:
-        for end, process in processes.items():
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(-codes[end])  # 0 sends none
-        for end, process in processes.items():
-            # Workers hold the pipe as well: it only closes when they are gone, too.
-            process.communicate(timeout=20)
-            assert process.returncode == codes[end]
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(-code)  # 0 sends none
+        # Workers hold the pipe as well: it only closes when they are gone, too.
+        process.communicate(timeout=20)
+        assert process.returncode == code
     finally:
-        for process in processes.values():
-            process.kill()
+        process.kill()

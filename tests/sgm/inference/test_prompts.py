@@ -334,6 +334,7 @@ def given(model: str, *overrides: str) -> list[Prompt] | None:
     return prepare(load_config([ROOT / "configs" / f"{model}.yaml"], overrides, mode="inference")).prompts
 
 
+@pytest.mark.thorough
 def test_a_prompt_of_the_command_line_replaces_those_of_the_file(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     image = "assets/toy/images/red_square.png"

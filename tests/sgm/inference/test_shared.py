@@ -74,6 +74,7 @@ def test_ranks_that_share_branches_and_tokens_sample_the_same(tiny_model, tmp_pa
     assert ran[0] == ran[1] and all(0.4 < share < 1 for share in ran[0]), ran
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_tokens_sample_windows_as_one_does(tiny_model, tmp_path, sample):
     """Three windows, each with its own division of the tokens."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")

@@ -12,6 +12,7 @@ from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.training.step import weighted_mean
 from sgm.util import InputError
+from tests.marks import only
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,8 @@ def test_strata_follow_the_number_of_a_sample(make_engine, monkeypatch):
     assert (made.idx // 250).tolist() == [2, 3, 0]
 
 
-@pytest.mark.parametrize("model", ["dit_t2v_2b", "dit_i2v_5b"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("model", only(["dit_i2v_5b"], ["dit_t2v_2b", "dit_i2v_5b"]))
 def test_clips_in_the_type_of_the_autoencoder_train_the_same(make_engine, t5_folder, model):
     engine, video = make_engine(model, fresh=True), torch.rand(2, 5, 3, 64, 96) * 2 - 1
     engine.first_stage_model.to(torch.bfloat16)
@@ -191,7 +193,7 @@ class Transfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("source", ["clips", "moments"])
-@pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.parametrize("dropout", only([1.0], [0.0, 1.0]))
 def test_no_copy_to_or_from_the_device_makes_the_host_wait(make_engine, t5_folder, monkeypatch, source, dropout):
     """A step on the meta device, from which nothing can be read; copies to it are counted."""
     engine = make_engine("dit_i2v_5b", fresh=True, noised_image_dropout=dropout).to("meta")

@@ -14,6 +14,7 @@ from sgm.training.prepare import prepare
 from sgm.weights.adapters import TITLES, kind_of, read_adapter_info, with_adapters
 from sgm.weights.files import PREFIX
 from sgm.weights.lora.names import GROUPS, groups_of
+from tests.marks import thorough
 from tests.sgm.checks.live_bytes import BATCH, LATENTS, network_section
 from tests.sgm.training.test_frozen import FULL, LORA, OFFLOAD, TOY, VIDEO, equal, losses, weights
 
@@ -31,7 +32,7 @@ def adapters(kind):
     [
         pytest.param("dora", 8, [], marks=pytest.mark.slow),
         ("dora", 8, ["model.precision=bf16", "args.base_weights=nf4", *OFFLOAD["blocks"]]),
-        ("lokr", 16, ["deepspeed.zero_optimization.stage=2"]),
+        thorough("lokr", 16, ["deepspeed.zero_optimization.stage=2"]),
     ],
 )
 def test_a_run_resumes_exactly(job, tiny_model, kind, num, settings):
@@ -81,6 +82,7 @@ def test_memory_counts_magnitudes_and_what_their_gradients_keep():
     assert dora.peak - lora.peak >= 6 * 4 * width * tokens, "the outputs of the projections, at least a byte each"
 
 
+@pytest.mark.thorough
 def test_a_run_with_all_targets_resumes_exactly(job):
     """Of rank 4, scaled by alpha / √r: the file records the numerator of alpha / r, alpha·√r."""
     params = "{r: 4, lora_alpha: 2, rank_stabilized: true, targets: [attention, ff, adaln, patch, text]}"

@@ -80,6 +80,7 @@ def runs(training_yaml, settings, tmp_path_factory):
     return lambda world, part: only_run(top / f"{world}-{part}")
 
 
+@pytest.mark.thorough
 def test_two_ranks_train_as_one_does(runs):
     one, two = runs(1, "straight"), runs(2, "straight")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)

@@ -230,6 +230,7 @@ def two_ranks(training_yaml, three_clips, tmp_path_factory):
     return lambda name: next((top / name).iterdir())
 
 
+@pytest.mark.thorough
 def test_two_ranks_give_the_validation_loss_of_one(job, two_ranks, three_clips):
     overrides = [FROZEN, *QUICK, "args.train_iters=1", "args.eval_interval=1"]
     one = job(LORA, *overrides, "args.eval_iters=3")
@@ -239,6 +240,7 @@ def test_two_ranks_give_the_validation_loss_of_one(job, two_ranks, three_clips):
         assert validation(two_ranks(name)) == [pytest.approx(validation(strict.folder)[0], abs=1e-6)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["strict", "sharded", "data"])
 def test_two_ranks_sample_every_prompt_once(two_ranks, name):
     names = written(two_ranks(name))
@@ -247,6 +249,7 @@ def test_two_ranks_sample_every_prompt_once(two_ranks, name):
     assert all(torch.isfinite(tensor).all() for content in samples for tensor in content.values())
 
 
+@pytest.mark.thorough
 def test_a_signal_within_an_evaluation_ends_it_on_all_ranks_and_saves(two_ranks):
     """The rank that is asked has no prompt in the last round; with ZeRO 3 the other one must leave in step."""
     sharded, run = two_ranks("stopped sharded"), two_ranks("stopped")
@@ -256,6 +259,7 @@ def test_a_signal_within_an_evaluation_ends_it_on_all_ranks_and_saves(two_ranks)
     assert [name.split("/")[0] for name in written(run)] == ["00000001"] * 2 + ["00000002"] * 3 + ["00000003"] * 3
 
 
+@pytest.mark.thorough
 def test_sharded_samples_equal_whole_ones(two_ranks):
     for name in written(two_ranks("strict")):
         whole, sharded = (load_file(two_ranks(run) / "samples" / name) for run in ("strict", "sharded"))

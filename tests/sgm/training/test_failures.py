@@ -14,6 +14,7 @@ from sgm.training.main import main
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
+from tests.marks import only, thorough
 from tests.processes import ROOT, Training, only_run, run
 
 LORA, FULL = "dit_t2v_5b_lora", "dit_t2v_1.5"
@@ -52,7 +53,7 @@ def breaks_at(monkeypatch):
     [
         (0, float("nan")),
         pytest.param(0, float("inf"), marks=pytest.mark.slow),
-        (2, float("inf")),
+        thorough(2, float("inf")),
         pytest.param(2, float("nan"), marks=pytest.mark.slow),
         pytest.param(3, float("nan"), marks=pytest.mark.slow),
         pytest.param(3, float("inf"), marks=pytest.mark.slow),
@@ -118,7 +119,7 @@ def test_a_save_refuses_weights_that_are_not_finite(job, infinite_gradient, tmp_
     assert find_weights(only_run(tmp_path / "runs")).parent.name == "2"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, thorough(3)])
 def test_zero_skips_a_step_without_finite_gradients(job, infinite_gradient, stage):
     run = job(LORA, f"deepspeed.zero_optimization.stage={stage}", "args.train_iters=4").folder
     skipped = [line["skipped_steps"] for line in read_metrics(run / "metrics.jsonl")]
@@ -273,6 +274,7 @@ def test_five_broken_clips_of_twenty_are_named_and_left_out(job, twenty_clips, m
     assert read_metrics(summary.folder / "metrics.jsonl")[-1]["quarantined_clips"] == 5
 
 
+@pytest.mark.thorough
 def test_an_epoch_has_the_clips_that_are_left(job, twenty_clips):
     data = [f"args.train_data=[{twenty_clips[0]}]", "args.max_bad_share=0.25", "args.valid_data=null"]
     batch = "deepspeed.train_micro_batch_size_per_gpu=5"
@@ -332,7 +334,7 @@ def breaks_when_decoded(tmp_path) -> tuple[Path, str]:
     return folder, str(bad)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", only([0], [0, 2]))
 def test_a_clip_that_breaks_when_it_is_decoded_is_replaced_and_named(job, breaks_when_decoded, num_workers):
     folder, bad = breaks_when_decoded
     data = [f"args.train_data=[{folder}]", "args.valid_data=null", f"args.num_workers={num_workers}"]
@@ -356,6 +358,7 @@ def test_clips_that_cannot_be_decoded_count_against_the_allowed_share(job, break
     assert bad in str(caught.value) and "args.max_bad_share=0.2" in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_remembers_its_bad_clips(job, breaks_when_decoded):
     folder, bad = breaks_when_decoded
     data = [f"args.train_data=[{folder}]", "args.valid_data=null", "args.train_iters=6"]
@@ -389,6 +392,7 @@ if os.environ.get("RANK") == "1":
 '''
 
 
+@pytest.mark.thorough
 def test_a_rank_that_dies_ends_the_others_with_a_message(training_yaml, job, tmp_path):
     overrides = ["args.train_iters=4", "args.save_interval=1", "deepspeed.zero_optimization.stage=2"]
     (tmp_path / "dying").mkdir()

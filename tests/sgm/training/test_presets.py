@@ -177,6 +177,7 @@ def runs(request, training_yaml, tmp_path_factory):
     return lambda model, name: only_run(top / model / name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("model", "name"), BOTH)
 def test_a_preset_trains_as_without_zero(runs, model, name):
     reference, found = runs(model, "stage0"), runs(model, name)
@@ -186,6 +187,7 @@ def test_a_preset_trains_as_without_zero(runs, model, name):
     assert difference(reference / "2", reference / str(ITERS)) > 1e-4, "it trains"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("begun_with", ["zero2_offload", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_a_run_resumes_with_the_other_preset_of_its_stage(runs, begun_with):
     reference, found = runs("full", "stage0"), runs("full", f"{begun_with}>{other(begun_with)}")
@@ -232,6 +234,7 @@ def costs(tmp_path_factory):
     return dict(zip(CASES, lines, strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["stage 0", *PRESETS])
 def test_the_formula_for_memory_holds(costs, name):
     """On a CPU, device and host memory are the same. Buffers take up to 0.2 bytes per parameter, 16-bit weights 2.
@@ -244,6 +247,7 @@ def test_the_formula_for_memory_holds(costs, name):
     assert expected - 0.05 <= costs[name]["memory"] <= expected + (0.75 if offloads else 0.2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_the_table_of_traffic_holds(costs, name):
     """An all-reduce counts twice: a ring all-reduce is a reduce-scatter and an all-gather."""

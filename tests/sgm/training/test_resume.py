@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sgm.weights.files import find_weights, read_tensors
-from tests.processes import Training, asked, only_run, run, train_all
+from tests.marks import thorough
+from tests.processes import Training, asked, only_run, run, selected, train_all
 
 ROOT = Path(__file__).parents[3]
 MODELS = {"lora": "dit_t2v_5b_lora", "full": "dit_t2v_1.5"}
@@ -58,7 +59,8 @@ def runs(request, training_yaml, tmp_path_factory):
 
     chosen = {*asked(request, "kind", "world", "stage")}
     killed = {("lora", world, 2) for (world,) in asked(request, "killed_ranks")}
-    combinations = {*chosen, *REFERENCES, *killed}
+    compared = selected(request, test_ranks_and_stages_do_not_matter)
+    combinations = {*chosen, *killed, *(REFERENCES if compared else ())}
     for world in WORLDS:
         jobs = []
         for kind, _, stage in sorted(key for key in combinations if key[1] == world):
@@ -81,6 +83,7 @@ def runs(request, training_yaml, tmp_path_factory):
     return lambda *key: only_run(folder(*key))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "world", "stage"), marked(ALL))
 def test_a_resumed_run_equals_an_uninterrupted_one(runs, kind, world, stage):
     straight, resumed = runs(kind, world, stage, "straight"), runs(kind, world, stage, "resumed")
@@ -92,6 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs, kind, world, stage):
     assert difference(averages[0], weights(straight)) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "world", "stage"), marked(key for key in ALL if key not in REFERENCES))
 def test_ranks_and_stages_do_not_matter(runs, kind, world, stage):
     reference, run = runs(kind, 1, 0, "straight"), runs(kind, world, stage, "straight")
@@ -99,6 +103,7 @@ def test_ranks_and_stages_do_not_matter(runs, kind, world, stage):
     assert difference(weights(run), weights(reference)) <= 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_changes_the_loss_and_the_weights(runs, kind):
     run = runs(kind, 1, 0, "straight")
@@ -179,7 +184,7 @@ def test_a_folder_that_is_being_trained_in_is_refused(training_yaml, tmp_path):
     training.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [thorough(signal.SIGUSR1, 143), (signal.SIGTERM, 0)])
 def test_a_signal_finishes_the_step_and_saves(training_yaml, tmp_path, number, code):
     overrides = [f"args.save={tmp_path}", "args.train_iters=1000", "args.num_workers=1", f"args.stop_exit_code={code}"]
     training = Training(training_yaml(MODELS["lora"]), overrides, forked=True)

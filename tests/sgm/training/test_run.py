@@ -96,6 +96,7 @@ def test_a_run_folder_holds_everything(job, plots, monkeypatch):
     assert (folder / "latest").read_text().strip() == "3"
 
 
+@pytest.mark.thorough
 def test_the_written_configuration_trains_the_same(kept_run, tmp_path):
     first = kept_run(LORA, "args.train_iters=2")
     config = load_config([first / "config.yaml"], [f"args.save={tmp_path / 'again'}"], mode="train")
@@ -104,6 +105,7 @@ def test_the_written_configuration_trains_the_same(kept_run, tmp_path):
     assert largest_difference(weights(again.folder), weights(first)) == 0
 
 
+@pytest.mark.thorough
 def test_a_logged_loss_is_the_mean_since_the_last_line(job):
     single = losses(job(LORA, "args.train_iters=4").folder)
     pairs = losses(job(LORA, "args.train_iters=4", "args.log_interval=2").folder)
@@ -271,11 +273,13 @@ def test_a_compiled_network_trains(job):
     assert weights(compiled).keys() == weights(plain).keys()
 
 
+@pytest.mark.thorough
 def test_dropout_of_adapters_has_an_effect(job):
     without, with_ = (job(LORA, "args.train_iters=3", f"{DROPOUT}={p}").folder for p in (0.0, 0.5))
     assert losses(without) != losses(with_)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("evaluates", [pytest.param(False, marks=SLOW), True])
 def test_dropout_of_adapters_resumes_exactly(job, evaluates):
     overrides = ["args.train_iters=4", f"{DROPOUT}=0.5", "args.save_interval=2"]
@@ -287,6 +291,7 @@ def test_dropout_of_adapters_resumes_exactly(job, evaluates):
     assert largest_difference(weights(resumed), weights(straight)) == 0
 
 
+@pytest.mark.thorough
 def test_random_states_may_be_left_out(job):
     job(LORA, "args.train_iters=3", "args.exit_interval=2", "args.no_save_rng=true")
     summary = job(LORA, "args.train_iters=3", "args.resume=auto")  # which finds none
@@ -325,6 +330,7 @@ def sampled(training_yaml, load: Path, folder: Path, name: str) -> dict[str, tor
     return load_file(summary.written[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "stage"),
     [

@@ -174,6 +174,7 @@ def by_layers(training_yaml, tmp_path_factory):
     return runs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LAYERS)
 def test_two_tensor_parallel_ranks_train_as_one(by_layers, alone, name):
     found, reference = by_layers[name], alone[LAYERS[name][0]]
@@ -183,6 +184,7 @@ def test_two_tensor_parallel_ranks_train_as_one(by_layers, alone, name):
     assert difference(samples(found), samples(reference)) <= 1e-3
 
 
+@pytest.mark.thorough
 def test_a_resumed_tensor_parallel_run_equals_an_uninterrupted_one(by_layers):
     straight, resumed = by_layers["straight"], by_layers["resumed"]
     assert values(resumed, "loss") == values(straight, "loss")

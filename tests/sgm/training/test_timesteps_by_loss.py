@@ -68,6 +68,7 @@ def test_a_sample_counts_by_the_inverse_of_how_often_it_is_drawn(job, soon, monk
     assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_all_ranks_draw_by_the_losses_of_all(training_yaml, tmp_path):
     """A rank that knew its own losses alone would draw other timesteps than a run on one rank."""
     for world in (1, 2):

@@ -72,6 +72,7 @@ def by_default(chosen: str) -> list:
     return [name if name == chosen else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", by_default("all sharded, recomputed"))
 def test_one_rank_trains_as_without_zero(stage0, training_yaml, tmp_path, name):
     overrides = options(tmp_path, 3, *RUNS[name])

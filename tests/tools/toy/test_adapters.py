@@ -83,6 +83,7 @@ def test_two_loras_at_once_are_both_seen_and_the_page_shows_it():
         assert f"| {name} | {' | '.join(f'{own[key]:.0%}' for key in ('land', 'big', 'colour', 'shape'))} |" in text
 
 
+@pytest.mark.thorough
 def test_what_the_shipped_lora_adds_is_extracted_from_the_full_models(tmp_path, monkeypatch):
     """The smaller the rank, the less; without sampling."""
 

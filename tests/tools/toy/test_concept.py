@@ -10,6 +10,7 @@ import sentencepiece
 from data_video import SFTDataset
 from sgm.inference.main import main as sample_video
 from sgm.inference.video import write_video
+from tests.marks import thorough
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,6 +35,7 @@ def samples(folder: Path, *, land: bool, recoloured: bool = False) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_the_clips_are_a_data_set_of_the_concept(folder):
     clips = SFTDataset(data_dir=folder, video_size=(64, 64), fps=8, max_num_frames=17, skip_frms_num=0)
     assert (len(concept.CLIPS), len(concept.ORDINARY)) == (48, 30)
@@ -65,7 +67,9 @@ def test_no_prompt_was_trained_and_none_is_cut(folder):
     assert all(len(tokenizer.encode(text)) == len(text.split()) for text in prompts + captions + more)
 
 
-@pytest.mark.parametrize(("before", "after", "code"), [(False, True, 0), (False, False, 1), (True, True, 1)])
+@pytest.mark.parametrize(
+    ("before", "after", "code"), [(False, True, 0), thorough(False, False, 1), thorough(True, True, 1)]
+)
 def test_measuring_tells_whether_the_concept_was_learned(tmp_path, capsys, before, after, code):
     folders = [samples(tmp_path / "before", land=before), samples(tmp_path / "after", land=after)]
     assert concept.main(["measure", *map(str, folders)]) == code

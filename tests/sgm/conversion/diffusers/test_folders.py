@@ -40,9 +40,11 @@ from sgm.util import InputError, RunError, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, read_adapter_info
 from sgm.weights.checkpoint import save_network
 from sgm.weights.files import find_weights, read_metadata, read_tensors, weights_digest
+from tests.marks import only, thorough
 from tests.processes import ROOT
 from tests.sgm.conversion.conftest import FAMILIES
 
+SOME = only(["cogvideox_2b", "cogvideox1.5_5b_i2v"], FAMILIES)
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 # Unused tensors, or tensors computed on both sides.
@@ -76,7 +78,7 @@ def converted(family, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_sat_comes_back_byte_by_byte(converted, name):
     path, _, back = converted(name)
     first, second = (read_tensors(find_weights(folder / "transformer")) for folder in (path.parent, back))
@@ -85,7 +87,7 @@ def test_sat_comes_back_byte_by_byte(converted, name):
     assert equal(*(read_tensors(folder / "vae" / "3d-vae.pt") for folder in (path.parent, back)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_diffusers_comes_back_byte_by_byte(converted, name, tmp_path):
     _, there, back = converted(name)
     pipeline_of(load(back / "model.yaml"), title="Tiny").write(tmp_path / "again", max_shard_size="200KB")
@@ -96,7 +98,7 @@ def test_diffusers_comes_back_byte_by_byte(converted, name, tmp_path):
         assert (there / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_the_yaml_made_from_diffusers_describes_the_same_model(converted, name):
     path, _, back = converted(name)
     own, made = (yaml.safe_load(file.read_text())["model"] for file in (path, back / "model.yaml"))
@@ -112,7 +114,7 @@ def test_the_yaml_made_from_diffusers_describes_the_same_model(converted, name):
     assert made["precision"] == ("fp16" if name == "cogvideox_2b" else "bf16")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_diffusers_computes_what_the_model_does(converted, name):
     path, there, _ = converted(name)
     found = verify(load(path), there)
@@ -120,7 +122,7 @@ def test_diffusers_computes_what_the_model_does(converted, name):
     assert found["transformer"] <= 2e-5 and found["vae"] <= 2e-5 and found["tokenizer"] == 0
 
 
-@pytest.mark.parametrize("num_latents", [1, 3, 5])
+@pytest.mark.parametrize("num_latents", only([3], [1, 3, 5]))
 @torch.no_grad()
 def test_the_converted_autoencoder_decodes_odd_counts_alike(converted, num_latents):
     path, there, _ = converted("cogvideox_5b")
@@ -162,7 +164,7 @@ class DiffusersSchedule(ZeroSNRDDPMDiscretization):
 STEPS = 4
 
 
-@pytest.mark.parametrize("name", ["toy", "toy_i2v"])
+@pytest.mark.parametrize("name", [thorough("toy"), "toy_i2v"])
 @torch.no_grad()
 def test_the_pipeline_makes_the_same_video(name, tmp_path):
     sampler = "model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler"
@@ -264,7 +266,7 @@ def test_video_to_video_is_that_of_diffusers(converted, ours, theirs):
     assert (latents - source).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("frames", "latents"), [(13, 4), (9, 3)])
+@pytest.mark.parametrize(("frames", "latents"), [(13, 4), thorough(9, 3)])
 @torch.no_grad()
 def test_even_counts_of_1_5_are_sampled_without_padding_as_in_diffusers(converted, frames, latents):
     path, there, _ = converted("cogvideox1.5_5b")
@@ -521,7 +523,7 @@ def test_adapters_are_merged_or_kept(tiny_model, tmp_path):
     assert np.isfinite(float((merged[name] - kept[name]).abs().max()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_adapters_of_every_family_come_back_byte_by_byte(family, tmp_path, name):
     config = load(family(name))
     generator = torch.Generator().manual_seed(5)

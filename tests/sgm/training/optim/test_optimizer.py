@@ -320,6 +320,7 @@ def test_a_loaded_average_continues_bit_by_bit(precision, stage, tmp_path):
     assert not torch.equal(straight["inner.weight"], saved["inner.weight"])
 
 
+@pytest.mark.thorough
 def test_gradients_accumulated_in_float32_have_an_average_too():
     engine = start("bf16", 1, data_types={"grad_accum_dtype": "fp32"})
     train(engine, range(3))
@@ -350,6 +351,7 @@ LIBRARY = {
 BITSANDBYTES = {"type": "bitsandbytes.optim.AdamW8bit", "params": {"lr": 3e-3}}
 
 
+@pytest.mark.thorough
 def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
     """At ZeRO 0 to 2: the loss falls, a resumed run is equal bit by bit, and the stages agree, average included."""
     offload = {"optimizer": LIBRARY["muon"], "stages": [1], "zero": {"offload_optimizer": {"device": "cpu"}}}
