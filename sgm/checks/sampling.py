@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling, listed_numbers, scaling_warnings
+from sgm.config.args import TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
 from sgm.config.values import shortened, spelled
@@ -61,10 +62,14 @@ def check_files(config: Config) -> list[Problem]:
 
 
 def _needs_vae(config: Config) -> bool:
-    """Whether a run decodes latents, or encodes an image or a video."""
-    args = config.args
+    """Whether a run decodes latents, or encodes an image or a video; training encodes clips, if they are videos."""
+    args, keeps_latents = config.args, config.args.only_save_latents
+    if isinstance(args, TrainingArgs):  # which says otherwise what becomes of samples
+        keeps_latents = bool(config.model.get("latent_input")) and (
+            args.eval_interval is None or args.only_log_video_latents
+        )
     encodes = bool(config.model.get("noised_image_input")) or takes_control(config) or args.encodes_clips
-    return not args.only_save_latents or encodes
+    return not keeps_latents or encodes
 
 
 def _input_file_problems(config: Config) -> list[Problem]:

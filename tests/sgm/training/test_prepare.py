@@ -149,6 +149,12 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
             "start from what is in memory",
         ),
         (FULL, ["args.eval_interval=1", "args.valid_data=null"], "args.eval_interval", "nothing to evaluate on"),
+        (
+            FULL,
+            ["args.only_save_latents=true", "model.first_stage_config.params.ckpt_path=nowhere.pt"],
+            "model.first_stage_config.params.ckpt_path",
+            "there is no file 'nowhere.pt'",
+        ),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_key(plan, name, overrides, path, message):
