@@ -542,9 +542,13 @@ def test_adapters_of_every_family_come_back_byte_by_byte(family, tmp_path, name)
     assert read_adapter_info(tmp_path / "back") == info
     adapted = load(family(name), f"args.load={tmp_path / 'sat'}")
     skip = ["vae", "text_encoder", "tokenizer", "scheduler"]
-    for adapters in ("merge", "keep"):
-        pipeline_of(adapted, adapters=adapters, dtype=torch.float32, without=skip).write(tmp_path / adapters)
-        assert verify(adapted, tmp_path / adapters)["transformer"] <= 2e-5
+    for out, adapters, dtype in (
+        ("merge", "merge", torch.float32),
+        ("keep", "keep", torch.float32),
+        ("own", "keep", None),
+    ):
+        pipeline_of(adapted, adapters=adapters, dtype=dtype, without=skip).write(tmp_path / out)
+        assert verify(adapted, tmp_path / out)["transformer"] <= 2e-5
     header = read_metadata(tmp_path / "keep" / "pytorch_lora_weights.safetensors")
     expected = {"base_digest": digest, "ss_network_dim": "4", "modelspec.architecture": "cogvideox/lora"}
     assert expected.items() <= header.items()
