@@ -24,6 +24,7 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 def convert(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     from sgm.config.load import load_config
+    from sgm.config.yaml_files import read_merged
     from sgm.conversion.diffusers.from_sat import pipeline_of, write_comfyui
     from sgm.conversion.diffusers.verify import require_diffusers, verify
     from sgm.conversion.family import base_files
@@ -47,7 +48,8 @@ def convert(options: argparse.Namespace) -> None:
     }
     overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
     overrides = ["args.input_type=cli", *overrides, *options.overrides]
-    base = base_files(options.base, options.transformer_ckpt_path)
+    own = read_merged([], overrides).values.get("args", {})
+    base = base_files(options.base, own.get("load", options.transformer_ckpt_path), base=own.get("base"))
     config = with_adapters(load_config(base, overrides, mode="inference", trust=options.trust))
     pipeline = pipeline_of(
         config,

@@ -15,8 +15,10 @@ import tools.convert_weight_sat2hf as sat2hf
 from sgm.config.load import load_config
 from sgm.conversion.family import shipped_file
 from sgm.util import InputError
+from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
-from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
 from tests.processes import ROOT, run
 
 TOY = ["--base", str(ROOT / "configs" / "toy.yaml")]
@@ -164,6 +166,27 @@ def test_the_model_is_recognised_without_base(sat, tmp_path, caplog):
     code, text = sat(deepspeed2hf, "--checkpoint_path", file, "--to", "sat", "--output_path", tmp_path / "other")
     assert code == 0, text
     assert "Give weights with --transformer_ckpt_path" in sat(sat2hf, "--output_path", tmp_path / "none")[1]
+
+
+def test_a_base_that_was_moved_is_named(sat, tmp_path):
+    base = ROOT / "assets/toy/transformer"
+    name = "transformer.layers.0.attention.dense.matrix"
+    tensors = {f"{name}_A.0": torch.ones(2, 128), f"{name}_B.0": torch.ones(128, 2)}
+    name = name.replace("dense", "query_key_value")
+    tensors |= {
+        f"{name}_{side}.{n}": tensors[f"{name.replace('query_key_value', 'dense')}_{side}.0"].clone()
+        for side in "AB"
+        for n in range(3)
+    }
+    digest = weights_digest(find_weights(base))
+    info = AdapterInfo(rank=2, alpha=1.0, layers=(0,), base="moved/away", base_digest=digest)
+    save_network(tmp_path / "lora", 1, tensors, patch_size=None, adapters=info)
+    words = ["--transformer_ckpt_path", tmp_path / "lora", "--output_path", tmp_path / "pipe"]
+    words += ["--without", "vae", "text_encoder", "tokenizer"]
+    code, text = sat(sat2hf, *words)
+    assert code == 2 and "say where it is with args.base=<folder or file>" in text, text
+    code, text = sat(sat2hf, f"args.base={base}", *words)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS.values()])
