@@ -168,6 +168,41 @@ def test_the_model_is_recognised_without_base(sat, tmp_path, caplog):
     assert "Give weights with --transformer_ckpt_path" in sat(sat2hf, "--output_path", tmp_path / "none")[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--without", *sat2hf.PARTS], "leaves nothing to convert"),
+        (["--style", "comfyui", "--without", "transformer"], "leaves nothing to convert"),
+        (["--style", "comfyui", "--vae_ckpt_path", "x"], "--vae_ckpt_path has no effect without vae"),
+        (["--without", "transformer", "--title", "x"], "--title has no effect without transformer"),
+        (["--without", "transformer", "--fold_image_scale"], "--fold_image_scale has no effect without transformer"),
+        (["--without", "transformer", "--lora", "keep"], "--lora keep has no effect without transformer"),
+        (["--lora", "keep", "--without", "vae"], "assets/toy/transformer holds no adapters; leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(sat, tmp_path, words, said):
+    code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe", *words)
+    assert code == 2 and said in text, text
+    assert nothing_in(tmp_path)
+
+
+def test_parts_of_diffusers_that_are_not_converted(sat, tmp_path, caplog):
+    """Options for them are refused; they are not said to be written; a folder that is missing is said."""
+    pipe, other = tmp_path / "pipe", ["--output_path", tmp_path / "other"]
+    sat(sat2hf, *TOY, "--output_path", pipe)
+    for words, said in (
+        (["--vae_path", pipe / "vae", "--dtype", "bf16"], "--dtype has no effect without transformer"),
+        (["--model_path", pipe, "--without", "vae", "--vae_path", "x"], "--vae_path has no effect without vae"),
+        (["--model_path", pipe, "--without", "tokenizer"], "--without tokenizer has no effect"),
+    ):
+        code, text = sat(hf2sat, *words, *other)
+        assert code == 2 and said in text, text
+    shutil.rmtree(pipe / "vae")
+    code, text = sat(hf2sat, "--model_path", pipe, "--without", "text_encoder", *other)
+    assert code == 0 and "other: scheduler, transformer\n" in text, text
+    assert "names vae, and there is no such folder" in text + caplog.text
+
+
 def test_a_base_that_was_moved_is_named(sat, tmp_path):
     base = ROOT / "assets/toy/transformer"
     name = "transformer.layers.0.attention.dense.matrix"
