@@ -21,20 +21,33 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 def parts_of(options: argparse.Namespace) -> dict[str, Path]:
     """Return the path of each component."""
     from sgm.conversion.diffusers.to_sat import read_json
+    from sgm.conversion.writing import require_use
+    from sgm.log import get_logger
     from sgm.util import InputError
 
     parts: dict[str, Path] = {}
+    named: list[str] = []
     if options.model_path is not None:
         index = read_json(options.model_path / "model_index.json")
         if not str(index.get("_class_name", "")).startswith("CogVideoX"):
             raise InputError(f"{options.model_path} is a {index.get('_class_name')}; only CogVideoX is converted")
         parts = {name: options.model_path / name for name in PARTS if (options.model_path / name).is_dir()}
+        named = [name for name in PARTS if index.get(name) not in (None, [None, None])]
     for name in PARTS:
         if (path := getattr(options, f"{name}_path", None)) is not None:
             parts[name] = path
     parts = {name: path for name, path in parts.items() if name not in options.without}
     if not parts.keys() & {"transformer", "vae", "text_encoder"}:
         raise InputError("there is nothing to convert; give --model_path, or the path of a component")
+    needs = {f"--{name}_path": (getattr(options, f"{name}_path"), [name]) for name in PARTS[:3]}
+    require_use(needs | {"--dtype": (options.dtype, ["transformer"])}, parts)
+    if "text_encoder" not in parts:
+        parts.pop("tokenizer", None)
+    elif "tokenizer" in options.without:
+        raise InputError("--without tokenizer has no effect: T5 is one folder with it; leave text_encoder out, too")
+    if absent := [name for name in named[:3] if name not in parts and name not in options.without]:
+        text = "%s names %s, and there is no such folder: model.yaml names that of the shipped model instead"
+        get_logger(__name__).warning(text, options.model_path / "model_index.json", ", ".join(absent))
     return parts
 
 

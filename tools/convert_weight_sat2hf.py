@@ -21,9 +21,37 @@ from sgm.cli import add_trust, file_size, run_command, tool_parser
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
+def parts_of(options: argparse.Namespace) -> list[str]:
+    """Return the components to convert; refuse options that have no effect on them."""
+    from sgm.conversion.writing import require_use
+    from sgm.util import InputError
+
+    is_comfyui = options.style == "comfyui"
+    if is_comfyui and (options.verify or options.lora == "keep" or options.max_shard_size is not None):
+        raise InputError(
+            "--style comfyui writes one file of the transformer with adapters merged: leave out --verify, --lora keep "
+            "and --max_shard_size; tools/export_sat_lora_weight.py --style comfyui writes adapters"
+        )
+    parts = [part for part in PARTS if part not in options.without and (part == "transformer" or not is_comfyui)]
+    if not parts:
+        raise InputError(f"--without {' '.join(options.without)} leaves nothing to convert; keep a component")
+    needs = {
+        "--lora keep": (options.lora == "keep", ["transformer"]),
+        "--title": (options.title, ["transformer"]),
+        "--fold_image_scale": (options.fold_image_scale, ["transformer"]),
+        "--vae_ckpt_path": (options.vae_ckpt_path, ["vae"]),
+        "--text_encoder_path": (options.text_encoder_path, ["text_encoder", "tokenizer"]),
+        "--dtype": (options.dtype, ["transformer", "text_encoder"]),
+        "--max_shard_size": (options.max_shard_size, ["transformer", "vae", "text_encoder"]),
+    }
+    require_use(needs, parts)
+    return parts
+
+
 def convert(options: argparse.Namespace) -> None:
     """Run the tool with parsed options."""
     from sgm.config.load import load_config
+    from sgm.config.yaml_files import read_merged
     from sgm.conversion.diffusers.from_sat import pipeline_of, write_comfyui
     from sgm.conversion.diffusers.verify import require_diffusers, verify
     from sgm.conversion.family import base_files
@@ -32,12 +60,7 @@ def convert(options: argparse.Namespace) -> None:
     from sgm.weights.adapters import with_adapters
 
     check_new_folder(options.output_path)
-    is_comfyui = options.style == "comfyui"
-    if is_comfyui and (options.verify or options.lora == "keep" or options.max_shard_size is not None):
-        raise InputError(
-            "--style comfyui writes one file of the transformer with adapters merged: leave out --verify, --lora keep "
-            "and --max_shard_size; tools/export_sat_lora_weight.py --style comfyui writes adapters"
-        )
+    is_comfyui, parts = options.style == "comfyui", parts_of(options)
     if options.verify:
         require_diffusers()
     paths = {
@@ -47,17 +70,20 @@ def convert(options: argparse.Namespace) -> None:
     }
     overrides = [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
     overrides = ["args.input_type=cli", *overrides, *options.overrides]
-    base = base_files(options.base, options.transformer_ckpt_path)
+    own = read_merged([], overrides).values.get("args", {})
+    base = base_files(options.base, own.get("load", options.transformer_ckpt_path), base=own.get("base"))
     config = with_adapters(load_config(base, overrides, mode="inference", trust=options.trust))
     pipeline = pipeline_of(
         config,
-        without=[part for part in PARTS if part != "transformer"] if is_comfyui else options.without,
+        without=[part for part in PARTS if part not in parts],
         dtype=PRECISIONS.get(options.dtype),
         adapters=options.lora,
         fold_image_scale=options.fold_image_scale,
         title=options.title,
         style=options.style,
     )
+    if options.lora == "keep" and pipeline.lora is None:
+        raise InputError(f"--lora keep has no effect: {config.args.load} holds no adapters; leave it out")
     if is_comfyui:
         sys.stdout.write(f"wrote {write_comfyui(pipeline.parts[0], options.output_path)}\n")
         return
@@ -67,10 +93,9 @@ def convert(options: argparse.Namespace) -> None:
             label = f"{name} with adapters" if name == "transformer" and pipeline.lora else name
             sys.stdout.write(f"{label}: largest difference {difference:.2e}\n")
 
-    parts = ", ".join(part.name for part in pipeline.parts)
     size = options.max_shard_size or "5GB"
     pipeline.write(options.output_path, max_shard_size=size, check=check if options.verify else None)
-    sys.stdout.write(f"wrote {options.output_path}: {pipeline.cls} of {parts}\n")
+    sys.stdout.write(f"wrote {options.output_path}: {pipeline.cls} of {', '.join(parts)}\n")
     if pipeline.lora is not None:
         sys.stdout.write(f"its adapters: pipe.load_lora_weights('{options.output_path}')\n")
 

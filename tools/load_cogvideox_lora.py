@@ -24,6 +24,15 @@ from typing import Any
 from sgm.cli import run_command, tool_parser
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # pipeline → takes an image
+# Values of diffusers where a configuration lacks them.
+TRANSFORMER = {
+    "max_text_seq_length": 226,
+    "sample_frames": 49,
+    "sample_height": 60,
+    "sample_width": 90,
+    "patch_size": 2,
+}
+VAE = {"block_out_channels": (128, 256, 256, 512)}
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 
 
@@ -78,8 +87,12 @@ def plan_of(options: argparse.Namespace) -> Plan:
     cls = _json(folder / "model_index.json").get("_class_name")
     if cls not in PIPELINES:
         raise _wrong(f"{folder} holds a {cls}; expected one of {', '.join(PIPELINES)}")
-    transformer, vae = _json(folder / "transformer" / "config.json"), _json(folder / "vae" / "config.json")
+    transformer = TRANSFORMER | _json(folder / "transformer" / "config.json")
+    vae = VAE | _json(folder / "vae" / "config.json")
     _check_options(options)
+    most = _json(folder / "scheduler" / "scheduler_config.json").get("num_train_timesteps", 1000)
+    if options.num_inference_steps > most:
+        raise _wrong(f"--num_inference_steps is {options.num_inference_steps}; give a number from 1 to {most}")
     size, num_frames = _video_shape(options, transformer, vae)
     return Plan(
         cls=cls,
@@ -109,8 +122,10 @@ def _check_options(options: argparse.Namespace) -> None:
 
     for name in ("num_inference_steps", "num_videos", "fps"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise _wrong(f"--{name} is {value}; give a number above 0")
+    if not 0 <= options.seed <= 2**64 - options.num_videos:
+        raise _wrong(f"--seed is {options.seed}; give a number from 0, and below 2^64 for every video")
     for name in ("guidance_scale", "lora_scale"):
         if not math.isfinite(getattr(options, name) or 0):
             raise _wrong(f"--{name} is {getattr(options, name)}; give a number")

@@ -23,12 +23,15 @@ _SAT_NAMES = {
 }
 
 
-def base_files(given: Sequence[str], load: str | None, *, option: str = "--transformer_ckpt_path") -> list[str]:
+def base_files(
+    given: Sequence[str], load: str | None, *, base: str | None = None, option: str = "--transformer_ckpt_path"
+) -> list[str]:
     """Return the YAML files of a model: those given, or the one that the weights at `load` belong to.
 
     Args:
         given: by ``--base``.
         load: weights in the SAT layout, as for `sgm.weights.files.find_weights`; adapters alone name their base.
+        base: ``args.base``, the base of adapters alone in the place of the one that they name.
         option: that gives `load`, for messages.
 
     Raises:
@@ -39,7 +42,7 @@ def base_files(given: Sequence[str], load: str | None, *, option: str = "--trans
     if load is None:
         raise InputError(f"which model is it? Give weights with {option}, which tell, or its YAML with --base")
     path = find_weights(load)
-    path = find_base(path) or path
+    path = find_base(path, base) or path
     tensors = read_tensors(path)
     file, found = shipped_file(tensors, path), describe_architecture(_shapes(tensors))
     if found is not None and found.lora_rank and read_adapter_info(path) is None:

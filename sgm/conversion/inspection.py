@@ -1,6 +1,7 @@
 """Describe a file or folder of weights from headers and names, without reading values."""
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,7 +209,7 @@ def verify_checkpoint(path: str | Path) -> dict[str, int]:
         InputError: tensors or entries are damaged, or weights are not finite; all of them are named.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
+    files = [path] if path.is_file() else sorted(f for f in _files_below(path) if f.suffix in _SUFFIXES and f.is_file())
     counts, problems = Counter({"with_checksums": 0, "without": 0}), []
     for file in tqdm(files, desc="verifying", leave=False, disable=None):
         try:
@@ -218,6 +219,17 @@ def verify_checkpoint(path: str | Path) -> dict[str, int]:
     if problems:
         raise InputError("\n".join(problems))
     return dict(counts)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder, also in linked ones, such as those of a text encoder that models share."""
+    seen: set[str] = set()
+    for own, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(own)) in seen:  # a link to it, or to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(own) / name for name in names)
 
 
 def _run_folder(path: Path) -> Inspection | None:
@@ -260,7 +272,8 @@ def _pipeline(path: Path) -> Inspection | None:
     if not (path / "model_index.json").is_file():
         return None
     index = read_json(path / "model_index.json")
-    parts = [_weights(path / name) for name in _PIPELINE_PARTS if name in index]
+    # Of a pipeline that was saved without one, diffusers writes [null, null].
+    parts = [_weights(path / name) for name in _PIPELINE_PARTS if index.get(name) not in (None, [None, None])]
     if (path / LORA_FILE).is_file():  # --lora keep
         parts.append(_weights(path / LORA_FILE))
     if not parts:
@@ -409,7 +422,11 @@ def _foreign_lora(path: Path, file: Path, tensors: Tensors) -> Inspection:
     config = file.parent / "adapter_config.json"
     described = [*_configs(file)]
     alphas = {_alpha(file, *each) for each in described if each[1].get("lora_alpha") is not None}
-    alphas |= {_number(each) for name, each in read_shards(file)[0].items() if name.endswith(".alpha")}
+    stored = {name: _number(each) for name, each in read_shards(file)[0].items() if name.endswith(".alpha")}
+    having = {(each.layer, each.module) for each in map(parse_lora_name, stored) if isinstance(each, LoraName)}
+    alphas |= {*stored.values()}
+    if having:  # the rank is the alpha of the others
+        alphas |= {tensors[name].shape[0] for name, own in known.items() if (own.layer, own.module) not in having}
     first = next(iter(matches))
     sides = [each.side for each in map(parse_lora_name, tensors) if isinstance(each, LoraName)]
     method: Kind = "dora" if "magnitude" in sides else "lokr" if "lokr_w2" in sides or "lokr_w2_b" in sides else "lora"

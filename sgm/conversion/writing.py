@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,21 @@ from sgm.weights.checksums import write_safetensors
 from sgm.weights.files import PREFIX, WEIGHTS
 from sgm.weights.lazy import LazyTensor, num_bytes
 from sgm.weights.stored import checked_ahead
+
+
+def require_use(given: Mapping[str, tuple[object, Sequence[str]]], parts: Collection[str]) -> None:
+    """Refuse options without effect.
+
+    Args:
+        given: option → its value, and the components that it is for.
+        parts: the components that are converted.
+
+    Raises:
+        InputError: a value is given for components that are left out.
+    """
+    for option, (value, users) in given.items():
+        if value and not {*users} & {*parts}:
+            raise InputError(f"{option} has no effect without {' or '.join(users)}; leave it out, or convert that too")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ import tools.convert_weight_sat2hf as sat2hf
 from sgm.config.load import load_config
 from sgm.conversion.family import shipped_file
 from sgm.util import InputError
+from sgm.weights.adapters import AdapterInfo
 from sgm.weights.architecture import CONFIGS
-from sgm.weights.files import find_weights, read_tensors
+from sgm.weights.checkpoint import save_network
+from sgm.weights.files import find_weights, read_tensors, weights_digest
 from tests.processes import ROOT, run
 
 TOY = ["--base", str(ROOT / "configs" / "toy.yaml")]
@@ -165,6 +167,62 @@ def test_the_model_is_recognised_without_base(sat, tmp_path, caplog):
     code, text = sat(deepspeed2hf, "--checkpoint_path", file, "--to", "sat", "--output_path", tmp_path / "other")
     assert code == 0, text
     assert "Give weights with --transformer_ckpt_path" in sat(sat2hf, "--output_path", tmp_path / "none")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--without", *sat2hf.PARTS], "leaves nothing to convert"),
+        (["--style", "comfyui", "--without", "transformer"], "leaves nothing to convert"),
+        (["--style", "comfyui", "--vae_ckpt_path", "x"], "--vae_ckpt_path has no effect without vae"),
+        (["--without", "transformer", "--title", "x"], "--title has no effect without transformer"),
+        (["--without", "transformer", "--fold_image_scale"], "--fold_image_scale has no effect without transformer"),
+        (["--without", "transformer", "--lora", "keep"], "--lora keep has no effect without transformer"),
+        (["--lora", "keep", "--without", "vae"], "assets/toy/transformer holds no adapters; leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(sat, tmp_path, words, said):
+    code, text = sat(sat2hf, *TOY, "--output_path", tmp_path / "pipe", *words)
+    assert code == 2 and said in text, text
+    assert nothing_in(tmp_path)
+
+
+def test_parts_of_diffusers_that_are_not_converted(sat, tmp_path, caplog):
+    """Options for them are refused; they are not said to be written; a folder that is missing is said."""
+    pipe, other = tmp_path / "pipe", ["--output_path", tmp_path / "other"]
+    sat(sat2hf, *TOY, "--output_path", pipe)
+    for words, said in (
+        (["--vae_path", pipe / "vae", "--dtype", "bf16"], "--dtype has no effect without transformer"),
+        (["--model_path", pipe, "--without", "vae", "--vae_path", "x"], "--vae_path has no effect without vae"),
+        (["--model_path", pipe, "--without", "tokenizer"], "--without tokenizer has no effect"),
+    ):
+        code, text = sat(hf2sat, *words, *other)
+        assert code == 2 and said in text, text
+    shutil.rmtree(pipe / "vae")
+    code, text = sat(hf2sat, "--model_path", pipe, "--without", "text_encoder", *other)
+    assert code == 0 and "other: scheduler, transformer\n" in text, text
+    assert "names vae, and there is no such folder" in text + caplog.text
+
+
+def test_a_base_that_was_moved_is_named(sat, tmp_path):
+    base = ROOT / "assets/toy/transformer"
+    name = "transformer.layers.0.attention.dense.matrix"
+    tensors = {f"{name}_A.0": torch.ones(2, 128), f"{name}_B.0": torch.ones(128, 2)}
+    name = name.replace("dense", "query_key_value")
+    tensors |= {
+        f"{name}_{side}.{n}": tensors[f"{name.replace('query_key_value', 'dense')}_{side}.0"].clone()
+        for side in "AB"
+        for n in range(3)
+    }
+    digest = weights_digest(find_weights(base))
+    info = AdapterInfo(rank=2, alpha=1.0, layers=(0,), base="moved/away", base_digest=digest)
+    save_network(tmp_path / "lora", 1, tensors, patch_size=None, adapters=info)
+    words = ["--transformer_ckpt_path", tmp_path / "lora", "--output_path", tmp_path / "pipe"]
+    words += ["--without", "vae", "text_encoder", "tokenizer"]
+    code, text = sat(sat2hf, *words)
+    assert code == 2 and "say where it is with args.base=<folder or file>" in text, text
+    code, text = sat(sat2hf, f"args.base={base}", *words)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS.values()])

@@ -1,9 +1,13 @@
 """The command lines around LoRA: export, import, merge, and sampling with diffusers."""
 
+import inspect
 import json
+import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import diffusers
 import export_sat_lora_weight
 import extract_lora
 import import_hf_lora_weight
@@ -281,6 +285,14 @@ def test_image_to_video(sample, tmp_path):
         ("dit_t2v_2b", ["--enable_model_cpu_offload", "--enable_sequential_cpu_offload"], "exclude each other"),
         ("dit_t2v_2b", ["--guidance_scale", "1", "--use_dynamic_cfg"], "no effect with --guidance_scale 1"),
         ("dit_t2v_2b", ["--num_videos", "0"], "--num_videos is 0"),
+        ("dit_t2v_2b", ["--fps", "inf"], "--fps is inf"),
+        ("dit_t2v_2b", ["--seed", str(2**64)], f"--seed is {2**64}"),
+        ("dit_t2v_2b", ["--seed", str(2**64 - 1), "--num_videos", "2"], f"--seed is {2**64 - 1}"),
+        (
+            "dit_t2v_2b",
+            ["--num_inference_steps", "1001"],
+            "is 1001; give a number from 1 to 1000",
+        ),
         ("dit_t2v_2b", ["--guidance_scale", "nan"], "--guidance_scale is nan"),
         ("dit_t2v_2b", ["--output_path", "x.avi"], "give a name that ends with .mp4"),
         ("dit_t2v_2b", ["--model_path", "nowhere"], "give --model_path a pipeline folder"),
@@ -292,6 +304,26 @@ def test_wrong_words_end_with_2_before_anything_is_loaded(sample, monkeypatch, m
     code, video, message = sample(*options, model=model)
     assert (code, said in message) == (2, True), message
     assert not video.exists()
+
+
+def test_values_that_a_configuration_lacks_are_those_of_diffusers(pipeline, tmp_path):
+    shutil.copytree(pipeline("dit_t2v_2b"), tmp_path / "pipe")
+    for part in ("transformer", "vae"):
+        file = tmp_path / "pipe" / part / "config.json"
+        names = load_cogvideox_lora.TRANSFORMER.keys() | load_cogvideox_lora.VAE.keys()
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in names}))
+    words = {"model_path": str(tmp_path / "pipe"), "output_path": str(tmp_path / "x.mp4"), "dtype": "fp32", "seed": 1}
+    numbers = {"num_inference_steps": 2, "num_videos": 1, "guidance_scale": 6.0, "use_dynamic_cfg": False}
+    others = ("fps", "lora_scale", "lora_path", "image_path", "height", "width", "num_frames", "negative_prompt")
+    offloads = {"enable_model_cpu_offload": False, "enable_sequential_cpu_offload": False}
+    plan = load_cogvideox_lora.plan_of(Namespace(**words, **numbers, **offloads, **dict.fromkeys(others)))
+    assert (plan.size, plan.num_frames, plan.text_length) == ((480, 720), 49, 226)
+    for cls, own in (
+        (diffusers.CogVideoXTransformer3DModel, load_cogvideox_lora.TRANSFORMER),
+        (diffusers.AutoencoderKLCogVideoX, load_cogvideox_lora.VAE),
+    ):
+        known = inspect.signature(cls.__init__).parameters
+        assert own == {name: known[name].default for name in own}
 
 
 def test_other_pipelines_are_refused(sample, tmp_path):

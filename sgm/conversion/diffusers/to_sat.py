@@ -65,6 +65,8 @@ class Stored:
 def read_stored(path: str | Path) -> Stored:
     """Find configuration and weights of a component: a folder with ``config.json`` and weight files, or one file.
 
+    An index of weight files stands for all of them.
+
     Raises:
         InputError: weights are missing, ambiguous or damaged.
     """
@@ -72,7 +74,7 @@ def read_stored(path: str | Path) -> Stored:
     path = Path(path)
     if path.is_file():
         beside = path.with_name("config.json")
-        files, config = [path], read_json(beside) if beside.is_file() else None
+        files, config = weight_files(path), read_json(beside) if beside.is_file() else None
     elif path.is_dir():
         files, config = weight_files(path), read_json(path / "config.json")
     else:
@@ -84,26 +86,56 @@ def read_stored(path: str | Path) -> Stored:
     return Stored(path, config, tensors, read_metadata(files[0]))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weights files of a folder: those of an index, or a single one.
+def is_index(path: Path) -> bool:
+    """Whether a file is an index of weight files, by its name: ``*.index.json``, of a variant ``*.index.fp16.json``."""
+    return path.suffix == ".json" and ".index." in path.name
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the weights files of a folder: those of an index, or a single one; or those that `path` is or indexes.
+
+    An index of a variant, such as fp16, is taken if nothing else is there.
 
     Raises:
-        InputError: there are none, several sets, shards are missing, or hold other tensors than their index says.
+        InputError: there are none, several sets, shards are missing, or hold other tensors than their index says; or
+            `path` is one of several files of an index.
     """
-    indices = sorted(folder.glob("*.index.json"))
+    if path.is_file():
+        return _indexed(path) if is_index(path) else _whole(path)
+    indices = sorted(path.glob("*.index.json"))
     if len(indices) == 1:
-        index = read_index(indices[0])
-        if missing := [file.name for file in index if not os.path.isfile(file)]:  # which takes any name
-            raise InputError(f"{folder} lacks {', '.join(missing)}; download it again")
-        for file, names in index.items():
-            if problem := misplaced(file, names, read_names(file)):
-                raise InputError(problem)
-        return [*index]
-    files = next(filter(None, (sorted(folder.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
+        return _indexed(indices[0])
+    indices = indices or sorted(path.glob("*.index.*.json"))
+    files = next(filter(None, (sorted(path.glob(f"*.{end}")) for end in ("safetensors", "bin", "pt"))), [])
+    if len(indices) == 1 and {*files} <= read_index(indices[0]).keys():
+        return _indexed(indices[0])
     if len(files) != 1 or indices:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
-        raise InputError(f"{folder} should hold one set of weights; found: {found}. Name the file, or tidy the folder")
+        cure = "Name the index, or tidy the folder" if indices else "Name the file, or tidy the folder"
+        raise InputError(f"{path} should hold one set of weights; found: {found}. {cure}")
     return files
+
+
+def _whole(path: Path) -> list[Path]:
+    """Return a weights file as the only one; refuse it if an index beside it has further ones."""
+    for index in filter(is_index, sorted(path.parent.glob("*.json"))):
+        files = {}
+        with contextlib.suppress(InputError):  # of another model, perhaps
+            files = read_index(index)
+        if len(files) > 1 and path in files:
+            raise InputError(f"{path} is one of {len(files)} files of a model; give their index, {index}")
+    return [path]
+
+
+def _indexed(path: Path) -> list[Path]:
+    """Return the files of an index, which hold what it says."""
+    index = read_index(path)
+    if missing := [file.name for file in index if not os.path.isfile(file)]:  # which takes any name
+        raise InputError(f"{path.parent} lacks {', '.join(missing)}; download it again")
+    for file, names in index.items():
+        if problem := misplaced(file, names, read_names(file)):
+            raise InputError(problem)
+    return [*index]
 
 
 def read_json(path: Path) -> dict[str, Any]:

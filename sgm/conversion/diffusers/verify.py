@@ -79,8 +79,10 @@ def _transformer(config: Config, folder: Path) -> tuple[float, float]:
     with without_allocating():
         network = instantiate_from_config(section)
     assert config.args.load is not None
-    load_network(network, config.args.load, base=config.args.base, dtype=stored, device=torch.device("cpu"))
-    network.float().eval()
+    load_network(network, config.args.load, base=config.args.base, dtype=torch.float32, device=torch.device("cpu"))
+    for name, tensor in network.eval().state_dict().items():
+        if not is_adapter(name):  # the file of adapters has them unrounded
+            tensor.copy_(tensor.to(stored))
     if geometry.positions == "sincos":  # diffusers computes it; do not use the rounded table of a 16-bit file
         network.get_mixin("pos_embed").pos_embedding.copy_(position_table(section["params"]))
     ours = network(x, timesteps, context, ofs=ofs)

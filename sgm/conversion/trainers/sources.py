@@ -16,7 +16,7 @@ from sgm.config.load import load_config
 from sgm.config.values import shortened
 from sgm.conversion.diffusers.from_sat import FOLDED
 from sgm.conversion.diffusers.names import network_from_diffusers
-from sgm.conversion.diffusers.to_sat import ITERATION, read_json, weight_files
+from sgm.conversion.diffusers.to_sat import ITERATION, is_index, read_json, weight_files
 from sgm.conversion.trainers.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
 from sgm.io import require_local
 from sgm.log import get_logger
@@ -162,8 +162,8 @@ def find_files(path: Path) -> list[Path]:
         raise InputError(
             f"{path} is a part of a ZeRO state, and the others are needed, too; give its folder: {path.parent}"
         )
-    if path.name.endswith(".index.json"):
-        path = path.parent
+    if path.is_file() and is_index(path):
+        return weight_files(path)
     is_sat = (path / "latest").is_file() or any(path.glob(f"{WEIGHTS}.*"))
     if path.is_dir() and is_sat and not any(path.glob("*.index.json")):
         return [find_weights(path)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.models import network_section
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.from_sat import pipeline_of
 from sgm.conversion.diffusers.names import network_to_diffusers
-from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint
+from sgm.conversion.inspection import LoraFacts, StateFacts, inspect_checkpoint, verify_checkpoint
 from sgm.conversion.lora import export_lora
 from sgm.conversion.trainers.sources import read_source
 from sgm.util import InputError, instantiate_from_config, without_allocating
@@ -134,6 +135,16 @@ def test_alpha_in_tensors_of_their_own(tmp_path):
     assert inspect_checkpoint(tmp_path / "lora.safetensors").lora.alpha is None
 
 
+@pytest.mark.parametrize(("alpha", "common"), [(4.0, None), (8.0, 8.0)])
+def test_the_alpha_of_a_module_without_one_is_its_rank(tmp_path, alpha, common):
+    tensors = {"transformer.transformer_blocks.0.attn1.to_k.alpha": torch.tensor(alpha)}
+    for part in ("to_k", "to_q"):
+        module = f"transformer.transformer_blocks.0.attn1.{part}"
+        tensors |= {f"{module}.lora_A.weight": torch.ones(8, 64), f"{module}.lora_B.weight": torch.ones(64, 8)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert inspect_checkpoint(tmp_path / "lora.safetensors").lora.alpha == common
+
+
 def test_a_network_with_its_adapters(golden):
     found = inspect_checkpoint(golden / "dit_t2v_5b_lora" / "transformer")
     assert (found.kind, found.model, found.generation) == ("SAT network with LoRA", None, "1.0")
@@ -152,9 +163,17 @@ def test_a_pipeline_of_diffusers(family, tmp_path):
     assert set(found.dtypes) == {"float16", "float32"}
     for part, kind in zip(("transformer", "vae", "text_encoder"), kinds, strict=True):
         assert inspect_checkpoint(tmp_path / "pipeline" / part).kind == kind
-    next((tmp_path / "pipeline" / "vae").glob("*.safetensors")).unlink()
+    shutil.move(tmp_path / "pipeline" / "vae", tmp_path / "shared")
+    (tmp_path / "pipeline" / "vae").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared" / "up").symlink_to(tmp_path / "pipeline")
+    num = sum(1 for top in ("pipeline", "shared") for _ in (tmp_path / top).rglob("*.safetensors"))
+    assert verify_checkpoint(tmp_path / "pipeline") == {"with_checksums": num, "without": 0}
+    next((tmp_path / "shared").glob("*.safetensors")).unlink()
     with pytest.raises(InputError, match="pipeline/vae.*lacks|vae should hold one set of weights"):
         inspect_checkpoint(tmp_path / "pipeline")
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": [None, None]}))  # saved without one
+    assert [part.kind for part in inspect_checkpoint(tmp_path / "pipeline").parts] == [kinds[0], kinds[2]]
 
 
 @pytest.mark.parametrize("stage", [1, 3])

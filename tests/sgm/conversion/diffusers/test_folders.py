@@ -31,7 +31,7 @@ from sgm.conversion.diffusers.verify import verify
 from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora import export_lora
 from sgm.conversion.lora_import import import_lora
-from sgm.conversion.trainers.sources import read_source
+from sgm.conversion.trainers.sources import find_files, read_source
 from sgm.inference.prompts import load_image
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
@@ -474,6 +474,29 @@ def test_an_index_names_what_its_files_hold(tmp_path, listed, message):
             read(tmp_path)
 
 
+def test_an_index_of_a_variant_is_found_and_can_be_named(tmp_path):
+    """As ``save_pretrained(variant="fp16")`` writes it, alone and beside other files."""
+    listed = {}
+    for n, name in enumerate("ab", start=1):
+        listed[name] = f"w.fp16-0000{n}-of-00002.safetensors"
+        save_file({name: torch.ones(1)}, tmp_path / listed[name])
+    index = tmp_path / "w.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    files = [tmp_path / file for file in listed.values()]
+    for path in (tmp_path, index):
+        assert weight_files(path) == find_files(path) == files
+    with pytest.raises(InputError, match=f"is one of 2 files of a model; give their index, {index}"):
+        weight_files(files[0])
+    whole = tmp_path / "w.safetensors"
+    save_file({"c": torch.ones(1)}, whole)
+    with pytest.raises(InputError, match=r"found: w.safetensors.index.fp16.json, .*Name the index"):
+        weight_files(tmp_path)
+    assert (weight_files(whole), weight_files(index)) == ([whole], files)
+    other = tmp_path / "w.bin.index.json"
+    other.write_text("{")
+    assert (weight_files(whole), find_files(index)) == ([whole], files)
+
+
 def test_the_text_encoder_is_checked_before_anything_is_written(converted, tmp_path):
     path, there, _ = converted("cogvideox_2b")
     folder = shutil.copytree(there / "text_encoder", tmp_path / "text_encoder")
@@ -544,9 +567,13 @@ def test_adapters_of_every_family_come_back_byte_by_byte(family, tmp_path, name)
     assert read_adapter_info(tmp_path / "back") == info
     adapted = load(family(name), f"args.load={tmp_path / 'sat'}")
     skip = ["vae", "text_encoder", "tokenizer", "scheduler"]
-    for adapters in ("merge", "keep"):
-        pipeline_of(adapted, adapters=adapters, dtype=torch.float32, without=skip).write(tmp_path / adapters)
-        assert verify(adapted, tmp_path / adapters)["transformer"] <= 2e-5
+    for out, adapters, dtype in (
+        ("merge", "merge", torch.float32),
+        ("keep", "keep", torch.float32),
+        ("own", "keep", None),
+    ):
+        pipeline_of(adapted, adapters=adapters, dtype=dtype, without=skip).write(tmp_path / out)
+        assert verify(adapted, tmp_path / out)["transformer"] <= 2e-5
     header = read_metadata(tmp_path / "keep" / "pytorch_lora_weights.safetensors")
     expected = {"base_digest": digest, "ss_network_dim": "4", "modelspec.architecture": "cogvideox/lora"}
     assert expected.items() <= header.items()
