@@ -16,6 +16,7 @@ import pytest
 
 from sgm.inference.video import write_video
 from sgm.io import write_json
+from tests.marks import thorough
 from tests.processes import forked_env, forked_python
 
 ROOT = Path(__file__).parents[1]
@@ -165,13 +166,17 @@ SHORT = ["args.train_iters=2", "args.eval_interval=null", "args.valid_prompts=nu
 SHORT += ["deepspeed.train_micro_batch_size_per_gpu=1", "args.log_interval=1"]
 
 
-@pytest.mark.parametrize(("script", "ranks"), [("finetune_single_gpu.sh", 1), ("finetune_multi_gpus.sh", 2)])
-def test_finetuning_the_toy_as_documented(script, ranks, tmp_path):
-    """Defaults: the toy's LoRA without a file, two processes without a number and an accelerator.
-
-    One rank is a real Python; torchrun and its ranks are forks.
-    """
-    python = sys.executable if ranks == 1 else forked_python()
+@pytest.mark.parametrize(
+    ("script", "ranks", "forked"),
+    [
+        ("finetune_single_gpu.sh", 1, True),
+        thorough("finetune_single_gpu.sh", 1, False),
+        ("finetune_multi_gpus.sh", 2, True),
+    ],
+)
+def test_finetuning_the_toy_as_documented(script, ranks, forked, tmp_path):
+    """Defaults: the toy's LoRA without a file, two processes without a number and an accelerator."""
+    python = forked_python() if forked else sys.executable
     done = run("bash", script, *SHORT, f"args.save={tmp_path}", PYTHON=python)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()

@@ -214,7 +214,7 @@ def test_the_image_is_built_and_samples(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize("target", ["demo", "web", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "web", "test", "test-all", "lint", "bench"])
 def test_make_knows_every_step(target):
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -169,6 +169,7 @@ def test_wrong_input_ends_with_2_and_leaves_nothing(run_folder, tiny_model, tmp_
 # --- Sampling.
 
 
+@pytest.mark.thorough
 def test_an_exported_lora_is_sampled_as_the_merged_model_is(run_folder, pipeline, sample, tmp_path, monkeypatch):
     frames = []
 

@@ -285,7 +285,6 @@ SHARED = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("case", SHARED)
 def test_what_ranks_of_a_sample_send_and_hold(counted, case):
     section = network_section(layers=3)

@@ -43,6 +43,7 @@ def test_offloaded_weights_give_the_same_bits(sample):
         assert ("memory to memory on a CPU" in said) == bool(words)
 
 
+@pytest.mark.thorough
 def test_compiling_serves_all_steps_and_both_branches_of_guidance(sample, monkeypatch):
     import torch._dynamo  # lazy: torch's compiler
 

@@ -19,7 +19,8 @@ from sgm.training.run import train
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_metadata, read_tensors
 from tests.geometries import ROTARY
-from tests.processes import only_run, train_all
+from tests.marks import thorough
+from tests.processes import only_run, selected, train_all
 
 LORA = "dit_t2v_5b_lora"
 # frames, height, width → clips: with 4 at a time, each bucket has whole and partial micro-batches.
@@ -63,10 +64,10 @@ def difference(one, other):
 
 
 @pytest.fixture(scope="module")
-def runs(training_yaml, settings, tmp_path_factory):
+def runs(request, training_yaml, settings, tmp_path_factory):
     """Return a function: (ranks, part) → run folder; global batch 4, uninterrupted or resumed."""
     top = tmp_path_factory.mktemp("buckets")
-    for world in (1, 2):
+    for world in (1, 2) if selected(request, test_two_ranks_train_as_one_does) else (1,):
         jobs = []
         shared = [*settings, f"deepspeed.train_micro_batch_size_per_gpu={4 // world}"]
         for part, more in (("straight", []), ("resumed", ["args.exit_interval=2"]), ("resumed", ["args.resume=auto"])):
@@ -117,7 +118,7 @@ def test_an_epoch_is_whole_with_other_accumulation_and_its_weights_are_required(
         train(load_config(training_yaml(LORA), [*overrides, *again], mode="train"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, thorough(2)])
 def test_a_run_resumed_in_mid_epoch_equals_an_uninterrupted_one(runs, world):
     straight, resumed = runs(world, "straight"), runs(world, "resumed")
     assert losses(resumed) == losses(straight) and len(losses(straight)) == ITERS

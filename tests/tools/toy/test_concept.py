@@ -57,6 +57,7 @@ def test_making_it_again_changes_nothing(tmp_path, monkeypatch):
     assert made[0] == made[1] and sum(path.suffix == ".mp4" for path in made[0]) == 78
 
 
+@pytest.mark.thorough
 def test_no_prompt_was_trained_and_none_is_cut(folder):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "assets" / "toy" / "t5" / "spiece.model"))
     prompts = (folder / "prompts.txt").read_text().splitlines()

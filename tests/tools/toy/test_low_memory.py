@@ -27,6 +27,7 @@ def test_the_recorded_tiles_are_close_and_the_page_shows_it():
     assert found["least_psnr_db"] > 20 and f"{found['psnr_db']:.1f} dB" in page and "as released" in FOUND
 
 
+@pytest.mark.thorough
 def test_samples_are_judged_beside_those_of_the_plain_weights(monkeypatch):
     monkeypatch.chdir(ROOT)
     plain, small = (low_memory.sampled(storage, 1, num_steps=2) for storage in (None, "int8"))
@@ -35,6 +36,7 @@ def test_samples_are_judged_beside_those_of_the_plain_weights(monkeypatch):
     assert "psnr_db" not in low_memory.compared(plain, plain)
 
 
+@pytest.mark.thorough
 def test_tiles_are_measured_on_frames_that_are_larger_than_a_tile(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert 20 < low_memory.tiles(1, magnified=(5, 5))["psnr_db"] < 100
