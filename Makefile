@@ -31,9 +31,10 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	@$(BIN)/python tools/toy/concept.py make outputs/land/clips
 	$(SAY) "3 of 6: training a LoRA on them, 300 iterations"
 	@bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
-	$(SAY) "4 of 6: sampling five prompts with the LoRA at strengths 0, 0.5 and 1"
-	@for strength in 0 0.5 1; do $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$strength \
-		args.output_dir=outputs/land/strength_$$strength || exit; done
+	$(SAY) "4 of 6: sampling five prompts with the LoRA at strength 1, and at 0 and 0.5 in the background"
+	@at() { $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$1 args.output_dir=outputs/land/strength_$$1; }; \
+		for strength in 0 0.5; do log=outputs/land/strength_$$strength.log; \
+		{ at $$strength >$$log 2>&1 || cat $$log >&2; } & done; at 1; code=$$?; wait; exit $$code
 	@$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 	@$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png
