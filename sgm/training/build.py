@@ -27,7 +27,7 @@ from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.inputs.clips import Data
 from sgm.training.optim.optimizer import discard_initial_update, group_values, make_optimizer
-from sgm.training.optim.schedule import LearningRate, lr_factor
+from sgm.training.optim.schedule import AUTO_WARMUP_ITERS, LearningRate, lr_factor
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
 from sgm.training.state import (
@@ -48,8 +48,6 @@ from sgm.weights.offload import Offload, without_frozen
 from sgm.weights.quantize import loss_text
 
 logger = get_logger(__name__)
-
-AUTO_WARMUP_ITERS = {"finetune": 100, "pretrain": 0}
 
 
 @dataclass
