@@ -27,7 +27,7 @@ from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit, spelled
 from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
-from sgm.training.optim.optimizer import settings_kept
+from sgm.training.optim.optimizer import kind_of, settings_kept
 from sgm.training.repartition import CURE, SavedState, load_repartitioned
 from sgm.training.state_files import (
     checkpoint_engine,
@@ -166,6 +166,9 @@ class ResumePoint:
         if self.optimizer == now.optimizer:
             then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
             shared = [name for name in STRUCTURE if name in then and name in given]
+            # Prodigy has one group of parameters without it, and two with it, where vectors are trained too.
+            if kind_of(now.optimizer).sums and now.lora_kind not in ("lora", "lokr") and then and given:
+                shared += ["weight_decay"] * (bool(then["weight_decay"]) != bool(given["weight_decay"]))
             changes += [(f"deepspeed.optimizer.params.{name}", name, then[name], given[name]) for name in shared]
         problems = [
             Problem(

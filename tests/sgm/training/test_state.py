@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,22 @@ def test_what_is_trained_without_adapters_is_said_by_prefixes():
             point.check(dataclasses.replace(point, **change))
         (problem,) = caught.value.problems
         assert problem.path == "model.not_trainable_prefixes"
+
+
+@pytest.mark.parametrize(("kind", "decays", "fits"), [(None, 0.1, False), (None, 0, True), ("lora", 0.1, True)])
+def test_prodigy_does_not_begin_to_decay_weights_at_a_resume(kind, decays, fits):
+    """Its state has another number of groups then, where biases and norms are trained."""
+    given = {"optimizer": "prodigyopt.Prodigy", "lora_kind": kind}
+    points = [
+        dataclasses.replace(POINT, **given, optimizer_settings={"weight_decay": value, "eps": 1e-8})
+        for value in (0, decays)
+    ]
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(ConfigError, match=r"optimizer\.params\.weight_decay.*and now it is 0.1")
+    ):
+        points[0].check(points[1])
 
 
 def test_states_that_do_not_name_what_is_trained_go_on():
