@@ -298,6 +298,13 @@ def _odd_values(model: Mapping[str, Any], args: SamplingArgs) -> Iterator[str]:
         if embedder.get("ucg_rate") == 1:
             path = f"model.conditioner_config.params.emb_models.{number}.ucg_rate"
             yield f"{path} is 1, so every caption is dropped; usual is 0.1"
+    if model.get("noised_image_input") and model.get("noised_image_dropout") == 1:
+        yield "model.noised_image_dropout is 1, so every image is dropped; usual is 0.05"
+    drawn = ((model.get("loss_fn_config") or {}).get("params") or {}).get("sigma_sampler_config") or {}
+    sampler = drawn.get("params") or {}
+    if sampler.get("group_num") and not sampler.get("uniform_sampling"):
+        path = "model.loss_fn_config.params.sigma_sampler_config.params.group_num"
+        yield f"{path} is {sampler['group_num']}, and has no effect without uniform_sampling"
     if args.warmup == 1:
         yield "args.warmup is 1, a share: the learning rate rises during the whole run; 2 and more are iterations"
 

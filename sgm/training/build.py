@@ -14,7 +14,7 @@ import torch
 
 import sgm.distributed
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, digest_of
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
@@ -27,7 +27,7 @@ from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.inputs.clips import Data
 from sgm.training.optim.optimizer import discard_initial_update, group_values, make_optimizer
-from sgm.training.optim.schedule import LearningRate, lr_factor
+from sgm.training.optim.schedule import AUTO_WARMUP_ITERS, LearningRate, lr_factor
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
 from sgm.training.state import (
@@ -48,8 +48,6 @@ from sgm.weights.offload import Offload, without_frozen
 from sgm.weights.quantize import loss_text
 
 logger = get_logger(__name__)
-
-AUTO_WARMUP_ITERS = {"finetune": 100, "pretrain": 0}
 
 
 @dataclass
@@ -130,7 +128,7 @@ def build(config: Config, plan: Plan) -> Parts:
         if not plan.resume.is_divided_like(now):
             plan.resume.open().require_divisible(plan.deepspeed["zero_optimization"])
         changed = ("optimizer_settings", "lora_rank", "lora_alpha", "lora_kind", "start_number")
-        changed += ("world_size", "tensor", "trained", "order", "global_batch")
+        changed += ("world_size", "tensor", "trained", "trained_names", "order", "global_batch")
         point = replace(plan.resume, **{name: getattr(now, name) for name in changed})
     with ExitStack() as hidden, ExitStack() as unlocking:
         folder, lock = _open_folder(config, plan.resume, hidden)
@@ -304,6 +302,7 @@ def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> Resu
         precision=precision_name(plan.dtype),
         optimizer=config.deepspeed["optimizer"]["type"],
         trained=plan.trainable.num_trained,
+        trained_names=digest_of(sorted(plan.trainable.names)),
         ema=args.ema_decay is not None,
         base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
         config_digest=numbers_digest(config),

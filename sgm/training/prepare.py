@@ -49,6 +49,7 @@ from sgm.training.inputs.caches import Caches, expected_caches, open_latents, op
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
+from sgm.training.optim.schedule import endless_warmup
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.sample_measures import check_measures
 from sgm.training.state import ResumePoint, find_resume_point
@@ -533,6 +534,8 @@ class _Checks:
             length = f"{args.epochs} epochs" if total is None else f"{total} iterations"
         elif resume is not None and (change := other_batch(resume, batch, micro=micro, ranks=self.data_ranks)):
             logger.warning("%s", change)
+        if total is not None and (said := endless_warmup(args, total)):
+            logger.warning("%s", said)
         rows = {
             "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",
             "weights": "random" if args.load is None else str(find_weights(args.load)),

@@ -27,7 +27,7 @@ from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit, spelled
 from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
 from sgm.log import get_logger
-from sgm.training.optim.optimizer import settings_of
+from sgm.training.optim.optimizer import kind_of, settings_kept
 from sgm.training.repartition import CURE, SavedState, load_repartitioned
 from sgm.training.state_files import (
     checkpoint_engine,
@@ -48,7 +48,7 @@ logger = get_logger(__name__)
 FOLDER, LATEST = "resume", "latest"
 # Arguments without effect on the results, which may change when a run is resumed.
 HARMLESS = frozenset(
-    "resume exit_interval save experiment_name save_interval keep_last log_interval num_workers "
+    "resume exit_interval save experiment_name save_interval keep_last keep_best log_interval num_workers "
     "prefetch_factor remote_cache remote_cache_gb remote_retries max_bad_share max_skipped_steps "
     "eval_interval eval_iters eval_batch_size strict_eval "
     "eval_measures eval_lpips eval_clip "
@@ -58,6 +58,8 @@ HARMLESS = frozenset(
 # Settings that determine the order in which a ZeRO stage stores its state, which DeepSpeed does not check on load.
 ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_size"}
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
+# Where a configuration says what is trained: without adapters, and with them.
+_TRAINED, _LORA = "model.not_trainable_prefixes", "model.network_config.params.modules.lora_config.params"
 # Settings of optimizers that decide which tensors their state holds; all others take effect when a run is resumed.
 STRUCTURE = ("amsgrad", "centered", "momentum")
 
@@ -75,6 +77,7 @@ class ResumePoint:
         precision: of the network, ``fp16``, ``bf16`` or ``fp32``.
         optimizer: type in the YAML.
         trained: number of trained parameters.
+        trained_names: digest of their names; None if unknown.
         ema: whether the state holds a moving average.
         base_digest: digest of the initial weights; None for random ones.
         config_digest: see `numbers_digest`.
@@ -124,6 +127,7 @@ class ResumePoint:
     start_number: AtLeast0 = 0
     global_batch: AtLeast1 | None = None
     timesteps: dict[str, Any] | None = None
+    trained_names: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -137,31 +141,34 @@ class ResumePoint:
             ConfigError: settings differ; says which, and how to fix it.
         """
         cure = "restore the former, or start a new run with args.resume=none (args.load may name the run folder)"
+        says_trained = _TRAINED if self.lora_rank is None else _LORA
         fixed = {
             "zero_stage": "deepspeed.zero_optimization.stage",
             "precision": "model.precision",
             "optimizer": "deepspeed.optimizer.type",
-            "trained": "model.not_trainable_prefixes",
+            "trained": says_trained,
             "ema": "args.ema_decay",
             "base_digest": "args.load",
         }
         if self.tensor != now.tensor:
             del fixed["trained"]  # those of a shard; names and shapes are compared when the state is loaded
         if None not in (self.lora_rank, now.lora_rank) and self.lora_rank != now.lora_rank:
-            fixed["lora_rank"] = "model.network_config.params.modules.lora_config.params.r"
+            fixed["lora_rank"] = f"{_LORA}.r"
             fixed.pop("trained", None)  # differs with the rank
         if None not in (self.lora_kind, now.lora_kind) and self.lora_kind != now.lora_kind:
-            fixed["lora_kind"] = "model.network_config.params.modules.lora_config.params.kind"
+            fixed["lora_kind"] = f"{_LORA}.kind"
             fixed.pop("trained", None)
         changes = [
             (path, name.replace("_", " "), getattr(self, name), getattr(now, name)) for name, path in fixed.items()
         ]
         if None not in (self.alpha, now.lora_alpha):
-            path = "model.network_config.params.modules.lora_config.params.lora_alpha"
-            changes.append((path, "lora alpha", self.alpha, now.lora_alpha))
+            changes.append((f"{_LORA}.lora_alpha", "lora alpha", self.alpha, now.lora_alpha))
         if self.optimizer == now.optimizer:
             then, given = self.optimizer_settings or {}, now.optimizer_settings or {}
             shared = [name for name in STRUCTURE if name in then and name in given]
+            # Prodigy has one group of parameters without it, and two with it, where vectors are trained too.
+            if kind_of(now.optimizer).sums and now.lora_kind not in ("lora", "lokr") and then and given:
+                shared += ["weight_decay"] * (bool(then["weight_decay"]) != bool(given["weight_decay"]))
             changes += [(f"deepspeed.optimizer.params.{name}", name, then[name], given[name]) for name in shared]
         problems = [
             Problem(
@@ -170,6 +177,10 @@ class ResumePoint:
             for path, words, then, given in changes
             if then != given
         ]
+        names = self.trained_names, now.trained_names
+        if not problems and None not in names and names[0] != names[1]:
+            found = f"the state in {self.folder} is that of other parameters than those that would be trained now"
+            problems.append(Problem(says_trained, "", found, cure))
         if self.buckets != now.buckets:
             found = (
                 f"the state in {self.folder} was written with other buckets, batch sizes or data-parallel ranks, or "
@@ -460,17 +471,12 @@ def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: b
     for number, lacks in enumerate(sgm.distributed.all_gather_any(missing)):
         if lacks:
             raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {CURE}")
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    names = settings_of(optimizer)
-    settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
-    if point.is_divided_like(now):
-        engine.checkpoint_engine = checkpoint_engine()
-        engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
-    else:
-        _load_of_other_ranks(engine, point, now)
-    # Loading the optimizer restored the settings of the earlier configuration; set the current ones.
-    for group, current in zip(optimizer.param_groups, settings, strict=True):
-        group.update(current)
+    with settings_kept(engine):
+        if point.is_divided_like(now):
+            engine.checkpoint_engine = checkpoint_engine()
+            engine.load_checkpoint(str(point.folder.parent), tag=point.folder.name, load_module_strict=False)
+        else:
+            _load_of_other_ranks(engine, point, now)
     engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict())
     # Additional ranks, and those of another tensor parallel size, whose ranks draw alike, keep their fresh generators.
     rng = point.folder / f"rng_{sgm.distributed.rank():02d}.pt"

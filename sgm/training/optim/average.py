@@ -101,6 +101,22 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
         _copy_to_network(optimizer)
 
 
+@contextlib.contextmanager
+def average_kept(engine: Any) -> Iterator[None]:
+    """Context in which the settings of an optimizer may change that say where a schedule-free one trains.
+
+    Its average and its iterates stay, and the point between them moves. Collective: all ranks enter it.
+    """
+    base: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    has_points = callable(getattr(base, "eval", None))
+    if has_points:
+        base.eval()
+    yield
+    if has_points:
+        base.train()
+        _copy_to_network(engine.optimizer)
+
+
 @torch.no_grad()
 def _copy_to_network(optimizer: Any) -> None:
     """Copy the float32 weights of a DeepSpeed optimizer into the network, where it keeps any of its own."""

@@ -5,9 +5,10 @@ says which do not, and `make_optimizer` wraps or refuses them.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
 import sgm.distributed
-from sgm.training.optim.average import has_master_copies, keep_average
+from sgm.training.optim.average import average_kept, has_master_copies, keep_average
 from sgm.training.optim.muon import Muon
 from sgm.training.optim.whole import WholeMatrices
 from sgm.util import InputError, default, get_obj_from_str, nearest
@@ -289,6 +290,49 @@ def settings_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Return the names of the settings in the groups of an optimizer; the others are part of its state."""
     cls = getattr(optimizer, "cls", type(optimizer))
     return tuple(name for name in optimizer.defaults if name in inspect.signature(cls).parameters)
+
+
+# Settings that DeepSpeed's optimizers load with a state; those of the loss scaling are objects that hold its state too.
+_LOADED = ("clip_grad", "dynamic_loss_scale", "loss_scaler", "loss_scale_config")
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@contextlib.contextmanager
+def settings_kept(engine: Any) -> Iterator[None]:
+    """Context in which a DeepSpeed engine may load a state, and after which it has the settings of its configuration.
+
+    They are those of the optimizer, of gradient clipping, and of loss scaling. Collective: all ranks enter it.
+    """
+    zero, groups = engine.optimizer, _settings_of_groups(engine)
+    given = {name: copy.copy(value) for name, value in vars(zero).items() if name in _LOADED}
+    yield
+    # The point at which a schedule-free optimizer trains depends on its betas.
+    betas = [[list(group.get("betas", ())) for group in each] for each in (_settings_of_groups(engine), groups)]
+    with average_kept(engine) if betas[0] != betas[1] else contextlib.nullcontext():
+        for group, current in zip(getattr(zero, "optimizer", zero).param_groups, groups, strict=True):
+            group.update(current)
+    for name, value in given.items():
+        if name.startswith("loss_scale"):
+            _take_scale(value, getattr(zero, name))
+        setattr(zero, name, value)
+
+
+def _settings_of_groups(engine: Any) -> list[dict[str, Any]]:
+    """Return the settings in the groups of the optimizer of a DeepSpeed engine."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    names = settings_of(optimizer)
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def _take_scale(current: Any, loaded: Any) -> None:
+    """Take scale and counters of a loaded loss scaler of DeepSpeed, if both are dynamic."""
+    if not all(getattr(each, "dynamic", vars(each).get("dynamic_loss_scale")) for each in (current, loaded)):
+        return
+    vars(current).update({name: value for name, value in vars(loaded).items() if name in _SCALE})
+    least = vars(current).get("min_scale", vars(current).get("min_loss_scale"))  # with ZeRO, without
+    current.cur_scale = max(current.cur_scale, default(least, 0))
+    if "cur_hysteresis" in vars(current):
+        current.cur_hysteresis = min(current.cur_hysteresis, current.delayed_shift)
 
 
 def _decay_groups(

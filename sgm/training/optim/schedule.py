@@ -8,8 +8,12 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from sgm.config.args import TrainingArgs
+from sgm.util import default
+
 DecayStyle = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "exponential"]
 AUTO_WARMUP_FACTOR = 0.05
+AUTO_WARMUP_ITERS = {"finetune": 100, "pretrain": 0}  # by args.mode, if args.auto_warmup_iters is null
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,36 @@ def lr_factor(
         auto_warmup_iters: number of first iterations with a factor of at most 0.05.
     """
     decay_iters = train_iters if decay_iters is None else decay_iters
-    warmup_iters = warmup if warmup > 1 else warmup * decay_iters
+    warmup_iters = warmup_iterations(warmup, decay_iters)
     if iteration <= warmup_iters:
         factor = iteration / warmup_iters
     else:
         decay = Decay(decay_ratio, power, cycles)
         factor = DECAYS[decay_style](min(1.0, (iteration - warmup_iters) / decay_iters), decay)
     return min(factor, AUTO_WARMUP_FACTOR) if iteration <= auto_warmup_iters else factor
+
+
+def warmup_iterations(warmup: float, decay_iters: int) -> float:
+    """Return the number of updates of a warmup; arguments as of `lr_factor`."""
+    return warmup if warmup > 1 else warmup * decay_iters
+
+
+def endless_warmup(args: TrainingArgs, total: int) -> str | None:
+    """Return what is to be said of a run of `total` iterations that ends within its warmup; None for others."""
+    auto = default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode])
+    if auto >= total:
+        null = " if null" if args.auto_warmup_iters is None else ""
+        return (
+            f"args.auto_warmup_iters is {auto}{null}, and the run has {total} iterations: none has more than "
+            f"{AUTO_WARMUP_FACTOR:.0%} of the learning rate; set args.auto_warmup_iters=0"
+        )
+    steps = warmup_iterations(args.warmup, default(args.lr_decay_iters, total))
+    if steps > total:
+        return (
+            f"args.warmup is {args.warmup:g}: {steps:g} iterations, and the run has {total}: none has more than "
+            f"{total / steps:.0%} of the learning rate; set args.warmup to less, such as 0.05"
+        )
+    return None
 
 
 class LearningRate(LambdaLR):

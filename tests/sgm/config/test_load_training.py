@@ -138,8 +138,13 @@ def test_odd_values_warn():
         ("model.scale_factor=1e-30", "released models"),
         (f"{embedder}.ucg_rate=1", "every caption is dropped"),
         ("args.warmup=1", "a share"),
+        ("model.loss_fn_config.params.sigma_sampler_config.params.group_num=2", "no effect without uniform_sampling"),
     ]:
         assert found in training(override).warnings[0]
+    (warning,) = load_config(
+        [ROOT / "configs" / "toy_i2v.yaml", SFT], ["model.noised_image_dropout=1"], mode="train"
+    ).warnings
+    assert "every image is dropped" in warning
     three = ["deepspeed.optimizer.type=mine.CAME", "deepspeed.optimizer.params={betas: [0.9, 0.99, 0.999]}"]
     assert training(*three).warnings == ()
 

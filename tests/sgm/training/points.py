@@ -21,4 +21,5 @@ POINT = ResumePoint(
     clip_files="mno",
     optimizer_settings={"amsgrad": False, "eps": 1e-8},
     lora_rank=4,
+    trained_names="pqr",
 )

@@ -100,6 +100,13 @@ def test_more_clips_in_an_iteration_than_there_are_warn(plan, caplog, monkeypatc
     assert "an iteration takes 9 clips, and there are 8: each is repeated" in caplog.text
 
 
+def test_a_warmup_that_the_run_ends_within_warns(plan, caplog, monkeypatch):
+    """Of all clips, whose number the epochs count."""
+    monkeypatch.setattr(logging.getLogger("sgm"), "propagate", True)
+    plan(LORA, "args.train_iters=null", "args.epochs=1", "args.warmup=5")
+    assert "args.warmup is 5: 5 iterations, and the run has 4: none has more than 80%" in caplog.text
+
+
 def test_epochs_are_rounded_up_to_whole_steps(plan):
     assert (
         plan(LORA, "args.train_iters=null", "args.epochs=1", "deepspeed.train_micro_batch_size_per_gpu=3").total_iters

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from sgm.config.args import TrainingArgs
-from sgm.config.load import ConfigError, load_config
+from sgm.config.load import ConfigError, digest_of, load_config
 from sgm.conversion.trainers.consolidate import convert
 from sgm.training.metrics import read_metrics
 from sgm.training.run import train
@@ -22,11 +23,12 @@ from sgm.training.state import (
     checkpoint_engine,
     find_resume_point,
     next_start_number,
+    numbers_digest,
     remove_other_states,
 )
 from sgm.training.state_files import _deepspeed_objects, restore_rng, rng_state
 from sgm.util import InputError
-from sgm.weights.files import WEIGHTS, find_weights, read_tensors
+from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors
 from tests.sgm.training.points import POINT
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +138,8 @@ def test_a_broken_latest_file_is_reported(tmp_path, content):
         ({"zero_stage": 2}, "deepspeed.zero_optimization.stage"),
         ({"precision": "bf16"}, "model.precision"),
         ({"optimizer": "SGD"}, "deepspeed.optimizer.type"),
-        ({"trained": 9}, "model.not_trainable_prefixes"),
+        ({"trained": 9}, "model.network_config.params.modules.lora_config.params"),
+        ({"trained_names": "other"}, "model.network_config.params.modules.lora_config.params"),
         ({"ema": True}, "args.ema_decay"),
         ({"base_digest": None}, "args.load"),
         ({"lora_rank": 8, "trained": 9}, "model.network_config.params.modules.lora_config.params.r"),
@@ -148,6 +151,45 @@ def test_a_setting_that_does_not_fit_the_state_is_named(change, key):
         POINT.check(dataclasses.replace(POINT, **change))
     (problem,) = caught.value.problems
     assert problem.path == key and "args.resume=none" in str(caught.value)
+
+
+def test_what_is_trained_without_adapters_is_said_by_prefixes():
+    point = dataclasses.replace(POINT, lora_rank=None)
+    for change in ({"trained": 9}, {"trained_names": "other"}, {"trained": 9, "trained_names": "other"}):
+        with pytest.raises(ConfigError) as caught:
+            point.check(dataclasses.replace(point, **change))
+        (problem,) = caught.value.problems
+        assert problem.path == "model.not_trainable_prefixes"
+
+
+@pytest.mark.parametrize(("kind", "decays", "fits"), [(None, 0.1, False), (None, 0, True), ("lora", 0.1, True)])
+def test_prodigy_does_not_begin_to_decay_weights_at_a_resume(kind, decays, fits):
+    """Its state has another number of groups then, where biases and norms are trained."""
+    given = {"optimizer": "prodigyopt.Prodigy", "lora_kind": kind}
+    points = [
+        dataclasses.replace(POINT, **given, optimizer_settings={"weight_decay": value, "eps": 1e-8})
+        for value in (0, decays)
+    ]
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(ConfigError, match=r"optimizer\.params\.weight_decay.*and now it is 0.1")
+    ):
+        points[0].check(points[1])
+
+
+def test_states_that_do_not_name_what_is_trained_go_on():
+    dataclasses.replace(POINT, trained_names=None).check(POINT)
+
+
+@pytest.mark.parametrize("name", ["keep_last", "keep_best", "save_interval", "eval_interval", "async_save"])
+def test_what_does_not_change_the_weights_may_change_without_a_warning(training_yaml, name):
+    values = {"keep_best": "true", "async_save": "true", "eval_interval": "2"}
+    configs = [
+        load_config(training_yaml(LORA), more, mode="train") for more in ([], [f"args.{name}={values.get(name, 3)}"])
+    ]
+    digests = [numbers_digest(config) for config in configs]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +436,7 @@ def test_settings_of_the_optimizer_changed_at_a_resume_take_effect(training_yaml
         results.append(read_tensors(find_weights(start(training_yaml, tmp_path, *again, *more).folder)))
         saved = json.loads((run / "resume" / "2" / "resume.json").read_text())
         assert saved["optimizer_settings"]["eps"] == (0.1 if more else 1e-8) and saved["start_number"] == 2
+        assert saved["trained_names"] == digest_of(sorted(name.removeprefix(PREFIX) for name in results[-1]))
         assert set(saved["files"]) == {path.name for path in (run / "resume" / "2").iterdir()} - {"resume.json"}
     assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
 

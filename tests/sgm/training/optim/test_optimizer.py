@@ -1,6 +1,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sgm.training.optim.optimizer import (
     kind_of,
     make_optimizer,
     resolve_optimizer,
+    settings_kept,
     settings_of,
 )
 from sgm.training.optim.whole import WholeMatrices
@@ -318,6 +320,69 @@ def test_a_loaded_average_continues_bit_by_bit(precision, stage, tmp_path):
         assert torch.equal(loaded[name], value)
         assert torch.equal(after[name], straight[name])
     assert not torch.equal(straight["inner.weight"], saved["inner.weight"])
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.thorough) for stage in (1, 3))])
+def test_gradients_are_clipped_as_the_configuration_of_a_resumed_run_says(stage, tmp_path):
+    """DeepSpeed's optimizers load the former bound."""
+    engine = start("fp32", stage, gradient_clipping=1.0)
+    train(engine, range(1))
+    engine.save_checkpoint(str(tmp_path), tag="1")
+    resumed = start("fp32", stage, gradient_clipping=0.25)
+    with settings_kept(resumed):
+        resumed.load_checkpoint(str(tmp_path), tag="1")
+    assert resumed.optimizer.clip_grad == 0.25
+
+
+def test_a_resumed_run_scales_losses_as_its_configuration_says():
+    """And keeps what the former run found: the scale, within bounds, and its counters."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
+
+    def dynamic(**given):
+        usual = {"init_scale": 2.0**16, "scale_window": 1000, "min_scale": 1.0, "delayed_shift": 2}
+        return DynamicLossScaler(**usual | given, consecutive_hysteresis=False)
+
+    def without_zero(window):
+        args = {"init_scale": 2.0**16, "scale_window": window, "min_scale": 1.0}
+        return LossScaleConfig(
+            low_precision_dtype=torch.float16, dynamic_loss_scale=True, static_loss_scale=0.0, dynamic_loss_args=args
+        )
+
+    def resumed(name, current, loaded):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        setattr(optimizer, name, current)
+        with settings_kept(SimpleNamespace(optimizer=optimizer)):
+            setattr(optimizer, name, loaded)
+        return getattr(optimizer, name)
+
+    loaded = dynamic()
+    loaded.cur_scale, loaded.cur_iter, loaded.last_overflow_iter = 256.0, 70, 60
+    found = resumed("loss_scaler", dynamic(scale_window=50, delayed_shift=1), loaded)
+    assert (found.cur_scale, found.cur_iter, found.last_overflow_iter) == (256.0, 70, 60)
+    assert (found.scale_window, found.delayed_shift, found.cur_hysteresis) == (50, 1, 1)
+    assert resumed("loss_scaler", dynamic(min_scale=1024.0), loaded).cur_scale == 1024.0
+    assert resumed("loss_scaler", LossScaler(128.0), loaded).cur_scale == 128.0
+    found = resumed("loss_scale_config", without_zero(50), without_zero(1000))
+    assert found.scale_window == 50 and found.cur_scale == 2.0**16
+
+
+def test_other_betas_leave_the_average_of_a_schedule_free_optimizer():
+    """They say where between its average and its iterates it trains."""
+    p = nn.Parameter(torch.randn(3, 4))
+    again = nn.Parameter(p.detach().clone())
+    optimizer = make_optimizer(LIBRARY["schedule_free"], [("weight", p)])
+    for _ in range(4):
+        p.grad = torch.randn(3, 4)
+        optimizer.step()
+    section = {**LIBRARY["schedule_free"], "params": {"lr": 3e-3, "betas": [0.5, 0.9]}}
+    resumed = make_optimizer(section, [("weight", again)])
+    with settings_kept(SimpleNamespace(optimizer=resumed)):
+        resumed.load_state_dict(optimizer.state_dict())
+        again.data.copy_(p)
+    assert tuple(resumed.param_groups[0]["betas"]) == (0.5, 0.9) and not torch.allclose(again, p, rtol=1e-3)
+    optimizer.eval()
+    resumed.eval()
+    assert torch.allclose(again, p, atol=1e-6)
 
 
 @pytest.mark.thorough

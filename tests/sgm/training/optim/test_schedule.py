@@ -1,10 +1,12 @@
 import math
+import re
 from functools import partial
 
 import pytest
 import torch
 
-from sgm.training.optim.schedule import LearningRate, lr_factor
+from sgm.config.args import TrainingArgs
+from sgm.training.optim.schedule import LearningRate, endless_warmup, lr_factor
 
 RUN = {"base_lr": 2.0, "train_iters": 100, "warmup": 0.1}
 STYLES = ["linear", "cosine", "constant", "exponential"]
@@ -78,6 +80,26 @@ def test_auto_warmup_holds_the_first_iterations_at_five_percent():
 
 def test_without_warmup_the_first_update_has_a_rate():
     assert lr_at(1, base_lr=1.0, train_iters=4, warmup=0) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "args.auto_warmup_iters is 100 if null, and the run has 80 iterations: none has more than 5%"),
+        ({"auto_warmup_iters": 80}, "args.auto_warmup_iters is 80, and the run has 80 iterations"),
+        ({"mode": "pretrain"}, None),
+        ({"auto_warmup_iters": 79, "warmup": 80.0}, None),
+        (
+            {"auto_warmup_iters": 0, "warmup": 100.0},
+            "args.warmup is 100: 100 iterations, and the run has 80: none .* 80%",
+        ),
+        ({"auto_warmup_iters": 0, "warmup": 0.5, "lr_decay_iters": 320}, "args.warmup is 0.5: 160 iterations.* 50%"),
+        ({"auto_warmup_iters": 0, "warmup": 1.0}, None),  # said where the configuration is read
+    ],
+)
+def test_a_run_that_ends_within_its_warmup_is_told(given, said):
+    found = endless_warmup(TrainingArgs(**given), 80)
+    assert found is None if said is None else re.search(said, found)
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
