@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -278,6 +278,14 @@ def _shipped(transformer: Stored) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     tensors: dict[str, Any] = dict(stored.tensors)
     section = content["model"]["network_config"]
@@ -285,7 +293,9 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
         factor = _folded(stored)
         channels = section["params"]["in_channels"], section["params"]["out_channels"]
         tensors[DIFFUSERS_PATCH] = with_image_channels(tensors[DIFFUSERS_PATCH], *channels, lambda part: part / factor)
-    made = complete_network(stored.path, section, network_from_diffusers(tensors))
+    with _naming(stored.path):
+        found = network_from_diffusers(tensors)
+    made = complete_network(stored.path, section, found)
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
 
 
@@ -327,7 +337,8 @@ def complete_network(
 def _autoencoder(stored: Stored, content: Mapping[str, Any], cure: str) -> dict[str, LazyTensor]:
     with without_allocating():
         vae = instantiate_from_config(content["model"]["first_stage_config"])
-    names = autoencoder_from_diffusers(stored.tensors)
+    with _naming(stored.path):
+        names = autoencoder_from_diffusers(stored.tensors)
     name = stored.metadata.get(SAT_DTYPE)
     dtypes = {str(each).removeprefix("torch."): each for each in DTYPES if each.is_floating_point}
     if name is not None and name not in dtypes:

@@ -377,6 +377,10 @@ def test_single_files_need_a_yaml_or_a_config(converted, family, tmp_path):
     with pytest.raises(InputError, match=r"(?s)vae.safetensors: .*no config\.json.*; say what it is with --base"):
         sat_model_of({"vae": file})
     assert sat_model_of({"vae": file}, base=base).autoencoder is not None
+    for part, said in {"transformer": "have no counterpart in SAT", "vae": "there is no decoder"}.items():
+        save_file({"model.a.weight": torch.ones(1)}, file)
+        with pytest.raises(InputError, match=f"^{file}: .*{said}"):
+            sat_model_of({part: file}, base=base)
 
 
 def test_another_position_table_is_refused(family, tmp_path):
